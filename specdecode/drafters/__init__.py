@@ -1,0 +1,1 @@
+"""What proposes. One drafter a file; `examples()` gives configured instances to tests and benchmarks."""

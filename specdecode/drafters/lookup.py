@@ -1,0 +1,86 @@
+"""Proposals copied from earlier in the text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+from specdecode.controller import Limit
+from specdecode.drafters.base import Context, common_prefix
+from specdecode.lm import LM
+from specdecode.tree import DraftTree
+
+
+class PromptLookup:
+    """Proposes what followed the last tokens when they last occurred (prompt lookup decoding, Saxena 2023).
+
+    The longest suffix of at most `max_ngram` tokens that occurred before is matched, at its most recent place. A copy
+    that reaches the end of the text goes on with its own beginning, so a repeating text is continued at full length.
+
+    Args:
+        max_ngram: longest suffix to look for.
+        branches: how many different continuations to propose, most recent first, as one tree; as far as the limit
+            allows.
+
+    Raises:
+        ValueError: an argument below 1.
+    """
+
+    forwards = 0
+
+    def __init__(self, max_ngram: int = 3, branches: int = 1) -> None:
+        if max_ngram < 1:
+            raise ValueError(f"max_ngram is {max_ngram}: at least 1 token must be matched")
+        if branches < 1:
+            raise ValueError(f"branches is {branches}: at least 1 continuation must be proposed")
+        self.max_ngram = max_ngram
+        self.branches = branches
+        self._indexed: list[int] = []
+        self._places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        tokens = list(context.tokens)
+        self._index(tokens)
+        # A trie: continuations that begin alike share their first nodes.
+        nodes: dict[tuple[int, int], int] = {}
+        branches = 0
+        for place in self._matches(tokens):
+            grown = len(nodes)
+            node = 0
+            for offset in range(limit.depth):
+                token = tokens[place + offset % (len(tokens) - place)]
+                if (node, token) not in nodes:
+                    if len(nodes) == limit.nodes:
+                        break
+                    nodes[node, token] = len(nodes) + 1
+                node = nodes[node, token]
+            branches += len(nodes) > grown
+            if branches == self.branches or len(nodes) == limit.nodes:
+                break
+        return DraftTree(
+            torch.tensor([token for _, token in nodes], dtype=torch.long),
+            torch.tensor([parent for parent, _ in nodes], dtype=torch.long),
+        )
+
+    def _matches(self, tokens: list[int]) -> Iterator[int]:
+        """Where the text goes on after earlier occurrences of its end: longest match first, then most recent."""
+        for size in range(min(self.max_ngram, len(tokens) - 1), 0, -1):
+            # The last place is the end of the text itself.
+            yield from reversed(self._places[tuple(tokens[-size:])][:-1])
+
+    def _index(self, tokens: list[int]) -> None:
+        """For every n-gram, the places after it, ascending. Only what is new since the last call is added."""
+        known = common_prefix(self._indexed, tokens)
+        if known < len(self._indexed):
+            self._places.clear()
+            known = 0
+        for end in range(known + 1, len(tokens) + 1):
+            for size in range(1, min(self.max_ngram, end) + 1):
+                self._places[tuple(tokens[end - size : end])].append(end)
+        self._indexed = tokens
+
+
+def examples(target: LM) -> dict[str, PromptLookup]:
+    return {"lookup": PromptLookup(), "lookup-tree": PromptLookup(max_ngram=2, branches=3)}

@@ -1,0 +1,123 @@
+"""Proposals from a smaller language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from specdecode.controller import Limit
+from specdecode.drafters.base import Context, common_prefix
+from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape
+from specdecode.lm import LM
+from specdecode.tree import DraftTree
+
+
+class ModelDrafter:
+    """A draft model proposes; it keeps its own slots, and never reads a token twice.
+
+    After a proposal the slots hold the text that the draft has read and, behind it, the nodes of the tree. When the
+    next proposal is asked for, the nodes on the committed path stay, and only what they lack is read.
+
+    Args:
+        draft: shares the target's vocabulary (`specdecode.load(..., target=...)` checks it).
+        shape: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
+    """
+
+    def __init__(self, draft: LM, shape: TreeShape = Chain()) -> None:
+        self.draft = draft
+        self.shape = shape
+        self.forwards = 0
+        self._slots = draft.new_slots(256)
+        self._read: list[int] = []
+        self._grown = DraftTree.empty()
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        tokens = list(context.tokens)
+        pending = self._synchronise(tokens)
+        limit = Limit(min(limit.depth, self.draft.context_length - len(tokens)), limit.nodes)
+        if limit.depth < 1 or max(pending) >= self.draft.vocab_size:
+            return DraftTree.empty()
+        logits, forwards = self.draft.read(self._slots, pending)
+        self.forwards += forwards
+        self._read = tokens
+        levels, parents = self._grow(logits, context, limit)
+        if not levels:
+            self._grown = DraftTree.empty()
+            return self._grown
+        probs = [level.probs for level in levels if level.probs is not None]
+        self._grown = DraftTree(
+            torch.cat([level.tokens for level in levels]), torch.tensor(parents), torch.cat(probs) if probs else None
+        )
+        chosen = self.shape.select(levels, limit)
+        if len(chosen) == len(self._grown):
+            return self._grown
+        renumbered = {0: 0} | {node + 1: i for i, node in enumerate(chosen, start=1)}
+        return DraftTree(self._grown.tokens[chosen], torch.tensor([renumbered[parents[node]] for node in chosen]))
+
+    def _grow(self, logits: Float[Tensor, "1 V"], context: Context, limit: Limit) -> tuple[list[Level], list[int]]:
+        """The levels of the tree, and the parents of their nodes; all but the deepest are in the slots then."""
+        rng = None if context.sampling.greedy else context.rng
+        levels: list[Level] = []
+        parents: list[int] = []
+        above = [0]
+        # Which nodes in the slots each node of the level above sees; the root sees none.
+        visible = torch.ones(1, 0, dtype=torch.bool)
+        while len(levels) < limit.depth:
+            if levels:
+                visible = torch.cat([visible[list(levels[-1].rows)], torch.eye(len(above), dtype=torch.bool)], 1)
+                logits = self._forward(levels[-1].tokens, visible, depth=len(levels))
+            level = self.shape.grow(self._laws(logits, context), levels, limit, rng)
+            if not len(level):
+                break
+            parents += [above[row] for row in level.rows]
+            above = list(range(len(parents) - len(level) + 1, len(parents) + 1))
+            levels.append(level)
+        return levels, parents
+
+    def _forward(self, tokens: Tensor, visible: Tensor, depth: int) -> Float[Tensor, "rows V"]:
+        self.forwards += 1
+        position = len(self._read) - 1 + depth
+        return self.draft.forward(
+            self._slots,
+            tokens,
+            positions=torch.full((len(tokens),), position, device=self.draft.device),
+            visible=visible.to(self.draft.device),
+            rows=len(tokens),
+        )
+
+    def _laws(self, logits: Float[Tensor, "rows W"], context: Context) -> Float[Tensor, "rows V"]:
+        """The draft's law over the target's vocabulary, which may be padded to another width than its own."""
+        laws = context.sampling.probs(logits[:, : context.vocab_size])
+        return torch.nn.functional.pad(laws, (0, context.vocab_size - laws.shape[1]))
+
+    def _synchronise(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Keep the slots that hold a prefix of the text, tree nodes included; return what is left to read (the root
+        at least, since its logits are wanted)."""
+        known = min(common_prefix(self._read, tokens), len(tokens) - 1)
+        path: list[int] = []
+        if known == len(self._read) > 0:
+            grown, children = self._grown.tokens.tolist(), self._grown.children()
+            in_slots = self._slots.length - known
+            node: int | None = 0
+            for token in tokens[known:-1]:
+                node = next((c for c in children[node or 0] if c <= in_slots and grown[c - 1] == token), None)
+                if node is None:
+                    break
+                path.append(known - 1 + node)
+        self._slots.keep(path, after=known)
+        self._read = list(tokens[: known + len(path)])
+        self._grown = DraftTree.empty()
+        return tokens[known + len(path) :]
+
+
+def examples(target: LM) -> dict[str, ModelDrafter]:
+    layers = target.model.config.get_text_config(decoder=True).num_hidden_layers
+    draft = target.subset(range(max(layers // 2, 1)))
+    return {
+        "model-chain": ModelDrafter(draft),
+        "model-static-tree": ModelDrafter(draft, StaticTree((3, 2, 1))),
+        "model-best-first-tree": ModelDrafter(draft, BestFirstTree(nodes=12, threshold=0.01)),
+    }

@@ -1,0 +1,26 @@
+"""No speculation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdecode.controller import Limit
+from specdecode.drafters.base import Context
+from specdecode.lm import LM
+from specdecode.tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class NoDraft:
+    """The empty tree: autoregressive decoding is speculation with nothing proposed."""
+
+    @property
+    def forwards(self) -> int:
+        return 0
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        return DraftTree.empty()
+
+
+def examples(target: LM) -> dict[str, NoDraft]:
+    return {"none": NoDraft()}

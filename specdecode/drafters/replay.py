@@ -1,0 +1,70 @@
+"""Proposals of a known continuation with a set probability: measures cost where trained weights are not at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from specdecode.controller import Limit
+from specdecode.drafters.base import Context, Drafter
+from specdecode.drafters.model import ModelDrafter
+from specdecode.lm import LM
+from specdecode.tree import DraftTree
+
+
+class ReplayDrafter:
+    """Pays for another drafter's proposals, then rewrites them: on the way down the tree, the first continuation is
+    the known one with the given probability, and all are wrong otherwise.
+
+    Whether a position is proposed right depends on the seed and the position alone. Results are synthetic: they tell
+    the cost of decoding at an acceptance, not the acceptance of a model.
+
+    Args:
+        inner: proposes the tree whose cost is paid.
+        text: the prompt and its known continuation.
+        acceptance: probability that a position is proposed right, given that those before it were.
+        seed: of the choice.
+
+    Raises:
+        ValueError: an acceptance outside [0, 1].
+    """
+
+    def __init__(self, inner: Drafter, text: Sequence[int], acceptance: float, seed: int = 0) -> None:
+        if not 0.0 <= acceptance <= 1.0:
+            raise ValueError(f"acceptance is {acceptance}: a probability is from 0 to 1")
+        self.inner = inner
+        self.text = list(text)
+        self.acceptance = acceptance
+        self.seed = seed
+
+    @property
+    def forwards(self) -> int:
+        return self.inner.forwards
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        tree = self.inner.propose(context, limit)
+        children = tree.children()
+        tokens = tree.tokens.tolist()
+        right: int | None = 0
+        for depth in range(tree.depth):
+            place = len(context.tokens) + depth
+            if right is None or place >= len(self.text):
+                break
+            known = self.text[place]
+            following = children[right]
+            for node in following:
+                tokens[node - 1] = (known + 1) % context.vocab_size
+            right = None
+            if following and self._hits(place):
+                right = following[0]
+                tokens[right - 1] = known
+        return DraftTree(torch.tensor(tokens, dtype=torch.long), tree.parents)
+
+    def _hits(self, place: int) -> bool:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + place)
+        return torch.rand((), generator=generator).item() < self.acceptance
+
+
+def examples(target: LM) -> dict[str, ReplayDrafter]:
+    return {"replay": ReplayDrafter(ModelDrafter(target.subset([0])), range(target.vocab_size), acceptance=0.8)}

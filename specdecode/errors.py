@@ -1,0 +1,17 @@
+"""The errors that a caller can act on; everything else that is wrong with an input is a `ValueError`."""
+
+
+class SpecDecodeError(Exception):
+    """Base of the package's own errors. Its text is one sentence: what is wrong, and the way out."""
+
+
+class UnsupportedModelError(SpecDecodeError):
+    """The architecture cannot be decoded exactly by this package; the sentence gives the reason."""
+
+
+class TokenizerMismatchError(SpecDecodeError):
+    """Target and draft do not share a vocabulary; the sentence names the first difference."""
+
+
+class ModelFileError(SpecDecodeError):
+    """A model's files are missing, damaged or cannot be fetched or stored."""

@@ -1,0 +1,298 @@
+"""A causal language model that reads and writes KV slots: the only caller of a Hugging Face forward."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdecode.errors import UnsupportedModelError
+from specdecode.slots import Slots
+from specdecode.tree import DraftTree
+
+_MASKABLE = {"full_attention", "sliding_attention"}
+# Longest piece of a prompt in one forward: bounds the mask and the activations, and is wide enough to be efficient.
+PREFILL_CHUNK = 512
+# How far a tree forward may lie from a sequential one, in standard deviations of the logits: far above what rounding
+# does, far below what a wrong mask or position does.
+_PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.25}
+
+
+class LM:
+    """A Hugging Face causal LM, checked to decode exactly through a tree mask and KV slots.
+
+    Attributes:
+        model: the wrapped model, switched to evaluation; not changed otherwise.
+        tokenizer: its tokenizer, if it was given one.
+        name: for tables and messages.
+        synthetic: the weights are random; only costs can be measured with it.
+        vocab_size: width of the logits.
+        context_length: tokens that prompt and output may have together.
+
+    Raises:
+        UnsupportedModelError: this design cannot serve the architecture; the sentence says why.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str | None = None,
+        synthetic: bool = False,
+    ) -> None:
+        self.model = model
+        model.train(False)
+        self.tokenizer = tokenizer
+        self.name = name or model.config.name_or_path or type(model).__name__
+        self.synthetic = synthetic
+        config = model.config.get_text_config(decoder=True)
+        self.vocab_size: int = config.vocab_size
+        self.context_length = _context_length(config)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if reason := _refusal(model):
+            raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
+        self._window: int | None = _window(config)
+        self._mask_per_layer_type = False
+        if self._window is not None:
+            self._mask_per_layer_type = self._takes_mask_per_layer_type(config)
+        self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that the model itself declares to end a text; a caller decides whether to stop at them."""
+        declared = getattr(self.model.generation_config, "eos_token_id", None)
+        if declared is None:
+            return ()
+        return (declared,) if isinstance(declared, int) else tuple(declared)
+
+    def new_slots(self, capacity: int) -> Slots:
+        return Slots(capacity, self.device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        slots: Slots,
+        tokens: Int[Tensor, " n"],
+        *,
+        positions: Int[Tensor, " n"] | None = None,
+        visible: Bool[Tensor, "n s"] | None = None,
+        rows: int = 1,
+    ) -> Float[Tensor, "rows V"]:
+        """Run tokens through the model, appending their keys and values to the slots.
+
+        Args:
+            slots: grown by n.
+            tokens: on any device.
+            positions: of the tokens; by default they follow the slots already filled.
+            visible: row i marks which of the last s slots (the new ones included) token i attends to; all slots before
+                those it does. By default the tokens are a chain.
+            rows: of how many of the last tokens the logits are wanted.
+
+        Returns:
+            Logits of the last `rows` tokens.
+        """
+        count, start = len(tokens), slots.length
+        if positions is None:
+            positions = torch.arange(start, start + count, device=self.device)
+        if visible is None:
+            visible = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
+        slots.append(positions)
+        kept = {"logits_to_keep": rows} if self._keeps_logits else {}
+        output = self.model(
+            input_ids=tokens.to(self.device)[None],
+            attention_mask=self._mask(slots, visible),
+            position_ids=positions[None],
+            past_key_values=slots,
+            use_cache=True,
+            **kept,
+        )
+        logits: Tensor = output.logits[0, -rows:]
+        return logits
+
+    def read(self, slots: Slots, tokens: Sequence[int]) -> tuple[Float[Tensor, "1 V"], int]:
+        """Append a text of any length to the slots.
+
+        Returns:
+            Logits of its last token, and the number of forwards that it took.
+        """
+        chunks = [tokens[i : i + PREFILL_CHUNK] for i in range(0, len(tokens), PREFILL_CHUNK)]
+        for chunk in chunks:
+            logits = self.forward(slots, torch.tensor(chunk))
+        return logits, len(chunks)
+
+    def forward_tree(self, slots: Slots, pending: Sequence[int], tree: DraftTree) -> Float[Tensor, "N+1 V"]:
+        """Run the committed tokens that the slots lack, the last of which is the root, and a tree over them.
+
+        Returns:
+            Logits at the root and at each node. The slots have grown by ``len(pending) + N``.
+        """
+        stem, size = len(pending), len(pending) + len(tree)
+        tokens = torch.tensor(pending, device=self.device)
+        if not len(tree):
+            return self.forward(slots, tokens)
+        visible = torch.ones(size, size, dtype=torch.bool).tril()
+        visible[stem - 1 :, stem - 1 :] = tree.visibility
+        positions = torch.arange(slots.length, slots.length + size)
+        positions[stem - 1 :] = slots.length + stem - 1 + tree.depths
+        return self.forward(
+            slots,
+            torch.cat([tokens, tree.tokens.to(self.device)]),
+            positions=positions.to(self.device),
+            visible=visible.to(self.device),
+            rows=len(tree) + 1,
+        )
+
+    def _mask(self, slots: Slots, visible: Bool[Tensor, "n s"]) -> Tensor | dict[str, Tensor]:
+        count, recent = visible.shape
+        allowed = torch.ones(count, slots.length, dtype=torch.bool, device=self.device)
+        allowed[:, slots.length - recent :] = visible
+        if self._window is None:
+            return self._additive(allowed)
+        positions = slots.positions[: slots.length]
+        near = allowed & (positions[-count:, None] - positions[None, :] < self._window)
+        if self._mask_per_layer_type:
+            return {"full_attention": self._additive(allowed), "sliding_attention": self._additive(near)}
+        return self._additive(near)
+
+    def _additive(self, allowed: Bool[Tensor, "n length"]) -> Float[Tensor, "1 1 n length"]:
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)[None, None]
+
+    def _takes_mask_per_layer_type(self, config: PretrainedConfig) -> bool:
+        """Whether the model accepts a mask for each kind of layer: seen by giving it one."""
+        self._mask_per_layer_type = True
+        try:
+            self.forward(self.new_slots(1), torch.zeros(1, dtype=torch.long))
+        except (AttributeError, TypeError, ValueError, KeyError):
+            if len(set(getattr(config, "layer_types", None) or ["sliding_attention"])) > 1:
+                raise UnsupportedModelError(
+                    f"{self.name} cannot be decoded exactly: only some of its layers have a sliding window, and its"
+                    " code takes one mask for all"
+                ) from None
+            return False
+        return True
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """A short tree through the slots must give the logits of sequential forwards without them."""
+        stem = [(11 * i + 3) % self.vocab_size for i in range(5)]
+        nodes = [(7 * i + 5) % self.vocab_size for i in range(11)]
+        after = self.vocab_size // 2
+        # Eight siblings, so that slot and position lie far apart in the branch below the last of them.
+        tree = DraftTree(torch.tensor(nodes), torch.tensor([0] * 8 + [8, 8, 9]))
+        accepted = [8, 9, 11]
+        try:
+            slots = self.new_slots(len(stem))
+            at_nodes = self.forward_tree(slots, stem, tree)
+            slots.keep([len(stem) - 1 + node for node in accepted], after=len(stem))
+            at_end = self.forward(slots, torch.tensor([after]))
+            for path in ([3], [8, 10], accepted):
+                text = stem + [nodes[i - 1] for i in path] + [after]
+                expected = self.model(torch.tensor([text], device=self.device), use_cache=False).logits[0]
+                seen = torch.cat([at_nodes[[0, *path]], at_end if path is accepted else at_end[:0]])
+                expected = expected[len(stem) - 1 :][: len(seen)].double()
+                error = ((seen.double() - expected).abs().max() / expected.std()).item()
+                if not error <= _PROBE_TOLERANCE[self.dtype]:
+                    raise UnsupportedModelError(
+                        f"{self.name} cannot be decoded exactly: a tree through its cache gives other logits than the"
+                        f" same tokens in sequence (off by {error:.2g} standard deviations), as happens where positions"
+                        " are taken from cache slots (ALiBi) or a layer ignores the given mask"
+                    )
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{self.name} cannot be decoded exactly: its forward does not take a 4-D mask, positions and a cache of"
+                f" keys and values ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            ) from error
+
+    def subset(self, layers: Sequence[int]) -> LM:
+        """A smaller model of some of this one's layers, sharing all parameters: a draft that needs no training.
+
+        (Layer skipping as self-speculation: Zhang et al. 2024, "Draft & Verify".)
+
+        Args:
+            layers: indices of the layers that stay, ascending.
+
+        Raises:
+            ValueError: no layers, out of range, or out of order.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        total = config.num_hidden_layers
+        if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
+            raise ValueError(f"layers is {list(layers)}: it must be ascending indices from 0 to {total - 1}")
+        model = _shell(self.model)
+        stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total)
+        stack._modules = {str(i): stack[layer] for i, layer in enumerate(layers)}
+        for i, layer in enumerate(stack):
+            for module in layer.modules():
+                if "layer_idx" in vars(module):
+                    module.layer_idx = i  # type: ignore[assignment]
+        smaller = copy.deepcopy(self.model.config)
+        text = smaller.get_text_config(decoder=True)
+        if getattr(text, "layer_types", None):
+            text.layer_types = [text.layer_types[layer] for layer in layers]
+        text.num_hidden_layers = len(layers)
+        for module in model.modules():
+            if isinstance(vars(module).get("config"), PretrainedConfig):
+                module.config = smaller if vars(module)["config"] is self.model.config else text
+        return LM(model, self.tokenizer, name=f"{self.name}[{len(layers)} of {total} layers]", synthetic=self.synthetic)
+
+
+def _shell(module: Any) -> Any:
+    """A copy of the module objects, sharing every parameter and buffer."""
+    shell = copy.copy(module)
+    shell._modules = {name: None if child is None else _shell(child) for name, child in module._modules.items()}
+    return shell
+
+
+def _context_length(config: PretrainedConfig) -> int:
+    """Positions that the model may use without its rotation changing under the keys that are cached."""
+    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond it, all positions rotate by other factors, and cached keys would be wrong.
+        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+    return int(limit)
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _refusal(model: PreTrainedModel) -> str | None:
+    """Why the configuration alone rules the model out, if it does."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if other := sorted(set(getattr(config, "layer_types", None) or ()) - _MASKABLE):
+        return f"it has layers of type {', '.join(other)}, which a tree mask over KV slots cannot serve"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "its local attention layers count their window in cache slots and ignore the given mask"
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        return "its ALiBi biases are taken from cache slots, not from the given positions"
+    implementation = config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        return f"attention {implementation!r} takes no 4-D mask; load it with attn_implementation='sdpa'"
+    return None

@@ -1,0 +1,96 @@
+"""From logits to the law that a token is drawn from, and the one source of randomness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Rng:
+    """All the randomness of one generation: biased coins and draws from a law.
+
+    Everything is decided by uniform numbers drawn on the CPU in float64, so a seed means the same on every device, and
+    a test can put an enumeration of all outcomes in the place of this class.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def coin(self, probability: float | Float[Tensor, ""]) -> bool:
+        """True with the given probability (anything from 1 up is certain)."""
+        return torch.rand((), generator=self._generator, dtype=torch.float64).item() < float(probability)
+
+    def draw(self, law: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
+        """One index from each row, by inversion of its cumulative sum; rows need not be normalised.
+
+        An entry of probability zero is never drawn: the cumulative sum does not rise there.
+        """
+        uniform = torch.rand(law.shape[:-1], generator=self._generator, dtype=torch.float64).to(law.device)
+        cumulative = law.double().cumsum(-1)
+        heights = uniform.unsqueeze(-1) * cumulative[..., -1:]
+        # Only a row without any mass, or a product rounded up to the whole of it, points behind the last entry.
+        return torch.searchsorted(cumulative, heights, right=True).squeeze(-1).clamp(max=law.shape[-1] - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen from the target's logits.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: keep the k most probable tokens (and any that tie with the last of them); 0 keeps all.
+        top_p: keep the fewest most probable tokens whose mass reaches this share (nucleus sampling, Holtzman et al.
+            2020); 1 keeps all. Applied after top_k.
+        seed: of the generator; None draws one.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: it must be 0 (keep all tokens) or a positive number")
+        if not (0.0 < self.top_p <= 1.0):
+            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def rng(self) -> Rng:
+        return Rng(self.seed)
+
+    def probs(self, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
+        """The law that a token is drawn from: after temperature, then top_k, then top_p. At least float32.
+
+        Under greedy decoding it is the plain softmax: not the law of the choice, which is one-hot, but what a drafter
+        ranks its proposals by.
+        """
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if self.greedy:
+            return scores.softmax(-1)
+        scores = scores / self.temperature
+        if 0 < self.top_k < scores.shape[-1]:
+            lowest = scores.topk(self.top_k).values[..., -1:]
+            scores = scores.masked_fill(scores < lowest, -torch.inf)
+        if self.top_p < 1.0:
+            ranked, order = scores.sort(descending=True)
+            mass = ranked.softmax(-1)
+            # A token goes when the ones before it already reach top_p; the first one always stays.
+            beyond = (mass.cumsum(-1) - mass) >= self.top_p
+            scores = scores.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+        return scores.softmax(-1)

@@ -1,0 +1,104 @@
+"""The KV slots of one sequence, and the one operation on them: keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Slots:
+    """Keys and values of one sequence, layer by layer, and the position of each.
+
+    A transformers model writes here through `update` and `get_seq_length`, all that it asks of its cache. Slots are
+    allocated at the first write and grown by doubling; those below `length` are filled.
+
+    Attributes:
+        length: filled slots.
+        positions: [capacity] the position of each slot's token; the first `length` are meaningful.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.length = 0
+        self.positions: Int[Tensor, " capacity"] = torch.zeros(max(capacity, 1), dtype=torch.long, device=device)
+        self._keys: dict[int, Float[Tensor, "1 heads capacity dim"]] = {}
+        self._values: dict[int, Float[Tensor, "1 heads capacity dim"]] = {}
+        self._written = 0
+
+    @property
+    def capacity(self) -> int:
+        return len(self.positions)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the filled slots' keys and values over all layers."""
+        tensors = (*self._keys.values(), *self._values.values())
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors) * self.length
+
+    @torch.inference_mode()
+    def append(self, positions: Int[Tensor, " n"]) -> None:
+        """Take the next n slots for tokens at these positions; the forward that follows writes them."""
+        self._written = self.length
+        self.length += len(positions)
+        if self.length > self.capacity:
+            self._grow(max(self.length, 2 * self.capacity))
+        self.positions[self._written : self.length] = positions
+
+    def _grow(self, capacity: int) -> None:
+        wider = torch.zeros(capacity, dtype=torch.long, device=self.positions.device)
+        wider[: self.capacity] = self.positions
+        self.positions = wider
+        for layers in (self._keys, self._values):
+            for layer, held in layers.items():
+                layers[layer] = held.new_empty(1, held.shape[1], capacity, held.shape[3])
+                layers[layer][:, :, : self._written] = held[:, :, : self._written]
+
+    def update(
+        self,
+        keys: Float[Tensor, "1 heads n dim"],
+        values: Float[Tensor, "1 heads n dim"],
+        layer: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Float[Tensor, "1 heads length dim"], Float[Tensor, "1 heads length dim"]]:
+        """Write one layer's keys and values into the slots taken last; return all that the layer holds."""
+        if layer not in self._keys:
+            self._keys[layer] = keys.new_empty(1, keys.shape[1], self.capacity, keys.shape[3])
+            self._values[layer] = values.new_empty(1, values.shape[1], self.capacity, values.shape[3])
+        held_keys, held_values = self._keys[layer], self._values[layer]
+        held_keys[:, :, self._written : self.length] = keys
+        held_values[:, :, self._written : self.length] = values
+        return held_keys[:, :, : self.length], held_values[:, :, : self.length]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Slots filled before the forward under way."""
+        return self._written
+
+    @torch.inference_mode()
+    def keep(self, indices: Sequence[int], after: int = 0) -> None:
+        """Of the slots from `after` on, keep only these, in this order; the ones below `after` all stay.
+
+        Accepting a path, rolling back and evicting are all this operation. Where the kept slots lie already in place,
+        only the length moves.
+
+        Args:
+            indices: slots to keep, ascending, each in [after, length).
+            after: slots below this one are not touched.
+
+        Raises:
+            ValueError: an index is out of range or out of order.
+        """
+        if any(b <= a for a, b in zip((after - 1, *indices), (*indices, self.length), strict=False)):
+            raise ValueError(f"slots to keep must ascend within [{after}, {self.length}), got {list(indices)}")
+        in_place = next((i for i, slot in enumerate(indices) if slot != after + i), len(indices))
+        moving = list(indices[in_place:])
+        if moving:
+            source = torch.tensor(moving, device=self.positions.device)
+            target = slice(after + in_place, after + len(indices))
+            self.positions[target] = self.positions[source]
+            for held in (*self._keys.values(), *self._values.values()):
+                held[:, :, target] = held[:, :, source]
+        self.length = after + len(indices)

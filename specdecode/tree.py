@@ -1,0 +1,102 @@
+"""The draft tree: what a drafter proposes and a target verifies. A chain is a tree; nothing is the empty tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftTree:
+    """Proposed tokens hanging from the root, the last committed token.
+
+    Nodes are numbered with the root as 0 and ``tokens[i]`` as node i+1. Parents precede their children, and siblings
+    are tried in the order in which they stand.
+
+    Attributes:
+        tokens: [N] the proposed token ids.
+        parents: [N] the node that each proposal follows, ``0 <= parents[i] <= i``.
+        probs: [N, V] the law that each token was drawn from, given its earlier siblings; None if the proposals are
+            deterministic (the law is then one-hot).
+
+    Raises:
+        ValueError: the shapes disagree, or a parent does not precede its child. Values are looked at only where that
+            needs no device synchronisation.
+    """
+
+    tokens: Int[Tensor, " N"]
+    parents: Int[Tensor, " N"]
+    probs: Float[Tensor, "N V"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or self.parents.shape != self.tokens.shape:
+            raise ValueError(
+                f"a draft tree needs one parent for each token, got {tuple(self.tokens.shape)} tokens"
+                f" and {tuple(self.parents.shape)} parents"
+            )
+        if self.probs is not None and (self.probs.ndim != 2 or len(self.probs) != len(self)):
+            raise ValueError(
+                f"a draft tree of {len(self)} tokens needs probs of shape [{len(self)}, V],"
+                f" got {tuple(self.probs.shape)}"
+            )
+        if self.parents.device.type == "cpu":
+            for node, parent in enumerate(self.parents.tolist()):
+                if not 0 <= parent <= node:
+                    raise ValueError(
+                        f"parents[{node}] is {parent}: a parent must come before its child (0 to {node}, 0 is the root)"
+                    )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @staticmethod
+    def empty() -> DraftTree:
+        """The tree of no proposals: one step of autoregressive decoding."""
+        none = torch.empty(0, dtype=torch.long)
+        return DraftTree(none, none)
+
+    @staticmethod
+    def chain(tokens: Int[Tensor, " N"], probs: Float[Tensor, "N V"] | None = None) -> DraftTree:
+        """Each token follows the one before it."""
+        return DraftTree(tokens, torch.arange(len(tokens)), probs)
+
+    @property
+    def visibility(self) -> Bool[Tensor, "N+1 N+1"]:
+        """Row i marks the nodes that node i may attend to: itself, its ancestors and the root."""
+        size = len(self) + 1
+        reach = torch.eye(size, device=self.parents.device)
+        reach[torch.arange(1, size, device=reach.device), self.parents] = 1.0
+        # Squaring the one-step relation doubles the distance it covers.
+        for _ in range(max(size - 2, 0).bit_length()):
+            reach = (reach @ reach).clamp(max=1.0)
+        return reach > 0
+
+    @property
+    def depths(self) -> Int[Tensor, " N+1"]:
+        """Distance of each node from the root, whose depth is 0."""
+        return self.visibility.sum(1) - 1
+
+    @property
+    def depth(self) -> int:
+        """The longest path from the root, in tokens."""
+        return int(self.depths.max())
+
+    def children(self) -> list[list[int]]:
+        """For each node, the nodes that follow it, in the order in which they are tried."""
+        following: list[list[int]] = [[] for _ in range(len(self) + 1)]
+        for node, parent in enumerate(self.parents.tolist(), start=1):
+            following[parent].append(node)
+        return following
+
+    def clip(self, depth: int) -> DraftTree:
+        """The tree without the nodes deeper than ``depth``."""
+        kept = (self.depths[1:] <= depth).nonzero()[:, 0]
+        if len(kept) == len(self):
+            return self
+        renumbered = torch.zeros(len(self) + 1, dtype=torch.long, device=self.parents.device)
+        renumbered[kept + 1] = torch.arange(1, len(kept) + 1, device=self.parents.device)
+        probs = None if self.probs is None else self.probs[kept]
+        return DraftTree(self.tokens[kept], renumbered[self.parents[kept]], probs)
