@@ -1,45 +1,66 @@
 """Speculative decoding for Hugging Face models: exact, measured, and gated in CI.
 
-import specdecode
-target = specdecode.load("smollm2-135m")
-result = specdecode.generate(target, prompt_token_ids, drafter=specdecode.PromptLookup())
+Public names are loaded when they are first used, so that what needs no model (the command line's help, the pytest
+plugin) does not wait for torch.
 """
 
-from specdecode.controller import FixedK
-from specdecode.decode import generate
-from specdecode.drafters.lookup import PromptLookup
-from specdecode.drafters.model import ModelDrafter
-from specdecode.drafters.none import NoDraft
-from specdecode.drafters.replay import ReplayDrafter
-from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree
-from specdecode.errors import SpecDecodeError, TokenizerMismatchError, UnsupportedModelError
-from specdecode.lm import LM
-from specdecode.load import load
-from specdecode.policies.keep_all import KeepAll
-from specdecode.result import Generation, Step
-from specdecode.sampling import Sampling
-from specdecode.tree import DraftTree
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specdecode.controller import FixedK as FixedK
+    from specdecode.decode import generate as generate
+    from specdecode.drafters.lookup import PromptLookup as PromptLookup
+    from specdecode.drafters.model import ModelDrafter as ModelDrafter
+    from specdecode.drafters.none import NoDraft as NoDraft
+    from specdecode.drafters.replay import ReplayDrafter as ReplayDrafter
+    from specdecode.drafters.shapes import BestFirstTree as BestFirstTree
+    from specdecode.drafters.shapes import Chain as Chain
+    from specdecode.drafters.shapes import StaticTree as StaticTree
+    from specdecode.errors import SpecDecodeError as SpecDecodeError
+    from specdecode.errors import TokenizerMismatchError as TokenizerMismatchError
+    from specdecode.errors import UnsupportedModelError as UnsupportedModelError
+    from specdecode.lm import LM as LM
+    from specdecode.loading import load as load
+    from specdecode.policies.keep_all import KeepAll as KeepAll
+    from specdecode.result import Generation as Generation
+    from specdecode.result import Step as Step
+    from specdecode.sampling import Sampling as Sampling
+    from specdecode.tree import DraftTree as DraftTree
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LM",
-    "BestFirstTree",
-    "Chain",
-    "DraftTree",
-    "FixedK",
-    "Generation",
-    "KeepAll",
-    "ModelDrafter",
-    "NoDraft",
-    "PromptLookup",
-    "ReplayDrafter",
-    "Sampling",
-    "SpecDecodeError",
-    "StaticTree",
-    "Step",
-    "TokenizerMismatchError",
-    "UnsupportedModelError",
-    "generate",
-    "load",
-]
+_HOMES = {
+    "LM": "lm",
+    "BestFirstTree": "drafters.shapes",
+    "Chain": "drafters.shapes",
+    "DraftTree": "tree",
+    "FixedK": "controller",
+    "Generation": "result",
+    "KeepAll": "policies.keep_all",
+    "ModelDrafter": "drafters.model",
+    "NoDraft": "drafters.none",
+    "PromptLookup": "drafters.lookup",
+    "ReplayDrafter": "drafters.replay",
+    "Sampling": "sampling",
+    "SpecDecodeError": "errors",
+    "StaticTree": "drafters.shapes",
+    "Step": "result",
+    "TokenizerMismatchError": "errors",
+    "UnsupportedModelError": "errors",
+    "generate": "decode",
+    "load": "loading",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -83,6 +83,13 @@ class LM:
             return ()
         return (declared,) if isinstance(declared, int) else tuple(declared)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; its bytes, if there is no tokenizer: models of random weights take any ids."""
+        if self.tokenizer is None:
+            return [byte % self.vocab_size for byte in text.encode()]
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
     def new_slots(self, capacity: int) -> Slots:
         return Slots(capacity, self.device)
 
@@ -138,7 +145,7 @@ class LM:
             logits = self.forward(slots, torch.tensor(chunk))
         return logits, len(chunks)
 
-    def forward_tree(self, slots: Slots, pending: Sequence[int], tree: DraftTree) -> Float[Tensor, "N+1 V"]:
+    def forward_tree(self, slots: Slots, pending: Sequence[int], tree: DraftTree) -> Float[Tensor, "nodes V"]:
         """Run the committed tokens that the slots lack, the last of which is the root, and a tree over them.
 
         Returns:
@@ -240,6 +247,7 @@ class LM:
         if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
             raise ValueError(f"layers is {list(layers)}: it must be ascending indices from 0 to {total - 1}")
         model = _shell(self.model)
+        model.generation_config = copy.deepcopy(self.model.generation_config)
         stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total)
         stack._modules = {str(i): stack[layer] for i, layer in enumerate(layers)}
         for i, layer in enumerate(stack):

@@ -64,7 +64,7 @@ class DraftTree:
         return DraftTree(tokens, torch.arange(len(tokens)), probs)
 
     @property
-    def visibility(self) -> Bool[Tensor, "N+1 N+1"]:
+    def visibility(self) -> Bool[Tensor, "nodes nodes"]:
         """Row i marks the nodes that node i may attend to: itself, its ancestors and the root."""
         size = len(self) + 1
         reach = torch.eye(size, device=self.parents.device)
@@ -75,7 +75,7 @@ class DraftTree:
         return reach > 0
 
     @property
-    def depths(self) -> Int[Tensor, " N+1"]:
+    def depths(self) -> Int[Tensor, " nodes"]:
         """Distance of each node from the root, whose depth is 0."""
         return self.visibility.sum(1) - 1
 

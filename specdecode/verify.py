@@ -33,7 +33,7 @@ class Verdict:
         return self.tokens[-1]
 
 
-def accept(tree: DraftTree, target: Float[Tensor, "N+1 V"] | Int[Tensor, " N+1"], rng: Rng) -> Verdict:
+def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nodes"], rng: Rng) -> Verdict:
     """Verify a tree against the target's law at its root and at each of its nodes.
 
     Args:

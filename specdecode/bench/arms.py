@@ -1,0 +1,199 @@
+"""Arms: ways to decode, ours and the peers', under one interface and one counter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from specdecode.bench.environment import synchronise
+from specdecode.controller import FixedK
+from specdecode.decode import generate
+from specdecode.drafters.base import Drafter
+from specdecode.drafters.lookup import PromptLookup
+from specdecode.drafters.model import ModelDrafter
+from specdecode.drafters.none import NoDraft
+from specdecode.drafters.replay import ReplayDrafter
+from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeShape
+from specdecode.lm import LM
+from specdecode.result import Generation
+
+BASELINE = "ar"
+"""The arm that all others are compared with: autoregressive decoding by this package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One output and its times.
+
+    Attributes:
+        tokens: the new tokens.
+        total_s: seconds of the whole call, the device synchronised.
+        ttft_s: seconds to the first committed tokens.
+        steps: target forwards that committed tokens.
+        generation: all counters, for our own arms; None for a peer's.
+    """
+
+    tokens: list[int]
+    total_s: float
+    ttft_s: float
+    steps: int
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to decode.
+
+    Attributes:
+        name: in tables, test ids and baselines.
+        run: from a prompt, the number of new tokens and the baseline's output of the same prompt (for replayed drafts)
+            to a run.
+        synthetic: its acceptance is set and not found out.
+    """
+
+    name: str
+    run: Callable[[Sequence[int], int, Sequence[int]], Run]
+    synthetic: bool = False
+
+
+def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Arm:
+    """An arm from a preset's entry.
+
+    Keys: `drafter` ("none", "lookup" or "model"), `k`, `nodes`, `ngram`, `branches`, `shape` ("chain", "static" or
+    "best-first"), `branching`, `threshold`, `replay` (acceptance), or `peer` ("generate", "assisted" or
+    "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops drafting).
+
+    Raises:
+        ValueError: a key or value that is not known, or a draft model that is missing.
+    """
+    options = dict(options)
+    peer = options.pop("peer", None)
+    needs_draft = peer == "assisted" or options.get("drafter") == "model"
+    if needs_draft and draft is None:
+        raise ValueError(f"arm {name!r} needs a draft model: name one with --draft")
+    replay = options.pop("replay", None)
+    run = _ours(options, target, draft, replay) if peer is None else _peer(peer, options, target, draft)
+    if options:
+        raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
+    return Arm(name, run, synthetic=target.synthetic or replay is not None)
+
+
+def _ours(
+    options: dict[str, Any], target: LM, draft: LM | None, replay: float | None
+) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
+    kind = options.pop("drafter", "none")
+    controller = FixedK(options.pop("k", 5))
+    make_drafter: Callable[[], Drafter]
+    if kind == "none":
+        make_drafter = NoDraft
+    elif kind == "lookup":
+        lookup = {"max_ngram": options.pop("ngram", 3), "branches": options.pop("branches", 1)}
+        PromptLookup(**lookup)  # wrong values are told before anything is measured
+
+        def make_drafter() -> Drafter:
+            return PromptLookup(**lookup)
+    elif kind == "model" and draft is not None:
+        shape = _shape(options)
+
+        def make_drafter() -> Drafter:
+            return ModelDrafter(draft, shape)
+    else:
+        raise ValueError(f"no drafter is named {kind!r}: choose from none, lookup, model")
+
+    def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
+        # A fresh drafter every time: a used one would still hold the prompt.
+        drafter = make_drafter()
+        if replay is not None:
+            drafter = ReplayDrafter(drafter, [*prompt, *expected], replay)
+        result, total = _timed(
+            target,
+            lambda: generate(target, prompt, drafter=drafter, controller=controller, max_new_tokens=max_new_tokens),
+        )
+        return Run(result.tokens, total, result.ttft_s, len(result.steps), result)
+
+    return run
+
+
+def _shape(options: dict[str, Any]) -> TreeShape:
+    kind = options.pop("shape", "chain")
+    if kind == "chain":
+        return Chain()
+    if kind == "static":
+        return StaticTree(tuple(options.pop("branching", (2,) * 5)), options.pop("nodes", 32))
+    if kind == "best-first":
+        return BestFirstTree(options.pop("nodes", 32), options.pop("threshold", 0.1))
+    raise ValueError(f"no tree shape is named {kind!r}: choose from chain, static, best-first")
+
+
+def _peer(
+    kind: str, options: dict[str, Any], target: LM, draft: LM | None
+) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
+    """transformers' own decoding of the same modules, its settings those of the arm that it is compared with."""
+    settings: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    if kind == "assisted":
+        assert draft is not None
+        arguments["assistant_model"] = draft.model
+        draft_settings = {
+            "num_assistant_tokens": options.pop("k", 5),
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": options.pop("confidence", 0.0),
+        }
+    elif kind == "prompt-lookup":
+        settings = {"prompt_lookup_num_tokens": options.pop("k", 5), "max_matching_ngram_size": options.pop("ngram", 2)}
+        draft_settings = {}
+    elif kind == "generate":
+        draft_settings = {}
+    else:
+        raise ValueError(f"no peer is named {kind!r}: choose from generate, assisted, prompt-lookup")
+
+    def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
+        # What a configuration leaves open, transformers takes from the model: a bare one keeps stop tokens off.
+        target.model.generation_config = GenerationConfig(pad_token_id=0)
+        if draft is not None and draft_settings:
+            draft.model.generation_config = GenerationConfig(pad_token_id=0, **draft_settings)
+        configuration = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, **settings)
+        ids = torch.tensor([list(prompt)], device=target.device)
+        clock = _Clock()
+        started = time.perf_counter()
+        output, total = _timed(
+            target,
+            lambda: target.model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=configuration,
+                streamer=clock,
+                **arguments,
+            ),
+        )
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return Run(tokens, total, clock.times[1] - started, len(clock.times) - 1)
+
+    return run
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens come; the first that it is given is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _timed(target: LM, call: Callable[[], Any]) -> tuple[Any, float]:
+    synchronise(target.device)
+    started = time.perf_counter()
+    result = call()
+    synchronise(target.device)
+    return result, time.perf_counter() - started

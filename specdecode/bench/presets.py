@@ -1,0 +1,49 @@
+"""Experiments by name: TOML files that list arms, prompts, lengths and repeats."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What to measure.
+
+    Attributes:
+        arms: for each arm's name, how it decodes; `bench.arms.make` knows the keys.
+        prompts: data sets and counts, as `evals.data.token_prompts` reads them.
+        max_new_tokens: length of every output: benchmarks do not stop at stop tokens.
+        repeats: blocks for each prompt.
+    """
+
+    arms: dict[str, dict[str, Any]]
+    prompts: str
+    max_new_tokens: int
+    repeats: int
+
+
+def preset(name: str) -> Preset:
+    """A preset of the package by name, or of a TOML file by path.
+
+    Raises:
+        ValueError: no such preset, or not one by its content.
+    """
+    folder = Path(str(files("specdecode.bench") / "presets"))
+    known = sorted(file.stem for file in folder.glob("*.toml"))
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Preset(**content)
+    except OSError:
+        raise ValueError(f"no preset is named {name!r}: choose from {', '.join(known)}, or name a .toml file") from None
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise ValueError(f"preset {name!r} cannot be read: {error}") from None

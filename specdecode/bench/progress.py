@@ -1,0 +1,52 @@
+"""Progress of long work, on a terminal or in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LOG_INTERVAL_S = 15.0
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A function to call with (done, total, what is going on): a bar on a terminal, else a line now and then."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield _log(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("measuring")
+
+        def tell(done: int, total: int, doing: str) -> None:
+            bar.update(task, completed=done, total=total, description=doing)
+
+        yield tell
+
+
+def _log(console: Console) -> Callable[[int, int, str], None]:
+    started = time.monotonic()
+    told = 0.0
+
+    def tell(done: int, total: int, doing: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < _LOG_INTERVAL_S and done < total:
+            return
+        told = now
+        left = f"{(now - started) / done * (total - done):.0f} s left" if done else "starting"
+        console.print(f"{done}/{total} runs, {now - started:.0f} s, {left}: {doing}", highlight=False, soft_wrap=True)
+
+    return tell

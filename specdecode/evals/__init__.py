@@ -1,0 +1,1 @@
+"""Text to decode, and what decoding costs in quality."""

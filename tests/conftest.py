@@ -1,0 +1,28 @@
+"""Every shape that the package declares is checked while it is tested."""
+
+from __future__ import annotations
+
+import jaxtyping
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the first import of what is to be checked; the package's plugin, which comes earlier, brings none of it.
+
+    pytest reads this file even if only another suite is to run. That one measures what users run: unchecked, and with
+    all threads.
+    """
+    if config.getoption("benchmark") or config.getoption("quality"):
+        return
+    from tests import typecheck
+
+    jaxtyping.install_import_hook("specdecode", f"{typecheck.__name__}.typechecker")
+    # The models are so small that a second thread only costs.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes unchecked, as a user runs the package: for the package's own checks, and where time counts."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from specdecode import cli, load
+from tests.characters import CHARACTERS, save
+from tests.models import continuation
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save(tmp_path_factory.mktemp("model")))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command line in this process."""
+    monkeypatch.setattr(sys, "argv", ["specdecode", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        ("--drafter", "none"),
+        ("--drafter", "lookup", "--k", "3"),
+        ("--draft", "layers:0-1,3"),
+        ("--draft", "layers:0", "--tree", "static", "--k", "2"),
+        ("--draft", "layers:0-2", "--tree", "best-first"),
+    ],
+)
+def test_generate_streams_the_models_own_text_and_ends_with_measures(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str, drafter: tuple[str, ...]
+) -> None:
+    """Guards against text that is lost or doubled between steps, and options that do not reach the decoder."""
+    text = "the cat sat on the mat, the cat sat on"
+    code = run(
+        monkeypatch, "generate", text, "--target", model, "--max-new-tokens", "40", "--dtype", "float64", *drafter
+    )
+    out, err = capfd.readouterr()
+    loaded = load(model, dtype="float64", device="cpu")
+    tokens = continuation(loaded.model, loaded.encode(text), 40)
+    expected = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert code == 0
+    assert out == expected + "\n"
+    measures = r"40 tokens \(length\), [\d.]+ tokens/s, τ [\d.]+(, acceptance \d+%)?, TTFT \d+ ms"
+    assert re.fullmatch(measures, err.splitlines()[-1])
+    assert ("acceptance" in err) == ("none" not in drafter)
+
+
+def test_a_seed_makes_sampling_repeatable(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against a sampling option that is read and forgotten."""
+    texts = []
+    for seed in ("1", "1", "2"):
+        arguments = ("--target", model, "--temperature", "1.5", "--top-p", "0.95", "--seed", seed)
+        assert run(monkeypatch, "generate", "a cat", *arguments, "--max-new-tokens", "30") == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "x", "--k", "0"], "K is 0"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "x", "--top-p", "0"], "top_p is 0.0"),
+        (["generate", "x", "--top-k", "-2"], "top_k is -2"),
+        (["generate", "x", "--target", "./nowhere"], "no such folder: ./nowhere"),
+        (["generate", "x", "--target", "shape:nothing"], "no shape is named 'nothing'"),
+        (["generate", "x", "--target", "{model}", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "x", "--target", "{model}", "--draft", "{other}"], "does not share the vocabulary"),
+        (["generate", "x", "--target", "{model}", "--draft", "layers:5"], "ascending indices from 0 to 3"),
+        (["generate", "x", "--target", "{model}", "--draft", "layers:a"], "not of the form"),
+        (["generate", "x", "--target", "{model}", "--drafter", "model"], "needs a draft model"),
+        (["generate", "x", "--target", "{model}", "--drafter", "none", "--draft", "layers:0"], "of no use"),
+        (["generate", "x", "--target", "{model}", "--device", "tpu9"], "device 'tpu9'"),
+        (["generate", "x", "--target", "{model}", "--dtype", "int3"], "dtype 'int3'"),
+        (["generate", "x" * 2048, "--target", "{model}"], "holds 2048"),
+        (["generate", "x" * 2000, "--target", "{model}", "--max-new-tokens", "100"], "ask for at most 48"),
+        (["fetch", "./nowhere"], "no such folder"),
+        (["fetch", "{model}", "--again"], "--again is for"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    model: str,
+    tmp_path: Path,
+    arguments: list[str],
+    reason: str,
+) -> None:
+    """Guards against tracebacks, silence, and an exit code that a script cannot tell from success."""
+    if "{other}" in arguments:
+        save(tmp_path, characters=CHARACTERS[::-1])
+    arguments = [argument.format(model=model, other=tmp_path) for argument in arguments]
+    assert run(monkeypatch, *arguments) == 2
+    out, err = capfd.readouterr()
+    told = [line for line in err.splitlines() if line.startswith("specdecode: ")]
+    assert len(told) == 1
+    assert reason in told[0]
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_an_unknown_option_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Guards against a misspelt option that is ignored."""
+    assert run(monkeypatch, "generate", "x", "--temprature", "1") == 2
+    assert "--temprature" in capfd.readouterr().err
+
+
+def test_fetch_says_that_a_model_is_usable(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against a check that does not load what it vouches for."""
+    assert run(monkeypatch, "fetch", model) == 0
+    assert "context 2,048" in capfd.readouterr().out
+
+
+def test_doctor_tells_versions_device_and_bandwidth(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a doctor that fails where something is missing, which is where it is needed."""
+    assert run(monkeypatch, "doctor") == 0
+    out = capfd.readouterr().out
+    for part in ("torch", "transformers", "threads", "GB/s", "pytest --benchmark"):
+        assert part in out
+    assert float(re.search(r"copy on cpu\s+([\d.]+) GB/s", out).group(1)) > 0.1  # type: ignore[union-attr]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Guards against seconds of imports before a line of help, and before pytest collects anything."""
+    code = (
+        "import sys, specdecode.cli, specdecode.bench.plugin; sys.argv = ['specdecode', '--help']\n"
+        "try: specdecode.cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout

@@ -1,0 +1,147 @@
+"""The law of the first sampled tokens through the real decoder, caches and all, by enumeration of every random decision
+that it takes: the drafts drawn, the coins of the acceptance, and the tokens after them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+
+from specdecode import (
+    LM,
+    BestFirstTree,
+    Chain,
+    DraftTree,
+    FixedK,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    Sampling,
+    StaticTree,
+    generate,
+)
+from specdecode.controller import Limit
+from specdecode.drafters.base import Context, Drafter
+from tests.enumeration import BranchRng, law_of
+from tests.models import logits, small
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+VOCABULARY = 5
+PROMPT = (3, 1, 4, 1, 4, 1)
+
+
+@functools.cache
+def model(seed: int, vocabulary: int = VOCABULARY, layers: int = 1) -> LM:
+    return small(seed, vocab_size=vocabulary, num_hidden_layers=layers)
+
+
+def decoded_law(
+    monkeypatch: pytest.MonkeyPatch, drafter: Drafter, sampling: Sampling, length: int
+) -> dict[tuple[int, ...], float]:
+    """One drafter for all branches: what it remembers of one must not tell on the next."""
+
+    def run(rng: BranchRng) -> tuple[int, ...]:
+        monkeypatch.setattr(Sampling, "rng", lambda self: rng)
+        result = generate(
+            model(0, layers=2), PROMPT, drafter=drafter, controller=FixedK(2), sampling=sampling, max_new_tokens=length
+        )
+        return tuple(result.tokens)
+
+    return law_of(run)
+
+
+@functools.cache
+def target_law(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
+    """The same law from forwards without a cache."""
+
+    def next_law(text: tuple[int, ...]) -> list[float]:
+        return sampling.probs(logits(model(0, layers=2).model, PROMPT + text)[-1]).tolist()
+
+    laws = {text: next_law(text) for n in range(length) for text in itertools.product(range(VOCABULARY), repeat=n)}
+    law = {}
+    for text in itertools.product(range(VOCABULARY), repeat=length):
+        weight = 1.0
+        for i, token in enumerate(text):
+            weight *= laws[text[:i]][token]
+        law[text] = weight
+    return law
+
+
+def distance(law: dict[tuple[int, ...], float], other: dict[tuple[int, ...], float]) -> float:
+    return max(abs(law.get(text, 0.0) - other.get(text, 0.0)) for text in law.keys() | other.keys())
+
+
+def drafters() -> dict[str, Drafter]:
+    draft = model(1)
+    return {
+        "none": NoDraft(),
+        "lookup": PromptLookup(),
+        "lookup-tree": PromptLookup(max_ngram=1, branches=2),
+        "chain": ModelDrafter(draft, Chain()),
+        "static-tree": ModelDrafter(draft, StaticTree((2, 1))),
+        "wide-tree": ModelDrafter(draft, StaticTree((4,))),
+        "best-first-tree": ModelDrafter(draft, BestFirstTree(nodes=4, threshold=0.01)),
+        "wider-vocabulary": ModelDrafter(model(1, VOCABULARY + 3), StaticTree((2, 1))),
+        "narrower-vocabulary": ModelDrafter(model(1, VOCABULARY - 1), StaticTree((2, 1))),
+    }
+
+
+@pytest.mark.parametrize(
+    ("sampling", "length"),
+    [
+        # The last token is never drafted, so only of three tokens can two come from one tree.
+        (Sampling(0.8, top_k=2), 3),
+        (Sampling(0.8, top_k=3, top_p=0.9), 3),
+        (Sampling(0.8), 2),
+        (Sampling(1.5, top_p=0.7), 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", drafters().keys())
+def test_the_law_is_that_of_plain_sampling(
+    monkeypatch: pytest.MonkeyPatch, name: str, sampling: Sampling, length: int
+) -> None:
+    """Guards against a law handed over from before top-k or at another node, a cache that answers for another branch,
+    and a token drawn with the randomness that the draft has used."""
+    law = decoded_law(monkeypatch, drafters()[name], sampling, length)
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
+    assert distance(law, target_law(sampling, length)) < 1e-9
+
+
+@dataclass
+class WrongLaw:
+    """Hands over another law than its proposals were drawn from: the one at temperature 1, before top-k."""
+
+    inner: ModelDrafter
+
+    @property
+    def forwards(self) -> int:
+        return self.inner.forwards
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        tree = self.inner.propose(context, limit)
+        fresh = ModelDrafter(self.inner.draft, self.inner.shape)
+        whole = fresh.propose(replace(context, sampling=Sampling(1.0), rng=BranchRng([])), limit)
+        return DraftTree(tree.tokens, tree.parents, whole.probs[:1].expand(len(tree), -1))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8, top_k=3), Sampling(0.5)], ids=str)
+def test_another_law_than_the_one_drawn_from_is_found_out(monkeypatch: pytest.MonkeyPatch, sampling: Sampling) -> None:
+    """Guards against an enumeration that any drafter passes."""
+    law = decoded_law(monkeypatch, WrongLaw(ModelDrafter(model(1))), sampling, 2)
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
+    assert distance(law, target_law(sampling, 2)) > 1e-3
+
+
+def test_a_seed_fixes_the_text() -> None:
+    """Guards against randomness from anywhere but the generation's own generator."""
+
+    def text(seed: int) -> list[int]:
+        drafter = ModelDrafter(model(1), StaticTree((2, 1)))
+        return generate(model(0), PROMPT, drafter=drafter, sampling=Sampling(1.0, seed=seed), max_new_tokens=24).tokens
+
+    assert text(5) == text(5)
+    assert text(5) != text(6)

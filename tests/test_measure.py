@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from specdecode import LM, generate
+from specdecode.bench.arms import Arm, Run, make
+from specdecode.bench.measure import Results, classify, experiment
+from specdecode.bench.presets import preset
+from tests.models import ARCHITECTURES, build, lm, prompt
+
+PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
+
+
+class Calls:
+    """Arms that say what they are told to, in no time but the one that they claim."""
+
+    def __init__(self) -> None:
+        self.order: list[tuple[str, int]] = []
+        self.collecting: list[bool] = []
+
+    def arm(self, name: str, seconds: float, wrong: bool = False) -> Arm:
+        def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+            self.order.append((name, len(text)))
+            self.collecting.append(gc.isenabled())
+            tokens = generate(lm("llama"), text, max_new_tokens=length).tokens
+            if wrong:
+                # The least likely token: no rounding makes it the choice.
+                tokens[-1] = int(_logits(lm("llama"), [*text, *tokens[:-1]]).argmin())
+            return Run(tokens, seconds * len(self.order) ** 0.01, 0.25 * seconds, length)
+
+        return Arm(name, run)
+
+
+def _logits(target: LM, text: list[int]) -> torch.Tensor:
+    return target.forward(target.new_slots(1), torch.tensor(text))[-1]
+
+
+@pytest.fixture(scope="module")
+def calls() -> Calls:
+    return Calls()
+
+
+@pytest.fixture(scope="module")
+def results(calls: Calls) -> Results:
+    arms = [calls.arm("ar", 1.0), calls.arm("twice", 0.5), calls.arm("half", 2.0), calls.arm("liar", 0.1, wrong=True)]
+    return experiment(lm("llama"), arms, PROMPTS, max_new_tokens=12, repeats=3)
+
+
+def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: Calls) -> None:
+    """Guards against arms timed against a baseline of another moment, and against an order that favours one."""
+    warm_up, timed = calls.order[:4], calls.order[4:]
+    assert {name for name, _ in warm_up} == {"ar", "twice", "half", "liar"}
+    blocks = [timed[i : i + 5] for i in range(0, len(timed), 5)]
+    assert len(blocks) == 6
+    for block in blocks:
+        assert block[0][0] == block[-1][0] == "ar"
+        assert {name for name, _ in block[1:-1]} == {"twice", "half", "liar"}
+        assert len({length for _, length in block}) == 1
+    assert len({tuple(name for name, _ in block) for block in blocks}) > 1
+    assert not any(calls.collecting)
+    assert gc.isenabled()
+
+
+def test_speedups_are_paired_within_blocks(results: Results) -> None:
+    """Guards against ratios of totals: the fake times drift, but their ratios within a block do not."""
+    assert results.speedup("twice").value == pytest.approx(2.0, rel=0.01)
+    assert results.speedup("half").value == pytest.approx(0.5, rel=0.01)
+    assert results.speedup("twice", over="half").value == pytest.approx(4.0, rel=0.01)
+    assert results.speedup("ar").value == 1.0
+    assert results.floor > 0
+
+
+def test_a_time_from_a_wrong_output_is_void(results: Results) -> None:
+    """Guards against the fastest arm being the one that is wrong."""
+    assert all(measured.check == "bug" for measured in results.runs["liar"])
+    assert math.isnan(results.speedup("liar").value)
+    assert results.measures("liar")["bugs"] == 6
+    assert all(measured.check == "equal" for measured in results.runs["twice"])
+
+
+def test_measures_are_plain_numbers(results: Results) -> None:
+    """Guards against tensors and NumPy scalars, which pytest-benchmark stores as text."""
+    measures = results.measures("twice")
+    assert {type(value) for value in measures.values()} == {float}
+    assert measures["ttft_s"] == pytest.approx(0.125)
+    assert measures["mean_acceptance_length"] == 1.0
+
+
+def test_an_output_of_another_length_is_wrong() -> None:
+    """Guards against a prefix taken for the whole: no token differs, and yet it is not the output."""
+    tokens = generate(lm("llama"), prompt(), max_new_tokens=8).tokens
+    assert classify(lm("llama"), prompt(), tokens, tokens) == "equal"
+    assert classify(lm("llama"), prompt(), tokens, tokens[:-1]) == "bug"
+
+
+def test_a_choice_within_the_rounding_is_a_tie_and_no_more() -> None:
+    """Guards against numerics as an excuse: only where the target itself is undecided may an output differ.
+
+    Two tokens have the same embedding but for a hair, so that in bfloat16 their logits round to within the noise.
+    """
+    model = build(ARCHITECTURES["llama"] | {"tie_word_embeddings": False}).to(torch.bfloat16)
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    target = LM(model)
+    first = generate(target, prompt(), max_new_tokens=1).tokens[0]
+    twin = (first + 1) % target.vocab_size
+    with torch.no_grad():
+        head.weight[twin] = head.weight[first]
+    worst = int(_logits(target, list(prompt())).argmin())
+    assert classify(target, prompt(), [first], [twin]) == "tie"
+    assert classify(target, prompt(), [first], [worst]) == "bug"
+
+
+def test_every_arm_of_every_preset_gives_the_baselines_tokens() -> None:
+    """Guards against an arm that is measured but was never right, peers included."""
+    target = lm("llama")
+    draft = target.subset([0, 1, 3])
+    for name in ("quick", "synthetic"):
+        entries = preset(name).arms
+        arms = [make(arm, options, target, draft) for arm, options in entries.items()]
+        results = experiment(target, arms, PROMPTS, max_new_tokens=16)
+        for arm in entries:
+            assert [measured.check for measured in results.runs[arm]] == ["equal", "equal"], arm
+            assert all(0 < measured.run.ttft_s <= measured.run.total_s for measured in results.runs[arm]), arm
+            assert all(len(measured.run.tokens) == 16 for measured in results.runs[arm]), arm
+
+
+def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
+    """Guards against a synthetic arm that skips the draft's forwards, or accepts at another rate than it says."""
+    target = lm("llama")
+    draft = target.subset([0])
+    options = {"drafter": "model", "k": 4, "replay": 0.8}
+    arm = make("replayed", options, target, draft)
+    expected = generate(target, prompt(), max_new_tokens=200).tokens
+    generation = arm.run(prompt(), 200, expected).generation
+    assert generation is not None
+    assert arm.synthetic
+    assert generation.draft_forwards == sum(step.depth for step in generation.steps)
+    first = generation.acceptance_by_position[0]
+    assert 0.6 < first < 0.95
+
+
+def test_peers_draft_as_long_as_they_are_told() -> None:
+    """Guards against transformers drafting at another K: all drafts are right here, so K shows in the steps."""
+    target = lm("llama")
+    arm = make("hf-assisted", {"peer": "assisted", "k": 4}, target, target)
+    ours = make("linear", {"drafter": "model", "k": 4}, target, target)
+    run, own = arm.run(prompt(), 40, ()), ours.run(prompt(), 40, ())
+    assert run.tokens == own.tokens
+    assert run.steps == own.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"drafter": "oracle"}, "no drafter is named 'oracle'"),
+        ({"peer": "magic"}, "no peer is named 'magic'"),
+        ({"drafter": "lookup", "speed": 9}, "unknown options: speed"),
+        ({"drafter": "model", "shape": "ring"}, "no tree shape is named 'ring'"),
+        ({"drafter": "model", "k": 0}, "K is 0"),
+        ({"drafter": "lookup", "ngram": 0}, "max_ngram is 0"),
+    ],
+)
+def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:
+    """Guards against a typing error that silently measures something else."""
+    with pytest.raises(ValueError, match=reason):
+        make("arm", options, lm("llama"), lm("llama"))
+
+
+def test_an_arm_that_drafts_needs_a_draft_model() -> None:
+    """Guards against a failure in the middle of the experiment."""
+    for options in ({"drafter": "model"}, {"peer": "assisted"}):
+        with pytest.raises(ValueError, match="--draft"):
+            make("arm", options, lm("llama"), None)

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from specdecode import Sampling
+from specdecode.sampling import Rng
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+    ],
+)
+def test_a_value_outside_its_range_is_named(values: dict, sentence: str) -> None:
+    """Guards against a law of nans, or of nothing, deep inside a generation."""
+    with pytest.raises(ValueError, match=sentence):
+        Sampling(**values)
+
+
+@given(
+    rows=st.lists(st.permutations(range(11)), min_size=1, max_size=3),
+    temperature=st.floats(0.05, 5.0),
+    top_k=st.integers(0, 13),
+    top_p=st.floats(0.01, 1.0),
+)
+@settings(deadline=None)
+def test_the_law_is_that_of_transformers(rows: list[list[int]], temperature: float, top_k: int, top_p: float) -> None:
+    """Guards against the filters in another order, a nucleus that stops one token early, and rows mixed up."""
+    logits = torch.tensor(rows, dtype=torch.float64) * 0.7
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1.0:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    torch.testing.assert_close(Sampling(temperature, top_k, top_p).probs(logits), scores.softmax(-1))
+
+
+def test_a_nucleus_is_the_fewest_tokens_that_reach_its_share() -> None:
+    """Guards against an inclusive bound: a token is superfluous when those before it reach the share exactly."""
+    law = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64)
+    for top_p, expected in [(0.5, [0, 1, 0, 0]), (0.51, [0, 2 / 3, 1 / 3, 0]), (0.75, [0, 2 / 3, 1 / 3, 0])]:
+        assert Sampling(1.0, top_p=top_p).probs(law.log()).tolist() == pytest.approx(expected)
+
+
+def test_the_kth_token_s_equals_stay() -> None:
+    """Guards against a choice among equals that differs between devices, and so between target and draft."""
+    assert Sampling(1.0, top_k=2).probs(torch.tensor([1.0, 3.0, 1.0, 0.0])).gt(0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 3, 0.9)])
+def test_laws_are_at_least_single_precision(sampling: Sampling) -> None:
+    """Guards against laws in half precision, whose ratios are off by a percent."""
+    logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    for given_type, expected in [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]:
+        assert sampling.probs(logits.to(given_type)).dtype == expected
+
+
+def test_greedy_ranks_by_the_plain_softmax() -> None:
+    """Guards against a division by the temperature of zero."""
+    logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    assert Sampling().greedy
+    assert torch.equal(Sampling().probs(logits), logits.softmax(-1))
+
+
+class FixedRng(Rng):
+    """Uniform numbers by dictation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *uniform: float) -> None:
+        super().__init__(0)
+        numbers = torch.tensor(uniform, dtype=torch.float64)
+        monkeypatch.setattr(torch, "rand", lambda shape, **_: numbers.reshape(shape))
+
+
+@pytest.mark.parametrize(
+    ("uniform", "index"), [(0.0, 1), (0.2499, 1), (0.25, 3), (0.4999, 3), (0.5, 4), (1 - 2**-53, 4)]
+)
+def test_a_draw_inverts_the_cumulative_sum_exactly(monkeypatch: pytest.MonkeyPatch, uniform: float, index: int) -> None:
+    """Guards against an interval closed at the wrong end: its edges are where a token of probability zero is drawn."""
+    law = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0], dtype=torch.float64)
+    for scale in (1.0, 3.0):
+        assert int(FixedRng(monkeypatch, uniform).draw(law * scale)) == index
+
+
+@pytest.mark.parametrize(("probability", "uniform", "heads"), [(0.25, 0.2499, True), (0.25, 0.25, False)])
+def test_a_coin_falls_as_often_as_it_should(
+    monkeypatch: pytest.MonkeyPatch, probability: float, uniform: float, heads: bool
+) -> None:
+    """Guards against a coin of probability zero that can be won, and one of certainty that can be lost."""
+    assert FixedRng(monkeypatch, uniform).coin(probability) is heads
+    assert FixedRng(monkeypatch, uniform).coin(torch.tensor(probability)) is heads
+    assert FixedRng(monkeypatch, 0.0).coin(0.0) is False
+    assert FixedRng(monkeypatch, 1 - 2**-53).coin(1.0) is True
+
+
+@given(
+    laws=st.lists(st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 0.3, 1.0]), min_size=6, max_size=6), min_size=1),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None)
+def test_what_has_no_probability_is_never_drawn(laws: list[list[float]], seed: int) -> None:
+    """Guards against a token outside top-k, or a sibling drawn twice without replacement."""
+    law = torch.tensor([row if any(row) else [1.0] * 6 for row in laws])
+    drawn = Rng(seed).draw(law)
+    assert drawn.shape == law.shape[:-1]
+    assert (law.gather(-1, drawn.unsqueeze(-1)) > 0).all()
+
+
+def test_every_row_is_drawn_by_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against rows that share their randomness: siblings' branches would repeat each other."""
+    law = torch.full((3, 4), 0.25)
+    assert FixedRng(monkeypatch, 0.1, 0.9, 0.3).draw(law).tolist() == [0, 3, 1]
+
+
+def test_a_seed_fixes_the_randomness() -> None:
+    """Guards against the global generator: a second generation, or other code, would move the first one's tokens."""
+    law = torch.full((64, 50), 0.02)
+    first = Sampling(1.0, seed=3).rng()
+    torch.manual_seed(99)
+    second = Sampling(1.0, seed=3).rng()
+    assert torch.equal(first.draw(law), second.draw(law))
+    assert [first.coin(0.5) for _ in range(30)] == [second.coin(0.5) for _ in range(30)]
+    assert not torch.equal(Sampling(1.0, seed=4).rng().draw(law), Sampling(1.0, seed=3).rng().draw(law))
+    assert not torch.equal(Sampling(1.0).rng().draw(law), Sampling(1.0).rng().draw(law))

