@@ -1,10 +1,11 @@
-"""The command line: `specdecode generate`, `fetch` and `doctor`."""
+"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate` and `bless`."""
 
 from __future__ import annotations
 
 import enum
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -189,6 +190,39 @@ def doctor() -> None:
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         table.add_row(use, f"missing: {', '.join(missing)}" if missing else "usable")
     Console().print(table, highlight=False)
+
+
+@app.command()
+def gate(
+    new: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
+    old: Annotated[Path, typer.Argument(help="run file to judge it by")],
+    strict: Annotated[bool, typer.Option("--strict", help="fail on all but PASS and IMPROVED")] = False,
+    tolerance: Annotated[float | None, typer.Option(help="share by which a time may be worse  [default: 0.05]")] = None,
+) -> None:
+    """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
+    from specdecode.bench.gate import FAILING, judge
+    from specdecode.bench.report import verdict_table
+    from specdecode.bench.runs import TOLERANCE, read
+
+    judgements = judge(read(new), read(old), TOLERANCE if tolerance is None else tolerance)
+    Console(width=None if sys.stdout.isatty() else 130).print(verdict_table(judgements))
+    failing = FAILING["strict" if strict else "on"]
+    failed = sum(judgement.verdict in failing for judgement in judgements)
+    typer.echo(f"{failed} of {len(judgements)} verdicts fail" if failed else f"{len(judgements)} verdicts, none fails")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bless(
+    run: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
+    reason: Annotated[str, typer.Option(help="why this is what is to be expected from now on")],
+    baselines: Annotated[Path, typer.Option(help="folder of the baselines")] = Path("baselines"),
+) -> None:
+    """Make a run the baseline of its hardware, models, type and preset."""
+    from specdecode.bench.runs import bless as make_baseline
+
+    typer.echo(f"blessed as {make_baseline(run, baselines, reason)}")
 
 
 def main() -> None:

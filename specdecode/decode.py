@@ -86,6 +86,8 @@ def generate(
         if depth > 0:
             context = Context(tokens, target.vocab_size, sampling, rng)
             tree = drafter.propose(context, Limit(depth, limit.nodes))
+        if tree.depth > depth:
+            tree = tree.clip(depth)
         proposed_at = time.perf_counter()
 
         logits = target.forward_tree(slots, tokens[read:], tree)

@@ -157,8 +157,8 @@ class LM:
             return self.forward(slots, tokens)
         visible = torch.ones(size, size, dtype=torch.bool).tril()
         visible[stem - 1 :, stem - 1 :] = tree.visibility
-        positions = torch.arange(slots.length, slots.length + size)
-        positions[stem - 1 :] = slots.length + stem - 1 + tree.depths
+        # Every token sees its predecessors and itself, so their number places it: a node by its depth.
+        positions = slots.length + visible.sum(1) - 1
         return self.forward(
             slots,
             torch.cat([tokens, tree.tokens.to(self.device)]),

@@ -70,8 +70,8 @@ def load(
     """
     if name.startswith("layers:"):
         return _layers(name, target)
-    chosen_device = _device(device)
-    chosen_dtype = _dtype(dtype, chosen_device)
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
     tokenizer: PreTrainedTokenizerBase | None = None
     if name.startswith("shape:"):
         model = _random(name.removeprefix("shape:"), chosen_dtype, chosen_device)
@@ -268,7 +268,8 @@ def _tokenizer(source: str) -> Any:
         return None
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device that was asked for, or the default one; ValueError if it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -279,7 +280,8 @@ def _device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The type that was asked for, or the default one of the device; ValueError if there is none of that name."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
     names = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -82,7 +82,10 @@ class DraftTree:
     @property
     def depth(self) -> int:
         """The longest path from the root, in tokens."""
-        return int(self.depths.max())
+        depths = [0]
+        for parent in self.parents.tolist():
+            depths.append(depths[parent] + 1)
+        return max(depths)
 
     def children(self) -> list[list[int]]:
         """For each node, the nodes that follow it, in the order in which they are tried."""

@@ -162,6 +162,23 @@ def test_a_drafter_may_have_nothing_to_propose() -> None:
     assert {step.drafted for step in result.steps} >= {0, 5}
 
 
+@pytest.mark.parametrize("length", [2, 7, LENGTH])
+def test_a_drafter_that_ignores_its_limit_is_cut(length: int) -> None:
+    """Guards against a step past the length limit, or past a policy's boundary, by somebody else's drafter."""
+
+    @dataclass
+    class Boundless(Scripted):
+        def propose(self, context: Context, limit: Limit) -> DraftTree:
+            return Scripted.propose(self, context, Limit(9))
+
+    result = decode(Boundless([*prompt(), *known()], [9]), max_new_tokens=length)
+    assert result.tokens == known()[:length]
+    left = length
+    for step in result.steps:
+        assert step.depth == step.drafted == step.accepted == min(5, left - 1)
+        left -= step.emitted
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 5, 13, 14, 15])
 def test_a_long_prompt_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Guards against a piece lost or read twice at a seam, in the target and in the draft."""
@@ -308,6 +325,13 @@ def test_a_tree_costs_a_forward_for_each_level(shape: TreeShape, limit: Limit) -
     assert drafter.forwards == tree.depth
 
 
+def test_a_best_first_tree_ends_where_nothing_better_follows() -> None:
+    """Guards against draft forwards down to the limit for levels of which no path is proposed."""
+    drafter = ModelDrafter(lm("llama").subset([0]), BestFirstTree(4, threshold=0.0))
+    tree = drafter.propose(Context(list(prompt()), VOCABULARY, Sampling(), Rng(0)), Limit(8))
+    assert drafter.forwards <= tree.depth + 1 < 8
+
+
 def test_steps_are_told_as_they_are_committed() -> None:
     """Guards against a stream that repeats, drops or reorders tokens, or goes on after the stop."""
     steps: list[list[int]] = []
@@ -363,6 +387,18 @@ def test_the_whole_context_may_be_used() -> None:
     model = build(ARCHITECTURES["gpt-2"] | {"n_positions": 20})
     expected = continuation(model, prompt(), 6)
     assert generate(LM(model), prompt(), drafter=PromptLookup(), max_new_tokens=6).tokens == expected
+
+
+def test_a_rotation_that_changes_with_the_length_bounds_the_context() -> None:
+    """Guards against cached keys that were rotated by other factors than the ones that join them (LongRoPE)."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
+    model = build(ARCHITECTURES["phi3"] | {"original_max_position_embeddings": 24, "rope_parameters": rope})
+    target = LM(model, name="long")
+    expected = continuation(model, prompt(), 10)
+    assert generate(target, prompt(), drafter=PromptLookup(), max_new_tokens=10).tokens == expected
+    with pytest.raises(ValueError, match="exceed the context of long, 24 tokens: ask for at most 10"):
+        generate(target, prompt(), max_new_tokens=11)
 
 
 @pytest.mark.parametrize(

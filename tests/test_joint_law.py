@@ -18,6 +18,7 @@ from specdecode import (
     ModelDrafter,
     NoDraft,
     PromptLookup,
+    ReplayDrafter,
     Sampling,
     StaticTree,
     generate,
@@ -84,6 +85,7 @@ def drafters() -> dict[str, Drafter]:
         "static-tree": ModelDrafter(draft, StaticTree((2, 1))),
         "wide-tree": ModelDrafter(draft, StaticTree((4,))),
         "best-first-tree": ModelDrafter(draft, BestFirstTree(nodes=4, threshold=0.01)),
+        "replay": ReplayDrafter(ModelDrafter(draft, StaticTree((2, 1))), [*PROMPT, 0, 2, 4], acceptance=0.5),
         "wider-vocabulary": ModelDrafter(model(1, VOCABULARY + 3), StaticTree((2, 1))),
         "narrower-vocabulary": ModelDrafter(model(1, VOCABULARY - 1), StaticTree((2, 1))),
     }

@@ -250,11 +250,11 @@ def test_the_path_leads_from_the_root_to_the_last_accepted_node() -> None:
 
 def test_equal_laws_up_to_rounding_still_give_a_token() -> None:
     """Guards against a division by zero where p and q differ by rounding alone and the proposal is turned away."""
-    p = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    tree = DraftTree(torch.tensor([0]), torch.tensor([0]), torch.stack([p * (1 + 2**-50)]))
+    p = torch.tensor([0.0, 0.5, 0.5, 0.0], dtype=torch.float64)
+    tree = DraftTree(torch.tensor([1]), torch.tensor([0]), torch.stack([p * (1 + 2**-50)]))
 
     class Unlucky(Rng):
         def coin(self, probability: object) -> bool:
             return False
 
-    assert accept(tree, torch.stack([p, p]), Unlucky(0)).tokens[0] in (0, 1)
+    assert accept(tree, torch.stack([p, p]), Unlucky(0)).tokens[0] in (1, 2)

@@ -23,9 +23,6 @@ from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeSha
 from specdecode.lm import LM
 from specdecode.result import Generation
 
-BASELINE = "ar"
-"""The arm that all others are compared with: autoregressive decoding by this package."""
-
 
 @dataclass(frozen=True, slots=True)
 class Run:

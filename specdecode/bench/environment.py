@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from specdecode.bench.names import slug
+
 _COPY_BYTES = 2**28
 
 
@@ -24,6 +26,15 @@ def environment() -> dict[str, str | int]:
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     return found
+
+
+def hardware(device: torch.device) -> str:
+    """What times are tied to: the GPU's name, or the processor's model and cores, as a file name."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{cpu_name()} {torch.get_num_threads()} threads"
+    return slug(name)
 
 
 def cpu_name() -> str:

@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from specdecode.bench.arms import BASELINE, Arm, Run
+from specdecode.bench.arms import Arm, Run
+from specdecode.bench.names import BASELINE
 from specdecode.bench.stats import Ratio, mean_ratio, noise_floor
 from specdecode.lm import LM
 
@@ -56,12 +57,17 @@ class Results:
         """The A/A floor, in logarithms."""
         return noise_floor(list(self.noise.values()))
 
-    def speedup(self, arm: str, over: str = BASELINE) -> Ratio:
-        """Speedup of an arm over another, paired within blocks; runs with a wrong output do not count."""
+    def log_speedups(self, arm: str, over: str = BASELINE) -> dict[str, list[float]]:
+        """Log speedups of an arm over another within blocks, by prompt; runs with a wrong output do not count."""
         pairs: dict[str, list[float]] = {}
         for mine, other in zip(self.runs[arm], self.runs[over], strict=True):
             if "bug" not in (mine.check, other.check):
                 pairs.setdefault(mine.prompt, []).append(mine.log_speedup - other.log_speedup)
+        return pairs
+
+    def speedup(self, arm: str, over: str = BASELINE) -> Ratio:
+        """The mean speedup of an arm over another, with its interval."""
+        pairs = self.log_speedups(arm, over)
         if not pairs:
             return Ratio(math.nan, math.nan, math.nan)
         return mean_ratio(list(pairs.values()), floor=0.0 if arm == over else self.floor)

@@ -1,0 +1,14 @@
+"""The verdict on every arm of the preset and of the baseline: `pytest --benchmark --gate=on|off|strict`."""
+
+import pytest
+
+from specdecode.bench.gate import FAILING, Verdict
+
+
+def test_gate(judged, judgements, request):
+    """The arm is no slower than its baseline, and its counters are no worse."""
+    verdict, reason = Verdict.NO_BASELINE, "there is no baseline for this hardware"
+    if judgements:
+        verdict, reason = judgements[judged].verdict, judgements[judged].reason
+    if verdict in FAILING[request.config.getoption("gate")]:
+        pytest.fail(f"{verdict.value}: {' '.join(judged)}: {reason}", pytrace=False)

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdecode import cli
+from specdecode.bench.arms import Run
+from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
+from specdecode.bench.measure import Measured, Results
+from specdecode.bench.runs import Header, Identity, bless, extra_info, read, run_file
+
+PROMPTS = [f"text/{i}" for i in range(8)]
+COUNTERS = {"target_forwards_per_token": 0.5, "mean_acceptance_length": 2.0, "cache_bytes": 1000.0}
+
+
+def content(speedups: dict[str, float], floor: float = 0.01, scatter: float = 0.0, **counters: float) -> dict[str, Any]:
+    """A run file in which every arm has one speedup on all prompts, give or take a scatter."""
+    identity = {"hardware": "abacus-2-threads", "target": "t", "draft": "d", "dtype": "float32", "preset": "quick"}
+    return {
+        "commit_info": {"dirty": False},
+        "specdecode": {
+            "format": 1,
+            "identity": identity,
+            "max_new_tokens": 40,
+            "prompts": PROMPTS,
+            "floor": floor,
+            "versions": {"torch": "2"},
+        },
+        "benchmarks": [
+            {
+                "param": arm,
+                "extra_info": {
+                    **(COUNTERS | counters),
+                    "bugs": 0.0,
+                    "log_speedups": {
+                        prompt: math.log(speedup) + scatter * (-1) ** i for i, prompt in enumerate(PROMPTS)
+                    },
+                },
+            }
+            for arm, speedup in speedups.items()
+        ],
+    }
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Any:
+    def judged(new: dict[str, Any], old: dict[str, Any], **options: Any) -> dict[tuple[str, str], Judgement]:
+        for name, run in (("new", new), ("old", old)):
+            (tmp_path / name).write_text(json.dumps(run))
+        judgements = judge(read(tmp_path / "new"), read(tmp_path / "old"), **options)
+        return {(judgement.arm, judgement.gate): judgement for judgement in judgements}
+
+    return judged
+
+
+@pytest.mark.parametrize(
+    ("speedup", "scatter", "verdict"),
+    [
+        (2.0, 0.0, Verdict.PASS),
+        (1.96, 0.0, Verdict.PASS),
+        (1.8, 0.0, Verdict.REGRESSED),
+        (2.2, 0.0, Verdict.IMPROVED),
+        (1.93, 0.1, Verdict.INCONCLUSIVE),
+        (1.8, 0.3, Verdict.INCONCLUSIVE),
+        (1.5, 0.1, Verdict.REGRESSED),
+    ],
+)
+def test_a_time_is_judged_by_its_whole_interval(judged: Any, speedup: float, scatter: float, verdict: Verdict) -> None:
+    """Guards against a gate that flaps: worse on average is no regression while better is just as possible."""
+    new = content({"linear": speedup}, scatter=scatter)
+    assert judged(new, content({"linear": 2.0}))["linear", "time"].verdict is verdict
+
+
+def test_noise_of_either_run_widens_the_interval(judged: Any) -> None:
+    """Guards against a regression found in the noise of the machine, which prompts that agree by chance do not show."""
+    slower, before = {"linear": 1.85}, {"linear": 2.0}
+    assert judged(content(slower), content(before))["linear", "time"].verdict is Verdict.REGRESSED
+    noisy = judged(content(slower, floor=0.1), content(before))
+    assert noisy["linear", "time"].verdict is Verdict.INCONCLUSIVE
+    noisy = judged(content(slower), content(before, floor=0.1))
+    assert noisy["linear", "time"].verdict is Verdict.INCONCLUSIVE
+
+
+def test_the_tolerance_is_the_users(judged: Any) -> None:
+    """Guards against an option that is read and forgotten."""
+    new, old = content({"linear": 1.8}), content({"linear": 2.0})
+    assert judged(new, old, tolerance=0.2)["linear", "time"].verdict is Verdict.PASS
+
+
+def test_an_arm_that_is_gone_or_renamed_is_missing(judged: Any) -> None:
+    """Guards against pytest-benchmark's silence: a benchmark that is no longer run cannot be slower."""
+    verdicts = judged(content({"ar": 1.0, "linear-5": 2.0}), content({"ar": 1.0, "linear": 2.0}))
+    assert {verdicts["linear", gate].verdict for gate in ("time", "counters")} == {Verdict.MISSING}
+    assert {verdicts["linear-5", gate].verdict for gate in ("time", "counters")} == {Verdict.NO_BASELINE}
+    assert verdicts["ar", "time"].verdict is Verdict.PASS
+    assert not [key for key in judged(content({"ar": 1}), content({"ar": 1, "x": 1}), arms={"ar"}) if key[0] == "x"]
+
+
+def test_times_of_another_machine_are_not_judged_but_counters_are(judged: Any) -> None:
+    """Guards against a faster machine that hides a regression, and a slower one that invents it."""
+    new, old = content({"linear": 1.0}, target_forwards_per_token=0.6), content({"linear": 2.0})
+    new["specdecode"]["identity"]["hardware"] = "calculator"
+    verdicts = judged(new, old)
+    assert verdicts["linear", "time"].verdict is Verdict.WRONG_HARDWARE
+    assert "abacus-2-threads" in verdicts["linear", "time"].reason
+    assert verdicts["linear", "counters"].verdict is Verdict.REGRESSED
+
+
+@pytest.mark.parametrize(
+    ("counter", "value", "verdict"),
+    [
+        ("target_forwards_per_token", 0.505, Verdict.PASS),
+        ("target_forwards_per_token", 0.55, Verdict.REGRESSED),
+        ("target_forwards_per_token", 0.4, Verdict.IMPROVED),
+        ("mean_acceptance_length", 1.9, Verdict.REGRESSED),
+        ("mean_acceptance_length", 2.2, Verdict.IMPROVED),
+        ("cache_bytes", 1100.0, Verdict.REGRESSED),
+    ],
+)
+def test_counters_are_judged_tightly_and_the_right_way_round(
+    judged: Any, counter: str, value: float, verdict: Verdict
+) -> None:
+    """Guards against more acceptance told as a regression, and more forwards as an improvement."""
+    judgement = judged(content({"linear": 2.0}, **{counter: value}), content({"linear": 2.0}))["linear", "counters"]
+    assert judgement.verdict is verdict
+    assert verdict is Verdict.PASS or counter in judgement.reason
+
+
+def test_one_counter_that_is_better_does_not_excuse_another(judged: Any) -> None:
+    """Guards against a sum of changes."""
+    new = content({"linear": 2.0}, mean_acceptance_length=3.0, cache_bytes=2000.0)
+    assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.REGRESSED
+
+
+def test_a_counter_that_is_no_longer_counted_is_missing(judged: Any) -> None:
+    """Guards against a counter that regresses by being dropped."""
+    new = content({"linear": 2.0})
+    del new["benchmarks"][0]["extra_info"]["cache_bytes"]
+    assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.MISSING
+
+
+def test_other_prompts_are_not_compared(judged: Any) -> None:
+    """Guards against a speedup that came with easier texts."""
+    new = content({"linear": 4.0})
+    new["specdecode"]["max_new_tokens"] = 400
+    verdicts = judged(new, content({"linear": 2.0}))
+    assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
+
+
+def test_the_settings_of_the_gate() -> None:
+    """Guards against a verdict that no setting fails on, or one that every setting does."""
+    assert FAILING["on"] == {Verdict.REGRESSED, Verdict.MISSING}
+    assert FAILING["strict"] == set(Verdict) - {Verdict.PASS, Verdict.IMPROVED}
+    assert FAILING["off"] == set()
+
+
+def _hostile(change: str) -> str:
+    run = content({"linear": 2.0})
+    extra = run["benchmarks"][0]["extra_info"]
+    if change == "cut":
+        return json.dumps(run)[:200]
+    if change == "foreign":
+        return json.dumps({"benchmarks": []})
+    if change == "version":
+        run["specdecode"]["format"] = 99
+    if change == "text":
+        extra["log_speedups"][PROMPTS[0]] = "UNSERIALIZABLE[tensor(1.)]"
+    if change == "nan":
+        extra["log_speedups"][PROMPTS[0]] = math.nan
+    if change == "list":
+        run["benchmarks"][0]["extra_info"] = [1, 2]
+    if change == "prompt":
+        extra["log_speedups"]["elsewhere/0"] = 0.0
+    if change == "path":
+        run["specdecode"]["identity"]["hardware"] = "../../etc"
+    if change == "bool":
+        run["specdecode"]["floor"] = True
+    if change == "empty":
+        run["benchmarks"] = []
+    return json.dumps(run)
+
+
+@pytest.mark.parametrize(
+    "change", ["cut", "foreign", "version", "text", "nan", "list", "prompt", "path", "bool", "empty"]
+)
+def test_a_file_that_cannot_be_judged_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """Guards against a damaged baseline that passes everything, or ends in a traceback."""
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(content({"linear": 2.0})))
+    bad.write_text(_hostile(change))
+    for files in ((good, bad), (bad, good)):
+        monkeypatch.setattr(sys, "argv", ["specdecode", "gate", *map(str, files)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith("specdecode: ")
+        assert told.count("\n") == 1
+        assert "bad.json" in told
+
+
+@pytest.mark.parametrize(
+    ("speedup", "options", "code"),
+    [(2.0, [], 0), (1.5, [], 1), (1.5, ["--tolerance", "0.5"], 0), (3.0, ["--strict"], 0)],
+)
+def test_the_command_line_judges_from_the_files_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    speedup: float,
+    options: list[str],
+    code: int,
+) -> None:
+    """Guards against an exit code that a script cannot use."""
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    new.write_text(json.dumps(content({"linear": speedup})))
+    old.write_text(json.dumps(content({"linear": 2.0})))
+    for _ in range(2):  # the same slow code fails as often as it is judged
+        monkeypatch.setattr(sys, "argv", ["specdecode", "gate", str(new), str(old), *options])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert (exit_.value.code or 0) == code
+        assert "linear" in capsys.readouterr().out
+
+
+def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
+    """Guards against a baseline that the next run does not find, or cannot be judged by."""
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(content({"linear": 2.0})))
+    file = bless(run, tmp_path / "baselines", "the first")
+    assert file == tmp_path / "baselines" / "abacus-2-threads" / "t+d-float32-quick.json"
+    assert json.loads(file.read_text())["specdecode"]["reason"] == "the first"
+    assert {j.verdict for j in judge(read(run), read(file))} == {Verdict.PASS}
+    assert [f.name for f in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [("dirty", "not committed"), ("no commit", "not committed"), ("bug", "wrong outputs"), ("noise", "differ by")],
+)
+def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change: str, reason: str) -> None:
+    """Guards against a baseline of unknown code, of wrong tokens, or of noise."""
+    content_ = copy.deepcopy(content({"linear": 2.0}, floor=0.2 if change == "noise" else 0.01))
+    if change == "dirty":
+        content_["commit_info"]["dirty"] = True
+    if change == "no commit":
+        del content_["commit_info"]
+    if change == "bug":
+        content_["benchmarks"][0]["extra_info"]["bugs"] = 1.0
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(content_))
+    with pytest.raises(ValueError, match=reason):
+        bless(run, tmp_path / "baselines", "because")
+    assert not (tmp_path / "baselines").exists()
+    with pytest.raises(ValueError, match="reason is empty"):
+        bless(run, tmp_path / "baselines", " ")
+
+
+def test_the_baselines_own_arm_is_judged_by_the_peer() -> None:
+    """Guards against a slowdown of the loop, which slows all arms and `ar` alike."""
+
+    def results(ours: float) -> Results:
+        runs = {
+            name: [Measured(prompt, Run([1, 2], 1.0, 0.5, 2), "equal", log) for prompt in PROMPTS]
+            for name, log in (("ar", 0.0), ("linear", math.log(2.0)), ("hf-generate", math.log(ours)))
+        }
+        return Results(runs, {prompt: [0.0] for prompt in PROMPTS})
+
+    header = Header(Identity("h", "t", "d", "float32", "quick"), 2, PROMPTS, 0.01, {})
+    # transformers took 1 / 0.8 of our time, and takes as long as we do now.
+    old, new = run_file(header, results(0.8)), run_file(header, results(1.0))
+    verdicts = {(j.arm, j.gate): j.verdict for j in judge(new, old)}
+    assert verdicts["ar", "time"] is Verdict.REGRESSED
+    assert verdicts["linear", "time"] is Verdict.PASS
+    assert all(isinstance(value, float | dict) for value in extra_info(results(1.0), "linear").values())
