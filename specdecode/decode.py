@@ -96,7 +96,7 @@ def generate(
         verified_at = time.perf_counter()
 
         slots.keep([root + node for node in verdict.path], after=root + 1)
-        emitted = verdict.tokens[: end - len(tokens)]
+        emitted = verdict.tokens
         stop = next((i for i, token in enumerate(emitted) if token in stops), None)
         if stop is not None:
             emitted = emitted[: stop + 1]

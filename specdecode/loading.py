@@ -17,6 +17,7 @@ from typing import Any
 import platformdirs
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -147,8 +148,9 @@ def fetch(*, again: bool = False) -> Path:
                 shutil.rmtree(folder, ignore_errors=True)
             if not folder.exists():
                 _make_embedded(folder)
-    except OSError as error:
-        reason = "no space is left" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
+        reason = "no space is left" if full else str(error)
         raise ModelFileError(
             f"cannot store {EMBEDDED} in {folder.parent}: {reason}; free {_DISK_NEEDED / 2**30:.1f} GiB there, or name"
             " another folder in SPECDECODE_CACHE"
@@ -251,7 +253,11 @@ def _existing(name: str) -> str:
 
 def _pretrained(name: str, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = loaded
+        # transformers would leave these random, with no more than a warning.
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{len(missing)} weights are missing, {missing[0]} for one")
     except Exception as error:
         what = "the files there" if Path(source).is_dir() else "it is no local folder, and the hub"
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -132,6 +133,8 @@ def _peer(
     kind: str, options: dict[str, Any], target: LM, draft: LM | None
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
     """transformers' own decoding of the same modules, its settings those of the arm that it is compared with."""
+    # Its advice on the settings below would break into the progress of the run.
+    transformers.logging.set_verbosity_error()
     settings: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     if kind == "assisted":

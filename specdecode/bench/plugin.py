@@ -158,12 +158,9 @@ def _baseline(config: pytest.Config) -> RunFile | None:
 
 
 def _load(config: pytest.Config, name: str, target: LM | None = None) -> LM:
-    import transformers
-
     from specdecode.errors import SpecDecodeError
     from specdecode.loading import load
 
-    transformers.logging.set_verbosity_error()
     try:
         return load(name, device=config.getoption("device"), dtype=config.getoption("dtype"), target=target)
     except (SpecDecodeError, ValueError) as error:

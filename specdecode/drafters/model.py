@@ -65,7 +65,7 @@ class ModelDrafter:
         above = [0]
         # Which nodes in the slots each node of the level above sees; the root sees none.
         visible = torch.ones(1, 0, dtype=torch.bool)
-        while len(levels) < limit.depth:
+        while len(levels) < limit.depth and self.shape.more(levels, limit):
             if levels:
                 visible = torch.cat([visible[list(levels[-1].rows)], torch.eye(len(above), dtype=torch.bool)], 1)
                 logits = self._forward(levels[-1].tokens, visible, depth=len(levels))

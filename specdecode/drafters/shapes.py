@@ -44,6 +44,10 @@ class TreeShape(Protocol):
         """
         ...
 
+    def more(self, above: Sequence[Level], limit: Limit) -> bool:
+        """Whether another level may follow; asked before the forward over the last one is paid."""
+        ...
+
     def select(self, levels: Sequence[Level], limit: Limit) -> list[int]:
         """Which of the levels' nodes, numbered through from 0, are proposed; ancestors of a chosen node are too."""
         ...
@@ -74,10 +78,11 @@ class StaticTree:
             raise ValueError(f"nodes is {self.nodes}: a tree needs at least 1")
 
     def grow(self, laws: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None) -> Level:
-        if len(above) == len(self.branching):
-            return Level(torch.empty(0, dtype=torch.long), ())
         room = min(self.nodes, limit.nodes) - sum(map(len, above))
         return _continue(laws, self.branching[len(above)], room, rng)
+
+    def more(self, above: Sequence[Level], limit: Limit) -> bool:
+        return len(above) < len(self.branching) and sum(map(len, above)) < min(self.nodes, limit.nodes)
 
     def select(self, levels: Sequence[Level], limit: Limit) -> list[int]:
         return list(range(sum(map(len, levels))))
@@ -89,6 +94,9 @@ class Chain:
 
     def grow(self, laws: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None) -> Level:
         return _continue(laws, 1, limit.nodes - len(above), rng)
+
+    def more(self, above: Sequence[Level], limit: Limit) -> bool:
+        return len(above) < limit.nodes
 
     def select(self, levels: Sequence[Level], limit: Limit) -> list[int]:
         return list(range(len(levels)))
@@ -137,6 +145,9 @@ class BestFirstTree:
             [place // width for place, _ in chosen],
             scores=[value for _, value in chosen],
         )
+
+    def more(self, above: Sequence[Level], limit: Limit) -> bool:
+        return True
 
     def select(self, levels: Sequence[Level], limit: Limit) -> list[int]:
         scores = [score for level in levels for score in level.scores or ()]
