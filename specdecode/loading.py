@@ -262,7 +262,7 @@ def _pretrained(name: str, source: str, dtype: torch.dtype, device: torch.device
         what = "the files there" if Path(source).is_dir() else "it is no local folder, and the hub"
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(f"cannot load {name!r}: {what} gave no model ({first_line})") from error
-    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    placed: PreTrainedModel = model.to(device)
     return placed
 
 

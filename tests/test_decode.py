@@ -224,7 +224,7 @@ class Ends:
 
     interval: int = 8
     first: int = 2
-    last: int = 9
+    last: int = 5
 
     def keep(self, slots: Slots) -> Sequence[int]:
         return [i for i in range(slots.length) if i < self.first or i >= slots.length - self.last]

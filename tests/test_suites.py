@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,11 +21,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save(tmp_path_factory.mktemp("model")))
 
 
-def run(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     # The model is so small that a second thread only costs.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {})
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,10 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
     tests = {test["param"]: test for test in found["benchmarks"]}
     linear, baseline = tests["linear-k5"], tests["ar"]
     assert linear["stats"]["rounds"] == 3
-    measures = linear["extra_info"]
+    measures = dict(linear["extra_info"])
+    logs = measures.pop("log_speedups")
+    assert len(logs) == 3
+    assert sum(logs.values()) / 3 == pytest.approx(math.log(measures["speedup"]))
     assert all(isinstance(value, float) for value in measures.values())
     assert measures["throughput"] == pytest.approx(36 / sum(linear["stats"]["data"]))
     assert measures["speedup_low"] <= measures["speedup"] <= measures["speedup_high"]
@@ -76,8 +80,42 @@ def test_only_what_is_selected_is_measured(model: str) -> None:
         *("--prompts", "prose:2", "--max-new-tokens", "6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert "3 passed" in done.stdout  # its speed and two verdicts
     assert "8/8 runs" in done.stderr
+    assert "No baseline for this hardware" in done.stdout
+
+
+def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
+    model: str, measured: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
+) -> None:
+    """Guards against verdicts that are shown and fail nothing, or that the summary and the exit code tell otherwise."""
+    content = json.loads(measured[1].read_text())
+    arms = {test["param"]: test for test in content["benchmarks"]}
+    arms["linear-k5"]["extra_info"]["target_forwards_per_token"] /= 2
+    content["benchmarks"].append({**arms["linear-k3"], "param": "retired"})
+    baseline, summary = tmp_path / "baseline.json", tmp_path / "summary.md"
+    baseline.write_text(json.dumps(content))
+    arguments = (
+        *("--benchmark", "-k", "linear-k5 or linear-k3 or retired", f"--baseline={baseline}", f"--target={model}"),
+        *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64", "--tolerance", "0.9"),
+        *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12"),
+    )
+    done = run(*arguments, GITHUB_STEP_SUMMARY=str(summary))
+    assert done.returncode == 1, done.stdout + done.stderr
+    failed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED")}
+    names = {"linear-k5-counters", "retired-time", "retired-counters"}
+    assert failed == {f"perf/test_gate.py::test_gate[{name}]" for name in names}
+    assert "| REGRESSED | linear-k5 | counters |" in summary.read_text()
+    assert "| MISSING | retired | time |" in summary.read_text()
+    assert run(*arguments, "--gate=off").returncode == 0
+
+
+def test_a_strict_gate_asks_for_a_baseline(model: str) -> None:
+    """Guards against a strict run that passes because nothing was compared."""
+    arguments = ("--benchmark", "-k", "lookup and not hf", f"--target={model}", "--device", "cpu", "--dtype", "float64")
+    done = run(*arguments, "--prompts", "prose:1", "--max-new-tokens", "4", "--gate=strict")
+    assert done.returncode == 1
+    assert done.stdout.count("NO_BASELINE: lookup") >= 2
 
 
 def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
@@ -97,7 +135,7 @@ def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
         *("-p", "fault", "--benchmark", "-k", "lookup and not hf or linear-k3", f"--target={model}"),
         *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
         *("--prompts", "prose:2", "--max-new-tokens", "12"),
-        path=tmp_path,
+        PYTHONPATH=str(tmp_path),
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "gave other tokens than autoregressive decoding" in done.stdout
