@@ -107,7 +107,7 @@ class LM:
 
         Args:
             slots: grown by n.
-            tokens: on any device.
+            tokens: on any device, as the other tensors.
             positions: of the tokens; by default they follow the slots already filled.
             visible: row i marks which of the last s slots (the new ones included) token i attends to; all slots before
                 those it does. By default the tokens are a chain.
@@ -121,6 +121,7 @@ class LM:
             positions = torch.arange(start, start + count, device=self.device)
         if visible is None:
             visible = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
+        positions, visible = positions.to(self.device), visible.to(self.device)
         slots.append(positions)
         kept = {"logits_to_keep": rows} if self._keeps_logits else {}
         output = self.model(
@@ -152,7 +153,7 @@ class LM:
             Logits at the root and at each node. The slots have grown by ``len(pending) + N``.
         """
         stem, size = len(pending), len(pending) + len(tree)
-        tokens = torch.tensor(pending, device=self.device)
+        tokens = torch.tensor(pending)
         if not len(tree):
             return self.forward(slots, tokens)
         visible = torch.ones(size, size, dtype=torch.bool).tril()
@@ -161,9 +162,9 @@ class LM:
         positions = slots.length + visible.sum(1) - 1
         return self.forward(
             slots,
-            torch.cat([tokens, tree.tokens.to(self.device)]),
-            positions=positions.to(self.device),
-            visible=visible.to(self.device),
+            torch.cat([tokens.to(tree.tokens.device), tree.tokens]),
+            positions=positions,
+            visible=visible,
             rows=len(tree) + 1,
         )
 

@@ -18,6 +18,10 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests import typecheck
 
     jaxtyping.install_import_hook("specdecode", f"{typecheck.__name__}.typechecker")
+
+    from tests import models
+
+    models.DEVICE = config.getoption("device") or models.DEVICE
     # The models are so small that a second thread only costs.
     torch.set_num_threads(1)
 

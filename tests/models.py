@@ -19,6 +19,8 @@ from specdecode import LM
 VOCABULARY = 97
 # Of which every architecture below says something diverse; some loop at once with another.
 SEED = 2
+# Where the models live: `pytest --device cuda` puts them on a GPU.
+DEVICE = "cpu"
 WINDOW = 8
 
 _IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -106,7 +108,7 @@ def build(values: dict[str, Any], seed: int = SEED) -> PreTrainedModel:
     """A model of random weights, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config(values), dtype=torch.float64).eval()
+        return AutoModelForCausalLM.from_config(config(values), dtype=torch.float64).eval().to(DEVICE)
 
 
 @functools.cache
@@ -134,7 +136,7 @@ def greedy(name: str, length: int, text: tuple[int, ...] | None = None) -> list[
 
 
 def continuation(model: PreTrainedModel, text: Sequence[int], length: int) -> list[int]:
-    ids = torch.tensor([list(text)])
+    ids = torch.tensor([list(text)], device=model.device)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -150,11 +152,12 @@ def continuation(model: PreTrainedModel, text: Sequence[int], length: int) -> li
 def logits(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int] | None = None) -> torch.Tensor:
     """Logits after each token of a text, by one causal forward without a cache. [n, V]"""
     count = len(tokens)
-    hidden = torch.ones(count, count, dtype=torch.bool).triu(1)
-    mask = torch.zeros(count, count, dtype=model.dtype).masked_fill(hidden, torch.finfo(model.dtype).min)
+    device = model.device
+    hidden = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
+    mask = torch.zeros_like(hidden, dtype=model.dtype).masked_fill(hidden, torch.finfo(model.dtype).min)
     return model(
-        input_ids=torch.tensor([list(tokens)]),
-        position_ids=torch.tensor([list(range(count) if positions is None else positions)]),
+        input_ids=torch.tensor([list(tokens)], device=device),
+        position_ids=torch.tensor([list(range(count) if positions is None else positions)], device=device),
         attention_mask=mask[None, None],
         use_cache=False,
     ).logits[0]

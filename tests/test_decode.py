@@ -150,7 +150,7 @@ def test_a_subset_is_the_model_of_those_layers(name: str) -> None:
     tokens = list(prompt())
     slots = subset.new_slots(4)
     seen = subset.forward(slots, torch.tensor(tokens), rows=len(tokens))
-    own = smaller(torch.tensor([tokens]), use_cache=False).logits[0]
+    own = smaller(torch.tensor([tokens], device=smaller.device), use_cache=False).logits[0]
     torch.testing.assert_close(seen, own.detach())
     assert torch.equal(logits(target.model, prompt()), before)
     ours = {parameter.data_ptr() for parameter in target.model.parameters()}

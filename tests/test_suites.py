@@ -30,7 +30,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    file = tmp_path_factory.mktemp("run") / "run.json"
+    file = tmp_path_factory.mktemp("run") / "made" / "run.json"
     done = run(
         *("--benchmark", f"--target={model}", "--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
         *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12", f"--benchmark-json={file}"),

@@ -54,6 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = [suite for option, suite in _SUITES.items() if config.getoption(option)]
     if chosen and config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / suite) for suite in chosen]
+    # pytest-benchmark opens its file when all is measured, and a folder that is not there would cost the run.
+    if config.getoption("benchmark") and (file := config.getoption("benchmark_json", None)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -83,8 +83,8 @@ class ModelDrafter:
         return self.draft.forward(
             self._slots,
             tokens,
-            positions=torch.full((len(tokens),), position, device=self.draft.device),
-            visible=visible.to(self.draft.device),
+            positions=torch.full((len(tokens),), position),
+            visible=visible,
             rows=len(tokens),
         )
 
