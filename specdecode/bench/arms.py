@@ -53,11 +53,13 @@ class Arm:
         run: from a prompt, the number of new tokens and the baseline's output of the same prompt (for replayed drafts)
             to a run.
         synthetic: its acceptance is set and not found out.
+        against: the peer's arm that does the same with the same settings.
     """
 
     name: str
     run: Callable[[Sequence[int], int, Sequence[int]], Run]
     synthetic: bool = False
+    against: str | None = None
 
 
 def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Arm:
@@ -65,7 +67,8 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
 
     Keys: `drafter` ("none", "lookup" or "model"), `k`, `nodes`, `ngram`, `branches`, `shape` ("chain", "static" or
     "best-first"), `branching`, `threshold`, `replay` (acceptance), or `peer` ("generate", "assisted" or
-    "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops drafting).
+    "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops drafting). `against` names the
+    peer's arm that does the same.
 
     Raises:
         ValueError: a key or value that is not known, or a draft model that is missing.
@@ -76,10 +79,11 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
     if needs_draft and draft is None:
         raise ValueError(f"arm {name!r} needs a draft model: name one with --draft")
     replay = options.pop("replay", None)
+    against = options.pop("against", None)
     run = _ours(options, target, draft, replay) if peer is None else _peer(peer, options, target, draft)
     if options:
         raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
-    return Arm(name, run, synthetic=target.synthetic or replay is not None)
+    return Arm(name, run, target.synthetic or replay is not None, against)
 
 
 def _ours(

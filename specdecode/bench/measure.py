@@ -47,10 +47,12 @@ class Results:
     Attributes:
         runs: arm by arm, in the order of the blocks; the baseline's are the first of each block.
         noise: log ratio of each block's first baseline run to its second, prompt by prompt.
+        against: for an arm, the peer's arm that does the same with the same settings, where both were measured.
     """
 
     runs: dict[str, list[Measured]] = field(default_factory=dict)
     noise: dict[str, list[float]] = field(default_factory=dict)
+    against: dict[str, str] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
@@ -88,6 +90,9 @@ class Results:
             "ties": float(sum(measured.check == "tie" for measured in self.runs[arm])),
             "bugs": float(sum(measured.check == "bug" for measured in self.runs[arm])),
         }
+        if peer := self.against.get(arm):
+            over = self.speedup(arm, over=peer)
+            measures |= {"over_peer": over.value, "over_peer_low": over.low, "over_peer_high": over.high}
         generations = [run.generation for run in runs if run.generation is not None]
         if drafted := sum(generation.drafted for generation in generations):
             measures["acceptance_rate"] = sum(generation.accepted for generation in generations) / drafted
@@ -121,7 +126,9 @@ def experiment(
     baseline = next(arm for arm in arms if arm.name == BASELINE)
     others = [arm for arm in arms if arm is not baseline]
     total = len(arms) + len(prompts) * repeats * (len(arms) + 1)
-    results = Results({arm.name: [] for arm in arms}, {prompt: [] for prompt in prompts})
+    names = {arm.name for arm in arms}
+    against = {arm.name: arm.against for arm in arms if arm.against in names}
+    results = Results({arm.name: [] for arm in arms}, {prompt: [] for prompt in prompts}, against)
     done = 0
 
     def timed(arm: Arm, prompt: str, length: int, expected: Sequence[int]) -> Run:

@@ -35,10 +35,14 @@ def speed_table(results: Results) -> Table:
             _outputs(measures),
         )
     floor = 100 * math.expm1(results.floor)
-    table.caption = (
-        f"Baseline ar: autoregressive decoding by this package; intervals are 95 %. A/A floor: two runs of ar differ by"
-        f" up to {floor:.1f} % in the mean."
-    )
+    peers = [f"{arm} over {peer} {results.speedup(arm, over=peer)}" for arm, peer in results.against.items()]
+    notes = [
+        "Baseline ar: autoregressive decoding by this package. Intervals are 95 %.",
+        f"A/A floor: two runs of ar differ by up to {floor:.1f} % in the mean.",
+    ]
+    if peers:
+        notes.append(f"Against transformers, same draft and settings: {'; '.join(peers)}.")
+    table.caption = "\n".join(notes)
     return table
 
 

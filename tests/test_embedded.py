@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from specdecode import LM, BestFirstTree, ModelDrafter, NoDraft, PromptLookup, StaticTree, generate, load
+from specdecode.bench.measure import classify
+from specdecode.drafters.base import Drafter
+from specdecode.loading import EMBEDDED_DRAFT
+from tests.models import continuation
+
+TEXT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Germany is"
+
+
+@pytest.fixture(scope="module")
+def target() -> LM:
+    return load(device="cpu")
+
+
+def test_the_embedded_model_knows_something(target: LM) -> None:
+    """Guards against weights that were dequantised in another order: they load, and say nothing."""
+    assert target.tokenizer is not None
+    text = target.tokenizer.decode(generate(target, target.encode(TEXT), max_new_tokens=4).tokens)
+    assert text.startswith(" Berlin.")
+
+
+@pytest.mark.parametrize("name", ["none", "lookup", "chain", "static", "best-first"])
+def test_real_weights_decode_to_transformers_own_tokens(target: LM, name: str) -> None:
+    """Guards against what tiny models do not have: a real vocabulary, and drafts that are mostly right."""
+    draft = load(EMBEDDED_DRAFT, target=target)
+    drafters: dict[str, Drafter] = {
+        "none": NoDraft(),
+        "lookup": PromptLookup(),
+        "chain": ModelDrafter(draft),
+        "static": ModelDrafter(draft, StaticTree((2, 1, 1))),
+        "best-first": ModelDrafter(draft, BestFirstTree(8)),
+    }
+    prompt = target.encode(TEXT)
+    result = generate(target, prompt, drafter=drafters[name], max_new_tokens=32)
+    expected = continuation(target.model, prompt, 32)
+    # In float32 a tie is decided by rounding, which is not an error; anything else is.
+    assert classify(target, prompt, expected, result.tokens) in ("equal", "tie")
+    assert (result.accepted > 0) == (name != "none")
