@@ -168,6 +168,14 @@ def fetch(*, again: bool = False) -> Path:
     return folder
 
 
+def weights_of(name: str) -> str:
+    """Where the weights of a model that was loaded by this name came from: the embedded one has two sources."""
+    if name != EMBEDDED:
+        return name
+    source: str = json.loads((cache_folder() / EMBEDDED / "manifest.json").read_text())["source"]
+    return source
+
+
 def _make_embedded(folder: Path) -> None:
     """Fetch into a temporary folder beside the final one, and rename: a folder that exists is whole."""
     free = shutil.disk_usage(folder.parent).free

@@ -32,7 +32,7 @@ from specdecode.controller import Limit
 from specdecode.drafters.base import Context, Drafter
 from specdecode.slots import Slots
 from tests.discovery import DRAFTERS, examples
-from tests.models import ARCHITECTURES, REFUSED, WINDOW, build, greedy, lm, logits, prompt
+from tests.models import ARCHITECTURES, REFUSED, WINDOW, build, continuation, greedy, lm, logits, prompt
 
 LENGTH = 36
 SHAPES = [Chain(), StaticTree((3, 2, 1)), BestFirstTree(nodes=12, threshold=0.01)]
@@ -152,6 +152,8 @@ def test_a_subset_is_the_model_of_those_layers(name: str) -> None:
     seen = subset.forward(slots, torch.tensor(tokens), rows=len(tokens))
     own = smaller(torch.tensor([tokens], device=smaller.device), use_cache=False).logits[0]
     torch.testing.assert_close(seen, own.detach())
+    # It is a whole model to others too, with a cache of theirs: transformers can draft with it.
+    assert generate(subset, tokens, max_new_tokens=8).tokens == continuation(subset.model, tokens, 8)
     assert torch.equal(logits(target.model, prompt()), before)
     ours = {parameter.data_ptr() for parameter in target.model.parameters()}
     assert {parameter.data_ptr() for parameter in subset.model.parameters()} <= ours

@@ -171,8 +171,14 @@ def test_a_drafter_that_ignores_its_limit_is_cut(length: int) -> None:
         def propose(self, context: Context, limit: Limit) -> DraftTree:
             return Scripted.propose(self, context, Limit(9))
 
-    result = decode(Boundless([*prompt(), *known()], [9]), max_new_tokens=length)
-    assert result.tokens == known()[:length]
+    told: list[int] = []
+
+    def listen(tokens: list[int]) -> None:
+        told.extend(tokens)
+        assert len(told) <= length
+
+    result = decode(Boundless([*prompt(), *known()], [9]), max_new_tokens=length, on_step=listen)
+    assert result.tokens == told == known()[:length]
     left = length
     for step in result.steps:
         assert step.depth == step.drafted == step.accepted == min(5, left - 1)

@@ -153,6 +153,14 @@ def test_other_prompts_are_not_compared(judged: Any) -> None:
     assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
 
 
+def test_other_weights_of_the_same_name_are_not_compared(judged: Any) -> None:
+    """Guards against a regression invented by the embedded model's other source of weights."""
+    new = content({"linear": 1.0}, target_forwards_per_token=0.9)
+    new["specdecode"]["versions"]["weights"] = "elsewhere"
+    verdicts = judged(new, content({"linear": 2.0}))
+    assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
+
+
 def test_the_settings_of_the_gate() -> None:
     """Guards against a verdict that no setting fails on, or one that every setting does."""
     assert FAILING["on"] == {Verdict.REGRESSED, Verdict.MISSING}
@@ -234,10 +242,12 @@ def test_the_command_line_judges_from_the_files_alone(
 def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
     """Guards against a baseline that the next run does not find, or cannot be judged by."""
     run = tmp_path / "run.json"
-    run.write_text(json.dumps(content({"linear": 2.0})))
+    run.write_text(json.dumps(content({"linear": 2.0}) | {"machine_info": {"node": "mine", "cpu": "abacus"}}))
     file = bless(run, tmp_path / "baselines", "the first")
     assert file == tmp_path / "baselines" / "abacus-2-threads" / "t+d-float32-quick.json"
-    assert json.loads(file.read_text())["specdecode"]["reason"] == "the first"
+    written = json.loads(file.read_text())
+    assert written["specdecode"]["reason"] == "the first"
+    assert written["machine_info"] == {"cpu": "abacus"}
     assert {j.verdict for j in judge(read(run), read(file))} == {Verdict.PASS}
     assert [f.name for f in file.parent.iterdir()] == [file.name]
 

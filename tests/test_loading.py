@@ -77,33 +77,39 @@ def test_a_shape_is_random_weights_that_are_the_same_each_time(monkeypatch: pyte
     """Guards against synthetic costs taken for measurements, and weights that differ from run to run."""
     monkeypatch.setitem(SHAPES, "tiny", ARCHITECTURES["llama"])
     torch.manual_seed(1)
-    first, state = load("shape:tiny", device="cpu"), torch.random.get_rng_state()
+    before = torch.random.get_rng_state()
+    first = load("shape:tiny", device="cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
     second = load("shape:tiny", device="cpu")
     assert first.synthetic
     assert first.tokenizer is None
-    assert torch.equal(state, torch.random.get_rng_state())
     for ours, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("name", "parameters", "heads"),
     [
-        ("pythia-70m", 70_426_624),
-        ("pythia-160m", 162_322_944),
-        ("pythia-410m", 405_334_016),
-        ("pythia-1b", 1_011_781_632),
-        ("pythia-1.4b", 1_414_647_808),
-        ("pythia-2.8b", 2_775_208_960),
-        ("smollm2-135m", 134_515_008),
-        ("llama-3.2-1b", 1_235_814_400),
+        ("pythia-70m", 70_426_624, (8, 8, 64)),
+        ("pythia-160m", 162_322_944, (12, 12, 64)),
+        ("pythia-410m", 405_334_016, (16, 16, 64)),
+        ("pythia-1b", 1_011_781_632, (8, 8, 256)),
+        ("pythia-1.4b", 1_414_647_808, (16, 16, 128)),
+        ("pythia-2.8b", 2_775_208_960, (32, 32, 80)),
+        ("smollm2-135m", 134_515_008, (9, 3, 64)),
+        ("llama-3.2-1b", 1_235_814_400, (32, 8, 64)),
     ],
 )
-def test_a_shape_has_as_many_parameters_as_were_published(name: str, parameters: int) -> None:
+def test_a_shape_has_the_size_that_was_published(name: str, parameters: int, heads: tuple[int, int, int]) -> None:
     """Guards against a wrong figure in a shape, whose cost would be measured under another model's name."""
+    config = AutoConfig.for_model(**SHAPES[name])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]))
+        model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    of_keys = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    assert (config.num_attention_heads, of_keys, width) == heads
 
 
 def test_some_layers_of_the_target_are_a_draft() -> None:

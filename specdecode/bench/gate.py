@@ -79,6 +79,13 @@ def _judge_arm(arm: str, new: RunFile, old: RunFile, tolerance: float) -> list[J
             Judgement(arm, "time", Verdict.NO_BASELINE, reason),
             Judgement(arm, "counters", Verdict.NO_BASELINE, reason),
         ]
+    weights, before = new.header.versions.get("weights"), old.header.versions.get("weights")
+    if weights != before:
+        reason = f"the target's weights are from {weights} and the baseline's from {before}"
+        return [
+            Judgement(arm, "time", Verdict.INCONCLUSIVE, reason),
+            Judgement(arm, "counters", Verdict.INCONCLUSIVE, reason),
+        ]
     verdict, reason = _judge_time(arm, new, old, tolerance)
     judgements = [Judgement(arm, "time", verdict, reason)]
     if new.arms[arm].counters or old.arms[arm].counters:

@@ -180,6 +180,7 @@ def _measure(config: pytest.Config, target: LM, selected: set[str]) -> Bench:
     from specdecode.bench.progress import progress
     from specdecode.bench.runs import TOLERANCE, Header, run_file
     from specdecode.evals.data import token_prompts
+    from specdecode.loading import weights_of
 
     option = config.getoption
     identity = _identity(config)
@@ -194,7 +195,8 @@ def _measure(config: pytest.Config, target: LM, selected: set[str]) -> Bench:
             measured = experiment(target, arms, prompts, max_new_tokens, chosen.repeats, progress=tell)
     except ValueError as error:
         pytest.exit(str(error), returncode=2)
-    header = Header(identity, max_new_tokens, list(prompts), measured.floor, environment())
+    versions = {**environment(), "weights": weights_of(identity.target)}
+    header = Header(identity, max_new_tokens, list(prompts), measured.floor, versions)
     baseline = _baseline(config)
     judgements = []
     if baseline is not None:

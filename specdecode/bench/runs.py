@@ -62,7 +62,7 @@ class Header:
         max_new_tokens: length of every output.
         prompts: ids, in order.
         floor: the A/A floor, in logarithms.
-        versions: of Python, torch, transformers and so on, for information.
+        versions: of Python, torch, transformers and so on, for information; and the source of the target's weights.
     """
 
     identity: Identity
@@ -203,6 +203,8 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
             f" the machine or measure more prompts, until it is {TOLERANCE:.0%} at most"
         )
     content[_KEY]["reason"] = reason.strip()
+    for private in ("node", "release"):  # a machine's name says nothing about its speed
+        content.get("machine_info", {}).pop(private, None)
     file = baselines / run.header.identity.file
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".tmp")
