@@ -267,8 +267,10 @@ class LM:
 
 
 def _shell(module: Any) -> Any:
-    """A copy of the module objects, sharing every parameter and buffer."""
+    """A copy of the module objects, sharing every parameter and buffer, but not the hooks that are put on either."""
     shell = copy.copy(module)
+    for name in [name for name in vars(shell) if name.endswith("_hooks")]:
+        setattr(shell, name, vars(shell)[name].copy())
     shell._modules = {name: None if child is None else _shell(child) for name, child in module._modules.items()}
     return shell
 

@@ -116,7 +116,10 @@ def check_vocabulary(target: LM, draft: LM) -> None:
         return
     text_of = {token_id: text for text, token_id in ours.items()}
     text_of_draft = {token_id: text for text, token_id in theirs.items()}
-    first = min(i for i in text_of.keys() | text_of_draft.keys() if text_of.get(i) != text_of_draft.get(i))
+    differing = (i for i in text_of.keys() | text_of_draft.keys() if text_of.get(i) != text_of_draft.get(i))
+    first = min(differing, default=None)
+    if first is None:
+        return  # several texts for one id, and all ids agree
     raise TokenizerMismatchError(
         f"{draft.name} does not share the vocabulary of {target.name}: token {first} is"
         f" {text_of_draft.get(first)!r} there and {text_of.get(first)!r} here; choose a draft of the target's family"
@@ -278,7 +281,9 @@ def _tokenizer(source: str) -> Any:
     """The tokenizer, or None where the model comes without one: decoding needs ids only."""
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if (Path(source) / "tokenizer.json").exists():
+            raise ModelFileError(f"the tokenizer in {source} is damaged: fetch the model again") from error
         return None
 
 

@@ -155,6 +155,8 @@ def test_a_subset_is_the_model_of_those_layers(name: str) -> None:
     # It is a whole model to others too, with a cache of theirs: transformers can draft with it.
     assert generate(subset, tokens, max_new_tokens=8).tokens == continuation(subset.model, tokens, 8)
     assert torch.equal(logits(target.model, prompt()), before)
+    with subset.model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("a hook of the subset")):
+        logits(target.model, prompt())
     ours = {parameter.data_ptr() for parameter in target.model.parameters()}
     assert {parameter.data_ptr() for parameter in subset.model.parameters()} <= ours
 

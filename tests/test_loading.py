@@ -112,6 +112,14 @@ def test_a_shape_has_the_size_that_was_published(name: str, parameters: int, hea
     assert (config.num_attention_heads, of_keys, width) == heads
 
 
+def test_a_damaged_tokenizer_is_told(folder: Path) -> None:
+    """Guards against a model that seems to have come without a tokenizer, and so escapes the vocabulary check."""
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(ModelFileError, match="tokenizer"):
+        load(str(folder), device="cpu")
+
+
 def test_some_layers_of_the_target_are_a_draft() -> None:
     """Guards against ranges that lose their last layer."""
     target = lm("llama")
