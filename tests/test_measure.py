@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import gc
+import io
 import math
 from collections.abc import Sequence
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from specdecode import LM, generate
 from specdecode.bench.arms import Arm, Run, make
 from specdecode.bench.measure import Results, classify, experiment
 from specdecode.bench.presets import preset
+from specdecode.bench.report import markdown, speed_table
 from tests.models import ARCHITECTURES, build, lm, prompt
 
 PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
@@ -144,6 +147,20 @@ def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
     assert generation.draft_forwards == sum(step.depth for step in generation.steps)
     first = generation.acceptance_by_position[0]
     assert 0.6 < first < 0.95
+
+
+def test_synthetic_rows_say_so_in_every_table() -> None:
+    """Guards against a set acceptance that is taken for a model's."""
+    target = lm("llama")
+    entries = {"ar": {}, "lookup": {"drafter": "lookup"}, "replayed": {"drafter": "model", "replay": 0.5}}
+    arms = [make(name, options, target, target) for name, options in entries.items()]
+    results = experiment(target, arms, PROMPTS, max_new_tokens=4)
+    table = io.StringIO()
+    Console(file=table, width=130).print(speed_table(results))
+    for text in (table.getvalue(), markdown(results, "title", "no baseline", [])):
+        assert text.count("(synthetic)") == 1
+        assert "replayed (synthetic)" in text
+    assert [results.measures(arm)["synthetic"] for arm in entries] == [0.0, 0.0, 1.0]
 
 
 def test_peers_draft_as_long_as_they_are_told() -> None:

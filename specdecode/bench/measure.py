@@ -48,11 +48,13 @@ class Results:
         runs: arm by arm, in the order of the blocks; the baseline's are the first of each block.
         noise: log ratio of each block's first baseline run to its second, prompt by prompt.
         against: for an arm, the peer's arm that does the same with the same settings, where both were measured.
+        synthetic: the arms whose weights or acceptance are not real: they tell costs only.
     """
 
     runs: dict[str, list[Measured]] = field(default_factory=dict)
     noise: dict[str, list[float]] = field(default_factory=dict)
     against: dict[str, str] = field(default_factory=dict)
+    synthetic: frozenset[str] = frozenset()
 
     @property
     def floor(self) -> float:
@@ -88,6 +90,7 @@ class Results:
             "tpot_s": statistics.median((run.total_s - run.ttft_s) / max(len(run.tokens) - 1, 1) for run in runs),
             "mean_acceptance_length": tokens / steps,
             "ties": float(sum(measured.check == "tie" for measured in self.runs[arm])),
+            "synthetic": float(arm in self.synthetic),
             "bugs": float(sum(measured.check == "bug" for measured in self.runs[arm])),
         }
         if peer := self.against.get(arm):
@@ -128,7 +131,8 @@ def experiment(
     total = len(arms) + len(prompts) * repeats * (len(arms) + 1)
     names = {arm.name for arm in arms}
     against = {arm.name: arm.against for arm in arms if arm.against in names}
-    results = Results({arm.name: [] for arm in arms}, {prompt: [] for prompt in prompts}, against)
+    synthetic = frozenset(arm.name for arm in arms if arm.synthetic)
+    results = Results({arm.name: [] for arm in arms}, {prompt: [] for prompt in prompts}, against, synthetic)
     done = 0
 
     def timed(arm: Arm, prompt: str, length: int, expected: Sequence[int]) -> Run:

@@ -24,7 +24,7 @@ def speed_table(results: Results) -> Table:
     for arm in results.runs:
         measures = results.measures(arm)
         table.add_row(
-            arm,
+            _label(results, arm),
             f"{measures['throughput']:.1f}",
             str(results.speedup(arm)),
             *([str(results.speedup(arm, over=PEER_BASELINE))] if against_hf else []),
@@ -69,7 +69,9 @@ def markdown(results: Results, title: str, baseline: str, judgements: Sequence[J
     for arm in results.runs:
         measures = results.measures(arm)
         tau, speed = measures["mean_acceptance_length"], measures["throughput"]
-        lines.append(f"| {arm} | {speed:.1f} | {results.speedup(arm)} | {tau:.2f} | {_outputs(measures)} |")
+        lines.append(
+            f"| {_label(results, arm)} | {speed:.1f} | {results.speedup(arm)} | {tau:.2f} | {_outputs(measures)} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -77,6 +79,10 @@ def _failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
     order = [Verdict.REGRESSED, Verdict.MISSING, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE]
     ranks = {verdict: rank for rank, verdict in enumerate(order)}
     return sorted(judgements, key=lambda judged: ranks.get(judged.verdict, len(order)))
+
+
+def _label(results: Results, arm: str) -> str:
+    return f"{arm} (synthetic)" if arm in results.synthetic else arm
 
 
 def _outputs(measures: dict[str, float]) -> str:
