@@ -12,7 +12,7 @@ from specdecode.bench.runs import COUNTERS, TOLERANCE, ArmRecord, RunFile, yards
 from specdecode.bench.stats import mean_ratio
 
 COUNTER_TOLERANCE = 0.02
-"""The same for counters, which have no noise but for rare ties that another machine decides differently."""
+"""By how much a counter may become worse, as a share: there is no noise but rare ties that machines decide apart."""
 
 
 class Verdict(str, enum.Enum):
@@ -70,28 +70,27 @@ def judge(
 
 
 def _judge_arm(arm: str, new: RunFile, old: RunFile, tolerance: float) -> list[Judgement]:
-    if arm not in new.arms:
-        reason = "the baseline has this arm and the run does not: measure it, or bless a run without it"
-        return [Judgement(arm, "time", Verdict.MISSING, reason), Judgement(arm, "counters", Verdict.MISSING, reason)]
-    if arm not in old.arms:
-        reason = "the baseline does not have this arm: bless a run that has it"
-        return [
-            Judgement(arm, "time", Verdict.NO_BASELINE, reason),
-            Judgement(arm, "counters", Verdict.NO_BASELINE, reason),
-        ]
-    weights, before = new.header.versions.get("weights"), old.header.versions.get("weights")
-    if weights != before:
-        reason = f"the target's weights are from {weights} and the baseline's from {before}"
-        return [
-            Judgement(arm, "time", Verdict.INCONCLUSIVE, reason),
-            Judgement(arm, "counters", Verdict.INCONCLUSIVE, reason),
-        ]
+    if incomparable := _incomparable(arm, new, old):
+        verdict, reason = incomparable
+        return [Judgement(arm, "time", verdict, reason), Judgement(arm, "counters", verdict, reason)]
     verdict, reason = _judge_time(arm, new, old, tolerance)
     judgements = [Judgement(arm, "time", verdict, reason)]
     if new.arms[arm].counters or old.arms[arm].counters:
         verdict, reason = _judge_counters(new, old, new.arms[arm], old.arms[arm])
         judgements.append(Judgement(arm, "counters", verdict, reason))
     return judgements
+
+
+def _incomparable(arm: str, new: RunFile, old: RunFile) -> tuple[Verdict, str] | None:
+    """Why neither time nor counters of the arm can be compared, if so."""
+    if arm not in new.arms:
+        return Verdict.MISSING, "the baseline has this arm and the run does not: measure it, or bless a run without it"
+    if arm not in old.arms:
+        return Verdict.NO_BASELINE, "the baseline does not have this arm: bless a run that has it"
+    ours, theirs = new.header.versions.get("weights"), old.header.versions.get("weights")
+    if ours != theirs:
+        return Verdict.INCONCLUSIVE, f"the target's weights are from {ours} and the baseline's from {theirs}"
+    return None
 
 
 def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> tuple[Verdict, str]:

@@ -48,7 +48,7 @@ def noise_floor(logs: Sequence[Sequence[float]]) -> float:
     """The A/A floor: how far from 1 the mean ratio of two runs of the same code may lie, in logarithms.
 
     Args:
-        logs: log ratios of the second run of a block to its first, prompt by prompt.
+        logs: log ratios of the first run of a block to its second, prompt by prompt.
     """
     interval = mean_ratio(logs)
     return max(abs(math.log(interval.low)), abs(math.log(interval.high)))
