@@ -5,10 +5,11 @@ import pytest
 from specdecode.bench.gate import FAILING, Verdict
 
 
-def test_gate(judged, judgements, request):
+def test_gate(judged, bench, request):
     """The arm is no slower than its baseline, and its counters are no worse."""
     verdict, reason = Verdict.NO_BASELINE, "there is no baseline for this hardware"
-    if judgements:
-        verdict, reason = judgements[judged].verdict, judgements[judged].reason
+    for judgement in bench.judgements:
+        if (judgement.arm, judgement.gate) == judged:
+            verdict, reason = judgement.verdict, judgement.reason
     if verdict in FAILING[request.config.getoption("gate")]:
         pytest.fail(f"{verdict.value}: {' '.join(judged)}: {reason}", pytrace=False)

@@ -2,15 +2,14 @@
 
 import pytest
 
+from specdecode.bench.baselines import extra_info
 from specdecode.bench.replay import clock, replay
-from specdecode.bench.runs import extra_info
 
 
 @pytest.mark.benchmark(timer=clock, group="speed")
-def test_speed(arm, results, benchmark):
+def test_speed(arm, bench, benchmark):
     """The arm's output is the baseline's, token by token; its times are played to pytest-benchmark."""
-    runs = results.runs[arm]
-    benchmark.extra_info.update(extra_info(results, arm))
-    replay(benchmark, [measured.run.total_s for measured in runs])
-    wrong = [measured.prompt for measured in runs if measured.check == "bug"]
+    benchmark.extra_info.update(extra_info(bench.run, arm))
+    replay(benchmark, bench.durations[arm])
+    wrong = bench.wrong[arm]
     assert not wrong, f"{arm} gave other tokens than autoregressive decoding on {', '.join(wrong)}: its times are void"

@@ -200,9 +200,9 @@ def gate(
     tolerance: Annotated[float | None, typer.Option(help="share by which a time may be worse  [default: 0.05]")] = None,
 ) -> None:
     """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
+    from specdecode.bench.baselines import TOLERANCE, read
     from specdecode.bench.gate import FAILING, judge
     from specdecode.bench.report import verdict_table
-    from specdecode.bench.runs import TOLERANCE, read
 
     judgements = judge(read(new), read(old), TOLERANCE if tolerance is None else tolerance)
     Console(width=None if sys.stdout.isatty() else 130).print(verdict_table(judgements))
@@ -220,7 +220,7 @@ def bless(
     baselines: Annotated[Path, typer.Option(help="folder of the baselines")] = Path("baselines"),
 ) -> None:
     """Make a run the baseline of its hardware, models, type and preset."""
-    from specdecode.bench.runs import bless as make_baseline
+    from specdecode.bench.baselines import bless as make_baseline
 
     typer.echo(f"blessed as {make_baseline(run, baselines, reason)}")
 

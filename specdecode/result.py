@@ -74,6 +74,17 @@ class Generation:
         return sum(step.accepted for step in self.steps)
 
     @property
+    def draft_s(self) -> float:
+        """Seconds spent proposing."""
+        return sum(step.draft_s for step in self.steps)
+
+    @property
+    def verify_s(self) -> float:
+        """Seconds of the target's forwards, those over the prompt included, and of the acceptance."""
+        before = self.prefill_s - self.steps[0].total_s if self.steps else 0.0
+        return before + sum(step.verify_s for step in self.steps)
+
+    @property
     def acceptance_rate(self) -> float:
         """Accepted over drafted tokens, 0 to 1; nan if nothing was drafted."""
         return _ratio(self.accepted, self.drafted)
@@ -95,8 +106,12 @@ class Generation:
     @property
     def accepted_lengths(self) -> list[int]:
         """Histogram: entry i counts the steps of which i proposals were committed."""
-        longest = max((step.accepted for step in self.steps), default=0)
-        return [sum(step.accepted == length for step in self.steps) for length in range(longest + 1)]
+        return _histogram([step.accepted for step in self.steps])
+
+    @property
+    def depths(self) -> list[int]:
+        """Histogram: entry i counts the steps whose tree was i deep."""
+        return _histogram([step.depth for step in self.steps])
 
     @property
     def total_s(self) -> float:
@@ -121,6 +136,10 @@ class Generation:
     def decode_throughput(self) -> float:
         """New tokens per second after the first: (n - 1) / (total - TTFT)."""
         return _ratio(len(self.tokens) - 1, self.decode_s)
+
+
+def _histogram(lengths: list[int]) -> list[int]:
+    return [lengths.count(length) for length in range(max(lengths, default=0) + 1)]
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -10,41 +10,48 @@ from typing import Any
 import pytest
 
 from specdecode import cli
-from specdecode.bench.arms import Run
+from specdecode.bench.baselines import bless, extra_info, header_json, read
 from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
-from specdecode.bench.measure import Measured, Results
-from specdecode.bench.runs import Header, Identity, bless, extra_info, read, run_file
+from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
 
 PROMPTS = [f"text/{i}" for i in range(8)]
-COUNTERS = {"target_forwards_per_token": 0.5, "mean_acceptance_length": 2.0, "cache_bytes": 1000.0}
+COUNTS = {
+    "runs": 1,
+    "tokens": 40,
+    "steps": 20,
+    "target_forwards": 20,
+    "drafted": 40,
+    "accepted": 20,
+    "cache_bytes": 1e3,
+}
 
 
-def content(speedups: dict[str, float], floor: float = 0.01, scatter: float = 0.0, **counters: float) -> dict[str, Any]:
-    """A run file in which every arm has one speedup on all prompts, give or take a scatter."""
-    identity = {"hardware": "abacus-2-threads", "target": "t", "draft": "d", "dtype": "float32", "preset": "quick"}
+def content(
+    speedups: dict[str, float],
+    floor: float = 0.01,
+    scatter: float = 0.0,
+    host_syncs: float = 3.0,
+    lengths: tuple[int, ...] = (8, 4, 8),
+    **counts: float,
+) -> dict[str, Any]:
+    """A run file in which every arm has one speedup on all prompts, give or take a scatter; `ar` and a peer too."""
+    speedups = {"ar": 1.0, "hf-generate": 0.9} | speedups
+    identity = Identity("abacus-2-threads", "t", "d", "float32", "quick")
+    outputs = {prompt: prompt[::-1] for prompt in PROMPTS}
+    header = Header(identity, 40, outputs, floor, roofline=100.0, versions={"torch": "2"})
+    arms = {}
+    for arm, speedup in speedups.items():
+        rows = {}
+        for i, prompt in enumerate(PROMPTS):
+            log = math.log(speedup) + (scatter * (-1) ** i if arm not in ("ar", "hf-generate") else 0.0)
+            seconds = {"total": math.exp(-log), "ttft": 0.1 * math.exp(-log)}
+            rows[prompt] = Row(log, COUNTS | counts, seconds, {"accepted": list(lengths), "depth": [0, 0, 20]})
+        arms[arm] = ArmRecord(rows, rehearsal={"host_syncs_per_step": host_syncs})
+    run = RunFile(Path(), header, arms)
     return {
         "commit_info": {"dirty": False},
-        "specdecode": {
-            "format": 1,
-            "identity": identity,
-            "max_new_tokens": 40,
-            "prompts": PROMPTS,
-            "floor": floor,
-            "versions": {"torch": "2"},
-        },
-        "benchmarks": [
-            {
-                "param": arm,
-                "extra_info": {
-                    **(COUNTERS | counters),
-                    "bugs": 0.0,
-                    "log_speedups": {
-                        prompt: math.log(speedup) + scatter * (-1) ** i for i, prompt in enumerate(PROMPTS)
-                    },
-                },
-            }
-            for arm, speedup in speedups.items()
-        ],
+        "specdecode": header_json(header),
+        "benchmarks": [{"param": arm, "extra_info": extra_info(run, arm)} for arm in arms],
     }
 
 
@@ -95,7 +102,7 @@ def test_the_tolerance_is_the_users(judged: Any) -> None:
 
 def test_an_arm_that_is_gone_or_renamed_is_missing(judged: Any) -> None:
     """Guards against pytest-benchmark's silence: a benchmark that is no longer run cannot be slower."""
-    verdicts = judged(content({"ar": 1.0, "linear-5": 2.0}), content({"ar": 1.0, "linear": 2.0}))
+    verdicts = judged(content({"linear-5": 2.0}), content({"linear": 2.0}))
     assert {verdicts["linear", gate].verdict for gate in ("time", "counters")} == {Verdict.MISSING}
     assert {verdicts["linear-5", gate].verdict for gate in ("time", "counters")} == {Verdict.NO_BASELINE}
     assert verdicts["ar", "time"].verdict is Verdict.PASS
@@ -104,7 +111,7 @@ def test_an_arm_that_is_gone_or_renamed_is_missing(judged: Any) -> None:
 
 def test_times_of_another_machine_are_not_judged_but_counters_are(judged: Any) -> None:
     """Guards against a faster machine that hides a regression, and a slower one that invents it."""
-    new, old = content({"linear": 1.0}, target_forwards_per_token=0.6), content({"linear": 2.0})
+    new, old = content({"linear": 1.0}, target_forwards=24), content({"linear": 2.0})
     new["specdecode"]["identity"]["hardware"] = "calculator"
     verdicts = judged(new, old)
     assert verdicts["linear", "time"].verdict is Verdict.WRONG_HARDWARE
@@ -113,49 +120,81 @@ def test_times_of_another_machine_are_not_judged_but_counters_are(judged: Any) -
 
 
 @pytest.mark.parametrize(
-    ("counter", "value", "verdict"),
+    ("change", "verdict", "reason"),
     [
-        ("target_forwards_per_token", 0.505, Verdict.PASS),
-        ("target_forwards_per_token", 0.55, Verdict.REGRESSED),
-        ("target_forwards_per_token", 0.4, Verdict.IMPROVED),
-        ("mean_acceptance_length", 1.9, Verdict.REGRESSED),
-        ("mean_acceptance_length", 2.2, Verdict.IMPROVED),
-        ("cache_bytes", 1100.0, Verdict.REGRESSED),
+        ({"target_forwards": 20.2}, Verdict.PASS, "counters"),
+        ({"target_forwards": 22}, Verdict.REGRESSED, "target_forwards_per_token 0.5 -> 0.55"),
+        ({"target_forwards": 16}, Verdict.IMPROVED, "target_forwards_per_token"),
+        ({"steps": 21}, Verdict.REGRESSED, "mean_acceptance_length 2 -> 1.905"),
+        ({"accepted": 25}, Verdict.IMPROVED, "acceptance_rate"),
+        ({"cache_bytes": 1.1e3}, Verdict.REGRESSED, "cache_bytes"),
+        ({"host_syncs": 4.0}, Verdict.REGRESSED, "host_syncs_per_step 3 -> 4"),
+        ({"lengths": (8, 6, 6)}, Verdict.REGRESSED, "steps that accept at least 2: 40% -> 30%"),
+        ({"lengths": (8, 4, 4, 4)}, Verdict.IMPROVED, "at least 3: 0% -> 20%"),
+        ({"lengths": (6, 6, 8)}, Verdict.IMPROVED, "at least 1: 60% -> 70%"),
     ],
 )
 def test_counters_are_judged_tightly_and_the_right_way_round(
-    judged: Any, counter: str, value: float, verdict: Verdict
+    judged: Any, change: dict[str, Any], verdict: Verdict, reason: str
 ) -> None:
     """Guards against more acceptance told as a regression, and more forwards as an improvement."""
-    judgement = judged(content({"linear": 2.0}, **{counter: value}), content({"linear": 2.0}))["linear", "counters"]
+    judgement = judged(content({"linear": 2.0}, **change), content({"linear": 2.0}))["linear", "counters"]
     assert judgement.verdict is verdict
-    assert verdict is Verdict.PASS or counter in judgement.reason
+    assert reason in judgement.reason
 
 
 def test_one_counter_that_is_better_does_not_excuse_another(judged: Any) -> None:
     """Guards against a sum of changes."""
-    new = content({"linear": 2.0}, mean_acceptance_length=3.0, cache_bytes=2000.0)
+    new = content({"linear": 2.0}, steps=10, cache_bytes=2000.0)
     assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.REGRESSED
 
 
 def test_a_counter_that_is_no_longer_counted_is_missing(judged: Any) -> None:
     """Guards against a counter that regresses by being dropped."""
     new = content({"linear": 2.0})
-    del new["benchmarks"][0]["extra_info"]["cache_bytes"]
+    del new["benchmarks"][2]["extra_info"]["rehearsal"]["host_syncs_per_step"]
     assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.MISSING
+    for row in new["benchmarks"][2]["extra_info"]["rows"].values():
+        del row["counts"]["cache_bytes"]
+    judgement = judged(new, content({"linear": 2.0}))["linear", "counters"]
+    assert judgement.verdict is Verdict.MISSING
+    assert "cache_bytes, host_syncs_per_step" in judgement.reason
+
+
+def test_a_wrong_output_is_worse_than_any_time(judged: Any) -> None:
+    """Guards against the files alone passing what the suite failed: a wrong output has no time to be slower by."""
+    new = content({"linear": 4.0})
+    new["benchmarks"][2]["extra_info"]["bugs"] = 1.0
+    verdicts = judged(new, content({"linear": 2.0}))
+    assert {verdicts["linear", gate].verdict for gate in ("time", "counters")} == {Verdict.REGRESSED}
+    assert "1 wrong output" in verdicts["linear", "time"].reason
+
+
+def test_counters_are_compared_where_the_outputs_are_the_same(judged: Any) -> None:
+    """Guards against a machine that decides ties otherwise, and so decodes other texts, taken for a regression."""
+    new = content({"linear": 2.0}, target_forwards=24)
+    assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.REGRESSED
+    for prompt in PROMPTS[1:]:
+        new["specdecode"]["outputs"][prompt] = "other"
+    rows = new["benchmarks"][2]["extra_info"]["rows"]
+    rows[PROMPTS[0]]["counts"]["target_forwards"] = 20
+    judgement = judged(new, content({"linear": 2.0}))["linear", "counters"]
+    assert judgement.verdict is Verdict.PASS
+    assert "1 prompt" in judgement.reason
 
 
 def test_other_prompts_are_not_compared(judged: Any) -> None:
     """Guards against a speedup that came with easier texts."""
     new = content({"linear": 4.0})
     new["specdecode"]["max_new_tokens"] = 400
+    new["specdecode"]["outputs"] = dict.fromkeys(PROMPTS, "longer")
     verdicts = judged(new, content({"linear": 2.0}))
     assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
 
 
 def test_other_weights_of_the_same_name_are_not_compared(judged: Any) -> None:
     """Guards against a regression invented by the embedded model's other source of weights."""
-    new = content({"linear": 1.0}, target_forwards_per_token=0.9)
+    new = content({"linear": 1.0}, target_forwards=36)
     new["specdecode"]["versions"]["weights"] = "elsewhere"
     verdicts = judged(new, content({"linear": 2.0}))
     assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
@@ -170,21 +209,30 @@ def test_the_settings_of_the_gate() -> None:
 
 def _hostile(change: str) -> str:
     run = content({"linear": 2.0})
-    extra = run["benchmarks"][0]["extra_info"]
+    extra = run["benchmarks"][2]["extra_info"]
     if change == "cut":
         return json.dumps(run)[:200]
     if change == "foreign":
         return json.dumps({"benchmarks": []})
     if change == "version":
         run["specdecode"]["format"] = 99
+    row = extra["rows"][PROMPTS[0]]
     if change == "text":
-        extra["log_speedups"][PROMPTS[0]] = "UNSERIALIZABLE[tensor(1.)]"
+        row["log_speedup"] = "UNSERIALIZABLE[tensor(1.)]"
     if change == "nan":
-        extra["log_speedups"][PROMPTS[0]] = math.nan
+        row["seconds"]["total"] = math.nan
+    if change == "nought":
+        row["counts"]["tokens"] = 0
+    if change == "negative":
+        row["seconds"]["draft"] = -1
+    if change == "histogram":
+        row["histograms"]["accepted"] = {"1": 2}
+    if change == "rows":
+        extra["rows"] = "none"
     if change == "list":
-        run["benchmarks"][0]["extra_info"] = [1, 2]
+        run["benchmarks"][2]["extra_info"] = [1, 2]
     if change == "prompt":
-        extra["log_speedups"]["elsewhere/0"] = 0.0
+        extra["rows"]["elsewhere/0"] = row
     if change == "path":
         run["specdecode"]["identity"]["hardware"] = "../../etc"
     if change == "bool":
@@ -195,7 +243,11 @@ def _hostile(change: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "change", ["cut", "foreign", "version", "text", "nan", "list", "prompt", "path", "bool", "empty"]
+    "change",
+    [
+        *("cut", "foreign", "version", "text", "nan", "nought", "negative", "histogram", "rows"),
+        *("list", "prompt", "path", "bool", "empty"),
+    ],
 )
 def test_a_file_that_cannot_be_judged_is_told_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
@@ -264,7 +316,7 @@ def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change
     if change == "no commit":
         del content_["commit_info"]
     if change == "bug":
-        content_["benchmarks"][0]["extra_info"]["bugs"] = 1.0
+        content_["benchmarks"][2]["extra_info"]["bugs"] = 1.0
     run = tmp_path / "run.json"
     run.write_text(json.dumps(content_))
     with pytest.raises(ValueError, match=reason):
@@ -274,20 +326,14 @@ def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change
         bless(run, tmp_path / "baselines", " ")
 
 
-def test_the_baselines_own_arm_is_judged_by_the_peer() -> None:
+def test_the_baselines_own_arm_is_judged_by_the_peer(tmp_path: Path) -> None:
     """Guards against a slowdown of the loop, which slows all arms and `ar` alike."""
 
-    def results(ours: float) -> Results:
-        runs = {
-            name: [Measured(prompt, Run([1, 2], 1.0, 0.5, 2), "equal", log) for prompt in PROMPTS]
-            for name, log in (("ar", 0.0), ("linear", math.log(2.0)), ("hf-generate", math.log(ours)))
-        }
-        return Results(runs, {prompt: [0.0] for prompt in PROMPTS})
-
-    header = Header(Identity("h", "t", "d", "float32", "quick"), 2, PROMPTS, 0.01, {})
     # transformers took 1 / 0.8 of our time, and takes as long as we do now.
-    old, new = run_file(header, results(0.8)), run_file(header, results(1.0))
+    for name, peer in (("old", 0.8), ("new", 1.0)):
+        speedups = {"ar": 1.0, "linear": 2.0, "hf-generate": peer}
+        (tmp_path / name).write_text(json.dumps(content(speedups)))
+    old, new = read(tmp_path / "old"), read(tmp_path / "new")
     verdicts = {(j.arm, j.gate): j.verdict for j in judge(new, old)}
     assert verdicts["ar", "time"] is Verdict.REGRESSED
     assert verdicts["linear", "time"] is Verdict.PASS
-    assert all(isinstance(value, float | dict) for value in extra_info(results(1.0), "linear").values())

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import gc
 import io
-import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ from torch import nn
 
 from specdecode import LM, generate
 from specdecode.bench.arms import Arm, Run, make
-from specdecode.bench.measure import Results, classify, experiment
+from specdecode.bench.measure import Results, classify, experiment, row_of
 from specdecode.bench.presets import preset
 from specdecode.bench.report import markdown, speed_table
+from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from tests.models import ARCHITECTURES, build, lm, prompt
 
+LENGTH = 20
 PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
 
 
@@ -24,18 +26,19 @@ class Calls:
     """Arms that say what they are told to, in no time but the one that they claim."""
 
     def __init__(self) -> None:
-        self.order: list[tuple[str, int]] = []
+        self.order: list[tuple[str, int, int]] = []
         self.collecting: list[bool] = []
 
     def arm(self, name: str, seconds: float, wrong: bool = False) -> Arm:
         def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-            self.order.append((name, len(text)))
-            self.collecting.append(gc.isenabled())
+            self.order.append((name, len(text), length))
+            if length == LENGTH:
+                self.collecting.append(gc.isenabled())
             tokens = generate(lm("llama"), text, max_new_tokens=length).tokens
             if wrong:
                 # The least likely token: no rounding makes it the choice.
                 tokens[-1] = int(_logits(lm("llama"), [*text, *tokens[:-1]]).argmin())
-            return Run(tokens, seconds * len(self.order) ** 0.01, 0.25 * seconds, length)
+            return Run(tokens, seconds * len(self.order) ** 0.01, 0.25 * seconds, {"steps": length})
 
         return Arm(name, run)
 
@@ -49,16 +52,23 @@ def calls() -> Calls:
     return Calls()
 
 
+def kept(results: Results) -> RunFile:
+    """The results as a run."""
+    identity = Identity("abacus", "t", "d", "float32", "quick")
+    return RunFile(Path(), Header(identity, LENGTH, results.outputs(), results.floor), results.records())
+
+
 @pytest.fixture(scope="module")
 def results(calls: Calls) -> Results:
     arms = [calls.arm("ar", 1.0), calls.arm("twice", 0.5), calls.arm("half", 2.0), calls.arm("liar", 0.1, wrong=True)]
-    return experiment(lm("llama"), arms, PROMPTS, max_new_tokens=12, repeats=3)
+    return experiment(lm("llama"), arms, PROMPTS, max_new_tokens=LENGTH, repeats=3)
 
 
 def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: Calls) -> None:
     """Guards against arms timed against a baseline of another moment, and against an order that favours one."""
-    warm_up, timed = calls.order[:4], calls.order[4:]
-    assert {name for name, _ in warm_up} == {"ar", "twice", "half", "liar"}
+    rehearsed = {name for name, _, length in calls.order if 1 < length < LENGTH}
+    assert rehearsed == {"ar", "twice", "half", "liar"}
+    timed = [(name, text) for name, text, length in calls.order if length == LENGTH]
     blocks = [timed[i : i + 5] for i in range(0, len(timed), 5)]
     assert len(blocks) == 6
     for block in blocks:
@@ -72,27 +82,33 @@ def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: 
 
 def test_speedups_are_paired_within_blocks(results: Results) -> None:
     """Guards against ratios of totals: the fake times drift, but their ratios within a block do not."""
-    assert results.speedup("twice").value == pytest.approx(2.0, rel=0.01)
-    assert results.speedup("half").value == pytest.approx(0.5, rel=0.01)
-    assert results.speedup("twice", over="half").value == pytest.approx(4.0, rel=0.01)
-    assert results.speedup("ar").value == 1.0
+    run = kept(results)
+    assert run.speedup("twice").value == pytest.approx(2.0, rel=0.01)
+    assert run.speedup("half").value == pytest.approx(0.5, rel=0.01)
+    assert run.speedup("twice", over="half").value == pytest.approx(4.0, rel=0.01)
+    assert run.speedup("ar").value == 1.0
     assert results.floor > 0
 
 
 def test_a_time_from_a_wrong_output_is_void(results: Results) -> None:
     """Guards against the fastest arm being the one that is wrong."""
-    assert all(measured.check == "bug" for measured in results.runs["liar"])
-    assert math.isnan(results.speedup("liar").value)
-    assert results.measures("liar")["bugs"] == 6
-    assert all(measured.check == "equal" for measured in results.runs["twice"])
+    run = kept(results)
+    assert results.wrong("liar") == [*PROMPTS] * 3
+    assert run.arms["liar"].rows == {}
+    assert run.measures("liar").keys() == {"bugs", "ties", "synthetic"}
+    assert run.measures("liar")["bugs"] == 6
+    assert results.wrong("twice") == []
 
 
-def test_measures_are_plain_numbers(results: Results) -> None:
-    """Guards against tensors and NumPy scalars, which pytest-benchmark stores as text."""
-    measures = results.measures("twice")
+def test_repeats_are_summed_and_measures_are_plain_numbers(results: Results) -> None:
+    """Guards against tensors and NumPy scalars, which pytest-benchmark stores as text, and against lost repeats."""
+    run = kept(results)
+    measures = run.measures("twice")
     assert {type(value) for value in measures.values()} == {float}
     assert measures["ttft_s"] == pytest.approx(0.125)
     assert measures["mean_acceptance_length"] == 1.0
+    assert {(row.counts["runs"], row.counts["tokens"]) for row in run.arms["twice"].rows.values()} == {(3, 3 * LENGTH)}
+    assert measures["throughput"] == pytest.approx(6 * LENGTH / sum(results.durations("twice")))
 
 
 def test_an_output_of_another_length_is_wrong() -> None:
@@ -129,9 +145,14 @@ def test_every_arm_of_every_preset_gives_the_baselines_tokens() -> None:
         arms = [make(arm, options, target, draft) for arm, options in entries.items()]
         results = experiment(target, arms, PROMPTS, max_new_tokens=16)
         for arm in entries:
-            assert [measured.check for measured in results.runs[arm]] == ["equal", "equal"], arm
-            assert all(0 < measured.run.ttft_s <= measured.run.total_s for measured in results.runs[arm]), arm
-            assert all(len(measured.run.tokens) == 16 for measured in results.runs[arm]), arm
+            runs = [block.runs[arm] for block in results.blocks]
+            assert [block.checks[arm] for block in results.blocks] == ["equal", "equal"], arm
+            assert all(0 < run.ttft_s <= run.total_s for run in runs), arm
+            assert all(len(run.tokens) == 16 for run in runs), arm
+            ours = [run for run in runs if "peer" not in entries[arm]]
+            parts = [sum(run.seconds[part] for part in ("draft", "verify", "overhead")) for run in ours]
+            assert parts == pytest.approx([run.total_s for run in ours]), arm
+            assert all(run.seconds["verify"] > run.seconds["later_verify"] > 0 for run in ours), arm
 
 
 def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
@@ -141,12 +162,11 @@ def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
     options = {"drafter": "model", "k": 4, "replay": 0.8}
     arm = make("replayed", options, target, draft)
     expected = generate(target, prompt(), max_new_tokens=200).tokens
-    generation = arm.run(prompt(), 200, expected).generation
-    assert generation is not None
+    run = arm.run(prompt(), 200, expected)
     assert arm.synthetic
-    assert generation.draft_forwards == sum(step.depth for step in generation.steps)
-    first = generation.acceptance_by_position[0]
-    assert 0.6 < first < 0.95
+    assert run.counts["draft_forwards"] == sum(depth * steps for depth, steps in enumerate(run.histograms["depth"]))
+    record = ArmRecord({"p": row_of([0.0], [run])})
+    assert 0.6 < record.acceptance_by_position()[0] < 0.95
 
 
 def test_synthetic_rows_say_so_in_every_table() -> None:
@@ -154,7 +174,7 @@ def test_synthetic_rows_say_so_in_every_table() -> None:
     target = lm("llama")
     entries = {"ar": {}, "lookup": {"drafter": "lookup"}, "replayed": {"drafter": "model", "replay": 0.5}}
     arms = [make(name, options, target, target) for name, options in entries.items()]
-    results = experiment(target, arms, PROMPTS, max_new_tokens=4)
+    results = kept(experiment(target, arms, PROMPTS, max_new_tokens=4))
     table = io.StringIO()
     Console(file=table, width=130).print(speed_table(results))
     for text in (table.getvalue(), markdown(results, "title", "no baseline", [])):
@@ -170,7 +190,7 @@ def test_peers_draft_as_long_as_they_are_told() -> None:
     ours = make("linear", {"drafter": "model", "k": 4}, target, target)
     run, own = arm.run(prompt(), 40, ()), ours.run(prompt(), 40, ())
     assert run.tokens == own.tokens
-    assert run.steps == own.steps == 8
+    assert run.counts["steps"] == own.counts["steps"] == 8
 
 
 @pytest.mark.parametrize(

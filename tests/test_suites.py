@@ -6,12 +6,15 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from specdecode.bench.names import slug
 from tests.characters import save
 
 ROOT = Path(__file__).parent.parent
@@ -60,9 +63,11 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
     linear, baseline = tests["linear-k5"], tests["ar"]
     assert linear["stats"]["rounds"] == 3
     measures = dict(linear["extra_info"])
-    logs = measures.pop("log_speedups")
+    logs = [row["log_speedup"] for row in measures.pop("rows").values()]
     assert len(logs) == 3
-    assert sum(logs.values()) / 3 == pytest.approx(math.log(measures["speedup"]))
+    assert sum(logs) / 3 == pytest.approx(math.log(measures["speedup"]))
+    assert measures.pop("against") == "hf-assisted"
+    assert measures.pop("rehearsal")["peak_bytes"] > 0
     assert all(isinstance(value, float) for value in measures.values())
     assert measures["throughput"] == pytest.approx(36 / sum(linear["stats"]["data"]))
     assert measures["speedup_low"] <= measures["speedup"] <= measures["speedup_high"]
@@ -83,7 +88,7 @@ def test_only_what_is_selected_is_measured(model: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout  # its speed and two verdicts
-    assert "8/8 runs" in done.stderr
+    assert "8/8 runs" in done.stderr  # two rehearsals, and two blocks of three
     assert "No baseline for this hardware" in done.stdout
 
 
@@ -93,7 +98,8 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
     """Guards against verdicts that are shown and fail nothing, or that the summary and the exit code tell otherwise."""
     content = json.loads(measured[1].read_text())
     arms = {test["param"]: test for test in content["benchmarks"]}
-    arms["linear-k5"]["extra_info"]["target_forwards_per_token"] /= 2
+    for row in arms["linear-k5"]["extra_info"]["rows"].values():
+        row["counts"]["target_forwards"] /= 2
     content["benchmarks"].append({**arms["linear-k3"], "param": "retired"})
     baseline, summary = tmp_path / "baseline.json", tmp_path / "summary.md"
     baseline.write_text(json.dumps(content))
@@ -142,6 +148,42 @@ def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "gave other tokens than autoregressive decoding" in done.stdout
     assert "WRONG" in done.stdout
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: signal.Signals) -> None:
+    """Guards against minutes of measuring lost to a full disk or an impatient finger, and against half a file."""
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps("the run before"))
+    arguments = (
+        *("--benchmark", "-k", "lookup and not hf", f"--target={model}", "--device", "cpu", "--dtype", "float64"),
+        *("--prompts", "prose:4", "--max-new-tokens", "60", "--repeats", "3", f"--benchmark-json={file}"),
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    finished = 0
+    while finished < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        journals = list((ROOT / "results").glob(f"*{slug(model)}*.blocks.jsonl"))
+        finished = sum(journal.read_text().count("\n") - 1 for journal in journals)
+    process.send_signal(signal_)
+    said = process.communicate()[0].decode()
+    assert process.returncode != 0, said
+    assert json.loads(file.read_text()) == "the run before"
+    (journal,) = journals
+    kept = journal.read_text().count("\n") - 1
+    assert kept >= 2
+    if signal_ is signal.SIGINT:
+        assert "--resume" in said
+        assert "Traceback" not in said
+    done = run(*arguments, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming: {kept} of 12 blocks are there" in done.stderr
+    (lookup,) = (test for test in json.loads(file.read_text())["benchmarks"] if test["param"] == "lookup")
+    assert lookup["stats"]["rounds"] == 12
+    assert not journal.exists()
 
 
 @pytest.mark.parametrize(

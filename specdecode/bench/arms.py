@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,21 +27,52 @@ from specdecode.result import Generation
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One output and its times.
+    """One output, its times and its counts: plain values, so that it travels as JSON.
 
     Attributes:
         tokens: the new tokens.
         total_s: seconds of the whole call, the device synchronised.
         ttft_s: seconds to the first committed tokens.
-        steps: target forwards that committed tokens.
-        generation: all counters, for our own arms; None for a peer's.
+        counts: of "steps" (target forwards that committed tokens); for our own arms also "target_forwards",
+            "draft_forwards", "drafted" and "accepted" tokens, "cache_bytes" at the end, and "later_tokens": those
+            after the first step, which carries the prompt.
+        seconds: of our own arms: "draft", "verify" and "overhead", which make up the total; and "later_draft" and
+            "later_verify", after the first step.
+        histograms: of our own arms: steps by "accepted" length and by "depth" of the tree.
     """
 
     tokens: list[int]
     total_s: float
     ttft_s: float
-    steps: int
-    generation: Generation | None = None
+    counts: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, list[int]] = field(default_factory=dict)
+
+
+def _run_of(result: Generation, total_s: float) -> Run:
+    draft_s, verify_s = result.draft_s, result.verify_s
+    return Run(
+        tokens=result.tokens,
+        total_s=total_s,
+        ttft_s=result.ttft_s,
+        counts={
+            "steps": len(result.steps),
+            "target_forwards": result.target_forwards,
+            "draft_forwards": result.draft_forwards,
+            "drafted": result.drafted,
+            "accepted": result.accepted,
+            "cache_bytes": result.cache_bytes,
+            "later_tokens": len(result.tokens) - result.steps[0].emitted,
+        },
+        seconds={
+            "draft": draft_s,
+            "verify": verify_s,
+            "overhead": total_s - draft_s - verify_s,
+            "later_draft": sum(step.draft_s for step in result.steps[1:]),
+            "later_verify": sum(step.verify_s for step in result.steps[1:]),
+        },
+        histograms={"accepted": result.accepted_lengths, "depth": result.depths},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +148,7 @@ def _ours(
             target,
             lambda: generate(target, prompt, drafter=drafter, controller=controller, max_new_tokens=max_new_tokens),
         )
-        return Run(result.tokens, total, result.ttft_s, len(result.steps), result)
+        return _run_of(result, total)
 
     return run
 
@@ -177,7 +208,7 @@ def _peer(
             ),
         )
         tokens: list[int] = output[0, len(prompt) :].tolist()
-        return Run(tokens, total, clock.times[1] - started, len(clock.times) - 1)
+        return Run(tokens, total, clock.times[1] - started, {"steps": len(clock.times) - 1})
 
     return run
 

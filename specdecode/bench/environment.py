@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from specdecode.bench.names import slug
 
+if TYPE_CHECKING:
+    from specdecode.lm import LM
+
 _COPY_BYTES = 2**28
+_GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "clocks_throttle_reasons.active", "power.draw")
 
 
 def environment() -> dict[str, str | int]:
@@ -25,7 +33,35 @@ def environment() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+        found |= {"driver": told["driver_version"]} if (told := _nvidia_smi("driver_version")) else {}
     return found
+
+
+def conditions(device: torch.device) -> dict[str, str]:
+    """What may change while a run lasts: on a GPU its clocks, temperature, throttling and processes, as `nvidia-smi`
+    tells them; the load of the processor."""
+    found = {"load average": f"{os.getloadavg()[0]:.2f}"}
+    if device.type == "cuda":
+        this = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+        found |= _nvidia_smi(*_GPU_STATE, only=this)
+        found |= {"processes": told} if (told := _ask_nvidia_smi("--query-compute-apps=pid,used_memory", this)) else {}
+    return found
+
+
+def _nvidia_smi(*queries: str, only: str = "--id=0") -> dict[str, str]:
+    told = _ask_nvidia_smi(f"--query-gpu={','.join(queries)}", only)
+    values = told.split("; ")[0].split(", ")
+    return dict(zip(queries, values, strict=True)) if len(values) == len(queries) and told else {}
+
+
+def _ask_nvidia_smi(query: str, only: str) -> str:
+    """The answer's lines, put together by semicolons; empty where the program is missing or refuses."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, query, only, "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return "; ".join(done.stdout.strip().splitlines()) if done.returncode == 0 else ""
 
 
 def hardware(device: torch.device) -> str:
@@ -62,6 +98,20 @@ def copy_bandwidth(device: torch.device) -> float:
         synchronise(device)
         best = max(best, 2 * _COPY_BYTES / (time.perf_counter() - started))
     return best
+
+
+def roofline(target: LM) -> float:
+    """Tokens per second of autoregressive decoding if nothing but streaming the weights took time.
+
+    Copy bandwidth over the bytes of all weights that a forward reads: without the keys and values, which are few at the
+    lengths that are measured here, and without an embedding of which a forward reads one row.
+    """
+    model = target.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    read = {id(parameter): parameter for parameter in model.parameters()}
+    if head is not None and embedding.weight is not head.weight:
+        read.pop(id(embedding.weight), None)
+    return copy_bandwidth(target.device) / sum(parameter.nbytes for parameter in read.values())
 
 
 def synchronise(device: torch.device) -> None:

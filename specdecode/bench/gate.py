@@ -6,10 +6,14 @@ import enum
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
-from specdecode.bench.runs import COUNTERS, TOLERANCE, ArmRecord, RunFile, yardstick
-from specdecode.bench.stats import mean_ratio
+from specdecode.bench.baselines import TOLERANCE
+from specdecode.bench.blame import Blame, blame
+from specdecode.bench.names import BASELINE, PEER_BASELINE
+from specdecode.bench.runs import COUNTERS, REHEARSED, RunFile
+from specdecode.bench.stats import Ratio, mean_ratio
 
 COUNTER_TOLERANCE = 0.02
 """By how much a counter may become worse, as a share: there is no noise but rare ties that machines decide apart."""
@@ -44,12 +48,16 @@ class Judgement:
         gate: what was judged.
         verdict: the outcome.
         reason: one sentence with the figures.
+        change: of a time: new speed over old, with its interval; None where none was compared.
+        blame: of a time: which part moved; None for a peer.
     """
 
     arm: str
     gate: Literal["time", "counters"]
     verdict: Verdict
     reason: str
+    change: Ratio | None = None
+    blame: Blame | None = None
 
 
 def judge(
@@ -63,74 +71,126 @@ def judge(
         tolerance: share by which a time may be worse.
         arms: judge only these, of a run that measured a selection; all if None.
     """
-    names = [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]
-    return [
-        judgement for arm in names if arms is None or arm in arms for judgement in _judge_arm(arm, new, old, tolerance)
-    ]
-
-
-def _judge_arm(arm: str, new: RunFile, old: RunFile, tolerance: float) -> list[Judgement]:
-    if incomparable := _incomparable(arm, new, old):
-        verdict, reason = incomparable
-        return [Judgement(arm, "time", verdict, reason), Judgement(arm, "counters", verdict, reason)]
-    verdict, reason = _judge_time(arm, new, old, tolerance)
-    judgements = [Judgement(arm, "time", verdict, reason)]
-    if new.arms[arm].counters or old.arms[arm].counters:
-        verdict, reason = _judge_counters(new, old, new.arms[arm], old.arms[arm])
-        judgements.append(Judgement(arm, "counters", verdict, reason))
+    judgements: list[Judgement] = []
+    for arm in [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]:
+        if arms is None or arm in arms:
+            judgements += _incomparable(arm, new, old) or [
+                _judge_time(arm, new, old, tolerance),
+                judge_counters(arm, new, old),
+            ]
     return judgements
 
 
-def _incomparable(arm: str, new: RunFile, old: RunFile) -> tuple[Verdict, str] | None:
+def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     """Why neither time nor counters of the arm can be compared, if so."""
-    if arm not in new.arms:
-        return Verdict.MISSING, "the baseline has this arm and the run does not: measure it, or bless a run without it"
-    if arm not in old.arms:
-        return Verdict.NO_BASELINE, "the baseline does not have this arm: bless a run that has it"
     ours, theirs = new.header.versions.get("weights"), old.header.versions.get("weights")
-    if ours != theirs:
-        return Verdict.INCONCLUSIVE, f"the target's weights are from {ours} and the baseline's from {theirs}"
-    return None
+    if arm not in new.arms:
+        verdict = Verdict.MISSING
+        reason = "the baseline has this arm and the run does not: measure it, or bless a run without it"
+    elif arm not in old.arms:
+        verdict, reason = Verdict.NO_BASELINE, "the baseline does not have this arm: bless a run that has it"
+    elif wrong := new.arms[arm].bugs:
+        verdict, reason = Verdict.REGRESSED, f"{wrong} wrong output(s): its times and counters are void"
+    elif ours != theirs:
+        verdict = Verdict.INCONCLUSIVE
+        reason = f"the target's weights are from {ours} and the baseline's from {theirs}"
+    else:
+        return []
+    return [Judgement(arm, "time", verdict, reason), Judgement(arm, "counters", verdict, reason)]
 
 
-def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> tuple[Verdict, str]:
+def _yardstick(arm: str) -> str:
+    """What an arm's time is compared with in its own block: `ar`; and `ar` itself with transformers, which our code
+    cannot slow down."""
+    return PEER_BASELINE if arm == BASELINE else BASELINE
+
+
+def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judgement:
     theirs, ours = old.header.identity.hardware, new.header.identity.hardware
     if theirs != ours:
-        return Verdict.WRONG_HARDWARE, f"the baseline is of {theirs} and this is {ours}: its times say nothing here"
-    before, after = old.arms[arm].log_speedups, new.arms[arm].log_speedups
-    shared = [prompt for prompt in new.header.prompts if prompt in before and prompt in after]
+        reason = f"the baseline is of {theirs} and this is {ours}: its times say nothing here"
+        return Judgement(arm, "time", Verdict.WRONG_HARDWARE, reason)
+    over = _yardstick(arm)
+    after, before = new.log_speedups(arm, over), old.log_speedups(arm, over)
+    shared = [prompt for prompt in after if prompt in before]
     if not shared or new.header.max_new_tokens != old.header.max_new_tokens:
-        return Verdict.INCONCLUSIVE, (
-            f"run and baseline share no times over {yardstick(arm)}: measure the same prompts and length"
-        )
+        reason = f"run and baseline share no times over {over}: measure the same prompts and length"
+        return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
     # Both runs carry noise of their own.
     floor = math.hypot(new.header.floor, old.header.floor)
     change = mean_ratio([[after[prompt] - before[prompt]] for prompt in shared], floor)
-    reason = (
-        f"speedup over {yardstick(arm)} times {change} against the baseline, tolerance {tolerance:.0%},"
-        f" {len(shared)} prompts"
+    per_token = [run.arms[over].total("total_s", shared) / run.arms[over].total("tokens", shared) for run in (new, old)]
+    what = f"speedup over {over} against the baseline's"
+    return time_judgement(
+        arm, what, change, tolerance, blame(new.arms[arm], old.arms[arm], shared, (per_token[0], per_token[1]))
     )
+
+
+def time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause: Blame | None) -> Judgement:
+    """The verdict on a change of speed, by its whole interval.
+
+    Args:
+        arm: its name.
+        what: is compared, for the reason.
+        change: new speed over old.
+        tolerance: share by which it may be worse.
+        cause: which part moved.
+    """
+    reason = f"{what}: {change:.3f}, tolerance {tolerance:.0%}"
     if change.high < 1 - tolerance:
-        return Verdict.REGRESSED, reason
-    if change.low > 1 + tolerance:
-        return Verdict.IMPROVED, reason
-    if change.low >= 1 - tolerance:
-        return Verdict.PASS, reason
-    return Verdict.INCONCLUSIVE, reason + "; more prompts or repeats would tell"
+        verdict = Verdict.REGRESSED
+    elif change.low > 1 + tolerance:
+        verdict = Verdict.IMPROVED
+    elif change.low >= 1 - tolerance:
+        verdict = Verdict.PASS
+    else:
+        verdict = Verdict.INCONCLUSIVE
+        reason += "; more prompts or repeats would tell"
+    if cause is not None and verdict is not Verdict.PASS:
+        reason += f"; {cause}"
+    return Judgement(arm, "time", verdict, reason, change, cause)
 
 
-def _judge_counters(new: RunFile, old: RunFile, after: ArmRecord, before: ArmRecord) -> tuple[Verdict, str]:
-    if new.header.prompts != old.header.prompts or new.header.max_new_tokens != old.header.max_new_tokens:
-        return Verdict.INCONCLUSIVE, "run and baseline are of other prompts or another length"
-    if lost := before.counters.keys() - after.counters.keys():
-        return Verdict.MISSING, f"the run does not have the baseline's {', '.join(sorted(lost))}"
-    changes = {
-        name: (before.counters[name], value, COUNTERS[name] * (value - before.counters[name]))
-        for name, value in after.counters.items()
-        if name in before.counters
-    }
-    moved = {name: change for name, (was, _, change) in changes.items() if abs(change) > COUNTER_TOLERANCE * abs(was)}
+def judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
+    """Compare what does not depend on the clock, on the prompts for which both runs wrote the same."""
+    after, before = new.arms[arm], old.arms[arm]
+    same = [
+        prompt
+        for prompt, output in new.header.outputs.items()
+        if old.header.outputs.get(prompt) == output and prompt in after.rows and prompt in before.rows
+    ]
+    if not same:
+        reason = "run and baseline share no output: measure the same prompts and length"
+        return Judgement(arm, "counters", Verdict.INCONCLUSIVE, reason)
+    signs = {name: sign for name, (sign, _, _) in COUNTERS.items()}
+    was, now = before.counters(same), after.counters(same)
+    if new.header.identity.hardware == old.header.identity.hardware:
+        signs |= REHEARSED
+        was, now = was | before.rehearsal, now | after.rehearsal
+    if lost := was.keys() - now.keys():
+        reason = f"the run does not have the baseline's {', '.join(sorted(lost))}"
+        return Judgement(arm, "counters", Verdict.MISSING, reason)
+    shared = [name for name in now if name in was]
+    moved = {
+        f"{name} {was[name]:.4g} -> {now[name]:.4g}": signs[name] * (now[name] - was[name])
+        for name in shared
+        if abs(now[name] - was[name]) > COUNTER_TOLERANCE * abs(was[name])
+    } | _lengths_moved(after.reached(same), before.reached(same))
     if not moved:
-        return Verdict.PASS, f"{len(changes)} counters within {COUNTER_TOLERANCE:.0%} of the baseline"
-    told = ", ".join(f"{name} {changes[name][0]:.4g} -> {changes[name][1]:.4g}" for name in moved)
-    return (Verdict.REGRESSED if min(moved.values()) < 0 else Verdict.IMPROVED), told
+        reason = f"{len(shared)} counters within {COUNTER_TOLERANCE:.0%} of the baseline, {len(same)} prompt(s)"
+        return Judgement(arm, "counters", Verdict.PASS, reason)
+    verdict = Verdict.REGRESSED if min(moved.values()) < 0 else Verdict.IMPROVED
+    return Judgement(arm, "counters", verdict, ", ".join(moved))
+
+
+def _lengths_moved(after: list[float], before: list[float]) -> dict[str, float]:
+    """The accepted lengths that more or fewer steps reach; one entry for all of them, with the change of their sum."""
+    pairs = list(zip_longest(after, before, fillvalue=0.0))
+    moved = [
+        f"{length}: {was:.0%} -> {now:.0%}"
+        for length, (now, was) in enumerate(pairs, start=1)
+        if abs(now - was) > COUNTER_TOLERANCE
+    ]
+    if not moved:
+        return {}
+    return {f"steps that accept at least {', '.join(moved)}": sum(now - was for now, was in pairs)}

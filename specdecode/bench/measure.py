@@ -7,103 +7,123 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 import torch
 
 from specdecode.bench.arms import Arm, Run
 from specdecode.bench.names import BASELINE
-from specdecode.bench.stats import Ratio, mean_ratio, noise_floor
+from specdecode.bench.rehearsal import rehearse
+from specdecode.bench.runs import ArmRecord, Row, digest
+from specdecode.bench.stats import noise_floor
 from specdecode.lm import LM
 
 Check = Literal["equal", "tie", "bug"]
 
-_WARM_UP_TOKENS = 8
+_REHEARSED_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One run of an arm within a block.
+class Block:
+    """One prompt decoded by every arm, the baseline first and last: what is compared was measured together.
 
     Attributes:
-        prompt: id of the prompt.
-        run: the output and its times.
-        check: whether the output is the baseline's ("equal"), or left it at a place where the target itself is
-            undecided within its rounding ("tie"), or is wrong ("bug": its time is void).
-        log_speedup: logarithm of the block's baseline time over this run's.
+        prompt: its id.
+        repeat: which block of this prompt it is, from 0.
+        runs: by arm, the baseline's first one among them.
+        last: the baseline's second run.
+        checks: by arm, whether the output is the baseline's ("equal"), or left it at a place where the target itself
+            is undecided within its rounding ("tie"), or is wrong ("bug": its time is void).
     """
 
     prompt: str
-    run: Run
-    check: Check
-    log_speedup: float
+    repeat: int
+    runs: dict[str, Run]
+    last: Run
+    checks: dict[str, Check]
+
+    @property
+    def baseline_log_s(self) -> float:
+        """Logarithm of the baseline's time: of its two runs, the geometric mean."""
+        return (math.log(self.runs[BASELINE].total_s) + math.log(self.last.total_s)) / 2
+
+    def log_speedup(self, arm: str) -> float:
+        """Logarithm of the baseline's time over the arm's."""
+        return 0.0 if arm == BASELINE else self.baseline_log_s - math.log(self.runs[arm].total_s)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Results:
-    """All runs of an experiment.
+    """What an experiment measured.
 
     Attributes:
-        runs: arm by arm, in the order of the blocks; the baseline's are the first of each block.
-        noise: log ratio of each block's first baseline run to its second, prompt by prompt.
-        against: for an arm, the peer's arm that does the same with the same settings, where both were measured.
-        synthetic: the arms whose weights or acceptance are not real: they tell costs only.
+        arms: how each is compared and called, in the preset's order.
+        blocks: in the order of measuring.
+        rehearsals: by arm, what was counted before (see `bench.rehearsal`).
     """
 
-    runs: dict[str, list[Measured]] = field(default_factory=dict)
-    noise: dict[str, list[float]] = field(default_factory=dict)
-    against: dict[str, str] = field(default_factory=dict)
-    synthetic: frozenset[str] = frozenset()
+    arms: list[Arm]
+    blocks: list[Block]
+    rehearsals: dict[str, dict[str, float]]
 
     @property
     def floor(self) -> float:
-        """The A/A floor, in logarithms."""
-        return noise_floor(list(self.noise.values()))
+        """The A/A floor, in logarithms: from the two runs of the baseline in each block."""
+        noise: dict[str, list[float]] = {}
+        for block in self.blocks:
+            change = math.log(block.runs[BASELINE].total_s) - math.log(block.last.total_s)
+            noise.setdefault(block.prompt, []).append(change)
+        return noise_floor(list(noise.values()))
 
-    def log_speedups(self, arm: str, over: str = BASELINE) -> dict[str, list[float]]:
-        """Log speedups of an arm over another within blocks, by prompt; runs with a wrong output do not count."""
-        pairs: dict[str, list[float]] = {}
-        for mine, other in zip(self.runs[arm], self.runs[over], strict=True):
-            if "bug" not in (mine.check, other.check):
-                pairs.setdefault(mine.prompt, []).append(mine.log_speedup - other.log_speedup)
-        return pairs
+    def durations(self, arm: str) -> list[float]:
+        """Seconds of each of the arm's runs."""
+        return [block.runs[arm].total_s for block in self.blocks]
 
-    def speedup(self, arm: str, over: str = BASELINE) -> Ratio:
-        """The mean speedup of an arm over another, with its interval."""
-        pairs = self.log_speedups(arm, over)
-        if not pairs:
-            return Ratio(math.nan, math.nan, math.nan)
-        return mean_ratio(list(pairs.values()), floor=0.0 if arm == over else self.floor)
+    def wrong(self, arm: str) -> list[str]:
+        """Prompts on which the arm gave other tokens than the baseline."""
+        return [block.prompt for block in self.blocks if block.checks[arm] == "bug"]
 
-    def measures(self, arm: str) -> dict[str, float]:
-        """The measures of an arm, as plain numbers: what tables show and files keep."""
-        runs = [measured.run for measured in self.runs[arm]]
-        tokens, steps = sum(len(run.tokens) for run in runs), sum(run.steps for run in runs)
-        speedup = self.speedup(arm)
-        measures = {
-            "throughput": tokens / sum(run.total_s for run in runs),
-            "speedup": speedup.value,
-            "speedup_low": speedup.low,
-            "speedup_high": speedup.high,
-            "ttft_s": statistics.median(run.ttft_s for run in runs),
-            "tpot_s": statistics.median((run.total_s - run.ttft_s) / max(len(run.tokens) - 1, 1) for run in runs),
-            "mean_acceptance_length": tokens / steps,
-            "ties": float(sum(measured.check == "tie" for measured in self.runs[arm])),
-            "synthetic": float(arm in self.synthetic),
-            "bugs": float(sum(measured.check == "bug" for measured in self.runs[arm])),
-        }
-        if peer := self.against.get(arm):
-            over = self.speedup(arm, over=peer)
-            measures |= {"over_peer": over.value, "over_peer_low": over.low, "over_peer_high": over.high}
-        generations = [run.generation for run in runs if run.generation is not None]
-        if drafted := sum(generation.drafted for generation in generations):
-            measures["acceptance_rate"] = sum(generation.accepted for generation in generations) / drafted
-        if generations:
-            measures["target_forwards_per_token"] = sum(g.target_forwards for g in generations) / tokens
-            measures["draft_forwards_per_token"] = sum(g.draft_forwards for g in generations) / tokens
-            measures["cache_bytes"] = float(max(generation.cache_bytes for generation in generations))
-        return measures
+    def records(self) -> dict[str, ArmRecord]:
+        """The arms' results as they are kept."""
+        return {arm.name: self._record(arm) for arm in self.arms}
+
+    def _record(self, arm: Arm) -> ArmRecord:
+        checks = [block.checks[arm.name] for block in self.blocks]
+        rows: dict[str, list[tuple[float, Run]]] = {}
+        for block in self.blocks:
+            # A time from a wrong output is void.
+            if block.checks[arm.name] != "bug":
+                entry = (block.log_speedup(arm.name), block.runs[arm.name])
+                rows.setdefault(block.prompt, []).append(entry)
+        return ArmRecord(
+            rows={prompt: row_of(*zip(*entries, strict=True)) for prompt, entries in rows.items()},
+            bugs=checks.count("bug"),
+            ties=checks.count("tie"),
+            synthetic=arm.synthetic,
+            against=arm.against if any(other.name == arm.against for other in self.arms) else None,
+            rehearsal=self.rehearsals.get(arm.name, {}),
+        )
+
+    def outputs(self) -> dict[str, str]:
+        """A digest of the baseline's tokens by prompt: counters are compared where these are the same."""
+        return {block.prompt: digest(block.runs[BASELINE].tokens) for block in self.blocks}
+
+
+def row_of(log_speedups: Sequence[float], runs: Sequence[Run]) -> Row:
+    """Runs of one arm on one prompt, summed up."""
+    seconds = [{"total": run.total_s, "ttft": run.ttft_s, **run.seconds} for run in runs]
+    counts = [{"runs": 1, "tokens": len(run.tokens), **run.counts} for run in runs]
+    return Row(
+        log_speedup=statistics.fmean(log_speedups),
+        counts={name: sum(of[name] for of in counts) for name in counts[0]},
+        seconds={name: sum(of[name] for of in seconds) for name in seconds[0]},
+        histograms={
+            name: [sum(column) for column in zip_longest(*(run.histograms[name] for run in runs), fillvalue=0)]
+            for name in runs[0].histograms
+        },
+    )
 
 
 def experiment(
@@ -114,6 +134,8 @@ def experiment(
     repeats: int = 1,
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
+    finished: Sequence[Block] = (),
+    keep: Callable[[Block], None] = lambda block: None,
 ) -> Results:
     """Measure the arms against the baseline, which must be among them.
 
@@ -125,48 +147,53 @@ def experiment(
         repeats: blocks for each prompt.
         seed: of the order of arms within a block.
         progress: told the number of runs done, of all runs, and what is going on.
+        finished: blocks of an earlier run that was interrupted; they are not measured again.
+        keep: given each block as soon as it is finished.
     """
     baseline = next(arm for arm in arms if arm.name == BASELINE)
     others = [arm for arm in arms if arm is not baseline]
-    total = len(arms) + len(prompts) * repeats * (len(arms) + 1)
-    names = {arm.name for arm in arms}
-    against = {arm.name: arm.against for arm in arms if arm.against in names}
-    synthetic = frozenset(arm.name for arm in arms if arm.synthetic)
-    results = Results({arm.name: [] for arm in arms}, {prompt: [] for prompt in prompts}, against, synthetic)
+    there = {(block.prompt, block.repeat): block for block in finished}
+    planned = [(prompt, repeat) for repeat in range(repeats) for prompt in prompts]
+    total = len(arms) + sum(block not in there for block in planned) * (len(arms) + 1)
     done = 0
 
-    def timed(arm: Arm, prompt: str, length: int, expected: Sequence[int]) -> Run:
+    def tell(arm: Arm, prompt: str) -> None:
         nonlocal done
         progress(done, total, f"{arm.name} on {prompt}")
+        done += 1
+
+    def timed(arm: Arm, prompt: str, expected: Sequence[int]) -> Run:
+        tell(arm, prompt)
         gc.collect()
         gc.disable()
         try:
-            return arm.run(prompts[prompt], length, expected)
+            return arm.run(prompts[prompt], max_new_tokens, expected)
         finally:
             gc.enable()
-            done += 1
 
     warm = next(iter(prompts))
-    expected = timed(baseline, warm, _WARM_UP_TOKENS, ()).tokens
-    for arm in others:
-        timed(arm, warm, _WARM_UP_TOKENS, expected)
-    shuffle = random.Random(seed)
-    for _ in range(repeats):
-        for prompt in prompts:
-            first = timed(baseline, prompt, max_new_tokens, ())
-            block = {
-                arm.name: timed(arm, prompt, max_new_tokens, first.tokens)
-                for arm in shuffle.sample(others, len(others))
-            }
-            last = timed(baseline, prompt, max_new_tokens, ())
-            baseline_log_s = (math.log(first.total_s) + math.log(last.total_s)) / 2
-            results.noise[prompt].append(math.log(first.total_s) - math.log(last.total_s))
-            for name, run in {BASELINE: first, **block}.items():
-                check = classify(target, prompts[prompt], first.tokens, run.tokens)
-                log_speedup = 0.0 if name == BASELINE else baseline_log_s - math.log(run.total_s)
-                results.runs[name].append(Measured(prompt, run, check, log_speedup))
+    length = min(max_new_tokens, _REHEARSED_TOKENS)
+    expected = baseline.run(prompts[warm], length, ()).tokens
+    rehearsals = {}
+    for arm in arms:
+        tell(arm, f"{warm}, a rehearsal")
+        rehearsals[arm.name] = rehearse(arm, target, prompts[warm], length, expected)
+
+    blocks = []
+    for prompt, repeat in planned:
+        if block := there.get((prompt, repeat)):
+            blocks.append(block)
+            continue
+        order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
+        baseline.run(prompts[prompt], 1, ())  # the prompt's own shapes, so that the first timed run is not their first
+        first = timed(baseline, prompt, ())
+        runs = {baseline.name: first} | {arm.name: timed(arm, prompt, first.tokens) for arm in order}
+        last = timed(baseline, prompt, ())
+        checks = {name: classify(target, prompts[prompt], first.tokens, run.tokens) for name, run in runs.items()}
+        blocks.append(Block(prompt, repeat, runs, last, checks))
+        keep(blocks[-1])
     progress(total, total, "done")
-    return results
+    return Results(list(arms), blocks, rehearsals)
 
 
 @torch.inference_mode()

@@ -1,91 +1,328 @@
-"""Tables of results."""
+"""A run in tables: what was found, in what order, and how it is written in a terminal, in Markdown and in LaTeX."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import shlex
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from specdecode.bench.gate import Judgement, Verdict
-from specdecode.bench.measure import Results
-from specdecode.bench.names import PEER_BASELINE
+from specdecode.bench.history import History
+from specdecode.bench.names import PEER_BASELINE, slug
+from specdecode.bench.runs import ArmRecord, RunFile
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "throughput": "{:.1f}".format,
+    "predicted_speedup": "{:.2f}".format,
+    "ttft_s": lambda seconds: f"{1e3 * seconds:.0f}",
+    "tpot_s": lambda seconds: f"{1e3 * seconds:.1f}",
+    "mean_acceptance_length": "{:.2f}".format,
+    "acceptance_rate": "{:.0%}".format,
+    "roofline_share": "{:.0%}".format,
+}
+"""How tables write the measures."""
 
 
-def speed_table(results: Results) -> Table:
+class Column(NamedTuple):
+    """A column of a table: figures stand to the right, sentences may be broken over lines."""
+
+    name: str
+    figures: bool = True
+    breaks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table that has no format yet. Its cells may hold anything: whoever writes them escapes them."""
+
+    columns: list[Column]
+    rows: list[list[str]]
+
+
+def verdicts(judgements: Sequence[Judgement]) -> Grid:
+    """One row a verdict, the failing ones first."""
+    columns = [*(Column(name, figures=False) for name in ("verdict", "arm", "of")), Column("why", False, True)]
+    return Grid(columns, [[j.verdict.value, j.arm, j.gate, j.reason] for j in failing_first(judgements)])
+
+
+def speeds(run: RunFile) -> Grid:
     """One row an arm: throughput, speedups with their 95 % intervals, latency, acceptance, output check."""
-    table = Table(caption_justify="left")
-    against_hf = PEER_BASELINE in results.runs
-    table.add_column("arm", no_wrap=True)
-    for column in ("tokens/s", "speedup over ar", *(["over hf-generate"] if against_hf else [])):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("TTFT ms", "TPOT ms", "τ", "acceptance", "tokens"):
-        table.add_column(column, justify="right")
-    for arm in results.runs:
-        measures = results.measures(arm)
-        table.add_row(
-            _label(results, arm),
-            f"{measures['throughput']:.1f}",
-            str(results.speedup(arm)),
-            *([str(results.speedup(arm, over=PEER_BASELINE))] if against_hf else []),
-            f"{1e3 * measures['ttft_s']:.0f}",
-            f"{1e3 * measures['tpot_s']:.1f}",
-            f"{measures['mean_acceptance_length']:.2f}",
-            f"{measures['acceptance_rate']:.0%}" if "acceptance_rate" in measures else "",
-            _outputs(measures),
-        )
-    floor = 100 * math.expm1(results.floor)
-    peers = [f"{arm} over {peer} {results.speedup(arm, over=peer)}" for arm, peer in results.against.items()]
-    notes = [
-        "Baseline ar: autoregressive decoding by this package. Intervals are 95 %.",
-        f"A/A floor: two runs of ar differ by up to {floor:.1f} % in the mean.",
+    measured = {
+        "throughput": Column("tokens/s"),
+        "speedup": Column("speedup over ar"),
+        "over_hf": Column(f"over {PEER_BASELINE}"),
+        "predicted_speedup": Column("predicted", breaks=True),
+        "ttft_s": Column("TTFT ms", breaks=True),
+        "tpot_s": Column("TPOT ms", breaks=True),
+        "mean_acceptance_length": Column("τ", breaks=True),
+        "acceptance_rate": Column("accepted", breaks=True),
+        "roofline_share": Column("roofline", breaks=True),
+    }
+    if PEER_BASELINE not in run.arms:
+        del measured["over_hf"]
+    columns = [Column("arm", figures=False), *measured.values(), Column("output", figures=False)]
+    return Grid(columns, [[label(run, arm), *cells(run, arm, list(measured)), outputs(run, arm)] for arm in run.arms])
+
+
+def acceptance(run: RunFile) -> Grid:
+    """One row an arm that drafts: of the proposals at each position, the share that was accepted."""
+    shares = {arm: record.acceptance_by_position() for arm, record in run.arms.items() if drafts(record)}
+    depth = max(map(len, shares.values()), default=0)
+    columns = [Column("accepted at position", figures=False), *(Column(str(at + 1)) for at in range(depth))]
+    rows = [[label(run, arm), *map(_percent, of), *[""] * (depth - len(of))] for arm, of in shares.items()]
+    return Grid(columns, rows)
+
+
+def past_speedups(run: RunFile, past: History) -> Grid:
+    """One row a run that was the baseline, and this one last: every arm's speedup over `ar`."""
+    columns = [Column(name, figures=False) for name in ("date", "commit", "reason")]
+    rows = [
+        [then.date, then.commit, then.reason if then is not run else "this run"]
+        + [f"{then.speedup(arm)}" if arm in then.arms and then.arms[arm].rows else "" for arm in run.arms]
+        for then in timeline(run, past)
     ]
-    if peers:
-        notes.append(f"Against transformers, same draft and settings: {'; '.join(peers)}.")
-    table.caption = "\n".join(notes)
+    return Grid([*columns, *(Column(label(run, arm)) for arm in run.arms)], rows)
+
+
+def timeline(run: RunFile, past: History) -> list[RunFile]:
+    """The runs that were the baseline, then this one, unless it is the last of them."""
+    known = bool(past.runs) and past.runs[-1].arms == run.arms
+    return [*(past.runs[:-1] if known else past.runs), run]
+
+
+def surroundings(run: RunFile) -> list[Grid]:
+    """What times depend on besides the code: hardware and versions; what may change while a run lasts."""
+    what = [["hardware", run.header.identity.hardware]]
+    what += [[name, str(value)] for name, value in run.header.versions.items()]
+    found = [Grid([Column("measured with", False), Column("", False, True)], what)]
+    if around := run.header.conditions:
+        names = dict.fromkeys(name for told in around.values() for name in told)
+        rows = [[name, *(str(told.get(name, "")) for told in around.values())] for name in names]
+        found.append(Grid([Column("condition", False), *(Column(when) for when in around)], rows))
+    return found
+
+
+def title(run: RunFile) -> str:
+    """The models and the size of the experiment."""
+    of = run.header.identity
+    pair = f"{of.target} with {of.draft}" if of.draft else of.target
+    size = f"{len(run.header.outputs)} prompts x {run.header.max_new_tokens} tokens"
+    return f"{pair}, {of.dtype} on {of.hardware}, {size}"
+
+
+def judged_by(run: RunFile, old: RunFile | None, expected: str) -> str:
+    """What the verdicts compare with, in words.
+
+    Args:
+        run: that is judged.
+        old: its baseline.
+        expected: where there would be one.
+    """
+    if old is None:
+        return f"No baseline for this hardware: {expected} is not there, so nothing was judged."
+    told = f"Judged by {old.path}"
+    told += f", of {old.date}: {old.reason}." if old.reason else "."
+    ours, theirs = run.header, old.header
+    if theirs.identity.hardware != ours.identity.hardware:
+        told += " It is another machine's: counters are judged, times are not."
+    different = [
+        f"{name} {theirs.versions[name]} -> {value}"
+        for name, value in ours.versions.items()
+        if theirs.versions.get(name, value) != value
+    ]
+    return told + (f" What is not as it was: {', '.join(different)}." if different else "")
+
+
+def command(run: RunFile) -> str:
+    """The command that measures the same again, as far as the file tells."""
+    of, header = run.header.identity, run.header
+    sets = Counter(prompt.rpartition("/")[0] for prompt in header.outputs)
+    repeats = max((row.counts["runs"] for record in run.arms.values() for row in record.rows.values()), default=1)
+    options = {
+        "preset": of.preset,
+        "target": of.target,
+        "draft": of.draft,
+        "device": "cuda" if slug(str(header.versions.get("gpu", ""))) == of.hardware else "cpu",
+        "dtype": of.dtype,
+        "prompts": ",".join(f"{name}:{count}" for name, count in sets.items()),
+        "max-new-tokens": str(header.max_new_tokens),
+        "repeats": f"{repeats:.0f}",
+    }
+    return shlex.join(["pytest", "--benchmark", *(f"--{name}={value}" for name, value in options.items() if value)])
+
+
+def speed_table(run: RunFile) -> Table:
+    """The speeds for a terminal."""
+    table = _rich(speeds(run))
+    table.caption, table.caption_justify = Text("\n".join(notes(run))), "left"
     return table
 
 
 def verdict_table(judgements: Sequence[Judgement]) -> Table:
-    """One row a verdict, the failing ones first."""
+    """The verdicts for a terminal."""
+    return _rich(verdicts(judgements))
+
+
+def _rich(grid: Grid) -> Table:
     table = Table()
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("arm", no_wrap=True)
-    table.add_column("of", no_wrap=True)
-    table.add_column("why")
-    for judged in _failing_first(judgements):
-        table.add_row(judged.verdict.value, judged.arm, judged.gate, judged.reason)
+    for column in grid.columns:
+        table.add_column(column.name, justify="right" if column.figures else "left", no_wrap=not column.breaks)
+    for row in grid.rows:
+        table.add_row(*map(Text, row))
     return table
 
 
-def markdown(results: Results, title: str, baseline: str, judgements: Sequence[Judgement]) -> str:
-    """A page for a merge request: verdicts first, then speeds."""
-    lines = [f"## {title}", "", baseline, ""]
+def cells(run: RunFile, arm: str, columns: Sequence[str]) -> list[str]:
+    """Measures of an arm as text; empty where it has none."""
+    measures = run.measures(arm)
+    texts = {name: FORMATS[name](value) for name, value in measures.items() if name in FORMATS}
+    if "speedup" in measures:
+        texts["speedup"] = f"{run.speedup(arm)}"
+    if run.log_speedups(arm, over=PEER_BASELINE):
+        texts["over_hf"] = f"{run.speedup(arm, over=PEER_BASELINE)}"
+    return [texts.get(column, "") for column in columns]
+
+
+def notes(run: RunFile) -> list[str]:
+    """What a table of speeds does not say by itself."""
+    said = [
+        "Baseline ar: autoregressive decoding by this package. Intervals are 95 %.",
+        f"A/A floor: two runs of ar differ by up to {math.expm1(run.header.floor):.1%} in the mean.",
+        "Predicted: from acceptance and forwards, without overhead. Roofline: share of the speed at which memory can"
+        f" stream the weights, {run.header.roofline:.0f} tokens/s.",
+    ]
+    peers = [(arm, record.against) for arm, record in run.arms.items() if record.against in run.arms]
+    if peers:
+        told = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=str(peer))}" for arm, peer in peers)
+        said.append(f"Against transformers, same draft and settings: {told}.")
+    return said + [f"Beware: {warning}." for warning in run.header.warnings]
+
+
+def markdown(
+    run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
+) -> str:
+    """A page for a merge request: verdicts first, then speeds.
+
+    Args:
+        run: that it is about.
+        title: its first line.
+        judged_by: what the verdicts compare with.
+        judgements: the verdicts.
+        past: of the baseline; with it come all the rest that the file tells.
+    """
+    parts = [f"## {_markdown(title)}", _markdown(judged_by)]
     if judgements:
-        lines += ["| verdict | arm | of | why |", "|---|---|---|---|"]
-        lines += [f"| {j.verdict.value} | {j.arm} | {j.gate} | {j.reason} |" for j in _failing_first(judgements)]
-        lines.append("")
-    lines += ["| arm | tokens/s | speedup over ar | τ | outputs |", "|---|--:|--:|--:|---|"]
-    for arm in results.runs:
-        measures = results.measures(arm)
-        tau, speed = measures["mean_acceptance_length"], measures["throughput"]
-        lines.append(
-            f"| {_label(results, arm)} | {speed:.1f} | {results.speedup(arm)} | {tau:.2f} | {_outputs(measures)} |"
-        )
-    return "\n".join(lines) + "\n"
+        parts.append(_markdown_table(verdicts(judgements)))
+    parts += [_markdown_table(speeds(run)), "\n".join(f"- {_markdown(note)}" for note in notes(run))]
+    if past is not None:
+        if (accepted := acceptance(run)).rows:
+            parts += ["### Acceptance", _markdown_table(accepted)]
+        parts += ["### History", _markdown(past.told)]
+        if past.runs:
+            parts.append(_markdown_table(past_speedups(run, past)))
+        parts += ["### Measured with", *map(_markdown_table, surroundings(run)), f"    {_one_line(command(run))}"]
+    return "\n\n".join(parts) + "\n"
 
 
-def _failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
+def _markdown_table(grid: Grid) -> str:
+    heads = [_markdown(column.name) for column in grid.columns]
+    rules = ["--:" if column.figures else "---" for column in grid.columns]
+    rows = [heads, rules, *([_markdown(cell) for cell in row] for row in grid.rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+_IN_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;"} | {sign: f"\\{sign}" for sign in "\\|`*"})
+
+
+def _markdown(text: str) -> str:
+    """The text as it is: neither mark-up, nor a link, nor the end of a cell."""
+    return _one_line(text).translate(_IN_MARKDOWN).replace("](", "]\\(")
+
+
+def latex(
+    run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
+) -> str:
+    """The same tables for a paper, to be put in with \\input; arguments as for `markdown`."""
+    parts = ["% \\usepackage[T1]{fontenc} \\usepackage{booktabs,graphicx}"]
+    if judgements:
+        parts.append(_latex_table(verdicts(judgements), f"Verdicts: {title}. {judged_by}"))
+    parts.append(
+        _latex_table(speeds(run), " ".join([f"Speed: {title}.", *([] if judgements else [judged_by]), *notes(run)]))
+    )
+    if (accepted := acceptance(run)).rows:
+        parts.append(_latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
+    if past is not None and past.runs:
+        parts.append(_latex_table(past_speedups(run, past), f"Speedup over ar, run by run. {past.told}"))
+    captions = (f"Measured with: {command(run)}", "Conditions around the run.")
+    parts += map(_latex_table, surroundings(run), captions)
+    return "\n\n".join(parts) + "\n"
+
+
+def _latex_table(grid: Grid, caption: str) -> str:
+    kinds = {(True, False): "r", (True, True): "r", (False, False): "l", (False, True): "p{10cm}"}
+    rows = [" & ".join(map(_latex, row)) + " \\\\" for row in ([column.name for column in grid.columns], *grid.rows)]
+    return "\n".join(
+        [
+            "\\begin{table}",
+            "\\centering",
+            f"\\caption{{{_latex(caption)}}}",
+            # No wider than the text, and no larger than the text's letters.
+            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
+            f"\\begin{{tabular}}{{{''.join(kinds[column.figures, column.breaks] for column in grid.columns)}}}",
+            *("\\toprule", rows[0], "\\midrule", *rows[1:], "\\bottomrule"),
+            "\\end{tabular}}",
+            "\\end{table}",
+        ]
+    )
+
+
+_IN_LATEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "{}$&#_%"}
+    | {"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}", "τ": "$\\tau$"}
+    | {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"}
+)
+
+
+def _latex(text: str) -> str:
+    """The text as it is: no command, no argument to the end of a row, and nothing that pdflatex has no letter for."""
+    known = "".join(sign if sign < "\u0180" or sign == "τ" else "?" for sign in _one_line(text) if sign.isprintable())
+    return f"{'{}' if known.startswith(('[', '*')) else ''}{known.translate(_IN_LATEX)}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """In the order in which a reader wants to know them."""
     order = [Verdict.REGRESSED, Verdict.MISSING, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE]
     ranks = {verdict: rank for rank, verdict in enumerate(order)}
     return sorted(judgements, key=lambda judged: ranks.get(judged.verdict, len(order)))
 
 
-def _label(results: Results, arm: str) -> str:
-    return f"{arm} (synthetic)" if arm in results.synthetic else arm
+def label(run: RunFile, arm: str) -> str:
+    """The arm's name, and whether its results are synthetic."""
+    return f"{arm} (synthetic)" if run.arms[arm].synthetic else arm
 
 
-def _outputs(measures: dict[str, float]) -> str:
-    if measures["bugs"]:
+def outputs(run: RunFile, arm: str) -> str:
+    """Whether the arm wrote what the baseline did."""
+    record = run.arms[arm]
+    if record.bugs:
         return "WRONG"
-    return f"{measures['ties']:.0f} ties" if measures["ties"] else "equal"
+    return f"{record.ties} ties" if record.ties else "equal"
+
+
+def drafts(record: ArmRecord) -> bool:
+    """Whether the arm proposes anything, as far as it is known: peers do not tell."""
+    return len(record.histogram("depth")) > 1
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if math.isfinite(share) else ""

@@ -1,32 +1,29 @@
-"""Run files: pytest-benchmark's own JSON with what a gate needs in it, written by the suite and read with suspicion."""
+"""A run as it is kept and compared: what was measured where, and arm by arm the sums over each prompt."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-from dataclasses import asdict, dataclass, fields
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from specdecode.bench.names import BASELINE, PEER_BASELINE, slug
-
-if TYPE_CHECKING:
-    from specdecode.bench.measure import Results
-
-FORMAT = 1
-_KEY = "specdecode"
-
-TOLERANCE = 0.05
-"""By how much an arm may become slower, as a share, before the gate closes."""
+from specdecode.bench.names import BASELINE, slug
+from specdecode.bench.stats import Ratio, mean_ratio
 
 COUNTERS = {
-    "target_forwards_per_token": -1,
-    "draft_forwards_per_token": -1,
-    "mean_acceptance_length": +1,
-    "acceptance_rate": +1,
-    "cache_bytes": -1,
+    "target_forwards_per_token": (-1, "target_forwards", "tokens"),
+    "draft_forwards_per_token": (-1, "draft_forwards", "tokens"),
+    "mean_acceptance_length": (+1, "tokens", "steps"),
+    "acceptance_rate": (+1, "accepted", "drafted"),
+    "cache_bytes": (-1, "cache_bytes", "runs"),
 }
-"""Measures that do not depend on the clock, and whether more of one is better (+1) or worse (-1)."""
+"""Measures that do not depend on the clock: whether more of one is better (+1) or worse (-1), and the counts whose
+sums over prompts it is the ratio of."""
+
+REHEARSED = {"host_syncs_per_step": -1, "peak_bytes": -1}
+"""The same for what is counted in the rehearsal. These depend on the kind of device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +57,50 @@ class Header:
     Attributes:
         identity: what runs must share.
         max_new_tokens: length of every output.
-        prompts: ids, in order.
+        outputs: for each prompt, in order, a digest of what the baseline wrote.
         floor: the A/A floor, in logarithms.
+        roofline: tokens per second at which the target's weights can be streamed once per token; 0 if not measured.
         versions: of Python, torch, transformers and so on, for information; and the source of the target's weights.
+        conditions: of the device before and after: clocks, temperature, load.
     """
 
     identity: Identity
     max_new_tokens: int
-    prompts: list[str]
+    outputs: dict[str, str]
     floor: float
-    versions: dict[str, str | int]
+    roofline: float = 0.0
+    versions: dict[str, str | int] = field(default_factory=dict)
+    conditions: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """The header as it stands in the file."""
-        return {"format": FORMAT, **asdict(self)}
+    @property
+    def warnings(self) -> list[str]:
+        """What in the conditions speaks against the times, in sentences."""
+        found = []
+        for when, told in self.conditions.items():
+            throttled = told.get("clocks_throttle_reasons.active", "")
+            # The lowest bit says that the GPU is idle, which it is before and after a run.
+            if throttled.startswith("0x") and int(throttled, 16) & ~1:
+                found.append(f"{when} the run the GPU was throttled (reasons {throttled})")
+            if "; " in told.get("processes", ""):
+                found.append(f"{when} the run other processes were on the GPU")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One arm on one prompt, summed over repeats whose outputs were right.
+
+    Attributes:
+        log_speedup: over `ar` in the same block, mean of the repeats.
+        counts: "runs", "tokens", "steps" and the others of `bench.arms.Run`.
+        seconds: "total", "ttft" and the others of `bench.arms.Run`.
+        histograms: of steps, see `bench.arms.Run`.
+    """
+
+    log_speedup: float
+    counts: dict[str, float]
+    seconds: dict[str, float]
+    histograms: dict[str, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,133 +108,141 @@ class ArmRecord:
     """One arm's results.
 
     Attributes:
-        log_speedups: for each prompt, over the yardstick of the same block (see `yardstick`), averaged over repeats.
-        counters: those of COUNTERS that the arm has.
-        bugs: outputs that were wrong.
+        rows: by prompt.
+        bugs: outputs that were wrong; their times and counts are void, and not in the rows.
+        ties: outputs that left the baseline's where the target is undecided within its rounding.
+        synthetic: weights or acceptance are not real: only costs are.
+        against: the peer's arm that does the same with the same settings.
+        rehearsal: see REHEARSED.
     """
 
-    log_speedups: dict[str, float]
-    counters: dict[str, float]
-    bugs: int
+    rows: dict[str, Row]
+    bugs: int = 0
+    ties: int = 0
+    synthetic: bool = False
+    against: str | None = None
+    rehearsal: dict[str, float] = field(default_factory=dict)
+
+    def total(self, name: str, prompts: Iterable[str] | None = None) -> float:
+        """Sum over prompts (all, if None) of a count or of "NAME_s", seconds; nan if it was not taken."""
+        rows = self.rows.values() if prompts is None else [self.rows[prompt] for prompt in prompts]
+        of = [row.seconds if name.endswith("_s") else row.counts for row in rows]
+        key = name.removesuffix("_s")
+        return sum(values[key] for values in of) if of and all(key in values for values in of) else math.nan
+
+    def counters(self, prompts: Iterable[str] | None = None) -> dict[str, float]:
+        """Those of COUNTERS that the arm has, over the given prompts."""
+        chosen = list(self.rows if prompts is None else prompts)
+        ratios = {
+            name: _ratio(self.total(above, chosen), self.total(below, chosen))
+            for name, (_, above, below) in COUNTERS.items()
+        }
+        return {name: value for name, value in ratios.items() if math.isfinite(value)}
+
+    def histogram(self, name: str, prompts: Iterable[str] | None = None) -> list[int]:
+        """Steps by "accepted" length or by "depth" of the tree, over the given prompts; empty for a peer."""
+        chosen = list(self.rows if prompts is None else prompts)
+        lists = [self.rows[prompt].histograms.get(name, []) for prompt in chosen]
+        return [sum(of[i] for of in lists if i < len(of)) for i in range(max(map(len, lists), default=0))]
+
+    def reached(self, prompts: Iterable[str] | None = None) -> list[float]:
+        """Share of steps that committed at least 1, 2, ... proposals."""
+        accepted = self.histogram("accepted", prompts)
+        return [sum(accepted[length:]) / sum(accepted) for length in range(1, len(accepted))]
+
+    def acceptance_by_position(self) -> list[float]:
+        """For each depth from 1: the share of the trees that reach it of which a node there was committed."""
+        accepted, depth = self.histogram("accepted"), self.histogram("depth")
+        return [_ratio(sum(accepted[at:]), sum(depth[at:])) for at in range(1, len(depth))]
 
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
-    """One run: its header, and its arms by name."""
+    """One run: its header, and its arms by name.
+
+    Attributes:
+        path: its file; empty for a run of this session.
+        header: what was measured.
+        arms: by name, in the preset's order.
+        commit, date, reason: of the code, of the run, and why it was blessed; empty where not known.
+    """
 
     path: Path
     header: Header
     arms: dict[str, ArmRecord]
+    commit: str = ""
+    date: str = ""
+    reason: str = ""
+
+    def log_speedups(self, arm: str, over: str = BASELINE) -> dict[str, float]:
+        """Log speedups of an arm over another in the same block, by prompt, where both outputs were right."""
+        mine, other = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
+        return {prompt: mine[prompt].log_speedup - other[prompt].log_speedup for prompt in mine if prompt in other}
+
+    def speedup(self, arm: str, over: str = BASELINE) -> Ratio:
+        """The mean speedup of an arm over another, with its interval; nan if no block has both."""
+        logs = self.log_speedups(arm, over)
+        if not logs:
+            return Ratio(math.nan, math.nan, math.nan)
+        return mean_ratio([[log] for log in logs.values()], floor=0.0 if arm == over else self.header.floor)
+
+    def predicted_speedup(self, arm: str) -> float:
+        """What the arm's acceptance and its forwards promise, without any overhead; nan for a peer.
+
+        tau * t / (d + v): tokens a step, times the seconds per token of `ar`, over the seconds that a step drafts and
+        verifies (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward per token and
+        one price for every width). The first step is left out on both sides: it carries the prompt.
+        """
+        if arm == BASELINE or BASELINE not in self.arms:
+            return math.nan
+        record, ar = self.arms[arm], self.arms[BASELINE]
+        prompts = [prompt for prompt in record.rows if prompt in ar.rows]
+        spent = record.total("later_draft_s", prompts) + record.total("later_verify_s", prompts)
+        ours = _ratio(record.total("later_tokens", prompts), spent)
+        return _ratio(ours, _ratio(ar.total("later_tokens", prompts), ar.total("later_verify_s", prompts)))
+
+    def measures(self, arm: str) -> dict[str, float]:
+        """The measures of an arm, as plain finite numbers: what tables show, and pytest-benchmark keeps."""
+        record = self.arms[arm]
+        speedup = self.speedup(arm)
+        throughput = _ratio(record.total("tokens"), record.total("total_s"))
+        rows = record.rows.values()
+        measures = {
+            "throughput": throughput,
+            "speedup": speedup.value,
+            "speedup_low": speedup.low,
+            "speedup_high": speedup.high,
+            "ttft_s": _median([_ratio(row.seconds["ttft"], row.counts["runs"]) for row in rows]),
+            "tpot_s": _median(
+                [
+                    _ratio(row.seconds["total"] - row.seconds["ttft"], row.counts["tokens"] - row.counts["runs"])
+                    for row in rows
+                ]
+            ),
+            **record.counters(),
+            **record.rehearsal,
+            "predicted_speedup": self.predicted_speedup(arm),
+            "roofline_share": _ratio(throughput, self.header.roofline),
+            "ties": float(record.ties),
+            "bugs": float(record.bugs),
+            "synthetic": float(record.synthetic),
+        }
+        for part in ("draft", "verify", "overhead"):
+            measures[f"{part}_s_per_step"] = _ratio(record.total(f"{part}_s"), record.total("steps"))
+        if record.against:
+            over = self.speedup(arm, over=record.against)
+            measures |= {"over_peer": over.value, "over_peer_low": over.low, "over_peer_high": over.high}
+        return {name: float(value) for name, value in measures.items() if math.isfinite(value)}
 
 
-def yardstick(arm: str) -> str:
-    """What an arm's time is compared with in its own block: `ar`; and `ar` itself with transformers, which our code
-    cannot slow down."""
-    return PEER_BASELINE if arm == BASELINE else BASELINE
+def digest(tokens: Sequence[int]) -> str:
+    """A short name for an output: equal for equal tokens."""
+    return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]
 
 
-def extra_info(results: Results, arm: str) -> dict[str, Any]:
-    """What pytest-benchmark keeps of an arm: all measures as plain numbers, and the log speedups by prompt."""
-    over = yardstick(arm)
-    logs = results.log_speedups(arm, over) if over in results.runs else {}
-    measures = {name: value for name, value in results.measures(arm).items() if math.isfinite(value)}
-    return {**measures, "log_speedups": {prompt: sum(of) / len(of) for prompt, of in logs.items()}}
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
 
 
-def run_file(header: Header, results: Results) -> RunFile:
-    """A run of this session, as it would be read from its file."""
-    arms = {arm: _arm(extra_info(results, arm), header) for arm in results.runs}
-    return RunFile(Path(), header, arms)
-
-
-def read(path: Path) -> RunFile:
-    """A run file, checked entry by entry: it may be cut off, of another version, or somebody else's.
-
-    Raises:
-        ValueError: it is not a run file that this version can judge; the sentence says why.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{path} is not whole: it is no JSON; measure again") from None
-    try:
-        head = content[_KEY]
-        if head["format"] != FORMAT:
-            raise ValueError(f"its format is {head['format']!r}, and this version reads {FORMAT}")
-        header = Header(
-            Identity(**{field.name: _text(head["identity"], field.name) for field in fields(Identity)}),
-            max_new_tokens=int(_number(head, "max_new_tokens")),
-            prompts=[str(prompt) for prompt in head["prompts"]],
-            floor=_number(head, "floor"),
-            versions=dict(head["versions"]),
-        )
-        arms = {test["param"]: _arm(test["extra_info"], header) for test in content["benchmarks"] if test.get("param")}
-    except KeyError as error:
-        raise ValueError(f"{path} is no run of `pytest --benchmark`: it has no {error}") from None
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} cannot be judged: {error}") from None
-    if not arms:
-        raise ValueError(f"{path} cannot be judged: it holds no arms")
-    return RunFile(path, header, arms)
-
-
-def _arm(extra: Any, header: Header) -> ArmRecord:
-    logs = {str(prompt): _number(extra["log_speedups"], prompt) for prompt in extra["log_speedups"]}
-    if unknown := logs.keys() - set(header.prompts):
-        raise ValueError(f"it has times of a prompt that it does not list, {min(unknown)!r}")
-    return ArmRecord(
-        log_speedups=logs,
-        counters={name: _number(extra, name) for name in COUNTERS if name in extra},
-        bugs=int(_number(extra, "bugs")),
-    )
-
-
-def _number(values: Any, name: str) -> float:
-    value = values[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, which is no number")
-    return float(value)
-
-
-def _text(values: Any, name: str) -> str:
-    value = values[name]
-    # These name files: nothing in them may lead elsewhere.
-    if not isinstance(value, str) or (name in ("hardware", "dtype", "preset") and value != slug(value)):
-        raise ValueError(f"{name} is {value!r}, which is no name")
-    return value
-
-
-def bless(path: Path, baselines: Path, reason: str) -> Path:
-    """Write a run to the baselines, with the reason in it.
-
-    Returns:
-        The baseline's file.
-
-    Raises:
-        ValueError: no reason, or the run is none to expect anything by: changes that are not committed, a wrong
-            output, or a machine so unsteady that two runs of the same code differ by more than the gate's tolerance.
-    """
-    run = read(path)
-    if not reason.strip():
-        raise ValueError("the reason is empty: say why this run is what is to be expected")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("commit_info", {}).get("dirty") is not False:
-        raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
-    if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
-        raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
-    if run.header.floor > math.log1p(TOLERANCE):
-        raise ValueError(
-            f"{path} was measured where two runs of the same code differ by {math.expm1(run.header.floor):.0%}: quiet"
-            f" the machine or measure more prompts, until it is {TOLERANCE:.0%} at most"
-        )
-    content[_KEY]["reason"] = reason.strip()
-    for private in ("node", "release"):  # a machine's name says nothing about its speed
-        content.get("machine_info", {}).pop(private, None)
-    file = baselines / run.header.identity.file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(file)
-    return file
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else math.nan

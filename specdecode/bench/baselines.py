@@ -1,0 +1,176 @@
+"""Run files: pytest-benchmark's own JSON with what a gate needs in it, written by the suite and read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from specdecode.bench.names import BASELINE, slug
+from specdecode.bench.runs import REHEARSED, ArmRecord, Header, Identity, Row, RunFile
+
+FORMAT = 2
+_KEY = "specdecode"
+
+TOLERANCE = 0.05
+"""By how much an arm may become slower, as a share, before the gate closes."""
+
+
+def header_json(header: Header) -> dict[str, Any]:
+    """The header as it stands in the file, under the key "specdecode"."""
+    return {"format": FORMAT, **asdict(header)}
+
+
+def extra_info(run: RunFile, arm: str) -> dict[str, Any]:
+    """What pytest-benchmark keeps of an arm: all measures as plain numbers, and the rows that they are made of."""
+    record = run.arms[arm]
+    return {
+        **run.measures(arm),
+        "rehearsal": record.rehearsal,
+        "against": record.against or "",
+        "rows": {prompt: asdict(row) for prompt, row in record.rows.items()},
+    }
+
+
+def read(path: Path) -> RunFile:
+    """A run file, checked entry by entry: it may be cut off, of another version, or somebody else's.
+
+    Raises:
+        ValueError: it is not a run file that this version can judge; the sentence says why.
+    """
+    return parse(_text_of(path), path)
+
+
+def parse(text: str, path: Path) -> RunFile:
+    """The same for the text of a file that is not on disk, an earlier revision; the path names it."""
+    content = _json(text, path)
+    try:
+        head = content[_KEY]
+        if head["format"] != FORMAT:
+            raise ValueError(f"its format is {head['format']!r}, and this version reads {FORMAT}: measure again")
+        header = Header(
+            Identity(**{field.name: _text(head["identity"], field.name) for field in fields(Identity)}),
+            max_new_tokens=int(_number(head, "max_new_tokens")),
+            outputs={str(prompt): str(output) for prompt, output in head["outputs"].items()},
+            floor=_number(head, "floor"),
+            roofline=_number(head, "roofline"),
+            versions=dict(head["versions"]),
+            conditions={when: dict(of) for when, of in head["conditions"].items()},
+        )
+        arms = {test["param"]: _arm(test["extra_info"], header) for test in content["benchmarks"] if test.get("param")}
+        commit = str(content.get("commit_info", {}).get("id", ""))[:10]
+        date, reason = str(content.get("datetime", ""))[:10], str(head.get("reason", ""))
+    except KeyError as error:
+        raise ValueError(f"{path} is no run of `pytest --benchmark`: it has no {error}") from None
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} cannot be judged: {error}") from None
+    if BASELINE not in arms:
+        raise ValueError(f"{path} cannot be judged: it does not have {BASELINE}, which all else is compared with")
+    return RunFile(path, header, arms, commit, date, reason)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not whole: it is no text; measure again") from None
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"{path} is not whole: it is no JSON; measure again") from None
+
+
+def _arm(extra: Any, header: Header) -> ArmRecord:
+    if unknown := extra["rows"].keys() - header.outputs.keys():
+        raise ValueError(f"it has times of a prompt that it does not list, {min(map(str, unknown))!r}")
+    return ArmRecord(
+        rows={str(prompt): _row(row) for prompt, row in extra["rows"].items()},
+        bugs=int(_number(extra, "bugs")),
+        ties=int(_number(extra, "ties")),
+        synthetic=bool(_number(extra, "synthetic")),
+        against=str(extra["against"]) or None,
+        rehearsal={name: _number(extra["rehearsal"], name) for name in REHEARSED if name in extra["rehearsal"]},
+    )
+
+
+def _row(row: Any) -> Row:
+    return Row(
+        log_speedup=_number(row, "log_speedup"),
+        counts=_positive(row["counts"], "runs", "tokens", "steps"),
+        seconds=_positive(row["seconds"], "total", "ttft"),
+        histograms={
+            str(of): [int(_number(steps, i)) for i in range(len(steps))] for of, steps in row["histograms"].items()
+        },
+    )
+
+
+def _positive(values: Mapping[str, Any], *needed: str) -> dict[str, float]:
+    """Sums of counts or seconds: none is negative, and those that others are divided by are there and not nought."""
+    found = {str(name): _number(values, name) for name in {*needed, *values}}
+    if wrong := [name for name, value in found.items() if value < 0 or (value == 0 and name in needed)]:
+        raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r}, which cannot be")
+    return found
+
+
+def _number(values: Any, name: Any) -> float:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, which is no number")
+    return float(value)
+
+
+def _text(values: Any, name: str) -> str:
+    value = values[name]
+    # These name files: nothing in them may lead elsewhere.
+    if not isinstance(value, str) or (name in ("hardware", "dtype", "preset") and value != slug(value)):
+        raise ValueError(f"{name} is {value!r}, which is no name")
+    return value
+
+
+def bless(path: Path, baselines: Path, reason: str) -> Path:
+    """Write a run to the baselines, with the reason in it.
+
+    Returns:
+        The baseline's file.
+
+    Raises:
+        ValueError: no reason, or the run is none to expect anything by: changes that are not committed, a wrong
+            output, or a machine so unsteady that two runs of the same code differ by more than the gate's tolerance.
+    """
+    run = read(path)
+    if not reason.strip():
+        raise ValueError("the reason is empty: say why this run is what is to be expected")
+    content = _json(_text_of(path), path)
+    if content.get("commit_info", {}).get("dirty") is not False:
+        raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
+    if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
+        raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
+    if run.header.floor > math.log1p(TOLERANCE):
+        raise ValueError(
+            f"{path} was measured where two runs of the same code differ by {math.expm1(run.header.floor):.0%}: quiet"
+            f" the machine or measure more prompts, until it is {TOLERANCE:.0%} at most"
+        )
+    content[_KEY]["reason"] = reason.strip()
+    for private in ("node", "release"):  # a machine's name says nothing about its speed
+        content.get("machine_info", {}).pop(private, None)
+    file = baselines / run.header.identity.file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(file)
+    return file
+
+
+def find(identity: Identity, baselines: Path) -> RunFile | None:
+    """The baseline to judge such a run by: its hardware's, or another machine's, whose counters hold here too."""
+    own = baselines / identity.file
+    others = sorted(baselines.glob(f"*/{identity.file.name}"))
+    return next((read(path) for path in (own, *others) if path.exists()), None)

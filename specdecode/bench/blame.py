@@ -1,0 +1,81 @@
+"""Which part of a step made an arm slower or faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from specdecode.bench.runs import ArmRecord
+
+PARTS = {"draft": "drafting", "verify": "verifying", "overhead": "overhead"}
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """A change of the time per token, split into what caused it.
+
+    Attributes:
+        shares: logarithm of the factor by which each cause changed the time per token; their sum is the whole change.
+            "acceptance length" is the number of steps that a token takes; "drafting", "verifying" and "overhead" are
+            the seconds of a step.
+    """
+
+    shares: dict[str, float]
+
+    @property
+    def main(self) -> str:
+        """The cause that moved most in the direction of the whole change."""
+        total = sum(self.shares.values())
+        return max(self.shares, key=lambda cause: math.copysign(1.0, total) * self.shares[cause])
+
+    def __str__(self) -> str:
+        total = math.expm1(sum(self.shares.values()))
+        parts = ", ".join(f"{cause} {math.expm1(share):+.1%}" for cause, share in self.shares.items())
+        return f"time per token {total:+.1%}: {parts}; mostly {self.main}"
+
+
+def blame(
+    new: ArmRecord,
+    old: ArmRecord,
+    prompts: Collection[str],
+    units: tuple[float, float] = (1.0, 1.0),
+) -> Blame | None:
+    """Split the change of an arm's time per token; None for a peer, whose parts are not measured.
+
+    The time per token is a sum over parts of (steps per token) x (seconds of the part per step). The change of its
+    logarithm is split by the logarithmic mean Divisia index, which leaves no remainder and takes parts that are nought
+    (Ang 2005, "The LMDI approach to decomposition analysis").
+
+    Args:
+        new, old: the arm before and after.
+        prompts: those to sum over; both have them.
+        units: seconds that count as one, of the new run and of the old: the yardstick's time per token, where the two
+            runs were not measured side by side.
+    """
+    if not prompts or any(math.isnan(record.total("draft_s", prompts)) for record in (new, old)):
+        return None
+    steps = [record.total("steps", prompts) / record.total("tokens", prompts) for record in (new, old)]
+    seconds = {
+        part: [
+            record.total(f"{part}_s", prompts) / record.total("tokens", prompts) / unit
+            for record, unit in zip((new, old), units, strict=True)
+        ]
+        for part in PARTS
+    }
+    whole = _log_mean(*(sum(of) for of in zip(*seconds.values(), strict=True)))
+    fewer = math.log(steps[0] / steps[1])
+    shares = {"acceptance length": 0.0}
+    for part, (after, before) in seconds.items():
+        weight = _log_mean(after, before) / whole
+        shares["acceptance length"] += weight * fewer
+        shares[PARTS[part]] = (after - before) / whole - weight * fewer
+    return Blame(shares)
+
+
+def _log_mean(a: float, b: float) -> float:
+    """(a - b) / (ln a - ln b), continued to a = b and to nought."""
+    if a <= 0 or b <= 0:
+        return 0.0
+    ratio = math.log(a / b)
+    return a if abs(ratio) < 1e-12 else (a - b) / ratio

@@ -1,0 +1,63 @@
+"""Finished blocks on disk, line by line: what an interrupted run keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from specdecode.bench.arms import Run
+from specdecode.bench.measure import Block
+
+
+def open_journal(path: Path, what: dict[str, Any], resume: bool) -> tuple[list[Block], Callable[[Block], None]]:
+    """The blocks that an interrupted run of the same experiment left, and a function that keeps further ones.
+
+    Each block is one line, on disk before the next is measured: a run that is killed loses the block that it was at, no
+    more, and a line that was cut off in writing is measured again.
+
+    Args:
+        path: of the journal; started anew unless resumed.
+        what: is measured, as plain values: what must be the same for blocks to be put together.
+        resume: go on with what is there; from the beginning, if nothing is.
+
+    Raises:
+        ValueError: the journal to resume is of something else.
+    """
+    finished: list[Block] = []
+    if resume and path.exists():
+        first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or ["{}"]
+        there = json.loads(first)
+        if changed := [name for name in what if there.get(name) != json.loads(json.dumps(what[name]))]:
+            raise ValueError(
+                f"{path} holds a run with other {', '.join(changed)}: it cannot be resumed; leave out --resume to start"
+                " anew"
+            )
+        finished = [_block(json.loads(line)) for line in lines]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(entry) + "\n" for entry in [what, *map(asdict, finished)]), encoding="utf-8")
+    scratch.replace(path)
+
+    def keep(block: Block) -> None:
+        with path.open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps(asdict(block)) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    return finished, keep
+
+
+def _block(entry: dict[str, Any]) -> Block:
+    runs = {arm: Run(**run) for arm, run in entry.pop("runs").items()}
+    return Block(runs=runs, last=Run(**entry.pop("last")), **entry)
+
+
+def code() -> str:
+    """A digest of the package's source: blocks of different code do not belong together."""
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16]

@@ -1,0 +1,115 @@
+"""One run of an arm before the timed ones: it warms up, and counts what counting would slow down."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+
+from specdecode.bench.arms import Arm
+from specdecode.lm import LM
+
+# What makes Python wait for a tensor's content.
+_READS = frozenset(
+    {
+        "tolist",
+        "item",
+        "numpy",
+        "cpu",
+        "nonzero",
+        "equal",
+        "allclose",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__contains__",
+    }
+)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts where Python reads a tensor's content: on a GPU, each is a synchronisation of host and device.
+
+    On a GPU tensors in host memory are free to read and do not count; without one all tensors count, as it cannot be
+    told which would have been on it.
+
+    Attributes:
+        count: reads so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS or _selects_by_mask(func, args):
+            first = args[0] if args else None
+            self.count += isinstance(first, Tensor) and first.device.type == self.device.type
+        return func(*args, **(kwargs or {}))
+
+
+def _selects_by_mask(func: Any, args: Any) -> bool:
+    """Whether the result's shape depends on the content: `x[mask]`."""
+    if getattr(func, "__name__", "") != "__getitem__":
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(part, Tensor) and part.dtype is torch.bool for part in index)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Appends the most bytes that the device's allocator held within the context, above what it held before."""
+    peak: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        yield peak
+    held = most = 0
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    peak.append(most)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """The profiler announces itself, past Python, in every run."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def rehearse(arm: Arm, target: LM, prompt: Sequence[int], length: int, expected: Sequence[int]) -> dict[str, float]:
+    """Run the arm once, untimed.
+
+    Returns:
+        "host_syncs_per_step" (see `HostReads`) and "peak_bytes" above the loaded weights; nothing for a peer, whose
+        counts are not ours to keep.
+    """
+    with peak_memory(target.device) as peak, HostReads(target.device) as reads:
+        run = arm.run(prompt, length, expected)
+    if "target_forwards" not in run.counts:
+        return {}
+    return {"host_syncs_per_step": reads.count / run.counts["steps"], "peak_bytes": float(peak[0])}
