@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
@@ -13,7 +13,10 @@ from specdecode.bench.baselines import TOLERANCE
 from specdecode.bench.blame import Blame, blame
 from specdecode.bench.names import BASELINE, PEER_BASELINE
 from specdecode.bench.runs import COUNTERS, REHEARSED, RunFile
-from specdecode.bench.stats import Ratio, mean_ratio
+from specdecode.bench.stats import Ratio, detectable, mean_ratio
+
+AGAINST_TOLERANCE = 0.02
+"""By how much a time may be worse where both versions were measured side by side, which sees smaller changes."""
 
 COUNTER_TOLERANCE = 0.02
 """By how much a counter may become worse, as a share: there is no noise but rare ties that machines decide apart."""
@@ -61,23 +64,35 @@ class Judgement:
 
 
 def judge(
-    new: RunFile, old: RunFile, tolerance: float = TOLERANCE, arms: Collection[str] | None = None
+    new: RunFile,
+    old: RunFile,
+    tolerance: float = TOLERANCE,
+    arms: Collection[str] | None = None,
+    side_by_side: Callable[[str], Ratio] | None = None,
 ) -> list[Judgement]:
     """Compare a run with its baseline, arm by arm: times where the hardware is the same, counters everywhere.
 
     Args:
         new: the run.
-        old: the baseline.
+        old: the baseline, or another version's run.
         tolerance: share by which a time may be worse.
         arms: judge only these, of a run that measured a selection; all if None.
+        side_by_side: if both were measured together, an arm's new speed over its old one, with the interval.
     """
     judgements: list[Judgement] = []
     for arm in [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]:
-        if arms is None or arm in arms:
-            judgements += _incomparable(arm, new, old) or [
-                _judge_time(arm, new, old, tolerance),
-                judge_counters(arm, new, old),
-            ]
+        if arms is not None and arm not in arms:
+            continue
+        if reason := _incomparable(arm, new, old):
+            judgements += reason
+            continue
+        if side_by_side is None:
+            time = _judge_time(arm, new, old, tolerance)
+        else:
+            prompts = [prompt for prompt in new.arms[arm].rows if prompt in old.arms[arm].rows]
+            cause = blame(new.arms[arm], old.arms[arm], prompts)
+            time = _time_judgement(arm, "speed over the other version's", side_by_side(arm), tolerance, cause)
+        judgements += [time, _judge_counters(arm, new, old)]
     return judgements
 
 
@@ -86,7 +101,7 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     ours, theirs = new.header.versions.get("weights"), old.header.versions.get("weights")
     if arm not in new.arms:
         verdict = Verdict.MISSING
-        reason = "the baseline has this arm and the run does not: measure it, or bless a run without it"
+        reason = "the run lacks this arm, and what it is compared with has it: measure it, or bless a run without it"
     elif arm not in old.arms:
         verdict, reason = Verdict.NO_BASELINE, "the baseline does not have this arm: bless a run that has it"
     elif wrong := new.arms[arm].bugs:
@@ -120,13 +135,11 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judge
     floor = math.hypot(new.header.floor, old.header.floor)
     change = mean_ratio([[after[prompt] - before[prompt]] for prompt in shared], floor)
     per_token = [run.arms[over].total("total_s", shared) / run.arms[over].total("tokens", shared) for run in (new, old)]
-    what = f"speedup over {over} against the baseline's"
-    return time_judgement(
-        arm, what, change, tolerance, blame(new.arms[arm], old.arms[arm], shared, (per_token[0], per_token[1]))
-    )
+    cause = blame(new.arms[arm], old.arms[arm], shared, (per_token[0], per_token[1]))
+    return _time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
 
 
-def time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause: Blame | None) -> Judgement:
+def _time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause: Blame | None) -> Judgement:
     """The verdict on a change of speed, by its whole interval.
 
     Args:
@@ -137,6 +150,7 @@ def time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause: 
         cause: which part moved.
     """
     reason = f"{what}: {change:.3f}, tolerance {tolerance:.0%}"
+    reason += f", sees slowdowns from {detectable(change, tolerance):.1%}"
     if change.high < 1 - tolerance:
         verdict = Verdict.REGRESSED
     elif change.low > 1 + tolerance:
@@ -151,7 +165,7 @@ def time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause: 
     return Judgement(arm, "time", verdict, reason, change, cause)
 
 
-def judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
+def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
     """Compare what does not depend on the clock, on the prompts for which both runs wrote the same."""
     after, before = new.arms[arm], old.arms[arm]
     same = [

@@ -22,7 +22,8 @@ from specdecode.lm import LM
 
 Check = Literal["equal", "tie", "bug"]
 
-_REHEARSED_TOKENS = 16
+REHEARSED_TOKENS = 16
+"""Length of the untimed run of each arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +163,12 @@ def experiment(
         progress(done, total, f"{arm.name} on {prompt}")
         done += 1
 
-    def timed(arm: Arm, prompt: str, expected: Sequence[int]) -> Run:
+    def run(arm: Arm, prompt: str, expected: Sequence[int]) -> Run:
         tell(arm, prompt)
-        gc.collect()
-        gc.disable()
-        try:
-            return arm.run(prompts[prompt], max_new_tokens, expected)
-        finally:
-            gc.enable()
+        return timed(arm, prompts[prompt], max_new_tokens, expected)
 
     warm = next(iter(prompts))
-    length = min(max_new_tokens, _REHEARSED_TOKENS)
+    length = min(max_new_tokens, REHEARSED_TOKENS)
     expected = baseline.run(prompts[warm], length, ()).tokens
     rehearsals = {}
     for arm in arms:
@@ -186,14 +182,24 @@ def experiment(
             continue
         order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
         baseline.run(prompts[prompt], 1, ())  # the prompt's own shapes, so that the first timed run is not their first
-        first = timed(baseline, prompt, ())
-        runs = {baseline.name: first} | {arm.name: timed(arm, prompt, first.tokens) for arm in order}
-        last = timed(baseline, prompt, ())
-        checks = {name: classify(target, prompts[prompt], first.tokens, run.tokens) for name, run in runs.items()}
+        first = run(baseline, prompt, ())
+        runs = {baseline.name: first} | {arm.name: run(arm, prompt, first.tokens) for arm in order}
+        last = run(baseline, prompt, ())
+        checks = {name: classify(target, prompts[prompt], first.tokens, of.tokens) for name, of in runs.items()}
         blocks.append(Block(prompt, repeat, runs, last, checks))
         keep(blocks[-1])
     progress(total, total, "done")
     return Results(list(arms), blocks, rehearsals)
+
+
+def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+    """One run, with garbage collected before it and not during it."""
+    gc.collect()
+    gc.disable()
+    try:
+        return arm.run(prompt, length, expected)
+    finally:
+        gc.enable()
 
 
 @torch.inference_mode()

@@ -47,8 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["on", "off", "strict"],
         help="fail on REGRESSED and MISSING, on nothing, or on all but PASS and IMPROVED [on]",
     )
-    group.addoption("--tolerance", type=float, default=None, help="share by which a time may be worse [0.05]")
+    group.addoption(
+        "--tolerance", type=float, default=None, help="share by which a time may be worse [0.05; 0.02 with --against]"
+    )
     group.addoption("--baseline", default=None, help="run file to judge by [the one for this hardware in baselines/]")
+    group.addoption(
+        "--against", default=None, help="measure the working tree and this commit side by side, and judge by that"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -101,18 +106,12 @@ _QUALITY = pytest.StashKey[list[str]]()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not metafunc.config.getoption("benchmark") or not {"arm", "judged"} & set(metafunc.fixturenames):
         return
-    from specdecode.bench.session import baseline
-
     options = _options(metafunc.config)
     with _one_sentence():
-        arms = dict.fromkeys(options.experiment.arms)
         if "arm" in metafunc.fixturenames:
-            metafunc.parametrize("arm", list(arms))
+            metafunc.parametrize("arm", list(options.experiment.arms))
             return
-        # The baseline's arms too: one that the run lacks must not pass in silence.
-        if old := baseline(options):
-            arms |= dict.fromkeys(old.arms)
-        judged = [(arm, gate) for arm in arms for gate in ("time", "counters")]
+        judged = [(arm, gate) for arm in options.known_arms for gate in ("time", "counters")]
         metafunc.parametrize("judged", judged, ids=["-".join(pair) for pair in judged])
 
 

@@ -41,9 +41,19 @@ def preset(name: str) -> Preset:
     known = sorted(file.stem for file in folder.glob("*.toml"))
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Preset(**content)
+        text = path.read_text(encoding="utf-8")
     except OSError:
         raise ValueError(f"no preset is named {name!r}: choose from {', '.join(known)}, or name a .toml file") from None
+    return parse(text, name)
+
+
+def parse(text: str, name: str) -> Preset:
+    """A preset from its text.
+
+    Raises:
+        ValueError: it is none; the sentence says why.
+    """
+    try:
+        return Preset(**tomllib.loads(text))
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None

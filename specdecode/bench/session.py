@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from specdecode.bench.against import Worker, arms_at, dependencies, measure_side_by_side, versions
 from specdecode.bench.arms import make
 from specdecode.bench.baselines import TOLERANCE, find, read
 from specdecode.bench.environment import conditions, environment, hardware, roofline
-from specdecode.bench.gate import Judgement, judge
+from specdecode.bench.gate import AGAINST_TOLERANCE, Judgement, Verdict, judge
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import experiment
 from specdecode.bench.names import BASELINE
 from specdecode.bench.presets import Preset, preset
 from specdecode.bench.progress import progress
-from specdecode.bench.runs import Header, Identity, RunFile
+from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.evals.data import token_prompts
 from specdecode.lm import LM
 from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, choose_device, choose_dtype, load, weights_of
@@ -37,6 +39,7 @@ class Options:
     resume: bool
     tolerance: float | None
     baseline: str | None
+    against: str | None
 
     @property
     def identity(self) -> Identity:
@@ -60,6 +63,15 @@ class Options:
             max_new_tokens=chosen.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
             repeats=chosen.repeats if self.repeats is None else self.repeats,
         )
+
+    @property
+    def known_arms(self) -> list[str]:
+        """The preset's arms, and those of what it is compared with: one that the run lacks must not pass in silence."""
+        if self.against is not None:
+            theirs = arms_at(self.root, self.against, self.preset)
+        else:
+            theirs = list(old.arms) if (old := baseline(self)) else []
+        return list(dict.fromkeys([*self.experiment.arms, *theirs]))
 
     @property
     def journal(self) -> Path:
@@ -97,17 +109,21 @@ class Bench:
 
 def baseline(options: Options) -> RunFile | None:
     """The baseline to judge by, if there is one."""
+    if options.against is not None:
+        return None
     if options.baseline:
         return read(Path(options.baseline))
     return find(options.identity, options.root / "baselines")
 
 
 def measure(options: Options, selected: set[str]) -> Bench:
-    """Measure the selected arms of the preset, and judge them by the baseline.
+    """Measure the selected arms of the preset, and judge them by the baseline or by another commit.
 
     Raises:
         ValueError, SpecDecodeError: an option is wrong, a model cannot be had or a file cannot be judged.
     """
+    if options.against is not None:
+        return _measure_against(options, options.against, selected)
     identity, chosen = options.identity, options.experiment
     old = baseline(options)
     target = options.load(identity.target)
@@ -141,7 +157,9 @@ def measure(options: Options, selected: set[str]) -> Bench:
     # Of the preset's arms only those that were selected; what the preset no longer has is missing all the same.
     concerned = {arm for arm in old.arms if arm not in chosen.arms} | set(entries) if old else set()
     return Bench(
-        title=_title(target, draft, identity, chosen, prompts),
+        title=_title(
+            f"{target.name}{f' with {draft.name}' if draft else ''}", str(target.device), identity, chosen, prompts
+        ),
         origins=origins,
         run=run,
         durations={arm: results.durations(arm) for arm in run.arms},
@@ -151,9 +169,64 @@ def measure(options: Options, selected: set[str]) -> Bench:
     )
 
 
-def _title(target: LM, draft: LM | None, identity: Identity, chosen: Preset, prompts: Sized) -> str:
-    pair = f"{target.name}{f' with {draft.name}' if draft else ''}"
-    return f"{pair}, {identity.dtype} on {target.device}, {len(prompts)} prompts x {chosen.max_new_tokens} tokens"
+def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
+    """The same of two versions, side by side."""
+    for other, given in (("--baseline", options.baseline), ("--resume", options.resume)):
+        if given:
+            raise ValueError(f"{other} does not go with --against: it measures both versions anew")
+    identity, chosen = options.identity, options.experiment
+    entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}
+    models = {"target": identity.target, "draft": identity.draft, "device": options.device, "dtype": options.dtype}
+    device = choose_device(options.device)
+    before = conditions(device)
+    with versions(options.root, ref, {**models, "arms": entries}) as both:
+        new, old = both.new, both.old
+        if refused := new.about["refused"]:
+            raise ValueError(next(iter(refused.values())))
+        refused = old.about["refused"]
+        if BASELINE in refused:
+            raise ValueError(f"{ref} cannot be compared: {refused[BASELINE]}")
+        arms = [arm for arm in entries if arm not in refused]
+        both.use(new)
+        prompts, origins = new.ask("prompts", spec=chosen.prompts)
+        bandwidth = new.ask("roofline")
+        with progress() as tell:
+            measured = measure_side_by_side(both, arms, prompts, chosen.max_new_tokens, chosen.repeats, progress=tell)
+    around = {"before": before, "after": conditions(device)}
+
+    def run(version: Literal["new", "old"], worker: Worker) -> RunFile:
+        outputs = measured.outputs(version)
+        told = worker.about["versions"]
+        header = Header(identity, chosen.max_new_tokens, outputs, measured.floor(), bandwidth, told, around)
+        records = {arm: measured.record(version, worker.name, arm, worker.about["about"][arm]) for arm in arms}
+        return RunFile(Path(), header, records)
+
+    mine, theirs = run("new", new), run("old", old)
+    # An arm that the working tree's preset no longer has must not pass in silence.
+    theirs.arms.update({arm: ArmRecord({}) for arm in options.known_arms if arm not in chosen.arms})
+    tolerance = AGAINST_TOLERANCE if options.tolerance is None else options.tolerance
+    judgements = judge(mine, theirs, tolerance, side_by_side=measured.change)
+    for arm, reason in refused.items():
+        why = f"{ref} cannot make this arm: {reason}"
+        judgements += [Judgement(arm, gate, Verdict.NO_BASELINE, why) for gate in ("time", "counters")]
+    judged_by = f"Gate: the working tree against {ref}, side by side on this machine."
+    if not both.together:
+        judged_by += " The models of both do not fit into memory together: they were loaded in turn, block by block."
+    if changed := dependencies(options.root, ref):
+        judged_by += f" {ref} pins other packages ({', '.join(changed)}): both ran with those that are installed."
+    return Bench(
+        title=_title(new.about["pair"], new.about["device"], identity, chosen, prompts),
+        origins=origins,
+        run=mine,
+        durations={arm: [of.total_s for block in measured.blocks for of in block[arm].new.runs] for arm in arms},
+        wrong={arm: [block[arm].prompt for block in measured.blocks if "bug" in block[arm].new.checks] for arm in arms},
+        judged_by=judged_by,
+        judgements=judgements,
+    )
+
+
+def _title(pair: str, device: str, identity: Identity, chosen: Preset, prompts: Sized) -> str:
+    return f"{pair}, {identity.dtype} on {device}, {len(prompts)} prompts x {chosen.max_new_tokens} tokens"
 
 
 def _judged_by(old: RunFile | None, options: Options, identity: Identity) -> str:

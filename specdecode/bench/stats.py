@@ -45,6 +45,16 @@ def mean_ratio(logs: Sequence[Sequence[float]], floor: float = 0.0) -> Ratio:
     )
 
 
+def detectable(change: Ratio, tolerance: float) -> float:
+    """The smallest slowdown, as a share, that a comparison as noisy as this one calls one with a power of 90 %.
+
+    A slowdown is called when the whole interval lies beyond the tolerance: so its centre must lie half an interval
+    beyond, and another 1.28 standard errors for nine times out of ten, of which half an interval is 1.96.
+    """
+    half = math.log(change.high / change.low) / 2
+    return -math.expm1(math.log1p(-tolerance) - half * (1 + 1.2816 / 1.96))
+
+
 def noise_floor(logs: Sequence[Sequence[float]]) -> float:
     """The A/A floor: how far from 1 the mean ratio of two runs of the same code may lie, in logarithms.
 

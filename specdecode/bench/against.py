@@ -1,0 +1,398 @@
+"""Two versions of this package side by side on one machine: a worker process for each, in turns."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from specdecode.bench.arms import Run
+from specdecode.bench.measure import REHEARSED_TOKENS, Check, row_of
+from specdecode.bench.names import BASELINE
+from specdecode.bench.presets import parse
+from specdecode.bench.runs import ArmRecord, digest
+from specdecode.bench.stats import Ratio, mean_ratio, noise_floor
+from specdecode.bench.worker import PROTOCOL
+
+_WORKER = Path("specdecode") / "bench" / "worker.py"
+
+
+class Worker:
+    """A version of the package that measures on demand, in a process of its own.
+
+    Args:
+        name: of the version, for messages.
+        folder: of its source.
+        arguments: of its `load`.
+
+    Raises:
+        ValueError: the version cannot be measured; the sentence says why.
+    """
+
+    def __init__(self, name: str, folder: Path, arguments: Mapping[str, Any]) -> None:
+        if not (folder / _WORKER).exists():
+            raise ValueError(f"{name} cannot be measured side by side: it has no {_WORKER.as_posix()}")
+        self.name = name
+        self._arguments = dict(arguments)
+        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "specdecode.bench.worker"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            text=True,
+        )
+        self.about: dict[str, Any] = {}
+
+    def load(self) -> bool:
+        """Load the models; False if there is no memory for them."""
+        answer = self._answer("load", self._arguments)
+        if answer.get("memory"):
+            return False
+        self.about = self._value(answer, "load")
+        if self.about["protocol"] != PROTOCOL:
+            raise ValueError(f"{self.name} cannot be measured side by side: its worker is of another protocol")
+        return True
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """The worker's answer to a request.
+
+        Raises:
+            ValueError: the worker refuses, or is dead; the sentence says which.
+        """
+        return self._value(self._answer(do, arguments), do)
+
+    def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        """One timed run of an arm."""
+        return Run(**self.ask("run", arm=arm, prompt=prompt, length=length, expected=expected))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._words.close()
+
+    def _answer(self, do: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        except (OSError, json.JSONDecodeError):
+            code = self._process.wait()
+            self._words.seek(0)
+            words = self._words.read().decode(errors="replace").strip().splitlines() or ["nothing"]
+            what = " ".join([do, str(arguments.get("arm", ""))]).strip()
+            raise ValueError(
+                f"the worker of {self.name} died while it was to {what} (exit code {code}); its last words: {words[-1]}"
+            ) from None
+        return answer
+
+    def _value(self, answer: dict[str, Any], do: str) -> Any:
+        if "error" in answer:
+            raise ValueError(f"{self.name} cannot {do}: {answer['error']}")
+        return answer["value"]
+
+
+class Versions:
+    """Two versions, and whose models are in memory: both, or each in its turn where there is no room for two.
+
+    Attributes:
+        new, old: the workers.
+        together: both versions' models are in memory.
+
+    Raises:
+        ValueError: a version cannot be loaded; the sentence says why.
+    """
+
+    def __init__(self, new: Worker, old: Worker) -> None:
+        self.new, self.old = new, old
+        self.together = False
+        self._loaded: Worker | None = None
+        self.use(new)
+        self.together = old.load()
+        self.use(old)
+
+    def use(self, worker: Worker) -> None:
+        """Make sure that the worker's models are in memory."""
+        if self.together or self._loaded is worker:
+            return
+        if self._loaded is not None:
+            self._loaded.ask("unload")
+        if not worker.load():
+            raise ValueError(f"{worker.name} cannot load its models: even alone they do not fit into memory")
+        self._loaded = worker
+
+
+@contextmanager
+def versions(root: Path, ref: str, arguments: Mapping[str, Any]) -> Iterator[Versions]:
+    """The working tree and another commit, as workers that have loaded their models.
+
+    Args:
+        root: of the repository.
+        ref: the commit.
+        arguments: of the workers' `load`.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(_worktree(root, ref))
+        workers = []
+        for name, source in (("the working tree", root), (ref, folder)):
+            workers.append(Worker(name, source, arguments))
+            stack.callback(workers[-1].close)
+        yield Versions(*workers)
+
+
+@contextmanager
+def _worktree(root: Path, ref: str) -> Iterator[Path]:
+    """The repository's files at another commit, in a folder that is gone afterwards.
+
+    Raises:
+        ValueError: no such commit, or no repository.
+    """
+    with tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
+        folder = Path(scratch) / "against"
+        try:
+            _git(root, "worktree", "add", "--detach", str(folder), ref)
+        except ValueError as error:
+            raise ValueError(f"--against {ref}: {error}") from None
+        try:
+            yield folder
+        finally:
+            _git(root, "worktree", "remove", "--force", str(folder))
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git prints.
+
+    Raises:
+        ValueError: it fails; its own last line.
+    """
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ValueError(f"git cannot be run: {error.strerror}") from None
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["git fails"])[-1])
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One version's two runs of an arm in a quartet, in order, and whether each wrote what its version's `ar` did."""
+
+    runs: tuple[Run, Run]
+    checks: tuple[Check, Check]
+
+    @property
+    def log_s(self) -> float:
+        """Logarithm of the runs' seconds, mean of the two."""
+        return (math.log(self.runs[0].total_s) + math.log(self.runs[1].total_s)) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Quartet:
+    """One arm on one prompt, run by both versions twice in the order A B B A.
+
+    Attributes:
+        prompt: its id.
+        new, old: the versions' runs.
+        new_first: whether the new version is A.
+    """
+
+    prompt: str
+    new: Side
+    old: Side
+    new_first: bool
+
+    @property
+    def log_ratio(self) -> float:
+        """Logarithm of the old version's time over the new one's. A drift that is linear in time cancels."""
+        return self.old.log_s - self.new.log_s
+
+    @property
+    def noise(self) -> float:
+        """What the same statistic would be between equal versions: the cubic contrast (-1, 3, -3, 1) of the four.
+
+        It compares only runs of the same version with one another, is untouched by a linear drift, and, divided by the
+        root of 20, varies as much as `log_ratio` does: the A/A floor of this very comparison.
+        """
+        outer, inner = (self.new, self.old) if self.new_first else (self.old, self.new)
+        return (_log_change(outer.runs) - 3 * _log_change(inner.runs)) / math.sqrt(20)
+
+
+def _log_change(runs: tuple[Run, Run]) -> float:
+    return math.log(runs[1].total_s) - math.log(runs[0].total_s)
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """What was measured of two versions.
+
+    Attributes:
+        blocks: for each prompt and repeat, the quartets by arm, `ar` among them.
+        rehearsals: what was counted before, by version's name and arm.
+    """
+
+    blocks: list[dict[str, Quartet]]
+    rehearsals: dict[tuple[str, str], dict[str, float]]
+
+    def change(self, arm: str) -> Ratio:
+        """New speed over old, with its interval."""
+        logs = self._by_prompt(arm, lambda quartet: quartet.log_ratio)
+        return mean_ratio(logs, self.floor(arm))
+
+    def floor(self, arm: str = BASELINE) -> float:
+        """The A/A floor of an arm's change, in logarithms."""
+        return noise_floor(self._by_prompt(arm, lambda quartet: quartet.noise))
+
+    def record(self, version: Literal["new", "old"], name: str, arm: str, about: Mapping[str, Any]) -> ArmRecord:
+        """One version's results of an arm, as they are kept.
+
+        Args:
+            version: whose.
+            name: of the version.
+            arm: its name.
+            about: what the version says of the arm: "synthetic" and "against".
+        """
+        entries: dict[str, list[tuple[float, Run]]] = {}
+        checks: list[Check] = []
+        for block in self.blocks:
+            side, ar = getattr(block[arm], version), getattr(block[BASELINE], version)
+            checks += side.checks
+            # A time from a wrong output is void.
+            right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
+            entries.setdefault(block[arm].prompt, []).extend((ar.log_s - side.log_s, run) for run in right)
+        return ArmRecord(
+            rows={prompt: row_of(*zip(*of, strict=True)) for prompt, of in entries.items() if of},
+            bugs=checks.count("bug"),
+            ties=checks.count("tie"),
+            synthetic=about["synthetic"],
+            against=about["against"],
+            rehearsal=self.rehearsals[name, arm],
+        )
+
+    def outputs(self, version: Literal["new", "old"]) -> dict[str, str]:
+        """A digest of what the version's `ar` wrote, by prompt."""
+        quartets = [block[BASELINE] for block in self.blocks]
+        return {quartet.prompt: digest(getattr(quartet, version).runs[0].tokens) for quartet in quartets}
+
+    def _by_prompt(self, arm: str, value: Callable[[Quartet], float]) -> list[list[float]]:
+        found: dict[str, list[float]] = {}
+        for block in self.blocks:
+            found.setdefault(block[arm].prompt, []).append(value(block[arm]))
+        return list(found.values())
+
+
+def measure_side_by_side(
+    both: Versions,
+    arms: Sequence[str],
+    prompts: dict[str, list[int]],
+    max_new_tokens: int,
+    repeats: int,
+    progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
+    seed: int = 0,
+) -> SideBySide:
+    """Run every arm on every prompt in both versions.
+
+    Args:
+        both: the versions.
+        arms: names, the baseline first; both versions have them.
+        prompts: tokens by id.
+        max_new_tokens: length of every output.
+        repeats: quartets of each arm on each prompt. Where the versions are not in memory together, all arms of a block
+            are run in one version before the other's turn.
+        progress: told the number of runs done, of all runs, and what is going on.
+        seed: of the order of arms within a block.
+    """
+    measured = SideBySide([], {})
+    total, done = 4 * len(arms) * len(prompts) * repeats, 0
+    new, old = both.new, both.old
+    others = [arm for arm in arms if arm != BASELINE]
+    for number, prompt in enumerate([prompt for _ in range(repeats) for prompt in prompts]):
+        tokens = prompts[prompt]
+        # In turns the next block begins with the version that this one ends with.
+        new_first = number % 2 == 0 or not both.together
+        turns = (new, old, old, new) if new_first else (old, new, new, old)
+        order = [BASELINE, *random.Random(f"{seed} {number}").sample(others, len(others))]
+        plan = [(worker, arm) for arm in order for worker in turns]
+        if not both.together:
+            plan = [(worker, arm) for worker in turns for arm in order]
+        runs: dict[tuple[str, str], list[Run]] = {}
+        for worker, arm in plan:
+            progress(done, total, f"{arm} on {prompt}, {worker.name}")
+            done += 1
+            both.use(worker)
+            key = (worker.name, arm)
+            expected = [] if arm == BASELINE else runs[worker.name, BASELINE][0].tokens
+            if key not in measured.rehearsals:
+                length = min(max_new_tokens, REHEARSED_TOKENS)
+                rehearsed = worker.ask("rehearse", arm=arm, prompt=tokens, length=length, expected=expected)
+                measured.rehearsals[key] = rehearsed
+            elif arm == BASELINE and key not in runs:
+                worker.run(
+                    arm, tokens, 1, []
+                )  # the prompt's own shapes, so that the first timed run is not their first
+            runs.setdefault(key, []).append(worker.run(arm, tokens, max_new_tokens, expected))
+        sides = {key: _checked(both, tokens, runs[key[0], BASELINE][0].tokens, pair) for key, pair in runs.items()}
+        measured.blocks.append(
+            {arm: Quartet(prompt, sides[new.name, arm], sides[old.name, arm], new_first) for arm in arms}
+        )
+    progress(total, total, "done")
+    return measured
+
+
+def _checked(both: Versions, prompt: list[int], expected: list[int], runs: Sequence[Run]) -> Side:
+    def check(got: list[int]) -> Check:
+        if got == expected:
+            return "equal"
+        both.use(both.new)
+        found: Check = both.new.ask("check", prompt=prompt, expected=expected, got=got)
+        return found
+
+    first, second = runs
+    return Side((first, second), (check(first.tokens), check(second.tokens)))
+
+
+def arms_at(root: Path, ref: str, preset: str) -> list[str]:
+    """The preset's arms at another commit; none if it did not have the preset."""
+    path = preset if preset.endswith(".toml") else f"specdecode/bench/presets/{preset}.toml"
+    try:
+        return list(parse(_git(root, "show", f"{ref}:./{path}"), preset).arms)
+    except ValueError:
+        return []
+
+
+def dependencies(root: Path, ref: str) -> list[str]:
+    """The packages that another commit pins otherwise: "NAME THEIRS -> OURS"."""
+    pins = []
+    for text in (_constraints(root, ref), _constraints(root, None)):
+        lines = [line.split(";")[0].strip().split("==") for line in text.splitlines() if "==" in line]
+        pins.append({name: version for name, version in lines})
+    theirs, ours = pins
+    return [
+        f"{name} {theirs.get(name, 'none')} -> {ours.get(name, 'none')}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _constraints(root: Path, ref: str | None) -> str:
+    try:
+        if ref is not None:
+            return _git(root, "show", f"{ref}:./constraints.txt")
+        return (root / "constraints.txt").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""

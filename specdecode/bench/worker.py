@@ -1,0 +1,112 @@
+"""One version of this package in a process of its own, measuring on demand: `python -m specdecode.bench.worker`.
+
+Requests come as JSON objects, one a line, on the standard input, and each is answered by one line on the standard
+output. Versions talk to each other through this, so the requests change only together with `PROTOCOL`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import torch
+
+from specdecode.bench.arms import Arm, make
+from specdecode.bench.environment import environment, roofline
+from specdecode.bench.measure import classify, timed
+from specdecode.bench.rehearsal import rehearse
+from specdecode.errors import SpecDecodeError
+from specdecode.evals.data import token_prompts
+from specdecode.lm import LM
+from specdecode.loading import load, weights_of
+
+PROTOCOL = 1
+
+
+class Worker:
+    """The models of one version, and the arms that it makes of a preset's entries. Its methods are the requests."""
+
+    def __init__(self) -> None:
+        self._target: LM | None = None
+        self._arms: dict[str, Arm] = {}
+
+    def load(
+        self, target: str, draft: str, device: str | None, dtype: str | None, arms: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Load the models and make the arms; say what this version is, and which arms it cannot make and why."""
+        self._target = load(target, device=device, dtype=dtype)
+        smaller = load(draft, device=device, dtype=dtype, target=self._target) if draft else None
+        refused = {}
+        for name, options in arms.items():
+            try:
+                self._arms[name] = make(name, options, self._target, smaller)
+            except ValueError as error:
+                refused[name] = str(error)
+        return {
+            "protocol": PROTOCOL,
+            "versions": {**environment(), "weights": weights_of(target)},
+            "refused": refused,
+            "about": {name: {"synthetic": arm.synthetic, "against": arm.against} for name, arm in self._arms.items()},
+            "pair": f"{self._target.name}{f' with {smaller.name}' if smaller else ''}",
+            "device": str(self._target.device),
+        }
+
+    def unload(self) -> None:
+        """Give the memory back."""
+        self._target, self._arms = None, {}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def prompts(self, spec: str) -> list[Any]:
+        """Token prompts by id, and their origins."""
+        return list(token_prompts(spec, self._loaded.encode))
+
+    def roofline(self) -> float:
+        return roofline(self._loaded)
+
+    def rehearse(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, float]:
+        return rehearse(self._arms[arm], self._loaded, prompt, length, expected)
+
+    def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
+        return asdict(timed(self._arms[arm], prompt, length, expected))
+
+    def check(self, prompt: list[int], expected: list[int], got: list[int]) -> str:
+        return classify(self._loaded, prompt, expected, got)
+
+    @property
+    def _loaded(self) -> LM:
+        assert self._target is not None
+        return self._target
+
+
+def serve(requests: Iterator[str], answers: TextIO) -> None:
+    """Answer requests until there are no more."""
+    worker = Worker()
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer = {"value": getattr(worker, request.pop("do"))(**request)}
+        except torch.OutOfMemoryError:
+            worker.unload()
+            answer = {"error": "its memory is too small", "memory": True}
+        except (SpecDecodeError, ValueError) as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Keep the standard output for answers: what libraries print goes to the standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(iter(sys.stdin.readline, ""), answers)
+
+
+if __name__ == "__main__":
+    main()
