@@ -160,7 +160,7 @@ def _time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause:
     else:
         verdict = Verdict.INCONCLUSIVE
         reason += "; more prompts or repeats would tell"
-    if cause is not None and verdict is not Verdict.PASS:
+    if cause is not None and verdict in (Verdict.REGRESSED, Verdict.IMPROVED):
         reason += f"; {cause}"
     return Judgement(arm, "time", verdict, reason, change, cause)
 
@@ -191,7 +191,7 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
         if abs(now[name] - was[name]) > COUNTER_TOLERANCE * abs(was[name])
     } | _lengths_moved(after.reached(same), before.reached(same))
     if not moved:
-        reason = f"{len(shared)} counters within {COUNTER_TOLERANCE:.0%} of the baseline, {len(same)} prompt(s)"
+        reason = f"{len(shared)} counters within {COUNTER_TOLERANCE:.0%}, on {len(same)} prompt(s)"
         return Judgement(arm, "counters", Verdict.PASS, reason)
     verdict = Verdict.REGRESSED if min(moved.values()) < 0 else Verdict.IMPROVED
     return Judgement(arm, "counters", verdict, ", ".join(moved))

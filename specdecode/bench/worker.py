@@ -10,9 +10,9 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -85,11 +85,12 @@ class Worker:
         return self._target
 
 
-def serve(requests: Iterator[str], answers: TextIO) -> None:
-    """Answer requests until there are no more."""
+def serve(requests: Iterable[str]) -> Iterator[str]:
+    """The answers to requests, as long as there are any."""
     worker = Worker()
     for line in requests:
         request = json.loads(line)
+        answer: dict[str, Any]
         try:
             answer = {"value": getattr(worker, request.pop("do"))(**request)}
         except torch.OutOfMemoryError:
@@ -97,15 +98,16 @@ def serve(requests: Iterator[str], answers: TextIO) -> None:
             answer = {"error": "its memory is too small", "memory": True}
         except (SpecDecodeError, ValueError) as error:
             answer = {"error": str(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        yield json.dumps(answer)
 
 
 def main() -> None:
     """Keep the standard output for answers: what libraries print goes to the standard error."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(iter(sys.stdin.readline, ""), answers)
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        for answer in serve(sys.stdin):
+            answers.write(answer + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":
