@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from specdecode import cli
-from specdecode.bench.baselines import bless, extra_info, header_json, read
+from specdecode.bench.baselines import bless, extra_info, find, header_json, read
 from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
 from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
 
@@ -265,6 +265,23 @@ def test_a_file_that_cannot_be_judged_is_told_in_one_sentence(
         assert told.startswith("specdecode: ")
         assert told.count("\n") == 1
         assert "bad.json" in told
+
+
+def test_another_machines_baseline_still_judges_counters(tmp_path: Path) -> None:
+    """Guards against a runner without a baseline of its own on which nothing is gated."""
+    run = content({"linear": 2.0})
+    identity = Identity(**run["specdecode"]["identity"])
+    assert find(identity, tmp_path) is None
+    foreign = copy.deepcopy(run)
+    foreign["specdecode"]["identity"]["hardware"] = "zx-81"
+    for of in (foreign, run):
+        hardware = of["specdecode"]["identity"]["hardware"]
+        (tmp_path / hardware).mkdir()
+        (tmp_path / hardware / identity.file.name).write_text(json.dumps(of))
+        found = find(identity, tmp_path)
+        assert found is not None
+        assert found.header.identity.hardware == hardware
+    assert find(Identity("zx-81", "t", "d", "float16", "quick"), tmp_path) is None
 
 
 @pytest.mark.parametrize(

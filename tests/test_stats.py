@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from specdecode.bench.stats import mean_ratio, noise_floor
+from specdecode.bench.stats import Ratio, detectable, mean_ratio, noise_floor
 
 
 def test_the_mean_ratio_is_the_geometric_mean_over_prompts() -> None:
@@ -44,3 +44,17 @@ def test_intervals_are_the_same_each_time() -> None:
     """Guards against a verdict that depends on the bootstrap's draw."""
     logs = [[0.1], [0.3], [-0.2], [0.05]]
     assert mean_ratio(logs) == mean_ratio(logs)
+
+
+def test_the_detectable_slowdown_is_caught_nine_times_in_ten() -> None:
+    """Guards against a promise of power that the gate's own rule does not keep."""
+    random = np.random.default_rng(2)
+    tolerance, scatter, prompts = 0.02, 0.03, 30
+
+    def change(slowdown: float) -> Ratio:
+        return mean_ratio([[math.log1p(-slowdown) + noise] for noise in random.normal(0, scatter, prompts)])
+
+    promised = float(np.mean([detectable(change(0.0), tolerance) for _ in range(50)]))
+    caught = sum(change(promised).high < 1 - tolerance for _ in range(300)) / 300
+    assert 0.85 < caught < 0.96
+    assert sum(change(0.0).high < 1 - tolerance for _ in range(300)) == 0
