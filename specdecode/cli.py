@@ -1,4 +1,4 @@
-"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate` and `bless`."""
+"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report` and `bless`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ class Shape(str, enum.Enum):
     chain = "chain"
     static = "static"
     best_first = "best-first"
+
+
+class Format(str, enum.Enum):
+    md = "md"
+    html = "html"
+    latex = "latex"
 
 
 @app.command()
@@ -211,6 +217,44 @@ def gate(
     typer.echo(f"{failed} of {len(judgements)} verdicts fail" if failed else f"{len(judgements)} verdicts, none fails")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="run file to judge it by  [default: the one in baselines/, if there is one]")
+    ] = None,
+    format: Annotated[Format, typer.Option(help="Markdown, one HTML page, or LaTeX tables")] = Format.md,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write  [default: standard output; for HTML RUN.html beside the run]")
+    ] = None,
+) -> None:
+    """Tell what a run found, from the files alone: verdicts, speeds, acceptance, history."""
+    from specdecode.bench.baselines import find, read
+    from specdecode.bench.gate import judge
+    from specdecode.bench.history import history
+    from specdecode.bench.page import page
+    from specdecode.bench.report import judged_by, latex, markdown, title
+
+    new = read(run)
+    own = Path("baselines") / new.header.identity.file
+    old = read(baseline) if baseline else find(new.header.identity, Path("baselines"))
+    write = {Format.md: markdown, Format.html: page, Format.latex: latex}[format]
+    text = write(new, title(new), judged_by(new, old, own), judge(new, old) if old else [], history(own))
+    if out is None and format is Format.html:
+        out = run.with_suffix(".html")
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = out.with_name(f"{out.name}.tmp")
+        scratch.write_text(text, encoding="utf-8", errors="replace")
+        scratch.replace(out)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    typer.echo(f"report written to {out}")
 
 
 @app.command()

@@ -221,6 +221,8 @@ def _hostile(change: str) -> str:
         row["log_speedup"] = "UNSERIALIZABLE[tensor(1.)]"
     if change == "nan":
         row["seconds"]["total"] = math.nan
+    if change == "huge":
+        row["log_speedup"] = 800.0
     if change == "nought":
         row["counts"]["tokens"] = 0
     if change == "negative":
@@ -245,7 +247,7 @@ def _hostile(change: str) -> str:
 @pytest.mark.parametrize(
     "change",
     [
-        *("cut", "foreign", "version", "text", "nan", "nought", "negative", "histogram", "rows"),
+        *("cut", "foreign", "version", "text", "nan", "huge", "nought", "negative", "histogram", "rows"),
         *("list", "prompt", "path", "bool", "empty"),
     ],
 )

@@ -15,6 +15,9 @@ from specdecode.bench.runs import REHEARSED, ArmRecord, Header, Identity, Row, R
 FORMAT = 2
 _KEY = "specdecode"
 
+# No run is faster or slower than another by more than this, in logarithms: what says so is damaged.
+_MOST_LOG = 20.0
+
 TOLERANCE = 0.05
 """By how much an arm may become slower, as a share, before the gate closes."""
 
@@ -55,12 +58,16 @@ def parse(text: str, path: Path) -> RunFile:
             Identity(**{field.name: _text(head["identity"], field.name) for field in fields(Identity)}),
             max_new_tokens=int(_number(head, "max_new_tokens")),
             outputs={str(prompt): str(output) for prompt, output in head["outputs"].items()},
-            floor=_number(head, "floor"),
+            floor=_log(head, "floor"),
             roofline=_number(head, "roofline"),
             versions=dict(head["versions"]),
-            conditions={when: dict(of) for when, of in head["conditions"].items()},
+            conditions={
+                when: {name: str(told) for name, told in of.items()} for when, of in head["conditions"].items()
+            },
         )
-        arms = {test["param"]: _arm(test["extra_info"], header) for test in content["benchmarks"] if test.get("param")}
+        arms = {
+            str(test["param"]): _arm(test["extra_info"], header) for test in content["benchmarks"] if test.get("param")
+        }
         commit = str(content.get("commit_info", {}).get("id", ""))[:10]
         date, reason = str(content.get("datetime", ""))[:10], str(head.get("reason", ""))
     except KeyError as error:
@@ -103,7 +110,7 @@ def _arm(extra: Any, header: Header) -> ArmRecord:
 
 def _row(row: Any) -> Row:
     return Row(
-        log_speedup=_number(row, "log_speedup"),
+        log_speedup=_log(row, "log_speedup"),
         counts=_positive(row["counts"], "runs", "tokens", "steps"),
         seconds=_positive(row["seconds"], "total", "ttft"),
         histograms={
@@ -125,6 +132,13 @@ def _number(values: Any, name: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, which is no number")
     return float(value)
+
+
+def _log(values: Any, name: str) -> float:
+    value = _number(values, name)
+    if abs(value) > _MOST_LOG:
+        raise ValueError(f"{name} is {value!r}, which cannot be")
+    return value
 
 
 def _text(values: Any, name: str) -> str:

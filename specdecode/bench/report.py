@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
@@ -111,12 +112,17 @@ def surroundings(run: RunFile) -> list[Grid]:
 def title(run: RunFile) -> str:
     """The models and the size of the experiment."""
     of = run.header.identity
-    pair = f"{of.target} with {of.draft}" if of.draft else of.target
     size = f"{len(run.header.outputs)} prompts x {run.header.max_new_tokens} tokens"
-    return f"{pair}, {of.dtype} on {of.hardware}, {size}"
+    return f"{models(run)}, {of.dtype} on {of.hardware}, {size}"
 
 
-def judged_by(run: RunFile, old: RunFile | None, expected: str) -> str:
+def models(run: RunFile) -> str:
+    """The target, and the draft if there is one."""
+    of = run.header.identity
+    return f"{of.target} with {of.draft}" if of.draft else of.target
+
+
+def judged_by(run: RunFile, old: RunFile | None, expected: Path) -> str:
     """What the verdicts compare with, in words.
 
     Args:
@@ -197,9 +203,9 @@ def notes(run: RunFile) -> list[str]:
         "Predicted: from acceptance and forwards, without overhead. Roofline: share of the speed at which memory can"
         f" stream the weights, {run.header.roofline:.0f} tokens/s.",
     ]
-    peers = [(arm, record.against) for arm, record in run.arms.items() if record.against in run.arms]
-    if peers:
-        told = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=str(peer))}" for arm, peer in peers)
+    peers = {arm: record.against for arm, record in run.arms.items() if record.against}
+    if compared := {arm: peer for arm, peer in peers.items() if run.log_speedups(arm, over=peer)}:
+        told = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())
         said.append(f"Against transformers, same draft and settings: {told}.")
     return said + [f"Beware: {warning}." for warning in run.header.warnings]
 
@@ -248,8 +254,11 @@ def _markdown(text: str) -> str:
 def latex(
     run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
 ) -> str:
-    """The same tables for a paper, to be put in with \\input; arguments as for `markdown`."""
-    parts = ["% \\usepackage[T1]{fontenc} \\usepackage{booktabs,graphicx}"]
+    """The same tables for a paper, to be put in with \\input; arguments as for `markdown`.
+
+    The history is left out: a column for each arm is more than fits on a page.
+    """
+    parts = ["% \\usepackage[T1]{fontenc} \\usepackage{array,booktabs,graphicx}"]
     if judgements:
         parts.append(_latex_table(verdicts(judgements), f"Verdicts: {title}. {judged_by}"))
     parts.append(
@@ -257,15 +266,18 @@ def latex(
     )
     if (accepted := acceptance(run)).rows:
         parts.append(_latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
-    if past is not None and past.runs:
-        parts.append(_latex_table(past_speedups(run, past), f"Speedup over ar, run by run. {past.told}"))
     captions = (f"Measured with: {command(run)}", "Conditions around the run.")
     parts += map(_latex_table, surroundings(run), captions)
     return "\n\n".join(parts) + "\n"
 
 
 def _latex_table(grid: Grid, caption: str) -> str:
-    kinds = {(True, False): "r", (True, True): "r", (False, False): "l", (False, True): "p{10cm}"}
+    kinds = {
+        (True, False): "r",
+        (True, True): "r",
+        (False, False): "l",
+        (False, True): ">{\\raggedright\\arraybackslash}p{10cm}",
+    }
     rows = [" & ".join(map(_latex, row)) + " \\\\" for row in ([column.name for column in grid.columns], *grid.rows)]
     return "\n".join(
         [
@@ -302,8 +314,8 @@ def _one_line(text: str) -> str:
 def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
     """In the order in which a reader wants to know them."""
     order = [Verdict.REGRESSED, Verdict.MISSING, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE]
-    ranks = {verdict: rank for rank, verdict in enumerate(order)}
-    return sorted(judgements, key=lambda judged: ranks.get(judged.verdict, len(order)))
+    order += [Verdict.IMPROVED, Verdict.PASS]
+    return sorted(judgements, key=lambda judged: order.index(judged.verdict))
 
 
 def label(run: RunFile, arm: str) -> str:

@@ -17,6 +17,7 @@ from specdecode.bench.measure import experiment
 from specdecode.bench.names import BASELINE
 from specdecode.bench.presets import Preset, preset
 from specdecode.bench.progress import progress
+from specdecode.bench.report import judged_by
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.evals.data import token_prompts
 from specdecode.lm import LM
@@ -164,7 +165,7 @@ def measure(options: Options, selected: set[str]) -> Bench:
         run=run,
         durations={arm: results.durations(arm) for arm in run.arms},
         wrong={arm: results.wrong(arm) for arm in run.arms},
-        judged_by=_judged_by(old, options, identity),
+        judged_by=judged_by(run, old, Path("baselines") / identity.file),
         judgements=judge(run, old, tolerance, concerned) if old else [],
     )
 
@@ -196,8 +197,15 @@ def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
 
     def run(version: Literal["new", "old"], worker: Worker) -> RunFile:
         outputs = measured.outputs(version)
-        told = worker.about["versions"]
-        header = Header(identity, chosen.max_new_tokens, outputs, measured.floor(), bandwidth, told, around)
+        header = Header(
+            identity,
+            chosen.max_new_tokens,
+            outputs,
+            measured.floor(),
+            bandwidth,
+            worker.about["versions"],
+            around,
+        )
         records = {arm: measured.record(version, worker.name, arm, worker.about["about"][arm]) for arm in arms}
         return RunFile(Path(), header, records)
 
@@ -209,36 +217,21 @@ def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
     for arm, reason in refused.items():
         why = f"{ref} cannot make this arm: {reason}"
         judgements += [Judgement(arm, gate, Verdict.NO_BASELINE, why) for gate in ("time", "counters")]
-    judged_by = f"Gate: the working tree against {ref}, side by side on this machine."
+    told = f"Judged by {ref}, measured side by side with the working tree."
     if not both.together:
-        judged_by += " The models of both do not fit into memory together: they were loaded in turn, block by block."
+        told += " The models of both do not fit into memory together: they were loaded in turn, block by block."
     if changed := dependencies(options.root, ref):
-        judged_by += f" {ref} pins other packages ({', '.join(changed)}): both ran with those that are installed."
+        told += f" {ref} pins other packages ({', '.join(changed)}): both ran with those that are installed."
     return Bench(
         title=_title(new.about["pair"], new.about["device"], identity, chosen, prompts),
         origins=origins,
         run=mine,
         durations={arm: [of.total_s for block in measured.blocks for of in block[arm].new.runs] for arm in arms},
         wrong={arm: [block[arm].prompt for block in measured.blocks if "bug" in block[arm].new.checks] for arm in arms},
-        judged_by=judged_by,
+        judged_by=told,
         judgements=judgements,
     )
 
 
 def _title(pair: str, device: str, identity: Identity, chosen: Preset, prompts: Sized) -> str:
     return f"{pair}, {identity.dtype} on {device}, {len(prompts)} prompts x {chosen.max_new_tokens} tokens"
-
-
-def _judged_by(old: RunFile | None, options: Options, identity: Identity) -> str:
-    own = options.root / "baselines" / identity.file
-    if old is None:
-        return f"No baseline for this hardware: baselines/{identity.file} is not there, so nothing was gated."
-    told = f"Gate: against {old.path}."
-    if old.header.identity.hardware != identity.hardware:
-        told += f" It is another machine's ({own} is not there): counters are gated, times are not."
-    different = [
-        f"{name} {theirs} -> {ours}"
-        for name, ours in environment().items()
-        if (theirs := old.header.versions.get(name, ours)) != ours
-    ]
-    return told + (f" What is not as it was: {', '.join(different)}." if different else "")
