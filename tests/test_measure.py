@@ -95,7 +95,7 @@ def test_a_time_from_a_wrong_output_is_void(results: Results) -> None:
     run = kept(results)
     assert results.wrong("liar") == [*PROMPTS] * 3
     assert run.arms["liar"].rows == {}
-    assert run.measures("liar").keys() == {"bugs", "ties", "synthetic"}
+    assert run.measures("liar").keys() == {"bugs", "ties", "synthetic", "lossy"}
     assert run.measures("liar")["bugs"] == 6
     assert results.wrong("twice") == []
 

@@ -265,7 +265,7 @@ class SideBySide:
             version: whose.
             name: of the version.
             arm: its name.
-            about: what the version says of the arm: "synthetic" and "against".
+            about: what the version says of the arm: "synthetic", "against" and "lossy".
         """
         entries: dict[str, list[tuple[float, Run]]] = {}
         checks: list[Check] = []
@@ -281,6 +281,7 @@ class SideBySide:
             ties=checks.count("tie"),
             synthetic=about["synthetic"],
             against=about["against"],
+            lossy=about["lossy"],
             rehearsal=self.rehearsals[name, arm],
         )
 

@@ -85,12 +85,14 @@ class Arm:
             to a run.
         synthetic: its acceptance is set and not found out.
         against: the peer's arm that does the same with the same settings.
+        lossy: its output need not be the baseline's.
     """
 
     name: str
     run: Callable[[Sequence[int], int, Sequence[int]], Run]
     synthetic: bool = False
     against: str | None = None
+    lossy: bool = False
 
 
 def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Arm:

@@ -104,6 +104,7 @@ def _arm(extra: Any, header: Header) -> ArmRecord:
         ties=int(_number(extra, "ties")),
         synthetic=bool(_number(extra, "synthetic")),
         against=str(extra["against"]) or None,
+        lossy=bool(_number(extra, "lossy")),
         rehearsal={name: _number(extra["rehearsal"], name) for name in REHEARSED if name in extra["rehearsal"]},
     )
 

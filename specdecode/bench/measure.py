@@ -104,6 +104,7 @@ class Results:
             ties=checks.count("tie"),
             synthetic=arm.synthetic,
             against=arm.against if any(other.name == arm.against for other in self.arms) else None,
+            lossy=arm.lossy,
             rehearsal=self.rehearsals.get(arm.name, {}),
         )
 

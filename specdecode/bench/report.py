@@ -324,11 +324,12 @@ def label(run: RunFile, arm: str) -> str:
 
 
 def outputs(run: RunFile, arm: str) -> str:
-    """Whether the arm wrote what the baseline did."""
+    """Whether the arm wrote what the baseline did, or, where it is lossy, what it must."""
     record = run.arms[arm]
     if record.bugs:
         return "WRONG"
-    return f"{record.ties} ties" if record.ties else "equal"
+    ties = f"{record.ties} ties" if record.ties else ""
+    return f"lossy {ties}".strip() if record.lossy else ties or "equal"
 
 
 def drafts(record: ArmRecord) -> bool:

@@ -113,6 +113,7 @@ class ArmRecord:
         ties: outputs that left the baseline's where the target is undecided within its rounding.
         synthetic: weights or acceptance are not real: only costs are.
         against: the peer's arm that does the same with the same settings.
+        lossy: its outputs are not the baseline's, but were checked against a reference of their own.
         rehearsal: see REHEARSED.
     """
 
@@ -121,6 +122,7 @@ class ArmRecord:
     ties: int = 0
     synthetic: bool = False
     against: str | None = None
+    lossy: bool = False
     rehearsal: dict[str, float] = field(default_factory=dict)
 
     def total(self, name: str, prompts: Iterable[str] | None = None) -> float:
@@ -226,6 +228,7 @@ class RunFile:
             "ties": float(record.ties),
             "bugs": float(record.bugs),
             "synthetic": float(record.synthetic),
+            "lossy": float(record.lossy),
         }
         for part in ("draft", "verify", "overhead"):
             measures[f"{part}_s_per_step"] = _ratio(record.total(f"{part}_s"), record.total("steps"))

@@ -51,7 +51,10 @@ class Worker:
             "protocol": PROTOCOL,
             "versions": {**environment(), "weights": weights_of(target)},
             "refused": refused,
-            "about": {name: {"synthetic": arm.synthetic, "against": arm.against} for name, arm in self._arms.items()},
+            "about": {
+                name: {"synthetic": arm.synthetic, "against": arm.against, "lossy": arm.lossy}
+                for name, arm in self._arms.items()
+            },
             "pair": f"{self._target.name}{f' with {smaller.name}' if smaller else ''}",
             "device": str(self._target.device),
         }
