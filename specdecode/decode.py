@@ -65,6 +65,7 @@ def generate(
     end = len(tokens) + max_new_tokens
     slots = target.new_slots(min(end, len(tokens) + _AHEAD) + MAX_DRAFT_NODES)
     result = Generation(prompt_tokens=len(tokens))
+    prefill_started = time.perf_counter()
     read = 0  # tokens that went through the target; the rest are pending, the root at least
 
     # The first step's forward carries what is left of the prompt, so that a short prompt costs no forward of its own.
@@ -73,6 +74,8 @@ def generate(
         read += chunk
         result.prefill_forwards += 1
         result.compressions += _evict(policy, slots, read)
+
+    result.prefill_forwards_s = time.perf_counter() - prefill_started
 
     finished = False
     while not finished:

@@ -41,6 +41,7 @@ class Generation:
         steps: the steps, in order. The first one's target forward also carries the rest of the prompt.
         prompt_tokens: length of the prompt.
         prefill_forwards: target forwards over parts of a long prompt, before the first step.
+        prefill_forwards_s: seconds of those.
         prefill_s: seconds from the call to the first committed tokens.
         decode_s: seconds from there to the end.
         compressions: evictions carried out by the cache policy.
@@ -52,6 +53,7 @@ class Generation:
     steps: list[Step] = field(default_factory=list)
     prompt_tokens: int = 0
     prefill_forwards: int = 0
+    prefill_forwards_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     compressions: int = 0
@@ -81,8 +83,7 @@ class Generation:
     @property
     def verify_s(self) -> float:
         """Seconds of the target's forwards, those over the prompt included, and of the acceptance."""
-        before = self.prefill_s - self.steps[0].total_s if self.steps else 0.0
-        return before + sum(step.verify_s for step in self.steps)
+        return self.prefill_forwards_s + sum(step.verify_s for step in self.steps)
 
     @property
     def acceptance_rate(self) -> float:

@@ -18,7 +18,7 @@ class Blame:
     Attributes:
         shares: logarithm of the factor by which each cause changed the time per token; their sum is the whole change.
             "acceptance length" is the number of steps that a token takes; "drafting", "verifying" and "overhead" are
-            the seconds of a step.
+            the seconds of a step; "yardstick" is what the arm is compared with, where it is known to have moved.
     """
 
     shares: dict[str, float]
@@ -40,6 +40,7 @@ def blame(
     old: ArmRecord,
     prompts: Collection[str],
     units: tuple[float, float] = (1.0, 1.0),
+    yardstick: float = 0.0,
 ) -> Blame | None:
     """Split the change of an arm's time per token; None for a peer, whose parts are not measured.
 
@@ -52,6 +53,7 @@ def blame(
         prompts: those to sum over; both have them.
         units: seconds that count as one, of the new run and of the old: the yardstick's time per token, where the two
             runs were not measured side by side.
+        yardstick: logarithm of the factor by which what the arm is compared with became faster, in these units.
     """
     if not prompts or any(math.isnan(record.total("draft_s", prompts)) for record in (new, old)):
         return None
@@ -70,12 +72,13 @@ def blame(
         weight = _log_mean(after, before) / whole
         shares["acceptance length"] += weight * fewer
         shares[PARTS[part]] = (after - before) / whole - weight * fewer
-    return Blame(shares)
+    return Blame(shares | {"yardstick": yardstick} if yardstick else shares)
 
 
 def _log_mean(a: float, b: float) -> float:
     """(a - b) / (ln a - ln b), continued to a = b and to nought."""
     if a <= 0 or b <= 0:
         return 0.0
-    ratio = math.log(a / b)
-    return a if abs(ratio) < 1e-12 else (a - b) / ratio
+    # Not log(a / b), which loses its digits where a and b are close.
+    ratio = math.log1p((a - b) / b)
+    return (a - b) / ratio if ratio else a

@@ -83,10 +83,13 @@ def judge(
     for arm in [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]:
         if arms is not None and arm not in arms:
             continue
-        if reason := _incomparable(arm, new, old):
-            judgements += reason
+        if incomparable := _incomparable(arm, new, old):
+            judgements += incomparable
             continue
-        if side_by_side is None:
+        if math.isnan(new.arms[arm].total("target_forwards")):
+            reason = "a peer: its time stands beside ours, and is not ours to gate"
+            time = Judgement(arm, "time", Verdict.PASS, reason)
+        elif side_by_side is None:
             time = _judge_time(arm, new, old, tolerance)
         else:
             prompts = [prompt for prompt in new.arms[arm].rows if prompt in old.arms[arm].rows]
@@ -134,9 +137,24 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judge
     # Both runs carry noise of their own.
     floor = math.hypot(new.header.floor, old.header.floor)
     change = mean_ratio([[after[prompt] - before[prompt]] for prompt in shared], floor)
-    per_token = [run.arms[over].total("total_s", shared) / run.arms[over].total("tokens", shared) for run in (new, old)]
-    cause = blame(new.arms[arm], old.arms[arm], shared, (per_token[0], per_token[1]))
+    cause = _blame(arm, over, new, old, shared)
     return _time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
+
+
+def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) -> Blame | None:
+    """Which part of the arm moved, or that what it is compared with did, as transformers' time in the same blocks
+    tells."""
+
+    def per_token(name: str) -> tuple[float, float]:
+        now, was = (run.arms[name].total("total_s", prompts) / run.arms[name].total("tokens", prompts) for run in both)
+        return now, was
+
+    both = (new, old)
+    if any(PEER_BASELINE not in run.arms or set(prompts) - run.arms[PEER_BASELINE].rows.keys() for run in both):
+        return blame(new.arms[arm], old.arms[arm], prompts, per_token(over))
+    units, yardstick = per_token(PEER_BASELINE), per_token(over)
+    faster = math.log(yardstick[1] / units[1]) - math.log(yardstick[0] / units[0])
+    return blame(new.arms[arm], old.arms[arm], prompts, units, faster)
 
 
 def _time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause: Blame | None) -> Judgement:

@@ -105,11 +105,26 @@ def rehearse(arm: Arm, target: LM, prompt: Sequence[int], length: int, expected:
     """Run the arm once, untimed.
 
     Returns:
-        "host_syncs_per_step" (see `HostReads`) and "peak_bytes" above the loaded weights; nothing for a peer, whose
-        counts are not ours to keep.
+        "host_syncs_per_step" (see `HostReads`), "forwards_per_step" of the target's modules, whoever calls them, and
+        "peak_bytes" above the loaded weights; nothing for a peer, whose counts are not ours to keep.
     """
-    with peak_memory(target.device) as peak, HostReads(target.device) as reads:
-        run = arm.run(prompt, length, expected)
+    forwards = 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    hook = target.model.register_forward_pre_hook(count)
+    try:
+        with peak_memory(target.device) as peak, HostReads(target.device) as reads:
+            run = arm.run(prompt, length, expected)
+    finally:
+        hook.remove()
     if "target_forwards" not in run.counts:
         return {}
-    return {"host_syncs_per_step": reads.count / run.counts["steps"], "peak_bytes": float(peak[0])}
+    steps = run.counts["steps"]
+    return {
+        "host_syncs_per_step": reads.count / steps,
+        "forwards_per_step": forwards / steps,
+        "peak_bytes": float(peak[0]),
+    }
