@@ -207,10 +207,10 @@ def gate(
 ) -> None:
     """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
     from specdecode.bench.baselines import TOLERANCE, read
-    from specdecode.bench.gate import FAILING, judge
+    from specdecode.bench.gate import FAILING, judge, tolerance_of
     from specdecode.bench.report import verdict_table
 
-    judgements = judge(read(new), read(old), TOLERANCE if tolerance is None else tolerance)
+    judgements = judge(read(new), read(old), tolerance_of(tolerance, TOLERANCE))
     Console(width=None if sys.stdout.isatty() else 130).print(verdict_table(judgements))
     failing = FAILING["strict" if strict else "on"]
     failed = sum(judgement.verdict in failing for judgement in judgements)

@@ -194,6 +194,8 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
         (["--prompts", "nothing:2"], "no data set is named 'nothing'"),
         (["--prompts", "prose:x"], "NAME:COUNT"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--repeats", "0"], "repeats is 0"),
+        (["--tolerance", "1"], "tolerance is 1.0"),
     ],
 )
 def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments: list[str], reason: str) -> None:

@@ -42,6 +42,17 @@ FAILING = {
 """The verdicts that fail a run, by the gate's setting."""
 
 
+def tolerance_of(given: float | None, default: float) -> float:
+    """The tolerance that is given, or the default.
+
+    Raises:
+        ValueError: it is no share.
+    """
+    if given is not None and not 0.0 <= given < 1.0:
+        raise ValueError(f"tolerance is {given}: a share is from 0 to below 1")
+    return default if given is None else given
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """One verdict.

@@ -86,11 +86,6 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
         _options(config).journal.unlink(missing_ok=True)
 
 
-def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-    if excinfo.errisinstance(KeyboardInterrupt):
-        sys.stderr.write("\nInterrupted. pytest --benchmark with --resume goes on with the blocks that are finished.\n")
-
-
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A suite that takes minutes runs only when it is asked for."""
     for option, suite in _SUITES.items():
@@ -133,8 +128,14 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     with ExitStack() as stack:
         if capture := config.pluginmanager.getplugin("capturemanager"):
             stack.enter_context(capture.global_and_fixture_disabled())
-        with _one_sentence():
-            config.stash[_BENCH] = measure(_options(config), selected)
+        try:
+            with _one_sentence():
+                config.stash[_BENCH] = measure(_options(config), selected)
+        except KeyboardInterrupt:
+            sys.stderr.write(
+                "\nInterrupted. The same command with --resume goes on with the blocks that are finished.\n"
+            )
+            raise
     return config.stash[_BENCH]
 
 

@@ -11,7 +11,7 @@ from specdecode.bench.against import Worker, arms_at, dependencies, measure_side
 from specdecode.bench.arms import make
 from specdecode.bench.baselines import TOLERANCE, find, read
 from specdecode.bench.environment import conditions, environment, hardware, roofline
-from specdecode.bench.gate import AGAINST_TOLERANCE, Judgement, Verdict, judge
+from specdecode.bench.gate import AGAINST_TOLERANCE, Judgement, Verdict, judge, tolerance_of
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import experiment
 from specdecode.bench.names import BASELINE
@@ -58,6 +58,8 @@ class Options:
     def experiment(self) -> Preset:
         """The preset, with what the command line says otherwise."""
         chosen = preset(self.preset)
+        if self.repeats is not None and self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}: each prompt is measured once at least")
         return Preset(
             arms=chosen.arms,
             prompts=self.prompts or chosen.prompts,
@@ -126,6 +128,7 @@ def measure(options: Options, selected: set[str]) -> Bench:
     if options.against is not None:
         return _measure_against(options, options.against, selected)
     identity, chosen = options.identity, options.experiment
+    tolerance = tolerance_of(options.tolerance, TOLERANCE)
     old = baseline(options)
     target = options.load(identity.target)
     draft = options.load(identity.draft, target) if identity.draft else None
@@ -154,7 +157,6 @@ def measure(options: Options, selected: set[str]) -> Bench:
         identity, chosen.max_new_tokens, results.outputs(), results.floor, roofline(target), versions, around
     )
     run = RunFile(Path(), header, results.records())
-    tolerance = TOLERANCE if options.tolerance is None else options.tolerance
     # Of the preset's arms only those that were selected; what the preset no longer has is missing all the same.
     concerned = {arm for arm in old.arms if arm not in chosen.arms} | set(entries) if old else set()
     return Bench(
@@ -175,6 +177,7 @@ def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
     for other, given in (("--baseline", options.baseline), ("--resume", options.resume)):
         if given:
             raise ValueError(f"{other} does not go with --against: it measures both versions anew")
+    tolerance = tolerance_of(options.tolerance, AGAINST_TOLERANCE)
     identity, chosen = options.identity, options.experiment
     entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}
     models = {"target": identity.target, "draft": identity.draft, "device": options.device, "dtype": options.dtype}
@@ -212,7 +215,6 @@ def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
     mine, theirs = run("new", new), run("old", old)
     # An arm that the working tree's preset no longer has must not pass in silence.
     theirs.arms.update({arm: ArmRecord({}) for arm in options.known_arms if arm not in chosen.arms})
-    tolerance = AGAINST_TOLERANCE if options.tolerance is None else options.tolerance
     judgements = judge(mine, theirs, tolerance, side_by_side=measured.change)
     for arm, reason in refused.items():
         why = f"{ref} cannot make this arm: {reason}"
