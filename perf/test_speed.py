@@ -2,7 +2,6 @@
 
 import pytest
 
-from specdecode.bench.baselines import extra_info
 from specdecode.bench.replay import clock, replay
 
 
@@ -11,7 +10,7 @@ def test_speed(arm, bench, benchmark):
     """The arm's output is the baseline's, token by token; its times are played to pytest-benchmark."""
     if arm not in bench.durations:
         pytest.skip("the commit to compare with does not have this arm: see the verdicts")
-    benchmark.extra_info.update(extra_info(bench.run, arm))
+    benchmark.extra_info.update(bench.run.measures(arm))
     replay(benchmark, bench.durations[arm])
     wrong = bench.wrong[arm]
     assert not wrong, f"{arm} gave other tokens than autoregressive decoding on {', '.join(wrong)}: its times are void"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from specdecode.drafters.model import ModelDrafter as ModelDrafter
     from specdecode.drafters.none import NoDraft as NoDraft
     from specdecode.drafters.replay import ReplayDrafter as ReplayDrafter
+    from specdecode.drafters.self_streaming import SelfStreamingDrafter as SelfStreamingDrafter
     from specdecode.drafters.shapes import BestFirstTree as BestFirstTree
     from specdecode.drafters.shapes import Chain as Chain
     from specdecode.drafters.shapes import StaticTree as StaticTree
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from specdecode.errors import UnsupportedModelError as UnsupportedModelError
     from specdecode.lm import LM as LM
     from specdecode.loading import load as load
+    from specdecode.policies.heavy_hitter import HeavyHitter as HeavyHitter
     from specdecode.policies.keep_all import KeepAll as KeepAll
+    from specdecode.policies.key_norm import KeyNorm as KeyNorm
+    from specdecode.policies.sink_window import SinkWindow as SinkWindow
     from specdecode.result import Generation as Generation
     from specdecode.result import Step as Step
     from specdecode.sampling import Sampling as Sampling
@@ -37,7 +41,11 @@ _HOMES = {
     "DraftTree": "tree",
     "FixedK": "controller",
     "Generation": "result",
+    "HeavyHitter": "policies.heavy_hitter",
     "KeepAll": "policies.keep_all",
+    "KeyNorm": "policies.key_norm",
+    "SelfStreamingDrafter": "drafters.self_streaming",
+    "SinkWindow": "policies.sink_window",
     "ModelDrafter": "drafters.model",
     "NoDraft": "drafters.none",
     "PromptLookup": "drafters.lookup",

@@ -27,6 +27,7 @@ class DrafterKind(str, enum.Enum):
     none = "none"
     lookup = "lookup"
     model = "model"
+    self_streaming = "self-streaming"
 
 
 class Shape(str, enum.Enum):
@@ -60,6 +61,12 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
     ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="what stays in the cache: sink-window, key-norm, heavy-hitter  [default: all]")
+    ] = None,
+    max_cache: Annotated[
+        int | None, typer.Option(help="the most tokens in the cache of a policy or a streaming draft  [default: 256]")
+    ] = None,
 ) -> None:
     """Continue a text, streaming it, and end with a line of measures."""
     # What can be refused without a model is refused before one is loaded; loading torch alone takes seconds.
@@ -67,10 +74,12 @@ def generate(
         BestFirstTree,
         Chain,
         FixedK,
+        KeepAll,
         ModelDrafter,
         NoDraft,
         PromptLookup,
         Sampling,
+        SelfStreamingDrafter,
         StaticTree,
         load,
     )
@@ -78,6 +87,7 @@ def generate(
     from specdecode.drafters.base import Drafter
     from specdecode.drafters.shapes import TreeShape
     from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT
+    from specdecode.policies import policy as named_policy
 
     if not prompt:
         raise ValueError("the prompt is empty: give some text to continue")
@@ -90,17 +100,23 @@ def generate(
         draft = EMBEDDED_DRAFT
     if draft and kind is not DrafterKind.model:
         raise ValueError(f"--draft is of no use with --drafter {kind.value}: leave one of them out")
+    if max_cache is not None and not policy and kind is not DrafterKind.self_streaming:
+        raise ValueError("--max-cache is of no use without --policy or --drafter self-streaming: leave it out")
+    cache = 256 if max_cache is None else max_cache
+    kept = named_policy(policy, cache) if policy else KeepAll()
 
     model = load(target, device=device, dtype=dtype)
     if model.tokenizer is None:
         raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
     proposer: Drafter
-    if kind is DrafterKind.model:
-        shapes: dict[Shape, TreeShape] = {
-            Shape.chain: Chain(),
-            Shape.static: StaticTree((2,) * k),
-            Shape.best_first: BestFirstTree(),
-        }
+    shapes: dict[Shape, TreeShape] = {
+        Shape.chain: Chain(),
+        Shape.static: StaticTree((2,) * k),
+        Shape.best_first: BestFirstTree(),
+    }
+    if kind is DrafterKind.self_streaming:
+        proposer = SelfStreamingDrafter(model, cache, shape=shapes[tree])
+    elif kind is DrafterKind.model:
         proposer = ModelDrafter(load(str(draft), device=device, dtype=dtype, target=model), shapes[tree])
     else:
         proposer = PromptLookup() if kind is DrafterKind.lookup else NoDraft()
@@ -111,6 +127,7 @@ def generate(
         model.encode(prompt),
         drafter=proposer,
         controller=controller,
+        policy=kept,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop_token_ids=model.stop_token_ids,
@@ -118,9 +135,10 @@ def generate(
     )
     stream.end()
     acceptance = f", acceptance {result.acceptance_rate:.0%}" if result.drafted else ""
+    held = f", {result.cache_bytes / 1e6:.1f} MB of KV after {result.compressions} evictions" if policy else ""
     _note(
         f"{len(result.tokens)} tokens ({result.finish_reason}), {result.throughput:.1f} tokens/s,"
-        f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms"
+        f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms{held}"
     )
 
 

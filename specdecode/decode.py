@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Int
@@ -14,7 +14,7 @@ from specdecode.controller import MAX_DRAFT_NODES, Controller, FixedK, Limit
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.lm import LM, PREFILL_CHUNK
-from specdecode.policies.base import CachePolicy
+from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 from specdecode.result import Generation, Step
 from specdecode.sampling import Sampling
@@ -56,24 +56,42 @@ def generate(
         ValueError: an empty prompt, a token outside the vocabulary, no tokens asked for, or more than the model's
             context holds.
     """
+    with target.recording_attention() if policy.reads_attention else nullcontext():
+        return _generate(target, prompt, drafter, controller, policy, sampling, max_new_tokens, stop_token_ids, on_step)
+
+
+def _generate(
+    target: LM,
+    prompt: Sequence[int] | Int[Tensor, " n"],
+    drafter: Drafter,
+    controller: Controller,
+    policy: CachePolicy,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    on_step: Callable[[list[int]], None] | None,
+) -> Generation:
     started = time.perf_counter()
     tokens = [int(token) for token in prompt]
-    _check(target, tokens, max_new_tokens)
+    _check(target, tokens, max_new_tokens, policy, controller)
 
     rng = sampling.rng()
     stops = frozenset(stop_token_ids)
     end = len(tokens) + max_new_tokens
-    slots = target.new_slots(min(end, len(tokens) + _AHEAD) + MAX_DRAFT_NODES)
+    most = policy.keeps + policy.interval if policy.interval else min(end, len(tokens) + _AHEAD)
+    slots = target.new_slots(most + MAX_DRAFT_NODES)
     result = Generation(prompt_tokens=len(tokens))
     prefill_started = time.perf_counter()
     read = 0  # tokens that went through the target; the rest are pending, the root at least
 
     # The first step's forward carries what is left of the prompt, so that a short prompt costs no forward of its own.
-    while (chunk := min(PREFILL_CHUNK, _boundary(policy, read + 1) - read)) < len(tokens) - read:
+    while (chunk := min(PREFILL_CHUNK, _boundary(policy, slots) - read)) < len(tokens) - read:
         target.forward(slots, torch.tensor(tokens[read : read + chunk]))
         read += chunk
         result.prefill_forwards += 1
-        result.compressions += _evict(policy, slots, read)
+        if policy.reads_attention:
+            slots.attend(range(chunk))
+        result.compressions += target.evict(slots, policy)
 
     result.prefill_forwards_s = time.perf_counter() - prefill_started
 
@@ -84,7 +102,7 @@ def generate(
         limit = controller.limit()
         # The target adds a token of its own, so the last one asked for need not be drafted; and no step may pass the
         # place where the policy evicts, or the tokens would depend on how the drafts fell.
-        depth = min(limit.depth, end - len(tokens) - 1, _boundary(policy, len(tokens)) - len(tokens))
+        depth = min(limit.depth, end - len(tokens) - 1, _boundary(policy, slots) - len(tokens))
         tree = DraftTree.empty()
         if depth > 0:
             context = Context(tokens, target.vocab_size, sampling, rng)
@@ -94,10 +112,13 @@ def generate(
         proposed_at = time.perf_counter()
 
         logits = target.forward_tree(slots, tokens[read:], tree)
+        result.peak_cache_bytes = max(result.peak_cache_bytes, slots.bytes_held)
         root = slots.length - len(tree) - 1
         verdict = accept(tree, logits.argmax(-1) if sampling.greedy else sampling.probs(logits), rng)
         verified_at = time.perf_counter()
 
+        if policy.reads_attention:
+            slots.attend([*range(len(tokens) - read), *(len(tokens) - read - 1 + node for node in verdict.path)])
         slots.keep([root + node for node in verdict.path], after=root + 1)
         emitted = verdict.tokens
         stop = next((i for i, token in enumerate(emitted) if token in stops), None)
@@ -108,7 +129,7 @@ def generate(
         finished = stop is not None or len(tokens) == end
         read = len(tokens) - 1
         if not finished:
-            result.compressions += _evict(policy, slots, read)
+            result.compressions += target.evict(slots, policy)
 
         now = time.perf_counter()
         step = Step(
@@ -134,22 +155,12 @@ def generate(
     return result
 
 
-def _boundary(policy: CachePolicy, length: int) -> int:
-    """The first length, from this one on, at which the policy may evict."""
-    return sys.maxsize if policy.interval == 0 else -(-length // policy.interval) * policy.interval
+def _boundary(policy: CachePolicy, slots: Slots) -> int:
+    """The committed length, beyond the present one, at which the policy evicts next."""
+    return boundary(policy, slots.committed + 1, slots.length + 1)
 
 
-def _evict(policy: CachePolicy, slots: Slots, read: int) -> bool:
-    """Let the policy evict if this is its boundary; whether it did."""
-    if read != _boundary(policy, read):
-        return False
-    kept = policy.keep(slots)
-    evicts = len(kept) < slots.length
-    slots.keep(kept)
-    return evicts
-
-
-def _check(target: LM, prompt: Sequence[int], max_new_tokens: int) -> None:
+def _check(target: LM, prompt: Sequence[int], max_new_tokens: int, policy: CachePolicy, controller: Controller) -> None:
     if not prompt:
         raise ValueError("the prompt is empty: decoding starts from at least one token")
     outside = next((token for token in prompt if not 0 <= token < target.vocab_size), None)
@@ -157,6 +168,9 @@ def _check(target: LM, prompt: Sequence[int], max_new_tokens: int) -> None:
         raise ValueError(f"token {outside} of the prompt is outside the vocabulary (0 to {target.vocab_size - 1})")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 must be asked for")
+    if policy.interval:
+        _check_policy(target, policy, controller)
+        return
     if len(prompt) >= target.context_length:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, but the context of {target.name} holds {target.context_length}:"
@@ -167,3 +181,20 @@ def _check(target: LM, prompt: Sequence[int], max_new_tokens: int) -> None:
             f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the context of {target.name},"
             f" {target.context_length} tokens: ask for at most {target.context_length - len(prompt)}"
         )
+
+
+def _check_policy(target: LM, policy: CachePolicy, controller: Controller) -> None:
+    """A bounded cache has its own positions, so the model's context need only hold the cache."""
+    most = policy.keeps + policy.interval
+    if most > target.context_length:
+        raise ValueError(
+            f"the cache of {most} tokens exceeds the context of {target.name}, {target.context_length} tokens: take a"
+            " smaller max_len"
+        )
+    depth = controller.limit().depth
+    if most < policy.pinned + depth:
+        raise ValueError(
+            f"the cache of {most} tokens is too small for {policy.pinned} that always stay and a draft of {depth}: take"
+            " a larger max_len or a smaller K"
+        )
+    _ = target.mover  # says so if this architecture's keys cannot be moved

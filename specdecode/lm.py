@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdecode.errors import UnsupportedModelError
+from specdecode.policies.base import CachePolicy, boundary
+from specdecode.policies.keep_all import KeepAll
+from specdecode.rotary import Mover, rotations
 from specdecode.slots import Slots
 from specdecode.tree import DraftTree
 
@@ -59,6 +64,7 @@ class LM:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         if reason := _refusal(model):
             raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
+        self._records_attention = False
         self._window: int | None = _window(config)
         self._mask_per_layer_type = False
         if self._window is not None:
@@ -92,6 +98,21 @@ class LM:
 
     def new_slots(self, capacity: int) -> Slots:
         return Slots(capacity, self.device)
+
+    @functools.cached_property
+    def mover(self) -> Mover:
+        """Evicts slots of this model.
+
+        Raises:
+            UnsupportedModelError: its keys cannot be moved to other positions.
+        """
+
+        def keys_at(position: int) -> list[Tensor]:
+            slots = self.new_slots(1)
+            self.forward(slots, torch.tensor([self.vocab_size // 3]), positions=torch.tensor([position]))
+            return slots.filled_keys()
+
+        return Mover(rotations(self.model, keys_at))
 
     @torch.inference_mode()
     def forward(
@@ -130,21 +151,64 @@ class LM:
             position_ids=positions[None],
             past_key_values=slots,
             use_cache=True,
+            output_attentions=self._records_attention,
             **kept,
         )
+        if self._records_attention:
+            slots.weights = torch.stack(
+                [
+                    # Query heads that share a head of keys: what it received is what they all paid.
+                    weights[0]
+                    .unflatten(0, (keys.shape[0], -1))
+                    .sum(1)
+                    .to(torch.promote_types(self.dtype, torch.float32))
+                    for weights, keys in zip(output.attentions, slots.filled_keys(), strict=True)
+                ]
+            )
         logits: Tensor = output.logits[0, -rows:]
         return logits
 
-    def read(self, slots: Slots, tokens: Sequence[int]) -> tuple[Float[Tensor, "1 V"], int]:
-        """Append a text of any length to the slots.
+    @contextmanager
+    def recording_attention(self) -> Iterator[None]:
+        """Within this context every forward leaves the attention of its tokens in `Slots.weights`.
+
+        The weights exist only in transformers' plain attention, which the model is switched to meanwhile.
+        """
+        usual = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        self._records_attention = True
+        try:
+            yield
+        finally:
+            self._records_attention = False
+            self.model.set_attn_implementation(usual)
+
+    def read(
+        self, slots: Slots, tokens: Sequence[int], policy: CachePolicy = KeepAll()
+    ) -> tuple[Float[Tensor, "1 V"], int]:
+        """Append a text of any length to the slots, evicting on the way where the policy is to: not behind the last
+        token, but before the next one is read.
 
         Returns:
-            Logits of its last token, and the number of forwards that it took.
+            Logits of the last token, and the number of forwards that it took.
         """
-        chunks = [tokens[i : i + PREFILL_CHUNK] for i in range(0, len(tokens), PREFILL_CHUNK)]
-        for chunk in chunks:
+        forwards, start = 0, 0
+        while start < len(tokens):
+            self.evict(slots, policy)
+            ahead = boundary(policy, slots.committed + 1, slots.length + 1) - slots.committed
+            chunk = tokens[start : start + min(PREFILL_CHUNK, ahead)]
             logits = self.forward(slots, torch.tensor(chunk))
-        return logits, len(chunks)
+            if policy.reads_attention:
+                slots.attend(range(len(chunk)))
+            forwards, start = forwards + 1, start + len(chunk)
+        return logits, forwards
+
+    def evict(self, slots: Slots, policy: CachePolicy) -> bool:
+        """Let the policy evict if it is its turn; whether it was."""
+        if boundary(policy, slots.committed, slots.length) != slots.committed:
+            return False
+        self.mover.evict(slots, policy.keep(slots))
+        return True
 
     def forward_tree(self, slots: Slots, pending: Sequence[int], tree: DraftTree) -> Float[Tensor, "nodes V"]:
         """Run the committed tokens that the slots lack, the last of which is the root, and a tree over them.

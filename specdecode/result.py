@@ -46,6 +46,7 @@ class Generation:
         decode_s: seconds from there to the end.
         compressions: evictions carried out by the cache policy.
         cache_bytes: bytes of KV that the target held at the end, computed from its slots.
+        peak_cache_bytes: the most that it held in any step, the proposals included.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Generation:
     decode_s: float = 0.0
     compressions: int = 0
     cache_bytes: int = 0
+    peak_cache_bytes: int = 0
 
     @property
     def target_forwards(self) -> int:

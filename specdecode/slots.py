@@ -19,6 +19,10 @@ class Slots:
     Attributes:
         length: filled slots.
         positions: [capacity] the position of each slot's token; the first `length` are meaningful.
+        attention: [layers, heads, capacity] the attention that each slot received from committed tokens, where it is
+            counted (see `attend`); else empty.
+        weights: [layers, heads, n, length] the attention of the last forward's n tokens, where the model records it.
+        evicted: tokens that are no longer held, of those that were committed.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -26,11 +30,23 @@ class Slots:
         self.positions: Int[Tensor, " capacity"] = torch.zeros(max(capacity, 1), dtype=torch.long, device=device)
         self._keys: dict[int, Float[Tensor, "1 heads capacity dim"]] = {}
         self._values: dict[int, Float[Tensor, "1 heads capacity dim"]] = {}
+        self.attention: Float[Tensor, "layers heads capacity"] = torch.zeros(0, 0, 0, device=device)
+        self.weights: Float[Tensor, "layers heads n length"] | None = None
+        self.evicted = 0
         self._written = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
 
     @property
     def capacity(self) -> int:
         return len(self.positions)
+
+    @property
+    def committed(self) -> int:
+        """Tokens that were ever kept: those that are held, and those that were evicted."""
+        return self.length + self.evicted
 
     @property
     def bytes_held(self) -> int:
@@ -46,6 +62,8 @@ class Slots:
         if self.length > self.capacity:
             self._grow(max(self.length, 2 * self.capacity))
         self.positions[self._written : self.length] = positions
+        if self.attention.numel():
+            self.attention[:, :, self._written : self.length] = 0.0
 
     def _grow(self, capacity: int) -> None:
         wider = torch.zeros(capacity, dtype=torch.long, device=self.positions.device)
@@ -55,6 +73,10 @@ class Slots:
             for layer, held in layers.items():
                 layers[layer] = held.new_empty(1, held.shape[1], capacity, held.shape[3])
                 layers[layer][:, :, : self._written] = held[:, :, : self._written]
+        if self.attention.numel():
+            received = self.attention.new_zeros(*self.attention.shape[:2], capacity)
+            received[:, :, : self._written] = self.attention[:, :, : self._written]
+            self.attention = received
 
     def update(
         self,
@@ -72,6 +94,39 @@ class Slots:
         held_keys[:, :, self._written : self.length] = keys
         held_values[:, :, self._written : self.length] = values
         return held_keys[:, :, : self.length], held_values[:, :, : self.length]
+
+    def filled_keys(self) -> list[Float[Tensor, "heads length dim"]]:
+        """The filled slots' keys, layer by layer: views."""
+        return [self._keys[layer][0, :, : self.length] for layer in sorted(self._keys)]
+
+    @torch.inference_mode()
+    def gather(self, kept: Int[Tensor, "... m"]) -> None:
+        """Evict all but these slots, ascending: the same of all heads and layers [m], or each head's own
+        [layers, heads, m].
+
+        What stays takes the first m slots, and their positions: from then on a slot need not be the same token in all
+        heads.
+        """
+        count = kept.shape[-1]
+        for tensors in (self._keys, self._values):
+            for place, layer in enumerate(sorted(tensors)):
+                held = tensors[layer][0]
+                chosen = kept.expand(len(held), count) if kept.dim() == 1 else kept[place]
+                held[:, :count] = held.gather(1, chosen[..., None].expand(-1, -1, held.shape[2]))
+        if self.attention.numel():
+            chosen = kept.expand(*self.attention.shape[:2], count)
+            self.attention[:, :, :count] = self.attention.gather(2, chosen)
+        self.evicted += self.length - count
+        self.length = count
+
+    @torch.inference_mode()
+    def attend(self, rows: Sequence[int]) -> None:
+        """Count the attention of these tokens of the last forward: the committed ones."""
+        assert self.weights is not None
+        received = self.weights[:, :, list(rows)].sum(2)
+        if not self.attention.numel():
+            self.attention = received.new_zeros(*received.shape[:2], self.capacity)
+        self.attention[:, :, : self.length] += received
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Slots filled before the forward under way."""
@@ -101,4 +156,6 @@ class Slots:
             self.positions[target] = self.positions[source]
             for held in (*self._keys.values(), *self._values.values()):
                 held[:, :, target] = held[:, :, source]
+            if self.attention.numel():
+                self.attention[:, :, target] = self.attention[:, :, source]
         self.length = after + len(indices)

@@ -1,4 +1,4 @@
-"""Finds the drafters by their files, so that a new one is tested without another line."""
+"""Finds drafters and policies by their files, so that a new one is tested without another line."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from specdecode import LM, drafters
+from specdecode import LM, drafters, policies
 from specdecode.drafters.base import Drafter
+from specdecode.policies.base import CachePolicy
 
 
-def _modules() -> dict[str, ModuleType]:
-    modules = {
-        i.name: importlib.import_module(f"{drafters.__name__}.{i.name}")
-        for i in pkgutil.iter_modules(drafters.__path__)
-    }
+def _modules(package: ModuleType) -> dict[str, ModuleType]:
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
     return {name: module for name, module in modules.items() if "examples" in vars(module)}
 
 
-DRAFTERS = _modules()
+DRAFTERS = _modules(drafters)
+
+POLICIES: dict[str, CachePolicy] = {
+    name: policy for module in _modules(policies).values() for name, policy in module.examples().items()
+}
 
 
 def examples(file: str, target: LM) -> dict[str, Drafter]:

@@ -77,7 +77,8 @@ class Loaded(Worker):
             self.machine.loaded.remove(self.name)
             return None
         assert self.name in self.machine.loaded
-        return {"host_syncs_per_step": 1.0} if do == "rehearse" else "equal"
+        answers = {"rehearse": {"host_syncs_per_step": 1.0}, "expected": arguments.get("tokens"), "check": "equal"}
+        return answers[do]
 
     def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
         assert self.name in self.machine.loaded

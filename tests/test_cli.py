@@ -54,6 +54,25 @@ def test_generate_streams_the_models_own_text_and_ends_with_measures(
     assert ("acceptance" in err) == ("none" not in drafter)
 
 
+def test_a_bounded_cache_writes_on_beyond_the_context(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against options of the cache that do not reach the decoder."""
+    texts = []
+    for drafter in ("none", "lookup"):
+        arguments = ("--target", model, "--policy", "sink-window", "--max-cache", "32", "--drafter", drafter)
+        assert run(monkeypatch, "generate", "a cat " * 500, *arguments, "--max-new-tokens", "60") == 0
+        out, err = capfd.readouterr()
+        texts.append(out)
+        assert re.search(r"0\.\d MB of KV after \d{3} evictions$", err.splitlines()[-1])
+    assert texts[0] == texts[1]
+    arguments = ("--target", model, "--drafter", "self-streaming", "--max-cache", "20", "--max-new-tokens", "60")
+    assert run(monkeypatch, "generate", "a cat " * 10, *arguments) == 0
+    streamed = capfd.readouterr().out
+    assert run(monkeypatch, "generate", "a cat " * 10, "--target", model, "--max-new-tokens", "60") == 0
+    assert capfd.readouterr().out == streamed
+
+
 def test_a_seed_makes_sampling_repeatable(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -86,6 +105,9 @@ def test_a_seed_makes_sampling_repeatable(
         (["generate", "x", "--target", "{model}", "--dtype", "int3"], "dtype 'int3'"),
         (["generate", "x" * 2048, "--target", "{model}"], "holds 2048"),
         (["generate", "x" * 2000, "--target", "{model}", "--max-new-tokens", "100"], "ask for at most 48"),
+        (["generate", "x", "--policy", "amnesia"], "no cache policy is named 'amnesia'"),
+        (["generate", "x", "--policy", "sink-window", "--max-cache", "4"], "max_len is 4"),
+        (["generate", "x", "--max-cache", "64"], "--max-cache is of no use without --policy"),
         (["fetch", "./nowhere"], "no such folder"),
         (["fetch", "{model}", "--again"], "--again is for"),
     ],

@@ -30,7 +30,8 @@ from specdecode import (
 )
 from specdecode.controller import Limit
 from specdecode.drafters.base import Context, Drafter
-from specdecode.slots import Slots
+from specdecode.policies.base import CachePolicy
+from specdecode.policies.sink_window import SinkWindow
 from tests.discovery import DRAFTERS, examples
 from tests.models import ARCHITECTURES, REFUSED, WINDOW, build, continuation, greedy, lm, logits, prompt
 
@@ -222,21 +223,10 @@ def test_the_caller_s_model_is_left_as_it_is() -> None:
 # A lossy cache is defined by the order of tokens and evictions alone, whatever the drafts.
 
 
-@dataclass(frozen=True)
-class Ends:
-    """Keeps the first slots and the last ones: the crudest policy there is."""
-
-    interval: int = 8
-    first: int = 2
-    last: int = 5
-
-    def keep(self, slots: Slots) -> Sequence[int]:
-        return [i for i in range(slots.length) if i < self.first or i >= slots.length - self.last]
-
-
 @functools.cache
-def one_by_one(name: str, policy: Ends) -> tuple[list[int], int]:
-    """What the policy means: one token at a time, and an eviction at every multiple of its interval."""
+def one_by_one(name: str, policy: CachePolicy) -> tuple[list[int], int]:
+    """What the policy means: one token at a time, and an eviction at every multiple of its interval at which there are
+    too many."""
     target, tokens, evictions = lm(name), list(prompt()), 0
     slots = target.new_slots(4)
     for read in itertools.count(1):
@@ -245,15 +235,17 @@ def one_by_one(name: str, policy: Ends) -> tuple[list[int], int]:
             tokens.append(int(scores.argmax()))
         if len(tokens) == len(prompt()) + LENGTH:
             return tokens[len(prompt()) :], evictions
-        if read % policy.interval == 0:
-            kept = policy.keep(slots)
-            evictions += len(kept) < slots.length
-            slots.keep(kept)
+        if read % policy.interval == 0 and slots.length > policy.keeps:
+            target.mover.evict(slots, policy.keep(slots))
+            evictions += 1
     raise AssertionError
 
 
+CACHE = SinkWindow(15, sinks=2, trigger=0.5, interval=8)
+
+
 def drafters(name: str) -> Iterator[Drafter]:
-    text = [*prompt(), *one_by_one(name, Ends())[0]]
+    text = [*prompt(), *one_by_one(name, CACHE)[0]]
     for file in DRAFTERS:
         yield from examples(file, lm(name)).values()
     for shape in SHAPES:
@@ -264,13 +256,13 @@ def drafters(name: str) -> Iterator[Drafter]:
 def test_a_policy_s_tokens_do_not_depend_on_the_drafts(name: str, k: int) -> None:
     """Guards against eviction where steps happen to end: then every drafter would give other tokens, and lossless would
     mean nothing."""
-    expected, evictions = one_by_one(name, Ends())
+    expected, evictions = one_by_one(name, CACHE)
     assert evictions >= 3
     assert expected != greedy(name, LENGTH)
     full = decode(name, NoDraft()).cache_bytes
     for drafter in drafters(name):
         result = generate(
-            lm(name), prompt(), drafter=drafter, controller=FixedK(k), policy=Ends(), max_new_tokens=LENGTH
+            lm(name), prompt(), drafter=drafter, controller=FixedK(k), policy=CACHE, max_new_tokens=LENGTH
         )
         assert result.tokens == expected
         assert result.compressions == evictions

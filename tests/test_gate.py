@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from specdecode import cli
-from specdecode.bench.baselines import bless, extra_info, find, header_json, read
+from specdecode.bench.baselines import bless, find, read, run_json
 from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
 from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
 
@@ -50,8 +50,8 @@ def content(
     run = RunFile(Path(), header, arms)
     return {
         "commit_info": {"dirty": False},
-        "specdecode": header_json(header),
-        "benchmarks": [{"param": arm, "extra_info": extra_info(run, arm)} for arm in arms],
+        "specdecode": run_json(run),
+        "benchmarks": [],
     }
 
 
@@ -152,9 +152,9 @@ def test_one_counter_that_is_better_does_not_excuse_another(judged: Any) -> None
 def test_a_counter_that_is_no_longer_counted_is_missing(judged: Any) -> None:
     """Guards against a counter that regresses by being dropped."""
     new = content({"linear": 2.0})
-    del new["benchmarks"][2]["extra_info"]["rehearsal"]["host_syncs_per_step"]
+    del new["specdecode"]["arms"]["linear"]["rehearsal"]["host_syncs_per_step"]
     assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.MISSING
-    for row in new["benchmarks"][2]["extra_info"]["rows"].values():
+    for row in new["specdecode"]["arms"]["linear"]["rows"].values():
         del row["counts"]["cache_bytes"]
     judgement = judged(new, content({"linear": 2.0}))["linear", "counters"]
     assert judgement.verdict is Verdict.MISSING
@@ -164,7 +164,7 @@ def test_a_counter_that_is_no_longer_counted_is_missing(judged: Any) -> None:
 def test_a_wrong_output_is_worse_than_any_time(judged: Any) -> None:
     """Guards against the files alone passing what the suite failed: a wrong output has no time to be slower by."""
     new = content({"linear": 4.0})
-    new["benchmarks"][2]["extra_info"]["bugs"] = 1.0
+    new["specdecode"]["arms"]["linear"]["bugs"] = 1.0
     verdicts = judged(new, content({"linear": 2.0}))
     assert {verdicts["linear", gate].verdict for gate in ("time", "counters")} == {Verdict.REGRESSED}
     assert "1 wrong output" in verdicts["linear", "time"].reason
@@ -176,7 +176,7 @@ def test_counters_are_compared_where_the_outputs_are_the_same(judged: Any) -> No
     assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.REGRESSED
     for prompt in PROMPTS[1:]:
         new["specdecode"]["outputs"][prompt] = "other"
-    rows = new["benchmarks"][2]["extra_info"]["rows"]
+    rows = new["specdecode"]["arms"]["linear"]["rows"]
     rows[PROMPTS[0]]["counts"]["target_forwards"] = 20
     judgement = judged(new, content({"linear": 2.0}))["linear", "counters"]
     assert judgement.verdict is Verdict.PASS
@@ -209,7 +209,7 @@ def test_the_settings_of_the_gate() -> None:
 
 def _hostile(change: str) -> str:
     run = content({"linear": 2.0})
-    extra = run["benchmarks"][2]["extra_info"]
+    extra = run["specdecode"]["arms"]["linear"]
     if change == "cut":
         return json.dumps(run)[:200]
     if change == "foreign":
@@ -232,7 +232,7 @@ def _hostile(change: str) -> str:
     if change == "rows":
         extra["rows"] = "none"
     if change == "list":
-        run["benchmarks"][2]["extra_info"] = [1, 2]
+        run["specdecode"]["arms"]["linear"] = [1, 2]
     if change == "prompt":
         extra["rows"]["elsewhere/0"] = row
     if change == "path":
@@ -240,7 +240,7 @@ def _hostile(change: str) -> str:
     if change == "bool":
         run["specdecode"]["floor"] = True
     if change == "empty":
-        run["benchmarks"] = []
+        run["specdecode"]["arms"] = {}
     return json.dumps(run)
 
 
@@ -335,7 +335,7 @@ def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change
     if change == "no commit":
         del content_["commit_info"]
     if change == "bug":
-        content_["benchmarks"][2]["extra_info"]["bugs"] = 1.0
+        content_["specdecode"]["arms"]["linear"]["bugs"] = 1.0
     run = tmp_path / "run.json"
     run.write_text(json.dumps(content_))
     with pytest.raises(ValueError, match=reason):

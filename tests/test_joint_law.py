@@ -15,16 +15,20 @@ from specdecode import (
     Chain,
     DraftTree,
     FixedK,
+    HeavyHitter,
+    KeepAll,
     ModelDrafter,
     NoDraft,
     PromptLookup,
     ReplayDrafter,
     Sampling,
+    SinkWindow,
     StaticTree,
     generate,
 )
 from specdecode.controller import Limit
 from specdecode.drafters.base import Context, Drafter
+from specdecode.policies.base import CachePolicy
 from tests.enumeration import BranchRng, law_of
 from tests.models import logits, small
 
@@ -40,14 +44,24 @@ def model(seed: int, vocabulary: int = VOCABULARY, layers: int = 1) -> LM:
 
 
 def decoded_law(
-    monkeypatch: pytest.MonkeyPatch, drafter: Drafter, sampling: Sampling, length: int
+    monkeypatch: pytest.MonkeyPatch,
+    drafter: Drafter,
+    sampling: Sampling,
+    length: int,
+    policy: CachePolicy = KeepAll(),
 ) -> dict[tuple[int, ...], float]:
     """One drafter for all branches: what it remembers of one must not tell on the next."""
 
     def run(rng: BranchRng) -> tuple[int, ...]:
         monkeypatch.setattr(Sampling, "rng", lambda self: rng)
         result = generate(
-            model(0, layers=2), PROMPT, drafter=drafter, controller=FixedK(2), sampling=sampling, max_new_tokens=length
+            model(0, layers=2),
+            PROMPT,
+            drafter=drafter,
+            controller=FixedK(2),
+            policy=policy,
+            sampling=sampling,
+            max_new_tokens=length,
         )
         return tuple(result.tokens)
 
@@ -111,6 +125,18 @@ def test_the_law_is_that_of_plain_sampling(
     law = decoded_law(monkeypatch, drafters()[name], sampling, length)
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
     assert distance(law, target_law(sampling, length)) < 1e-9
+
+
+@pytest.mark.parametrize("policy", [SinkWindow(7, sinks=1, trigger=0.6), HeavyHitter(6, recent=1, interval=2)])
+@pytest.mark.parametrize("name", ["lookup", "chain", "static-tree", "best-first-tree"])
+def test_with_a_policy_the_law_is_that_of_plain_sampling_with_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, policy: CachePolicy
+) -> None:
+    """Guards against an eviction that depends on how the coins of the acceptance fell."""
+    sampling = Sampling(0.8, top_k=2)
+    plain = decoded_law(monkeypatch, NoDraft(), sampling, 4, policy)
+    assert distance(plain, target_law(sampling, 4)) > 1e-3
+    assert distance(decoded_law(monkeypatch, drafters()[name], sampling, 4, policy), plain) < 1e-9
 
 
 @dataclass

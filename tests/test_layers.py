@@ -16,7 +16,7 @@ ROOT = Path(specdecode.__file__).parent
 # and its own modules may.
 LAYERS = [
     ["errors", "sampling", "shapes", "slots", "tree"],
-    ["policies", "result", "verify"],
+    ["policies", "result", "rotary", "verify"],
     ["controller", "lm"],
     ["loading"],
     ["backends", "drafters"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["cli"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-MAY_IMPORT_TRANSFORMERS = ("lm.py", "loading.py", "bench/arms.py", "evals/", "training/")
+MAY_IMPORT_TRANSFORMERS = ("lm.py", "rotary.py", "loading.py", "bench/arms.py", "evals/", "training/")
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 from collections.abc import Sequence
@@ -155,6 +156,37 @@ def test_every_arm_of_every_preset_gives_the_baselines_tokens() -> None:
             assert all(run.seconds["verify"] > run.seconds["later_verify"] > 0 for run in ours), arm
 
 
+def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache() -> None:
+    """Guards against a lossy arm that may write anything, and against one that can never be right."""
+    target = lm("llama")
+    cache = {"policy": "sink-window", "cache": 16}
+    entries = {"ar": {}, "windowed": cache, "windowed-lookup": {"drafter": "lookup", **cache}}
+    entries["replayed"] = {"drafter": "model", "replay": 0.9, **cache}
+    arms = [make(name, options, target, target.subset([0])) for name, options in entries.items()]
+    results = experiment(target, arms, PROMPTS, max_new_tokens=40)
+    run = kept(results)
+    assert [record.bugs for record in run.arms.values()] == [0, 0, 0, 0]
+    assert [record.lossy for record in run.arms.values()] == [False, True, True, True]
+    tokens = {arm: results.blocks[0].runs[arm].tokens for arm in entries}
+    assert tokens["windowed"] == tokens["windowed-lookup"] == tokens["replayed"] != tokens["ar"]
+    assert run.measures("replayed")["acceptance_rate"] > 0.5
+    assert run.arms["windowed"].rows["a"].counts["compressions"] > 3
+
+    full = make("liar", {}, target, None)
+    liar = dataclasses.replace(full, policy=arms[1].policy)
+    assert experiment(target, [arms[0], liar], PROMPTS, max_new_tokens=40).wrong("liar") == ["a", "b"]
+
+
+def test_the_presets_are_of_known_parts() -> None:
+    """Guards against a preset that is only found wrong when somebody measures with it."""
+    target = lm("llama")
+    for name in ("quick", "synthetic", "streaming", "long-sequence"):
+        entries = preset(name).arms
+        arms = {arm: make(arm, options, target, target) for arm, options in entries.items()}
+        assert all(arm.against is None or arm.against in arms for arm in arms.values())
+        assert "ar" in arms
+
+
 def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
     """Guards against a synthetic arm that skips the draft's forwards, or accepts at another rate than it says."""
     target = lm("llama")
@@ -202,6 +234,9 @@ def test_peers_draft_as_long_as_they_are_told() -> None:
         ({"drafter": "model", "shape": "ring"}, "no tree shape is named 'ring'"),
         ({"drafter": "model", "k": 0}, "K is 0"),
         ({"drafter": "lookup", "ngram": 0}, "max_ngram is 0"),
+        ({"policy": "amnesia"}, "no cache policy is named 'amnesia': choose from heavy-hitter, key-norm, random"),
+        ({"policy": "sink-window", "cache": 3}, "max_len is 3"),
+        ({"peer": "generate", "policy": "random"}, "takes no policy"),
     ],
 )
 def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:

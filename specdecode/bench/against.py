@@ -332,22 +332,27 @@ def measure_side_by_side(
         if not both.together:
             plan = [(worker, arm) for worker in turns for arm in order]
         runs: dict[tuple[str, str], list[Run]] = {}
+        expected: dict[tuple[str, str], list[int]] = {}
         for worker, arm in plan:
             progress(done, total, f"{arm} on {prompt}, {worker.name}")
             done += 1
             both.use(worker)
             key = (worker.name, arm)
-            expected = [] if arm == BASELINE else runs[worker.name, BASELINE][0].tokens
+            if arm != BASELINE and key not in expected:
+                written = expected[worker.name, BASELINE]
+                expected[key] = worker.ask("expected", arm=arm, prompt=tokens, tokens=written)
             if key not in measured.rehearsals:
                 length = min(max_new_tokens, REHEARSED_TOKENS)
-                rehearsed = worker.ask("rehearse", arm=arm, prompt=tokens, length=length, expected=expected)
-                measured.rehearsals[key] = rehearsed
+                measured.rehearsals[key] = worker.ask(
+                    "rehearse", arm=arm, prompt=tokens, length=length, expected=expected.get(key, [])
+                )
             elif arm == BASELINE and key not in runs:
-                worker.run(
-                    arm, tokens, 1, []
-                )  # the prompt's own shapes, so that the first timed run is not their first
-            runs.setdefault(key, []).append(worker.run(arm, tokens, max_new_tokens, expected))
-        sides = {key: _checked(both, tokens, runs[key[0], BASELINE][0].tokens, pair) for key, pair in runs.items()}
+                worker.run(arm, tokens, 1, [])  # the prompt's own shapes: no timed run is their first
+            run = worker.run(arm, tokens, max_new_tokens, expected.get(key, []))
+            runs.setdefault(key, []).append(run)
+            if arm == BASELINE:
+                expected.setdefault(key, run.tokens)
+        sides = {key: _checked(both, key[1], tokens, expected[key], pair) for key, pair in runs.items()}
         measured.blocks.append(
             {arm: Quartet(prompt, sides[new.name, arm], sides[old.name, arm], new_first) for arm in arms}
         )
@@ -355,12 +360,12 @@ def measure_side_by_side(
     return measured
 
 
-def _checked(both: Versions, prompt: list[int], expected: list[int], runs: Sequence[Run]) -> Side:
+def _checked(both: Versions, arm: str, prompt: list[int], expected: list[int], runs: Sequence[Run]) -> Side:
     def check(got: list[int]) -> Check:
         if got == expected:
             return "equal"
         both.use(both.new)
-        found: Check = both.new.ask("check", prompt=prompt, expected=expected, got=got)
+        found: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got)
         return found
 
     first, second = runs

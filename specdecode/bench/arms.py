@@ -20,8 +20,12 @@ from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter
 from specdecode.drafters.none import NoDraft
 from specdecode.drafters.replay import ReplayDrafter
+from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeShape
 from specdecode.lm import LM
+from specdecode.policies import policy as named_policy
+from specdecode.policies.base import CachePolicy
+from specdecode.policies.keep_all import KeepAll
 from specdecode.result import Generation
 
 
@@ -34,8 +38,8 @@ class Run:
         total_s: seconds of the whole call, the device synchronised.
         ttft_s: seconds to the first committed tokens.
         counts: of "steps" (target forwards that committed tokens); for our own arms also "target_forwards",
-            "draft_forwards", "drafted" and "accepted" tokens, "cache_bytes" at the end, and "later_tokens": those
-            after the first step, which carries the prompt.
+            "draft_forwards", "drafted" and "accepted" tokens, "cache_bytes" at the end and "peak_cache_bytes",
+            "compressions", and "later_tokens": those after the first step, which carries the prompt.
         seconds: of our own arms: "draft", "verify" and "overhead", which make up the total; and "later_draft" and
             "later_verify", after the first step.
         histograms: of our own arms: steps by "accepted" length and by "depth" of the tree.
@@ -62,6 +66,8 @@ def _run_of(result: Generation, total_s: float) -> Run:
             "drafted": result.drafted,
             "accepted": result.accepted,
             "cache_bytes": result.cache_bytes,
+            "peak_cache_bytes": result.peak_cache_bytes,
+            "compressions": result.compressions,
             "later_tokens": len(result.tokens) - result.steps[0].emitted,
         },
         seconds={
@@ -81,27 +87,38 @@ class Arm:
 
     Attributes:
         name: in tables, test ids and baselines.
-        run: from a prompt, the number of new tokens and the baseline's output of the same prompt (for replayed drafts)
-            to a run.
+        run: from a prompt, the number of new tokens and the output that is expected (for replayed drafts) to a run.
         synthetic: its acceptance is set and not found out.
         against: the peer's arm that does the same with the same settings.
-        lossy: its output need not be the baseline's.
+        policy: what stays in the target's cache. If that is not everything, the arm is lossy: its output is not the
+            baseline's but that of plain decoding with the same policy.
     """
 
     name: str
     run: Callable[[Sequence[int], int, Sequence[int]], Run]
     synthetic: bool = False
     against: str | None = None
-    lossy: bool = False
+    policy: CachePolicy = field(default_factory=KeepAll)
+
+    @property
+    def lossy(self) -> bool:
+        return self.policy.interval > 0
+
+    def expected(self, target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
+        """What the arm must write, where the baseline wrote these tokens."""
+        if not self.lossy:
+            return tokens
+        return generate(target, prompt, policy=self.policy, max_new_tokens=len(tokens)).tokens
 
 
 def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Arm:
     """An arm from a preset's entry.
 
-    Keys: `drafter` ("none", "lookup" or "model"), `k`, `nodes`, `ngram`, `branches`, `shape` ("chain", "static" or
-    "best-first"), `branching`, `threshold`, `replay` (acceptance), or `peer` ("generate", "assisted" or
-    "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops drafting). `against` names the
-    peer's arm that does the same.
+    Keys: `drafter` ("none", "lookup", "model" or "self-streaming"), `k`, `nodes`, `ngram`, `branches`, `shape`
+    ("chain", "static" or "best-first"), `branching`, `threshold`, `draft_cache` (tokens that a streaming draft holds),
+    `replay` (acceptance), `policy` ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it
+    holds); or `peer` ("generate", "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which
+    transformers stops drafting). `against` names the peer's arm that does the same.
 
     Raises:
         ValueError: a key or value that is not known, or a draft model that is missing.
@@ -113,14 +130,18 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
         raise ValueError(f"arm {name!r} needs a draft model: name one with --draft")
     replay = options.pop("replay", None)
     against = options.pop("against", None)
-    run = _ours(options, target, draft, replay) if peer is None else _peer(peer, options, target, draft)
+    kind, cache = options.pop("policy", None), options.pop("cache", 256)
+    policy = named_policy(kind, cache) if kind else KeepAll()
+    if peer is not None and policy.interval:
+        raise ValueError(f"arm {name!r} is transformers' own: it takes no policy")
+    run = _ours(options, target, draft, replay, policy) if peer is None else _peer(peer, options, target, draft)
     if options:
         raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
-    return Arm(name, run, target.synthetic or replay is not None, against)
+    return Arm(name, run, target.synthetic or replay is not None, against, policy)
 
 
 def _ours(
-    options: dict[str, Any], target: LM, draft: LM | None, replay: float | None
+    options: dict[str, Any], target: LM, draft: LM | None, replay: float | None, policy: CachePolicy
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
     kind = options.pop("drafter", "none")
     controller = FixedK(options.pop("k", 5))
@@ -138,8 +159,13 @@ def _ours(
 
         def make_drafter() -> Drafter:
             return ModelDrafter(draft, shape)
+    elif kind == "self-streaming":
+        shape, draft_cache = _shape(options), options.pop("draft_cache", 256)
+
+        def make_drafter() -> Drafter:
+            return SelfStreamingDrafter(target, draft_cache, shape=shape)
     else:
-        raise ValueError(f"no drafter is named {kind!r}: choose from none, lookup, model")
+        raise ValueError(f"no drafter is named {kind!r}: choose from none, lookup, model, self-streaming")
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
         # A fresh drafter every time: a used one would still hold the prompt.
@@ -148,7 +174,14 @@ def _ours(
             drafter = ReplayDrafter(drafter, [*prompt, *expected], replay)
         result, total = _timed(
             target,
-            lambda: generate(target, prompt, drafter=drafter, controller=controller, max_new_tokens=max_new_tokens),
+            lambda: generate(
+                target,
+                prompt,
+                drafter=drafter,
+                controller=controller,
+                policy=policy,
+                max_new_tokens=max_new_tokens,
+            ),
         )
         return _run_of(result, total)
 

@@ -12,7 +12,7 @@ from typing import Any
 from specdecode.bench.names import BASELINE, slug
 from specdecode.bench.runs import REHEARSED, ArmRecord, Header, Identity, Row, RunFile
 
-FORMAT = 2
+FORMAT = 3
 _KEY = "specdecode"
 
 # No run is faster or slower than another by more than this, in logarithms: what says so is damaged.
@@ -22,20 +22,10 @@ TOLERANCE = 0.05
 """By how much an arm may become slower, as a share, before the gate closes."""
 
 
-def header_json(header: Header) -> dict[str, Any]:
-    """The header as it stands in the file, under the key "specdecode"."""
-    return {"format": FORMAT, **asdict(header)}
-
-
-def extra_info(run: RunFile, arm: str) -> dict[str, Any]:
-    """What pytest-benchmark keeps of an arm: all measures as plain numbers, and the rows that they are made of."""
-    record = run.arms[arm]
-    return {
-        **run.measures(arm),
-        "rehearsal": record.rehearsal,
-        "against": record.against or "",
-        "rows": {prompt: asdict(row) for prompt, row in record.rows.items()},
-    }
+def run_json(run: RunFile) -> dict[str, Any]:
+    """The run as it stands in the file, under the key "specdecode": all arms that were measured, also those whose tests
+    were not selected, for others are compared with them."""
+    return {"format": FORMAT, **asdict(run.header), "arms": {arm: asdict(record) for arm, record in run.arms.items()}}
 
 
 def read(path: Path) -> RunFile:
@@ -65,9 +55,7 @@ def parse(text: str, path: Path) -> RunFile:
                 when: {name: str(told) for name, told in of.items()} for when, of in head["conditions"].items()
             },
         )
-        arms = {
-            str(test["param"]): _arm(test["extra_info"], header) for test in content["benchmarks"] if test.get("param")
-        }
+        arms = {str(arm): _arm(entry, header) for arm, entry in head["arms"].items()}
         commit = str(content.get("commit_info", {}).get("id", ""))[:10]
         date, reason = str(content.get("datetime", ""))[:10], str(head.get("reason", ""))
     except KeyError as error:
@@ -95,17 +83,17 @@ def _json(text: str, path: Path) -> Any:
         raise ValueError(f"{path} is not whole: it is no JSON; measure again") from None
 
 
-def _arm(extra: Any, header: Header) -> ArmRecord:
-    if unknown := extra["rows"].keys() - header.outputs.keys():
+def _arm(entry: Any, header: Header) -> ArmRecord:
+    if unknown := entry["rows"].keys() - header.outputs.keys():
         raise ValueError(f"it has times of a prompt that it does not list, {min(map(str, unknown))!r}")
     return ArmRecord(
-        rows={str(prompt): _row(row) for prompt, row in extra["rows"].items()},
-        bugs=int(_number(extra, "bugs")),
-        ties=int(_number(extra, "ties")),
-        synthetic=bool(_number(extra, "synthetic")),
-        against=str(extra["against"]) or None,
-        lossy=bool(_number(extra, "lossy")),
-        rehearsal={name: _number(extra["rehearsal"], name) for name in REHEARSED if name in extra["rehearsal"]},
+        rows={str(prompt): _row(row) for prompt, row in entry["rows"].items()},
+        bugs=int(_number(entry, "bugs")),
+        ties=int(_number(entry, "ties")),
+        synthetic=bool(entry["synthetic"]),
+        against=None if entry["against"] is None else str(entry["against"]),
+        lossy=bool(entry["lossy"]),
+        rehearsal={name: _number(entry["rehearsal"], name) for name in REHEARSED if name in entry["rehearsal"]},
     )
 
 

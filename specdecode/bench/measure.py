@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
@@ -19,6 +20,8 @@ from specdecode.bench.rehearsal import rehearse
 from specdecode.bench.runs import ArmRecord, Row, digest
 from specdecode.bench.stats import noise_floor
 from specdecode.lm import LM
+from specdecode.policies.base import CachePolicy
+from specdecode.policies.keep_all import KeepAll
 
 Check = Literal["equal", "tie", "bug"]
 
@@ -154,6 +157,7 @@ def experiment(
     """
     baseline = next(arm for arm in arms if arm.name == BASELINE)
     others = [arm for arm in arms if arm is not baseline]
+    lossy = [arm for arm in arms if arm.lossy]
     there = {(block.prompt, block.repeat): block for block in finished}
     planned = [(prompt, repeat) for repeat in range(repeats) for prompt in prompts]
     total = len(arms) + sum(block not in there for block in planned) * (len(arms) + 1)
@@ -170,10 +174,11 @@ def experiment(
 
     warm = next(iter(prompts))
     length = min(max_new_tokens, REHEARSED_TOKENS)
-    expected = baseline.run(prompts[warm], length, ()).tokens
+    written = baseline.run(prompts[warm], length, ()).tokens
     rehearsals = {}
     for arm in arms:
         tell(arm, f"{warm}, a rehearsal")
+        expected = arm.expected(target, prompts[warm], written)
         rehearsals[arm.name] = rehearse(arm, target, prompts[warm], length, expected)
 
     blocks = []
@@ -182,11 +187,23 @@ def experiment(
             blocks.append(block)
             continue
         order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
-        baseline.run(prompts[prompt], 1, ())  # the prompt's own shapes, so that the first timed run is not their first
+        # What is to be written, and the prompt's own shapes, so that the first timed run is not their first.
+        written = baseline.run(prompts[prompt], max_new_tokens if lossy else 1, ()).tokens
+        owed = {arm.name: arm.expected(target, prompts[prompt], written) for arm in lossy}
         first = run(baseline, prompt, ())
-        runs = {baseline.name: first} | {arm.name: run(arm, prompt, first.tokens) for arm in order}
+        runs = {baseline.name: first}
+        runs |= {arm.name: run(arm, prompt, owed.get(arm.name, first.tokens)) for arm in order}
         last = run(baseline, prompt, ())
-        checks = {name: classify(target, prompts[prompt], first.tokens, of.tokens) for name, of in runs.items()}
+        checks = {
+            arm.name: classify(
+                target,
+                prompts[prompt],
+                owed.get(arm.name, first.tokens),
+                runs[arm.name].tokens,
+                arm.policy,
+            )
+            for arm in arms
+        }
         blocks.append(Block(prompt, repeat, runs, last, checks))
         keep(blocks[-1])
     progress(total, total, "done")
@@ -204,7 +221,13 @@ def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int])
 
 
 @torch.inference_mode()
-def classify(target: LM, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]) -> Check:
+def classify(
+    target: LM,
+    prompt: Sequence[int],
+    expected: Sequence[int],
+    got: Sequence[int],
+    policy: CachePolicy = KeepAll(),
+) -> Check:
     """Whether an output is the expected one; if not, whether the target was undecided where they part.
 
     Kernels for one row and for several round differently. The difference that this makes to the logits is measured at
@@ -219,9 +242,10 @@ def classify(target: LM, prompt: Sequence[int], expected: Sequence[int], got: Se
 
     def logits(rows: int) -> torch.Tensor:
         slots = target.new_slots(len(text))
-        for piece in (text[:-rows], text[-rows:]):
-            if piece:
-                last = target.forward(slots, torch.tensor(piece))[-1]
+        with target.recording_attention() if policy.reads_attention else nullcontext():
+            for piece in (text[:-rows], text[-rows:]):
+                if piece:
+                    last = target.read(slots, piece, policy)[0][-1]
         return last.double()
 
     one, several = logits(1), logits(min(8, len(text)))

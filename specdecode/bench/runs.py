@@ -18,6 +18,8 @@ COUNTERS = {
     "mean_acceptance_length": (+1, "tokens", "steps"),
     "acceptance_rate": (+1, "accepted", "drafted"),
     "cache_bytes": (-1, "cache_bytes", "runs"),
+    "peak_cache_bytes": (-1, "peak_cache_bytes", "runs"),
+    "compressions": (-1, "compressions", "runs"),
 }
 """Measures that do not depend on the clock: whether more of one is better (+1) or worse (-1), and the counts whose
 sums over prompts it is the ratio of."""

@@ -12,37 +12,55 @@ from specdecode.controller import Limit
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape
 from specdecode.lm import LM
+from specdecode.policies.base import CachePolicy, boundary
+from specdecode.policies.keep_all import KeepAll
+from specdecode.policies.sink_window import SinkWindow
 from specdecode.tree import DraftTree
 
 
 class ModelDrafter:
     """A draft model proposes; it keeps its own slots, and never reads a token twice.
 
-    After a proposal the slots hold the text that the draft has read and, behind it, the nodes of the tree. When the
-    next proposal is asked for, the nodes on the committed path stay, and only what they lack is read.
+    After a proposal the slots hold what stays of the text that the draft has read and, behind it, the nodes of the
+    tree. When the next proposal is asked for, the nodes on the committed path stay, and only what they lack is read.
 
     Args:
         draft: shares the target's vocabulary (`specdecode.load(..., target=...)` checks it).
         shape: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
+        policy: what stays in the draft's own cache. Like the target's it evicts by the length of the text alone, so
+            that a fresh drafter and a used one propose the same.
+
+    Raises:
+        ValueError: a policy that chooses by attention, which is not recorded while drafting.
+        UnsupportedModelError: the policy cannot serve the draft's architecture.
     """
 
-    def __init__(self, draft: LM, shape: TreeShape = Chain()) -> None:
+    def __init__(self, draft: LM, shape: TreeShape = Chain(), policy: CachePolicy = KeepAll()) -> None:
+        if policy.reads_attention:
+            raise ValueError("a draft's cache cannot be kept by attention: take a policy that chooses by place or key")
+        if policy.interval:
+            _ = draft.mover  # says so if the architecture cannot be served
         self.draft = draft
         self.shape = shape
+        self.policy = policy
         self.forwards = 0
-        self._slots = draft.new_slots(256)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._slots = self.draft.new_slots(256)
         self._read: list[int] = []
         self._grown = DraftTree.empty()
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         tokens = list(context.tokens)
         pending = self._synchronise(tokens)
-        limit = Limit(min(limit.depth, self.draft.context_length - len(tokens)), limit.nodes)
-        if limit.depth < 1 or max(pending) >= self.draft.vocab_size:
+        full = not self.policy.interval and len(tokens) >= self.draft.context_length
+        if full or max(pending) >= self.draft.vocab_size:
             return DraftTree.empty()
-        logits, forwards = self.draft.read(self._slots, pending)
+        logits, forwards = self.draft.read(self._slots, pending, self.policy)
         self.forwards += forwards
         self._read = tokens
+        limit = Limit(min(limit.depth, self.draft.context_length - self._slots.length), limit.nodes)
         levels, parents = self._grow(logits, context, limit)
         if not levels:
             self._grown = DraftTree.empty()
@@ -79,7 +97,7 @@ class ModelDrafter:
 
     def _forward(self, tokens: Tensor, visible: Tensor, depth: int) -> Float[Tensor, "rows V"]:
         self.forwards += 1
-        position = len(self._read) - 1 + depth
+        position = len(self._read) - self._slots.evicted - 1 + depth
         return self.draft.forward(
             self._slots,
             tokens,
@@ -97,20 +115,30 @@ class ModelDrafter:
         """Keep the slots that hold a prefix of the text, tree nodes included; return what is left to read (the root
         at least, since its logits are wanted)."""
         known = min(common_prefix(self._read, tokens), len(tokens) - 1)
+        if known < self._evicted_at():
+            self._forget()  # what an eviction moved cannot be rolled back
+            known = 0
         path: list[int] = []
+        start = known - self._slots.evicted  # the first slot behind the known text
         if known == len(self._read) > 0:
             grown, children = self._grown.tokens.tolist(), self._grown.children()
-            in_slots = self._slots.length - known
+            in_slots = self._slots.length - start
+            # Tokens beyond the next eviction are read again, after it.
+            last = min(len(tokens) - 1, boundary(self.policy, known, start))
             node: int | None = 0
-            for token in tokens[known:-1]:
+            for token in tokens[known:last]:
                 node = next((c for c in children[node or 0] if c <= in_slots and grown[c - 1] == token), None)
                 if node is None:
                     break
-                path.append(known - 1 + node)
-        self._slots.keep(path, after=known)
+                path.append(start - 1 + node)
+        self._slots.keep(path, after=start)
         self._read = list(tokens[: known + len(path)])
         self._grown = DraftTree.empty()
         return tokens[known + len(path) :]
+
+    def _evicted_at(self) -> int:
+        """The length of the text at which tokens were evicted last, 0 if never: it left as many as it may."""
+        return self._slots.evicted + self.policy.keeps if self._slots.evicted else 0
 
 
 def examples(target: LM) -> dict[str, ModelDrafter]:
@@ -119,5 +147,6 @@ def examples(target: LM) -> dict[str, ModelDrafter]:
     return {
         "model-chain": ModelDrafter(draft),
         "model-static-tree": ModelDrafter(draft, StaticTree((3, 2, 1))),
+        "model-sink-window": ModelDrafter(draft, policy=SinkWindow(13, sinks=2, interval=4)),
         "model-best-first-tree": ModelDrafter(draft, BestFirstTree(nodes=12, threshold=0.01)),
     }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from specdecode.slots import Slots
 
@@ -13,9 +16,12 @@ class KeepAll:
     """Nothing is ever evicted."""
 
     interval: int = 0
+    keeps: int = 0
+    pinned: int = 0
+    reads_attention: bool = False
 
-    def keep(self, slots: Slots) -> Sequence[int]:
-        return range(slots.length)
+    def keep(self, slots: Slots) -> Int[Tensor, " m"]:
+        return torch.arange(slots.length, device=slots.device)
 
 
 def examples() -> dict[str, KeepAll]:

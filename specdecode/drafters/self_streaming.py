@@ -1,0 +1,43 @@
+"""Proposals of the target itself, from a part of its cache."""
+
+from __future__ import annotations
+
+from specdecode.controller import Limit
+from specdecode.drafters.base import Context
+from specdecode.drafters.model import ModelDrafter
+from specdecode.drafters.shapes import Chain, TreeShape
+from specdecode.lm import LM
+from specdecode.policies.sink_window import SinkWindow
+from specdecode.tree import DraftTree
+
+
+class SelfStreamingDrafter:
+    """The target drafts with a short cache of attention sinks and recent tokens, and verifies with the full one.
+
+    Lossless, whatever the short cache forgets; it pays where the context is so long that reading the full cache takes
+    most of a forward (MagicDec, Chen et al. 2024).
+
+    Args:
+        target: drafts for itself.
+        max_len: tokens in the draft's cache, at most.
+        sinks: tokens at the start that always stay in it.
+        shape: of the draft.
+
+    Raises:
+        ValueError: no room for a window.
+        UnsupportedModelError: the keys of this architecture cannot be moved.
+    """
+
+    def __init__(self, target: LM, max_len: int = 256, sinks: int = 4, shape: TreeShape = Chain()) -> None:
+        self._drafter = ModelDrafter(target, shape, SinkWindow(max_len, sinks))
+
+    @property
+    def forwards(self) -> int:
+        return self._drafter.forwards
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        return self._drafter.propose(context, limit)
+
+
+def examples(target: LM) -> dict[str, SelfStreamingDrafter]:
+    return {"self-streaming": SelfStreamingDrafter(target, max_len=20, sinks=2)}

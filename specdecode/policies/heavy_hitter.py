@@ -1,0 +1,44 @@
+"""The keys that were attended to the most."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from specdecode.policies.base import bounds
+from specdecode.slots import Slots
+
+
+class HeavyHitter:
+    """Keeps, head by head, the keys that gathered the most attention, and the recent ones (H2O, Zhang et al. 2023).
+
+    Only the queries of committed tokens count: a rejected proposal leaves no trace.
+
+    Args:
+        max_len: the most committed tokens in the cache.
+        recent: of the latest tokens as many always stay; half of what stays by default, as in H2O.
+        trigger: share of `max_len` beyond which tokens go.
+        interval: tokens between evictions; by default what fits above the trigger.
+
+    Raises:
+        ValueError: a trigger outside (0, 1], an interval below 1, or no room beside the recent tokens.
+    """
+
+    def __init__(
+        self, max_len: int, recent: int | None = None, trigger: float = 0.9, interval: int | None = None
+    ) -> None:
+        self.max_len = max_len
+        self.pinned = 0
+        self.recent = int(trigger * max_len) // 2 if recent is None else recent
+        self.keeps, self.interval = bounds(max_len, trigger, interval, self.recent)
+        self.reads_attention = True
+
+    def keep(self, slots: Slots) -> Int[Tensor, "layers heads m"]:
+        gathered = slots.attention[:, :, : slots.length].clone()
+        gathered[..., slots.length - self.recent :] = torch.inf
+        return gathered.topk(min(self.keeps, slots.length)).indices.sort().values
+
+
+def examples() -> dict[str, HeavyHitter]:
+    return {"heavy-hitter": HeavyHitter(16)}

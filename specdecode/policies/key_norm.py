@@ -1,0 +1,41 @@
+"""The keys of the smallest norm."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from specdecode.policies.base import bounds
+from specdecode.slots import Slots
+
+
+class KeyNorm:
+    """Keeps, head by head, the keys of the smallest L2 norm: they draw the most attention (Devoto et al. 2024, "A
+    Simple and Effective L2 Norm-Based Strategy for KV Cache Compression").
+
+    Args:
+        max_len: the most committed tokens in the cache.
+        recent: of the latest tokens as many always stay.
+        trigger: share of `max_len` beyond which tokens go.
+        interval: tokens between evictions; by default what fits above the trigger.
+
+    Raises:
+        ValueError: a trigger outside (0, 1], an interval below 1, or no room beside the recent tokens.
+    """
+
+    def __init__(self, max_len: int, recent: int = 8, trigger: float = 0.9, interval: int | None = None) -> None:
+        self.max_len = max_len
+        self.recent = recent
+        self.pinned = 0
+        self.keeps, self.interval = bounds(max_len, trigger, interval, recent)
+        self.reads_attention = False
+
+    def keep(self, slots: Slots) -> Int[Tensor, "layers heads m"]:
+        norms = torch.stack([keys.norm(dim=-1) for keys in slots.filled_keys()])
+        norms[..., slots.length - self.recent :] = 0.0
+        return norms.topk(min(self.keeps, slots.length), largest=False).indices.sort().values
+
+
+def examples() -> dict[str, KeyNorm]:
+    return {"key-norm": KeyNorm(16, recent=4)}

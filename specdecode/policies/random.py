@@ -1,0 +1,40 @@
+"""Any keys: what a policy with an idea must be better than."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from specdecode.policies.base import bounds
+from specdecode.slots import Slots
+
+
+class Random:
+    """Keeps tokens at random: the negative control of every measurement of quality.
+
+    Args:
+        max_len: the most committed tokens in the cache.
+        trigger: share of `max_len` beyond which tokens go.
+        interval: tokens between evictions; by default what fits above the trigger.
+        seed: of the choice, which depends on it and on the committed length alone.
+
+    Raises:
+        ValueError: a trigger outside (0, 1], or an interval below 1.
+    """
+
+    def __init__(self, max_len: int, trigger: float = 0.9, interval: int | None = None, seed: int = 0) -> None:
+        self.max_len = max_len
+        self.seed = seed
+        self.pinned = 0
+        self.keeps, self.interval = bounds(max_len, trigger, interval, 0)
+        self.reads_attention = False
+
+    def keep(self, slots: Slots) -> Int[Tensor, " m"]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + slots.committed)
+        chosen = torch.randperm(slots.length, generator=generator)[: self.keeps]
+        return chosen.sort().values.to(slots.device)
+
+
+def examples() -> dict[str, Random]:
+    return {"random": Random(16)}
