@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from specdecode import LM, FixedK, Generation, ModelDrafter, NoDraft, PromptLookup, ReplayDrafter, Sampling, generate
+from specdecode import (
+    LM,
+    FixedK,
+    Generation,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    ReplayDrafter,
+    Sampling,
+    StaticTree,
+    generate,
+)
 from specdecode.errors import UnsupportedModelError
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.heavy_hitter import HeavyHitter
@@ -146,7 +157,15 @@ def test_each_head_may_keep_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     choices = [[torch.randperm(20, generator=generator)[:6].sort().values for _ in range(2)] for _ in range(4)]
     kept = torch.stack([torch.stack(heads) for heads in choices]).to(target.device)
+    before = [keys.clone() for keys in slots.filled_keys()]
     target.mover.evict(slots, kept)
+    for layer, rotation in enumerate(target.mover._rotations):
+        assert rotation is not None
+        cos, sin = rotation.table(before[layer], torch.arange(20, device=target.device))
+        for head in range(2):
+            old = kept[layer, head]
+            moved = rotation.move(before[layer][head : head + 1, old], (cos[old], sin[old]), (cos[:6], sin[:6]))
+            torch.testing.assert_close(slots.filled_keys()[layer][head], moved[0])
     for head in range(2):
         pruned = layer_0(target, [tokens[i] for i in kept[0, head].tolist()])
         torch.testing.assert_close(slots.filled_keys()[0][head], pruned[head])
@@ -203,8 +222,8 @@ class Cached(RuleBasedStateMachine):
             [
                 *(SinkWindow(12, sinks, trigger) for sinks in (0, 4) for trigger in (0.5, 0.9, 1.0)),
                 SinkWindow(9, sinks=1, interval=3),
-                KeyNorm(12, recent=3),
-                HeavyHitter(12, recent=2),
+                KeyNorm(12, recent=3, trigger=0.5),
+                HeavyHitter(12, recent=2, trigger=0.5),
                 Random(10),
             ]
         )
@@ -284,7 +303,8 @@ def test_only_committed_tokens_count_as_attention() -> None:
             return super().keep(slots)
 
     assert policy.reads_attention
-    for drafter in (NoDraft(), ModelDrafter(target.subset([0, 1, 3])), PromptLookup()):
+    tree = ModelDrafter(target.subset([0, 1, 3]), StaticTree((3, 2, 1)))
+    for drafter in (NoDraft(), tree, PromptLookup()):
         generate(target, prompt(), drafter=drafter, policy=Watched(40), max_new_tokens=60)
     runs = len(seen) // 3
     assert runs >= 3
