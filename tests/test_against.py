@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from specdecode.bench.against import Quartet, Side, SideBySide, Versions, Worker, dependencies, measure_side_by_side
 from specdecode.bench.arms import Run
-from specdecode.bench.worker import serve
+from specdecode.bench.worker import PROTOCOL, serve
 from tests.characters import save
 from tests.test_suites import ROOT, run
 
@@ -159,7 +159,7 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
             "another protocol",
         ),
         (
-            "import json, os\ninput(); print(json.dumps({'value': {'protocol': 1}}), flush=True)\n"
+            f"import json, os\ninput(); print(json.dumps({{'value': {{'protocol': {PROTOCOL}}}}}), flush=True)\n"
             "input(); os.kill(os.getpid(), 9)",
             r"died while it was to run lookup \(exit code -9\)",
         ),

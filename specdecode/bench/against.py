@@ -338,17 +338,18 @@ def measure_side_by_side(
             done += 1
             both.use(worker)
             key = (worker.name, arm)
-            if arm != BASELINE and key not in expected:
-                written = expected[worker.name, BASELINE]
-                expected[key] = worker.ask("expected", arm=arm, prompt=tokens, tokens=written)
+            owed: list[int] = []
+            if arm != BASELINE:
+                if key not in expected:
+                    written = expected[worker.name, BASELINE]
+                    expected[key] = worker.ask("expected", arm=arm, prompt=tokens, tokens=written)
+                owed = expected[key]
             if key not in measured.rehearsals:
                 length = min(max_new_tokens, REHEARSED_TOKENS)
-                measured.rehearsals[key] = worker.ask(
-                    "rehearse", arm=arm, prompt=tokens, length=length, expected=expected.get(key, [])
-                )
+                measured.rehearsals[key] = worker.ask("rehearse", arm=arm, prompt=tokens, length=length, expected=owed)
             elif arm == BASELINE and key not in runs:
                 worker.run(arm, tokens, 1, [])  # the prompt's own shapes: no timed run is their first
-            run = worker.run(arm, tokens, max_new_tokens, expected.get(key, []))
+            run = worker.run(arm, tokens, max_new_tokens, owed)
             runs.setdefault(key, []).append(run)
             if arm == BASELINE:
                 expected.setdefault(key, run.tokens)
