@@ -109,15 +109,16 @@ def generate(
     if model.tokenizer is None:
         raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
     proposer: Drafter
-    shapes: dict[Shape, TreeShape] = {
-        Shape.chain: Chain(),
-        Shape.static: StaticTree((2,) * k),
-        Shape.best_first: BestFirstTree(),
-    }
-    if kind is DrafterKind.self_streaming:
-        proposer = SelfStreamingDrafter(model, cache, shape=shapes[tree])
-    elif kind is DrafterKind.model:
-        proposer = ModelDrafter(load(str(draft), device=device, dtype=dtype, target=model), shapes[tree])
+    if kind in (DrafterKind.model, DrafterKind.self_streaming):
+        shapes: dict[Shape, TreeShape] = {
+            Shape.chain: Chain(),
+            Shape.static: StaticTree((2,) * k),
+            Shape.best_first: BestFirstTree(),
+        }
+        if kind is DrafterKind.model:
+            proposer = ModelDrafter(load(str(draft), device=device, dtype=dtype, target=model), shapes[tree])
+        else:
+            proposer = SelfStreamingDrafter(model, cache, shape=shapes[tree])
     else:
         proposer = PromptLookup() if kind is DrafterKind.lookup else NoDraft()
 
@@ -250,6 +251,7 @@ def report(
 ) -> None:
     """Tell what a run found, from the files alone: verdicts, speeds, acceptance, history."""
     from specdecode.bench.baselines import find, read
+    from specdecode.bench.files import write_whole
     from specdecode.bench.gate import judge
     from specdecode.bench.history import history
     from specdecode.bench.page import page
@@ -266,10 +268,7 @@ def report(
         typer.echo(text, nl=False)
         return
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = out.with_name(f"{out.name}.tmp")
-        scratch.write_text(text, encoding="utf-8", errors="replace")
-        scratch.replace(out)
+        write_whole(out, text)
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     typer.echo(f"report written to {out}")

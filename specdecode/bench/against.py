@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from specdecode.bench.arms import Run
+from specdecode.bench.files import git
 from specdecode.bench.measure import REHEARSED_TOKENS, Check, row_of
 from specdecode.bench.names import BASELINE
 from specdecode.bench.presets import parse
@@ -165,28 +166,13 @@ def _worktree(root: Path, ref: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
         folder = Path(scratch) / "against"
         try:
-            _git(root, "worktree", "add", "--detach", str(folder), ref)
+            git("worktree", "add", "--detach", str(folder), ref, root=root)
         except ValueError as error:
             raise ValueError(f"--against {ref}: {error}") from None
         try:
             yield folder
         finally:
-            _git(root, "worktree", "remove", "--force", str(folder))
-
-
-def _git(root: Path, *arguments: str) -> str:
-    """What git prints.
-
-    Raises:
-        ValueError: it fails; its own last line.
-    """
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise ValueError(f"git cannot be run: {error.strerror}") from None
-    if done.returncode:
-        raise ValueError((done.stderr.strip().splitlines() or ["git fails"])[-1])
-    return done.stdout.strip()
+            git("worktree", "remove", "--force", str(folder), root=root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +363,7 @@ def arms_at(root: Path, ref: str, preset: str) -> list[str]:
     """The preset's arms at another commit; none if it did not have the preset."""
     path = preset if preset.endswith(".toml") else f"specdecode/bench/presets/{preset}.toml"
     try:
-        return list(parse(_git(root, "show", f"{ref}:./{path}"), preset).arms)
+        return list(parse(git("show", f"{ref}:./{path}", root=root), preset).arms)
     except ValueError:
         return []
 
@@ -399,7 +385,7 @@ def dependencies(root: Path, ref: str) -> list[str]:
 def _constraints(root: Path, ref: str | None) -> str:
     try:
         if ref is not None:
-            return _git(root, "show", f"{ref}:./constraints.txt")
+            return git("show", f"{ref}:./constraints.txt", root=root)
         return (root / "constraints.txt").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return ""

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from specdecode.bench.files import write_whole
 from specdecode.bench.names import BASELINE, slug
 from specdecode.bench.runs import REHEARSED, ArmRecord, Header, Identity, Row, RunFile
 
@@ -165,10 +166,7 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
     for private in ("node", "release"):  # a machine's name says nothing about its speed
         content.get("machine_info", {}).pop(private, None)
     file = baselines / run.header.identity.file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
     return file
 
 

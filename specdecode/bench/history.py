@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from specdecode.bench.baselines import parse
+from specdecode.bench.files import git
 from specdecode.bench.runs import RunFile
 
 
@@ -27,28 +26,21 @@ class History:
 def history(file: Path) -> History:
     """What git knows of a baseline's file, through its renames; nothing is expected of its old revisions."""
     # One record a revision: its short name, and on a line of its own the path that the file had then.
-    log = _git("log", "--follow", "--no-merges", "--diff-filter=d", "--name-only", "--format=%x00%h", "--", str(file))
+    asked = ("--follow", "--no-merges", "--diff-filter=d", "--name-only", "--format=%x00%h", "--", str(file))
+    try:
+        log = git("log", *asked)
+    except ValueError:  # no repository, or no git
+        log = ""
     if not log:
         return History([], f"No history: git knows no earlier {file}.")
     revisions = [record.strip().split("\n\n") for record in log.split("\0")[1:]]
     runs: list[RunFile] = []
     for revision, path in reversed(revisions):
         try:
-            runs.append(parse(_git("show", f"{revision}:{path}"), Path(f"{revision}:{path}")))
+            runs.append(parse(git("show", f"{revision}:{path}"), Path(f"{revision}:{path}")))
         except ValueError:
             continue
     told = f"From git, {len(runs)} of {len(revisions)} revisions of {file}."
     if left_out := len(revisions) - len(runs):
         told += f" Left out: {left_out} of another format, or damaged."
     return History(runs, told)
-
-
-def _git(*arguments: str) -> str:
-    """What git says; nothing where it is not installed, knows of no repository, or has no such file."""
-    program = shutil.which("git")
-    if program is None:
-        return ""
-    # Names as they are, not as they would be typed.
-    command = [program, "-c", "core.quotePath=false", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
-    return done.stdout if done.returncode == 0 else ""

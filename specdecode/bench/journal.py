@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.arms import Run
+from specdecode.bench.files import write_whole
 from specdecode.bench.measure import Block
 
 
@@ -38,10 +39,7 @@ def open_journal(path: Path, what: dict[str, Any], resume: bool) -> tuple[list[B
                 " anew"
             )
         finished = [_block(json.loads(line)) for line in lines]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(entry) + "\n" for entry in [what, *map(asdict, finished)]), encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in [what, *map(asdict, finished)]))
 
     def keep(block: Block) -> None:
         with path.open("a", encoding="utf-8") as journal:

@@ -1,0 +1,34 @@
+"""Files that are there whole or not at all, and what git knows of them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file under a temporary name, and give it its own when it is whole; missing folders are made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f"{file.name}.tmp")
+    scratch.write_text(text, encoding="utf-8", errors="replace")
+    scratch.replace(file)
+
+
+def git(*arguments: str, root: Path = Path()) -> str:
+    """What git prints.
+
+    Raises:
+        ValueError: git fails, or is not there; its own last line.
+    """
+    program = shutil.which("git")
+    if program is None:
+        raise ValueError("git is not installed")
+    # Names as they are, not as they would be typed.
+    command = [program, "-c", "core.quotePath=false", *arguments]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
+    )
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["git fails"])[-1])
+    return done.stdout
