@@ -111,6 +111,7 @@ def _generate(
             tree = tree.clip(depth)
         proposed_at = time.perf_counter()
 
+        rows = len(tokens) - read + len(tree)
         logits = target.forward_tree(slots, tokens[read:], tree)
         result.peak_cache_bytes = max(result.peak_cache_bytes, slots.bytes_held)
         root = slots.length - len(tree) - 1
@@ -135,6 +136,7 @@ def _generate(
         step = Step(
             drafted=len(tree),
             depth=tree.depth,
+            rows=rows,
             accepted=min(len(verdict.path), len(emitted)),
             emitted=len(emitted),
             draft_forwards=drafter.forwards - forwards_before,

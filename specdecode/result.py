@@ -13,6 +13,7 @@ class Step:
     Attributes:
         drafted: proposed tokens.
         depth: the longest path among them.
+        rows: tokens that went through the target: the root, the proposals and, in the first step, the end of the prompt.
         accepted: proposals that were committed.
         emitted: committed tokens: the accepted ones and the target's own, cut at a stop token or the length limit.
         draft_forwards: forwards of the draft model.
@@ -23,6 +24,7 @@ class Step:
 
     drafted: int
     depth: int
+    rows: int
     accepted: int
     emitted: int
     draft_forwards: int

@@ -271,7 +271,7 @@ def test_measures_are_what_their_definitions_say(right: tuple[int, ...]) -> None
 
 def test_times_add_up() -> None:
     """Guards against a rate whose time leaves out a part of the work, or counts the first token twice."""
-    steps = [Step(5, 5, 2, 3, 1, 0.1, 0.2, 0.4), Step(4, 2, 2, 3, 2, 0.1, 0.2, 0.4)]
+    steps = [Step(5, 5, 7, 2, 3, 1, 0.1, 0.2, 0.4), Step(4, 2, 5, 2, 3, 2, 0.1, 0.2, 0.4)]
     result = Generation(tokens=[1, 2, 3, 4, 5, 6], steps=steps, prefill_forwards=2, prefill_s=1.0, decode_s=2.0)
     assert (result.ttft_s, result.total_s, result.tpot_s) == (1.0, 3.0, 2.0 / 5)
     assert (result.throughput, result.decode_throughput) == (6 / 3.0, 5 / 2.0)
