@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdecode.controller import FixedK as FixedK
     from specdecode.decode import generate as generate
+    from specdecode.decode import generate_batch as generate_batch
     from specdecode.drafters.lookup import PromptLookup as PromptLookup
     from specdecode.drafters.model import ModelDrafter as ModelDrafter
     from specdecode.drafters.none import NoDraft as NoDraft
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from specdecode.result import Generation as Generation
     from specdecode.result import Step as Step
     from specdecode.sampling import Sampling as Sampling
+    from specdecode.specdecoder import SpecDecoder as SpecDecoder
     from specdecode.tree import DraftTree as DraftTree
 
 __version__ = "0.1.0"
@@ -52,11 +54,13 @@ _HOMES = {
     "ReplayDrafter": "drafters.replay",
     "Sampling": "sampling",
     "SpecDecodeError": "errors",
+    "SpecDecoder": "specdecoder",
     "StaticTree": "drafters.shapes",
     "Step": "result",
     "TokenizerMismatchError": "errors",
     "UnsupportedModelError": "errors",
     "generate": "decode",
+    "generate_batch": "decode",
     "load": "loading",
 }
 __all__ = sorted(_HOMES)

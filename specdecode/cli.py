@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import enum
+import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from specdecode.bench.progress import progress
 from specdecode.errors import SpecDecodeError
+
+if TYPE_CHECKING:
+    from specdecode import LM, Generation
 
 app = typer.Typer(
     help="Exact speculative decoding for Hugging Face models.",
@@ -44,7 +51,10 @@ class Format(str, enum.Enum):
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="the text to continue")],
+    prompt: Annotated[str | None, typer.Argument(help="the text to continue")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="file of prompts, one a line, or .jsonl with a field prompt; written as JSON")
+    ] = None,
     target: Annotated[str, typer.Option(help="embedded model, hub id, local folder or shape:NAME")] = "smollm2-135m",
     draft: Annotated[str | None, typer.Option(help="draft model; layers:0-9,29 takes these of the target")] = None,
     drafter: Annotated[
@@ -57,6 +67,11 @@ def generate(
     top_p: Annotated[float, typer.Option(help="keep the most probable tokens up to this mass")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length limit")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="put the model's chat template around the prompt")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="string that ends the text; may be repeated")] = None,
+    batch: Annotated[int, typer.Option(help="prompts of a file that are decoded at once")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="write one line of JSON instead of the text")] = False,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="add the log-probability of each token to it")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
@@ -68,7 +83,7 @@ def generate(
         int | None, typer.Option(help="the most tokens in the cache of a policy or a streaming draft  [default: 256]")
     ] = None,
 ) -> None:
-    """Continue a text, streaming it, and end with a line of measures."""
+    """Continue a text, streaming it, and end with a line of measures; or many, as lines of JSON."""
     # What can be refused without a model is refused before one is loaded; loading torch alone takes seconds.
     from specdecode import (
         BestFirstTree,
@@ -81,6 +96,7 @@ def generate(
         Sampling,
         SelfStreamingDrafter,
         StaticTree,
+        generate_batch,
         load,
     )
     from specdecode import generate as decode
@@ -89,7 +105,14 @@ def generate(
     from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT
     from specdecode.policies import policy as named_policy
 
-    if not prompt:
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either a prompt or a file of them with --prompts")
+    if batch != 1 and prompts is None:
+        raise ValueError("--batch is for a file of prompts: name one with --prompts")
+    if logprobs and not (as_json or prompts):
+        raise ValueError("--logprobs needs --json or --prompts: there is no place for them in the text")
+    texts = _read_prompts(prompts) if prompts else [str(prompt)]
+    if not all(texts):
         raise ValueError("the prompt is empty: give some text to continue")
     controller = FixedK(k)
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -108,32 +131,48 @@ def generate(
     model = load(target, device=device, dtype=dtype)
     if model.tokenizer is None:
         raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
-    proposer: Drafter
-    if kind in (DrafterKind.model, DrafterKind.self_streaming):
-        shapes: dict[Shape, TreeShape] = {
-            Shape.chain: Chain(),
-            Shape.static: StaticTree((2,) * k),
-            Shape.best_first: BestFirstTree(),
-        }
-        if kind is DrafterKind.model:
-            proposer = ModelDrafter(load(str(draft), device=device, dtype=dtype, target=model), shapes[tree])
-        else:
-            proposer = SelfStreamingDrafter(model, cache, shape=shapes[tree])
-    else:
-        proposer = PromptLookup() if kind is DrafterKind.lookup else NoDraft()
+    shapes: dict[Shape, TreeShape] = {
+        Shape.chain: Chain(),
+        Shape.static: StaticTree((2,) * k),
+        Shape.best_first: BestFirstTree(),
+    }
+    make_drafter: Callable[[], Drafter] = NoDraft
+    if kind is DrafterKind.lookup:
+        make_drafter = PromptLookup
+    elif kind is DrafterKind.model:
+        make_drafter = partial(ModelDrafter, load(str(draft), device=device, dtype=dtype, target=model), shapes[tree])
+    elif kind is DrafterKind.self_streaming:
+        make_drafter = partial(SelfStreamingDrafter, model, cache, shape=shapes[tree])
 
+    tokens = [model.encode(text, chat=chat) for text in texts]
+    rules: dict[str, Any] = {
+        "policy": kept,
+        "sampling": sampling,
+        "max_new_tokens": max_new_tokens,
+        "stop_token_ids": model.stop_token_ids,
+        "stop": stop or (),
+    }
+    if prompts or as_json:
+        with progress("prompts") as tell:
+            finished = iter(range(1, len(texts) + 1))
+
+            def write(place: int, result: Generation) -> None:
+                typer.echo(_json_line(model, place, texts[place], result))
+                tell(next(finished), len(texts), f"prompt {place}")
+
+            generate_batch(
+                model,
+                tokens,
+                batch_size=batch,
+                drafter=make_drafter,
+                controller=lambda: controller,
+                logprobs=logprobs,
+                on_finish=write,
+                **rules,
+            )
+        return
     stream = _TextStream(model.tokenizer)
-    result = decode(
-        model,
-        model.encode(prompt),
-        drafter=proposer,
-        controller=controller,
-        policy=kept,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        stop_token_ids=model.stop_token_ids,
-        on_step=stream.add,
-    )
+    result = decode(model, tokens[0], drafter=make_drafter(), controller=controller, on_step=stream.add, **rules)
     stream.end()
     acceptance = f", acceptance {result.acceptance_rate:.0%}" if result.drafted else ""
     held = f", {result.cache_bytes / 1e6:.1f} MB of KV after {result.compressions} evictions" if policy else ""
@@ -141,6 +180,49 @@ def generate(
         f"{len(result.tokens)} tokens ({result.finish_reason}), {result.throughput:.1f} tokens/s,"
         f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms{held}"
     )
+
+
+def _read_prompts(file: Path) -> list[str]:
+    """A prompt a line: as it is, or in .jsonl the field `prompt` of an object."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as text: {error}") from None
+    texts: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        text: object = line
+        if file.suffix == ".jsonl":
+            try:
+                text = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+        if not isinstance(text, str):
+            raise ValueError(f"line {number} of {file} is no JSON object with a field prompt")
+        texts.append(text)
+    if not texts:
+        raise ValueError(f"{file} has no prompts: give one a line")
+    return texts
+
+
+def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
+    """What one prompt gave, for programs."""
+    told = {
+        "index": place,
+        "prompt": prompt,
+        "text": model.decode(result.tokens),
+        "finish_reason": result.finish_reason,
+        "tokens": len(result.tokens),
+        "tokens_per_second": result.throughput,
+        "ttft_s": result.ttft_s,
+        "mean_acceptance_length": result.mean_acceptance_length,
+        "acceptance_rate": result.acceptance_rate if result.drafted else None,
+    }
+    if result.logprobs is not None:
+        pairs = zip(result.tokens, result.logprobs, strict=True)
+        told["logprobs"] = [[model.decode([token]), round(value, 6)] for token, value in pairs]
+    return json.dumps(told, ensure_ascii=False)
 
 
 class _TextStream:

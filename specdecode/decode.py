@@ -1,13 +1,15 @@
-"""generate(): the one decoding loop. Every method is a combination of its arguments."""
+"""generate() and generate_batch(): the one decoding loop. Every method is a combination of its arguments."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.controller import MAX_DRAFT_NODES, Controller, FixedK, Limit
@@ -18,7 +20,8 @@ from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 from specdecode.result import Generation, Step
 from specdecode.sampling import Sampling
-from specdecode.slots import Slots
+from specdecode.slots import SlotBatch
+from specdecode.stopping import Stops
 from specdecode.tree import DraftTree
 from specdecode.verify import accept
 
@@ -37,6 +40,8 @@ def generate(
     sampling: Sampling = Sampling(),
     max_new_tokens: int = 128,
     stop_token_ids: Sequence[int] = (),
+    stop: str | Sequence[str] = (),
+    logprobs: bool = False,
     on_step: Callable[[list[int]], None] | None = None,
 ) -> Generation:
     """Continue a prompt, with the tokens (or, when sampling, the law of tokens) of plain decoding of the target.
@@ -50,116 +55,245 @@ def generate(
         sampling: how tokens are chosen; greedy by default.
         max_new_tokens: the length limit.
         stop_token_ids: any of these ends the text, and is its last token.
+        stop: any of these strings ends the text, whose last token is the one that completes it (and may bring more
+            text behind it).
+        logprobs: whether the log-probabilities of the new tokens are wanted.
         on_step: called after each step with the tokens that it committed, as soon as they are known.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, no tokens asked for, or more than the model's
-            context holds.
+        ValueError: an empty prompt, a token outside the vocabulary, no tokens asked for, more than the model's
+            context holds, or stop strings for a target without a tokenizer.
     """
-    with target.recording_attention() if policy.reads_attention else nullcontext():
-        return _generate(target, prompt, drafter, controller, policy, sampling, max_new_tokens, stop_token_ids, on_step)
+    stops = _stops(target, stop_token_ids, stop)
+    with _recording(target, policy):
+        text = _Text(target, prompt, drafter, controller, policy, sampling, max_new_tokens, stops, logprobs, on_step)
+        # The first step's forward carries what is left of the prompt, so that a short one costs no forward of its own.
+        text.prefill(but=PREFILL_CHUNK)
+        while not text.finished:
+            tree = text.propose()
+            started = time.perf_counter()
+            logits = target.forward_tree(text.slots, text.pending, tree)
+            text.commit(tree, logits, started)
+        return text.result
 
 
-def _generate(
+@torch.inference_mode()
+def generate_batch(
     target: LM,
-    prompt: Sequence[int] | Int[Tensor, " n"],
-    drafter: Drafter,
-    controller: Controller,
-    policy: CachePolicy,
-    sampling: Sampling,
-    max_new_tokens: int,
-    stop_token_ids: Sequence[int],
-    on_step: Callable[[list[int]], None] | None,
-) -> Generation:
-    started = time.perf_counter()
-    tokens = [int(token) for token in prompt]
-    _check(target, tokens, max_new_tokens, policy, controller)
+    prompts: Sequence[Sequence[int] | Int[Tensor, " _"]],
+    *,
+    batch_size: int = 8,
+    drafter: Callable[[], Drafter] = NoDraft,
+    controller: Callable[[], Controller] = partial(FixedK, 5),
+    policy: CachePolicy = KeepAll(),
+    sampling: Sampling = Sampling(),
+    max_new_tokens: int = 128,
+    stop_token_ids: Sequence[int] = (),
+    stop: str | Sequence[str] = (),
+    logprobs: bool = False,
+    on_step: Callable[[int, list[int]], None] | None = None,
+    on_finish: Callable[[int, Generation], None] | None = None,
+) -> list[Generation]:
+    """Continue several prompts that share the target's forwards, each with the tokens that `generate` gives it alone.
 
-    rng = sampling.rng()
-    stops = frozenset(stop_token_ids)
-    end = len(tokens) + max_new_tokens
-    most = policy.keeps + policy.interval if policy.interval else min(end, len(tokens) + _AHEAD)
-    slots = target.new_slots(most + MAX_DRAFT_NODES)
-    result = Generation(prompt_tokens=len(tokens))
-    prefill_started = time.perf_counter()
-    read = 0  # tokens that went through the target; the rest are pending, the root at least
+    A prompt that is finished leaves the batch, and the next one takes its place. Proposals are made and judged for each
+    by itself, so that each keeps its own pace.
 
-    # The first step's forward carries what is left of the prompt, so that a short prompt costs no forward of its own.
-    while (chunk := min(PREFILL_CHUNK, _boundary(policy, slots) - read)) < len(tokens) - read:
-        target.forward(slots, torch.tensor(tokens[read : read + chunk]))
-        read += chunk
-        result.prefill_forwards += 1
-        if policy.reads_attention:
-            slots.attend(range(chunk))
-        result.compressions += target.evict(slots, policy)
+    Args:
+        target: decides.
+        prompts: token ids of each.
+        batch_size: the most that are decoded at once.
+        drafter: makes the drafter of one prompt, which has state of its own.
+        controller: makes the controller of one prompt.
+        policy: what stays in the target's cache, for each prompt.
+        sampling: how tokens are chosen. With a seed, prompt i is sampled as by `generate` with the seed `seed + i`.
+        max_new_tokens: the length limit of each.
+        stop_token_ids: as in `generate`.
+        stop: as in `generate`.
+        logprobs: as in `generate`.
+        on_step: called with a prompt's place and the tokens that a step of it committed.
+        on_finish: called with a prompt's place and its result, as soon as it is finished.
 
-    result.prefill_forwards_s = time.perf_counter() - prefill_started
+    Returns:
+        One for each prompt, in their order. A forward is shared by the batch, and counted in each of its prompts;
+        times of a prompt include those in which it waits for the others of its batch, but not those before it joins.
 
-    finished = False
-    while not finished:
-        step_started = time.perf_counter()
-        forwards_before = drafter.forwards
-        limit = controller.limit()
+    Raises:
+        ValueError: a batch below 1, and all that `generate` refuses, with the prompt's place, before anything is
+            decoded.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: at least 1 prompt must be decoded at once")
+    stops = _stops(target, stop_token_ids, stop)
+    for place, prompt in enumerate(prompts):
+        try:
+            _check(target, [int(token) for token in prompt], max_new_tokens, policy, controller())
+        except ValueError as error:
+            raise ValueError(f"prompt {place} of {len(prompts)}: {error}") from None
+
+    def begin(place: int) -> _Text:
+        own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + place)
+        told = None if on_step is None else partial(on_step, place)
+        text = _Text(
+            target, prompts[place], drafter(), controller(), policy, own, max_new_tokens, stops, logprobs, told
+        )
+        # What is left of one prompt would be padding for the others.
+        text.prefill(but=1)
+        return text
+
+    results: list[Generation] = []
+    live: dict[int, _Text] = {}
+    batch: SlotBatch | None = None
+    with _recording(target, policy):
+        while live or len(results) < len(prompts):
+            while len(live) < batch_size and len(results) < len(prompts):
+                live[len(results)] = text = begin(len(results))
+                results.append(text.result)
+            texts = list(live.values())
+            slots = [text.slots for text in texts]
+            if batch is None or batch.rows != slots:
+                batch = SlotBatch(slots)
+            trees = [text.propose() for text in texts]
+            started = time.perf_counter()
+            logits = target.forward_trees(batch, [text.pending for text in texts], trees)
+            for text, tree, own in zip(texts, trees, logits, strict=True):
+                text.commit(tree, own, started)
+            for place in [place for place, text in live.items() if text.finished]:
+                del live[place]
+                if on_finish is not None:
+                    on_finish(place, results[place])
+    return results
+
+
+class _Text:
+    """One text that is being decoded: all of the loop but the target's forward, which others may share."""
+
+    def __init__(
+        self,
+        target: LM,
+        prompt: Sequence[int] | Int[Tensor, " n"],
+        drafter: Drafter,
+        controller: Controller,
+        policy: CachePolicy,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stops: Stops,
+        logprobs: bool,
+        on_step: Callable[[list[int]], None] | None,
+    ) -> None:
+        self._started = time.perf_counter()
+        self._tokens = [int(token) for token in prompt]
+        _check(target, self._tokens, max_new_tokens, policy, controller)
+        self._target = target
+        self._drafter = drafter
+        self._controller = controller
+        self._policy = policy
+        self._sampling = sampling
+        self._rng = sampling.rng()
+        self._stops = stops
+        self._on_step = on_step
+        self._end = len(self._tokens) + max_new_tokens
+        most = policy.keeps + policy.interval if policy.interval else min(self._end, len(self._tokens) + _AHEAD)
+        self.slots = target.new_slots(most + MAX_DRAFT_NODES)
+        self._read = 0  # tokens that went through the target; the rest are pending, the root at least
+        self.finished = False
+        self.result = Generation(prompt_tokens=len(self._tokens), logprobs=[] if logprobs else None)
+
+    @property
+    def pending(self) -> list[int]:
+        """The committed tokens that the slots lack; the last is the root."""
+        return self._tokens[self._read :]
+
+    def prefill(self, but: int) -> None:
+        """Read the prompt, as far as it is longer than `but` tokens or than the policy lets one forward be."""
+        started = time.perf_counter()
+        while (left := len(self._tokens) - self._read) > min(but, ahead := self._boundary() - self._read):
+            chunk = min(PREFILL_CHUNK, ahead, left - 1)
+            self._target.forward(self.slots, torch.tensor(self._tokens[self._read : self._read + chunk]))
+            self._read += chunk
+            self.result.prefill_forwards += 1
+            if self._policy.reads_attention:
+                self.slots.attend(range(chunk))
+            self.result.compressions += self._target.evict(self.slots, self._policy)
+        self.result.prefill_forwards_s = time.perf_counter() - started
+
+    def propose(self) -> DraftTree:
+        """What the next forward of the target is to verify."""
+        self._step_started = time.perf_counter()
+        self._forwards_before = self._drafter.forwards
+        limit = self._controller.limit()
         # The target adds a token of its own, so the last one asked for need not be drafted; and no step may pass the
         # place where the policy evicts, or the tokens would depend on how the drafts fell.
-        depth = min(limit.depth, end - len(tokens) - 1, _boundary(policy, slots) - len(tokens))
+        length = len(self._tokens)
+        depth = min(limit.depth, self._end - length - 1, self._boundary() - length)
         tree = DraftTree.empty()
         if depth > 0:
-            context = Context(tokens, target.vocab_size, sampling, rng)
-            tree = drafter.propose(context, Limit(depth, limit.nodes))
+            context = Context(self._tokens, self._target.vocab_size, self._sampling, self._rng)
+            tree = self._drafter.propose(context, Limit(depth, limit.nodes))
         if tree.depth > depth:
             tree = tree.clip(depth)
-        proposed_at = time.perf_counter()
+        self._proposed_at = time.perf_counter()
+        return tree
 
-        rows = len(tokens) - read + len(tree)
-        logits = target.forward_tree(slots, tokens[read:], tree)
+    def commit(self, tree: DraftTree, logits: Float[Tensor, "nodes V"], forward_started: float) -> None:
+        """Accept what the target's forward over the pending tokens and the tree confirms, and end the step."""
+        result, slots, stem = self.result, self.slots, len(self._tokens) - self._read
         result.peak_cache_bytes = max(result.peak_cache_bytes, slots.bytes_held)
         root = slots.length - len(tree) - 1
-        verdict = accept(tree, logits.argmax(-1) if sampling.greedy else sampling.probs(logits), rng)
+        greedy = self._sampling.greedy
+        verdict = accept(tree, logits.argmax(-1) if greedy else self._sampling.probs(logits), self._rng)
         verified_at = time.perf_counter()
 
-        if policy.reads_attention:
-            slots.attend([*range(len(tokens) - read), *(len(tokens) - read - 1 + node for node in verdict.path)])
+        if self._policy.reads_attention:
+            slots.attend([*range(stem), *(stem - 1 + node for node in verdict.path)])
         slots.keep([root + node for node in verdict.path], after=root + 1)
-        emitted = verdict.tokens
-        stop = next((i for i, token in enumerate(emitted) if token in stops), None)
+        new = len(result.tokens)
+        stop = self._stops.find(result.tokens + verdict.tokens, new)
+        emitted = verdict.tokens if stop is None else verdict.tokens[: stop + 1 - new]
         if stop is not None:
-            emitted = emitted[: stop + 1]
             result.finish_reason = "stop"
-        tokens += emitted
-        finished = stop is not None or len(tokens) == end
-        read = len(tokens) - 1
-        if not finished:
-            result.compressions += target.evict(slots, policy)
+        if result.logprobs is not None:
+            laws = logits[[0, *verdict.path[: len(emitted) - 1]]].double().log_softmax(-1)
+            result.logprobs += laws.gather(1, torch.tensor(emitted, device=laws.device)[:, None])[:, 0].tolist()
+        result.tokens += emitted
+        self._tokens += emitted
+        self.finished = stop is not None or len(self._tokens) == self._end
+        self._read = len(self._tokens) - 1
+        if not self.finished:
+            result.compressions += self._target.evict(slots, self._policy)
+        result.cache_bytes = slots.bytes_held
 
         now = time.perf_counter()
         step = Step(
             drafted=len(tree),
             depth=tree.depth,
-            rows=rows,
+            rows=stem + len(tree),
             accepted=min(len(verdict.path), len(emitted)),
             emitted=len(emitted),
-            draft_forwards=drafter.forwards - forwards_before,
-            draft_s=proposed_at - step_started,
-            verify_s=verified_at - proposed_at,
-            total_s=now - step_started,
+            draft_forwards=self._drafter.forwards - self._forwards_before,
+            draft_s=self._proposed_at - self._step_started,
+            verify_s=verified_at - forward_started,
+            total_s=now - self._step_started,
         )
         result.steps.append(step)
-        controller.observe(step)
+        self._controller.observe(step)
         if len(result.steps) == 1:
-            result.prefill_s = now - started
-        if on_step is not None:
-            on_step(emitted)
+            result.prefill_s = now - self._started
+        if self._on_step is not None:
+            self._on_step(emitted)
+        result.decode_s = time.perf_counter() - self._started - result.prefill_s
 
-    result.tokens = tokens[result.prompt_tokens :]
-    result.cache_bytes = slots.bytes_held
-    result.decode_s = time.perf_counter() - started - result.prefill_s
-    return result
+    def _boundary(self) -> int:
+        """The committed length, beyond the present one, at which the policy evicts next."""
+        return boundary(self._policy, self.slots.committed + 1, self.slots.length + 1)
 
 
-def _boundary(policy: CachePolicy, slots: Slots) -> int:
-    """The committed length, beyond the present one, at which the policy evicts next."""
-    return boundary(policy, slots.committed + 1, slots.length + 1)
+def _recording(target: LM, policy: CachePolicy) -> AbstractContextManager[None]:
+    return target.recording_attention() if policy.reads_attention else nullcontext()
+
+
+def _stops(target: LM, token_ids: Sequence[int], strings: str | Sequence[str]) -> Stops:
+    return Stops(token_ids, (strings,) if isinstance(strings, str) else strings, target.tokenizer and target.decode)
 
 
 def _check(target: LM, prompt: Sequence[int], max_new_tokens: int, policy: CachePolicy, controller: Controller) -> None:

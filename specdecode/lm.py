@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from specdecode.errors import UnsupportedModelError
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 from specdecode.rotary import Mover, rotations
-from specdecode.slots import Slots
+from specdecode.slots import SlotBatch, Slots
 from specdecode.tree import DraftTree
 
 _MASKABLE = {"full_attention", "sliding_attention"}
@@ -89,12 +90,40 @@ class LM:
             return ()
         return (declared,) if isinstance(declared, int) else tuple(declared)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; its bytes, if there is no tokenizer: models of random weights take any ids."""
+    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+        """Token ids of a text; its bytes, if there is no tokenizer: models of random weights take any ids.
+
+        Args:
+            text: anything.
+            chat: it is what a user says: the model's chat template is put around it, up to where the answer begins.
+
+        Raises:
+            ValueError: a chat with a model that has no template for one.
+        """
+        if chat:
+            if self.tokenizer is None or not self.tokenizer.chat_template:
+                raise ValueError(f"{self.name} has no chat template: give it a text to continue, without chat")
+            turns = [{"role": "user", "content": text}]
+            said = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            # The template brings its own special tokens.
+            answered: list[int] = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+            return answered
         if self.tokenizer is None:
             return [byte % self.vocab_size for byte in text.encode()]
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer: its tokens have no text")
+        text: Any = self.tokenizer.decode(list(tokens))
+        assert isinstance(text, str)
+        return text
 
     def new_slots(self, capacity: int) -> Slots:
         return Slots(capacity, self.device)
@@ -142,31 +171,43 @@ class LM:
             positions = torch.arange(start, start + count, device=self.device)
         if visible is None:
             visible = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
-        positions, visible = positions.to(self.device), visible.to(self.device)
+        positions = positions.to(self.device)
         slots.append(positions)
-        kept = {"logits_to_keep": rows} if self._keeps_logits else {}
+        return self._forward(slots, [slots], [_Reading(tokens, positions, visible, rows)])[0]
+
+    def _forward(
+        self, cache: Slots | SlotBatch, sequences: Sequence[Slots], readings: Sequence[_Reading]
+    ) -> list[Float[Tensor, "_ V"]]:
+        """Run what each sequence reads, the slots for it already taken; logits of the last rows that each wants."""
+        size = max(len(reading.tokens) for reading in readings)
+
+        def padded(part: Int[Tensor, " n"]) -> Int[Tensor, " size"]:
+            # Padding stands first, so that the rows of which the logits are wanted are the last of every sequence.
+            return nn.functional.pad(part.to(self.device), (size - len(part), 0))
+
+        kept = {"logits_to_keep": max(reading.rows for reading in readings)} if self._keeps_logits else {}
         output = self.model(
-            input_ids=tokens.to(self.device)[None],
-            attention_mask=self._mask(slots, visible),
-            position_ids=positions[None],
-            past_key_values=slots,
+            input_ids=torch.stack([padded(reading.tokens) for reading in readings]),
+            attention_mask=self._mask(sequences, [reading.visible for reading in readings], size),
+            position_ids=torch.stack([padded(reading.positions) for reading in readings]),
+            past_key_values=cache,
             use_cache=True,
             output_attentions=self._records_attention,
             **kept,
         )
         if self._records_attention:
-            slots.weights = torch.stack(
-                [
-                    # Query heads that share a head of keys: what it received is what they all paid.
-                    weights[0]
-                    .unflatten(0, (keys.shape[0], -1))
-                    .sum(1)
-                    .to(torch.promote_types(self.dtype, torch.float32))
-                    for weights, keys in zip(output.attentions, slots.filled_keys(), strict=True)
-                ]
-            )
-        logits: Tensor = output.logits[0, -rows:]
-        return logits
+            for row, (slots, reading) in enumerate(zip(sequences, readings, strict=True)):
+                slots.weights = torch.stack(
+                    [
+                        # Query heads that share a head of keys: what it received is what they all paid.
+                        weights[row, :, size - len(reading.tokens) :, : slots.length]
+                        .unflatten(0, (keys.shape[0], -1))
+                        .sum(1)
+                        .to(torch.promote_types(self.dtype, torch.float32))
+                        for weights, keys in zip(output.attentions, slots.filled_keys(), strict=True)
+                    ]
+                )
+        return [output.logits[row, -reading.rows :] for row, reading in enumerate(readings)]
 
     @contextmanager
     def recording_attention(self) -> Iterator[None]:
@@ -216,37 +257,45 @@ class LM:
         Returns:
             Logits at the root and at each node. The slots have grown by ``len(pending) + N``.
         """
-        stem, size = len(pending), len(pending) + len(tree)
-        tokens = torch.tensor(pending)
         if not len(tree):
-            return self.forward(slots, tokens)
-        visible = torch.ones(size, size, dtype=torch.bool).tril()
-        visible[stem - 1 :, stem - 1 :] = tree.visibility
-        # Every token sees its predecessors and itself, so their number places it: a node by its depth.
-        positions = slots.length + visible.sum(1) - 1
+            return self.forward(slots, torch.tensor(pending))
+        reading = _reading(slots, pending, tree)
         return self.forward(
-            slots,
-            torch.cat([tokens.to(tree.tokens.device), tree.tokens]),
-            positions=positions,
-            visible=visible,
-            rows=len(tree) + 1,
+            slots, reading.tokens, positions=reading.positions, visible=reading.visible, rows=reading.rows
         )
 
-    def _mask(self, slots: Slots, visible: Bool[Tensor, "n s"]) -> Tensor | dict[str, Tensor]:
-        count, recent = visible.shape
-        allowed = torch.ones(count, slots.length, dtype=torch.bool, device=self.device)
-        allowed[:, slots.length - recent :] = visible
+    @torch.inference_mode()
+    def forward_trees(
+        self, batch: SlotBatch, pending: Sequence[Sequence[int]], trees: Sequence[DraftTree]
+    ) -> list[Float[Tensor, "_ V"]]:
+        """`forward_tree` for each sequence of a batch, in one forward."""
+        readings = [_reading(*each) for each in zip(batch.rows, pending, trees, strict=True)]
+        batch.append([reading.positions.to(self.device) for reading in readings])
+        return self._forward(batch, batch.rows, readings)
+
+    def _mask(
+        self, sequences: Sequence[Slots], visible: Sequence[Bool[Tensor, "_ _"]], size: int
+    ) -> Tensor | dict[str, Tensor]:
+        """The mask of a forward of `size` tokens of each sequence, padding first, over all that any of them holds."""
+        length = max(slots.length for slots in sequences)
+        allowed = torch.zeros(len(sequences), size, length, dtype=torch.bool, device=self.device)
+        for row, slots, own in zip(allowed, sequences, visible, strict=True):
+            count, recent = own.shape
+            row[size - count :, : slots.length] = True
+            row[size - count :, slots.length - recent : slots.length] = own.to(self.device)
         if self._window is None:
             return self._additive(allowed)
-        positions = slots.positions[: slots.length]
-        near = allowed & (positions[-count:, None] - positions[None, :] < self._window)
+        near = allowed.clone()
+        for row, slots, own in zip(near, sequences, visible, strict=True):
+            positions, count = slots.positions[: slots.length], len(own)
+            row[size - count :, : slots.length] &= positions[-count:, None] - positions[None, :] < self._window
         if self._mask_per_layer_type:
             return {"full_attention": self._additive(allowed), "sliding_attention": self._additive(near)}
         return self._additive(near)
 
-    def _additive(self, allowed: Bool[Tensor, "n length"]) -> Float[Tensor, "1 1 n length"]:
+    def _additive(self, allowed: Bool[Tensor, "rows n length"]) -> Float[Tensor, "rows 1 n length"]:
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)[None, None]
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)[:, None]
 
     def _takes_mask_per_layer_type(self, config: PretrainedConfig) -> bool:
         """Whether the model accepts a mask for each kind of layer: seen by giving it one."""
@@ -328,6 +377,27 @@ class LM:
             if isinstance(vars(module).get("config"), PretrainedConfig):
                 module.config = smaller if vars(module)["config"] is self.model.config else text
         return LM(model, self.tokenizer, name=f"{self.name}[{len(layers)} of {total} layers]", synthetic=self.synthetic)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What a forward reads of one sequence; the arguments of `LM.forward`."""
+
+    tokens: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+    visible: Bool[Tensor, "n s"]
+    rows: int
+
+
+def _reading(slots: Slots, pending: Sequence[int], tree: DraftTree) -> _Reading:
+    """The committed tokens that the slots lack, the last of which is the root, and a tree over them."""
+    stem, size = len(pending), len(pending) + len(tree)
+    tokens = torch.tensor(pending)
+    visible = torch.ones(size, size, dtype=torch.bool).tril()
+    visible[stem - 1 :, stem - 1 :] = tree.visibility
+    # Every token sees its predecessors and itself, so their number places it: a node by its depth.
+    positions = slots.length + visible.sum(1) - 1
+    return _Reading(torch.cat([tokens.to(tree.tokens.device), tree.tokens]), positions, visible, len(tree) + 1)
 
 
 def _shell(module: Any) -> Any:

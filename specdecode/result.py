@@ -13,7 +13,7 @@ class Step:
     Attributes:
         drafted: proposed tokens.
         depth: the longest path among them.
-        rows: tokens that went through the target: the root, the proposals and, in the first step, the end of the prompt.
+        rows: tokens that the target read: the root, the proposals and, in the first step, the end of the prompt.
         accepted: proposals that were committed.
         emitted: committed tokens: the accepted ones and the target's own, cut at a stop token or the length limit.
         draft_forwards: forwards of the draft model.
@@ -49,6 +49,8 @@ class Generation:
         compressions: evictions carried out by the cache policy.
         cache_bytes: bytes of KV that the target held at the end, computed from its slots.
         peak_cache_bytes: the most that it held in any step, the proposals included.
+        logprobs: natural logarithm of the probability of each new token under the target's own law, before temperature,
+            top-k and top-p; None if not asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -62,6 +64,7 @@ class Generation:
     compressions: int = 0
     cache_bytes: int = 0
     peak_cache_bytes: int = 0
+    logprobs: list[float] | None = None
 
     @property
     def target_forwards(self) -> int:

@@ -1,4 +1,4 @@
-"""The KV slots of one sequence, and the one operation on them: keep."""
+"""The KV slots of a sequence, the one operation on them: keep, and the slots of a batch side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Slots:
         self.length = 0
         self.positions: Int[Tensor, " capacity"] = torch.zeros(max(capacity, 1), dtype=torch.long, device=device)
         self._keys: dict[int, Float[Tensor, "1 heads capacity dim"]] = {}
-        self._values: dict[int, Float[Tensor, "1 heads capacity dim"]] = {}
+        self._values: dict[int, Float[Tensor, "1 heads capacity width"]] = {}
         self.attention: Float[Tensor, "layers heads capacity"] = torch.zeros(0, 0, 0, device=device)
         self.weights: Float[Tensor, "layers heads n length"] | None = None
         self.evicted = 0
@@ -57,43 +57,59 @@ class Slots:
     @torch.inference_mode()
     def append(self, positions: Int[Tensor, " n"]) -> None:
         """Take the next n slots for tokens at these positions; the forward that follows writes them."""
+        if self.length + len(positions) > self.capacity:
+            self.grow(max(self.length + len(positions), 2 * self.capacity))
         self._written = self.length
         self.length += len(positions)
-        if self.length > self.capacity:
-            self._grow(max(self.length, 2 * self.capacity))
         self.positions[self._written : self.length] = positions
         if self.attention.numel():
             self.attention[:, :, self._written : self.length] = 0.0
 
-    def _grow(self, capacity: int) -> None:
+    @torch.inference_mode()
+    def grow(self, capacity: int) -> None:
+        """Make room for this many slots."""
         wider = torch.zeros(capacity, dtype=torch.long, device=self.positions.device)
         wider[: self.capacity] = self.positions
         self.positions = wider
         for layers in (self._keys, self._values):
             for layer, held in layers.items():
                 layers[layer] = held.new_empty(1, held.shape[1], capacity, held.shape[3])
-                layers[layer][:, :, : self._written] = held[:, :, : self._written]
+                layers[layer][:, :, : self.length] = held[:, :, : self.length]
         if self.attention.numel():
             received = self.attention.new_zeros(*self.attention.shape[:2], capacity)
-            received[:, :, : self._written] = self.attention[:, :, : self._written]
+            received[:, :, : self.length] = self.attention[:, :, : self.length]
             self.attention = received
 
     def update(
         self,
         keys: Float[Tensor, "1 heads n dim"],
-        values: Float[Tensor, "1 heads n dim"],
+        values: Float[Tensor, "1 heads n width"],
         layer: int,
         *_: Any,
         **__: Any,
-    ) -> tuple[Float[Tensor, "1 heads length dim"], Float[Tensor, "1 heads length dim"]]:
+    ) -> tuple[Float[Tensor, "1 heads length dim"], Float[Tensor, "1 heads length width"]]:
         """Write one layer's keys and values into the slots taken last; return all that the layer holds."""
         if layer not in self._keys:
             self._keys[layer] = keys.new_empty(1, keys.shape[1], self.capacity, keys.shape[3])
             self._values[layer] = values.new_empty(1, values.shape[1], self.capacity, values.shape[3])
-        held_keys, held_values = self._keys[layer], self._values[layer]
-        held_keys[:, :, self._written : self.length] = keys
-        held_values[:, :, self._written : self.length] = values
-        return held_keys[:, :, : self.length], held_values[:, :, : self.length]
+        self.write(keys, values, layer)
+        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
+
+    def write(self, keys: Float[Tensor, "1 heads n dim"], values: Float[Tensor, "1 heads n width"], layer: int) -> None:
+        """Put one layer's keys and values into the slots taken last: those of the last tokens, of more than were
+        taken."""
+        count = self.length - self._written
+        self._keys[layer][:, :, self._written : self.length] = keys[:, :, keys.shape[2] - count :]
+        self._values[layer][:, :, self._written : self.length] = values[:, :, values.shape[2] - count :]
+
+    def move(
+        self, layer: int, keys: Float[Tensor, "1 heads capacity dim"], values: Float[Tensor, "1 heads capacity width"]
+    ) -> None:
+        """Hold one layer's keys and values in these tensors from now on."""
+        if layer in self._keys:
+            keys[:, :, : self._written] = self._keys[layer][:, :, : self._written]
+            values[:, :, : self._written] = self._values[layer][:, :, : self._written]
+        self._keys[layer], self._values[layer] = keys, values
 
     def filled_keys(self) -> list[Float[Tensor, "heads length dim"]]:
         """The filled slots' keys, layer by layer: views."""
@@ -159,3 +175,67 @@ class Slots:
             if self.attention.numel():
                 self.attention[:, :, target] = self.attention[:, :, source]
         self.length = after + len(indices)
+
+
+class SlotBatch:
+    """Slots of several sequences side by side, so that one forward reads and writes all of them.
+
+    Each sequence's keys and values become a row of tensors that all share; what is done to its slots afterwards is done
+    there, in place. A batch lasts as long as its sequences stay the same: another one is made when one leaves or joins.
+
+    Args:
+        rows: the sequences, none of them in another batch that is still used.
+    """
+
+    def __init__(self, rows: Sequence[Slots]) -> None:
+        self.rows = list(rows)
+        self._shared: dict[
+            int, tuple[Float[Tensor, "rows heads capacity dim"], Float[Tensor, "rows heads capacity width"]]
+        ] = {}
+        self._make_room(0)
+
+    @property
+    def length(self) -> int:
+        """The most that any sequence has filled."""
+        return max(slots.length for slots in self.rows)
+
+    def append(self, positions: Sequence[Int[Tensor, " _"]]) -> None:
+        """Take the next slots of each sequence, for tokens at these positions."""
+        self._make_room(max(slots.length + len(own) for slots, own in zip(self.rows, positions, strict=True)))
+        for slots, own in zip(self.rows, positions, strict=True):
+            slots.append(own)
+
+    def _make_room(self, needed: int) -> None:
+        """All sequences have the same capacity, so that none of them outgrows the tensors that it shares."""
+        capacity = max(slots.capacity for slots in self.rows)
+        if needed > capacity:
+            capacity = max(needed, 2 * capacity)
+            self._shared = {}
+        for slots in self.rows:
+            if slots.capacity < capacity:
+                slots.grow(capacity)
+
+    def update(
+        self,
+        keys: Float[Tensor, "rows heads n dim"],
+        values: Float[Tensor, "rows heads n width"],
+        layer: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Float[Tensor, "rows heads length dim"], Float[Tensor, "rows heads length width"]]:
+        """Write one layer's keys and values, those of padding (which stands first) left out; return all that the layer
+        holds, each sequence's slots from the first on."""
+        if layer not in self._shared:
+            # Zeros, since what no sequence has written is multiplied too, if only by an attention of zero.
+            shape = (len(self.rows), keys.shape[1], self.rows[0].capacity)
+            self._shared[layer] = (keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3]))
+            for row, slots in enumerate(self.rows):
+                slots.move(layer, *(tensor[row : row + 1] for tensor in self._shared[layer]))
+        for row, slots in enumerate(self.rows):
+            slots.write(keys[row : row + 1], values[row : row + 1], layer)
+        shared_keys, shared_values = self._shared[layer]
+        return shared_keys[:, :, : self.length], shared_values[:, :, : self.length]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Slots filled before the forward under way, in the longest sequence."""
+        return max(slots.get_seq_length() for slots in self.rows)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specdecode import cli, load
+from specdecode import cli, generate, load
 from tests.characters import CHARACTERS, save
 from tests.models import continuation
 
@@ -85,10 +86,97 @@ def test_a_seed_makes_sampling_repeatable(
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_file_of_prompts_gives_a_line_of_json_for_each(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str, tmp_path: Path
+) -> None:
+    """Guards against prompts that are lost, mixed up or cut, and text that no program can read."""
+    prompts = ["the cat sat", 'a "quoted" prompt, a quoted prompt', "a third", "and a much longer one than the others"]
+    plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    plain.write_text("\n".join(prompts) + "\n\n")
+    lines.write_text("".join(json.dumps({"prompt": prompt, "id": 1}) + "\n" for prompt in prompts))
+    loaded = load(model, dtype="float64", device="cpu")
+    expected = [loaded.decode(generate(loaded, loaded.encode(prompt), max_new_tokens=20).tokens) for prompt in prompts]
+    for file, batch in ((plain, "1"), (lines, "3")):
+        arguments = ("--prompts", str(file), "--batch", batch, "--logprobs", "--target", model, "--dtype", "float64")
+        assert run(monkeypatch, "generate", *arguments, "--max-new-tokens", "20") == 0
+        out, err = capfd.readouterr()
+        told = sorted((json.loads(line) for line in out.splitlines()), key=lambda row: row["index"])
+        assert [row["prompt"] for row in told] == prompts
+        assert [row["text"] for row in told] == expected
+        assert all(row["tokens"] == 20 and row["finish_reason"] == "length" for row in told)
+        assert ["".join(token for token, _ in row["logprobs"]) for row in told] == expected
+        assert all(value <= 0 for row in told for _, value in row["logprobs"])
+        assert "4/4 prompts" in err
+
+
+def test_a_stop_string_reaches_the_decoder(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against an option that is read and forgotten, in either form of output."""
+    arguments = ("generate", "the cat sat", "--target", model, "--max-new-tokens", "30")
+    assert run(monkeypatch, *arguments) == 0
+    whole = capfd.readouterr().out
+    expected = whole[: whole.index(whole[12:14]) + 2]
+    assert run(monkeypatch, *arguments, "--stop", "\0\0\0", "--stop", expected[-2:]) == 0
+    assert capfd.readouterr().out == expected + "\n"
+    assert run(monkeypatch, *arguments, "--stop", expected[-2:], "--json") == 0
+    row = json.loads(capfd.readouterr().out)
+    assert (row["text"], row["finish_reason"], row["index"]) == (expected, "stop", 0)
+
+
+def test_a_chat_is_put_into_the_model_s_template(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Guards against a question that a chat model is to continue instead of answering it."""
+    folder = save(tmp_path)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}~{% endfor %}"
+        "{% if add_generation_prompt %}[A] {% endif %}"
+    )
+    arguments = ("--target", str(folder), "--max-new-tokens", "12")
+    assert run(monkeypatch, "generate", "[user] who?~[A] ", *arguments) == 0
+    expected = capfd.readouterr().out
+    assert run(monkeypatch, "generate", "who?", "--chat", *arguments) == 0
+    assert capfd.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("\n \n", "{file} has no prompts: give one a line"),
+        ('{"prompt": "a"}\nnot json\n', "line 2 of {file} is no JSON object with a field prompt"),
+        ('{"text": "a"}\n', "line 1 of {file} is no JSON object with a field prompt"),
+        ('{"prompt": 3}\n', "line 1 of {file} is no JSON object with a field prompt"),
+        ('["prompt"]\n', "line 1 of {file} is no JSON object with a field prompt"),
+        (b"\xff\xfe", "{file} cannot be read as text"),
+        (None, "{file} cannot be read as text"),
+    ],
+)
+def test_a_file_without_prompts_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    content: str | bytes | None,
+    reason: str,
+) -> None:
+    """Guards against an error in line 900 that is found after an hour, and names no line."""
+    file = tmp_path / "prompts.jsonl"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert run(monkeypatch, "generate", "--prompts", str(file)) == 2
+    assert f"specdecode: {reason.format(file=file)}" in " ".join(capfd.readouterr().err.split("\n"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["generate", ""], "the prompt is empty"),
+        (["generate"], "give either a prompt or a file of them"),
+        (["generate", "x", "--prompts", "y"], "give either a prompt or a file of them"),
+        (["generate", "x", "--batch", "2"], "--batch is for a file of prompts"),
+        (["generate", "x", "--logprobs"], "--logprobs needs --json or --prompts"),
+        (["generate", "x", "--target", "{model}", "--stop", ""], "a stop string is empty"),
+        (["generate", "x", "--target", "{model}", "--chat"], "has no chat template"),
         (["generate", "x", "--k", "0"], "K is 0"),
         (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "x", "--top-p", "0"], "top_p is 0.0"),

@@ -15,12 +15,13 @@ ROOT = Path(specdecode.__file__).parent
 # From the ground up. What stands on one line does not know of each other; a package stands where its folder is named,
 # and its own modules may.
 LAYERS = [
-    ["errors", "sampling", "shapes", "slots", "tree"],
+    ["errors", "sampling", "shapes", "slots", "stopping", "tree"],
     ["policies", "result", "rotary", "verify"],
     ["controller", "lm"],
     ["loading"],
     ["backends", "drafters"],
     ["decode"],
+    ["specdecoder"],
     ["evals", "training"],
     ["bench"],
     ["cli"],

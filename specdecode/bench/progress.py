@@ -14,11 +14,11 @@ _LOG_INTERVAL_S = 15.0
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[int, int, str], None]]:
+def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
     """A function to call with (done, total, what is going on): a bar on a terminal, else a line now and then."""
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield _log(console)
+        yield _log(console, unit)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -28,7 +28,7 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("measuring")
+        task = bar.add_task(unit)
 
         def tell(done: int, total: int, doing: str) -> None:
             bar.update(task, completed=done, total=total, description=doing)
@@ -36,7 +36,7 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
         yield tell
 
 
-def _log(console: Console) -> Callable[[int, int, str], None]:
+def _log(console: Console, unit: str) -> Callable[[int, int, str], None]:
     started = time.monotonic()
     told = 0.0
 
@@ -47,6 +47,6 @@ def _log(console: Console) -> Callable[[int, int, str], None]:
             return
         told = now
         left = f"{(now - started) / done * (total - done):.0f} s left" if done else "starting"
-        console.print(f"{done}/{total} runs, {now - started:.0f} s, {left}: {doing}", highlight=False, soft_wrap=True)
+        console.print(f"{done}/{total} {unit}, {now - started:.0f} s, {left}: {doing}", highlight=False, soft_wrap=True)
 
     return tell
