@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import io
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -180,11 +181,29 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache() -> None:
 def test_the_presets_are_of_known_parts() -> None:
     """Guards against a preset that is only found wrong when somebody measures with it."""
     target = lm("llama")
-    for name in ("quick", "synthetic", "streaming", "long-sequence"):
+    for name in ("quick", "synthetic", "streaming", "long-sequence", "batch"):
         entries = preset(name).arms
         arms = {arm: make(arm, options, target, target) for arm, options in entries.items()}
         assert all(arm.against is None or arm.against in arms for arm in arms.values())
         assert "ar" in arms
+
+
+def test_a_batch_shares_forwards_and_tells_a_prompts_share_of_the_time() -> None:
+    """Guards against a batch of one text said several times, and a time that is divided in one place only."""
+    target = lm("llama")
+    arm = make("batch", {"drafter": "lookup", "batch": 4}, target, None)
+    shapes: list[torch.Size] = []
+    started = time.perf_counter()
+    with target.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    ):
+        run = arm.run(prompt(), 30, ())
+    elapsed = time.perf_counter() - started
+    assert run.tokens == generate(target, prompt(), max_new_tokens=30).tokens
+    assert sorted(shape[1] for shape in shapes if shape[0] == 1)[-1] == len(prompt()) - 1
+    assert next(shape[0] for shape in shapes if shape[0] > 1) == 4
+    assert 0 < 4 * run.total_s <= elapsed
+    assert run.seconds["verify"] < run.total_s
 
 
 def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
@@ -237,6 +256,8 @@ def test_peers_draft_as_long_as_they_are_told() -> None:
         ({"policy": "amnesia"}, "no cache policy is named 'amnesia': choose from heavy-hitter, key-norm, random"),
         ({"policy": "sink-window", "cache": 3}, "max_len is 3"),
         ({"peer": "generate", "policy": "random"}, "takes no policy"),
+        ({"batch": 0}, "batch is 0"),
+        ({"batch": 2, "drafter": "model", "replay": 0.5}, "batch is 2: it is 1 or more, and 1 for replayed drafts"),
     ],
 )
 def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:

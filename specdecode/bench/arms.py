@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdecode.bench.environment import synchronise
 from specdecode.controller import FixedK
-from specdecode.decode import generate
+from specdecode.decode import generate, generate_batch
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter
@@ -35,7 +35,7 @@ class Run:
 
     Attributes:
         tokens: the new tokens.
-        total_s: seconds of the whole call, the device synchronised.
+        total_s: seconds of the whole call, the device synchronised. Of a batch, here and below, a prompt's share.
         ttft_s: seconds to the first committed tokens.
         counts: of "steps" (target forwards that committed tokens); for our own arms also "target_forwards",
             "draft_forwards", "drafted" and "accepted" tokens, "cache_bytes" at the end and "peak_cache_bytes",
@@ -53,12 +53,20 @@ class Run:
     histograms: dict[str, list[int]] = field(default_factory=dict)
 
 
-def _run_of(result: Generation, total_s: float) -> Run:
-    draft_s, verify_s = result.draft_s, result.verify_s
+def _run_of(results: Sequence[Generation], total_s: float) -> Run:
+    """Counts of the first prompt of a batch, and its share of the time: the same part for each prompt."""
+    result, share = results[0], 1 / len(results)
+
+    def verify_s(start: int) -> float:
+        # A forward is counted by each of its prompts; the one with the most steps was in all of them.
+        return max(sum(step.verify_s for step in each.steps[start:]) for each in results)
+
+    draft_s = share * sum(each.draft_s for each in results)
+    verified_s = share * (verify_s(0) + sum(each.prefill_forwards_s for each in results))
     return Run(
         tokens=result.tokens,
-        total_s=total_s,
-        ttft_s=result.ttft_s,
+        total_s=share * total_s,
+        ttft_s=share * result.ttft_s,
         counts={
             "steps": len(result.steps),
             "target_forwards": result.target_forwards,
@@ -72,13 +80,18 @@ def _run_of(result: Generation, total_s: float) -> Run:
         },
         seconds={
             "draft": draft_s,
-            "verify": verify_s,
-            "overhead": total_s - draft_s - verify_s,
-            "later_draft": sum(step.draft_s for step in result.steps[1:]),
-            "later_verify": sum(step.verify_s for step in result.steps[1:]),
+            "verify": verified_s,
+            "overhead": share * total_s - draft_s - verified_s,
+            "later_draft": share * sum(step.draft_s for each in results for step in each.steps[1:]),
+            "later_verify": share * verify_s(1),
         },
         histograms={"accepted": result.accepted_lengths, "depth": result.depths},
     )
+
+
+def _beginnings(prompt: Sequence[int], count: int) -> list[Sequence[int]]:
+    """The prompt and ever shorter beginnings of it, which go on differently: a batch of one prompt's making."""
+    return [prompt[: max(1, len(prompt) * (count - place) // count)] for place in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +129,10 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
 
     Keys: `drafter` ("none", "lookup", "model" or "self-streaming"), `k`, `nodes`, `ngram`, `branches`, `shape`
     ("chain", "static" or "best-first"), `branching`, `threshold`, `draft_cache` (tokens that a streaming draft holds),
-    `replay` (acceptance), `policy` ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it
-    holds); or `peer` ("generate", "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which
-    transformers stops drafting). `against` names the peer's arm that does the same.
+    `replay` (acceptance), `batch` (prompts decoded at once: the block's own and shorter beginnings of it), `policy`
+    ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it holds); or `peer` ("generate",
+    "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops drafting).
+    `against` names the peer's arm that does the same.
 
     Raises:
         ValueError: a key or value that is not known, or a draft model that is missing.
@@ -145,6 +159,9 @@ def _ours(
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
     kind = options.pop("drafter", "none")
     controller = FixedK(options.pop("k", 5))
+    batch = options.pop("batch", 1)
+    if batch < 1 or (batch > 1 and replay is not None):
+        raise ValueError(f"batch is {batch}: it is 1 or more, and 1 for replayed drafts, which know one continuation")
     make_drafter: Callable[[], Drafter]
     if kind == "none":
         make_drafter = NoDraft
@@ -168,22 +185,18 @@ def _ours(
         raise ValueError(f"no drafter is named {kind!r}: choose from none, lookup, model, self-streaming")
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
-        # A fresh drafter every time: a used one would still hold the prompt.
-        drafter = make_drafter()
-        if replay is not None:
-            drafter = ReplayDrafter(drafter, [*prompt, *expected], replay)
-        result, total = _timed(
-            target,
-            lambda: generate(
-                target,
-                prompt,
-                drafter=drafter,
-                controller=controller,
-                policy=policy,
-                max_new_tokens=max_new_tokens,
-            ),
-        )
-        return _run_of(result, total)
+        def decode() -> list[Generation]:
+            rules: dict[str, Any] = {"policy": policy, "max_new_tokens": max_new_tokens}
+            if batch > 1:
+                rules |= {"batch_size": batch, "drafter": make_drafter, "controller": lambda: controller}
+                return generate_batch(target, _beginnings(prompt, batch), **rules)
+            # A fresh drafter every time: a used one would still hold the prompt.
+            drafter = make_drafter()
+            if replay is not None:
+                drafter = ReplayDrafter(drafter, [*prompt, *expected], replay)
+            return [generate(target, prompt, drafter=drafter, controller=controller, **rules)]
+
+        return _run_of(*_timed(target, decode))
 
     return run
 
