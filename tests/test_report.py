@@ -162,7 +162,7 @@ def test_a_slower_arm_is_told_with_what_made_it_slower(report: Any, format_: str
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize(
     ("of_all", "said"),
-    [({"synthetic": True}, "linear (synthetic)"), ({"ties": 3}, "3 ties"), ({"bugs": 1}, "WRONG"), ({}, "equal")],
+    [({"synthetic": True}, "linear (synthetic)"), ({"ties": 3}, "3/3 ties"), ({"bugs": 1}, "WRONG"), ({}, "equal")],
 )
 def test_what_is_not_plain_is_marked(report: Any, format_: str, of_all: dict[str, Any], said: str) -> None:
     """Guards against a cost that is read as a speed, and a wrong output that is read as a fast one."""

@@ -328,7 +328,7 @@ def outputs(run: RunFile, arm: str) -> str:
     record = run.arms[arm]
     if record.bugs:
         return "WRONG"
-    ties = f"{record.ties} ties" if record.ties else ""
+    ties = f"{record.ties}/{record.total('runs'):.0f} ties" if record.ties else ""
     return f"lossy {ties}".strip() if record.lossy else ties or "equal"
 
 
