@@ -172,8 +172,8 @@ def test_models_with_a_tokenizer_meet_this_drafter_in_every_suite() -> None:
 @given(data=st.data())
 @settings(deadline=None, max_examples=15)
 def test_a_used_drafter_proposes_what_a_fresh_one_would(target: str, draft: str, data: st.DataObject) -> None:
-    """Guards against a translation remembered of another text, and a length asked for by what happened before. Any
-    tokens will do: halves of characters, special ones, and those that have no text."""
+    """Guards against a translation remembered of another text, a length asked for by what happened before, and draws of
+    the draft's. Any tokens will do: halves of characters, special ones, and those that have no text."""
     policy = data.draw(st.sampled_from([KeepAll(), SinkWindow(13, sinks=2, interval=4)]))
     make = functools.partial(UniversalDrafter, unlearnt(spelling(target)), knows(draft, WIDE), policy)
     used = make()
@@ -187,11 +187,11 @@ def test_a_used_drafter_proposes_what_a_fresh_one_would(target: str, draft: str,
         patch.setattr(universal, "_BLOCK", data.draw(st.sampled_from([4, 7, 256])))
         for _ in range(4):
             limit = Limit(data.draw(st.integers(1, 6)), data.draw(st.sampled_from([2, 64])))
-            given_to = context(tokens, data.draw(st.sampled_from([Sampling(), Sampling(1.0)])))
+            sampling = data.draw(st.sampled_from([Sampling(), Sampling(9.0)]))
             before = list(tokens)
-            proposed = used.propose(given_to, limit)
+            proposed = used.propose(context(tokens, sampling), limit)
             assert tokens == before
-            assert proposed.tokens.tolist() == make().propose(given_to, limit).tokens.tolist()
+            assert proposed.tokens.tolist() == make().propose(context(tokens), limit).tokens.tolist()
             assert proposed.probs is None
             assert proposed.depth == len(proposed) <= min(limit.depth, limit.nodes)
             change = data.draw(st.sampled_from(["accept", "accept", "go elsewhere", "cut"]))
@@ -251,6 +251,14 @@ def test_no_token_is_proposed_for_which_the_target_has_no_row() -> None:
     drafter = UniversalDrafter(target, learnt(tokenizer, "abcé" * 4))
     tree = drafter.propose(Context(tokenizer("abcéab")["input_ids"], target.vocab_size, Sampling(), Rng(0)), Limit(4))
     assert tokenizer.decode(tree.tokens) == "c"
+
+
+def test_what_has_no_text_is_not_drafted() -> None:
+    """Guards against rows that pad the draft's vocabulary: random, they would be its choice at four of five places."""
+    target = spelling("byte-pairs")
+    drafter = UniversalDrafter(unlearnt(target), unlearnt(spelling("characters")))
+    for place in range(1, 20):
+        assert len(drafter.propose(context(target(TEXT)["input_ids"][:place]), Limit(4))) > 1
 
 
 @pytest.mark.parametrize(("target", "draft"), PAIRS)

@@ -135,6 +135,7 @@ class _Text:
                 " tokenizer, or choose a pair of one vocabulary"
             )
         self._tokenizer = lm.tokenizer
+        self._anchor = self._encode(_ANCHOR)
         probe = self._encode(_PROBE)
         given_back = self.read(self.write(_PROBE, probe), first=False)
         if given_back != _PROBE:
@@ -159,14 +160,14 @@ class _Text:
 
     def read(self, tokens: Sequence[int], *, first: bool) -> str:
         """The text of tokens, with which a text begins or not: a space before it is lost at the beginning."""
-        anchor = [] if first else self._encode(_ANCHOR)
+        anchor = [] if first else self._anchor
         return self._decode([*anchor, *tokens])[len(self._decode(anchor)) :]
 
     def write(self, text: str, behind: Sequence[int]) -> list[int]:
         """The tokens of a text that stands behind others; behind none, it is the beginning.
 
-        What is written together with the text before it is cut as the model has learnt it, spaces included. Only where
-        the first word goes on with the last one, which is written already, does it stand alone.
+        It is written together with what it stands behind, as the model has learnt to see words and spaces cut. Only
+        where it goes on with a word that is written already does it stand alone.
         """
         for before in (self._decode(behind), _ANCHOR) if behind else ():
             tokens, both = self._encode(before), self._encode(before + text)
