@@ -36,9 +36,9 @@ def byte_pairs(text: str, size: int = 320, special: dict[str, str] | None = None
 
 def pieces(words: list[str]) -> PreTrainedTokenizerFast:
     """Letters, some words, and bytes for the rest, as Llama 2 cuts a text: a space belongs to the word after it, the
-    first word gets one, and a text begins with <s>."""
-    marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    merges: list[tuple[str, str]] = []
+    first word gets one, and a text begins with <s>. Two ends of lines are one token."""
+    marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n"]
+    merges = [("\n", "\n")]
     for word in words:
         merges += [("▁" + word[:i], word[i]) for i in range(len(word))]
     texts = dict.fromkeys([*marks, *string.printable[:95].replace(" ", ""), *("".join(pair) for pair in merges)])
