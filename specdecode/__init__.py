@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from specdecode.drafters.shapes import BestFirstTree as BestFirstTree
     from specdecode.drafters.shapes import Chain as Chain
     from specdecode.drafters.shapes import StaticTree as StaticTree
+    from specdecode.drafters.universal import UniversalDrafter as UniversalDrafter
     from specdecode.errors import SpecDecodeError as SpecDecodeError
     from specdecode.errors import TokenizerMismatchError as TokenizerMismatchError
     from specdecode.errors import UnsupportedModelError as UnsupportedModelError
@@ -58,6 +59,7 @@ _HOMES = {
     "StaticTree": "drafters.shapes",
     "Step": "result",
     "TokenizerMismatchError": "errors",
+    "UniversalDrafter": "drafters.universal",
     "UnsupportedModelError": "errors",
     "generate": "decode",
     "generate_batch": "decode",

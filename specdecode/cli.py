@@ -34,6 +34,7 @@ class DrafterKind(str, enum.Enum):
     none = "none"
     lookup = "lookup"
     model = "model"
+    universal = "universal"
     self_streaming = "self-streaming"
 
 
@@ -58,7 +59,10 @@ def generate(
     target: Annotated[str, typer.Option(help="embedded model, hub id, local folder or shape:NAME")] = "smollm2-135m",
     draft: Annotated[str | None, typer.Option(help="draft model; layers:0-9,29 takes these of the target")] = None,
     drafter: Annotated[
-        DrafterKind | None, typer.Option(help="what proposes  [default: model if a draft is given, else lookup]")
+        DrafterKind | None,
+        typer.Option(
+            help="what proposes  [default: lookup; with a draft: model, or universal if its vocabulary is another]"
+        ),
     ] = None,
     k: Annotated[int, typer.Option(help="draft length")] = 5,
     tree: Annotated[Shape, typer.Option(help="shape of a model's draft")] = Shape.chain,
@@ -96,13 +100,15 @@ def generate(
         Sampling,
         SelfStreamingDrafter,
         StaticTree,
+        TokenizerMismatchError,
+        UniversalDrafter,
         generate_batch,
         load,
     )
     from specdecode import generate as decode
     from specdecode.drafters.base import Drafter
     from specdecode.drafters.shapes import TreeShape
-    from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT
+    from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, check_vocabulary
     from specdecode.policies import policy as named_policy
 
     if (prompt is None) == (prompts is None):
@@ -117,12 +123,15 @@ def generate(
     controller = FixedK(k)
     sampling = Sampling(temperature, top_k, top_p, seed)
     kind = drafter or (DrafterKind.model if draft else DrafterKind.lookup)
-    if kind is DrafterKind.model and not draft:
-        if target != EMBEDDED:
-            raise ValueError("--drafter model needs a draft model: name one with --draft")
+    of_a_model = kind in (DrafterKind.model, DrafterKind.universal)
+    if of_a_model and not draft:
+        if target != EMBEDDED or kind is DrafterKind.universal:
+            raise ValueError(f"--drafter {kind.value} needs a draft model: name one with --draft")
         draft = EMBEDDED_DRAFT
-    if draft and kind is not DrafterKind.model:
+    if draft and not of_a_model:
         raise ValueError(f"--draft is of no use with --drafter {kind.value}: leave one of them out")
+    if kind is DrafterKind.universal and tree is not Shape.chain:
+        raise ValueError("--tree is of no use with --drafter universal, which proposes a chain: leave it out")
     if max_cache is not None and not policy and kind is not DrafterKind.self_streaming:
         raise ValueError("--max-cache is of no use without --policy or --drafter self-streaming: leave it out")
     cache = 256 if max_cache is None else max_cache
@@ -131,16 +140,29 @@ def generate(
     model = load(target, device=device, dtype=dtype)
     if model.tokenizer is None:
         raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
+    make_drafter: Callable[[], Drafter] = NoDraft
+    if of_a_model:
+        smaller = load(str(draft), device=device, dtype=dtype, target=model, same_vocabulary=False)
+        if kind is DrafterKind.model:
+            try:
+                check_vocabulary(model, smaller)
+            except TokenizerMismatchError:
+                # Only where neither a drafter nor a tree is asked for may the draft go by text.
+                if drafter or tree is not Shape.chain:
+                    raise
+                kind = DrafterKind.universal
+                _note(f"{draft} has another vocabulary than {target}: it drafts by text (--drafter universal)")
     shapes: dict[Shape, TreeShape] = {
         Shape.chain: Chain(),
         Shape.static: StaticTree((2,) * k),
         Shape.best_first: BestFirstTree(),
     }
-    make_drafter: Callable[[], Drafter] = NoDraft
     if kind is DrafterKind.lookup:
         make_drafter = PromptLookup
     elif kind is DrafterKind.model:
-        make_drafter = partial(ModelDrafter, load(str(draft), device=device, dtype=dtype, target=model), shapes[tree])
+        make_drafter = partial(ModelDrafter, smaller, shapes[tree])
+    elif kind is DrafterKind.universal:
+        make_drafter = partial(UniversalDrafter, model, smaller)
     elif kind is DrafterKind.self_streaming:
         make_drafter = partial(SelfStreamingDrafter, model, cache, shape=shapes[tree])
 

@@ -10,7 +10,8 @@ class UnsupportedModelError(SpecDecodeError):
 
 
 class TokenizerMismatchError(SpecDecodeError):
-    """Target and draft do not share a vocabulary; the sentence names the first difference."""
+    """The draft cannot speak to the target: their vocabularies differ, or there is no text between them either; the
+    sentence names the first difference, or what is lost."""
 
 
 class ModelFileError(SpecDecodeError):

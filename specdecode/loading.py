@@ -52,6 +52,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     target: LM | None = None,
+    same_vocabulary: bool = True,
 ) -> LM:
     """Load a causal language model.
 
@@ -62,6 +63,7 @@ def load(
         dtype: "float32", "float16", "bfloat16" or "float64"; by default float32 on a CPU and float16 elsewhere.
         device: by default the first GPU, or the CPU if there is none.
         target: the model that this one will draft for: their vocabularies are compared.
+        same_vocabulary: False leaves that out, for a draft that may have to go by text (`UniversalDrafter`).
 
     Raises:
         ModelFileError: nothing there by that name, or its files are damaged, or cannot be fetched or stored.
@@ -81,7 +83,7 @@ def load(
         model = _pretrained(name, source, chosen_dtype, chosen_device)
         tokenizer = _tokenizer(source)
     lm = LM(model, tokenizer, name=name, synthetic=name.startswith("shape:"))
-    if target is not None:
+    if target is not None and same_vocabulary:
         check_vocabulary(target, lm)
     return lm
 
@@ -122,7 +124,8 @@ def check_vocabulary(target: LM, draft: LM) -> None:
         return  # several texts for one id, and all ids agree
     raise TokenizerMismatchError(
         f"{draft.name} does not share the vocabulary of {target.name}: token {first} is"
-        f" {text_of_draft.get(first)!r} there and {text_of.get(first)!r} here; choose a draft of the target's family"
+        f" {text_of_draft.get(first)!r} there and {text_of.get(first)!r} here; choose a draft of the target's family,"
+        " or let this one draft by text (UniversalDrafter, --drafter universal)"
     )
 
 

@@ -1,4 +1,5 @@
-"""Tiny random models in float64, whose every decision is clear of rounding, and what they say without this package."""
+"""Tiny random models in float64, whose every decision is clear of rounding, and what they say without this package.
+Each of their tokens is a character."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from transformers import (
 )
 
 from specdecode import LM
+from tests.spelling import CHARACTERS, characters
 
-VOCABULARY = 97
+VOCABULARY = len(CHARACTERS)
 # Of which every architecture below says something diverse; some loop at once with another.
 SEED = 2
 # Where the models live: `pytest --device cuda` puts them on a GPU.
@@ -113,7 +115,7 @@ def build(values: dict[str, Any], seed: int = SEED) -> PreTrainedModel:
 
 @functools.cache
 def lm(name: str, seed: int = SEED) -> LM:
-    return LM(build(ARCHITECTURES[name], seed), name=name)
+    return LM(build(ARCHITECTURES[name], seed), characters(), name=name)
 
 
 def small(seed: int = SEED, **values: Any) -> LM:

@@ -18,6 +18,7 @@ from specdecode.bench.against import Quartet, Side, SideBySide, Versions, Worker
 from specdecode.bench.arms import Run
 from specdecode.bench.worker import PROTOCOL, serve
 from tests.characters import save
+from tests.spelling import CHARACTERS
 from tests.test_suites import ROOT, run
 
 LOGS = st.floats(-1, 1)
@@ -122,8 +123,10 @@ def test_a_model_that_does_not_fit_even_alone_is_told() -> None:
 def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against an error that ends the worker, and the run with it, instead of being told."""
     folder = str(save(tmp_path / "model"))
-    load = {"do": "load", "target": folder, "draft": "", "device": "cpu", "dtype": "float64"}
+    other = str(save(tmp_path / "other", texts=CHARACTERS[::-1]))
+    load = {"do": "load", "target": folder, "draft": other, "device": "cpu", "dtype": "float64"}
     arms = {"ar": {}, "lookup": {"drafter": "lookup"}, "novel": {"drafter": "oracle"}}
+    arms |= {"by-text": {"drafter": "universal"}, "linear": {"drafter": "model"}}
     run_ = {"do": "run", "arm": "lookup", "prompt": [1, 2, 3], "length": 4, "expected": []}
     requests = [
         {**load, "target": "./nowhere", "arms": arms},
@@ -135,7 +138,7 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     answers = serve(json.dumps(request) for request in requests)
     missing, about, done, empty, unloaded = map(json.loads, answers)
     assert "no such folder" in missing["error"]
-    assert about["value"]["refused"].keys() == {"novel"}
+    assert about["value"]["refused"].keys() == {"novel", "linear"}
     assert len(Run(**done["value"]).tokens) == 4
     assert "prompt is empty" in empty["error"]
     assert unloaded == {"value": None}

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from specdecode import cli, generate, load
-from tests.characters import CHARACTERS, save
+from tests.characters import save
 from tests.models import continuation
+from tests.spelling import CHARACTERS
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     return int(exit_.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of another vocabulary."""
+    return str(save(tmp_path_factory.mktemp("other"), texts=CHARACTERS[::-1], seed=3))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,22 @@ def test_generate_streams_the_models_own_text_and_ends_with_measures(
     measures = r"40 tokens \(length\), [\d.]+ tokens/s, τ [\d.]+(, acceptance \d+%)?, TTFT \d+ ms"
     assert re.fullmatch(measures, err.splitlines()[-1])
     assert ("acceptance" in err) == ("none" not in drafter)
+
+
+@pytest.mark.parametrize("asked_for", [(), ("--drafter", "universal")], ids=["by itself", "asked for"])
+def test_a_draft_of_another_vocabulary_drafts_by_text(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str, other: str, asked_for: tuple[str]
+) -> None:
+    """Guards against a refusal where there is a way, and against one that is taken in silence."""
+    arguments = ("generate", "the cat sat on", "--target", model, "--max-new-tokens", "20", "--dtype", "float64")
+    assert run(monkeypatch, *arguments, "--drafter", "none") == 0
+    plain = capfd.readouterr().out
+    assert run(monkeypatch, *arguments, "--draft", other, *asked_for) == 0
+    out, err = capfd.readouterr()
+    assert out == plain
+    assert "acceptance" in err.splitlines()[-1]
+    told = f"{other} has another vocabulary than {model}: it drafts by text (--drafter universal)"
+    assert (told in err.splitlines()) == (not asked_for)
 
 
 def test_a_bounded_cache_writes_on_beyond_the_context(
@@ -184,7 +207,16 @@ def test_a_file_without_prompts_is_told(
         (["generate", "x", "--target", "./nowhere"], "no such folder: ./nowhere"),
         (["generate", "x", "--target", "shape:nothing"], "no shape is named 'nothing'"),
         (["generate", "x", "--target", "{model}", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["generate", "x", "--target", "{model}", "--draft", "{other}"], "does not share the vocabulary"),
+        (
+            ["generate", "x", "--target", "{model}", "--draft", "{other}", "--drafter", "model"],
+            "does not share the vocabulary",
+        ),
+        (
+            ["generate", "x", "--target", "{model}", "--draft", "{other}", "--tree", "static"],
+            "or let this one draft by text (UniversalDrafter, --drafter universal)",
+        ),
+        (["generate", "x", "--drafter", "universal"], "--drafter universal needs a draft model"),
+        (["generate", "x", "--drafter", "universal", "--draft", "layers:0", "--tree", "static"], "--tree is of no use"),
         (["generate", "x", "--target", "{model}", "--draft", "layers:5"], "ascending indices from 0 to 3"),
         (["generate", "x", "--target", "{model}", "--draft", "layers:a"], "not of the form"),
         (["generate", "x", "--target", "{model}", "--drafter", "model"], "needs a draft model"),
@@ -204,14 +236,12 @@ def test_what_is_wrong_is_told_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     model: str,
-    tmp_path: Path,
+    other: str,
     arguments: list[str],
     reason: str,
 ) -> None:
     """Guards against tracebacks, silence, and an exit code that a script cannot tell from success."""
-    if "{other}" in arguments:
-        save(tmp_path, characters=CHARACTERS[::-1])
-    arguments = [argument.format(model=model, other=tmp_path) for argument in arguments]
+    arguments = [argument.format(model=model, other=other) for argument in arguments]
     assert run(monkeypatch, *arguments) == 2
     out, err = capfd.readouterr()
     told = [line for line in err.splitlines() if line.startswith("specdecode: ")]

@@ -2,11 +2,23 @@ from __future__ import annotations
 
 import pytest
 
-from specdecode import LM, BestFirstTree, ModelDrafter, NoDraft, PromptLookup, StaticTree, generate, load
+from specdecode import (
+    LM,
+    BestFirstTree,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    StaticTree,
+    UniversalDrafter,
+    generate,
+    load,
+)
 from specdecode.bench.measure import classify
 from specdecode.drafters.base import Drafter
 from specdecode.loading import EMBEDDED_DRAFT
+from tests.learnt import learnt
 from tests.models import continuation
+from tests.spelling import byte_pairs, characters
 
 TEXT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Germany is"
 
@@ -40,3 +52,17 @@ def test_real_weights_decode_to_transformers_own_tokens(target: LM, name: str) -
     # In float32 a tie is decided by rounding, which is not an error; anything else is.
     assert classify(target, prompt, expected, result.tokens) in ("equal", "tie")
     assert (result.accepted > 0) == (name != "none")
+
+
+@pytest.mark.parametrize("spelling", ["characters", "byte-pairs"])
+def test_a_draft_of_another_vocabulary_finds_the_real_tokens(target: LM, spelling: str) -> None:
+    """Guards against a translation that is right for small vocabularies alone: the draft knows the text that will be
+    written, so what is rejected was translated otherwise than the target writes."""
+    assert target.tokenizer is not None
+    prompt = target.encode(TEXT)
+    expected = continuation(target.model, prompt, 32)
+    text = target.tokenizer.decode([*prompt, *expected])
+    draft = learnt(characters() if spelling == "characters" else byte_pairs(text), text)
+    result = generate(target, prompt, drafter=UniversalDrafter(target, draft), max_new_tokens=32)
+    assert classify(target, prompt, expected, result.tokens) in ("equal", "tie")
+    assert result.acceptance_rate > 0.7

@@ -246,6 +246,14 @@ def test_a_draft_is_compared_when_it_is_loaded(folder: Path) -> None:
     assert load(str(folder), target=with_words(WORDS, 8), device="cpu").vocab_size == 97
 
 
+def test_a_draft_that_goes_by_text_may_have_any_vocabulary(folder: Path) -> None:
+    """Guards against a way out that is named and barred."""
+    target = with_words(["the", "a", "dog"], 97)
+    with pytest.raises(TokenizerMismatchError, match=r"or let this one draft by text \(UniversalDrafter"):
+        load(str(folder), target=target, device="cpu")
+    assert load(str(folder), target=target, same_vocabulary=False, device="cpu").vocab_size == 97
+
+
 # The embedded model, with a small one in its place.
 
 

@@ -12,13 +12,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from specdecode import LM, generate
+from specdecode import LM, TokenizerMismatchError, generate
 from specdecode.bench.arms import Arm, Run, make
 from specdecode.bench.measure import Results, classify, experiment, row_of
 from specdecode.bench.presets import preset
 from specdecode.bench.report import markdown, speed_table
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
-from tests.models import ARCHITECTURES, build, lm, prompt
+from specdecode.bench.session import Options, measure
+from tests.characters import save
+from tests.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt, small
+from tests.spelling import CHARACTERS, characters
 
 LENGTH = 20
 PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
@@ -157,6 +160,37 @@ def test_every_arm_of_every_preset_gives_the_baselines_tokens() -> None:
             assert all(run.seconds["verify"] > run.seconds["later_verify"] > 0 for run in ours), arm
 
 
+def test_a_draft_of_another_vocabulary_serves_the_arm_that_goes_by_text() -> None:
+    """Guards against a pair of vocabularies that cannot be measured at all, and against arms that take the draft's
+    tokens for the target's."""
+    target, draft = lm("llama"), small(vocab_size=VOCABULARY)
+    draft.tokenizer = characters(CHARACTERS[::-1])
+    run = make("by-text", {"drafter": "universal", "k": 3}, target, draft).run(prompt(), LENGTH, ())
+    assert run.tokens == greedy("llama", LENGTH)
+    assert run.counts["draft_forwards"] > 0
+    assert len(run.histograms["depth"]) == 4
+    for options in ({"drafter": "model"}, {"peer": "assisted"}):
+        with pytest.raises(TokenizerMismatchError, match="does not share the vocabulary of llama"):
+            make("arm", options, target, draft)
+    draft.tokenizer = None
+    with pytest.raises(TokenizerMismatchError, match="small has no tokenizer"):
+        make("arm", {"drafter": "universal"}, target, draft)
+
+
+def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> None:
+    """Guards against a session that compares the vocabularies before an arm is asked whether it needs them equal."""
+    preset_ = tmp_path / "text.toml"
+    preset_.write_text(
+        'prompts = "prose:1"\nmax_new_tokens = 4\nrepeats = 1\n[arms]\nar = {}\nby-text = { drafter = "universal" }\n'
+    )
+    target, draft = save(tmp_path / "target"), save(tmp_path / "draft", texts=CHARACTERS[::-1])
+    given = {"root": tmp_path, "preset": str(preset_), "target": str(target), "draft": str(draft)}
+    left_out = {field.name: None for field in dataclasses.fields(Options)}
+    bench = measure(Options(**left_out | given | {"device": "cpu", "resume": False}), {"by-text"})
+    assert bench.wrong["by-text"] == []
+    assert bench.run.measures("by-text")["acceptance_rate"] >= 0.0
+
+
 def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache() -> None:
     """Guards against a lossy arm that may write anything, and against one that can never be right."""
     target = lm("llama")
@@ -268,6 +302,6 @@ def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: 
 
 def test_an_arm_that_drafts_needs_a_draft_model() -> None:
     """Guards against a failure in the middle of the experiment."""
-    for options in ({"drafter": "model"}, {"peer": "assisted"}):
+    for options in ({"drafter": "model"}, {"drafter": "universal"}, {"peer": "assisted"}):
         with pytest.raises(ValueError, match="--draft"):
             make("arm", options, lm("llama"), None)

@@ -22,7 +22,9 @@ from specdecode.drafters.none import NoDraft
 from specdecode.drafters.replay import ReplayDrafter
 from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeShape
+from specdecode.drafters.universal import UniversalDrafter
 from specdecode.lm import LM
+from specdecode.loading import check_vocabulary
 from specdecode.policies import policy as named_policy
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
@@ -127,21 +129,25 @@ class Arm:
 def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Arm:
     """An arm from a preset's entry.
 
-    Keys: `drafter` ("none", "lookup", "model" or "self-streaming"), `k`, `nodes`, `ngram`, `branches`, `shape`
-    ("chain", "static" or "best-first"), `branching`, `threshold`, `draft_cache` (tokens that a streaming draft holds),
-    `replay` (acceptance), `batch` (prompts decoded at once: the block's own and shorter beginnings of it), `policy`
-    ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it holds); or `peer` ("generate",
-    "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops drafting).
-    `against` names the peer's arm that does the same.
+    Keys: `drafter` ("none", "lookup", "model", "universal" or "self-streaming"), `k`, `nodes`, `ngram`, `branches`,
+    `shape` ("chain", "static" or "best-first"), `branching`, `threshold`, `draft_cache` (tokens that a streaming draft
+    holds), `replay` (acceptance), `batch` (prompts decoded at once: the block's own and shorter beginnings of it),
+    `policy` ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it holds); or `peer`
+    ("generate", "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops
+    drafting). `against` names the peer's arm that does the same.
 
     Raises:
         ValueError: a key or value that is not known, or a draft model that is missing.
+        TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
     """
     options = dict(options)
     peer = options.pop("peer", None)
-    needs_draft = peer == "assisted" or options.get("drafter") == "model"
-    if needs_draft and draft is None:
-        raise ValueError(f"arm {name!r} needs a draft model: name one with --draft")
+    shares_vocabulary = peer == "assisted" or options.get("drafter") == "model"
+    if shares_vocabulary or options.get("drafter") == "universal":
+        if draft is None:
+            raise ValueError(f"arm {name!r} needs a draft model: name one with --draft")
+        if shares_vocabulary:
+            check_vocabulary(target, draft)
     replay = options.pop("replay", None)
     against = options.pop("against", None)
     kind, cache = options.pop("policy", None), options.pop("cache", 256)
@@ -176,13 +182,18 @@ def _ours(
 
         def make_drafter() -> Drafter:
             return ModelDrafter(draft, shape)
+    elif kind == "universal" and draft is not None:
+        UniversalDrafter(target, draft)  # as above
+
+        def make_drafter() -> Drafter:
+            return UniversalDrafter(target, draft)
     elif kind == "self-streaming":
         shape, draft_cache = _shape(options), options.pop("draft_cache", 256)
 
         def make_drafter() -> Drafter:
             return SelfStreamingDrafter(target, draft_cache, shape=shape)
     else:
-        raise ValueError(f"no drafter is named {kind!r}: choose from none, lookup, model, self-streaming")
+        raise ValueError(f"no drafter is named {kind!r}: choose from none, lookup, model, universal, self-streaming")
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
         def decode() -> list[Generation]:

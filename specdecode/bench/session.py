@@ -83,8 +83,8 @@ class Options:
         return self.root / "results" / f"{identity.hardware}-{identity.file.stem}.blocks.jsonl"
 
     def load(self, name: str, target: LM | None = None) -> LM:
-        """A model on the chosen device, in the chosen type."""
-        return load(name, device=self.device, dtype=self.dtype, target=target)
+        """A model on the chosen device, in the chosen type; each arm sees for itself whether a draft can serve it."""
+        return load(name, device=self.device, dtype=self.dtype, target=target, same_vocabulary=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,12 +40,14 @@ class Worker:
     ) -> dict[str, Any]:
         """Load the models and make the arms; say what this version is, and which arms it cannot make and why."""
         self._target = load(target, device=device, dtype=dtype)
-        smaller = load(draft, device=device, dtype=dtype, target=self._target) if draft else None
+        smaller = None
+        if draft:
+            smaller = load(draft, device=device, dtype=dtype, target=self._target, same_vocabulary=False)
         refused = {}
         for name, options in arms.items():
             try:
                 self._arms[name] = make(name, options, self._target, smaller)
-            except ValueError as error:
+            except (SpecDecodeError, ValueError) as error:
                 refused[name] = str(error)
         return {
             "protocol": PROTOCOL,

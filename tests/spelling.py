@@ -1,0 +1,59 @@
+"""Tokenizers that cut the same text differently."""
+
+from __future__ import annotations
+
+import string
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CHARACTERS = ["\0", *sorted(set(string.printable) - set("\r\t\x0b\x0c"))]
+
+
+def characters(texts: list[str] = CHARACTERS) -> PreTrainedTokenizerFast:
+    """One token a character; the first stands for those that are not known."""
+    fast = Tokenizer(models.WordLevel({text: i for i, text in enumerate(texts)}, unk_token=texts[0]))
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token=texts[0])
+
+
+def byte_pairs(text: str, size: int = 320, special: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
+    """Bytes, and the pairs of them that are frequent in a text, as GPT-2 cuts it; special tokens by their role."""
+    special = special or {}
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(special.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    fast.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, **special)
+
+
+def pieces(words: list[str]) -> PreTrainedTokenizerFast:
+    """Letters, some words, and bytes for the rest, as Llama 2 cuts a text: a space belongs to the word after it, the
+    first word gets one, and a text begins with <s>. Two ends of lines are one token."""
+    marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n"]
+    merges = [("\n", "\n")]
+    for word in words:
+        merges += [("▁" + word[:i], word[i]) for i in range(len(word))]
+    texts = dict.fromkeys([*marks, *string.printable[:95].replace(" ", ""), *("".join(pair) for pair in merges)])
+    model = models.BPE(
+        {text: i for i, text in enumerate(texts)},
+        list(dict.fromkeys(merges)),
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    fast = Tokenizer(model)
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks[:3]])
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
