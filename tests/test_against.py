@@ -126,21 +126,26 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     other = str(save(tmp_path / "other", texts=CHARACTERS[::-1]))
     load = {"do": "load", "target": folder, "draft": other, "device": "cpu", "dtype": "float64"}
     arms = {"ar": {}, "lookup": {"drafter": "lookup"}, "novel": {"drafter": "oracle"}}
-    arms |= {"by-text": {"drafter": "universal"}, "linear": {"drafter": "model"}}
+    arms |= {"by-text": {"drafter": "universal"}, "linear": {"drafter": "model"}, "int8": {"quantize": "int8"}}
     run_ = {"do": "run", "arm": "lookup", "prompt": [1, 2, 3], "length": 4, "expected": []}
     requests = [
         {**load, "target": "./nowhere", "arms": arms},
         {**load, "arms": arms},
         run_,
         {**run_, "prompt": []},
+        {**run_, "arm": "int8", "length": 40},
+        {"do": "expected", "arm": "int8", "prompt": [1, 2, 3], "tokens": [0] * 40},
+        {**run_, "length": 40},
         {"do": "unload"},
     ]
     answers = serve(json.dumps(request) for request in requests)
-    missing, about, done, empty, unloaded = map(json.loads, answers)
+    missing, about, done, empty, of_int8, owed, of_target, unloaded = map(json.loads, answers)
     assert "no such folder" in missing["error"]
     assert about["value"]["refused"].keys() == {"novel", "linear"}
     assert len(Run(**done["value"]).tokens) == 4
     assert "prompt is empty" in empty["error"]
+    assert [about["value"]["about"][arm]["lossy"] for arm in ("lookup", "int8")] == [False, True]
+    assert of_int8["value"]["tokens"] == owed["value"] != of_target["value"]["tokens"]
     assert unloaded == {"value": None}
 
     def full(*arguments: Any, **options: Any) -> None:

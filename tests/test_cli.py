@@ -97,6 +97,19 @@ def test_a_bounded_cache_writes_on_beyond_the_context(
     assert capfd.readouterr().out == streamed
 
 
+def test_an_int8_target_writes_its_own_text(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against an option that does not reach the target, and one that reaches the tokens of a draft."""
+    arguments = ("generate", "a cat sat", "--target", model, "--dtype", "float64", "--max-new-tokens", "60")
+    texts = {}
+    for quantize in ((), ("--quantize", "int8")):
+        for drafter in ("none", "lookup"):
+            assert run(monkeypatch, *arguments, "--drafter", drafter, *quantize) == 0
+            texts[len(quantize), drafter] = capfd.readouterr().out
+    assert texts[2, "none"] == texts[2, "lookup"] != texts[0, "lookup"]
+
+
 def test_a_seed_makes_sampling_repeatable(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -228,6 +241,7 @@ def test_a_file_without_prompts_is_told(
         (["generate", "x", "--policy", "amnesia"], "no cache policy is named 'amnesia'"),
         (["generate", "x", "--policy", "sink-window", "--max-cache", "4"], "max_len is 4"),
         (["generate", "x", "--max-cache", "64"], "--max-cache is of no use without --policy"),
+        (["generate", "x", "--quantize", "int4"], "quantize is 'int4'"),
         (["fetch", "./nowhere"], "no such folder"),
         (["fetch", "{model}", "--again"], "--again is for"),
     ],

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specdecode import LM
 from specdecode.bench.arms import Arm, Run
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import Results, experiment
@@ -23,7 +22,7 @@ WHAT: dict[str, Any] = {"prompts": PROMPTS, "arms": {"ar": {}, "other": {"k": 3}
 def _quick_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the profiler, which takes longer to start than all else here."""
 
-    def rehearse(arm: Arm, target: LM, *arguments: Any) -> dict[str, float]:
+    def rehearse(arm: Arm, *arguments: Any) -> dict[str, float]:
         arm.run(*arguments)
         return {}
 
@@ -45,9 +44,9 @@ class Interrupted:
         return Run([5] * length, 1.0 + 0.01 * self.calls, 0.1, counts, {"draft": 0.5}, {"accepted": [length]})
 
     def experiment(self, path: Path, resume: bool = False) -> Results:
-        arms = [Arm("ar", self._run), Arm("other", self._run)]
+        arms = [Arm(name, self._run, lm("llama")) for name in ("ar", "other")]
         finished, keep = open_journal(path, WHAT, resume)
-        return experiment(lm("llama"), arms, PROMPTS, 20, repeats=2, finished=finished, keep=keep)
+        return experiment(arms, PROMPTS, 20, repeats=2, finished=finished, keep=keep)
 
 
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])

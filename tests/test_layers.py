@@ -16,7 +16,7 @@ ROOT = Path(specdecode.__file__).parent
 # and its own modules may.
 LAYERS = [
     ["errors", "sampling", "shapes", "slots", "stopping", "tree"],
-    ["policies", "result", "rotary", "verify"],
+    ["policies", "quantize", "result", "rotary", "verify"],
     ["controller", "lm"],
     ["loading"],
     ["backends", "drafters"],

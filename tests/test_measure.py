@@ -45,7 +45,7 @@ class Calls:
                 tokens[-1] = int(_logits(lm("llama"), [*text, *tokens[:-1]]).argmin())
             return Run(tokens, seconds * len(self.order) ** 0.01, 0.25 * seconds, {"steps": length})
 
-        return Arm(name, run)
+        return Arm(name, run, lm("llama"))
 
 
 def _logits(target: LM, text: list[int]) -> torch.Tensor:
@@ -66,7 +66,7 @@ def kept(results: Results) -> RunFile:
 @pytest.fixture(scope="module")
 def results(calls: Calls) -> Results:
     arms = [calls.arm("ar", 1.0), calls.arm("twice", 0.5), calls.arm("half", 2.0), calls.arm("liar", 0.1, wrong=True)]
-    return experiment(lm("llama"), arms, PROMPTS, max_new_tokens=LENGTH, repeats=3)
+    return experiment(arms, PROMPTS, max_new_tokens=LENGTH, repeats=3)
 
 
 def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: Calls) -> None:
@@ -148,7 +148,7 @@ def test_every_arm_of_every_preset_gives_the_baselines_tokens() -> None:
     for name in ("quick", "synthetic"):
         entries = preset(name).arms
         arms = [make(arm, options, target, draft) for arm, options in entries.items()]
-        results = experiment(target, arms, PROMPTS, max_new_tokens=16)
+        results = experiment(arms, PROMPTS, max_new_tokens=16)
         for arm in entries:
             runs = [block.runs[arm] for block in results.blocks]
             assert [block.checks[arm] for block in results.blocks] == ["equal", "equal"], arm
@@ -198,7 +198,7 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache() -> None:
     entries = {"ar": {}, "windowed": cache, "windowed-lookup": {"drafter": "lookup", **cache}}
     entries["replayed"] = {"drafter": "model", "replay": 0.9, **cache}
     arms = [make(name, options, target, target.subset([0])) for name, options in entries.items()]
-    results = experiment(target, arms, PROMPTS, max_new_tokens=40)
+    results = experiment(arms, PROMPTS, max_new_tokens=40)
     run = kept(results)
     assert [record.bugs for record in run.arms.values()] == [0, 0, 0, 0]
     assert [record.lossy for record in run.arms.values()] == [False, True, True, True]
@@ -209,13 +209,75 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache() -> None:
 
     full = make("liar", {}, target, None)
     liar = dataclasses.replace(full, policy=arms[1].policy)
-    assert experiment(target, [arms[0], liar], PROMPTS, max_new_tokens=40).wrong("liar") == ["a", "b"]
+    assert experiment([arms[0], liar], PROMPTS, max_new_tokens=40).wrong("liar") == ["a", "b"]
+
+
+def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target() -> None:
+    """Guards against an INT8 arm that may write anything, one that decodes the target as it is, and an agreement with
+    `ar` that is not said or not true."""
+    target = lm("llama")
+    int8 = {"quantize": "int8"}
+    entries = {"ar": {}, "ar-int8": int8, "lookup-int8": {"drafter": "lookup", **int8}}
+    entries["linear-int8"] = {"drafter": "model", "k": 3, **int8}
+    entries["windowed-int8"] = {"policy": "sink-window", "cache": 16, **int8}
+    entries["hf-int8"] = {"peer": "generate", **int8}
+    draft = target.subset([0, 1, 3])
+    arms = [make(name, options, target, draft) for name, options in entries.items()]
+    assert {id(arm.target) for arm in arms[1:]} == {id(target.quantized("int8"))}
+    results = experiment(arms, PROMPTS, max_new_tokens=24)
+    run = kept(results)
+    assert [record.bugs for record in run.arms.values()] == [0] * 6
+    assert [record.lossy for record in run.arms.values()] == [False, True, True, True, True, True]
+    tokens = {arm: results.blocks[0].runs[arm].tokens for arm in entries}
+    assert tokens["ar-int8"] == tokens["lookup-int8"] == tokens["linear-int8"] == tokens["hf-int8"]
+    assert len({tuple(tokens[arm]) for arm in ("ar", "ar-int8", "windowed-int8")}) == 3
+
+    shared = sum(
+        next(i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b)
+        for pair in ([block.runs[arm].tokens for arm in ("ar", "ar-int8")] for block in results.blocks)
+    )
+    assert run.measures("lookup-int8")["agreement"] == pytest.approx(shared / 48)
+    assert 0 < shared < 48
+    assert run.measures("ar")["agreement"] == 1.0
+    assert run.measures("ar-int8")["weight_bytes"] == target.quantized("int8").weight_bytes
+    assert run.measures("ar")["weight_bytes"] == target.weight_bytes
+
+    liar = dataclasses.replace(arms[0], name="liar", quantize="int8", target=target.quantized("int8"))
+    assert experiment([arms[0], liar], PROMPTS, max_new_tokens=24).wrong("liar") == ["a", "b"]
+
+
+def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
+    """Guards against a margin, or a noise, that is looked up in the target as it is.
+
+    Two tokens have output weights that are apart, but by so little that they are the same integers.
+    """
+    model = build(ARCHITECTURES["llama"] | {"tie_word_embeddings": False}).float()
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    first = generate(LM(model), prompt(), max_new_tokens=1).tokens[0]
+    twin = (first + 1) % head.out_features
+    with torch.no_grad():
+        scale = head.weight[first].abs().max() / 127.5
+        head.weight[twin] = head.weight[first] = (head.weight[first] / scale).round().clamp(-127, 127) * scale
+        head.weight[twin, head.weight[twin].abs() < 50 * scale] += 0.2 * scale
+    target = LM(model)
+    both = {first, twin}
+    expected = generate(target.quantized("int8"), prompt(), max_new_tokens=1).tokens[0]
+    assert expected in both
+
+    def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        return Run([*(both - set(expected))], 1.0, 0.5, {"steps": 1})
+
+    arms = [make("ar", {}, target, None), Arm("twin", run, target.quantized("int8"), quantize="int8")]
+    results = experiment(arms, {"a": list(prompt())}, max_new_tokens=1)
+    assert results.blocks[0].checks["twin"] == "tie"
+    assert classify(target, prompt(), [first], [twin]) == "bug"
 
 
 def test_the_presets_are_of_known_parts() -> None:
     """Guards against a preset that is only found wrong when somebody measures with it."""
     target = lm("llama")
-    for name in ("quick", "synthetic", "streaming", "long-sequence", "batch"):
+    for name in ("quick", "synthetic", "streaming", "long-sequence", "batch", "int8"):
         entries = preset(name).arms
         arms = {arm: make(arm, options, target, target) for arm, options in entries.items()}
         assert all(arm.against is None or arm.against in arms for arm in arms.values())
@@ -250,7 +312,7 @@ def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
     run = arm.run(prompt(), 200, expected)
     assert arm.synthetic
     assert run.counts["draft_forwards"] == sum(depth * steps for depth, steps in enumerate(run.histograms["depth"]))
-    record = ArmRecord({"p": row_of([0.0], [run])})
+    record = ArmRecord({"p": row_of([0.0], [run], [run])})
     assert 0.6 < record.acceptance_by_position()[0] < 0.95
 
 
@@ -259,7 +321,7 @@ def test_synthetic_rows_say_so_in_every_table() -> None:
     target = lm("llama")
     entries = {"ar": {}, "lookup": {"drafter": "lookup"}, "replayed": {"drafter": "model", "replay": 0.5}}
     arms = [make(name, options, target, target) for name, options in entries.items()]
-    results = kept(experiment(target, arms, PROMPTS, max_new_tokens=4))
+    results = kept(experiment(arms, PROMPTS, max_new_tokens=4))
     table = io.StringIO()
     Console(file=table, width=130).print(speed_table(results))
     for text in (table.getvalue(), markdown(results, "title", "no baseline", [])):
@@ -292,6 +354,7 @@ def test_peers_draft_as_long_as_they_are_told() -> None:
         ({"peer": "generate", "policy": "random"}, "takes no policy"),
         ({"batch": 0}, "batch is 0"),
         ({"batch": 2, "drafter": "model", "replay": 0.5}, "batch is 2: it is 1 or more, and 1 for replayed drafts"),
+        ({"quantize": "int4"}, "quantize is 'int4'"),
     ],
 )
 def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:

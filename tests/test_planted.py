@@ -114,7 +114,7 @@ def measured(plant: Plant, step: dict[str, float], seed: int = 0) -> Results:
 
 def experimented(*names: str, repeats: int = 1) -> Results:
     arms = [make(name, ARMS[name], target(), draft()) for name in names]
-    return experiment(target(), arms, PROMPTS, TOKENS, repeats)
+    return experiment(arms, PROMPTS, TOKENS, repeats)
 
 
 def run_of(results: Results) -> RunFile:

@@ -171,6 +171,22 @@ def test_what_is_not_plain_is_marked(report: Any, format_: str, of_all: dict[str
 
 
 @pytest.mark.parametrize("format_", FORMATS)
+def test_what_a_lossy_arm_holds_and_how_long_it_writes_the_same_is_told(report: Any, format_: str) -> None:
+    """Guards against memory that is saved in silence, and a text that differs without a word of how much."""
+    run = content(SPEEDUPS)
+    linear = run["specdecode"]["arms"]["linear"]
+    linear["lossy"], linear["rehearsal"] = True, {"weight_bytes": 163.64e6, "peak_bytes": 20.46e6}
+    for row, agreed in zip(linear["rows"].values(), (40, 10, 25), strict=True):
+        row["counts"] |= {"agreed": agreed, "peak_cache_bytes": 7.77e6}
+    text = report(format_, run)
+    text = Page(text).text if format_ == "html" else text.replace("\\%", "%")
+    assert "lossy 62%" in text
+    assert "before it leaves ar's output" in text
+    assert re.search(r"linear\W*163\.6\W*7\.8\W*20\.5", text)
+    assert text.count("163.6") == 1
+
+
+@pytest.mark.parametrize("format_", FORMATS)
 def test_an_arm_that_is_never_right_has_no_figures(report: Any, format_: str) -> None:
     """Guards against "nan" in a table, and a report that fails on the run that needs it most."""
     run = content(SPEEDUPS)

@@ -253,14 +253,14 @@ class SideBySide:
             arm: its name.
             about: what the version says of the arm: "synthetic", "against" and "lossy".
         """
-        entries: dict[str, list[tuple[float, Run]]] = {}
+        entries: dict[str, list[tuple[float, Run, Run]]] = {}
         checks: list[Check] = []
         for block in self.blocks:
             side, ar = getattr(block[arm], version), getattr(block[BASELINE], version)
             checks += side.checks
             # A time from a wrong output is void.
             right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
-            entries.setdefault(block[arm].prompt, []).extend((ar.log_s - side.log_s, run) for run in right)
+            entries.setdefault(block[arm].prompt, []).extend((ar.log_s - side.log_s, run, ar.runs[0]) for run in right)
         return ArmRecord(
             rows={prompt: row_of(*zip(*of, strict=True)) for prompt, of in entries.items() if of},
             bugs=checks.count("bug"),

@@ -103,27 +103,32 @@ class Arm:
     Attributes:
         name: in tables, test ids and baselines.
         run: from a prompt, the number of new tokens and the output that is expected (for replayed drafts) to a run.
+        target: the model that it decodes.
         synthetic: its acceptance is set and not found out.
         against: the peer's arm that does the same with the same settings.
-        policy: what stays in the target's cache. If that is not everything, the arm is lossy: its output is not the
-            baseline's but that of plain decoding with the same policy.
+        policy: what stays in the target's cache.
+        quantize: how the target's weights are quantised, if they are. With that, or a policy that does not keep
+            everything, the arm is lossy: its output is not the baseline's but that of plain decoding of the same
+            weights with the same policy.
     """
 
     name: str
     run: Callable[[Sequence[int], int, Sequence[int]], Run]
+    target: LM
     synthetic: bool = False
     against: str | None = None
     policy: CachePolicy = field(default_factory=KeepAll)
+    quantize: str | None = None
 
     @property
     def lossy(self) -> bool:
-        return self.policy.interval > 0
+        return self.policy.interval > 0 or self.quantize is not None
 
-    def expected(self, target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
+    def expected(self, prompt: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
         """What the arm must write, where the baseline wrote these tokens."""
         if not self.lossy:
             return tokens
-        return generate(target, prompt, policy=self.policy, max_new_tokens=len(tokens)).tokens
+        return generate(self.target, prompt, policy=self.policy, max_new_tokens=len(tokens)).tokens
 
 
 def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Arm:
@@ -134,10 +139,12 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
     holds), `replay` (acceptance), `batch` (prompts decoded at once: the block's own and shorter beginnings of it),
     `policy` ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it holds); or `peer`
     ("generate", "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops
-    drafting). `against` names the peer's arm that does the same.
+    drafting). With `quantize` ("int8") it decodes the target with quantised weights, and drafts with `draft` as it is.
+    `against` names the peer's arm that does the same.
 
     Raises:
-        ValueError: a key or value that is not known, or a draft model that is missing.
+        UnsupportedModelError: the target's weights cannot be quantised.
+        ValueError: a key or value that is not known, or a draft model or a package that is missing.
         TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
     """
     options = dict(options)
@@ -154,10 +161,13 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
     policy = named_policy(kind, cache) if kind else KeepAll()
     if peer is not None and policy.interval:
         raise ValueError(f"arm {name!r} is transformers' own: it takes no policy")
+    quantize = options.pop("quantize", None)
+    if quantize is not None:
+        target = target.quantized(quantize)
     run = _ours(options, target, draft, replay, policy) if peer is None else _peer(peer, options, target, draft)
     if options:
         raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
-    return Arm(name, run, target.synthetic or replay is not None, against, policy)
+    return Arm(name, run, target, target.synthetic or replay is not None, against, policy, quantize)
 
 
 def _ours(

@@ -7,13 +7,15 @@ import platform
 import shutil
 import subprocess
 import time
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from specdecode.bench.names import slug
+from specdecode.quantize import stored_bytes
 
 if TYPE_CHECKING:
     from specdecode.lm import LM
@@ -31,6 +33,8 @@ def environment() -> dict[str, str | int]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
     }
+    with suppress(PackageNotFoundError):
+        found["torchao"] = version("torchao")
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
         found |= {"driver": told["driver_version"]} if (told := _nvidia_smi("driver_version")) else {}
@@ -111,7 +115,7 @@ def roofline(target: LM) -> float:
     read = {id(parameter): parameter for parameter in model.parameters()}
     if head is not None and embedding.weight is not head.weight:
         read.pop(id(embedding.weight), None)
-    return copy_bandwidth(target.device) / sum(parameter.nbytes for parameter in read.values())
+    return copy_bandwidth(target.device) / sum(map(stored_bytes, read.values()))
 
 
 def synchronise(device: torch.device) -> None:

@@ -19,6 +19,7 @@ from specdecode.bench.names import BASELINE
 from specdecode.bench.rehearsal import rehearse
 from specdecode.bench.runs import ArmRecord, Row, digest
 from specdecode.bench.stats import noise_floor
+from specdecode.drafters.base import common_prefix
 from specdecode.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
@@ -95,11 +96,11 @@ class Results:
 
     def _record(self, arm: Arm) -> ArmRecord:
         checks = [block.checks[arm.name] for block in self.blocks]
-        rows: dict[str, list[tuple[float, Run]]] = {}
+        rows: dict[str, list[tuple[float, Run, Run]]] = {}
         for block in self.blocks:
             # A time from a wrong output is void.
             if block.checks[arm.name] != "bug":
-                entry = (block.log_speedup(arm.name), block.runs[arm.name])
+                entry = (block.log_speedup(arm.name), block.runs[arm.name], block.runs[BASELINE])
                 rows.setdefault(block.prompt, []).append(entry)
         return ArmRecord(
             rows={prompt: row_of(*zip(*entries, strict=True)) for prompt, entries in rows.items()},
@@ -116,10 +117,13 @@ class Results:
         return {block.prompt: digest(block.runs[BASELINE].tokens) for block in self.blocks}
 
 
-def row_of(log_speedups: Sequence[float], runs: Sequence[Run]) -> Row:
-    """Runs of one arm on one prompt, summed up."""
+def row_of(log_speedups: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
+    """Runs of one arm on one prompt, summed up; and the baseline's beside them, to compare the outputs."""
     seconds = [{"total": run.total_s, "ttft": run.ttft_s, **run.seconds} for run in runs]
-    counts = [{"runs": 1, "tokens": len(run.tokens), **run.counts} for run in runs]
+    counts = [
+        {"runs": 1, "tokens": len(run.tokens), "agreed": common_prefix(run.tokens, ar.tokens), **run.counts}
+        for run, ar in zip(runs, baseline, strict=True)
+    ]
     return Row(
         log_speedup=statistics.fmean(log_speedups),
         counts={name: sum(of[name] for of in counts) for name in counts[0]},
@@ -132,7 +136,6 @@ def row_of(log_speedups: Sequence[float], runs: Sequence[Run]) -> Row:
 
 
 def experiment(
-    target: LM,
     arms: Sequence[Arm],
     prompts: dict[str, list[int]],
     max_new_tokens: int,
@@ -145,8 +148,7 @@ def experiment(
     """Measure the arms against the baseline, which must be among them.
 
     Args:
-        target: the model that all arms decode.
-        arms: their outputs are checked against the baseline's, run by run.
+        arms: their outputs are checked run by run: against the baseline's, or a lossy arm's against its own reference.
         prompts: tokens by id.
         max_new_tokens: length of every output.
         repeats: blocks for each prompt.
@@ -178,8 +180,8 @@ def experiment(
     rehearsals = {}
     for arm in arms:
         tell(arm, f"{warm}, a rehearsal")
-        expected = arm.expected(target, prompts[warm], written)
-        rehearsals[arm.name] = rehearse(arm, target, prompts[warm], length, expected)
+        expected = arm.expected(prompts[warm], written)
+        rehearsals[arm.name] = rehearse(arm, prompts[warm], length, expected)
 
     blocks = []
     for prompt, repeat in planned:
@@ -189,14 +191,14 @@ def experiment(
         order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
         # What is to be written, and the prompt's own shapes, so that the first timed run is not their first.
         written = baseline.run(prompts[prompt], max_new_tokens if lossy else 1, ()).tokens
-        owed = {arm.name: arm.expected(target, prompts[prompt], written) for arm in lossy}
+        owed = {arm.name: arm.expected(prompts[prompt], written) for arm in lossy}
         first = run(baseline, prompt, ())
         runs = {baseline.name: first}
         runs |= {arm.name: run(arm, prompt, owed.get(arm.name, first.tokens)) for arm in order}
         last = run(baseline, prompt, ())
         checks = {
             arm.name: classify(
-                target,
+                arm.target,
                 prompts[prompt],
                 owed.get(arm.name, first.tokens),
                 runs[arm.name].tokens,

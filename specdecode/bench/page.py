@@ -16,11 +16,13 @@ from specdecode.bench.gate import FAILING, Judgement, Verdict
 from specdecode.bench.history import History
 from specdecode.bench.names import BASELINE
 from specdecode.bench.report import (
+    MEMORY,
     Grid,
     command,
     drafts,
     failing_first,
     label,
+    memory,
     models,
     notes,
     past_speedups,
@@ -64,6 +66,7 @@ def page(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgemen
         *_verdicts(judged_by, judgements),
         *_speeds(run, styles),
         *_acceptance(run, styles),
+        *_memory(run),
         *(_history(run, past, styles) if past else []),
         *_about(run),
     )
@@ -106,7 +109,12 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[
     if wrong:
         outcome = _tile("Outputs", "bad", "✗ WRONG", f"of {', '.join(wrong)}: their times are void")
     else:
-        outcome = _tile("Outputs", "good", "✓ Right", f"every token is ar's{f', but for {ties} ties' if ties else ''}")
+        whose = (
+            "ar's, a lossy arm's its own reference's" if any(record.lossy for record in run.arms.values()) else "ar's"
+        )
+        outcome = _tile(
+            "Outputs", "good", "✓ Right", f"every token is {whose}{f', but for {ties} ties' if ties else ''}"
+        )
     tiles = [gate, outcome]
     speedups = {arm: run.speedup(arm) for arm in run.arms if arm != BASELINE and arm not in wrong}
     speedups = {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
@@ -312,6 +320,14 @@ def _acceptance_plot(run: RunFile, arm: str, longest: int, style: _Style) -> Ele
         ]
     )
     return _drawing(308, bottom + 32, f"Acceptance of {arm}", said, *parts, style=style)
+
+
+def _memory(run: RunFile) -> list[Element]:
+    grid = memory(run)
+    if not grid.rows:
+        return []
+    told = _element("p", MEMORY, class_="soft")
+    return [_element("h2", "Memory"), told, _scrolling(_table(grid), "Memory of each arm")]
 
 
 def _history(run: RunFile, past: History, styles: dict[str, _Style]) -> list[Element]:

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from specdecode.bench.arms import Arm
-from specdecode.lm import LM
 
 # What makes Python wait for a tensor's content.
 _READS = frozenset(
@@ -101,14 +100,15 @@ def _no_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def rehearse(arm: Arm, target: LM, prompt: Sequence[int], length: int, expected: Sequence[int]) -> dict[str, float]:
+def rehearse(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> dict[str, float]:
     """Run the arm once, untimed.
 
     Returns:
-        "host_syncs_per_step" (see `HostReads`), "forwards_per_step" of the target's modules, whoever calls them, and
-        "peak_bytes" above the loaded weights; nothing for a peer, whose counts are not ours to keep.
+        "host_syncs_per_step" (see `HostReads`), "forwards_per_step" of the target's modules, whoever calls them,
+        "weight_bytes" of the target, and "peak_bytes" above the loaded weights; nothing for a peer, whose counts are
+        not ours to keep.
     """
-    forwards = 0
+    target, forwards = arm.target, 0
 
     def count(*_: Any) -> None:
         nonlocal forwards
@@ -126,5 +126,6 @@ def rehearse(arm: Arm, target: LM, prompt: Sequence[int], length: int, expected:
     return {
         "host_syncs_per_step": reads.count / steps,
         "forwards_per_step": forwards / steps,
+        "weight_bytes": float(target.weight_bytes),
         "peak_bytes": float(peak[0]),
     }

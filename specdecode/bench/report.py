@@ -26,8 +26,18 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "mean_acceptance_length": "{:.2f}".format,
     "acceptance_rate": "{:.0%}".format,
     "roofline_share": "{:.0%}".format,
+    "weight_bytes": lambda held: f"{held / 1e6:.1f}",
+    "peak_cache_bytes": lambda held: f"{held / 1e6:.1f}",
+    "peak_bytes": lambda held: f"{held / 1e6:.1f}",
+    "agreement": "{:.0%}".format,
 }
 """How tables write the measures."""
+
+MEMORY = (
+    "Weights are the target's, as they are stored; KV is the most that was held of keys and values; the peak is"
+    " the most that was held at once in a short run, above all loaded weights."
+)
+"""What a table of memory does not say by itself."""
 
 
 class Column(NamedTuple):
@@ -78,6 +88,13 @@ def acceptance(run: RunFile) -> Grid:
     columns = [Column("accepted at position", figures=False), *(Column(str(at + 1)) for at in range(depth))]
     rows = [[label(run, arm), *map(_percent, of), *[""] * (depth - len(of))] for arm, of in shares.items()]
     return Grid(columns, rows)
+
+
+def memory(run: RunFile) -> Grid:
+    """One row an arm of ours: what its weights, its cache and all that comes and goes took of the memory."""
+    measured = {"weight_bytes": "weights MB", "peak_cache_bytes": "KV MB", "peak_bytes": "peak MB"}
+    rows = [[label(run, arm), *of] for arm in run.arms if any(of := cells(run, arm, list(measured)))]
+    return Grid([Column("arm", figures=False), *map(Column, measured.values())], rows)
 
 
 def past_speedups(run: RunFile, past: History) -> Grid:
@@ -207,6 +224,11 @@ def notes(run: RunFile) -> list[str]:
     if compared := {arm: peer for arm, peer in peers.items() if run.log_speedups(arm, over=peer)}:
         told = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())
         said.append(f"Against transformers, same draft and settings: {told}.")
+    if any(record.lossy for record in run.arms.values()):
+        said.append(
+            "Lossy: checked against plain decoding with the same cache and the same weights. The share is that of its"
+            " tokens that come before it leaves ar's output."
+        )
     return said + [f"Beware: {warning}." for warning in run.header.warnings]
 
 
@@ -229,6 +251,8 @@ def markdown(
     if past is not None:
         if (accepted := acceptance(run)).rows:
             parts += ["### Acceptance", _markdown_table(accepted)]
+        if (held := memory(run)).rows:
+            parts += ["### Memory", _markdown_table(held), _markdown(MEMORY)]
         parts += ["### History", _markdown(past.told)]
         if past.runs:
             parts.append(_markdown_table(past_speedups(run, past)))
@@ -266,6 +290,8 @@ def latex(
     )
     if (accepted := acceptance(run)).rows:
         parts.append(_latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
+    if (held := memory(run)).rows:
+        parts.append(_latex_table(held, f"Memory: {title}. {MEMORY}"))
     captions = (f"Measured with: {command(run)}", "Conditions around the run.")
     parts += map(_latex_table, surroundings(run), captions)
     return "\n\n".join(parts) + "\n"
@@ -329,7 +355,9 @@ def outputs(run: RunFile, arm: str) -> str:
     if record.bugs:
         return "WRONG"
     ties = f"{record.ties}/{record.total('runs'):.0f} ties" if record.ties else ""
-    return f"lossy {ties}".strip() if record.lossy else ties or "equal"
+    if not record.lossy:
+        return ties or "equal"
+    return " ".join(filter(None, ["lossy", *cells(run, arm, ["agreement"]), ties]))
 
 
 def drafts(record: ArmRecord) -> bool:

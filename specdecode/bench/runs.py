@@ -24,7 +24,7 @@ COUNTERS = {
 """Measures that do not depend on the clock: whether more of one is better (+1) or worse (-1), and the counts whose
 sums over prompts it is the ratio of."""
 
-REHEARSED = {"host_syncs_per_step": -1, "forwards_per_step": -1, "peak_bytes": -1}
+REHEARSED = {"host_syncs_per_step": -1, "forwards_per_step": -1, "weight_bytes": -1, "peak_bytes": -1}
 """The same for what is counted in the rehearsal. These depend on the kind of device."""
 
 
@@ -94,7 +94,8 @@ class Row:
 
     Attributes:
         log_speedup: over `ar` in the same block, mean of the repeats.
-        counts: "runs", "tokens", "steps" and the others of `bench.arms.Run`.
+        counts: "runs", "tokens", "agreed" (those before the output leaves `ar`'s), "steps" and the others of
+            `bench.arms.Run`.
         seconds: "total", "ttft" and the others of `bench.arms.Run`.
         histograms: of steps, see `bench.arms.Run`.
     """
@@ -231,6 +232,7 @@ class RunFile:
             "bugs": float(record.bugs),
             "synthetic": float(record.synthetic),
             "lossy": float(record.lossy),
+            "agreement": _ratio(record.total("agreed"), record.total("tokens")),
         }
         for part in ("draft", "verify", "overhead"):
             measures[f"{part}_s_per_step"] = _ratio(record.total(f"{part}_s"), record.total("steps"))

@@ -150,7 +150,7 @@ def measure(options: Options, selected: set[str]) -> Bench:
         if options.resume:
             tell(0, 1, f"resuming: {len(finished)} of {len(prompts) * chosen.repeats} blocks are there")
         results = experiment(
-            target, arms, prompts, chosen.max_new_tokens, chosen.repeats, progress=tell, finished=finished, keep=keep
+            arms, prompts, chosen.max_new_tokens, chosen.repeats, progress=tell, finished=finished, keep=keep
         )
     around = {"before": before, "after": conditions(target.device)}
     header = Header(

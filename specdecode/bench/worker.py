@@ -76,17 +76,17 @@ class Worker:
         return roofline(self._loaded)
 
     def rehearse(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, float]:
-        return rehearse(self._arms[arm], self._loaded, prompt, length, expected)
+        return rehearse(self._arms[arm], prompt, length, expected)
 
     def expected(self, arm: str, prompt: list[int], tokens: list[int]) -> list[int]:
         """What the arm must write, where `ar` wrote these tokens."""
-        return list(self._arms[arm].expected(self._loaded, prompt, tokens))
+        return list(self._arms[arm].expected(prompt, tokens))
 
     def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
         return asdict(timed(self._arms[arm], prompt, length, expected))
 
     def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int]) -> str:
-        return classify(self._loaded, prompt, expected, got, self._arms[arm].policy)
+        return classify(self._arms[arm].target, prompt, expected, got, self._arms[arm].policy)
 
     @property
     def _loaded(self) -> LM:
