@@ -191,7 +191,11 @@ def experiment(
         order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
         # What is to be written, and the prompt's own shapes, so that the first timed run is not their first.
         written = baseline.run(prompts[prompt], max_new_tokens if lossy else 1, ()).tokens
-        owed = {arm.name: arm.expected(prompts[prompt], written) for arm in lossy}
+        references: dict[tuple[LM, CachePolicy], Sequence[int]] = {}
+        for arm in lossy:
+            if (arm.target, arm.policy) not in references:
+                references[arm.target, arm.policy] = arm.expected(prompts[prompt], written)
+        owed = {arm.name: references[arm.target, arm.policy] for arm in lossy}
         first = run(baseline, prompt, ())
         runs = {baseline.name: first}
         runs |= {arm.name: run(arm, prompt, owed.get(arm.name, first.tokens)) for arm in order}
