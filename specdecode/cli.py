@@ -399,6 +399,9 @@ def main() -> None:
     """Entry point. What is wrong with the input is told in one sentence, with exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Where torchao is installed transformers imports it, and it tells at every start which GPU kernels are not here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # transformers imports torchao wherever it is installed, and torchao tells which kernels this torch cannot load.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
