@@ -402,9 +402,6 @@ def main() -> None:
     # Where torchao is installed transformers imports it, and it tells at every start which GPU kernels are not here.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # transformers imports torchao wherever it is installed, and torchao tells which kernels this torch cannot load.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except (SpecDecodeError, ValueError) as error:
