@@ -25,11 +25,13 @@ from specdecode.slots import SlotBatch, Slots
 from specdecode.tree import DraftTree
 
 _MASKABLE = {"full_attention", "sliding_attention"}
+# The sliding window while a model is probed: narrower than the probe is long.
+_NARROW = 4
 # Longest piece of a prompt in one forward: bounds the mask and the activations, and is wide enough to be efficient.
 PREFILL_CHUNK = 512
 # How far a tree forward may lie from a sequential one, in standard deviations of the logits: far above what rounding
-# does, far below what a wrong mask or position does.
-_PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.25}
+# does, far below what a wrong mask or position does. Parts of a model may compute in float32 whatever its type.
+_PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.25}
 
 
 class LM:
@@ -68,10 +70,8 @@ class LM:
             raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
         self._quantized: dict[str, LM] = {}
         self._records_attention = False
-        self._window: int | None = _window(config)
-        self._mask_per_layer_type = False
-        if self._window is not None:
-            self._mask_per_layer_type = self._takes_mask_per_layer_type(config)
+        self._window = _window(config)
+        self._mask_per_layer_type = self._window is not None
         self._probe()
 
     @property
@@ -304,22 +304,27 @@ class LM:
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)[:, None]
 
-    def _takes_mask_per_layer_type(self, config: PretrainedConfig) -> bool:
-        """Whether the model accepts a mask for each kind of layer: seen by giving it one."""
-        self._mask_per_layer_type = True
+    def _probe(self) -> None:
+        """Find the form of mask with which the model decodes exactly.
+
+        A window is wide: what the model's own code makes of it shows in a short text only if it is narrowed meanwhile.
+        """
+        window = self._window
+        if window is None:
+            self._compare()
+            return
+        config = self.model.config.get_text_config(decoder=True)
+        config.sliding_window = self._window = min(window, _NARROW)
         try:
-            self.forward(self.new_slots(1), torch.zeros(1, dtype=torch.long))
-        except (AttributeError, TypeError, ValueError, KeyError):
-            if len(set(getattr(config, "layer_types", None) or ["sliding_attention"])) > 1:
-                raise UnsupportedModelError(
-                    f"{self.name} cannot be decoded exactly: only some of its layers have a sliding window, and its"
-                    " code takes one mask for all"
-                ) from None
-            return False
-        return True
+            self._compare()
+        except UnsupportedModelError:
+            self._mask_per_layer_type = False
+            self._compare()
+        finally:
+            config.sliding_window = self._window = window
 
     @torch.inference_mode()
-    def _probe(self) -> None:
+    def _compare(self) -> None:
         """A short tree through the slots must give the logits of sequential forwards without them."""
         stem = [(11 * i + 3) % self.vocab_size for i in range(5)]
         nodes = [(7 * i + 5) % self.vocab_size for i in range(11)]
@@ -339,18 +344,20 @@ class LM:
                 expected = expected[len(stem) - 1 :][: len(seen)].double()
                 error = ((seen.double() - expected).abs().max() / expected.std()).item()
                 if not error <= _PROBE_TOLERANCE[self.dtype]:
-                    raise UnsupportedModelError(
-                        f"{self.name} cannot be decoded exactly: a tree through its cache gives other logits than the"
-                        f" same tokens in sequence (off by {error:.2g} standard deviations), as happens where positions"
-                        " are taken from cache slots (ALiBi) or a layer ignores the given mask"
+                    reason = _lack(self.model) or (
+                        "a tree through its cache gives other logits than the same tokens in sequence (off by"
+                        f" {error:.2g} standard deviations), as happens where positions are taken from cache slots"
+                        " (ALiBi), a layer ignores the given mask, or the code does not do what the configuration says"
                     )
+                    raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
         except UnsupportedModelError:
             raise
         except Exception as error:
-            raise UnsupportedModelError(
-                f"{self.name} cannot be decoded exactly: its forward does not take a 4-D mask, positions and a cache of"
-                f" keys and values ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-            ) from error
+            reason = _lack(self.model) or (
+                "its forward does not take a 4-D mask, positions and a cache of keys and values"
+                f" ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            )
+            raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}") from error
 
     def subset(self, layers: Sequence[int]) -> LM:
         """A smaller model of some of this one's layers, sharing all parameters: a draft that needs no training.
@@ -361,7 +368,7 @@ class LM:
             layers: indices of the layers that stay, ascending.
 
         Raises:
-            ValueError: no layers, out of range, or out of order.
+            ValueError: no layers, out of range, or out of order; or the model does not hold its layers in one list.
         """
         config = self.model.config.get_text_config(decoder=True)
         total = config.num_hidden_layers
@@ -369,7 +376,9 @@ class LM:
             raise ValueError(f"layers is {list(layers)}: it must be ascending indices from 0 to {total - 1}")
         model = _shell(self.model)
         model.generation_config = copy.deepcopy(self.model.generation_config)
-        stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total)
+        stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)
+        if stack is None:
+            raise ValueError(f"{self.name} has no list of {total} layers to take some from: draft with another model")
         stack._modules = {str(i): stack[layer] for i, layer in enumerate(layers)}
         for i, layer in enumerate(stack):
             for module in layer.modules():
@@ -451,6 +460,13 @@ def _window(config: PretrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def _lack(model: PreTrainedModel) -> str | None:
+    """What a model that failed the probe does not even ask for, if it is that."""
+    parameters = inspect.signature(model.forward).parameters
+    missing = [name for name in ("position_ids", "past_key_values") if name not in parameters]
+    return f"its forward takes no {' and no '.join(missing)}" if missing else None
+
+
 def _refusal(model: PreTrainedModel) -> str | None:
     """Why the configuration alone rules the model out, if it does."""
     config = model.config.get_text_config(decoder=True)
@@ -462,6 +478,10 @@ def _refusal(model: PreTrainedModel) -> str | None:
         return "its local attention layers count their window in cache slots and ignore the given mask"
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
         return "its ALiBi biases are taken from cache slots, not from the given positions"
+    if getattr(config, "keep_window_size", None):
+        return (
+            "of a long text it attends to the strongest tokens only, and which of two equal ones depends on their slots"
+        )
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         return f"attention {implementation!r} takes no 4-D mask; load it with attn_implementation='sdpa'"

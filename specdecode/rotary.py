@@ -22,7 +22,15 @@ from specdecode.slots import Slots
 
 # Positions of one and the same token whose keys show how a layer rotates; far enough apart for every frequency to show.
 _PROBED = (3, 41)
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Parts of transformers compute in float32 whatever the model's type.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# How a rotary module lays out what it gives for two pairs (0 and 1), and each pair's own.
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "0 1 0 1": lambda given: given[..., : given.shape[-1] // 2],
+    "0 0 1 1": lambda given: given[..., ::2],
+    "0 1": lambda given: given,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +41,29 @@ class Rotation:
         module: gives cosines and sines of positions.
         arguments: of the module, behind the positions: the type of layer, where it asks for one.
         adjacent: components are paired with their neighbours (0 with 1); otherwise with those half the width away.
-        interleaved: the module repeats each cosine in place (0 0 1 1); otherwise as a whole (0 1 0 1).
+        layout: how the module lays out the pairs' cosines.
         last: the last components of a key are rotated; otherwise the first, if not all are.
+        backwards: the pairs turn the other way.
     """
 
     module: nn.Module
     arguments: tuple[Any, ...]
     adjacent: bool
-    interleaved: bool
+    layout: str
     last: bool
+    backwards: bool
 
     def table(
         self, like: Tensor, positions: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n pairs"], Float[Tensor, "n pairs"]]:
         """Cosine and sine of each pair's angle at these positions, scaled as the model scales them."""
-        cos, sin = self.module(like, positions[None], *self.arguments)
-        pairs = slice(None, None, 2) if self.interleaved else slice(cos.shape[-1] // 2)
+        given = self.module(like, positions[None], *self.arguments)
+        # Some modules give complex numbers.
+        cos, sin = (given.real, given.imag) if isinstance(given, Tensor) else given
+        own = _LAYOUTS[self.layout]
         # A token may move a thousand times: nothing but the rounding of the result may add up.
-        return cos[0, :, pairs].double(), sin[0, :, pairs].double()
+        cos, sin = own(cos)[0].double(), own(sin)[0].double()
+        return cos, -sin if self.backwards else sin
 
     def move(
         self,
@@ -125,8 +138,9 @@ def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
         # A module that knows several kinds of layers asks for one.
         kinds: list[tuple[str, ...]] = [(kind,) for kind in types if f"{kind}_inv_freq" in buffers]
         for arguments in kinds or [()]:
-            for adjacent, interleaved, last in product((False, True), repeat=3):
-                yield Rotation(module, arguments, adjacent, interleaved, last)
+            either = (False, True)
+            for adjacent, layout, last, backwards in product(either, _LAYOUTS, either, either):
+                yield Rotation(module, arguments, adjacent, layout, last, backwards)
 
 
 def _explains(rotation: Rotation | None, old: Tensor, new: Tensor) -> bool:

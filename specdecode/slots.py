@@ -13,8 +13,8 @@ from torch import Tensor
 class Slots:
     """Keys and values of one sequence, layer by layer, and the position of each.
 
-    A transformers model writes here through `update` and `get_seq_length`, all that it asks of its cache. Slots are
-    allocated at the first write and grown by doubling; those below `length` are filled.
+    A transformers model writes here through `update`, `get_seq_length` and `is_initialized`, all that it asks of its
+    cache. Slots are allocated at the first write and grown by doubling; those below `length` are filled.
 
     Attributes:
         length: filled slots.
@@ -148,6 +148,11 @@ class Slots:
         """Slots filled before the forward under way."""
         return self._written
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was ever written."""
+        return bool(self._keys)
+
     @torch.inference_mode()
     def keep(self, indices: Sequence[int], after: int = 0) -> None:
         """Of the slots from `after` on, keep only these, in this order; the ones below `after` all stay.
@@ -239,3 +244,8 @@ class SlotBatch:
     def get_seq_length(self, layer: int = 0) -> int:
         """Slots filled before the forward under way, in the longest sequence."""
         return max(slots.get_seq_length() for slots in self.rows)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was ever written, of any sequence."""
+        return any(slots.is_initialized for slots in self.rows)

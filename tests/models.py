@@ -83,7 +83,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 # What this design cannot serve, and a word of the reason that must be given.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": (_IDS | {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "4-D mask"),
+    "bloom": (_IDS | {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "takes no position_ids"),
     "mamba": (_IDS | {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
     "gpt-neo": (
         _IDS

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.gemma3 import modeling_gemma3
 
 from specdecode import (
     LM,
@@ -162,6 +163,14 @@ def test_a_subset_is_the_model_of_those_layers(name: str) -> None:
     assert {parameter.data_ptr() for parameter in subset.model.parameters()} <= ours
 
 
+def test_a_model_without_a_list_of_layers_has_no_subset() -> None:
+    """Guards against an error from the depths, where a model's layers are called in another way."""
+    model = build(ARCHITECTURES["llama"])
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(ValueError, match="llama has no list of 4 layers"):
+        LM(model, name="llama").subset([0])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_decoded_exactly_is_refused(name: str) -> None:
     """Guards against a wrong token in silence: positions taken from slots, a recurrent state, a window of slots."""
@@ -201,6 +210,19 @@ def test_a_model_that_ignores_the_mask_is_found_out_by_its_logits(monkeypatch: p
     monkeypatch.setattr(model, "forward", either)
     with pytest.raises(UnsupportedModelError, match="gives other logits than the same tokens in sequence"):
         LM(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3-window"])
+def test_a_window_that_the_code_does_not_keep_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a wrong token far into a text: a window that the configuration declares, and the code ignores, has
+    no effect on anything as short as the probe."""
+    model = build(ARCHITECTURES[name])
+    model.config.sliding_window = 4096
+    if name == "gemma3-window":
+        monkeypatch.setattr(modeling_gemma3, "create_sliding_window_causal_mask", modeling_gemma3.create_causal_mask)
+    with pytest.raises(UnsupportedModelError, match="the code does not do what the configuration says"):
+        LM(model)
+    assert model.config.sliding_window == 4096
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
