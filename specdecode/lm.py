@@ -462,7 +462,7 @@ def _window(config: PretrainedConfig) -> int | None:
 
 def _lack(model: PreTrainedModel) -> str | None:
     """What a model that failed the probe does not even ask for, if it is that."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(type(model).forward).parameters
     missing = [name for name in ("position_ids", "past_key_values") if name not in parameters]
     return f"its forward takes no {' and no '.join(missing)}" if missing else None
 
