@@ -8,7 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdecode.controller import AdaptiveK as AdaptiveK
+    from specdecode.controller import CostAware as CostAware
+    from specdecode.controller import Costs as Costs
     from specdecode.controller import FixedK as FixedK
+    from specdecode.costs import measure_costs as measure_costs
     from specdecode.decode import generate as generate
     from specdecode.decode import generate_batch as generate_batch
     from specdecode.drafters.lookup import PromptLookup as PromptLookup
@@ -38,9 +42,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptiveK": "controller",
     "LM": "lm",
     "BestFirstTree": "drafters.shapes",
     "Chain": "drafters.shapes",
+    "CostAware": "controller",
+    "Costs": "controller",
     "DraftTree": "tree",
     "FixedK": "controller",
     "Generation": "result",
@@ -64,6 +71,7 @@ _HOMES = {
     "generate": "decode",
     "generate_batch": "decode",
     "load": "loading",
+    "measure_costs": "costs",
 }
 __all__ = sorted(_HOMES)
 

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +41,12 @@ class DrafterKind(str, enum.Enum):
     self_streaming = "self-streaming"
 
 
+class ControllerKind(str, enum.Enum):
+    fixed = "fixed"
+    adaptive = "adaptive"
+    cost_aware = "cost-aware"
+
+
 class Shape(str, enum.Enum):
     chain = "chain"
     static = "static"
@@ -65,7 +73,11 @@ def generate(
             help="what proposes  [default: lookup; with a draft: model, or universal if its vocabulary is another]"
         ),
     ] = None,
-    k: Annotated[int, typer.Option(help="draft length")] = 5,
+    controller: Annotated[
+        ControllerKind,
+        typer.Option(help="how long to draft: always --k, by what was accepted, or by what pays on this machine"),
+    ] = ControllerKind.fixed,
+    k: Annotated[int | None, typer.Option(help="draft length  [default: 5]")] = None,
     tree: Annotated[Shape, typer.Option(help="shape of a model's draft")] = Shape.chain,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[int, typer.Option(help="keep the k most probable tokens; 0 keeps all")] = 0,
@@ -94,8 +106,10 @@ def generate(
     """Continue a text, streaming it, and end with a line of measures; or many, as lines of JSON."""
     # What can be refused without a model is refused before one is loaded; loading torch alone takes seconds.
     from specdecode import (
+        AdaptiveK,
         BestFirstTree,
         Chain,
+        CostAware,
         FixedK,
         KeepAll,
         ModelDrafter,
@@ -108,8 +122,10 @@ def generate(
         UniversalDrafter,
         generate_batch,
         load,
+        measure_costs,
     )
     from specdecode import generate as decode
+    from specdecode.controller import Controller
     from specdecode.drafters.base import Drafter
     from specdecode.drafters.shapes import TreeShape
     from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, check_vocabulary
@@ -124,7 +140,9 @@ def generate(
     texts = _read_prompts(prompts) if prompts else [str(prompt)]
     if not all(texts):
         raise ValueError("the prompt is empty: give some text to continue")
-    controller = FixedK(k)
+    if k is not None and controller is not ControllerKind.fixed:
+        raise ValueError(f"--k is of no use with --controller {controller.value}, which finds it out: leave it out")
+    fixed = FixedK(5 if k is None else k)
     sampling = Sampling(temperature, top_k, top_p, seed)
     kind = drafter or (DrafterKind.model if draft else DrafterKind.lookup)
     of_a_model = kind in (DrafterKind.model, DrafterKind.universal)
@@ -158,7 +176,7 @@ def generate(
                 _note(f"{draft} has another vocabulary than {target}: it drafts by text (--drafter universal)")
     shapes: dict[Shape, TreeShape] = {
         Shape.chain: Chain(),
-        Shape.static: StaticTree((2,) * k),
+        Shape.static: StaticTree((2,) * fixed.k),
         Shape.best_first: BestFirstTree(),
     }
     if kind is DrafterKind.lookup:
@@ -169,6 +187,13 @@ def generate(
         make_drafter = partial(UniversalDrafter, model, smaller)
     elif kind is DrafterKind.self_streaming:
         make_drafter = partial(SelfStreamingDrafter, model, cache, shape=shapes[tree])
+
+    make_controller: Callable[[], Controller] = AdaptiveK
+    if controller is ControllerKind.fixed:
+        make_controller = partial(FixedK, fixed.k)
+    elif controller is ControllerKind.cost_aware:
+        with _noted_if_slow("measuring what drafting and verifying cost here"):
+            make_controller = partial(CostAware, measure_costs(model, make_drafter()))
 
     tokens = [model.encode(text, chat=chat) for text in texts]
     rules: dict[str, Any] = {
@@ -191,14 +216,14 @@ def generate(
                 tokens,
                 batch_size=batch,
                 drafter=make_drafter,
-                controller=lambda: controller,
+                controller=make_controller,
                 logprobs=logprobs,
                 on_finish=write,
                 **rules,
             )
         return
     stream = _TextStream(model.tokenizer)
-    result = decode(model, tokens[0], drafter=make_drafter(), controller=controller, on_step=stream.add, **rules)
+    result = decode(model, tokens[0], drafter=make_drafter(), controller=make_controller(), on_step=stream.add, **rules)
     stream.end()
     acceptance = f", acceptance {result.acceptance_rate:.0%}" if result.drafted else ""
     held = f", {result.cache_bytes / 1e6:.1f} MB of KV after {result.compressions} evictions" if policy else ""
@@ -410,6 +435,17 @@ def main() -> None:
     except KeyboardInterrupt:
         _note("specdecode: interrupted")
         sys.exit(130)
+
+
+@contextmanager
+def _noted_if_slow(text: str) -> Iterator[None]:
+    """Say what is going on once it takes a second."""
+    timer = threading.Timer(1.0, _note, [text])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _note(text: str) -> None:

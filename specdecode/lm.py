@@ -412,6 +412,12 @@ class LM:
         return self._quantized[kind]
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for the device's queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass(frozen=True, slots=True)
 class _Reading:
     """What a forward reads of one sequence; the arguments of `LM.forward`."""

@@ -1,4 +1,4 @@
-"""Finds drafters and policies by their files, so that a new one is tested without another line."""
+"""Finds drafters, policies and controllers, so that a new one is tested without another line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from specdecode import LM, drafters, policies
+from specdecode import LM, controller, drafters, policies
 from specdecode.drafters.base import Drafter
 from specdecode.policies.base import CachePolicy
 
@@ -22,6 +22,8 @@ DRAFTERS = _modules(drafters)
 POLICIES: dict[str, CachePolicy] = {
     name: policy for module in _modules(policies).values() for name, policy in module.examples().items()
 }
+
+CONTROLLERS = controller.examples()
 
 
 def examples(file: str, target: LM) -> dict[str, Drafter]:

@@ -111,6 +111,9 @@ def test_versions_take_turns(room: int) -> None:
     record = measured.record("old", "old", "x", {"synthetic": False, "against": None, "lossy": False})
     assert {prompt: row.counts["runs"] for prompt, row in record.rows.items()} == {"p": 4, "q": 4}
     assert record.rehearsal == {"host_syncs_per_step": 1.0}
+    assert not record.timed  # an older version does not tell
+    about = {"synthetic": False, "against": None, "lossy": False, "timed": True}
+    assert measured.record("new", "new", "x", about).timed
 
 
 def test_a_model_that_does_not_fit_even_alone_is_told() -> None:
@@ -127,6 +130,7 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     load = {"do": "load", "target": folder, "draft": other, "device": "cpu", "dtype": "float64"}
     arms = {"ar": {}, "lookup": {"drafter": "lookup"}, "novel": {"drafter": "oracle"}}
     arms |= {"by-text": {"drafter": "universal"}, "linear": {"drafter": "model"}, "int8": {"quantize": "int8"}}
+    arms |= {"clocked": {"drafter": "lookup", "controller": "cost-aware"}}
     run_ = {"do": "run", "arm": "lookup", "prompt": [1, 2, 3], "length": 4, "expected": []}
     requests = [
         {**load, "target": "./nowhere", "arms": arms},
@@ -145,6 +149,7 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(Run(**done["value"]).tokens) == 4
     assert "prompt is empty" in empty["error"]
     assert [about["value"]["about"][arm]["lossy"] for arm in ("lookup", "int8")] == [False, True]
+    assert [about["value"]["about"][arm]["timed"] for arm in ("lookup", "clocked")] == [False, True]
     assert of_int8["value"]["tokens"] == owed["value"] != of_target["value"]["tokens"]
     assert unloaded == {"value": None}
 

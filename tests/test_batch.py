@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from specdecode import (
     LM,
+    AdaptiveK,
     DraftTree,
     FixedK,
     Generation,
@@ -60,7 +61,7 @@ def of_steps(result: Generation) -> list[tuple[int, ...]]:
     policy=st.sampled_from(sorted(POLICIES)),
     lengths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
     batch_size=st.integers(1, 4),
-    k=st.integers(1, 7),
+    k=st.integers(0, 7),
     temperature=st.sampled_from([0.0, 0.9]),
     count=st.integers(1, 20),
 )
@@ -78,12 +79,13 @@ def test_each_prompt_gets_what_it_gets_alone(
     """Guards against padding that is attended to or stored, a row that reads another's slots, and a prompt whose pace
     or randomness depends on who decodes beside it."""
     make, prompts = drafter_of(name, file, which), texts(lengths)
+    make_controller = functools.partial(FixedK, k) if k else AdaptiveK
     together = generate_batch(
         lm(name),
         prompts,
         batch_size=batch_size,
         drafter=make,
-        controller=functools.partial(FixedK, k),
+        controller=make_controller,
         policy=POLICIES[policy],
         sampling=Sampling(temperature, seed=11),
         max_new_tokens=count,
@@ -93,7 +95,7 @@ def test_each_prompt_gets_what_it_gets_alone(
             lm(name),
             text,
             drafter=make(),
-            controller=FixedK(k),
+            controller=make_controller(),
             policy=POLICIES[policy],
             sampling=Sampling(temperature, seed=11 + place),
             max_new_tokens=count,

@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+import specdecode
 from specdecode import cli, generate, load
 from tests.characters import save
 from tests.models import continuation
@@ -38,6 +40,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         ("--drafter", "none"),
         ("--drafter", "lookup", "--k", "3"),
+        ("--drafter", "lookup", "--controller", "adaptive"),
         ("--draft", "layers:0-1,3"),
         ("--draft", "layers:0", "--tree", "static", "--k", "2"),
         ("--draft", "layers:0-2", "--tree", "best-first"),
@@ -60,6 +63,32 @@ def test_generate_streams_the_models_own_text_and_ends_with_measures(
     measures = r"40 tokens \(length\), [\d.]+ tokens/s, τ [\d.]+(, acceptance \d+%)?, TTFT \d+ ms"
     assert re.fullmatch(measures, err.splitlines()[-1])
     assert ("acceptance" in err) == ("none" not in drafter)
+
+
+@pytest.mark.parametrize("drafter", [("--drafter", "lookup"), ("--draft", "layers:0-2", "--tree", "static")])
+def test_drafting_as_long_as_pays_changes_no_text(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str, drafter: tuple[str, ...]
+) -> None:
+    """Guards against a controller that does not reach the decoder, and a silence while costs are being measured."""
+    told, measure = threading.Event(), specdecode.measure_costs
+
+    def patient(*of: object) -> specdecode.Costs:
+        assert told.wait(timeout=60)
+        return measure(*of)
+
+    def note(text: str) -> None:
+        if "measuring" in text:
+            told.set()
+
+    monkeypatch.setattr(specdecode, "measure_costs", patient)
+    monkeypatch.setattr(cli, "_note", note)
+    arguments = ("generate", "the cat sat on the mat, the cat", "--target", model, "--dtype", "float64")
+    texts = []
+    for controller in ("fixed", "cost-aware"):
+        assert run(monkeypatch, *arguments, "--max-new-tokens", "40", "--controller", controller, *drafter) == 0
+        assert told.is_set() == (controller == "cost-aware")
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("asked_for", [(), ("--drafter", "universal")], ids=["by itself", "asked for"])
@@ -214,6 +243,8 @@ def test_a_file_without_prompts_is_told(
         (["generate", "x", "--target", "{model}", "--stop", ""], "a stop string is empty"),
         (["generate", "x", "--target", "{model}", "--chat"], "has no chat template"),
         (["generate", "x", "--k", "0"], "K is 0"),
+        (["generate", "x", "--controller", "adaptive", "--k", "5"], "--k is of no use with --controller adaptive"),
+        (["generate", "x", "--controller", "cost-aware", "--k", "5"], "--k is of no use with --controller cost-aware"),
         (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "x", "--top-p", "0"], "top_p is 0.0"),
         (["generate", "x", "--top-k", "-2"], "top_k is -2"),

@@ -170,6 +170,23 @@ def test_a_wrong_output_is_worse_than_any_time(judged: Any) -> None:
     assert "1 wrong output" in verdicts["linear", "time"].reason
 
 
+def test_counters_that_follow_the_clock_are_not_judged(judged: Any) -> None:
+    """Guards against a gate that fails at random, and against one that does not say what it leaves out. An older file
+    does not know of such arms."""
+    old, new = content({"linear": 2.0}), content({"linear": 2.0}, target_forwards=30)
+    assert judged(new, old)["linear", "counters"].verdict is Verdict.REGRESSED
+    new["specdecode"]["arms"]["linear"]["timed"] = True
+    del old["specdecode"]["arms"]["linear"]["timed"]
+    for pair in ((new, old), (old, new)):
+        found = judged(*pair)["linear", "counters"]
+        assert found.verdict is Verdict.PASS
+        assert "by the clock" in found.reason
+    slower = content({"linear": 1.0})
+    slower["specdecode"]["arms"]["linear"]["timed"] = True
+    assert judged(slower, old)["linear", "time"].verdict is Verdict.REGRESSED
+    assert judged(new, old)["ar", "counters"].verdict is Verdict.REGRESSED
+
+
 def test_counters_are_compared_where_the_outputs_are_the_same(judged: Any) -> None:
     """Guards against a machine that decides ties otherwise, and so decodes other texts, taken for a regression."""
     new = content({"linear": 2.0}, target_forwards=24)

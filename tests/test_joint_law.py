@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 
 from specdecode import (
     LM,
+    AdaptiveK,
     BestFirstTree,
     Chain,
     DraftTree,
@@ -26,11 +28,12 @@ from specdecode import (
     StaticTree,
     generate,
 )
-from specdecode.controller import Limit
+from specdecode.controller import Controller, Limit
 from specdecode.drafters.base import Context, Drafter
 from specdecode.policies.base import CachePolicy
 from tests.enumeration import BranchRng, law_of
 from tests.models import logits, small
+from tests.strategies import Moody
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -49,6 +52,7 @@ def decoded_law(
     sampling: Sampling,
     length: int,
     policy: CachePolicy = KeepAll(),
+    controller: Callable[[], Controller] = functools.partial(FixedK, 2),
 ) -> dict[tuple[int, ...], float]:
     """One drafter for all branches: what it remembers of one must not tell on the next."""
 
@@ -58,7 +62,7 @@ def decoded_law(
             model(0, layers=2),
             PROMPT,
             drafter=drafter,
-            controller=FixedK(2),
+            controller=controller(),
             policy=policy,
             sampling=sampling,
             max_new_tokens=length,
@@ -125,6 +129,21 @@ def test_the_law_is_that_of_plain_sampling(
     law = decoded_law(monkeypatch, drafters()[name], sampling, length)
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
     assert distance(law, target_law(sampling, length)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["lookup", "chain", "static-tree"])
+@pytest.mark.parametrize(
+    "controller",
+    [functools.partial(AdaptiveK, most=2), lambda: Moody([Limit(1), Limit(0), Limit(2)])],
+    ids=["adaptive", "by turns"],
+)
+def test_the_law_does_not_depend_on_how_long_was_drafted(
+    monkeypatch: pytest.MonkeyPatch, name: str, controller: Callable[[], Controller]
+) -> None:
+    """Guards against a draft length that is chosen by what is about to be drawn, and a draft that misses a token."""
+    sampling = Sampling(0.8, top_k=2)
+    law = decoded_law(monkeypatch, drafters()[name], sampling, 4, controller=controller)
+    assert distance(law, target_law(sampling, 4)) < 1e-9
 
 
 @pytest.mark.parametrize("policy", [SinkWindow(7, sinks=1, trigger=0.6), HeavyHitter(6, recent=1, interval=2)])

@@ -20,7 +20,7 @@ LAYERS = [
     ["controller", "lm"],
     ["loading"],
     ["backends", "drafters"],
-    ["decode"],
+    ["costs", "decode"],
     ["specdecoder"],
     ["evals", "training"],
     ["bench"],

@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from specdecode import LM, TokenizerMismatchError, generate
+from specdecode import LM, Costs, TokenizerMismatchError, generate
 from specdecode.bench.arms import Arm, Run, make
 from specdecode.bench.measure import Results, classify, experiment, row_of
 from specdecode.bench.presets import preset
 from specdecode.bench.report import markdown, speed_table
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.bench.session import Options, measure
+from specdecode.controller import Draft, Limit
 from tests.characters import save
 from tests.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt, small
 from tests.spelling import CHARACTERS, characters
@@ -273,7 +274,7 @@ def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
 def test_the_presets_are_of_known_parts() -> None:
     """Guards against a preset that is only found wrong when somebody measures with it."""
     target = lm("llama")
-    for name in ("quick", "synthetic", "streaming", "long-sequence", "batch", "int8"):
+    for name in ("quick", "synthetic", "streaming", "long-sequence", "batch", "int8", "adaptive"):
         entries = preset(name).arms
         arms = {arm: make(arm, options, target, target) for arm, options in entries.items()}
         assert all(arm.against is None or arm.against in arms for arm in arms.values())
@@ -296,6 +297,32 @@ def test_a_batch_shares_forwards_and_tells_a_prompts_share_of_the_time() -> None
     assert next(shape[0] for shape in shapes if shape[0] > 1) == 4
     assert 0 < 4 * run.total_s <= elapsed
     assert run.seconds["verify"] < run.total_s
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arms_draft_as_long_as_their_controllers_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a controller that goes on with what it knows of the run before, against costs measured within the
+    time of a run, and against counters that follow the clock and are gated all the same."""
+    target, measured = small(num_hidden_layers=2), []
+
+    def measure(*of: object) -> Costs:
+        measured.append(of)
+        return Costs({1: 1.0}, {Limit(1): Draft(1, 0.0), Limit(5): Draft(5, 0.0)})
+
+    monkeypatch.setattr("specdecode.bench.arms.measure_costs", measure)
+    entries = {"ar": {}, "fixed": {"drafter": "lookup", "k": 5}}
+    entries |= {kind: {"drafter": "model", "controller": kind} for kind in ("adaptive", "cost-aware")}
+    arms = [make(name, options, target, target.subset([0])) for name, options in entries.items()]
+    assert len(measured) == 1
+    results = experiment(arms, PROMPTS, max_new_tokens=24, repeats=2)
+    assert len(measured) == 1
+    for block in results.blocks:
+        assert set(block.checks.values()) == {"equal"}
+        assert len([steps for steps in block.runs["adaptive"].histograms["depth"] if steps]) > 1
+    once, again = ([block.runs["adaptive"] for block in results.blocks if block.repeat == repeat] for repeat in (0, 1))
+    assert [run.counts for run in once] == [run.counts for run in again]
+    timed = {name: record.timed for name, record in kept(results).arms.items()}
+    assert timed == {"ar": False, "fixed": False, "adaptive": False, "cost-aware": True}
 
 
 def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
@@ -351,6 +378,10 @@ def test_peers_draft_as_long_as_they_are_told() -> None:
         ({"batch": 0}, "batch is 0"),
         ({"batch": 2, "drafter": "model", "replay": 0.5}, "batch is 2: it is 1 or more, and 1 for replayed drafts"),
         ({"quantize": "int4"}, "quantize is 'int4'"),
+        ({"drafter": "lookup", "controller": "magic"}, "no controller is named 'magic': choose from fixed, adaptive"),
+        ({"drafter": "lookup", "controller": "adaptive", "k": 3}, "k is of no use with the controller 'adaptive'"),
+        ({"drafter": "lookup", "controller": "cost-aware", "k": 3}, "k is of no use with the controller 'cost-aware'"),
+        ({"peer": "generate", "controller": "adaptive"}, "unknown options: controller"),
     ],
 )
 def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:

@@ -251,7 +251,7 @@ class SideBySide:
             version: whose.
             name: of the version.
             arm: its name.
-            about: what the version says of the arm: "synthetic", "against" and "lossy".
+            about: what the version says of the arm: "synthetic", "against", "lossy" and "timed".
         """
         entries: dict[str, list[tuple[float, Run, Run]]] = {}
         checks: list[Check] = []
@@ -269,6 +269,7 @@ class SideBySide:
             against=about["against"],
             lossy=about["lossy"],
             rehearsal=self.rehearsals[name, arm],
+            timed=about.get("timed", False),  # older versions have no such arms
         )
 
     def outputs(self, version: Literal["new", "old"]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from specdecode.bench.environment import synchronise
-from specdecode.controller import FixedK
+from specdecode.controller import AdaptiveK, Controller, CostAware, FixedK
+from specdecode.costs import measure_costs
 from specdecode.decode import generate, generate_batch
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.lookup import PromptLookup
@@ -23,7 +24,7 @@ from specdecode.drafters.replay import ReplayDrafter
 from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeShape
 from specdecode.drafters.universal import UniversalDrafter
-from specdecode.lm import LM
+from specdecode.lm import LM, synchronise
 from specdecode.loading import check_vocabulary
 from specdecode.policies import policy as named_policy
 from specdecode.policies.base import CachePolicy
@@ -110,6 +111,7 @@ class Arm:
         quantize: how the target's weights are quantised, if they are. With that, or a policy that does not keep
             everything, the arm is lossy: its output is not the baseline's but that of plain decoding of the same
             weights with the same policy.
+        timed: how long it drafts depends on the clock, and so do its counts.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Arm:
     against: str | None = None
     policy: CachePolicy = field(default_factory=KeepAll)
     quantize: str | None = None
+    timed: bool = False
 
     @property
     def lossy(self) -> bool:
@@ -134,12 +137,13 @@ class Arm:
 def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Arm:
     """An arm from a preset's entry.
 
-    Keys: `drafter` ("none", "lookup", "model", "universal" or "self-streaming"), `k`, `nodes`, `ngram`, `branches`,
-    `shape` ("chain", "static" or "best-first"), `branching`, `threshold`, `draft_cache` (tokens that a streaming draft
-    holds), `replay` (acceptance), `batch` (prompts decoded at once: the block's own and shorter beginnings of it),
-    `policy` ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it holds); or `peer`
-    ("generate", "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops
-    drafting). With `quantize` ("int8") it decodes the target with quantised weights, and drafts with `draft` as it is.
+    Keys: `drafter` ("none", "lookup", "model", "universal" or "self-streaming"), `controller` ("fixed" with `k`,
+    "adaptive" or "cost-aware"), `nodes`, `ngram`, `branches`, `shape` ("chain", "static" or "best-first"), `branching`,
+    `threshold`, `draft_cache` (tokens that a streaming draft holds), `replay` (acceptance), `batch` (prompts decoded at
+    once: the block's own and shorter beginnings of it), `policy` ("sink-window" and the others of
+    `specdecode.policies`) with `cache` (tokens that it holds); or `peer` ("generate", "assisted" or "prompt-lookup")
+    with `k`, `ngram` and `confidence` (below which transformers stops drafting). With `quantize` ("int8") it decodes
+    the target with quantised weights, and drafts with `draft` as it is. What a cost-aware arm goes by is measured here.
     `against` names the peer's arm that does the same.
 
     Raises:
@@ -164,17 +168,17 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
     quantize = options.pop("quantize", None)
     if quantize is not None:
         target = target.quantized(quantize)
+    timed = options.get("controller") == "cost-aware"
     run = _ours(options, target, draft, replay, policy) if peer is None else _peer(peer, options, target, draft)
     if options:
         raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
-    return Arm(name, run, target, target.synthetic or replay is not None, against, policy, quantize)
+    return Arm(name, run, target, target.synthetic or replay is not None, against, policy, quantize, timed)
 
 
 def _ours(
     options: dict[str, Any], target: LM, draft: LM | None, replay: float | None, policy: CachePolicy
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
     kind = options.pop("drafter", "none")
-    controller = FixedK(options.pop("k", 5))
     batch = options.pop("batch", 1)
     if batch < 1 or (batch > 1 and replay is not None):
         raise ValueError(f"batch is {batch}: it is 1 or more, and 1 for replayed drafts, which know one continuation")
@@ -204,22 +208,37 @@ def _ours(
             return SelfStreamingDrafter(target, draft_cache, shape=shape)
     else:
         raise ValueError(f"no drafter is named {kind!r}: choose from none, lookup, model, universal, self-streaming")
+    make_controller = _controller(options, target, make_drafter)
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
         def decode() -> list[Generation]:
             rules: dict[str, Any] = {"policy": policy, "max_new_tokens": max_new_tokens}
             if batch > 1:
-                rules |= {"batch_size": batch, "drafter": make_drafter, "controller": lambda: controller}
+                rules |= {"batch_size": batch, "drafter": make_drafter, "controller": make_controller}
                 return generate_batch(target, _beginnings(prompt, batch), **rules)
-            # A fresh drafter every time: a used one would still hold the prompt.
+            # All is fresh every time: a used drafter would still hold the prompt, and a controller know it.
             drafter = make_drafter()
             if replay is not None:
                 drafter = ReplayDrafter(drafter, [*prompt, *expected], replay)
-            return [generate(target, prompt, drafter=drafter, controller=controller, **rules)]
+            return [generate(target, prompt, drafter=drafter, controller=make_controller(), **rules)]
 
         return _run_of(*_timed(target, decode))
 
     return run
+
+
+def _controller(options: dict[str, Any], target: LM, make_drafter: Callable[[], Drafter]) -> Callable[[], Controller]:
+    kind = options.pop("controller", "fixed")
+    if kind == "fixed":
+        fixed = FixedK(options.pop("k", 5))
+        return lambda: fixed
+    if "k" in options:
+        raise ValueError(f"k is of no use with the controller {kind!r}, which finds it out: leave it out")
+    if kind == "adaptive":
+        return AdaptiveK
+    if kind == "cost-aware":
+        return partial(CostAware, measure_costs(target, make_drafter()))
+    raise ValueError(f"no controller is named {kind!r}: choose from fixed, adaptive, cost-aware")
 
 
 def _shape(options: dict[str, Any]) -> TreeShape:

@@ -95,6 +95,7 @@ def _arm(entry: Any, header: Header) -> ArmRecord:
         against=None if entry["against"] is None else str(entry["against"]),
         lossy=bool(entry["lossy"]),
         rehearsal={name: _number(entry["rehearsal"], name) for name in REHEARSED if name in entry["rehearsal"]},
+        timed=bool(entry.get("timed", False)),  # older files have no such arms
     )
 
 

@@ -10,15 +10,12 @@ import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from specdecode.bench.names import slug
+from specdecode.lm import LM, synchronise
 from specdecode.quantize import stored_bytes
-
-if TYPE_CHECKING:
-    from specdecode.lm import LM
 
 _COPY_BYTES = 2**28
 _GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "clocks_throttle_reasons.active", "power.draw")
@@ -116,9 +113,3 @@ def roofline(target: LM) -> float:
     if head is not None and embedding.weight is not head.weight:
         read.pop(id(embedding.weight), None)
     return copy_bandwidth(target.device) / sum(map(stored_bytes, read.values()))
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device's queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

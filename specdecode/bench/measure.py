@@ -113,6 +113,7 @@ class Results:
             against=arm.against if any(other.name == arm.against for other in self.arms) else None,
             lossy=arm.lossy,
             rehearsal=self.rehearsals.get(arm.name, {}),
+            timed=arm.timed,
         )
 
     def outputs(self) -> dict[str, str]:

@@ -118,6 +118,7 @@ class ArmRecord:
         against: the peer's arm that does the same with the same settings.
         lossy: its outputs are not the baseline's, but were checked against a reference of their own.
         rehearsal: see REHEARSED.
+        timed: how long it drafted depended on the clock, and so did its counts.
     """
 
     rows: dict[str, Row]
@@ -127,6 +128,7 @@ class ArmRecord:
     against: str | None = None
     lossy: bool = False
     rehearsal: dict[str, float] = field(default_factory=dict)
+    timed: bool = False
 
     def total(self, name: str, prompts: Iterable[str] | None = None) -> float:
         """Sum over prompts (all, if None) of a count or of "NAME_s", seconds; nan if it was not taken."""

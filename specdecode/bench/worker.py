@@ -54,7 +54,7 @@ class Worker:
             "versions": {**environment(), "weights": weights_of(target)},
             "refused": refused,
             "about": {
-                name: {"synthetic": arm.synthetic, "against": arm.against, "lossy": arm.lossy}
+                name: {"synthetic": arm.synthetic, "against": arm.against, "lossy": arm.lossy, "timed": arm.timed}
                 for name, arm in self._arms.items()
             },
             "pair": f"{self._target.name}{f' with {smaller.name}' if smaller else ''}",
