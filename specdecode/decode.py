@@ -248,14 +248,15 @@ class _Text:
             slots.attend([*range(stem), *(stem - 1 + node for node in verdict.path)])
         slots.keep([root + node for node in verdict.path], after=root + 1)
         new = len(result.tokens)
-        stop = self._stops.find(result.tokens + verdict.tokens, new)
-        emitted = verdict.tokens if stop is None else verdict.tokens[: stop + 1 - new]
+        result.tokens += verdict.tokens
+        stop = self._stops.find(result.tokens, new)
         if stop is not None:
+            del result.tokens[stop + 1 :]
             result.finish_reason = "stop"
+        emitted = result.tokens[new:]
         if result.logprobs is not None:
             laws = logits[[0, *verdict.path[: len(emitted) - 1]]].double().log_softmax(-1)
             result.logprobs += laws.gather(1, torch.tensor(emitted, device=laws.device)[:, None])[:, 0].tolist()
-        result.tokens += emitted
         self._tokens += emitted
         self.finished = stop is not None or len(self._tokens) == self._end
         self._read = len(self._tokens) - 1

@@ -143,12 +143,12 @@ class LM:
             UnsupportedModelError: its keys cannot be moved to other positions.
         """
 
-        def keys_at(position: int) -> list[Tensor]:
+        def held_at(position: int) -> tuple[list[Tensor], list[Tensor]]:
             slots = self.new_slots(1)
             self.forward(slots, torch.tensor([self.vocab_size // 3]), positions=torch.tensor([position]))
-            return slots.filled_keys()
+            return slots.filled_keys(), slots.filled_values()
 
-        return Mover(rotations(self.model, keys_at))
+        return Mover(rotations(self.model, held_at))
 
     @torch.inference_mode()
     def forward(

@@ -96,7 +96,8 @@ class Rotation:
 
 @torch.inference_mode()
 def rotations(
-    model: PreTrainedModel, keys_at: Callable[[int], list[Float[Tensor, "heads 1 dim"]]]
+    model: PreTrainedModel,
+    held_at: Callable[[int], tuple[list[Float[Tensor, "heads 1 dim"]], list[Float[Tensor, "heads 1 width"]]]],
 ) -> list[Rotation | None]:
     """How each layer of a model rotates its keys; None for a layer whose keys do not depend on their position.
 
@@ -108,15 +109,22 @@ def rotations(
 
     Args:
         model: as transformers has it.
-        keys_at: the keys of one token that is alone at a position, layer by layer.
+        held_at: the keys and the values of one token that is alone at a position, layer by layer.
 
     Raises:
-        UnsupportedModelError: the keys depend on their position in a way that is not known here.
+        UnsupportedModelError: the keys depend on their position in a way that is not known here, or the values do too,
+            as where a compressed cache holds what is rotated among them.
     """
-    before, after = (keys_at(position) for position in _PROBED)
+    (before, values_before), (after, values_after) = (held_at(position) for position in _PROBED)
     known = list(_candidates(model))
     if not known and _embeds_positions(model):
         return [None] * len(before)
+    for layer, (old, new) in enumerate(zip(values_before, values_after, strict=True)):
+        if not _explains(None, old, new):
+            raise UnsupportedModelError(
+                f"a cache policy cannot serve this {model.config.model_type} model: what its layer {layer} stores as"
+                " values depends on the position, so it cannot be moved"
+            )
     found: list[Rotation | None] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         fitting = [rotation for rotation in [None, *known] if _explains(rotation, old, new)]

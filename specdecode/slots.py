@@ -115,6 +115,10 @@ class Slots:
         """The filled slots' keys, layer by layer: views."""
         return [self._keys[layer][0, :, : self.length] for layer in sorted(self._keys)]
 
+    def filled_values(self) -> list[Float[Tensor, "heads length width"]]:
+        """The same of the values."""
+        return [self._values[layer][0, :, : self.length] for layer in sorted(self._values)]
+
     @torch.inference_mode()
     def gather(self, kept: Int[Tensor, "... m"]) -> None:
         """Evict all but these slots, ascending: the same of all heads and layers [m], or each head's own

@@ -68,7 +68,8 @@ def row(family: str) -> str:
 
 
 def _bounded(target: LM, text: list[int]) -> str:
-    """What becomes of the first layer's keys when tokens are evicted. They depend on nothing but token and position."""
+    """What becomes of the first layer's keys and values when tokens are evicted. They depend on nothing but token and
+    position."""
     mover, policy = target.mover, SinkWindow(24)
     slots, pruned = target.new_slots(len(text)), target.new_slots(len(text))
     target.forward(slots, torch.tensor(text))
@@ -78,6 +79,8 @@ def _bounded(target: LM, text: list[int]) -> str:
     after = slots.filled_keys()[0]
     target.forward(pruned, torch.tensor([text[i] for i in kept.tolist()]))
     if torch.allclose(after, pruned.filled_keys()[0], rtol=0, atol=1e-4):
+        values = slots.filled_values()[0]
+        assert torch.allclose(values, pruned.filled_values()[0], rtol=0, atol=1e-4), f"{target.name}: values lie wrong"
         return "served"
     assert torch.equal(after, before), f"{target.name}: keys that moved are not those of their new positions"
     return "served, keys as written"
@@ -106,7 +109,8 @@ windows of {WINDOW} tokens if they have windows.
 
 - *Exact*: {LENGTH} tokens are those of transformers' own `generate`, decoded with chains and with trees, alone and in a
   batch of two; of the drafts some are accepted and some rejected, in whole and in part.
-- *Served*: the keys that stay when `SinkWindow` evicts tokens are those that the model writes for these tokens alone.
+- *Served*: the keys and values that stay when `SinkWindow` evicts tokens are those that the model writes for these
+  tokens alone.
 - *As written*: the model adds positions to its embeddings, so the keys that stay cannot be moved; what is decoded later
   takes positions within the cache.
 
