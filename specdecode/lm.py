@@ -187,16 +187,11 @@ class LM:
     ) -> list[Float[Tensor, "_ V"]]:
         """Run what each sequence reads, the slots for it already taken; logits of the last rows that each wants."""
         size = max(len(reading.tokens) for reading in readings)
-
-        def padded(part: Int[Tensor, " n"]) -> Int[Tensor, " size"]:
-            # Padding stands first, so that the rows of which the logits are wanted are the last of every sequence.
-            return nn.functional.pad(part.to(self.device), (size - len(part), 0))
-
         kept = {"logits_to_keep": max(reading.rows for reading in readings)} if self._keeps_logits else {}
         output = self.model(
-            input_ids=torch.stack([padded(reading.tokens) for reading in readings]),
+            input_ids=self._side_by_side([reading.tokens for reading in readings], size),
             attention_mask=self._mask(sequences, [reading.visible for reading in readings], size),
-            position_ids=torch.stack([padded(reading.positions) for reading in readings]),
+            position_ids=self._side_by_side([reading.positions for reading in readings], size),
             past_key_values=cache,
             use_cache=True,
             output_attentions=self._records_attention,
@@ -215,6 +210,10 @@ class LM:
                     ]
                 )
         return [output.logits[row, -reading.rows :] for row, reading in enumerate(readings)]
+
+    def _side_by_side(self, parts: Sequence[Int[Tensor, " _"]], size: int) -> Int[Tensor, "rows n"]:
+        """Padding stands first, so that the rows of which the logits are wanted are the last of every sequence."""
+        return torch.stack([nn.functional.pad(part.to(self.device), (size - len(part), 0)) for part in parts])
 
     @contextmanager
     def recording_attention(self) -> Iterator[None]:
