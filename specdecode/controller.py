@@ -172,8 +172,9 @@ def _between(values: Mapping[int, float], at: int) -> float:
     return max(values[low] + (values[high] - values[low]) * (at - low) / (high - low), 0.0)
 
 
-# In plain steps: what a trial may lose, and what of its gains it may lose again.
-_STAKE, _MOST_STAKE = 2.0, 12.0
+# In plain steps: what a trial may lose, and what of its gains it may lose again; and the share of it that one step
+# may, unless even the cheapest draft could lose more.
+_STAKE, _MOST_STAKE, _RISK = 2.0, 12.0, 0.25
 # The share of the time that trying again may cost.
 _SHARE = 0.01
 
@@ -213,7 +214,8 @@ class CostAware:
     and with each failure half as much. A probe of which something is accepted begins a new trial. If not even a draft
     that is accepted whole could pay, there is none.
 
-    In a batch each prompt has one of its own, which takes the forwards that it shares for its own.
+    It may serve one text after another, and goes on with what it has learnt. In a batch each prompt has one of its own,
+    which takes the time of the forwards that they share for its own.
 
     Args:
         costs: of this target and this drafter.
@@ -239,7 +241,7 @@ class CostAware:
         self._failures = 0
         self._lost = 0.0  # by the last trial
         self._waited = 0.0  # since then
-        self._unread = 0  # tokens that the draft has to catch up with
+        self._unread = 1  # tokens that the draft has to catch up with: at first there is the prompt
         self._reading = costs.catch_up / costs.verify_s(1)  # for each of them
         self._asked: _Option | None = self._decide()
 
@@ -290,7 +292,7 @@ class CostAware:
             self._end(time - step.emitted)
         else:
             self._trial.observe(step, asked.limit, step.emitted - time)
-        return doubtful and self._trial is not None
+        return doubtful
 
     def _decide(self) -> _Option | None:
         if self._trial is not None:
@@ -356,6 +358,8 @@ class _Trial:
             drafting: plain steps of time that a measured second of drafting takes.
             verifying: the same of verifying.
         """
+        cheapest = min(drafting * of[0].draft_s + verifying * of[0].verify_s for of in self._options.values()) - 1.0
+        risk = min(max(_RISK * self.stake, cheapest), self.stake)
         best, most = None, 1.0
         for nodes, options in self._options.items():
             tokens = chance = 1.0
@@ -364,7 +368,7 @@ class _Trial:
                 chance *= acceptance
                 tokens += chance
                 time = drafting * option.draft_s + verifying * option.verify_s
-                if tokens > most * time and time - 1.0 <= self.stake:
+                if tokens > most * time and time - 1.0 <= risk:
                     best, most = option, tokens / time
         return best
 
