@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -65,7 +64,7 @@ def generate(
             context holds, or stop strings for a target without a tokenizer.
     """
     stops = _stops(target, stop_token_ids, stop)
-    with _recording(target, policy):
+    with target.recording_for(policy):
         text = _Text(target, prompt, drafter, controller, policy, sampling, max_new_tokens, stops, logprobs, on_step)
         # The first step's forward carries what is left of the prompt, so that a short one costs no forward of its own.
         text.prefill(but=PREFILL_CHUNK)
@@ -144,7 +143,7 @@ def generate_batch(
     results: list[Generation] = []
     live: dict[int, _Text] = {}
     batch: SlotBatch | None = None
-    with _recording(target, policy):
+    with target.recording_for(policy):
         while live or len(results) < len(prompts):
             while len(live) < batch_size and len(results) < len(prompts):
                 live[len(results)] = text = begin(len(results))
@@ -287,10 +286,6 @@ class _Text:
     def _boundary(self) -> int:
         """The committed length, beyond the present one, at which the policy evicts next."""
         return boundary(self._policy, self.slots.committed + 1, self.slots.length + 1)
-
-
-def _recording(target: LM, policy: CachePolicy) -> AbstractContextManager[None]:
-    return target.recording_attention() if policy.reads_attention else nullcontext()
 
 
 def _stops(target: LM, token_ids: Sequence[int], strings: str | Sequence[str]) -> Stops:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,6 +229,10 @@ class LM:
         finally:
             self._records_attention = False
             self.model.set_attn_implementation(usual)
+
+    def recording_for(self, policy: CachePolicy) -> AbstractContextManager[None]:
+        """`recording_attention` for a policy that reads it, and nothing for the others."""
+        return self.recording_attention() if policy.reads_attention else nullcontext()
 
     def read(
         self, slots: Slots, tokens: Sequence[int], policy: CachePolicy = KeepAll()

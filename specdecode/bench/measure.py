@@ -7,7 +7,6 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
@@ -255,7 +254,7 @@ def classify(
         slots = target.new_slots(len(text) + rows)
         start = max(len(prompt) - rows, 0)
         pieces = [text[:start], *(text[place : place + rows] for place in range(start, len(text), rows))]
-        with target.recording_attention() if policy.reads_attention else nullcontext():
+        with target.recording_for(policy):
             for piece in filter(None, pieces):
                 target.read(slots, piece, policy)
             target.evict(slots, policy)
