@@ -93,6 +93,7 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
     ] = None,
+    backend: Annotated[str, typer.Option(help="how forwards run: eager, packed, or auto, the fastest here")] = "auto",
     quantize: Annotated[
         str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao  [default: as they are]")
     ] = None,
@@ -159,12 +160,12 @@ def generate(
     cache = 256 if max_cache is None else max_cache
     kept = named_policy(policy, cache) if policy else KeepAll()
 
-    model = load(target, device=device, dtype=dtype, quantize=quantize)
+    model = load(target, device=device, dtype=dtype, quantize=quantize, backend=backend)
     if model.tokenizer is None:
         raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
     make_drafter: Callable[[], Drafter] = NoDraft
     if of_a_model:
-        smaller = load(str(draft), device=device, dtype=dtype, target=model, same_vocabulary=False)
+        smaller = load(str(draft), device=device, dtype=dtype, target=model, same_vocabulary=False, backend=backend)
         if kind is DrafterKind.model:
             try:
                 check_vocabulary(model, smaller)
@@ -229,7 +230,8 @@ def generate(
     held = f", {result.cache_bytes / 1e6:.1f} MB of KV after {result.compressions} evictions" if policy else ""
     _note(
         f"{len(result.tokens)} tokens ({result.finish_reason}), {result.throughput:.1f} tokens/s,"
-        f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms{held}"
+        f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms{held},"
+        f" backend {model.backend}"
     )
 
 

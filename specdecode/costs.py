@@ -21,7 +21,7 @@ from specdecode.tree import DraftTree
 _ROWS = (1, 2, 4, 8, 16, 32, MAX_DRAFT_NODES + 1)
 _CACHED = 256
 # Where a drafter is measured: depths and, if it proposes trees, nodes; and tokens that it catches up with.
-_DEPTHS = (1, 2, 4, 8, 16)
+_DEPTHS = (1, 2, 4, 8)
 _NODES = (MAX_DRAFT_NODES, 32, 12, 4)
 _SKIPPED = 32
 # The text repeats itself after so many tokens, so that there is something to look up.

@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from specdecode.backends import Backend, prepare
+from specdecode.backends.packed import PackedLinear
 from specdecode.errors import UnsupportedModelError
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
@@ -42,6 +44,7 @@ class LM:
         tokenizer: its tokenizer, if it was given one.
         name: for tables and messages.
         synthetic: the weights are random; only costs can be measured with it.
+        backend: how its forwards run.
         vocab_size: width of the logits.
         context_length: tokens that prompt and output may have together.
 
@@ -56,19 +59,21 @@ class LM:
         *,
         name: str | None = None,
         synthetic: bool = False,
+        backend: Backend = Backend(),
     ) -> None:
         self.model = model
         model.train(False)
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
         self.synthetic = synthetic
+        self.backend = backend
         config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
         self.context_length = _context_length(config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         if reason := _refusal(model):
             raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
-        self._quantized: dict[str, LM] = {}
+        self._variants: dict[str, LM] = {}
         self._records_attention = False
         self._window = _window(config)
         self._mask_per_layer_type = self._window is not None
@@ -86,8 +91,10 @@ class LM:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the parameters as they are stored: tied ones once, quantised ones with their scales."""
-        return sum(map(stored_bytes, self.model.parameters()))
+        """Bytes of the weights as they are stored: tied ones once, quantised ones with their scales, and those that are
+        packed, which a tied head is beside its embedding."""
+        packed = sum(module.packed_bytes for module in self.model.modules() if isinstance(module, PackedLinear))
+        return sum(map(stored_bytes, self.model.parameters())) + packed
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -395,7 +402,8 @@ class LM:
         for module in model.modules():
             if isinstance(vars(module).get("config"), PretrainedConfig):
                 module.config = smaller if vars(module)["config"] is self.model.config else text
-        return LM(model, self.tokenizer, name=f"{self.name}[{len(layers)} of {total} layers]", synthetic=self.synthetic)
+        name = f"{self.name}[{len(layers)} of {total} layers]"
+        return LM(model, self.tokenizer, name=name, synthetic=self.synthetic, backend=self.backend)
 
     def quantized(self, kind: str) -> LM:
         """The same model with its linear layers' weights quantised, made once; all else the two share.
@@ -407,12 +415,39 @@ class LM:
             UnsupportedModelError: it has weights that cannot be quantised.
             ValueError: there is no such kind, or its package is not installed.
         """
-        if kind not in self._quantized:
+        if kind not in self._variants:
+            self._eager("quantised")
             model = _shell(self.model)
             quantizer(kind)(model)
             name = f"{self.name} ({kind})"
-            self._quantized[kind] = LM(model, self.tokenizer, name=name, synthetic=self.synthetic)
-        return self._quantized[kind]
+            self._variants[kind] = LM(model, self.tokenizer, name=name, synthetic=self.synthetic)
+        return self._variants[kind]
+
+    def with_backend(self, kind: str) -> LM:
+        """The same model, its forwards run by a backend, made once; all else the two share.
+
+        Args:
+            kind: as for `load`.
+
+        Raises:
+            ValueError: there is no such backend, or this model has one already.
+        """
+        if kind == "eager":
+            return self
+        if kind not in self._variants:
+            self._eager("given another backend")
+            model = _shell(self.model)
+            backend = prepare(kind, model)
+            variant = LM(model, self.tokenizer, name=self.name, synthetic=self.synthetic, backend=backend)
+            self._variants[kind] = self if backend == self.backend else variant
+        return self._variants[kind]
+
+    def _eager(self, what: str) -> None:
+        if self.backend.name != "eager":
+            raise ValueError(
+                f"{self.name} cannot be {what}: it runs on the backend {self.backend.name}, which lays out the weights"
+                " its own way; load it with backend='eager'"
+            )
 
 
 def synchronise(device: torch.device) -> None:

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from specdecode.backends import prepare
 from specdecode.errors import ModelFileError, TokenizerMismatchError
 from specdecode.lm import LM
 from specdecode.quantize import quantizer
@@ -55,6 +56,7 @@ def load(
     target: LM | None = None,
     same_vocabulary: bool = True,
     quantize: str | None = None,
+    backend: str = "auto",
 ) -> LM:
     """Load a causal language model.
 
@@ -68,12 +70,15 @@ def load(
         same_vocabulary: False leaves that out, for a draft that may have to go by text (`UniversalDrafter`).
         quantize: "int8" for the weights of linear layers in 8 bits (see `specdecode.quantize`); all else stays in
             `dtype`.
+        backend: how forwards run (see `specdecode.backends`): "eager", as transformers runs them; "packed", linear
+            layers laid out for few rows on a CPU; "auto", the fastest of them here. `LM.backend` says which it is.
+            "layers:" share the backend of their target.
 
     Raises:
         ModelFileError: nothing there by that name, or its files are damaged, or cannot be fetched or stored.
         UnsupportedModelError: the architecture cannot be decoded exactly, or not be quantised.
         TokenizerMismatchError: it does not share the vocabulary of `target`.
-        ValueError: an unknown dtype, device or quantisation, or one whose package is not installed.
+        ValueError: an unknown dtype, device, backend or quantisation, or one whose package is not installed.
     """
     transform = quantizer(quantize) if quantize else None
     if name.startswith("layers:"):
@@ -96,7 +101,13 @@ def load(
         transform(model)
     # Only now, so that no more than the quantised weights need fit.
     model.to(chosen_device)  # type: ignore[arg-type]
-    lm = LM(model, tokenizer, name=f"{name} ({quantize})" if quantize else name, synthetic=name.startswith("shape:"))
+    lm = LM(
+        model,
+        tokenizer,
+        name=f"{name} ({quantize})" if quantize else name,
+        synthetic=name.startswith("shape:"),
+        backend=prepare(backend, model),
+    )
     if target is not None and same_vocabulary:
         check_vocabulary(target, lm)
     return lm

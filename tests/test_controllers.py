@@ -398,7 +398,7 @@ def test_costs_are_those_of_the_machine(clock: FakeClock) -> None:
         costs = measure_costs(target, ModelDrafter(draft))
     assert costs.verify == pytest.approx({rows: 0.010 + 0.0005 * rows for rows in (1, 2, 4, 8, 16, 32, 65)})
     assert costs.catch_up == pytest.approx(0.0001)
-    assert costs.draft.keys() == {Limit(depth) for depth in (1, 2, 4, 8, 16)}
+    assert costs.draft.keys() == {Limit(depth) for depth in (1, 2, 4, 8)}
     for limit, proposal in costs.draft.items():
         assert proposal.nodes == limit.depth
         # A forward a level, and perhaps another token to read in the first.
@@ -412,12 +412,12 @@ def test_trees_are_priced_by_their_nodes(clock: FakeClock) -> None:
     with charged(clock, {target.model: TARGET, draft.model: DRAFT}):
         costs = measure_costs(target, drafter)
     sizes = {limit: proposal.nodes for limit, proposal in costs.draft.items()}
-    wide, narrow = {1: 2, 2: 6, 4: 10, 8: 10, 16: 10}, {1: 2, 2: 4, 4: 4, 8: 4, 16: 4}
+    wide, narrow = {1: 2, 2: 6, 4: 10, 8: 10}, {1: 2, 2: 4, 4: 4, 8: 4}
     expected = {Limit(depth, 64): size for depth, size in wide.items()}
     assert sizes == expected | {Limit(depth, 4): size for depth, size in narrow.items()}
-    assert costs.draft[Limit(16, 4)].seconds < costs.draft[Limit(16, 64)].seconds
+    assert costs.draft[Limit(8, 4)].seconds < costs.draft[Limit(8, 64)].seconds
     lookup = measure_costs(target, PromptLookup()).draft
-    assert {limit: proposal.nodes for limit, proposal in lookup.items()} == {Limit(d): d for d in (1, 2, 4, 8, 16)}
+    assert {limit: proposal.nodes for limit, proposal in lookup.items()} == {Limit(d): d for d in (1, 2, 4, 8)}
 
 
 def test_a_target_is_measured_once_and_then_let_go() -> None:

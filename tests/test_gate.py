@@ -217,6 +217,22 @@ def test_other_weights_of_the_same_name_are_not_compared(judged: Any) -> None:
     assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
 
 
+def test_another_backend_is_compared_by_what_does_not_depend_on_it(judged: Any) -> None:
+    """Guards against a regression invented by a machine on which another backend is the fastest, and against counters
+    that are not judged there."""
+    new, old = content({"linear": 1.0}), content({"linear": 2.0})
+    new["specdecode"]["versions"]["backend"] = "packed"
+    for run, size in ((new, 2.0), (old, 1.0)):
+        run["specdecode"]["arms"]["linear"]["rehearsal"] = {"weight_bytes": size}
+    verdicts = judged(new, old)
+    assert verdicts["linear", "time"].verdict is Verdict.INCONCLUSIVE
+    assert "backend eager and this on packed" in verdicts["linear", "time"].reason
+    assert verdicts["linear", "counters"].verdict is Verdict.PASS
+    new["specdecode"]["versions"]["backend"] = "eager"
+    assert judged(new, old)["linear", "counters"].verdict is Verdict.REGRESSED
+    assert judged(new, old)["linear", "time"].verdict is Verdict.REGRESSED
+
+
 def test_the_settings_of_the_gate() -> None:
     """Guards against a verdict that no setting fails on, or one that every setting does."""
     assert FAILING["on"] == {Verdict.REGRESSED, Verdict.MISSING}

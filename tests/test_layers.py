@@ -16,10 +16,10 @@ ROOT = Path(specdecode.__file__).parent
 # and its own modules may.
 LAYERS = [
     ["errors", "sampling", "shapes", "slots", "stopping", "tree"],
-    ["policies", "quantize", "result", "rotary", "verify"],
+    ["backends", "policies", "quantize", "result", "rotary", "verify"],
     ["controller", "lm"],
     ["loading"],
-    ["backends", "drafters"],
+    ["drafters"],
     ["costs", "decode"],
     ["specdecoder"],
     ["evals", "training"],

@@ -134,7 +134,7 @@ class Arm:
         return generate(self.target, prompt, policy=self.policy, max_new_tokens=len(tokens)).tokens
 
 
-def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Arm:
+def make(name: str, options: dict[str, Any], target: LM, draft: LM | None, backend: str = "auto") -> Arm:
     """An arm from a preset's entry.
 
     Keys: `drafter` ("none", "lookup", "model", "universal" or "self-streaming"), `controller` ("fixed" with `k`,
@@ -143,8 +143,15 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
     once: the block's own and shorter beginnings of it), `policy` ("sink-window" and the others of
     `specdecode.policies`) with `cache` (tokens that it holds); or `peer` ("generate", "assisted" or "prompt-lookup")
     with `k`, `ngram` and `confidence` (below which transformers stops drafting). With `quantize` ("int8") it decodes
-    the target with quantised weights, and drafts with `draft` as it is. What a cost-aware arm goes by is measured here.
-    `against` names the peer's arm that does the same.
+    the target with quantised weights, and drafts with `draft` as it is. `backend` says how the forwards of both run.
+    What a cost-aware arm goes by is measured here. `against` names the peer's arm that does the same.
+
+    Args:
+        name: of the arm.
+        options: the entry.
+        target: loaded with backend="eager": peers decode it as it is.
+        draft: likewise.
+        backend: of our own arms that name none.
 
     Raises:
         UnsupportedModelError: the target's weights cannot be quantised.
@@ -169,7 +176,12 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None) -> Ar
     if quantize is not None:
         target = target.quantized(quantize)
     timed = options.get("controller") == "cost-aware"
-    run = _ours(options, target, draft, replay, policy) if peer is None else _peer(peer, options, target, draft)
+    if peer is None:
+        kind = options.pop("backend", backend)
+        target, draft = target.with_backend(kind), draft and draft.with_backend(kind)
+        run = _ours(options, target, draft, replay, policy)
+    else:
+        run = _peer(peer, options, target, draft)
     if options:
         raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
     return Arm(name, run, target, target.synthetic or replay is not None, against, policy, quantize, timed)

@@ -139,6 +139,8 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judge
     if theirs != ours:
         reason = f"the baseline is of {theirs} and this is {ours}: its times say nothing here"
         return Judgement(arm, "time", Verdict.WRONG_HARDWARE, reason)
+    if other := _other_backend(new, old):
+        return Judgement(arm, "time", Verdict.INCONCLUSIVE, f"{other}: its times say nothing here")
     over = _yardstick(arm)
     after, before = new.log_speedups(arm, over), old.log_speedups(arm, over)
     shared = [prompt for prompt in after if prompt in before]
@@ -150,6 +152,12 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judge
     change = mean_ratio([[after[prompt] - before[prompt]] for prompt in shared], floor)
     cause = _blame(arm, over, new, old, shared)
     return _time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
+
+
+def _other_backend(new: RunFile, old: RunFile) -> str | None:
+    """That the target's forwards ran otherwise, if they did; older baselines know no other than transformers' own."""
+    ours, theirs = (run.header.versions.get("backend", "eager") for run in (new, old))
+    return None if ours == theirs else f"the baseline ran on the backend {theirs} and this on {ours}"
 
 
 def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) -> Blame | None:
@@ -210,7 +218,7 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
         return Judgement(arm, "counters", Verdict.INCONCLUSIVE, reason)
     signs = {name: sign for name, (sign, _, _) in COUNTERS.items()}
     was, now = before.counters(same), after.counters(same)
-    if new.header.identity.hardware == old.header.identity.hardware:
+    if new.header.identity.hardware == old.header.identity.hardware and not _other_backend(new, old):
         signs |= REHEARSED
         was, now = was | before.rehearsal, now | after.rehearsal
     if lost := was.keys() - now.keys():

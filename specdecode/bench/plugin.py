@@ -35,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--device", default=None, help="cpu, cuda, cuda:1 ... [the first GPU, else the CPU]")
     group.addoption("--dtype", default=None, help="float32, float16, bfloat16 [float32 on a CPU, float16 on a GPU]")
+    group.addoption(
+        "--backend", default="auto", help="how our forwards run: eager, packed, or auto, the fastest here [auto]"
+    )
     group.addoption("--max-new-tokens", type=int, default=None, help="length of every output [as the preset says]")
     group.addoption(
         "--prompts", default=None, help="data sets and counts, as in humaneval:4,prose:4 [as the preset says]"
@@ -112,9 +115,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def target(request: pytest.FixtureRequest) -> LM:
-    """The target model of the command line."""
+    """The target model of the command line, on its backend."""
     with _one_sentence():
-        return _options(request.config).load(request.config.getoption("target"))
+        options = _options(request.config)
+        return options.load(options.target).with_backend(options.backend)
 
 
 @pytest.fixture(scope="session")

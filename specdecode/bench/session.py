@@ -41,6 +41,7 @@ class Options:
     tolerance: float | None
     baseline: str | None
     against: str | None
+    backend: str
 
     @property
     def identity(self) -> Identity:
@@ -83,8 +84,9 @@ class Options:
         return self.root / "results" / f"{identity.hardware}-{identity.file.stem}.blocks.jsonl"
 
     def load(self, name: str, target: LM | None = None) -> LM:
-        """A model on the chosen device, in the chosen type; each arm sees for itself whether a draft can serve it."""
-        return load(name, device=self.device, dtype=self.dtype, target=target, same_vocabulary=False)
+        """A model on the chosen device, in the chosen type; each arm sees for itself whether a draft can serve it, and
+        on what backend it runs."""
+        return load(name, device=self.device, dtype=self.dtype, target=target, same_vocabulary=False, backend="eager")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +136,9 @@ def measure(options: Options, selected: set[str]) -> Bench:
     draft = options.load(identity.draft, target) if identity.draft else None
     prompts, origins = token_prompts(chosen.prompts, target.encode)
     entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}
-    arms = [make(name, entry, target, draft) for name, entry in entries.items()]
-    versions = {**environment(), "weights": weights_of(identity.target)}
+    backend = target.with_backend(options.backend).backend
+    arms = [make(name, entry, target, draft, options.backend) for name, entry in entries.items()]
+    versions = {**environment(), "weights": weights_of(identity.target), "backend": backend.name}
     what = {
         "identity": identity.file.as_posix(),
         "prompts": prompts,
@@ -161,7 +164,12 @@ def measure(options: Options, selected: set[str]) -> Bench:
     concerned = {arm for arm in old.arms if arm not in chosen.arms} | set(entries) if old else set()
     return Bench(
         title=_title(
-            f"{target.name}{f' with {draft.name}' if draft else ''}", str(target.device), identity, chosen, prompts
+            f"{target.name}{f' with {draft.name}' if draft else ''}",
+            str(target.device),
+            str(backend),
+            identity,
+            chosen,
+            prompts,
         ),
         origins=origins,
         run=run,
@@ -180,7 +188,13 @@ def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
     tolerance = tolerance_of(options.tolerance, AGAINST_TOLERANCE)
     identity, chosen = options.identity, options.experiment
     entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}
-    models = {"target": identity.target, "draft": identity.draft, "device": options.device, "dtype": options.dtype}
+    models = {
+        "target": identity.target,
+        "draft": identity.draft,
+        "device": options.device,
+        "dtype": options.dtype,
+        "backend": options.backend,
+    }
     device = choose_device(options.device)
     before = conditions(device)
     with versions(options.root, ref, {**models, "arms": entries}) as both:
@@ -225,7 +239,7 @@ def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
     if changed := dependencies(options.root, ref):
         told += f" {ref} pins other packages ({', '.join(changed)}): both ran with those that are installed."
     return Bench(
-        title=_title(new.about["pair"], new.about["device"], identity, chosen, prompts),
+        title=_title(new.about["pair"], new.about["device"], new.about["backend"], identity, chosen, prompts),
         origins=origins,
         run=mine,
         durations={arm: [of.total_s for block in measured.blocks for of in block[arm].new.runs] for arm in arms},
@@ -235,5 +249,6 @@ def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
     )
 
 
-def _title(pair: str, device: str, identity: Identity, chosen: Preset, prompts: Sized) -> str:
-    return f"{pair}, {identity.dtype} on {device}, {len(prompts)} prompts x {chosen.max_new_tokens} tokens"
+def _title(pair: str, device: str, backend: str, identity: Identity, chosen: Preset, prompts: Sized) -> str:
+    where = f"{identity.dtype} on {device}, backend {backend}"
+    return f"{pair}, {where}, {len(prompts)} prompts x {chosen.max_new_tokens} tokens"

@@ -25,7 +25,7 @@ from specdecode.evals.data import token_prompts
 from specdecode.lm import LM
 from specdecode.loading import load, weights_of
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Worker:
@@ -36,22 +36,32 @@ class Worker:
         self._arms: dict[str, Arm] = {}
 
     def load(
-        self, target: str, draft: str, device: str | None, dtype: str | None, arms: dict[str, dict[str, Any]]
+        self,
+        target: str,
+        draft: str,
+        device: str | None,
+        dtype: str | None,
+        backend: str,
+        arms: dict[str, dict[str, Any]],
     ) -> dict[str, Any]:
         """Load the models and make the arms; say what this version is, and which arms it cannot make and why."""
-        self._target = load(target, device=device, dtype=dtype)
+        self._target = load(target, device=device, dtype=dtype, backend="eager")
         smaller = None
         if draft:
-            smaller = load(draft, device=device, dtype=dtype, target=self._target, same_vocabulary=False)
+            smaller = load(
+                draft, device=device, dtype=dtype, target=self._target, same_vocabulary=False, backend="eager"
+            )
         refused = {}
         for name, options in arms.items():
             try:
-                self._arms[name] = make(name, options, self._target, smaller)
+                self._arms[name] = make(name, options, self._target, smaller, backend)
             except (SpecDecodeError, ValueError) as error:
                 refused[name] = str(error)
+        chosen = self._target.with_backend(backend).backend
         return {
             "protocol": PROTOCOL,
-            "versions": {**environment(), "weights": weights_of(target)},
+            "backend": str(chosen),
+            "versions": {**environment(), "weights": weights_of(target), "backend": chosen.name},
             "refused": refused,
             "about": {
                 name: {"synthetic": arm.synthetic, "against": arm.against, "lossy": arm.lossy, "timed": arm.timed}

@@ -1,0 +1,51 @@
+"""How forwards run: as transformers runs them, or nearer to the hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from specdecode.backends import packed
+
+BACKENDS = ("auto", "eager", "packed")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How the forwards of one model run.
+
+    Attributes:
+        name: "eager" is transformers' own code, as it is.
+        note: what was done to the model, or why nothing was, in words.
+    """
+
+    name: str = "eager"
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.note})" if self.note else self.name
+
+
+def prepare(kind: str, model: nn.Module) -> Backend:
+    """Transform a model in place for a backend.
+
+    Args:
+        kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); or "auto", the
+            fastest for this model and device that takes no long wait.
+        model: on its device, in its type.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if kind not in BACKENDS:
+        raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
+    if kind == "eager":
+        return Backend()
+    reason = packed.why_not(model)
+    if reason is None and kind == "auto" and not packed.is_worth_it(model):
+        reason = "packing its linear layers gains nothing on this processor"
+    if reason is not None:
+        return Backend(note="" if kind == "auto" else f"not packed: {reason}")
+    layers, left = packed.pack(model)
+    return Backend("packed", f"{layers} linear layers" + (f", {left} other matrices as they are" if left else ""))

@@ -1,0 +1,126 @@
+"""Linear layers laid out for few rows on a CPU.
+
+PyTorch's `F.linear` hands float32 weights to the matrix library as they lie in memory, and the library lays them out
+anew in every call with more than a row or two: eight rows then cost twice what one does, which is what speculation was
+to save. oneMKL's packed matrices are laid out once (`cblas_sgemm_pack`, `cblas_sgemm_compute`; TorchInductor's freezing
+uses the same operators). One row is no cheaper than before: its time is that of reading the weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# Rows that the layout is made for. Any number is computed with it; this is in the middle of what is verified at once.
+_ROWS = 16
+# Rows at which the layout must gain this much over the plain layers to be worth its time and memory; and the bytes
+# of weights with which that is tried: more than caches near a core hold, since decoding reads all weights from memory.
+_TRIED_ROWS, _WORTH, _TRIED = 8, 1.1, 2**26
+
+# A model, a subset of its layers and a second model made of the same weights share what is packed.
+_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that holds its weight in oneMKL's layout alone.
+
+    Args:
+        linear: with float32 weights on a CPU.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        if linear.weight not in _layouts:
+            with torch.no_grad():
+                reorder = torch.ops.mkl._mkl_reorder_linear_weight
+                _layouts[linear.weight] = reorder(linear.weight.detach().contiguous(), _ROWS)
+        self.packed: Tensor = _layouts[linear.weight]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the layout that a product reads: as many as of the weight. (The library reserves up to four times as
+        many, but never touches the rest, so that no memory is taken for it.)"""
+        return 4 * self.in_features * self.out_features
+
+    def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
+        # Of the original weight the operator asks for the shape alone, as long as it is told that the layout is for
+        # this number of rows.
+        shape = torch.empty(()).expand(self.out_features, self.in_features)
+        rows = inputs.numel() // self.in_features
+        output: Tensor = torch.ops.mkl._mkl_linear(inputs, self.packed, shape, self.bias, rows)
+        return output
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why no layer of the model can be packed, if none can."""
+    if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkl, "_mkl_linear"):
+        return "this build of PyTorch has no oneMKL"
+    if not any(map(_packable, model.modules())):
+        return "it has no plain linear layers in float32 on a CPU"
+    return None
+
+
+def pack(model: nn.Module) -> tuple[int, int]:
+    """Put packed layers in the place of all plain linear ones.
+
+    A head that is tied to the embedding is packed too: the embedding stays beside it.
+
+    Returns:
+        The number of layers that were packed, and of those of its matrices that stay as they are, embeddings apart:
+        of another type, or of a class of their own.
+    """
+    packed = left = 0
+    # Weights are let go as soon as they are packed.
+    for module in [module for module in model.modules() if not _packable(module)]:
+        for name, child in list(module.named_children()):
+            if _packable(child):
+                assert isinstance(child, nn.Linear)
+                setattr(module, name, PackedLinear(child))
+                packed += 1
+            elif not isinstance(child, nn.Embedding):
+                left += any(weight.dim() > 1 for weight in child.parameters(recurse=False))
+    return packed, left
+
+
+def is_worth_it(model: nn.Module) -> bool:
+    """Whether eight rows take a tenth less time through packed layers: tried with some, in a moment."""
+    layers: list[tuple[nn.Linear, Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and _packable(module) and sum(m.weight.nbytes for m, _ in layers) < _TRIED:
+            layers.append((module, torch.ones(_TRIED_ROWS, module.in_features)))
+    plain_s = _seconds([partial(layer, rows) for layer, rows in layers])
+    packed_s = _seconds([partial(PackedLinear(layer), rows) for layer, rows in layers])
+    worth_it = plain_s > _WORTH * packed_s
+    if not worth_it:
+        for layer, _ in layers:
+            _layouts.pop(layer.weight, None)
+    return worth_it
+
+
+@torch.inference_mode()
+def _seconds(actions: Sequence[Callable[[], object]]) -> float:
+    """Of all together, the least of a few: what else the machine does only ever adds."""
+    taken = []
+    for _ in range(7):
+        started = time.perf_counter()
+        for action in actions:
+            action()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def _packable(module: nn.Module) -> bool:
+    # A class of its own may use its weight in a way that the operator does not know; a subclass of tensor too.
+    if type(module) is not nn.Linear:
+        return False
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from specdecode import LM, FixedK, PromptLookup, generate, load
+from specdecode.backends import packed as packing
+from specdecode.backends import prepare
+from specdecode.backends.packed import PackedLinear
+from specdecode.bench.arms import make
+from specdecode.bench.measure import classify
+from specdecode.drafters.none import NoDraft
+from tests.characters import save
+from tests.discovery import DRAFTERS, examples
+from tests.models import ARCHITECTURES, build, prompt
+
+LENGTH = 40
+
+
+def on_the_cpu(name: str, **values: Any) -> PreTrainedModel:
+    """In float32, wherever the other tests have their models."""
+    return build(ARCHITECTURES[name] | values).float().cpu()
+
+
+@functools.cache
+def eager(name: str) -> LM:
+    return LM(on_the_cpu(name), name=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 65, 300])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_layer_is_the_layer(rows: int, bias: bool) -> None:
+    """Guards against a layout that holds for the number of rows it was made for and no other, and against a layer that
+    needs the weight which it replaced."""
+    torch.manual_seed(rows)
+    plain = nn.Linear(48, 80, bias)
+    packed = PackedLinear(plain)
+    exact, own_bias = plain.weight.detach().double(), plain.bias.detach().double() if bias else None
+    plain.weight.data.zero_()
+    for shape in ((rows, 48), (1, rows, 48), (3, rows, 48)):
+        inputs = torch.randn(shape)
+        expected = nn.functional.linear(inputs.double(), exact, own_bias)
+        output = packed(inputs)
+        assert output.shape == expected.shape
+        assert (output.double() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma3-window", "phi3", "opt"])
+def test_packed_decoding_is_its_own_plain_decoding(name: str) -> None:
+    """Guards against a step that decides otherwise than the packed model itself, row by row, for any other reason than
+    rounding, and against decoding that is not packed at all."""
+    target = eager(name).with_backend("packed")
+    assert target.backend.name == "packed"
+    assert sum(isinstance(module, PackedLinear) for module in target.model.modules()) > 8
+    alone = generate(target, prompt(), drafter=NoDraft(), max_new_tokens=LENGTH).tokens
+    unpacked = generate(eager(name), prompt(), max_new_tokens=LENGTH).tokens
+    assert classify(eager(name), prompt(), unpacked, alone) != "bug"
+    for drafter in (drafter for file in DRAFTERS for drafter in examples(file, target).values()):
+        tokens = generate(target, prompt(), drafter=drafter, controller=FixedK(4), max_new_tokens=LENGTH).tokens
+        assert classify(target, prompt(), alone, tokens) != "bug", drafter
+    # The classification itself can fail.
+    assert classify(target, prompt(), alone, [*alone[:3], (alone[3] + 1) % target.vocab_size, *alone[4:]]) == "bug"
+
+
+def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a draft of the target's layers, or an arm, that holds its own copy of the weights; against weights
+    held twice after loading; and against bytes that are not counted."""
+    plain = eager("llama")
+    target = plain.with_backend("packed")
+    assert target is plain.with_backend("packed")
+
+    def layouts(model: nn.Module) -> set[int]:
+        return {id(module.packed) for module in model.modules() if isinstance(module, PackedLinear)}
+
+    subset = plain.subset([0, 2]).with_backend("packed")
+    assert layouts(subset.model) < layouts(target.model)
+    assert layouts(target.subset([0, 2]).model) == layouts(subset.model)
+    assert target.subset([0, 2]).backend == target.backend
+    assert target.weight_bytes == plain.weight_bytes
+
+    model = on_the_cpu("llama", tie_word_embeddings=True)
+    weights = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
+    before = LM(model).weight_bytes
+    held = []
+
+    class Watched(PackedLinear):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__(linear)
+            held.append(sum(weight() is not None for weight in weights))
+
+    monkeypatch.setattr(packing, "PackedLinear", Watched)
+    backend = prepare("packed", model)
+    assert held[-1] <= 3, "the plain weights must not wait for the last of them to be packed"
+    gc.collect()
+    # The head is tied to the embedding, which stays; and is packed beside it.
+    assert [weight() is None for weight in weights] == [True] * (len(weights) - 1) + [False]
+    embedding = model.get_input_embeddings().weight
+    assert LM(model, backend=backend).weight_bytes == before + embedding.nbytes
+
+
+def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a backend that was asked for and silently is another, and against packing half a model in
+    silence."""
+    double = prepare("packed", on_the_cpu("llama").double())
+    assert double.name == "eager"
+    assert str(double) == "eager (not packed: it has no plain linear layers in float32 on a CPU)"
+    convolutions = on_the_cpu("gpt-2")
+    assert prepare("packed", convolutions).note == "1 linear layers, 16 other matrices as they are"
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    without = prepare("packed", on_the_cpu("llama"))
+    assert "no oneMKL" in str(without)
+
+
+@pytest.mark.parametrize(("gain", "name"), [(1.05, "eager"), (1.15, "packed")])
+def test_auto_packs_where_that_gains(gain: float, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against time and memory spent on a layout that is no faster, and against none where it is."""
+    times = iter([gain, 1.0])
+    monkeypatch.setattr(packing, "_seconds", lambda actions: next(times))
+    model = on_the_cpu("llama")
+    layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    assert prepare("auto", model).name == name
+    assert next(times, None) is None
+    assert (layer.weight in packing._layouts) == (name == "packed")
+
+
+def test_backends_that_cannot_be(tmp_path: Path) -> None:
+    """Guards against a spelling that is taken for another backend, and weights that are quantised where they no longer
+    are."""
+    folder = str(save(tmp_path / "model"))
+    with pytest.raises(ValueError, match="no backend is named 'packd': choose from auto, eager, packed"):
+        load(folder, device="cpu", backend="packd")
+    target = load(folder, device="cpu", backend="packed")
+    assert target.backend.name == "packed"
+    with pytest.raises(ValueError, match="cannot be quantised: it runs on the backend packed"):
+        target.quantized("int8")
+    with pytest.raises(ValueError, match="cannot be given another backend"):
+        target.with_backend("auto")
+    assert target.with_backend("eager") is target
+
+
+def test_peers_decode_the_plain_model() -> None:
+    """Guards against transformers' own decoding measured with our layers, and against our arms without them."""
+    plain = eager("llama")
+    packed = plain.with_backend("packed")
+    for entry, expected in (({"drafter": "lookup"}, packed), ({"drafter": "lookup", "backend": "eager"}, plain)):
+        assert make("arm", entry, plain, None, "packed").target is expected
+    peer = make("peer", {"peer": "generate"}, plain, None, "packed")
+    assert peer.target is plain
+    ran = []
+    for module in packed.model.modules():
+        if isinstance(module, PackedLinear):
+            module.register_forward_hook(lambda *_: ran.append(1))
+    peer.run(prompt(), 4, ())
+    assert not ran
+    run = make("ours", {"drafter": "model", "k": 2}, plain, plain.subset([0]), "packed").run(prompt(), 4, ())
+    assert ran
+    assert run.tokens == generate(packed, prompt(), drafter=PromptLookup(), max_new_tokens=4).tokens
