@@ -98,7 +98,8 @@ def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.M
 
     monkeypatch.setattr(packing, "PackedLinear", Watched)
     backend = prepare("packed", model)
-    assert held[-1] <= 3, "the plain weights must not wait for the last of them to be packed"
+    # The last is the head, tied; beside it only those of one module may still be there.
+    assert held[-1] < 5 < held[0] - 20, "the plain weights must not wait for the last of them to be packed"
     gc.collect()
     # The head is tied to the embedding, which stays; and is packed beside it.
     assert [weight() is None for weight in weights] == [True] * (len(weights) - 1) + [False]
