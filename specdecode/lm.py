@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from specdecode.backends import Backend, prepare
 from specdecode.backends.packed import PackedLinear
+from specdecode.backends.static import Held, Inputs, visible_slots
 from specdecode.errors import UnsupportedModelError
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
@@ -45,6 +46,7 @@ class LM:
         name: for tables and messages.
         synthetic: the weights are random; only costs can be measured with it.
         backend: how its forwards run.
+        static: what runs those that it can over static shapes, if the backend does that.
         vocab_size: width of the logits.
         context_length: tokens that prompt and output may have together.
 
@@ -75,6 +77,7 @@ class LM:
             raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
         self._variants: dict[str, LM] = {}
         self._records_attention = False
+        self.static = backend.static(self._static_step) if backend.static is not None else None
         self._window = _window(config)
         self._mask_per_layer_type = self._window is not None
         self._probe()
@@ -140,7 +143,7 @@ class LM:
         return text
 
     def new_slots(self, capacity: int) -> Slots:
-        return Slots(capacity, self.device)
+        return Slots(capacity, self.device) if self.static is None else self.static.new_slots(capacity, self.device)
 
     @functools.cached_property
     def mover(self) -> Mover:
@@ -153,7 +156,8 @@ class LM:
         def held_at(position: int) -> tuple[list[Tensor], list[Tensor]]:
             slots = self.new_slots(1)
             self.forward(slots, torch.tensor([self.vocab_size // 3]), positions=torch.tensor([position]))
-            return slots.filled_keys(), slots.filled_values()
+            # Copies, since the next slots may have the same storage.
+            return [keys.clone() for keys in slots.filled_keys()], [values.clone() for values in slots.filled_values()]
 
         return Mover(rotations(self.model, held_at))
 
@@ -187,6 +191,8 @@ class LM:
             visible = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
         positions = positions.to(self.device)
         slots.append(positions)
+        if self.static is not None and not self._records_attention and self.static.takes(slots, count):
+            return self.static.run(slots, tokens, positions, visible)[-rows:]
         return self._forward(slots, [slots], [_Reading(tokens, positions, visible, rows)])[0]
 
     def _forward(
@@ -217,6 +223,29 @@ class LM:
                     ]
                 )
         return [output.logits[row, -reading.rows :] for row, reading in enumerate(readings)]
+
+    def _static_step(
+        self,
+        inputs: Inputs,
+        positions: Int[Tensor, " span"],
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+    ) -> Float[Tensor, "W V"]:
+        """A forward over static shapes, all of it on the device; see `backends.static`."""
+        span = len(positions)
+        allowed = visible_slots(inputs, span)
+        near = allowed
+        if self._window is not None:
+            near = allowed & (inputs.positions[:, None] - positions[None, :] < self._window)
+        places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
+        logits: Tensor = self.model(
+            input_ids=inputs.tokens[None],
+            attention_mask=self._taken(allowed[None], near[None]),
+            position_ids=inputs.positions[None],
+            past_key_values=Held(keys, values, places, span),
+            use_cache=True,
+        ).logits[0]
+        return logits
 
     def _side_by_side(self, parts: Sequence[Int[Tensor, " _"]], size: int) -> Int[Tensor, "rows n"]:
         """Padding stands first, so that the rows of which the logits are wanted are the last of every sequence."""
@@ -301,11 +330,17 @@ class LM:
             row[size - count :, : slots.length] = True
             row[size - count :, slots.length - recent : slots.length] = own.to(self.device)
         if self._window is None:
-            return self._additive(allowed)
+            return self._taken(allowed, allowed)
         near = allowed.clone()
         for row, slots, own in zip(near, sequences, visible, strict=True):
             positions, count = slots.positions[: slots.length], len(own)
             row[size - count :, : slots.length] &= positions[-count:, None] - positions[None, :] < self._window
+        return self._taken(allowed, near)
+
+    def _taken(
+        self, allowed: Bool[Tensor, "rows n length"], near: Bool[Tensor, "rows n length"]
+    ) -> Tensor | dict[str, Tensor]:
+        """The form in which the model takes its mask: of all slots, and of those within the window."""
         if self._mask_per_layer_type:
             return {"full_attention": self._additive(allowed), "sliding_attention": self._additive(near)}
         return self._additive(near)
@@ -344,7 +379,9 @@ class LM:
         accepted = [8, 9, 11]
         try:
             slots = self.new_slots(len(stem))
-            at_nodes = self.forward_tree(slots, stem, tree)
+            # The first forward is none over static shapes, where there are any; the others are.
+            self.forward(slots, torch.tensor(stem[:-1]))
+            at_nodes = self.forward_tree(slots, stem[-1:], tree)
             slots.keep([len(stem) - 1 + node for node in accepted], after=len(stem))
             at_end = self.forward(slots, torch.tensor([after]))
             for path in ([3], [8, 10], accepted):

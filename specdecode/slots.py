@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+@dataclass(eq=False)
+class Storage:
+    """The tensors of slots. They may serve one sequence after another, where something is tied to their addresses.
+
+    Attributes:
+        positions: [capacity] see `Slots`.
+        keys, values: of each layer that was written.
+        moves: how often other tensors took the place of these, for more slots or in a batch.
+    """
+
+    positions: Int[Tensor, " capacity"]
+    keys: dict[int, Float[Tensor, "1 heads capacity dim"]] = field(default_factory=dict)
+    values: dict[int, Float[Tensor, "1 heads capacity width"]] = field(default_factory=dict)
+    moves: int = 0
+
+    @staticmethod
+    def empty(capacity: int, device: torch.device) -> Storage:
+        return Storage(torch.zeros(max(capacity, 1), dtype=torch.long, device=device))
 
 
 class Slots:
@@ -16,24 +37,32 @@ class Slots:
     A transformers model writes here through `update`, `get_seq_length` and `is_initialized`, all that it asks of its
     cache. Slots are allocated at the first write and grown by doubling; those below `length` are filled.
 
+    Args:
+        capacity: slots to begin with.
+        device: where they are.
+        storage: of slots that are no longer used; by default a new one.
+
     Attributes:
         length: filled slots.
-        positions: [capacity] the position of each slot's token; the first `length` are meaningful.
         attention: [layers, heads, capacity] the attention that each slot received from committed tokens, where it is
             counted (see `attend`); else empty.
         weights: [layers, heads, n, length] the attention of the last forward's n tokens, where the model records it.
         evicted: tokens that are no longer held, of those that were committed.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, device: torch.device, storage: Storage | None = None) -> None:
         self.length = 0
-        self.positions: Int[Tensor, " capacity"] = torch.zeros(max(capacity, 1), dtype=torch.long, device=device)
-        self._keys: dict[int, Float[Tensor, "1 heads capacity dim"]] = {}
-        self._values: dict[int, Float[Tensor, "1 heads capacity width"]] = {}
+        self.storage = storage or Storage.empty(capacity, device)
+        self._keys, self._values = self.storage.keys, self.storage.values
         self.attention: Float[Tensor, "layers heads capacity"] = torch.zeros(0, 0, 0, device=device)
         self.weights: Float[Tensor, "layers heads n length"] | None = None
         self.evicted = 0
         self._written = 0
+
+    @property
+    def positions(self) -> Int[Tensor, " capacity"]:
+        """The position of each slot's token; the first `length` are meaningful."""
+        return self.storage.positions
 
     @property
     def device(self) -> torch.device:
@@ -70,10 +99,11 @@ class Slots:
         """Make room for this many slots."""
         wider = torch.zeros(capacity, dtype=torch.long, device=self.positions.device)
         wider[: self.capacity] = self.positions
-        self.positions = wider
+        self.storage.positions = wider
+        self.storage.moves += 1
         for layers in (self._keys, self._values):
             for layer, held in layers.items():
-                layers[layer] = held.new_empty(1, held.shape[1], capacity, held.shape[3])
+                layers[layer] = held.new_zeros(1, held.shape[1], capacity, held.shape[3])
                 layers[layer][:, :, : self.length] = held[:, :, : self.length]
         if self.attention.numel():
             received = self.attention.new_zeros(*self.attention.shape[:2], capacity)
@@ -90,8 +120,9 @@ class Slots:
     ) -> tuple[Float[Tensor, "1 heads length dim"], Float[Tensor, "1 heads length width"]]:
         """Write one layer's keys and values into the slots taken last; return all that the layer holds."""
         if layer not in self._keys:
-            self._keys[layer] = keys.new_empty(1, keys.shape[1], self.capacity, keys.shape[3])
-            self._values[layer] = values.new_empty(1, values.shape[1], self.capacity, values.shape[3])
+            # Zeros, since static forwards multiply what was never written too, if only by an attention of zero.
+            self._keys[layer] = keys.new_zeros(1, keys.shape[1], self.capacity, keys.shape[3])
+            self._values[layer] = values.new_zeros(1, values.shape[1], self.capacity, values.shape[3])
         self.write(keys, values, layer)
         return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
 
@@ -110,9 +141,10 @@ class Slots:
             keys[:, :, : self._written] = self._keys[layer][:, :, : self._written]
             values[:, :, : self._written] = self._values[layer][:, :, : self._written]
         self._keys[layer], self._values[layer] = keys, values
+        self.storage.moves += 1
 
     def filled_keys(self) -> list[Float[Tensor, "heads length dim"]]:
-        """The filled slots' keys, layer by layer: views."""
+        """The filled slots' keys, layer by layer: views, which hold as long as the slots live."""
         return [self._keys[layer][0, :, : self.length] for layer in sorted(self._keys)]
 
     def filled_values(self) -> list[Float[Tensor, "heads length width"]]:

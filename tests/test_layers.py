@@ -16,7 +16,8 @@ ROOT = Path(specdecode.__file__).parent
 # and its own modules may.
 LAYERS = [
     ["errors", "sampling", "shapes", "slots", "stopping", "tree"],
-    ["backends", "policies", "quantize", "result", "rotary", "verify"],
+    ["policies", "quantize", "result", "rotary", "verify"],
+    ["backends"],
     ["controller", "lm"],
     ["loading"],
     ["drafters"],

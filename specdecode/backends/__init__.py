@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from specdecode.backends import packed
+from specdecode.backends.static import Static, Step
 
 BACKENDS = ("auto", "eager", "packed")
 
@@ -18,10 +20,12 @@ class Backend:
     Attributes:
         name: "eager" is transformers' own code, as it is.
         note: what was done to the model, or why nothing was, in words.
+        static: from a forward over static shapes to what runs it, for a backend that runs such.
     """
 
     name: str = "eager"
     note: str = ""
+    static: Callable[[Step], Static] | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.note})" if self.note else self.name
