@@ -93,7 +93,10 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
     ] = None,
-    backend: Annotated[str, typer.Option(help="how forwards run: eager, packed, or auto, the fastest here")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(help="how forwards run: eager, packed, compile, graph, or auto, the fastest without a long wait"),
+    ] = "auto",
     quantize: Annotated[
         str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao  [default: as they are]")
     ] = None,

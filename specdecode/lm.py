@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from specdecode.backends import Backend, prepare
 from specdecode.backends.packed import PackedLinear
-from specdecode.backends.static import Held, Inputs, visible_slots
+from specdecode.backends.static import Held, Inputs, Static, visible_slots
 from specdecode.errors import UnsupportedModelError
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
@@ -360,6 +360,9 @@ class LM:
             return
         config = self.model.config.get_text_config(decoder=True)
         config.sliding_window = self._window = min(window, _NARROW)
+        # What is compiled or captured with the narrow window would not serve the wide one.
+        static = self.static
+        self.static = static and Static(self._static_step, None)
         try:
             self._compare()
         except UnsupportedModelError:
@@ -367,6 +370,9 @@ class LM:
             self._compare()
         finally:
             config.sliding_window = self._window = window
+            self.static = static
+        if static is not None:
+            self._compare()
 
     @torch.inference_mode()
     def _compare(self) -> None:
@@ -474,10 +480,25 @@ class LM:
         if kind not in self._variants:
             self._eager("given another backend")
             model = _shell(self.model)
-            backend = prepare(kind, model)
-            variant = LM(model, self.tokenizer, name=self.name, synthetic=self.synthetic, backend=backend)
-            self._variants[kind] = self if backend == self.backend else variant
+            variant = LM.on_backend(kind, model, self.tokenizer, name=self.name, synthetic=self.synthetic)
+            self._variants[kind] = self if variant.backend == self.backend else variant
         return self._variants[kind]
+
+    @staticmethod
+    def on_backend(kind: str, model: PreTrainedModel, *arguments: Any, **others: Any) -> LM:
+        """An LM of a model that is transformed in place for a backend; the other arguments are those of `LM`.
+
+        Raises:
+            UnsupportedModelError: the architecture cannot be decoded exactly, or not on this backend.
+            ValueError: as `backends.prepare`.
+        """
+        backend = prepare(kind, model)
+        try:
+            return LM(model, *arguments, **others, backend=backend)
+        except UnsupportedModelError as error:
+            if kind != "auto" or backend.static is None:
+                raise
+            return LM(model, *arguments, **others, backend=Backend(note=f"not {backend.name}: {error}"))
 
     def _eager(self, what: str) -> None:
         if self.backend.name != "eager":

@@ -28,7 +28,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from specdecode.backends import prepare
 from specdecode.errors import ModelFileError, TokenizerMismatchError
 from specdecode.lm import LM
 from specdecode.quantize import quantizer
@@ -71,8 +70,9 @@ def load(
         quantize: "int8" for the weights of linear layers in 8 bits (see `specdecode.quantize`); all else stays in
             `dtype`.
         backend: how forwards run (see `specdecode.backends`): "eager", as transformers runs them; "packed", linear
-            layers laid out for few rows on a CPU; "auto", the fastest of them here. `LM.backend` says which it is.
-            "layers:" share the backend of their target.
+            layers laid out for few rows on a CPU; "graph", captured as CUDA graphs; "compile"; "auto", the fastest of
+            them here that takes no long wait. `LM.backend` says which it is. "layers:" share the backend of their
+            target.
 
     Raises:
         ModelFileError: nothing there by that name, or its files are damaged, or cannot be fetched or stored.
@@ -101,12 +101,12 @@ def load(
         transform(model)
     # Only now, so that no more than the quantised weights need fit.
     model.to(chosen_device)  # type: ignore[arg-type]
-    lm = LM(
+    lm = LM.on_backend(
+        backend,
         model,
         tokenizer,
         name=f"{name} ({quantize})" if quantize else name,
         synthetic=name.startswith("shape:"),
-        backend=prepare(backend, model),
     )
     if target is not None and same_vocabulary:
         check_vocabulary(target, lm)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from specdecode.backends import packed
+from specdecode.backends.compiled import compiled
+from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.static import Static, Step
 
-BACKENDS = ("auto", "eager", "packed")
+BACKENDS = ("auto", "eager", "packed", "compile", "graph")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +37,24 @@ def prepare(kind: str, model: nn.Module) -> Backend:
     """Transform a model in place for a backend.
 
     Args:
-        kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); or "auto", the
-            fastest for this model and device that takes no long wait.
+        kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "graph", forwards
+            captured as CUDA graphs (`backends.graph`); "compile", forwards through `torch.compile`, and on a GPU
+            captured too (`backends.compiled`); or "auto", the fastest for this model and device that takes no long
+            wait: packed on a CPU that gains from it, graph on a GPU, else eager.
         model: on its device, in its type.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or it needs another device.
     """
     if kind not in BACKENDS:
         raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if kind == "compile":
+        return Backend("compile", static=lambda step: Static(compiled(step), CudaGraphs() if on_gpu else None))
+    if kind == "graph" or (kind == "auto" and on_gpu):
+        if not on_gpu:
+            raise ValueError("the backend graph captures CUDA graphs, which need a GPU: take compile, packed or eager")
+        return Backend("graph", static=lambda step: Static(step, CudaGraphs()))
     if kind == "eager":
         return Backend()
     reason = packed.why_not(model)

@@ -198,7 +198,7 @@ def _on(inputs: Inputs, device: torch.device) -> Inputs:
 
 def _span(length: int) -> int:
     """A number of slots that is rounded up."""
-    unit = max(_SPAN, 2 ** (length.bit_length() - 3))
+    unit = max(_SPAN, 1 << max(length.bit_length() - 3, 0))
     return -(-length // unit) * unit
 
 

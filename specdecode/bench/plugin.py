@@ -36,7 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default=None, help="cpu, cuda, cuda:1 ... [the first GPU, else the CPU]")
     group.addoption("--dtype", default=None, help="float32, float16, bfloat16 [float32 on a CPU, float16 on a GPU]")
     group.addoption(
-        "--backend", default="auto", help="how our forwards run: eager, packed, or auto, the fastest here [auto]"
+        "--backend",
+        default="auto",
+        help="how our forwards run: eager, packed, compile, graph or auto, the fastest here [auto]",
     )
     group.addoption("--max-new-tokens", type=int, default=None, help="length of every output [as the preset says]")
     group.addoption(
