@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -40,13 +40,13 @@ def measure_costs(target: LM, drafter: Drafter) -> Costs:
     A target is measured once, with the first of its drafters. The drafter remains as good as a fresh one.
     """
     if target not in _targets:
-        _targets[target] = _time_target(target)
+        [_targets[target]] = forward_seconds([target], _ROWS)
     reader = _Reader(target, drafter)
     sizes = _sizes(reader)
-    seconds = _medians(target, {limit: partial(reader.propose, limit) for limit in sizes})
+    seconds = _medians(target.device, {limit: partial(reader.propose, limit) for limit in sizes})
     reader.propose(Limit(1), _SKIPPED)
     one, many = _medians(
-        target, {tokens: partial(reader.propose, Limit(1), tokens) for tokens in (1, _SKIPPED)}
+        target.device, {tokens: partial(reader.propose, Limit(1), tokens) for tokens in (1, _SKIPPED)}
     ).values()
     return Costs(
         verify=_targets[target],
@@ -55,22 +55,61 @@ def measure_costs(target: LM, drafter: Drafter) -> Costs:
     )
 
 
-def _time_target(target: LM) -> dict[int, float]:
-    """Seconds of a forward by its rows, with the acceptance of greedy decoding."""
-    cached = max(min(_CACHED, target.context_length - _ROWS[-1]), 1)
-    tokens = _text(target, cached + _ROWS[-1])
-    slots = target.new_slots(len(tokens))
-    target.read(slots, tokens[:cached])
+@torch.inference_mode()
+def forward_seconds(
+    targets: Sequence[LM],
+    rows: Sequence[int],
+    *,
+    repeats: int = _REPEATS,
+    seconds: float = _SECONDS,
+    tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
+) -> list[dict[int, float]]:
+    """Seconds of each target's forwards by their rows, with the acceptance of greedy decoding: medians.
 
-    def verify(rows: int) -> None:
-        tree = DraftTree.chain(torch.tensor(tokens[cached + 1 : cached + rows], dtype=torch.long))
-        target.forward_tree(slots, tokens[cached : cached + 1], tree).argmax(-1).tolist()
-        slots.keep([], after=cached)
+    Args:
+        targets: on one device. They take turns, so that they can be compared though the machine's speed drifts.
+        rows: ascending. What does not fit a target's context is left out for it.
+        repeats: rounds, each of all targets with all rows.
+        seconds: after so many no further round begins.
+        tell: called with the rounds done, their number, and what is going on.
+    """
+    verifiers = [_Verifier(target, rows[-1]) for target in targets]
+    actions: dict[tuple[int, int], Callable[[], object]] = {}
+    for count in rows:
+        for place, (target, verifier) in enumerate(zip(targets, verifiers, strict=True)):
+            if verifier.fits(count):
+                tell(0, repeats, f"first forward of {target.backend.name}, rows {count}")
+                verifier.verify(count)
+                actions[place, count] = partial(verifier.verify, count)
+    doing = f"forwards in turns, rows {', '.join(map(str, rows))}"
+    medians = _medians(targets[0].device, actions, repeats, seconds, lambda done, total: tell(done, total, doing))
+    return [
+        {count: medians[place, count] for count in rows if (place, count) in medians} for place in range(len(targets))
+    ]
 
-    fitting = [rows for rows in _ROWS if cached + rows <= target.context_length]
-    for rows in fitting:
-        verify(rows)
-    return _medians(target, {rows: partial(verify, rows) for rows in fitting})
+
+class _Verifier:
+    """A target that verifies chains, always behind the same cached tokens.
+
+    Args:
+        most: rows of its longest chain; in a short context fewer tokens are cached.
+    """
+
+    def __init__(self, target: LM, most: int) -> None:
+        self._target = target
+        self._cached = max(min(_CACHED, target.context_length - most), 1)
+        self._tokens = _text(target, self._cached + most)
+        self._slots = target.new_slots(len(self._tokens))
+        target.read(self._slots, self._tokens[: self._cached])
+
+    def fits(self, rows: int) -> bool:
+        return self._cached + rows <= self._target.context_length
+
+    def verify(self, rows: int) -> None:
+        root, *drafted = self._tokens[self._cached : self._cached + rows]
+        tree = DraftTree.chain(torch.tensor(drafted, dtype=torch.long))
+        self._target.forward_tree(self._slots, [root], tree).argmax(-1).tolist()
+        self._slots.keep([], after=self._cached)
 
 
 class _Reader:
@@ -102,18 +141,26 @@ def _sizes(reader: _Reader) -> dict[Limit, int]:
     return {limit: size for sizes in found.values() for limit, size in sizes.items()}
 
 
-def _medians(target: LM, actions: Mapping[_Key, Callable[[], object]]) -> dict[_Key, float]:
+def _medians(
+    device: torch.device,
+    actions: Mapping[_Key, Callable[[], object]],
+    repeats: int = _REPEATS,
+    limit: float = _SECONDS,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[_Key, float]:
     """Seconds of each action, the device synchronised; they take turns, so that a busy moment falls on all."""
     taken: dict[_Key, list[float]] = {key: [] for key in actions}
     started = time.perf_counter()
-    for _ in range(_REPEATS):
+    for done in range(1, repeats + 1):
         for key, action in actions.items():
-            synchronise(target.device)
+            synchronise(device)
             begun = time.perf_counter()
             action()
-            synchronise(target.device)
+            synchronise(device)
             taken[key].append(time.perf_counter() - begun)
-        if time.perf_counter() - started > _SECONDS:
+        late = time.perf_counter() - started > limit
+        tell(done, done if late else repeats)
+        if late:
             break
     return {key: statistics.median(seconds) for key, seconds in taken.items()}
 

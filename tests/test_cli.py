@@ -5,14 +5,20 @@ import re
 import subprocess
 import sys
 import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import specdecode
 from specdecode import cli, generate, load
+from specdecode.bench import reach
 from tests.characters import save
-from tests.models import continuation
+from tests.fake_clock import Cost, FakeClock, charged
+from tests.models import ARCHITECTURES, build, continuation
 from tests.spelling import CHARACTERS
 
 
@@ -273,6 +279,12 @@ def test_a_file_without_prompts_is_told(
         (["generate", "x", "--policy", "sink-window", "--max-cache", "4"], "max_len is 4"),
         (["generate", "x", "--max-cache", "64"], "--max-cache is of no use without --policy"),
         (["generate", "x", "--quantize", "int4"], "quantize is 'int4'"),
+        (["doctor", "--roofline", "./nowhere"], "no such folder: ./nowhere"),
+        (["doctor", "--roofline", "shape:nothing"], "no shape is named 'nothing'"),
+        (["doctor", "--roofline", "{model}", "--device", "tpu9"], "device 'tpu9'"),
+        (["doctor", "--roofline", "{model}", "--dtype", "int3"], "dtype 'int3'"),
+        (["doctor", "--device", "cpu"], "--device is of no use without --roofline"),
+        (["doctor", "--dtype", "float32"], "--dtype is of no use without --roofline"),
         (["fetch", "./nowhere"], "no such folder"),
         (["fetch", "{model}", "--again"], "--again is for"),
     ],
@@ -319,6 +331,68 @@ def test_doctor_tells_versions_device_and_bandwidth(
     for part in ("torch", "transformers", "threads", "GB/s", "pytest --benchmark"):
         assert part in out
     assert float(re.search(r"copy on cpu\s+([\d.]+) GB/s", out).group(1)) > 0.1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("context", "widest"), [(2048, ["4.10x", "1.31x"]), (20, ["-", "-"])])
+def test_doctor_tells_what_backends_make_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    unchecked: None,
+    context: int,
+    widest: list[str],
+) -> None:
+    """Guards against a number in the wrong column, row or unit; and against positions that the model does not have."""
+    values = {"tie_word_embeddings": True, "vocab_size": 5000, "max_position_embeddings": context}
+    build(ARCHITECTURES["llama"] | values).save_pretrained(tmp_path)
+    clock, loaded = FakeClock(noise=0.0), []
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(reach, "BACKENDS", ("auto", "eager", "packed"))
+    monkeypatch.setattr(reach, "copy_bandwidth", lambda device: 1.3e8)
+    with ExitStack() as stack:
+
+        def charging(name: str, **asked: Any) -> specdecode.LM:
+            target = load(name, **asked)
+            costs = {target.model: Cost(0.009, 0.001), target.with_backend("packed").model: Cost(0.0198, 0.0002)}
+            stack.enter_context(charged(clock, costs))
+            loaded.append(target)
+            return target
+
+        monkeypatch.setattr(specdecode, "load", charging)
+        assert run(monkeypatch, "doctor", "--roofline", str(tmp_path), "--device", "cpu", "--dtype", "float32") == 0
+    out, err = capfd.readouterr()
+    above, _, below = out.partition("\n\n")
+    told = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in above.splitlines())
+    size = loaded[0].weight_bytes
+    assert told["torch"] == torch.__version__
+    assert told["model"] == f"{tmp_path} in float32"
+    assert told["copy on cpu"] == "0.1 GB/s (read and written)"
+    assert told["read per token"] == f"{size / 1e6:.1f} MB of weights"
+    assert told["roofline"] == f"{1.3e8 / size:.1f} tokens/s"
+    sizes = [f"{of / 1e6:.1f}" for of in (size, size + 4 * 32 * 5000)]
+    shares = [f"{rate * size / 1.3e8:.0%}" for rate in (100, 50)]
+    assert [re.split(r" {2,}", line.strip()) for line in below.splitlines()] == [
+        ["backend", "weights MB", "1 row ms", "tokens/s", "of roofline", "8 rows", "16 rows", "32 rows"],
+        ["eager", sizes[0], "10.00", "100.0", shares[0], "1.70x", "2.50x", widest[0]],
+        ["packed", sizes[1], "20.00", "50.0", shares[1], "1.07x", "1.15x", widest[1]],
+    ]
+    assert sizes[0] != sizes[1]
+    assert "25/25 rounds" in err
+
+
+def test_doctor_tells_which_backends_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against a fallback that is shown as the backend that it stands in for, and an option that is lost."""
+    monkeypatch.setattr(reach, "BACKENDS", ("auto", "packed", "eager"))
+    assert run(monkeypatch, "doctor", "--roofline", model, "--dtype", "float64") == 0
+    out = capfd.readouterr().out
+    assert f"{model} in float64" in out
+    below = out.partition("\n\n")[2]
+    assert [line.split()[0] for line in below.splitlines()] == ["backend", "eager", "packed"]
+    assert below.endswith("packed is not available: it has no plain linear layers in float32 on a CPU\n")
+    # Real times, of which no more can be said.
+    assert all(float(value.rstrip("x%")) > 0 for value in below.splitlines()[1].split()[1:])
 
 
 def test_help_does_not_wait_for_torch() -> None:

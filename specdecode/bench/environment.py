@@ -102,14 +102,16 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def roofline(target: LM) -> float:
-    """Tokens per second of autoregressive decoding if nothing but streaming the weights took time.
+    """Tokens per second of autoregressive decoding if nothing but streaming the weights took time."""
+    return copy_bandwidth(target.device) / token_bytes(target)
 
-    Copy bandwidth over the bytes of all weights that a forward reads: without the keys and values, which are few at the
-    lengths that are measured here, and without an embedding of which a forward reads one row.
-    """
+
+def token_bytes(target: LM) -> int:
+    """Bytes of all weights that a forward reads, of a target on the backend "eager": without the keys and values, which
+    are few at the lengths that are measured here, and without an embedding of which a forward reads one row."""
     model = target.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     read = {id(parameter): parameter for parameter in model.parameters()}
     if head is not None and embedding.weight is not head.weight:
         read.pop(id(embedding.weight), None)
-    return copy_bandwidth(target.device) / sum(map(stored_bytes, read.values()))
+    return sum(map(stored_bytes, read.values()))
