@@ -129,6 +129,7 @@ def generate(
         measure_costs,
     )
     from specdecode import generate as decode
+    from specdecode.backends.graph import CudaGraphs
     from specdecode.controller import Controller
     from specdecode.drafters.base import Drafter
     from specdecode.drafters.shapes import TreeShape
@@ -236,6 +237,11 @@ def generate(
         f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms{held},"
         f" backend {model.backend}"
     )
+    if result.capture_s:
+        _note(
+            f"{CudaGraphs.count} CUDA graphs were captured in {result.capture_s:.1f} s, for which"
+            f" {CudaGraphs.reserved / 1e6:.0f} MB were reserved: neither is in the figures above"
+        )
 
 
 def _read_prompts(file: Path) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specdecode.backends.graph import CudaGraphs
 from specdecode.controller import MAX_DRAFT_NODES, Controller, FixedK, Limit
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.none import NoDraft
@@ -181,6 +182,7 @@ class _Text:
         on_step: Callable[[list[int]], None] | None,
     ) -> None:
         self._started = time.perf_counter()
+        self._captured_s = CudaGraphs.seconds
         self._tokens = [int(token) for token in prompt]
         _check(target, self._tokens, max_new_tokens, policy, controller)
         self._target = target
@@ -277,11 +279,12 @@ class _Text:
         )
         result.steps.append(step)
         self._controller.observe(step)
+        result.capture_s = CudaGraphs.seconds - self._captured_s
         if len(result.steps) == 1:
-            result.prefill_s = now - self._started
+            result.prefill_s = now - self._started - result.capture_s
         if self._on_step is not None:
             self._on_step(emitted)
-        result.decode_s = time.perf_counter() - self._started - result.prefill_s
+        result.decode_s = time.perf_counter() - self._started - result.prefill_s - result.capture_s
 
     def _boundary(self) -> int:
         """The committed length, beyond the present one, at which the policy evicts next."""

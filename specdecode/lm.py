@@ -251,6 +251,29 @@ class LM:
         """Padding stands first, so that the rows of which the logits are wanted are the last of every sequence."""
         return torch.stack([nn.functional.pad(part.to(self.device), (size - len(part), 0)) for part in parts])
 
+    @torch.inference_mode()
+    def continue_greedily(
+        self, slots: Slots, token: Int[Tensor, 1], count: int, vocab_size: int
+    ) -> Int[Tensor, " count"]:
+        """Read a token and then, one by one, the model's own choices.
+
+        Args:
+            slots: grown by `count`.
+            token: the first to read.
+            count: of the forwards, and of the choices: the last is not read.
+            vocab_size: choices lie below it.
+
+        Returns:
+            The choices, on the device; no forward waits for the host.
+        """
+        if self.static is not None and self.static.takes_chain(slots, count):
+            return self.static.chain(slots, token, count, vocab_size)
+        chosen = []
+        for _ in range(count):
+            token = self.forward(slots, token)[:, :vocab_size].argmax(-1)
+            chosen.append(token)
+        return torch.cat(chosen)
+
     @contextmanager
     def recording_attention(self) -> Iterator[None]:
         """Within this context every forward leaves the attention of its tokens in `Slots.weights`.

@@ -47,6 +47,7 @@ class Generation:
         prefill_s: seconds from the call to the first committed tokens.
         decode_s: seconds from there to the end.
         compressions: evictions carried out by the cache policy.
+        capture_s: seconds that capturing CUDA graphs took meanwhile, which are in none of the other times.
         cache_bytes: bytes of KV that the target held at the end, computed from its slots.
         peak_cache_bytes: the most that it held in any step, the proposals included.
         logprobs: natural logarithm of the probability of each new token under the target's own law, before temperature,
@@ -61,6 +62,7 @@ class Generation:
     prefill_forwards_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    capture_s: float = 0.0
     compressions: int = 0
     cache_bytes: int = 0
     peak_cache_bytes: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,7 @@ class DraftTree:
     tokens: Int[Tensor, " N"]
     parents: Int[Tensor, " N"]
     probs: Float[Tensor, "N V"] | None = None
+    _known: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or self.parents.shape != self.tokens.shape:
@@ -51,6 +52,17 @@ class DraftTree:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def known(self) -> list[int]:
+        """The tokens, on the host. The first time that waits for the device, unless they came with something else."""
+        if not self._known and len(self):
+            self._known.extend(self.tokens.tolist())
+        return self._known
+
+    def know(self, tokens: list[int]) -> None:
+        """Remember the tokens, which were read together with something else."""
+        self._known[:] = tokens
 
     @staticmethod
     def empty() -> DraftTree:

@@ -45,8 +45,9 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
     if target.ndim == 1:
         # One transfer carries all that the host must learn of a greedy step.
         known = torch.cat([target, tree.tokens.to(target.device)]).tolist()
-        return _follow(known[len(target) :], tree.children(), known[: len(target)])
-    return walk(tree.tokens.tolist(), tree.children(), tree.probs, target, rng)
+        tree.know(known[len(target) :])
+        return _follow(tree.known, tree.children(), known[: len(target)])
+    return walk(tree.known, tree.children(), tree.probs, target, rng)
 
 
 def walk(tokens: Sequence[int], children: Sequence[Sequence[int]], probs: Any, target: Any, rng: Any) -> Verdict:

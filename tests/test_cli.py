@@ -66,7 +66,7 @@ def test_generate_streams_the_models_own_text_and_ends_with_measures(
     expected = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
     assert code == 0
     assert out == expected + "\n"
-    measures = r"40 tokens \(length\), [\d.]+ tokens/s, τ [\d.]+(, acceptance \d+%)?, TTFT \d+ ms"
+    measures = r"40 tokens \(length\), [\d.]+ tokens/s, τ [\d.]+(, acceptance \d+%)?, TTFT \d+ ms, backend \w+"
     assert re.fullmatch(measures, err.splitlines()[-1])
     assert ("acceptance" in err) == ("none" not in drafter)
 
@@ -123,7 +123,7 @@ def test_a_bounded_cache_writes_on_beyond_the_context(
         assert run(monkeypatch, "generate", "a cat " * 500, *arguments, "--max-new-tokens", "60") == 0
         out, err = capfd.readouterr()
         texts.append(out)
-        assert re.search(r"0\.\d MB of KV after \d{3} evictions$", err.splitlines()[-1])
+        assert re.search(r"0\.\d MB of KV after \d{3} evictions, backend eager$", err.splitlines()[-1])
     assert texts[0] == texts[1]
     arguments = ("--target", model, "--drafter", "self-streaming", "--max-cache", "20", "--max-new-tokens", "60")
     assert run(monkeypatch, "generate", "a cat " * 10, *arguments) == 0

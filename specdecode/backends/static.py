@@ -25,6 +25,8 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 48, 72)
 _SPAN = 256
 # Storages without slots that are kept for the next ones.
 _IDLE = 4
+# Captures that are kept for one storage: what each of them holds adds up.
+_MOST = 64
 
 
 class Held:
@@ -138,22 +140,74 @@ class Static:
         hides from it."""
         count, recent = visible.shape
         start, first = slots.length - count, slots.length - recent
-        width = self._width(count)
-        across = max(self._width(recent), recent) if self._replay else recent
-        span = min(_span(slots.length), slots.capacity) if self._replay else slots.length
-        storage = slots.storage
-
-        def step(inputs: Inputs) -> Tensor:
-            return self._step(inputs, slots.positions[:span], storage.keys, storage.values)
-
         if self._replay is None:
             now = Inputs(tokens, positions, torch.tensor(start), torch.tensor(first), visible)
-            return step(_on(now, slots.device))
-        captured = self._captured.setdefault(storage, {})
-        key = (width, across, span, storage.moves)
-        if key not in captured:
-            captured[key] = _Captured(_empty(width, across, slots.device), step, self._replay)
-        return captured[key].run(tokens, positions, start, first, visible)[:count].clone()
+            held = slots.storage
+            return self._step(_on(now, slots.device), slots.positions[: slots.length], held.keys, held.values)
+        width, across = self._width(count), max(self._width(recent), recent)
+
+        def forward(inputs: Inputs, positions: Tensor, storage: Storage) -> Tensor:
+            return self._step(inputs, positions, storage.keys, storage.values)
+
+        captured = self._capture(slots, width, across, forward, self._replay)
+        captured.inputs.tokens[:count] = tokens
+        captured.inputs.positions[:count] = positions
+        captured.inputs.start.fill_(start)
+        captured.inputs.first.fill_(first)
+        captured.inputs.visible.zero_()
+        captured.inputs.visible[:count, :recent] = visible
+        # Padding must see something: attention to nothing is no number, nor is what a layer then writes.
+        captured.inputs.visible[count:, 0] = True
+        return captured.run()[:count].clone()
+
+    def takes_chain(self, slots: Slots, count: int) -> bool:
+        """Whether so many forwards, each over the choice of the one before it, can be captured as one."""
+        return self._replay is not None and bool(slots.storage.keys) and slots.length + count <= slots.capacity
+
+    def chain(self, slots: Slots, token: Int[Tensor, 1], count: int, vocab_size: int) -> Int[Tensor, " count"]:
+        """Read a token and then the model's own choices below `vocab_size`; the last of them is not read."""
+        assert self._replay is not None
+        start = slots.length
+        slots.append(torch.arange(start, start + count, device=slots.device))
+
+        def forwards(inputs: Inputs, positions: Tensor, storage: Storage) -> Tensor:
+            token, chosen = inputs.tokens, []
+            for ahead in range(count):
+                place = inputs.start + ahead
+                now = Inputs(token, place[None], place, place, inputs.visible)
+                token = self._step(now, positions, storage.keys, storage.values)[:, :vocab_size].argmax(-1)
+                chosen.append(token)
+            return torch.cat(chosen)
+
+        captured = self._capture(slots, 1, 1, forwards, self._replay, count, vocab_size)
+        captured.inputs.tokens[:] = token
+        captured.inputs.start.fill_(start)
+        captured.inputs.visible.fill_(True)
+        return captured.run().clone()
+
+    def _capture(
+        self,
+        slots: Slots,
+        width: int,
+        across: int,
+        action: Callable[[Inputs, Tensor, Storage], Tensor],
+        replay: Replay,
+        *kind: int,
+    ) -> _Captured:
+        """What was captured of an action for shapes like these, and slots in the same place; or will be, when it is
+        first run."""
+        storage = slots.storage
+        span = min(_span(slots.length), slots.capacity)
+        known = self._captured.setdefault(storage, {})
+        key = (width, across, span, storage.moves, *kind)
+        if key not in known:
+            if len(known) >= _MOST:
+                known.pop(next(iter(known)))
+            inputs, positions = _empty(width, across, slots.device), storage.positions[:span]
+            # The storage is not to live on for what was captured of it.
+            held = Storage(storage.positions, storage.keys, storage.values)
+            known[key] = _Captured(inputs, lambda: action(inputs, positions, held), replay)
+        return known[key]
 
     def _width(self, rows: int) -> int:
         if self._replay is None:
@@ -162,25 +216,23 @@ class Static:
 
 
 class _Captured:
-    """One shape: its buffers, and what runs the forward over them again."""
+    """An action on buffers of its own.
 
-    def __init__(self, inputs: Inputs, step: Callable[[Inputs], Tensor], replay: Replay) -> None:
-        self._inputs = inputs
-        self._step = step
+    Attributes:
+        inputs: the buffers.
+    """
+
+    def __init__(self, inputs: Inputs, action: Callable[[], Tensor], replay: Replay) -> None:
+        self.inputs = inputs
+        self._action = action
         self._replay = replay
         self._again: Callable[[], Tensor] | None = None
 
-    def run(self, tokens: Tensor, positions: Tensor, start: int, first: int, visible: Tensor) -> Tensor:
-        count, recent = visible.shape
-        self._inputs.tokens[:count] = tokens
-        self._inputs.positions[:count] = positions
-        self._inputs.start.fill_(start)
-        self._inputs.first.fill_(first)
-        self._inputs.visible.zero_()
-        self._inputs.visible[:count, :recent] = visible
+    def run(self) -> Tensor:
+        """The result, with what the buffers hold now; it holds until the next time."""
         if self._again is None:
             # Only now, with inputs that mean something: keys and values are written on the way.
-            self._again = self._replay(lambda: self._step(self._inputs))
+            self._again = self._replay(self._action)
         return self._again()
 
 

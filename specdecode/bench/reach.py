@@ -82,7 +82,7 @@ def measure_reach(target: LM, tell: Callable[[int, int, str], None]) -> Reach:
         tell(0, _ROUNDS, f"preparing {kind}")
         try:
             variant = target.with_backend(kind)
-        except UnsupportedModelError as error:
+        except (UnsupportedModelError, ValueError) as error:
             missing[kind] = str(error)
             continue
         if variant.backend.name == kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.controller import Limit
@@ -61,6 +61,9 @@ class ModelDrafter:
         self.forwards += forwards
         self._read = tokens
         limit = Limit(min(limit.depth, self.draft.context_length - self._slots.length), limit.nodes)
+        if context.sampling.greedy and isinstance(self.shape, Chain):
+            self._grown = DraftTree.chain(self._chain(logits, context, min(limit.depth, limit.nodes)))
+            return self._grown
         levels, parents = self._grow(logits, context, limit)
         if not levels:
             self._grown = DraftTree.empty()
@@ -74,6 +77,14 @@ class ModelDrafter:
             return self._grown
         renumbered = {0: 0} | {node + 1: i for i, node in enumerate(chosen, start=1)}
         return DraftTree(self._grown.tokens[chosen], torch.tensor([renumbered[parents[node]] for node in chosen]))
+
+    def _chain(self, logits: Float[Tensor, "1 V"], context: Context, length: int) -> Int[Tensor, " length"]:
+        """As the levels of a chain would be, but without laws: the draft's own greedy text, made on the device."""
+        first = logits[:, : context.vocab_size].argmax(-1)
+        if length <= 1:
+            return first[:length]
+        self.forwards += length - 1
+        return torch.cat([first, self.draft.continue_greedily(self._slots, first, length - 1, context.vocab_size)])
 
     def _grow(self, logits: Float[Tensor, "1 V"], context: Context, limit: Limit) -> tuple[list[Level], list[int]]:
         """The levels of the tree, and the parents of their nodes; all but the deepest are in the slots then."""
@@ -121,7 +132,7 @@ class ModelDrafter:
         path: list[int] = []
         start = known - self._slots.evicted  # the first slot behind the known text
         if known == len(self._read) > 0:
-            grown, children = self._grown.tokens.tolist(), self._grown.children()
+            grown, children = self._grown.known, self._grown.children()
             in_slots = self._slots.length - start
             # Tokens beyond the next eviction are read again, after it.
             last = min(len(tokens) - 1, boundary(self.policy, known, start))
