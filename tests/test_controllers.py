@@ -238,6 +238,21 @@ def test_a_draft_that_becomes_useful_is_found_out(name: str) -> None:
     assert min(over(plain(machine, 1500), [run.seconds for run in runs])) > 1.05
 
 
+@pytest.mark.parametrize("name", ["GPU", "GPU, dear draft", "CPU", "CPU, lookup"])
+def test_a_trial_that_gained_is_no_failure(name: str) -> None:
+    """Guards against failures that count for ever, and against a trial that counts as one for what it gave back of its
+    gains at its end: the next probe would be thousands of tokens away."""
+    machine = replace(MACHINES[name], noise=0.0, reading=0.0)
+
+    def useful_for_a_while(at: int, depth: int, nodes: float) -> float:
+        return 0.95 * (400 <= at < 1200)
+
+    for seed in SEEDS:
+        run = decode(machine, CostAware(machine.costs()), useful_for_a_while, 2000, seed)
+        assert run.drafted(400, 1200) > 30
+        assert run.drafted(1250) >= 3
+
+
 def test_a_draft_that_becomes_useless_costs_no_more_than_some_steps() -> None:
     """Guards against all that was gained being lost again before an average of the past says so."""
     for name in ("GPU, dear draft", "CPU, dear draft"):
