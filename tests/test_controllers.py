@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -12,13 +13,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
+import specdecode.costs
 from specdecode import (
     LM,
     AdaptiveK,
     Chain,
     CostAware,
     Costs,
+    DraftTree,
     FixedK,
     ModelDrafter,
     NoDraft,
@@ -29,7 +33,7 @@ from specdecode import (
     measure_costs,
 )
 from specdecode.controller import Controller, Draft, Limit
-from specdecode.drafters.base import Drafter
+from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
 from tests.discovery import CONTROLLERS
 from tests.fake_clock import Cost, FakeClock, charged
@@ -449,6 +453,96 @@ def test_costs_are_those_of_the_machine(clock: FakeClock) -> None:
         assert proposal.nodes == limit.depth
         # A forward a level, and perhaps another token to read in the first.
         assert proposal.seconds == pytest.approx(0.0011 * limit.depth, abs=0.00011)
+
+
+class Queue:
+    """The work that a device has still to do: a clock that stands still until it is waited for."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+def test_queued_work_is_waited_for_and_slow_work_measured_once(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against the time that a GPU takes to be told what to do, against work that is paid for by what comes after
+    it, and against minutes of measuring where one forward takes seconds."""
+    target, draft, queue, rows = small(), small(seed=7), Queue(), []
+
+    def wait(device: object) -> None:
+        clock.advance(queue.seconds)
+        queue.seconds = 0.0
+
+    monkeypatch.setattr(specdecode.costs, "synchronise", wait)
+    target.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with charged(queue, {target.model: Cost(2.0, 0.1), draft.model: Cost(1.0, 0.1)}):
+        costs = measure_costs(target, ModelDrafter(draft))
+    assert costs.verify == pytest.approx({rows: 2.0 + 0.1 * rows for rows in (1, 2, 4, 8, 16, 32, 65)})
+    assert costs.draft[Limit(1)].seconds == pytest.approx(1.1, abs=0.11)
+    # To be warm, and once more.
+    assert [rows.count(each) for each in costs.verify] == [2] * 7
+
+
+def test_first_times_and_busy_moments_are_no_costs(clock: FakeClock) -> None:
+    """Guards against the price of a kernel that is compiled, and against a moment at which a machine is busier or
+    quieter than it is most of the time."""
+    target, draft, seen, measured = small(), small(seed=7), set[tuple[object, int]](), 0
+
+    def disturb(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        nonlocal measured
+        rows = kwargs["input_ids"].shape[1]
+        clock.pace = 1.0
+        if (module, rows) not in seen:
+            seen.add((module, rows))
+            clock.advance(10.0)
+        elif module is target.model:
+            # Of the seven numbers of rows, five times each.
+            clock.pace = 2.0 if measured < 6 or measured >= 30 else 0.5 if 14 <= measured < 17 else 1.0
+            measured += 1
+
+    for lm in (target, draft):
+        lm.model.register_forward_pre_hook(disturb, with_kwargs=True)
+    with charged(clock, {target.model: TARGET, draft.model: DRAFT}):
+        costs = measure_costs(target, ModelDrafter(draft))
+    assert measured == 35
+    assert costs.verify == pytest.approx({rows: 0.010 + 0.0005 * rows for rows in (1, 2, 4, 8, 16, 32, 65)})
+    assert costs.catch_up == pytest.approx(0.0001)
+    assert all(proposal.seconds < 0.0012 * limit.depth for limit, proposal in costs.draft.items())
+
+
+def test_what_costs_less_than_the_noise_costs_nothing(clock: FakeClock) -> None:
+    """Guards against a duration below nought, which no costs can hold."""
+    target, draft = small(), small(seed=7)
+    with charged(clock, {target.model: TARGET, draft.model: Cost(0.001, -1e-6)}):
+        assert measure_costs(target, ModelDrafter(draft)).catch_up == 0.0
+
+
+def test_a_drafter_is_measured_on_a_text_that_goes_on_and_repeats_itself() -> None:
+    """Guards against the price of a proposal that was made before, and of a search that finds nothing."""
+    lookup, seen = PromptLookup(), []
+
+    class Listening:
+        forwards = 0
+
+        def propose(self, context: Context, limit: Limit) -> DraftTree:
+            tree = lookup.propose(context, limit)
+            seen.append((len(context.tokens), limit.depth, tree.depth))
+            return tree
+
+    measure_costs(small(), Listening())
+    lengths, asked, proposed = zip(*seen, strict=True)
+    assert asked == proposed
+    assert {after - before for before, after in itertools.pairwise(lengths)} == {1, 32}
+
+
+def test_a_drafter_that_finds_nothing_is_taken_to_propose_chains() -> None:
+    """Guards against a verification that costs nothing, in a text in which there is something to find."""
+    assert all(proposal.nodes == limit.depth for limit, proposal in measure_costs(small(), NoDraft()).draft.items())
 
 
 def test_trees_are_priced_by_their_nodes(clock: FakeClock) -> None:
