@@ -6,10 +6,12 @@ from specdecode.bench.gate import FAILING, Verdict
 
 
 def test_gate(judged, bench, request):
-    """The arm is no slower than its baseline, and its counters are no worse."""
+    """The arm is no slower than its baseline, and its counters are no worse. What is not judged is skipped."""
     verdict, reason = Verdict.NO_BASELINE, "there is no baseline for this hardware"
     for judgement in bench.judgements:
         if (judgement.arm, judgement.gate) == judged:
             verdict, reason = judgement.verdict, judgement.reason
+    if verdict is Verdict.NOT_JUDGED:
+        pytest.skip(reason)
     if verdict in FAILING[request.config.getoption("gate")]:
         pytest.fail(f"{verdict.value}: {' '.join(judged)}: {reason}", pytrace=False)

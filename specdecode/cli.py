@@ -273,7 +273,7 @@ def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
     told = {
         "index": place,
         "prompt": prompt,
-        "text": model.decode(result.tokens),
+        "text": _text(model.tokenizer, result.tokens),
         "finish_reason": result.finish_reason,
         "tokens": len(result.tokens),
         "tokens_per_second": result.throughput,
@@ -287,6 +287,13 @@ def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
     return json.dumps(told, ensure_ascii=False)
 
 
+def _text(tokenizer: Any, tokens: list[int]) -> str:
+    """What tokens say to a reader: without the special ones, such as those that end a turn of a chat."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
 class _TextStream:
     """Writes tokens as text as soon as they are whole characters."""
 
@@ -297,13 +304,13 @@ class _TextStream:
 
     def add(self, tokens: list[int]) -> None:
         self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        text = _text(self._tokenizer, self._tokens)
         # A character may be spread over tokens: until it is complete it decodes to the replacement character.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self._write(text)
 
     def end(self) -> None:
-        self._write(self._tokenizer.decode(self._tokens, skip_special_tokens=True) + "\n")
+        self._write(_text(self._tokenizer, self._tokens) + "\n")
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text[self._written :])

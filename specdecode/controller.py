@@ -266,7 +266,7 @@ class CostAware:
             asking = step.draft_s / self._pace.plain_s
             self._waited -= asking / _SHARE
             if self._trial is not None:
-                self._trial.stake -= asking
+                self._trial.add(-asking)
         self._waited += step.emitted
         if self._asked is not None:
             self._unread = 0
@@ -298,7 +298,7 @@ class CostAware:
         if self._trial is not None:
             if (best := self._trial.best(*self._pace.units)) is not None:
                 return best
-            self._end(_STAKE - self._trial.stake)
+            self._end(-self._trial.gained)
         factor = 2.0 ** (self._failures - 1)
         purse = _SHARE * self._waited - self._reading * self._unread
         if purse < factor * self._lost:
@@ -334,22 +334,28 @@ class _Trial:
 
     Attributes:
         stake: plain steps that it may still lose.
+        gained: plain steps, in all.
     """
 
     def __init__(self, options: Mapping[int, Sequence[_Option]]) -> None:
         self.stake = _STAKE
+        self.gained = 0.0
         self._options = options
         self._deepest = _AHEAD
         self._levels = {nodes: _Levels(len(of)) for nodes, of in options.items()}
 
     def observe(self, step: Step, limit: Limit, gain: float) -> None:
         """Count a step with a draft, and what it gained in plain steps."""
-        self.stake = min(self.stake + gain, _MOST_STAKE)
+        self.add(gain)
         self._deepest = max(self._deepest, step.accepted + _AHEAD)
         for nodes, levels in self._levels.items():
             # A tree that did not fill its limit is the same with every limit that it fits in.
             same = step.drafted < limit.nodes and step.drafted <= nodes
             levels.observe(step, limit, 1.0 if same else (limit.nodes / nodes) ** _POWER)
+
+    def add(self, gain: float) -> None:
+        self.gained += gain
+        self.stake = min(self.stake + gain, _MOST_STAKE)
 
     def best(self, drafting: float, verifying: float) -> _Option | None:
         """The option with the most tokens for its time; None if plain decoding has more.

@@ -173,11 +173,27 @@ def test_a_file_of_prompts_gives_a_line_of_json_for_each(
         out, err = capfd.readouterr()
         told = sorted((json.loads(line) for line in out.splitlines()), key=lambda row: row["index"])
         assert [row["prompt"] for row in told] == prompts
-        assert [row["text"] for row in told] == expected
+        assert [row["text"] for row in told] == [text.replace("\0", "") for text in expected]
         assert all(row["tokens"] == 20 and row["finish_reason"] == "length" for row in told)
         assert ["".join(token for token, _ in row["logprobs"]) for row in told] == expected
         assert all(value <= 0 for row in told for _, value in row["logprobs"])
         assert "4/4 prompts" in err
+
+
+def test_special_tokens_are_no_text(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against an answer that ends with <|im_end|> in JSON and without it on the screen. Among log-probabilities
+    every token has its name."""
+    text = "and a much longer one than the others"
+    arguments = ("generate", text, "--target", model, "--dtype", "float64", "--max-new-tokens", "20")
+    assert run(monkeypatch, *arguments) == 0
+    streamed = capfd.readouterr().out
+    assert run(monkeypatch, *arguments, "--json", "--logprobs") == 0
+    row = json.loads(capfd.readouterr().out)
+    named = "".join(token for token, _ in row["logprobs"])
+    assert named.count("\0") > 0
+    assert streamed == row["text"] + "\n" == named.replace("\0", "") + "\n"
 
 
 def test_a_stop_string_reaches_the_decoder(

@@ -179,7 +179,7 @@ def test_counters_that_follow_the_clock_are_not_judged(judged: Any) -> None:
     del old["specdecode"]["arms"]["linear"]["timed"]
     for pair in ((new, old), (old, new)):
         found = judged(*pair)["linear", "counters"]
-        assert found.verdict is Verdict.PASS
+        assert found.verdict is Verdict.NOT_JUDGED
         assert "by the clock" in found.reason
     slower = content({"linear": 1.0})
     slower["specdecode"]["arms"]["linear"]["timed"] = True
@@ -236,7 +236,7 @@ def test_another_backend_is_compared_by_what_does_not_depend_on_it(judged: Any) 
 def test_the_settings_of_the_gate() -> None:
     """Guards against a verdict that no setting fails on, or one that every setting does."""
     assert FAILING["on"] == {Verdict.REGRESSED, Verdict.MISSING}
-    assert FAILING["strict"] == set(Verdict) - {Verdict.PASS, Verdict.IMPROVED}
+    assert FAILING["strict"] == set(Verdict) - {Verdict.PASS, Verdict.IMPROVED, Verdict.NOT_JUDGED}
     assert FAILING["off"] == set()
 
 

@@ -209,6 +209,15 @@ def test_another_machines_baseline_is_told_in_words(report: Any, format_: str) -
 
 
 @pytest.mark.parametrize("format_", FORMATS)
+def test_what_is_not_judged_is_no_pass(report: Any, format_: str) -> None:
+    """Guards against counters that follow the clock, of which nothing is known, told as good."""
+    text = report(format_, content({"ar": 1.0}, timed=True), content({"ar": 1.0}))
+    text = Page(text).text if format_ == "html" else text.replace("\\_", "_")
+    assert text.count("NOT_JUDGED") == 1
+    assert "its time is judged" in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
 def test_a_run_without_a_baseline_says_so(report: Any, format_: str) -> None:
     """Guards against silence that is read as a pass."""
     text = report(format_, content(SPEEDUPS))

@@ -102,7 +102,8 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
     arms = content["specdecode"]["arms"]
     for row in arms["linear-k5"]["rows"].values():
         row["counts"]["target_forwards"] /= 2
-    arms["retired"] = arms["linear-k3"]
+    arms["retired"] = dict(arms["linear-k3"])
+    arms["linear-k3"]["timed"] = True
     baseline, summary = tmp_path / "baseline.json", tmp_path / "summary.md"
     baseline.write_text(json.dumps(content))
     arguments = (
@@ -115,6 +116,8 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
     failed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED")}
     names = {"linear-k5-counters", "retired-time", "retired-counters"}
     assert failed == {f"perf/test_gate.py::test_gate[{name}]" for name in names}
+    assert "1 skipped" in done.stdout
+    assert "| NOT_JUDGED | linear-k3 | counters |" in summary.read_text()
     assert "| REGRESSED | linear-k5 | counters |" in summary.read_text()
     assert "| MISSING | retired | time |" in summary.read_text()
     assert run(*arguments, "--gate=off").returncode == 0

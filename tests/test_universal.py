@@ -247,13 +247,15 @@ def test_half_a_character_of_the_draft_is_not_proposed(depth: int) -> None:
             assert len(tree) > 0 or WIDE[place] not in "你好世界"
 
 
-def test_no_token_is_proposed_for_which_the_target_has_no_row() -> None:
-    """Guards against an index error inside of the target, whose tokenizer may know more than its embedding."""
+@pytest.mark.parametrize(("depth", "expected"), [(1, "a"), (4, "abc")])
+def test_no_token_is_proposed_for_which_the_target_has_no_row(depth: int, expected: str) -> None:
+    """Guards against an index error inside of the target, whose tokenizer may know more than its embedding; and against
+    a proposal up to such a token where the limit comes before it."""
     tokenizer = characters([*CHARACTERS, "é"])
     target = LM(build(ARCHITECTURES["llama"] | {"vocab_size": len(CHARACTERS)}), tokenizer)
-    drafter = UniversalDrafter(target, learnt(tokenizer, "abcé" * 4))
-    tree = drafter.propose(Context(tokenizer("abcéab")["input_ids"], target.vocab_size, Sampling(), Rng(0)), Limit(4))
-    assert tokenizer.decode(tree.tokens) == "c"
+    drafter = UniversalDrafter(target, learnt(byte_pairs("abcé"), "abcé" * 4))
+    seen = Context(tokenizer("abcéabcé")["input_ids"], target.vocab_size, Sampling(), Rng(0))
+    assert tokenizer.decode(drafter.propose(seen, Limit(depth)).tokens) == expected
 
 
 def test_what_has_no_text_is_not_drafted() -> None:

@@ -31,12 +31,13 @@ class Verdict(str, enum.Enum):
     INCONCLUSIVE = "INCONCLUSIVE"
     NO_BASELINE = "NO_BASELINE"
     WRONG_HARDWARE = "WRONG_HARDWARE"
+    NOT_JUDGED = "NOT_JUDGED"
     MISSING = "MISSING"
 
 
 FAILING = {
     "on": frozenset({Verdict.REGRESSED, Verdict.MISSING}),
-    "strict": frozenset(Verdict) - {Verdict.PASS, Verdict.IMPROVED},
+    "strict": frozenset(Verdict) - {Verdict.PASS, Verdict.IMPROVED, Verdict.NOT_JUDGED},
     "off": frozenset[Verdict](),
 }
 """The verdicts that fail a run, by the gate's setting."""
@@ -207,7 +208,7 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
     after, before = new.arms[arm], old.arms[arm]
     if after.timed or before.timed:
         reason = "it drafts as long as pays by the clock, so its counters are never twice the same: its time is judged"
-        return Judgement(arm, "counters", Verdict.PASS, reason)
+        return Judgement(arm, "counters", Verdict.NOT_JUDGED, reason)
     same = [
         prompt
         for prompt, output in new.header.outputs.items()

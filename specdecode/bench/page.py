@@ -43,6 +43,7 @@ _SIGNS = {
     Verdict.INCONCLUSIVE: ("warn", "?"),
     Verdict.NO_BASELINE: ("warn", "+"),
     Verdict.WRONG_HARDWARE: ("warn", "≠"),
+    Verdict.NOT_JUDGED: ("warn", "-"),
     Verdict.IMPROVED: ("good", "▲"),
     Verdict.PASS: ("good", "✓"),
 }

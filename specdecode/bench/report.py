@@ -340,7 +340,7 @@ def _one_line(text: str) -> str:
 def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
     """In the order in which a reader wants to know them."""
     order = [Verdict.REGRESSED, Verdict.MISSING, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE]
-    order += [Verdict.IMPROVED, Verdict.PASS]
+    order += [Verdict.NOT_JUDGED, Verdict.IMPROVED, Verdict.PASS]
     return sorted(judgements, key=lambda judged: order.index(judged.verdict))
 
 
