@@ -156,8 +156,10 @@ class Static:
         captured.inputs.first.fill_(first)
         captured.inputs.visible.zero_()
         captured.inputs.visible[:count, :recent] = visible
-        # Padding must see something: attention to nothing is no number, nor is what a layer then writes.
+        # Padding must see something, within every window: attention to nothing is no number, nor is what a layer then
+        # writes.
         captured.inputs.visible[count:, 0] = True
+        captured.inputs.positions[count:] = 0
         return captured.run()[:count].clone()
 
     def takes_chain(self, slots: Slots, count: int) -> bool:
