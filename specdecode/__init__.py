@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdecode.controller import AdaptiveK as AdaptiveK
-    from specdecode.controller import CostAware as CostAware
-    from specdecode.controller import Costs as Costs
     from specdecode.controller import FixedK as FixedK
+    from specdecode.cost_aware import CostAware as CostAware
+    from specdecode.cost_aware import Costs as Costs
     from specdecode.costs import measure_costs as measure_costs
     from specdecode.decode import generate as generate
     from specdecode.decode import generate_batch as generate_batch
@@ -46,8 +46,8 @@ _HOMES = {
     "LM": "lm",
     "BestFirstTree": "drafters.shapes",
     "Chain": "drafters.shapes",
-    "CostAware": "controller",
-    "Costs": "controller",
+    "CostAware": "cost_aware",
+    "Costs": "cost_aware",
     "DraftTree": "tree",
     "FixedK": "controller",
     "Generation": "result",

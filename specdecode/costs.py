@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from specdecode.controller import MAX_DRAFT_NODES, Costs, Draft, Limit
+from specdecode.controller import MAX_DRAFT_NODES, Limit
+from specdecode.cost_aware import Costs, Draft
 from specdecode.drafters.base import Context, Drafter
 from specdecode.lm import LM, synchronise
 from specdecode.sampling import Sampling

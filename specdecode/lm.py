@@ -145,6 +145,10 @@ class LM:
     def new_slots(self, capacity: int) -> Slots:
         return Slots(capacity, self.device) if self.static is None else self.static.new_slots(capacity, self.device)
 
+    def span(self, slots: Slots) -> int:
+        """The slots that a step's forward looks at: those that are filled, or a few more over static shapes."""
+        return slots.length if self.static is None else self.static.span(slots)
+
     @functools.cached_property
     def mover(self) -> Mover:
         """Evicts slots of this model.
@@ -189,7 +193,8 @@ class LM:
             positions = torch.arange(start, start + count, device=self.device)
         if visible is None:
             visible = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
-        positions = positions.to(self.device)
+        # Here and below: a copy to the device that blocks would wait for all that the device has still to do.
+        positions = positions.to(self.device, non_blocking=True)
         slots.append(positions)
         if self.static is not None and not self._records_attention and self.static.takes(slots, count):
             return self.static.run(slots, tokens, positions, visible)[-rows:]
@@ -249,7 +254,9 @@ class LM:
 
     def _side_by_side(self, parts: Sequence[Int[Tensor, " _"]], size: int) -> Int[Tensor, "rows n"]:
         """Padding stands first, so that the rows of which the logits are wanted are the last of every sequence."""
-        return torch.stack([nn.functional.pad(part.to(self.device), (size - len(part), 0)) for part in parts])
+        return torch.stack(
+            [nn.functional.pad(part.to(self.device, non_blocking=True), (size - len(part), 0)) for part in parts]
+        )
 
     @torch.inference_mode()
     def continue_greedily(
@@ -339,7 +346,7 @@ class LM:
     ) -> list[Float[Tensor, "_ V"]]:
         """`forward_tree` for each sequence of a batch, in one forward."""
         readings = [_reading(*each) for each in zip(batch.rows, pending, trees, strict=True)]
-        batch.append([reading.positions.to(self.device) for reading in readings])
+        batch.append([reading.positions.to(self.device, non_blocking=True) for reading in readings])
         return self._forward(batch, batch.rows, readings)
 
     def _mask(
@@ -351,7 +358,7 @@ class LM:
         for row, slots, own in zip(allowed, sequences, visible, strict=True):
             count, recent = own.shape
             row[size - count :, : slots.length] = True
-            row[size - count :, slots.length - recent : slots.length] = own.to(self.device)
+            row[size - count :, slots.length - recent : slots.length] = own.to(self.device, non_blocking=True)
         if self._window is None:
             return self._taken(allowed, allowed)
         near = allowed.clone()
@@ -555,7 +562,9 @@ def _reading(slots: Slots, pending: Sequence[int], tree: DraftTree) -> _Reading:
     visible[stem - 1 :, stem - 1 :] = tree.visibility
     # Every token sees its predecessors and itself, so their number places it: a node by its depth.
     positions = slots.length + visible.sum(1) - 1
-    return _Reading(torch.cat([tokens.to(tree.tokens.device), tree.tokens]), positions, visible, len(tree) + 1)
+    return _Reading(
+        torch.cat([tokens.to(tree.tokens.device, non_blocking=True), tree.tokens]), positions, visible, len(tree) + 1
+    )
 
 
 def _shell(module: Any) -> Any:

@@ -50,6 +50,7 @@ class Generation:
         capture_s: seconds that capturing CUDA graphs took meanwhile, which are in none of the other times.
         cache_bytes: bytes of KV that the target held at the end, computed from its slots.
         peak_cache_bytes: the most that it held in any step, the proposals included.
+        attended_bytes: bytes of KV that the target's steps attended to, summed over the steps.
         logprobs: natural logarithm of the probability of each new token under the target's own law, before temperature,
             top-k and top-p; None if not asked for.
     """
@@ -66,6 +67,7 @@ class Generation:
     compressions: int = 0
     cache_bytes: int = 0
     peak_cache_bytes: int = 0
+    attended_bytes: int = 0
     logprobs: list[float] | None = None
 
     @property

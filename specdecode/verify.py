@@ -44,7 +44,7 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
     """
     if target.ndim == 1:
         # One transfer carries all that the host must learn of a greedy step.
-        known = torch.cat([target, tree.tokens.to(target.device)]).tolist()
+        known = torch.cat([target, tree.tokens.to(target.device, non_blocking=True)]).tolist()
         tree.know(known[len(target) :])
         return _follow(tree.known, tree.children(), known[: len(target)])
     return walk(tree.known, tree.children(), tree.probs, target, rng)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specdecode import Costs, Step
-from specdecode.controller import Controller, Draft, Limit
+from specdecode.controller import Controller, Limit
+from specdecode.cost_aware import Draft
 
 Acceptance = Callable[[int, int, float], float]
 """The probability that a proposal is right, by its place in the text, its depth in the draft (from 0), and the nodes

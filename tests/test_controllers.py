@@ -32,7 +32,8 @@ from specdecode import (
     generate,
     measure_costs,
 )
-from specdecode.controller import Controller, Draft, Limit
+from specdecode.controller import Controller, Limit
+from specdecode.cost_aware import Draft
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
 from tests.discovery import CONTROLLERS

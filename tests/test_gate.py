@@ -224,12 +224,17 @@ def test_another_backend_is_compared_by_what_does_not_depend_on_it(judged: Any) 
     new["specdecode"]["versions"]["backend"] = "packed"
     for run, size in ((new, 2.0), (old, 1.0)):
         run["specdecode"]["arms"]["linear"]["rehearsal"] = {"weight_bytes": size}
+        for row in run["specdecode"]["arms"]["linear"]["rows"].values():
+            row["counts"]["attended_bytes"] = size
     verdicts = judged(new, old)
     assert verdicts["linear", "time"].verdict is Verdict.INCONCLUSIVE
     assert "backend eager and this on packed" in verdicts["linear", "time"].reason
     assert verdicts["linear", "counters"].verdict is Verdict.PASS
     new["specdecode"]["versions"]["backend"] = "eager"
-    assert judged(new, old)["linear", "counters"].verdict is Verdict.REGRESSED
+    regressed = judged(new, old)["linear", "counters"]
+    assert regressed.verdict is Verdict.REGRESSED
+    assert "weight_bytes" in regressed.reason
+    assert "attended_bytes_per_step" in regressed.reason
     assert judged(new, old)["linear", "time"].verdict is Verdict.REGRESSED
 
 

@@ -19,6 +19,7 @@ LAYERS = [
     ["policies", "quantize", "result", "rotary", "verify"],
     ["backends"],
     ["controller", "lm"],
+    ["cost_aware"],
     ["loading"],
     ["drafters"],
     ["costs", "decode"],

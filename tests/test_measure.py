@@ -19,7 +19,8 @@ from specdecode.bench.presets import preset
 from specdecode.bench.report import markdown, speed_table
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.bench.session import Options, measure
-from specdecode.controller import Draft, Limit
+from specdecode.controller import Limit
+from specdecode.cost_aware import Draft
 from tests.characters import save
 from tests.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt, small
 from tests.spelling import CHARACTERS, characters

@@ -3,7 +3,8 @@
 PyTorch's `F.linear` hands float32 weights to the matrix library as they lie in memory, and the library lays them out
 anew in every call with more than a row or two: eight rows then cost twice what one does, which is what speculation was
 to save. oneMKL's packed matrices are laid out once (`cblas_sgemm_pack`, `cblas_sgemm_compute`; TorchInductor's freezing
-uses the same operators). One row is no cheaper than before: its time is that of reading the weights.
+uses the same operators). One row is no cheaper than before, rather a little dearer: its time is that of reading the
+weights, and plain ones are read as fast.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class PackedLinear(nn.Module):
                 reorder = torch.ops.mkl._mkl_reorder_linear_weight
                 _layouts[linear.weight] = reorder(linear.weight.detach().contiguous(), _ROWS)
         self.packed: Tensor = _layouts[linear.weight]
+        # Of the original weight the operator asks for the shape alone, as long as it is told that the layout is for the
+        # number of rows that it is given.
+        self._shape = torch.empty(()).expand(self.out_features, self.in_features)
 
     @property
     def packed_bytes(self) -> int:
@@ -52,11 +56,8 @@ class PackedLinear(nn.Module):
         return 4 * self.in_features * self.out_features
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
-        # Of the original weight the operator asks for the shape alone, as long as it is told that the layout is for
-        # this number of rows.
-        shape = torch.empty(()).expand(self.out_features, self.in_features)
         rows = inputs.numel() // self.in_features
-        output: Tensor = torch.ops.mkl._mkl_linear(inputs, self.packed, shape, self.bias, rows)
+        output: Tensor = torch.ops.mkl._mkl_linear(inputs, self.packed, self._shape, self.bias, rows)
         return output
 
 

@@ -124,6 +124,10 @@ class Static:
         if not storage.moves:
             self._idle = [*self._idle, storage][-_IDLE:]
 
+    def span(self, slots: Slots) -> int:
+        """Of these slots, those that a forward looks at."""
+        return slots.length if self._replay is None else min(_span(slots.length), slots.capacity)
+
     def takes(self, slots: Slots, rows: int) -> bool:
         """Whether a forward of the last `rows` slots, already taken, can be a static one."""
         start = slots.length - rows
@@ -150,12 +154,12 @@ class Static:
             return self._step(inputs, positions, storage.keys, storage.values)
 
         captured = self._capture(slots, width, across, forward, self._replay)
-        captured.inputs.tokens[:count] = tokens
-        captured.inputs.positions[:count] = positions
+        captured.inputs.tokens[:count].copy_(tokens, non_blocking=True)
+        captured.inputs.positions[:count].copy_(positions, non_blocking=True)
         captured.inputs.start.fill_(start)
         captured.inputs.first.fill_(first)
         captured.inputs.visible.zero_()
-        captured.inputs.visible[:count, :recent] = visible
+        captured.inputs.visible[:count, :recent].copy_(visible, non_blocking=True)
         # Padding must see something, within every window: attention to nothing is no number, nor is what a layer then
         # writes.
         captured.inputs.visible[count:, 0] = True
@@ -182,7 +186,7 @@ class Static:
             return torch.cat(chosen)
 
         captured = self._capture(slots, 1, 1, forwards, self._replay, count, vocab_size)
-        captured.inputs.tokens[:] = token
+        captured.inputs.tokens.copy_(token, non_blocking=True)
         captured.inputs.start.fill_(start)
         captured.inputs.visible.fill_(True)
         return captured.run().clone()
@@ -199,7 +203,7 @@ class Static:
         """What was captured of an action for shapes like these, and slots in the same place; or will be, when it is
         first run."""
         storage = slots.storage
-        span = min(_span(slots.length), slots.capacity)
+        span = self.span(slots)
         known = self._captured.setdefault(storage, {})
         key = (width, across, span, storage.moves, *kind)
         if key not in known:
@@ -247,7 +251,7 @@ def _empty(width: int, across: int, device: torch.device) -> Inputs:
 
 
 def _on(inputs: Inputs, device: torch.device) -> Inputs:
-    return Inputs(*(getattr(inputs, field.name).to(device) for field in fields(inputs)))
+    return Inputs(*(getattr(inputs, field.name).to(device, non_blocking=True) for field in fields(inputs)))
 
 
 def _span(length: int) -> int:

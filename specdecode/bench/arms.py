@@ -13,7 +13,8 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from specdecode.controller import AdaptiveK, Controller, CostAware, FixedK
+from specdecode.controller import AdaptiveK, Controller, FixedK
+from specdecode.cost_aware import CostAware
 from specdecode.costs import measure_costs
 from specdecode.decode import generate, generate_batch
 from specdecode.drafters.base import Drafter
@@ -41,8 +42,9 @@ class Run:
         total_s: seconds of the whole call, the device synchronised. Of a batch, here and below, a prompt's share.
         ttft_s: seconds to the first committed tokens.
         counts: of "steps" (target forwards that committed tokens); for our own arms also "target_forwards",
-            "draft_forwards", "drafted" and "accepted" tokens, "cache_bytes" at the end and "peak_cache_bytes",
-            "compressions", and "later_tokens": those after the first step, which carries the prompt.
+            "draft_forwards", "drafted" and "accepted" tokens, "cache_bytes" at the end, "peak_cache_bytes",
+            "attended_bytes" of KV over all steps, "compressions", and "later_tokens": those after the first step, which
+            carries the prompt.
         seconds: of our own arms: "draft", "verify" and "overhead", which make up the total; and "later_draft" and
             "later_verify", after the first step.
         histograms: of our own arms: steps by "accepted" length and by "depth" of the tree.
@@ -78,6 +80,7 @@ def _run_of(results: Sequence[Generation], total_s: float) -> Run:
             "accepted": result.accepted,
             "cache_bytes": result.cache_bytes,
             "peak_cache_bytes": result.peak_cache_bytes,
+            "attended_bytes": result.attended_bytes,
             "compressions": result.compressions,
             "later_tokens": len(result.tokens) - result.steps[0].emitted,
         },

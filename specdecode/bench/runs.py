@@ -19,6 +19,7 @@ COUNTERS = {
     "acceptance_rate": (+1, "accepted", "drafted"),
     "cache_bytes": (-1, "cache_bytes", "runs"),
     "peak_cache_bytes": (-1, "peak_cache_bytes", "runs"),
+    "attended_bytes_per_step": (-1, "attended_bytes", "steps"),
     "compressions": (-1, "compressions", "runs"),
 }
 """Measures that do not depend on the clock: whether more of one is better (+1) or worse (-1), and the counts whose
