@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from specdecode.attention import GROUPED, own_config
 from specdecode.backends import Backend, prepare
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Held, Inputs, Static, visible_slots
@@ -467,14 +468,10 @@ class LM:
             for module in layer.modules():
                 if "layer_idx" in vars(module):
                     module.layer_idx = i  # type: ignore[assignment]
-        smaller = copy.deepcopy(self.model.config)
-        text = smaller.get_text_config(decoder=True)
+        text = own_config(model).get_text_config(decoder=True)
         if getattr(text, "layer_types", None):
             text.layer_types = [text.layer_types[layer] for layer in layers]
         text.num_hidden_layers = len(layers)
-        for module in model.modules():
-            if isinstance(vars(module).get("config"), PretrainedConfig):
-                module.config = smaller if vars(module)["config"] is self.model.config else text
         name = f"{self.name}[{len(layers)} of {total} layers]"
         return LM(model, self.tokenizer, name=name, synthetic=self.synthetic, backend=self.backend)
 
@@ -617,6 +614,6 @@ def _refusal(model: PreTrainedModel) -> str | None:
             "of a long text it attends to the strongest tokens only, and which of two equal ones depends on their slots"
         )
     implementation = config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
+    if implementation not in ("eager", "sdpa", GROUPED):
         return f"attention {implementation!r} takes no 4-D mask; load it with attn_implementation='sdpa'"
     return None

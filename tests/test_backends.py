@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import sdpa_attention
 
 from specdecode import (
     LM,
@@ -35,6 +36,7 @@ from specdecode import (
     generate_batch,
     load,
 )
+from specdecode.attention import GROUPED, group
 from specdecode.backends import Backend, prepare
 from specdecode.backends import packed as packing
 from specdecode.backends import static as shapes
@@ -46,6 +48,7 @@ from specdecode.bench.measure import classify
 from specdecode.controller import Controller
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
+from specdecode.lm import _shell
 from tests import models
 from tests.characters import save
 from tests.discovery import DRAFTERS, POLICIES, examples
@@ -85,7 +88,9 @@ if models.DEVICE != "cpu":
 
 @functools.cache
 def over_static_shapes(name: str, backend: str) -> LM:
-    return LM(lm(name).model, lm(name).tokenizer, name=name, backend=STATIC[backend])
+    model = build(ARCHITECTURES[name])
+    group(model)
+    return LM(model, lm(name).tokenizer, name=name, backend=STATIC[backend])
 
 
 @pytest.fixture
@@ -481,3 +486,34 @@ def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
         else:
             assert sum(spans) == read[backend]
     assert read["exact"] == read["eager"] < read["rounded"] < 1.6 * read["eager"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3-window", "gpt-neox"])
+def test_heads_that_share_keys_attend_without_copies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a cache that is copied in every step, against another model that changes with this one, and
+    against attention to the wrong head's keys."""
+    plain = lm(name)
+    grouped = build(ARCHITECTURES[name])
+    implementation = plain.model.config._attn_implementation
+    shell = _shell(grouped)
+    group(shell)
+    shares = name != "gpt-neox"
+    assert shell.config._attn_implementation == (GROUPED if shares else "sdpa")
+    assert grouped.config._attn_implementation == implementation == "sdpa"
+    ids = torch.tensor([prompt(30)], device=grouped.device)
+    with torch.inference_mode():
+        assert (shell(ids).logits - grouped(ids).logits).abs().max() < 1e-12
+
+    target, expected = LM(shell), greedy(name, LENGTH)
+    copied: list[int] = []
+    repeat = sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *given: (copied.append(1), repeat(*given))[1])
+    rules = {"drafter": PromptLookup(), "max_new_tokens": LENGTH}
+    assert generate(target, prompt(), **rules).tokens == expected
+    assert not copied
+    if shares:
+        generate(plain, prompt(), **rules)
+        assert copied, "or this test sees no copies"
+    with target.recording_attention():
+        assert shell.config._attn_implementation == "eager"
+    assert shell.config._attn_implementation == (GROUPED if shares else "sdpa")

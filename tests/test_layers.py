@@ -16,7 +16,7 @@ ROOT = Path(specdecode.__file__).parent
 # and its own modules may.
 LAYERS = [
     ["errors", "sampling", "shapes", "slots", "stopping", "tree"],
-    ["policies", "quantize", "result", "rotary", "verify"],
+    ["attention", "policies", "quantize", "result", "rotary", "verify"],
     ["backends"],
     ["controller", "lm"],
     ["cost_aware"],
@@ -29,7 +29,16 @@ LAYERS = [
     ["cli"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-MAY_IMPORT_TRANSFORMERS = ("lm.py", "rotary.py", "loading.py", "bench/arms.py", "evals/", "training/")
+MAY_IMPORT_TRANSFORMERS = (
+    "attention.py",
+    "backends/__init__.py",
+    "bench/arms.py",
+    "evals/",
+    "lm.py",
+    "loading.py",
+    "rotary.py",
+    "training/",
+)
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
 

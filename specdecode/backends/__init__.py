@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from specdecode.attention import group
 from specdecode.backends import packed
 from specdecode.backends.compiled import compiled
 from specdecode.backends.graph import CudaGraphs
@@ -33,8 +34,9 @@ class Backend:
         return f"{self.name} ({self.note})" if self.note else self.name
 
 
-def prepare(kind: str, model: nn.Module) -> Backend:
-    """Transform a model in place for a backend.
+def prepare(kind: str, model: PreTrainedModel) -> Backend:
+    """Transform a model in place for a backend: for all but "eager", heads that share keys attend without copies of
+    them (see `specdecode.attention`).
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "graph", forwards
@@ -50,10 +52,12 @@ def prepare(kind: str, model: nn.Module) -> Backend:
         raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
     on_gpu = next(model.parameters()).device.type == "cuda"
     if kind == "compile":
+        group(model)
         return Backend("compile", static=lambda step: Static(compiled(step), CudaGraphs() if on_gpu else None))
     if kind == "graph" or (kind == "auto" and on_gpu):
         if not on_gpu:
             raise ValueError("the backend graph captures CUDA graphs, which need a GPU: take compile, packed or eager")
+        group(model)
         return Backend("graph", static=lambda step: Static(step, CudaGraphs()))
     if kind == "eager":
         return Backend()
@@ -62,5 +66,6 @@ def prepare(kind: str, model: nn.Module) -> Backend:
         reason = "packing its linear layers gains nothing on this processor"
     if reason is not None:
         return Backend(note="" if kind == "auto" else f"not packed: {reason}")
+    group(model)
     layers, left = packed.pack(model)
     return Backend("packed", f"{layers} linear layers" + (f", {left} other matrices as they are" if left else ""))

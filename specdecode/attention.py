@@ -1,0 +1,73 @@
+"""Attention of several rows over keys and values that heads share, without copies of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+GROUPED = "grouped_sdpa"
+"""The name of `attend` among transformers' attention functions."""
+
+
+def group(model: PreTrainedModel) -> None:
+    """Let a model whose heads share keys and values attend as `attend` does; its configuration is a copy from then on.
+
+    transformers repeats all keys and values for each head of a group where more than one row is masked, which is what
+    verifying a draft is: that copies the cache in every step.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if config._attn_implementation != "sdpa" or shared in (None, heads):
+        return
+    AttentionInterface.register(GROUPED, attend)
+    AttentionMaskInterface.register(GROUPED, sdpa_mask)
+    own_config(model)
+    model.set_attn_implementation(GROUPED)
+
+
+def own_config(model: PreTrainedModel) -> PretrainedConfig:
+    """Give a model, and all modules of it, a copy of its configuration, so that no other model changes with it."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    text = own.get_text_config(decoder=True)
+    for module in model.modules():
+        if isinstance(vars(module).get("config"), PretrainedConfig):
+            vars(module)["config"] = own if vars(module)["config"] is shared else text
+    return own
+
+
+def attend(
+    module: Any,
+    query: Float[Tensor, "batch heads n dim"],
+    key: Float[Tensor, "batch shared length dim"],
+    value: Float[Tensor, "batch shared length width"],
+    attention_mask: Shaped[Tensor, "batch _ n length"] | None,
+    **others: Any,
+) -> tuple[Float[Tensor, "batch n heads width"], None]:
+    """What transformers' own does, the heads of a group taken for further rows of the one head of keys that they share.
+
+    Returns:
+        The attended values, and no weights.
+    """
+    groups = query.shape[1] // key.shape[1]
+    plain = attention_mask is None or attention_mask.shape[1] > 1 or others.get("position_bias") is not None
+    if plain or groups == 1:
+        attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        return attended
+    assert attention_mask is not None
+    rows = query.shape[2]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(query.shape[0], key.shape[1], groups * rows, query.shape[3]),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        dropout_p=others.get("dropout", 0.0),
+        scale=others.get("scaling"),
+    )
+    return output.reshape(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
