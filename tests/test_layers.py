@@ -26,6 +26,7 @@ LAYERS = [
     ["evals", "training"],
     ["bench"],
     ["cli"],
+    ["__main__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT_TRANSFORMERS = ("lm.py", "rotary.py", "loading.py", "bench/arms.py", "evals/", "training/")
