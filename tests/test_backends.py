@@ -27,6 +27,7 @@ from specdecode.bench.arms import make
 from specdecode.bench.measure import classify
 from specdecode.controller import Controller
 from specdecode.drafters.none import NoDraft
+from tests import models
 from tests.characters import save
 from tests.discovery import DRAFTERS, POLICIES, examples
 from tests.models import ARCHITECTURES, build, lm, prompt
@@ -57,6 +58,8 @@ STATIC = {
     "exact": Backend("exact", static=partial(Static, replay=None)),
     "rounded": Backend("rounded", static=partial(Static, replay=replayed)),
 }
+if torch.device(models.DEVICE).type == "cuda":
+    STATIC["graph"] = prepare("graph", build(ARCHITECTURES["llama"]))
 
 
 @functools.cache
