@@ -461,30 +461,36 @@ def gate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
+    runs: Annotated[list[Path], typer.Argument(help="run files, from pytest --benchmark --benchmark-json")],
     baseline: Annotated[
-        Path | None, typer.Option(help="run file to judge it by  [default: the one in baselines/, if there is one]")
+        Path | None, typer.Option(help="run file to judge by  [default: each run's own in baselines/, if there is one]")
     ] = None,
     format: Annotated[Format, typer.Option(help="Markdown, one HTML page, or LaTeX tables")] = Format.md,
     out: Annotated[
-        Path | None, typer.Option(help="file to write  [default: standard output; for HTML RUN.html beside the run]")
+        Path | None,
+        typer.Option(help="file to write  [default: standard output; for HTML RUN.html beside the first run]"),
     ] = None,
 ) -> None:
-    """Tell what a run found, from the files alone: verdicts, speeds, acceptance, history."""
+    """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history."""
     from specdecode.bench.baselines import find, read
     from specdecode.bench.files import write_whole
     from specdecode.bench.gate import judge
     from specdecode.bench.history import history
-    from specdecode.bench.page import page
+    from specdecode.bench.page import document, section
     from specdecode.bench.report import judged_by, latex, markdown, title
 
-    new = read(run)
-    own = Path("baselines") / new.header.identity.file
-    old = read(baseline) if baseline else find(new.header.identity, Path("baselines"))
-    write = {Format.md: markdown, Format.html: page, Format.latex: latex}[format]
-    text = write(new, title(new), judged_by(new, old, own), judge(new, old) if old else [], history(own))
+    found = []
+    for run in runs:
+        new = read(run)
+        own = Path("baselines") / new.header.identity.file
+        old = read(baseline) if baseline else find(new.header.identity, Path("baselines"))
+        found.append((new, title(new), judged_by(new, old, own), judge(new, old) if old else [], history(own)))
+    if format is Format.html:
+        text = document("; ".join(about[1] for about in found), *(section(*about) for about in found))
+    else:
+        text = "\n".join((markdown if format is Format.md else latex)(*about) for about in found)
     if out is None and format is Format.html:
-        out = run.with_suffix(".html")
+        out = runs[0].with_suffix(".html")
     if out is None:
         typer.echo(text, nl=False)
         return

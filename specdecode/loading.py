@@ -14,7 +14,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -156,7 +155,11 @@ def check_vocabulary(target: LM, draft: LM) -> None:
 
 def cache_folder() -> Path:
     """Where fetched models are kept: $SPECDECODE_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("SPECDECODE_CACHE") or platformdirs.user_cache_dir("specdecode"))
+    if folder := os.environ.get("SPECDECODE_CACHE"):
+        return Path(folder)
+    import platformdirs  # not needed to measure architectures, so that a bare machine can
+
+    return Path(platformdirs.user_cache_dir("specdecode"))
 
 
 def fetch(*, again: bool = False) -> Path:

@@ -68,4 +68,5 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
+    "tiny": _pythia(64, 4, 4),  # nobody's: to try what the others are for
 }

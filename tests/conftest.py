@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import jaxtyping
 import pytest
 import torch
+
+# On a machine that was not set up for the tests they still tell something.
+_CHECKED = find_spec("beartype") is not None
+
+
+def pytest_report_header() -> str | None:
+    return None if _CHECKED else "shapes are not checked, as beartype is not installed"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,9 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.getoption("benchmark") or config.getoption("quality"):
         return
-    from tests import typecheck
+    if _CHECKED:
+        from tests import typecheck
 
-    jaxtyping.install_import_hook("specdecode", f"{typecheck.__name__}.typechecker")
+        jaxtyping.install_import_hook("specdecode", f"{typecheck.__name__}.typechecker")
 
     from tests import models
 

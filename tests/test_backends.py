@@ -80,9 +80,7 @@ STATIC = {
     "exact": Backend("exact", static=partial(Static, replay=None)),
     "rounded": Backend("rounded", static=partial(Static, replay=replayed)),
 }
-
-
-if models.DEVICE != "cpu":
+if torch.device(models.DEVICE).type == "cuda":
     STATIC["graph"] = Backend("graph", static=lambda step: Static(step, CudaGraphs()))
 
 

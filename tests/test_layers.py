@@ -27,6 +27,7 @@ LAYERS = [
     ["evals", "training"],
     ["bench"],
     ["cli"],
+    ["__main__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT_TRANSFORMERS = (

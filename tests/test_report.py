@@ -392,6 +392,21 @@ def test_html_goes_beside_the_run_and_folders_are_made(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run.html", "run.json"]
 
 
+@pytest.mark.parametrize("format_", FORMATS)
+def test_several_runs_are_told_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    """Guards against a report of several runs that has lost one, or two pages in one file."""
+    for hardware in ("abacus", "calculator"):
+        (tmp_path / hardware).write_text(json.dumps(content(SPEEDUPS, hardware=hardware)))
+    runs = [str(tmp_path / "abacus"), str(tmp_path / "calculator")]
+    assert call(monkeypatch, *runs, "--format", format_, "--out", str(tmp_path / "out")) == 0
+    text = (tmp_path / "out").read_text()
+    assert 0 < text.index("on abacus, preset quick") < text.index("on calculator, preset quick")
+    assert text.count("lookup") >= 4
+    assert text.count("<html") == text.count("<main") == (format_ == "html")
+
+
 @pytest.mark.parametrize("case", ["cut off", "not there", "bad baseline", "unwritable"])
 def test_what_is_wrong_is_told_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str

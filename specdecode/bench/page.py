@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: no script, no font, no network.
+"""Runs as one HTML page that needs nothing else: no script, no font, no network.
 
 The page is built as a tree of elements, so that whatever stands in a run file becomes text, never mark-up.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from itertools import chain
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -50,9 +51,8 @@ _SIGNS = {
 """The colour of a verdict, and its sign for those who do not see colours."""
 
 
-def page(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None) -> str:
-    """The whole page; arguments as for `report.markdown`."""
-    styles = _styles(run)
+def document(title: str, *sections: Iterable[Element]) -> str:
+    """The whole page, of one section or several."""
     head = _element(
         "head",
         _element("meta", charset="utf-8"),
@@ -61,8 +61,17 @@ def page(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgemen
         _element("title", title),
         _element("style", files("specdecode.bench").joinpath("page.css").read_text(encoding="utf-8")),
     )
-    main = _element(
-        "main",
+    body = _element("body", _element("main", *chain.from_iterable(sections)))
+    root = _element("html", head, body, lang="en")
+    return f"<!doctype html>\n{ElementTree.tostring(root, encoding='unicode', method='html')}\n"
+
+
+def section(
+    run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
+) -> list[Element]:
+    """What is told of one run; arguments as for `report.markdown`."""
+    styles = _styles(run)
+    return [
         *_heading(run, title, judgements),
         *_verdicts(judged_by, judgements),
         *_speeds(run, styles),
@@ -70,9 +79,7 @@ def page(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgemen
         *_memory(run),
         *(_history(run, past, styles) if past else []),
         *_about(run),
-    )
-    root = _element("html", head, _element("body", main), lang="en")
-    return f"<!doctype html>\n{ElementTree.tostring(root, encoding='unicode', method='html')}\n"
+    ]
 
 
 class _Style(NamedTuple):

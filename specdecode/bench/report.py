@@ -127,10 +127,10 @@ def surroundings(run: RunFile) -> list[Grid]:
 
 
 def title(run: RunFile) -> str:
-    """The models and the size of the experiment."""
+    """The models, and what the experiment is."""
     of = run.header.identity
     size = f"{len(run.header.outputs)} prompts x {run.header.max_new_tokens} tokens"
-    return f"{models(run)}, {of.dtype} on {of.hardware}, {size}"
+    return f"{models(run)}, {of.dtype} on {of.hardware}, preset {of.preset}, {size}"
 
 
 def models(run: RunFile) -> str:
@@ -182,17 +182,18 @@ def command(run: RunFile) -> str:
 
 def speed_table(run: RunFile) -> Table:
     """The speeds for a terminal."""
-    table = _rich(speeds(run))
+    table = rich_table(speeds(run))
     table.caption, table.caption_justify = Text("\n".join(notes(run))), "left"
     return table
 
 
 def verdict_table(judgements: Sequence[Judgement]) -> Table:
     """The verdicts for a terminal."""
-    return _rich(verdicts(judgements))
+    return rich_table(verdicts(judgements))
 
 
-def _rich(grid: Grid) -> Table:
+def rich_table(grid: Grid) -> Table:
+    """A table for a terminal."""
     table = Table()
     for column in grid.columns:
         table.add_column(column.name, justify="right" if column.figures else "left", no_wrap=not column.breaks)
@@ -246,21 +247,22 @@ def markdown(
     """
     parts = [f"## {_markdown(title)}", _markdown(judged_by)]
     if judgements:
-        parts.append(_markdown_table(verdicts(judgements)))
-    parts += [_markdown_table(speeds(run)), "\n".join(f"- {_markdown(note)}" for note in notes(run))]
+        parts.append(markdown_table(verdicts(judgements)))
+    parts += [markdown_table(speeds(run)), "\n".join(f"- {_markdown(note)}" for note in notes(run))]
     if past is not None:
         if (accepted := acceptance(run)).rows:
-            parts += ["### Acceptance", _markdown_table(accepted)]
+            parts += ["### Acceptance", markdown_table(accepted)]
         if (held := memory(run)).rows:
-            parts += ["### Memory", _markdown_table(held), _markdown(MEMORY)]
+            parts += ["### Memory", markdown_table(held), _markdown(MEMORY)]
         parts += ["### History", _markdown(past.told)]
         if past.runs:
-            parts.append(_markdown_table(past_speedups(run, past)))
-        parts += ["### Measured with", *map(_markdown_table, surroundings(run)), f"    {_one_line(command(run))}"]
+            parts.append(markdown_table(past_speedups(run, past)))
+        parts += ["### Measured with", *map(markdown_table, surroundings(run)), f"    {_one_line(command(run))}"]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(grid: Grid) -> str:
+def markdown_table(grid: Grid) -> str:
+    """A table in Markdown."""
     heads = [_markdown(column.name) for column in grid.columns]
     rules = ["--:" if column.figures else "---" for column in grid.columns]
     rows = [heads, rules, *([_markdown(cell) for cell in row] for row in grid.rows)]

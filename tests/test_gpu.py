@@ -1,0 +1,129 @@
+"""`python -m perf.gpu`, on a CPU."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from perf import gpu
+from perf.gpu import Step
+from specdecode.bench.baselines import read
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:
+    """Guards against minutes of a GPU that are lost because a step cannot even begin, and results that cannot be
+    blessed where they are brought to."""
+    command = [sys.executable, "-m", "perf.gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    names = ["environment", "tests", "gpu", "gpu-streaming"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--steps", *names], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gpu-streaming" in done.stdout
+    assert {file.name for file in tmp_path.iterdir()} == {"gpu.json", "report.md", "report.html", "log.txt"}
+    told = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(step["step"], step["outcome"]) for step in told["steps"]] == [(name, "passed") for name in names]
+    assert all(step["seconds"] > 0 for step in told["steps"])
+    assert told["environment"]["torch"]
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / page).read_text()
+        assert "preset gpu," in text
+        assert "streaming-k5-a80-256" in text
+    assert "| tests | passed |" in (tmp_path / "report.md").read_text()
+
+    assert gpu.main(["--unpack", str(tmp_path / "gpu.json")]) == 0
+    files = sorted((tmp_path / "baselines").glob("*/*.json"))
+    assert [read(file).header.identity.preset for file in files] == ["gpu-streaming", "gpu"]
+    assert all(str(file).endswith(str(read(file).header.identity.file)) for file in files)
+
+
+def test_a_step_that_fails_loses_nothing_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a crash, or a process that hangs, that costs what was measured before it or what comes after; and
+    against one that goes on behind it, on a GPU that others measure on."""
+    blessed = next((ROOT / "baselines").glob("*/*-quick.json"))
+    lock = tmp_path / "lock"
+    hang = (
+        f"import fcntl, signal, subprocess, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN); print('asleep')\n"
+        "subprocess.Popen(['sleep', '100'], pass_fds=[held.fileno()]); time.sleep(100)"
+    )
+
+    def planted(device: str, tiny: bool, runs: Path, asked: list[str]) -> list[Step]:
+        def measured(name: str) -> Step:
+            return Step(
+                name, ["-c", f"import shutil; shutil.copy({str(blessed)!r}, {str(runs / name)!r} + '.json')"], 2.0
+            )
+
+        return [
+            measured("before"),
+            Step("crash", ["-c", "print('FAILED tests/test_a.py::test_b'); exit('!!! Exit: no such thing !!!')"], 1.0),
+            Step("hang", ["-c", hang], 1.0),
+            Step("elsewhere", ["-c", "exit(1)"], 1.0, skip="this machine has no such thing"),
+            measured("after"),
+        ]
+
+    monkeypatch.setattr(gpu, "steps", planted)
+    monkeypatch.setattr(gpu, "_GRACE_S", 1.0)
+    arguments = ["--device", "cpu", "--output", str(tmp_path / "out")]
+    assert gpu.main([*arguments, "--budget-minutes", "0.2"]) == 1
+    told = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    outcomes = {step["step"]: step for step in told["steps"]}
+    assert [outcome["outcome"] for outcome in outcomes.values()] == ["passed", "failed", "failed", "skipped", "passed"]
+    assert outcomes["crash"]["reason"] == "exit code 1; Exit: no such thing"
+    assert outcomes["crash"]["failures"] == ["FAILED tests/test_a.py::test_b"]
+    assert outcomes["hang"]["reason"].startswith("stopped after")
+    assert outcomes["elsewhere"]["reason"] == "this machine has no such thing"
+    assert list(told["runs"].values()) == [json.loads(blessed.read_text())]
+    assert "| hang | failed |" in (tmp_path / "out" / "report.md").read_text()
+    assert "preset quick" in (tmp_path / "out" / "report.html").read_text()
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    monkeypatch.setattr(gpu, "steps", lambda *given: planted(*given)[3:])
+    assert gpu.main(arguments) == 0
+    assert "1/2 elsewhere" in capsys.readouterr().out
+
+
+def test_what_cannot_be_begun_is_told_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against eight steps that all fail for want of a GPU, and a step that is misspelt and left out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, reason in (
+        ([], "finds no GPU here"),
+        (["--device", "cpu", "--steps", "gpo"], "named 'gpo': choose"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            gpu.main(arguments)
+        assert exit_.value.code == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_a_machine_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a step that fails for a package that its machine does not have, and against packages that are
+    fetched on a machine that measures."""
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path))
+    steps = {step.name: step for step in gpu.steps("cuda", False, tmp_path)}
+    skipped = {name: step.skip for name, step in steps.items() if step.skip}
+    assert skipped == {
+        "quick": "smollm2-135m is not fetched yet: specdecode fetch",
+        "gpu-int8": "torchao is not installed",
+        "gpu-int8-compile": "torchao is not installed",
+    }
+    assert "--prompts=prose:6" in steps["quick"].arguments
+    assert "--backend=graph" in steps["gpu"].arguments
+    assert "-n" not in steps["tests"].arguments
+    assert {step.skip for step in gpu.steps("cpu", True, tmp_path, ["gpu-compile"])} == {""}
