@@ -65,7 +65,7 @@ def test_a_policy_changes_the_output_and_bounds_the_cache(name: str, policy: str
     assert bounds.keeps < held <= bounds.keeps + bounds.interval
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=90)
 @given(
     name=st.sampled_from(NAMES),
     policy=st.sampled_from(sorted(POLICIES)),
