@@ -52,7 +52,7 @@ from specdecode.lm import _shell
 from tests import models
 from tests.characters import save
 from tests.discovery import DRAFTERS, POLICIES, examples
-from tests.models import ARCHITECTURES, build, greedy, lm, prompt
+from tests.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt
 from tests.strategies import controllers
 
 LENGTH = 40
@@ -318,16 +318,38 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     before = target.forward(slots, tokens, rows=5)
     slots.keep([], after=0)
     assert torch.equal(target.forward(slots, tokens, rows=5), before)
+    settled = len(captured)
     slots.keep([], after=0)
     slots.grow(slots.capacity + 300)
     assert torch.equal(target.forward(slots, tokens, rows=5), before)
-    assert len(captured) > settled
+    assert len(captured) == settled + 1
 
     monkeypatch.setattr(shapes, "_MOST", 2)
     for count in (1, 2, 3, 5, 9, 17):
         slots.keep([], after=0)
         target.forward(slots, torch.arange(count))
         assert len(target.static._captured[slots.storage]) <= 9
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+def test_a_captured_chain_is_the_chain(name: str, short_spans: None) -> None:
+    """Guards against a draft that is worse where it is captured: that would change no token, and nobody would see."""
+    text = list(prompt(20))
+    chains = []
+    for target in (lm(name), over_static_shapes(name, "rounded")):
+        for _ in range(2):  # the second time with the storage of the first
+            slots = target.new_slots(64)
+            target.read(slots, text)
+            for count in (1, 4, 9):
+                chosen = target.continue_greedily(slots, torch.tensor([7], device=slots.device), count, VOCABULARY - 1)
+                assert slots.length == len(text) + count
+                assert max(chosen.tolist()) < VOCABULARY - 1
+                chains.append(chosen.tolist())
+                slots.keep([], after=len(text))
+            del slots
+    assert chains[:3] == chains[3:6] == chains[6:9] == chains[9:]
+    assert chains[2][:4] == chains[1]
+    assert len(set(chains[2])) > 3
 
 
 def test_a_storage_in_a_batch_is_not_used_again() -> None:
