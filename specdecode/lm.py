@@ -48,6 +48,7 @@ class LM:
         synthetic: the weights are random; only costs can be measured with it.
         backend: how its forwards run.
         static: what runs those that it can over static shapes, if the backend does that.
+        forwards: of the model so far, whoever asked for them.
         vocab_size: width of the logits.
         context_length: tokens that prompt and output may have together.
 
@@ -76,6 +77,7 @@ class LM:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         if reason := _refusal(model):
             raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
+        self.forwards = 0
         self._variants: dict[str, LM] = {}
         self._records_attention = False
         self.static = backend.static(self._static_step) if backend.static is not None else None
@@ -197,6 +199,7 @@ class LM:
         # Here and below: a copy to the device that blocks would wait for all that the device has still to do.
         positions = positions.to(self.device, non_blocking=True)
         slots.append(positions)
+        self.forwards += 1
         if self.static is not None and not self._records_attention and self.static.takes(slots, count):
             return self.static.run(slots, tokens, positions, visible)[-rows:]
         return self._forward(slots, [slots], [_Reading(tokens, positions, visible, rows)])[0]
@@ -261,7 +264,7 @@ class LM:
 
     @torch.inference_mode()
     def continue_greedily(
-        self, slots: Slots, token: Int[Tensor, 1], count: int, vocab_size: int
+        self, slots: Slots, token: Int[Tensor, " 1"], count: int, vocab_size: int
     ) -> Int[Tensor, " count"]:
         """Read a token and then, one by one, the model's own choices.
 
@@ -275,6 +278,7 @@ class LM:
             The choices, on the device; no forward waits for the host.
         """
         if self.static is not None and self.static.takes_chain(slots, count):
+            self.forwards += count
             return self.static.chain(slots, token, count, vocab_size)
         chosen = []
         for _ in range(count):
@@ -346,6 +350,7 @@ class LM:
         self, batch: SlotBatch, pending: Sequence[Sequence[int]], trees: Sequence[DraftTree]
     ) -> list[Float[Tensor, "_ V"]]:
         """`forward_tree` for each sequence of a batch, in one forward."""
+        self.forwards += 1
         readings = [_reading(*each) for each in zip(batch.rows, pending, trees, strict=True)]
         batch.append([reading.positions.to(self.device, non_blocking=True) for reading in readings])
         return self._forward(batch, batch.rows, readings)

@@ -414,10 +414,12 @@ def test_a_step_waits_for_the_device_once(make: Callable[[LM], Drafter], monkeyp
 
 
 _COMPILED = """
+import warnings
 from torch._dynamo.utils import counters
 from specdecode import LM, FixedK, NoDraft, PromptLookup, generate
 from tests.models import prompt, small
 
+warnings.simplefilter("error")  # as in the suites
 plain = small()
 target = plain.with_backend("compile")
 graphs = [counters["stats"]["unique_graphs"]]

@@ -170,7 +170,7 @@ class Static:
         """Whether so many forwards, each over the choice of the one before it, can be captured as one."""
         return self._replay is not None and bool(slots.storage.keys) and slots.length + count <= slots.capacity
 
-    def chain(self, slots: Slots, token: Int[Tensor, 1], count: int, vocab_size: int) -> Int[Tensor, " count"]:
+    def chain(self, slots: Slots, token: Int[Tensor, " 1"], count: int, vocab_size: int) -> Int[Tensor, " count"]:
         """Read a token and then the model's own choices below `vocab_size`; the last of them is not read."""
         assert self._replay is not None
         start = slots.length

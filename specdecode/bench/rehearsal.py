@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -104,28 +104,21 @@ def rehearse(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[in
     """Run the arm once, untimed.
 
     Returns:
-        "host_syncs_per_step" (see `HostReads`), "forwards_per_step" of the target's modules, whoever calls them,
-        "weight_bytes" of the target, and "peak_bytes" above the loaded weights; nothing for a peer, whose counts are
-        not ours to keep.
+        "host_syncs_per_step" (see `HostReads`; not on the backend "compile"), "forwards_per_step" of the target,
+        whoever asks for them, "weight_bytes" of the target, and "peak_bytes" above the loaded weights; nothing for a
+        peer, whose counts are not ours to keep.
     """
-    target, forwards = arm.target, 0
-
-    def count(*_: Any) -> None:
-        nonlocal forwards
-        forwards += 1
-
-    hook = target.model.register_forward_pre_hook(count)
-    try:
-        with peak_memory(target.device) as peak, HostReads(target.device) as reads:
-            run = arm.run(prompt, length, expected)
-    finally:
-        hook.remove()
+    target, before = arm.target, arm.target.forwards
+    # What is compiled would be compiled anew for a mode of functions, and could not be counted in it.
+    reads = nullcontext() if target.backend.name == "compile" else HostReads(target.device)
+    with peak_memory(target.device) as peak, reads:
+        run = arm.run(prompt, length, expected)
     if "target_forwards" not in run.counts:
         return {}
     steps = run.counts["steps"]
     return {
-        "host_syncs_per_step": reads.count / steps,
-        "forwards_per_step": forwards / steps,
+        **({"host_syncs_per_step": reads.count / steps} if isinstance(reads, HostReads) else {}),
+        "forwards_per_step": (target.forwards - before) / steps,
         "weight_bytes": float(target.weight_bytes),
         "peak_bytes": float(peak[0]),
     }
