@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from specdecode.backends import check as check_backend
 from specdecode.errors import ModelFileError, TokenizerMismatchError
 from specdecode.lm import LM
 from specdecode.quantize import quantizer
@@ -89,6 +90,7 @@ def load(
         return _layers(name, target)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
+    check_backend(backend, chosen_device)
     tokenizer: PreTrainedTokenizerBase | None = None
     if name.startswith("shape:"):
         model = _random(name.removeprefix("shape:"), chosen_dtype, chosen_device)

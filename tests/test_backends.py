@@ -212,6 +212,9 @@ def test_backends_that_cannot_be(tmp_path: Path) -> None:
     folder = str(save(tmp_path / "model"))
     with pytest.raises(ValueError, match="no backend is named 'packd': choose from auto, eager, packed"):
         load(folder, device="cpu", backend="packd")
+    for backend, reason in (("packd", "no backend is named"), ("graph", "need a GPU")):
+        with pytest.raises(ValueError, match=reason):
+            load("./nowhere", device="cpu", backend=backend)
     target = load(folder, device="cpu", backend="packed")
     assert target.backend.name == "packed"
     with pytest.raises(ValueError, match="cannot be quantised: it runs on the backend packed"):

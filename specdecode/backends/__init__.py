@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from specdecode.attention import group
@@ -34,6 +35,14 @@ class Backend:
         return f"{self.name} ({self.note})" if self.note else self.name
 
 
+def check(kind: str, device: torch.device) -> None:
+    """ValueError if there is no such backend, or if it needs another device; known before a model is loaded."""
+    if kind not in BACKENDS:
+        raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
+    if kind == "graph" and device.type != "cuda":
+        raise ValueError("the backend graph captures CUDA graphs, which need a GPU: take compile, packed or eager")
+
+
 def prepare(kind: str, model: PreTrainedModel) -> Backend:
     """Transform a model in place for a backend: for all but "eager", heads that share keys attend without copies of
     them (see `specdecode.attention`).
@@ -46,17 +55,15 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
         model: on its device, in its type.
 
     Raises:
-        ValueError: there is no such backend, or it needs another device.
+        ValueError: as `check`.
     """
-    if kind not in BACKENDS:
-        raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
-    on_gpu = next(model.parameters()).device.type == "cuda"
+    device = next(model.parameters()).device
+    check(kind, device)
+    on_gpu = device.type == "cuda"
     if kind == "compile":
         group(model)
         return Backend("compile", static=lambda step: Static(compiled(step), CudaGraphs() if on_gpu else None))
     if kind == "graph" or (kind == "auto" and on_gpu):
-        if not on_gpu:
-            raise ValueError("the backend graph captures CUDA graphs, which need a GPU: take compile, packed or eager")
         group(model)
         return Backend("graph", static=lambda step: Static(step, CudaGraphs()))
     if kind == "eager":

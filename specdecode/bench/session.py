@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from specdecode.backends import check as check_backend
 from specdecode.bench.against import Worker, arms_at, dependencies, measure_side_by_side, versions
 from specdecode.bench.arms import make
 from specdecode.bench.baselines import TOLERANCE, find, read
@@ -131,6 +132,7 @@ def measure(options: Options, selected: set[str]) -> Bench:
         return _measure_against(options, options.against, selected)
     identity, chosen = options.identity, options.experiment
     tolerance = tolerance_of(options.tolerance, TOLERANCE)
+    check_backend(options.backend, choose_device(options.device))
     old = baseline(options)
     target = options.load(identity.target)
     draft = options.load(identity.draft, target) if identity.draft else None
