@@ -512,23 +512,26 @@ class LM:
         if kind not in self._variants:
             self._eager("given another backend")
             model = _shell(self.model)
-            variant = LM.on_backend(kind, model, self.tokenizer, name=self.name, synthetic=self.synthetic)
-            self._variants[kind] = self if variant.backend == self.backend else variant
+            backend = prepare(kind, model)
+            self._variants[kind] = (
+                self
+                if backend == self.backend
+                else LM.on_backend(backend, model, self.tokenizer, name=self.name, synthetic=self.synthetic)
+            )
         return self._variants[kind]
 
     @staticmethod
-    def on_backend(kind: str, model: PreTrainedModel, *arguments: Any, **others: Any) -> LM:
-        """An LM of a model that is transformed in place for a backend; the other arguments are those of `LM`.
+    def on_backend(backend: Backend, model: PreTrainedModel, *arguments: Any, **others: Any) -> LM:
+        """An LM of a model that was prepared for a backend, or, where it was not asked for by name and cannot serve the
+        model, for the backend "eager". The other arguments are those of `LM`.
 
         Raises:
             UnsupportedModelError: the architecture cannot be decoded exactly, or not on this backend.
-            ValueError: as `backends.prepare`.
         """
-        backend = prepare(kind, model)
         try:
             return LM(model, *arguments, **others, backend=backend)
         except UnsupportedModelError as error:
-            if kind != "auto" or backend.static is None:
+            if not backend.chosen:
                 raise
             return LM(model, *arguments, **others, backend=Backend(note=f"not {backend.name}: {error}"))
 

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from specdecode.backends import check as check_backend
+from specdecode.backends import prepare
 from specdecode.errors import ModelFileError, TokenizerMismatchError
 from specdecode.lm import LM
 from specdecode.quantize import quantizer
@@ -103,7 +104,7 @@ def load(
     # Only now, so that no more than the quantised weights need fit.
     model.to(chosen_device)  # type: ignore[arg-type]
     lm = LM.on_backend(
-        backend,
+        prepare(backend, model),
         model,
         tokenizer,
         name=f"{name} ({quantize})" if quantize else name,

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,7 @@ from specdecode.bench.measure import classify
 from specdecode.controller import Controller
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
+from specdecode.errors import UnsupportedModelError
 from specdecode.lm import _shell
 from tests import models
 from tests.characters import save
@@ -542,3 +544,22 @@ def test_heads_that_share_keys_attend_without_copies(name: str, monkeypatch: pyt
     with target.recording_attention():
         assert shell.config._attn_implementation == "eager"
     assert shell.config._attn_implementation == (GROUPED if shares else "sdpa")
+
+
+def test_a_backend_that_auto_chose_gives_way() -> None:
+    """Guards against a model that cannot be loaded for the sake of a backend that nobody asked for, and against one
+    that was asked for and silently is another."""
+
+    def broken(action: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    backend = Backend("graph", static=partial(Static, replay=broken), chosen=True)
+    target = LM.on_backend(backend, build(ARCHITECTURES["llama"]), name="llama")
+    assert target.backend.name == "eager"
+    assert "not graph: llama cannot be decoded exactly" in str(target.backend)
+    assert "not permitted when stream is capturing" in str(target.backend)
+    assert generate(target, prompt(), max_new_tokens=LENGTH).tokens == greedy("llama", LENGTH)
+    with pytest.raises(UnsupportedModelError, match="stream is capturing"):
+        LM.on_backend(replace(backend, chosen=False), build(ARCHITECTURES["llama"]))
+    # What nothing can be done for is the same model, not another one with the same weights.
+    assert lm("llama").with_backend("auto") is lm("llama")

@@ -85,7 +85,16 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
 def test_only_what_is_selected_is_measured(model: str) -> None:
     """Guards against `-k` that hides rows of an experiment which still takes all its time."""
     done = run(
-        *("--benchmark", "-k", "lookup and not hf", f"--target={model}", "--device", "cpu", "--dtype", "float64"),
+        *(
+            "--benchmark",
+            "-k",
+            "lookup and not hf and not aware",
+            f"--target={model}",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float64",
+        ),
         *("--prompts", "prose:2", "--max-new-tokens", "6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,7 +134,16 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
 
 def test_a_strict_gate_asks_for_a_baseline(model: str) -> None:
     """Guards against a strict run that passes because nothing was compared."""
-    arguments = ("--benchmark", "-k", "lookup and not hf", f"--target={model}", "--device", "cpu", "--dtype", "float64")
+    arguments = (
+        "--benchmark",
+        "-k",
+        "lookup and not hf and not aware",
+        f"--target={model}",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float64",
+    )
     done = run(*arguments, "--prompts", "prose:1", "--max-new-tokens", "4", "--gate=strict")
     assert done.returncode == 1
     assert done.stdout.count("NO_BASELINE: lookup") >= 2
@@ -161,7 +179,16 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     file = tmp_path / "run.json"
     file.write_text(json.dumps("the run before"))
     arguments = (
-        *("--benchmark", "-k", "lookup and not hf", f"--target={model}", "--device", "cpu", "--dtype", "float64"),
+        *(
+            "--benchmark",
+            "-k",
+            "lookup and not hf and not aware",
+            f"--target={model}",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float64",
+        ),
         *("--prompts", "prose:4", "--max-new-tokens", "60", "--repeats", "3", f"--benchmark-json={file}"),
     )
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]

@@ -25,11 +25,13 @@ class Backend:
         name: "eager" is transformers' own code, as it is.
         note: what was done to the model, or why nothing was, in words.
         static: from a forward over static shapes to what runs it, for a backend that runs such.
+        chosen: by "auto", so that another may take its place.
     """
 
     name: str = "eager"
     note: str = ""
     static: Callable[[Step], Static] | None = None
+    chosen: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} ({self.note})" if self.note else self.name
@@ -65,7 +67,7 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
         return Backend("compile", static=lambda step: Static(compiled(step), CudaGraphs() if on_gpu else None))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
-        return Backend("graph", static=lambda step: Static(step, CudaGraphs()))
+        return Backend("graph", static=lambda step: Static(step, CudaGraphs()), chosen=kind == "auto")
     if kind == "eager":
         return Backend()
     reason = packed.why_not(model)

@@ -104,21 +104,33 @@ def rehearse(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[in
     """Run the arm once, untimed.
 
     Returns:
-        "host_syncs_per_step" (see `HostReads`; not on the backend "compile"), "forwards_per_step" of the target,
-        whoever asks for them, "weight_bytes" of the target, and "peak_bytes" above the loaded weights; nothing for a
-        peer, whose counts are not ours to keep.
+        "host_syncs_per_step" (see `HostReads`; not on the backend "compile"), "forwards_per_step" of the target's
+        modules, whoever calls them (over static shapes those that `LM.forwards` counts), "weight_bytes" of the target,
+        and "peak_bytes" above the loaded weights; nothing for a peer, whose counts are not ours to keep.
     """
-    target, before = arm.target, arm.target.forwards
+    target, forwards = arm.target, 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    # A replayed forward calls no module, and a compiled one would be compiled anew for a hook.
+    hook = target.model.register_forward_pre_hook(count) if target.static is None else None
+    asked = target.forwards
     # What is compiled would be compiled anew for a mode of functions, and could not be counted in it.
     reads = nullcontext() if target.backend.name == "compile" else HostReads(target.device)
-    with peak_memory(target.device) as peak, reads:
-        run = arm.run(prompt, length, expected)
+    try:
+        with peak_memory(target.device) as peak, reads:
+            run = arm.run(prompt, length, expected)
+    finally:
+        if hook is not None:
+            hook.remove()
     if "target_forwards" not in run.counts:
         return {}
     steps = run.counts["steps"]
     return {
         **({"host_syncs_per_step": reads.count / steps} if isinstance(reads, HostReads) else {}),
-        "forwards_per_step": (target.forwards - before) / steps,
+        "forwards_per_step": (target.forwards - asked if hook is None else forwards) / steps,
         "weight_bytes": float(target.weight_bytes),
         "peak_bytes": float(peak[0]),
     }
