@@ -239,8 +239,9 @@ class _Text:
     def commit(self, tree: DraftTree, logits: Float[Tensor, "nodes V"], forward_started: float) -> None:
         """Accept what the target's forward over the pending tokens and the tree confirms, and end the step."""
         result, slots, stem = self.result, self.slots, len(self._tokens) - self._read
-        result.peak_cache_bytes = max(result.peak_cache_bytes, slots.bytes_held)
-        result.attended_bytes += slots.bytes_held // slots.length * self._target.span(slots)
+        held = slots.bytes_held
+        result.peak_cache_bytes = max(result.peak_cache_bytes, held)
+        result.attended_bytes += held // slots.length * self._target.span(slots)
         root = slots.length - len(tree) - 1
         greedy = self._sampling.greedy
         verdict = accept(tree, logits.argmax(-1) if greedy else self._sampling.probs(logits), self._rng)

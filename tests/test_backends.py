@@ -46,6 +46,7 @@ from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Static
 from specdecode.bench.arms import make
 from specdecode.bench.measure import classify
+from specdecode.bench.rehearsal import READS
 from specdecode.controller import Controller
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
@@ -54,12 +55,10 @@ from specdecode.lm import _shell
 from tests import models
 from tests.characters import save
 from tests.discovery import DRAFTERS, POLICIES, examples
-from tests.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt
+from tests.models import ARCHITECTURES, SERVED, VOCABULARY, build, greedy, lm, prompt
 from tests.strategies import controllers
 
 LENGTH = 40
-# Not every architecture can be served by every policy.
-SERVED = ("llama", "gpt-neox", "qwen2", "qwen3", "gpt-2", "gemma3-window")
 
 
 def on_the_cpu(name: str, **values: Any) -> PreTrainedModel:
@@ -199,8 +198,8 @@ def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("gain", "name"), [(1.05, "eager"), (1.15, "packed")])
 def test_auto_packs_where_that_gains(gain: float, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against time and memory spent on a layout that is no faster, and against none where it is."""
-    times = iter([gain, 1.0])
-    monkeypatch.setattr(packing, "_seconds", lambda actions: next(times))
+    times = iter([[gain, 1.0]])
+    monkeypatch.setattr(packing, "_seconds", lambda plain, packed: next(times))
     model = on_the_cpu("llama")
     layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
     assert prepare("auto", model).name == name
@@ -316,7 +315,6 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         counts.append(len(captured))
     # The storages of target and draft may change places once more before each has seen all.
     assert counts[2:] == counts[2:3] * 4
-    settled = counts[-1]
 
     slots = target.new_slots(8)
     tokens = torch.arange(5)
@@ -368,9 +366,6 @@ def test_a_storage_in_a_batch_is_not_used_again() -> None:
         assert [generate(target, text, max_new_tokens=LENGTH).tokens for text in texts] == expected
 
 
-LOOKS = {"tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
-
-
 class Distant(torch.Tensor):
     """Stands for a tensor on a GPU: what is computed from it is there too, and a look at its content waits for it."""
 
@@ -378,17 +373,7 @@ class Distant(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ in {
-            "tolist",
-            "item",
-            "numpy",
-            "cpu",
-            "nonzero",
-            "__bool__",
-            "__int__",
-            "__float__",
-            "__index__",
-        }:
+        if func.__name__ in READS:
             Distant.looks += 1
         return super().__torch_function__(func, types, args, kwargs or {})
 

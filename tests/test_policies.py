@@ -33,11 +33,10 @@ from specdecode.policies.sink_window import SinkWindow
 from specdecode.rotary import Rotation
 from specdecode.slots import Slots
 from tests.discovery import DRAFTERS, POLICIES, examples
-from tests.models import ARCHITECTURES, build, greedy, lm, logits, prompt, small
+from tests.models import ARCHITECTURES, SERVED, build, greedy, lm, logits, prompt, small
 from tests.strategies import controllers
 
 LENGTH = 70
-NAMES = ("llama", "gpt-neox", "qwen2", "qwen3", "gpt-2", "gemma3-window")
 BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.interval)
 
 
@@ -54,7 +53,7 @@ def alone(name: str, policy: str, temperature: float = 0.0) -> Generation:
 
 
 @pytest.mark.parametrize("policy", BOUNDED)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_policy_changes_the_output_and_bounds_the_cache(name: str, policy: str) -> None:
     """Guards against a policy that is configured and does nothing: then all that follows would prove nothing."""
     result, bounds = alone(name, policy), POLICIES[policy]
@@ -67,7 +66,7 @@ def test_a_policy_changes_the_output_and_bounds_the_cache(name: str, policy: str
 
 @settings(deadline=None, max_examples=90)
 @given(
-    name=st.sampled_from(NAMES),
+    name=st.sampled_from(SERVED),
     policy=st.sampled_from(sorted(POLICIES)),
     file=st.sampled_from(sorted(DRAFTERS)),
     make_controller=controllers(),

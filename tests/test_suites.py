@@ -33,6 +33,12 @@ def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Com
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
 
 
+def one_arm(model: str) -> tuple[str, ...]:
+    """The arguments that measure `lookup`, and `ar` beside it."""
+    selected = ("--benchmark", "-k", "lookup and not hf and not aware")
+    return (*selected, f"--target={model}", "--device", "cpu", "--dtype", "float64")
+
+
 @pytest.fixture(scope="module")
 def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     file = tmp_path_factory.mktemp("run") / "made" / "run.json"
@@ -85,16 +91,7 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
 def test_only_what_is_selected_is_measured(model: str) -> None:
     """Guards against `-k` that hides rows of an experiment which still takes all its time."""
     done = run(
-        *(
-            "--benchmark",
-            "-k",
-            "lookup and not hf and not aware",
-            f"--target={model}",
-            "--device",
-            "cpu",
-            "--dtype",
-            "float64",
-        ),
+        *one_arm(model),
         *("--prompts", "prose:2", "--max-new-tokens", "6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -134,17 +131,7 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
 
 def test_a_strict_gate_asks_for_a_baseline(model: str) -> None:
     """Guards against a strict run that passes because nothing was compared."""
-    arguments = (
-        "--benchmark",
-        "-k",
-        "lookup and not hf and not aware",
-        f"--target={model}",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float64",
-    )
-    done = run(*arguments, "--prompts", "prose:1", "--max-new-tokens", "4", "--gate=strict")
+    done = run(*one_arm(model), "--prompts", "prose:1", "--max-new-tokens", "4", "--gate=strict")
     assert done.returncode == 1
     assert done.stdout.count("NO_BASELINE: lookup") >= 2
 
@@ -179,16 +166,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     file = tmp_path / "run.json"
     file.write_text(json.dumps("the run before"))
     arguments = (
-        *(
-            "--benchmark",
-            "-k",
-            "lookup and not hf and not aware",
-            f"--target={model}",
-            "--device",
-            "cpu",
-            "--dtype",
-            "float64",
-        ),
+        *one_arm(model),
         *("--prompts", "prose:4", "--max-new-tokens", "60", "--repeats", "3", f"--benchmark-json={file}"),
     )
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
@@ -235,6 +213,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     [
         (["--target=./nowhere"], "no such folder"),
         (["--preset", "nothing"], "no preset is named 'nothing'"),
+        (["--backend", "packd"], "no backend is named 'packd'"),
         (["--prompts", "nothing:2"], "no data set is named 'nothing'"),
         (["--prompts", "prose:x"], "NAME:COUNT"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),

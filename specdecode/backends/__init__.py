@@ -64,7 +64,7 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
     on_gpu = device.type == "cuda"
     if kind == "compile":
         group(model)
-        return Backend("compile", static=lambda step: Static(compiled(step), CudaGraphs() if on_gpu else None))
+        return Backend("compile", static=lambda step: Static(compiled(step, on_gpu), CudaGraphs() if on_gpu else None))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
         return Backend("graph", static=lambda step: Static(step, CudaGraphs()), chosen=kind == "auto")

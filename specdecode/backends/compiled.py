@@ -15,17 +15,14 @@ from specdecode.backends.static import Inputs, Step
 _COMPILATIONS = 64
 
 
-def compiled(step: Step) -> Step:
+def compiled(step: Step, on_gpu: bool) -> Step:
     """A step that is compiled when it is first run, which takes from seconds to minutes; kernels are kept on disk by
     TorchInductor, so that later processes take less.
 
     On a CPU the weights become constants, laid out for the products that they take part in (TorchInductor's freezing).
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
-    fast = {
-        kind: torch.compile(step, fullgraph=True, options={"freezing": True} if kind == "cpu" else None)
-        for kind in ("cpu", "cuda")
-    }
+    fast = torch.compile(step, fullgraph=True, options=None if on_gpu else {"freezing": True})
 
     def run(
         inputs: Inputs, positions: Int[Tensor, " span"], keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
@@ -42,7 +39,7 @@ def compiled(step: Step) -> Step:
         # The compiler warns of its own doings, and fails where warnings are errors.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            logits: Tensor = fast[positions.device.type](inputs, positions, keys, values)
+            logits: Tensor = fast(inputs, positions, keys, values)
         return logits
 
     return run

@@ -149,11 +149,7 @@ class Static:
             held = slots.storage
             return self._step(_on(now, slots.device), slots.positions[: slots.length], held.keys, held.values)
         width, across = self._width(count), max(self._width(recent), recent)
-
-        def forward(inputs: Inputs, positions: Tensor, storage: Storage) -> Tensor:
-            return self._step(inputs, positions, storage.keys, storage.values)
-
-        captured = self._capture(slots, width, across, forward, self._replay)
+        captured = self._capture(slots, width, across, self._step, self._replay)
         captured.inputs.tokens[:count].copy_(tokens, non_blocking=True)
         captured.inputs.positions[:count].copy_(positions, non_blocking=True)
         captured.inputs.start.fill_(start)
@@ -176,12 +172,14 @@ class Static:
         start = slots.length
         slots.append(torch.arange(start, start + count, device=slots.device))
 
-        def forwards(inputs: Inputs, positions: Tensor, storage: Storage) -> Tensor:
+        def forwards(
+            inputs: Inputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
+        ) -> Tensor:
             token, chosen = inputs.tokens, []
             for ahead in range(count):
                 place = inputs.start + ahead
                 now = Inputs(token, place[None], place, place, inputs.visible)
-                token = self._step(now, positions, storage.keys, storage.values)[:, :vocab_size].argmax(-1)
+                token = self._step(now, positions, keys, values)[:, :vocab_size].argmax(-1)
                 chosen.append(token)
             return torch.cat(chosen)
 
@@ -196,7 +194,7 @@ class Static:
         slots: Slots,
         width: int,
         across: int,
-        action: Callable[[Inputs, Tensor, Storage], Tensor],
+        action: Callable[[Inputs, Tensor, Mapping[int, Tensor], Mapping[int, Tensor]], Tensor],
         replay: Replay,
         *kind: int,
     ) -> _Captured:
@@ -209,10 +207,10 @@ class Static:
         if key not in known:
             if len(known) >= _MOST:
                 known.pop(next(iter(known)))
-            inputs, positions = _empty(width, across, slots.device), storage.positions[:span]
-            # The storage is not to live on for what was captured of it.
-            held = Storage(storage.positions, storage.keys, storage.values)
-            known[key] = _Captured(inputs, lambda: action(inputs, positions, held), replay)
+            inputs = _empty(width, across, slots.device)
+            # Its tensors and not the storage itself, which is not to live on for what was captured of it.
+            held = (storage.positions[:span], storage.keys, storage.values)
+            known[key] = _Captured(inputs, lambda: action(inputs, *held), replay)
         return known[key]
 
     def _width(self, rows: int) -> int:

@@ -15,8 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from specdecode.bench.arms import Arm
 
-# What makes Python wait for a tensor's content.
-_READS = frozenset(
+READS = frozenset(
     {
         "tolist",
         "item",
@@ -32,6 +31,7 @@ _READS = frozenset(
         "__contains__",
     }
 )
+"""What makes Python wait for a tensor's content."""
 
 
 class HostReads(TorchFunctionMode):
@@ -50,7 +50,7 @@ class HostReads(TorchFunctionMode):
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _READS or _selects_by_mask(func, args):
+        if getattr(func, "__name__", "") in READS or _selects_by_mask(func, args):
             first = args[0] if args else None
             self.count += isinstance(first, Tensor) and first.device.type == self.device.type
         return func(*args, **(kwargs or {}))
