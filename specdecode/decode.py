@@ -215,7 +215,7 @@ class _Text:
             self.result.prefill_forwards += 1
             if self._policy.reads_attention:
                 self.slots.attend(range(chunk))
-            self.result.compressions += self._target.evict(self.slots, self._policy)
+            self.result.prefill_compressions += self._target.evict(self.slots, self._policy)
         self.result.prefill_forwards_s = time.perf_counter() - started
 
     def propose(self) -> DraftTree:
@@ -240,8 +240,7 @@ class _Text:
         """Accept what the target's forward over the pending tokens and the tree confirms, and end the step."""
         result, slots, stem = self.result, self.slots, len(self._tokens) - self._read
         held = slots.bytes_held
-        result.peak_cache_bytes = max(result.peak_cache_bytes, held)
-        result.attended_bytes += held // slots.length * self._target.span(slots)
+        attended = held // slots.length * self._target.span(slots)
         root = slots.length - len(tree) - 1
         greedy = self._sampling.greedy
         verdict = accept(tree, logits.argmax(-1) if greedy else self._sampling.probs(logits), self._rng)
@@ -263,9 +262,7 @@ class _Text:
         self._tokens += emitted
         self.finished = stop is not None or len(self._tokens) == self._end
         self._read = len(self._tokens) - 1
-        if not self.finished:
-            result.compressions += self._target.evict(slots, self._policy)
-        result.cache_bytes = slots.bytes_held
+        compressions = 0 if self.finished else int(self._target.evict(slots, self._policy))
 
         now = time.perf_counter()
         step = Step(
@@ -278,6 +275,10 @@ class _Text:
             draft_s=self._proposed_at - self._step_started,
             verify_s=verified_at - forward_started,
             total_s=now - self._step_started,
+            cache_bytes=slots.bytes_held,
+            peak_cache_bytes=held,
+            attended_bytes=attended,
+            compressions=compressions,
         )
         result.steps.append(step)
         self._controller.observe(step)

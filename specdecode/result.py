@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -20,6 +20,10 @@ class Step:
         draft_s: seconds spent proposing (host clock: on a GPU, queued work is waited for in `verify_s`).
         verify_s: seconds of the target's forward and the acceptance.
         total_s: seconds of the whole step.
+        cache_bytes: bytes of KV that the target held when it had ended, computed from its slots.
+        peak_cache_bytes: the same before rejected proposals were dropped and anything was evicted.
+        attended_bytes: bytes of KV that the target's forward attended to.
+        compressions: evictions carried out by the cache policy at its end.
     """
 
     drafted: int
@@ -31,6 +35,10 @@ class Step:
     draft_s: float
     verify_s: float
     total_s: float
+    cache_bytes: int = 0
+    peak_cache_bytes: int = 0
+    attended_bytes: int = 0
+    compressions: int = 0
 
 
 @dataclass(slots=True)
@@ -44,13 +52,10 @@ class Generation:
         prompt_tokens: length of the prompt.
         prefill_forwards: target forwards over parts of a long prompt, before the first step.
         prefill_forwards_s: seconds of those.
+        prefill_compressions: evictions carried out by the cache policy meanwhile.
         prefill_s: seconds from the call to the first committed tokens.
         decode_s: seconds from there to the end.
-        compressions: evictions carried out by the cache policy.
         capture_s: seconds that capturing CUDA graphs took meanwhile, which are in none of the other times.
-        cache_bytes: bytes of KV that the target held at the end, computed from its slots.
-        peak_cache_bytes: the most that it held in any step, the proposals included.
-        attended_bytes: bytes of KV that the target's steps attended to, summed over the steps.
         logprobs: natural logarithm of the probability of each new token under the target's own law, before temperature,
             top-k and top-p; None if not asked for.
     """
@@ -61,13 +66,10 @@ class Generation:
     prompt_tokens: int = 0
     prefill_forwards: int = 0
     prefill_forwards_s: float = 0.0
+    prefill_compressions: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     capture_s: float = 0.0
-    compressions: int = 0
-    cache_bytes: int = 0
-    peak_cache_bytes: int = 0
-    attended_bytes: int = 0
     logprobs: list[float] | None = None
 
     @property
@@ -85,6 +87,31 @@ class Generation:
     @property
     def accepted(self) -> int:
         return sum(step.accepted for step in self.steps)
+
+    @property
+    def rejections(self) -> int:
+        """Steps that rejected a proposal: of a tree, all that were proposed at one depth."""
+        return sum(step.accepted < step.depth for step in self.steps)
+
+    @property
+    def compressions(self) -> int:
+        """Evictions carried out by the cache policy."""
+        return self.prefill_compressions + sum(step.compressions for step in self.steps)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of KV that the target held at the end."""
+        return self.steps[-1].cache_bytes if self.steps else 0
+
+    @property
+    def peak_cache_bytes(self) -> int:
+        """The most bytes of KV that the target held in any step, the proposals included."""
+        return max((step.peak_cache_bytes for step in self.steps), default=0)
+
+    @property
+    def attended_bytes(self) -> int:
+        """Bytes of KV that the target's steps attended to, summed over the steps."""
+        return sum(step.attended_bytes for step in self.steps)
 
     @property
     def draft_s(self) -> float:
@@ -148,6 +175,32 @@ class Generation:
     def decode_throughput(self) -> float:
         """New tokens per second after the first: (n - 1) / (total - TTFT)."""
         return _ratio(len(self.tokens) - 1, self.decode_s)
+
+    def until(self, count: int) -> Generation:
+        """The first `count` tokens, and what it took to commit them: what a shorter generation would have been, but
+        that it would not have drafted past its end.
+
+        Raises:
+            ValueError: it has not so many, or `count` is not positive.
+        """
+        if not 1 <= count <= len(self.tokens):
+            raise ValueError(f"{count} tokens were asked for, of a generation of {len(self.tokens)}")
+        steps: list[Step] = []
+        left = count
+        for step in self.steps:
+            emitted = min(step.emitted, left)
+            steps.append(replace(step, emitted=emitted, accepted=min(step.accepted, emitted)))
+            left -= emitted
+            if not left:
+                break
+        return replace(
+            self,
+            tokens=self.tokens[:count],
+            finish_reason=self.finish_reason if count == len(self.tokens) else "length",
+            steps=steps,
+            decode_s=self.decode_s - sum(step.total_s for step in self.steps[len(steps) :]),
+            logprobs=None if self.logprobs is None else self.logprobs[:count],
+        )
 
 
 def _histogram(lengths: list[int]) -> list[int]:

@@ -73,6 +73,17 @@ def test_weights_come_in_the_type_that_was_asked_for(
     assert load(str(saved), dtype=dtype, device="cpu").dtype == expected
 
 
+def test_weights_on_a_cpu_are_not_those_of_a_mapped_file(folder: Path) -> None:
+    """Guards against times that depend on how the system keeps the pages of a file."""
+    target = load(str(folder), dtype="float64", device="cpu")
+    before = [parameter.clone() for parameter in target.model.parameters()]
+    file = folder / "model.safetensors"
+    with file.open("r+b") as weights:
+        weights.seek(file.stat().st_size // 2)
+        weights.write(bytes(file.stat().st_size // 2))
+    assert all(map(torch.equal, before, target.model.parameters()))
+
+
 def test_a_shape_is_random_weights_that_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against synthetic costs taken for measurements, and weights that differ from run to run."""
     monkeypatch.setitem(SHAPES, "tiny", ARCHITECTURES["llama"])

@@ -42,12 +42,14 @@ class Run:
         total_s: seconds of the whole call, the device synchronised. Of a batch, here and below, a prompt's share.
         ttft_s: seconds to the first committed tokens.
         counts: of "steps" (target forwards that committed tokens); for our own arms also "target_forwards",
-            "draft_forwards", "drafted" and "accepted" tokens, "cache_bytes" at the end, "peak_cache_bytes",
-            "attended_bytes" of KV over all steps, "compressions", and "later_tokens": those after the first step, which
-            carries the prompt.
+            "draft_forwards", "drafted" and "accepted" tokens, "rejections" (steps that rejected a proposal),
+            "cache_bytes" at the end, "peak_cache_bytes", "grown_bytes" (by how much that is more than after the first
+            step), "attended_bytes" of KV over all steps, "compressions", and "later_tokens": those after the first
+            step, which carries the prompt.
         seconds: of our own arms: "draft", "verify" and "overhead", which make up the total; and "later_draft" and
             "later_verify", after the first step.
         histograms: of our own arms: steps by "accepted" length and by "depth" of the tree.
+        cuts: what the run was when it had got to the shorter lengths that were asked for, one by one.
     """
 
     tokens: list[int]
@@ -56,10 +58,16 @@ class Run:
     counts: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, list[int]] = field(default_factory=dict)
+    cuts: list[Run] = field(default_factory=list)
+
+    def at(self, length: int) -> Run | None:
+        """What it was when it had got to a length; None where it was not cut there."""
+        return next((run for run in (self, *self.cuts) if len(run.tokens) == length), None)
 
 
-def _run_of(results: Sequence[Generation], total_s: float) -> Run:
-    """Counts of the first prompt of a batch, and its share of the time: the same part for each prompt."""
+def _run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int] = ()) -> Run:
+    """Counts of the first prompt of a batch, and its share of the time: the same part for each prompt. A batch, whose
+    prompts end at different times, is not cut."""
     result, share = results[0], 1 / len(results)
 
     def verify_s(start: int) -> float:
@@ -78,8 +86,10 @@ def _run_of(results: Sequence[Generation], total_s: float) -> Run:
             "draft_forwards": result.draft_forwards,
             "drafted": result.drafted,
             "accepted": result.accepted,
+            "rejections": result.rejections,
             "cache_bytes": result.cache_bytes,
             "peak_cache_bytes": result.peak_cache_bytes,
+            "grown_bytes": max(0, result.peak_cache_bytes - result.steps[0].cache_bytes),
             "attended_bytes": result.attended_bytes,
             "compressions": result.compressions,
             "later_tokens": len(result.tokens) - result.steps[0].emitted,
@@ -92,6 +102,11 @@ def _run_of(results: Sequence[Generation], total_s: float) -> Run:
             "later_verify": share * verify_s(1),
         },
         histograms={"accepted": result.accepted_lengths, "depth": result.depths},
+        cuts=[
+            _run_of([short], total_s - (result.total_s - short.total_s))
+            for short in (result.until(length) for length in lengths if length < len(result.tokens))
+            if len(results) == 1
+        ],
     )
 
 
@@ -115,6 +130,8 @@ class Arm:
             everything, the arm is lossy: its output is not the baseline's but that of plain decoding of the same
             weights with the same policy.
         timed: how long it drafts depends on the clock, and so do its counts.
+        options: the preset's entry that it was made of.
+        stop_token_ids: those that end an output early.
     """
 
     name: str
@@ -125,19 +142,30 @@ class Arm:
     policy: CachePolicy = field(default_factory=KeepAll)
     quantize: str | None = None
     timed: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    stop_token_ids: Sequence[int] = ()
 
     @property
     def lossy(self) -> bool:
         return self.policy.interval > 0 or self.quantize is not None
 
-    def expected(self, prompt: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
-        """What the arm must write, where the baseline wrote these tokens."""
+    def expected(self, prompt: Sequence[int], tokens: Sequence[int], length: int) -> Sequence[int]:
+        """What the arm must write if it is asked for so many tokens, where the baseline wrote these."""
         if not self.lossy:
             return tokens
-        return generate(self.target, prompt, policy=self.policy, max_new_tokens=len(tokens)).tokens
+        rules: dict[str, Any] = {"max_new_tokens": length, "stop_token_ids": self.stop_token_ids}
+        return generate(self.target, prompt, policy=self.policy, **rules).tokens
 
 
-def make(name: str, options: dict[str, Any], target: LM, draft: LM | None, backend: str = "auto") -> Arm:
+def make(
+    name: str,
+    options: dict[str, Any],
+    target: LM,
+    draft: LM | None,
+    backend: str = "auto",
+    lengths: Sequence[int] = (),
+    stop_token_ids: Sequence[int] = (),
+) -> Arm:
     """An arm from a preset's entry.
 
     Keys: `drafter` ("none", "lookup", "model", "universal" or "self-streaming"), `controller` ("fixed" with `k`,
@@ -155,13 +183,15 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None, backe
         target: loaded with backend="eager": peers decode it as it is.
         draft: likewise.
         backend: of our own arms that name none.
+        lengths: at which a run is cut, to tell what a shorter one would have been.
+        stop_token_ids: those that end an output; none by default, so that every output has the asked length.
 
     Raises:
         UnsupportedModelError: the target's weights cannot be quantised.
         ValueError: a key or value that is not known, or a draft model or a package that is missing.
         TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
     """
-    options = dict(options)
+    entry, options = options, dict(options)
     peer = options.pop("peer", None)
     shares_vocabulary = peer == "assisted" or options.get("drafter") == "model"
     if shares_vocabulary or options.get("drafter") == "universal":
@@ -182,16 +212,23 @@ def make(name: str, options: dict[str, Any], target: LM, draft: LM | None, backe
     if peer is None:
         kind = options.pop("backend", backend)
         target, draft = target.with_backend(kind), draft and draft.with_backend(kind)
-        run = _ours(options, target, draft, replay, policy)
+        run = _ours(options, target, draft, replay, policy, lengths, stop_token_ids)
     else:
-        run = _peer(peer, options, target, draft)
+        run = _peer(peer, options, target, draft, lengths, stop_token_ids)
     if options:
         raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
-    return Arm(name, run, target, target.synthetic or replay is not None, against, policy, quantize, timed)
+    synthetic = target.synthetic or replay is not None
+    return Arm(name, run, target, synthetic, against, policy, quantize, timed, entry, stop_token_ids)
 
 
 def _ours(
-    options: dict[str, Any], target: LM, draft: LM | None, replay: float | None, policy: CachePolicy
+    options: dict[str, Any],
+    target: LM,
+    draft: LM | None,
+    replay: float | None,
+    policy: CachePolicy,
+    lengths: Sequence[int],
+    stop_token_ids: Sequence[int],
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
     kind = options.pop("drafter", "none")
     batch = options.pop("batch", 1)
@@ -227,7 +264,11 @@ def _ours(
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
         def decode() -> list[Generation]:
-            rules: dict[str, Any] = {"policy": policy, "max_new_tokens": max_new_tokens}
+            rules: dict[str, Any] = {
+                "policy": policy,
+                "max_new_tokens": max_new_tokens,
+                "stop_token_ids": stop_token_ids,
+            }
             if batch > 1:
                 rules |= {"batch_size": batch, "drafter": make_drafter, "controller": make_controller}
                 return generate_batch(target, _beginnings(prompt, batch), **rules)
@@ -237,7 +278,7 @@ def _ours(
                 drafter = ReplayDrafter(drafter, [*prompt, *expected], replay)
             return [generate(target, prompt, drafter=drafter, controller=make_controller(), **rules)]
 
-        return _run_of(*_timed(target, decode))
+        return _run_of(*_timed(target, decode), lengths)
 
     return run
 
@@ -268,7 +309,12 @@ def _shape(options: dict[str, Any]) -> TreeShape:
 
 
 def _peer(
-    kind: str, options: dict[str, Any], target: LM, draft: LM | None
+    kind: str,
+    options: dict[str, Any],
+    target: LM,
+    draft: LM | None,
+    lengths: Sequence[int],
+    stop_token_ids: Sequence[int],
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
     """transformers' own decoding of the same modules, its settings those of the arm that it is compared with."""
     # Its advice on the settings below would break into the progress of the run.
@@ -296,7 +342,13 @@ def _peer(
         target.model.generation_config = GenerationConfig(pad_token_id=0)
         if draft is not None and draft_settings:
             draft.model.generation_config = GenerationConfig(pad_token_id=0, **draft_settings)
-        configuration = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, **settings)
+        configuration = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=list(stop_token_ids) or None,
+            **settings,
+        )
         ids = torch.tensor([list(prompt)], device=target.device)
         clock = _Clock()
         started = time.perf_counter()
@@ -311,19 +363,28 @@ def _peer(
             ),
         )
         tokens: list[int] = output[0, len(prompt) :].tolist()
-        return Run(tokens, total, clock.times[1] - started, {"steps": len(clock.times) - 1})
+        ttft_s = clock.times[1] - started
+
+        def cut(length: int) -> Run:
+            steps = next(step for step, written in enumerate(clock.written) if written >= length)
+            return Run(tokens[:length], clock.times[steps] - started, ttft_s, {"steps": steps})
+
+        cuts = [cut(length) for length in lengths if length < len(tokens)]
+        return Run(tokens, total, ttft_s, {"steps": len(clock.times) - 1}, cuts=cuts)
 
     return run
 
 
 class _Clock(BaseStreamer):
-    """Notes when tokens come; the first that it is given is the prompt."""
+    """Notes when tokens come, and how many have come by then; the first that it is given is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.written: list[int] = []
 
     def put(self, value: Any) -> None:
         self.times.append(time.perf_counter())
+        self.written.append(self.written[-1] + value.numel() if self.written else 0)
 
     def end(self) -> None:
         pass

@@ -85,18 +85,25 @@ def _json(text: str, path: Path) -> Any:
 
 
 def _arm(entry: Any, header: Header) -> ArmRecord:
-    if unknown := entry["rows"].keys() - header.outputs.keys():
-        raise ValueError(f"it has times of a prompt that it does not list, {min(map(str, unknown))!r}")
     return ArmRecord(
-        rows={str(prompt): _row(row) for prompt, row in entry["rows"].items()},
+        rows=_rows(entry["rows"], header),
         bugs=int(_number(entry, "bugs")),
         ties=int(_number(entry, "ties")),
         synthetic=bool(entry["synthetic"]),
         against=None if entry["against"] is None else str(entry["against"]),
         lossy=bool(entry["lossy"]),
         rehearsal={name: _number(entry["rehearsal"], name) for name in REHEARSED if name in entry["rehearsal"]},
-        timed=bool(entry.get("timed", False)),  # older files have no such arms
+        # Older files do not have these.
+        timed=bool(entry.get("timed", False)),
+        options=dict(entry.get("options", {})),
+        shorter={int(length): _rows(rows, header) for length, rows in entry.get("shorter", {}).items()},
     )
+
+
+def _rows(rows: Any, header: Header) -> dict[str, Row]:
+    if unknown := rows.keys() - header.outputs.keys():
+        raise ValueError(f"it has times of a prompt that it does not list, {min(map(str, unknown))!r}")
+    return {str(prompt): _row(row) for prompt, row in rows.items()}
 
 
 def _row(row: Any) -> Row:

@@ -51,8 +51,12 @@ def open_journal(path: Path, what: dict[str, Any], resume: bool) -> tuple[list[B
 
 
 def _block(entry: dict[str, Any]) -> Block:
-    runs = {arm: Run(**run) for arm, run in entry.pop("runs").items()}
-    return Block(runs=runs, last=Run(**entry.pop("last")), **entry)
+    runs = {arm: _run(run) for arm, run in entry.pop("runs").items()}
+    return Block(runs=runs, last=_run(entry.pop("last")), **entry)
+
+
+def _run(entry: dict[str, Any]) -> Run:
+    return Run(cuts=[_run(cut) for cut in entry.pop("cuts")], **entry)
 
 
 def code() -> str:

@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Literal
 
@@ -18,6 +18,7 @@ from specdecode.bench.names import BASELINE
 from specdecode.bench.rehearsal import rehearse
 from specdecode.bench.runs import ArmRecord, Row, digest
 from specdecode.bench.stats import noise_floor
+from specdecode.bench.text import own_losses, told
 from specdecode.drafters.base import common_prefix
 from specdecode.lm import LM
 from specdecode.policies.base import CachePolicy
@@ -51,14 +52,22 @@ class Block:
     last: Run
     checks: dict[str, Check]
 
-    @property
-    def baseline_log_s(self) -> float:
-        """Logarithm of the baseline's time: of its two runs, the geometric mean."""
-        return (math.log(self.runs[BASELINE].total_s) + math.log(self.last.total_s)) / 2
-
     def log_speedup(self, arm: str) -> float:
-        """Logarithm of the baseline's time over the arm's."""
-        return 0.0 if arm == BASELINE else self.baseline_log_s - math.log(self.runs[arm].total_s)
+        """Logarithm of the baseline's time per token, of its two runs the geometric mean, over the arm's."""
+        if arm == BASELINE:
+            return 0.0
+        return (_log_tpot(self.runs[BASELINE]) + _log_tpot(self.last)) / 2 - _log_tpot(self.runs[arm])
+
+    def at(self, length: int) -> Block | None:
+        """The block as it was when its runs had got to a length; None if the baseline stopped before that."""
+        last = self.last.at(length)
+        runs = {arm: cut for arm, run in self.runs.items() if (cut := run.at(length)) is not None}
+        return replace(self, runs=runs, last=last) if last is not None and BASELINE in runs else None
+
+
+def _log_tpot(run: Run) -> float:
+    """Logarithm of the seconds that a token took: of equal outputs that is as good as the time of the whole."""
+    return math.log(run.total_s / len(run.tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +89,7 @@ class Results:
         """The A/A floor, in logarithms: from the two runs of the baseline in each block."""
         noise: dict[str, list[float]] = {}
         for block in self.blocks:
-            change = math.log(block.runs[BASELINE].total_s) - math.log(block.last.total_s)
+            change = _log_tpot(block.runs[BASELINE]) - _log_tpot(block.last)
             noise.setdefault(block.prompt, []).append(change)
         return noise_floor(list(noise.values()))
 
@@ -98,14 +107,13 @@ class Results:
 
     def _record(self, arm: Arm) -> ArmRecord:
         checks = [block.checks[arm.name] for block in self.blocks]
-        rows: dict[str, list[tuple[float, Run, Run]]] = {}
-        for block in self.blocks:
-            # A time from a wrong output is void.
-            if block.checks[arm.name] != "bug":
-                entry = (block.log_speedup(arm.name), block.runs[arm.name], block.runs[BASELINE])
-                rows.setdefault(block.prompt, []).append(entry)
+        lengths = {len(cut.tokens) for block in self.blocks for cut in block.runs[arm.name].cuts}
+        shorter = {
+            length: [cut for block in self.blocks if (cut := block.at(length)) is not None]
+            for length in sorted(lengths)
+        }
         return ArmRecord(
-            rows={prompt: row_of(*zip(*entries, strict=True)) for prompt, entries in rows.items()},
+            rows=_rows(arm.name, self.blocks),
             bugs=checks.count("bug"),
             ties=checks.count("tie"),
             synthetic=arm.synthetic,
@@ -113,11 +121,26 @@ class Results:
             lossy=arm.lossy,
             rehearsal=self.rehearsals.get(arm.name, {}),
             timed=arm.timed,
+            options=arm.options,
+            shorter={length: _rows(arm.name, blocks) for length, blocks in shorter.items()},
         )
 
     def outputs(self) -> dict[str, str]:
         """A digest of the baseline's tokens by prompt: counters are compared where these are the same."""
         return {block.prompt: digest(block.runs[BASELINE].tokens) for block in self.blocks}
+
+
+def _rows(arm: str, blocks: Sequence[Block]) -> dict[str, Row]:
+    """An arm's rows, from the blocks in which it ran."""
+    entries: dict[str, list[tuple[float, Run, Run]]] = {}
+    for block in blocks:
+        # A time from a wrong output is void.
+        if arm in block.runs and block.checks[arm] != "bug":
+            run = block.runs[arm]
+            if arm == BASELINE:
+                run = replace(run, seconds=run.seconds | {"last": block.last.total_s})
+            entries.setdefault(block.prompt, []).append((block.log_speedup(arm), run, block.runs[BASELINE]))
+    return {prompt: row_of(*zip(*of, strict=True)) for prompt, of in entries.items()}
 
 
 def row_of(log_speedups: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
@@ -153,7 +176,7 @@ def experiment(
     Args:
         arms: their outputs are checked run by run: against the baseline's, or a lossy arm's against its own reference.
         prompts: tokens by id.
-        max_new_tokens: length of every output.
+        max_new_tokens: length of every output, unless a stop token of the arms ends it.
         repeats: blocks for each prompt.
         seed: of the order of arms within a block.
         progress: told the number of runs done, of all runs, and what is going on.
@@ -183,7 +206,7 @@ def experiment(
     rehearsals = {}
     for arm in arms:
         tell(arm, f"{warm}, a rehearsal")
-        expected = arm.expected(prompts[warm], written)
+        expected = arm.expected(prompts[warm], written, length)
         rehearsals[arm.name] = rehearse(arm, prompts[warm], length, expected)
 
     blocks = []
@@ -197,7 +220,7 @@ def experiment(
         references: dict[tuple[LM, CachePolicy], Sequence[int]] = {}
         for arm in lossy:
             if (arm.target, arm.policy) not in references:
-                references[arm.target, arm.policy] = arm.expected(prompts[prompt], written)
+                references[arm.target, arm.policy] = arm.expected(prompts[prompt], written, max_new_tokens)
         owed = {arm.name: references[arm.target, arm.policy] for arm in lossy}
         first = run(baseline, prompt, ())
         runs = {baseline.name: first}
@@ -213,6 +236,11 @@ def experiment(
             )
             for arm in arms
         }
+        losses = {
+            tokens: own_losses(baseline.target, prompts[prompt], tokens)
+            for tokens in {tuple(run.tokens) for run in runs.values()}
+        }
+        runs = {name: told(run, losses[tuple(run.tokens)]) for name, run in runs.items()}
         blocks.append(Block(prompt, repeat, runs, last, checks))
         keep(blocks[-1])
     progress(total, total, "done")

@@ -19,6 +19,7 @@ from specdecode.bench.names import BASELINE
 from specdecode.bench.report import (
     MEMORY,
     Grid,
+    by_part,
     command,
     drafts,
     failing_first,
@@ -75,6 +76,7 @@ def section(
         *_heading(run, title, judgements),
         *_verdicts(judged_by, judgements),
         *_speeds(run, styles),
+        *_parts(run),
         *_acceptance(run, styles),
         *_memory(run),
         *(_history(run, past, styles) if past else []),
@@ -261,6 +263,14 @@ def _interval(arm: str, speedup: Ratio, promised: float, run: RunFile, scale: _S
     if math.isfinite(promised):
         said += f"; predicted {promised:.2f}"
     return _drawing(_WIDE, _ROW, f"Speedup of {arm} over ar", said, *parts, style=style)
+
+
+def _parts(run: RunFile) -> list[Element]:
+    grid = by_part(run)
+    if not grid.rows:
+        return []
+    summary = _element("summary", f"By task and length: {len(grid.rows)} rows")
+    return [_element("details", summary, _scrolling(_table(grid), "Speed by task and length"))]
 
 
 def _acceptance(run: RunFile, styles: dict[str, _Style]) -> list[Element]:

@@ -44,6 +44,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--prompts", default=None, help="data sets and counts, as in humaneval:4,prose:4 [as the preset says]"
     )
+    group.addoption(
+        "--stop-at-eos",
+        action="store_true",
+        help="end outputs at the target's stop tokens [off: every output has the asked length]",
+    )
+    group.addoption(
+        "--tiny",
+        action="store_true",
+        help="rehearse the preset in seconds: the smallest models, texts and caches",
+    )
     group.addoption("--repeats", type=int, default=None, help="blocks for each prompt [as the preset says]")
     group.addoption("--resume", action="store_true", help="go on with the blocks that an interrupted run finished")
     group.addoption(

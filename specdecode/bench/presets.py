@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,11 @@ else:
     import tomli as tomllib
 
 
+_TINY_TOKENS = 20
+# By how much caches are made smaller: the least of the presets' then still holds the sinks and their deepest draft.
+_TINY_CACHE = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """What to measure.
@@ -21,14 +27,32 @@ class Preset:
     Attributes:
         arms: for each arm's name, how it decodes; `bench.arms.make` knows the keys.
         prompts: data sets and counts, as `evals.data.token_prompts` reads them.
-        max_new_tokens: length of every output: benchmarks do not stop at stop tokens.
+        max_new_tokens: length of every output: benchmarks do not stop at stop tokens unless they are told to.
         repeats: blocks for each prompt.
+        lengths: shorter ones, at which the same runs are looked at too.
     """
 
     arms: dict[str, dict[str, Any]]
     prompts: str
     max_new_tokens: int
     repeats: int
+    lengths: Sequence[int] = ()
+
+    def tiny(self) -> Preset:
+        """The same arms as a rehearsal of seconds: a prompt of each set, and lengths and caches that the smallest
+        models outgrow as the preset's are outgrown."""
+        shrink = max(1, self.max_new_tokens // _TINY_TOKENS)
+        caches = {"cache", "draft_cache"}
+        return Preset(
+            arms={
+                arm: {key: value // _TINY_CACHE if key in caches else value for key, value in entry.items()}
+                for arm, entry in self.arms.items()
+            },
+            prompts=",".join(part.partition(":")[0] for part in self.prompts.split(",")),
+            max_new_tokens=self.max_new_tokens // shrink,
+            repeats=1,
+            lengths=[length // shrink for length in self.lengths],
+        )
 
 
 def preset(name: str) -> Preset:

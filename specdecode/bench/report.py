@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from specdecode.bench.runs import ArmRecord, RunFile
 
 FORMATS: dict[str, Callable[[float], str]] = {
     "throughput": "{:.1f}".format,
+    "throughput_std": "{:.1f}".format,
     "predicted_speedup": "{:.2f}".format,
     "ttft_s": lambda seconds: f"{1e3 * seconds:.0f}",
     "tpot_s": lambda seconds: f"{1e3 * seconds:.1f}",
@@ -29,13 +31,21 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "weight_bytes": lambda held: f"{held / 1e6:.1f}",
     "peak_cache_bytes": lambda held: f"{held / 1e6:.1f}",
     "peak_bytes": lambda held: f"{held / 1e6:.1f}",
+    "grown_bytes": lambda held: f"{held / 1e6:.1f}",
+    "compressions": "{:.1f}".format,
     "agreement": "{:.0%}".format,
+    "self_ppl": "{:.2f}".format,
+    "repetition": "{:.0%}".format,
 }
 """How tables write the measures."""
 
+LOOPS = 0.5
+"""The share of 4-grams that stood in the output before from which on it is told to loop."""
+
 MEMORY = (
-    "Weights are the target's, as they are stored; KV is the most that was held of keys and values; the peak is"
-    " the most that was held at once in a short run, above all loaded weights."
+    "Weights are the target's, as they are stored; KV is the most that was held of keys and values, and its growth by"
+    " how much that is more than after the first step; evictions are a run's; the peak is the most that was held at"
+    " once in a short run, above all loaded weights."
 )
 """What a table of memory does not say by itself."""
 
@@ -56,6 +66,10 @@ class Grid:
     rows: list[list[str]]
 
 
+# What an entry of a preset says of the target that is decoded, and not of how drafts are made.
+_LOSS = ("policy", "cache", "quantize", "backend")
+
+
 def verdicts(judgements: Sequence[Judgement]) -> Grid:
     """One row a verdict, the failing ones first."""
     columns = [*(Column(name, figures=False) for name in ("verdict", "arm", "of")), Column("why", False, True)]
@@ -74,11 +88,48 @@ def speeds(run: RunFile) -> Grid:
         "mean_acceptance_length": Column("τ", breaks=True),
         "acceptance_rate": Column("accepted", breaks=True),
         "roofline_share": Column("roofline", breaks=True),
+        "self_ppl": Column("self PPL", breaks=True),
+        "repetition": Column("repeats", breaks=True),
     }
     if PEER_BASELINE not in run.arms:
         del measured["over_hf"]
+    if not any("self_ppl" in run.measures(arm) for arm in run.arms):
+        del measured["self_ppl"], measured["repetition"]
     columns = [Column("arm", figures=False), *measured.values(), Column("output", figures=False)]
     return Grid(columns, [[label(run, arm), *cells(run, arm, list(measured)), outputs(run, arm)] for arm in run.arms])
+
+
+def by_part(run: RunFile) -> Grid:
+    """One row an arm for each task and each length of the output; none where there is one of both alone."""
+    measured = {
+        "throughput": Column("tokens/s"),
+        "speedup": Column("speedup over ar"),
+        "over_hf": Column(f"over {PEER_BASELINE}"),
+        "ttft_s": Column("TTFT ms"),
+        "tpot_s": Column("TPOT ms"),
+        "mean_acceptance_length": Column("τ"),
+        "acceptance_rate": Column("accepted"),
+        "peak_cache_bytes": Column("KV MB"),
+        "grown_bytes": Column("growth MB"),
+        "compressions": Column("evictions"),
+        "self_ppl": Column("self PPL"),
+        "repetition": Column("repeats"),
+    }
+    if PEER_BASELINE not in run.arms:
+        del measured["over_hf"]
+    heads = [Column("task", False), Column("prompts"), Column("tokens"), Column("arm", False)]
+    columns = [*heads, *measured.values()]
+    tasks = run.tasks
+    if len(tasks) * len(run.lengths) == 1:
+        return Grid(columns, [])
+    rows = []
+    for (task, prompts), length in product(tasks.items(), run.lengths):
+        part = run.of(prompts).at(length)
+        for arm in part.arms:
+            if part.arms[arm].rows:
+                about = [task, str(len(prompts)), str(length), label(part, arm)]
+                rows.append([*about, *cells(part, arm, list(measured))])
+    return Grid(columns, rows)
 
 
 def acceptance(run: RunFile) -> Grid:
@@ -92,7 +143,13 @@ def acceptance(run: RunFile) -> Grid:
 
 def memory(run: RunFile) -> Grid:
     """One row an arm of ours: what its weights, its cache and all that comes and goes took of the memory."""
-    measured = {"weight_bytes": "weights MB", "peak_cache_bytes": "KV MB", "peak_bytes": "peak MB"}
+    measured = {
+        "weight_bytes": "weights MB",
+        "peak_cache_bytes": "KV MB",
+        "grown_bytes": "growth MB",
+        "compressions": "evictions",
+        "peak_bytes": "peak MB",
+    }
     rows = [[label(run, arm), *of] for arm in run.arms if any(of := cells(run, arm, list(measured)))]
     return Grid([Column("arm", figures=False), *map(Column, measured.values())], rows)
 
@@ -206,6 +263,8 @@ def cells(run: RunFile, arm: str, columns: Sequence[str]) -> list[str]:
     """Measures of an arm as text; empty where it has none."""
     measures = run.measures(arm)
     texts = {name: FORMATS[name](value) for name, value in measures.items() if name in FORMATS}
+    if "throughput_std" in texts:
+        texts["throughput"] += f" ± {texts['throughput_std']}"
     if "speedup" in measures:
         texts["speedup"] = f"{run.speedup(arm)}"
     if run.log_speedups(arm, over=PEER_BASELINE):
@@ -230,6 +289,16 @@ def notes(run: RunFile) -> list[str]:
             "Lossy: checked against plain decoding with the same cache and the same weights. The share is that of its"
             " tokens that come before it leaves ar's output."
         )
+    own = {arm: base for arm in run.arms if (base := plain(run, arm)) is not None}
+    if own := {arm: base for arm, base in own.items() if run.log_speedups(arm, over=base)}:
+        told = "; ".join(f"{arm} over {base} {run.speedup(arm, over=base)}" for arm, base in own.items())
+        said.append(f"Against plain decoding with the same loss: {told}.")
+    if any("repetition" in run.measures(arm) for arm in run.arms):
+        said.append(
+            "Self PPL: how likely the target finds the output, with its full cache. It says nothing of quality: it"
+            f" falls when a text loops. Repeats: 4-grams that stood in the output before; from {LOOPS:.0%} on it loops,"
+            " and what is fast there is fast at repeating."
+        )
     return said + [f"Beware: {warning}." for warning in run.header.warnings]
 
 
@@ -250,6 +319,8 @@ def markdown(
         parts.append(markdown_table(verdicts(judgements)))
     parts += [markdown_table(speeds(run)), "\n".join(f"- {_markdown(note)}" for note in notes(run))]
     if past is not None:
+        if (split := by_part(run)).rows:
+            parts += ["### By task and length", markdown_table(split)]
         if (accepted := acceptance(run)).rows:
             parts += ["### Acceptance", markdown_table(accepted)]
         if (held := memory(run)).rows:
@@ -290,6 +361,8 @@ def latex(
     parts.append(
         _latex_table(speeds(run), " ".join([f"Speed: {title}.", *([] if judgements else [judged_by]), *notes(run)]))
     )
+    if (split := by_part(run)).rows:
+        parts.append(_latex_table(split, f"By task and length of the output: {title}."))
     if (accepted := acceptance(run)).rows:
         parts.append(_latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
     if (held := memory(run)).rows:
@@ -357,9 +430,19 @@ def outputs(run: RunFile, arm: str) -> str:
     if record.bugs:
         return "WRONG"
     ties = f"{record.ties}/{record.total('runs'):.0f} ties" if record.ties else ""
+    loops = "loops" if run.measures(arm).get("repetition", 0.0) >= LOOPS else ""
     if not record.lossy:
-        return ties or "equal"
-    return " ".join(filter(None, ["lossy", *cells(run, arm, ["agreement"]), ties]))
+        return " ".join(filter(None, [ties or "equal", loops]))
+    return " ".join(filter(None, ["lossy", *cells(run, arm, ["agreement"]), ties, loops]))
+
+
+def plain(run: RunFile, arm: str) -> str | None:
+    """The arm that decodes plainly with the same loss as a lossy one that drafts, if there is one."""
+    options = run.arms[arm].options
+    if not run.arms[arm].lossy or "drafter" not in options:
+        return None
+    wanted = {key: options[key] for key in _LOSS if key in options}
+    return next((other for other, record in run.arms.items() if record.options == wanted), None)
 
 
 def drafts(record: ArmRecord) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from specdecode.bench.names import BASELINE, slug
-from specdecode.bench.stats import Ratio, mean_ratio
+from specdecode.bench.stats import Ratio, mean_ratio, noise_floor
 
 COUNTERS = {
     "target_forwards_per_token": (-1, "target_forwards", "tokens"),
@@ -59,7 +60,7 @@ class Header:
 
     Attributes:
         identity: what runs must share.
-        max_new_tokens: length of every output.
+        max_new_tokens: length of every output, unless a stop token ended it.
         outputs: for each prompt, in order, a digest of what the baseline wrote.
         floor: the A/A floor, in logarithms.
         roofline: tokens per second at which the target's weights can be streamed once per token; 0 if not measured.
@@ -96,8 +97,8 @@ class Row:
     Attributes:
         log_speedup: over `ar` in the same block, mean of the repeats.
         counts: "runs", "tokens", "agreed" (those before the output leaves `ar`'s), "steps" and the others of
-            `bench.arms.Run`.
-        seconds: "total", "ttft" and the others of `bench.arms.Run`.
+            `bench.arms.Run`; "ngrams", "repeated" and "nll" of `bench.text`.
+        seconds: "total", "ttft" and the others of `bench.arms.Run`; of `ar` also "last", the total of its second runs.
         histograms: of steps, see `bench.arms.Run`.
     """
 
@@ -120,6 +121,8 @@ class ArmRecord:
         lossy: its outputs are not the baseline's, but were checked against a reference of their own.
         rehearsal: see REHEARSED.
         timed: how long it drafted depended on the clock, and so did its counts.
+        options: the preset's entry that it was made of; empty in older files.
+        shorter: rows of the same runs cut at shorter lengths.
     """
 
     rows: dict[str, Row]
@@ -130,6 +133,8 @@ class ArmRecord:
     lossy: bool = False
     rehearsal: dict[str, float] = field(default_factory=dict)
     timed: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    shorter: dict[int, dict[str, Row]] = field(default_factory=dict)
 
     def total(self, name: str, prompts: Iterable[str] | None = None) -> float:
         """Sum over prompts (all, if None) of a count or of "NAME_s", seconds; nan if it was not taken."""
@@ -182,6 +187,52 @@ class RunFile:
     date: str = ""
     reason: str = ""
 
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths at which it can be looked at, the whole one last."""
+        shorter = {length for record in self.arms.values() for length in record.shorter}
+        return [*sorted(shorter), self.header.max_new_tokens]
+
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """The prompts of each task: what stands before the last slash of their ids."""
+        found: dict[str, list[str]] = {}
+        for prompt in self.header.outputs:
+            found.setdefault(prompt.rpartition("/")[0], []).append(prompt)
+        return found
+
+    def at(self, length: int) -> RunFile:
+        """The run as it was when the outputs had got to a length: one of `lengths`."""
+        if length == self.header.max_new_tokens:
+            return self
+        arms = {arm: replace(record, rows=record.shorter.get(length, {})) for arm, record in self.arms.items()}
+        return self._part(replace(self.header, max_new_tokens=length), arms)
+
+    def of(self, prompts: Collection[str]) -> RunFile:
+        """The part of the run that is about some of its prompts. Whether an arm wrote a wrong output or a tie, and what
+        was rehearsed, is told of the whole."""
+
+        def chosen(rows: dict[str, Row]) -> dict[str, Row]:
+            return {prompt: row for prompt, row in rows.items() if prompt in prompts}
+
+        outputs = {prompt: output for prompt, output in self.header.outputs.items() if prompt in prompts}
+        arms = {
+            arm: replace(
+                record,
+                rows=chosen(record.rows),
+                shorter={length: chosen(rows) for length, rows in record.shorter.items()},
+            )
+            for arm, record in self.arms.items()
+        }
+        return self._part(replace(self.header, outputs=outputs), arms)
+
+    def _part(self, header: Header, arms: dict[str, ArmRecord]) -> RunFile:
+        """With an A/A floor of its own where that is higher: less was measured, and no less noisily."""
+        rows = arms[BASELINE].rows.values() if BASELINE in arms else ()
+        noise = [[math.log(row.seconds["total"] / row.seconds["last"])] for row in rows if "last" in row.seconds]
+        floor = max(header.floor, noise_floor(noise)) if noise else header.floor
+        return replace(self, header=replace(header, floor=floor), arms=arms)
+
     def log_speedups(self, arm: str, over: str = BASELINE) -> dict[str, float]:
         """Log speedups of an arm over another in the same block, by prompt, where both outputs were right."""
         mine, other = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
@@ -215,8 +266,10 @@ class RunFile:
         speedup = self.speedup(arm)
         throughput = _ratio(record.total("tokens"), record.total("total_s"))
         rows = record.rows.values()
+        speeds = [_ratio(row.counts["tokens"], row.seconds["total"]) for row in rows]
         measures = {
             "throughput": throughput,
+            "throughput_std": statistics.stdev(speeds) if len(speeds) > 1 else math.nan,
             "speedup": speedup.value,
             "speedup_low": speedup.low,
             "speedup_high": speedup.high,
@@ -236,6 +289,9 @@ class RunFile:
             "synthetic": float(record.synthetic),
             "lossy": float(record.lossy),
             "agreement": _ratio(record.total("agreed"), record.total("tokens")),
+            "self_ppl": math.exp(_ratio(record.total("nll"), record.total("tokens"))),
+            "repetition": _ratio(record.total("repeated"), record.total("ngrams")),
+            "grown_bytes": _ratio(record.total("grown_bytes"), record.total("runs")),
         }
         for part in ("draft", "verify", "overhead"):
             measures[f"{part}_s_per_step"] = _ratio(record.total(f"{part}_s"), record.total("steps"))

@@ -22,7 +22,10 @@ from specdecode.bench.report import judged_by
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.evals.data import token_prompts
 from specdecode.lm import LM
-from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, choose_device, choose_dtype, load, weights_of
+from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, TINY, choose_device, choose_dtype, load, weights_of
+
+_DRAFTS = {EMBEDDED: EMBEDDED_DRAFT, TINY: "layers:0-1"}
+"""The drafts of targets that have one of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +46,35 @@ class Options:
     baseline: str | None
     against: str | None
     backend: str
+    tiny: bool
+    stop_at_eos: bool
 
     @property
     def identity(self) -> Identity:
         """What makes runs comparable; known before a model is loaded."""
         device = choose_device(self.device)
+        target = TINY if self.tiny and self.target == EMBEDDED else self.target
         return Identity(
             hardware=hardware(device),
-            target=self.target,
-            draft=self.draft or (EMBEDDED_DRAFT if self.target == EMBEDDED else ""),
+            target=target,
+            draft=self.draft or _DRAFTS.get(target, ""),
             dtype=str(choose_dtype(self.dtype, device)).removeprefix("torch."),
-            preset=Path(self.preset).stem,
+            preset=Path(self.preset).stem + ("-tiny" if self.tiny else ""),
         )
 
     @property
     def experiment(self) -> Preset:
         """The preset, with what the command line says otherwise."""
-        chosen = preset(self.preset)
+        chosen = preset(self.preset).tiny() if self.tiny else preset(self.preset)
         if self.repeats is not None and self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}: each prompt is measured once at least")
+        length = chosen.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         return Preset(
             arms=chosen.arms,
             prompts=self.prompts or chosen.prompts,
-            max_new_tokens=chosen.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
+            max_new_tokens=length,
             repeats=chosen.repeats if self.repeats is None else self.repeats,
+            lengths=[shorter for shorter in chosen.lengths if shorter < length],
         )
 
     @property
@@ -139,12 +147,17 @@ def measure(options: Options, selected: set[str]) -> Bench:
     prompts, origins = token_prompts(chosen.prompts, target.encode)
     entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}
     backend = target.with_backend(options.backend).backend
-    arms = [make(name, entry, target, draft, options.backend) for name, entry in entries.items()]
+    stops = target.stop_token_ids if options.stop_at_eos else ()
+    if options.stop_at_eos and not stops:
+        raise ValueError(f"{identity.target} has no stop tokens: leave out --stop-at-eos")
+    arms = [make(name, entry, target, draft, options.backend, chosen.lengths, stops) for name, entry in entries.items()]
     versions = {**environment(), "weights": weights_of(identity.target), "backend": backend.name}
     what = {
         "identity": identity.file.as_posix(),
         "prompts": prompts,
         "max_new_tokens": chosen.max_new_tokens,
+        "lengths": chosen.lengths,
+        "stop_token_ids": stops,
         "arms": entries,
         "code": code(),
         "versions": versions,
@@ -184,9 +197,13 @@ def measure(options: Options, selected: set[str]) -> Bench:
 
 def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
     """The same of two versions, side by side."""
-    for other, given in (("--baseline", options.baseline), ("--resume", options.resume)):
+    for other, given, why in (
+        ("--baseline", options.baseline, "it measures both versions anew"),
+        ("--resume", options.resume, "it measures both versions anew"),
+        ("--stop-at-eos", options.stop_at_eos, "outputs of one length are compared"),
+    ):
         if given:
-            raise ValueError(f"{other} does not go with --against: it measures both versions anew")
+            raise ValueError(f"{other} does not go with --against: {why}")
     tolerance = tolerance_of(options.tolerance, AGAINST_TOLERANCE)
     identity, chosen = options.identity, options.experiment
     entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}

@@ -90,7 +90,7 @@ class Worker:
 
     def expected(self, arm: str, prompt: list[int], tokens: list[int]) -> list[int]:
         """What the arm must write, where `ar` wrote these tokens."""
-        return list(self._arms[arm].expected(prompt, tokens))
+        return list(self._arms[arm].expected(prompt, tokens, len(tokens)))
 
     def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
         return asdict(timed(self._arms[arm], prompt, length, expected))
