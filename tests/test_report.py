@@ -259,7 +259,7 @@ def test_markdown_takes_hostile_names_for_text(report: Any) -> None:
     assert "](" not in text
     assert "a\\|b\\`c\\`\\*d\\*[e]\\(f)\\\\\\|" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         cells = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table.splitlines()}
         assert len(cells) == 1, table
@@ -272,7 +272,7 @@ def test_latex_takes_hostile_names_for_text(report: Any) -> None:
     assert "\n\\textbackslash{}input\\{x\\} & " in text
     assert "\n{}[0] new line & " in text  # a row's end takes what is in brackets for its argument
     assert "\nnaïve $\\tau$ ? & " in text
-    assert text.count("\\begin{tabular}") == text.count("\\toprule") == text.count("\\end{tabular}") == 4
+    assert text.count("\\begin{tabular}") == text.count("\\toprule") == text.count("\\end{tabular}") == 5
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
