@@ -43,7 +43,7 @@ def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:
 
     assert gpu.main(["--unpack", str(tmp_path / "gpu.json")]) == 0
     files = sorted((tmp_path / "baselines").glob("*/*.json"))
-    assert [read(file).header.identity.preset for file in files] == ["gpu-streaming-tiny"]
+    assert [read(file).header.identity.preset for file in files] == ["gpu-streaming.tiny"]
     assert all(str(file).endswith(str(read(file).header.identity.file)) for file in files)
 
 

@@ -189,7 +189,7 @@ def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> Non
     target, draft = save(tmp_path / "target"), save(tmp_path / "draft", texts=CHARACTERS[::-1])
     given = {"root": tmp_path, "preset": str(preset_), "target": str(target), "draft": str(draft)}
     left_out = {field.name: None for field in dataclasses.fields(Options)}
-    off = dict.fromkeys(("resume", "tiny", "stop_at_eos"), False)
+    off = dict.fromkeys(("resume", "tiny", "eos"), False)
     bench = measure(Options(**left_out | off | given | {"device": "cpu", "backend": "auto"}), {"by-text"})
     assert bench.wrong["by-text"] == []
     assert bench.run.measures("by-text")["acceptance_rate"] >= 0.0

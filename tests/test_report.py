@@ -377,6 +377,20 @@ def test_the_command_measures_the_same_again(report: Any) -> None:
     } == set(shlex.split(found[0])[2:])
 
 
+@pytest.mark.parametrize(
+    ("preset", "given"),
+    [("a.b", "--preset=a.b"), ("quick.tiny", "--preset=quick"), ("quick.tiny.eos", "--preset=quick")],
+)
+def test_the_command_has_the_options_that_made_another_experiment(preset: str, given: str, report: Any) -> None:
+    """Guards against a command that measures hours for what a rehearsal did in seconds."""
+    run = content(SPEEDUPS)
+    run["specdecode"]["identity"]["preset"] = preset
+    text = report("md", run)
+    assert f" {given} " in text
+    for flag in ("tiny", "eos"):
+        assert (f"--{flag}" in text) == (f".{flag}" in preset)
+
+
 def test_html_goes_beside_the_run_and_folders_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

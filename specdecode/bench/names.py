@@ -10,6 +10,9 @@ BASELINE = "ar"
 PEER_BASELINE = "hf-generate"
 """transformers' own autoregressive decoding, which this package's code cannot slow down."""
 
+FLAGS = ("tiny", "eos")
+"""Options that make another experiment of a preset: its name goes on with a dot and theirs."""
+
 
 def slug(text: str) -> str:
     """The text as a file name: lower-case letters, digits, dots and dashes."""

@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--prompts", default=None, help="data sets and counts, as in humaneval:4,prose:4 [as the preset says]"
     )
     group.addoption(
-        "--stop-at-eos",
+        "--eos",
         action="store_true",
         help="end outputs at the target's stop tokens [off: every output has the asked length]",
     )

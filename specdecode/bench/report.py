@@ -16,7 +16,7 @@ from rich.text import Text
 
 from specdecode.bench.gate import Judgement, Verdict
 from specdecode.bench.history import History
-from specdecode.bench.names import PEER_BASELINE, slug
+from specdecode.bench.names import FLAGS, PEER_BASELINE, slug
 from specdecode.bench.runs import ArmRecord, RunFile
 
 FORMATS: dict[str, Callable[[float], str]] = {
@@ -224,8 +224,9 @@ def command(run: RunFile) -> str:
     of, header = run.header.identity, run.header
     sets = Counter(prompt.rpartition("/")[0] for prompt in header.outputs)
     repeats = max((row.counts["runs"] for record in run.arms.values() for row in record.rows.values()), default=1)
+    flags = [flag for flag in FLAGS if flag in of.preset.split(".")[1:]]
     options = {
-        "preset": of.preset,
+        "preset": of.preset.removesuffix("".join(f".{flag}" for flag in flags)),
         "target": of.target,
         "draft": of.draft,
         "device": "cuda" if slug(str(header.versions.get("gpu", ""))) == of.hardware else "cpu",
@@ -234,7 +235,8 @@ def command(run: RunFile) -> str:
         "max-new-tokens": str(header.max_new_tokens),
         "repeats": f"{repeats:.0f}",
     }
-    return shlex.join(["pytest", "--benchmark", *(f"--{name}={value}" for name, value in options.items() if value)])
+    given = [f"--{option}={value}" for option, value in options.items() if value]
+    return shlex.join(["pytest", "--benchmark", *given, *(f"--{flag}" for flag in flags)])
 
 
 def speed_table(run: RunFile) -> Table:

@@ -15,7 +15,7 @@ from specdecode.bench.environment import conditions, environment, hardware, roof
 from specdecode.bench.gate import AGAINST_TOLERANCE, Judgement, Verdict, judge, tolerance_of
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import experiment
-from specdecode.bench.names import BASELINE
+from specdecode.bench.names import BASELINE, FLAGS
 from specdecode.bench.presets import Preset, preset
 from specdecode.bench.progress import progress
 from specdecode.bench.report import judged_by
@@ -47,7 +47,7 @@ class Options:
     against: str | None
     backend: str
     tiny: bool
-    stop_at_eos: bool
+    eos: bool
 
     @property
     def identity(self) -> Identity:
@@ -59,7 +59,7 @@ class Options:
             target=target,
             draft=self.draft or _DRAFTS.get(target, ""),
             dtype=str(choose_dtype(self.dtype, device)).removeprefix("torch."),
-            preset=Path(self.preset).stem + ("-tiny" if self.tiny else ""),
+            preset=".".join([Path(self.preset).stem, *(flag for flag in FLAGS if getattr(self, flag))]),
         )
 
     @property
@@ -147,9 +147,9 @@ def measure(options: Options, selected: set[str]) -> Bench:
     prompts, origins = token_prompts(chosen.prompts, target.encode)
     entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}
     backend = target.with_backend(options.backend).backend
-    stops = target.stop_token_ids if options.stop_at_eos else ()
-    if options.stop_at_eos and not stops:
-        raise ValueError(f"{identity.target} has no stop tokens: leave out --stop-at-eos")
+    stops = target.stop_token_ids if options.eos else ()
+    if options.eos and not stops:
+        raise ValueError(f"{identity.target} has no stop tokens: leave out --eos")
     arms = [make(name, entry, target, draft, options.backend, chosen.lengths, stops) for name, entry in entries.items()]
     versions = {**environment(), "weights": weights_of(identity.target), "backend": backend.name}
     what = {
@@ -200,7 +200,7 @@ def _measure_against(options: Options, ref: str, selected: set[str]) -> Bench:
     for other, given, why in (
         ("--baseline", options.baseline, "it measures both versions anew"),
         ("--resume", options.resume, "it measures both versions anew"),
-        ("--stop-at-eos", options.stop_at_eos, "outputs of one length are compared"),
+        ("--eos", options.eos, "outputs of one length are compared"),
     ):
         if given:
             raise ValueError(f"{other} does not go with --against: {why}")
