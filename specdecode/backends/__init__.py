@@ -51,9 +51,9 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "graph", forwards
-            captured as CUDA graphs (`backends.graph`); "compile", forwards through `torch.compile`, and on a GPU
-            captured too (`backends.compiled`); or "auto", the fastest for this model and device that takes no long
-            wait: packed on a CPU that gains from it, graph on a GPU, else eager.
+            captured as CUDA graphs (`backends.graph`); "compile", forwards through `torch.compile`, on a CPU over packed
+            layers, on a GPU captured too (`backends.compiled`); or "auto", the fastest for this model and device that
+            takes no long wait: packed on a CPU that gains from it, graph on a GPU, else eager.
         model: on its device, in its type.
 
     Raises:
@@ -64,7 +64,10 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
     on_gpu = device.type == "cuda"
     if kind == "compile":
         group(model)
-        return Backend("compile", static=lambda step: Static(compiled(step, on_gpu), CudaGraphs() if on_gpu else None))
+        if on_gpu:
+            return Backend("compile", static=lambda step: Static(compiled(step), CudaGraphs()))
+        note = f"{packed.pack(model)[0]} packed linear layers" if packed.why_not(model) is None else ""
+        return Backend("compile", note, static=lambda step: Static(compiled(step)))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
         return Backend("graph", static=lambda step: Static(step, CudaGraphs()), chosen=kind == "auto")

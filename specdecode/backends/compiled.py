@@ -15,14 +15,11 @@ from specdecode.backends.static import Inputs, Step
 _COMPILATIONS = 64
 
 
-def compiled(step: Step, on_gpu: bool) -> Step:
+def compiled(step: Step) -> Step:
     """A step that is compiled when it is first run, which takes from seconds to minutes; kernels are kept on disk by
-    TorchInductor, so that later processes take less.
-
-    On a CPU the weights become constants, laid out for the products that they take part in (TorchInductor's freezing).
-    """
+    TorchInductor, so that later processes take less."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
-    fast = torch.compile(step, fullgraph=True, options=None if on_gpu else {"freezing": True})
+    fast = torch.compile(step, fullgraph=True)
 
     def run(
         inputs: Inputs, positions: Int[Tensor, " span"], keys: Mapping[int, Tensor], values: Mapping[int, Tensor]

@@ -29,6 +29,22 @@ _TRIED_ROWS, _WORTH, _TRIED = 8, 1.1, 2**26
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+@torch.library.custom_op(
+    "specdecode::packed_linear",
+    mutates_args=(),
+    schema="(Tensor inputs, Tensor packed, Tensor weight, Tensor? bias) -> Tensor",
+)
+def _linear(inputs: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product for a compiler, to which oneMKL's own operator takes its number of rows for a constant."""
+    output: Tensor = torch.ops.mkl._mkl_linear(inputs, packed, weight, bias, inputs.numel() // inputs.shape[-1])
+    return output
+
+
+@_linear.register_fake
+def _(inputs: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], weight.shape[0]))
+
+
 class PackedLinear(nn.Module):
     """A linear layer that holds its weight in oneMKL's layout alone.
 
@@ -57,6 +73,8 @@ class PackedLinear(nn.Module):
         return 4 * self.in_features * self.out_features
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
+        if torch.compiler.is_compiling():
+            return _linear(inputs, self.packed, self._shape, self.bias)
         rows = inputs.numel() // self.in_features
         output: Tensor = torch.ops.mkl._mkl_linear(inputs, self.packed, self._shape, self.bias, rows)
         return output

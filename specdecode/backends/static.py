@@ -99,7 +99,7 @@ class Static:
             shapes that are not rounded.
     """
 
-    def __init__(self, step: Step, replay: Replay | None) -> None:
+    def __init__(self, step: Step, replay: Replay | None = None) -> None:
         self._step = step
         self._replay = replay
         self._idle: list[Storage] = []
