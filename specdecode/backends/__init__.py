@@ -51,8 +51,8 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "graph", forwards
-            captured as CUDA graphs (`backends.graph`); "compile", forwards through `torch.compile`, on a CPU over packed
-            layers, on a GPU captured too (`backends.compiled`); or "auto", the fastest for this model and device that
+            captured as CUDA graphs (`backends.graph`); "compile", forwards through `torch.compile`, of packed layers on
+            a CPU and captured on a GPU (`backends.compiled`); or "auto", the fastest for this model and device that
             takes no long wait: packed on a CPU that gains from it, graph on a GPU, else eager.
         model: on its device, in its type.
 

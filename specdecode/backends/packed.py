@@ -73,10 +73,12 @@ class PackedLinear(nn.Module):
         return 4 * self.in_features * self.out_features
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
-        if torch.compiler.is_compiling():
-            return _linear(inputs, self.packed, self._shape, self.bias)
         rows = inputs.numel() // self.in_features
-        output: Tensor = torch.ops.mkl._mkl_linear(inputs, self.packed, self._shape, self.bias, rows)
+        output: Tensor
+        if torch.compiler.is_compiling():
+            output = _linear(inputs, self.packed, self._shape, self.bias)
+        else:
+            output = torch.ops.mkl._mkl_linear(inputs, self.packed, self._shape, self.bias, rows)
         return output
 
 
