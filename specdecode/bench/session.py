@@ -144,7 +144,7 @@ def measure(options: Options, selected: set[str]) -> Bench:
     old = baseline(options)
     target = options.load(identity.target)
     draft = options.load(identity.draft, target) if identity.draft else None
-    prompts, origins = token_prompts(chosen.prompts, target.encode)
+    prompts, origins = token_prompts(chosen.prompts, target)
     entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}
     backend = target.with_backend(options.backend).backend
     stops = target.stop_token_ids if options.eos else ()

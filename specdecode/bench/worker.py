@@ -80,7 +80,7 @@ class Worker:
 
     def prompts(self, spec: str) -> list[Any]:
         """Token prompts by id, and their origins."""
-        return list(token_prompts(spec, self._loaded.encode))
+        return list(token_prompts(spec, self._loaded))
 
     def roofline(self) -> float:
         return roofline(self._loaded)

