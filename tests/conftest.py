@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import jaxtyping
@@ -34,6 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
     models.DEVICE = config.getoption("device") or models.DEVICE
     # The models are so small that a second thread only costs.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_worker_to_its_children() -> None:
+    """What tells a process that it is one of several that share the tests would be told to the suites that tests start
+    too, and they would measure nothing."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        del os.environ[name]
 
 
 @pytest.fixture
