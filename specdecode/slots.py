@@ -27,6 +27,7 @@ class Storage:
     moves: int = 0
 
     @staticmethod
+    @torch.inference_mode()
     def empty(capacity: int, device: torch.device) -> Storage:
         return Storage(torch.zeros(max(capacity, 1), dtype=torch.long, device=device))
 

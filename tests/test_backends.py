@@ -406,16 +406,18 @@ def test_a_step_waits_for_the_device_once(make: Callable[[LM], Drafter], monkeyp
 _COMPILED = """
 import warnings
 from torch._dynamo.utils import counters
-from specdecode import LM, FixedK, NoDraft, PromptLookup, generate
+from specdecode import LM, BestFirstTree, FixedK, ModelDrafter, NoDraft, PromptLookup, generate
 from tests.models import prompt, small
 
 warnings.simplefilter("error")  # as in the suites
 for dtype in ("double", "float"):
-    plain = LM(getattr(small().model, dtype)())
+    plain = LM(getattr(small(num_hidden_layers=2).model, dtype)())
     target = plain.with_backend("compile")
+    draft = plain.subset([1]).with_backend("compile")
     graphs = [counters["stats"]["unique_graphs"]]
     same = []
-    for drafter, k, length in ((NoDraft(), 1, 60), (PromptLookup(), 3, 90), (PromptLookup(branches=3), 9, 30)):
+    drafters = (NoDraft(), 1, 60), (PromptLookup(), 3, 90), (PromptLookup(branches=3), 9, 30)
+    for drafter, k, length in (*drafters, (ModelDrafter(draft), 3, 60), (ModelDrafter(draft, BestFirstTree(8)), 3, 60)):
         rules = {"drafter": drafter, "controller": FixedK(k), "max_new_tokens": length}
         same.append(generate(target, prompt(), **rules).tokens == generate(plain, prompt(), **rules).tokens)
         graphs.append(counters["stats"]["unique_graphs"])
@@ -423,16 +425,14 @@ for dtype in ("double", "float"):
 """
 
 
-def test_a_compiled_step_is_compiled_twice_and_no_more(pytestconfig: pytest.Config) -> None:
+def test_a_compiled_model_is_compiled_twice_and_no_more(pytestconfig: pytest.Config) -> None:
     """Guards against a compilation, which takes as long as thousands of tokens, whenever the text or the draft grows;
     and against one that decides otherwise. (In a process whose shapes are not checked: checks cannot be compiled.)"""
     command = [sys.executable, "-c", _COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
-    told = ["compile [2, 2, 2, 2] [True, True, True]"]
-    told.append(
-        "compile (15 packed linear layers) [4, 4, 4, 4] [True, True, True]"
-    )  # packed, as in float32 they can be
-    assert done.stdout.splitlines() == told, done.stderr
+    # Two for the target and two for the draft, which are of packed layers in float32.
+    told = [f"compile {[4] * 6}", f"compile (15 packed linear layers) {[8] * 6}"]
+    assert done.stdout.splitlines() == [f"{each} {[True] * 5}" for each in told], done.stderr
 
 
 def test_capturing_is_told_apart_from_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

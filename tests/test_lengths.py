@@ -262,6 +262,16 @@ def test_stop_tokens_end_every_arm_where_they_end_the_baseline() -> None:
     assert [len(cut.tokens) for cut in block.runs["ar"].cuts] == [length for length in SHORTER if length < ends["ar"]]
 
 
+def test_arms_that_must_write_the_same_share_one_reference() -> None:
+    """Guards against a reference decoded for each of a sweep's arms, which takes longer than the sweep."""
+    first, second, other = (
+        make(name, {"policy": "sink-window", "cache": cache_}, lm("llama"), None, "eager")
+        for name, cache_ in (("a", 16), ("b", 16), ("c", 32))
+    )
+    assert (first.target, first.policy) == (second.target, second.policy)
+    assert other.policy != first.policy
+
+
 # Rehearsals.
 
 

@@ -1,10 +1,11 @@
-"""The presets, each rehearsed to its end on the smallest models: interrupted, resumed, and told from the file alone."""
+"""The presets, each rehearsed to its end on the smallest models and told from the file alone."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,14 +27,35 @@ def options(name: str, root: Path, **given: object) -> Options:
     return Options(**{field.name: None for field in fields(Options)} | off | chosen | given)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_interrupted_resumed_and_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a grid that fails after an hour, forgets what it had, or that the report cannot tell."""
+def test_a_preset_runs_to_its_end_and_is_told(name: str, tmp_path: Path) -> None:
+    """Guards against a grid that fails after an hour, or that the report cannot tell."""
     asked = options(name, tmp_path)
     arms = set(asked.experiment.arms)
-    opened = session.open_journal
+    bench = measure(asked, arms)
+    assert not any(bench.wrong.values())
 
-    def interrupting(*arguments: object) -> object:
+    text = json.dumps({"specdecode": run_json(bench.run), "datetime": "2026-01-01T00:00:00"})
+    run = parse(text, Path("run.json"))
+    assert set(run.arms) == arms
+    assert len(run.lengths) == len(preset(name).lengths) + 1
+    bounded = [arm for arm, entry in preset(name).arms.items() if "cache" in entry]
+    assert not bounded or max(run.measures(arm)["compressions"] for arm in bounded) > 0
+    past = History([], "none")
+    for write in (markdown, latex):
+        page = write(run, title(run), "not judged", [], past)
+        assert all(arm in page.replace("\\_", "_") for arm in arms)
+    assert "<details>" in document("runs", section(run, title(run), "not judged", [], past))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_preset_of_lengths_and_caches_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an interruption that costs what was measured before it."""
+    arms, opened = {"ar", "ar-128", "linear-k3"}, session.open_journal
+    asked = options("sweep", tmp_path)
+
+    def interrupting(*arguments: Any) -> Any:
         finished, keep = opened(*arguments)
 
         def kept(block: Block) -> None:
@@ -47,21 +69,10 @@ def test_a_preset_is_interrupted_resumed_and_told(name: str, tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             measure(asked, arms)
     first = json.loads(asked.journal.read_text().splitlines()[1])
-    bench = measure(options(name, tmp_path, resume=True), arms)
-    assert not any(bench.wrong.values())
-    (prompt, *_) = bench.run.header.outputs
-    assert first["prompt"] == prompt
-    # It was not measured again.
-    assert bench.run.arms["ar"].rows[prompt].seconds["total"] == first["runs"]["ar"]["total_s"]
-
-    text = json.dumps({"specdecode": run_json(bench.run), "datetime": "2026-01-01T00:00:00"})
-    run = parse(text, Path("run.json"))
-    assert set(run.arms) == arms
-    assert len(run.lengths) == len(preset(name).lengths) + 1
-    bounded = [arm for arm, entry in preset(name).arms.items() if "cache" in entry]
-    assert not bounded or max(run.measures(arm)["compressions"] for arm in bounded) > 0
-    past = History([], "none")
-    for write in (markdown, latex):
-        page = write(run, title(run), "not judged", [], past)
-        assert all(arm in page.replace("\\_", "_") for arm in arms)
-    assert "<details>" in document("runs", section(run, title(run), "not judged", [], past))
+    bench = measure(options("sweep", tmp_path, resume=True), arms)
+    assert set(bench.run.arms) == arms
+    assert len(bench.run.header.outputs) == 2
+    rows = {arm: record.rows[first["prompt"]] for arm, record in bench.run.arms.items()}
+    assert {arm: row.seconds["total"] for arm, row in rows.items()} == {
+        arm: run["total_s"] for arm, run in first["runs"].items()
+    }

@@ -15,7 +15,7 @@ else:
     import tomli as tomllib
 
 
-_TINY_TOKENS = 20
+_TINY_TOKENS, _TINY_PROMPT = 12, 40
 # By how much caches are made smaller: the least of the presets' then still holds the sinks and their deepest draft.
 _TINY_CACHE = 8
 
@@ -39,16 +39,17 @@ class Preset:
     lengths: Sequence[int] = ()
 
     def tiny(self) -> Preset:
-        """The same arms as a rehearsal of seconds: a prompt of each set, and lengths and caches that the smallest
+        """The same arms as a rehearsal of seconds: a short prompt of each set, and lengths and caches that the smallest
         models outgrow as the preset's are outgrown."""
         shrink = max(1, self.max_new_tokens // _TINY_TOKENS)
         caches = {"cache", "draft_cache"}
+        names = [part.partition(":")[0] for part in self.prompts.split(",")]
         return Preset(
             arms={
                 arm: {key: value // _TINY_CACHE if key in caches else value for key, value in entry.items()}
                 for arm, entry in self.arms.items()
             },
-            prompts=",".join(part.partition(":")[0] for part in self.prompts.split(",")),
+            prompts=",".join(name if "@" in name else f"{name}@{_TINY_PROMPT}" for name in names),
             max_new_tokens=self.max_new_tokens // shrink,
             repeats=1,
             lengths=[length // shrink for length in self.lengths],

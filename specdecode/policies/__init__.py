@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
 from specdecode.policies.base import CachePolicy
 
 
+@cache
 def policy(name: str, max_len: int) -> CachePolicy:
-    """A policy by its name, with all else at its default.
+    """A policy by its name, with all else at its default: the same one for the same arguments, so that what decodes
+    alike can be told.
 
     Args:
         name: of the file, with dashes: "sink-window".
