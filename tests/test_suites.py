@@ -234,7 +234,7 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments:
 
 def test_quality_shows_perplexities(model: str) -> None:
     """Guards against a suite that passes and shows nothing."""
-    done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--preset", "tiny")
+    done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
     files = sorted((ROOT / "results").glob(f"quality-{slug(model)}-*"))
     try:
         assert done.returncode == 0, done.stdout + done.stderr

@@ -143,7 +143,7 @@ def target(request: pytest.FixtureRequest) -> LM:
     """The target model of the command line, on its backend."""
     with _one_sentence():
         options = _options(request.config)
-        return options.load(options.target).with_backend(options.backend)
+        return options.load(options.identity.target).with_backend(options.backend)
 
 
 @pytest.fixture(scope="session")

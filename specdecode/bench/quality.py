@@ -46,8 +46,8 @@ class Quality:
 
 
 def chosen_preset(options: Options) -> QualityPreset:
-    """The preset, with the texts of the command line if it names some."""
-    preset = quality_preset(options.preset)
+    """The preset, or the one to rehearse with; and the texts of the command line, if it names some."""
+    preset = quality_preset("tiny" if options.tiny else options.preset)
     if options.prompts is None:
         return preset
     return QualityPreset(options.prompts, preset.k, preset.arms, preset.needle, preset.window, preset.stride)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,7 @@ def plots(run: QualityRun, folder: Path) -> list[Path]:
         ValueError: matplotlib is not installed.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -123,20 +125,24 @@ def plots(run: QualityRun, folder: Path) -> list[Path]:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=family)
         axes.axhline(run.perplexity(), color="black", linestyle=":", label="full cache")
         axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="PPL")
+        ticks = sorted({size for points in sizes.values() for size, _ in points})
+        axes.set_xticks(ticks, [str(size) for size in ticks])
+        axes.minorticks_off()
         axes.legend(fontsize="small")
         figure.savefig(file)
         written.append(file)
     if run.documents:
+        colours = dict(zip(run.judged_arms, cycle(colormaps["tab20"](range(20))), strict=False))
         figure, panels, file = drawn("divergence", len(_CURVES))
         for axes, (of, along, name, where) in zip(panels, _CURVES, strict=True):
             for arm in run.judged_arms:
-                if points := run.curve(arm, of, along):
-                    axes.plot(*zip(*points, strict=True), label=arm)
+                if curve := run.curve(arm, of, along):
+                    axes.plot(*zip(*curve, strict=True), label=arm, color=colours[arm])
             axes.set(xlabel=where, ylabel=name)
             if of == "kl":
                 axes.set_yscale("symlog", linthresh=1e-4)
                 axes.set_ylim(bottom=0)
-        panels[0].legend(fontsize="x-small")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
         figure.savefig(file)
         written.append(file)
     if seekers := list(dict.fromkeys(each.arm for each in run.needles)):
@@ -158,17 +164,17 @@ _CURVES = (
 def _heat(axes: Axes, run: QualityRun, arm: str) -> None:
     """Depth down, length across: the probability of the answer, a token, and whether it is found."""
     grid = run.grid(arm)
-    lengths, depths = (sorted({cell[i] for cell in grid}) for i in (0, 1))
-    tiles = []
+    lengths, depths = sorted({length for length, _ in grid}), sorted({depth for _, depth in grid})
+    tiles: list[list[float]] = []
     for depth in depths:
         tiles.append([])
         for length in lengths:
-            cell = grid.get((length, depth), [])  # type: ignore[call-overload]
+            cell = grid.get((length, depth), [])
             told = [math.exp(each.logprob / len(each.ranks)) for each in cell]
             tiles[-1].append(sum(told) / len(told) if told else math.nan)
             found = sum(each.exact for each in cell)
             at = (len(tiles[-1]) - 1, len(tiles) - 1)
-            axes.text(*at, f"{found}/{len(cell)}", ha="center", va="center", color="gray")
+            axes.text(*at, f"{found}/{len(cell)}", ha="center", va="center", color="white")
     axes.imshow(tiles, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])

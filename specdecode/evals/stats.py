@@ -11,6 +11,8 @@ from statistics import NormalDist
 import numpy as np
 
 _RESAMPLES = 10_000
+# Of fewer the interval's ends lie beyond every resample, and what is left of it covers far less than it says.
+_LEAST_DOCUMENTS = 5
 _COVERAGE = 0.95
 _POWER = 0.9
 _NORMAL = NormalDist()
@@ -50,7 +52,7 @@ def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
         below: of each document, what it is divided by: its tokens.
 
     Returns:
-        The ratio; of a single document with an interval without end.
+        The ratio; of fewer than five documents with an interval without end.
 
     Raises:
         ValueError: no documents, or lists that are not of one length.
@@ -62,7 +64,7 @@ def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
     numerators, denominators = np.array(above, dtype=float), np.array(below, dtype=float)
     count = len(numerators)
     value = float(numerators.sum() / denominators.sum())
-    if count == 1:
+    if count < _LEAST_DOCUMENTS:
         return Estimate(value, -math.inf, math.inf)
     draws = np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
     ratios = numerators[draws].sum(1) / denominators[draws].sum(1)
@@ -127,4 +129,4 @@ def mcnemar(lost: int, won: int) -> float:
         raise ValueError(f"{lost} tasks lost and {won} won: counts are 0 or more")
     flips = lost + won
     tail: int = sum(math.comb(flips, i) for i in range(min(lost, won) + 1))
-    return min(2 * tail / 2**flips, 1.0)
+    return min(2 * tail / (1 << flips), 1.0)
