@@ -1,13 +1,18 @@
 """Perplexity through the decode path: `pytest --quality`."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from specdecode.controller import FixedK
+from specdecode.drafters.none import NoDraft
 from specdecode.evals.data import samples
-from specdecode.evals.perplexity import negative_log_likelihoods, perplexity
+from specdecode.evals.perplexity import DecodePath, Foretold, negative_log_likelihoods, perplexity
 
 _DOCUMENTS = 4
 _TOKENS = 160
+_WAYS = {1: lambda text: NoDraft(), 6: partial(Foretold, branches=2)}
 
 
 @pytest.fixture(scope="session")
@@ -15,10 +20,11 @@ def documents(target):
     return [target.encode(sample.text)[:_TOKENS] for sample in samples("prose", _DOCUMENTS)[0]]
 
 
-@pytest.mark.parametrize("width", [1, 6])
+@pytest.mark.parametrize("width", list(_WAYS))
 def test_the_decode_path_gives_the_models_own_perplexity(target, documents, width, quality_rows):
     """A wrong position, mask or slot in decoding changes the likelihood of real text long before it changes a token."""
-    losses = [negative_log_likelihoods(target, document, width) for document in documents]
+    path = DecodePath(target, drafter=_WAYS[width], controller=partial(FixedK, 5))
+    losses = [negative_log_likelihoods(path, document) for document in documents]
     reference = []
     for document in documents:
         ids = torch.tensor([document], device=target.device)

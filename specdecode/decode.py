@@ -1,10 +1,10 @@
-"""generate() and generate_batch(): the one decoding loop. Every method is a combination of its arguments."""
+"""generate(), generate_batch() and follow(): the one decoding loop. Every method is a combination of its arguments."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -165,6 +165,72 @@ def generate_batch(
     return results
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """What one step said of the tokens of a known text that it committed.
+
+    Attributes:
+        place: in the text, of the first of them.
+        logits: [n, V] from which each of them would have been chosen.
+        evicted: length of the text that had been read when the policy evicted last; None before it first does.
+    """
+
+    place: int
+    logits: Float[Tensor, "n V"]
+    evicted: int | None
+
+
+@torch.inference_mode()
+def follow(
+    target: LM,
+    text: Sequence[int] | Int[Tensor, " n"],
+    start: int = 1,
+    *,
+    drafter: Drafter = NoDraft(),
+    controller: Controller = FixedK(5),
+    policy: CachePolicy = KeepAll(),
+) -> Iterator[Followed]:
+    """Decode a text that is known (teacher forcing): what `generate` does, step by step, but that the text's own tokens
+    are committed in place of those that the target would choose. Proposals are accepted as far as the text agrees.
+
+    So the text is judged through the very steps, slots and evictions of decoding. Other texts may be followed between
+    two steps, of the same target too.
+
+    Args:
+        target: reads.
+        text: token ids.
+        start: so many of them are the prompt, which is read as `generate` reads it, and not judged.
+        drafter: proposes.
+        controller: how long to draft.
+        policy: what stays in the target's cache.
+
+    Yields:
+        One for each step; together they cover the text from `start` on.
+
+    Raises:
+        ValueError: all that `generate` refuses of such a prompt and as many new tokens.
+    """
+    known = [int(token) for token in text]
+    if not 1 <= start < len(known):
+        raise ValueError(
+            f"the text has {len(known)} tokens, of which {start} are the prompt: leave at least 1 for each"
+        )
+    _check_tokens(target, known, "text")
+    stops = Stops((), (), None)
+    told = _Text(target, known[:start], drafter, controller, policy, Sampling(), len(known) - start, stops, False, None)
+    with target.recording_for(policy):
+        told.prefill(but=PREFILL_CHUNK)
+    while not told.finished:
+        place, evicted = start + len(told.result.tokens), told.evicted
+        tree = told.propose()
+        started = time.perf_counter()
+        with target.recording_for(policy):
+            logits = target.forward_tree(told.slots, told.pending, tree)
+        ahead = torch.tensor(known[place : place + tree.depth + 1], device=tree.parents.device)
+        rows = told.commit(tree, logits, started, ahead[tree.depths])
+        yield Followed(place, logits[rows], evicted)
+
+
 class _Text:
     """One text that is being decoded: all of the loop but the target's forward, which others may share."""
 
@@ -197,6 +263,7 @@ class _Text:
         most = policy.keeps + policy.interval if policy.interval else min(self._end, len(self._tokens) + _AHEAD)
         self.slots = target.new_slots(most + MAX_DRAFT_NODES)
         self._read = 0  # tokens that went through the target; the rest are pending, the root at least
+        self.evicted: int | None = None  # tokens that had been read when the policy evicted last
         self.finished = False
         self.result = Generation(prompt_tokens=len(self._tokens), logprobs=[] if logprobs else None)
 
@@ -215,7 +282,7 @@ class _Text:
             self.result.prefill_forwards += 1
             if self._policy.reads_attention:
                 self.slots.attend(range(chunk))
-            self.result.prefill_compressions += self._target.evict(self.slots, self._policy)
+            self.result.prefill_compressions += self._evict()
         self.result.prefill_forwards_s = time.perf_counter() - started
 
     def propose(self) -> DraftTree:
@@ -236,14 +303,31 @@ class _Text:
         self._proposed_at = time.perf_counter()
         return tree
 
-    def commit(self, tree: DraftTree, logits: Float[Tensor, "nodes V"], forward_started: float) -> None:
-        """Accept what the target's forward over the pending tokens and the tree confirms, and end the step."""
+    def commit(
+        self,
+        tree: DraftTree,
+        logits: Float[Tensor, "nodes V"],
+        forward_started: float,
+        known: Int[Tensor, " nodes"] | None = None,
+    ) -> list[int]:
+        """Accept what the target's forward over the pending tokens and the tree confirms, and end the step.
+
+        Args:
+            tree: that was proposed.
+            logits: at its root and nodes.
+            forward_started: on the clock.
+            known: the token after the root and after each node, where not the target decides about it.
+
+        Returns:
+            The nodes at which the tokens that were committed were decided.
+        """
         result, slots, stem = self.result, self.slots, len(self._tokens) - self._read
         held = slots.bytes_held
         attended = held // slots.length * self._target.span(slots)
         root = slots.length - len(tree) - 1
-        greedy = self._sampling.greedy
-        verdict = accept(tree, logits.argmax(-1) if greedy else self._sampling.probs(logits), self._rng)
+        if known is None:
+            known = logits.argmax(-1) if self._sampling.greedy else self._sampling.probs(logits)
+        verdict = accept(tree, known, self._rng)
         verified_at = time.perf_counter()
 
         if self._policy.reads_attention:
@@ -256,13 +340,14 @@ class _Text:
             del result.tokens[stop + 1 :]
             result.finish_reason = "stop"
         emitted = result.tokens[new:]
+        decided_at = [0, *verdict.path[: len(emitted) - 1]]
         if result.logprobs is not None:
-            laws = logits[[0, *verdict.path[: len(emitted) - 1]]].double().log_softmax(-1)
+            laws = logits[decided_at].double().log_softmax(-1)
             result.logprobs += laws.gather(1, torch.tensor(emitted, device=laws.device)[:, None])[:, 0].tolist()
         self._tokens += emitted
         self.finished = stop is not None or len(self._tokens) == self._end
         self._read = len(self._tokens) - 1
-        compressions = 0 if self.finished else int(self._target.evict(slots, self._policy))
+        compressions = 0 if self.finished else int(self._evict())
 
         now = time.perf_counter()
         step = Step(
@@ -288,6 +373,14 @@ class _Text:
         if self._on_step is not None:
             self._on_step(emitted)
         result.decode_s = time.perf_counter() - self._started - result.prefill_s - result.capture_s
+        return decided_at
+
+    def _evict(self) -> bool:
+        """Let the policy evict if it is its turn, behind what has been read; whether it was."""
+        evicts = self._target.evict(self.slots, self._policy)
+        if evicts:
+            self.evicted = self._read
+        return evicts
 
     def _boundary(self) -> int:
         """The committed length, beyond the present one, at which the policy evicts next."""
@@ -301,9 +394,7 @@ def _stops(target: LM, token_ids: Sequence[int], strings: str | Sequence[str]) -
 def _check(target: LM, prompt: Sequence[int], max_new_tokens: int, policy: CachePolicy, controller: Controller) -> None:
     if not prompt:
         raise ValueError("the prompt is empty: decoding starts from at least one token")
-    outside = next((token for token in prompt if not 0 <= token < target.vocab_size), None)
-    if outside is not None:
-        raise ValueError(f"token {outside} of the prompt is outside the vocabulary (0 to {target.vocab_size - 1})")
+    _check_tokens(target, prompt, "prompt")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 must be asked for")
     if policy.interval:
@@ -319,6 +410,12 @@ def _check(target: LM, prompt: Sequence[int], max_new_tokens: int, policy: Cache
             f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the context of {target.name},"
             f" {target.context_length} tokens: ask for at most {target.context_length - len(prompt)}"
         )
+
+
+def _check_tokens(target: LM, tokens: Sequence[int], what: str) -> None:
+    outside = next((token for token in tokens if not 0 <= token < target.vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"token {outside} of the {what} is outside the vocabulary (0 to {target.vocab_size - 1})")
 
 
 def _check_policy(target: LM, policy: CachePolicy, controller: Controller) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from specdecode.bench.names import slug
+from specdecode.evals.results import read
 from tests.characters import save
 
 ROOT = Path(__file__).parent.parent
@@ -232,9 +234,20 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments:
 
 def test_quality_shows_perplexities(model: str) -> None:
     """Guards against a suite that passes and shows nothing."""
-    done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("PPL of prose") == 2
+    done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
+    files = sorted((ROOT / "results").glob(f"quality-{slug(model)}-*"))
+    try:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("PPL of prose") == 2
+        rows = {cells[1] for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] == "│"}
+        assert rows >= {"reference", "full", "sink-window-16", "heavy-hitter-16", "shuffled-16", "no-sinks-16"}
+        assert "needle found by" in done.stdout
+        assert "tokens" in done.stderr  # progress
+        assert [file.suffix for file in files if file.is_file()] == [".json", ".md"]
+        assert len(read(files[[file.suffix for file in files].index(".json")]).documents) == 3
+    finally:
+        for file in files:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def test_plain_pytest_leaves_the_suites_alone() -> None:

@@ -1,4 +1,4 @@
-"""Finished blocks on disk, line by line: what an interrupted run keeps."""
+"""Finished pieces of a run on disk, line by line: what an interrupted run keeps."""
 
 from __future__ import annotations
 
@@ -16,20 +16,29 @@ from specdecode.bench.measure import Block
 
 
 def open_journal(path: Path, what: dict[str, Any], resume: bool) -> tuple[list[Block], Callable[[Block], None]]:
-    """The blocks that an interrupted run of the same experiment left, and a function that keeps further ones.
+    """The blocks that an interrupted run of the same experiment left, and a function that keeps further ones; see
+    `open_lines`."""
+    finished, keep = open_lines(path, what, resume)
+    return [_block(entry) for entry in finished], lambda block: keep(asdict(block))
 
-    Each block is one line, on disk before the next is measured: a run that is killed loses the block that it was at, no
-    more, and a line that was cut off in writing is measured again.
+
+def open_lines(
+    path: Path, what: dict[str, Any], resume: bool
+) -> tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]:
+    """What an interrupted run left of the same work, piece by piece, and a function that keeps further pieces.
+
+    Each piece is one line of plain values, on disk before the next is measured: a run that is killed loses the one that
+    it was at, no more, and a line that was cut off in writing is measured again.
 
     Args:
         path: of the journal; started anew unless resumed.
-        what: is measured, as plain values: what must be the same for blocks to be put together.
+        what: is measured, as plain values: what must be the same for pieces to be put together.
         resume: go on with what is there; from the beginning, if nothing is.
 
     Raises:
         ValueError: the journal to resume is of something else.
     """
-    finished: list[Block] = []
+    finished: list[dict[str, Any]] = []
     if resume and path.exists():
         first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or ["{}"]
         there = json.loads(first)
@@ -38,12 +47,12 @@ def open_journal(path: Path, what: dict[str, Any], resume: bool) -> tuple[list[B
                 f"{path} holds a run with other {', '.join(changed)}: it cannot be resumed; leave out --resume to start"
                 " anew"
             )
-        finished = [_block(json.loads(line)) for line in lines]
-    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in [what, *map(asdict, finished)]))
+        finished = [json.loads(line) for line in lines]
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in [what, *finished]))
 
-    def keep(block: Block) -> None:
+    def keep(entry: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(asdict(block)) + "\n")
+            journal.write(json.dumps(entry) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 

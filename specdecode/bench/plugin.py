@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from specdecode.bench.quality import Quality
     from specdecode.bench.session import Bench, Options
     from specdecode.lm import LM
 
@@ -113,10 +114,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 _BENCH = pytest.StashKey["Bench"]()
-_QUALITY = pytest.StashKey[list[str]]()
+_QUALITY = pytest.StashKey["Quality"]()
+_ROWS = pytest.StashKey[list[str]]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.config.getoption("quality") and "cost" in metafunc.fixturenames:
+        from specdecode.bench.quality import chosen_preset
+        from specdecode.evals.results import MEASURES
+
+        with _one_sentence():
+            arms = chosen_preset(_options(metafunc.config)).arms
+        costs = [(arm, measure) for arm in arms for measure in MEASURES]
+        metafunc.parametrize("cost", costs, ids=["-".join(pair) for pair in costs])
     if not metafunc.config.getoption("benchmark") or not {"arm", "judged"} & set(metafunc.fixturenames):
         return
     options = _options(metafunc.config)
@@ -133,7 +143,7 @@ def target(request: pytest.FixtureRequest) -> LM:
     """The target model of the command line, on its backend."""
     with _one_sentence():
         options = _options(request.config)
-        return options.load(options.target).with_backend(options.backend)
+        return options.load(options.identity.target).with_backend(options.backend)
 
 
 @pytest.fixture(scope="session")
@@ -142,26 +152,48 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     from specdecode.bench.session import measure
 
     config = request.config
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    parameters = _parameters(request)
     selected = {values["arm"] if "arm" in values else values["judged"][0] for values in parameters}
+    with _at_work(config):
+        config.stash[_BENCH] = measure(_options(config), selected)
+    return config.stash[_BENCH]
+
+
+@pytest.fixture(scope="session")
+def quality(request: pytest.FixtureRequest) -> Quality:
+    """What was judged of the arms whose tests were selected, and what their margins say of it."""
+    from specdecode.bench.quality import measure
+
+    config = request.config
+    selected = {values["cost"][0] for values in _parameters(request) if "cost" in values}
+    with _at_work(config):
+        config.stash[_QUALITY] = measure(_options(config), selected)
+    return config.stash[_QUALITY]
+
+
+def _parameters(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Those of the tests that were selected."""
+    return [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+
+
+@contextmanager
+def _at_work(config: pytest.Config) -> Iterator[None]:
+    """For minutes of work within a fixture: its progress is seen, and what stops it is told in a sentence."""
     with ExitStack() as stack:
         if capture := config.pluginmanager.getplugin("capturemanager"):
             stack.enter_context(capture.global_and_fixture_disabled())
         try:
             with _one_sentence():
-                config.stash[_BENCH] = measure(_options(config), selected)
+                yield
         except KeyboardInterrupt:
-            sys.stderr.write(
-                "\nInterrupted. The same command with --resume goes on with the blocks that are finished.\n"
-            )
+            sys.stderr.write("\nInterrupted. The same command with --resume goes on with what is finished.\n")
             raise
-    return config.stash[_BENCH]
 
 
 @pytest.fixture(scope="session")
 def quality_rows(request: pytest.FixtureRequest) -> list[str]:
     """Lines of results; they are shown when the session ends."""
-    return request.config.stash.setdefault(_QUALITY, [])
+    return request.config.stash.setdefault(_ROWS, [])
 
 
 @contextmanager
@@ -182,8 +214,10 @@ def _options(config: pytest.Config) -> Options:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for row in config.stash.get(_QUALITY, []):
+    for row in config.stash.get(_ROWS, []):
         terminalreporter.write_line(row)
+    if (judged := config.stash.get(_QUALITY, None)) is not None:
+        _tell_quality(terminalreporter, judged)
     bench = config.stash.get(_BENCH, None)
     if bench is None:
         return
@@ -204,6 +238,35 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as page:
             page.write(markdown(bench.run, bench.title, bench.judged_by, bench.judgements))
+
+
+def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) -> None:
+    from rich.console import Console
+
+    from specdecode.bench.files import write_whole
+    from specdecode.bench.quality_report import costs, markdown, notes, plots, retrieval
+    from specdecode.bench.report import rich_table
+
+    text = io.StringIO()
+    console = Console(file=text, width=_TABLE_WIDTH, force_terminal=terminalreporter.hasmarkup)
+    console.print(rich_table(costs(judged.run, judged.judgements)))
+    if judged.run.needles:
+        console.print(rich_table(retrieval(judged.run)))
+    page = markdown(judged.run, judged.judgements)
+    write_whole(judged.file.with_suffix(".md"), page)
+    where = f"The run is in {judged.file}, a page of it in the .md beside it; margins are taken from {judged.margins}."
+    try:
+        drawn = plots(judged.run, judged.file.with_suffix(""))
+        where += f" Plots: {', '.join(map(str, drawn))}."
+    except ValueError as error:
+        where += f" There are no plots: {error}."
+    for note in [*notes(judged.run), where]:
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
+    terminalreporter.write_sep("=", "quality")
+    terminalreporter.write(text.getvalue())
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as told:
+            told.write(page)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,0 +1,155 @@
+"""One session of `pytest --quality`: from its options to what was judged, piece by piece, and what the margins say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from specdecode.backends import check as check_backend
+from specdecode.bench.environment import environment
+from specdecode.bench.files import write_whole
+from specdecode.bench.journal import code, open_lines
+from specdecode.bench.names import slug
+from specdecode.bench.progress import progress
+from specdecode.bench.session import Options
+from specdecode.evals.arms import QualityPreset, make, quality_preset
+from specdecode.evals.data import documents, token_prompts
+from specdecode.evals.needle import bury, look_for
+from specdecode.evals.perplexity import Judged
+from specdecode.evals.perplexity import judge as read_side_by_side
+from specdecode.evals.results import Judgement, QualityRun, Sought, document, judge, read_margins, write
+from specdecode.loading import choose_device, weights_of
+
+# What is written of a figure: more than any interval is wide, and few enough to keep a run's file small.
+_DIGITS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What a session judged.
+
+    Attributes:
+        run: as it is kept.
+        file: where it is.
+        margins: where its margins are, or would be.
+        judgements: of every arm and measure.
+    """
+
+    run: QualityRun
+    file: Path
+    margins: Path
+    judgements: list[Judgement]
+
+
+def chosen_preset(options: Options) -> QualityPreset:
+    """The preset, or the one to rehearse with; and the texts of the command line, if it names some."""
+    preset = quality_preset("tiny" if options.tiny else options.preset)
+    if options.prompts is None:
+        return preset
+    return QualityPreset(options.prompts, preset.k, preset.arms, preset.needle, preset.window, preset.stride)
+
+
+def measure(options: Options, selected: Collection[str]) -> Quality:
+    """Judge the selected arms of the preset, and what these refer to.
+
+    Raises:
+        ValueError, SpecDecodeError: an option is wrong, a model or a text cannot be had, or a file cannot be read.
+    """
+    preset = chosen_preset(options)
+    identity = options.identity
+    corpora = sorted({sample.partition("@")[0].partition(":")[0] for sample in preset.texts.split(",")})
+    margins = options.root / "baselines" / "quality" / f"{slug(identity.target)}-{slug('-'.join(corpora))}.json"
+    limits = read_margins(margins)
+    check_backend(options.backend, choose_device(options.device))
+    target = options.load(identity.target)
+    texts, origins = token_prompts(preset.texts, target)
+    arms = {name: entry for name, entry in preset.arms.items() if name in selected}
+    reference = make("reference", {}, target, preset.k, options.backend)
+    # An arm that is not read is not judged either.
+    can = {name: entry for name, entry in arms.items() if "quantize" not in entry or find_spec("torchao")}
+    paths = {name: make(name, entry, target, preset.k, options.backend) for name, entry in can.items()}
+    header = {
+        "target": identity.target,
+        "dtype": identity.dtype,
+        "preset": identity.preset,
+        "texts": preset.texts,
+        "origins": origins,
+        "k": preset.k,
+        "window": preset.window,
+        "stride": preset.stride,
+        "backend": str(reference.lm.backend),
+        "synthetic": target.synthetic,
+        "versions": {**environment(), "weights": weights_of(identity.target)},
+    }
+    stem = f"quality-{slug(identity.target)}-{identity.dtype}-{identity.preset}"
+    journal = options.root / "results" / f"{stem}.jsonl"
+    finished, keep = open_lines(journal, {**header, "arms": arms, "tokens": texts, "code": code()}, options.resume)
+    pieces = _needles(preset, paths)
+    sizes = [len(paths) * (len(tokens) - 1) for tokens in texts.values()] + [length for _, length, _ in pieces]
+    done = {each["id"]: each for each in finished}
+    with progress("tokens") as tell:
+        if options.resume:
+            tell(0, 1, f"resuming: {len(done)} of {len(sizes)} pieces are there")
+        behind = 0
+        for (name, tokens), size in zip(texts.items(), sizes, strict=False):
+            if name not in done:
+
+                def told(judged: int, name: str = name, behind: int = behind) -> None:
+                    tell(behind + judged, sum(sizes), name)
+
+                losses, judged = read_side_by_side(reference, paths, tokens, preset.window, preset.stride, told)
+                done[name] = {
+                    "id": name,
+                    "reference": _rounded(losses.tolist()),
+                    "arms": {arm: _plain(each) for arm, each in judged.items()},
+                }
+                keep(done[name])
+            behind += size
+        hay = [sample.text for sample in documents(preset.needle.corpus)[0]] if pieces and preset.needle else []
+        for arm, length, depth in pieces:
+            name = f"needle {arm} {length} {depth}"
+            if name not in done:
+                tell(behind, sum(sizes), name)
+                found = look_for(paths[arm], bury(target, hay, length, depth))
+                done[name] = {"id": name, **asdict(Sought(arm, length, depth, **asdict(found)))}
+                keep(done[name])
+            behind += length
+            tell(behind, sum(sizes), name)
+    run = QualityRun(
+        header,
+        arms,
+        [document(done[name]) for name in texts],
+        [
+            Sought(**{key: value for key, value in done[f"needle {arm} {length} {depth}"].items() if key != "id"})
+            for arm, length, depth in pieces
+        ],
+    )
+    file = options.root / "results" / f"{stem}.json"
+    write_whole(file, write(run))
+    journal.unlink(missing_ok=True)
+    return Quality(run, file, margins, judge(run, limits))
+
+
+def _needles(preset: QualityPreset, arms: Collection[str]) -> list[tuple[str, int, float]]:
+    """Who looks for a needle of which length at which depth."""
+    grid = preset.needle
+    if grid is None:
+        return []
+    return list(product([arm for arm in grid.arms if arm in arms], grid.lengths, grid.depths))
+
+
+def _plain(judged: Judged) -> dict[str, Any]:
+    return {
+        "nll": _rounded(judged.nll.tolist()),
+        "kl": _rounded(judged.kl.tolist()),
+        "agrees": judged.agrees.int().tolist(),
+        "since": judged.since.tolist(),
+    }
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [float(f"{value:.{_DIGITS}g}") for value in values]

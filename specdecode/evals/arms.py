@@ -1,0 +1,141 @@
+"""What the quality suite judges, by name: TOML files of texts and of ways to decode."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from specdecode.controller import FixedK
+from specdecode.evals.perplexity import DecodePath
+from specdecode.lm import LM
+from specdecode.policies import policy as named_policy
+from specdecode.policies.base import CachePolicy
+from specdecode.policies.keep_all import KeepAll
+from specdecode.policies.sink_window import SinkWindow
+from specdecode.slots import Slots
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True, slots=True)
+class NeedleGrid:
+    """The needles that are buried.
+
+    Attributes:
+        corpus: data set in whose documents.
+        lengths: tokens of the texts.
+        depths: shares of a text before the needle.
+        arms: that look for them.
+    """
+
+    corpus: str
+    lengths: list[int]
+    depths: list[float]
+    arms: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class QualityPreset:
+    """What to judge.
+
+    Attributes:
+        texts: data sets, as `evals.data.token_prompts` reads them.
+        k: tokens drafted in a step, by the reference and by all arms that do not say otherwise.
+        arms: for each arm's name, how it decodes; `make` knows the keys.
+        needle: what is buried; nothing, if it is None.
+        window: tokens that are read with one cache, see `evals.perplexity.windows`; None: a whole document.
+        stride: from one window to the next.
+    """
+
+    texts: str
+    k: int
+    arms: dict[str, dict[str, Any]]
+    needle: NeedleGrid | None = None
+    window: int | None = None
+    stride: int | None = None
+
+
+def quality_preset(name: str) -> QualityPreset:
+    """A preset of the package by name, or of a TOML file by path.
+
+    Raises:
+        ValueError: no such preset, or not one by its content.
+    """
+    folder = Path(str(files("specdecode.evals") / "presets"))
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        needle = content.pop("needle", None)
+        found = QualityPreset(**content, needle=None if needle is None else NeedleGrid(**needle))
+    except OSError:
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
+        raise ValueError(
+            f"no preset of the quality suite is named {name!r}: choose from {known}, or name a .toml file"
+        ) from None
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise ValueError(f"preset {name!r} cannot be read: {error}") from None
+    named = {entry["control"] for entry in found.arms.values() if "control" in entry}
+    if unknown := sorted((named | set(found.needle.arms if found.needle else ())) - found.arms.keys()):
+        raise ValueError(f"preset {name!r} has no arm {unknown[0]!r}, which it refers to")
+    return found
+
+
+class Shuffled:
+    """A sink window whose slots are put in any order: a negative control, for a model whose keys are rotated by their
+    positions.
+
+    Args:
+        max_len: the most committed tokens in the cache.
+    """
+
+    def __init__(self, max_len: int) -> None:
+        self._window = SinkWindow(max_len)
+        self.interval, self.keeps, self.pinned = self._window.interval, self._window.keeps, 0
+        self.reads_attention = False
+
+    def keep(self, slots: Slots) -> Int[Tensor, " m"]:
+        kept = self._window.keep(slots)
+        generator = torch.Generator().manual_seed(slots.committed)
+        return kept[torch.randperm(len(kept), generator=generator).to(kept.device)]
+
+
+def make(name: str, entry: dict[str, Any], target: LM, k: int, backend: str = "auto") -> DecodePath:
+    """The way to decode of a preset's arm.
+
+    Keys: `policy` (those of `specdecode.policies`, or "shuffled") with `cache` (tokens that it holds) and its other
+    settings, `quantize` ("int8"), `k`, and `control` (the arm whose margin this one must break).
+
+    Args:
+        name: of the arm.
+        entry: its keys.
+        target: loaded with backend="eager".
+        k: where the entry has none.
+        backend: how forwards run.
+
+    Raises:
+        UnsupportedModelError: the target cannot be quantised.
+        ValueError: a key or a value that is not known, or a package that is missing.
+    """
+    settings = {key: value for key, value in entry.items() if key not in ("quantize", "k", "control")}
+    kind, cache = settings.pop("policy", None), settings.pop("cache", 256)
+    policy: CachePolicy = KeepAll()
+    if kind == "shuffled" and not settings:
+        policy = Shuffled(cache)
+    elif kind is not None:
+        policy = named_policy(kind, cache, **settings)
+    elif settings:
+        raise ValueError(f"arm {name!r} has unknown options: {', '.join(settings)}")
+    chosen = entry.get("k", k)
+    FixedK(chosen)  # says so if it cannot be
+    lm = target.quantized(entry["quantize"]) if "quantize" in entry else target
+    return DecodePath(lm.with_backend(backend), policy, controller=lambda: FixedK(chosen))

@@ -1,0 +1,99 @@
+"""What intervals and verdicts of the evals promise."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+
+from specdecode.evals.stats import Estimate, Verdict, detectable, mcnemar, non_inferior, ratio_of_sums, student_t
+
+
+def test_long_documents_weigh_more() -> None:
+    """Guards against a mean of documents' means, which is not what a perplexity is made of."""
+    assert ratio_of_sums([1.0, 30.0], [10, 100]).value == pytest.approx(31 / 110)
+
+
+@pytest.mark.parametrize("documents", [5, 12])
+def test_the_interval_covers_the_truth_with_few_documents_too(documents: int) -> None:
+    """Guards against intervals over tokens, which are many and alike within a document, and against the percentile
+    interval of few documents, which covers 83 % with five."""
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        tokens = random.integers(50, 150, documents)
+        means = random.normal(0.3, 0.2, documents)
+        sums = [float(random.normal(mean, 1.0, count).sum()) for mean, count in zip(means, tokens, strict=True)]
+        cost = ratio_of_sums(sums, [float(count) for count in tokens])
+        covered += cost.low <= 0.3 <= cost.high
+    assert 180 <= covered <= 199
+
+
+@pytest.mark.parametrize("documents", [1, 4])
+def test_a_few_documents_say_nothing_of_others(documents: int) -> None:
+    """Guards against a verdict from a sample without any spread, or one that no resample leaves."""
+    cost = ratio_of_sums([1.0] * documents, [10.0] * documents)
+    assert cost.value == 0.1
+    assert non_inferior(cost, 100.0) is Verdict.INCONCLUSIVE
+    assert non_inferior(ratio_of_sums([1.0] * 5, [10.0] * 5), 100.0) is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    ("share", "freedom", "expected"),
+    # From printed tables.
+    [
+        (0.975, 1, 12.706),
+        (0.975, 2, 4.303),
+        (0.975, 5, 2.571),
+        (0.975, 7, 2.365),
+        (0.95, 10, 1.812),
+        (0.975, 200, 1.972),
+    ],
+)
+def test_quantiles_of_students_t(share: float, freedom: int, expected: float) -> None:
+    """Guards against a series that ends a term too early."""
+    assert student_t(share, freedom) == pytest.approx(expected, abs=5e-4)
+
+
+def test_a_cost_passes_only_if_its_whole_interval_is_within_the_margin() -> None:
+    """Guards against a verdict on the figure alone, or on the end that proves nothing."""
+    cost = Estimate(0.1, 0.05, 0.15)
+    assert [non_inferior(cost, margin) for margin in (0.16, 0.12, 0.04)] == [
+        Verdict.PASS,
+        Verdict.INCONCLUSIVE,
+        Verdict.FAIL,
+    ]
+    assert f"{cost}" == "0.100 [0.050, 0.150]"
+
+
+def test_the_detectable_cost_is_told_from_none_nine_times_in_ten() -> None:
+    """Guards against a promise of power that the interval does not keep."""
+    random = np.random.default_rng(3)
+
+    def measured(cost: float) -> Estimate:
+        return ratio_of_sums(list(100 * random.normal(cost, 0.05, 30)), [100.0] * 30)
+
+    promised = float(np.mean([detectable(measured(0.0)) for _ in range(40)]))
+    told = sum(measured(promised).low > 0 for _ in range(200)) / 200
+    assert 0.84 < told < 0.96
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (5, 0), (3, 3), (9, 2), (1, 4)])
+def test_mcnemar_is_what_all_ways_to_flip_say(lost: int, won: int) -> None:
+    """Guards against a one-sided p-value, and against one of an even split above 1."""
+    flips = lost + won
+    ways = [sum(way) for way in product((0, 1), repeat=flips)]
+    uneven = sum(abs(way - flips / 2) >= abs(lost - flips / 2) for way in ways) / 2**flips
+    assert mcnemar(lost, won) == pytest.approx(uneven)
+    assert mcnemar(won, lost) == mcnemar(lost, won) <= 1.0
+
+
+def test_what_is_no_sample_is_refused() -> None:
+    """Guards against a figure of nothing, which is no number and fails no comparison."""
+    with pytest.raises(ValueError, match="0 and 0 documents"):
+        ratio_of_sums([], [])
+    with pytest.raises(ValueError, match="-1 tasks lost"):
+        mcnemar(-1, 0)
+    assert math.isinf(ratio_of_sums([1.0], [1.0]).high)
