@@ -196,7 +196,11 @@ def test_costs_that_are_wrong_at_the_start_are_corrected(name: str, draft: float
     assert statistics.fmean(over_best(MACHINES[name], both, always(0.7), 512)) >= 0.95
 
 
-@pytest.mark.parametrize("acceptance", [always(0.0), always(0.05), in_turns(8), in_turns(40)], ids=str)
+@pytest.mark.parametrize(
+    "acceptance",
+    [always(0.0), always(0.05), in_turns(8), in_turns(40)],
+    ids=["never", "hardly ever", "in turns of 8", "in turns of 40"],
+)
 @pytest.mark.parametrize("name", [*MACHINES, *TREES])
 def test_nothing_is_slower_than_plain_decoding(name: str, acceptance: Acceptance) -> None:
     """Guards against a useless draft that is paid for, its reading of the prompt included: at the start, where it is

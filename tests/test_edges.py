@@ -428,7 +428,6 @@ def test_a_rotation_that_changes_with_the_length_bounds_the_context() -> None:
         (lambda: lm("llama").subset([0, 4]), r"layers is \[0, 4\]"),
         (lambda: lm("llama").subset([-1, 2]), r"layers is \[-1, 2\]"),
     ],
-    ids=str,
 )
 def test_a_part_out_of_its_range_is_named(make: object, sentence: str) -> None:
     """Guards against a setting that makes no sense, and fails far from where it was made."""
