@@ -15,10 +15,13 @@ from xml.etree import ElementTree
 from specdecode.bench.blame import Blame
 from specdecode.bench.gate import FAILING, Judgement, Verdict
 from specdecode.bench.history import History
+from specdecode.bench.methods import is_peer, places
 from specdecode.bench.names import BASELINE
 from specdecode.bench.report import (
     MEMORY,
+    MODEL,
     Grid,
+    by_model,
     by_part,
     command,
     drafts,
@@ -37,7 +40,6 @@ from specdecode.bench.stats import Ratio
 
 Element = ElementTree.Element
 
-_COLOURS = 7
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _SIGNS = {
     Verdict.REGRESSED: ("bad", "✗"),
@@ -78,6 +80,7 @@ def section(
         *_speeds(run, styles),
         *_parts(run),
         *_acceptance(run, styles),
+        *_model(run),
         *_memory(run),
         *(_history(run, past, styles) if past else []),
         *_about(run),
@@ -96,13 +99,9 @@ class _Style(NamedTuple):
 
 
 def _styles(run: RunFile) -> dict[str, _Style]:
-    """A colour for each method; a peer that does the same as an arm of ours shares its colour."""
-    ours = {record.against: arm for arm, record in run.arms.items() if record.against}
-    methods = dict.fromkeys(ours.get(arm, arm) for arm in run.arms if ours.get(arm, arm) != BASELINE)
-    colours = {method: f"c{i % _COLOURS}" for i, method in enumerate(methods)} | {BASELINE: "plain"}
-    # What a step of a peer is made of is not known.
-    peers = {arm for arm, record in run.arms.items() if record.rows and math.isnan(record.total("draft_s"))}
-    return {arm: _Style(colours[ours.get(arm, arm)], arm in peers) for arm in run.arms}
+    """The colour of each arm's method."""
+    classes = {arm: "plain" if place is None else f"c{place}" for arm, place in places(run).items()}
+    return {arm: _Style(classes[arm], is_peer(record)) for arm, record in run.arms.items()}
 
 
 def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[Element]:
@@ -338,6 +337,14 @@ def _acceptance_plot(run: RunFile, arm: str, longest: int, style: _Style) -> Ele
         ]
     )
     return _drawing(308, bottom + 32, f"Acceptance of {arm}", said, *parts, style=style)
+
+
+def _model(run: RunFile) -> list[Element]:
+    grid = by_model(run)
+    if not grid.rows:
+        return []
+    told = _element("p", MODEL, class_="soft")
+    return [_element("h2", "By the model"), told, _scrolling(_table(grid), "Speedups by the model")]
 
 
 def _memory(run: RunFile) -> list[Element]:

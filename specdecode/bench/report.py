@@ -7,7 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from specdecode.bench.gate import Judgement, Verdict
 from specdecode.bench.history import History
+from specdecode.bench.model import modelled
 from specdecode.bench.names import FLAGS, PEER_BASELINE, slug
 from specdecode.bench.runs import ArmRecord, RunFile
 
@@ -48,6 +49,14 @@ MEMORY = (
     " once in a short run, above all loaded weights."
 )
 """What a table of memory does not say by itself."""
+
+
+MODEL = (
+    "Alpha is the probability that a proposal is accepted once those before it were. The study's approximation is"
+    " (1 + K alpha) / (1 + K T_draft / T_target); the exact expectation is a chain's (Leviathan et al. 2023), with the"
+    " depths and the costs that were measured; from steps is what the steps really gave, without overhead."
+)
+"""What a table of models does not say by itself."""
 
 
 class Column(NamedTuple):
@@ -138,6 +147,17 @@ def acceptance(run: RunFile) -> Grid:
     depth = max(map(len, shares.values()), default=0)
     columns = [Column("accepted at position", figures=False), *(Column(str(at + 1)) for at in range(depth))]
     rows = [[label(run, arm), *map(_percent, of), *[""] * (depth - len(of))] for arm, of in shares.items()]
+    return Grid(columns, rows)
+
+
+def by_model(run: RunFile) -> Grid:
+    """One row a chain that has others like it but for K: the speedup over `ar` by two models, and as measured."""
+    columns = [Column("by the model", figures=False)]
+    columns += map(Column, ("K", "alpha", "study's", "exact", "from steps", "measured"))
+    rows = []
+    for of in chain.from_iterable(modelled(run).values()):
+        found = [_percent(of.acceptance), f"{of.study:.2f}", f"{of.exact:.2f}", f"{of.steps:.2f}", f"{of.measured}"]
+        rows.append([label(run, of.arm), str(of.k), *found])
     return Grid(columns, rows)
 
 
@@ -325,6 +345,8 @@ def markdown(
             parts += ["### By task and length", markdown_table(split)]
         if (accepted := acceptance(run)).rows:
             parts += ["### Acceptance", markdown_table(accepted)]
+        if (promised := by_model(run)).rows:
+            parts += ["### By the model", markdown_table(promised), _markdown(MODEL)]
         if (held := memory(run)).rows:
             parts += ["### Memory", markdown_table(held), _markdown(MEMORY)]
         parts += ["### History", _markdown(past.told)]
@@ -357,7 +379,7 @@ def latex(
 
     The history is left out: a column for each arm is more than fits on a page.
     """
-    parts = ["% \\usepackage[T1]{fontenc} \\usepackage{array,booktabs,graphicx}"]
+    parts = [_PACKAGES]
     if judgements:
         parts.append(_latex_table(verdicts(judgements), f"Verdicts: {title}. {judged_by}"))
     parts.append(
@@ -367,11 +389,16 @@ def latex(
         parts.append(_latex_table(split, f"By task and length of the output: {title}."))
     if (accepted := acceptance(run)).rows:
         parts.append(_latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
+    if (promised := by_model(run)).rows:
+        parts.append(_latex_table(promised, f"Speedup over ar by the model: {title}. {MODEL}"))
     if (held := memory(run)).rows:
         parts.append(_latex_table(held, f"Memory: {title}. {MEMORY}"))
     captions = (f"Measured with: {command(run)}", "Conditions around the run.")
     parts += map(_latex_table, surroundings(run), captions)
     return "\n\n".join(parts) + "\n"
+
+
+_PACKAGES = "% \\usepackage[T1]{fontenc} \\usepackage{array,booktabs,graphicx}"
 
 
 def _latex_table(grid: Grid, caption: str) -> str:

@@ -1,0 +1,80 @@
+"""Which method an arm is, so that it has one colour wherever it is drawn, and which arms differ in one setting."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+
+from specdecode.bench.names import BASELINE, PEER_BASELINE
+from specdecode.bench.runs import ArmRecord, RunFile
+
+COLOURS = ("#0072b2", "#d55e00", "#009070", "#b8568f", "#c98a00", "#2b9ad6", "#77700a")
+"""Okabe and Ito's colours, those that are too light for a white page a little darker; `page.css` has the same."""
+
+PLAIN = "#59616b"
+"""The colour of plain decoding."""
+
+METHODS = {"linear": 0, "tree-static": 1, "tree-best-first": 2, "self-streaming": 3, "lookup": 4, "universal": 5}
+"""The methods that draft, and the place of each one's colour. What is none of them takes a place that is left."""
+
+_SHAPES = {"chain": "linear", "static": "tree-static", "best-first": "tree-best-first"}
+_PEERS = {"generate": BASELINE, "assisted": "linear", "prompt-lookup": "lookup"}
+# Older files do not tell how an arm decodes: there it goes by the names that the presets have always used.
+_NAMES = {
+    **{name: name for name in (BASELINE, *METHODS)},
+    **{"streaming": "linear", "tree+streaming": "tree-static"},
+    **{PEER_BASELINE: BASELINE, "hf-assisted": "linear", "hf-prompt-lookup": "lookup"},
+}
+
+
+def method(run: RunFile, arm: str) -> str:
+    """How the arm drafts: one of METHODS, or "ar"; a peer's is that of the method that does the same. The arm's own
+    name if it is none of these."""
+    options = run.arms[arm].options
+    if not any(record.options for record in run.arms.values()):
+        start = max((name for name in _NAMES if arm.startswith(name)), key=len, default="")
+        return _NAMES.get(start, arm)
+    if "peer" in options:
+        return _PEERS.get(str(options["peer"]), arm)
+    drafter = str(options.get("drafter", "none"))
+    if drafter == "model":
+        return _SHAPES.get(str(options.get("shape", "chain")), arm)
+    return BASELINE if drafter == "none" else drafter if drafter in METHODS else arm
+
+
+def places(run: RunFile) -> dict[str, int | None]:
+    """For each arm the place of its colour in COLOURS; None for plain decoding."""
+    methods = {arm: method(run, arm) for arm in run.arms}
+    known = {METHODS[of] for of in methods.values() if of in METHODS}
+    left = [place for place in reversed(range(len(COLOURS))) if place not in known] or [len(COLOURS) - 1]
+    others = sorted(set(methods.values()) - METHODS.keys() - {BASELINE})
+    taken = METHODS | {of: left[i % len(left)] for i, of in enumerate(others)}
+    return {arm: taken.get(of) for arm, of in methods.items()}
+
+
+def is_peer(record: ArmRecord) -> bool:
+    """Whether the arm is transformers' own: what a step of it is made of is not known."""
+    return "peer" in record.options or (bool(record.rows) and math.isnan(record.total("draft_s")))
+
+
+def settings(record: ArmRecord, *but: str) -> str:
+    """The preset's entry of an arm but for some of its keys, equal for equal entries."""
+    of = {key: value for key, value in record.options.items() if key not in ("against", *but)}
+    return json.dumps(of, sort_keys=True)
+
+
+def alike(run: RunFile, arms: Sequence[str], *but: str) -> list[list[str]]:
+    """The arms in groups that differ in nothing but some keys of their entries, in the run's order."""
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        groups.setdefault(settings(run.arms[arm], *but), []).append(arm)
+    return list(groups.values())
+
+
+def shared_name(run: RunFile, arms: Sequence[str], but: str) -> str:
+    """A name for arms that differ only in "k" or in "cache": what is left of theirs without it; one keeps its own."""
+    values = {arm: f"{'k' if but == 'k' else ''}{run.arms[arm].options.get(but)}" for arm in arms}
+    names = {re.sub(rf"-?{re.escape(value)}(?![0-9])", "", arm).strip("-") for arm, value in values.items()}
+    return names.pop() if len(names) == 1 < len(arms) else arms[0]

@@ -1,0 +1,150 @@
+"""What a chain of drafts should gain: two models of the speedup, to be held against what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeVar
+
+from specdecode.bench.methods import alike, is_peer, method, shared_name
+from specdecode.bench.names import BASELINE
+from specdecode.bench.runs import ArmRecord, RunFile
+from specdecode.bench.stats import Ratio
+
+Real = TypeVar("Real", float, Fraction)
+
+
+def acceptance(accepted: float, rejections: float) -> float:
+    """The probability that a proposal is accepted once those before it were; nan if none was ever judged.
+
+    The maximum of the likelihood of a geometric law that is cut off at the end of the draft: a step that accepts n
+    proposals and rejects the next has probability alpha^n (1 - alpha), one that accepts all of its d has alpha^d. Every
+    proposal is taken for as likely as any other, as by both models below.
+
+    Args:
+        accepted: proposals, summed over the steps.
+        rejections: steps that rejected one.
+    """
+    judged = accepted + rejections
+    return accepted / judged if judged > 0 else math.nan
+
+
+def expected_tokens(acceptance: Real, depth: int) -> Real:
+    """Tokens that a step commits on average: (1 - alpha^(K+1)) / (1 - alpha), or K + 1 where alpha is 1.
+
+    Leviathan et al. 2023, equation 1, summed up from the end: one token is certain, and if the first proposal is
+    accepted there come those of a draft that is one shorter.
+    """
+    tokens = 1 + 0 * acceptance
+    for _ in range(depth):
+        tokens = 1 + acceptance * tokens
+    return tokens
+
+
+def study_speedup(acceptance: Real, depth: int, draft: Real) -> Real:
+    """The approximation of the study that this package follows: (1 + K alpha) / (1 + K T_draft / T_target).
+
+    It counts every proposal as accepted with probability alpha, also behind one that was rejected: it promises too
+    much, and the more the longer the draft is. And it takes a forward over K + 1 tokens to cost no more than over one.
+
+    Args:
+        acceptance: alpha, of one proposal.
+        depth: K, proposals a step.
+        draft: seconds to propose one token, in units of a plain token's.
+    """
+    return (1 + depth * acceptance) / (1 + depth * draft)
+
+
+def chain_speedup(acceptance: Real, depths: Sequence[int], draft: Real, verify: Real) -> Real:
+    """Expected tokens over expected time, for drafts of the depths that really occurred.
+
+    With all drafts K deep and `verify` 1 it is Theorem 3.8 of Leviathan et al. 2023; measured costs take the place of
+    its assumption that a wide forward costs as much as a narrow one. Overhead is left out.
+
+    Args:
+        acceptance: alpha, of one proposal.
+        depths: entry d counts the steps whose draft was d tokens deep.
+        draft: seconds to propose one token, in units of a plain token's.
+        verify: seconds of a step's target forward, in the same units.
+    """
+    nothing = 0 * acceptance
+    tokens = sum((count * expected_tokens(acceptance, depth) for depth, count in enumerate(depths)), start=nothing)
+    return tokens / sum((count * (depth * draft + verify) for depth, count in enumerate(depths)), start=nothing)
+
+
+@dataclass(frozen=True, slots=True)
+class Modelled:
+    """An arm's speedup over `ar`, by the models and as it is.
+
+    Attributes:
+        arm: its name.
+        k: proposals a step, at most.
+        acceptance: see `acceptance`.
+        study, exact: by the two models above, with what this arm accepted and with its own costs.
+        steps: from the measured steps, see `RunFile.predicted_speedup`: with the tokens that they really gave.
+        measured: with everything.
+    """
+
+    arm: str
+    k: int
+    acceptance: float
+    study: float
+    exact: float
+    steps: float
+    measured: Ratio
+
+
+def modelled(run: RunFile) -> dict[str, list[Modelled]]:
+    """The chains of a run that differ in nothing but K, by the name that they share, in the order of K.
+
+    Left out are arms without a right output, and files that tell neither settings nor rejections.
+    """
+    arms = [arm for arm, record in run.arms.items() if _is_chain(run, arm) and record.rows and not record.bugs]
+    found = {}
+    for family in alike(run, arms, "k"):
+        family = sorted(family, key=lambda arm: run.arms[arm].options["k"])
+        rows = [row for arm in family if (row := _modelled(run, arm)) is not None]
+        if len(rows) > 1:
+            found[shared_name(run, [row.arm for row in rows], "k")] = rows
+    return found
+
+
+def _is_chain(run: RunFile, arm: str) -> bool:
+    record = run.arms[arm]
+    options = record.options
+    return (
+        isinstance(options.get("k"), int)
+        and not is_peer(record)
+        and method(run, arm) != BASELINE
+        and options.get("shape", "chain") == "chain"
+        and options.get("branches", 1) == 1
+    )
+
+
+def _modelled(run: RunFile, arm: str) -> Modelled | None:
+    record, k = run.arms[arm], run.arms[arm].options["k"]
+    depths = record.histogram("depth")
+    proposed = sum(depth * count for depth, count in enumerate(depths))
+    plain = _per_later_step(run.arms[BASELINE], "later_verify_s")
+    spent = _per_later_step(record, "later_draft_s"), _per_later_step(record, "later_verify_s")
+    alpha = acceptance(record.total("accepted"), record.total("rejections"))
+    if not proposed or not all(map(math.isfinite, (alpha, plain, *spent))):
+        return None
+    draft, verify = spent[0] * sum(depths) / proposed / plain, spent[1] / plain
+    return Modelled(
+        arm,
+        k,
+        alpha,
+        study_speedup(alpha, k, draft),
+        chain_speedup(alpha, depths, draft, verify),
+        run.predicted_speedup(arm),
+        run.speedup(arm),
+    )
+
+
+def _per_later_step(record: ArmRecord, name: str) -> float:
+    """Seconds a step, of those after the first, which carries the prompt."""
+    steps = record.total("steps") - record.total("runs")
+    return record.total(name) / steps if steps > 0 else math.nan
