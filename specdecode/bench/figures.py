@@ -1,0 +1,427 @@
+"""A run in figures for print: `specdecode report RUN --figures DIR`. From the run file alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from specdecode.bench.drawing import (
+    BAND,
+    COLUMN,
+    PAGE,
+    drafts_apart,
+    figure,
+    in_print,
+    label_ends,
+    label_points,
+    legend,
+    lighter,
+    looks,
+    rendered,
+    text,
+)
+from specdecode.bench.files import write_whole
+from specdecode.bench.methods import PLAIN, alike, is_peer, method, settings, shared_name
+from specdecode.bench.model import modelled
+from specdecode.bench.names import BASELINE
+from specdecode.bench.report import LOOPS, drafts, label, latex_table_1, title
+from specdecode.bench.runs import RunFile
+from specdecode.bench.stats import Ratio
+
+# What an entry of a preset says of how the target is decoded, and not of how drafts are made.
+_CONDITIONS = ("policy", "cache", "quantize", "backend", "batch", "replay")
+_FEW = 10  # drafts of which a share says little
+
+
+def write(run: RunFile, folder: Path) -> dict[str, str]:
+    """Write the figures that a run has what it needs for, as PDF and as PNG, and `table1.tex`.
+
+    Returns:
+        For each figure an empty text, or in a few words why there is none.
+    """
+    missing = {}
+    for name, drawn in draw(run).items():
+        missing[name] = drawn if isinstance(drawn, str) else ""
+        if isinstance(drawn, Figure):
+            for form in ("pdf", "png"):
+                write_whole(folder / f"{name}.{form}", rendered(drawn, form, title(run)))
+    write_whole(folder / "table1.tex", latex_table_1(run))
+    return missing
+
+
+def draw(run: RunFile) -> dict[str, Figure | str]:
+    """Each figure by its name, or in a few words why there is none."""
+    with in_print():
+        return {name: make(run) for name, make in FIGURES.items()}
+
+
+def memory_by_length(run: RunFile) -> Figure | str:
+    """KV that was held against the length of the output: a line for each way in which the target is decoded, and around
+    it the least and the most that an arm held, which hardly depends on how drafts are made."""
+    if len(run.lengths) < 2:
+        return "the run has one length alone"
+    curves = _by_length(run, "peak_cache_bytes", 1e-6)
+    if not curves:
+        return "no KV was counted"
+    drawn, ends = figure(PAGE, 65), []
+    axes = drawn.subplots()
+    for place, (way, arms) in enumerate(_ways(run, curves, ("policy", "cache", "batch"), "everything kept").items()):
+        held = np.array([curves[arm] for arm in arms])
+        look = _neutral(place)
+        axes.plot(run.lengths, held.mean(0), clip_on=False, label=way, **look)
+        axes.fill_between(run.lengths, held.min(0), held.max(0), color=look["color"], alpha=0.25, linewidth=0)
+        names = list(dict.fromkeys(method(run, arm) for arm in arms))
+        also = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        ends.append((held.mean(0)[-1], f"{way}\n({', '.join(map(text, names[:2]))}{also})", look["color"]))
+    axes.set(xlim=(0, run.lengths[-1]), ylim=(0, None), xticks=run.lengths)
+    axes.set(xlabel="output, tokens", ylabel="KV held at most, MB")
+    label_ends(axes, ends)
+    return drawn
+
+
+def comprehensive(run: RunFile) -> Figure | str:
+    """Against the size of the cache: a column of panels for each length, a row for each measure."""
+    series = [of for of in _by_cache(run) if len(of) > 1]
+    if not series:
+        return _lacking(run, "no arms differ in their cache alone")
+    if not any(BASELINE in of.values() for of in series):
+        series.insert(0, {math.inf: BASELINE})
+    sizes = sorted({size for of in series for size in of})
+    measures = {
+        "throughput": ("tokens/s", 1.0),
+        "ttft_s": ("TTFT, ms", 1e3),
+        "tpot_s": ("TPOT, ms", 1e3),
+        "acceptance_rate": ("accepted, %", 100.0),
+        "peak_cache_bytes": ("KV, MB", 1e-6),
+    }
+    drawn = figure(PAGE, 28.0 * len(measures) + 20)
+    panels = drawn.subplots(len(measures), len(run.lengths), sharex=True, sharey="row", squeeze=False)
+    styles, entries = drafts_apart(run, [of[max(of)] for of in series]), {}
+    for column, length in zip(panels.T, run.lengths, strict=True):
+        part = run.at(length)
+        for place, of in enumerate(series):
+            arms = [of[size] for size in sorted(of)]
+            look = styles[arms[-1]]
+            name = arms[-1] if math.inf in of else shared_name(run, arms, "cache")
+            entries[f"{name} (synthetic)" if run.arms[arms[-1]].synthetic else name] = look.lines
+            told = [part.measures(arm) for arm in arms]
+            # Beside each other, so that no interval hides another.
+            across = [sizes.index(size) + 0.4 * (place + 0.5) / len(series) - 0.2 for size in sorted(of)]
+            for axes, (measure, (_, unit)) in zip(column, measures.items(), strict=True):
+                values = [unit * measured.get(measure, math.nan) for measured in told]
+                if not all(map(math.isnan, values)):
+                    spread = [measured.get(f"{measure}_std", 0.0) for measured in told]
+                    axes.errorbar(across, values, spread, label=name, elinewidth=0.8, **look.lines)
+        column[0].set_title(f"{length:,} tokens")
+        column[-1].set_xlabel("cache, tokens")
+        column[-1].set_xticks(range(len(sizes)), [f"{size:g}" if size < math.inf else "all" for size in sizes])
+    for axes, (name, _) in zip(panels[:, 0], measures.values(), strict=True):
+        axes.set(ylabel=name, ylim=(0, 1.06 * axes.get_ylim()[1]))
+    drawn.align_ylabels()
+    legend(drawn, entries)
+    return drawn
+
+
+def methods(run: RunFile) -> Figure | str:
+    """A bar for each arm: its speedup over `ar` with the interval, and the A/A floor."""
+    speedups = _speedups(run)
+    if not speedups:
+        return "no arm but ar has a time"
+    wrong = [arm for arm, record in run.arms.items() if record.bugs and arm not in speedups]
+    order = sorted(speedups, key=lambda arm: speedups[arm].value)
+    drawn = figure(COLUMN, 4.0 * len(order + wrong) + 16)
+    axes, styles = drawn.subplots(), looks(run)
+    beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+    beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    _floor(run, axes.axvspan, axes.axvline)
+    for place, arm in enumerate(order):
+        of = speedups[arm]
+        axes.barh(place, of.value, 0.68, label=arm, linewidth=0.8, **styles[arm].bars)
+        axes.errorbar(of.value, place, xerr=_sides([of]), color="black", elinewidth=0.8, capsize=1.5)
+        axes.annotate(f"{of.value:.2f}", (of.high, place), **beside)
+    for place, _ in enumerate(wrong, len(order)):
+        axes.annotate("output WRONG", (0, place), **beside)
+    axes.set_yticks(range(len(order + wrong)), [_marked(run, arm) for arm in order + wrong])
+    axes.set(xlim=(0, 1.22 * max(of.high for of in speedups.values())), ylim=(-0.7, len(order + wrong) - 0.3))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("speedup over ar")
+    return drawn
+
+
+def speedup_by_k(run: RunFile) -> Figure | str:
+    """A panel for each family of arms that differ in K alone: what was measured, and what two models promise."""
+    families = modelled(run)
+    if not families:
+        return _lacking(run, "no chains differ in K alone")
+    drawn, panels = _panels(len(families), 46.0)
+    styles = looks(run)
+    promised: dict[str, dict[str, Any]] = {
+        "the study's approximation": {"color": "0.55", "linestyle": (0, (1, 1.2))},
+        "exact expectation": {"color": "0.2", "linestyle": (0, (5, 1.5))},
+    }
+    for axes, (name, rows) in zip(panels, families.items(), strict=True):
+        ks, first = [row.k for row in rows], rows[0].arm
+        _floor(run, axes.axhspan, axes.axhline)
+        axes.plot(ks, [row.study for row in rows], label="study", **promised["the study's approximation"])
+        axes.plot(ks, [row.exact for row in rows], label="exact", **promised["exact expectation"])
+        measured = [row.measured for row in rows]
+        values = [of.value for of in measured]
+        axes.errorbar(
+            ks, values, _sides(measured), label="measured", elinewidth=0.8, capsize=1.5, **styles[first].marks
+        )
+        axes.set_title(text(f"{name} (synthetic)" if run.arms[first].synthetic else name))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _name_axes(panels, "K, proposals a step", "speedup over ar")
+    mark = {"color": "0.2", "marker": "o", "linestyle": "none"}
+    legend(drawn, {"measured, 95 % interval": mark, **promised})
+    return drawn
+
+
+def compressions_by_cache(run: RunFile) -> Figure | str:
+    """Evictions against the size of the cache: a panel for each policy, a line for each length, and around it the least
+    and the most of any arm, as they depend on the text and not on how drafts are made."""
+    counted = _by_length(run, "compressions")
+    bounded = [arm for arm in counted if isinstance(run.arms[arm].options.get("cache"), int)]
+    ways = _ways(run, bounded, [key for key in _CONDITIONS if key != "cache"], "")
+    sizes = sorted({run.arms[arm].options["cache"] for arm in bounded})
+    if len(sizes) < 2:
+        return _lacking(run, "no arms differ in the size of a bounded cache")
+    drawn, panels = _panels(len(ways), 50.0)
+    entries = {}
+    for axes, (way, arms) in zip(panels, ways.items(), strict=True):
+        for place, length in enumerate(run.lengths):
+            by_size: dict[int, list[float]] = {}
+            for arm in sorted(arms, key=lambda arm: run.arms[arm].options["cache"]):
+                by_size.setdefault(run.arms[arm].options["cache"], []).append(counted[arm][place])
+            across, look = [sizes.index(size) for size in by_size], _neutral(len(run.lengths) - place - 1)
+            axes.plot(across, list(map(fmean, by_size.values())), label=f"{length}", **look)
+            least, most = list(map(min, by_size.values())), list(map(max, by_size.values()))
+            axes.fill_between(across, least, most, color=look["color"], alpha=0.25, linewidth=0)
+            entries[f"{length:,} tokens of output"] = look
+        axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+        axes.set_title(way)
+        axes.set_ylim(0)
+    _name_axes(panels, "cache, tokens", "evictions a run")
+    legend(drawn, entries)
+    return drawn
+
+
+def acceptance_by_position(run: RunFile) -> Figure | str:
+    """A line for each arm that drafts: of the proposals at a position the share that was accepted, where enough drafts
+    got there to tell. A panel for each way in which the target is decoded."""
+    shares = {arm: _accepted(run, arm) for arm in run.arms if drafts(run.arms[arm])}
+    shares = {arm: of for arm, of in shares.items() if of}
+    if not shares:
+        return f"no arm has drafted {_FEW} times, as far as it is known"
+    ways = _ways(run, shares, _CONDITIONS, "target as it is")
+    drawn, panels = _panels(len(ways), 50.0)
+    entries: dict[str, dict[str, Any]] = {}
+    # The same draft has the same line in every panel, and is told once.
+    drafts_of = {arm: settings(run.arms[arm], *_CONDITIONS) if run.arms[arm].options else arm for arm in shares}
+    first = {draft: arm for arm, draft in reversed(drafts_of.items())}
+    styles = drafts_apart(run, list(first.values())[::-1])
+    for axes, (way, arms) in zip(panels, ways.items(), strict=True):
+        for arm in arms:
+            told = first[drafts_of[arm]]
+            axes.plot(range(1, len(shares[arm]) + 1), shares[arm], label=arm, **styles[told].lines)
+            entries[label(run, told)] = styles[told].lines
+        axes.set_title(way if len(ways) > 1 else "")
+        axes.set_ylim(0, 105)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _name_axes(panels, "position in the draft", "accepted, %")
+    legend(drawn, entries)
+    return drawn
+
+
+def quality_against_speed(run: RunFile) -> Figure | str:
+    """The share of an output that comes before it leaves ar's, which says nothing of what follows, against speed."""
+    points = {}
+    for arm in _right(run):
+        measures = run.measures(arm)
+        if "agreement" in measures and "speedup" in measures:
+            points[arm] = measures["speedup"], 100 * measures["agreement"]
+    if not any(run.arms[arm].lossy for arm in points):
+        return "no lossy arm was compared with ar's output"
+    drawn = figure(PAGE, 85)
+    axes, styles, entries = drawn.subplots(), looks(run), {}
+    loops = {arm for arm in points if run.measures(arm).get("repetition", 0.0) >= LOOPS}
+    for arm, (speed, share) in points.items():
+        axes.plot([speed], [share], label=arm, **styles[arm].marks | ({"fillstyle": "none"} if arm in loops else {}))
+        entries[_how(run, arm)] = styles[arm].marks
+    front, line = _front(points), dict[str, Any](color="0.6", linewidth=0.8)
+    axes.margins(x=0.1)
+    axes.set_ylim(0, 112)
+    left, right = axes.get_xlim()
+    corners = [(left, points[front[0]][1])]
+    for arm in front:
+        corners += [(corners[-1][0], points[arm][1]), points[arm]]
+    (around,) = axes.plot(*zip(*corners, (corners[-1][0], 0.0), strict=True), zorder=1, **line)
+    axes.set_xlim(left, right)
+    axes.set_xlabel("speedup over ar")
+    axes.set_ylabel("tokens before the output leaves ar's, %")
+    hollow = {"hollow: it loops": {"color": "0.35", "marker": "o", "fillstyle": "none", "linestyle": "none"}}
+    legend(drawn, entries | {"Pareto front": line} | (hollow if loops else {}))
+    label_points(axes, {text(label(run, arm)): points[arm] for arm in [*front[::-1], *points]}, around)
+    return drawn
+
+
+def by_task(run: RunFile) -> Figure | str:
+    """A panel for each task: the speedups over `ar` on its prompts, with their intervals and its own A/A floor."""
+    if len(run.tasks) < 2:
+        return "the run has one task alone"
+    arms = list(_speedups(run))[::-1]
+    drawn, panels = _panels(len(run.tasks), 3.6 * len(arms) + 10)
+    styles = looks(run)
+    for axes, (task, prompts) in zip(panels, run.tasks.items(), strict=True):
+        part = run.of(prompts)
+        speedups = _speedups(part)
+        _floor(part, axes.axvspan, axes.axvline)
+        for place, arm in enumerate(arms):
+            if arm in speedups:
+                sides = _sides([speedups[arm]])
+                axes.errorbar(speedups[arm].value, place, xerr=sides, label=arm, elinewidth=0.8, **styles[arm].marks)
+        axes.set_title(", ".join([*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]))
+        axes.set_yticks(range(len(arms)), [_marked(run, arm) for arm in arms])
+    _name_axes(panels, "speedup over ar", "")
+    return drawn
+
+
+FIGURES: dict[str, Callable[[RunFile], Figure | str]] = {
+    "memory-by-length": memory_by_length,
+    "comprehensive": comprehensive,
+    "methods": methods,
+    "speedup-by-k": speedup_by_k,
+    "compressions-by-cache": compressions_by_cache,
+    "acceptance-by-position": acceptance_by_position,
+    "quality-against-speed": quality_against_speed,
+    "by-task": by_task,
+}
+"""The figures by the names of their files."""
+
+
+def _right(run: RunFile) -> list[str]:
+    """The arms that have results."""
+    return [arm for arm, record in run.arms.items() if record.rows]
+
+
+def _speedups(run: RunFile) -> dict[str, Ratio]:
+    """Of all arms but `ar` that have one."""
+    found = {arm: run.speedup(arm) for arm in run.arms if arm != BASELINE}
+    return {arm: of for arm, of in found.items() if math.isfinite(of.value)}
+
+
+def _sides(of: Sequence[Ratio]) -> list[list[float]]:
+    """How far intervals reach to either side, as matplotlib wants it."""
+    return [[ratio.value - ratio.low for ratio in of], [ratio.high - ratio.value for ratio in of]]
+
+
+def _floor(run: RunFile, span: Callable[..., object], line: Callable[..., object]) -> None:
+    """The band within which two runs of `ar` differ, and the line of no gain."""
+    floor = run.header.floor
+    span(math.exp(-floor), math.exp(floor), color=BAND, linewidth=0, zorder=0.5, label="A/A floor")
+    line(1, color="0.35", linewidth=0.8, zorder=0.6)
+
+
+def _accepted(run: RunFile, arm: str) -> list[float]:
+    """The shares of acceptance by position, in percent, as far as enough drafts got."""
+    record = run.arms[arm]
+    depths = record.histogram("depth")
+    shares = enumerate(record.acceptance_by_position(), start=1)
+    return [100 * share for at, share in shares if sum(depths[at:]) >= _FEW]
+
+
+def _lacking(run: RunFile, what: str) -> str:
+    """Why there is no figure that goes by the settings of arms."""
+    known = any(record.options for record in run.arms.values())
+    return what if known else "the file is an older one, and does not tell the settings of its arms"
+
+
+def _by_length(run: RunFile, name: str, unit: float = 1.0) -> dict[str, list[float]]:
+    """A counter of each arm at each length; of those arms that have it at all of them."""
+    parts = [run.at(length) for length in run.lengths]
+    found = {arm: [unit * part.arms[arm].counters().get(name, math.nan) for part in parts] for arm in _right(run)}
+    return {arm: curve for arm, curve in found.items() if all(map(math.isfinite, curve))}
+
+
+def _by_cache(run: RunFile) -> list[dict[float, str]]:
+    """Arms that differ in the size of a bounded cache alone, by that size; by infinity one that holds all."""
+    bounded = [arm for arm in _right(run) if isinstance(run.arms[arm].options.get("cache"), int)]
+    whole = {settings(run.arms[arm]): arm for arm in reversed(_right(run)) if "policy" not in run.arms[arm].options}
+    found = []
+    for arms in alike(run, bounded, "cache"):
+        of: dict[float, str] = {run.arms[arm].options["cache"]: arm for arm in arms}
+        if (rest := settings(run.arms[arms[0]], "policy", "cache")) in whole:
+            of[math.inf] = whole[rest]
+        found.append(of)
+    return found
+
+
+def _front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Those that no other beats in one coordinate without losing in the other, from the slowest to the fastest."""
+    best, found = -math.inf, []
+    for arm in sorted(points, key=lambda arm: points[arm], reverse=True):
+        if points[arm][1] > best:
+            best = points[arm][1]
+            found.append(arm)
+    return found[::-1]
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Axes of the same scales in rows of two or three, each so many millimetres high, with room for a legend."""
+    across = 2 if count in (2, 4) else min(count, 3)
+    down = math.ceil(count / across)
+    drawn = figure(COLUMN if count == 1 else PAGE, height * down + 14)
+    panels = list(drawn.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.remove()
+    return drawn, panels[:count]
+
+
+def _name_axes(panels: Sequence[Axes], across: str, up: str) -> None:
+    """What the axes say, at those that have nothing below or to the left of them."""
+    for place, axes in enumerate(panels):
+        spec = axes.get_subplotspec()
+        assert spec is not None
+        if place + spec.get_gridspec().ncols >= len(panels):
+            axes.set_xlabel(across)
+            axes.tick_params(labelbottom=True)
+        if spec.is_first_col():
+            axes.set_ylabel(up)
+
+
+def _neutral(place: int) -> dict[str, Any]:
+    """A line that stands for no method: the darker, the earlier its place."""
+    return {"color": lighter(PLAIN, min(0.18 * place, 0.6)), "marker": "os^DvPX"[place % 7]}
+
+
+def _ways(run: RunFile, arms: Iterable[str], keys: Sequence[str], none: str) -> dict[str, list[str]]:
+    """Arms by some settings of how their target is decoded, in words; those that set none of them by another."""
+    found: dict[str, list[str]] = {}
+    for arm in arms:
+        options = run.arms[arm].options
+        named = ("policy", "quantize", "backend")
+        told = [f"{options[key]}" if key in named else f"{key} {options[key]}" for key in keys if key in options]
+        found.setdefault(text(", ".join(told)) or none, []).append(arm)
+    return found
+
+
+def _marked(run: RunFile, arm: str) -> str:
+    """The arm's name, and what a reader must know of it before its speed."""
+    record = run.arms[arm]
+    loops = run.measures(arm).get("repetition", 0.0) >= LOOPS
+    return ", ".join([text(label(run, arm)), *["lossy"] * record.lossy, *["loops"] * loops])
+
+
+def _how(run: RunFile, arm: str) -> str:
+    """What decides how an arm is drawn: the method, whose it is, and what is done to the target."""
+    record = run.arms[arm]
+    told = [str(record.options[key]) for key in ("controller", "policy", "quantize") if key in record.options]
+    return ", ".join([method(run, arm), *["transformers"] * is_peer(record), *told])
