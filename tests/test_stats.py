@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from specdecode.bench.stats import Ratio, detectable, mean_ratio, noise_floor
+from specdecode.bench.stats import Ratio, detectable, mean_ratio, noise_floor, simultaneous_ratio
 
 
 def test_the_mean_ratio_is_the_geometric_mean_over_prompts() -> None:
@@ -58,3 +58,26 @@ def test_the_detectable_slowdown_is_caught_nine_times_in_ten() -> None:
     caught = sum(change(promised).high < 1 - tolerance for _ in range(300)) / 300
     assert 0.85 < caught < 0.96
     assert sum(change(0.0).high < 1 - tolerance for _ in range(300)) == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "comparisons", "quantile"), [(2, 1, 12.706), (3, 1, 4.303), (6, 1, 2.571), (6, 5, 4.032), (30, 10, 3.038)]
+)
+def test_simultaneous_intervals_are_students_with_bonferronis_share(
+    count: int, comparisons: int, quantile: float
+) -> None:
+    """Guards against intervals of many comparisons, or of a few prompts, that are as narrow as one of a hundred."""
+    logs = [0.01 * (i % 2) for i in range(count)]
+    half = quantile * float(np.std(logs, ddof=1)) / math.sqrt(count)
+    ratio = simultaneous_ratio(logs, comparisons)
+    assert math.log(ratio.value) == pytest.approx(float(np.mean(logs)))
+    assert math.log(ratio.high / ratio.value) == pytest.approx(half, rel=0.02)
+    assert math.log(ratio.value / ratio.low) == pytest.approx(half, rel=0.02)
+    assert math.log(simultaneous_ratio(logs, comparisons, floor=0.3).high / ratio.value) == pytest.approx(0.3)
+
+
+def test_an_interval_of_nothing_has_no_end() -> None:
+    """Guards against one prompt that proves something, and against an overflow where two are apart."""
+    for logs in ([0.5], [-3.0, 4.0]):
+        ratio = simultaneous_ratio(logs, 13)
+        assert (ratio.low, ratio.high) == (0.0, math.inf)

@@ -76,7 +76,7 @@ class Results:
 
     Attributes:
         arms: how each is compared and called, in the preset's order.
-        blocks: in the order of measuring.
+        blocks: in the order of measuring; an arm may be missing in some.
         rehearsals: by arm, what was counted before (see `bench.rehearsal`).
     """
 
@@ -95,25 +95,25 @@ class Results:
 
     def durations(self, arm: str) -> list[float]:
         """Seconds of each of the arm's runs."""
-        return [block.runs[arm].total_s for block in self.blocks]
+        return [block.runs[arm].total_s for block in self.blocks if arm in block.runs]
 
     def wrong(self, arm: str) -> list[str]:
         """Prompts on which the arm gave other tokens than the baseline."""
-        return [block.prompt for block in self.blocks if block.checks[arm] == "bug"]
+        return [block.prompt for block in self.blocks if block.checks.get(arm) == "bug"]
 
     def records(self) -> dict[str, ArmRecord]:
         """The arms' results as they are kept."""
         return {arm.name: self._record(arm) for arm in self.arms}
 
     def _record(self, arm: Arm) -> ArmRecord:
-        checks = [block.checks[arm.name] for block in self.blocks]
-        lengths = {len(cut.tokens) for block in self.blocks for cut in block.runs[arm.name].cuts}
+        mine = [block for block in self.blocks if arm.name in block.runs]
+        checks = [block.checks[arm.name] for block in mine]
+        lengths = {len(cut.tokens) for block in mine for cut in block.runs[arm.name].cuts}
         shorter = {
-            length: [cut for block in self.blocks if (cut := block.at(length)) is not None]
-            for length in sorted(lengths)
+            length: [cut for block in mine if (cut := block.at(length)) is not None] for length in sorted(lengths)
         }
         return ArmRecord(
-            rows=_rows(arm.name, self.blocks),
+            rows=_rows(arm.name, mine),
             bugs=checks.count("bug"),
             ties=checks.count("tie"),
             synthetic=arm.synthetic,
@@ -184,28 +184,22 @@ def experiment(
         keep: given each block as soon as it is finished.
     """
     baseline = next(arm for arm in arms if arm.name == BASELINE)
-    others = [arm for arm in arms if arm is not baseline]
-    lossy = [arm for arm in arms if arm.lossy]
     there = {(block.prompt, block.repeat): block for block in finished}
     planned = [(prompt, repeat) for repeat in range(repeats) for prompt in prompts]
     total = len(arms) + sum(block not in there for block in planned) * (len(arms) + 1)
     done = 0
 
-    def tell(arm: Arm, prompt: str) -> None:
+    def tell(doing: str) -> None:
         nonlocal done
-        progress(done, total, f"{arm.name} on {prompt}")
+        progress(done, total, doing)
         done += 1
-
-    def run(arm: Arm, prompt: str, expected: Sequence[int]) -> Run:
-        tell(arm, prompt)
-        return timed(arm, prompts[prompt], max_new_tokens, expected)
 
     warm = next(iter(prompts))
     length = min(max_new_tokens, REHEARSED_TOKENS)
     written = baseline.run(prompts[warm], length, ()).tokens
     rehearsals = {}
     for arm in arms:
-        tell(arm, f"{warm}, a rehearsal")
+        tell(f"{arm.name} on {warm}, a rehearsal")
         expected = arm.expected(prompts[warm], written, length)
         rehearsals[arm.name] = rehearse(arm, prompts[warm], length, expected)
 
@@ -214,37 +208,61 @@ def experiment(
         if block := there.get((prompt, repeat)):
             blocks.append(block)
             continue
-        order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
-        # What is to be written, and the prompt's own shapes, so that the first timed run is not their first.
-        written = baseline.run(prompts[prompt], max_new_tokens if lossy else 1, ()).tokens
-        references: dict[tuple[LM, CachePolicy], Sequence[int]] = {}
-        for arm in lossy:
-            if (arm.target, arm.policy) not in references:
-                references[arm.target, arm.policy] = arm.expected(prompts[prompt], written, max_new_tokens)
-        owed = {arm.name: references[arm.target, arm.policy] for arm in lossy}
-        first = run(baseline, prompt, ())
-        runs = {baseline.name: first}
-        runs |= {arm.name: run(arm, prompt, owed.get(arm.name, first.tokens)) for arm in order}
-        last = run(baseline, prompt, ())
-        checks = {
-            arm.name: classify(
-                arm.target,
-                prompts[prompt],
-                owed.get(arm.name, first.tokens),
-                runs[arm.name].tokens,
-                arm.policy,
-            )
-            for arm in arms
-        }
-        losses = {
-            tokens: own_losses(baseline.target, prompts[prompt], tokens)
-            for tokens in {tuple(run.tokens) for run in runs.values()}
-        }
-        runs = {name: told(run, losses[tuple(run.tokens)]) for name, run in runs.items()}
-        blocks.append(Block(prompt, repeat, runs, last, checks))
+        blocks.append(measure_block(arms, prompt, prompts[prompt], max_new_tokens, repeat, seed, tell))
         keep(blocks[-1])
     progress(total, total, "done")
     return Results(list(arms), blocks, rehearsals)
+
+
+def measure_block(
+    arms: Sequence[Arm],
+    prompt: str,
+    text: Sequence[int],
+    max_new_tokens: int,
+    repeat: int = 0,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda doing: None,
+) -> Block:
+    """Measure the arms, the baseline among them, on one prompt.
+
+    Args:
+        arms: as for `experiment`.
+        prompt: its id.
+        text: its tokens.
+        max_new_tokens: length of every output, unless a stop token of the arms ends it.
+        repeat: which block of this prompt it is, from 0.
+        seed: of the order of arms.
+        tell: told what is going on, run by run.
+    """
+    baseline = next(arm for arm in arms if arm.name == BASELINE)
+    others = [arm for arm in arms if arm is not baseline]
+    lossy = [arm for arm in arms if arm.lossy]
+
+    def run(arm: Arm, expected: Sequence[int]) -> Run:
+        tell(f"{arm.name} on {prompt}")
+        return timed(arm, text, max_new_tokens, expected)
+
+    order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
+    # What is to be written, and the prompt's own shapes, so that the first timed run is not their first.
+    written = baseline.run(text, max_new_tokens if lossy else 1, ()).tokens
+    references: dict[tuple[LM, CachePolicy], Sequence[int]] = {}
+    for arm in lossy:
+        if (arm.target, arm.policy) not in references:
+            references[arm.target, arm.policy] = arm.expected(text, written, max_new_tokens)
+    owed = {arm.name: references[arm.target, arm.policy] for arm in lossy}
+    first = run(baseline, ())
+    runs = {baseline.name: first}
+    runs |= {arm.name: run(arm, owed.get(arm.name, first.tokens)) for arm in order}
+    last = run(baseline, ())
+    checks = {
+        arm.name: classify(arm.target, text, owed.get(arm.name, first.tokens), runs[arm.name].tokens, arm.policy)
+        for arm in arms
+    }
+    losses = {
+        tokens: own_losses(baseline.target, text, tokens) for tokens in {tuple(run.tokens) for run in runs.values()}
+    }
+    runs = {name: told(run, losses[tuple(run.tokens)]) for name, run in runs.items()}
+    return Block(prompt, repeat, runs, last, checks)
 
 
 def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:

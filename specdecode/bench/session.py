@@ -97,6 +97,12 @@ class Options:
         on what backend it runs."""
         return load(name, device=self.device, dtype=self.dtype, target=target, same_vocabulary=False, backend="eager")
 
+    def models(self) -> tuple[LM, LM | None]:
+        """The target, and the draft if there is one, once the backend is known to be one."""
+        check_backend(self.backend, choose_device(self.device))
+        target = self.load(self.identity.target)
+        return target, self.load(self.identity.draft, target) if self.identity.draft else None
+
 
 @dataclass(frozen=True, slots=True)
 class Bench:
@@ -140,10 +146,8 @@ def measure(options: Options, selected: set[str]) -> Bench:
         return _measure_against(options, options.against, selected)
     identity, chosen = options.identity, options.experiment
     tolerance = tolerance_of(options.tolerance, TOLERANCE)
-    check_backend(options.backend, choose_device(options.device))
     old = baseline(options)
-    target = options.load(identity.target)
-    draft = options.load(identity.draft, target) if identity.draft else None
+    target, draft = options.models()
     prompts, origins = token_prompts(chosen.prompts, target)
     entries = {name: entry for name, entry in chosen.arms.items() if name in {BASELINE, *selected}}
     backend = target.with_backend(options.backend).backend

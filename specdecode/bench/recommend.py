@@ -1,0 +1,453 @@
+"""What to use: from a run to a configuration for each aim, with its reason in figures and the lines that make it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from specdecode.bench.baselines import TOLERANCE
+from specdecode.bench.lines import code
+from specdecode.bench.names import BASELINE, PEER_BASELINE
+from specdecode.bench.report import LOOPS, Column, Grid, cells, drafts, label, outputs, rich_table, title
+from specdecode.bench.runs import ArmRecord, Row, RunFile
+from specdecode.bench.stats import Ratio, simultaneous_ratio
+
+HALF = 0.5
+"""The share of plain decoding's keys and values that an arm may hold to be called balanced."""
+
+NEAR = 0.01
+"""Arms whose memory differs by less than this share of plain decoding's are chosen between by their speed."""
+
+_LEAST_PROMPTS = 2
+_LEAST_TO_DROP = 3
+# From the simplest on: what has to be loaded, tuned and understood.
+_DRAFTERS = ("none", "lookup", "self-streaming", "model", "universal")
+_SHAPES = ("chain", "static", "best-first")
+_CONTROLLERS = ("fixed", "adaptive", "cost-aware")
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """What to use for one aim.
+
+    Attributes:
+        aim: in words.
+        arm: its name; None where the run cannot tell.
+        reason: sentences.
+        over: its speed over that of `ar` and of each of transformers' arms.
+        beats: its speed over that of each arm that it is faster than beyond the interval.
+        tied: the speed over its own of the others that the aim allows: it is not told apart from these.
+        settle: what would tell them apart.
+        assumed: the share of the proposals whose acceptance was set, if it was.
+        code: lines of Python.
+    """
+
+    aim: str
+    arm: str | None
+    reason: str
+    over: dict[str, Ratio] = field(default_factory=dict)
+    beats: dict[str, Ratio] = field(default_factory=dict)
+    tied: dict[str, Ratio] = field(default_factory=dict)
+    settle: str = ""
+    assumed: float | None = None
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """All that a run recommends.
+
+    Attributes:
+        recommendations: by aim, and by acceptance if that was set.
+        left_out: why an arm was not looked at, by its name.
+        notes: what must be known to read the rest.
+    """
+
+    recommendations: list[Recommendation]
+    left_out: dict[str, str]
+    notes: list[str]
+
+
+def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice:
+    """Choose an arm for each aim; plain decoding where nothing is shown to be better.
+
+    The best of many arms, chosen by the same prompts that it is told by, looks better than it is. So among k arms every
+    interval is made as one of k - 1 that hold together (`stats.simultaneous_ratio`). That is enough for all pairs, and
+    for whichever arm is chosen: where the bounds on what the truly best arm is over each of the others hold, none is
+    found to beat it (multiple comparisons with the best, Hsu 1984), and where those on what the others are over plain
+    decoding hold, nothing is found to beat it that does not.
+
+    A text that loops is no evidence for a draft that predicts it, so such prompts do not count for arms that draft.
+
+    Args:
+        run: to look at, its arms with the options that they were made of.
+        left_out: arms that are not in the run, and why.
+
+    Raises:
+        ValueError: an older file, which does not tell how its arms are made.
+    """
+    records = run.arms.values()
+    if len(run.arms) > 1 and not any(record.options for arm, record in run.arms.items() if arm != BASELINE):
+        raise ValueError(f"{run.path} does not tell how its arms are made, as older versions did not: measure it again")
+    arms, why = _contestants(run)
+    known = {level for record in records if isinstance(level := record.options.get("replay"), float | int)}
+    found = []
+    for level in sorted(known) if run.arms[BASELINE].synthetic and known else [None]:
+        contest = _Contest(run, [arm for arm in arms if run.arms[arm].options.get("replay") in (None, level)], level)
+        fastest = _lossless(contest)
+        found.append(_throughput(contest, fastest))
+        found += [lossy] if (lossy := _throughput_with_loss(contest, fastest)) else []
+        found += [_memory(contest), _balanced(contest, fastest), _long_context(contest)]
+    return Advice(found, {**(left_out or {}), **why}, _notes(run, len(arms)))
+
+
+def is_hopeless(run: RunFile, arm: str) -> bool:
+    """Whether more prompts can hardly bring the arm into a recommendation: a wrong output, or slower than plain
+    decoding beyond the interval after a few prompts. (A bounded cache is recommended for other things than speed.)"""
+    arms, _ = _contestants(run)
+    record = run.arms[arm]
+    if record.bugs or arm not in arms or "policy" in record.options:
+        return record.bugs > 0
+    return len(record.rows) >= _LEAST_TO_DROP and _Contest(run, arms).over(arm, BASELINE).high < 1.0
+
+
+def _contestants(run: RunFile) -> tuple[list[str], dict[str, str]]:
+    """The arms that may be recommended, and why others of our own may not."""
+    left_out = {}
+    for arm, record in run.arms.items():
+        if "peer" in record.options or arm == BASELINE:
+            continue
+        counted = len(_evidence(run, arm))
+        if record.bugs:
+            left_out[arm] = f"{record.bugs} wrong output(s)"
+        elif record.options.get("batch", 1) != 1:
+            left_out[arm] = "it decodes several prompts at once, and here one is decoded"
+        elif "replay" in record.options and not run.arms[BASELINE].synthetic:
+            left_out[arm] = "its acceptance was set and not found out"
+        elif record.synthetic and drafts(record) and "replay" not in record.options:
+            left_out[arm] = "the weights are random, so what it accepts says nothing"
+        elif counted < _LEAST_PROMPTS:
+            loops = len(record.rows) - counted
+            why = f"{loops} of its {len(record.rows)} text(s) loop, which is no evidence for drafts; " if loops else ""
+            left_out[arm] = f"{why}{counted} prompt(s) say nothing of others: measure more"
+    return [arm for arm, record in run.arms.items() if arm not in left_out and "peer" not in record.options], left_out
+
+
+def _loops(row: Row) -> bool:
+    again = row.counts.get("repeated", 0.0)
+    return again > 0 and again >= LOOPS * row.counts.get("ngrams", math.inf)
+
+
+def _evidence(run: RunFile, arm: str) -> dict[str, float]:
+    """Log speedups over `ar` by prompt, without those of a draft that was good at repeating."""
+    record = run.arms[arm]
+    # Of the peers it is not known, but for their plain decoding. What is replayed is accepted as often anywhere.
+    drafting = drafts(record) or record.options.get("peer", "generate") != "generate"
+    matters = drafting and not record.synthetic
+    logs = run.log_speedups(arm)
+    return {prompt: log for prompt, log in logs.items() if not (matters and _loops(record.rows[prompt]))}
+
+
+@dataclass(frozen=True, slots=True)
+class _Contest:
+    """Arms that are compared with each other, `ar` among them; and the acceptance that was set for all that draft."""
+
+    run: RunFile
+    arms: list[str]
+    assumed: float | None = None
+
+    @property
+    def peers(self) -> list[str]:
+        return [arm for arm, record in self.run.arms.items() if "peer" in record.options]
+
+    @property
+    def lossless(self) -> list[str]:
+        return [arm for arm in self.arms if not self.run.arms[arm].lossy]
+
+    @property
+    def comparisons(self) -> int:
+        return max(1, len(self.arms) - 1)
+
+    def logs(self, arm: str, other: str) -> list[float]:
+        """Log speedups of one over the other, prompt by prompt, where both are evidence."""
+        mine, theirs = _evidence(self.run, arm), _evidence(self.run, other)
+        return [mine[prompt] - theirs[prompt] for prompt in mine if prompt in theirs]
+
+    def over(self, arm: str, other: str) -> Ratio:
+        """The speed of one over the other's."""
+        if arm == other:
+            return Ratio(1.0, 1.0, 1.0)
+        if not (logs := self.logs(arm, other)):
+            return Ratio(math.nan, 0.0, math.inf)
+        return simultaneous_ratio(logs, self.comparisons, self.run.header.floor)
+
+    def speed(self, arm: str) -> float:
+        """The mean log speedup over `ar`."""
+        return statistics.fmean(_evidence(self.run, arm).values())
+
+    def best(self, arms: Sequence[str]) -> str:
+        """Of the arms that none is found to beat the simplest; lossless before lossy, and of a kind the fastest."""
+        unbeaten = [arm for arm in arms if all(self.over(other, arm).low <= 1.0 for other in arms)]
+        return min(unbeaten, key=lambda arm: (_effort(self.run.arms[arm]), -self.speed(arm)))
+
+    def no_slower(self) -> list[str]:
+        """Arms that in the mean are slower than plain decoding by `slack` at most, if so much is known of their speed
+        that there is an interval."""
+        known = [arm for arm in self.arms if math.isfinite(self.over(arm, BASELINE).high)]
+        return [arm for arm in known if self.speed(arm) >= -self.slack]
+
+    @property
+    def slack(self) -> float:
+        """What two runs of the same code may differ by, in logarithms; on a noisy machine what the gate lets pass."""
+        return min(self.run.header.floor, math.log1p(TOLERANCE))
+
+    def cache(self, arm: str) -> float:
+        """The most bytes of keys and values, in the mean of the prompts; nan if that was not told."""
+        return self.run.arms[arm].counters().get("peak_cache_bytes", math.nan)
+
+    def memory(self, arm: str) -> float:
+        """The same with the target's weights."""
+        return self.run.arms[arm].rehearsal.get("weight_bytes", math.nan) + self.cache(arm)
+
+    def recommendation(self, aim: str, arm: str, reason: str, allowed: Collection[str]) -> Recommendation:
+        """With what it beats of the arms that the aim allows, and what it is not told apart from."""
+        record = self.run.arms[arm]
+        yardsticks = [other for other in (BASELINE, *self.peers) if other != arm and self.logs(arm, other)]
+        over = {other: self.over(arm, other) for other in yardsticks}
+        if record.lossy:
+            reason += f" Of its tokens {''.join(cells(self.run, arm, ['agreement']))} come before it leaves ar's text."
+        if not_counted := len(record.rows) - len(_evidence(self.run, arm)):
+            reason += f" {not_counted} of its {len(record.rows)} texts loop, and are not counted."
+        ratios = {other: self.over(arm, other) for other in allowed if other != arm}
+        beats = {other: ratio for other, ratio in ratios.items() if ratio.low > 1.0}
+        tied = {other: self.over(other, arm) for other in ratios if other not in beats}
+        lines = code(self.run, arm)
+        return Recommendation(aim, arm, reason, over, beats, tied, self._settle(arm, tied), self.assumed, lines)
+
+    def _settle(self, arm: str, tied: dict[str, Ratio]) -> str:
+        """What would tell the arm from the fastest of those that it is not told apart from.
+
+        The number of prompts is the usual one for a paired comparison, (z s / d)^2 + z^2 / 2 (Guenther 1981), at which
+        a difference d, if it stays, is found every other time.
+        """
+        if not tied:
+            return ""
+        other = max(tied, key=lambda name: tied[name].value)
+        logs = self.logs(other, arm)
+        apart = abs(statistics.fmean(logs)) if logs else 0.0
+        if len(logs) < _LEAST_PROMPTS:
+            return f"More prompts whose texts do not loop would tell {other} from {arm}."
+        if apart <= self.run.header.floor:
+            return (
+                f"{other} and {arm} are as alike as two runs of the same code are here: a quieter machine might tell"
+                " them apart."
+            )
+        z = statistics.NormalDist().inv_cdf(1 - 0.025 / self.comparisons)
+        needed = max(len(logs) + 1, math.ceil((z * statistics.stdev(logs) / apart) ** 2 + z**2 / 2))
+        return f"About {needed} such prompts would tell {other} from {arm}; this run has {len(logs)}."
+
+
+def _effort(record: ArmRecord) -> tuple[bool, int, int, int]:
+    """What an arm asks for, the least first."""
+
+    def place(kinds: tuple[str, ...], key: str) -> int:
+        kind = record.options.get(key, kinds[0])
+        return kinds.index(kind) if kind in kinds else len(kinds)
+
+    return record.lossy, place(_DRAFTERS, "drafter"), place(_SHAPES, "shape"), place(_CONTROLLERS, "controller")
+
+
+def _lossless(contest: _Contest) -> str:
+    """The arm for throughput: one that beats plain decoding, or that itself."""
+    faster = [arm for arm in contest.lossless if contest.over(arm, BASELINE).low > 1.0]
+    return contest.best(faster or [BASELINE])
+
+
+def _throughput(contest: _Contest, arm: str) -> Recommendation:
+    reason = "Lossless, faster than plain decoding beyond the noise, and the simplest that no other such way beats."
+    if arm == BASELINE:
+        reason = "No lossless way is faster than plain decoding beyond the noise: draft nothing."
+    if contest.lossless == [BASELINE]:
+        reason = "There is no other lossless way to compare it with."
+    if better := [peer for peer in contest.peers if contest.over(peer, arm).low > 1.0]:
+        reason += f" Transformers is faster: {', '.join(f'{peer}, {contest.over(peer, arm)}' for peer in better)}."
+    return contest.recommendation("highest throughput", arm, reason, contest.lossless)
+
+
+def _throughput_with_loss(contest: _Contest, lossless: str) -> Recommendation | None:
+    """What is faster still, if there is any and it may write another text."""
+    lossy = [arm for arm in contest.arms if arm not in contest.lossless]
+    faster = [arm for arm in lossy if min(contest.over(arm, than).low for than in (lossless, BASELINE)) > 1.0]
+    if not faster:
+        return None
+    reason = f"Faster than {lossless} beyond the noise, and it writes another text."
+    aim = "highest throughput, if loss is acceptable"
+    return contest.recommendation(aim, contest.best(faster), reason, [lossless, *lossy])
+
+
+def _memory(contest: _Contest) -> Recommendation:
+    """The least weights and KV; an arm with a draft model only if none without one saves: the run does not tell what
+    the draft itself takes."""
+    plain, noise = contest.memory(BASELINE), f"within {math.expm1(contest.slack):.1%}"
+    aim = "memory-bound"
+    if math.isnan(plain):
+        reason = "The run does not tell what weights and KV take: measure it again."
+        return Recommendation(aim, None, reason, assumed=contest.assumed)
+    no_slower = contest.no_slower()
+    saving = [arm for arm in no_slower if contest.memory(arm) < (1 - NEAR) * plain]
+    saving = [arm for arm in saving if not _draft_takes(contest.run.arms[arm])] or saving
+    if not saving:
+        reason = (
+            f"Nothing that is as fast as plain decoding, {noise}, saves {NEAR:.0%} of its {plain / 1e6:.1f} MB of"
+            " weights and KV."
+        )
+        return contest.recommendation(aim, BASELINE, reason, [BASELINE])
+    least = min(map(contest.memory, saving))
+    near = [arm for arm in saving if contest.memory(arm) <= least + NEAR * plain]
+    arm = contest.best(near)
+    saved = plain - contest.memory(arm)
+    reason = (
+        f"Holds {contest.memory(arm) / 1e6:.1f} MB of weights and KV, {saved / 1e6:.1f} MB or {saved / plain:.0%} less"
+        f" than plain decoding, and in the mean is no slower than that, {noise}."
+        f"{_draft_takes(contest.run.arms[arm])}"
+    )
+    return contest.recommendation(aim, arm, reason, near)
+
+
+def _balanced(contest: _Contest, fastest: str) -> Recommendation:
+    aim, share = "balanced", f"{HALF:.0%} of plain decoding's KV or less"
+    plain = contest.cache(BASELINE)
+    small = [arm for arm in contest.no_slower() if contest.cache(arm) <= HALF * plain]
+    if not small:
+        reason = f"Nothing that is as fast as plain decoding holds {share}, so speed alone decides."
+        return contest.recommendation(aim, fastest, reason, [fastest])
+    arm = contest.best(small)
+    reason = (
+        f"Of those that hold {share} and are no slower the simplest that none beats: {contest.cache(arm) / 1e6:.1f} MB"
+        f" in place of {plain / 1e6:.1f}.{_draft_takes(contest.run.arms[arm])}"
+    )
+    return contest.recommendation(aim, arm, reason, small)
+
+
+def _long_context(contest: _Contest) -> Recommendation:
+    """The best of the bounded caches that were full at the run's longest length."""
+    run, length = contest.run, contest.run.header.max_new_tokens
+    aim = "long context"
+    bounded = [arm for arm in contest.arms if run.arms[arm].total("compressions") > 0]
+    if not bounded:
+        reason = (
+            f"No cache that is bounded was full at {length} tokens on enough prompts: measure a preset that has some,"
+            " such as long-sequence, more prompts or a greater --max-new-tokens."
+        )
+        return Recommendation(aim, None, reason, assumed=contest.assumed)
+    arm = contest.best(bounded)
+    held = {at: run.at(at).arms[arm].counters().get("peak_cache_bytes", math.nan) for at in run.lengths}
+    told = ", ".join(f"{most / 1e6:.1f} MB at {at}" for at, most in held.items() if math.isfinite(most))
+    ar = run.arms[BASELINE]
+    grown = 1e3 * ar.total("grown_bytes") / ar.total("tokens") / 1e6
+    growth = "" if math.isnan(grown) else f", and it grows by {grown:.1f} MB in a thousand tokens"
+    reason = (
+        f"Its KV stays what it is however long the text gets: {told} tokens; plain decoding's is"
+        f" {contest.cache(BASELINE) / 1e6:.1f} MB at {length}{growth}.{_draft_takes(run.arms[arm])}"
+    )
+    return contest.recommendation(aim, arm, reason, bounded)
+
+
+def _draft_takes(record: ArmRecord) -> str:
+    """What the figures of memory leave out, as a sentence; empty if nothing."""
+    takes = {"model": "weights and KV", "universal": "weights and KV", "self-streaming": "KV"}
+    what = takes.get(str(record.options.get("drafter")))
+    return f" The draft's own {what} come on top: the run does not tell them." if what else ""
+
+
+def _notes(run: RunFile, arms: int) -> list[str]:
+    said = [
+        f"Intervals hold with 95 % for all comparisons among {arms} arm(s) together, so also for one that is chosen:"
+        " they are wider than the report's. None is narrower than the A/A floor,"
+        f" {math.expm1(run.header.floor):.1%}."
+    ]
+    if run.arms[BASELINE].synthetic:
+        said.append(
+            "The weights are random: all this is hypothetical, and holds if drafts are accepted as often as was set."
+            " What a lossy arm's text is worth is not known."
+        )
+    return said + [f"Beware: {warning}." for warning in run.header.warnings]
+
+
+def told(run: RunFile, advice: Advice) -> RenderableType:
+    """The advice for a terminal, to be printed without cropping."""
+    measured = {
+        "throughput": Column("tokens/s"),
+        "mean_acceptance_length": Column("τ"),
+        "acceptance_rate": Column("accepted"),
+        "peak_cache_bytes": Column("KV MB"),
+    }
+    over = {BASELINE: "over ar", PEER_BASELINE: f"over {PEER_BASELINE}"}
+    if PEER_BASELINE not in run.arms:
+        del over[PEER_BASELINE]
+    heads = [Column("aim", False, True), Column("use", False), *map(Column, over.values()), *measured.values()]
+    rows = []
+    for each in advice.recommendations:
+        if each.arm is not None:
+            ratios = [f"{each.over[other]}" if other in each.over else "" for other in over]
+            found = cells(run, each.arm, list(measured))
+            rows.append([_aim(each), label(run, each.arm), *ratios, *found, outputs(run, each.arm)])
+        else:
+            rows.append([_aim(each), "-", *[""] * (len(heads) - 1)])
+    parts: list[RenderableType] = [Text(title(run)), rich_table(Grid([*heads, Column("output", False)], rows))]
+    shown: dict[str, str] = {}
+    for each in advice.recommendations:
+        parts += ["", Text.assemble((_aim(each), "bold"), f": {each.arm or 'not known'}")]
+        parts += [Padding(Text(sentence), (0, 0, 0, 2), expand=False) for sentence in sentences(each)]
+        if each.code in shown:
+            parts.append(Padding(Text(f"The lines are those of {shown[each.code]}."), (0, 0, 0, 2), expand=False))
+        elif each.code:
+            shown[each.code] = _aim(each)
+            # As it is, to be copied: neither indented nor broken.
+            parts += ["", Text(each.code, style="cyan", no_wrap=True, overflow="ignore")]
+    reasons: dict[str, list[str]] = {}
+    for arm, why in advice.left_out.items():
+        reasons.setdefault(why, []).append(arm)
+    left_out = [f"Left out: {', '.join(arms)}: {why}." for why, arms in reasons.items()]
+    return Group(*parts, "", *map(Text, [*left_out, *advice.notes]))
+
+
+def _aim(recommendation: Recommendation) -> str:
+    if recommendation.assumed is None:
+        return recommendation.aim
+    return f"{recommendation.aim}, if {recommendation.assumed:.0%} of what is proposed is accepted"
+
+
+def sentences(recommendation: Recommendation) -> list[str]:
+    """Why, what it beats, and what it is not told apart from."""
+    said = [recommendation.reason]
+    if recommendation.beats:
+        nearest = sorted(recommendation.beats.items(), key=lambda pair: pair[1].value)
+        said.append(f"Its speed over that of {', '.join(f'{arm}: {ratio}' for arm, ratio in nearest)}.")
+    if recommendation.tied:
+        first = sorted(recommendation.tied.items(), key=lambda pair: -pair[1].value)
+        named = ", ".join(f"{arm}: {ratio}" for arm, ratio in first)
+        said.append(f"Not told apart from it, with their speed over its own: {named}. {recommendation.settle}")
+    return said
+
+
+def as_json(run: RunFile, advice: Advice) -> dict[str, Any]:
+    """The advice for programs: plain values, null for what is not known."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    found = [
+        {**plain(asdict(each)), "measures": run.measures(each.arm) if each.arm is not None else {}}
+        for each in advice.recommendations
+    ]
+    return {"run": title(run), "recommendations": found, "left_out": advice.left_out, "notes": advice.notes}
