@@ -185,7 +185,7 @@ def slow_trees(plot: Plot) -> None:
     """Only the target's forwards over proposals take longer."""
 
     def wait(lm: LM, slots: Slots, pending: list[int], tree: DraftTree) -> None:
-        plot.clock.advance(0.1 * plot.step["tree"] * bool(len(tree)))
+        plot.clock.advance(0.15 * plot.step["tree"] * bool(len(tree)))
 
     plot.before(LM, "forward_tree", wait)
 

@@ -375,6 +375,8 @@ def test_the_lines_decode_as_the_arm_did(model: str, options: dict[str, Any]) ->
     assert {name: getattr(result, name) for name in counts} == {name: expected.counts[name] for name in counts}
     assert pasted["target"].weight_bytes == (target.quantized("int8") if "quantize" in options else target).weight_bytes
     assert pasted.get("draft", smaller).weight_bytes == smaller.weight_bytes
+    if options.get("drafter") == "lookup":
+        assert pasted["drafter"].max_ngram == options.get("ngram", 3)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -217,7 +217,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
         (["--preset", "nothing"], "no preset is named 'nothing'"),
         (["--backend", "packd"], "no backend is named 'packd'"),
         (["--prompts", "nothing:2"], "no data set is named 'nothing'"),
-        (["--prompts", "prose:x"], "NAME:COUNT"),
+        (["--prompts", "prose:x"], "NAME[/CATEGORY]"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--repeats", "0"], "repeats is 0"),
         (["--tolerance", "1"], "tolerance is 1.0"),

@@ -105,7 +105,7 @@ def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice
         found.append(_throughput(contest, fastest))
         found += [lossy] if (lossy := _throughput_with_loss(contest, fastest)) else []
         found += [_memory(contest), _balanced(contest, fastest), _long_context(contest)]
-    return Advice(found, {**(left_out or {}), **why}, _notes(run, len(arms)))
+    return Advice(found, {**(left_out or {}), **why}, _notes(run))
 
 
 def is_hopeless(run: RunFile, arm: str) -> bool:
@@ -367,10 +367,10 @@ def _draft_takes(record: ArmRecord) -> str:
     return f" The draft's own {what} come on top: the run does not tell them." if what else ""
 
 
-def _notes(run: RunFile, arms: int) -> list[str]:
+def _notes(run: RunFile) -> list[str]:
     said = [
-        f"Intervals hold with 95 % for all comparisons among {arms} arm(s) together, so also for one that is chosen:"
-        " they are wider than the report's. None is narrower than the A/A floor,"
+        "Intervals are made for all arms together that are compared (95 %, Student's t, Bonferroni), so they hold for"
+        " one that is chosen, and are wider than the report's. None is narrower than the A/A floor,"
         f" {math.expm1(run.header.floor):.1%}."
     ]
     if run.arms[BASELINE].synthetic:
@@ -422,7 +422,7 @@ def told(run: RunFile, advice: Advice) -> RenderableType:
 def _aim(recommendation: Recommendation) -> str:
     if recommendation.assumed is None:
         return recommendation.aim
-    return f"{recommendation.aim}, if {recommendation.assumed:.0%} of what is proposed is accepted"
+    return f"{recommendation.aim}, if {recommendation.assumed:.0%} is accepted"
 
 
 def sentences(recommendation: Recommendation) -> list[str]:
