@@ -1,0 +1,168 @@
+"""A draft head: one transformer layer that continues a target's hidden states, and its file.
+
+(EAGLE, Li et al. 2024; several layers' features and training on its own predictions as in EAGLE-3, Li et al. 2025.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from specdecode.errors import ModelFileError
+
+FORMAT = 1
+"""Of the files of heads."""
+
+_KEY = "specdecode-head"
+
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes the keys and values [b, heads, n, dim] of the tokens that are read, and gives all that these may attend to."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """The sizes of a head.
+
+    Attributes:
+        hidden: width of the target's hidden states.
+        layers: of the target, ascending, whose outputs are the features.
+        heads: of queries.
+        kv_heads: of keys and values.
+        head_dim: width of a head, even.
+        intermediate: width of the feed-forward part.
+        theta: base of the rotary positions (Su et al. 2021).
+    """
+
+    hidden: int
+    layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    theta: float = 10_000.0
+
+
+class Head(nn.Module):
+    """Says what follows token i from its embedding and the target's features at token i - 1; and, in place of features
+    that the target has not computed, from its own state there.
+
+    Args:
+        shape: its sizes.
+        tokens: ids of the target's vocabulary that it can propose.
+    """
+
+    tokens: Int[Tensor, " D"]
+
+    def __init__(self, shape: HeadShape, tokens: Int[Tensor, " D"]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.register_buffer("tokens", tokens)
+        width, inner = shape.hidden, shape.heads * shape.head_dim
+        self.fuse = nn.Linear(len(shape.layers) * width, width, bias=False)
+        self.join = nn.Linear(2 * width, width, bias=False)
+        self.embedding_norm = nn.RMSNorm(width, eps=1e-5)
+        self.state_norm = nn.RMSNorm(width, eps=1e-5)
+        self.input_layernorm = nn.RMSNorm(width, eps=1e-5)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, shape.kv_heads * shape.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, shape.kv_heads * shape.head_dim, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=1e-5)
+        self.gate_proj = nn.Linear(width, shape.intermediate, bias=False)
+        self.up_proj = nn.Linear(width, shape.intermediate, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate, width, bias=False)
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+
+    def fused(self, features: Float[Tensor, "*b n F"]) -> Float[Tensor, "*b n H"]:
+        """The states that the target's features stand for; each layer's are of one length first, since they grow from
+        layer to layer."""
+        layers = features.unflatten(-1, (len(self.shape.layers), self.shape.hidden))
+        fused: Tensor = self.fuse(rms_norm(layers, (self.shape.hidden,), eps=1e-5).flatten(-2))
+        return fused
+
+    def forward(
+        self,
+        embedded: Float[Tensor, "b n H"],
+        state: Float[Tensor, "b n H"],
+        positions: Int[Tensor, " n"],
+        store: Store,
+        visible: Bool[Tensor, "n s"],
+    ) -> Float[Tensor, "b n H"]:
+        """The states at some tokens.
+
+        Args:
+            embedded: the target's embeddings of the tokens.
+            state: at the token before each: `fused` features, or what this gave there.
+            positions: of the tokens.
+            store: holds keys and values.
+            visible: which of the s that the store gives each token attends to.
+        """
+        x = self.join(torch.cat([self.embedding_norm(embedded), self.state_norm(state)], -1))
+        given = self.input_layernorm(x)
+        queries, keys, values = (
+            project(given).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        keys, values = store(self._rotated(keys, positions), values)
+        attended = scaled_dot_product_attention(
+            self._rotated(queries, positions), keys, values, attn_mask=visible, enable_gqa=True
+        )
+        x = x + self.o_proj(attended.transpose(1, 2).flatten(-2))
+        given = self.post_attention_layernorm(x)
+        read: Tensor = x + self.down_proj(silu(self.gate_proj(given)) * self.up_proj(given))
+        return read
+
+    def logits(self, state: Float[Tensor, "*b n H"], rows: Float[Tensor, "D H"]) -> Float[Tensor, "*b n D"]:
+        """Of the tokens that it can propose, from the rows of the target's output embedding for these."""
+        logits: Tensor = self.norm(state) @ rows.T
+        return logits
+
+    def _rotated(self, x: Float[Tensor, "b heads n dim"], positions: Int[Tensor, " n"]) -> Tensor:
+        half = self.shape.head_dim // 2
+        frequencies = self.shape.theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        angles = positions[:, None].to(x.device, torch.float32) * frequencies
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def write_head(head: Head, card: Mapping[str, Any]) -> bytes:
+    """The bytes of a head's file: its weights in 16 bit, its shape, and a card of plain values that says what it was
+    trained for and how."""
+    weights = {
+        name: value.half() if value.is_floating_point() else value.int() for name, value in head.state_dict().items()
+    }
+    about = {"format": FORMAT, "shape": asdict(head.shape), "card": dict(card)}
+    return save({name: value.contiguous() for name, value in weights.items()}, {_KEY: json.dumps(about)})
+
+
+def read_head(file: Path) -> tuple[Head, dict[str, Any]]:
+    """A head in float32 on the CPU, and its card.
+
+    Raises:
+        ModelFileError: the file is not there, is damaged, or holds no head of this version.
+    """
+    try:
+        with safe_open(file, framework="pt") as held:
+            about = json.loads((held.metadata() or {}).get(_KEY, "null"))
+            weights = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (it is no mapping)
+        if about is None or about["format"] != FORMAT:
+            raise ModelFileError(f"{file} holds no draft head of this version: train one with `specdecode train-head`")
+        shape = HeadShape(**{**about["shape"], "layers": tuple(about["shape"]["layers"])})
+        head = Head(shape, weights["tokens"].long())
+        head.load_state_dict({name: value if name == "tokens" else value.float() for name, value in weights.items()})
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(f"cannot read the draft head {file}: {first_line}") from error
+    card: dict[str, Any] = about["card"]
+    return head, card
