@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from specdecode.costs import measure_costs as measure_costs
     from specdecode.decode import generate as generate
     from specdecode.decode import generate_batch as generate_batch
+    from specdecode.drafters.heads import HeadDrafter as HeadDrafter
     from specdecode.drafters.lookup import PromptLookup as PromptLookup
     from specdecode.drafters.model import ModelDrafter as ModelDrafter
     from specdecode.drafters.none import NoDraft as NoDraft
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from specdecode.errors import SpecDecodeError as SpecDecodeError
     from specdecode.errors import TokenizerMismatchError as TokenizerMismatchError
     from specdecode.errors import UnsupportedModelError as UnsupportedModelError
+    from specdecode.fitting import load_head as load_head
     from specdecode.lm import LM as LM
     from specdecode.loading import load as load
     from specdecode.policies.heavy_hitter import HeavyHitter as HeavyHitter
@@ -51,6 +53,7 @@ _HOMES = {
     "DraftTree": "tree",
     "FixedK": "controller",
     "Generation": "result",
+    "HeadDrafter": "drafters.heads",
     "HeavyHitter": "policies.heavy_hitter",
     "KeepAll": "policies.keep_all",
     "KeyNorm": "policies.key_norm",
@@ -71,6 +74,7 @@ _HOMES = {
     "generate": "decode",
     "generate_batch": "decode",
     "load": "loading",
+    "load_head": "fitting",
     "measure_costs": "costs",
 }
 __all__ = sorted(_HOMES)

@@ -39,6 +39,7 @@ class DrafterKind(str, enum.Enum):
     model = "model"
     universal = "universal"
     self_streaming = "self-streaming"
+    head = "head"
 
 
 class ControllerKind(str, enum.Enum):
@@ -70,15 +71,19 @@ def generate(
     drafter: Annotated[
         DrafterKind | None,
         typer.Option(
-            help="what proposes  [default: lookup; with a draft: model, or universal if its vocabulary is another]"
+            help="what proposes  [default: the head that comes with the target, else lookup; with a draft: model, or"
+            " universal if its vocabulary is another]"
         ),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="file of `specdecode train-head`  [default: what comes with the target]")
     ] = None,
     controller: Annotated[
         ControllerKind,
         typer.Option(help="how long to draft: always --k, by what was accepted, or by what pays on this machine"),
     ] = ControllerKind.fixed,
     k: Annotated[int | None, typer.Option(help="draft length  [default: 5]")] = None,
-    tree: Annotated[Shape, typer.Option(help="shape of a model's draft")] = Shape.chain,
+    tree: Annotated[Shape, typer.Option(help="shape of a model's or a head's draft")] = Shape.chain,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[int, typer.Option(help="keep the k most probable tokens; 0 keeps all")] = 0,
     top_p: Annotated[float, typer.Option(help="keep the most probable tokens up to this mass")] = 1.0,
@@ -115,6 +120,7 @@ def generate(
         Chain,
         CostAware,
         FixedK,
+        HeadDrafter,
         KeepAll,
         ModelDrafter,
         NoDraft,
@@ -126,6 +132,7 @@ def generate(
         UniversalDrafter,
         generate_batch,
         load,
+        load_head,
         measure_costs,
     )
     from specdecode import generate as decode
@@ -133,6 +140,7 @@ def generate(
     from specdecode.controller import Controller
     from specdecode.drafters.base import Drafter
     from specdecode.drafters.shapes import TreeShape
+    from specdecode.fitting import shipped_head
     from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, check_vocabulary
     from specdecode.policies import policy as named_policy
 
@@ -149,7 +157,14 @@ def generate(
         raise ValueError(f"--k is of no use with --controller {controller.value}, which finds it out: leave it out")
     fixed = FixedK(5 if k is None else k)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    kind = drafter or (DrafterKind.model if draft else DrafterKind.lookup)
+    shipped = shipped_head(target)
+    kind = drafter or (DrafterKind.head if head else DrafterKind.model if draft else None)
+    if kind is None:
+        kind = DrafterKind.lookup if shipped is None else DrafterKind.head
+    if kind is DrafterKind.head and not (head or shipped):
+        raise ValueError(f"no head comes with {target}: name the file of one with --head, or choose another --drafter")
+    if head and kind is not DrafterKind.head:
+        raise ValueError(f"--head is of no use with --drafter {kind.value}: leave one of them out")
     of_a_model = kind in (DrafterKind.model, DrafterKind.universal)
     if of_a_model and not draft:
         if target != EMBEDDED or kind is DrafterKind.universal:
@@ -190,6 +205,8 @@ def generate(
         make_drafter = partial(ModelDrafter, smaller, shapes[tree])
     elif kind is DrafterKind.universal:
         make_drafter = partial(UniversalDrafter, model, smaller)
+    elif kind is DrafterKind.head:
+        make_drafter = partial(HeadDrafter, load_head(head or target, model), shapes[tree])
     elif kind is DrafterKind.self_streaming:
         make_drafter = partial(SelfStreamingDrafter, model, cache, shape=shapes[tree])
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from specdecode.controller import MAX_DRAFT_NODES, Limit
 from specdecode.cost_aware import Costs, Draft
@@ -121,11 +122,22 @@ class _Reader:
         self._tokens = _text(target, 2 * _PERIOD)
         self._sampling = Sampling()
         self._rng = self._sampling.rng()
+        self._features = self._read(drafter.layers) if drafter.layers else None
+
+    def _read(self, layers: tuple[int, ...]) -> Tensor:
+        """What the target tells of the beginning of the text, which repeats itself; it need not read the rest."""
+        tokens = self._tokens[: self._target.context_length]
+        slots = self._target.new_slots(len(tokens))
+        with self._target.recording_outputs(layers):
+            self._target.forward(slots, torch.tensor(tokens))
+        return slots.features(layers)
 
     def propose(self, limit: Limit, tokens: int = 1) -> DraftTree:
         """A proposal when so many tokens have been committed since the last one."""
         self._tokens = _text(self._target, len(self._tokens) + tokens)
-        context = Context(self._tokens, self._target.vocab_size, self._sampling, self._rng)
+        if self._features is not None and len(self._features) < len(self._tokens):
+            self._features = self._features.repeat(2, 1)
+        context = Context(self._tokens, self._target.vocab_size, self._sampling, self._rng, self._features)
         return self._drafter.propose(context, limit)
 
 

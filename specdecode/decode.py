@@ -65,7 +65,7 @@ def generate(
             context holds, or stop strings for a target without a tokenizer.
     """
     stops = _stops(target, stop_token_ids, stop)
-    with target.recording_for(policy):
+    with target.recording_for(policy, drafter.layers):
         text = _Text(target, prompt, drafter, controller, policy, sampling, max_new_tokens, stops, logprobs, on_step)
         # The first step's forward carries what is left of the prompt, so that a short one costs no forward of its own.
         text.prefill(but=PREFILL_CHUNK)
@@ -137,8 +137,9 @@ def generate_batch(
         text = _Text(
             target, prompts[place], drafter(), controller(), policy, own, max_new_tokens, stops, logprobs, told
         )
-        # What is left of one prompt would be padding for the others.
-        text.prefill(but=1)
+        with target.recording_outputs(text.layers):
+            # What is left of one prompt would be padding for the others.
+            text.prefill(but=1)
         return text
 
     results: list[Generation] = []
@@ -155,7 +156,8 @@ def generate_batch(
                 batch = SlotBatch(slots)
             trees = [text.propose() for text in texts]
             started = time.perf_counter()
-            logits = target.forward_trees(batch, [text.pending for text in texts], trees)
+            with target.recording_outputs(sorted({layer for text in texts for layer in text.layers})):
+                logits = target.forward_trees(batch, [text.pending for text in texts], trees)
             for text, tree, own in zip(texts, trees, logits, strict=True):
                 text.commit(tree, own, started)
             for place in [place for place, text in live.items() if text.finished]:
@@ -218,13 +220,13 @@ def follow(
     _check_tokens(target, known, "text")
     stops = Stops((), (), None)
     told = _Text(target, known[:start], drafter, controller, policy, Sampling(), len(known) - start, stops, False, None)
-    with target.recording_for(policy):
+    with target.recording_for(policy, drafter.layers):
         told.prefill(but=PREFILL_CHUNK)
     while not told.finished:
         place, evicted = start + len(told.result.tokens), told.evicted
         tree = told.propose()
         started = time.perf_counter()
-        with target.recording_for(policy):
+        with target.recording_for(policy, drafter.layers):
             logits = target.forward_tree(told.slots, told.pending, tree)
         ahead = torch.tensor(known[place : place + tree.depth + 1], device=tree.parents.device)
         rows = told.commit(tree, logits, started, ahead[tree.depths])
@@ -263,9 +265,15 @@ class _Text:
         most = policy.keeps + policy.interval if policy.interval else min(self._end, len(self._tokens) + _AHEAD)
         self.slots = target.new_slots(most + MAX_DRAFT_NODES)
         self._read = 0  # tokens that went through the target; the rest are pending, the root at least
+        self._features: Tensor | None = None  # [capacity, F] of these
         self.evicted: int | None = None  # tokens that had been read when the policy evicted last
         self.finished = False
         self.result = Generation(prompt_tokens=len(self._tokens), logprobs=[] if logprobs else None)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The target's whose outputs the drafter reads."""
+        return self._drafter.layers
 
     @property
     def pending(self) -> list[int]:
@@ -278,10 +286,9 @@ class _Text:
         while (left := len(self._tokens) - self._read) > min(but, ahead := self._boundary() - self._read):
             chunk = min(PREFILL_CHUNK, ahead, left - 1)
             self._target.forward(self.slots, torch.tensor(self._tokens[self._read : self._read + chunk]))
+            self._keep(range(chunk))
             self._read += chunk
             self.result.prefill_forwards += 1
-            if self._policy.reads_attention:
-                self.slots.attend(range(chunk))
             self.result.prefill_compressions += self._evict()
         self.result.prefill_forwards_s = time.perf_counter() - started
 
@@ -296,7 +303,9 @@ class _Text:
         depth = min(limit.depth, self._end - length - 1, self._boundary() - length)
         tree = DraftTree.empty()
         if depth > 0:
-            context = Context(self._tokens, self._target.vocab_size, self._sampling, self._rng)
+            # How much of the prompt was read before the first step must not decide how the step goes.
+            features = self._features[: self._read] if self._features is not None and self.result.steps else None
+            context = Context(self._tokens, self._target.vocab_size, self._sampling, self._rng, features)
             tree = self._drafter.propose(context, Limit(depth, limit.nodes))
         if tree.depth > depth:
             tree = tree.clip(depth)
@@ -330,8 +339,7 @@ class _Text:
         verdict = accept(tree, known, self._rng)
         verified_at = time.perf_counter()
 
-        if self._policy.reads_attention:
-            slots.attend([*range(stem), *(stem - 1 + node for node in verdict.path)])
+        self._keep([*range(stem), *(stem - 1 + node for node in verdict.path)])
         slots.keep([root + node for node in verdict.path], after=root + 1)
         new = len(result.tokens)
         result.tokens += verdict.tokens
@@ -374,6 +382,21 @@ class _Text:
             self._on_step(emitted)
         result.decode_s = time.perf_counter() - self._started - result.prefill_s - result.capture_s
         return decided_at
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        """Keep what the last forward told of the tokens that are committed, behind those that were read before: their
+        attention for the policy, and their features for the drafter."""
+        if self._policy.reads_attention:
+            self.slots.attend(rows)
+        if not self.layers:
+            return
+        new = self.slots.features(self.layers)[list(rows)]
+        held, end = new[:0] if self._features is None else self._features, self._read + len(new)
+        if end > len(held):
+            wider = new.new_empty(max(end, 2 * len(held)), new.shape[1])
+            wider[: self._read] = held[: self._read]
+            self._features = held = wider
+        held[self._read : end] = new
 
     def _evict(self) -> bool:
         """Let the policy evict if it is its turn, behind what has been read; whether it was."""

@@ -24,6 +24,8 @@ FORMAT = 1
 """Of the files of heads."""
 
 _KEY = "specdecode-head"
+# What the file names the tensors of a signature.
+_TOKENS, _ROWS = "signature.tokens", "signature.rows"
 
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the keys and values [b, heads, n, dim] of the tokens that are read, and gives all that these may attend to."""
@@ -50,6 +52,25 @@ class HeadShape:
     head_dim: int
     intermediate: int
     theta: float = 10_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a head's file keeps of its target, to know it again, whatever type its weights are in.
+
+    Attributes:
+        target: its name.
+        vocab_size: width of its logits.
+        layers: how many it has.
+        tokens: some of its vocabulary.
+        rows: its embeddings of these.
+    """
+
+    target: str
+    vocab_size: int
+    layers: int
+    tokens: Int[Tensor, " n"]
+    rows: Float[Tensor, "n H"]
 
 
 class Head(nn.Module):
@@ -136,33 +157,35 @@ class Head(nn.Module):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def write_head(head: Head, card: Mapping[str, Any]) -> bytes:
-    """The bytes of a head's file: its weights in 16 bit, its shape, and a card of plain values that says what it was
-    trained for and how."""
-    weights = {
-        name: value.half() if value.is_floating_point() else value.int() for name, value in head.state_dict().items()
-    }
-    about = {"format": FORMAT, "shape": asdict(head.shape), "card": dict(card)}
-    return save({name: value.contiguous() for name, value in weights.items()}, {_KEY: json.dumps(about)})
+def write_head(head: Head, signature: Signature, card: Mapping[str, Any]) -> bytes:
+    """The bytes of a head's file: its weights in 16 bit, its shape, the signature of its target, and a card of plain
+    values that says how it was trained."""
+    held = {**head.state_dict(), _TOKENS: signature.tokens, _ROWS: signature.rows}
+    known = {"target": signature.target, "vocab_size": signature.vocab_size, "layers": signature.layers}
+    about = {"format": FORMAT, "shape": asdict(head.shape), "signature": known, "card": dict(card)}
+    tensors = {name: value.half() if value.is_floating_point() else value.int() for name, value in held.items()}
+    return save({name: value.contiguous() for name, value in tensors.items()}, {_KEY: json.dumps(about)})
 
 
-def read_head(file: Path) -> tuple[Head, dict[str, Any]]:
-    """A head in float32 on the CPU, and its card.
+def read_head(file: Path) -> tuple[Head, Signature, dict[str, Any]]:
+    """A head in float32 on the CPU, the signature of its target, and its card.
 
     Raises:
         ModelFileError: the file is not there, is damaged, or holds no head of this version.
     """
     try:
-        with safe_open(file, framework="pt") as held:
-            about = json.loads((held.metadata() or {}).get(_KEY, "null"))
-            weights = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (it is no mapping)
+        with safe_open(file, framework="pt") as opened:
+            about = json.loads((opened.metadata() or {}).get(_KEY, "null"))
+            held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
         if about is None or about["format"] != FORMAT:
             raise ModelFileError(f"{file} holds no draft head of this version: train one with `specdecode train-head`")
         shape = HeadShape(**{**about["shape"], "layers": tuple(about["shape"]["layers"])})
-        head = Head(shape, weights["tokens"].long())
-        head.load_state_dict({name: value if name == "tokens" else value.float() for name, value in weights.items()})
+        weights = {name: value.float() if value.is_floating_point() else value.long() for name, value in held.items()}
+        signature = Signature(**about["signature"], tokens=weights.pop(_TOKENS), rows=weights.pop(_ROWS))
+        head = Head(shape, weights["tokens"])
+        head.load_state_dict(weights)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(f"cannot read the draft head {file}: {first_line}") from error
     card: dict[str, Any] = about["card"]
-    return head, card
+    return head, signature, card

@@ -6,14 +6,15 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdecode.attention import GROUPED, own_config
@@ -80,6 +81,8 @@ class LM:
         self.forwards = 0
         self._variants: dict[str, LM] = {}
         self._records_attention = False
+        self._recorder: _Recorder | None = None
+        self._static_recorders: dict[tuple[int, ...], _Recorder] = {}
         self.static = backend.static(self._static_step) if backend.static is not None else None
         self._window = _window(config)
         self._mask_per_layer_type = self._window is not None
@@ -200,8 +203,12 @@ class LM:
         positions = positions.to(self.device, non_blocking=True)
         slots.append(positions)
         self.forwards += 1
-        if self.static is not None and not self._records_attention and self.static.takes(slots, count):
-            return self.static.run(slots, tokens, positions, visible)[-rows:]
+        recorder = self._recorder
+        static, layers = (self.static, ()) if recorder is None else (recorder.static, recorder.layers)
+        if static is not None and not self._records_attention and static.takes(slots, count):
+            logits, *outputs = static.run(slots, tokens, positions, visible)
+            slots.outputs = dict(zip(layers, outputs, strict=True))
+            return logits[-rows:]
         return self._forward(slots, [slots], [_Reading(tokens, positions, visible, rows)])[0]
 
     def _forward(
@@ -210,7 +217,9 @@ class LM:
         """Run what each sequence reads, the slots for it already taken; logits of the last rows that each wants."""
         size = max(len(reading.tokens) for reading in readings)
         kept = {"logits_to_keep": max(reading.rows for reading in readings)} if self._keeps_logits else {}
-        output = self.model(
+        recorder = self._recorder
+        model = self.model if recorder is None else recorder.model
+        output = model(
             input_ids=self._side_by_side([reading.tokens for reading in readings], size),
             attention_mask=self._mask(sequences, [reading.visible for reading in readings], size),
             position_ids=self._side_by_side([reading.positions for reading in readings], size),
@@ -231,10 +240,24 @@ class LM:
                         for weights, keys in zip(output.attentions, slots.filled_keys(), strict=True)
                     ]
                 )
+        if recorder is not None:
+            for row, (slots, reading) in enumerate(zip(sequences, readings, strict=True)):
+                own = [given[row, size - len(reading.tokens) :] for given in recorder.outputs]
+                slots.outputs = dict(zip(recorder.layers, own, strict=True))
         return [output.logits[row, -reading.rows :] for row, reading in enumerate(readings)]
 
     def _static_step(
         self,
+        inputs: Inputs,
+        positions: Int[Tensor, " span"],
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+    ) -> tuple[Float[Tensor, "W V"]]:
+        return (self._static_logits(self.model, inputs, positions, keys, values),)
+
+    def _static_logits(
+        self,
+        model: PreTrainedModel,
         inputs: Inputs,
         positions: Int[Tensor, " span"],
         keys: Mapping[int, Tensor],
@@ -247,7 +270,7 @@ class LM:
         if self._window is not None:
             near = allowed & (inputs.positions[:, None] - positions[None, :] < self._window)
         places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
-        logits: Tensor = self.model(
+        logits: Tensor = model(
             input_ids=inputs.tokens[None],
             attention_mask=self._taken(allowed[None], near[None]),
             position_ids=inputs.positions[None],
@@ -301,9 +324,53 @@ class LM:
             self._records_attention = False
             self.model.set_attn_implementation(usual)
 
-    def recording_for(self, policy: CachePolicy) -> AbstractContextManager[None]:
-        """`recording_attention` for a policy that reads it, and nothing for the others."""
-        return self.recording_attention() if policy.reads_attention else nullcontext()
+    @contextmanager
+    def recording_outputs(self, layers: Sequence[int]) -> Iterator[None]:
+        """Within this context every forward leaves what these layers give in `Slots.outputs`.
+
+        Raises:
+            ValueError: as `outputs_of`.
+        """
+        usual = self._recorder
+        with ExitStack() as stack:
+            if not layers:
+                self._recorder = None
+            elif self.static is None:
+                outputs = stack.enter_context(outputs_of(self.model, layers))
+                self._recorder = _Recorder(tuple(layers), self.model, outputs)
+            else:
+                self._recorder = self._static_recorder(tuple(layers))
+            stack.callback(setattr, self, "_recorder", usual)
+            yield
+
+    def _static_recorder(self, layers: tuple[int, ...]) -> _Recorder:
+        """What records over static shapes, made once: what is compiled or captured goes on for as long as the model
+        lives, and so do its hooks. They are those of another shell of the same weights, as compiled code is used again
+        whether there are hooks or not: PyTorch does not look at them. So plain decoding has other code, too."""
+        if layers not in self._static_recorders:
+            assert self.backend.static is not None
+            model = _shell(self.model)
+            outputs, _ = _listen(model, layers)
+
+            def step(
+                inputs: Inputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
+            ) -> tuple[Tensor, ...]:
+                logits = self._static_logits(model, inputs, positions, keys, values)
+                # By their numbers, at which compiled code does look: other layers are another step.
+                given = {layer: output[0] for layer, output in zip(layers, outputs, strict=True)}
+                return logits, *given.values()
+
+            self._static_recorders[layers] = _Recorder(layers, model, outputs, self.backend.static(step))
+        return self._static_recorders[layers]
+
+    @contextmanager
+    def recording_for(self, policy: CachePolicy, layers: Sequence[int] = ()) -> Iterator[None]:
+        """`recording_attention` for a policy that reads it, and `recording_outputs` for a drafter that reads some."""
+        with ExitStack() as stack:
+            if policy.reads_attention:
+                stack.enter_context(self.recording_attention())
+            stack.enter_context(self.recording_outputs(layers))
+            yield
 
     def read(
         self, slots: Slots, tokens: Sequence[int], policy: CachePolicy = KeepAll()
@@ -465,7 +532,7 @@ class LM:
             raise ValueError(f"layers is {list(layers)}: it must be ascending indices from 0 to {total - 1}")
         model = _shell(self.model)
         model.generation_config = copy.deepcopy(self.model.generation_config)
-        stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)
+        stack = _stack(model)
         if stack is None:
             raise ValueError(f"{self.name} has no list of {total} layers to take some from: draft with another model")
         stack._modules = {str(i): stack[layer] for i, layer in enumerate(layers)}
@@ -547,6 +614,65 @@ def synchronise(device: torch.device) -> None:
     """Wait for the device's queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def outputs_of(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[Float[Tensor, "rows n hidden"]]]:
+    """Within this context each forward of a model leaves what some of its layers give, in the order of `layers`, in the
+    list, where the forward before it left the same.
+
+    Args:
+        model: gets hooks, which are gone behind the context.
+        layers: indices of decoder layers. The last one's output is that before the model's final norm.
+
+    Raises:
+        ValueError: a layer that there is not, or the model does not hold its layers in one list.
+    """
+    outputs, handles = _listen(model, layers)
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _listen(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor], list[RemovableHandle]]:
+    stack = _stack(model)
+    if stack is None or not all(0 <= layer < len(stack) for layer in layers):
+        total = "no list of layers" if stack is None else f"layers 0 to {len(stack) - 1}"
+        raise ValueError(f"{type(model).__name__} has {total}: the outputs of {list(layers)} cannot be read")
+    outputs = [torch.empty(0)] * len(layers)
+
+    def telling(place: int) -> Callable[..., None]:
+        def tell(module: nn.Module, given: Any, output: Any) -> None:
+            outputs[place] = output if isinstance(output, Tensor) else output[0]
+
+        return tell
+
+    return outputs, [stack[layer].register_forward_hook(telling(place)) for place, layer in enumerate(layers)]
+
+
+def _stack(model: PreTrainedModel) -> nn.ModuleList | None:
+    """A model's decoder layers, if it holds them in one list."""
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorder:
+    """What takes the outputs of some layers.
+
+    Attributes:
+        layers: their numbers.
+        model: that runs.
+        outputs: [rows, n, hidden] of each, in its last forward.
+        static: what runs forwards over static shapes, if the backend does that; their outputs come with the logits.
+    """
+
+    layers: tuple[int, ...]
+    model: PreTrainedModel
+    outputs: list[Tensor]
+    static: Static | None = None
 
 
 @dataclass(frozen=True, slots=True)

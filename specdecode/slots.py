@@ -48,6 +48,7 @@ class Slots:
         attention: [layers, heads, capacity] the attention that each slot received from committed tokens, where it is
             counted (see `attend`); else empty.
         weights: [layers, heads, n, length] the attention of the last forward's n tokens, where the model records it.
+        outputs: [n, hidden] of layers by their number, what they gave in the last forward, where the model records it.
         evicted: tokens that are no longer held, of those that were committed.
     """
 
@@ -57,6 +58,7 @@ class Slots:
         self._keys, self._values = self.storage.keys, self.storage.values
         self.attention: Float[Tensor, "layers heads capacity"] = torch.zeros(0, 0, 0, device=device)
         self.weights: Float[Tensor, "layers heads n length"] | None = None
+        self.outputs: dict[int, Float[Tensor, "n hidden"]] = {}
         self.evicted = 0
         self._written = 0
 
@@ -180,6 +182,10 @@ class Slots:
         if not self.attention.numel():
             self.attention = received.new_zeros(*received.shape[:2], self.capacity)
         self.attention[:, :, : self.length] += received
+
+    def features(self, layers: Sequence[int]) -> Float[Tensor, "n F"]:
+        """The recorded outputs of these layers, side by side."""
+        return torch.cat([self.outputs[layer] for layer in layers], -1)
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Slots filled before the forward under way."""

@@ -31,6 +31,7 @@ class Form:
 
     parents: tuple[int, ...]
     forwards: int = 0
+    layers: tuple[int, ...] = ()
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         return DraftTree(torch.zeros(len(self.parents), dtype=torch.long), torch.tensor(self.parents))

@@ -28,6 +28,7 @@ from specdecode import (
     LM,
     FixedK,
     Generation,
+    HeadDrafter,
     ModelDrafter,
     PromptLookup,
     Sampling,
@@ -43,7 +44,7 @@ from specdecode.backends import packed as packing
 from specdecode.backends import static as shapes
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.packed import PackedLinear
-from specdecode.backends.static import Static
+from specdecode.backends.static import Replay, Static
 from specdecode.bench.arms import make
 from specdecode.bench.measure import classify
 from specdecode.bench.rehearsal import READS
@@ -51,6 +52,7 @@ from specdecode.controller import Controller
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.errors import UnsupportedModelError
+from specdecode.fitting import FittedHead, untrained
 from specdecode.lm import _shell
 from tests import models
 from tests.characters import save
@@ -66,13 +68,13 @@ def on_the_cpu(name: str, **values: Any) -> PreTrainedModel:
     return build(ARCHITECTURES[name] | values).float().cpu()
 
 
-def replayed(action: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def replayed(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
     """What a CUDA graph does, without one: the action is done on the way, and then leaves each result in the place of
     the one before."""
-    result = action()
+    results = action()
 
-    def again() -> torch.Tensor:
-        return result.copy_(action())
+    def again() -> tuple[torch.Tensor, ...]:
+        return tuple(result.copy_(new) for result, new in zip(results, action(), strict=True))
 
     return again
 
@@ -284,10 +286,10 @@ def test_static_shapes_change_no_token(
     assert result.compressions == alone(name, policy, temperature).compressions
 
 
-def counted(captured: list[int]) -> Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
+def counted(captured: list[int]) -> Replay:
     """Notes every capture."""
 
-    def replay(action: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def replay(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
         captured.append(1)
         return replayed(action)
 
@@ -386,8 +388,10 @@ class Distant(torch.Tensor):
         lambda target: ModelDrafter(target.subset([0, 1, 3])),
         lambda target: ModelDrafter(target.subset([0, 1, 3]), StaticTree((3, 2))),
         lambda target: SelfStreamingDrafter(target, 16),
+        lambda target: HeadDrafter(FittedHead(untrained(target), target)),
+        lambda target: HeadDrafter(FittedHead(untrained(target), target), StaticTree((3, 2))),
     ],
-    ids=["none", "lookup", "chain", "static-tree", "self-streaming"],
+    ids=["none", "lookup", "chain", "static-tree", "self-streaming", "head", "head-tree"],
 )
 def test_a_step_waits_for_the_device_once(make: Callable[[LM], Drafter], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a GPU that stands still while the host looks at what it has drafted, or accepted."""
@@ -460,9 +464,9 @@ def test_capturing_is_told_apart_from_decoding(monkeypatch: pytest.MonkeyPatch) 
     for name in ("count", "seconds", "reserved"):
         monkeypatch.setattr(CudaGraphs, name, 0)
 
-    def action() -> torch.Tensor:
+    def action() -> tuple[torch.Tensor, ...]:
         done.append("run")
-        return torch.ones(1)
+        return (torch.ones(1),)
 
     again = CudaGraphs()(action)
     assert done == ["run", "run", "capture into 7", "run"]
@@ -540,7 +544,7 @@ def test_a_backend_that_auto_chose_gives_way() -> None:
     """Guards against a model that cannot be loaded for the sake of a backend that nobody asked for, and against one
     that was asked for and silently is another."""
 
-    def broken(action: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def broken(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     backend = Backend("graph", static=partial(Static, replay=broken), chosen=True)

@@ -533,6 +533,7 @@ def test_a_drafter_is_measured_on_a_text_that_goes_on_and_repeats_itself() -> No
 
     class Listening:
         forwards = 0
+        layers = ()
 
         def propose(self, context: Context, limit: Limit) -> DraftTree:
             tree = lookup.propose(context, limit)

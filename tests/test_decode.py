@@ -51,6 +51,7 @@ class Hostile:
     right: Sequence[int]
     width: int
     forwards: int = 0
+    layers: tuple[int, ...] = ()
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         place = len(context.tokens) - len(prompt())

@@ -28,6 +28,7 @@ from specdecode import (
 from specdecode.controller import Limit
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
+from specdecode.lm import outputs_of
 from specdecode.sampling import Rng
 from tests.discovery import DRAFTERS, examples
 from tests.models import logits, small
@@ -50,8 +51,14 @@ def examples_of_target() -> dict[str, Drafter]:
     return {name: drafter for file in DRAFTERS for name, drafter in examples(file, target()).items()}
 
 
-def context(tokens: list[int], sampling: Sampling = Sampling(), seed: int = 0) -> Context:
-    return Context(tokens, VOCABULARY, sampling, Rng(seed))
+def context(tokens: list[int], sampling: Sampling = Sampling(), seed: int = 0, layers: tuple[int, ...] = ()) -> Context:
+    """With what the layers of the target make of the text, by a forward without a cache."""
+    features = None
+    if layers:
+        with outputs_of(target().model, layers) as outputs, torch.inference_mode():
+            target().model(torch.tensor([tokens], device=target().device), use_cache=False)
+        features = torch.cat(outputs, -1)[0, :-1]
+    return Context(tokens, VOCABULARY, sampling, Rng(seed), features)
 
 
 def law_after(text: list[int], sampling: Sampling) -> torch.Tensor:
@@ -209,14 +216,14 @@ def test_a_used_drafter_proposes_what_a_fresh_one_would(name: str, sampling: Sam
     as in `generate`, so that a drafter that holds on to the list is found out too."""
     token = st.integers(0, VOCABULARY - 1)
     fresh = examples_of_target()[name]
-    used = copy.deepcopy(fresh)
+    used, layers = copy.deepcopy(fresh), fresh.layers
     tokens = data.draw(st.lists(token, min_size=1, max_size=8))
     for seed in range(5):
         limit = Limit(data.draw(st.integers(1, 4)), data.draw(st.sampled_from([2, 5, 64])))
         before = list(tokens)
-        tree = used.propose(context(tokens, sampling, seed), limit)
+        tree = used.propose(context(tokens, sampling, seed, layers), limit)
         assert tokens == before
-        expected = copy.deepcopy(fresh).propose(context(before, sampling, seed), limit)
+        expected = copy.deepcopy(fresh).propose(context(before, sampling, seed, layers), limit)
         assert paths(tree) == paths(expected)
         assert (tree.probs is None) == (expected.probs is None)
         if tree.probs is not None:

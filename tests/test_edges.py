@@ -44,6 +44,7 @@ class Scripted:
     right: list[int]
     forwards: int = 0
     limits: list[Limit] = field(default_factory=list)
+    layers: tuple[int, ...] = ()
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         right = self.right[len(self.limits) % len(self.right)]

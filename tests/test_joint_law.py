@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
 from specdecode import (
     LM,
@@ -17,6 +18,7 @@ from specdecode import (
     Chain,
     DraftTree,
     FixedK,
+    HeadDrafter,
     HeavyHitter,
     KeepAll,
     ModelDrafter,
@@ -30,6 +32,7 @@ from specdecode import (
 )
 from specdecode.controller import Controller, Limit
 from specdecode.drafters.base import Context, Drafter
+from specdecode.fitting import FittedHead, untrained
 from specdecode.policies.base import CachePolicy
 from tests.enumeration import BranchRng, law_of
 from tests.models import logits, small
@@ -106,7 +109,18 @@ def drafters() -> dict[str, Drafter]:
         "replay": ReplayDrafter(ModelDrafter(draft, StaticTree((2, 1))), [*PROMPT, 0, 2, 4], acceptance=0.5),
         "wider-vocabulary": ModelDrafter(model(1, VOCABULARY + 3), StaticTree((2, 1))),
         "narrower-vocabulary": ModelDrafter(model(1, VOCABULARY - 1), StaticTree((2, 1))),
+        "head-chain": HeadDrafter(head()),
+        "head-tree": HeadDrafter(head(), StaticTree((2, 1))),
     }
+
+
+@functools.cache
+def head() -> FittedHead:
+    """Of the target of `decoded_law`; it cannot propose all tokens."""
+    target = model(0, layers=2)
+    untrained_head = untrained(target)
+    untrained_head.tokens = torch.tensor([4, 0, 3])
+    return FittedHead(untrained_head, target)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +177,7 @@ class WrongLaw:
     """Hands over another law than its proposals were drawn from: the one at temperature 1, before top-k."""
 
     inner: ModelDrafter
+    layers: tuple[int, ...] = ()
 
     @property
     def forwards(self) -> int:

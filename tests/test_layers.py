@@ -16,11 +16,11 @@ ROOT = Path(specdecode.__file__).parent
 # and its own modules may.
 LAYERS = [
     ["errors", "sampling", "shapes", "slots", "stopping", "tree"],
-    ["attention", "policies", "quantize", "result", "rotary", "verify"],
+    ["attention", "heads", "policies", "quantize", "result", "rotary", "verify"],
     ["backends"],
     ["controller", "lm"],
     ["cost_aware"],
-    ["loading"],
+    ["fitting", "loading"],
     ["drafters"],
     ["costs", "decode"],
     ["specdecoder"],

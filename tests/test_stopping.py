@@ -38,6 +38,7 @@ class Known:
     """Proposes the text that is coming, so that stops fall inside of blocks."""
 
     forwards = 0
+    layers = ()
 
     def __init__(self, text: list[int]) -> None:
         self.text = text

@@ -26,7 +26,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, action: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         started, before = time.perf_counter(), torch.cuda.memory_reserved()
         # What libraries set up at the first call must not be captured, and a capture needs a stream of its own.
         aside = torch.cuda.Stream()
@@ -43,7 +43,7 @@ class CudaGraphs:
         CudaGraphs.seconds += time.perf_counter() - started
         CudaGraphs.reserved += torch.cuda.memory_reserved() - before
 
-        def again() -> Tensor:
+        def again() -> tuple[Tensor, ...]:
             graph.replay()
             return result
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from specdecode.slots import Slots, Storage
@@ -81,13 +81,13 @@ class Inputs:
     visible: Bool[Tensor, "W S"]
 
 
-Step = Callable[[Inputs, Int[Tensor, " span"], Mapping[int, Tensor], Mapping[int, Tensor]], Float[Tensor, "W V"]]
-"""The logits of a static forward, from its inputs, the positions of the slots that it looks at, and the keys and values
-of each layer, which it writes."""
+Step = Callable[[Inputs, Int[Tensor, " span"], Mapping[int, Tensor], Mapping[int, Tensor]], tuple[Tensor, ...]]
+"""The logits [W, V] of a static forward, and what else it is to tell of its W rows, from its inputs, the positions of
+the slots that it looks at, and the keys and values of each layer, which it writes."""
 
-Replay = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+Replay = Callable[[Callable[[], tuple[Tensor, ...]]], Callable[[], tuple[Tensor, ...]]]
 """Makes of an action another that does the same on the same tensors, with what they hold by then. The action may be
-done on the way, if its tensors hold something; the result holds until the next time."""
+done on the way, if its tensors hold something; the results hold until the next time."""
 
 
 class Static:
@@ -139,9 +139,9 @@ class Static:
         tokens: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
         visible: Bool[Tensor, "n s"],
-    ) -> Float[Tensor, "n V"]:
-        """Logits of the tokens that take the last n slots; row i sees all slots but those of the last s that `visible`
-        hides from it."""
+    ) -> tuple[Shaped[Tensor, "n _"], ...]:
+        """What the step tells of the tokens that take the last n slots, their logits [n, V] first; row i sees all slots
+        but those of the last s that `visible` hides from it."""
         count, recent = visible.shape
         start, first = slots.length - count, slots.length - recent
         if self._replay is None:
@@ -160,7 +160,7 @@ class Static:
         # writes.
         captured.inputs.visible[count:, 0] = True
         captured.inputs.positions[count:] = 0
-        return captured.run()[:count].clone()
+        return tuple(told[:count].clone() for told in captured.run())
 
     def takes_chain(self, slots: Slots, count: int) -> bool:
         """Whether so many forwards, each over the choice of the one before it, can be captured as one."""
@@ -174,27 +174,27 @@ class Static:
 
         def forwards(
             inputs: Inputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
-        ) -> Tensor:
+        ) -> tuple[Tensor]:
             token, chosen = inputs.tokens, []
             for ahead in range(count):
                 place = inputs.start + ahead
                 now = Inputs(token, place[None], place, place, inputs.visible)
-                token = self._step(now, positions, keys, values)[:, :vocab_size].argmax(-1)
+                token = self._step(now, positions, keys, values)[0][:, :vocab_size].argmax(-1)
                 chosen.append(token)
-            return torch.cat(chosen)
+            return (torch.cat(chosen),)
 
         captured = self._capture(slots, 1, 1, forwards, self._replay, count, vocab_size)
         captured.inputs.tokens.copy_(token, non_blocking=True)
         captured.inputs.start.fill_(start)
         captured.inputs.visible.fill_(True)
-        return captured.run().clone()
+        return captured.run()[0].clone()
 
     def _capture(
         self,
         slots: Slots,
         width: int,
         across: int,
-        action: Callable[[Inputs, Tensor, Mapping[int, Tensor], Mapping[int, Tensor]], Tensor],
+        action: Step,
         replay: Replay,
         *kind: int,
     ) -> _Captured:
@@ -226,14 +226,14 @@ class _Captured:
         inputs: the buffers.
     """
 
-    def __init__(self, inputs: Inputs, action: Callable[[], Tensor], replay: Replay) -> None:
+    def __init__(self, inputs: Inputs, action: Callable[[], tuple[Tensor, ...]], replay: Replay) -> None:
         self.inputs = inputs
         self._action = action
         self._replay = replay
-        self._again: Callable[[], Tensor] | None = None
+        self._again: Callable[[], tuple[Tensor, ...]] | None = None
 
-    def run(self) -> Tensor:
-        """The result, with what the buffers hold now; it holds until the next time."""
+    def run(self) -> tuple[Tensor, ...]:
+        """The results, with what the buffers hold now; they hold until the next time."""
         if self._again is None:
             # Only now, with inputs that mean something: keys and values are written on the way.
             self._again = self._replay(self._action)

@@ -18,6 +18,7 @@ from specdecode.cost_aware import CostAware
 from specdecode.costs import measure_costs
 from specdecode.decode import generate, generate_batch
 from specdecode.drafters.base import Drafter
+from specdecode.drafters.heads import HeadDrafter
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter
 from specdecode.drafters.none import NoDraft
@@ -25,6 +26,7 @@ from specdecode.drafters.replay import ReplayDrafter
 from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeShape
 from specdecode.drafters.universal import UniversalDrafter
+from specdecode.fitting import FittedHead, load_head, untrained
 from specdecode.lm import LM, synchronise
 from specdecode.loading import check_vocabulary
 from specdecode.policies import policy as named_policy
@@ -168,14 +170,15 @@ def make(
 ) -> Arm:
     """An arm from a preset's entry.
 
-    Keys: `drafter` ("none", "lookup", "model", "universal" or "self-streaming"), `controller` ("fixed" with `k`,
-    "adaptive" or "cost-aware"), `nodes`, `ngram`, `branches`, `shape` ("chain", "static" or "best-first"), `branching`,
-    `threshold`, `draft_cache` (tokens that a streaming draft holds), `replay` (acceptance), `batch` (prompts decoded at
-    once: the block's own and shorter beginnings of it), `policy` ("sink-window" and the others of
-    `specdecode.policies`) with `cache` (tokens that it holds); or `peer` ("generate", "assisted" or "prompt-lookup")
-    with `k`, `ngram` and `confidence` (below which transformers stops drafting). With `quantize` ("int8") it decodes
-    the target with quantised weights, and drafts with `draft` as it is. `backend` says how the forwards of both run.
-    What a cost-aware arm goes by is measured here. `against` names the peer's arm that does the same.
+    Keys: `drafter` ("none", "lookup", "head", "model", "universal" or "self-streaming"), `controller` ("fixed" with
+    `k`, "adaptive" or "cost-aware"), `nodes`, `ngram`, `branches`, `shape` ("chain", "static" or "best-first"),
+    `branching`, `threshold`, `head` (a file, in place of the head that comes with the target), `draft_cache` (tokens
+    that a streaming draft holds), `replay` (acceptance), `batch` (prompts decoded at once: the block's own and shorter
+    beginnings of it), `policy` ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it
+    holds); or `peer` ("generate", "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which
+    transformers stops drafting). With `quantize` ("int8") it decodes the target with quantised weights, and drafts with
+    `draft` as it is. A target of random weights gets a head of random weights. `backend` says how the forwards of both
+    run. What a cost-aware arm goes by is measured here. `against` names the peer's arm that does the same.
 
     Args:
         name: of the arm.
@@ -187,7 +190,8 @@ def make(
         stop_token_ids: those that end an output; none by default, so that every output has the asked length.
 
     Raises:
-        UnsupportedModelError: the target's weights cannot be quantised.
+        ModelFileError: a head that is not there, or is damaged.
+        UnsupportedModelError: the target's weights cannot be quantised, or the head is another target's.
         ValueError: a key or value that is not known, or a draft model or a package that is missing.
         TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
     """
@@ -205,6 +209,8 @@ def make(
     policy = named_policy(kind, cache) if kind else KeepAll()
     if peer is not None and policy.interval:
         raise ValueError(f"arm {name!r} is transformers' own: it takes no policy")
+    if options.get("drafter") == "head":
+        options.setdefault("head", target.name)
     quantize = options.pop("quantize", None)
     if quantize is not None:
         target = target.quantized(quantize)
@@ -248,6 +254,12 @@ def _ours(
 
         def make_drafter() -> Drafter:
             return ModelDrafter(draft, shape)
+    elif kind == "head":
+        shape, file = _shape(options), options.pop("head")
+        head = FittedHead(untrained(target), target) if target.synthetic else load_head(file, target)
+
+        def make_drafter() -> Drafter:
+            return HeadDrafter(head, shape)
     elif kind == "universal" and draft is not None:
         UniversalDrafter(target, draft)  # as above
 
@@ -259,7 +271,8 @@ def _ours(
         def make_drafter() -> Drafter:
             return SelfStreamingDrafter(target, draft_cache, shape=shape)
     else:
-        raise ValueError(f"no drafter is named {kind!r}: choose from none, lookup, model, universal, self-streaming")
+        names = "none, lookup, head, model, universal, self-streaming"
+        raise ValueError(f"no drafter is named {kind!r}: choose from {names}")
     make_controller = _controller(options, target, make_drafter)
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:

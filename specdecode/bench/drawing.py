@@ -65,6 +65,7 @@ _MARKS = {
     "self-streaming": "P",
     "lookup": "^",
     "universal": "X",
+    "head": "v",
 }
 _PEER_MARKS = {BASELINE: "+", "linear": "x", "lookup": "1"}
 

@@ -32,6 +32,8 @@ def code(run: RunFile, arm: str) -> str:
         by_text = {"same_vocabulary": False} if kind == "universal" else {}
         draft = _call("specdecode.load", repr(of.draft), f"target={target}", **how, **by_text)
         lines.append(f"draft = {draft}")
+    if kind == "head":
+        lines.append(f"head = {_call('specdecode.load_head', repr(options.get('head', of.target)), 'target')}")
     lines.append(f"drafter = {_drafter(kind, options)}")
     given = ["target", "target.encode('Once upon a time')", "drafter=drafter"]
     if kind != "none":
@@ -56,6 +58,8 @@ def _drafter(kind: str, options: Mapping[str, Any]) -> str:
         return _call("specdecode.PromptLookup", **_some(options, max_ngram="ngram", branches="branches"))
     if kind == "model":
         return _call("specdecode.ModelDrafter", "draft", *tree)
+    if kind == "head":
+        return _call("specdecode.HeadDrafter", "head", *tree)
     if kind == "universal":
         return _call("specdecode.UniversalDrafter", "target", "draft")
     if kind == "self-streaming":

@@ -16,7 +16,15 @@ COLOURS = ("#0072b2", "#d55e00", "#009070", "#b8568f", "#c98a00", "#2b9ad6", "#7
 PLAIN = "#59616b"
 """The colour of plain decoding."""
 
-METHODS = {"linear": 0, "tree-static": 1, "tree-best-first": 2, "self-streaming": 3, "lookup": 4, "universal": 5}
+METHODS = {
+    "linear": 0,
+    "tree-static": 1,
+    "tree-best-first": 2,
+    "self-streaming": 3,
+    "lookup": 4,
+    "universal": 5,
+    "head": 6,
+}
 """The methods that draft, and the place of each one's colour. What is none of them takes a place that is left."""
 
 _SHAPES = {"chain": "linear", "static": "tree-static", "best-first": "tree-best-first"}

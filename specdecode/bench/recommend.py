@@ -28,7 +28,7 @@ NEAR = 0.01
 _LEAST_PROMPTS = 2
 _LEAST_TO_DROP = 3
 # From the simplest on: what has to be loaded, tuned and understood.
-_DRAFTERS = ("none", "lookup", "self-streaming", "model", "universal")
+_DRAFTERS = ("none", "lookup", "self-streaming", "head", "model", "universal")
 _SHAPES = ("chain", "static", "best-first")
 _CONTROLLERS = ("fixed", "adaptive", "cost-aware")
 
@@ -362,7 +362,7 @@ def _long_context(contest: _Contest) -> Recommendation:
 
 def _draft_takes(record: ArmRecord) -> str:
     """What the figures of memory leave out, as a sentence; empty if nothing."""
-    takes = {"model": "weights and KV", "universal": "weights and KV", "self-streaming": "KV"}
+    takes = {**dict.fromkeys(("head", "model", "universal"), "weights and KV"), "self-streaming": "KV"}
     what = takes.get(str(record.options.get("drafter")))
     return f" The draft's own {what} come on top: the run does not tell them." if what else ""
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from jaxtyping import Float
+from torch import Tensor
+
 from specdecode.controller import Limit
 from specdecode.sampling import Rng, Sampling
 from specdecode.tree import DraftTree
@@ -20,12 +23,17 @@ class Context:
         vocab_size: of the target; proposals lie below it, and `DraftTree.probs` has this width.
         sampling: how the target's tokens are chosen: a drafter that samples draws by the same rules.
         rng: the randomness of this generation.
+        features: what the drafter's `layers` of the target gave at the tokens that were read, side by side, if it has
+            some; None before the first step, which may read what is left of the prompt. They are kept for all of the
+            text, whatever a policy evicts from the target's cache: `len(layers) * hidden` numbers a token, in the
+            target's type (7 kB for three layers of SmolLM2-135M in float32).
     """
 
     tokens: Sequence[int]
     vocab_size: int
     sampling: Sampling
     rng: Rng
+    features: Float[Tensor, "read F"] | None = None
 
 
 class Drafter(Protocol):
@@ -36,10 +44,14 @@ class Drafter(Protocol):
 
     Attributes:
         forwards: forwards of a draft model since the drafter was made.
+        layers: of the target, whose outputs it reads as `Context.features`; for most ().
     """
 
     @property
     def forwards(self) -> int: ...
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         """A tree within the limit; the empty tree if there is nothing to propose."""

@@ -29,6 +29,7 @@ class PromptLookup:
     """
 
     forwards = 0
+    layers = ()
 
     def __init__(self, max_ngram: int = 3, branches: int = 1) -> None:
         if max_ngram < 1:

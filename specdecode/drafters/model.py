@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdecode.controller import Limit
 from specdecode.drafters.base import Context, common_prefix
-from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape
+from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
 from specdecode.lm import LM
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
@@ -34,6 +34,8 @@ class ModelDrafter:
         ValueError: a policy that chooses by attention, which is not recorded while drafting.
         UnsupportedModelError: the policy cannot serve the draft's architecture.
     """
+
+    layers = ()
 
     def __init__(self, draft: LM, shape: TreeShape = Chain(), policy: CachePolicy = KeepAll()) -> None:
         if policy.reads_attention:
@@ -64,19 +66,14 @@ class ModelDrafter:
         if context.sampling.greedy and isinstance(self.shape, Chain):
             self._grown = DraftTree.chain(self._chain(logits, context, min(limit.depth, limit.nodes)))
             return self._grown
-        levels, parents = self._grow(logits, context, limit)
-        if not levels:
-            self._grown = DraftTree.empty()
-            return self._grown
-        probs = [level.probs for level in levels if level.probs is not None]
-        self._grown = DraftTree(
-            torch.cat([level.tokens for level in levels]), torch.tensor(parents), torch.cat(probs) if probs else None
-        )
-        chosen = self.shape.select(levels, limit)
-        if len(chosen) == len(self._grown):
-            return self._grown
-        renumbered = {0: 0} | {node + 1: i for i, node in enumerate(chosen, start=1)}
-        return DraftTree(self._grown.tokens[chosen], torch.tensor([renumbered[parents[node]] for node in chosen]))
+        rng = None if context.sampling.greedy else context.rng
+        laws = self._laws(logits, context)
+
+        def read(level: Level, visible: Tensor, depth: int) -> Tensor:
+            return self._laws(self._forward(level.tokens, visible, depth), context)
+
+        self._grown, proposed = grow_tree(self.shape, laws, limit, rng, read)
+        return proposed
 
     def _chain(self, logits: Float[Tensor, "1 V"], context: Context, length: int) -> Int[Tensor, " length"]:
         """As the levels of a chain would be, but without laws: the draft's own greedy text, made on the device."""
@@ -85,26 +82,6 @@ class ModelDrafter:
             return first[:length]
         self.forwards += length - 1
         return torch.cat([first, self.draft.continue_greedily(self._slots, first, length - 1, context.vocab_size)])
-
-    def _grow(self, logits: Float[Tensor, "1 V"], context: Context, limit: Limit) -> tuple[list[Level], list[int]]:
-        """The levels of the tree, and the parents of their nodes; all but the deepest are in the slots then."""
-        rng = None if context.sampling.greedy else context.rng
-        levels: list[Level] = []
-        parents: list[int] = []
-        above = [0]
-        # Which nodes in the slots each node of the level above sees; the root sees none.
-        visible = torch.ones(1, 0, dtype=torch.bool)
-        while len(levels) < limit.depth and self.shape.more(levels, limit):
-            if levels:
-                visible = torch.cat([visible[list(levels[-1].rows)], torch.eye(len(above), dtype=torch.bool)], 1)
-                logits = self._forward(levels[-1].tokens, visible, depth=len(levels))
-            level = self.shape.grow(self._laws(logits, context), levels, limit, rng)
-            if not len(level):
-                break
-            parents += [above[row] for row in level.rows]
-            above = list(range(len(parents) - len(level) + 1, len(parents) + 1))
-            levels.append(level)
-        return levels, parents
 
     def _forward(self, tokens: Tensor, visible: Tensor, depth: int) -> Float[Tensor, "rows V"]:
         self.forwards += 1

@@ -18,6 +18,10 @@ class NoDraft:
     def forwards(self) -> int:
         return 0
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return ()
+
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         return DraftTree.empty()
 

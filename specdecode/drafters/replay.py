@@ -42,6 +42,10 @@ class ReplayDrafter:
     def forwards(self) -> int:
         return self.inner.forwards
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.inner.layers
+
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         tree = self.inner.propose(context, limit)
         children = tree.children()

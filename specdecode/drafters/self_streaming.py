@@ -28,6 +28,8 @@ class SelfStreamingDrafter:
         UnsupportedModelError: the keys of this architecture cannot be moved.
     """
 
+    layers = ()
+
     def __init__(self, target: LM, max_len: int = 256, sinks: int = 4, shape: TreeShape = Chain()) -> None:
         self._drafter = ModelDrafter(target, shape, SinkWindow(max_len, sinks))
 

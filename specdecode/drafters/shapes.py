@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdecode.controller import Limit
 from specdecode.sampling import Rng
+from specdecode.tree import DraftTree
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +52,54 @@ class TreeShape(Protocol):
     def select(self, levels: Sequence[Level], limit: Limit) -> list[int]:
         """Which of the levels' nodes, numbered through from 0, are proposed; ancestors of a chosen node are too."""
         ...
+
+
+Read = Callable[[Level, Bool[Tensor, "rows read"], int], Float[Tensor, "rows V"]]
+"""The draft's laws at the nodes of a level, from these, which of the nodes that have been read (the level's own
+included, at the end) each of them sees, and their depth."""
+
+
+def grow_tree(
+    shape: TreeShape, laws: Float[Tensor, "1 V"], limit: Limit, rng: Rng | None, read: Read
+) -> tuple[DraftTree, DraftTree]:
+    """Grow a draft level by level, by a forward of the draft over each level but the last.
+
+    Args:
+        shape: of the draft.
+        laws: the draft's law at the root.
+        limit: the most that may be proposed.
+        rng: None under greedy decoding.
+        read: a forward.
+
+    Returns:
+        All nodes, in the order in which they are read, and the tree of those that are proposed.
+    """
+    levels: list[Level] = []
+    parents: list[int] = []
+    above = [0]
+    # Which nodes that have been read each node of the level above sees; the root sees none.
+    visible = torch.ones(1, 0, dtype=torch.bool)
+    while len(levels) < limit.depth and shape.more(levels, limit):
+        if levels:
+            visible = torch.cat([visible[list(levels[-1].rows)], torch.eye(len(above), dtype=torch.bool)], 1)
+            laws = read(levels[-1], visible, len(levels))
+        level = shape.grow(laws, levels, limit, rng)
+        if not len(level):
+            break
+        parents += [above[row] for row in level.rows]
+        above = list(range(len(parents) - len(level) + 1, len(parents) + 1))
+        levels.append(level)
+    if not levels:
+        return DraftTree.empty(), DraftTree.empty()
+    probs = [level.probs for level in levels if level.probs is not None]
+    grown = DraftTree(
+        torch.cat([level.tokens for level in levels]), torch.tensor(parents), torch.cat(probs) if probs else None
+    )
+    chosen = shape.select(levels, limit)
+    if len(chosen) == len(grown):
+        return grown, grown
+    renumbered = {0: 0} | {node + 1: i for i, node in enumerate(chosen, start=1)}
+    return grown, DraftTree(grown.tokens[chosen], torch.tensor([renumbered[parents[node]] for node in chosen]))
 
 
 @dataclass(frozen=True, slots=True)

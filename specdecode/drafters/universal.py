@@ -61,6 +61,8 @@ class UniversalDrafter:
         ValueError, UnsupportedModelError: as `ModelDrafter`.
     """
 
+    layers = ()
+
     def __init__(self, target: LM, draft: LM, policy: CachePolicy = KeepAll()) -> None:
         self._target = _Text(target)
         self._draft = _Text(draft)

@@ -31,6 +31,7 @@ class Foretold:
     """
 
     forwards = 0
+    layers = ()
 
     def __init__(self, text: Sequence[int], branches: int = 1) -> None:
         self.text = list(text)
