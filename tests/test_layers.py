@@ -24,8 +24,9 @@ LAYERS = [
     ["drafters"],
     ["costs", "decode"],
     ["specdecoder"],
-    ["evals", "training"],
+    ["evals"],
     ["bench"],
+    ["training"],
     ["cli"],
     ["__main__"],
 ]

