@@ -156,8 +156,8 @@ def _card(card: dict[str, Any], epochs: list[Epoch]) -> str:
     lines = [
         f"# A draft head for {card['target']}",
         "",
-        f"Reads the layers {', '.join(map(str, card['layers']))} of the target (weights: {card['weights']}) and proposes"
-        f" {card['vocabulary']} tokens. Trained in {card['dtype']} on {card['tokens']} tokens in texts of"
+        f"Reads the layers {', '.join(map(str, card['layers']))} of the target (weights: {card['weights']}) and"
+        f" proposes {card['vocabulary']} tokens. Trained in {card['dtype']} on {card['tokens']} tokens in texts of"
         f" {card['length']}: {', '.join(card['data'])} ({origins}), of the corpora {card['own']:.0%} written on by the"
         f" target. The first {card['held_out']} documents of each were never trained on.",
         "",
