@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from specdecode.drafters.heads import output_rows
+from specdecode.fitting import output_rows
 
 from specdecode import LM, cli
 from specdecode.evals.data import documents
@@ -84,7 +84,7 @@ def test_a_head_is_trained_as_it_drafts(unchecked: None) -> None:
     target = lm("llama")
     tokens = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[:60].sort().values
     head = new_head(target, LAYERS, tokens).double()
-    rows = output_rows(target.model, tokens)
+    rows = output_rows(target, tokens)
     text = torch.randint(target.vocab_size, (9,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), outputs_of(target.model, LAYERS) as outputs:
         logits = target.model(text[None], use_cache=False).logits[0]
@@ -248,7 +248,7 @@ def test_the_command_writes_a_head_and_its_card(
     recipe += ["--out", str(out), "--epochs", "2", "--batch", "32", "--ahead", "2"]
     assert run(monkeypatch, *recipe) == 0
     assert f"the head is in {out}" in capfd.readouterr().out
-    head, card = read_head(out)
+    head, _, card = read_head(out)
     assert len(head.tokens) == 50
     assert card["tokens"] == 128 * 40
     assert [len(epoch["losses"]) for epoch in card["epochs"]] == [2, 2]
@@ -258,7 +258,7 @@ def test_the_command_writes_a_head_and_its_card(
     assert "prose: pydoc_data.topics" in page
     # All of it is there, so that it is only put together again.
     assert run(monkeypatch, *recipe) == 0
-    assert read_head(out)[1]["epochs"] == card["epochs"]
+    assert read_head(out)[2]["epochs"] == card["epochs"]
 
 
 @pytest.mark.parametrize(

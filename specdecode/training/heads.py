@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from specdecode.controller import FixedK
 from specdecode.decode import generate
-from specdecode.drafters.heads import HeadDrafter, output_rows
+from specdecode.drafters.heads import HeadDrafter
+from specdecode.fitting import FittedHead, output_rows
 from specdecode.heads import Head, HeadShape
 from specdecode.lm import LM
 from specdecode.training.features import Shard, read_shard
@@ -149,7 +150,7 @@ class Training:
         self._checkpoint = checkpoint
         self.head = head.to(target.device)
         self._embedding = target.model.get_input_embeddings()
-        self._rows = output_rows(target.model, head.tokens).float()
+        self._rows = output_rows(target, head.tokens).float()
         # A token's place among those that the head can propose; the last entry is for all others.
         self._place = torch.full((target.vocab_size,), -1, device=target.device)
         self._place[head.tokens] = torch.arange(len(head.tokens), device=target.device)
@@ -326,11 +327,13 @@ def acceptance(target: LM, head: Head, prompts: dict[str, Sequence[int]]) -> dic
         head: that drafts.
         prompts: by id, "TASK/NUMBER".
     """
+    fitted = FittedHead(head, target)
     steps: dict[str, int] = {}
     tokens: dict[str, int] = {}
     for name, prompt in prompts.items():
-        drafter = HeadDrafter(target, head)
-        result = generate(target, prompt, drafter=drafter, controller=FixedK(_DRAFTED), max_new_tokens=_DECODED)
+        result = generate(
+            target, prompt, drafter=HeadDrafter(fitted), controller=FixedK(_DRAFTED), max_new_tokens=_DECODED
+        )
         task = name.rpartition("/")[0]
         steps[task] = steps.get(task, 0) + len(result.steps)
         tokens[task] = tokens.get(task, 0) + len(result.tokens)

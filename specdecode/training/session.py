@@ -10,6 +10,7 @@ from typing import Any
 from specdecode.bench.environment import environment
 from specdecode.bench.files import git, write_whole
 from specdecode.evals.data import documents
+from specdecode.fitting import signature
 from specdecode.heads import write_head
 from specdecode.lm import LM
 from specdecode.loading import weights_of
@@ -102,7 +103,6 @@ def train_head(
     training = Training(target, head, files, settings, work / "checkpoint.pt")
 
     def on_epoch(training: Training) -> dict[str, float]:
-        training.head.train(False)
         found = acceptance(target, training.head, prompts)
         tell(
             len(training.epochs), settings.epochs, f"epoch {len(training.epochs)}: {_line(training.epochs[-1], found)}"
@@ -120,7 +120,7 @@ def train_head(
         "commit": _commit(),
         "environment": environment(),
     }
-    write_whole(out, write_head(training.head, target, card))
+    write_whole(out, write_head(training.head, signature(target), card))
     write_whole(out.with_suffix(".md"), _card(card, training.epochs))
     return card
 
