@@ -250,7 +250,7 @@ def test_the_command_writes_a_head_and_its_card(
     assert f"the head is in {out}" in capfd.readouterr().out
     head, _, card = read_head(out)
     assert len(head.tokens) == 50
-    assert card["tokens"] == 128 * 40
+    assert card["tokens"] == 256 * 40
     assert [len(epoch["losses"]) for epoch in card["epochs"]] == [2, 2]
     assert card["epochs"][1]["acceptance"]["prose"] >= 1.0
     page = out.with_suffix(".md").read_text()

@@ -22,8 +22,8 @@ from specdecode.training.texts import Texts
 # Of the target's law at each token, the most probable ones: what lies beyond is far below what a draft could gain.
 _TOP = 16
 # Texts in a shard, and in one forward of the target.
-SHARD = 128
-_BATCH = 16
+SHARD = 256
+_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,9 @@ def _shard(target: LM, texts: Sequence[Sequence[int]], layers: Sequence[int]) ->
         with outputs_of(target.model, layers) as outputs:
             logits = target.model(batch.to(target.device), use_cache=False).logits
         features.append(torch.cat([rms_norm(out.float(), (out.shape[-1],)).half() for out in outputs], -1).cpu())
-        best = logits.float().softmax(-1).topk(_TOP)
+        best = logits.topk(_TOP)
+        # Text by text: a vocabulary of numbers for every token is much.
+        total = torch.stack([law.float().logsumexp(-1) for law in logits])
         top.append(best.indices.cpu())
-        probs.append(best.values.cpu())
+        probs.append((best.values.float() - total[..., None]).exp().cpu())
     return Shard(tokens, torch.cat(features), torch.cat(top), torch.cat(probs))

@@ -21,7 +21,7 @@ from specdecode.decode import generate
 from specdecode.drafters.heads import HeadDrafter
 from specdecode.fitting import FittedHead, output_rows
 from specdecode.heads import Head, HeadShape
-from specdecode.lm import LM
+from specdecode.lm import LM, decoder_layers
 from specdecode.training.features import Shard, read_shard
 
 # Share of all steps in which the rate grows to its full height, and what is left of it at the end.
@@ -103,9 +103,9 @@ def new_head(target: LM, layers: Sequence[int], tokens: Int[Tensor, " D"], seed:
         torch.manual_seed(seed)
         head = Head(shape, tokens)
     begun = head.state_dict()
-    last = target.layers[-1].state_dict()
+    stack = decoder_layers(target.model)
     # By the names of Llama's modules and its many relatives; others begin at random.
-    for name, value in last.items():
+    for name, value in stack[-1].state_dict().items() if stack is not None else ():
         own = ".".join(name.split(".")[-2:])
         if own in begun and begun[own].shape == value.shape:
             begun[own] = value.float().cpu()

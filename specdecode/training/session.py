@@ -80,7 +80,7 @@ def train_head(
         ValueError, SpecDecodeError: a data set that is not at hand, a layer that the target does not have, or a folder
             with the work of another training.
     """
-    total = len(target.layers)
+    total = signature(target).layers
     layers = recipe.layers or tuple(sorted({min(2, total - 1), total // 2, total - 1}))
     if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
         raise ValueError(f"layers is {list(layers)}: they are ascending, from 0 to {total - 1}")

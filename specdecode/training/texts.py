@@ -86,14 +86,15 @@ class Texts:
                 begun.append(text[:_PROMPT])
             else:
                 whole.append(text)
-        whole += self._continued(begun, number)
-        whole += self._continued([self._opening] * chats, number)
+        whole += self._continued(begun, number, sampled=False)
+        whole += self._continued([self._opening] * chats, number, sampled=True)
         return whole
 
     @torch.inference_mode()
-    def _continued(self, begun: Sequence[Sequence[int]], number: int) -> list[list[int]]:
-        """The texts, sampled on by the target to the full length; ends of text are tokens like others. Transformers'
-        own sampling serves: nothing is compared with it, and it draws all rows of a batch at once."""
+    def _continued(self, begun: Sequence[Sequence[int]], number: int, *, sampled: bool) -> list[list[int]]:
+        """The texts, written on by the target to the full length: greedily, where different beginnings make different
+        texts. Ends of text are tokens like others. Transformers' own decoding serves, since all rows are of one length,
+        and nothing is compared with it."""
         if not begun:
             return []
         model = self._target.model
@@ -102,11 +103,9 @@ class Texts:
         usual, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
         configuration = GenerationConfig(
             max_new_tokens=self._length - ids.shape[1],
-            do_sample=True,
-            temperature=_TEMPERATURE,
-            top_k=0,
             pad_token_id=0,
             eos_token_id=None,
+            **({"do_sample": True, "temperature": _TEMPERATURE, "top_k": 0} if sampled else {"do_sample": False}),
         )
         try:
             with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
