@@ -276,8 +276,8 @@ def foretell(
         For each token ahead the places at which it is predicted, the sum of the cross-entropies there against that part
         of the target's law which the head can propose, and at how many both find the same token most probable.
     """
-    embedded = embedding(batch.tokens[:, 1:]).float()
-    state = head.fused(batch.features[:, :-1].float())
+    embedded = embedding(batch.tokens[:, 1:]).to(rows.dtype)
+    state = head.fused(batch.features[:, :-1].to(rows.dtype))
     wanted = place[batch.top[:, 1:]]
     probs = batch.probs[:, 1:].where(wanted >= 0, 0.0)
     length = embedded.shape[1]
@@ -293,7 +293,7 @@ def foretell(
     counts, losses, agreed = [], [], []
     for step in range(ahead):
         state = head(embedded, state, positions, store, _visible(length, step, embedded.device))
-        laws = head.logits(state, rows).float().log_softmax(-1)
+        laws = head.logits(state, rows).to(rows.dtype).log_softmax(-1)
         # The first tokens of a text have not so many before them.
         counted = (positions > step).expand(wanted.shape[:2])
         entropy = -(probs * laws.gather(-1, wanted.clamp_min(0))).sum(-1)
