@@ -47,7 +47,7 @@ class FittedHead:
         self.tokens = head.tokens.to(target.device)
         self._embedding = target.model.get_input_embeddings()
         weight = output_rows(target, head.tokens)
-        rows = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        rows = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         rows.weight = nn.Parameter(weight)
         self._head = copy.deepcopy(head).to(target.device, target.dtype)
         own = nn.ModuleList([self._head, rows])

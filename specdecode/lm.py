@@ -532,7 +532,7 @@ class LM:
             raise ValueError(f"layers is {list(layers)}: it must be ascending indices from 0 to {total - 1}")
         model = _shell(self.model)
         model.generation_config = copy.deepcopy(self.model.generation_config)
-        stack = _stack(model)
+        stack = decoder_layers(model)
         if stack is None:
             raise ValueError(f"{self.name} has no list of {total} layers to take some from: draft with another model")
         stack._modules = {str(i): stack[layer] for i, layer in enumerate(layers)}
@@ -637,7 +637,7 @@ def outputs_of(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[F
 
 
 def _listen(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor], list[RemovableHandle]]:
-    stack = _stack(model)
+    stack = decoder_layers(model)
     if stack is None or not all(0 <= layer < len(stack) for layer in layers):
         total = "no list of layers" if stack is None else f"layers 0 to {len(stack) - 1}"
         raise ValueError(f"{type(model).__name__} has {total}: the outputs of {list(layers)} cannot be read")
@@ -652,7 +652,7 @@ def _listen(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor]
     return outputs, [stack[layer].register_forward_hook(telling(place)) for place, layer in enumerate(layers)]
 
 
-def _stack(model: PreTrainedModel) -> nn.ModuleList | None:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     """A model's decoder layers, if it holds them in one list."""
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)

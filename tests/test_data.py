@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -240,7 +241,7 @@ def test_seeds_order_otherwise(folder: Path) -> None:
     [
         ("spec-bench/law", 1, "spec-bench has no category 'law': choose from writing, qa, rag"),
         ("gsm8k/qa", 1, "gsm8k has no categories: ask for gsm8k, without 'qa'"),
-        ("mmlu", 1, "no data set is named 'mmlu': choose from prose, humaneval"),
+        ("mmlu", 1, "no data set is named 'mmlu': choose from prose, code, humaneval"),
         ("gsm8k", 10, "10 texts of gsm8k were asked for: it has 9"),
         ("spec-bench/qa", 6, "6 texts of spec-bench/qa were asked for: it has 5"),
         ("gsm8k", 0, "0 texts of gsm8k were asked for"),
@@ -270,6 +271,16 @@ def test_a_document_of_wikitext_is_an_article(ending: str, folder: Path) -> None
     assert prompts == {name: text[:800] for name, text in found.items()}
 
 
+def test_code_is_what_python_is_written_in() -> None:
+    """Guards against a machine's own packages, tests and tables in a set that is to be alike on all machines."""
+    found, origin = rows("code")
+    modules = [row["module"] for row in found]
+    assert origin == "standard library"
+    assert next(row["text"] for row in found if row["module"] == "textwrap.py") == Path(textwrap.__file__).read_text()
+    assert "json/decoder.py" in modules
+    assert not [name for name in modules if {"site-packages", "test", "encodings"} & set(Path(name).parts)]
+
+
 def test_documents_are_whole(folder: Path) -> None:
     """Guards against perplexity of the beginnings alone, and of the blank lines before a book."""
     write(folder, "pg-19")
@@ -280,7 +291,7 @@ def test_documents_are_whole(folder: Path) -> None:
     }
     assert documents("pg-19", 2)[0] == documents("pg-19")[0][:2]
     assert any(len(topic.text) > 800 for topic in documents("prose", 8)[0])
-    with pytest.raises(ValueError, match=r"^gsm8k has no documents: choose from prose, wikitext-2, pg-19"):
+    with pytest.raises(ValueError, match=r"^gsm8k has no documents: choose from prose, code, wikitext-2, pg-19"):
         documents("gsm8k")
     with pytest.raises(ValueError, match=r"^4 texts of pg-19 were asked for: it has 3"):
         documents("pg-19", 4)

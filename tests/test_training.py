@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from specdecode.fitting import output_rows
 
 from specdecode import LM, cli
 from specdecode.evals.data import documents
+from specdecode.fitting import output_rows
 from specdecode.heads import Head, read_head
 from specdecode.lm import outputs_of
 from specdecode.slots import Slots

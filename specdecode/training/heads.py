@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -210,7 +210,8 @@ class Training:
             self._schedule.step()
             self._sums += torch.stack([counts, losses.detach(), agreed]).cpu()
         count, losses, _ = self._sums - before
-        return (losses / count).tolist()
+        means: list[float] = (losses / count).tolist()
+        return means
 
     def _precision(self) -> AbstractContextManager[Any]:
         """16-bit products where the target has such: what is fast with them for the one is for the other."""
@@ -319,7 +320,7 @@ def _height(done: float) -> float:
     return 1 - (1 - _LEAST) * fallen
 
 
-def acceptance(target: LM, head: Head, prompts: dict[str, Sequence[int]]) -> dict[str, float]:
+def acceptance(target: LM, head: Head, prompts: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Tokens committed a step, task by task, in greedy decoding with chains of four.
 
     Args:
