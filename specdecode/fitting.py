@@ -46,9 +46,8 @@ class FittedHead:
         self.shape = head.shape
         self.tokens = head.tokens.to(target.device)
         self._embedding = target.model.get_input_embeddings()
-        weight = output_rows(target, head.tokens)
-        rows = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        rows.weight = nn.Parameter(weight)
+        rows = nn.Linear(head.shape.hidden, len(head.tokens), bias=False, device="meta")
+        rows.weight = nn.Parameter(output_rows(target, head.tokens))
         self._head = copy.deepcopy(head).to(target.device, target.dtype)
         own = nn.ModuleList([self._head, rows])
         own.train(False).requires_grad_(False)

@@ -21,6 +21,7 @@ from specdecode.bench.progress import progress
 from specdecode.bench.report import judged_by
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.evals.data import token_prompts
+from specdecode.fitting import shipped_head
 from specdecode.lm import LM
 from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, TINY, choose_device, choose_dtype, load, weights_of
 
@@ -64,13 +65,17 @@ class Options:
 
     @property
     def experiment(self) -> Preset:
-        """The preset, with what the command line says otherwise."""
+        """The preset, with what the command line says otherwise, and without heads that the target does not have."""
         chosen = preset(self.preset).tiny() if self.tiny else preset(self.preset)
         if self.repeats is not None and self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}: each prompt is measured once at least")
         length = chosen.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+        target = self.identity.target
+        # A head is trained for one target: another one is measured without, unless the preset names its file.
+        headless = shipped_head(target) is None and not target.startswith("shape:")
+        needing = {arm for arm, of in chosen.arms.items() if of.get("drafter") == "head" and "head" not in of}
         return Preset(
-            arms=chosen.arms,
+            arms={arm: entry for arm, entry in chosen.arms.items() if not (headless and arm in needing)},
             prompts=self.prompts or chosen.prompts,
             max_new_tokens=length,
             repeats=chosen.repeats if self.repeats is None else self.repeats,
