@@ -197,15 +197,31 @@ def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no oneMKL" in str(without)
 
 
-@pytest.mark.parametrize(("gain", "name"), [(1.05, "eager"), (1.15, "packed")])
-def test_auto_packs_where_that_gains(gain: float, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against time and memory spent on a layout that is no faster, and against none where it is."""
-    times = iter([[gain, 1.0]])
-    monkeypatch.setattr(packing, "_seconds", lambda plain, packed: next(times))
+@pytest.mark.parametrize(
+    ("tried", "gains", "name"),
+    [
+        (2**26, {}, "eager"),
+        (2**26, {"all": 1.15}, "packed"),
+        # As wide as the vocabulary: one layer of each shape is tried, but a head is one of 29.
+        (1, {VOCABULARY: 2.0, "all": 0.95}, "eager"),
+        (1, {VOCABULARY: 4.0, "all": 1.02}, "packed"),
+    ],
+)
+def test_auto_packs_where_that_gains(
+    tried: int, gains: dict[int | str, float], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against time and memory spent on a layout that is no faster, against none where it is, and against a
+    judgement by a few layers that are unlike the rest."""
+
+    def seconds(plain: list[Callable[[], object]], packed: list[Callable[[], object]]) -> list[float]:
+        width = plain[0].func.out_features
+        return [len(plain) * gains.get(width, gains.get("all", 1.05)), float(len(packed))]
+
+    monkeypatch.setattr(packing, "_seconds", seconds)
+    monkeypatch.setattr(packing, "_TRIED", tried)
     model = on_the_cpu("llama")
     layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
     assert prepare("auto", model).name == name
-    assert next(times, None) is None
     assert (layer.weight in packing._layouts) == (name == "packed")
 
 

@@ -8,7 +8,17 @@ from itertools import product
 import numpy as np
 import pytest
 
-from specdecode.evals.stats import Estimate, Verdict, detectable, mcnemar, non_inferior, ratio_of_sums, student_t
+from specdecode.evals.stats import (
+    Estimate,
+    Verdict,
+    detectable,
+    mcnemar,
+    non_inferior,
+    paired_loss,
+    ratio_of_sums,
+    student_t,
+    wilson,
+)
 
 
 def test_long_documents_weigh_more() -> None:
@@ -90,10 +100,57 @@ def test_mcnemar_is_what_all_ways_to_flip_say(lost: int, won: int) -> None:
     assert mcnemar(won, lost) == mcnemar(lost, won) <= 1.0
 
 
+@pytest.mark.parametrize(
+    ("passed", "count", "low", "high"),
+    # From printed tables.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_of_a_share(passed: int, count: int, low: float, high: float) -> None:
+    """Guards against an interval without a width where all tasks fail, and one that leaves [0, 1]."""
+    share = wilson(passed, count)
+    assert (share.low, share.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    assert share.value == passed / count
+    other = wilson(count - passed, count)
+    assert (1 - other.high, 1 - other.low) == (pytest.approx(share.low), pytest.approx(share.high))
+
+
+@pytest.mark.parametrize(("lose", "win"), [(0.0, 0.0), (0.1, 0.1), (0.3, 0.05), (0.02, 0.0), (0.5, 0.4)])
+@pytest.mark.parametrize("count", [8, 30])
+def test_the_interval_of_a_paired_loss_covers_the_truth(lose: float, win: float, count: int) -> None:
+    """Guards against tasks that are compared as if two samples had been drawn, and against a bootstrap, which finds
+    that nothing was lost of few tasks, none of which flipped."""
+    covered = 0.0
+    for lost, won in product(range(count + 1), repeat=2):
+        if lost + won <= count:
+            loss = paired_loss(lost, won, count)
+            ways = math.comb(count, lost) * math.comb(count - lost, won)
+            probability = ways * lose**lost * win**won * (1 - lose - win) ** (count - lost - won)
+            covered += probability * (loss.low - 1e-9 <= lose - win <= loss.high + 1e-9)
+    assert covered > 0.93
+
+
+def test_a_loss_has_its_sign_and_its_width() -> None:
+    """Guards against flips that are counted the wrong way round, and a verdict from a handful of tasks."""
+    assert paired_loss(6, 1, 20).value == 0.25
+    ends, mirrored = paired_loss(6, 1, 20), paired_loss(1, 6, 20)
+    assert (ends.low, ends.high) == (pytest.approx(-mirrored.high), pytest.approx(-mirrored.low))
+    assert ends.low < 0.0 < ends.high
+    assert paired_loss(9, 0, 20).low > 0.0
+    assert paired_loss(0, 0, 8).high == pytest.approx(1.96**2 / (8 + 1.96**2), abs=1e-4)
+    assert non_inferior(paired_loss(0, 0, 8), 0.1) is Verdict.INCONCLUSIVE
+    assert non_inferior(paired_loss(0, 0, 80), 0.1) is Verdict.PASS
+    assert paired_loss(5, 0, 5).high == 1.0
+    assert paired_loss(0, 5, 5).low == -1.0
+
+
 def test_what_is_no_sample_is_refused() -> None:
     """Guards against a figure of nothing, which is no number and fails no comparison."""
     with pytest.raises(ValueError, match="0 and 0 documents"):
         ratio_of_sums([], [])
     with pytest.raises(ValueError, match="-1 tasks lost"):
         mcnemar(-1, 0)
+    with pytest.raises(ValueError, match="0 of 0 tasks"):
+        wilson(0, 0)
+    with pytest.raises(ValueError, match="3 tasks lost and 2 won of 4"):
+        paired_loss(3, 2, 4)
     assert math.isinf(ratio_of_sums([1.0], [1.0]).high)

@@ -14,15 +14,17 @@ import torch
 
 from specdecode import LM
 from specdecode.bench import quality
-from specdecode.bench.quality_report import costs, markdown, notes, plots, retrieval
+from specdecode.bench.quality_report import costs, markdown, notes, plots, retrieval, scores
 from specdecode.bench.session import Options
 from specdecode.evals.arms import Shuffled, make, quality_preset
 from specdecode.evals.needle import Found
 from specdecode.evals.perplexity import negative_log_likelihoods
 from specdecode.evals.results import (
+    Answer,
     Document,
     Judgement,
     QualityRun,
+    Score,
     Sought,
     Trace,
     judge,
@@ -31,6 +33,7 @@ from specdecode.evals.results import (
     write,
 )
 from specdecode.evals.stats import Verdict
+from specdecode.evals.tasks import TASKS
 from specdecode.loading import EMBEDDED
 from tests.models import ARCHITECTURES, build, lm
 
@@ -40,6 +43,13 @@ HEADER: dict[str, Any] = {
     "preset": "quick",
     "texts": "prose@5:3",
     "origins": ["prose: here"],
+    "tasks": {
+        "problems": {"gsm8k": 2, "humaneval": 10},
+        "max_new_tokens": 9,
+        "arms": ["full", "window-8"],
+        "origins": ["humaneval: here"],
+        "missing": {"gsm8k": "gsm8k is not at hand"},
+    },
     "k": 3,
     "window": None,
     "stride": None,
@@ -82,7 +92,17 @@ def example(window: float = 0.1, control: float = 0.9) -> QualityRun:
         for length in (8, 16)
         for depth in (0.0, 1.0)
     ]
-    return QualityRun(HEADER, ARMS, documents, needles)
+    return QualityRun(HEADER, ARMS, documents, needles, answers(reference="1111100000", full="1111100000"))
+
+
+def answers(**passed: str) -> list[Answer]:
+    """By arm, for each of ten problems whether it is solved; the window loses three and wins one."""
+    given = passed | {"window-8": "0001100001"}
+    return [
+        Answer(arm, "humaneval", f"humaneval/{i}", "" if bit == "1" else "AssertionError:", 3, "...")
+        for arm, bits in given.items()
+        for i, bit in enumerate(bits)
+    ]
 
 
 MARGINS = {"full": {"nll": 0.01, "kl": 0.01}, "window-8": {"nll": 0.3, "kl": 0.3}, "window-16": {"nll": 0.3}}
@@ -136,6 +156,34 @@ def test_lossy_parts_pass_within_their_margins_and_controls_beyond_them() -> Non
         assert set(verdicts(judge(run, margins)).values()) == {None}
 
 
+def test_flips_are_counted_from_the_reference() -> None:
+    """Guards against problems that are lost and told as won, and a rate that hides flips both ways."""
+    run = example()
+    assert run.score("window-8", "humaneval") == Score(count=10, passed=3, lost=3, won=1)
+    assert run.score("reference", "humaneval") == Score(count=10, passed=5, lost=0, won=0)
+    assert run.score("window-16", "humaneval") is None
+    loss = run.cost("window-8", "humaneval")
+    assert loss is not None
+    assert loss.value == 0.2
+    assert run.cost("window-8", "gsm8k") is None
+
+
+def test_tasks_are_judged_by_margins_too() -> None:
+    """Guards against a pass rate that nothing is said of, a handful of problems that pass for proof, and a task that
+    is not at hand and told as passed."""
+    margins = {"full": {"humaneval": 0.35}, "window-8": {"humaneval": 0.35, "gsm8k": 0.1}}
+    found = {(each.arm, each.measure): each for each in judge(example(), margins)}
+    assert found[("full", "humaneval")].verdict is Verdict.PASS
+    assert found[("window-8", "humaneval")].verdict is Verdict.INCONCLUSIVE
+    assert found[("window-8", "gsm8k")].verdict is None
+    assert found[("window-8", "gsm8k")].reason == "gsm8k is not at hand"
+    assert ("any-8", "humaneval") not in found
+    assert "begins at 0." in found[("window-8", "humaneval")].reason
+    strict = {(each.arm, each.measure): each.verdict for each in judge(example(), {"full": {"humaneval": 0.1}})}
+    assert strict[("full", "humaneval")] is Verdict.INCONCLUSIVE
+    assert strict[("window-8", "humaneval")] is None
+
+
 def test_a_run_travels_as_json(tmp_path: Path) -> None:
     """Guards against a report that knows more than the file, and files of which a part is missing."""
     file = tmp_path / "run.json"
@@ -161,8 +209,8 @@ def test_margins_are_read_with_suspicion(tmp_path: Path, content: str) -> None:
     """Guards against a margin that is spelt wrong, and so never applied."""
     file = tmp_path / "margins.json"
     assert read_margins(file) == {}
-    file.write_text('{"margins": {"a": {"kl": 0.1}}}')
-    assert read_margins(file) == {"a": {"kl": 0.1}}
+    file.write_text('{"margins": {"a": {"kl": 0.1, "gsm8k": 0.2}}}')
+    assert read_margins(file) == {"a": {"kl": 0.1, "gsm8k": 0.2}}
     file.write_text(content)
     with pytest.raises(ValueError, match="margin"):
         read_margins(file)
@@ -187,9 +235,14 @@ def test_the_page_tells_costs_needles_and_what_is_not_as_expected() -> None:
     assert page.index("**window-8** is FAIL") < page.index("| arm |")
     assert "| window-16 | ΔNLL | not judged |" in page
     assert "| any-8 | ΔNLL | FAIL, as it has to |" in page
-    for grid in (costs(run, judge(run, MARGINS)), retrieval(run)):
+    assert "GSM8K was not asked: gsm8k is not at hand." in page
+    for grid in (costs(run, judge(run, MARGINS)), retrieval(run), scores(run, judge(run, MARGINS))):
         assert {len(row) for row in grid.rows} == {len(grid.columns)}
     assert retrieval(run).rows[0] == ["full", "8", "1/1 (-1.0)", "1/1 (-1.0)"]
+    rows = scores(run, judge(run, {"window-8": {"humaneval": 0.35}})).rows
+    assert [row[:3] for row in rows] == [["HumanEval", "reference", "5/10"], ["HumanEval", "full", "5/10"], rows[2][:3]]
+    assert rows[2][2:8] == ["3/10", "30% [11%, 60%]", "3", "1", "0.62", rows[2][7]]
+    assert rows[2][-1] == "INCONCLUSIVE"
     assert "steps of 4 tokens" in notes(run)[0]
     windowed = replace(run, header=HEADER | {"window": 512, "stride": 128, "synthetic": True})
     assert "in windows of 512 tokens, 128 tokens apart" in notes(windowed)[0]
@@ -221,16 +274,19 @@ def test_a_report_needs_no_torch() -> None:
 # Presets.
 
 
-@pytest.mark.parametrize("name", ["quick", "tiny"])
-def test_presets_can_be_run(name: str) -> None:
-    """Guards against an arm that is found impossible when the first document is read, or a needle nobody looks for."""
+@pytest.mark.parametrize(("name", "judged"), [("quick", 3), ("tasks", 0), ("tiny", 3)])
+def test_presets_can_be_run(name: str, judged: int) -> None:
+    """Guards against an arm that is found impossible when the first document is read, a needle nobody looks for, and a
+    task that nobody knows."""
     preset = quality_preset(name)
     target = LM(build(ARCHITECTURES["llama"] | {"max_position_embeddings": 2048}))
     paths = {arm: make(arm, entry, target, preset.k, "eager") for arm, entry in preset.arms.items()}
     controls = {arm for arm, entry in preset.arms.items() if "control" in entry}
-    assert len(controls) == 3
-    assert preset.needle is not None
-    assert not controls & set(preset.needle.arms)
+    assert len(controls) == judged
+    assert preset.tasks is not None
+    assert preset.tasks.problems.keys() <= TASKS.keys()
+    for grid in (preset.needle, preset.tasks):
+        assert not controls & set(grid.arms if grid else ())
     for arm, path in paths.items():
         assert (path.lm is target) == ("quantize" not in preset.arms[arm])
         assert path.policy.interval == 0 or path.policy.keeps + path.policy.interval == preset.arms[arm]["cache"]
@@ -258,6 +314,11 @@ def test_an_arm_that_cannot_be_is_told(entry: dict[str, Any], reason: str) -> No
         ("texts =", "cannot be read"),
         ('texts = "prose"', "cannot be read"),
         ('texts = "prose"\nk = 3\n[arms]\na = { control = "b" }', "has no arm 'b'"),
+        ('texts = "prose"\nk = 3\n[arms]\na = {}\n[tasks]\narms = ["a"]', "cannot be read"),
+        (
+            'texts = "prose"\nk = 3\n[arms]\n[tasks]\narms = ["b"]\nmax_new_tokens = 1\nproblems = { gsm8k = 1 }',
+            "has no arm 'b'",
+        ),
     ],
 )
 def test_a_preset_that_is_none_is_told(tmp_path: Path, text: str, reason: str) -> None:
@@ -266,7 +327,7 @@ def test_a_preset_that_is_none_is_told(tmp_path: Path, text: str, reason: str) -
     file.write_text(text)
     with pytest.raises(ValueError, match=reason):
         quality_preset(str(file))
-    with pytest.raises(ValueError, match="choose from quick, tiny"):
+    with pytest.raises(ValueError, match="choose from quick, tasks, tiny"):
         quality_preset("nothing")
 
 
@@ -310,6 +371,14 @@ def options(root: Path, **others: Any) -> Options:
     return Options(**given | others)
 
 
+@pytest.fixture
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that GSM8K is not at hand, whoever runs the tests."""
+    monkeypatch.delenv("SPECDECODE_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+@pytest.mark.usefixtures("_no_hub")
 def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against minutes that are lost, and pieces that are judged twice or not at all."""
     selected = {"full", "sink-window-16"}
@@ -340,11 +409,51 @@ def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
     assert not journal.exists()
 
 
+@pytest.mark.usefixtures("_no_hub")
+def test_answers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against answers that are given twice, by another arm, or to another problem when a session goes on."""
+    preset = tmp_path / "own.toml"
+    preset.write_text(
+        'texts = "prose@20:1"\nk = 3\n[arms]\nwindow = { policy = "sink-window", cache = 128 }\n[tasks]\n'
+        'arms = ["window"]\nmax_new_tokens = 6\nproblems = { gsm8k = 1, humaneval = 2 }\n'
+    )
+    given = options(tmp_path, preset=str(preset), target="shape:tiny", prompts=None, tiny=False)
+    whole = quality.measure(given, {"window"})
+    asked = [(each.problem, each.arm) for each in whole.run.answers]
+    assert [arm for _, arm in asked] == ["reference", "window"] * 2
+    assert len({problem for problem, _ in asked}) == 2
+    assert whole.run.score("window", "humaneval") == Score(count=2, passed=0, lost=0, won=0)
+    assert {each.tokens for each in whole.run.answers} == {6}
+    assert all(each.wrong for each in whole.run.answers)
+    reasons = {each.measure: each.reason for each in whole.judgements}
+    assert "random weights" in reasons["humaneval"]
+    assert "gsm8k_test.jsonl or .parquet" in reasons["gsm8k"]
+    answered = quality.answer
+    calls = []
+
+    def interrupted(*arguments: Any) -> Answer:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answered(*arguments)
+
+    monkeypatch.setattr(quality, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quality.measure(given, {"window"})
+    again = quality.measure(replace(given, resume=True), {"window"})
+    assert again.run == whole.run
+    assert len(calls) == 3 + 2
+    longer = quality.measure(replace(given, max_new_tokens=9), {"window"})
+    assert {each.tokens for each in longer.run.answers} == {9}
+
+
+@pytest.mark.usefixtures("_no_hub")
 def test_arms_without_their_package_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a run that ends because torchao is not there."""
     monkeypatch.setattr(quality, "find_spec", lambda name: None)
     found = quality.measure(options(tmp_path), {"full", "int8-sink-window-16"})
     assert found.run.judged_arms == ["full"]
     reasons = [each.reason for each in found.judgements if each.arm == "int8-sink-window-16"]
-    assert reasons == ["not read: INT8 needs torchao"] * 2
+    assert reasons == ["not read: INT8 needs torchao"] * 4
+    assert {each.arm for each in found.run.answers} == {"reference", "full"}
     assert [row[0] for row in costs(found.run, found.judgements).rows] == ["reference", "full"]

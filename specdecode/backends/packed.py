@@ -22,7 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # Rows that the layout is made for. Any number is computed with it; this is in the middle of what is verified at once.
 _ROWS = 16
 # Rows at which the layout must gain this much over the plain layers to be worth its time and memory; and the bytes
-# of weights with which that is tried: more than caches near a core hold, since decoding reads all weights from memory.
+# of weights with which that is tried, of each shape: more than caches near a core hold, since decoding reads all
+# weights from memory.
 _TRIED_ROWS, _WORTH, _TRIED = 8, 1.1, 2**26
 
 # A model, a subset of its layers and a second model made of the same weights share what is packed.
@@ -114,17 +115,27 @@ def pack(model: nn.Module) -> tuple[int, int]:
 
 
 def is_worth_it(model: nn.Module) -> bool:
-    """Whether eight rows take a tenth less time through packed layers: tried with some, in a moment."""
-    layers: list[tuple[nn.Linear, Tensor]] = []
+    """Whether eight rows take a tenth less time through packed layers: tried with some of each shape, in a moment. A
+    head over the vocabulary gains another share than the layers below it, and may be a fifth of the model."""
+    held: dict[tuple[int, int], int] = {}
+    tried: dict[tuple[int, int], list[nn.Linear]] = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and _packable(module) and sum(m.weight.nbytes for m, _ in layers) < _TRIED:
-            layers.append((module, torch.ones(_TRIED_ROWS, module.in_features)))
-    plain_s, packed_s = _seconds(
-        [partial(layer, rows) for layer, rows in layers], [partial(PackedLinear(layer), rows) for layer, rows in layers]
-    )
+        if isinstance(module, nn.Linear) and _packable(module):
+            shape = (module.in_features, module.out_features)
+            if held.get(shape, 0) < _TRIED:
+                tried.setdefault(shape, []).append(module)
+            held[shape] = held.get(shape, 0) + module.weight.nbytes
+    plain_s = packed_s = 0.0
+    for shape, layers in tried.items():
+        rows = torch.ones(_TRIED_ROWS, shape[0])
+        plain, packed = _seconds(
+            [partial(layer, rows) for layer in layers], [partial(PackedLinear(layer), rows) for layer in layers]
+        )
+        share = held[shape] / sum(layer.weight.nbytes for layer in layers)
+        plain_s, packed_s = plain_s + share * plain, packed_s + share * packed
     worth_it = plain_s > _WORTH * packed_s
     if not worth_it:
-        for layer, _ in layers:
+        for layer in (layer for layers in tried.values() for layer in layers):
             _layouts.pop(layer.weight, None)
     return worth_it
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         from specdecode.evals.results import MEASURES
 
         with _one_sentence():
-            arms = chosen_preset(_options(metafunc.config)).arms
-        costs = [(arm, measure) for arm in arms for measure in MEASURES]
+            preset = chosen_preset(_options(metafunc.config))
+        costs = [(arm, measure) for arm in preset.arms for measure in MEASURES]
+        if preset.tasks is not None:
+            costs += product(preset.tasks.arms, preset.tasks.problems)
         metafunc.parametrize("cost", costs, ids=["-".join(pair) for pair in costs])
     if not metafunc.config.getoption("benchmark") or not {"arm", "judged"} & set(metafunc.fixturenames):
         return
@@ -244,7 +247,7 @@ def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) ->
     from rich.console import Console
 
     from specdecode.bench.files import write_whole
-    from specdecode.bench.quality_report import costs, markdown, notes, plots, retrieval
+    from specdecode.bench.quality_report import costs, markdown, notes, plots, retrieval, scores
     from specdecode.bench.report import rich_table
 
     text = io.StringIO()
@@ -252,6 +255,8 @@ def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) ->
     console.print(rich_table(costs(judged.run, judged.judgements)))
     if judged.run.needles:
         console.print(rich_table(retrieval(judged.run)))
+    if judged.run.answers:
+        console.print(rich_table(scores(judged.run, judged.judgements)))
     page = markdown(judged.run, judged.judgements)
     write_whole(judged.file.with_suffix(".md"), page)
     where = f"The run is in {judged.file}, a page of it in the .md beside it; margins are taken from {judged.margins}."

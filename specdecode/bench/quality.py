@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -16,12 +16,24 @@ from specdecode.bench.journal import code, open_lines
 from specdecode.bench.names import slug
 from specdecode.bench.progress import progress
 from specdecode.bench.session import Options
+from specdecode.evals.answers import Problem, answer, problems
 from specdecode.evals.arms import QualityPreset, make, quality_preset
-from specdecode.evals.data import documents, token_prompts
+from specdecode.evals.data import NotAtHandError, documents, token_prompts
 from specdecode.evals.needle import bury, look_for
-from specdecode.evals.perplexity import Judged
+from specdecode.evals.perplexity import DecodePath, Judged
 from specdecode.evals.perplexity import judge as read_side_by_side
-from specdecode.evals.results import Judgement, QualityRun, Sought, document, judge, read_margins, write
+from specdecode.evals.results import (
+    REFERENCE,
+    Answer,
+    Judgement,
+    QualityRun,
+    Sought,
+    document,
+    judge,
+    read_margins,
+    write,
+)
+from specdecode.lm import LM
 from specdecode.loading import choose_device, weights_of
 
 # What is written of a figure: more than any interval is wide, and few enough to keep a run's file small.
@@ -46,11 +58,13 @@ class Quality:
 
 
 def chosen_preset(options: Options) -> QualityPreset:
-    """The preset, or the one to rehearse with; and the texts of the command line, if it names some."""
+    """The preset, or the one to rehearse with; and the texts and the length of answers of the command line, if it says
+    any."""
     preset = quality_preset("tiny" if options.tiny else options.preset)
-    if options.prompts is None:
-        return preset
-    return QualityPreset(options.prompts, preset.k, preset.arms, preset.needle, preset.window, preset.stride)
+    tasks = preset.tasks
+    if tasks is not None and options.max_new_tokens is not None:
+        tasks = replace(tasks, max_new_tokens=options.max_new_tokens)
+    return replace(preset, texts=options.prompts or preset.texts, tasks=tasks)
 
 
 def measure(options: Options, selected: Collection[str]) -> Quality:
@@ -72,12 +86,14 @@ def measure(options: Options, selected: Collection[str]) -> Quality:
     # An arm that is not read is not judged either.
     can = {name: entry for name, entry in arms.items() if "quantize" not in entry or find_spec("torchao")}
     paths = {name: make(name, entry, target, preset.k, options.backend) for name, entry in can.items()}
+    asked, tasks = _problems(preset, arms, target)
     header = {
         "target": identity.target,
         "dtype": identity.dtype,
         "preset": identity.preset,
         "texts": preset.texts,
         "origins": origins,
+        "tasks": tasks,
         "k": preset.k,
         "window": preset.window,
         "stride": preset.stride,
@@ -87,7 +103,8 @@ def measure(options: Options, selected: Collection[str]) -> Quality:
     }
     stem = f"quality-{slug(identity.target)}-{identity.dtype}-{identity.preset}"
     journal = options.root / "results" / f"{stem}.jsonl"
-    finished, keep = open_lines(journal, {**header, "arms": arms, "tokens": texts, "code": code()}, options.resume)
+    what = {**header, "arms": arms, "tokens": texts, "asked": [asdict(problem) for problem in asked], "code": code()}
+    finished, keep = open_lines(journal, what, options.resume)
     pieces = _needles(preset, paths)
     sizes = [len(paths) * (len(tokens) - 1) for tokens in texts.values()] + [length for _, length, _ in pieces]
     done = {each["id"]: each for each in finished}
@@ -119,6 +136,8 @@ def measure(options: Options, selected: Collection[str]) -> Quality:
                 keep(done[name])
             behind += length
             tell(behind, sum(sizes), name)
+    ways = {REFERENCE: reference, **{arm: path for arm, path in paths.items() if tasks and arm in tasks["arms"]}}
+    answers = _answers(ways, asked, preset, done, keep) if asked and len(ways) > 1 else []
     run = QualityRun(
         header,
         arms,
@@ -127,6 +146,7 @@ def measure(options: Options, selected: Collection[str]) -> Quality:
             Sought(**{key: value for key, value in done[f"needle {arm} {length} {depth}"].items() if key != "id"})
             for arm, length, depth in pieces
         ],
+        answers,
     )
     file = options.root / "results" / f"{stem}.json"
     write_whole(file, write(run))
@@ -140,6 +160,47 @@ def _needles(preset: QualityPreset, arms: Collection[str]) -> list[tuple[str, in
     if grid is None:
         return []
     return list(product([arm for arm in grid.arms if arm in arms], grid.lengths, grid.depths))
+
+
+def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple[list[Problem], dict[str, Any] | None]:
+    """What is asked, task by task, and what a run's header says of it; of a task that is not at hand, why."""
+    grid = preset.tasks
+    if grid is None or not set(grid.arms) & set(arms):
+        return [], None
+    asked: list[Problem] = []
+    origins, missing = [], {}
+    for task, count in grid.problems.items():
+        try:
+            found, origin = problems(task, count, target)
+        except NotAtHandError as error:
+            missing[task] = str(error)
+        else:
+            asked += found
+            origins.append(origin)
+    return asked, {**asdict(grid), "origins": origins, "missing": missing}
+
+
+def _answers(
+    ways: Mapping[str, DecodePath],
+    asked: Sequence[Problem],
+    preset: QualityPreset,
+    done: dict[str, dict[str, Any]],
+    keep: Callable[[dict[str, Any]], None],
+) -> list[Answer]:
+    """Every problem's answers, each way to decode in turn, and the finished ones from the journal."""
+    answers = []
+    pieces = list(product(asked, ways))
+    with progress("answers") as tell:
+        for number, (problem, arm) in enumerate(pieces):
+            name = f"{problem.id} {arm}"
+            tell(number, len(pieces), name)
+            if name not in done and preset.tasks is not None:
+                found = answer(arm, ways[arm], problem, preset.tasks.max_new_tokens)
+                done[name] = {"id": name, **asdict(found)}
+                keep(done[name])
+            answers.append(Answer(**{key: value for key, value in done[name].items() if key != "id"}))
+            tell(number + 1, len(pieces), name)
+    return answers
 
 
 def _plain(judged: Judged) -> dict[str, Any]:

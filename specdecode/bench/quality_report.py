@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specdecode.bench.report import Column, Grid, markdown_table
-from specdecode.evals.results import MEASURES, Judgement, QualityRun
+from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, Judgement, QualityRun
+from specdecode.evals.stats import detectable, mcnemar, wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ def costs(run: QualityRun, judgements: Sequence[Judgement]) -> Grid:
             *(_figure(run.divergence(arm, share), ".4f") for share in (0.99, 1.0)),
             _figure(run.agreement(arm), ".1%"),
         ]
-        said = [each for each in judgements if each.arm == arm]
+        said = [each for each in judgements if each.arm == arm and each.measure in MEASURES]
         verdicts = [f"{MEASURES[each.measure]} {each.verdict.value}" for each in said if each.verdict]
         if "control" in run.arms[arm]:
             verdicts.append(f"(control of {run.arms[arm]['control']}: has to fail)")
@@ -54,6 +55,26 @@ def retrieval(run: QualityRun) -> Grid:
     return Grid(columns, rows)
 
 
+def scores(run: QualityRun, judgements: Sequence[Judgement]) -> Grid:
+    """One row a task and an arm: the share of problems that it solves with its 95 % interval, which of them otherwise
+    than the reference, how likely flips so uneven are by chance, how much that costs, and the verdict."""
+    heads = ("solved", "share", "lost", "won", "McNemar p", "loss", "detectable")
+    columns = [Column("task", False), Column("arm", False), *map(Column, heads), Column("verdict", False)]
+    rows = []
+    for task, arm in dict.fromkeys((each.task, each.arm) for each in run.answers):
+        if (score := run.score(arm, task)) is None:
+            continue
+        row = [JUDGED[task], arm, f"{score.passed}/{score.count}", f"{wilson(score.passed, score.count):.0%}"]
+        loss = None if arm == REFERENCE else run.cost(arm, task)
+        if loss is None:
+            rows.append(row + [""] * (len(columns) - len(row)))
+            continue
+        verdicts = [j.verdict.value for j in judgements if (j.arm, j.measure) == (arm, task) and j.verdict]
+        flips = [str(score.lost), str(score.won), f"{mcnemar(score.lost, score.won):.2g}"]
+        rows.append([*row, *flips, f"{loss:.0%}", f"{detectable(loss):.0%}", *(verdicts or [""])])
+    return Grid(columns, rows)
+
+
 def notes(run: QualityRun) -> list[str]:
     """What the tables do not say by themselves."""
     header = run.header
@@ -69,6 +90,16 @@ def notes(run: QualityRun) -> list[str]:
     ]
     if run.needles:
         said.append("A needle is found if greedy decoding writes the number; in brackets the log-probability of it.")
+    tasks: Any = header.get("tasks")
+    if tasks is not None:
+        said += [f"{JUDGED[task]} was not asked: {reason}." for task, reason in tasks["missing"].items()]
+    if run.answers:
+        said.append(
+            f"Problems ({'; '.join(tasks['origins'])}) are answered greedily, in {tasks['max_new_tokens']} tokens at"
+            " most: GSM8K by the last number, HumanEval by a function that passes its tests. Lost and won are problems"
+            " that only the reference solves, or only the arm; the loss is the share by which fewer are solved, and"
+            " detectable the least one that so many problems could have told from none."
+        )
     if header["synthetic"]:
         said.append("The weights are random: this is a rehearsal, and says nothing of quality.")
     return said
@@ -83,8 +114,10 @@ def markdown(run: QualityRun, judgements: Sequence[Judgement]) -> str:
     parts.append(markdown_table(costs(run, judgements)))
     if run.needles:
         parts.append(markdown_table(retrieval(run)))
+    if run.answers:
+        parts.append(markdown_table(scores(run, judgements)))
     parts.append("\n".join(f"- {note}" for note in notes(run)))
-    reasons = [[each.arm, MEASURES[each.measure], _verdict(each), each.reason] for each in judgements]
+    reasons = [[each.arm, JUDGED[each.measure], _verdict(each), each.reason] for each in judgements]
     columns = [*(Column(name, False) for name in ("arm", "of", "verdict")), Column("why", False, breaks=True)]
     parts += ["### Margins", markdown_table(Grid(columns, reasons))]
     return "\n\n".join(parts) + "\n"

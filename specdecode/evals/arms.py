@@ -45,6 +45,21 @@ class NeedleGrid:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskGrid:
+    """The problems that are asked.
+
+    Attributes:
+        problems: how many of each task, by its name in `evals.tasks`.
+        max_new_tokens: after which an answer is cut.
+        arms: that are asked, beside the reference.
+    """
+
+    problems: dict[str, int]
+    max_new_tokens: int
+    arms: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class QualityPreset:
     """What to judge.
 
@@ -53,6 +68,7 @@ class QualityPreset:
         k: tokens drafted in a step, by the reference and by all arms that do not say otherwise.
         arms: for each arm's name, how it decodes; `make` knows the keys.
         needle: what is buried; nothing, if it is None.
+        tasks: which problems are asked; none, if it is None.
         window: tokens that are read with one cache, see `evals.perplexity.windows`; None: a whole document.
         stride: from one window to the next.
     """
@@ -61,6 +77,7 @@ class QualityPreset:
     k: int
     arms: dict[str, dict[str, Any]]
     needle: NeedleGrid | None = None
+    tasks: TaskGrid | None = None
     window: int | None = None
     stride: int | None = None
 
@@ -75,8 +92,12 @@ def quality_preset(name: str) -> QualityPreset:
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-        needle = content.pop("needle", None)
-        found = QualityPreset(**content, needle=None if needle is None else NeedleGrid(**needle))
+        needle, tasks = content.pop("needle", None), content.pop("tasks", None)
+        found = QualityPreset(
+            **content,
+            needle=None if needle is None else NeedleGrid(**needle),
+            tasks=None if tasks is None else TaskGrid(**tasks),
+        )
     except OSError:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
         raise ValueError(
@@ -85,7 +106,9 @@ def quality_preset(name: str) -> QualityPreset:
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None
     named = {entry["control"] for entry in found.arms.values() if "control" in entry}
-    if unknown := sorted((named | set(found.needle.arms if found.needle else ())) - found.arms.keys()):
+    for grid in (found.needle, found.tasks):
+        named |= set(grid.arms if grid else ())
+    if unknown := sorted(named - found.arms.keys()):
         raise ValueError(f"preset {name!r} has no arm {unknown[0]!r}, which it refers to")
     return found
 

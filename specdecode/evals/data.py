@@ -28,6 +28,10 @@ _NOT_WRITTEN = {"site-packages", "dist-packages", "test", "tests", "idlelib", "e
 _PART = re.compile(r"(?P<name>[^@:]+)(@(?P<tokens>[1-9]\d*))?(:(?P<count>[1-9]\d*|all))?")
 
 
+class NotAtHandError(ValueError):
+    """A data set is neither in the folder SPECDECODE_DATA nor to be had from the hub; the sentence says both ways."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One text.
@@ -146,7 +150,8 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
     Except in a corpus, the number at the end of a sample's id is that of its row, from 0.
 
     Raises:
-        ValueError: an unknown name, a set that is not at hand, or a file that is damaged.
+        NotAtHandError: it cannot be had here.
+        ValueError: an unknown name, or a file that is damaged.
     """
     source = _set(name)
     folder = os.environ.get("SPECDECODE_DATA")
@@ -163,7 +168,7 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
 
         return list(datasets.load_dataset(**source.hub)), origin
     except Exception as error:
-        raise ValueError(
+        raise NotAtHandError(
             f"{name} is not at hand: put {source.file}.jsonl or .parquet into the folder that SPECDECODE_DATA names"
             f" ({folder or 'not set'}), or connect to the network for {origin} ({type(error).__name__})"
         ) from error

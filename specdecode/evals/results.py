@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from specdecode.evals.stats import Estimate, Verdict, detectable, non_inferior, ratio_of_sums
+from specdecode.evals.stats import Estimate, Verdict, detectable, non_inferior, paired_loss, ratio_of_sums
+from specdecode.evals.tasks import TASKS
 
 FORMAT = 1
 _KEY = "quality"
@@ -19,6 +20,12 @@ _KEY = "quality"
 MEASURES = {"nll": "ΔNLL", "kl": "KL"}
 """What has margins, in nats a token: how much less probable the text is than by the reference, and KL(reference ||
 arm)."""
+
+JUDGED = MEASURES | {task: of.label for task, of in TASKS.items()}
+"""All that has margins: of a task it is how many fewer of its problems are solved than by the reference, as a share."""
+
+REFERENCE = "reference"
+"""The name under which the reference answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +73,62 @@ class Sought:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What an arm, or the reference, made of a problem.
+
+    Attributes:
+        arm: by name, or REFERENCE.
+        task: of TASKS.
+        problem: id of its sample.
+        wrong: why it is; "" if it is right.
+        tokens: that were written.
+        text: of them, without the stop token.
+    """
+
+    arm: str
+    task: str
+    problem: str
+    wrong: str
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How often an arm solved the problems of a task.
+
+    Attributes:
+        count: problems.
+        passed: of them.
+        lost: those that the reference solved, and the arm did not.
+        won: those that the arm solved, and the reference did not.
+    """
+
+    count: int
+    passed: int
+    lost: int
+    won: int
+
+
+@dataclass(frozen=True, slots=True)
 class QualityRun:
     """One run.
 
     Attributes:
         header: what was judged and with what: "target", "dtype", "preset", "texts", "origins", "k", "window", "stride",
-            "backend", "synthetic" and "versions".
+            "backend", "synthetic" and "versions"; and "tasks", if there are any: "problems" (how many of each),
+            "max_new_tokens", "arms", "origins", and "missing" (why tasks were not asked, by name).
         arms: the preset's entries, by name.
         documents: as they were read.
         needles: as they were looked for.
+        answers: as they were given.
     """
 
     header: dict[str, Any]
     arms: dict[str, dict[str, Any]]
     documents: list[Document]
     needles: list[Sought]
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def judged_arms(self) -> list[str]:
@@ -103,7 +151,10 @@ class QualityRun:
         return sum(int(where.sum()) for _, _, where in self.concerned(arm))
 
     def cost(self, arm: str, measure: str) -> Estimate | None:
-        """One of MEASURES a token, with its interval over documents; None where nothing was evicted."""
+        """One of JUDGED, with its interval over documents or problems; None where nothing was evicted or asked."""
+        if measure in TASKS:
+            score = self.score(arm, measure)
+            return paired_loss(score.lost, score.won, score.count) if score else None
         above, below = [], []
         for document, trace, where in self.concerned(arm):
             values = np.array(trace.kl) if measure == "kl" else np.array(trace.nll) - np.array(document.reference)
@@ -111,6 +162,23 @@ class QualityRun:
                 above.append(float(values[where].sum()))
                 below.append(float(where.sum()))
         return ratio_of_sums(above, below) if above else None
+
+    def tasks(self, arm: str) -> list[str]:
+        """The tasks that an arm is to be asked, at hand or not."""
+        asked = self.header.get("tasks")
+        return list(asked["problems"]) if asked and arm in asked["arms"] else []
+
+    def score(self, arm: str, task: str) -> Score | None:
+        """How an arm, or the reference, did at a task; None if it was not asked."""
+        given = [each for each in self.answers if each.task == task]
+        own, reference = (
+            {each.problem: not each.wrong for each in given if each.arm == who} for who in (arm, REFERENCE)
+        )
+        if not own:
+            return None
+        lost = sum(reference[problem] and not passed for problem, passed in own.items())
+        won = sum(passed and not reference[problem] for problem, passed in own.items())
+        return Score(len(own), sum(own.values()), lost, won)
 
     def perplexity(self, arm: str | None = None) -> float:
         """exp(sum of NLL / number of tokens) over all documents; the reference's, if no arm is named."""
@@ -173,7 +241,7 @@ class Judgement:
 
     Attributes:
         arm: by name.
-        measure: of MEASURES.
+        measure: of JUDGED.
         verdict: of the interval; None where there is no margin, or nothing to judge.
         expected: FAIL of a negative control, PASS of all others.
         reason: in words.
@@ -194,27 +262,31 @@ def judge(run: QualityRun, margins: Mapping[str, Mapping[str, float]]) -> list[J
 
     Args:
         run: that is judged.
-        margins: for each arm, how much more than the reference it may cost by each measure, in nats a token.
+        margins: for each arm, how much more than the reference it may cost by each measure: in nats a token, or as a
+            share of a task's problems.
     """
     found = []
     for arm, entry in run.arms.items():
         expected = Verdict.FAIL if "control" in entry else Verdict.PASS
-        for measure, name in MEASURES.items():
+        for measure in [*MEASURES, *run.tasks(arm)]:
+            name, unit = JUDGED[measure], "nats a token" if measure in MEASURES else "fewer solved, as a share"
             margin = margins.get(entry.get("control", arm), {}).get(measure)
             cost = run.cost(arm, measure) if arm in run.judged_arms else None
             verdict = None
             if arm not in run.judged_arms:
                 reason = "not read: INT8 needs torchao"
+            elif cost is None and measure in TASKS:
+                reason = run.header["tasks"]["missing"][measure]
             elif cost is None:
                 reason = "nothing was evicted: the texts are shorter than the cache"
             elif run.header["synthetic"]:
-                reason = f"{name} {cost:.4f} nats a token: random weights have no quality to lose"
+                reason = f"{name} {cost:.4f} {unit}: random weights have no quality to lose"
             elif margin is None:
-                reason = f"{name} {cost:.4f} nats a token: no margin is set"
+                reason = f"{name} {cost:.4f} {unit}: no margin is set"
             else:
                 verdict = non_inferior(cost, margin)
                 reason = (
-                    f"{name} {cost:.4f} nats a token, margin {margin:g}; what can be told from none begins at"
+                    f"{name} {cost:.4f} {unit}, margin {margin:g}; what can be told from none begins at"
                     f" {detectable(cost):.4f}"
                 )
             found.append(Judgement(arm, measure, verdict, expected, reason))
@@ -238,7 +310,9 @@ def read(path: Path) -> QualityRun:
         if held["format"] != FORMAT:
             raise ValueError(f"its format is {held['format']!r}, and this version reads {FORMAT}: measure again")
         documents = [document(each) for each in held["documents"]]
-        return QualityRun(held["header"], held["arms"], documents, [Sought(**each) for each in held["needles"]])
+        needles = [Sought(**each) for each in held["needles"]]
+        answers = [Answer(**each) for each in held.get("answers", [])]
+        return QualityRun(held["header"], held["arms"], documents, needles, answers)
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --quality`: it has no {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -269,14 +343,14 @@ def read_margins(path: Path) -> dict[str, dict[str, float]]:
         return {}
     margins = _json(path).get("margins")
     if not isinstance(margins, dict):
-        raise ValueError(f"{path} has no margins: write {{arm: {{measure: nats a token}}}} there")
+        raise ValueError(f"{path} has no margins: write {{arm: {{measure: margin}}}} there")
     for arm, own in margins.items():
         for measure, margin in own.items():
             number = isinstance(margin, int | float) and not isinstance(margin, bool)
-            if measure not in MEASURES or not number or not margin > 0:
+            if measure not in JUDGED or not number or not margin > 0:
                 raise ValueError(
                     f"{path} sets {arm} a margin of {margin!r} for {measure!r}: it is above 0, for one of"
-                    f" {', '.join(MEASURES)}"
+                    f" {', '.join(JUDGED)}"
                 )
     return margins
 

@@ -1,0 +1,87 @@
+"""A model is asked the problems of a task, one way to decode after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from specdecode.decode import generate
+from specdecode.drafters.lookup import PromptLookup
+from specdecode.evals.data import rows, token_prompts
+from specdecode.evals.perplexity import DecodePath
+from specdecode.evals.results import Answer
+from specdecode.evals.tasks import TASKS
+from specdecode.lm import LM
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem of a task.
+
+    Attributes:
+        task: of TASKS.
+        id: of its sample.
+        prompt: token ids.
+        row: of the data set, with what its answers are marked by.
+    """
+
+    task: str
+    id: str
+    prompt: list[int]
+    row: dict[str, Any]
+
+
+def problems(task: str, count: int, lm: LM) -> tuple[list[Problem], str]:
+    """The first problems of a task in their seeded order, and their origin. Questions are asked as
+    `evals.data.token_prompts` does; a text to go on with ends with its last letter, as the white space behind that is
+    often part of a token that holds what comes then.
+
+    Raises:
+        NotAtHandError: the data set cannot be had here.
+        ValueError: no such task, more problems than there are, or a row without what is needed.
+    """
+    if task not in TASKS:
+        raise ValueError(f"no task is named {task!r}: choose from {', '.join(TASKS)}")
+    prompts, (origin,) = token_prompts(f"{task}:{count}", lm)
+    found = rows(task)[0]
+    asked = []
+    for name, prompt in prompts.items():
+        row = found[int(name.rpartition("/")[2])]
+        for column in TASKS[task].fields:
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{name} has no text in its field {column!r}: it cannot be marked ({origin})")
+        if continued := TASKS[task].continued:
+            prompt = lm.encode(row[continued].rstrip())
+        asked.append(Problem(task, name, prompt, row))
+    return asked, origin
+
+
+def answer(arm: str, path: DecodePath, problem: Problem, max_new_tokens: int) -> Answer:
+    """Decode greedily, and mark what was written.
+
+    Drafts are copied from the text, so that steps are as wide as decoding's; which tokens come does not depend on them.
+
+    Args:
+        arm: its name.
+        path: its way to decode; all but the drafter, as the text is not known.
+        problem: that is asked.
+        max_new_tokens: after which an answer is cut, and marked as it is.
+
+    Raises:
+        ValueError: the model's context does not hold the problem and its answer.
+    """
+    lm, task = path.lm, TASKS[problem.task]
+    made = generate(
+        lm,
+        problem.prompt,
+        drafter=PromptLookup(),
+        controller=path.controller(),
+        policy=path.policy,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=lm.stop_token_ids,
+        stop=task.stop if lm.tokenizer else (),
+    )
+    said = [token for token in made.tokens if token not in lm.stop_token_ids]
+    # A model without a tokenizer, for rehearsals, reads bytes: so it writes them.
+    text = lm.decode(said) if lm.tokenizer else bytes(token % 256 for token in said).decode("latin-1")
+    return Answer(arm, problem.task, problem.id, task.mark(problem.row, text), len(made.tokens), text)

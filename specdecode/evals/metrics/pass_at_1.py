@@ -1,0 +1,31 @@
+"""The share of functions that pass the tests of their problem: HumanEval's measure, as a metric for `evaluate`."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+
+from specdecode.evals.stats import wilson
+from specdecode.evals.tasks import TASKS
+
+
+class PassAt1(evaluate.Metric):  # type: ignore[misc]
+    """compute(predictions=completions, references=rows of HumanEval): "pass@1", and its 95 % interval. The programs run
+    in a contained process, see `specdecode.evals.contained`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=str(self.__doc__),
+            citation="",
+            inputs_description="",
+            features=datasets.Features(
+                {"predictions": text, "references": {name: text for name in TASKS["humaneval"].fields}}
+            ),
+        )
+
+    def _compute(self, predictions: list[str], references: list[dict[str, str]]) -> dict[str, float]:
+        mark = TASKS["humaneval"].mark
+        right = [not mark(row, answer) for answer, row in zip(predictions, references, strict=True)]
+        share = wilson(sum(right), len(right))
+        return {"pass@1": share.value, "low": share.low, "high": share.high}

@@ -1,0 +1,25 @@
+"""The perplexity of a corpus, from the log-probabilities of its tokens, as a metric for `evaluate`."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+import torch
+
+from specdecode.evals.perplexity import perplexity
+
+
+class Perplexity(evaluate.Metric):  # type: ignore[misc]
+    """compute(predictions=for each document, log p of its tokens, in nats): "perplexity", exp(sum of NLL / tokens)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=str(self.__doc__),
+            citation="",
+            inputs_description="",
+            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
+        )
+
+    def _compute(self, predictions: list[list[float]]) -> dict[str, float]:
+        losses = [-torch.tensor(document, dtype=torch.float64) for document in predictions]
+        return {"perplexity": perplexity(losses)}
