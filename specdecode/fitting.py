@@ -74,7 +74,7 @@ class FittedHead:
 
     def logits(self, state: Float[Tensor, "n H"]) -> Float[Tensor, "n D"]:
         """Of the tokens that it can propose."""
-        logits: Tensor = self._rows(self._head.norm(state))
+        logits: Tensor = self._rows(self._head.normed(state))
         return logits
 
 

@@ -128,8 +128,8 @@ class Head(nn.Module):
             store: holds keys and values.
             visible: which of the s that the store gives each token attends to.
         """
-        x = self.join(torch.cat([self.embedding_norm(embedded), self.state_norm(state)], -1))
-        given = self.input_layernorm(x)
+        x = self.join(torch.cat([_normed(self.embedding_norm, embedded), _normed(self.state_norm, state)], -1))
+        given = _normed(self.input_layernorm, x)
         queries, keys, values = (
             project(given).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -139,13 +139,17 @@ class Head(nn.Module):
             self._rotated(queries, positions), keys, values, attn_mask=visible, enable_gqa=True
         )
         x = x + self.o_proj(attended.transpose(1, 2).flatten(-2))
-        given = self.post_attention_layernorm(x)
+        given = _normed(self.post_attention_layernorm, x)
         read: Tensor = x + self.down_proj(silu(self.gate_proj(given)) * self.up_proj(given))
         return read
 
+    def normed(self, state: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
+        """What the rows of an output embedding are multiplied with."""
+        return _normed(self.norm, state)
+
     def logits(self, state: Float[Tensor, "*b n H"], rows: Float[Tensor, "D H"]) -> Float[Tensor, "*b n D"]:
         """Of the tokens that it can propose, from the rows of the target's output embedding for these."""
-        logits: Tensor = self.norm(state) @ rows.T
+        logits: Tensor = self.normed(state) @ rows.T
         return logits
 
     def _rotated(self, x: Float[Tensor, "b heads n dim"], positions: Int[Tensor, " n"]) -> Tensor:
@@ -155,6 +159,11 @@ class Head(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         first, second = x[..., :half], x[..., half:]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """In the type that the products before left, as in training with 16-bit products: there are no kernels for two."""
+    return rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def write_head(head: Head, signature: Signature, card: Mapping[str, Any]) -> bytes:
