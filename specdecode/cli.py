@@ -664,9 +664,9 @@ def train_head(
     ] = None,
     vocabulary: Annotated[int, typer.Option(help="tokens that the head can propose, the most frequent")] = 8192,
     epochs: Annotated[int, typer.Option(help="times that all texts are read")] = 3,
-    batch: Annotated[int, typer.Option(help="texts in a step")] = 8,
+    batch: Annotated[int, typer.Option(help="texts in a step")] = 2,
     ahead: Annotated[int, typer.Option(help="tokens that are predicted from each place")] = 4,
-    rate: Annotated[float, typer.Option(help="of learning")] = 5e-4,
+    rate: Annotated[float, typer.Option(help="of learning")] = 1e-3,
     seed: Annotated[int, typer.Option(help="of the texts and the training")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
     dtype: Annotated[

@@ -54,7 +54,7 @@ def shards(target: LM, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def trained(target: LM, shards: list[Path], checkpoint: Path, settings: Settings) -> Training:
-    head = new_head(target, (0, 1), frequent_tokens(shards, 64))
+    head = new_head(target, (0, 1), frequent_tokens(shards, 64), read_shard(shards[0]).tokens[0])
     return Training(target, head, shards, settings, checkpoint)
 
 
@@ -83,9 +83,9 @@ def test_a_head_is_trained_as_it_drafts(unchecked: None) -> None:
     """Guards against an attention, a position or a feature that lies one token off from where it is in drafting."""
     target = lm("llama")
     tokens = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[:60].sort().values
-    head = new_head(target, LAYERS, tokens).double()
-    rows = output_rows(target, tokens)
     text = torch.randint(target.vocab_size, (9,), generator=torch.Generator().manual_seed(1))
+    head = new_head(target, LAYERS, tokens, text).double()
+    rows = output_rows(target, tokens)
     with torch.inference_mode(), outputs_of(target.model, LAYERS) as outputs:
         logits = target.model(text[None], use_cache=False).logits[0]
     features = torch.cat([out[0] for out in outputs], -1)

@@ -19,15 +19,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from specdecode.controller import FixedK
 from specdecode.decode import generate
 from specdecode.drafters.heads import HeadDrafter
-from specdecode.fitting import FittedHead, output_rows
+from specdecode.fitting import FittedHead, output_rows, signature
 from specdecode.heads import Head, HeadShape
-from specdecode.lm import LM, decoder_layers
+from specdecode.lm import LM, decoder_layers, outputs_of
 from specdecode.training.features import Shard, read_shard
 
 # Share of all steps in which the rate grows to its full height, and what is left of it at the end.
 _WARM, _LEAST = 0.03, 0.05
 # A later prediction counts for less than the one before it, which must be right for it to matter (EAGLE-3).
 _DECAY = 0.8
+# Of first weights where nothing is known.
+_SMALL = 0.02
 # Of gradients; a text of a kind not seen before is not to undo what was learnt.
 _LONGEST = 1.0
 # Tokens that are drafted and decoded where acceptance is measured.
@@ -50,9 +52,9 @@ class Settings:
     """
 
     epochs: int = 3
-    batch: int = 8
+    batch: int = 2
     ahead: int = 4
-    rate: float = 5e-4
+    rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,38 +81,63 @@ class Epoch:
     acceptance: dict[str, float] = field(default_factory=dict)
 
 
-def new_head(target: LM, layers: Sequence[int], tokens: Int[Tensor, " D"], seed: int = 0) -> Head:
-    """An untrained head with the proportions of the target's own layers, begun with the weights of the last of them
-    where these fit.
+def new_head(
+    target: LM, layers: Sequence[int], tokens: Int[Tensor, " D"], text: Int[Tensor, " n"], seed: int = 0
+) -> Head:
+    """An untrained head with the proportions of the target's own layers, that begins as the last of them where the
+    weights fit: over the last features alone, as large as that layer knows its inputs, and behind the target's own
+    norm. From there a few hundred steps take it as far as thousands do from random weights.
 
     Args:
         target: loaded with backend="eager".
         layers: whose outputs it reads, ascending.
         tokens: that it can propose.
+        text: of which the target shows how large the inputs of its last layer are.
         seed: of what is random.
     """
     config = target.model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
+    width, heads = config.hidden_size, config.num_attention_heads
     shape = HeadShape(
-        hidden=config.hidden_size,
+        hidden=width,
         layers=tuple(layers),
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=getattr(config, "head_dim", None) or width // heads,
         intermediate=config.intermediate_size,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = Head(shape, tokens)
+        with torch.no_grad():
+            head.fuse.weight.normal_(0.0, _SMALL)[:, -width:] += torch.eye(width)
+            head.join.weight.normal_(0.0, _SMALL)[:, width:] += _input_size(target, text) * torch.eye(width)
     begun = head.state_dict()
-    stack = decoder_layers(target.model)
-    # By the names of Llama's modules and its many relatives; others begin at random.
-    for name, value in stack[-1].state_dict().items() if stack is not None else ():
-        own = ".".join(name.split(".")[-2:])
-        if own in begun and begun[own].shape == value.shape:
-            begun[own] = value.float().cpu()
+    # By the names of Llama's modules and its many relatives; what others call otherwise begins at random.
+    known = {f"norm.{name}": value for name, value in _final_norm(target, width)}
+    if (stack := decoder_layers(target.model)) is not None:
+        known |= {".".join(name.split(".")[-2:]): value for name, value in stack[-1].state_dict().items()}
+    for name, value in known.items():
+        if name in begun and begun[name].shape == value.shape:
+            begun[name] = value.float().cpu()
     head.load_state_dict(begun)
     return head
+
+
+@torch.inference_mode()
+def _input_size(target: LM, text: Int[Tensor, " n"]) -> float:
+    """The root mean square of what the last layer reads, in the median over tokens: some are far from all others."""
+    before = signature(target).layers - 2
+    if before < 0:
+        return 1.0
+    with outputs_of(target.model, [before]) as outputs:
+        target.model(text[None].to(target.device), use_cache=False)
+    size: float = outputs[0].float().square().mean(-1).sqrt().median().item()
+    return size
+
+
+def _final_norm(target: LM, width: int) -> list[tuple[str, Tensor]]:
+    norms = [module for name, module in target.model.base_model.named_children() if "norm" in name]
+    return [(name, value) for module in norms[-1:] for name, value in module.named_parameters() if len(value) == width]
 
 
 def frequent_tokens(shards: Sequence[Path], count: int) -> Int[Tensor, " D"]:

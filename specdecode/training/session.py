@@ -14,7 +14,7 @@ from specdecode.fitting import signature
 from specdecode.heads import write_head
 from specdecode.lm import LM
 from specdecode.loading import weights_of
-from specdecode.training.features import SHARD, collect
+from specdecode.training.features import SHARD, collect, read_shard
 from specdecode.training.heads import Epoch, Settings, Training, acceptance, frequent_tokens, new_head
 from specdecode.training.texts import CHAT, Texts
 
@@ -99,7 +99,8 @@ def train_head(
         "seed": settings.seed,
     }
     files = collect(target, texts, layers, work, shards, what, tell)
-    head = new_head(target, layers, frequent_tokens(files, recipe.vocabulary), settings.seed)
+    proposed = frequent_tokens(files, recipe.vocabulary)
+    head = new_head(target, layers, proposed, read_shard(files[0]).tokens[0], settings.seed)
     training = Training(target, head, files, settings, work / "checkpoint.pt")
 
     def on_epoch(training: Training) -> dict[str, float]:
