@@ -198,7 +198,7 @@ def test_what_programs_need_is_there() -> None:
     """Guards against right answers that are refused."""
     modules = (
         "bisect cmath collections copy dataclasses datetime decimal enum fractions functools hashlib heapq itertools"
-        " json math operator queue random re statistics string struct typing unicodedata uuid"
+        " json math operator queue random re statistics string struct typing unicodedata"
     )
     assert run("\n".join(f"import {module}" for module in modules.split())) == ""
     assert run("import hashlib\nassert hashlib.md5(b'').hexdigest().startswith('d41d')") == ""

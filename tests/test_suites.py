@@ -234,8 +234,7 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments:
 
 def test_quality_shows_perplexities(model: str) -> None:
     """Guards against a suite that passes and shows nothing."""
-    given = ("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny", "-rs")
-    done = run(*given, HF_HUB_OFFLINE="1", SPECDECODE_DATA="")
+    done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
     files = sorted((ROOT / "results").glob(f"quality-{slug(model)}-*"))
     try:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -244,7 +243,6 @@ def test_quality_shows_perplexities(model: str) -> None:
         assert rows >= {"reference", "full", "sink-window-16", "heavy-hitter-16", "shuffled-16", "no-sinks-16"}
         assert "needle found by" in done.stdout
         assert done.stdout.count("HumanEval │") == 3
-        assert "gsm8k is not at hand" in done.stdout
         assert "tokens" in done.stderr  # progress
         assert [file.suffix for file in files if file.is_file()] == [".json", ".md"]
         assert len(read(files[[file.suffix for file in files].index(".json")]).documents) == 3

@@ -281,13 +281,11 @@ def judge(run: QualityRun, margins: Mapping[str, Mapping[str, float]]) -> list[J
                 reason = "nothing was evicted: the texts are shorter than the cache"
             elif run.header["synthetic"]:
                 reason = f"{name} {cost:.4f} {unit}: random weights have no quality to lose"
-            elif margin is None:
-                reason = f"{name} {cost:.4f} {unit}: no margin is set"
             else:
-                verdict = non_inferior(cost, margin)
+                limit = "no margin is set" if margin is None else f"margin {margin:g}"
+                verdict = None if margin is None else non_inferior(cost, margin)
                 reason = (
-                    f"{name} {cost:.4f} {unit}, margin {margin:g}; what can be told from none begins at"
-                    f" {detectable(cost):.4f}"
+                    f"{name} {cost:.4f} {unit}, {limit}; what can be told from none begins at {detectable(cost):.4f}"
                 )
             found.append(Judgement(arm, measure, verdict, expected, reason))
     return found
