@@ -107,6 +107,25 @@ def test_a_head_is_trained_as_it_drafts(unchecked: None) -> None:
             assert agreed[own] == same
 
 
+@pytest.mark.parametrize(("name", "begun"), [("llama", ["norm", "q_proj", "down_proj"]), ("gpt-neox", ["norm"])])
+def test_a_head_begins_as_the_last_layer(name: str, begun: list[str]) -> None:
+    """Guards against thousands of steps spent on what the target knows, and against names that a head never finds."""
+    target = lm(name)
+    head = new_head(target, LAYERS, torch.arange(50), torch.arange(20))
+    weights = {key.removesuffix(".weight"): value for key, value in head.state_dict().items()}
+    own = {key: value for key, value in target.model.state_dict().items() if key.endswith("weight")}
+    for part, value in weights.items():
+        known = any(each.shape == value.shape and torch.equal(each.float(), value) for each in own.values())
+        # Norms that have learnt nothing are all alike.
+        assert known == (part in begun) or value.eq(1.0).all(), part
+    # What it reads is about as large as what that layer reads.
+    with torch.inference_mode(), outputs_of(target.model, [2]) as outputs:
+        target.model(torch.arange(20)[None], use_cache=False)
+    size = outputs[0].square().mean().sqrt().item()
+    read = head.join(torch.cat([torch.randn(9, 32), torch.randn(9, 32)], -1)).square().mean().sqrt().item()
+    assert size / 2 < read < size * 2
+
+
 def test_loss_falls_and_acceptance_rises(target: LM, shards: list[Path], tmp_path: Path, unchecked: None) -> None:
     """Guards against a training that runs and teaches nothing, or teaches what drafting does not use."""
     training = trained(target, shards, tmp_path / "checkpoint.pt", Settings(epochs=6, batch=16, ahead=3, rate=3e-3))
