@@ -1,4 +1,4 @@
-"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `recommend` and `bless`."""
+"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `recommend`, `lm-eval` and `bless`."""
 
 from __future__ import annotations
 
@@ -385,6 +385,7 @@ def _check_up() -> None:
         "data sets from the hub": ("datasets",),
         "INT8 targets": ("torchao",),
         "report --figures": ("matplotlib",),
+        "specdecode lm-eval": ("lm_eval",),
     }
     for use, modules in extras.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
@@ -673,6 +674,17 @@ def recommend(
     console = Console(width=None if sys.stdout.isatty() else 130)
     for about in found:
         console.print(told(*about), crop=False, highlight=False)
+
+
+# What --help tells of its options is the harness's own.
+@app.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+def lm_eval(arguments: Annotated[list[str] | None, typer.Argument(help="options of the harness")] = None) -> None:
+    """Run tasks of lm-evaluation-harness through the decode path: with its own options, and --model_args target=..."""
+    try:
+        from specdecode.evals.harness import run
+    except ImportError as error:
+        raise ValueError(f"this needs lm-evaluation-harness ({error}): pip install 'specdecode[lm-eval]'") from error
+    run(arguments or [])
 
 
 @app.command()
