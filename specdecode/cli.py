@@ -1,5 +1,5 @@
-"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `recommend`, `bless` and
-`train-head`."""
+"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `recommend`, `bless`, `train-head` and
+`lm-eval`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from specdecode.errors import SpecDecodeError
 
 if TYPE_CHECKING:
     from specdecode import LM, Generation
+    from specdecode.bench.runs import RunFile
 
 app = typer.Typer(
     help="Exact speculative decoding for Hugging Face models.",
@@ -403,6 +404,7 @@ def _check_up() -> None:
         "data sets from the hub": ("datasets",),
         "INT8 targets": ("torchao",),
         "report --figures": ("matplotlib",),
+        "specdecode lm-eval": ("lm_eval",),
     }
     for use, modules in extras.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
@@ -481,9 +483,18 @@ def gate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run files, from pytest --benchmark --benchmark-json")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="run files, from pytest --benchmark --benchmark-json or pytest --quality")
+    ],
     baseline: Annotated[
-        Path | None, typer.Option(help="run file to judge by  [default: each run's own in baselines/, if there is one]")
+        Path | None,
+        typer.Option(
+            help="run file to judge by, or margins of quality  [default: each run's own in baselines/, if there is one]"
+        ),
+    ] = None,
+    speed: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="with a run of quality: what its arms gain, by this run of speeds"),
     ] = None,
     format: Annotated[Format, typer.Option(help="Markdown, one HTML page, or LaTeX tables")] = Format.md,
     out: Annotated[
@@ -494,33 +505,33 @@ def report(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="folder to draw into, as PDF and PNG, with a LaTeX table; of several runs each into one of its own",
+            help="folder to draw into, as PDF and PNG; of several runs each into one of its own",
         ),
     ] = None,
 ) -> None:
-    """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history. With --figures what is written
-    is told in place of the text, which then needs --out."""
-    from specdecode.bench.baselines import find, read
+    """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history; or quality and what it costs.
+    With --figures what is written is told in place of the text, which then needs --out."""
+    from specdecode.bench.baselines import read
+    from specdecode.bench.elements import document
     from specdecode.bench.files import write_whole
-    from specdecode.bench.gate import judge
-    from specdecode.bench.history import history
-    from specdecode.bench.page import document, section
-    from specdecode.bench.report import judged_by, latex, markdown, title
+    from specdecode.evals.results import is_run
 
+    of_quality = {run: is_run(run) for run in runs}
+    if speed is not None and not any(of_quality.values()):
+        raise ValueError("--speed is of no use without a run of `pytest --quality`: leave it out")
+    speeds = read(speed) if speed else None
     if figures is not None:
-        _draw(runs, figures)
+        _draw(of_quality, speeds, figures)
         if out is None:
             return
-    found = []
-    for run in runs:
-        new = read(run)
-        own = Path("baselines") / new.header.identity.file
-        old = read(baseline) if baseline else find(new.header.identity, Path("baselines"))
-        found.append((new, title(new), judged_by(new, old, own), judge(new, old) if old else [], history(own)))
+    told = [
+        _told_quality(run, baseline, speeds, format) if of_quality[run] else _told_speed(run, baseline, format)
+        for run in runs
+    ]
     if format is Format.html:
-        text = document("; ".join(about[1] for about in found), *(section(*about) for about in found))
+        text = document("; ".join(title for title, _ in told), *(about for _, about in told))
     else:
-        text = "\n".join((markdown if format is Format.md else latex)(*about) for about in found)
+        text = "\n".join(about for _, about in told)
     if out is None and format is Format.html:
         out = runs[0].with_suffix(".html")
     if out is None:
@@ -533,23 +544,72 @@ def report(
     typer.echo(f"report written to {out}")
 
 
-def _draw(runs: list[Path], folder: Path) -> None:
-    """Draw each run, and say what was drawn and why other figures were not."""
+def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str, Any]:
+    """The title of a run of speeds, and what is told of it: elements of a page, or a text."""
+    from specdecode.bench.baselines import find, read
+    from specdecode.bench.gate import judge
+    from specdecode.bench.history import history
+    from specdecode.bench.page import section
+    from specdecode.bench.report import judged_by, latex, markdown, title
+
+    run = read(path)
+    own = Path("baselines") / run.header.identity.file
+    old = read(baseline) if baseline else find(run.header.identity, Path("baselines"))
+    tell: Callable[..., Any] = {Format.md: markdown, Format.html: section, Format.latex: latex}[format]
+    judgements = judge(run, old) if old else []
+    return title(run), tell(run, title(run), judged_by(run, old, own), judgements, history(own))
+
+
+def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
+    """The same of a run of the quality suite."""
+    from specdecode.bench.names import margins_file
+    from specdecode.bench.quality_page import section
+    from specdecode.bench.quality_report import latex, markdown, title
+    from specdecode.evals.results import judge, read, read_margins
+
+    run = read(path)
+    own = Path("baselines") / margins_file(run.header["target"], run.header["texts"])
+    judgements = judge(run, read_margins(margins or own))
+    if format is not Format.html:
+        return title(run), (markdown if format is Format.md else latex)(run, judgements, speed)
+    pictures: dict[str, bytes] = {}
+    missing = ""
+    try:
+        from specdecode.bench.quality_figures import pictures as drawn
+
+        pictures = drawn(run, speed)
+    except ImportError as error:
+        missing = f"Figures need matplotlib ({error}): pip install 'specdecode[figures]'."
+    return title(run), section(run, judgements, speed, pictures, missing)
+
+
+def _draw(runs: Mapping[Path, bool], speed: RunFile | None, folder: Path) -> None:
+    """Draw each run, and say what was drawn and why other figures were not.
+
+    Args:
+        runs: files, and whether they are of the quality suite.
+        speed: for these.
+        folder: that is drawn into.
+    """
     from specdecode.bench.baselines import read
+    from specdecode.evals.results import read as read_quality
 
     try:
         from specdecode.bench.figures import write
+        from specdecode.bench.quality_figures import write as write_quality
     except ImportError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'specdecode[figures]'") from error
     folders = [folder / run.stem if len(runs) > 1 else folder for run in runs]
     if same := {own.name for own in folders if folders.count(own) > 1}:
         raise ValueError(f"several runs are named {min(same)!r}, and so would be their folders: draw them one by one")
-    for run, own in zip(runs, folders, strict=True):
+    for (run, of_quality), own in zip(runs.items(), folders, strict=True):
         try:
-            missing = write(read(run), own)
+            missing = write_quality(read_quality(run), own, speed) if of_quality else write(read(run), own)
         except OSError as error:
             raise ValueError(f"{own} cannot be written: {error.strerror}") from None
-        typer.echo(f"{own}: table1.tex; as .pdf and .png {', '.join(name for name in missing if not missing[name])}")
+        also = "" if of_quality else "table1.tex; "
+        drawn = ", ".join(name for name in missing if not missing[name])
+        typer.echo(f"{own}: {also}as .pdf and .png {drawn}")
         for name, reason in missing.items():
             if reason:
                 typer.echo(f"  no {name}: {reason}")
@@ -633,6 +693,17 @@ def recommend(
     console = Console(width=None if sys.stdout.isatty() else 130)
     for about in found:
         console.print(told(*about), crop=False, highlight=False)
+
+
+# What --help tells of its options is the harness's own.
+@app.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+def lm_eval(arguments: Annotated[list[str] | None, typer.Argument(help="options of the harness")] = None) -> None:
+    """Run tasks of lm-evaluation-harness through the decode path: with its own options, and --model_args target=..."""
+    try:
+        from specdecode.evals.harness import run
+    except ImportError as error:
+        raise ValueError(f"this needs lm-evaluation-harness ({error}): pip install 'specdecode[lm-eval]'") from error
+    run(arguments or [])
 
 
 @app.command()

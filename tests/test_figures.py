@@ -152,6 +152,22 @@ def texts(figure: Figure) -> list[Text]:
     return [text for text in found if text.get_text() and text not in unseen]
 
 
+def unreadable(figure: Figure) -> list[str]:
+    """What is written over something else, or beyond the edge."""
+    with in_print():
+        figure.draw_without_rendering()
+        # Without the lines that lead to names.
+        boxes = {text: Text.get_window_extent(text) for text in texts(figure)}
+    page = figure.bbox.padded(1)
+    over = [
+        f"{one.get_text()!r} and {other.get_text()!r}"
+        for (one, box), (other, its) in combinations(boxes.items(), 2)
+        if box.padded(-1).overlaps(its.padded(-1))
+    ]
+    inside = {text: page.fully_containsx(box.x0) and page.fully_containsx(box.x1) for text, box in boxes.items()}
+    return over + [f"{text.get_text()!r} is cut" for text in boxes if not inside[text]]
+
+
 def legend(name: str) -> list[str]:
     figure = drawn()[name]
     assert isinstance(figure, Figure)
@@ -358,17 +374,8 @@ def test_nothing_is_written_over_anything_else(
     for name, figure in (drawn() if arms is ARMS else draw(run_of(arms))).items():
         if isinstance(figure, str):
             continue
-        with in_print():
-            figure.draw_without_rendering()
-            # Without the lines that lead to names.
-            boxes = {text: Text.get_window_extent(text) for text in texts(figure)}
-        assert len(boxes) > 10
-        for (one, box), (other, its) in combinations(boxes.items(), 2):
-            over = box.padded(-1).overlaps(its.padded(-1))
-            assert not over, f"{name}: {one.get_text()!r} and {other.get_text()!r}"
-        for text, box in boxes.items():
-            assert figure.bbox.padded(1).fully_containsx(box.x0), f"{name}: {text.get_text()!r}"
-            assert figure.bbox.padded(1).fully_containsx(box.x1), f"{name}: {text.get_text()!r}"
+        assert not unreadable(figure), name
+        assert len(texts(figure)) > 10
 
 
 def test_figures_are_as_wide_as_a_column_or_a_page() -> None:

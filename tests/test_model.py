@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from specdecode.bench.elements import document
 from specdecode.bench.history import History
 from specdecode.bench.model import acceptance, chain_speedup, expected_tokens, modelled, study_speedup
-from specdecode.bench.page import document, section
+from specdecode.bench.page import section
 from specdecode.bench.report import by_model, latex, markdown
 from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
 

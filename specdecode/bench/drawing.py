@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -18,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from specdecode.bench.methods import COLOURS, PLAIN, alike, is_peer, method, places
+from specdecode.bench.files import write_whole
+from specdecode.bench.methods import COLOURS, PLAIN, POLICIES, alike, is_peer, method, places
 from specdecode.bench.names import BASELINE
 from specdecode.bench.runs import ArmRecord, RunFile
 
@@ -68,6 +70,8 @@ _MARKS = {
     "head": "v",
 }
 _PEER_MARKS = {BASELINE: "+", "linear": "x", "lookup": "1"}
+
+_POLICY_MARKS = {"sink-window": "o", "key-norm": "s", "heavy-hitter": "^", "random": "x", "shuffled": "+"}
 
 
 @contextmanager
@@ -138,6 +142,27 @@ def drafts_apart(run: RunFile, arms: Sequence[str]) -> dict[str, Look]:
                 for tone, line in product((tone, 0.5), ("-", "--", ":", "-."))
             )
             found[arm] = next((other for other in free if other not in found.values()), look)
+    return found
+
+
+def cache_looks(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Look]:
+    """How the arms of the quality suite are drawn, by their entries: the colour and the mark tell the cache policy, a
+    lighter tone the smaller cache, a darker one INT8; dots and hollow marks are negative controls.
+
+    Where nothing drafts, methods differ in nothing but this, and so have the same palette as those that draft.
+    """
+    sizes = sorted({entry["cache"] for entry in arms.values() if "cache" in entry}, reverse=True)
+    found = {}
+    for arm, entry in arms.items():
+        policy = entry.get("policy")
+        hue = colour = PLAIN if policy is None else COLOURS[POLICIES.get(policy, len(COLOURS) - 1)]
+        if policy is not None and len(sizes) > 1 and "cache" in entry:
+            colour = lighter(colour, 0.6 * sizes.index(entry["cache"]) / (len(sizes) - 1))
+        if "quantize" in entry:
+            colour = _mixed(colour, 0.45, 0.0)
+        line = ":" if "control" in entry else "-." if "quantize" in entry else "-" if policy else "--"
+        mark = "D" if policy is None else _POLICY_MARKS.get(policy, "h")
+        found[arm] = Look(hue, colour, mark, "none" if "control" in entry else "full", line, "")
     return found
 
 
@@ -293,3 +318,21 @@ def rendered(of: Figure, form: str, title: str) -> bytes:
     with in_print():
         of.savefig(buffer, format=form, metadata={"Title": title, **properties[form]})
     return buffer.getvalue()
+
+
+def save(figures: Mapping[str, Figure | str], folder: Path, title: str) -> dict[str, str]:
+    """Write figures as PDF and as PNG.
+
+    Args:
+        figures: by the names of their files; in a few words why there is none.
+        folder: that they are written into.
+        title: that they have among their properties.
+
+    Returns:
+        For each figure an empty text, or why there is none.
+    """
+    for name, of in figures.items():
+        if isinstance(of, Figure):
+            for form in ("pdf", "png"):
+                write_whole(folder / f"{name}.{form}", rendered(of, form, title))
+    return {name: of if isinstance(of, str) else "" for name, of in figures.items()}

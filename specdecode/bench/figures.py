@@ -25,7 +25,7 @@ from specdecode.bench.drawing import (
     legend,
     lighter,
     looks,
-    rendered,
+    save,
     text,
 )
 from specdecode.bench.files import write_whole
@@ -47,12 +47,7 @@ def write(run: RunFile, folder: Path) -> dict[str, str]:
     Returns:
         For each figure an empty text, or in a few words why there is none.
     """
-    missing = {}
-    for name, drawn in draw(run).items():
-        missing[name] = drawn if isinstance(drawn, str) else ""
-        if isinstance(drawn, Figure):
-            for form in ("pdf", "png"):
-                write_whole(folder / f"{name}.{form}", rendered(drawn, form, title(run)))
+    missing = save(draw(run), folder, title(run))
     write_whole(folder / "table1.tex", latex_table_1(run))
     return missing
 
@@ -161,7 +156,7 @@ def speedup_by_k(run: RunFile) -> Figure | str:
     families = modelled(run)
     if not families:
         return _lacking(run, "no chains differ in K alone")
-    drawn, panels = _panels(len(families), 46.0)
+    drawn, panels = panels_of(len(families), 46.0)
     styles = looks(run)
     promised: dict[str, dict[str, Any]] = {
         "the study's approximation": {"color": "0.55", "linestyle": (0, (1, 1.2))},
@@ -179,7 +174,7 @@ def speedup_by_k(run: RunFile) -> Figure | str:
         )
         axes.set_title(text(f"{name} (synthetic)" if run.arms[first].synthetic else name))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _name_axes(panels, "K, proposals a step", "speedup over ar")
+    name_axes(panels, "K, proposals a step", "speedup over ar")
     mark = {"color": "0.2", "marker": "o", "linestyle": "none"}
     legend(drawn, {"measured, 95 % interval": mark, **promised})
     return drawn
@@ -194,7 +189,7 @@ def compressions_by_cache(run: RunFile) -> Figure | str:
     sizes = sorted({run.arms[arm].options["cache"] for arm in bounded})
     if len(sizes) < 2:
         return _lacking(run, "no arms differ in the size of a bounded cache")
-    drawn, panels = _panels(len(ways), 50.0)
+    drawn, panels = panels_of(len(ways), 50.0)
     entries = {}
     for axes, (way, arms) in zip(panels, ways.items(), strict=True):
         for place, length in enumerate(run.lengths):
@@ -209,7 +204,7 @@ def compressions_by_cache(run: RunFile) -> Figure | str:
         axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
         axes.set_title(way)
         axes.set_ylim(0)
-    _name_axes(panels, "cache, tokens", "evictions a run")
+    name_axes(panels, "cache, tokens", "evictions a run")
     legend(drawn, entries)
     return drawn
 
@@ -222,7 +217,7 @@ def acceptance_by_position(run: RunFile) -> Figure | str:
     if not shares:
         return f"no arm has drafted {_FEW} times, as far as it is known"
     ways = _ways(run, shares, _CONDITIONS, "target as it is")
-    drawn, panels = _panels(len(ways), 50.0)
+    drawn, panels = panels_of(len(ways), 50.0)
     entries: dict[str, dict[str, Any]] = {}
     # The same draft has the same line in every panel, and is told once.
     drafts_of = {arm: settings(run.arms[arm], *_CONDITIONS) if run.arms[arm].options else arm for arm in shares}
@@ -236,7 +231,7 @@ def acceptance_by_position(run: RunFile) -> Figure | str:
         axes.set_title(way if len(ways) > 1 else "")
         axes.set_ylim(0, 105)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _name_axes(panels, "position in the draft", "accepted, %")
+    name_axes(panels, "position in the draft", "accepted, %")
     legend(drawn, entries)
     return drawn
 
@@ -255,8 +250,8 @@ def quality_against_speed(run: RunFile) -> Figure | str:
     loops = {arm for arm in points if run.measures(arm).get("repetition", 0.0) >= LOOPS}
     for arm, (speed, share) in points.items():
         axes.plot([speed], [share], label=arm, **styles[arm].marks | ({"fillstyle": "none"} if arm in loops else {}))
-        entries[_how(run, arm)] = styles[arm].marks
-    front, line = _front(points), dict[str, Any](color="0.6", linewidth=0.8)
+        entries[how_drawn(run, arm)] = styles[arm].marks
+    front, line = pareto_front(points), dict[str, Any](color="0.6", linewidth=0.8)
     axes.margins(x=0.1)
     axes.set_ylim(0, 112)
     left, right = axes.get_xlim()
@@ -278,7 +273,7 @@ def by_task(run: RunFile) -> Figure | str:
     if len(run.tasks) < 2:
         return "the run has one task alone"
     arms = list(_speedups(run))[::-1]
-    drawn, panels = _panels(len(run.tasks), 3.6 * len(arms) + 10)
+    drawn, panels = panels_of(len(run.tasks), 3.6 * len(arms) + 10)
     styles = looks(run)
     for axes, (task, prompts) in zip(panels, run.tasks.items(), strict=True):
         part = run.of(prompts)
@@ -290,7 +285,7 @@ def by_task(run: RunFile) -> Figure | str:
                 axes.errorbar(speedups[arm].value, place, xerr=sides, label=arm, elinewidth=0.8, **styles[arm].marks)
         axes.set_title(", ".join([*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]))
         axes.set_yticks(range(len(arms)), [_marked(run, arm) for arm in arms])
-    _name_axes(panels, "speedup over ar", "")
+    name_axes(panels, "speedup over ar", "")
     return drawn
 
 
@@ -364,7 +359,7 @@ def _by_cache(run: RunFile) -> list[dict[float, str]]:
     return found
 
 
-def _front(points: dict[str, tuple[float, float]]) -> list[str]:
+def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
     """Those that no other beats in one coordinate without losing in the other, from the slowest to the fastest."""
     best, found = -math.inf, []
     for arm in sorted(points, key=lambda arm: points[arm], reverse=True):
@@ -374,7 +369,7 @@ def _front(points: dict[str, tuple[float, float]]) -> list[str]:
     return found[::-1]
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """Axes of the same scales in rows of two or three, each so many millimetres high, with room for a legend."""
     across = 2 if count in (2, 4) else min(count, 3)
     down = math.ceil(count / across)
@@ -385,7 +380,7 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return drawn, panels[:count]
 
 
-def _name_axes(panels: Sequence[Axes], across: str, up: str) -> None:
+def name_axes(panels: Sequence[Axes], across: str, up: str) -> None:
     """What the axes say, at those that have nothing below or to the left of them."""
     for place, axes in enumerate(panels):
         spec = axes.get_subplotspec()
@@ -420,7 +415,7 @@ def _marked(run: RunFile, arm: str) -> str:
     return ", ".join([text(label(run, arm)), *["lossy"] * record.lossy, *["loops"] * loops])
 
 
-def _how(run: RunFile, arm: str) -> str:
+def how_drawn(run: RunFile, arm: str) -> str:
     """What decides how an arm is drawn: the method, whose it is, and what is done to the target."""
     record = run.arms[arm]
     told = [str(record.options[key]) for key in ("controller", "policy", "quantize") if key in record.options]

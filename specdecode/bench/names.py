@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 BASELINE = "ar"
 """The arm that all others are compared with: autoregressive decoding by this package."""
@@ -17,3 +18,9 @@ FLAGS = ("tiny", "eos")
 def slug(text: str) -> str:
     """The text as a file name: lower-case letters, digits, dots and dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def margins_file(target: str, texts: str) -> Path:
+    """Where the quality margins of a target on the corpora of some texts are kept, below the folder of baselines."""
+    corpora = sorted({sample.partition("@")[0].partition(":")[0] for sample in texts.split(",")})
+    return Path("quality") / f"{slug(target)}-{slug('-'.join(corpora))}.json"

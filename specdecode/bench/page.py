@@ -1,18 +1,13 @@
-"""Runs as one HTML page that needs nothing else: no script, no font, no network.
-
-The page is built as a tree of elements, so that whatever stands in a run file becomes text, never mark-up.
-"""
+"""Runs as one HTML page that needs nothing else: no script, no font, no network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
-from itertools import chain
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 from specdecode.bench.blame import Blame
+from specdecode.bench.elements import Element, element, grid_table, head_cell, scrolling, tile
 from specdecode.bench.gate import FAILING, Judgement, Verdict
 from specdecode.bench.history import History
 from specdecode.bench.methods import is_peer, places
@@ -20,7 +15,6 @@ from specdecode.bench.names import BASELINE
 from specdecode.bench.report import (
     MEMORY,
     MODEL,
-    Grid,
     by_model,
     by_part,
     command,
@@ -38,9 +32,6 @@ from specdecode.bench.report import (
 from specdecode.bench.runs import RunFile
 from specdecode.bench.stats import Ratio
 
-Element = ElementTree.Element
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _SIGNS = {
     Verdict.REGRESSED: ("bad", "✗"),
     Verdict.MISSING: ("bad", "✗"),
@@ -52,21 +43,6 @@ _SIGNS = {
     Verdict.PASS: ("good", "✓"),
 }
 """The colour of a verdict, and its sign for those who do not see colours."""
-
-
-def document(title: str, *sections: Iterable[Element]) -> str:
-    """The whole page, of one section or several."""
-    head = _element(
-        "head",
-        _element("meta", charset="utf-8"),
-        _element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        _element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        _element("title", title),
-        _element("style", files("specdecode.bench").joinpath("page.css").read_text(encoding="utf-8")),
-    )
-    body = _element("body", _element("main", *chain.from_iterable(sections)))
-    root = _element("html", head, body, lang="en")
-    return f"<!doctype html>\n{ElementTree.tostring(root, encoding='unicode', method='html')}\n"
 
 
 def section(
@@ -110,18 +86,18 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[
     wrong = [arm for arm, record in run.arms.items() if record.bugs]
     ties = sum(record.ties for record in run.arms.values())
     if not judgements:
-        gate = _tile("Verdicts", "warn", "Not judged", "there is no baseline to judge by")
+        gate = tile("Verdicts", "warn", "Not judged", "there is no baseline to judge by")
     elif failing:
-        gate = _tile("Verdicts", "bad", f"✗ {failing} of {len(judgements)} fail", "see below")
+        gate = tile("Verdicts", "bad", f"✗ {failing} of {len(judgements)} fail", "see below")
     else:
-        gate = _tile("Verdicts", "good", "✓ None fails", f"of {len(judgements)}")
+        gate = tile("Verdicts", "good", "✓ None fails", f"of {len(judgements)}")
     if wrong:
-        outcome = _tile("Outputs", "bad", "✗ WRONG", f"of {', '.join(wrong)}: their times are void")
+        outcome = tile("Outputs", "bad", "✗ WRONG", f"of {', '.join(wrong)}: their times are void")
     else:
         whose = (
             "ar's, a lossy arm's its own reference's" if any(record.lossy for record in run.arms.values()) else "ar's"
         )
-        outcome = _tile(
+        outcome = tile(
             "Outputs", "good", "✓ Right", f"every token is {whose}{f', but for {ties} ties' if ties else ''}"
         )
     tiles = [gate, outcome]
@@ -129,17 +105,12 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[
     speedups = {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
     if speedups:
         best = max(speedups, key=lambda arm: speedups[arm].value)
-        tiles.append(_tile("Fastest", "", f"{speedups[best].value:.2f} times ar", label(run, best)))
-    tiles.append(_tile("A/A floor", "", f"{math.expm1(run.header.floor):.1%}", "what two runs of ar differ by"))
+        tiles.append(tile("Fastest", "", f"{speedups[best].value:.2f} times ar", label(run, best)))
+    tiles.append(tile("A/A floor", "", f"{math.expm1(run.header.floor):.1%}", "what two runs of ar differ by"))
     return [
-        _element("header", _element("h1", models(run)), _element("p", " · ".join(made), class_="lead")),
-        _element("dl", *tiles, class_="tiles"),
+        element("header", element("h1", models(run)), element("p", " · ".join(made), class_="lead")),
+        element("dl", *tiles, class_="tiles"),
     ]
-
-
-def _tile(name: str, kind: str, value: str, more: str) -> Element:
-    described = _element("dd", _element("span", value, class_=kind), _element("small", more))
-    return _element("div", _element("dt", name), described, class_="tile")
 
 
 def _verdicts(judged_by: str, judgements: Sequence[Judgement]) -> list[Element]:
@@ -152,16 +123,16 @@ def _verdicts(judged_by: str, judgements: Sequence[Judgement]) -> list[Element]:
     items = {key: _verdict(group, max(widest, math.log(1.05))) for key, group in groups.items()}
     shown = [item for (verdict, _), item in items.items() if verdict is not Verdict.PASS]
     passing = [item for (verdict, _), item in items.items() if verdict is Verdict.PASS]
-    made = [_element("h2", "Verdicts"), _element("p", judged_by, class_="soft")]
+    made = [element("h2", "Verdicts"), element("p", judged_by, class_="soft")]
     if blames:
         legend = "Bars: by how much each part of a step changed the time per token; to the right is slower."
-        made.append(_element("p", legend, class_="soft"))
+        made.append(element("p", legend, class_="soft"))
     if shown:
-        made.append(_element("ul", *shown, class_="verdicts"))
+        made.append(element("ul", *shown, class_="verdicts"))
     if passing:
         count = sum(judged.verdict is Verdict.PASS for judged in judgements)
-        summary = _element("summary", f"{count} {'verdicts pass' if count > 1 else 'verdict passes'}")
-        made.append(_element("details", summary, _element("ul", *passing, class_="verdicts")))
+        summary = element("summary", f"{count} {'verdicts pass' if count > 1 else 'verdict passes'}")
+        made.append(element("details", summary, element("ul", *passing, class_="verdicts")))
     return made
 
 
@@ -170,10 +141,10 @@ def _verdict(group: Sequence[Judgement], widest: float) -> Element:
     kind, sign = _SIGNS[first.verdict]
     arms, gates = (", ".join(dict.fromkeys(names)) for names in ([j.arm for j in group], [j.gate for j in group]))
     reason = first.reason.removesuffix(f"; {first.blame}").replace("->", "→")
-    return _element(
+    return element(
         "li",
-        _element("span", f"{sign} {first.verdict.value}", class_=f"chip {kind}"),
-        _element("div", _element("h3", f"{arms}: {gates}"), _element("p", reason)),
+        element("span", f"{sign} {first.verdict.value}", class_=f"chip {kind}"),
+        element("div", element("h3", f"{arms}: {gates}"), element("p", reason)),
         *(_blame(judged.arm, judged.blame, widest) for judged in group if judged.blame),
     )
 
@@ -188,7 +159,7 @@ def _blame(arm: str, blame: Blame, widest: float) -> Element:
         bold = {"class_": "value"} if cause == blame.main else {}
         parts += [
             _text(0, top + 12, cause, **bold),
-            _element(
+            element(
                 "rect",
                 x=_at(middle - (length if share < 0 else 0)),
                 y=top + 3,
@@ -215,26 +186,26 @@ def _speeds(run: RunFile, styles: dict[str, _Style]) -> list[Element]:
         math.exp(run.header.floor),
     ]
     scale = _scale([*drawn, math.exp(-run.header.floor)], 14, _WIDE - 14, least=math.log(1.5))
-    heads = [_head(column.name, column.figures) for column in grid.columns]
-    heads.insert(1, _element("th", _ruler(scale), class_="plot", scope="col"))
+    heads = [head_cell(column.name, column.figures) for column in grid.columns]
+    heads.insert(1, element("th", _ruler(scale), class_="plot", scope="col"))
     rows = []
     for arm, (name, *values, output) in zip(run.arms, grid.rows, strict=True):
         style = styles[arm]
-        row = [_element("th", _swatch(style), name, scope="row", title=name)]
-        row.append(_element("td", _interval(arm, speedups[arm], promised[arm], run, scale, style), class_="plot"))
+        row = [element("th", _swatch(style), name, scope="row", title=name)]
+        row.append(element("td", _interval(arm, speedups[arm], promised[arm], run, scale, style), class_="plot"))
         for value in values:
             number, _, interval = value.partition(" ")
             row.append(
-                _element("td", number, *([_element("small", f" {interval}")] if interval else []), class_="figure")
+                element("td", number, *([element("small", f" {interval}")] if interval else []), class_="figure")
             )
         kind, sign = ("bad", "✗") if run.arms[arm].bugs else ("good", "✓")
-        rows.append(_element("tr", *row, _element("td", _element("span", f"{sign} {output}", class_=f"chip {kind}"))))
-    table = _element("table", _element("thead", _element("tr", *heads)), _element("tbody", *rows), class_="speeds")
+        rows.append(element("tr", *row, element("td", element("span", f"{sign} {output}", class_=f"chip {kind}"))))
+    table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows), class_="speeds")
     legend = (
         "Speedup over ar: dot and 95 % interval, on a logarithmic scale. The grey band is the A/A floor, within which"
         " two runs of ar differ; the upright stroke is the predicted speedup. Hollow: transformers."
     )
-    return [_element("h2", "Speed"), _element("p", legend, class_="soft"), _scrolling(table, "Speed of each arm")]
+    return [element("h2", "Speed"), element("p", legend, class_="soft"), scrolling(table, "Speed of each arm")]
 
 
 _WIDE, _ROW = 208, 36
@@ -248,7 +219,7 @@ def _ruler(scale: _Scale) -> Element:
 def _interval(arm: str, speedup: Ratio, promised: float, run: RunFile, scale: _Scale, style: _Style) -> Element:
     floor = math.exp(run.header.floor)
     left, right = scale(1 / floor), scale(floor)
-    parts = [_element("rect", x=_at(left), y=0, width=_at(right - left), height=_ROW, class_="band")]
+    parts = [element("rect", x=_at(left), y=0, width=_at(right - left), height=_ROW, class_="band")]
     parts += [_line(scale(tick), 0, scale(tick), _ROW, "axis") for tick in scale.ticks if tick != 1]
     parts.append(_line(scale(1.0), 0, scale(1.0), _ROW, "one"))
     said = "no speedup: no output was right"
@@ -268,8 +239,8 @@ def _parts(run: RunFile) -> list[Element]:
     grid = by_part(run)
     if not grid.rows:
         return []
-    summary = _element("summary", f"By task and length: {len(grid.rows)} rows")
-    return [_element("details", summary, _scrolling(_table(grid), "Speed by task and length"))]
+    summary = element("summary", f"By task and length: {len(grid.rows)} rows")
+    return [element("details", summary, scrolling(grid_table(grid), "Speed by task and length"))]
 
 
 def _acceptance(run: RunFile, styles: dict[str, _Style]) -> list[Element]:
@@ -290,9 +261,9 @@ def _acceptance(run: RunFile, styles: dict[str, _Style]) -> list[Element]:
             told += f", {measures['acceptance_rate']:.0%} of proposals accepted"
         cards.append(_card(run, arm, styles[arm], told, _acceptance_plot(run, arm, longest, styles[arm])))
     return [
-        _element("h2", "Acceptance"),
-        _element("p", legend, class_="soft"),
-        _element("div", *cards, class_="cards"),
+        element("h2", "Acceptance"),
+        element("p", legend, class_="soft"),
+        element("div", *cards, class_="cards"),
     ]
 
 
@@ -313,7 +284,7 @@ def _acceptance_plot(run: RunFile, arm: str, longest: int, style: _Style) -> Ele
     slot = (right - left) / (longest + 1)
     for length, share in enumerate(steps):
         x, y = left + slot * (length + 0.15), height(share)
-        parts.append(_element("rect", x=_at(x), y=_at(y), width=_at(slot * 0.7), height=_at(bottom - y), class_="mark"))
+        parts.append(element("rect", x=_at(x), y=_at(y), width=_at(slot * 0.7), height=_at(bottom - y), class_="mark"))
     every = math.ceil((longest + 1) / 9)
     parts += [
         _text(left + slot * (at + 0.5), bottom + 13, str(at), text_anchor="middle")
@@ -343,21 +314,21 @@ def _model(run: RunFile) -> list[Element]:
     grid = by_model(run)
     if not grid.rows:
         return []
-    told = _element("p", MODEL, class_="soft")
-    return [_element("h2", "By the model"), told, _scrolling(_table(grid), "Speedups by the model")]
+    told = element("p", MODEL, class_="soft")
+    return [element("h2", "By the model"), told, scrolling(grid_table(grid), "Speedups by the model")]
 
 
 def _memory(run: RunFile) -> list[Element]:
     grid = memory(run)
     if not grid.rows:
         return []
-    told = _element("p", MEMORY, class_="soft")
-    return [_element("h2", "Memory"), told, _scrolling(_table(grid), "Memory of each arm")]
+    told = element("p", MEMORY, class_="soft")
+    return [element("h2", "Memory"), told, scrolling(grid_table(grid), "Memory of each arm")]
 
 
 def _history(run: RunFile, past: History, styles: dict[str, _Style]) -> list[Element]:
     """Every arm's speedup over the runs that were the baseline, and in this one."""
-    made = [_element("h2", "History"), _element("p", past.told, class_="soft")]
+    made = [element("h2", "History"), element("p", past.told, class_="soft")]
     if not past.runs:
         return made
     runs = timeline(run, past)
@@ -374,8 +345,8 @@ def _history(run: RunFile, past: History, styles: dict[str, _Style]) -> list[Ele
             if seen[arm] and arm != BASELINE
         ]
         legend = "Speedup over ar with 95 % intervals; the last mark is this run. A change is as tall in every plot."
-        made += [_element("p", legend, class_="soft"), _element("div", *cards, class_="cards")]
-    return [*made, _scrolling(_table(past_speedups(run, past)), "Speedups of earlier runs")]
+        made += [element("p", legend, class_="soft"), element("div", *cards, class_="cards")]
+    return [*made, scrolling(grid_table(past_speedups(run, past)), "Speedups of earlier runs")]
 
 
 _UNKNOWN = Ratio(math.nan, math.nan, math.nan)
@@ -405,45 +376,26 @@ def _course(arm: str, runs: Sequence[RunFile], course: Sequence[Ratio], least: f
 
 
 def _about(run: RunFile) -> list[Element]:
-    tables = [_scrolling(_table(grid), grid.columns[0].name) for grid in surroundings(run)]
+    tables = [scrolling(grid_table(grid), grid.columns[0].name) for grid in surroundings(run)]
     # Lines end between options, not at the hyphens in them.
-    words = [part for word in command(run).split(" ") for part in (_element("span", word), " ")]
+    words = [part for word in command(run).split(" ") for part in (element("span", word), " ")]
     return [
-        _element("h2", "How it was measured"),
-        _element("ul", *(_element("li", note) for note in notes(run)), class_="notes"),
-        _element("div", *tables, class_="facts"),
-        _element("p", "To measure the same again:", class_="soft"),
-        _element("pre", _element("code", *words)),
+        element("h2", "How it was measured"),
+        element("ul", *(element("li", note) for note in notes(run)), class_="notes"),
+        element("div", *tables, class_="facts"),
+        element("p", "To measure the same again:", class_="soft"),
+        element("pre", element("code", *words)),
     ]
 
 
 def _card(run: RunFile, arm: str, style: _Style, told: str, drawing: Element) -> Element:
-    said = [_element("p", told)] if told else []
-    return _element("figure", _element("h3", _swatch(style), label(run, arm)), *said, drawing, class_="card")
-
-
-def _table(grid: Grid) -> Element:
-    heads = [_head(column.name, column.figures) for column in grid.columns]
-    kinds = ["figure" if column.figures else "breaks" if column.breaks else "" for column in grid.columns]
-    rows = [
-        _element("tr", *(_element("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)))
-        for row in grid.rows
-    ]
-    return _element("table", _element("thead", _element("tr", *heads)), _element("tbody", *rows))
-
-
-def _head(name: str, figures: bool) -> Element:
-    return _element("th", name, class_="figure" if figures else "", scope="col")
-
-
-def _scrolling(table: Element, name: str) -> Element:
-    """What is wider than the screen moves inside its own frame, by keyboard too."""
-    return _element("div", table, class_="scroll", tabindex=0, role="region", aria_label=name)
+    said = [element("p", told)] if told else []
+    return element("figure", element("h3", _swatch(style), label(run, arm)), *said, drawing, class_="card")
 
 
 def _swatch(style: _Style) -> Element:
     background = "transparent" if style.hollow else "currentColor"
-    return _element("span", class_=f"swatch {style.colour}", style=f"background: {background}")
+    return element("span", class_=f"swatch {style.colour}", style=f"background: {background}")
 
 
 class _Scale(NamedTuple):
@@ -488,10 +440,10 @@ def _drawing(
     width: float, height: float, name: str, said: str, *parts: Element, style: _Style | None = None
 ) -> Element:
     """An SVG that says in words what it shows."""
-    return _element(
+    return element(
         "svg",
-        _element("title", name),
-        _element("desc", said),
+        element("title", name),
+        element("desc", said),
         *parts,
         viewBox=f"0 0 {width:g} {height:g}",
         role="img",
@@ -501,33 +453,20 @@ def _drawing(
 
 
 def _text(x: float, y: float, text: str, **attributes: object) -> Element:
-    return _element("text", text, x=_at(x), y=_at(y), **attributes)
+    return element("text", text, x=_at(x), y=_at(y), **attributes)
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Element:
-    return _element("line", x1=_at(x1), y1=_at(y1), x2=_at(x2), y2=_at(y2), class_=kind)
+    return element("line", x1=_at(x1), y1=_at(y1), x2=_at(x2), y2=_at(y2), class_=kind)
 
 
 def _dot(x: float, y: float, style: _Style, radius: float = 3.5) -> Element:
-    return _element("circle", cx=_at(x), cy=_at(y), r=radius, class_=style.mark)
+    return element("circle", cx=_at(x), cy=_at(y), r=radius, class_=style.mark)
 
 
 def _path(points: Sequence[tuple[float, float]]) -> Element:
-    return _element("polyline", points=" ".join(f"{_at(x)},{_at(y)}" for x, y in points), class_="rule")
+    return element("polyline", points=" ".join(f"{_at(x)},{_at(y)}" for x, y in points), class_="rule")
 
 
 def _at(place: float) -> str:
     return f"{place:.1f}"
-
-
-def _element(tag: str, /, *inside: Element | str, **attributes: object) -> Element:
-    """An element; `class_` and `http_equiv` stand for the attributes that Python cannot spell."""
-    made = Element(tag, {key.rstrip("_").replace("_", "-"): str(value) for key, value in attributes.items()})
-    for part in inside:
-        if isinstance(part, Element):
-            made.append(part)
-        elif len(made):
-            made[-1].tail = (made[-1].tail or "") + part
-        else:
-            made.text = (made.text or "") + part
-    return made

@@ -247,7 +247,7 @@ def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) ->
     from rich.console import Console
 
     from specdecode.bench.files import write_whole
-    from specdecode.bench.quality_report import costs, markdown, notes, plots, retrieval, scores
+    from specdecode.bench.quality_report import costs, markdown, notes, retrieval, scores
     from specdecode.bench.report import rich_table
 
     text = io.StringIO()
@@ -261,10 +261,13 @@ def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) ->
     write_whole(judged.file.with_suffix(".md"), page)
     where = f"The run is in {judged.file}, a page of it in the .md beside it; margins are taken from {judged.margins}."
     try:
-        drawn = plots(judged.run, judged.file.with_suffix(""))
-        where += f" Plots: {', '.join(map(str, drawn))}."
-    except ValueError as error:
-        where += f" There are no plots: {error}."
+        from specdecode.bench.quality_figures import write as draw
+
+        folder = judged.file.with_suffix("")
+        drawn = [name for name, reason in draw(judged.run, folder).items() if not reason]
+        where += f" Figures are in {folder}: {', '.join(drawn)}."
+    except ImportError as error:
+        where += f" There are no figures: they need matplotlib ({error}), pip install 'specdecode[figures]'."
     for note in [*notes(judged.run), where]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     terminalreporter.write_sep("=", "quality")

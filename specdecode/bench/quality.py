@@ -13,7 +13,7 @@ from specdecode.backends import check as check_backend
 from specdecode.bench.environment import environment
 from specdecode.bench.files import write_whole
 from specdecode.bench.journal import code, open_lines
-from specdecode.bench.names import slug
+from specdecode.bench.names import margins_file, slug
 from specdecode.bench.progress import progress
 from specdecode.bench.session import Options
 from specdecode.evals.answers import Problem, answer, problems
@@ -75,8 +75,7 @@ def measure(options: Options, selected: Collection[str]) -> Quality:
     """
     preset = chosen_preset(options)
     identity = options.identity
-    corpora = sorted({sample.partition("@")[0].partition(":")[0] for sample in preset.texts.split(",")})
-    margins = options.root / "baselines" / "quality" / f"{slug(identity.target)}-{slug('-'.join(corpora))}.json"
+    margins = options.root / "baselines" / margins_file(identity.target, preset.texts)
     limits = read_margins(margins)
     check_backend(options.backend, choose_device(options.device))
     target = options.load(identity.target)

@@ -1,19 +1,21 @@
-"""A run of the quality suite in tables and in plots, from its file alone."""
+"""A run of the quality suite in tables, from its file alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import cycle
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from specdecode.bench.report import Column, Grid, markdown_table
+from specdecode.bench.report import PACKAGES, Column, Grid, as_markdown, latex_table, markdown_table
+from specdecode.bench.runs import RunFile
+from specdecode.bench.tradeoff import about_speed, against_speed
 from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, Judgement, QualityRun
 from specdecode.evals.stats import detectable, mcnemar, wilson
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+
+def title(run: QualityRun) -> str:
+    """The model, and what the experiment is."""
+    return f"Quality of {run.header['target']} in {run.header['dtype']}, preset {run.header['preset']}"
 
 
 def costs(run: QualityRun, judgements: Sequence[Judgement]) -> Grid:
@@ -105,119 +107,59 @@ def notes(run: QualityRun) -> list[str]:
     return said
 
 
-def markdown(run: QualityRun, judgements: Sequence[Judgement]) -> str:
-    """The tables as a page, verdicts that are not as expected first."""
-    header = run.header
-    parts = [f"## Quality of {header['target']} in {header['dtype']}, preset {header['preset']}"]
-    if wrong := [each for each in judgements if each.verdict not in (None, each.expected)]:
-        parts.append("\n".join(f"- **{each.arm}** is {_verdict(each)}: {each.reason}" for each in wrong))
+def margins(judgements: Sequence[Judgement]) -> Grid:
+    """One row an arm and measure: the verdict, and how it came about."""
+    columns = [*(Column(name, False) for name in ("arm", "of", "verdict")), Column("why", False, breaks=True)]
+    return Grid(columns, [[each.arm, JUDGED[each.measure], verdict(each), each.reason] for each in judgements])
+
+
+def unexpected(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Those that are not as they have to be: a lossy part beyond its margin, or a control within it."""
+    return [each for each in judgements if each.verdict not in (None, each.expected)]
+
+
+def verdict(judgement: Judgement) -> str:
+    """In words."""
+    if judgement.verdict is None:
+        return "not judged"
+    return judgement.verdict.value + (", as it has to" if judgement.verdict is judgement.expected != "PASS" else "")
+
+
+def markdown(run: QualityRun, judgements: Sequence[Judgement], speed: RunFile | None = None) -> str:
+    """The tables as a page, verdicts that are not as expected first.
+
+    Args:
+        run: that it is about.
+        judgements: on it.
+        speed: a run of `pytest --benchmark` that is told beside.
+    """
+    parts = [f"## {as_markdown(title(run))}"]
+    if wrong := unexpected(judgements):
+        parts.append("\n".join(f"- **{as_markdown(each.arm)}** is {verdict(each)}: {each.reason}" for each in wrong))
     parts.append(markdown_table(costs(run, judgements)))
     if run.needles:
         parts.append(markdown_table(retrieval(run)))
     if run.answers:
         parts.append(markdown_table(scores(run, judgements)))
-    parts.append("\n".join(f"- {note}" for note in notes(run)))
-    reasons = [[each.arm, JUDGED[each.measure], _verdict(each), each.reason] for each in judgements]
-    columns = [*(Column(name, False) for name in ("arm", "of", "verdict")), Column("why", False, breaks=True)]
-    parts += ["### Margins", markdown_table(Grid(columns, reasons))]
+    parts.append("\n".join(f"- {as_markdown(note)}" for note in notes(run)))
+    if speed is not None:
+        parts += ["### Quality against speed", markdown_table(against_speed(run, speed))]
+        parts.append("\n".join(f"- {as_markdown(note)}" for note in about_speed(run, speed)))
+    parts += ["### Margins", markdown_table(margins(judgements))]
     return "\n\n".join(parts) + "\n"
 
 
-def plots(run: QualityRun, folder: Path) -> list[Path]:
-    """Perplexity against cache size; KL over position and over the distance since the last eviction, and top-1
-    agreement over position; and the needles.
-
-    Returns:
-        The pictures that were drawn; none of what the run does not have.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(f"plots need matplotlib ({error}): pip install 'specdecode[quality]'") from error
-
-    def drawn(name: str, columns: int = 1) -> tuple[Figure, list[Axes], Path]:
-        figure = Figure(figsize=(4.5 * columns + 2, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        return figure, list(figure.subplots(1, columns, squeeze=False)[0]), folder / f"{name}.png"
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    sizes: dict[str, list[tuple[int, float]]] = {}
-    for arm, entry in run.arms.items():
-        if "policy" in entry and arm in run.judged_arms:
-            family = arm.removesuffix(f"-{entry.get('cache')}")
-            sizes.setdefault(family, []).append((entry.get("cache", 0), run.perplexity(arm)))
-    if sizes:
-        figure, (axes,), file = drawn("ppl-by-cache")
-        for family, points in sizes.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=family)
-        axes.axhline(run.perplexity(), color="black", linestyle=":", label="full cache")
-        axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="PPL")
-        ticks = sorted({size for points in sizes.values() for size, _ in points})
-        axes.set_xticks(ticks, [str(size) for size in ticks])
-        axes.minorticks_off()
-        axes.legend(fontsize="small")
-        figure.savefig(file)
-        written.append(file)
-    if run.documents:
-        colours = dict(zip(run.judged_arms, cycle(colormaps["tab20"](range(20))), strict=False))
-        figure, panels, file = drawn("divergence", len(_CURVES))
-        for axes, (of, along, name, where) in zip(panels, _CURVES, strict=True):
-            for arm in run.judged_arms:
-                if curve := run.curve(arm, of, along):
-                    axes.plot(*zip(*curve, strict=True), label=arm, color=colours[arm])
-            axes.set(xlabel=where, ylabel=name)
-            if of == "kl":
-                axes.set_yscale("symlog", linthresh=1e-4)
-                axes.set_ylim(bottom=0)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
-        figure.savefig(file)
-        written.append(file)
-    if seekers := list(dict.fromkeys(each.arm for each in run.needles)):
-        figure, all_axes, file = drawn("needles", len(seekers))
-        for axes, arm in zip(all_axes, seekers, strict=True):
-            _heat(axes, run, arm)
-        figure.savefig(file)
-        written.append(file)
-    return written
-
-
-_CURVES = (
-    ("kl", "position", "KL, nats a token", "position in the document, tokens"),
-    ("kl", "since", "KL, nats a token", "tokens read since the last eviction"),
-    ("agrees", "position", "top-1 agreement", "position in the document, tokens"),
-)
-
-
-def _heat(axes: Axes, run: QualityRun, arm: str) -> None:
-    """Depth down, length across: the probability of the answer, a token, and whether it is found."""
-    grid = run.grid(arm)
-    lengths, depths = sorted({length for length, _ in grid}), sorted({depth for _, depth in grid})
-    tiles: list[list[float]] = []
-    for depth in depths:
-        tiles.append([])
-        for length in lengths:
-            cell = grid.get((length, depth), [])
-            told = [math.exp(each.logprob / len(each.ranks)) for each in cell]
-            tiles[-1].append(sum(told) / len(told) if told else math.nan)
-            found = sum(each.exact for each in cell)
-            at = (len(tiles[-1]) - 1, len(tiles) - 1)
-            axes.text(*at, f"{found}/{len(cell)}", ha="center", va="center", color="white")
-    axes.imshow(tiles, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-    axes.set(title=arm, xlabel="tokens", ylabel="depth")
-
-
-def _verdict(judgement: Judgement) -> str:
-    if judgement.verdict is None:
-        return "not judged"
-    return judgement.verdict.value + (", as it has to" if judgement.verdict is judgement.expected != "PASS" else "")
+def latex(run: QualityRun, judgements: Sequence[Judgement], speed: RunFile | None = None) -> str:
+    """The same tables for a paper, to be put in with \\input; arguments as for `markdown`."""
+    parts = [PACKAGES, latex_table(costs(run, judgements), " ".join([f"{title(run)}.", *notes(run)]))]
+    if run.needles:
+        parts.append(latex_table(retrieval(run), f"Needles that were found: {title(run)}."))
+    if run.answers:
+        parts.append(latex_table(scores(run, judgements), f"Tasks: {title(run)}."))
+    if speed is not None:
+        parts.append(latex_table(against_speed(run, speed), " ".join(about_speed(run, speed))))
+    parts.append(latex_table(margins(judgements), f"Margins: {title(run)}."))
+    return "\n\n".join(parts) + "\n"
 
 
 def _figure(value: float, spec: str) -> str:

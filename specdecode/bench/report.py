@@ -336,20 +336,20 @@ def markdown(
         judgements: the verdicts.
         past: of the baseline; with it come all the rest that the file tells.
     """
-    parts = [f"## {_markdown(title)}", _markdown(judged_by)]
+    parts = [f"## {as_markdown(title)}", as_markdown(judged_by)]
     if judgements:
         parts.append(markdown_table(verdicts(judgements)))
-    parts += [markdown_table(speeds(run)), "\n".join(f"- {_markdown(note)}" for note in notes(run))]
+    parts += [markdown_table(speeds(run)), "\n".join(f"- {as_markdown(note)}" for note in notes(run))]
     if past is not None:
         if (split := by_part(run)).rows:
             parts += ["### By task and length", markdown_table(split)]
         if (accepted := acceptance(run)).rows:
             parts += ["### Acceptance", markdown_table(accepted)]
         if (promised := by_model(run)).rows:
-            parts += ["### By the model", markdown_table(promised), _markdown(MODEL)]
+            parts += ["### By the model", markdown_table(promised), as_markdown(MODEL)]
         if (held := memory(run)).rows:
-            parts += ["### Memory", markdown_table(held), _markdown(MEMORY)]
-        parts += ["### History", _markdown(past.told)]
+            parts += ["### Memory", markdown_table(held), as_markdown(MEMORY)]
+        parts += ["### History", as_markdown(past.told)]
         if past.runs:
             parts.append(markdown_table(past_speedups(run, past)))
         parts += ["### Measured with", *map(markdown_table, surroundings(run)), f"    {_one_line(command(run))}"]
@@ -358,16 +358,16 @@ def markdown(
 
 def markdown_table(grid: Grid) -> str:
     """A table in Markdown."""
-    heads = [_markdown(column.name) for column in grid.columns]
+    heads = [as_markdown(column.name) for column in grid.columns]
     rules = ["--:" if column.figures else "---" for column in grid.columns]
-    rows = [heads, rules, *([_markdown(cell) for cell in row] for row in grid.rows)]
+    rows = [heads, rules, *([as_markdown(cell) for cell in row] for row in grid.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 _IN_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;"} | {sign: f"\\{sign}" for sign in "\\|`*"})
 
 
-def _markdown(text: str) -> str:
+def as_markdown(text: str) -> str:
     """The text as it is: neither mark-up, nor a link, nor the end of a cell."""
     return _one_line(text).translate(_IN_MARKDOWN).replace("](", "]\\(")
 
@@ -379,22 +379,22 @@ def latex(
 
     The history is left out: a column for each arm is more than fits on a page.
     """
-    parts = [_PACKAGES]
+    parts = [PACKAGES]
     if judgements:
-        parts.append(_latex_table(verdicts(judgements), f"Verdicts: {title}. {judged_by}"))
+        parts.append(latex_table(verdicts(judgements), f"Verdicts: {title}. {judged_by}"))
     parts.append(
-        _latex_table(speeds(run), " ".join([f"Speed: {title}.", *([] if judgements else [judged_by]), *notes(run)]))
+        latex_table(speeds(run), " ".join([f"Speed: {title}.", *([] if judgements else [judged_by]), *notes(run)]))
     )
     if (split := by_part(run)).rows:
-        parts.append(_latex_table(split, f"By task and length of the output: {title}."))
+        parts.append(latex_table(split, f"By task and length of the output: {title}."))
     if (accepted := acceptance(run)).rows:
-        parts.append(_latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
+        parts.append(latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
     if (promised := by_model(run)).rows:
-        parts.append(_latex_table(promised, f"Speedup over ar by the model: {title}. {MODEL}"))
+        parts.append(latex_table(promised, f"Speedup over ar by the model: {title}. {MODEL}"))
     if (held := memory(run)).rows:
-        parts.append(_latex_table(held, f"Memory: {title}. {MEMORY}"))
+        parts.append(latex_table(held, f"Memory: {title}. {MEMORY}"))
     captions = (f"Measured with: {command(run)}", "Conditions around the run.")
-    parts += map(_latex_table, surroundings(run), captions)
+    parts += map(latex_table, surroundings(run), captions)
     return "\n\n".join(parts) + "\n"
 
 
@@ -415,13 +415,15 @@ def latex_table_1(run: RunFile) -> str:
         " 95 % interval; τ: tokens a step; KV: the most that was held of keys and values."
     )
     grid = Grid([Column("method", figures=False), *map(Column, measured.values())], rows)
-    return f"{_PACKAGES}\n\n{_latex_table(grid, told)}\n"
+    return f"{PACKAGES}\n\n{latex_table(grid, told)}\n"
 
 
-_PACKAGES = "% \\usepackage[T1]{fontenc} \\usepackage{array,booktabs,graphicx}"
+PACKAGES = "% \\usepackage[T1]{fontenc} \\usepackage{array,booktabs,graphicx}"
+"""What the tables need, as a comment."""
 
 
-def _latex_table(grid: Grid, caption: str) -> str:
+def latex_table(grid: Grid, caption: str) -> str:
+    """A table in LaTeX, no wider than the text."""
     kinds = {
         (True, False): "r",
         (True, True): "r",
@@ -446,14 +448,14 @@ def _latex_table(grid: Grid, caption: str) -> str:
 
 _IN_LATEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "{}$&#_%"}
-    | {"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}", "τ": "$\\tau$"}
-    | {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"}
+    | {"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}"}
+    | {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}", "τ": "$\\tau$", "Δ": "$\\Delta$"}
 )
 
 
 def _latex(text: str) -> str:
     """The text as it is: no command, no argument to the end of a row, and nothing that pdflatex has no letter for."""
-    known = "".join(sign if sign < "\u0180" or sign == "τ" else "?" for sign in _one_line(text) if sign.isprintable())
+    known = "".join(sign if sign < "\u0180" or sign in "τΔ" else "?" for sign in _one_line(text) if sign.isprintable())
     return f"{'{}' if known.startswith(('[', '*')) else ''}{known.translate(_IN_LATEX)}"
 
 

@@ -296,6 +296,15 @@ def write(run: QualityRun) -> str:
     return json.dumps({_KEY: {"format": FORMAT, **asdict(run)}}) + "\n"
 
 
+def is_run(path: Path) -> bool:
+    """Whether a file is a run of the quality suite, if anything: what cannot be read is none."""
+    try:
+        content = _json(path)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and _KEY in content
+
+
 def read(path: Path) -> QualityRun:
     """A run from its file.
 

@@ -1,0 +1,257 @@
+"""lm-evaluation-harness over this package's decoding: the model "specdecode", which importing this registers there.
+
+What the harness asks the likelihood of is read through the decode path, evicting where decoding does (see
+`evals.perplexity`), and what it asks to be written is written by `generate`: so its tasks judge a cache policy, or INT8
+weights, as they decode. The harness's own models read a text in one forward, which does not touch the cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import has_bos_prefix, maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from specdecode.backends import check as check_backend
+from specdecode.decode import generate
+from specdecode.drafters.base import Drafter
+from specdecode.drafters.lookup import PromptLookup
+from specdecode.drafters.model import ModelDrafter
+from specdecode.drafters.none import NoDraft
+from specdecode.evals.arms import make
+from specdecode.lm import LM
+from specdecode.loading import EMBEDDED, choose_device, load
+from specdecode.sampling import Sampling
+
+_KEYS = "target, draft, drafter, k, policy, cache, quantize, backend, dtype, device, max_gen_toks"
+
+
+@register_model("specdecode")
+class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
+    """A model of the harness. Its arguments are the keys of `--model_args`.
+
+    A context that is too long loses its beginning, as with the harness's own models; with a cache policy none is.
+
+    Args:
+        target: decides; a name as `load` takes it, or a loaded one with backend="eager", for which `dtype` and `device`
+            say nothing.
+        draft: draft model, by name.
+        drafter: "none", "lookup" or "model"; by default "model" with a draft, and else "lookup". It changes how fast
+            texts are written, and neither likelihoods nor greedy texts.
+        k: tokens drafted in a step; likelihoods are read in steps of k + 1.
+        policy: what stays in the target's cache, by its name; by default everything.
+        cache: tokens that the policy holds.
+        quantize: "int8", of the target's weights.
+        backend: how forwards run.
+        dtype: of the weights.
+        device: by default the first GPU, or the CPU if there is none.
+        batch_size: 1, as texts are decoded one by one.
+        max_batch_size: says nothing.
+        max_gen_toks: tokens that are written where a task does not say how many.
+        settings: others of the policy, such as `sinks`.
+
+    Raises:
+        ValueError: a key or a value that is not known, or a target without a tokenizer; and all that `load` raises.
+    """
+
+    def __init__(
+        self,
+        target: LM | str = EMBEDDED,
+        *,
+        draft: str | None = None,
+        drafter: str | None = None,
+        k: int = 5,
+        policy: str | None = None,
+        cache: int = 256,
+        quantize: str | None = None,
+        backend: str = "auto",
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        max_gen_toks: int = 256,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if settings and policy is None:
+            raise ValueError(f"model_args has the unknown key {min(settings)!r}: choose from {_KEYS}")
+        if str(batch_size) != "1":
+            raise ValueError(f"batch_size is {batch_size}: texts are decoded one by one, so leave it out")
+        # The harness's command line asks for this one where none is named.
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None
+        if not isinstance(target, LM):
+            check_backend(backend, choose_device(device))
+            target = load(target, dtype=dtype, device=device, backend="eager")
+        if target.tokenizer is None:
+            raise ValueError(
+                f"{target.name} has no tokenizer, and the harness's tasks are texts: choose another target"
+            )
+        entry: dict[str, Any] = {"quantize": quantize} if quantize else {}
+        if policy is not None:
+            entry |= {"policy": policy, "cache": cache, **settings}
+        self._path = make("specdecode", entry, target, k, backend)
+        self._drafter = _drafter_maker(drafter, draft, self._path.lm, backend)
+        self._whole = self._path.policy.interval == 0
+        self._ends = [token for token in (*target.stop_token_ids, target.tokenizer.eos_token_id) if token is not None]
+        self.max_gen_toks = max_gen_toks
+        self.tokenizer: Any = target.tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that context and continuation may have together; beyond them a cache policy is asked for."""
+        return self._path.lm.context_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the target, as a file name: the harness keeps prompts by it."""
+        return self._path.lm.name.replace("/", "__")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self._special(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context."""
+        begins = self.tokenizer.bos_token_id
+        return self._special(self.tokenizer.eos_token_id if begins is None else begins)
+
+    def _special(self, token: int | None) -> int:
+        if token is None:
+            raise ValueError(f"the tokenizer of {self._path.lm.name} has no token to put before a text without context")
+        return token
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; by default with the special tokens that the tokenizer adds, unless the text begins with one."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
+        ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model was taught to read it."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"{self._path.lm.name} has no chat template: leave --apply_chat_template out")
+        said: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return said
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """For each context and continuation the latter's log p, in nats, and whether greedy decoding writes it."""
+        found = []
+        for texts, context, continuation in tqdm(requests, "loglikelihood", disable=disable_tqdm):
+            answer = self._follow([*context, *continuation], len(continuation))
+            found.append(answer)
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
+
+    def _follow(self, text: list[int], count: int) -> tuple[float, bool]:
+        if self._whole:
+            text = text[-self.max_length :]
+        total, greedy = 0.0, True
+        for step in self._path.follow(text, len(text) - count):
+            laws = step.logits.double().log_softmax(-1)
+            own = torch.tensor(text[step.place : step.place + len(laws)], device=laws.device)
+            total += laws.gather(1, own[:, None]).sum().item()
+            greedy = greedy and bool((laws.argmax(-1) == own).all())
+        return total, greedy
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts, in nats: what does not fit the context in the harness's windows, one after the other;
+        with a cache policy every text in one."""
+        found = []
+        for request in tqdm(requests, "loglikelihood_rolling", disable=disable_tqdm):
+            (text,) = request.args
+            tokens = self.tok_encode(text)
+            # One token less than the context holds: the one before the text stands there too.
+            size = self.max_length - 1 if self._whole else max(len(tokens), 1)
+            windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, size, 1))
+            answers = self._loglikelihood_tokens([(None, *window) for window in windows], disable_tqdm=True)
+            found.append(sum(logprob for logprob, _ in answers))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What follows each context, up to a stop string, which is left out, or the length limit."""
+        found = []
+        for request in tqdm(requests, "generate_until", disable=disable_tqdm):
+            context, rules = request.args
+            found.append(self._continue(context, rules))
+            self.cache_hook.add_partial("generate_until", (context, rules), found[-1])
+        return found
+
+    def _continue(self, context: str, asked: dict[str, Any]) -> str:
+        rules = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
+        stop, limit = [string for string in rules.pop("until") if string], rules.pop("max_gen_toks")
+        sampled, temperature = rules.pop("do_sample"), rules.pop("temperature", 1.0)
+        sampling = Sampling(
+            temperature if sampled else 0.0,
+            rules.pop("top_k", 0),
+            rules.pop("top_p", 1.0),
+            # From the generator that the harness's --seed sets.
+            seed=int(torch.randint(2**31, ())),
+        )
+        if rules:
+            raise ValueError(f"generation_kwargs has {min(rules)!r}, which nothing here decodes by: leave it out")
+        tokens = self.tok_encode(context)
+        if self._whole:
+            tokens, limit = maybe_truncate(tokens, limit, self.max_length)
+        written = generate(
+            self._path.lm,
+            tokens,
+            drafter=self._drafter(),
+            controller=self._path.controller(),
+            policy=self._path.policy,
+            sampling=sampling,
+            max_new_tokens=limit,
+            stop_token_ids=self._ends,
+            stop=stop,
+        ).tokens
+        if written[-1] in self._ends:
+            del written[-1]
+        text: str = self.tokenizer.decode(written, skip_special_tokens=True)
+        cut: str = postprocess_generated_text(text, stop, None)
+        return cut
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The harness's own command line. It takes models from its registry alone, and looks for no others, so it is called
+    from here, where this one is registered; and it reads no arguments but those of the process."""
+    sys.argv = ["lm-eval", "run", "--model", "specdecode", *arguments]
+    cli_evaluate()
+
+
+def _drafter_maker(kind: str | None, draft: str | None, target: LM, backend: str) -> Callable[[], Drafter]:
+    """Makes the drafter of one text."""
+    kind = kind or ("model" if draft else "lookup")
+    if kind not in ("none", "lookup", "model"):
+        raise ValueError(f"drafter is {kind!r}: choose from none, lookup, model")
+    if draft is None:
+        if kind == "model":
+            raise ValueError("drafter=model needs a draft model: name one with draft=")
+        return PromptLookup if kind == "lookup" else NoDraft
+    if kind != "model":
+        raise ValueError(f"draft={draft} is of no use with drafter={kind}: leave one of them out")
+    smaller = load(draft, dtype=target.dtype, device=target.device, target=target, backend=backend)
+    return partial(ModelDrafter, smaller)
