@@ -356,9 +356,7 @@ class LM:
                 inputs: Inputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
             ) -> tuple[Tensor, ...]:
                 logits = self._static_logits(model, inputs, positions, keys, values)
-                # By their numbers, at which compiled code does look: other layers are another step.
-                given = {layer: output[0] for layer, output in zip(layers, outputs, strict=True)}
-                return logits, *given.values()
+                return logits, *(output[0] for output in outputs)
 
             self._static_recorders[layers] = _Recorder(layers, model, outputs, self.backend.static(step))
         return self._static_recorders[layers]

@@ -448,6 +448,32 @@ def test_a_head_of_another_target_is_refused(other: functools.partial[LM], reaso
         load_head(str(file), other())
 
 
+def test_a_fitted_head_stays_what_it_was() -> None:
+    """Guards against drafts of a head that is trained on while it is measured."""
+    target, head = lm("llama"), untrained(lm("llama"))
+    fitted = FittedHead(head, target)
+    state = torch.ones(1, head.shape.hidden, dtype=torch.float64, device=target.device)
+    before = fitted.logits(state).clone()
+    with torch.no_grad():
+        head.norm.weight.mul_(2.0)
+    assert torch.equal(fitted.logits(state), before)
+    assert not torch.equal(FittedHead(head, target).logits(state), before)
+
+
+def test_rows_of_an_output_embedding_are_without_its_bias() -> None:
+    """Guards against a bias that is added to every column of a head's logits."""
+    target = lm("phi")
+    layer = target.model.get_output_embeddings()
+    tokens = torch.tensor([3, 1, 40])
+    assert layer.bias is not None
+    with torch.no_grad():
+        usual = layer.bias.clone()
+        layer.bias.uniform_(1.0, 2.0)
+        rows = output_rows(target, tokens)
+        layer.bias.copy_(usual)
+    torch.testing.assert_close(rows, layer.weight[tokens.to(layer.weight.device)].detach(), rtol=0, atol=1e-12)
+
+
 def test_a_head_that_cannot_be_fitted_is_refused() -> None:
     """Guards against an error from the depths where no file says which target a head is for."""
     with pytest.raises(UnsupportedModelError, match=r"layers 0, 1 of width 8 .* as it has 4 layers of width 32"):
@@ -590,6 +616,24 @@ def test_heads_from_the_command_line(
         assert reason in " ".join(capfd.readouterr().err.split())
 
 
+def depths(options: dict[str, Any], target: LM, file: str, length: int) -> list[int]:
+    """Steps by the depth of the tree that an arm's options stand for."""
+    if "quantize" in options:
+        target = target.quantized(options["quantize"])
+    shape = {
+        "static": StaticTree((2, 1)),
+        "best-first": BestFirstTree(6, 0.001),
+    }.get(options.get("shape", ""), Chain())
+    result = generate(
+        target,
+        target.encode("Once upon a time"),
+        drafter=HeadDrafter(load_head(file, target), shape),
+        controller=FixedK(options.get("k", 5)),
+        max_new_tokens=length,
+    )
+    return result.depths
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -608,7 +652,9 @@ def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, op
     made = make("arm", options, target, None, "eager").run(target.encode("Once upon a time"), 100, ())
     result = pasted["result"]
     assert result.tokens == made.tokens[: len(result.tokens)]
-    assert result.drafted > 0
+    # Tokens are the target's whatever the shape; how many are drafted is the shape's.
+    assert 0 < result.drafted <= made.counts["drafted"]
+    assert made.histograms["depth"][1:] == depths(options, target, file, len(made.tokens))[1:]
     with pytest.raises(ModelFileError, match="no head comes with the package for"):
         make("arm", {"drafter": "head"}, target, None, "eager")
 
