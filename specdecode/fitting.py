@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +167,25 @@ def _told(known: Signature) -> str:
     return f"{known.layers} layers, {known.vocab_size} tokens and embeddings of width {known.rows.shape[1]}"
 
 
-def untrained(target: LM, seed: int = 0) -> Head:
-    """A head of random weights: it costs what a trained one does, and proposes at random a third of the tokens."""
+def head_shape(target: LM, layers: Sequence[int]) -> HeadShape:
+    """A head over some layers of a target with the proportions of the target's own layers."""
     config = target.model.config.get_text_config(decoder=True)
-    total, heads = config.num_hidden_layers, config.num_attention_heads
-    shape = HeadShape(
+    heads = config.num_attention_heads
+    return HeadShape(
         hidden=config.hidden_size,
-        layers=tuple(sorted({total // 4, total // 2, total - 1})),
+        layers=tuple(layers),
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=max(config.hidden_size // heads // 2, 1) * 2,
-        intermediate=2 * config.hidden_size,
+        # Rotary positions turn pairs.
+        head_dim=max((getattr(config, "head_dim", None) or config.hidden_size // heads) // 2, 1) * 2,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
     )
+
+
+def untrained(target: LM, seed: int = 0) -> Head:
+    """A head of random weights: it costs what a trained one does, and proposes at random a third of the tokens."""
+    total = signature(target).layers
+    shape = head_shape(target, sorted({total // 4, total // 2, total - 1}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Head(shape, torch.arange(0, target.vocab_size, 3))

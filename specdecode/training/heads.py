@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from specdecode.controller import FixedK
 from specdecode.decode import generate
 from specdecode.drafters.heads import HeadDrafter
-from specdecode.fitting import FittedHead, output_rows, signature
-from specdecode.heads import Head, HeadShape
+from specdecode.fitting import FittedHead, head_shape, output_rows, signature
+from specdecode.heads import Head
 from specdecode.lm import LM, decoder_layers, outputs_of
 from specdecode.training.features import Shard, read_shard
 
@@ -84,9 +84,8 @@ class Epoch:
 def new_head(
     target: LM, layers: Sequence[int], tokens: Int[Tensor, " D"], text: Int[Tensor, " n"], seed: int = 0
 ) -> Head:
-    """An untrained head with the proportions of the target's own layers, that begins as the last of them where the
-    weights fit: over the last features alone, as large as that layer knows its inputs, and behind the target's own
-    norm. From there a few hundred steps take it as far as thousands do from random weights.
+    """An untrained head that begins as the target's last layer where the weights fit: over the last features alone, as
+    large as that layer knows its inputs, and with the target's own norm behind it.
 
     Args:
         target: loaded with backend="eager".
@@ -95,16 +94,8 @@ def new_head(
         text: of which the target shows how large the inputs of its last layer are.
         seed: of what is random.
     """
-    config = target.model.config.get_text_config(decoder=True)
-    width, heads = config.hidden_size, config.num_attention_heads
-    shape = HeadShape(
-        hidden=width,
-        layers=tuple(layers),
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or width // heads,
-        intermediate=config.intermediate_size,
-    )
+    shape = head_shape(target, layers)
+    width = shape.hidden
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = Head(shape, tokens)
