@@ -212,7 +212,7 @@ def run_all(chosen: Sequence[Step], deadline: float, runs: Path, output: Path, a
     table = Grid([Column("step", False), Column("outcome", False), Column("seconds"), Column("why", False, True)], rows)
     console.print(rich_table(table))
     for kind, page in pages.items() if measured else ():
-        report([*measured.values()], None, kind, page)
+        report([*measured.values()], format=kind, out=page)
     of_runs = pages[Format.md].read_text() if measured else "Nothing was measured.\n"
     write_whole(pages[Format.md], f"{markdown_table(table)}\n\n{of_runs}")
     return outcomes

@@ -22,6 +22,8 @@ from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.bench.session import Options, measure
 from specdecode.controller import Limit
 from specdecode.cost_aware import Draft
+from specdecode.fitting import signature, untrained
+from specdecode.heads import write_head
 from tests.characters import save
 from tests.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt, small
 from tests.spelling import CHARACTERS, characters
@@ -274,15 +276,20 @@ def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
     assert classify(target, prompt(), [first], [twin]) == "bug"
 
 
-def test_the_presets_are_of_known_parts() -> None:
+def test_the_presets_are_of_known_parts(tmp_path: Path) -> None:
     """Guards against a preset that is only found wrong when somebody measures with it."""
     target = lm("llama")
+    head = tmp_path / "head.safetensors"
+    head.write_bytes(write_head(untrained(target), signature(target), {}))
     for file in Path(presets.__file__).with_name("presets").glob("*.toml"):
         # Compiling takes minutes.
         entries = {
             arm: options | {"backend": "eager"} if options.get("backend") == "compile" else options
             for arm, options in preset(file.stem).arms.items()
         }
+        for options in entries.values():
+            if options.get("drafter") == "head":
+                options["head"] = str(head)
         arms = {arm: make(arm, options, target, target) for arm, options in entries.items()}
         assert all(arm.against is None or arm.against in arms for arm in arms.values())
         assert "ar" in arms

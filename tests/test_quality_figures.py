@@ -22,7 +22,7 @@ from specdecode.bench.quality_figures import draw
 from specdecode.bench.quality_report import margins, markdown, title
 from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.bench.tradeoff import NOTHING, about_speed, against_speed, tradeoff
-from specdecode.evals.results import Document, QualityRun, Sought, Trace, judge, write
+from specdecode.evals.results import Answer, Document, QualityRun, Sought, Trace, judge, write
 from tests.test_figures import call, content, kept, series, texts, unreadable
 from tests.test_quality import HEADER
 from tests.test_report import HOSTILE, Page
@@ -70,7 +70,14 @@ def run_of(arms: dict[str, dict[str, Any]], documents: int = 5, **header: Any) -
         for depth in (0.0, 1.0)
         if arm in arms
     ]
-    return QualityRun(HEADER | header, arms, read_, sought)
+    tasks = HEADER["tasks"] | {"problems": {"humaneval": 3}, "arms": ["full"], "missing": {}}
+    answers = [
+        Answer(arm, "humaneval", f"humaneval/{i}", "it failed" * (arm == "full" and i == 0), 5, "text")
+        for i in range(3)
+        for arm in ("reference", "full")
+        if "full" in arms
+    ]
+    return QualityRun(HEADER | {"tasks": tasks} | header, arms, read_, sought, answers)
 
 
 def speeds_of(arms: dict[str, tuple[float, dict[str, Any]]], target: str = "t") -> RunFile:
@@ -322,6 +329,8 @@ def test_a_report_tells_costs_speeds_and_margins(
         assert told in text
     cost = run().cost("sink-window-8", "nll")
     assert f"{cost:.4f}" in text
+    assert "McNemar p" in text
+    assert "2/3" in text
     assert f"{speeds().speedup('streaming-8')}" in text
     assert "margin 0.01;" in text
     limits = Path("other.json")

@@ -187,7 +187,8 @@ opened = []
 def hook(event, arguments):
     if event == "socket.connect":
         raise RuntimeError("a metric needs no network")
-    if event == "open" and arguments[1] and set(arguments[1]) & set("wax+"):
+    # What is opened by its number was opened by its name before, or is no file.
+    if event == "open" and not isinstance(arguments[0], int) and set(arguments[1] or "") & set("wax+"):
         opened.append(str(arguments[0]))
 sys.addaudithook(hook)
 from specdecode.evals.metrics import metric
