@@ -67,12 +67,11 @@ class ModelDrafter:
             self._grown = DraftTree.chain(self._chain(logits, context, min(limit.depth, limit.nodes)))
             return self._grown
         rng = None if context.sampling.greedy else context.rng
-        laws = self._laws(logits, context)
 
         def read(level: Level, visible: Tensor, depth: int) -> Tensor:
             return self._laws(self._forward(level.tokens, visible, depth), context)
 
-        self._grown, proposed = grow_tree(self.shape, laws, limit, rng, read)
+        self._grown, proposed = grow_tree(self.shape, self._laws(logits, context), limit, rng, read)
         return proposed
 
     def _chain(self, logits: Float[Tensor, "1 V"], context: Context, length: int) -> Int[Tensor, " length"]:

@@ -84,6 +84,7 @@ def grow_tree(
             visible = torch.cat([visible[list(levels[-1].rows)], torch.eye(len(above), dtype=torch.bool)], 1)
             laws = read(levels[-1], visible, len(levels))
         level = shape.grow(laws, levels, limit, rng)
+        del laws  # as wide as the vocabulary: no two levels' at once
         if not len(level):
             break
         parents += [above[row] for row in level.rows]
