@@ -22,7 +22,7 @@ from specdecode.drafters.heads import HeadDrafter
 from specdecode.fitting import FittedHead, head_shape, output_rows, signature
 from specdecode.heads import Head
 from specdecode.lm import LM, decoder_layers, outputs_of
-from specdecode.training.features import Shard, read_shard
+from specdecode.training.features import SHARD, Shard, read_shard
 
 # Share of all steps in which the rate grows to its full height, and what is left of it at the end.
 _WARM, _LEAST = 0.03, 0.05
@@ -169,12 +169,10 @@ class Training:
         self.head = head.to(target.device)
         self._embedding = target.model.get_input_embeddings()
         self._rows = output_rows(target, head.tokens).float()
-        # A token's place among those that the head can propose; the last entry is for all others.
+        # A token's place among those that the head can propose; -1 for all others.
         self._place = torch.full((target.vocab_size,), -1, device=target.device)
         self._place[head.tokens] = torch.arange(len(head.tokens), device=target.device)
-        first = read_shard(shards[0])
-        self._batches = -(-len(first.tokens) // settings.batch)
-        total = settings.epochs * len(shards) * self._batches
+        total = settings.epochs * len(shards) * -(-SHARD // settings.batch)
         self._optimizer = torch.optim.AdamW(head.parameters(), settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
         self._schedule = LambdaLR(self._optimizer, lambda step: _height(step / total))
         self._done = 0  # shards of the epoch under way

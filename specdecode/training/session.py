@@ -9,7 +9,6 @@ from typing import Any
 
 from specdecode.bench.environment import environment
 from specdecode.bench.files import git, write_whole
-from specdecode.evals.data import documents
 from specdecode.fitting import signature
 from specdecode.heads import write_head
 from specdecode.lm import LM
@@ -87,7 +86,8 @@ def train_head(
     settings, work = recipe.settings, out.with_suffix("")
     # Before anything that takes long: whatever cannot be had is said now.
     texts = Texts(target, recipe.data, recipe.length, own=recipe.own, held_out=recipe.held_out, seed=settings.seed)
-    prompts = _prompts(target, recipe)
+    held_out = [each for part in texts.held_out.values() for each in part[:_PROMPTS]]
+    prompts = {each.id: target.encode(each.text)[:_PROMPT] for each in held_out}
     shards = -(-recipe.tokens // (SHARD * recipe.length))
     what = {
         "target": name,
@@ -105,9 +105,9 @@ def train_head(
 
     def on_epoch(training: Training) -> dict[str, float]:
         found = acceptance(target, training.head, prompts)
-        tell(
-            len(training.epochs), settings.epochs, f"epoch {len(training.epochs)}: {_line(training.epochs[-1], found)}"
-        )
+        ended = len(training.epochs)
+        # In shards, as everything before it.
+        tell(ended * shards, settings.epochs * shards, f"epoch {ended}: {_line(training.epochs[-1], found)}")
         return found
 
     training.run(tell, on_epoch)
@@ -124,15 +124,6 @@ def train_head(
     write_whole(out, write_head(training.head, signature(target), card))
     write_whole(out.with_suffix(".md"), _card(card, training.epochs))
     return card
-
-
-def _prompts(target: LM, recipe: Recipe) -> dict[str, list[int]]:
-    """The beginnings of held-out documents, by id."""
-    found: dict[str, list[int]] = {}
-    for part in sorted({*recipe.data} - {CHAT}):
-        held, _ = documents(part, recipe.held_out)
-        found |= {each.id: target.encode(each.text)[:_PROMPT] for each in held[:_PROMPTS]}
-    return found
 
 
 def _commit() -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from specdecode.drafters.base import common_prefix
-from specdecode.evals.data import NAMES, documents
+from specdecode.evals.data import NAMES, Sample, documents
 from specdecode.lm import LM
 
 CHAT = "chat"
@@ -35,6 +35,10 @@ class Texts:
         held_out: so many documents of each data set, the first in their order, are left out.
         seed: of the draws.
 
+    Attributes:
+        origins: of the data sets, by name.
+        held_out: the documents that were left out, by data set.
+
     Raises:
         ValueError: a data set that is not known or not at hand, too few documents, no chat template, or a number that
             cannot be.
@@ -56,9 +60,13 @@ class Texts:
         self._own, self._seed = own, seed
         self._opening = _opening(target) if CHAT in parts else []
         self.origins: dict[str, str] = {}
+        self.held_out: dict[str, list[Sample]] = {}
         self._corpora: dict[str, list[list[int]]] = {}
+        # Of each corpus the tokens up to the end of each document: a long one is drawn from more often.
+        self._ends: dict[str, list[int]] = {}
         for part in sorted({*parts} - {CHAT}):
             found, self.origins[part] = documents(part)
+            self.held_out[part] = found[:held_out]
             encoded = (target.encode(document.text) for document in found[held_out:])
             self._corpora[part] = [tokens for tokens in encoded if len(tokens) >= length]
             if not self._corpora[part]:
@@ -66,6 +74,7 @@ class Texts:
                     f"{part} has no documents of {length} tokens beyond the {held_out} that are held out: take a"
                     " smaller length, hold out fewer, or take another data set"
                 )
+            self._ends[part] = list(accumulate(map(len, self._corpora[part])))
 
     def draw(self, number: int, count: int) -> list[list[int]]:
         """`count` texts; the next number goes on where this one ends."""
@@ -78,8 +87,7 @@ class Texts:
             if part == CHAT:
                 chats += 1
                 continue
-            corpus = self._corpora[part]
-            [document] = rng.choices(corpus, cum_weights=list(accumulate(map(len, corpus))))
+            [document] = rng.choices(self._corpora[part], cum_weights=self._ends[part])
             start = rng.randrange(len(document) - self._length + 1)
             text = document[start : start + self._length]
             if rng.random() < self._own:
