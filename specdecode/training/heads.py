@@ -173,7 +173,9 @@ class Training:
         self._place = torch.full((target.vocab_size,), -1, device=target.device)
         self._place[head.tokens] = torch.arange(len(head.tokens), device=target.device)
         total = settings.epochs * len(shards) * -(-SHARD // settings.batch)
-        self._optimizer = torch.optim.AdamW(head.parameters(), settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self._optimizer = torch.optim.AdamW(
+            head.parameters(), settings.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
         self._schedule = LambdaLR(self._optimizer, lambda step: _height(step / total))
         self._done = 0  # shards of the epoch under way
         self._sums: Tensor = torch.zeros(3, settings.ahead, dtype=torch.float64)
@@ -310,15 +312,35 @@ def foretell(
     counts, losses, agreed = [], [], []
     for step in range(ahead):
         state = head(embedded, state, positions, store, _visible(length, step, embedded.device))
-        laws = head.logits(state, rows).to(rows.dtype).log_softmax(-1)
+        logits = head.logits(state, rows).to(rows.dtype)
         # The first tokens of a text have not so many before them.
         counted = (positions > step).expand(wanted.shape[:2])
-        entropy = -(probs * laws.gather(-1, wanted.clamp_min(0))).sum(-1)
+        entropy = _CrossEntropy.apply(logits, wanted, probs)
         counts.append(counted.sum().double())
         losses.append(entropy.where(counted, 0.0).sum().double())
-        agreed.append(((laws.argmax(-1) == wanted[..., 0]) & counted).sum().double())
+        agreed.append(((logits.detach().argmax(-1) == wanted[..., 0]) & counted).sum().double())
         state = pad(state[:, :-1], (0, 0, 1, 0))
     return torch.stack(counts), torch.stack(losses), torch.stack(agreed)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Of laws [..., D] given by logits, against the probabilities [..., k] of a few tokens, -1 for none: these are so
+    few that the derivative is the law itself but for them, made in one pass over it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, probs: Tensor) -> Tensor:  # type: ignore[override]
+        chosen = wanted.clamp_min(0)
+        total = logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, total, chosen, probs)
+        entropy: Tensor = (probs * (total - logits.gather(-1, chosen))).sum(-1)
+        return entropy
+
+    @staticmethod
+    def backward(ctx: Any, height: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        logits, total, chosen, probs = ctx.saved_tensors
+        weights = height[..., None] * probs
+        slope = (logits - total).exp_().mul_(weights.sum(-1, keepdim=True)).scatter_add_(-1, chosen, -weights)
+        return slope, None, None
 
 
 def _visible(length: int, step: int, device: torch.device) -> Bool[Tensor, "n s"]:
