@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from specdecode.costs import measure_costs as measure_costs
     from specdecode.decode import generate as generate
     from specdecode.decode import generate_batch as generate_batch
+    from specdecode.drafters.cascade import Cascade as Cascade
     from specdecode.drafters.heads import HeadDrafter as HeadDrafter
     from specdecode.drafters.lookup import PromptLookup as PromptLookup
     from specdecode.drafters.model import ModelDrafter as ModelDrafter
@@ -47,6 +48,7 @@ _HOMES = {
     "AdaptiveK": "controller",
     "LM": "lm",
     "BestFirstTree": "drafters.shapes",
+    "Cascade": "drafters.cascade",
     "Chain": "drafters.shapes",
     "CostAware": "cost_aware",
     "Costs": "cost_aware",

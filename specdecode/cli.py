@@ -43,6 +43,7 @@ class DrafterKind(str, enum.Enum):
     universal = "universal"
     self_streaming = "self-streaming"
     head = "head"
+    cascade = "lookup+head"
 
 
 class ControllerKind(str, enum.Enum):
@@ -120,6 +121,7 @@ def generate(
     from specdecode import (
         AdaptiveK,
         BestFirstTree,
+        Cascade,
         Chain,
         CostAware,
         FixedK,
@@ -164,9 +166,10 @@ def generate(
     kind = drafter or (DrafterKind.head if head else DrafterKind.model if draft else None)
     if kind is None:
         kind = DrafterKind.lookup if shipped is None else DrafterKind.head
-    if kind is DrafterKind.head and not (head or shipped):
+    with_head = kind in (DrafterKind.head, DrafterKind.cascade)
+    if with_head and not (head or shipped):
         raise ValueError(f"no head comes with {target}: name the file of one with --head, or choose another --drafter")
-    if head and kind is not DrafterKind.head:
+    if head and not with_head:
         raise ValueError(f"--head is of no use with --drafter {kind.value}: leave one of them out")
     of_a_model = kind in (DrafterKind.model, DrafterKind.universal)
     if of_a_model and not draft:
@@ -208,8 +211,13 @@ def generate(
         make_drafter = partial(ModelDrafter, smaller, shapes[tree])
     elif kind is DrafterKind.universal:
         make_drafter = partial(UniversalDrafter, model, smaller)
-    elif kind is DrafterKind.head:
-        make_drafter = partial(HeadDrafter, load_head(head or target, model), shapes[tree])
+    elif with_head:
+        by_head = partial(HeadDrafter, load_head(head or target, model), shapes[tree])
+
+        def after_lookup() -> Drafter:
+            return Cascade(PromptLookup(min_ngram=2), by_head())
+
+        make_drafter = by_head if kind is DrafterKind.head else after_lookup
     elif kind is DrafterKind.self_streaming:
         make_drafter = partial(SelfStreamingDrafter, model, cache, shape=shapes[tree])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from specdecode import (
     LM,
     BestFirstTree,
+    Cascade,
     Chain,
     DraftTree,
     FixedK,
+    HeadDrafter,
     ModelDrafter,
     NoDraft,
     PromptLookup,
@@ -28,6 +31,7 @@ from specdecode import (
 from specdecode.controller import Limit
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
+from specdecode.fitting import FittedHead, untrained
 from specdecode.lm import outputs_of
 from specdecode.sampling import Rng
 from tests.discovery import DRAFTERS, examples
@@ -152,17 +156,21 @@ def test_a_best_first_tree_holds_the_most_probable_paths(
     assert tree.probs is None
 
 
-@given(tokens=contexts, max_ngram=st.integers(1, 4), depth=st.integers(1, 6))
+@given(tokens=contexts, sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)), depth=st.integers(1, 6))
 @settings(deadline=None)
-def test_a_lookup_continues_the_most_recent_longest_match(tokens: list[int], max_ngram: int, depth: int) -> None:
-    """Guards against a match of the text's end with itself, an older or a shorter match, and a copy cut short."""
+def test_a_lookup_continues_the_most_recent_longest_match(
+    tokens: list[int], sizes: tuple[int, int], depth: int
+) -> None:
+    """Guards against a match of the text's end with itself, an older or a shorter match, one that is shorter than was
+    asked, and a copy cut short."""
+    min_ngram, max_ngram = sorted(sizes)
     expected: list[int] = []
-    for size in range(min(max_ngram, len(tokens) - 1), 0, -1):
+    for size in range(min(max_ngram, len(tokens) - 1), min_ngram - 1, -1):
         ends = [end for end in range(size, len(tokens)) if tokens[end - size : end] == tokens[-size:]]
         if ends:
             expected = (tokens[ends[-1] :] * depth)[:depth]
             break
-    tree = PromptLookup(max_ngram).propose(context(tokens), Limit(depth))
+    tree = PromptLookup(max_ngram, min_ngram=min_ngram).propose(context(tokens), Limit(depth))
     assert tree.tokens.tolist() == expected
     assert tree.depth == len(expected)
 
@@ -180,6 +188,34 @@ def test_several_lookups_share_their_first_nodes(tokens: list[int], branches: in
     tree = PromptLookup(2, branches).propose(context(tokens), Limit(depth))
     assert [path for path in paths(tree) if len(path) == depth] == expected[:branches]
     assert len({tuple(path) for path in paths(tree)}) == len(tree)
+
+
+@given(tokens=contexts, depth=st.integers(1, 4))
+@settings(deadline=None, max_examples=20)
+def test_a_cascade_asks_the_next_drafter_where_the_one_before_has_nothing(tokens: list[int], depth: int) -> None:
+    """Guards against a draft that is paid for where a lookup has one, and steps without a draft where one could be."""
+    lookup, model = PromptLookup(min_ngram=2), ModelDrafter(target().subset([0]))
+    cascade = Cascade(PromptLookup(min_ngram=2), model)
+    proposed = cascade.propose(context(tokens), Limit(depth))
+    found = lookup.propose(context(tokens), Limit(depth))
+    expected = found if len(found) else ModelDrafter(target().subset([0])).propose(context(tokens), Limit(depth))
+    assert proposed.tokens.tolist() == expected.tokens.tolist()
+    assert proposed.parents.tolist() == expected.parents.tolist()
+    assert cascade.forwards == model.forwards
+    assert (model.forwards == 0) == (len(found) > 0)
+
+
+def test_a_cascade_reads_what_its_drafters_read() -> None:
+    """Guards against a head that is given no features, or those of other layers than it was trained on."""
+    first, second = (FittedHead(untrained(target(), seed), target()) for seed in (0, 1))
+    other = copy.copy(second)
+    other.shape = replace(second.shape, layers=(0,))
+    assert Cascade(PromptLookup(), HeadDrafter(first), HeadDrafter(second)).layers == first.shape.layers
+    assert Cascade(PromptLookup(), NoDraft()).layers == ()
+    with pytest.raises(ValueError, match="different layers of the target"):
+        Cascade(HeadDrafter(first), HeadDrafter(other))
+    with pytest.raises(ValueError, match="a cascade of 1 drafters"):
+        Cascade(NoDraft())
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.6, 1.0])

@@ -421,6 +421,8 @@ def test_a_rotation_that_changes_with_the_length_bounds_the_context() -> None:
         (lambda: BestFirstTree(threshold=-0.1), "threshold is -0.1"),
         (lambda: PromptLookup(max_ngram=0), "max_ngram is 0"),
         (lambda: PromptLookup(branches=0), "branches is 0"),
+        (lambda: PromptLookup(min_ngram=0), "min_ngram is 0"),
+        (lambda: PromptLookup(2, min_ngram=3), "min_ngram is 3: from 1 to max_ngram, 2"),
         (lambda: ReplayDrafter(NoDraft(), [1], acceptance=2), "acceptance is 2"),
         (lambda: ReplayDrafter(NoDraft(), [1], acceptance=-0.5), "acceptance is -0.5"),
         (lambda: lm("llama").subset([]), r"layers is \[\]: it must be ascending indices from 0 to 3"),

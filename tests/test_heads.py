@@ -20,12 +20,14 @@ from torch.nn.functional import cross_entropy
 from specdecode import (
     LM,
     BestFirstTree,
+    Cascade,
     Chain,
     DraftTree,
     FixedK,
     HeadDrafter,
     ModelDrafter,
     NoDraft,
+    PromptLookup,
     ReplayDrafter,
     Sampling,
     SinkWindow,
@@ -584,7 +586,7 @@ def test_heads_from_the_command_line(
     monkeypatch.setattr(HeadDrafter, "propose", listening)
     shipped: dict[str, Path] = {}
     monkeypatch.setattr(fitting, "shipped_head", shipped.get)
-    arguments = ("generate", "the cat sat on", "--target", model, "--dtype", "float64", "--max-new-tokens", "20")
+    arguments = ("generate", "the cat sat on the cat sat on", "--target", model, "--dtype", "float64", "--max-new-tokens", "20")
     assert run(monkeypatch, *arguments, "--drafter", "none") == 0
     plain = capfd.readouterr().out
 
@@ -597,6 +599,9 @@ def test_heads_from_the_command_line(
 
     assert drafts("--head", file)
     assert not any(depths)
+    asked = len(depths)
+    assert drafts("--head", file, "--drafter", "lookup+head")
+    assert len(depths) < asked
     assert drafts("--head", file, "--drafter", "head", "--tree", "static")
     assert any(depths)
     assert not drafts()
@@ -624,10 +629,13 @@ def depths(options: dict[str, Any], target: LM, file: str, length: int) -> list[
         "static": StaticTree((2, 1)),
         "best-first": BestFirstTree(6, 0.001),
     }.get(options.get("shape", ""), Chain())
+    drafter: Drafter = HeadDrafter(load_head(file, target), shape)
+    if options["drafter"] == "lookup+head":
+        drafter = Cascade(PromptLookup(min_ngram=options["min_ngram"]), drafter)
     result = generate(
         target,
         target.encode("Once upon a time"),
-        drafter=HeadDrafter(load_head(file, target), shape),
+        drafter=drafter,
         controller=FixedK(options.get("k", 5)),
         max_new_tokens=length,
     )
@@ -640,6 +648,7 @@ def depths(options: dict[str, Any], target: LM, file: str, length: int) -> list[
         {"k": 3},
         {"shape": "static", "branching": [2, 1], "quantize": "int8"},
         {"shape": "best-first", "nodes": 6, "threshold": 0.001},
+        {"drafter": "lookup+head", "min_ngram": 3},
     ],
     ids=str,
 )
@@ -671,7 +680,7 @@ def test_a_target_of_random_weights_drafts_with_a_head_of_such(file: str) -> Non
 def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a preset that no longer serves targets for which nobody has trained a head, and against an arm
     that is lost where there is one."""
-    entries = 'ar = {}\nours = { drafter = "head" }\nown = { drafter = "head", head = "own.safetensors" }'
+    entries = 'ar = {}\nours = { drafter = "lookup+head" }\nown = { drafter = "head", head = "own.safetensors" }'
     preset = tmp_path / "heads.toml"
     preset.write_text(f'prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\n{entries}\n')
     monkeypatch.setattr(session, "shipped_head", {"with": Path("with-head.safetensors")}.get)

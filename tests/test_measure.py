@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from specdecode import LM, Costs, TokenizerMismatchError, generate
+from specdecode import LM, Costs, TokenizerMismatchError, fitting, generate
 from specdecode.bench import presets
 from specdecode.bench.arms import Arm, Run, make
 from specdecode.bench.measure import Results, classify, experiment, row_of
@@ -146,9 +146,19 @@ def test_a_choice_within_the_rounding_is_a_tie_and_no_more() -> None:
     assert classify(target, prompt(), [first], [worst]) == "bug"
 
 
-def test_every_arm_of_every_preset_gives_the_baselines_tokens() -> None:
-    """Guards against an arm that is measured but was never right, peers included."""
+@pytest.fixture
+def headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
+    """A target that comes with a head."""
     target = lm("llama")
+    file = tmp_path / "head.safetensors"
+    file.write_bytes(write_head(untrained(target), signature(target), {}))
+    monkeypatch.setattr(fitting, "shipped_head", {target.name: file}.get)
+    return target
+
+
+def test_every_arm_of_every_preset_gives_the_baselines_tokens(headed: LM) -> None:
+    """Guards against an arm that is measured but was never right, peers included."""
+    target = headed
     draft = target.subset([0, 1, 3])
     for name in ("quick", "synthetic"):
         entries = preset(name).arms
@@ -276,21 +286,15 @@ def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
     assert classify(target, prompt(), [first], [twin]) == "bug"
 
 
-def test_the_presets_are_of_known_parts(tmp_path: Path) -> None:
+def test_the_presets_are_of_known_parts(headed: LM) -> None:
     """Guards against a preset that is only found wrong when somebody measures with it."""
-    target = lm("llama")
-    head = tmp_path / "head.safetensors"
-    head.write_bytes(write_head(untrained(target), signature(target), {}))
     for file in Path(presets.__file__).with_name("presets").glob("*.toml"):
         # Compiling takes minutes.
         entries = {
             arm: options | {"backend": "eager"} if options.get("backend") == "compile" else options
             for arm, options in preset(file.stem).arms.items()
         }
-        for options in entries.values():
-            if options.get("drafter") == "head":
-                options["head"] = str(head)
-        arms = {arm: make(arm, options, target, target) for arm, options in entries.items()}
+        arms = {arm: make(arm, options, headed, headed) for arm, options in entries.items()}
         assert all(arm.against is None or arm.against in arms for arm in arms.values())
         assert "ar" in arms
 
@@ -386,6 +390,8 @@ def test_peers_draft_as_long_as_they_are_told() -> None:
         ({"drafter": "model", "shape": "ring"}, "no tree shape is named 'ring'"),
         ({"drafter": "model", "k": 0}, "K is 0"),
         ({"drafter": "lookup", "ngram": 0}, "max_ngram is 0"),
+        ({"drafter": "lookup+model", "min_ngram": 4}, "min_ngram is 4"),
+        ({"drafter": "lookup+oracle"}, "no drafter is named 'oracle'"),
         ({"policy": "amnesia"}, "no cache policy is named 'amnesia': choose from heavy-hitter, key-norm, random"),
         ({"policy": "sink-window", "cache": 3}, "max_len is 3"),
         ({"peer": "generate", "policy": "random"}, "takes no policy"),
@@ -406,6 +412,6 @@ def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: 
 
 def test_an_arm_that_drafts_needs_a_draft_model() -> None:
     """Guards against a failure in the middle of the experiment."""
-    for options in ({"drafter": "model"}, {"drafter": "universal"}, {"peer": "assisted"}):
+    for options in ({"drafter": "model"}, {"drafter": "lookup+model"}, {"drafter": "universal"}, {"peer": "assisted"}):
         with pytest.raises(ValueError, match="--draft"):
             make("arm", options, lm("llama"), None)

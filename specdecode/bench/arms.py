@@ -13,11 +13,13 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from specdecode.bench.names import drafters
 from specdecode.controller import AdaptiveK, Controller, FixedK
 from specdecode.cost_aware import CostAware
 from specdecode.costs import measure_costs
 from specdecode.decode import generate, generate_batch
 from specdecode.drafters.base import Drafter
+from specdecode.drafters.cascade import Cascade
 from specdecode.drafters.heads import HeadDrafter
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter
@@ -170,15 +172,16 @@ def make(
 ) -> Arm:
     """An arm from a preset's entry.
 
-    Keys: `drafter` ("none", "lookup", "head", "model", "universal" or "self-streaming"), `controller` ("fixed" with
-    `k`, "adaptive" or "cost-aware"), `nodes`, `ngram`, `branches`, `shape` ("chain", "static" or "best-first"),
-    `branching`, `threshold`, `head` (a file, in place of the head that comes with the target), `draft_cache` (tokens
-    that a streaming draft holds), `replay` (acceptance), `batch` (prompts decoded at once: the block's own and shorter
-    beginnings of it), `policy` ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it
-    holds); or `peer` ("generate", "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which
-    transformers stops drafting). With `quantize` ("int8") it decodes the target with quantised weights, and drafts with
-    `draft` as it is. A target of random weights gets a head of random weights. `backend` says how the forwards of both
-    run. What a cost-aware arm goes by is measured here. `against` names the peer's arm that does the same.
+    Keys: `drafter` ("none", "lookup", "head", "model", "universal" or "self-streaming"; with a plus between them, as in
+    "lookup+head", a cascade), `controller` ("fixed" with `k`, "adaptive" or "cost-aware"), `nodes`, `ngram`,
+    `min_ngram`, `branches`, `shape` ("chain", "static" or "best-first"), `branching`, `threshold`, `head` (a file, in
+    place of the head that comes with the target), `draft_cache` (tokens that a streaming draft holds), `replay`
+    (acceptance), `batch` (prompts decoded at once: the block's own and shorter beginnings of it), `policy`
+    ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it holds); or `peer` ("generate",
+    "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops drafting). With
+    `quantize` ("int8") it decodes the target with quantised weights, and drafts with `draft` as it is. A target of
+    random weights gets a head of random weights. `backend` says how the forwards of both run. What a cost-aware arm
+    goes by is measured here. `against` names the peer's arm that does the same.
 
     Args:
         name: of the arm.
@@ -197,8 +200,9 @@ def make(
     """
     entry, options = options, dict(options)
     peer = options.pop("peer", None)
-    shares_vocabulary = peer == "assisted" or options.get("drafter") == "model"
-    if shares_vocabulary or options.get("drafter") == "universal":
+    asked = drafters(entry)
+    shares_vocabulary = peer == "assisted" or "model" in asked
+    if shares_vocabulary or "universal" in asked:
         if draft is None:
             raise ValueError(f"arm {name!r} needs a draft model: name one with --draft")
         if shares_vocabulary:
@@ -209,7 +213,7 @@ def make(
     policy = named_policy(kind, cache) if kind else KeepAll()
     if peer is not None and policy.interval:
         raise ValueError(f"arm {name!r} is transformers' own: it takes no policy")
-    if options.get("drafter") == "head":
+    if "head" in asked:
         options.setdefault("head", target.name)
     quantize = options.pop("quantize", None)
     if quantize is not None:
@@ -236,43 +240,17 @@ def _ours(
     lengths: Sequence[int],
     stop_token_ids: Sequence[int],
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
-    kind = options.pop("drafter", "none")
     batch = options.pop("batch", 1)
     if batch < 1 or (batch > 1 and replay is not None):
         raise ValueError(f"batch is {batch}: it is 1 or more, and 1 for replayed drafts, which know one continuation")
-    make_drafter: Callable[[], Drafter]
-    if kind == "none":
-        make_drafter = NoDraft
-    elif kind == "lookup":
-        lookup = {"max_ngram": options.pop("ngram", 3), "branches": options.pop("branches", 1)}
-        PromptLookup(**lookup)  # wrong values are told before anything is measured
+    makers = [_drafter_maker(kind, options, target, draft) for kind in drafters(options)]
+    options.pop("drafter", None)
 
-        def make_drafter() -> Drafter:
-            return PromptLookup(**lookup)
-    elif kind == "model" and draft is not None:
-        shape = _shape(options)
+    def make_drafter() -> Drafter:
+        made = [make() for make in makers]
+        return made[0] if len(made) == 1 else Cascade(*made)
 
-        def make_drafter() -> Drafter:
-            return ModelDrafter(draft, shape)
-    elif kind == "head":
-        shape, file = _shape(options), options.pop("head")
-        head = FittedHead(untrained(target), target) if target.synthetic else load_head(file, target)
-
-        def make_drafter() -> Drafter:
-            return HeadDrafter(head, shape)
-    elif kind == "universal" and draft is not None:
-        UniversalDrafter(target, draft)  # as above
-
-        def make_drafter() -> Drafter:
-            return UniversalDrafter(target, draft)
-    elif kind == "self-streaming":
-        shape, draft_cache = _shape(options), options.pop("draft_cache", 256)
-
-        def make_drafter() -> Drafter:
-            return SelfStreamingDrafter(target, draft_cache, shape=shape)
-    else:
-        names = "none, lookup, head, model, universal, self-streaming"
-        raise ValueError(f"no drafter is named {kind!r}: choose from {names}")
+    make_drafter()  # wrong values are told before anything is measured
     make_controller = _controller(options, target, make_drafter)
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
@@ -294,6 +272,26 @@ def _ours(
         return _run_of(*_timed(target, decode), lengths)
 
     return run
+
+
+def _drafter_maker(kind: str, options: dict[str, Any], target: LM, draft: LM | None) -> Callable[[], Drafter]:
+    if kind == "none":
+        return NoDraft
+    if kind == "lookup":
+        sizes = {"max_ngram": options.pop("ngram", 3), "min_ngram": options.pop("min_ngram", 1)}
+        return partial(PromptLookup, **sizes, branches=options.pop("branches", 1))
+    if kind == "model" and draft is not None:
+        return partial(ModelDrafter, draft, _shape(options))
+    if kind == "head":
+        file = options.pop("head")
+        head = FittedHead(untrained(target), target) if target.synthetic else load_head(file, target)
+        return partial(HeadDrafter, head, _shape(options))
+    if kind == "universal" and draft is not None:
+        return partial(UniversalDrafter, target, draft)
+    if kind == "self-streaming":
+        return partial(SelfStreamingDrafter, target, options.pop("draft_cache", 256), shape=_shape(options))
+    names = "none, lookup, head, model, universal, self-streaming"
+    raise ValueError(f"no drafter is named {kind!r}: choose from {names}, or several with a plus between them")
 
 
 def _controller(options: dict[str, Any], target: LM, make_drafter: Callable[[], Drafter]) -> Callable[[], Controller]:

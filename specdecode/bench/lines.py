@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specdecode.bench.names import slug
+from specdecode.bench.names import drafters, slug
 from specdecode.bench.runs import RunFile
 
 
@@ -18,25 +18,26 @@ def code(run: RunFile, arm: str) -> str:
         "dtype": of.dtype,
         "backend": options.get("backend", run.header.versions.get("backend", "auto")),
     }
-    kind, quantize = options.get("drafter", "none"), _some(options, quantize="quantize")
+    kinds, quantize = drafters(options), _some(options, quantize="quantize")
     lines = ["import specdecode", ""]
     if "policy" in options:
         lines.insert(1, "from specdecode.policies import policy")
     lines.append(f"target = {_call('specdecode.load', repr(of.target), **how, **quantize)}")
-    if kind in ("model", "universal"):
+    if {"model", "universal"} & {*kinds}:
         target = "target"
         if quantize and of.draft.startswith("layers:"):
             # What is drafted with is not quantised.
             target = "plain"
             lines.append(f"plain = {_call('specdecode.load', repr(of.target), **how)}")
-        by_text = {"same_vocabulary": False} if kind == "universal" else {}
+        by_text = {"same_vocabulary": False} if "universal" in kinds else {}
         draft = _call("specdecode.load", repr(of.draft), f"target={target}", **how, **by_text)
         lines.append(f"draft = {draft}")
-    if kind == "head":
+    if "head" in kinds:
         lines.append(f"head = {_call('specdecode.load_head', repr(options.get('head', of.target)), 'target')}")
-    lines.append(f"drafter = {_drafter(kind, options)}")
+    made = [_drafter(kind, options) for kind in kinds]
+    lines.append(f"drafter = {made[0] if len(made) == 1 else _call('specdecode.Cascade', *made)}")
     given = ["target", "target.encode('Once upon a time')", "drafter=drafter"]
-    if kind != "none":
+    if kinds != ["none"]:
         given.append(f"controller={_controller(options)}")
     if "policy" in options:
         given.append(f"policy=policy({options['policy']!r}, {options.get('cache', 256)!r})")
@@ -55,7 +56,9 @@ def _drafter(kind: str, options: Mapping[str, Any]) -> str:
         named = _some(options, nodes="nodes", threshold="threshold")
         tree = [f"shape={_call('specdecode.BestFirstTree', **named)}"]
     if kind == "lookup":
-        return _call("specdecode.PromptLookup", **_some(options, max_ngram="ngram", branches="branches"))
+        return _call(
+            "specdecode.PromptLookup", **_some(options, max_ngram="ngram", branches="branches", min_ngram="min_ngram")
+        )
     if kind == "model":
         return _call("specdecode.ModelDrafter", "draft", *tree)
     if kind == "head":

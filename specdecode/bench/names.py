@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 BASELINE = "ar"
 """The arm that all others are compared with: autoregressive decoding by this package."""
@@ -13,6 +15,11 @@ PEER_BASELINE = "hf-generate"
 
 FLAGS = ("tiny", "eos")
 """Options that make another experiment of a preset: its name goes on with a dot and theirs."""
+
+
+def drafters(entry: Mapping[str, Any]) -> list[str]:
+    """The drafters that an arm's entry names, in the order in which they are asked: "lookup+head" is a cascade."""
+    return str(entry.get("drafter", "none")).split("+")
 
 
 def slug(text: str) -> str:

@@ -39,14 +39,18 @@ def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
 def _log(console: Console, unit: str) -> Callable[[int, int, str], None]:
     started = time.monotonic()
     told = 0.0
+    # Of this work: what went before, or was there already, does not tell how long the rest takes.
+    whole, begun, since = 0, 0, started
 
     def tell(done: int, total: int, doing: str) -> None:
-        nonlocal told
+        nonlocal told, whole, begun, since
         now = time.monotonic()
+        if total != whole:
+            whole, begun, since = total, done, now
         if now - told < _LOG_INTERVAL_S and done < total:
             return
         told = now
-        left = f"{(now - started) / done * (total - done):.0f} s left" if done else "starting"
+        left = f"{(now - since) / (done - begun) * (total - done):.0f} s left" if done > begun else "starting"
         console.print(f"{done}/{total} {unit}, {now - started:.0f} s, {left}: {doing}", highlight=False, soft_wrap=True)
 
     return tell

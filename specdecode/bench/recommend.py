@@ -14,7 +14,7 @@ from rich.text import Text
 
 from specdecode.bench.baselines import TOLERANCE
 from specdecode.bench.lines import code
-from specdecode.bench.names import BASELINE, PEER_BASELINE
+from specdecode.bench.names import BASELINE, PEER_BASELINE, drafters
 from specdecode.bench.report import LOOPS, Column, Grid, cells, drafts, label, outputs, rich_table, title
 from specdecode.bench.runs import ArmRecord, Row, RunFile
 from specdecode.bench.stats import Ratio, simultaneous_ratio
@@ -363,7 +363,7 @@ def _long_context(contest: _Contest) -> Recommendation:
 def _draft_takes(record: ArmRecord) -> str:
     """What the figures of memory leave out, as a sentence; empty if nothing."""
     takes = {**dict.fromkeys(("head", "model", "universal"), "weights and KV"), "self-streaming": "KV"}
-    what = takes.get(str(record.options.get("drafter")))
+    what = takes.get(drafters(record.options)[-1])
     return f" The draft's own {what} come on top: the run does not tell them." if what else ""
 
 

@@ -15,7 +15,7 @@ from specdecode.bench.environment import conditions, environment, hardware, roof
 from specdecode.bench.gate import AGAINST_TOLERANCE, Judgement, Verdict, judge, tolerance_of
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import experiment
-from specdecode.bench.names import BASELINE, FLAGS
+from specdecode.bench.names import BASELINE, FLAGS, drafters
 from specdecode.bench.presets import Preset, preset
 from specdecode.bench.progress import progress
 from specdecode.bench.report import judged_by
@@ -73,7 +73,7 @@ class Options:
         target = self.identity.target
         # A head is trained for one target: another one is measured without, unless the preset names its file.
         headless = shipped_head(target) is None and not target.startswith("shape:")
-        needing = {arm for arm, of in chosen.arms.items() if of.get("drafter") == "head" and "head" not in of}
+        needing = {arm for arm, of in chosen.arms.items() if "head" in drafters(of) and "head" not in of}
         return Preset(
             arms={arm: entry for arm, entry in chosen.arms.items() if not (headless and arm in needing)},
             prompts=self.prompts or chosen.prompts,

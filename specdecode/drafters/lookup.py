@@ -16,28 +16,34 @@ from specdecode.tree import DraftTree
 class PromptLookup:
     """Proposes what followed the last tokens when they last occurred (prompt lookup decoding, Saxena 2023).
 
-    The longest suffix of at most `max_ngram` tokens that occurred before is matched, at its most recent place. A copy
-    that reaches the end of the text goes on with its own beginning, so a repeating text is continued at full length.
+    The longest suffix of `min_ngram` to `max_ngram` tokens that occurred before is matched, at its most recent place. A
+    copy that reaches the end of the text goes on with its own beginning, so a repeating text is continued at full
+    length.
 
     Args:
         max_ngram: longest suffix to look for.
         branches: how many different continuations to propose, most recent first, as one tree; as far as the limit
             allows.
+        min_ngram: shortest suffix to look for. More than 1 proposes less often, and with better reason: for a
+            `Cascade`, or where rows cost.
 
     Raises:
-        ValueError: an argument below 1.
+        ValueError: an argument below 1, or a shortest suffix above the longest.
     """
 
     forwards = 0
     layers = ()
 
-    def __init__(self, max_ngram: int = 3, branches: int = 1) -> None:
+    def __init__(self, max_ngram: int = 3, branches: int = 1, min_ngram: int = 1) -> None:
         if max_ngram < 1:
             raise ValueError(f"max_ngram is {max_ngram}: at least 1 token must be matched")
+        if not 1 <= min_ngram <= max_ngram:
+            raise ValueError(f"min_ngram is {min_ngram}: from 1 to max_ngram, {max_ngram}")
         if branches < 1:
             raise ValueError(f"branches is {branches}: at least 1 continuation must be proposed")
         self.max_ngram = max_ngram
         self.branches = branches
+        self.min_ngram = min_ngram
         self._indexed: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = defaultdict(list)
 
@@ -67,7 +73,7 @@ class PromptLookup:
 
     def _matches(self, tokens: list[int]) -> Iterator[int]:
         """Where the text goes on after earlier occurrences of its end: longest match first, then most recent."""
-        for size in range(min(self.max_ngram, len(tokens) - 1), 0, -1):
+        for size in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
             # The last place is the end of the text itself.
             yield from reversed(self._places[tuple(tokens[-size:])][:-1])
 
@@ -78,7 +84,7 @@ class PromptLookup:
             self._places.clear()
             known = 0
         for end in range(known + 1, len(tokens) + 1):
-            for size in range(1, min(self.max_ngram, end) + 1):
+            for size in range(self.min_ngram, min(self.max_ngram, end) + 1):
                 self._places[tuple(tokens[end - size : end])].append(end)
         self._indexed = tokens
 

@@ -315,7 +315,7 @@ def foretell(
         logits = head.logits(state, rows).to(rows.dtype)
         # The first tokens of a text have not so many before them.
         counted = (positions > step).expand(wanted.shape[:2])
-        entropy = _CrossEntropy.apply(logits, wanted, probs)
+        entropy: Tensor = _CrossEntropy.apply(logits, wanted, probs)  # type: ignore[no-untyped-call]
         counts.append(counted.sum().double())
         losses.append(entropy.where(counted, 0.0).sum().double())
         agreed.append(((logits.detach().argmax(-1) == wanted[..., 0]) & counted).sum().double())
@@ -328,7 +328,7 @@ class _CrossEntropy(torch.autograd.Function):
     few that the derivative is the law itself but for them, made in one pass over it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor, probs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, probs: Tensor) -> Tensor:
         chosen = wanted.clamp_min(0)
         total = logits.logsumexp(-1, keepdim=True)
         ctx.save_for_backward(logits, total, chosen, probs)
@@ -336,7 +336,7 @@ class _CrossEntropy(torch.autograd.Function):
         return entropy
 
     @staticmethod
-    def backward(ctx: Any, height: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, height: Tensor) -> tuple[Tensor, None, None]:
         logits, total, chosen, probs = ctx.saved_tensors
         weights = height[..., None] * probs
         slope = (logits - total).exp_().mul_(weights.sum(-1, keepdim=True)).scatter_add_(-1, chosen, -weights)

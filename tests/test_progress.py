@@ -1,0 +1,35 @@
+"""What is told of long work in a log."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from specdecode.bench import progress
+
+
+def test_what_is_left_is_told_by_the_work_at_hand(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against an estimate that takes what was there already for work of no time, and one kind of work for
+    another."""
+    now = 1000.0
+    monkeypatch.setattr("specdecode.bench.progress.time.monotonic", lambda: now)
+    with progress.progress("shards") as tell:
+        for now, done, total in (  # noqa: B007 (the clock reads it)
+            (1000.0, 7, 20),
+            (1100.0, 8, 20),
+            (1300.0, 10, 20),
+            (2200.0, 1, 64),
+            (2240.0, 2, 64),
+        ):
+            tell(done, total, "features of texts")
+    told = capfd.readouterr().err.splitlines()
+    assert [re.findall(r"(\S+) shards, (\d+) s, (\S+)", line)[0] for line in told] == [
+        ("7/20", "0", "starting:"),
+        ("8/20", "100", "1200"),
+        ("10/20", "300", "1000"),
+        ("1/64", "1200", "starting:"),
+        ("2/64", "1240", "2480"),
+    ]
