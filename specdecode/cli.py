@@ -75,8 +75,8 @@ def generate(
     drafter: Annotated[
         DrafterKind | None,
         typer.Option(
-            help="what proposes  [default: the head that comes with the target, else lookup; with a draft: model, or"
-            " universal if its vocabulary is another]"
+            help="what proposes  [default: lookup+head with a head, own or the target's, else lookup; with a draft:"
+            " model, or universal if its vocabulary is another]"
         ),
     ] = None,
     head: Annotated[
@@ -87,7 +87,10 @@ def generate(
         typer.Option(help="how long to draft: always --k, by what was accepted, or by what pays on this machine"),
     ] = ControllerKind.fixed,
     k: Annotated[int | None, typer.Option(help="draft length  [default: 5]")] = None,
-    tree: Annotated[Shape, typer.Option(help="shape of a model's or a head's draft")] = Shape.chain,
+    tree: Annotated[
+        Shape | None,
+        typer.Option(help="shape of a model's or a head's draft  [default: chain; best-first of 7 tokens with a head]"),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[int, typer.Option(help="keep the k most probable tokens; 0 keeps all")] = 0,
     top_p: Annotated[float, typer.Option(help="keep the most probable tokens up to this mass")] = 1.0,
@@ -163,9 +166,9 @@ def generate(
     fixed = FixedK(5 if k is None else k)
     sampling = Sampling(temperature, top_k, top_p, seed)
     shipped = shipped_head(target)
-    kind = drafter or (DrafterKind.head if head else DrafterKind.model if draft else None)
+    kind = drafter or (DrafterKind.cascade if head else DrafterKind.model if draft else None)
     if kind is None:
-        kind = DrafterKind.lookup if shipped is None else DrafterKind.head
+        kind = DrafterKind.lookup if shipped is None else DrafterKind.cascade
     with_head = kind in (DrafterKind.head, DrafterKind.cascade)
     if with_head and not (head or shipped):
         raise ValueError(f"no head comes with {target}: name the file of one with --head, or choose another --drafter")
@@ -178,7 +181,7 @@ def generate(
         draft = EMBEDDED_DRAFT
     if draft and not of_a_model:
         raise ValueError(f"--draft is of no use with --drafter {kind.value}: leave one of them out")
-    if kind is DrafterKind.universal and tree is not Shape.chain:
+    if kind is DrafterKind.universal and tree not in (None, Shape.chain):
         raise ValueError("--tree is of no use with --drafter universal, which proposes a chain: leave it out")
     if max_cache is not None and not policy and kind is not DrafterKind.self_streaming:
         raise ValueError("--max-cache is of no use without --policy or --drafter self-streaming: leave it out")
@@ -196,11 +199,13 @@ def generate(
                 check_vocabulary(model, smaller)
             except TokenizerMismatchError:
                 # Only where neither a drafter nor a tree is asked for may the draft go by text.
-                if drafter or tree is not Shape.chain:
+                if drafter or tree not in (None, Shape.chain):
                     raise
                 kind = DrafterKind.universal
                 _note(f"{draft} has another vocabulary than {target}: it drafts by text (--drafter universal)")
-    shapes: dict[Shape, TreeShape] = {
+    shapes: dict[Shape | None, TreeShape] = {
+        # Eight rows, with the root, are what CPUs verify for little more than one.
+        None: BestFirstTree(7, 0.05) if with_head else Chain(),
         Shape.chain: Chain(),
         Shape.static: StaticTree((2,) * fixed.k),
         Shape.best_first: BestFirstTree(),

@@ -586,7 +586,16 @@ def test_heads_from_the_command_line(
     monkeypatch.setattr(HeadDrafter, "propose", listening)
     shipped: dict[str, Path] = {}
     monkeypatch.setattr(fitting, "shipped_head", shipped.get)
-    arguments = ("generate", "the cat sat on the cat sat on", "--target", model, "--dtype", "float64", "--max-new-tokens", "20")
+    arguments = (
+        "generate",
+        "the cat sat on the cat sat on",
+        "--target",
+        model,
+        "--dtype",
+        "float64",
+        "--max-new-tokens",
+        "20",
+    )
     assert run(monkeypatch, *arguments, "--drafter", "none") == 0
     plain = capfd.readouterr().out
 
@@ -598,10 +607,11 @@ def test_heads_from_the_command_line(
         return bool(depths)
 
     assert drafts("--head", file)
-    assert not any(depths)
+    assert any(depths)
     asked = len(depths)
-    assert drafts("--head", file, "--drafter", "lookup+head")
-    assert len(depths) < asked
+    assert drafts("--head", file, "--drafter", "head", "--tree", "chain")
+    assert not any(depths)
+    assert asked < len(depths)
     assert drafts("--head", file, "--drafter", "head", "--tree", "static")
     assert any(depths)
     assert not drafts()
@@ -614,7 +624,7 @@ def test_heads_from_the_command_line(
     for given, reason in (
         (("--drafter", "head"), f"no head comes with {model}: name the file of one with --head"),
         (("--drafter", "lookup", "--head", file), "--head is of no use with --drafter lookup"),
-        (("--draft", "layers:0", "--head", file), "--draft is of no use with --drafter head"),
+        (("--draft", "layers:0", "--head", file), "--draft is of no use with --drafter lookup+head"),
         (("--head", "./nowhere.safetensors"), "cannot read the draft head nowhere.safetensors"),
     ):
         assert run(monkeypatch, *arguments, *given) == 2
