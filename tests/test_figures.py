@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -322,6 +323,21 @@ def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
     assert path[0][1] == 100
 
 
+def test_long_names_of_tasks_stay_above_their_own_panel() -> None:
+    """Guards against titles that run into each other, and over the page."""
+    tasks = ("math_reasoning", "qa", "summarization", "translation", "extraction", "math_reasoning-2")
+    prompts = tuple(f"spec-bench/{task}/1" for task in tasks)
+    arms = {"ar": {}, "an-arm-with-a-long-name": {"drafter": "lookup"}}
+    figure = draw(run_of(arms, prompts))["by-task"]
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    page = figure.bbox
+    spans = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(page.x0 <= span.x0 and span.x1 <= page.x1 for span in spans)
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(spans))
+    assert figure.axes[1].get_title() == "spec-bench/qa, 1 prompt"
+
+
 def test_tasks_have_their_own_speedups() -> None:
     """Guards against a panel of a task that shows the mean of all, or an arm on another's line."""
     assert titles("by-task") == ["text, 2 prompts", "prose, 1 prompt"]
@@ -400,6 +416,15 @@ def test_a_method_has_one_look_in_every_run() -> None:
                     assert to_hex(line.get_color()) == looks(run())[arm].colour
     bars = {bar.get_label(): to_hex(bar[0].get_edgecolor()) for bar in panels("methods")[0].containers if len(bar) == 1}
     assert bars == {arm: looks(run())[arm].colour for arm in ARMS if arm != "ar"}
+
+
+def test_cascades_of_the_same_drafters_have_one_look() -> None:
+    """Guards against a colour for each arm where only K differs, and one for cascades of other drafters."""
+    arms = {"ar": {}, "head": {"drafter": "head"}, "other": {"drafter": "lookup+model"}}
+    cascades = {f"cascade-k{k}": {"drafter": "lookup+head", "k": k} for k in (2, 4)}
+    found = looks(run_of(arms | cascades))
+    assert found["cascade-k2"].hue == found["cascade-k4"].hue
+    assert len({look.hue for look in found.values()}) == 4
 
 
 def test_methods_and_variants_can_be_told_apart_without_colour() -> None:

@@ -181,6 +181,9 @@ def test_memory_of_a_draft_that_is_not_told_is_not_taken_for_nothing() -> None:
     found = of(recommend(kept(linear=drafting)), "memory-bound")
     assert found.arm == "linear"
     assert "draft's own weights and KV come on top" in found.reason
+    after_lookup = {**LINEAR, "drafter": "lookup+model"}
+    found = of(recommend(kept(cascade=arm(1.5, after_lookup | WINDOW, cache=1e6))), "memory-bound")
+    assert "draft's own weights and KV come on top" in found.reason
 
 
 def test_what_saves_nothing_is_not_recommended_for_memory() -> None:

@@ -17,7 +17,15 @@ from specdecode.heads import Head, read_head
 from specdecode.lm import decoder_layers, outputs_of
 from specdecode.slots import Slots
 from specdecode.training.features import Shard, collect, read_shard
-from specdecode.training.heads import Settings, Training, acceptance, foretell, frequent_tokens, new_head
+from specdecode.training.heads import (
+    CrossEntropy,
+    Settings,
+    Training,
+    acceptance,
+    foretell,
+    frequent_tokens,
+    new_head,
+)
 from specdecode.training.texts import CHAT, Texts
 from tests.characters import save
 from tests.learnt import learnt
@@ -105,6 +113,16 @@ def test_a_head_is_trained_as_it_drafts(unchecked: None) -> None:
             assert counts[own] == len(places)
             assert losses[own].item() == pytest.approx(expected, rel=1e-4)
             assert agreed[own] == same
+
+
+def test_the_loss_falls_the_way_its_derivative_says() -> None:
+    """Guards against a derivative written by hand that is another function's."""
+    mixer = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 11, dtype=torch.float64, generator=mixer, requires_grad=True)
+    wanted = torch.stack([torch.randperm(11, generator=mixer)[:5] for _ in range(12)]).view(3, 4, 5)
+    wanted[:, :, 3:] = -1
+    probs = torch.rand(3, 4, 5, dtype=torch.float64, generator=mixer).where(wanted >= 0, 0.0)
+    assert torch.autograd.gradcheck(lambda given: CrossEntropy.apply(given, wanted, probs), (logits,))
 
 
 @pytest.mark.parametrize(("name", "fits"), [("llama", True), ("gpt-neox", False), ("gpt-2", False)])

@@ -38,6 +38,7 @@ from specdecode.bench.stats import Ratio
 
 # What an entry of a preset says of how the target is decoded, and not of how drafts are made.
 _CONDITIONS = ("policy", "cache", "quantize", "backend", "batch", "replay")
+_TITLE = 26  # letters in a line above a panel
 _FEW = 10  # drafts of which a share says little
 
 
@@ -283,7 +284,9 @@ def by_task(run: RunFile) -> Figure | str:
             if arm in speedups:
                 sides = _sides([speedups[arm]])
                 axes.errorbar(speedups[arm].value, place, xerr=sides, label=arm, elinewidth=0.8, **styles[arm].marks)
-        axes.set_title(", ".join([*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]))
+        told = [*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]
+        # Titles stand side by side.
+        axes.set_title((", " if len(", ".join(told)) <= _TITLE else ",\n").join(told))
         axes.set_yticks(range(len(arms)), [_marked(run, arm) for arm in arms])
     name_axes(panels, "speedup over ar", "")
     return drawn

@@ -41,8 +41,8 @@ _NAMES = {
 
 
 def method(run: RunFile, arm: str) -> str:
-    """How the arm drafts: one of METHODS, or "ar"; a peer's is that of the method that does the same. The arm's own
-    name if it is none of these."""
+    """How the arm drafts: one of METHODS, several with a plus between them, or "ar"; a peer's is that of the method
+    that does the same. The arm's own name if it is none of these."""
     options = run.arms[arm].options
     if not any(record.options for record in run.arms.values()):
         start = max((name for name in _NAMES if arm.startswith(name)), key=len, default="")
@@ -52,7 +52,9 @@ def method(run: RunFile, arm: str) -> str:
     drafter = str(options.get("drafter", "none"))
     if drafter == "model":
         return _SHAPES.get(str(options.get("shape", "chain")), arm)
-    return BASELINE if drafter == "none" else drafter if drafter in METHODS else arm
+    if drafter == "none":
+        return BASELINE
+    return drafter if drafter in METHODS or "+" in drafter else arm
 
 
 def places(run: RunFile) -> dict[str, int | None]:

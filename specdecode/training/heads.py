@@ -315,7 +315,7 @@ def foretell(
         logits = head.logits(state, rows).to(rows.dtype)
         # The first tokens of a text have not so many before them.
         counted = (positions > step).expand(wanted.shape[:2])
-        entropy: Tensor = _CrossEntropy.apply(logits, wanted, probs)  # type: ignore[no-untyped-call]
+        entropy: Tensor = CrossEntropy.apply(logits, wanted, probs)  # type: ignore[no-untyped-call]
         counts.append(counted.sum().double())
         losses.append(entropy.where(counted, 0.0).sum().double())
         agreed.append(((logits.detach().argmax(-1) == wanted[..., 0]) & counted).sum().double())
@@ -323,7 +323,7 @@ def foretell(
     return torch.stack(counts), torch.stack(losses), torch.stack(agreed)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class CrossEntropy(torch.autograd.Function):
     """Of laws [..., D] given by logits, against the probabilities [..., k] of a few tokens, -1 for none: these are so
     few that the derivative is the law itself but for them, made in one pass over it."""
 
