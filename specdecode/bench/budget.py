@@ -15,7 +15,7 @@ from specdecode.bench.baselines import run_json
 from specdecode.bench.environment import conditions, environment, roofline
 from specdecode.bench.files import write_whole
 from specdecode.bench.measure import REHEARSED_TOKENS, Block, Results, measure_block
-from specdecode.bench.names import BASELINE
+from specdecode.bench.names import BASELINE, drafters
 from specdecode.bench.progress import progress
 from specdecode.bench.recommend import is_hopeless
 from specdecode.bench.rehearsal import rehearse
@@ -114,7 +114,7 @@ def _made(
     for name, entry in (entries | chosen.arms).items():
         tell(f"{name}, a rehearsal")
         try:
-            if entry.get("drafter") == "universal" and draft is not None and _same_vocabulary(target, draft):
+            if "universal" in drafters(entry) and draft is not None and _same_vocabulary(target, draft):
                 raise ValueError("target and draft share a vocabulary, so no draft need go by text")
             arm = make(name, entry, target, draft, options.backend, chosen.lengths)
             written = written or arm.run(text, length, ()).tokens

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from specdecode.bench.names import BASELINE, PEER_BASELINE
+from specdecode.bench.names import BASELINE, PEER_BASELINE, drafters
 from specdecode.bench.runs import ArmRecord, RunFile
 
 COLOURS = ("#0072b2", "#d55e00", "#009070", "#b8568f", "#c98a00", "#2b9ad6", "#77700a")
@@ -49,12 +49,12 @@ def method(run: RunFile, arm: str) -> str:
         return _NAMES.get(start, arm)
     if "peer" in options:
         return _PEERS.get(str(options["peer"]), arm)
-    drafter = str(options.get("drafter", "none"))
-    if drafter == "model":
-        return _SHAPES.get(str(options.get("shape", "chain")), arm)
-    if drafter == "none":
+    kinds = drafters(options)
+    if kinds == ["none"]:
         return BASELINE
-    return drafter if drafter in METHODS or "+" in drafter else arm
+    if kinds == ["model"]:
+        return _SHAPES.get(str(options.get("shape", "chain")), arm)
+    return "+".join(kinds) if len(kinds) > 1 or kinds[0] in METHODS else arm
 
 
 def places(run: RunFile) -> dict[str, int | None]:

@@ -363,7 +363,7 @@ def _long_context(contest: _Contest) -> Recommendation:
 def _draft_takes(record: ArmRecord) -> str:
     """What the figures of memory leave out, as a sentence; empty if nothing."""
     takes = {**dict.fromkeys(("head", "model", "universal"), "weights and KV"), "self-streaming": "KV"}
-    what = takes.get(drafters(record.options)[-1])
+    what = next((takes[kind] for kind in drafters(record.options) if kind in takes), None)
     return f" The draft's own {what} come on top: the run does not tell them." if what else ""
 
 
