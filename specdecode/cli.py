@@ -737,8 +737,11 @@ def train_head(
     target: Annotated[str, typer.Option(help="embedded model, hub id or local folder")] = "smollm2-135m",
     data: Annotated[
         str,
-        typer.Option(help="data sets with documents, and chat, what the target says by itself; repeat one for more"),
-    ] = "code,prose,chat",
+        typer.Option(
+            help="data sets with documents; chat, conversations that the target writes; ask, its answers to questions"
+            " about passages of the data sets. Repeat one for more of it"
+        ),
+    ] = "code,prose,chat,ask",
     tokens: Annotated[int, typer.Option(help="to train on")] = 1_000_000,
     length: Annotated[int, typer.Option(help="tokens of a text")] = 256,
     own: Annotated[float, typer.Option(help="share of the texts that the target writes on by itself")] = 0.5,

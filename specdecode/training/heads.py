@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.optim.lr_scheduler import LambdaLR
@@ -136,9 +135,8 @@ def frequent_tokens(shards: Sequence[Path], count: int) -> Int[Tensor, " D"]:
     expect more of them at all."""
     expected = torch.zeros(0)
     for file in shards:
-        with safe_open(file, framework="pt") as held:
-            top, probs = held.get_tensor("top").long().flatten(), held.get_tensor("probs").float().flatten()
-        found = torch.bincount(top, probs)
+        shard = read_shard(file)
+        found = torch.bincount(shard.top.flatten(), shard.probs.flatten())
         size = max(len(found), len(expected))
         expected = pad(expected, (0, size - len(expected))) + pad(found, (0, size - len(found)))
     best = expected.topk(min(count, int((expected > 0).sum()))).indices
@@ -318,7 +316,10 @@ def foretell(
         entropy: Tensor = CrossEntropy.apply(logits, wanted, probs)  # type: ignore[no-untyped-call]
         counts.append(counted.sum().double())
         losses.append(entropy.where(counted, 0.0).sum().double())
-        agreed.append(((logits.detach().argmax(-1) == wanted[..., 0]) & counted).sum().double())
+        # The largest is found in a fraction of the time that its place takes.
+        laid = logits.detach()
+        best = (laid.gather(-1, wanted[..., :1].clamp_min(0))[..., 0] == laid.amax(-1)) & (wanted[..., 0] >= 0)
+        agreed.append((best & counted).sum().double())
         state = pad(state[:, :-1], (0, 0, 1, 0))
     return torch.stack(counts), torch.stack(losses), torch.stack(agreed)
 

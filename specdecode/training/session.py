@@ -15,7 +15,7 @@ from specdecode.lm import LM
 from specdecode.loading import weights_of
 from specdecode.training.features import SHARD, collect, read_shard
 from specdecode.training.heads import Epoch, Settings, Training, acceptance, frequent_tokens, new_head
-from specdecode.training.texts import CHAT, Texts
+from specdecode.training.texts import ASK, CHAT, Texts
 
 # Of each held-out document what stands before the tokens with which acceptance is measured, and how many of a data set
 # are decoded after each epoch.
@@ -27,7 +27,7 @@ class Recipe:
     """What a head is trained on.
 
     Attributes:
-        data: data sets with documents, see `evals.data`, and "chat", conversations that the target writes.
+        data: data sets with documents, see `evals.data`, and "chat" and "ask", see `training.texts`.
         tokens: to train on, rounded up to whole shards.
         length: of a text.
         own: share of the corpus texts that the target writes on by itself.
@@ -41,7 +41,7 @@ class Recipe:
         ValueError: a number below 1.
     """
 
-    data: tuple[str, ...] = ("code", "prose", CHAT)
+    data: tuple[str, ...] = ("code", "prose", CHAT, ASK)
     tokens: int = 1_000_000
     length: int = 256
     own: float = 0.5

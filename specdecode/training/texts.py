@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from transformers import GenerationConfig
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from specdecode.drafters.base import common_prefix
 from specdecode.evals.data import NAMES, Sample, documents
@@ -16,6 +18,23 @@ from specdecode.lm import LM
 CHAT = "chat"
 """Conversations that the target writes by itself, question and answer, from the beginning of its chat template (Xu et
 al. 2024, "Magpie")."""
+
+ASK = "ask"
+"""Questions about passages of the corpora, asked in the target's chat template and answered by it: much of what people
+ask for takes up the words of what they give."""
+
+_QUESTIONS = (
+    "Summarize the following text.",
+    "Translate the following text into German.",
+    "Translate the following text into French.",
+    "List all names, numbers and dates in the following text.",
+    "Explain the following to a beginner, and quote the passages that you explain.",
+    "Rewrite the following text, and correct its mistakes.",
+    "What is the following about? Answer in whole sentences.",
+    "Repeat the following text word by word.",
+    "Write three questions about the following text, and answer each from the text.",
+    "What can be concluded from the following? Think step by step.",
+)
 
 # Tokens of a corpus that the target continues.
 _PROMPT = 32
@@ -28,8 +47,8 @@ class Texts:
 
     Args:
         target: whose tokens they are of, and who writes.
-        parts: data sets with documents, see `evals.data`, and CHAT; all get the same share, one that is named twice
-            twice of it.
+        parts: data sets with documents, see `evals.data`, and CHAT and ASK; all get the same share, one that is named
+            twice twice of it.
         length: of every text, in tokens.
         own: share of the corpus texts that are the target's from the 33rd token on.
         held_out: so many documents of each data set, the first in their order, are left out.
@@ -54,17 +73,26 @@ class Texts:
             )
         if not 0.0 <= own <= 1.0:
             raise ValueError(f"own is {own}: a share is from 0 to 1")
-        if unknown := [part for part in parts if part not in (*NAMES, CHAT)]:
-            raise ValueError(f"no data set is named {unknown[0]!r}: choose from {', '.join((*NAMES, CHAT))}")
+        if unknown := [part for part in parts if part not in (*NAMES, CHAT, ASK)]:
+            raise ValueError(f"no data set is named {unknown[0]!r}: choose from {', '.join((*NAMES, CHAT, ASK))}")
+        if ASK in parts and not {*parts} - {CHAT, ASK}:
+            raise ValueError(f"{ASK} asks about passages of data sets with documents: name at least one beside it")
         self._target, self._parts, self._length = target, tuple(parts), length
         self._own, self._seed = own, seed
-        self._opening = _opening(target) if CHAT in parts else []
+        self._opening, self._closing = _frame(target) if {CHAT, ASK} & {*parts} else ([], [])
+        self._questions = [target.encode(f"{question}\n\n") for question in _QUESTIONS] if ASK in parts else []
+        around = len(self._opening) + max(map(len, self._questions), default=0) + len(self._closing)
+        if ASK in parts and length // 2 < around + _PROMPT:
+            raise ValueError(
+                f"length is {length}: a question about a passage fills half of a text, and takes {around + _PROMPT}"
+                " tokens at least"
+            )
         self.origins: dict[str, str] = {}
         self.held_out: dict[str, list[Sample]] = {}
         self._corpora: dict[str, list[list[int]]] = {}
         # Of each corpus the tokens up to the end of each document: a long one is drawn from more often.
         self._ends: dict[str, list[int]] = {}
-        for part in sorted({*parts} - {CHAT}):
+        for part in sorted({*parts} - {CHAT, ASK}):
             found, self.origins[part] = documents(part)
             self.held_out[part] = found[:held_out]
             encoded = (target.encode(document.text) for document in found[held_out:])
@@ -79,47 +107,57 @@ class Texts:
     def draw(self, number: int, count: int) -> list[list[int]]:
         """`count` texts; the next number goes on where this one ends."""
         rng = random.Random(f"{self._seed}/{number}")
+        corpora = sorted(self._corpora)
         whole: list[list[int]] = []
-        begun: list[list[int]] = []
-        chats = 0
+        # What the target writes on, by how it begins: all beginnings of a kind are of one length.
+        begun: dict[str, list[list[int]]] = {}
         for place in range(number * count, (number + 1) * count):
             part = self._parts[place % len(self._parts)]
             if part == CHAT:
-                chats += 1
-                continue
-            [document] = rng.choices(self._corpora[part], cum_weights=self._ends[part])
-            start = rng.randrange(len(document) - self._length + 1)
-            text = document[start : start + self._length]
-            if rng.random() < self._own:
-                begun.append(text[:_PROMPT])
+                begun.setdefault(CHAT, []).append(self._opening)
+            elif part == ASK:
+                begun.setdefault(ASK, []).append(self._question(self._passage(rng.choice(corpora), rng), rng))
             else:
-                whole.append(text)
-        whole += self._continued(begun, number, sampled=False)
-        whole += self._continued([self._opening] * chats, number, sampled=True)
+                text = self._passage(part, rng)
+                if rng.random() < self._own:
+                    begun.setdefault("corpora", []).append(text[:_PROMPT])
+                else:
+                    whole.append(text)
+        for beginnings in begun.values():
+            whole += self._continued(beginnings, number)
         return whole
 
+    def _passage(self, corpus: str, rng: random.Random) -> list[int]:
+        """Of a text's length, from anywhere in a corpus."""
+        [document] = rng.choices(self._corpora[corpus], cum_weights=self._ends[corpus])
+        start = rng.randrange(len(document) - self._length + 1)
+        return document[start : start + self._length]
+
+    def _question(self, passage: Sequence[int], rng: random.Random) -> list[int]:
+        """About so much of a passage that it fills half of a text."""
+        asked = [*self._opening, *rng.choice(self._questions)]
+        return [*asked, *passage[: self._length // 2 - len(asked) - len(self._closing)], *self._closing]
+
     @torch.inference_mode()
-    def _continued(self, begun: Sequence[Sequence[int]], number: int, *, sampled: bool) -> list[list[int]]:
-        """The texts, written on by the target to the full length: greedily, where different beginnings make different
-        texts. Ends of text are tokens like others. Transformers' own decoding serves, since all rows are of one length,
-        and nothing is compared with it."""
-        if not begun:
-            return []
+    def _continued(self, begun: Sequence[Sequence[int]], number: int) -> list[list[int]]:
+        """The texts, written on by the target to the full length. They are drawn: what it finds most probable goes in
+        circles before long, and teaches no more than once around. Ends of text are tokens like others. Transformers'
+        own decoding serves, since all rows are of one length, and nothing is compared with it."""
         model = self._target.model
         ids = torch.tensor(begun, device=self._target.device)
         # What a configuration leaves open, transformers takes from the model.
         usual, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
         configuration = GenerationConfig(
-            max_new_tokens=self._length - ids.shape[1],
-            pad_token_id=0,
-            eos_token_id=None,
-            **({"do_sample": True, "temperature": _TEMPERATURE, "top_k": 0} if sampled else {"do_sample": False}),
+            max_new_tokens=self._length - ids.shape[1], pad_token_id=0, eos_token_id=None, do_sample=False
         )
         try:
             with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
                 torch.manual_seed(number + (self._seed << 32))
                 written = model.generate(  # type: ignore[operator]
-                    ids, attention_mask=torch.ones_like(ids), generation_config=configuration
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=configuration,
+                    logits_processor=LogitsProcessorList([_Draw()]),
                 )
         finally:
             model.generation_config = usual
@@ -127,7 +165,19 @@ class Texts:
         return texts
 
 
-def _opening(target: LM) -> list[int]:
-    """What stands before the first words of a user: that which two questions have in common."""
+class _Draw(LogitsProcessor):
+    """Leaves one token to choose from in each row, drawn at the temperature by the law's distribution function. (The
+    draw of torch.multinomial takes a random number for every token of the vocabulary: half of the time of writing.)"""
+
+    def __call__(self, input_ids: Int[Tensor, "b n"], scores: Float[Tensor, "b V"]) -> Float[Tensor, "b V"]:
+        reached = (scores.float() / _TEMPERATURE).softmax(-1).cumsum(-1)
+        # Of the whole, which rounding makes not quite one.
+        drawn = torch.rand(len(scores), 1, device=scores.device) * reached[:, -1:]
+        chosen = torch.searchsorted(reached, drawn, right=True).clamp_max(scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def _frame(target: LM) -> tuple[list[int], list[int]]:
+    """What stands before and behind the words of a user: that which two questions have in common."""
     one, other = (target.encode(question, chat=True) for question in ("A", "5"))
-    return one[: common_prefix(one, other)]
+    return one[: common_prefix(one, other)], one[len(one) - common_prefix(one[::-1], other[::-1]) :]
