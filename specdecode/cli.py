@@ -268,7 +268,7 @@ def generate(
     _note(
         f"{len(result.tokens)} tokens ({result.finish_reason}), {result.throughput:.1f} tokens/s,"
         f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms{held},"
-        f" backend {model.backend}"
+        f" drafter {kind.value}, backend {model.backend}"
     )
     if result.capture_s:
         _note(

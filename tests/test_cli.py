@@ -66,8 +66,8 @@ def test_generate_streams_the_models_own_text_and_ends_with_measures(
     expected = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
     assert code == 0
     assert out == expected + "\n"
-    measures = r"40 tokens \(length\), [\d.]+ tokens/s, τ [\d.]+(, acceptance \d+%)?, TTFT \d+ ms, backend \w+"
-    assert re.fullmatch(measures, err.splitlines()[-1])
+    measures = r"40 tokens \(length\), [\d.]+ tokens/s, τ [\d.]+(, acceptance \d+%)?, TTFT \d+ ms"
+    assert re.fullmatch(rf"{measures}, drafter [a-z+-]+, backend \w+", err.splitlines()[-1])
     assert ("acceptance" in err) == ("none" not in drafter)
 
 
@@ -123,7 +123,9 @@ def test_a_bounded_cache_writes_on_beyond_the_context(
         assert run(monkeypatch, "generate", "a cat " * 500, *arguments, "--max-new-tokens", "60") == 0
         out, err = capfd.readouterr()
         texts.append(out)
-        assert re.search(r"0\.\d MB of KV after \d{3} evictions, backend eager$", err.splitlines()[-1])
+        assert re.search(
+            rf"0\.\d MB of KV after \d{{3}} evictions, drafter {drafter}, backend eager$", err.splitlines()[-1]
+        )
     assert texts[0] == texts[1]
     arguments = ("--target", model, "--drafter", "self-streaming", "--max-cache", "20", "--max-new-tokens", "60")
     assert run(monkeypatch, "generate", "a cat " * 10, *arguments) == 0

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from specdecode import LM, cli
+from specdecode.errors import ModelFileError
 from specdecode.evals.data import documents
 from specdecode.fitting import output_rows
 from specdecode.heads import Head, read_head
@@ -26,7 +28,7 @@ from specdecode.training.heads import (
     frequent_tokens,
     new_head,
 )
-from specdecode.training.texts import CHAT, Texts
+from specdecode.training.texts import ASK, CHAT, Texts
 from tests.characters import save
 from tests.learnt import learnt
 from tests.models import lm
@@ -213,13 +215,52 @@ def test_the_target_writes_its_share(books: Path) -> None:
     assert texts.draw(4, 40) != drawn
 
 
-def test_a_chat_begins_as_the_template_does() -> None:
-    """Guards against questions that the target does not know to be questions."""
+def chatty() -> LM:
     target = LM(lm("llama").model, characters(), name="chatty")
     target.tokenizer.chat_template = "[user] {{ messages[0]['content'] }} [end]"
+    return target
+
+
+def test_a_chat_begins_as_the_template_does() -> None:
+    """Guards against questions that the target does not know to be questions."""
+    target = chatty()
     texts = Texts(target, [CHAT], LENGTH)
     assert {target.decode(text)[:7] for text in texts.draw(0, 8)} == {"[user] "}
     assert len({tuple(text) for text in texts.draw(0, 8)}) == 8
+
+
+def test_a_question_is_about_a_passage(books: Path) -> None:
+    """Guards against questions without what they ask about, passages that are held out, and turns without an end."""
+    target, order = chatty(), [document.text[0] for document in documents("pg-19")[0]]
+    texts = Texts(target, ["pg-19", ASK], 300, own=0.0, held_out=5)
+    drawn = texts.draw(0, 24)
+    assert {len(text) for text in drawn} == {300}
+    asked = [target.decode(text)[:150] for text in drawn if target.decode(text).startswith("[user] ")]
+    assert len(asked) == 12
+    passages = {text.partition("\n\n")[2].removesuffix(" [end]") for text in asked}
+    assert all(len(passage) > 32 and set(passage) <= {passage[0]} for passage in passages)
+    assert {passage[0] for passage in passages} <= set(order[5:])
+    assert len({text.partition("\n\n")[0] for text in asked}) > 3
+    assert texts.draw(0, 24) == drawn
+
+
+def test_what_the_target_writes_is_drawn_from_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against texts at another temperature, and against the most probable one over and over."""
+    target, seen = lm("llama"), []
+    law = torch.tensor([0.0, 2.0, -torch.inf, 1.0, -torch.inf])
+
+    def write(ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: object) -> torch.Tensor:
+        scores = logits_processor(ids, law.expand(len(ids), -1))
+        seen.append(scores.argmax(-1))
+        assert bool(((scores == 0.0).sum(-1) == 1).all())
+        return ids
+
+    monkeypatch.setattr(target.model, "generate", write)
+    target = LM(target.model, characters(), name="chatty")
+    target.tokenizer.chat_template = "[user] {{ messages[0]['content'] }} [end]"
+    Texts(target, [CHAT], LENGTH).draw(0, 20_000)
+    shares = torch.bincount(seen[0], minlength=5) / 20_000
+    torch.testing.assert_close(shares, (law / 0.8).softmax(-1), atol=0.015, rtol=0.0)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +269,8 @@ def test_a_chat_begins_as_the_template_does() -> None:
         (["nonsense"], {}, "no data set is named 'nonsense'"),
         (["humaneval"], {}, "humaneval has no documents"),
         ([CHAT], {}, "has no chat template"),
+        (["pg-19", ASK], {"length": 300}, "has no chat template"),
+        ([CHAT, ASK], {}, "ask asks about passages of data sets"),
         (["pg-19"], {"held_out": 12}, "no documents of 40 tokens beyond the 12"),
         (["pg-19"], {"own": 1.5}, "own is 1.5: a share"),
         (["pg-19"], {"length": 10_000}, "length is 10000"),
@@ -251,6 +294,19 @@ def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
     assert read_shard(both[1]).tokens.tolist() != read_shard(both[0]).tokens.tolist()
     with pytest.raises(ValueError, match="features for another layers"):
         collect(target, texts, (0,), tmp_path, 2, {"layers": [0]})
+
+
+def test_a_passage_must_have_room(books: Path) -> None:
+    """Guards against questions about next to nothing."""
+    with pytest.raises(ValueError, match="a question about a passage fills half of a text, and takes"):
+        Texts(chatty(), ["pg-19", ASK], LENGTH)
+
+
+def test_a_damaged_shard_is_one_sentence(shards: list[Path], tmp_path: Path) -> None:
+    """Guards against a traceback before the first step."""
+    (tmp_path / "shard.safetensors").write_bytes(shards[0].read_bytes()[:5000])
+    with pytest.raises(ModelFileError, match="damaged: remove it, and it is made again"):
+        frequent_tokens([shards[1], tmp_path / "shard.safetensors"], 8)
 
 
 def test_a_shard_holds_what_the_target_says(target: LM, shards: list[Path]) -> None:
