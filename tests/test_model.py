@@ -14,7 +14,7 @@ from specdecode.bench.elements import document
 from specdecode.bench.history import History
 from specdecode.bench.model import acceptance, chain_speedup, expected_tokens, modelled, study_speedup
 from specdecode.bench.page import section
-from specdecode.bench.report import by_model, latex, markdown
+from specdecode.bench.report import LIMITS, by_model, latex, limits, markdown
 from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
 
 ALPHAS = [Fraction(0), Fraction(1, 3), Fraction(4, 5), Fraction(1)]
@@ -96,7 +96,7 @@ def run(**arms: dict[str, Any]) -> RunFile:
         later = {"later_draft": k, "later_verify": 15 if k else 30}
         if not k:
             counts |= {"steps": 31}
-        seconds = {"total": 20.0, "ttft": 3.0, "draft": 0.5, "verify": 5.0, "overhead": 1.0, **later}
+        seconds = {"total": 20.0, "ttft": 3.0, "draft": 0.5 if k else 0.0, "verify": 5.0, "overhead": 1.0, **later}
         histograms = {"accepted": [5, 0, 6], "depth": [0] * k + [11]}
         records[arm.replace("_", "-")] = ArmRecord(
             {"p/0": Row(math.log(1.25) if k else 0.0, counts, seconds, histograms)}, options=options
@@ -159,3 +159,14 @@ def test_reports_show_the_models_where_there_are_families() -> None:
         assert "exact" not in tell(without, "title", "", [], past)
     pages = [document("title", section(made, "title", "", [], past)) for made in (with_, without)]
     assert ["By the model" in page for page in pages] == [True, False]
+
+
+def test_reports_split_the_speedup_into_what_limits_it() -> None:
+    """Guards against a product that is not the speedup, and a part that is told as another."""
+    made, past = run(linear_k2=MODEL | {"k": 2}), History([], "none")
+    # 31 / 11 as many steps, of 6.5 / 11 s in place of 6.0 / 31 s: logarithmic means weigh what is in a step.
+    assert limits(made).rows == [["linear-k2", "2.71", "0.92", "0.44", "0.85", "0.92"]]
+    assert limits(made).columns[2].name == "drafting"
+    for page in (markdown(made, "title", "", [], past), document("title", section(made, "title", "", [], past))):
+        assert LIMITS.split(".")[0] in page
+    assert limits(run(lookup=LOOKUP)).rows == []

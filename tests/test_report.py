@@ -259,7 +259,7 @@ def test_markdown_takes_hostile_names_for_text(report: Any) -> None:
     assert "](" not in text
     assert "a\\|b\\`c\\`\\*d\\*[e]\\(f)\\\\\\|" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         cells = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table.splitlines()}
         assert len(cells) == 1, table

@@ -13,14 +13,17 @@ from specdecode.bench.history import History
 from specdecode.bench.methods import is_peer, places
 from specdecode.bench.names import BASELINE
 from specdecode.bench.report import (
+    LIMITS,
     MEMORY,
     MODEL,
+    Grid,
     by_model,
     by_part,
     command,
     drafts,
     failing_first,
     label,
+    limits,
     memory,
     models,
     notes,
@@ -56,8 +59,9 @@ def section(
         *_speeds(run, styles),
         *_parts(run),
         *_acceptance(run, styles),
-        *_model(run),
-        *_memory(run),
+        *_table("What limits the speedup", limits(run), LIMITS, "Speedups as products"),
+        *_table("By the model", by_model(run), MODEL, "Speedups by the model"),
+        *_table("Memory", memory(run), MEMORY, "Memory of each arm"),
         *(_history(run, past, styles) if past else []),
         *_about(run),
     ]
@@ -310,20 +314,11 @@ def _acceptance_plot(run: RunFile, arm: str, longest: int, style: _Style) -> Ele
     return _drawing(308, bottom + 32, f"Acceptance of {arm}", said, *parts, style=style)
 
 
-def _model(run: RunFile) -> list[Element]:
-    grid = by_model(run)
+def _table(title: str, grid: Grid, told: str, label: str) -> list[Element]:
+    """A table with its heading and what it does not say by itself; nothing where it has no rows."""
     if not grid.rows:
         return []
-    told = element("p", MODEL, class_="soft")
-    return [element("h2", "By the model"), told, scrolling(grid_table(grid), "Speedups by the model")]
-
-
-def _memory(run: RunFile) -> list[Element]:
-    grid = memory(run)
-    if not grid.rows:
-        return []
-    told = element("p", MEMORY, class_="soft")
-    return [element("h2", "Memory"), told, scrolling(grid_table(grid), "Memory of each arm")]
+    return [element("h2", title), element("p", told, class_="soft"), scrolling(grid_table(grid), label)]
 
 
 def _history(run: RunFile, past: History, styles: dict[str, _Style]) -> list[Element]:
