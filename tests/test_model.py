@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -170,3 +171,4 @@ def test_reports_split_the_speedup_into_what_limits_it() -> None:
     for page in (markdown(made, "title", "", [], past), document("title", section(made, "title", "", [], past))):
         assert LIMITS.split(".")[0] in page
     assert limits(run(lookup=LOOKUP)).rows == []
+    assert limits(replace(made, arms={"linear-k2": made.arms["linear-k2"]})).rows == []

@@ -28,7 +28,7 @@ from specdecode.training.heads import (
     frequent_tokens,
     new_head,
 )
-from specdecode.training.texts import ASK, CHAT, Texts
+from specdecode.training.texts import ASK, CHAT, Draw, Texts
 from tests.characters import save
 from tests.learnt import learnt
 from tests.models import lm
@@ -89,10 +89,11 @@ def one_by_one(
     return head.logits(state, rows)[0].log_softmax(-1)
 
 
-def test_a_head_is_trained_as_it_drafts(unchecked: None) -> None:
+@pytest.mark.parametrize("proposed", [60, 1])
+def test_a_head_is_trained_as_it_drafts(proposed: int, unchecked: None) -> None:
     """Guards against an attention, a position or a feature that lies one token off from where it is in drafting."""
     target = lm("llama")
-    tokens = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[:60].sort().values
+    tokens = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[:proposed].sort().values
     text = torch.randint(target.vocab_size, (9,), generator=torch.Generator().manual_seed(1))
     head = new_head(target, LAYERS, tokens, text).double()
     rows = output_rows(target, tokens)
@@ -244,9 +245,17 @@ def test_a_question_is_about_a_passage(books: Path) -> None:
     assert texts.draw(0, 24) == drawn
 
 
+def test_what_cannot_follow_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a token of no probability where the random number is the least, or the greatest."""
+    law = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
+    for number, token in ((0.0, 1), (1.0 - 2**-24, 2)):
+        monkeypatch.setattr(torch, "rand", lambda *size, number=number, **_: torch.full(size, number))
+        assert Draw()(torch.zeros(1, 1, dtype=torch.long), law).argmax() == token
+
+
 def test_what_the_target_writes_is_drawn_from_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against texts at another temperature, and against the most probable one over and over."""
-    target, seen = lm("llama"), []
+    target, seen = chatty(), []
     law = torch.tensor([0.0, 2.0, -torch.inf, 1.0, -torch.inf])
 
     def write(ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: object) -> torch.Tensor:
@@ -256,8 +265,6 @@ def test_what_the_target_writes_is_drawn_from_its_law(monkeypatch: pytest.Monkey
         return ids
 
     monkeypatch.setattr(target.model, "generate", write)
-    target = LM(target.model, characters(), name="chatty")
-    target.tokenizer.chat_template = "[user] {{ messages[0]['content'] }} [end]"
     Texts(target, [CHAT], LENGTH).draw(0, 20_000)
     shares = torch.bincount(seen[0], minlength=5) / 20_000
     torch.testing.assert_close(shares, (law / 0.8).softmax(-1), atol=0.015, rtol=0.0)
@@ -298,8 +305,12 @@ def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
 
 def test_a_passage_must_have_room(books: Path) -> None:
     """Guards against questions about next to nothing."""
-    with pytest.raises(ValueError, match="a question about a passage fills half of a text, and takes"):
+    with pytest.raises(ValueError, match="a question about a passage fills half of a text, and takes") as told:
         Texts(chatty(), ["pg-19", ASK], LENGTH)
+    least = int(str(told.value).split()[-4])
+    with pytest.raises(ValueError, match=f"and takes {least} tokens"):
+        Texts(chatty(), ["pg-19", ASK], 2 * least - 1)
+    assert len(Texts(chatty(), ["pg-19", ASK], 2 * least, held_out=5).draw(0, 2)) == 2
 
 
 def test_a_damaged_shard_is_one_sentence(shards: list[Path], tmp_path: Path) -> None:
@@ -319,6 +330,8 @@ def test_a_shard_holds_what_the_target_says(target: LM, shards: list[Path]) -> N
     width = expected.shape[-1]
     torch.testing.assert_close(shard.features[:2, :, :width].to(expected.dtype), expected, atol=2e-3, rtol=2e-3)
     assert torch.equal(shard.top[:2, :, 0], output.logits.argmax(-1))
+    found = output.logits.float().softmax(-1).gather(-1, shard.top[:2])
+    torch.testing.assert_close(shard.probs[:2], found, atol=1e-3, rtol=1e-3)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -172,9 +172,8 @@ def limits(run: RunFile) -> Grid:
     """One row an arm that drafts: its speedup over `ar`, split into factors by `blame`."""
     causes = ("acceptance length", "drafting", "verifying", "overhead")
     columns = [Column("what limits it", figures=False), *map(Column, (*causes, "all"))]
-    rows = []
+    plainly, rows = run.arms.get(BASELINE, ArmRecord({})), []
     for arm, record in run.arms.items():
-        plainly = run.arms[BASELINE]
         if drafts(record) and (found := blame(record, plainly, [each for each in record.rows if each in plainly.rows])):
             shares = [*(found.shares[cause] for cause in causes), sum(found.shares.values())]
             rows.append([label(run, arm), *(f"{math.exp(-share):.2f}" for share in shares)])

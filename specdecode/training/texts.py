@@ -157,7 +157,7 @@ class Texts:
                     ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=configuration,
-                    logits_processor=LogitsProcessorList([_Draw()]),
+                    logits_processor=LogitsProcessorList([Draw()]),
                 )
         finally:
             model.generation_config = usual
@@ -165,7 +165,7 @@ class Texts:
         return texts
 
 
-class _Draw(LogitsProcessor):
+class Draw(LogitsProcessor):
     """Leaves one token to choose from in each row, drawn at the temperature by the law's distribution function. (The
     draw of torch.multinomial takes a random number for every token of the vocabulary: half of the time of writing.)"""
 
