@@ -314,11 +314,11 @@ def _acceptance_plot(run: RunFile, arm: str, longest: int, style: _Style) -> Ele
     return _drawing(308, bottom + 32, f"Acceptance of {arm}", said, *parts, style=style)
 
 
-def _table(title: str, grid: Grid, told: str, label: str) -> list[Element]:
+def _table(title: str, grid: Grid, told: str, name: str) -> list[Element]:
     """A table with its heading and what it does not say by itself; nothing where it has no rows."""
     if not grid.rows:
         return []
-    return [element("h2", title), element("p", told, class_="soft"), scrolling(grid_table(grid), label)]
+    return [element("h2", title), element("p", told, class_="soft"), scrolling(grid_table(grid), name)]
 
 
 def _history(run: RunFile, past: History, styles: dict[str, _Style]) -> list[Element]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from specdecode.bench.blame import blame
+from specdecode.bench.blame import PARTS, blame
 from specdecode.bench.gate import Judgement, Verdict
 from specdecode.bench.history import History
 from specdecode.bench.model import modelled
@@ -170,7 +170,7 @@ def by_model(run: RunFile) -> Grid:
 
 def limits(run: RunFile) -> Grid:
     """One row an arm that drafts: its speedup over `ar`, split into factors by `blame`."""
-    causes = ("acceptance length", "drafting", "verifying", "overhead")
+    causes = ("acceptance length", *PARTS.values())
     columns = [Column("what limits it", figures=False), *map(Column, (*causes, "all"))]
     plainly, rows = run.arms.get(BASELINE, ArmRecord({})), []
     for arm, record in run.arms.items():

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
@@ -91,9 +92,24 @@ def read_shard(file: Path) -> Shard:
     Raises:
         ModelFileError: it is damaged.
     """
+    tokens, features, top, probs = _held(file, "tokens", "features", "top", "probs")
+    return Shard(tokens.long(), features, top.long(), probs.float())
+
+
+def read_law(file: Path) -> tuple[Int[Tensor, "texts n k"], Float[Tensor, "texts n k"]]:
+    """The most probable tokens of a shard and their probabilities, without its features, which are nearly all of it.
+
+    Raises:
+        ModelFileError: it is damaged.
+    """
+    top, probs = _held(file, "top", "probs")
+    return top.long(), probs.float()
+
+
+def _held(file: Path, *names: str) -> list[Tensor]:
     try:
-        held = load_file(file)
-        return Shard(held["tokens"].long(), held["features"], held["top"].long(), held["probs"].float())
+        with safe_open(file, framework="pt") as held:
+            return [held.get_tensor(name) for name in names]
     except Exception as error:
         raise ModelFileError(f"{file} is damaged: remove it, and it is made again") from error
 

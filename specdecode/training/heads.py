@@ -21,7 +21,7 @@ from specdecode.drafters.heads import HeadDrafter
 from specdecode.fitting import FittedHead, head_shape, output_rows, signature
 from specdecode.heads import Head
 from specdecode.lm import LM, decoder_layers, outputs_of
-from specdecode.training.features import SHARD, Shard, read_shard
+from specdecode.training.features import SHARD, Shard, read_law, read_shard
 
 # Share of all steps in which the rate grows to its full height, and what is left of it at the end.
 _WARM, _LEAST = 0.03, 0.05
@@ -135,8 +135,8 @@ def frequent_tokens(shards: Sequence[Path], count: int) -> Int[Tensor, " D"]:
     expect more of them at all."""
     expected = torch.zeros(0)
     for file in shards:
-        shard = read_shard(file)
-        found = torch.bincount(shard.top.flatten(), shard.probs.flatten())
+        top, probs = read_law(file)
+        found = torch.bincount(top.flatten(), probs.flatten())
         size = max(len(found), len(expected))
         expected = pad(expected, (0, size - len(expected))) + pad(found, (0, size - len(found)))
     best = expected.topk(min(count, int((expected > 0).sum()))).indices
