@@ -17,6 +17,7 @@ from specdecode.evals.data import documents
 from specdecode.fitting import output_rows
 from specdecode.heads import Head, read_head
 from specdecode.lm import decoder_layers, outputs_of
+from specdecode.sampling import Sampling
 from specdecode.slots import Slots
 from specdecode.training.features import Shard, collect, read_shard
 from specdecode.training.heads import (
@@ -249,8 +250,8 @@ def test_what_cannot_follow_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> N
     """Guards against a token of no probability where the random number is the least, or the greatest."""
     law = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
     for number, token in ((0.0, 1), (1.0 - 2**-24, 2)):
-        monkeypatch.setattr(torch, "rand", lambda *size, number=number, **_: torch.full(size, number))
-        assert Draw()(torch.zeros(1, 1, dtype=torch.long), law).argmax() == token
+        monkeypatch.setattr(torch, "rand", lambda size, number=number, **_: torch.full(size, number).double())
+        assert Draw(Sampling(0.8))(torch.zeros(1, 1, dtype=torch.long), law).argmax() == token
 
 
 def test_what_the_target_writes_is_drawn_from_its_law(monkeypatch: pytest.MonkeyPatch) -> None:

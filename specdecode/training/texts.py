@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from specdecode.drafters.base import common_prefix
 from specdecode.evals.data import NAMES, Sample, documents
 from specdecode.lm import LM
+from specdecode.sampling import Sampling
 
 CHAT = "chat"
 """Conversations that the target writes by itself, question and answer, from the beginning of its chat template (Xu et
@@ -150,15 +151,14 @@ class Texts:
         configuration = GenerationConfig(
             max_new_tokens=self._length - ids.shape[1], pad_token_id=0, eos_token_id=None, do_sample=False
         )
+        sampling = Sampling(_TEMPERATURE, seed=number + (self._seed << 32))
         try:
-            with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
-                torch.manual_seed(number + (self._seed << 32))
-                written = model.generate(  # type: ignore[operator]
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=configuration,
-                    logits_processor=LogitsProcessorList([Draw()]),
-                )
+            written = model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=configuration,
+                logits_processor=LogitsProcessorList([Draw(sampling)]),
+            )
         finally:
             model.generation_config = usual
         texts: list[list[int]] = written.tolist()
@@ -166,15 +166,15 @@ class Texts:
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token to choose from in each row, drawn at the temperature by the law's distribution function. (The
-    draw of torch.multinomial takes a random number for every token of the vocabulary: half of the time of writing.)"""
+    """Leaves one token to choose from in each row, drawn as in sampling. (The draw of transformers takes a random
+    number for every token of the vocabulary: half of the time of writing.)"""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling, self._rng = sampling, sampling.rng()
 
     def __call__(self, input_ids: Int[Tensor, "b n"], scores: Float[Tensor, "b V"]) -> Float[Tensor, "b V"]:
-        reached = (scores.float() / _TEMPERATURE).softmax(-1).cumsum(-1)
-        # Of the whole, which rounding makes not quite one.
-        drawn = torch.rand(len(scores), 1, device=scores.device) * reached[:, -1:]
-        chosen = torch.searchsorted(reached, drawn, right=True).clamp_max(scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+        chosen = self._rng.draw(self._sampling.probs(scores))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
 def _frame(target: LM) -> tuple[list[int], list[int]]:
