@@ -15,6 +15,7 @@ from torch import Tensor
 from specdecode.controller import MAX_DRAFT_NODES, Limit
 from specdecode.cost_aware import Costs, Draft
 from specdecode.drafters.base import Context, Drafter
+from specdecode.drafters.cascade import Cascade
 from specdecode.lm import LM, synchronise
 from specdecode.sampling import Sampling
 from specdecode.tree import DraftTree
@@ -39,8 +40,12 @@ _targets: WeakKeyDictionary[LM, dict[int, float]] = WeakKeyDictionary()
 def measure_costs(target: LM, drafter: Drafter) -> Costs:
     """Time target forwards and proposals as they are in decoding: medians, in a second or two.
 
-    A target is measured once, with the first of its drafters. The drafter remains as good as a fresh one.
+    A target is measured once, with the first of its drafters. The drafter remains as good as a fresh one. A cascade is
+    priced as its last drafter: whether those before it find something is not known yet, and `CostAware` can see that
+    steps take a part of their price, but not by how much they take more than none.
     """
+    if isinstance(drafter, Cascade):
+        return measure_costs(target, drafter.drafters[-1])
     if target not in _targets:
         [_targets[target]] = forward_seconds([target], _ROWS)
     reader = _Reader(target, drafter)

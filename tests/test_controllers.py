@@ -19,6 +19,7 @@ import specdecode.costs
 from specdecode import (
     LM,
     AdaptiveK,
+    Cascade,
     Chain,
     CostAware,
     Costs,
@@ -549,6 +550,20 @@ def test_a_drafter_is_measured_on_a_text_that_goes_on_and_repeats_itself() -> No
 def test_a_drafter_that_finds_nothing_is_taken_to_propose_chains() -> None:
     """Guards against a verification that costs nothing, in a text in which there is something to find."""
     assert all(proposal.nodes == limit.depth for limit, proposal in measure_costs(small(), NoDraft()).draft.items())
+
+
+def test_a_cascade_is_priced_as_its_last_drafter(clock: FakeClock) -> None:
+    """Guards against drafts that are free wherever the measured text is one that a lookup finds: none of them is then
+    too long."""
+    target, draft = small(), small(seed=7)
+    with charged(clock, {target.model: TARGET, draft.model: DRAFT}):
+        alone = measure_costs(target, ModelDrafter(draft))
+        inner = Cascade(PromptLookup(), ModelDrafter(draft))
+        found = [measure_costs(target, cascade) for cascade in (inner, Cascade(PromptLookup(), inner))]
+    seconds = {limit: pytest.approx(proposal.seconds) for limit, proposal in alone.draft.items()}
+    for costs in found:
+        assert {limit: proposal.seconds for limit, proposal in costs.draft.items()} == seconds
+        assert costs.catch_up == pytest.approx(alone.catch_up)
 
 
 def test_trees_are_priced_by_their_nodes(clock: FakeClock) -> None:
