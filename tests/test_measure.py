@@ -156,7 +156,7 @@ def headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
     return target
 
 
-def test_every_arm_of_every_preset_gives_the_baselines_tokens(headed: LM) -> None:
+def test_every_arm_of_every_preset_gives_the_baselines_tokens(headed: LM, unchecked: None) -> None:
     """Guards against an arm that is measured but was never right, peers included."""
     target = headed
     draft = target.subset([0, 1, 3])
@@ -207,7 +207,7 @@ def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> Non
     assert bench.run.measures("by-text")["acceptance_rate"] >= 0.0
 
 
-def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache() -> None:
+def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked: None) -> None:
     """Guards against a lossy arm that may write anything, and against one that can never be right."""
     target = lm("llama")
     cache = {"policy": "sink-window", "cache": 16}
@@ -228,7 +228,7 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache() -> None:
     assert experiment([arms[0], liar], PROMPTS, max_new_tokens=40).wrong("liar") == ["a", "b"]
 
 
-def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target() -> None:
+def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target(unchecked: None) -> None:
     """Guards against an INT8 arm that may write anything, one that decodes the target as it is, and an agreement with
     `ar` that is not said or not true."""
     target = lm("llama")

@@ -342,7 +342,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_twenty_thousand_tokens_through_a_context_of_64() -> None:
+def test_twenty_thousand_tokens_through_a_context_of_64(unchecked: None) -> None:
     """Guards against positions beyond the context, and against memory that grows with the text."""
     target = small(num_hidden_layers=1, max_position_embeddings=64, initializer_range=0.6)
     sizes: list[int] = []
