@@ -41,8 +41,8 @@ def measure_costs(target: LM, drafter: Drafter) -> Costs:
     """Time target forwards and proposals as they are in decoding: medians, in a second or two.
 
     A target is measured once, with the first of its drafters. The drafter remains as good as a fresh one. A cascade is
-    priced as its last drafter: whether those before it find something is not known yet, and `CostAware` can see that
-    steps take a part of their price, but not by how much they take more than none.
+    priced as its last drafter: how often those before it will find something is not known, and `CostAware`, which
+    corrects prices by a factor, corrects one that is too high, and not one of nought.
     """
     if isinstance(drafter, Cascade):
         return measure_costs(target, drafter.drafters[-1])
