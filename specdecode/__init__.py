@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdecode.controller import AdaptiveK as AdaptiveK
     from specdecode.controller import FixedK as FixedK
+    from specdecode.core.errors import SpecDecodeError as SpecDecodeError
+    from specdecode.core.errors import TokenizerMismatchError as TokenizerMismatchError
+    from specdecode.core.errors import UnsupportedModelError as UnsupportedModelError
+    from specdecode.core.result import Generation as Generation
+    from specdecode.core.result import Step as Step
+    from specdecode.core.sampling import Sampling as Sampling
+    from specdecode.core.tree import DraftTree as DraftTree
     from specdecode.cost_aware import CostAware as CostAware
     from specdecode.cost_aware import Costs as Costs
     from specdecode.costs import measure_costs as measure_costs
@@ -26,9 +33,6 @@ if TYPE_CHECKING:
     from specdecode.drafters.shapes import Chain as Chain
     from specdecode.drafters.shapes import StaticTree as StaticTree
     from specdecode.drafters.universal import UniversalDrafter as UniversalDrafter
-    from specdecode.errors import SpecDecodeError as SpecDecodeError
-    from specdecode.errors import TokenizerMismatchError as TokenizerMismatchError
-    from specdecode.errors import UnsupportedModelError as UnsupportedModelError
     from specdecode.fitting import load_head as load_head
     from specdecode.lm import LM as LM
     from specdecode.loading import load as load
@@ -36,43 +40,39 @@ if TYPE_CHECKING:
     from specdecode.policies.keep_all import KeepAll as KeepAll
     from specdecode.policies.key_norm import KeyNorm as KeyNorm
     from specdecode.policies.sink_window import SinkWindow as SinkWindow
-    from specdecode.result import Generation as Generation
-    from specdecode.result import Step as Step
-    from specdecode.sampling import Sampling as Sampling
     from specdecode.specdecoder import SpecDecoder as SpecDecoder
-    from specdecode.tree import DraftTree as DraftTree
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdaptiveK": "controller",
-    "LM": "lm",
     "BestFirstTree": "drafters.shapes",
     "Cascade": "drafters.cascade",
     "Chain": "drafters.shapes",
     "CostAware": "cost_aware",
     "Costs": "cost_aware",
-    "DraftTree": "tree",
+    "DraftTree": "core.tree",
     "FixedK": "controller",
-    "Generation": "result",
+    "Generation": "core.result",
     "HeadDrafter": "drafters.heads",
     "HeavyHitter": "policies.heavy_hitter",
     "KeepAll": "policies.keep_all",
     "KeyNorm": "policies.key_norm",
-    "SelfStreamingDrafter": "drafters.self_streaming",
-    "SinkWindow": "policies.sink_window",
+    "LM": "lm",
     "ModelDrafter": "drafters.model",
     "NoDraft": "drafters.none",
     "PromptLookup": "drafters.lookup",
     "ReplayDrafter": "drafters.replay",
-    "Sampling": "sampling",
-    "SpecDecodeError": "errors",
+    "Sampling": "core.sampling",
+    "SelfStreamingDrafter": "drafters.self_streaming",
+    "SinkWindow": "policies.sink_window",
+    "SpecDecodeError": "core.errors",
     "SpecDecoder": "specdecoder",
     "StaticTree": "drafters.shapes",
-    "Step": "result",
-    "TokenizerMismatchError": "errors",
+    "Step": "core.result",
+    "TokenizerMismatchError": "core.errors",
     "UniversalDrafter": "drafters.universal",
-    "UnsupportedModelError": "errors",
+    "UnsupportedModelError": "core.errors",
     "generate": "decode",
     "generate_batch": "decode",
     "load": "loading",

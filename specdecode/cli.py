@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdecode.bench.progress import progress
-from specdecode.errors import SpecDecodeError
+from specdecode.core.errors import SpecDecodeError
 
 if TYPE_CHECKING:
     from specdecode import LM, Generation

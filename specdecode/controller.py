@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from specdecode.result import Step
+from specdecode.core.result import Step
 
 MAX_DRAFT_NODES = 64
 """Proposals in one step, where nothing else limits them: wider forwards stop being cheap on every device we know."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from specdecode.controller import KEPT, Limit, check_positive
-from specdecode.result import Step
+from specdecode.core.result import Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from specdecode.controller import MAX_DRAFT_NODES, Limit
+from specdecode.core.sampling import Sampling
+from specdecode.core.tree import DraftTree
 from specdecode.cost_aware import Costs, Draft
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.cascade import Cascade
 from specdecode.lm import LM, synchronise
-from specdecode.sampling import Sampling
-from specdecode.tree import DraftTree
 
 # Where a target is measured: rows of a forward, and tokens in the cache.
 _ROWS = (1, 2, 4, 8, 16, 32, MAX_DRAFT_NODES + 1)

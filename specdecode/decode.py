@@ -13,17 +13,17 @@ from torch import Tensor
 
 from specdecode.backends.graph import CudaGraphs
 from specdecode.controller import MAX_DRAFT_NODES, Controller, FixedK, Limit
+from specdecode.core.result import Generation, Step
+from specdecode.core.sampling import Sampling
+from specdecode.core.slots import SlotBatch
+from specdecode.core.stopping import Stops
+from specdecode.core.tree import DraftTree
+from specdecode.core.verify import accept
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.lm import LM, PREFILL_CHUNK
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
-from specdecode.result import Generation, Step
-from specdecode.sampling import Sampling
-from specdecode.slots import SlotBatch
-from specdecode.stopping import Stops
-from specdecode.tree import DraftTree
-from specdecode.verify import accept
 
 # Slots taken at the start for tokens to come; more are taken by doubling.
 _AHEAD = 2048

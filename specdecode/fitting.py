@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from specdecode.backends.packed import PackedLinear, pack
-from specdecode.errors import ModelFileError, UnsupportedModelError
+from specdecode.core.errors import ModelFileError, UnsupportedModelError
 from specdecode.heads import Head, HeadShape, Signature, Store, read_head
 from specdecode.lm import LM
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from specdecode.errors import ModelFileError
+from specdecode.core.errors import ModelFileError
 
 FORMAT = 1
 """Of the files of heads."""

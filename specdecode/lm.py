@@ -21,13 +21,13 @@ from specdecode.attention import GROUPED, own_config
 from specdecode.backends import Backend, prepare
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Held, Inputs, Static, visible_slots
-from specdecode.errors import UnsupportedModelError
+from specdecode.core.errors import UnsupportedModelError
+from specdecode.core.slots import SlotBatch, Slots
+from specdecode.core.tree import DraftTree
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 from specdecode.quantize import quantizer, stored_bytes
 from specdecode.rotary import Mover, rotations
-from specdecode.slots import SlotBatch, Slots
-from specdecode.tree import DraftTree
 
 _MASKABLE = {"full_attention", "sliding_attention"}
 # The sliding window while a model is probed: narrower than the probe is long.

@@ -29,7 +29,7 @@ from transformers import (
 
 from specdecode.backends import check as check_backend
 from specdecode.backends import prepare
-from specdecode.errors import ModelFileError, TokenizerMismatchError
+from specdecode.core.errors import ModelFileError, TokenizerMismatchError
 from specdecode.lm import LM
 from specdecode.quantize import quantizer
 from specdecode.shapes import SHAPES

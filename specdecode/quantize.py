@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from specdecode.errors import UnsupportedModelError
+from specdecode.core.errors import UnsupportedModelError
 
 
 def quantizer(kind: str) -> Callable[[nn.Module], None]:

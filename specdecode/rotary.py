@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdecode.errors import UnsupportedModelError
-from specdecode.slots import Slots
+from specdecode.core.errors import UnsupportedModelError
+from specdecode.core.slots import Slots
 
 # Positions of one and the same token whose keys show how a layer rotates; far enough apart for every frequency to show.
 _PROBED = (3, 41)

@@ -11,14 +11,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdecode.controller import Controller, FixedK
+from specdecode.core.result import Generation
+from specdecode.core.sampling import Sampling
 from specdecode.decode import generate_batch
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
-from specdecode.result import Generation
-from specdecode.sampling import Sampling
 
 # The fields of a GenerationConfig that are honoured, and what transformers takes where they are not set.
 _HONOURED: dict[str, Any] = {

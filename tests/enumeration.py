@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from specdecode.sampling import Rng
+from specdecode.core.sampling import Rng
 
 
 class BranchRng(Rng):

@@ -49,9 +49,9 @@ from specdecode.bench.arms import make
 from specdecode.bench.measure import classify
 from specdecode.bench.rehearsal import READS
 from specdecode.controller import Controller
+from specdecode.core.errors import UnsupportedModelError
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
-from specdecode.errors import UnsupportedModelError
 from specdecode.fitting import FittedHead, untrained
 from specdecode.lm import _shell
 from tests import models

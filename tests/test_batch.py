@@ -26,8 +26,8 @@ from specdecode import (
     generate,
     generate_batch,
 )
+from specdecode.core.slots import SlotBatch, Slots
 from specdecode.drafters.base import Drafter
-from specdecode.slots import SlotBatch, Slots
 from tests.discovery import DRAFTERS, POLICIES, examples
 from tests.enumeration import BranchRng, law_of
 from tests.models import VOCABULARY, build, lm, prompt, small

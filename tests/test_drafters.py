@@ -29,11 +29,11 @@ from specdecode import (
     generate,
 )
 from specdecode.controller import Limit
+from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
 from specdecode.fitting import FittedHead, untrained
 from specdecode.lm import outputs_of
-from specdecode.sampling import Rng
 from tests.discovery import DRAFTERS, examples
 from tests.models import logits, small
 

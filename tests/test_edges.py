@@ -28,9 +28,9 @@ from specdecode import (
     generate,
 )
 from specdecode.controller import Limit
+from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
-from specdecode.sampling import Rng
 from tests.models import ARCHITECTURES, VOCABULARY, build, continuation, greedy, lm, prompt
 
 LENGTH = 24

@@ -48,13 +48,13 @@ from specdecode.bench import session
 from specdecode.bench.arms import make
 from specdecode.bench.lines import code
 from specdecode.controller import Limit
+from specdecode.core.errors import ModelFileError
+from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
-from specdecode.errors import ModelFileError
 from specdecode.fitting import FittedHead, output_rows, signature, untrained
 from specdecode.heads import Head, read_head, write_head
 from specdecode.lm import outputs_of
-from specdecode.sampling import Rng
 from tests.characters import save
 from tests.models import ARCHITECTURES, build, greedy, lm, prompt, small
 from tests.test_backends import replayed

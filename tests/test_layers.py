@@ -15,8 +15,9 @@ ROOT = Path(specdecode.__file__).parent
 # From the ground up. What stands on one line does not know of each other; a package stands where its folder is named,
 # and its own modules may.
 LAYERS = [
-    ["errors", "sampling", "shapes", "slots", "stopping", "tree"],
-    ["attention", "heads", "policies", "quantize", "result", "rotary", "verify"],
+    ["core"],
+    ["shapes"],
+    ["attention", "heads", "policies", "quantize", "rotary"],
     ["backends"],
     ["controller", "lm"],
     ["cost_aware"],

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from specdecode import LM, TokenizerMismatchError, generate, load, loading
-from specdecode.errors import ModelFileError
+from specdecode.core.errors import ModelFileError
 from specdecode.shapes import SHAPES
 from tests.models import ARCHITECTURES, build, greedy, lm, prompt
 

@@ -31,9 +31,9 @@ from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
 from specdecode.bench.measure import Results, experiment
 from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.controller import FixedK, Limit
+from specdecode.core.slots import Slots
+from specdecode.core.verify import Verdict as Acceptance
 from specdecode.drafters import model as model_drafter
-from specdecode.slots import Slots
-from specdecode.verify import Verdict as Acceptance
 from tests.fake_clock import Cost, FakeClock, RealClock, charged
 from tests.models import prompt, small
 

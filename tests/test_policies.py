@@ -24,14 +24,14 @@ from specdecode import (
     generate,
 )
 from specdecode.controller import Controller
-from specdecode.errors import UnsupportedModelError
+from specdecode.core.errors import UnsupportedModelError
+from specdecode.core.slots import Slots
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.heavy_hitter import HeavyHitter
 from specdecode.policies.key_norm import KeyNorm
 from specdecode.policies.random import Random
 from specdecode.policies.sink_window import SinkWindow
 from specdecode.rotary import Rotation
-from specdecode.slots import Slots
 from tests.discovery import DRAFTERS, POLICIES, examples
 from tests.models import ARCHITECTURES, SERVED, build, greedy, lm, logits, prompt, small
 from tests.strategies import controllers

@@ -23,7 +23,7 @@ from specdecode import (
 )
 from specdecode.bench.environment import roofline
 from specdecode.bench.measure import classify
-from specdecode.errors import UnsupportedModelError
+from specdecode.core.errors import UnsupportedModelError
 from specdecode.quantize import quantizer
 from specdecode.shapes import SHAPES
 from tests.discovery import DRAFTERS, POLICIES, examples

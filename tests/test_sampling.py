@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from specdecode import Sampling
-from specdecode.sampling import Rng
+from specdecode.core.sampling import Rng
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from specdecode import LM, DraftTree
-from specdecode.slots import Slots
+from specdecode.core.slots import Slots
 from tests.models import logits, small
 from tests.strategies import trees
 

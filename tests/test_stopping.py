@@ -21,8 +21,8 @@ from specdecode import (
     load,
 )
 from specdecode.controller import Limit
+from specdecode.core.stopping import Stops
 from specdecode.drafters.base import Context, Drafter
-from specdecode.stopping import Stops
 from tests.characters import save
 from tests.models import ARCHITECTURES, build, lm, logits, prompt
 

@@ -142,7 +142,7 @@ def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
     """Guards against a suite that times an arm and does not look at what it wrote."""
     fault = tmp_path / "fault.py"
     fault.write_text(
-        "import specdecode.verify as verify\n"
+        "import specdecode.core.verify as verify\n"
         "rule = verify._follow\n"
         "def greedy_for_length(tokens, children, choices):\n"
         "    verdict = rule(tokens, children, choices)\n"

@@ -12,13 +12,13 @@ import torch
 from transformers import LogitsProcessorList
 
 from specdecode import LM, cli
-from specdecode.errors import ModelFileError
+from specdecode.core.errors import ModelFileError
+from specdecode.core.sampling import Sampling
+from specdecode.core.slots import Slots
 from specdecode.evals.data import documents
 from specdecode.fitting import output_rows
 from specdecode.heads import Head, read_head
 from specdecode.lm import decoder_layers, outputs_of
-from specdecode.sampling import Sampling
-from specdecode.slots import Slots
 from specdecode.training.features import Shard, collect, read_shard
 from specdecode.training.heads import (
     CrossEntropy,

@@ -24,9 +24,9 @@ from specdecode import (
     generate,
 )
 from specdecode.controller import Limit
+from specdecode.core.sampling import Rng
 from specdecode.drafters import universal
 from specdecode.drafters.base import Context
-from specdecode.sampling import Rng
 from tests.discovery import examples
 from tests.enumeration import BranchRng, law_of
 from tests.learnt import learnt

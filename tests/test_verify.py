@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdecode import DraftTree
-from specdecode.sampling import Rng
-from specdecode.verify import accept, walk
+from specdecode.core.sampling import Rng
+from specdecode.core.verify import accept, walk
 from tests.enumeration import BranchRng, law_of
 from tests.strategies import trees
 

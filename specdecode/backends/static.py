@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from specdecode.slots import Slots, Storage
+from specdecode.core.slots import Slots, Storage
 
 # Rows of a forward: a token, drafts of usual lengths, and the largest tree with its root and what an accepted chain
 # leaves to read. Wider forwards, which read prompts, are no static ones.

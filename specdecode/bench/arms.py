@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdecode.bench.names import drafters
 from specdecode.controller import AdaptiveK, Controller, FixedK
+from specdecode.core.result import Generation
 from specdecode.cost_aware import CostAware
 from specdecode.costs import measure_costs
 from specdecode.decode import generate, generate_batch
@@ -34,7 +35,6 @@ from specdecode.loading import check_vocabulary
 from specdecode.policies import policy as named_policy
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
-from specdecode.result import Generation
 
 
 @dataclass(frozen=True, slots=True)

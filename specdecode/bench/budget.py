@@ -21,7 +21,7 @@ from specdecode.bench.recommend import is_hopeless
 from specdecode.bench.rehearsal import rehearse
 from specdecode.bench.runs import Header, RunFile
 from specdecode.bench.session import Options
-from specdecode.errors import SpecDecodeError, TokenizerMismatchError
+from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
 from specdecode.evals.data import token_prompts
 from specdecode.lm import LM
 from specdecode.loading import check_vocabulary, weights_of

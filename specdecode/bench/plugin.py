@@ -202,7 +202,7 @@ def quality_rows(request: pytest.FixtureRequest) -> list[str]:
 @contextmanager
 def _one_sentence() -> Iterator[None]:
     """What is wrong with the input ends the session with one sentence, and exit code 2."""
-    from specdecode.errors import SpecDecodeError
+    from specdecode.core.errors import SpecDecodeError
 
     try:
         yield

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from specdecode.backends import BACKENDS
 from specdecode.bench.environment import copy_bandwidth, token_bytes
+from specdecode.core.errors import UnsupportedModelError
 from specdecode.costs import forward_seconds
-from specdecode.errors import UnsupportedModelError
 from specdecode.lm import LM
 
 WIDER = (8, 16, 32)

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specdecode.controller import Limit
-from specdecode.sampling import Rng, Sampling
-from specdecode.tree import DraftTree
+from specdecode.core.sampling import Rng, Sampling
+from specdecode.core.tree import DraftTree
 
 
 @dataclass(frozen=True, slots=True)

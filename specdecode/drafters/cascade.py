@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from specdecode.controller import Limit
+from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter
 from specdecode.lm import LM
-from specdecode.tree import DraftTree
 
 
 class Cascade:

@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdecode.controller import Limit
+from specdecode.core.slots import Slots
+from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
 from specdecode.fitting import FittedHead, untrained
 from specdecode.lm import LM, PREFILL_CHUNK
-from specdecode.slots import Slots
-from specdecode.tree import DraftTree
 
 
 class HeadDrafter:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from specdecode.controller import Limit
+from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.lm import LM
-from specdecode.tree import DraftTree
 
 
 class PromptLookup:

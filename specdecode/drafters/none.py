@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specdecode.controller import Limit
+from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.lm import LM
-from specdecode.tree import DraftTree
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from specdecode.controller import Limit
+from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.model import ModelDrafter
 from specdecode.lm import LM
-from specdecode.tree import DraftTree
 
 
 class ReplayDrafter:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from specdecode.controller import Limit
+from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.drafters.model import ModelDrafter
 from specdecode.drafters.shapes import Chain, TreeShape
 from specdecode.lm import LM
 from specdecode.policies.sink_window import SinkWindow
-from specdecode.tree import DraftTree
 
 
 class SelfStreamingDrafter:

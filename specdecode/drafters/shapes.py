@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdecode.controller import Limit
-from specdecode.sampling import Rng
-from specdecode.tree import DraftTree
+from specdecode.core.sampling import Rng
+from specdecode.core.tree import DraftTree
 
 
 @dataclass(frozen=True, slots=True, eq=False)

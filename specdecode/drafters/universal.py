@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 
 from specdecode.controller import Limit
+from specdecode.core.errors import TokenizerMismatchError
+from specdecode.core.sampling import Sampling
+from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.drafters.model import ModelDrafter
-from specdecode.errors import TokenizerMismatchError
 from specdecode.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
-from specdecode.sampling import Sampling
-from specdecode.tree import DraftTree
 
 # Target tokens that are translated at once: few enough that it costs little to do so at every step, and enough that it
 # hardly matters that no token of the draft reaches across the end of a block.

@@ -13,13 +13,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdecode.controller import FixedK
+from specdecode.core.slots import Slots
 from specdecode.evals.perplexity import DecodePath
 from specdecode.lm import LM
 from specdecode.policies import policy as named_policy
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 from specdecode.policies.sink_window import SinkWindow
-from specdecode.slots import Slots
 
 if sys.version_info >= (3, 11):
     import tomllib

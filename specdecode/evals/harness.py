@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from specdecode.backends import check as check_backend
+from specdecode.core.sampling import Sampling
 from specdecode.decode import generate
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.lookup import PromptLookup
@@ -30,7 +31,6 @@ from specdecode.drafters.none import NoDraft
 from specdecode.evals.arms import make
 from specdecode.lm import LM
 from specdecode.loading import EMBEDDED, choose_device, load
-from specdecode.sampling import Sampling
 
 _KEYS = "target, draft, drafter, k, policy, cache, quantize, backend, dtype, device, max_gen_toks"
 

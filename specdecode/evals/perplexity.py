@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdecode.controller import Controller, FixedK, Limit
+from specdecode.core.tree import DraftTree
 from specdecode.decode import Followed, follow
 from specdecode.drafters.base import Context, Drafter
 from specdecode.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
-from specdecode.tree import DraftTree
 
 
 class Foretold:

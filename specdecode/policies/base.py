@@ -8,7 +8,7 @@ from typing import Protocol
 from jaxtyping import Int
 from torch import Tensor
 
-from specdecode.slots import Slots
+from specdecode.core.slots import Slots
 
 
 class CachePolicy(Protocol):

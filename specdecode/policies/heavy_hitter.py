@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from specdecode.core.slots import Slots
 from specdecode.policies.base import bounds
-from specdecode.slots import Slots
 
 
 class HeavyHitter:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdecode.slots import Slots
+from specdecode.core.slots import Slots
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from specdecode.bench.files import write_whole
-from specdecode.errors import ModelFileError
+from specdecode.core.errors import ModelFileError
 from specdecode.lm import LM, outputs_of
 from specdecode.training.texts import Texts
 

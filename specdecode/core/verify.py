@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdecode.sampling import Rng
-from specdecode.tree import DraftTree
+from specdecode.core.sampling import Rng
+from specdecode.core.tree import DraftTree
 
 
 @dataclass(frozen=True, slots=True)

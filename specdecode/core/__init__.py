@@ -1,0 +1,1 @@
+"""Pure values of decoding: trees, acceptance, sampling, stopping, slots, results. Nothing here knows transformers."""
