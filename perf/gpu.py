@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 from rich.console import Console
 
 from specdecode.bench.baselines import read
-from specdecode.bench.files import write_whole
 from specdecode.bench.report import Column, Grid, markdown_table, rich_table
 from specdecode.cli import Format, report
+from specdecode.support.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("slots", "specdecoder", "backends", "batch", "decode", "policies")

@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from specdecode.bench.progress import progress
 from specdecode.core.errors import SpecDecodeError
+from specdecode.support.progress import progress
 
 if TYPE_CHECKING:
     from specdecode import LM, Generation
@@ -402,7 +402,7 @@ def _check_up() -> None:
 
     import torch
 
-    from specdecode.bench.environment import copy_bandwidth
+    from specdecode.bench.roofline import copy_bandwidth
     from specdecode.loading import EMBEDDED, cache_folder
 
     table = _versions()
@@ -460,7 +460,7 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
 
 def _versions() -> Table:
     from specdecode import __version__
-    from specdecode.bench.environment import environment
+    from specdecode.support.environment import environment
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("specdecode", __version__)
@@ -526,8 +526,8 @@ def report(
     With --figures what is written is told in place of the text, which then needs --out."""
     from specdecode.bench.baselines import read
     from specdecode.bench.elements import document
-    from specdecode.bench.files import write_whole
     from specdecode.evals.results import is_run
+    from specdecode.support.files import write_whole
 
     of_quality = {run: is_run(run) for run in runs}
     if speed is not None and not any(of_quality.values()):

@@ -15,6 +15,7 @@ ROOT = Path(specdecode.__file__).parent
 # From the ground up. What stands on one line does not know of each other; a package stands where its folder is named,
 # and its own modules may.
 LAYERS = [
+    ["support"],
     ["core"],
     ["shapes"],
     ["attention", "heads", "policies", "quantize", "rotary"],

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from specdecode.bench import progress
+from specdecode.support import progress
 
 
 def test_what_is_left_is_told_by_the_work_at_hand(
@@ -15,7 +15,7 @@ def test_what_is_left_is_told_by_the_work_at_hand(
     """Guards against an estimate that takes what was there already for work of no time, and one kind of work for
     another."""
     now = 1000.0
-    monkeypatch.setattr("specdecode.bench.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("specdecode.support.progress.time.monotonic", lambda: now)
     with progress.progress("shards") as tell:
         for now, done, total in (  # noqa: B007 (the clock reads it)
             (1000.0, 7, 20),

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from specdecode.bench.names import slug
 from specdecode.evals.results import read
+from specdecode.support.files import slug
 from tests.characters import save
 
 ROOT = Path(__file__).parent.parent

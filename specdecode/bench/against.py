@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from specdecode.bench.arms import Run
-from specdecode.bench.files import git
 from specdecode.bench.measure import REHEARSED_TOKENS, Check, row_of
 from specdecode.bench.names import BASELINE
 from specdecode.bench.presets import parse
 from specdecode.bench.runs import ArmRecord, digest
 from specdecode.bench.stats import Ratio, mean_ratio, noise_floor
 from specdecode.bench.worker import PROTOCOL
+from specdecode.support.git import git
 
 _WORKER = Path("specdecode") / "bench" / "worker.py"
 

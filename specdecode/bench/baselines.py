@@ -9,9 +9,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.files import write_whole
-from specdecode.bench.names import BASELINE, slug
+from specdecode.bench.names import BASELINE
 from specdecode.bench.runs import REHEARSED, ArmRecord, Header, Identity, Row, RunFile
+from specdecode.support.files import slug, write_whole
 
 FORMAT = 3
 _KEY = "specdecode"

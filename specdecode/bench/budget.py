@@ -12,19 +12,20 @@ from typing import Any
 
 from specdecode.bench.arms import Arm, make
 from specdecode.bench.baselines import run_json
-from specdecode.bench.environment import conditions, environment, roofline
-from specdecode.bench.files import write_whole
 from specdecode.bench.measure import REHEARSED_TOKENS, Block, Results, measure_block
 from specdecode.bench.names import BASELINE, drafters
-from specdecode.bench.progress import progress
 from specdecode.bench.recommend import is_hopeless
 from specdecode.bench.rehearsal import rehearse
+from specdecode.bench.roofline import roofline
 from specdecode.bench.runs import Header, RunFile
 from specdecode.bench.session import Options
 from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
 from specdecode.evals.data import token_prompts
 from specdecode.lm import LM
 from specdecode.loading import check_vocabulary, weights_of
+from specdecode.support.environment import conditions, environment
+from specdecode.support.files import write_whole
+from specdecode.support.progress import progress
 
 _LEAST_BLOCKS = 2
 

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from specdecode.bench.files import write_whole
 from specdecode.bench.methods import COLOURS, PLAIN, POLICIES, alike, is_peer, method, places
 from specdecode.bench.names import BASELINE
 from specdecode.bench.runs import ArmRecord, RunFile
+from specdecode.support.files import write_whole
 
 COLUMN, PAGE = 85.0, 175.0
 """Widths of a figure, in millimetres: of one column of a page with two, and of the page."""

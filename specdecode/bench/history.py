@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdecode.bench.baselines import parse
-from specdecode.bench.files import git
 from specdecode.bench.runs import RunFile
+from specdecode.support.git import git
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.arms import Run
-from specdecode.bench.files import write_whole
 from specdecode.bench.measure import Block
+from specdecode.support.files import write_whole
 
 
 def open_journal(path: Path, what: dict[str, Any], resume: bool) -> tuple[list[Block], Callable[[Block], None]]:

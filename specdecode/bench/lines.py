@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specdecode.bench.names import drafters, slug
+from specdecode.bench.names import drafters
 from specdecode.bench.runs import RunFile
+from specdecode.support.files import slug
 
 
 def code(run: RunFile, arm: str) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from specdecode.support.files import slug
+
 BASELINE = "ar"
 """The arm that all others are compared with: autoregressive decoding by this package."""
-
 PEER_BASELINE = "hf-generate"
 """transformers' own autoregressive decoding, which this package's code cannot slow down."""
-
 FLAGS = ("tiny", "eos")
 """Options that make another experiment of a preset: its name goes on with a dot and theirs."""
 
@@ -20,11 +19,6 @@ FLAGS = ("tiny", "eos")
 def drafters(entry: Mapping[str, Any]) -> list[str]:
     """The drafters that an arm's entry names, in the order in which they are asked: "lookup+head" is a cascade."""
     return str(entry.get("drafter", "none")).split("+")
-
-
-def slug(text: str) -> str:
-    """The text as a file name: lower-case letters, digits, dots and dashes."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
 def margins_file(target: str, texts: str) -> Path:

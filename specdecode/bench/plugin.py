@@ -246,9 +246,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) -> None:
     from rich.console import Console
 
-    from specdecode.bench.files import write_whole
     from specdecode.bench.quality_report import costs, markdown, notes, retrieval, scores
     from specdecode.bench.report import rich_table
+    from specdecode.support.files import write_whole
 
     text = io.StringIO()
     console = Console(file=text, width=_TABLE_WIDTH, force_terminal=terminalreporter.hasmarkup)
@@ -280,7 +280,7 @@ def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) ->
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What pytest-benchmark does not record: the versions and the device that times depend on."""
-    from specdecode.bench.environment import environment
+    from specdecode.support.environment import environment
 
     machine_info["specdecode"] = environment()
 

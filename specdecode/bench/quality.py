@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.backends import check as check_backend
-from specdecode.bench.environment import environment
-from specdecode.bench.files import write_whole
 from specdecode.bench.journal import code, open_lines
-from specdecode.bench.names import margins_file, slug
-from specdecode.bench.progress import progress
+from specdecode.bench.names import margins_file
 from specdecode.bench.session import Options
 from specdecode.evals.answers import Problem, answer, problems
 from specdecode.evals.arms import QualityPreset, make, quality_preset
@@ -35,6 +32,9 @@ from specdecode.evals.results import (
 )
 from specdecode.lm import LM
 from specdecode.loading import choose_device, weights_of
+from specdecode.support.environment import environment
+from specdecode.support.files import slug, write_whole
+from specdecode.support.progress import progress
 
 # What is written of a figure: more than any interval is wide, and few enough to keep a run's file small.
 _DIGITS = 7

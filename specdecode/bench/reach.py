@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specdecode.backends import BACKENDS
-from specdecode.bench.environment import copy_bandwidth, token_bytes
+from specdecode.bench.roofline import copy_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.costs import forward_seconds
 from specdecode.lm import LM

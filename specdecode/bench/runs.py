@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.names import BASELINE, slug
+from specdecode.bench.names import BASELINE
 from specdecode.bench.stats import Ratio, mean_ratio, noise_floor
+from specdecode.support.files import slug
 
 COUNTERS = {
     "target_forwards_per_token": (-1, "target_forwards", "tokens"),

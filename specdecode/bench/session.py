@@ -11,19 +11,20 @@ from specdecode.backends import check as check_backend
 from specdecode.bench.against import Worker, arms_at, dependencies, measure_side_by_side, versions
 from specdecode.bench.arms import make
 from specdecode.bench.baselines import TOLERANCE, find, read
-from specdecode.bench.environment import conditions, environment, hardware, roofline
 from specdecode.bench.gate import AGAINST_TOLERANCE, Judgement, Verdict, judge, tolerance_of
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import experiment
 from specdecode.bench.names import BASELINE, FLAGS, drafters
 from specdecode.bench.presets import Preset, preset
-from specdecode.bench.progress import progress
 from specdecode.bench.report import judged_by
+from specdecode.bench.roofline import roofline
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.evals.data import token_prompts
 from specdecode.fitting import shipped_head
 from specdecode.lm import LM
 from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, TINY, choose_device, choose_dtype, load, weights_of
+from specdecode.support.environment import conditions, environment, hardware
+from specdecode.support.progress import progress
 
 _DRAFTS = {EMBEDDED: EMBEDDED_DRAFT, TINY: "layers:0-1"}
 """The drafts of targets that have one of their own."""

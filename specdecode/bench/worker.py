@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from specdecode.bench.arms import Arm, make
-from specdecode.bench.environment import environment, roofline
 from specdecode.bench.measure import classify, timed
 from specdecode.bench.rehearsal import rehearse
+from specdecode.bench.roofline import roofline
 from specdecode.core.errors import SpecDecodeError
 from specdecode.evals.data import token_prompts
 from specdecode.lm import LM
 from specdecode.loading import load, weights_of
+from specdecode.support.environment import environment
 
 PROTOCOL = 3
 

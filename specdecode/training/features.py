@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from specdecode.bench.files import write_whole
 from specdecode.core.errors import ModelFileError
 from specdecode.lm import LM, outputs_of
+from specdecode.support.files import write_whole
 from specdecode.training.texts import Texts
 
 # Of the target's law at each token, the most probable ones: what lies beyond is far below what a draft could gain.

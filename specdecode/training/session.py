@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.environment import environment
-from specdecode.bench.files import git, write_whole
 from specdecode.fitting import signature
 from specdecode.heads import write_head
 from specdecode.lm import LM
 from specdecode.loading import weights_of
+from specdecode.support.environment import environment
+from specdecode.support.files import write_whole
+from specdecode.support.git import git
 from specdecode.training.features import SHARD, collect, read_shard
 from specdecode.training.heads import Epoch, Settings, Training, acceptance, frequent_tokens, new_head
 from specdecode.training.texts import ASK, CHAT, Texts

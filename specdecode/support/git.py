@@ -1,18 +1,10 @@
-"""Files that are there whole or not at all, and what git knows of them."""
+"""Ask git."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 from pathlib import Path
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, and give it its own when it is whole; missing folders are made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.tmp")
-    scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
-    scratch.replace(file)
 
 
 def git(*arguments: str, root: Path = Path()) -> str:

@@ -6,18 +6,14 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from specdecode.bench.names import slug
-from specdecode.lm import LM, synchronise
-from specdecode.quantize import stored_bytes
+from specdecode.support.files import slug
 
-_COPY_BYTES = 2**28
 _GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "clocks_throttle_reasons.active", "power.draw")
 
 
@@ -82,36 +78,3 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes on the device: the best of a few.
-
-    Decoding one token streams all weights once, so this bounds what any backend can reach.
-    """
-    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(8):
-        synchronise(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        synchronise(device)
-        best = max(best, 2 * _COPY_BYTES / (time.perf_counter() - started))
-    return best
-
-
-def roofline(target: LM) -> float:
-    """Tokens per second of autoregressive decoding if nothing but streaming the weights took time."""
-    return copy_bandwidth(target.device) / token_bytes(target)
-
-
-def token_bytes(target: LM) -> int:
-    """Bytes of all weights that a forward reads, of a target on the backend "eager": without the keys and values, which
-    are few at the lengths that are measured here, and without an embedding of which a forward reads one row."""
-    model = target.model
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    read = {id(parameter): parameter for parameter in model.parameters()}
-    if head is not None and embedding.weight is not head.weight:
-        read.pop(id(embedding.weight), None)
-    return sum(map(stored_bytes, read.values()))

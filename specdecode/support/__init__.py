@@ -1,0 +1,1 @@
+"""What every other room may use: files, git, progress, and a description of the machine."""
