@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from specdecode.controller import FixedK
+from specdecode.controllers.base import FixedK
 from specdecode.drafters.none import NoDraft
 from specdecode.evals.data import samples
 from specdecode.evals.perplexity import DecodePath, Foretold, negative_log_likelihoods, perplexity

@@ -8,8 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdecode.controller import AdaptiveK as AdaptiveK
-    from specdecode.controller import FixedK as FixedK
+    from specdecode.controllers.adaptive import AdaptiveK as AdaptiveK
+    from specdecode.controllers.base import FixedK as FixedK
+    from specdecode.controllers.cost_aware import CostAware as CostAware
+    from specdecode.controllers.cost_aware import Costs as Costs
     from specdecode.core.errors import SpecDecodeError as SpecDecodeError
     from specdecode.core.errors import TokenizerMismatchError as TokenizerMismatchError
     from specdecode.core.errors import UnsupportedModelError as UnsupportedModelError
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from specdecode.core.result import Step as Step
     from specdecode.core.sampling import Sampling as Sampling
     from specdecode.core.tree import DraftTree as DraftTree
-    from specdecode.cost_aware import CostAware as CostAware
-    from specdecode.cost_aware import Costs as Costs
     from specdecode.costs import measure_costs as measure_costs
     from specdecode.decode import generate as generate
     from specdecode.decode import generate_batch as generate_batch
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaptiveK": "controller",
+    "AdaptiveK": "controllers.adaptive",
     "BestFirstTree": "drafters.shapes",
     "Cascade": "drafters.cascade",
     "Chain": "drafters.shapes",
-    "CostAware": "cost_aware",
-    "Costs": "cost_aware",
+    "CostAware": "controllers.cost_aware",
+    "Costs": "controllers.cost_aware",
     "DraftTree": "core.tree",
-    "FixedK": "controller",
+    "FixedK": "controllers.base",
     "Generation": "core.result",
     "HeadDrafter": "drafters.heads",
     "HeavyHitter": "policies.heavy_hitter",

@@ -145,7 +145,7 @@ def generate(
     )
     from specdecode import generate as decode
     from specdecode.backends.graph import CudaGraphs
-    from specdecode.controller import Controller
+    from specdecode.controllers.base import Controller
     from specdecode.drafters.base import Drafter
     from specdecode.drafters.shapes import TreeShape
     from specdecode.fitting import shipped_head

@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from specdecode.controller import MAX_DRAFT_NODES, Limit
+from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
+from specdecode.controllers.cost_aware import Costs, Draft
 from specdecode.core.sampling import Sampling
 from specdecode.core.tree import DraftTree
-from specdecode.cost_aware import Costs, Draft
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.cascade import Cascade
 from specdecode.lm import LM, synchronise

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.backends.graph import CudaGraphs
-from specdecode.controller import MAX_DRAFT_NODES, Controller, FixedK, Limit
+from specdecode.controllers.base import MAX_DRAFT_NODES, Controller, FixedK, Limit
 from specdecode.core.result import Generation, Step
 from specdecode.core.sampling import Sampling
 from specdecode.core.slots import SlotBatch

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdecode.controller import Controller, FixedK
+from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.result import Generation
 from specdecode.core.sampling import Sampling
 from specdecode.decode import generate_batch

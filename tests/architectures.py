@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from specdecode import LM, DraftTree, FixedK, ReplayDrafter, SinkWindow, UnsupportedModelError, generate, generate_batch
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.drafters.base import Context
 from tests.families import EXAMPLES, FAMILIES, LEFT_OUT, WINDOW, build
 from tests.models import continuation, prompt

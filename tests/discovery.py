@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from specdecode import LM, controller, cost_aware, drafters, policies
+from specdecode import LM, controllers, drafters, policies
 from specdecode.drafters.base import Drafter
 from specdecode.policies.base import CachePolicy
 
@@ -23,7 +23,7 @@ POLICIES: dict[str, CachePolicy] = {
     name: policy for module in _modules(policies).values() for name, policy in module.examples().items()
 }
 
-CONTROLLERS = controller.examples() | cost_aware.examples()
+CONTROLLERS = {name: make for module in _modules(controllers).values() for name, make in module.examples().items()}
 
 
 def examples(file: str, target: LM) -> dict[str, Drafter]:

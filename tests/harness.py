@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from specdecode import LM, Sampling, cli, generate
-from specdecode.controller import FixedK
+from specdecode.controllers.base import FixedK
 from specdecode.evals.arms import make
 from specdecode.evals.harness import SpecDecodeLM
 from specdecode.evals.perplexity import negative_log_likelihoods

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specdecode import Costs, Step
-from specdecode.controller import Controller, Limit
-from specdecode.cost_aware import Draft
+from specdecode.controllers.base import Controller, Limit
+from specdecode.controllers.cost_aware import Draft
 
 Acceptance = Callable[[int, int, float], float]
 """The probability that a proposal is right, by its place in the text, its depth in the draft (from 0), and the nodes

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from specdecode import DraftTree, FixedK, Step
-from specdecode.controller import Controller, Limit
+from specdecode.controllers.base import Controller, Limit
 from tests.discovery import CONTROLLERS
 
 

@@ -48,7 +48,7 @@ from specdecode.backends.static import Replay, Static
 from specdecode.bench.arms import make
 from specdecode.bench.measure import classify
 from specdecode.bench.rehearsal import READS
-from specdecode.controller import Controller
+from specdecode.controllers.base import Controller
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft

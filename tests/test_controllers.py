@@ -33,8 +33,8 @@ from specdecode import (
     generate,
     measure_costs,
 )
-from specdecode.controller import Controller, Limit
-from specdecode.cost_aware import Draft
+from specdecode.controllers.base import Controller, Limit
+from specdecode.controllers.cost_aware import Draft
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
 from tests.discovery import CONTROLLERS

@@ -29,7 +29,7 @@ from specdecode import (
     UnsupportedModelError,
     generate,
 )
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.drafters.base import Context, Drafter
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.sink_window import SinkWindow

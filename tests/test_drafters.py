@@ -28,7 +28,7 @@ from specdecode import (
     StaticTree,
     generate,
 )
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape

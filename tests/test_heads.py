@@ -47,7 +47,7 @@ from specdecode.backends.static import Static
 from specdecode.bench import session
 from specdecode.bench.arms import make
 from specdecode.bench.lines import code
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter

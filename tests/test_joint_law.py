@@ -31,7 +31,7 @@ from specdecode import (
     StaticTree,
     generate,
 )
-from specdecode.controller import Controller, Limit
+from specdecode.controllers.base import Controller, Limit
 from specdecode.drafters.base import Context, Drafter
 from specdecode.fitting import FittedHead, untrained
 from specdecode.policies.base import CachePolicy

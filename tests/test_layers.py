@@ -17,11 +17,11 @@ ROOT = Path(specdecode.__file__).parent
 LAYERS = [
     ["support"],
     ["core"],
+    ["controllers"],
     ["shapes"],
     ["attention", "heads", "policies", "quantize", "rotary"],
     ["backends"],
-    ["controller", "lm"],
-    ["cost_aware"],
+    ["lm"],
     ["fitting", "loading"],
     ["drafters"],
     ["costs", "decode"],

@@ -20,8 +20,8 @@ from specdecode.bench.presets import preset
 from specdecode.bench.report import markdown, speed_table
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.bench.session import Options, measure
-from specdecode.controller import Limit
-from specdecode.cost_aware import Draft
+from specdecode.controllers.base import Limit
+from specdecode.controllers.cost_aware import Draft
 from specdecode.fitting import signature, untrained
 from specdecode.heads import write_head
 from tests.characters import save

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from specdecode import LM, FixedK, KeepAll, NoDraft, generate
-from specdecode.controller import Controller
+from specdecode.controllers.base import Controller
 from specdecode.decode import follow
 from specdecode.evals.perplexity import (
     DecodePath,

@@ -30,7 +30,7 @@ from specdecode.bench.blame import PARTS, Blame, blame
 from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
 from specdecode.bench.measure import Results, experiment
 from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
-from specdecode.controller import FixedK, Limit
+from specdecode.controllers.base import FixedK, Limit
 from specdecode.core.slots import Slots
 from specdecode.core.verify import Verdict as Acceptance
 from specdecode.drafters import model as model_drafter

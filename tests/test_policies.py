@@ -23,7 +23,7 @@ from specdecode import (
     StaticTree,
     generate,
 )
-from specdecode.controller import Controller
+from specdecode.controllers.base import Controller
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
 from specdecode.policies.base import CachePolicy, boundary

@@ -20,7 +20,7 @@ from specdecode import (
     generate_batch,
     load,
 )
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.stopping import Stops
 from specdecode.drafters.base import Context, Drafter
 from tests.characters import save

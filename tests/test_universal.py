@@ -23,7 +23,7 @@ from specdecode import (
     UniversalDrafter,
     generate,
 )
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng
 from specdecode.drafters import universal
 from specdecode.drafters.base import Context

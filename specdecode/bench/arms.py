@@ -14,9 +14,10 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from specdecode.bench.names import drafters
-from specdecode.controller import AdaptiveK, Controller, FixedK
+from specdecode.controllers.adaptive import AdaptiveK
+from specdecode.controllers.base import Controller, FixedK
+from specdecode.controllers.cost_aware import CostAware
 from specdecode.core.result import Generation
-from specdecode.cost_aware import CostAware
 from specdecode.costs import measure_costs
 from specdecode.decode import generate, generate_batch
 from specdecode.drafters.base import Drafter

@@ -10,8 +10,10 @@ from specdecode.support.files import slug
 
 BASELINE = "ar"
 """The arm that all others are compared with: autoregressive decoding by this package."""
+
 PEER_BASELINE = "hf-generate"
 """transformers' own autoregressive decoding, which this package's code cannot slow down."""
+
 FLAGS = ("tiny", "eos")
 """Options that make another experiment of a preset: its name goes on with a dot and theirs."""
 

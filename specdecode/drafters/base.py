@@ -9,7 +9,7 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng, Sampling
 from specdecode.core.tree import DraftTree
 

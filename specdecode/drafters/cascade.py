@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.lookup import PromptLookup

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.slots import Slots
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix

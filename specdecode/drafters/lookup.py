@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.lm import LM

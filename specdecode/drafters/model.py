@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree

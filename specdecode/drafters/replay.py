@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.model import ModelDrafter

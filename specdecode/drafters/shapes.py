@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng
 from specdecode.core.tree import DraftTree
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specdecode.controller import Limit
+from specdecode.controllers.base import Limit
 from specdecode.core.errors import TokenizerMismatchError
 from specdecode.core.sampling import Sampling
 from specdecode.core.tree import DraftTree

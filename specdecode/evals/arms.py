@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdecode.controller import FixedK
+from specdecode.controllers.base import FixedK
 from specdecode.core.slots import Slots
 from specdecode.evals.perplexity import DecodePath
 from specdecode.lm import LM

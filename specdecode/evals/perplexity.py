@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdecode.controller import Controller, FixedK, Limit
+from specdecode.controllers.base import Controller, FixedK, Limit
 from specdecode.core.tree import DraftTree
 from specdecode.decode import Followed, follow
 from specdecode.drafters.base import Context, Drafter

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.optim.lr_scheduler import LambdaLR
 
-from specdecode.controller import FixedK
+from specdecode.controllers.base import FixedK
 from specdecode.decode import generate
 from specdecode.drafters.heads import HeadDrafter
 from specdecode.fitting import FittedHead, head_shape, output_rows, signature

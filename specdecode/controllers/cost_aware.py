@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from specdecode.controller import KEPT, Limit, check_positive
+from specdecode.controllers.adaptive import KEPT
+from specdecode.controllers.base import Limit, check_positive
 from specdecode.core.result import Step
 
 

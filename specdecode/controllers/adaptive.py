@@ -1,68 +1,14 @@
-"""How long to draft."""
+"""Draft as deep as proposals were accepted lately."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
+from specdecode.controllers.base import MAX_DRAFT_NODES, Limit, check_positive
 from specdecode.core.result import Step
-
-MAX_DRAFT_NODES = 64
-"""Proposals in one step, where nothing else limits them: wider forwards stop being cheap on every device we know."""
 
 KEPT = 0.98
 """What an observation still counts when the next one is made: the last fifty or so decide."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """The most that a drafter may propose.
-
-    Attributes:
-        depth: tokens on any path; 0 asks for no draft.
-        nodes: tokens in all.
-    """
-
-    depth: int
-    nodes: int = MAX_DRAFT_NODES
-
-
-class Controller(Protocol):
-    """Decides the limit of the next proposal, from what the steps before it brought.
-
-    `limit` only tells; what changes it is `observe`.
-    """
-
-    def limit(self) -> Limit: ...
-
-    def observe(self, step: Step) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FixedK:
-    """Always the same draft length.
-
-    Attributes:
-        k: tokens on a path, K in the literature.
-        nodes: tokens in all, for drafters that propose trees.
-
-    Raises:
-        ValueError: k or nodes below 1.
-    """
-
-    k: int
-    nodes: int = MAX_DRAFT_NODES
-
-    def __post_init__(self) -> None:
-        check_positive("K", self.k)
-        check_positive("nodes", self.nodes)
-
-    def limit(self) -> Limit:
-        return Limit(self.k, self.nodes)
-
-    def observe(self, step: Step) -> None:
-        pass
 
 
 class AdaptiveK:
@@ -105,12 +51,6 @@ class AdaptiveK:
         self._decided = kept * self._decided + decided
 
 
-def check_positive(name: str, value: int) -> None:
-    """ValueError for a size of drafts that is below 1."""
-    if value < 1:
-        raise ValueError(f"{name} is {value}: a draft needs at least 1 token (for none, use NoDraft)")
-
-
-def examples() -> dict[str, Callable[[], Controller]]:
+def examples() -> dict[str, Callable[[], AdaptiveK]]:
     """What makes controllers, by name."""
-    return {"fixed": lambda: FixedK(3), "adaptive": AdaptiveK}
+    return {"adaptive": AdaptiveK}
