@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from specdecode.attention import GROUPED, own_config
 from specdecode.backends import Backend, prepare
+from specdecode.backends.grouped_attention import GROUPED, own_config
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Held, Inputs, Static, visible_slots
 from specdecode.core.errors import UnsupportedModelError

@@ -38,11 +38,11 @@ from specdecode import (
     generate_batch,
     load,
 )
-from specdecode.attention import GROUPED, group
 from specdecode.backends import Backend, prepare
 from specdecode.backends import packed as packing
 from specdecode.backends import static as shapes
 from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.grouped_attention import GROUPED, group
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Replay, Static
 from specdecode.bench.arms import make

@@ -19,7 +19,7 @@ LAYERS = [
     ["core"],
     ["controllers"],
     ["shapes"],
-    ["attention", "heads", "policies", "quantize", "rotary"],
+    ["heads", "policies", "quantize", "rotary"],
     ["backends"],
     ["lm"],
     ["fitting", "loading"],
@@ -34,7 +34,7 @@ LAYERS = [
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT_TRANSFORMERS = (
-    "attention.py",
+    "backends/grouped_attention.py",
     "backends/__init__.py",
     "bench/arms.py",
     "evals/",

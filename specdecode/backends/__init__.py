@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from specdecode.attention import group
 from specdecode.backends import packed
 from specdecode.backends.compiled import compiled
 from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.grouped_attention import group
 from specdecode.backends.static import Static, Step
 
 BACKENDS = ("auto", "eager", "packed", "compile", "graph")
@@ -47,7 +47,7 @@ def check(kind: str, device: torch.device) -> None:
 
 def prepare(kind: str, model: PreTrainedModel) -> Backend:
     """Transform a model in place for a backend: for all but "eager", heads that share keys attend without copies of
-    them (see `specdecode.attention`).
+    them (see `specdecode.backends.grouped_attention`).
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "graph", forwards
