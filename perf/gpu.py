@@ -119,7 +119,7 @@ def _not_fetched() -> str:
     """Why the embedded model cannot be measured, if it cannot: here nothing is fetched."""
     if find_spec("platformdirs") is None and "SPECDECODE_CACHE" not in os.environ:
         return "platformdirs is not installed, and SPECDECODE_CACHE names no folder"
-    from specdecode.loading import EMBEDDED, cache_folder
+    from specdecode.models.embedded import EMBEDDED, cache_folder
 
     return "" if (cache_folder() / EMBEDDED).exists() else f"{EMBEDDED} is not fetched yet: specdecode fetch"
 

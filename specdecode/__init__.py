@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from specdecode.drafters.shapes import StaticTree as StaticTree
     from specdecode.drafters.universal import UniversalDrafter as UniversalDrafter
     from specdecode.fitting import load_head as load_head
-    from specdecode.lm import LM as LM
-    from specdecode.loading import load as load
+    from specdecode.models.lm import LM as LM
+    from specdecode.models.loading import load as load
     from specdecode.policies.heavy_hitter import HeavyHitter as HeavyHitter
     from specdecode.policies.keep_all import KeepAll as KeepAll
     from specdecode.policies.key_norm import KeyNorm as KeyNorm
@@ -58,7 +58,7 @@ _HOMES = {
     "HeavyHitter": "policies.heavy_hitter",
     "KeepAll": "policies.keep_all",
     "KeyNorm": "policies.key_norm",
-    "LM": "lm",
+    "LM": "models.lm",
     "ModelDrafter": "drafters.model",
     "NoDraft": "drafters.none",
     "PromptLookup": "drafters.lookup",
@@ -75,7 +75,7 @@ _HOMES = {
     "UnsupportedModelError": "core.errors",
     "generate": "decode",
     "generate_batch": "decode",
-    "load": "loading",
+    "load": "models.loading",
     "load_head": "fitting",
     "measure_costs": "costs",
 }

@@ -149,7 +149,8 @@ def generate(
     from specdecode.drafters.base import Drafter
     from specdecode.drafters.shapes import TreeShape
     from specdecode.fitting import shipped_head
-    from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, check_vocabulary
+    from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
+    from specdecode.models.loading import check_vocabulary
     from specdecode.policies import policy as named_policy
 
     if (prompt is None) == (prompts is None):
@@ -358,8 +359,8 @@ def fetch(
 ) -> None:
     """Fetch a model into the cache, check that it is whole, and say where it is."""
     from specdecode import load
-    from specdecode.loading import EMBEDDED
-    from specdecode.loading import fetch as fetch_embedded
+    from specdecode.models.embedded import EMBEDDED
+    from specdecode.models.embedded import fetch as fetch_embedded
 
     if model == EMBEDDED:
         typer.echo(f"{model} is in {fetch_embedded(again=again)}")
@@ -403,7 +404,7 @@ def _check_up() -> None:
     import torch
 
     from specdecode.bench.roofline import copy_bandwidth
-    from specdecode.loading import EMBEDDED, cache_folder
+    from specdecode.models.embedded import EMBEDDED, cache_folder
 
     table = _versions()
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

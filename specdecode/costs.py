@@ -18,7 +18,7 @@ from specdecode.core.sampling import Sampling
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.cascade import Cascade
-from specdecode.lm import LM, synchronise
+from specdecode.models.lm import LM, synchronise
 
 # Where a target is measured: rows of a forward, and tokens in the cache.
 _ROWS = (1, 2, 4, 8, 16, 32, MAX_DRAFT_NODES + 1)

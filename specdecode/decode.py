@@ -21,7 +21,7 @@ from specdecode.core.tree import DraftTree
 from specdecode.core.verify import accept
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.none import NoDraft
-from specdecode.lm import LM, PREFILL_CHUNK
+from specdecode.models.lm import LM, PREFILL_CHUNK
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 

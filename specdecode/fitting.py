@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from specdecode.backends.packed import PackedLinear, pack
 from specdecode.core.errors import ModelFileError, UnsupportedModelError
 from specdecode.heads import Head, HeadShape, Signature, Store, read_head
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 # Tokens whose embeddings a signature keeps, and how alike these must be, taken together: weights of 4 bits are 0.99
 # like those that they were made of, and other models' have nothing in common.

@@ -16,7 +16,7 @@ from specdecode.core.sampling import Sampling
 from specdecode.decode import generate_batch
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 

@@ -53,7 +53,7 @@ from specdecode.core.errors import UnsupportedModelError
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.fitting import FittedHead, untrained
-from specdecode.lm import _shell
+from specdecode.models.lm import _shell
 from tests import models
 from tests.characters import save
 from tests.discovery import DRAFTERS, POLICIES, examples

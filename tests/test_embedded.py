@@ -20,7 +20,7 @@ from specdecode.bench.measure import classify
 from specdecode.drafters.base import Drafter
 from specdecode.fitting import FittedHead, shipped_head, untrained
 from specdecode.heads import read_head
-from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT
+from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from tests.learnt import learnt
 from tests.models import continuation
 from tests.spelling import byte_pairs, characters

@@ -54,7 +54,7 @@ from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
 from specdecode.fitting import FittedHead, output_rows, signature, untrained
 from specdecode.heads import Head, read_head, write_head
-from specdecode.lm import outputs_of
+from specdecode.models.lm import outputs_of
 from tests.characters import save
 from tests.models import ARCHITECTURES, build, greedy, lm, prompt, small
 from tests.test_backends import replayed

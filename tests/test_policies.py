@@ -26,12 +26,12 @@ from specdecode import (
 from specdecode.controllers.base import Controller
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
+from specdecode.models.rotary import Rotation
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.heavy_hitter import HeavyHitter
 from specdecode.policies.key_norm import KeyNorm
 from specdecode.policies.random import Random
 from specdecode.policies.sink_window import SinkWindow
-from specdecode.rotary import Rotation
 from tests.discovery import DRAFTERS, POLICIES, examples
 from tests.models import ARCHITECTURES, SERVED, build, greedy, lm, logits, prompt, small
 from tests.strategies import controllers
@@ -407,7 +407,7 @@ def test_keys_that_cannot_be_moved_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     """Guards against wrong tokens on an architecture whose rotation is not known."""
     target = LM(build(ARCHITECTURES["llama"]))
     assert generate(target, prompt(), max_new_tokens=2).tokens
-    monkeypatch.setattr("specdecode.rotary._candidates", lambda model: iter(()))
+    monkeypatch.setattr("specdecode.models.rotary._candidates", lambda model: iter(()))
     with pytest.raises(UnsupportedModelError, match="cannot serve this llama model: the keys of its layer 0"):
         generate(target, prompt(), policy=SinkWindow(16))
 

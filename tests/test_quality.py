@@ -34,7 +34,7 @@ from specdecode.evals.results import (
 )
 from specdecode.evals.stats import Verdict
 from specdecode.evals.tasks import TASKS
-from specdecode.loading import EMBEDDED
+from specdecode.models.embedded import EMBEDDED
 from tests.models import ARCHITECTURES, build, lm
 
 HEADER: dict[str, Any] = {

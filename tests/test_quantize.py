@@ -24,8 +24,8 @@ from specdecode import (
 from specdecode.bench.measure import classify
 from specdecode.bench.roofline import roofline
 from specdecode.core.errors import UnsupportedModelError
-from specdecode.quantize import quantizer
-from specdecode.shapes import SHAPES
+from specdecode.models.architectures import SHAPES
+from specdecode.models.quantize import quantizer
 from tests.discovery import DRAFTERS, POLICIES, examples
 from tests.models import ARCHITECTURES, build, continuation, greedy, lm, logits, prompt, small
 

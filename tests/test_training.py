@@ -18,7 +18,7 @@ from specdecode.core.slots import Slots
 from specdecode.evals.data import documents
 from specdecode.fitting import output_rows
 from specdecode.heads import Head, read_head
-from specdecode.lm import decoder_layers, outputs_of
+from specdecode.models.lm import decoder_layers, outputs_of
 from specdecode.training.features import Shard, collect, read_shard
 from specdecode.training.heads import (
     CrossEntropy,

@@ -31,8 +31,8 @@ from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeShape
 from specdecode.drafters.universal import UniversalDrafter
 from specdecode.fitting import FittedHead, load_head, untrained
-from specdecode.lm import LM, synchronise
-from specdecode.loading import check_vocabulary
+from specdecode.models.lm import LM, synchronise
+from specdecode.models.loading import check_vocabulary
 from specdecode.policies import policy as named_policy
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll

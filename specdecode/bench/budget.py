@@ -21,8 +21,9 @@ from specdecode.bench.runs import Header, RunFile
 from specdecode.bench.session import Options
 from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
 from specdecode.evals.data import token_prompts
-from specdecode.lm import LM
-from specdecode.loading import check_vocabulary, weights_of
+from specdecode.models.embedded import weights_of
+from specdecode.models.lm import LM
+from specdecode.models.loading import check_vocabulary
 from specdecode.support.environment import conditions, environment
 from specdecode.support.files import write_whole
 from specdecode.support.progress import progress

@@ -20,7 +20,7 @@ from specdecode.bench.runs import ArmRecord, Row, digest
 from specdecode.bench.stats import noise_floor
 from specdecode.bench.text import own_losses, told
 from specdecode.drafters.base import common_prefix
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 

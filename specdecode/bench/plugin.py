@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from specdecode.bench.quality import Quality
     from specdecode.bench.session import Bench, Options
-    from specdecode.lm import LM
+    from specdecode.models.lm import LM
 
 _TABLE_WIDTH = 145
 _SUITES = {"benchmark": "perf", "quality": "quality"}

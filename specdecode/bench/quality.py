@@ -30,8 +30,9 @@ from specdecode.evals.results import (
     read_margins,
     write,
 )
-from specdecode.lm import LM
-from specdecode.loading import choose_device, weights_of
+from specdecode.models.embedded import weights_of
+from specdecode.models.lm import LM
+from specdecode.models.loading import choose_device
 from specdecode.support.environment import environment
 from specdecode.support.files import slug, write_whole
 from specdecode.support.progress import progress

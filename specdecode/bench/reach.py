@@ -10,7 +10,7 @@ from specdecode.backends import BACKENDS
 from specdecode.bench.roofline import copy_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.costs import forward_seconds
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 WIDER = (8, 16, 32)
 """Rows of the forwards that speculation needs to cost little more than one of one row."""

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from specdecode.lm import LM, synchronise
-from specdecode.quantize import stored_bytes
+from specdecode.models.lm import LM, synchronise
+from specdecode.models.quantize import stored_bytes
 
 _COPY_BYTES = 2**28
 

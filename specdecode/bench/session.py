@@ -21,8 +21,9 @@ from specdecode.bench.roofline import roofline
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.evals.data import token_prompts
 from specdecode.fitting import shipped_head
-from specdecode.lm import LM
-from specdecode.loading import EMBEDDED, EMBEDDED_DRAFT, TINY, choose_device, choose_dtype, load, weights_of
+from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT, weights_of
+from specdecode.models.lm import LM
+from specdecode.models.loading import TINY, choose_device, choose_dtype, load
 from specdecode.support.environment import conditions, environment, hardware
 from specdecode.support.progress import progress
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from specdecode.bench.arms import Run
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 _NGRAM = 4
 _CHUNK = 128

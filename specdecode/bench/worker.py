@@ -22,8 +22,9 @@ from specdecode.bench.rehearsal import rehearse
 from specdecode.bench.roofline import roofline
 from specdecode.core.errors import SpecDecodeError
 from specdecode.evals.data import token_prompts
-from specdecode.lm import LM
-from specdecode.loading import load, weights_of
+from specdecode.models.embedded import weights_of
+from specdecode.models.lm import LM
+from specdecode.models.loading import load
 from specdecode.support.environment import environment
 
 PROTOCOL = 3

@@ -7,7 +7,7 @@ from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 
 class Cascade:

@@ -14,7 +14,7 @@ from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
 from specdecode.fitting import FittedHead, untrained
-from specdecode.lm import LM, PREFILL_CHUNK
+from specdecode.models.lm import LM, PREFILL_CHUNK
 
 
 class HeadDrafter:

@@ -10,7 +10,7 @@ import torch
 from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 
 class PromptLookup:

@@ -12,7 +12,7 @@ from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 from specdecode.policies.sink_window import SinkWindow

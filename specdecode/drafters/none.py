@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.model import ModelDrafter
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 
 class ReplayDrafter:

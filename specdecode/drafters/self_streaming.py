@@ -7,7 +7,7 @@ from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.drafters.model import ModelDrafter
 from specdecode.drafters.shapes import Chain, TreeShape
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 from specdecode.policies.sink_window import SinkWindow
 
 

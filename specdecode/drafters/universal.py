@@ -14,7 +14,7 @@ from specdecode.core.sampling import Sampling
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.drafters.model import ModelDrafter
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 

@@ -11,7 +11,7 @@ from specdecode.evals.data import rows, token_prompts
 from specdecode.evals.perplexity import DecodePath
 from specdecode.evals.results import Answer
 from specdecode.evals.tasks import TASKS
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from specdecode.controllers.base import FixedK
 from specdecode.core.slots import Slots
 from specdecode.evals.perplexity import DecodePath
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 from specdecode.policies import policy as named_policy
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll

@@ -15,7 +15,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 T = TypeVar("T")
 

@@ -29,8 +29,9 @@ from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter
 from specdecode.drafters.none import NoDraft
 from specdecode.evals.arms import make
-from specdecode.lm import LM
-from specdecode.loading import EMBEDDED, choose_device, load
+from specdecode.models.embedded import EMBEDDED
+from specdecode.models.lm import LM
+from specdecode.models.loading import choose_device, load
 
 _KEYS = "target, draft, drafter, k, policy, cache, quantize, backend, dtype, device, max_gen_toks"
 

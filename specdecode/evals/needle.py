@@ -11,7 +11,7 @@ import torch
 
 from specdecode.drafters.base import common_prefix
 from specdecode.evals.perplexity import DecodePath
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 _TOLD = "The pass key is {0}. Remember it: {0} is the pass key."
 _ASKED = "What is the pass key? The pass key is"

@@ -17,7 +17,7 @@ from specdecode.controllers.base import Controller, FixedK, Limit
 from specdecode.core.tree import DraftTree
 from specdecode.decode import Followed, follow
 from specdecode.drafters.base import Context, Drafter
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from specdecode.core.errors import ModelFileError
-from specdecode.lm import LM, outputs_of
+from specdecode.models.lm import LM, outputs_of
 from specdecode.support.files import write_whole
 from specdecode.training.texts import Texts
 

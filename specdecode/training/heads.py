@@ -20,7 +20,7 @@ from specdecode.decode import generate
 from specdecode.drafters.heads import HeadDrafter
 from specdecode.fitting import FittedHead, head_shape, output_rows, signature
 from specdecode.heads import Head
-from specdecode.lm import LM, decoder_layers, outputs_of
+from specdecode.models.lm import LM, decoder_layers, outputs_of
 from specdecode.training.features import SHARD, Shard, read_law, read_shard
 
 # Share of all steps in which the rate grows to its full height, and what is left of it at the end.

@@ -9,8 +9,8 @@ from typing import Any
 
 from specdecode.fitting import signature
 from specdecode.heads import write_head
-from specdecode.lm import LM
-from specdecode.loading import weights_of
+from specdecode.models.embedded import weights_of
+from specdecode.models.lm import LM
 from specdecode.support.environment import environment
 from specdecode.support.files import write_whole
 from specdecode.support.git import git

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from specdecode.core.sampling import Sampling
 from specdecode.drafters.base import common_prefix
 from specdecode.evals.data import NAMES, Sample, documents
-from specdecode.lm import LM
+from specdecode.models.lm import LM
 
 CHAT = "chat"
 """Conversations that the target writes by itself, question and answer, from the beginning of its chat template (Xu et

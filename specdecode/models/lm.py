@@ -24,10 +24,10 @@ from specdecode.backends.static import Held, Inputs, Static, visible_slots
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.tree import DraftTree
+from specdecode.models.quantize import quantizer, stored_bytes
+from specdecode.models.rotary import Mover, rotations
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
-from specdecode.quantize import quantizer, stored_bytes
-from specdecode.rotary import Mover, rotations
 
 _MASKABLE = {"full_attention", "sliding_attention"}
 # The sliding window while a model is probed: narrower than the probe is long.

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+)
+
+from specdecode.core.errors import ModelFileError
+
 
 def _pythia(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     return {
@@ -70,3 +77,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": _pythia(64, 4, 4),  # nobody's: to try what the others are for
 }
+
+
+def config_of(shape: str) -> PretrainedConfig:
+    if shape not in SHAPES:
+        raise ModelFileError(f"no shape is named {shape!r}: choose from {', '.join(SHAPES)}")
+    config: PretrainedConfig = AutoConfig.for_model(**SHAPES[shape])
+    return config

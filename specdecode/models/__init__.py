@@ -1,0 +1,1 @@
+"""Hugging Face causal LMs: load them, wrap them, check that they can be decoded exactly."""
