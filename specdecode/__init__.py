@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from specdecode.drafters.shapes import Chain as Chain
     from specdecode.drafters.shapes import StaticTree as StaticTree
     from specdecode.drafters.universal import UniversalDrafter as UniversalDrafter
-    from specdecode.fitting import load_head as load_head
+    from specdecode.heads.bound import load_head as load_head
     from specdecode.models.lm import LM as LM
     from specdecode.models.loading import load as load
     from specdecode.policies.heavy_hitter import HeavyHitter as HeavyHitter
@@ -76,7 +76,7 @@ _HOMES = {
     "generate": "decode",
     "generate_batch": "decode",
     "load": "models.loading",
-    "load_head": "fitting",
+    "load_head": "heads.bound",
     "measure_costs": "costs",
 }
 __all__ = sorted(_HOMES)

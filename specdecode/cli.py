@@ -148,7 +148,7 @@ def generate(
     from specdecode.controllers.base import Controller
     from specdecode.drafters.base import Drafter
     from specdecode.drafters.shapes import TreeShape
-    from specdecode.fitting import shipped_head
+    from specdecode.heads.bound import shipped_head
     from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
     from specdecode.models.loading import check_vocabulary
     from specdecode.policies import policy as named_policy

@@ -52,7 +52,7 @@ from specdecode.controllers.base import Controller
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
-from specdecode.fitting import FittedHead, untrained
+from specdecode.heads.bound import FittedHead, untrained
 from specdecode.models.lm import _shell
 from tests import models
 from tests.characters import save

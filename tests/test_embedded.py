@@ -18,8 +18,8 @@ from specdecode import (
 )
 from specdecode.bench.measure import classify
 from specdecode.drafters.base import Drafter
-from specdecode.fitting import FittedHead, shipped_head, untrained
-from specdecode.heads import read_head
+from specdecode.heads.bound import FittedHead, shipped_head, untrained
+from specdecode.heads.formats import read_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from tests.learnt import learnt
 from tests.models import continuation

@@ -33,7 +33,6 @@ from specdecode import (
     SinkWindow,
     StaticTree,
     UnsupportedModelError,
-    fitting,
     generate,
     generate_batch,
     load,
@@ -52,8 +51,10 @@ from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.shapes import TreeShape
-from specdecode.fitting import FittedHead, output_rows, signature, untrained
-from specdecode.heads import Head, read_head, write_head
+from specdecode.heads import bound as fitting
+from specdecode.heads.bound import FittedHead, output_rows, signature, untrained
+from specdecode.heads.formats import read_head, write_head
+from specdecode.heads.module import Head
 from specdecode.models.lm import outputs_of
 from tests.characters import save
 from tests.models import ARCHITECTURES, build, greedy, lm, prompt, small

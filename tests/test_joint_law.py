@@ -33,7 +33,7 @@ from specdecode import (
 )
 from specdecode.controllers.base import Controller, Limit
 from specdecode.drafters.base import Context, Drafter
-from specdecode.fitting import FittedHead, untrained
+from specdecode.heads.bound import FittedHead, untrained
 from specdecode.policies.base import CachePolicy
 from tests.enumeration import BranchRng, law_of
 from tests.models import logits, small

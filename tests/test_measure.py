@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from specdecode import LM, Costs, TokenizerMismatchError, fitting, generate
+from specdecode import LM, Costs, TokenizerMismatchError, generate
 from specdecode.bench import presets
 from specdecode.bench.arms import Arm, Run, make
 from specdecode.bench.measure import Results, classify, experiment, row_of
@@ -22,8 +22,9 @@ from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.bench.session import Options, measure
 from specdecode.controllers.base import Limit
 from specdecode.controllers.cost_aware import Draft
-from specdecode.fitting import signature, untrained
-from specdecode.heads import write_head
+from specdecode.heads import bound as fitting
+from specdecode.heads.bound import signature, untrained
+from specdecode.heads.formats import write_head
 from tests.characters import save
 from tests.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt, small
 from tests.spelling import CHARACTERS, characters

@@ -16,8 +16,9 @@ from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Sampling
 from specdecode.core.slots import Slots
 from specdecode.evals.data import documents
-from specdecode.fitting import output_rows
-from specdecode.heads import Head, read_head
+from specdecode.heads.bound import output_rows
+from specdecode.heads.formats import read_head
+from specdecode.heads.module import Head
 from specdecode.models.lm import decoder_layers, outputs_of
 from specdecode.training.features import Shard, collect, read_shard
 from specdecode.training.heads import (

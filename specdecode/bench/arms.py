@@ -30,7 +30,7 @@ from specdecode.drafters.replay import ReplayDrafter
 from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeShape
 from specdecode.drafters.universal import UniversalDrafter
-from specdecode.fitting import FittedHead, load_head, untrained
+from specdecode.heads.bound import FittedHead, load_head, untrained
 from specdecode.models.lm import LM, synchronise
 from specdecode.models.loading import check_vocabulary
 from specdecode.policies import policy as named_policy

@@ -20,7 +20,7 @@ from specdecode.bench.report import judged_by
 from specdecode.bench.roofline import roofline
 from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
 from specdecode.evals.data import token_prompts
-from specdecode.fitting import shipped_head
+from specdecode.heads.bound import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT, weights_of
 from specdecode.models.lm import LM
 from specdecode.models.loading import TINY, choose_device, choose_dtype, load

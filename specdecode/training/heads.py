@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from specdecode.controllers.base import FixedK
 from specdecode.decode import generate
 from specdecode.drafters.heads import HeadDrafter
-from specdecode.fitting import FittedHead, head_shape, output_rows, signature
-from specdecode.heads import Head
+from specdecode.heads.bound import FittedHead, head_shape, output_rows, signature
+from specdecode.heads.module import Head
 from specdecode.models.lm import LM, decoder_layers, outputs_of
 from specdecode.training.features import SHARD, Shard, read_law, read_shard
 

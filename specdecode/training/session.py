@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdecode.fitting import signature
-from specdecode.heads import write_head
+from specdecode.heads.bound import signature
+from specdecode.heads.formats import write_head
 from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
 from specdecode.support.environment import environment

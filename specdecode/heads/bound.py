@@ -14,7 +14,8 @@ from torch.nn.functional import cosine_similarity
 
 from specdecode.backends.packed import PackedLinear, pack
 from specdecode.core.errors import ModelFileError, UnsupportedModelError
-from specdecode.heads import Head, HeadShape, Signature, Store, read_head
+from specdecode.heads.formats import read_head
+from specdecode.heads.module import Head, HeadShape, Signature, Store
 from specdecode.models.lm import LM
 
 # Tokens whose embeddings a signature keeps, and how alike these must be, taken together: weights of 4 bits are 0.99
@@ -128,7 +129,7 @@ def signature(target: LM) -> Signature:
 
 def shipped_head(name: str) -> Path | None:
     """The file of the head that comes with the package for a model of this name, if there is one."""
-    file = Path(__file__).parent / "assets" / f"{name}-head.safetensors"
+    file = Path(__file__).parents[1] / "assets" / f"{name}-head.safetensors"
     return file if file.exists() else None
 
 
