@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from specdecode.decode import generate as generate
     from specdecode.decode import generate_batch as generate_batch
     from specdecode.drafters.cascade import Cascade as Cascade
-    from specdecode.drafters.heads import HeadDrafter as HeadDrafter
+    from specdecode.drafters.head import HeadDrafter as HeadDrafter
     from specdecode.drafters.lookup import PromptLookup as PromptLookup
     from specdecode.drafters.model import ModelDrafter as ModelDrafter
     from specdecode.drafters.none import NoDraft as NoDraft
     from specdecode.drafters.replay import ReplayDrafter as ReplayDrafter
     from specdecode.drafters.self_streaming import SelfStreamingDrafter as SelfStreamingDrafter
-    from specdecode.drafters.shapes import BestFirstTree as BestFirstTree
-    from specdecode.drafters.shapes import Chain as Chain
-    from specdecode.drafters.shapes import StaticTree as StaticTree
+    from specdecode.drafters.tree_shapes import BestFirstTree as BestFirstTree
+    from specdecode.drafters.tree_shapes import Chain as Chain
+    from specdecode.drafters.tree_shapes import StaticTree as StaticTree
     from specdecode.drafters.universal import UniversalDrafter as UniversalDrafter
     from specdecode.heads.bound import load_head as load_head
     from specdecode.models.lm import LM as LM
@@ -46,15 +46,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdaptiveK": "controllers.adaptive",
-    "BestFirstTree": "drafters.shapes",
+    "BestFirstTree": "drafters.tree_shapes",
     "Cascade": "drafters.cascade",
-    "Chain": "drafters.shapes",
+    "Chain": "drafters.tree_shapes",
     "CostAware": "controllers.cost_aware",
     "Costs": "controllers.cost_aware",
     "DraftTree": "core.tree",
     "FixedK": "controllers.base",
     "Generation": "core.result",
-    "HeadDrafter": "drafters.heads",
+    "HeadDrafter": "drafters.head",
     "HeavyHitter": "policies.heavy_hitter",
     "KeepAll": "policies.keep_all",
     "KeyNorm": "policies.key_norm",
@@ -68,7 +68,7 @@ _HOMES = {
     "SinkWindow": "policies.sink_window",
     "SpecDecodeError": "core.errors",
     "SpecDecoder": "specdecoder",
-    "StaticTree": "drafters.shapes",
+    "StaticTree": "drafters.tree_shapes",
     "Step": "core.result",
     "TokenizerMismatchError": "core.errors",
     "UniversalDrafter": "drafters.universal",

@@ -147,7 +147,7 @@ def generate(
     from specdecode.backends.graph import CudaGraphs
     from specdecode.controllers.base import Controller
     from specdecode.drafters.base import Drafter
-    from specdecode.drafters.shapes import TreeShape
+    from specdecode.drafters.tree_shapes import TreeShape
     from specdecode.heads.bound import shipped_head
     from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
     from specdecode.models.loading import check_vocabulary

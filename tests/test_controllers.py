@@ -36,7 +36,7 @@ from specdecode import (
 from specdecode.controllers.base import Controller, Limit
 from specdecode.controllers.cost_aware import Draft
 from specdecode.drafters.base import Context, Drafter
-from specdecode.drafters.shapes import TreeShape
+from specdecode.drafters.tree_shapes import TreeShape
 from tests.discovery import CONTROLLERS
 from tests.fake_clock import Cost, FakeClock, charged
 from tests.machines import Acceptance, Machine, Plain, decode

@@ -31,7 +31,7 @@ from specdecode import (
 from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
-from specdecode.drafters.shapes import TreeShape
+from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads.bound import FittedHead, untrained
 from specdecode.models.lm import outputs_of
 from tests.discovery import DRAFTERS, examples

@@ -30,7 +30,7 @@ from specdecode import (
 from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
-from specdecode.drafters.shapes import TreeShape
+from specdecode.drafters.tree_shapes import TreeShape
 from tests.models import ARCHITECTURES, VOCABULARY, build, continuation, greedy, lm, prompt
 
 LENGTH = 24

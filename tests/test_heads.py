@@ -50,7 +50,7 @@ from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
-from specdecode.drafters.shapes import TreeShape
+from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads import bound as fitting
 from specdecode.heads.bound import FittedHead, output_rows, signature, untrained
 from specdecode.heads.formats import read_head, write_head

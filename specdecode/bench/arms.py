@@ -22,13 +22,13 @@ from specdecode.costs import measure_costs
 from specdecode.decode import generate, generate_batch
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.cascade import Cascade
-from specdecode.drafters.heads import HeadDrafter
+from specdecode.drafters.head import HeadDrafter
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter
 from specdecode.drafters.none import NoDraft
 from specdecode.drafters.replay import ReplayDrafter
 from specdecode.drafters.self_streaming import SelfStreamingDrafter
-from specdecode.drafters.shapes import BestFirstTree, Chain, StaticTree, TreeShape
+from specdecode.drafters.tree_shapes import BestFirstTree, Chain, StaticTree, TreeShape
 from specdecode.drafters.universal import UniversalDrafter
 from specdecode.heads.bound import FittedHead, load_head, untrained
 from specdecode.models.lm import LM, synchronise

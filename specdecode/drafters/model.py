@@ -11,7 +11,7 @@ from torch import Tensor
 from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
-from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
+from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll

@@ -6,7 +6,7 @@ from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.drafters.model import ModelDrafter
-from specdecode.drafters.shapes import Chain, TreeShape
+from specdecode.drafters.tree_shapes import Chain, TreeShape
 from specdecode.models.lm import LM
 from specdecode.policies.sink_window import SinkWindow
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from specdecode.controllers.base import FixedK
 from specdecode.decode import generate
-from specdecode.drafters.heads import HeadDrafter
+from specdecode.drafters.head import HeadDrafter
 from specdecode.heads.bound import FittedHead, head_shape, output_rows, signature
 from specdecode.heads.module import Head
 from specdecode.models.lm import LM, decoder_layers, outputs_of

@@ -12,7 +12,7 @@ from specdecode.controllers.base import Limit
 from specdecode.core.slots import Slots
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
-from specdecode.drafters.shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
+from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
 from specdecode.heads.bound import FittedHead, untrained
 from specdecode.models.lm import LM, PREFILL_CHUNK
 
