@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 
 from rich.console import Console
 
-from specdecode.bench.baselines import read
 from specdecode.bench.report import Column, Grid, markdown_table, rich_table
+from specdecode.bench.runs.file import read
 from specdecode.cli import Format, report
 from specdecode.support.files import write_whole
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from specdecode.core.result import Step as Step
     from specdecode.core.sampling import Sampling as Sampling
     from specdecode.core.tree import DraftTree as DraftTree
-    from specdecode.costs import measure_costs as measure_costs
-    from specdecode.decode import generate as generate
-    from specdecode.decode import generate_batch as generate_batch
+    from specdecode.decoding.generate import generate as generate
+    from specdecode.decoding.generate import generate_batch as generate_batch
+    from specdecode.decoding.measure_costs import measure_costs as measure_costs
+    from specdecode.decoding.specdecoder import SpecDecoder as SpecDecoder
     from specdecode.drafters.cascade import Cascade as Cascade
     from specdecode.drafters.head import HeadDrafter as HeadDrafter
     from specdecode.drafters.lookup import PromptLookup as PromptLookup
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from specdecode.policies.keep_all import KeepAll as KeepAll
     from specdecode.policies.key_norm import KeyNorm as KeyNorm
     from specdecode.policies.sink_window import SinkWindow as SinkWindow
-    from specdecode.specdecoder import SpecDecoder as SpecDecoder
 
 __version__ = "0.1.0"
 
@@ -67,17 +67,17 @@ _HOMES = {
     "SelfStreamingDrafter": "drafters.self_streaming",
     "SinkWindow": "policies.sink_window",
     "SpecDecodeError": "core.errors",
-    "SpecDecoder": "specdecoder",
+    "SpecDecoder": "decoding.specdecoder",
     "StaticTree": "drafters.tree_shapes",
     "Step": "core.result",
     "TokenizerMismatchError": "core.errors",
     "UniversalDrafter": "drafters.universal",
     "UnsupportedModelError": "core.errors",
-    "generate": "decode",
-    "generate_batch": "decode",
+    "generate": "decoding.generate",
+    "generate_batch": "decoding.generate",
     "load": "models.loading",
     "load_head": "heads.bound",
-    "measure_costs": "costs",
+    "measure_costs": "decoding.measure_costs",
 }
 __all__ = sorted(_HOMES)
 

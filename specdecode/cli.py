@@ -25,7 +25,7 @@ from specdecode.support.progress import progress
 
 if TYPE_CHECKING:
     from specdecode import LM, Generation
-    from specdecode.bench.runs import RunFile
+    from specdecode.bench.runs.records import RunFile
 
 app = typer.Typer(
     help="Exact speculative decoding for Hugging Face models.",
@@ -482,9 +482,10 @@ def gate(
     tolerance: Annotated[float | None, typer.Option(help="share by which a time may be worse  [default: 0.05]")] = None,
 ) -> None:
     """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
-    from specdecode.bench.baselines import TOLERANCE, read
     from specdecode.bench.gate import FAILING, judge, tolerance_of
+    from specdecode.bench.gate_baselines import TOLERANCE
     from specdecode.bench.report import verdict_table
+    from specdecode.bench.runs.file import read
 
     judgements = judge(read(new), read(old), tolerance_of(tolerance, TOLERANCE))
     Console(width=None if sys.stdout.isatty() else 130).print(verdict_table(judgements))
@@ -525,8 +526,8 @@ def report(
 ) -> None:
     """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history; or quality and what it costs.
     With --figures what is written is told in place of the text, which then needs --out."""
-    from specdecode.bench.baselines import read
     from specdecode.bench.elements import document
+    from specdecode.bench.runs.file import read
     from specdecode.evals.results import is_run
     from specdecode.support.files import write_whole
 
@@ -560,11 +561,12 @@ def report(
 
 def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str, Any]:
     """The title of a run of speeds, and what is told of it: elements of a page, or a text."""
-    from specdecode.bench.baselines import find, read
     from specdecode.bench.gate import judge
+    from specdecode.bench.gate_baselines import find
     from specdecode.bench.history import history
     from specdecode.bench.page import section
     from specdecode.bench.report import judged_by, latex, markdown, title
+    from specdecode.bench.runs.file import read
 
     run = read(path)
     own = Path("baselines") / run.header.identity.file
@@ -576,9 +578,9 @@ def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str,
 
 def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
     """The same of a run of the quality suite."""
-    from specdecode.bench.names import margins_file
     from specdecode.bench.quality_page import section
     from specdecode.bench.quality_report import latex, markdown, title
+    from specdecode.bench.runs.names import margins_file
     from specdecode.evals.results import judge, read, read_margins
 
     run = read(path)
@@ -605,7 +607,7 @@ def _draw(runs: Mapping[Path, bool], speed: RunFile | None, folder: Path) -> Non
         speed: for these.
         folder: that is drawn into.
     """
-    from specdecode.bench.baselines import read
+    from specdecode.bench.runs.file import read
     from specdecode.evals.results import read as read_quality
 
     try:
@@ -653,10 +655,10 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="write it for programs")] = False,
 ) -> None:
     """Tell what to use for throughput, memory, both and long texts, and why: by runs, or by what is measured now."""
-    from specdecode.bench.baselines import read
     from specdecode.bench.recommend import as_json as json_of
     from specdecode.bench.recommend import recommend as advise
     from specdecode.bench.recommend import told
+    from specdecode.bench.runs.file import read
 
     measuring = {
         "--draft": draft,
@@ -727,7 +729,7 @@ def bless(
     baselines: Annotated[Path, typer.Option(help="folder of the baselines")] = Path("baselines"),
 ) -> None:
     """Make a run the baseline of its hardware, models, type and preset."""
-    from specdecode.bench.baselines import bless as make_baseline
+    from specdecode.bench.gate_baselines import bless as make_baseline
 
     typer.echo(f"blessed as {make_baseline(run, baselines, reason)}")
 

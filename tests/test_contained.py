@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from specdecode.evals.contained import Limits, run
+from specdecode.evals.sandbox.contained import Limits, run
 
 SHORT = Limits(seconds=1.0)
 SMALL = Limits(memory_bytes=128 << 20)

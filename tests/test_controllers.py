@@ -15,7 +15,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import specdecode.costs
 from specdecode import (
     LM,
     AdaptiveK,
@@ -482,7 +481,7 @@ def test_queued_work_is_waited_for_and_slow_work_measured_once(
         clock.advance(queue.seconds)
         queue.seconds = 0.0
 
-    monkeypatch.setattr(specdecode.costs, "synchronise", wait)
+    monkeypatch.setattr("specdecode.decoding.measure_costs.synchronise", wait)
     target.model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )

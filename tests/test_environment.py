@@ -9,7 +9,7 @@ import torch
 from specdecode import LM
 from specdecode.bench.rehearsal import HostReads, peak_memory
 from specdecode.bench.roofline import roofline
-from specdecode.bench.runs import Header, Identity
+from specdecode.bench.runs.records import Header, Identity
 from specdecode.support.environment import conditions, environment
 from tests.models import ARCHITECTURES, build
 

@@ -22,14 +22,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from specdecode import cli
-from specdecode.bench.baselines import parse, run_json
 from specdecode.bench.drawing import in_print, looks, rendered
 from specdecode.bench.figures import draw
 from specdecode.bench.methods import COLOURS, METHODS, PLAIN
 from specdecode.bench.model import modelled
 from specdecode.bench.page import section
 from specdecode.bench.report import latex_table_1
-from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
+from specdecode.bench.runs.file import parse, run_json
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
 LENGTHS = (10, 20, 40)
 PROMPTS = ("text/0", "text/1", "prose/0")

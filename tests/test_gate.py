@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from specdecode import cli
-from specdecode.bench.baselines import bless, find, read, run_json
 from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
-from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
+from specdecode.bench.gate_baselines import bless, find
+from specdecode.bench.runs.file import read, run_json
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
 PROMPTS = [f"text/{i}" for i in range(8)]
 COUNTS = {

@@ -14,7 +14,7 @@ import torch
 
 from perf import gpu
 from perf.gpu import Step
-from specdecode.bench.baselines import read
+from specdecode.bench.runs.file import read
 
 ROOT = Path(__file__).parent.parent
 

@@ -39,7 +39,6 @@ from specdecode import (
     load_head,
     measure_costs,
 )
-from specdecode import decode as decoding
 from specdecode.backends import Backend
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Static
@@ -49,6 +48,7 @@ from specdecode.bench.lines import code
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng
+from specdecode.decoding import generate as decoding
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads import bound as fitting

@@ -15,12 +15,12 @@ import torch
 
 from specdecode import FixedK, Generation, PromptLookup, SinkWindow, generate
 from specdecode.bench.arms import Run, make
-from specdecode.bench.baselines import parse, run_json
 from specdecode.bench.journal import open_journal
 from specdecode.bench.measure import Block, Results, experiment
 from specdecode.bench.presets import preset
 from specdecode.bench.report import by_part, markdown, outputs
-from specdecode.bench.runs import Header, Identity, RunFile
+from specdecode.bench.runs.file import parse, run_json
+from specdecode.bench.runs.records import Header, Identity, RunFile
 from specdecode.bench.text import own_losses, repeated, told
 from tests.models import lm, prompt
 

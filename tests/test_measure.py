@@ -18,7 +18,7 @@ from specdecode.bench.arms import Arm, Run, make
 from specdecode.bench.measure import Results, classify, experiment, row_of
 from specdecode.bench.presets import preset
 from specdecode.bench.report import markdown, speed_table
-from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, RunFile
 from specdecode.bench.session import Options, measure
 from specdecode.controllers.base import Limit
 from specdecode.controllers.cost_aware import Draft

@@ -16,7 +16,7 @@ from specdecode.bench.history import History
 from specdecode.bench.model import acceptance, chain_speedup, expected_tokens, modelled, study_speedup
 from specdecode.bench.page import section
 from specdecode.bench.report import LIMITS, by_model, latex, limits, markdown
-from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
 ALPHAS = [Fraction(0), Fraction(1, 3), Fraction(4, 5), Fraction(1)]
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from specdecode import LM, FixedK, KeepAll, NoDraft, generate
 from specdecode.controllers.base import Controller
-from specdecode.decode import follow
+from specdecode.decoding.teacher_forced import follow
 from specdecode.evals.perplexity import (
     DecodePath,
     Foretold,

@@ -24,15 +24,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdecode import LM, DraftTree, ModelDrafter, PromptLookup, decode
+from specdecode import LM, DraftTree, ModelDrafter, PromptLookup
 from specdecode.bench.arms import Run, make
 from specdecode.bench.blame import PARTS, Blame, blame
 from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
 from specdecode.bench.measure import Results, experiment
-from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.controllers.base import FixedK, Limit
 from specdecode.core.slots import Slots
 from specdecode.core.verify import Verdict as Acceptance
+from specdecode.decoding import generate as decode
 from specdecode.drafters import model as model_drafter
 from tests.fake_clock import Cost, FakeClock, RealClock, charged
 from tests.models import prompt, small

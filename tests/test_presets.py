@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from specdecode.bench import session
-from specdecode.bench.baselines import parse, run_json
 from specdecode.bench.elements import document
 from specdecode.bench.history import History
 from specdecode.bench.measure import Block
 from specdecode.bench.page import section
 from specdecode.bench.presets import preset
 from specdecode.bench.report import latex, markdown, title
+from specdecode.bench.runs.file import parse, run_json
 from specdecode.bench.session import Options, measure
 
 PRESETS = ("quick", "full", "comprehensive", "long-sequence", "sweep", "int8", "streaming")

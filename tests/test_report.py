@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from specdecode import cli
-from specdecode.bench.baselines import read, run_json
 from specdecode.bench.history import history
-from specdecode.bench.runs import ArmRecord, Header, Identity, Row, RunFile
+from specdecode.bench.runs.file import read, run_json
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
 ROOT = Path(__file__).parent.parent
 FORMATS = ("md", "html", "latex")

@@ -105,7 +105,7 @@ def test_sampling_takes_transformers_defaults(monkeypatch: pytest.MonkeyPatch, d
         seen.append(sampling)
         return generate_batch(target, prompts, sampling=sampling, **settings)
 
-    monkeypatch.setattr("specdecode.specdecoder.generate_batch", spied)
+    monkeypatch.setattr("specdecode.decoding.specdecoder.generate_batch", spied)
     decoder.generate(**padded(4), do_sample=True)
     assert (seen[0].temperature, seen[0].top_k, seen[0].top_p) == (1.0, 50, 1.0)
     decoder.generate(**padded(4), temperature=0.3)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from specdecode.bench.stats import Ratio, detectable, mean_ratio, noise_floor, simultaneous_ratio
+from specdecode.bench.runs.statistics import Ratio, detectable, mean_ratio, noise_floor, simultaneous_ratio
 
 
 def test_the_mean_ratio_is_the_geometric_mean_over_prompts() -> None:

@@ -17,10 +17,10 @@ from typing import IO, Any, Literal
 
 from specdecode.bench.arms import Run
 from specdecode.bench.measure import REHEARSED_TOKENS, Check, row_of
-from specdecode.bench.names import BASELINE
 from specdecode.bench.presets import parse
-from specdecode.bench.runs import ArmRecord, digest
-from specdecode.bench.stats import Ratio, mean_ratio, noise_floor
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import ArmRecord, digest
+from specdecode.bench.runs.statistics import Ratio, mean_ratio, noise_floor
 from specdecode.bench.worker import PROTOCOL
 from specdecode.support.git import git
 

@@ -13,13 +13,13 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from specdecode.bench.names import drafters
+from specdecode.bench.runs.names import drafters
 from specdecode.controllers.adaptive import AdaptiveK
 from specdecode.controllers.base import Controller, FixedK
 from specdecode.controllers.cost_aware import CostAware
 from specdecode.core.result import Generation
-from specdecode.costs import measure_costs
-from specdecode.decode import generate, generate_batch
+from specdecode.decoding.generate import generate, generate_batch
+from specdecode.decoding.measure_costs import measure_costs
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.cascade import Cascade
 from specdecode.drafters.head import HeadDrafter

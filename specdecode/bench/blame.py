@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from specdecode.bench.runs import ArmRecord
+from specdecode.bench.runs.records import ArmRecord
 
 PARTS = {"draft": "drafting", "verify": "verifying", "overhead": "overhead"}
 

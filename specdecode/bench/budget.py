@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.arms import Arm, make
-from specdecode.bench.baselines import run_json
 from specdecode.bench.measure import REHEARSED_TOKENS, Block, Results, measure_block
-from specdecode.bench.names import BASELINE, drafters
 from specdecode.bench.recommend import is_hopeless
 from specdecode.bench.rehearsal import rehearse
 from specdecode.bench.roofline import roofline
-from specdecode.bench.runs import Header, RunFile
+from specdecode.bench.runs.file import run_json
+from specdecode.bench.runs.names import BASELINE, drafters
+from specdecode.bench.runs.records import Header, RunFile
 from specdecode.bench.session import Options
 from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
 from specdecode.evals.data import token_prompts

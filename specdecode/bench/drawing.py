@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from specdecode.bench.methods import COLOURS, PLAIN, POLICIES, alike, is_peer, method, places
-from specdecode.bench.names import BASELINE
-from specdecode.bench.runs import ArmRecord, RunFile
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.support.files import write_whole
 
 COLUMN, PAGE = 85.0, 175.0

@@ -30,10 +30,10 @@ from specdecode.bench.drawing import (
 )
 from specdecode.bench.methods import PLAIN, alike, is_peer, method, settings, shared_name
 from specdecode.bench.model import modelled
-from specdecode.bench.names import BASELINE
 from specdecode.bench.report import LOOPS, drafts, label, latex_table_1, title
-from specdecode.bench.runs import RunFile
-from specdecode.bench.stats import Ratio
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.statistics import Ratio
 from specdecode.support.files import write_whole
 
 # What an entry of a preset says of how the target is decoded, and not of how drafts are made.

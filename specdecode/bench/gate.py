@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
 
-from specdecode.bench.baselines import TOLERANCE
 from specdecode.bench.blame import Blame, blame
-from specdecode.bench.names import BASELINE, PEER_BASELINE
-from specdecode.bench.runs import COUNTERS, REHEARSED, RunFile
-from specdecode.bench.stats import Ratio, detectable, mean_ratio
+from specdecode.bench.gate_baselines import TOLERANCE
+from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
+from specdecode.bench.runs.records import COUNTERS, REHEARSED, RunFile
+from specdecode.bench.runs.statistics import Ratio, detectable, mean_ratio
 
 AGAINST_TOLERANCE = 0.02
 """By how much a time may be worse where both versions were measured side by side, which sees smaller changes."""

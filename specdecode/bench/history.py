@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdecode.bench.baselines import parse
-from specdecode.bench.runs import RunFile
+from specdecode.bench.runs.file import parse
+from specdecode.bench.runs.records import RunFile
 from specdecode.support.git import git
 
 

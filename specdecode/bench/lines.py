@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specdecode.bench.names import drafters
-from specdecode.bench.runs import RunFile
+from specdecode.bench.runs.names import drafters
+from specdecode.bench.runs.records import RunFile
 from specdecode.support.files import slug
 
 

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 
 from specdecode.bench.arms import Arm, Run
-from specdecode.bench.names import BASELINE
 from specdecode.bench.rehearsal import rehearse
-from specdecode.bench.runs import ArmRecord, Row, digest
-from specdecode.bench.stats import noise_floor
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import ArmRecord, Row, digest
+from specdecode.bench.runs.statistics import noise_floor
 from specdecode.bench.text import own_losses, told
 from specdecode.drafters.base import common_prefix
 from specdecode.models.lm import LM

@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from specdecode.bench.names import BASELINE, PEER_BASELINE, drafters
-from specdecode.bench.runs import ArmRecord, RunFile
+from specdecode.bench.runs.names import BASELINE, PEER_BASELINE, drafters
+from specdecode.bench.runs.records import ArmRecord, RunFile
 
 COLOURS = ("#0072b2", "#d55e00", "#009070", "#b8568f", "#c98a00", "#2b9ad6", "#77700a")
 """Okabe and Ito's colours, those that are too light for a white page a little darker; `page.css` has the same."""

@@ -9,9 +9,9 @@ from fractions import Fraction
 from typing import TypeVar
 
 from specdecode.bench.methods import alike, is_peer, method, shared_name
-from specdecode.bench.names import BASELINE
-from specdecode.bench.runs import ArmRecord, RunFile
-from specdecode.bench.stats import Ratio
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import ArmRecord, RunFile
+from specdecode.bench.runs.statistics import Ratio
 
 Real = TypeVar("Real", float, Fraction)
 

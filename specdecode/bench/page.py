@@ -11,7 +11,6 @@ from specdecode.bench.elements import Element, element, grid_table, head_cell, s
 from specdecode.bench.gate import FAILING, Judgement, Verdict
 from specdecode.bench.history import History
 from specdecode.bench.methods import is_peer, places
-from specdecode.bench.names import BASELINE
 from specdecode.bench.report import (
     LIMITS,
     MEMORY,
@@ -32,8 +31,9 @@ from specdecode.bench.report import (
     surroundings,
     timeline,
 )
-from specdecode.bench.runs import RunFile
-from specdecode.bench.stats import Ratio
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.statistics import Ratio
 
 _SIGNS = {
     Verdict.REGRESSED: ("bad", "✗"),

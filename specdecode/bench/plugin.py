@@ -288,7 +288,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """What makes pytest-benchmark's file one that the gate can judge."""
-    from specdecode.bench.baselines import run_json
+    from specdecode.bench.runs.file import run_json
 
     bench = config.stash.get(_BENCH, None)
     if bench is not None:

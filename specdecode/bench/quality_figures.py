@@ -30,8 +30,8 @@ from specdecode.bench.drawing import (
 from specdecode.bench.figures import how_drawn, name_axes, panels_of, pareto_front
 from specdecode.bench.quality_report import title
 from specdecode.bench.report import label
-from specdecode.bench.runs import RunFile
-from specdecode.bench.stats import Ratio
+from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.statistics import Ratio
 from specdecode.bench.tradeoff import tradeoff
 from specdecode.evals.results import QualityRun
 from specdecode.evals.stats import Estimate

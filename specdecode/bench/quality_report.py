@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdecode.bench.report import PACKAGES, Column, Grid, as_markdown, latex_table, markdown_table
-from specdecode.bench.runs import RunFile
+from specdecode.bench.runs.records import RunFile
 from specdecode.bench.tradeoff import about_speed, against_speed
 from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, Judgement, QualityRun
 from specdecode.evals.stats import detectable, mcnemar, wilson

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from specdecode.backends import BACKENDS
 from specdecode.bench.roofline import copy_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
-from specdecode.costs import forward_seconds
+from specdecode.decoding.measure_costs import forward_seconds
 from specdecode.models.lm import LM
 
 WIDER = (8, 16, 32)

@@ -12,12 +12,12 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from specdecode.bench.baselines import TOLERANCE
+from specdecode.bench.gate_baselines import TOLERANCE
 from specdecode.bench.lines import code
-from specdecode.bench.names import BASELINE, PEER_BASELINE, drafters
 from specdecode.bench.report import LOOPS, Column, Grid, cells, drafts, label, outputs, rich_table, title
-from specdecode.bench.runs import ArmRecord, Row, RunFile
-from specdecode.bench.stats import Ratio, simultaneous_ratio
+from specdecode.bench.runs.names import BASELINE, PEER_BASELINE, drafters
+from specdecode.bench.runs.records import ArmRecord, Row, RunFile
+from specdecode.bench.runs.statistics import Ratio, simultaneous_ratio
 
 HALF = 0.5
 """The share of plain decoding's keys and values that an arm may hold to be called balanced."""

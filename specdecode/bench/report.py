@@ -18,8 +18,8 @@ from specdecode.bench.blame import PARTS, blame
 from specdecode.bench.gate import Judgement, Verdict
 from specdecode.bench.history import History
 from specdecode.bench.model import modelled
-from specdecode.bench.names import BASELINE, FLAGS, PEER_BASELINE
-from specdecode.bench.runs import ArmRecord, RunFile
+from specdecode.bench.runs.names import BASELINE, FLAGS, PEER_BASELINE
+from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.support.files import slug
 
 FORMATS: dict[str, Callable[[float], str]] = {

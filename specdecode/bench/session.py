@@ -10,15 +10,16 @@ from typing import Literal
 from specdecode.backends import check as check_backend
 from specdecode.bench.against import Worker, arms_at, dependencies, measure_side_by_side, versions
 from specdecode.bench.arms import make
-from specdecode.bench.baselines import TOLERANCE, find, read
 from specdecode.bench.gate import AGAINST_TOLERANCE, Judgement, Verdict, judge, tolerance_of
+from specdecode.bench.gate_baselines import TOLERANCE, find
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import experiment
-from specdecode.bench.names import BASELINE, FLAGS, drafters
 from specdecode.bench.presets import Preset, preset
 from specdecode.bench.report import judged_by
 from specdecode.bench.roofline import roofline
-from specdecode.bench.runs import ArmRecord, Header, Identity, RunFile
+from specdecode.bench.runs.file import read
+from specdecode.bench.runs.names import BASELINE, FLAGS, drafters
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, RunFile
 from specdecode.evals.data import token_prompts
 from specdecode.heads.bound import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT, weights_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdecode.bench.report import Column, Grid, label, title
-from specdecode.bench.runs import RunFile
-from specdecode.bench.stats import Ratio
+from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.statistics import Ratio
 from specdecode.evals.results import MEASURES, QualityRun
 from specdecode.evals.stats import Estimate
 

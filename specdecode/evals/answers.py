@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from specdecode.decode import generate
+from specdecode.decoding.generate import generate
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.evals.data import rows, token_prompts
 from specdecode.evals.perplexity import DecodePath

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from specdecode.backends import check as check_backend
 from specdecode.core.sampling import Sampling
-from specdecode.decode import generate
+from specdecode.decoding.generate import generate
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.drafters.model import ModelDrafter

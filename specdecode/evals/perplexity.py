@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdecode.controllers.base import Controller, FixedK, Limit
 from specdecode.core.tree import DraftTree
-from specdecode.decode import Followed, follow
+from specdecode.decoding.teacher_forced import Followed, follow
 from specdecode.drafters.base import Context, Drafter
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from specdecode.evals.contained import run
+from specdecode.evals.sandbox.contained import run
 
 # A sign stands at the beginning of a number: in "7-3" there is none.
 _NUMBER = re.compile(r"(?P<sign>(?<![\w)])-)?\$?(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)", flags=re.ASCII)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from torch.optim.lr_scheduler import LambdaLR
 
 from specdecode.controllers.base import FixedK
-from specdecode.decode import generate
+from specdecode.decoding.generate import generate
 from specdecode.drafters.head import HeadDrafter
 from specdecode.heads.bound import FittedHead, head_shape, output_rows, signature
 from specdecode.heads.module import Head

@@ -11,7 +11,7 @@ from specdecode.evals.tasks import TASKS
 
 class PassAt1(evaluate.Metric):  # type: ignore[misc]
     """compute(predictions=completions, references=rows of HumanEval): "pass@1", and its 95 % interval. The programs run
-    in a contained process, see `specdecode.evals.contained`."""
+    in a contained process, see `specdecode.evals.sandbox.contained`."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

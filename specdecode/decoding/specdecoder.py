@@ -13,7 +13,7 @@ from torch import Tensor
 from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.result import Generation
 from specdecode.core.sampling import Sampling
-from specdecode.decode import generate_batch
+from specdecode.decoding.generate import generate_batch
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.models.lm import LM

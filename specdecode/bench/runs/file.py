@@ -9,18 +9,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.names import BASELINE
-from specdecode.bench.runs import REHEARSED, ArmRecord, Header, Identity, Row, RunFile
-from specdecode.support.files import slug, write_whole
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import REHEARSED, ArmRecord, Header, Identity, Row, RunFile
+from specdecode.support.files import slug
 
 FORMAT = 3
-_KEY = "specdecode"
+KEY = "specdecode"
 
 # No run is faster or slower than another by more than this, in logarithms: what says so is damaged.
 _MOST_LOG = 20.0
-
-TOLERANCE = 0.05
-"""By how much an arm may become slower, as a share, before the gate closes."""
 
 
 def run_json(run: RunFile) -> dict[str, Any]:
@@ -35,14 +32,14 @@ def read(path: Path) -> RunFile:
     Raises:
         ValueError: it is not a run file that this version can judge; the sentence says why.
     """
-    return parse(_text_of(path), path)
+    return parse(read_text(path), path)
 
 
 def parse(text: str, path: Path) -> RunFile:
     """The same for the text of a file that is not on disk, an earlier revision; the path names it."""
-    content = _json(text, path)
+    content = parse_json(text, path)
     try:
-        head = content[_KEY]
+        head = content[KEY]
         if head["format"] != FORMAT:
             raise ValueError(f"its format is {head['format']!r}, and this version reads {FORMAT}: measure again")
         header = Header(
@@ -68,7 +65,7 @@ def parse(text: str, path: Path) -> RunFile:
     return RunFile(path, header, arms, commit, date, reason)
 
 
-def _text_of(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -77,7 +74,7 @@ def _text_of(path: Path) -> str:
         raise ValueError(f"{path} is not whole: it is no text; measure again") from None
 
 
-def _json(text: str, path: Path) -> Any:
+def parse_json(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError:
@@ -145,41 +142,3 @@ def _text(values: Any, name: str) -> str:
     if not isinstance(value, str) or (name in ("hardware", "dtype", "preset") and value != slug(value)):
         raise ValueError(f"{name} is {value!r}, which is no name")
     return value
-
-
-def bless(path: Path, baselines: Path, reason: str) -> Path:
-    """Write a run to the baselines, with the reason in it.
-
-    Returns:
-        The baseline's file.
-
-    Raises:
-        ValueError: no reason, or the run is none to expect anything by: changes that are not committed, a wrong
-            output, or a machine so unsteady that two runs of the same code differ by more than the gate's tolerance.
-    """
-    run = read(path)
-    if not reason.strip():
-        raise ValueError("the reason is empty: say why this run is what is to be expected")
-    content = _json(_text_of(path), path)
-    if content.get("commit_info", {}).get("dirty") is not False:
-        raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
-    if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
-        raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
-    if run.header.floor > math.log1p(TOLERANCE):
-        raise ValueError(
-            f"{path} was measured where two runs of the same code differ by {math.expm1(run.header.floor):.0%}: quiet"
-            f" the machine or measure more prompts, until it is {TOLERANCE:.0%} at most"
-        )
-    content[_KEY]["reason"] = reason.strip()
-    for private in ("node", "release"):  # a machine's name says nothing about its speed
-        content.get("machine_info", {}).pop(private, None)
-    file = baselines / run.header.identity.file
-    write_whole(file, json.dumps(content, indent=1) + "\n")
-    return file
-
-
-def find(identity: Identity, baselines: Path) -> RunFile | None:
-    """The baseline to judge such a run by: its hardware's, or another machine's, whose counters hold here too."""
-    own = baselines / identity.file
-    others = sorted(baselines.glob(f"*/{identity.file.name}"))
-    return next((read(path) for path in (own, *others) if path.exists()), None)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.names import BASELINE
-from specdecode.bench.stats import Ratio, mean_ratio, noise_floor
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.statistics import Ratio, mean_ratio, noise_floor
 from specdecode.support.files import slug
 
 COUNTERS = {

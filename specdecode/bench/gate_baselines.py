@@ -1,0 +1,52 @@
+"""The runs that others are judged by: bless one, find it again."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from specdecode.bench.runs.file import KEY, parse_json, read, read_text
+from specdecode.bench.runs.records import Identity, RunFile
+from specdecode.support.files import write_whole
+
+TOLERANCE = 0.05
+"""By how much an arm may become slower, as a share, before the gate closes."""
+
+
+def bless(path: Path, baselines: Path, reason: str) -> Path:
+    """Write a run to the baselines, with the reason in it.
+
+    Returns:
+        The baseline's file.
+
+    Raises:
+        ValueError: no reason, or the run is none to expect anything by: changes that are not committed, a wrong
+            output, or a machine so unsteady that two runs of the same code differ by more than the gate's tolerance.
+    """
+    run = read(path)
+    if not reason.strip():
+        raise ValueError("the reason is empty: say why this run is what is to be expected")
+    content = parse_json(read_text(path), path)
+    if content.get("commit_info", {}).get("dirty") is not False:
+        raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
+    if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
+        raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
+    if run.header.floor > math.log1p(TOLERANCE):
+        raise ValueError(
+            f"{path} was measured where two runs of the same code differ by {math.expm1(run.header.floor):.0%}: quiet"
+            f" the machine or measure more prompts, until it is {TOLERANCE:.0%} at most"
+        )
+    content[KEY]["reason"] = reason.strip()
+    for private in ("node", "release"):  # a machine's name says nothing about its speed
+        content.get("machine_info", {}).pop(private, None)
+    file = baselines / run.header.identity.file
+    write_whole(file, json.dumps(content, indent=1) + "\n")
+    return file
+
+
+def find(identity: Identity, baselines: Path) -> RunFile | None:
+    """The baseline to judge such a run by: its hardware's, or another machine's, whose counters hold here too."""
+    own = baselines / identity.file
+    others = sorted(baselines.glob(f"*/{identity.file.name}"))
+    return next((read(path) for path in (own, *others) if path.exists()), None)
