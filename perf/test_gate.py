@@ -2,7 +2,7 @@
 
 import pytest
 
-from specdecode.bench.gate import FAILING, Verdict
+from specdecode.bench.gate.verdicts import FAILING, Verdict
 
 
 def test_gate(judged, bench, request):

@@ -482,8 +482,8 @@ def gate(
     tolerance: Annotated[float | None, typer.Option(help="share by which a time may be worse  [default: 0.05]")] = None,
 ) -> None:
     """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
-    from specdecode.bench.gate import FAILING, judge, tolerance_of
-    from specdecode.bench.gate_baselines import TOLERANCE
+    from specdecode.bench.gate.baselines import TOLERANCE
+    from specdecode.bench.gate.verdicts import FAILING, judge, tolerance_of
     from specdecode.bench.report import verdict_table
     from specdecode.bench.runs.file import read
 
@@ -561,9 +561,9 @@ def report(
 
 def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str, Any]:
     """The title of a run of speeds, and what is told of it: elements of a page, or a text."""
-    from specdecode.bench.gate import judge
-    from specdecode.bench.gate_baselines import find
-    from specdecode.bench.history import history
+    from specdecode.bench.gate.baselines import find
+    from specdecode.bench.gate.history import history
+    from specdecode.bench.gate.verdicts import judge
     from specdecode.bench.page import section
     from specdecode.bench.report import judged_by, latex, markdown, title
     from specdecode.bench.runs.file import read
@@ -729,7 +729,7 @@ def bless(
     baselines: Annotated[Path, typer.Option(help="folder of the baselines")] = Path("baselines"),
 ) -> None:
     """Make a run the baseline of its hardware, models, type and preset."""
-    from specdecode.bench.gate_baselines import bless as make_baseline
+    from specdecode.bench.gate.baselines import bless as make_baseline
 
     typer.echo(f"blessed as {make_baseline(run, baselines, reason)}")
 

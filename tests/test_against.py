@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdecode.bench.against import Quartet, Side, SideBySide, Versions, Worker, dependencies, measure_side_by_side
-from specdecode.bench.arms import Run
+from specdecode.bench.arms.run import Run
 from specdecode.bench.worker import PROTOCOL, serve
 from tests.characters import save
 from tests.spelling import CHARACTERS

@@ -45,7 +45,7 @@ from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import GROUPED, group
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Replay, Static
-from specdecode.bench.arms import make
+from specdecode.bench.arms.arm import make
 from specdecode.bench.measure import classify
 from specdecode.bench.rehearsal import READS
 from specdecode.controllers.base import Controller

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from specdecode import cli
-from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
-from specdecode.bench.gate_baselines import bless, find
+from specdecode.bench.gate.baselines import bless, find
+from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 

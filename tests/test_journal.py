@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specdecode.bench.arms import Arm, Run
+from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.run import Run
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import Results, experiment
 from tests.models import lm, prompt

@@ -34,7 +34,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT_TRANSFORMERS = (
     "backends/grouped_attention.py",
     "backends/__init__.py",
-    "bench/arms.py",
+    "bench/arms/",
     "evals/",
     "models/",
     "training/",

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from specdecode import FixedK, Generation, PromptLookup, SinkWindow, generate
-from specdecode.bench.arms import Run, make
+from specdecode.bench.arms.arm import make
+from specdecode.bench.arms.run import Run
 from specdecode.bench.journal import open_journal
 from specdecode.bench.measure import Block, Results, experiment
 from specdecode.bench.presets import preset
@@ -190,7 +191,7 @@ def test_the_report_has_a_row_for_each_part() -> None:
 
 
 def _no_history():  # type: ignore[no-untyped-def]
-    from specdecode.bench.history import History
+    from specdecode.bench.gate.history import History
 
     return History([], "none")
 

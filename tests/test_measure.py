@@ -14,7 +14,8 @@ from torch import nn
 
 from specdecode import LM, Costs, TokenizerMismatchError, generate
 from specdecode.bench import presets
-from specdecode.bench.arms import Arm, Run, make
+from specdecode.bench.arms.arm import Arm, make
+from specdecode.bench.arms.run import Run
 from specdecode.bench.measure import Results, classify, experiment, row_of
 from specdecode.bench.presets import preset
 from specdecode.bench.report import markdown, speed_table
@@ -328,7 +329,7 @@ def test_arms_draft_as_long_as_their_controllers_say(monkeypatch: pytest.MonkeyP
         measured.append(of)
         return Costs({1: 1.0}, {Limit(1): Draft(1, 0.0), Limit(5): Draft(5, 0.0)})
 
-    monkeypatch.setattr("specdecode.bench.arms.measure_costs", measure)
+    monkeypatch.setattr("specdecode.bench.arms.arm.measure_costs", measure)
     entries = {"ar": {}, "fixed": {"drafter": "lookup", "k": 5}}
     entries |= {kind: {"drafter": "model", "controller": kind} for kind in ("adaptive", "cost-aware")}
     arms = [make(name, options, target, target.subset([0])) for name, options in entries.items()]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from specdecode.bench.elements import document
-from specdecode.bench.history import History
+from specdecode.bench.gate.history import History
 from specdecode.bench.model import acceptance, chain_speedup, expected_tokens, modelled, study_speedup
 from specdecode.bench.page import section
 from specdecode.bench.report import LIMITS, by_model, latex, limits, markdown

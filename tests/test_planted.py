@@ -25,9 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdecode import LM, DraftTree, ModelDrafter, PromptLookup
-from specdecode.bench.arms import Run, make
-from specdecode.bench.blame import PARTS, Blame, blame
-from specdecode.bench.gate import FAILING, Judgement, Verdict, judge
+from specdecode.bench.arms.arm import make
+from specdecode.bench.arms.run import Run
+from specdecode.bench.gate.blame import PARTS, Blame, blame
+from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
 from specdecode.bench.measure import Results, experiment
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.controllers.base import FixedK, Limit

@@ -11,7 +11,7 @@ import pytest
 
 from specdecode.bench import session
 from specdecode.bench.elements import document
-from specdecode.bench.history import History
+from specdecode.bench.gate.history import History
 from specdecode.bench.measure import Block
 from specdecode.bench.page import section
 from specdecode.bench.presets import preset

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from specdecode import cli
-from specdecode.bench.history import history
+from specdecode.bench.gate.history import history
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 

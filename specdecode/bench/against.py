@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from specdecode.bench.arms import Run
+from specdecode.bench.arms.run import Run
 from specdecode.bench.measure import REHEARSED_TOKENS, Check, row_of
 from specdecode.bench.presets import parse
 from specdecode.bench.runs.names import BASELINE

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.arms import Arm, make
+from specdecode.bench.arms.arm import Arm, make
 from specdecode.bench.measure import REHEARSED_TOKENS, Block, Results, measure_block
 from specdecode.bench.recommend import is_hopeless
 from specdecode.bench.rehearsal import rehearse

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.arms import Run
+from specdecode.bench.arms.run import Run
 from specdecode.bench.measure import Block
 from specdecode.support.files import write_whole
 

@@ -13,7 +13,8 @@ from typing import Literal
 
 import torch
 
-from specdecode.bench.arms import Arm, Run
+from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.run import Run
 from specdecode.bench.rehearsal import rehearse
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Row, digest

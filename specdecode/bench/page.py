@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from specdecode.bench.blame import Blame
 from specdecode.bench.elements import Element, element, grid_table, head_cell, scrolling, tile
-from specdecode.bench.gate import FAILING, Judgement, Verdict
-from specdecode.bench.history import History
+from specdecode.bench.gate.blame import Blame
+from specdecode.bench.gate.history import History
+from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
 from specdecode.bench.methods import is_peer, places
 from specdecode.bench.report import (
     LIMITS,

@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from specdecode.bench.gate_baselines import TOLERANCE
-from specdecode.bench.lines import code
+from specdecode.bench.arms.snippet import code
+from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.report import LOOPS, Column, Grid, cells, drafts, label, outputs, rich_table, title
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE, drafters
 from specdecode.bench.runs.records import ArmRecord, Row, RunFile

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from specdecode.bench.arms import Arm
+from specdecode.bench.arms.arm import Arm
 
 READS = frozenset(
     {

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from specdecode.bench.blame import PARTS, blame
-from specdecode.bench.gate import Judgement, Verdict
-from specdecode.bench.history import History
+from specdecode.bench.gate.blame import PARTS, blame
+from specdecode.bench.gate.history import History
+from specdecode.bench.gate.verdicts import Judgement, Verdict
 from specdecode.bench.model import modelled
 from specdecode.bench.runs.names import BASELINE, FLAGS, PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile

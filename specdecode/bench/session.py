@@ -9,9 +9,9 @@ from typing import Literal
 
 from specdecode.backends import check as check_backend
 from specdecode.bench.against import Worker, arms_at, dependencies, measure_side_by_side, versions
-from specdecode.bench.arms import make
-from specdecode.bench.gate import AGAINST_TOLERANCE, Judgement, Verdict, judge, tolerance_of
-from specdecode.bench.gate_baselines import TOLERANCE, find
+from specdecode.bench.arms.arm import make
+from specdecode.bench.gate.baselines import TOLERANCE, find
+from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, Judgement, Verdict, judge, tolerance_of
 from specdecode.bench.journal import code, open_journal
 from specdecode.bench.measure import experiment
 from specdecode.bench.presets import Preset, preset

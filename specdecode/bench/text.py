@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from specdecode.bench.arms import Run
+from specdecode.bench.arms.run import Run
 from specdecode.models.lm import LM
 
 _NGRAM = 4

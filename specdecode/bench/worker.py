@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from specdecode.bench.arms import Arm, make
+from specdecode.bench.arms.arm import Arm, make
 from specdecode.bench.measure import classify, timed
 from specdecode.bench.rehearsal import rehearse
 from specdecode.bench.roofline import roofline

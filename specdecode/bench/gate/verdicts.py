@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
 
-from specdecode.bench.blame import Blame, blame
-from specdecode.bench.gate_baselines import TOLERANCE
+from specdecode.bench.gate.baselines import TOLERANCE
+from specdecode.bench.gate.blame import Blame, blame
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
 from specdecode.bench.runs.records import COUNTERS, REHEARSED, RunFile
 from specdecode.bench.runs.statistics import Ratio, detectable, mean_ratio

@@ -1,0 +1,97 @@
+"""transformers' own decoding, as arms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from specdecode.bench.arms.run import Run, timed_call
+from specdecode.models.lm import LM
+
+
+def peer_run(
+    kind: str,
+    options: dict[str, Any],
+    target: LM,
+    draft: LM | None,
+    lengths: Sequence[int],
+    stop_token_ids: Sequence[int],
+) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
+    """transformers' own decoding of the same modules, its settings those of the arm that it is compared with."""
+    # Its advice on the settings below would break into the progress of the run.
+    transformers.logging.set_verbosity_error()
+    settings: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    if kind == "assisted":
+        assert draft is not None
+        arguments["assistant_model"] = draft.model
+        draft_settings = {
+            "num_assistant_tokens": options.pop("k", 5),
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": options.pop("confidence", 0.0),
+        }
+    elif kind == "prompt-lookup":
+        settings = {"prompt_lookup_num_tokens": options.pop("k", 5), "max_matching_ngram_size": options.pop("ngram", 2)}
+        draft_settings = {}
+    elif kind == "generate":
+        draft_settings = {}
+    else:
+        raise ValueError(f"no peer is named {kind!r}: choose from generate, assisted, prompt-lookup")
+
+    def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
+        # What a configuration leaves open, transformers takes from the model: a bare one keeps stop tokens off.
+        target.model.generation_config = GenerationConfig(pad_token_id=0)
+        if draft is not None and draft_settings:
+            draft.model.generation_config = GenerationConfig(pad_token_id=0, **draft_settings)
+        configuration = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=list(stop_token_ids) or None,
+            **settings,
+        )
+        ids = torch.tensor([list(prompt)], device=target.device)
+        clock = _Clock()
+        started = time.perf_counter()
+        output, total = timed_call(
+            target,
+            lambda: target.model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=configuration,
+                streamer=clock,
+                **arguments,
+            ),
+        )
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        ttft_s = clock.times[1] - started
+
+        def cut(length: int) -> Run:
+            steps = next(step for step, written in enumerate(clock.written) if written >= length)
+            return Run(tokens[:length], clock.times[steps] - started, ttft_s, {"steps": steps})
+
+        cuts = [cut(length) for length in lengths if length < len(tokens)]
+        return Run(tokens, total, ttft_s, {"steps": len(clock.times) - 1}, cuts=cuts)
+
+    return run
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens come, and how many have come by then; the first that it is given is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.written: list[int] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+        self.written.append(self.written[-1] + value.numel() if self.written else 0)
+
+    def end(self) -> None:
+        pass
