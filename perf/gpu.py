@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 
 from rich.console import Console
 
-from specdecode.bench.report import Column, Grid, markdown_table, rich_table
+from specdecode.bench.report.grid import Column, Grid, rich_table
+from specdecode.bench.report.markdown import markdown_table
 from specdecode.bench.runs.file import read
 from specdecode.cli import Format, report
 from specdecode.support.files import write_whole

@@ -2,7 +2,7 @@
 
 import pytest
 
-from specdecode.bench.replay import clock, replay
+from specdecode.bench.measure.replay import clock, replay
 
 
 @pytest.mark.benchmark(timer=clock, group="speed")

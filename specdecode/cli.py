@@ -403,7 +403,7 @@ def _check_up() -> None:
 
     import torch
 
-    from specdecode.bench.roofline import copy_bandwidth
+    from specdecode.bench.measure.bandwidth import copy_bandwidth
     from specdecode.models.embedded import EMBEDDED, cache_folder
 
     table = _versions()
@@ -428,7 +428,7 @@ def _check_up() -> None:
 
 def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
     from specdecode import load
-    from specdecode.bench.reach import WIDER, measure_reach
+    from specdecode.bench.measure.roofline import WIDER, measure_reach
 
     model = load(name, device=device, dtype=dtype, backend="eager")
     with progress("rounds") as tell:
@@ -484,7 +484,7 @@ def gate(
     """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
     from specdecode.bench.gate.baselines import TOLERANCE
     from specdecode.bench.gate.verdicts import FAILING, judge, tolerance_of
-    from specdecode.bench.report import verdict_table
+    from specdecode.bench.report.tables import verdict_table
     from specdecode.bench.runs.file import read
 
     judgements = judge(read(new), read(old), tolerance_of(tolerance, TOLERANCE))
@@ -526,7 +526,7 @@ def report(
 ) -> None:
     """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history; or quality and what it costs.
     With --figures what is written is told in place of the text, which then needs --out."""
-    from specdecode.bench.elements import document
+    from specdecode.bench.report.elements import document
     from specdecode.bench.runs.file import read
     from specdecode.evals.results import is_run
     from specdecode.support.files import write_whole
@@ -564,8 +564,10 @@ def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str,
     from specdecode.bench.gate.baselines import find
     from specdecode.bench.gate.history import history
     from specdecode.bench.gate.verdicts import judge
-    from specdecode.bench.page import section
-    from specdecode.bench.report import judged_by, latex, markdown, title
+    from specdecode.bench.report.captions import judged_by, title
+    from specdecode.bench.report.html import section
+    from specdecode.bench.report.latex import latex
+    from specdecode.bench.report.markdown import markdown
     from specdecode.bench.runs.file import read
 
     run = read(path)
@@ -611,8 +613,8 @@ def _draw(runs: Mapping[Path, bool], speed: RunFile | None, folder: Path) -> Non
     from specdecode.evals.results import read as read_quality
 
     try:
-        from specdecode.bench.figures import write
         from specdecode.bench.quality_figures import write as write_quality
+        from specdecode.bench.report.figures import write
     except ImportError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'specdecode[figures]'") from error
     folders = [folder / run.stem if len(runs) > 1 else folder for run in runs]
@@ -655,9 +657,9 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="write it for programs")] = False,
 ) -> None:
     """Tell what to use for throughput, memory, both and long texts, and why: by runs, or by what is measured now."""
-    from specdecode.bench.recommend import as_json as json_of
-    from specdecode.bench.recommend import recommend as advise
-    from specdecode.bench.recommend import told
+    from specdecode.bench.report.recommend import as_json as json_of
+    from specdecode.bench.report.recommend import recommend as advise
+    from specdecode.bench.report.recommend import told
     from specdecode.bench.runs.file import read
 
     measuring = {
@@ -678,8 +680,8 @@ def recommend(
             raise ValueError(f"{given[0]} is of no use without --target: leave it out")
         found = [(run, advise(run)) for run in map(read, runs or [])]
     else:
-        from specdecode.bench.budget import measure_within
-        from specdecode.bench.session import Options
+        from specdecode.bench.measure.time_boxed import measure_within
+        from specdecode.bench.options import Options
 
         options = Options(
             root=Path(),

@@ -14,9 +14,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdecode.bench.against import Quartet, Side, SideBySide, Versions, Worker, dependencies, measure_side_by_side
 from specdecode.bench.arms.run import Run
-from specdecode.bench.worker import PROTOCOL, serve
+from specdecode.bench.measure.side_by_side import (
+    PROTOCOL,
+    Quartet,
+    Side,
+    SideBySide,
+    Versions,
+    Worker,
+    dependencies,
+    measure_side_by_side,
+)
+from specdecode.bench.worker import serve
 from tests.characters import save
 from tests.spelling import CHARACTERS
 from tests.test_suites import ROOT, run

@@ -46,8 +46,8 @@ from specdecode.backends.grouped_attention import GROUPED, group
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Replay, Static
 from specdecode.bench.arms.arm import make
-from specdecode.bench.measure import classify
-from specdecode.bench.rehearsal import READS
+from specdecode.bench.measure.check import classify
+from specdecode.bench.measure.counters import READS
 from specdecode.controllers.base import Controller
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.drafters.base import Drafter

@@ -15,7 +15,7 @@ import torch
 
 import specdecode
 from specdecode import cli, generate, load
-from specdecode.bench import reach
+from specdecode.bench.measure import roofline as reach
 from tests.characters import save
 from tests.fake_clock import Cost, FakeClock, charged
 from tests.models import ARCHITECTURES, build, continuation

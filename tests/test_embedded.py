@@ -16,7 +16,7 @@ from specdecode import (
     load,
     load_head,
 )
-from specdecode.bench.measure import classify
+from specdecode.bench.measure.check import classify
 from specdecode.drafters.base import Drafter
 from specdecode.heads.bound import FittedHead, shipped_head, untrained
 from specdecode.heads.formats import read_head

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from specdecode import LM
-from specdecode.bench.rehearsal import HostReads, peak_memory
-from specdecode.bench.roofline import roofline
+from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.counters import HostReads, peak_memory
 from specdecode.bench.runs.records import Header, Identity
 from specdecode.support.environment import conditions, environment
 from tests.models import ARCHITECTURES, build
@@ -84,7 +84,7 @@ def test_peak_memory_is_the_most_that_was_held_at_once(capfd: pytest.CaptureFixt
 
 def test_the_roofline_counts_what_a_forward_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against an embedding counted as read whole, or a tied one forgotten."""
-    monkeypatch.setattr("specdecode.bench.roofline.copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("specdecode.bench.measure.bandwidth.copy_bandwidth", lambda device: 1e9)
     for ties in (True, False):
         target = LM(build(ARCHITECTURES["llama"] | {"tie_word_embeddings": ties}))
         embedding = target.model.get_input_embeddings().weight

@@ -22,12 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from specdecode import cli
-from specdecode.bench.drawing import in_print, looks, rendered
-from specdecode.bench.figures import draw
-from specdecode.bench.methods import COLOURS, METHODS, PLAIN
-from specdecode.bench.model import modelled
-from specdecode.bench.page import section
-from specdecode.bench.report import latex_table_1
+from specdecode.bench.report.drawing import in_print, looks, rendered
+from specdecode.bench.report.figures import draw
+from specdecode.bench.report.html import section
+from specdecode.bench.report.latex import latex_table_1
+from specdecode.bench.report.palette import COLOURS, METHODS, PLAIN
+from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.file import parse, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
@@ -545,7 +545,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
         assert call(monkeypatch, *arguments) == 2
         assert said in (told := capsys.readouterr().err)
         assert told.count("\n") == 1
-    monkeypatch.delitem(sys.modules, "specdecode.bench.figures")
+    monkeypatch.delitem(sys.modules, "specdecode.bench.report.figures")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert call(monkeypatch, file, "--figures", tmp_path / "figures") == 2
     told = capsys.readouterr().err

@@ -42,9 +42,9 @@ from specdecode import (
 from specdecode.backends import Backend
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Static
-from specdecode.bench import session
 from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.snippet import code
+from specdecode.bench.measure import session
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng

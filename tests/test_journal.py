@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
-from specdecode.bench.journal import code, open_journal
-from specdecode.bench.measure import Results, experiment
+from specdecode.bench.measure.experiment import Results, experiment
+from specdecode.bench.measure.journal import code, open_journal
 from tests.models import lm, prompt
 
 PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
@@ -27,7 +27,7 @@ def _quick_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
         arm.run(*arguments)
         return {}
 
-    monkeypatch.setattr("specdecode.bench.measure.rehearse", rehearse)
+    monkeypatch.setattr("specdecode.bench.measure.experiment.rehearse", rehearse)
 
 
 class Interrupted:
@@ -99,10 +99,10 @@ def test_without_resume_a_run_starts_anew(tmp_path: Path) -> None:
 
 def test_the_code_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against an edit between a run and its resumption."""
-    package = tmp_path / "specdecode" / "bench"
+    package = tmp_path / "specdecode" / "bench" / "measure"
     package.mkdir(parents=True)
     (package / "journal.py").write_text("a = 1")
-    monkeypatch.setattr("specdecode.bench.journal.__file__", str(package / "journal.py"))
+    monkeypatch.setattr("specdecode.bench.measure.journal.__file__", str(package / "journal.py"))
     before = code()
     (package / "journal.py").write_text("a = 2")
     assert code() != before

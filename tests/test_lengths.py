@@ -16,13 +16,15 @@ import torch
 from specdecode import FixedK, Generation, PromptLookup, SinkWindow, generate
 from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.run import Run
-from specdecode.bench.journal import open_journal
-from specdecode.bench.measure import Block, Results, experiment
+from specdecode.bench.measure.experiment import Block, Results, experiment
+from specdecode.bench.measure.journal import open_journal
+from specdecode.bench.measure.output_stats import own_losses, repeated, told
 from specdecode.bench.presets import preset
-from specdecode.bench.report import by_part, markdown, outputs
+from specdecode.bench.report.captions import outputs
+from specdecode.bench.report.markdown import markdown
+from specdecode.bench.report.tables import by_part
 from specdecode.bench.runs.file import parse, run_json
 from specdecode.bench.runs.records import Header, Identity, RunFile
-from specdecode.bench.text import own_losses, repeated, told
 from tests.models import lm, prompt
 
 LENGTH, SHORTER = 24, (7, 15)

@@ -16,11 +16,14 @@ from specdecode import LM, Costs, TokenizerMismatchError, generate
 from specdecode.bench import presets
 from specdecode.bench.arms.arm import Arm, make
 from specdecode.bench.arms.run import Run
-from specdecode.bench.measure import Results, classify, experiment, row_of
+from specdecode.bench.measure.check import classify
+from specdecode.bench.measure.experiment import Results, experiment, row_of
+from specdecode.bench.measure.session import measure
+from specdecode.bench.options import Options
 from specdecode.bench.presets import preset
-from specdecode.bench.report import markdown, speed_table
+from specdecode.bench.report.markdown import markdown
+from specdecode.bench.report.tables import speed_table
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, RunFile
-from specdecode.bench.session import Options, measure
 from specdecode.controllers.base import Limit
 from specdecode.controllers.cost_aware import Draft
 from specdecode.heads import bound as fitting

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from specdecode.bench.elements import document
 from specdecode.bench.gate.history import History
-from specdecode.bench.model import acceptance, chain_speedup, expected_tokens, modelled, study_speedup
-from specdecode.bench.page import section
-from specdecode.bench.report import LIMITS, by_model, latex, limits, markdown
+from specdecode.bench.report.captions import LIMITS
+from specdecode.bench.report.elements import document
+from specdecode.bench.report.html import section
+from specdecode.bench.report.latex import latex
+from specdecode.bench.report.markdown import markdown
+from specdecode.bench.report.speedup_model import acceptance, chain_speedup, expected_tokens, modelled, study_speedup
+from specdecode.bench.report.tables import by_model, limits
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
 ALPHAS = [Fraction(0), Fraction(1, 3), Fraction(4, 5), Fraction(1)]

@@ -29,7 +29,7 @@ from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.run import Run
 from specdecode.bench.gate.blame import PARTS, Blame, blame
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
-from specdecode.bench.measure import Results, experiment
+from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.controllers.base import FixedK, Limit
 from specdecode.core.slots import Slots

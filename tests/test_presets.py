@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 
-from specdecode.bench import session
-from specdecode.bench.elements import document
 from specdecode.bench.gate.history import History
-from specdecode.bench.measure import Block
-from specdecode.bench.page import section
+from specdecode.bench.measure import session
+from specdecode.bench.measure.experiment import Block
+from specdecode.bench.measure.session import measure
+from specdecode.bench.options import Options
 from specdecode.bench.presets import preset
-from specdecode.bench.report import latex, markdown, title
+from specdecode.bench.report.captions import title
+from specdecode.bench.report.elements import document
+from specdecode.bench.report.html import section
+from specdecode.bench.report.latex import latex
+from specdecode.bench.report.markdown import markdown
 from specdecode.bench.runs.file import parse, run_json
-from specdecode.bench.session import Options, measure
 
 PRESETS = ("quick", "full", "comprehensive", "long-sequence", "sweep", "int8", "streaming")
 

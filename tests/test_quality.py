@@ -14,8 +14,8 @@ import torch
 
 from specdecode import LM
 from specdecode.bench import quality
+from specdecode.bench.options import Options
 from specdecode.bench.quality_report import costs, markdown, notes, retrieval, scores
-from specdecode.bench.session import Options
 from specdecode.evals.arms import Shuffled, make, quality_preset
 from specdecode.evals.needle import Found
 from specdecode.evals.perplexity import negative_log_likelihoods

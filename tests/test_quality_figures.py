@@ -16,10 +16,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from specdecode.bench.drawing import cache_looks, looks, rendered
-from specdecode.bench.methods import COLOURS, PLAIN, POLICIES
 from specdecode.bench.quality_figures import draw
 from specdecode.bench.quality_report import margins, markdown, title
+from specdecode.bench.report.drawing import cache_looks, looks, rendered
+from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.bench.tradeoff import NOTHING, about_speed, against_speed, tradeoff
 from specdecode.evals.results import Answer, Document, QualityRun, Sought, Trace, judge, write

@@ -21,8 +21,8 @@ from specdecode import (
     generate,
     load,
 )
-from specdecode.bench.measure import classify
-from specdecode.bench.roofline import roofline
+from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.check import classify
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.models.architectures import SHAPES
 from specdecode.models.quantize import quantizer
@@ -226,7 +226,7 @@ def test_weights_are_counted_as_they_are_stored(
     # A byte a weight, and a scale of four and a zero point of one a channel.
     rough = target.quantized("int8")
     assert rough.weight_bytes == weights + 5 * channels + rest
-    monkeypatch.setattr("specdecode.bench.roofline.copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("specdecode.bench.measure.bandwidth.copy_bandwidth", lambda device: 1e9)
     unread = 0 if ties else 97 * 24 * dtype.itemsize
     assert roofline(rough) == pytest.approx(1e9 / (rough.weight_bytes - unread))
 

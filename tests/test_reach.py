@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from specdecode import LM, UnsupportedModelError
-from specdecode.bench import reach as reaching
-from specdecode.bench.reach import measure_reach
+from specdecode.bench.measure import roofline as reaching
+from specdecode.bench.measure.roofline import measure_reach
 from tests.fake_clock import Cost, FakeClock, charged
 from tests.models import ARCHITECTURES, build
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from specdecode import cli, load
-from specdecode.bench import budget
 from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.snippet import code
-from specdecode.bench.recommend import Advice, Recommendation, is_hopeless, recommend, sentences
+from specdecode.bench.measure import time_boxed as budget
+from specdecode.bench.report.recommend import Advice, Recommendation, is_hopeless, recommend, sentences
 from specdecode.bench.runs.file import parse, read, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.evals.data import token_prompts

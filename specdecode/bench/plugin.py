@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from specdecode.bench.measure.session import Bench
+    from specdecode.bench.options import Options
     from specdecode.bench.quality import Quality
-    from specdecode.bench.session import Bench, Options
     from specdecode.models.lm import LM
 
 _TABLE_WIDTH = 145
@@ -152,7 +153,7 @@ def target(request: pytest.FixtureRequest) -> LM:
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Bench:
     """What was measured of the arms whose tests were selected, and the verdicts on it."""
-    from specdecode.bench.session import measure
+    from specdecode.bench.measure.session import measure
 
     config = request.config
     parameters = _parameters(request)
@@ -211,7 +212,7 @@ def _one_sentence() -> Iterator[None]:
 
 
 def _options(config: pytest.Config) -> Options:
-    from specdecode.bench.session import Options
+    from specdecode.bench.options import Options
 
     return Options(root=config.rootpath, **{field.name: config.getoption(field.name) for field in fields(Options)[1:]})
 
@@ -226,7 +227,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from rich.console import Console
 
-    from specdecode.bench.report import markdown, speed_table, verdict_table
+    from specdecode.bench.report.markdown import markdown
+    from specdecode.bench.report.tables import speed_table, verdict_table
 
     text = io.StringIO()
     console = Console(file=text, width=_TABLE_WIDTH, force_terminal=terminalreporter.hasmarkup)
@@ -247,7 +249,7 @@ def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) ->
     from rich.console import Console
 
     from specdecode.bench.quality_report import costs, markdown, notes, retrieval, scores
-    from specdecode.bench.report import rich_table
+    from specdecode.bench.report.grid import rich_table
     from specdecode.support.files import write_whole
 
     text = io.StringIO()

@@ -9,11 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from specdecode.support.git import git
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+import sys
 
 _TINY_TOKENS, _TINY_PROMPT = 12, 40
 # By how much caches are made smaller: the least of the presets' then still holds the sinks and their deepest draft.
@@ -82,3 +85,12 @@ def parse(text: str, name: str) -> Preset:
         return Preset(**tomllib.loads(text))
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None
+
+
+def arms_at(root: Path, ref: str, preset: str) -> list[str]:
+    """The preset's arms at another commit; none if it did not have the preset."""
+    path = preset if preset.endswith(".toml") else f"specdecode/bench/presets/{preset}.toml"
+    try:
+        return list(parse(git("show", f"{ref}:./{path}", root=root), preset).arms)
+    except ValueError:
+        return []

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.backends import check as check_backend
-from specdecode.bench.journal import code, open_lines
+from specdecode.bench.measure.journal import code, open_lines
+from specdecode.bench.options import Options
 from specdecode.bench.runs.names import margins_file
-from specdecode.bench.session import Options
 from specdecode.evals.answers import Problem, answer, problems
 from specdecode.evals.arms import QualityPreset, make, quality_preset
 from specdecode.evals.data import NotAtHandError, documents, token_prompts

@@ -12,7 +12,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from specdecode.bench.drawing import (
+from specdecode.bench.quality_report import title
+from specdecode.bench.report.captions import label
+from specdecode.bench.report.drawing import (
     COLUMN,
     PAGE,
     Look,
@@ -27,9 +29,7 @@ from specdecode.bench.drawing import (
     save,
     text,
 )
-from specdecode.bench.figures import how_drawn, name_axes, panels_of, pareto_front
-from specdecode.bench.quality_report import title
-from specdecode.bench.report import label
+from specdecode.bench.report.figures import how_drawn, name_axes, panels_of, pareto_front
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Ratio
 from specdecode.bench.tradeoff import tradeoff

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 
-from specdecode.bench.elements import Element, element, grid_table, scrolling, tile
 from specdecode.bench.quality_report import costs, margins, notes, retrieval, scores, title, unexpected
+from specdecode.bench.report.elements import Element, element, grid_table, scrolling, tile
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.tradeoff import about_speed, against_speed
 from specdecode.evals.results import Judgement, QualityRun

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from specdecode.bench.report import PACKAGES, Column, Grid, as_markdown, latex_table, markdown_table
+from specdecode.bench.report.grid import Column, Grid
+from specdecode.bench.report.latex import PACKAGES, latex_table
+from specdecode.bench.report.markdown import as_markdown, markdown_table
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.tradeoff import about_speed, against_speed
 from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, Judgement, QualityRun

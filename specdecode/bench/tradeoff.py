@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specdecode.bench.report import Column, Grid, label, title
+from specdecode.bench.report.captions import label, title
+from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Ratio
 from specdecode.evals.results import MEASURES, QualityRun

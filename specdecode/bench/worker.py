@@ -1,7 +1,7 @@
 """One version of this package in a process of its own, measuring on demand: `python -m specdecode.bench.worker`.
 
 Requests come as JSON objects, one a line, on the standard input, and each is answered by one line on the standard
-output. Versions talk to each other through this, so the requests change only together with `PROTOCOL`.
+output. Versions talk to each other through this, so the requests change only together with `side_by_side.PROTOCOL`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 from specdecode.bench.arms.arm import Arm, make
-from specdecode.bench.measure import classify, timed
-from specdecode.bench.rehearsal import rehearse
-from specdecode.bench.roofline import roofline
+from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.check import classify
+from specdecode.bench.measure.counters import rehearse
+from specdecode.bench.measure.experiment import timed
+from specdecode.bench.measure.side_by_side import PROTOCOL
 from specdecode.core.errors import SpecDecodeError
 from specdecode.evals.data import token_prompts
 from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
 from specdecode.models.loading import load
 from specdecode.support.environment import environment
-
-PROTOCOL = 3
 
 
 class Worker:

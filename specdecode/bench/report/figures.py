@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from specdecode.bench.drawing import (
+from specdecode.bench.report.captions import LOOPS, drafts, label, title
+from specdecode.bench.report.drawing import (
     BAND,
     COLUMN,
     PAGE,
@@ -28,9 +29,9 @@ from specdecode.bench.drawing import (
     save,
     text,
 )
-from specdecode.bench.methods import PLAIN, alike, is_peer, method, settings, shared_name
-from specdecode.bench.model import modelled
-from specdecode.bench.report import LOOPS, drafts, label, latex_table_1, title
+from specdecode.bench.report.latex import latex_table_1
+from specdecode.bench.report.palette import PLAIN, alike, is_peer, method, settings, shared_name
+from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Ratio

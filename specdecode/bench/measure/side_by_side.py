@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from specdecode.bench.arms.run import Run
-from specdecode.bench.measure import REHEARSED_TOKENS, Check, row_of
-from specdecode.bench.presets import parse
+from specdecode.bench.measure.check import Check
+from specdecode.bench.measure.experiment import REHEARSED_TOKENS, row_of
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, digest
 from specdecode.bench.runs.statistics import Ratio, mean_ratio, noise_floor
-from specdecode.bench.worker import PROTOCOL
 from specdecode.support.git import git
+
+PROTOCOL = 3
+"""Version of the requests to a worker and of its answers."""
 
 _WORKER = Path("specdecode") / "bench" / "worker.py"
 
@@ -358,15 +360,6 @@ def _checked(both: Versions, arm: str, prompt: list[int], expected: list[int], r
 
     first, second = runs
     return Side((first, second), (check(first.tokens), check(second.tokens)))
-
-
-def arms_at(root: Path, ref: str, preset: str) -> list[str]:
-    """The preset's arms at another commit; none if it did not have the preset."""
-    path = preset if preset.endswith(".toml") else f"specdecode/bench/presets/{preset}.toml"
-    try:
-        return list(parse(git("show", f"{ref}:./{path}", root=root), preset).arms)
-    except ValueError:
-        return []
 
 
 def dependencies(root: Path, ref: str) -> list[str]:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from itertools import chain
 from xml.etree import ElementTree
 
-from specdecode.bench.report import Grid
+from specdecode.bench.report.grid import Grid
 
 Element = ElementTree.Element
 
@@ -24,7 +24,7 @@ def document(title: str, *sections: Iterable[Element]) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("title", title),
-        element("style", files("specdecode.bench").joinpath("page.css").read_text(encoding="utf-8")),
+        element("style", files("specdecode.bench.report").joinpath("page.css").read_text(encoding="utf-8")),
     )
     body = element("body", element("main", *chain.from_iterable(sections)))
     root = element("html", head, body, lang="en")

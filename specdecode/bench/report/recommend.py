@@ -14,7 +14,8 @@ from rich.text import Text
 
 from specdecode.bench.arms.snippet import code
 from specdecode.bench.gate.baselines import TOLERANCE
-from specdecode.bench.report import LOOPS, Column, Grid, cells, drafts, label, outputs, rich_table, title
+from specdecode.bench.report.captions import LOOPS, cells, drafts, label, outputs, title
+from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE, drafters
 from specdecode.bench.runs.records import ArmRecord, Row, RunFile
 from specdecode.bench.runs.statistics import Ratio, simultaneous_ratio

@@ -9,29 +9,21 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Literal
-
-import torch
 
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
-from specdecode.bench.rehearsal import rehearse
+from specdecode.bench.measure.check import Check, classify
+from specdecode.bench.measure.counters import rehearse
+from specdecode.bench.measure.output_stats import own_losses, told
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Row, digest
 from specdecode.bench.runs.statistics import noise_floor
-from specdecode.bench.text import own_losses, told
 from specdecode.drafters.base import common_prefix
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
-from specdecode.policies.keep_all import KeepAll
-
-Check = Literal["equal", "tie", "bug"]
 
 REHEARSED_TOKENS = 16
 """Length of the untimed run of each arm."""
-
-# Widths of verification whose rounding is looked at where an output leaves the baseline's.
-_VERIFIED_ROWS = (2, 6, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,41 +266,3 @@ def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int])
         return arm.run(prompt, length, expected)
     finally:
         gc.enable()
-
-
-@torch.inference_mode()
-def classify(
-    target: LM,
-    prompt: Sequence[int],
-    expected: Sequence[int],
-    got: Sequence[int],
-    policy: CachePolicy = KeepAll(),
-) -> Check:
-    """Whether an output is the expected one; if not, whether the target was undecided where they part.
-
-    Kernels for one row and for several round differently, and what differs stays in the cache. The difference that this
-    makes to the logits is measured at the very place, by reading the text there token by token and in wider pieces: a
-    choice between two tokens that lie closer than it is a tie, all else is a bug.
-    """
-    if list(expected) == list(got):
-        return "equal"
-    parted = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
-    if parted is None:
-        return "bug"  # not the asked length
-    *text, root = [*prompt, *expected[:parted]]
-
-    def logits(rows: int) -> torch.Tensor:
-        slots = target.new_slots(len(text) + rows)
-        start = max(len(prompt) - rows, 0)
-        pieces = [text[:start], *(text[place : place + rows] for place in range(start, len(text), rows))]
-        with target.recording_for(policy):
-            for piece in filter(None, pieces):
-                target.read(slots, piece, policy)
-            target.evict(slots, policy)
-            # Behind the root stand rejected proposals, whichever.
-            return target.forward(slots, torch.tensor([root] + [0] * (rows - 1)), rows=rows)[0].double()
-
-    one = logits(1)
-    noise = max((one - logits(rows)).abs().max().item() for rows in _VERIFIED_ROWS)
-    margin = abs(one[expected[parted]] - one[got[parted]]).item()
-    return "tie" if margin <= 2 * noise else "bug"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
-from specdecode.bench.methods import alike, is_peer, method, shared_name
+from specdecode.bench.report.palette import alike, is_peer, method, shared_name
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.bench.runs.statistics import Ratio

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from specdecode.bench.methods import COLOURS, PLAIN, POLICIES, alike, is_peer, method, places
+from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES, alike, is_peer, method, places
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.support.files import write_whole

@@ -6,26 +6,18 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from specdecode.bench.elements import Element, element, grid_table, head_cell, scrolling, tile
 from specdecode.bench.gate.blame import Blame
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
-from specdecode.bench.methods import is_peer, places
-from specdecode.bench.report import (
-    LIMITS,
-    MEMORY,
-    MODEL,
-    Grid,
+from specdecode.bench.report.captions import LIMITS, MEMORY, MODEL, command, drafts, failing_first, label, models, notes
+from specdecode.bench.report.elements import Element, element, grid_table, head_cell, scrolling, tile
+from specdecode.bench.report.grid import Grid
+from specdecode.bench.report.palette import is_peer, places
+from specdecode.bench.report.tables import (
     by_model,
     by_part,
-    command,
-    drafts,
-    failing_first,
-    label,
     limits,
     memory,
-    models,
-    notes,
     past_speedups,
     speeds,
     surroundings,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specdecode.backends import BACKENDS
-from specdecode.bench.roofline import copy_bandwidth, token_bytes
+from specdecode.bench.measure.bandwidth import copy_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.decoding.measure_costs import forward_seconds
 from specdecode.models.lm import LM

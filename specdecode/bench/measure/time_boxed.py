@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.arms.arm import Arm, make
-from specdecode.bench.measure import REHEARSED_TOKENS, Block, Results, measure_block
-from specdecode.bench.recommend import is_hopeless
-from specdecode.bench.rehearsal import rehearse
-from specdecode.bench.roofline import roofline
+from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.counters import rehearse
+from specdecode.bench.measure.experiment import REHEARSED_TOKENS, Block, Results, measure_block
+from specdecode.bench.options import Options
+from specdecode.bench.report.recommend import is_hopeless
 from specdecode.bench.runs.file import run_json
 from specdecode.bench.runs.names import BASELINE, drafters
 from specdecode.bench.runs.records import Header, RunFile
-from specdecode.bench.session import Options
 from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
 from specdecode.evals.data import token_prompts
 from specdecode.models.embedded import weights_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.arms.run import Run
-from specdecode.bench.measure import Block
+from specdecode.bench.measure.experiment import Block
 from specdecode.support.files import write_whole
 
 
@@ -70,5 +70,5 @@ def _run(entry: dict[str, Any]) -> Run:
 
 def code() -> str:
     """A digest of the package's source: blocks of different code do not belong together."""
-    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    sources = sorted(Path(__file__).parents[2].rglob("*.py"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16]

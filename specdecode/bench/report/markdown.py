@@ -1,0 +1,72 @@
+"""A run in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdecode.bench.gate.history import History
+from specdecode.bench.gate.verdicts import Judgement
+from specdecode.bench.report.captions import LIMITS, MEMORY, MODEL, command, notes, one_line
+from specdecode.bench.report.grid import Grid
+from specdecode.bench.report.tables import (
+    acceptance,
+    by_model,
+    by_part,
+    limits,
+    memory,
+    past_speedups,
+    speeds,
+    surroundings,
+    verdicts,
+)
+from specdecode.bench.runs.records import RunFile
+
+
+def markdown(
+    run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
+) -> str:
+    """A page for a merge request: verdicts first, then speeds.
+
+    Args:
+        run: that it is about.
+        title: its first line.
+        judged_by: what the verdicts compare with.
+        judgements: the verdicts.
+        past: of the baseline; with it come all the rest that the file tells.
+    """
+    parts = [f"## {as_markdown(title)}", as_markdown(judged_by)]
+    if judgements:
+        parts.append(markdown_table(verdicts(judgements)))
+    parts += [markdown_table(speeds(run)), "\n".join(f"- {as_markdown(note)}" for note in notes(run))]
+    if past is not None:
+        if (split := by_part(run)).rows:
+            parts += ["### By task and length", markdown_table(split)]
+        if (accepted := acceptance(run)).rows:
+            parts += ["### Acceptance", markdown_table(accepted)]
+        if (limited := limits(run)).rows:
+            parts += ["### What limits the speedup", markdown_table(limited), as_markdown(LIMITS)]
+        if (promised := by_model(run)).rows:
+            parts += ["### By the model", markdown_table(promised), as_markdown(MODEL)]
+        if (held := memory(run)).rows:
+            parts += ["### Memory", markdown_table(held), as_markdown(MEMORY)]
+        parts += ["### History", as_markdown(past.told)]
+        if past.runs:
+            parts.append(markdown_table(past_speedups(run, past)))
+        parts += ["### Measured with", *map(markdown_table, surroundings(run)), f"    {one_line(command(run))}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(grid: Grid) -> str:
+    """A table in Markdown."""
+    heads = [as_markdown(column.name) for column in grid.columns]
+    rules = ["--:" if column.figures else "---" for column in grid.columns]
+    rows = [heads, rules, *([as_markdown(cell) for cell in row] for row in grid.rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+_IN_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;"} | {sign: f"\\{sign}" for sign in "\\|`*"})
+
+
+def as_markdown(text: str) -> str:
+    """The text as it is: neither mark-up, nor a link, nor the end of a cell."""
+    return one_line(text).translate(_IN_MARKDOWN).replace("](", "]\\(")
