@@ -580,8 +580,8 @@ def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str,
 
 def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
     """The same of a run of the quality suite."""
-    from specdecode.bench.quality_page import section
-    from specdecode.bench.quality_report import latex, markdown, title
+    from specdecode.bench.quality.page import section
+    from specdecode.bench.quality.tables import latex, markdown, title
     from specdecode.bench.runs.names import margins_file
     from specdecode.evals.results import judge, read, read_margins
 
@@ -593,7 +593,7 @@ def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, forma
     pictures: dict[str, bytes] = {}
     missing = ""
     try:
-        from specdecode.bench.quality_figures import pictures as drawn
+        from specdecode.bench.quality.figures import pictures as drawn
 
         pictures = drawn(run, speed)
     except ImportError as error:
@@ -613,7 +613,7 @@ def _draw(runs: Mapping[Path, bool], speed: RunFile | None, folder: Path) -> Non
     from specdecode.evals.results import read as read_quality
 
     try:
-        from specdecode.bench.quality_figures import write as write_quality
+        from specdecode.bench.quality.figures import write as write_quality
         from specdecode.bench.report.figures import write
     except ImportError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'specdecode[figures]'") from error

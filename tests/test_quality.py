@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from specdecode import LM
-from specdecode.bench import quality
 from specdecode.bench.options import Options
-from specdecode.bench.quality_report import costs, markdown, notes, retrieval, scores
+from specdecode.bench.quality import session as quality
+from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
 from specdecode.evals.arms import Shuffled, make, quality_preset
 from specdecode.evals.needle import Found
 from specdecode.evals.perplexity import negative_log_likelihoods
@@ -254,7 +254,7 @@ def test_the_page_tells_costs_needles_and_what_is_not_as_expected() -> None:
 def test_a_report_needs_no_torch() -> None:
     """Guards against a report, or the help of the command line, that waits for torch."""
     program = (
-        "import sys; import specdecode.bench.quality_report, specdecode.bench.plugin;"
+        "import sys; import specdecode.bench.quality.tables, specdecode.bench.plugin;"
         "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -16,12 +16,12 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from specdecode.bench.quality_figures import draw
-from specdecode.bench.quality_report import margins, markdown, title
+from specdecode.bench.quality.figures import draw
+from specdecode.bench.quality.tables import margins, markdown, title
+from specdecode.bench.quality.tradeoff import NOTHING, about_speed, against_speed, tradeoff
 from specdecode.bench.report.drawing import cache_looks, looks, rendered
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
-from specdecode.bench.tradeoff import NOTHING, about_speed, against_speed, tradeoff
 from specdecode.evals.results import Answer, Document, QualityRun, Sought, Trace, judge, write
 from tests.test_figures import call, content, kept, series, texts, unreadable
 from tests.test_quality import HEADER
@@ -359,7 +359,7 @@ def test_the_page_is_whole_by_itself(files: tuple[Path, Path], monkeypatch: pyte
 
 def test_without_matplotlib_the_page_says_so(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a page that cannot be had, or has lost its figures without a word."""
-    monkeypatch.delitem(sys.modules, "specdecode.bench.quality_figures")
+    monkeypatch.delitem(sys.modules, "specdecode.bench.quality.figures")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert call(monkeypatch, files[0], "--format", "html") == 0
     page = Page(files[0].with_suffix(".html").read_text())

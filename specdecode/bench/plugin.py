@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from specdecode.bench.measure.session import Bench
     from specdecode.bench.options import Options
-    from specdecode.bench.quality import Quality
+    from specdecode.bench.quality.session import Quality
     from specdecode.models.lm import LM
 
 _TABLE_WIDTH = 145
@@ -122,7 +122,7 @@ _ROWS = pytest.StashKey[list[str]]()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.config.getoption("quality") and "cost" in metafunc.fixturenames:
-        from specdecode.bench.quality import chosen_preset
+        from specdecode.bench.quality.session import chosen_preset
         from specdecode.evals.results import MEASURES
 
         with _one_sentence():
@@ -166,7 +166,7 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 @pytest.fixture(scope="session")
 def quality(request: pytest.FixtureRequest) -> Quality:
     """What was judged of the arms whose tests were selected, and what their margins say of it."""
-    from specdecode.bench.quality import measure
+    from specdecode.bench.quality.session import measure
 
     config = request.config
     selected = {values["cost"][0] for values in _parameters(request) if "cost" in values}
@@ -248,7 +248,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) -> None:
     from rich.console import Console
 
-    from specdecode.bench.quality_report import costs, markdown, notes, retrieval, scores
+    from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
     from specdecode.bench.report.grid import rich_table
     from specdecode.support.files import write_whole
 
@@ -263,7 +263,7 @@ def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) ->
     write_whole(judged.file.with_suffix(".md"), page)
     where = f"The run is in {judged.file}, a page of it in the .md beside it; margins are taken from {judged.margins}."
     try:
-        from specdecode.bench.quality_figures import write as draw
+        from specdecode.bench.quality.figures import write as draw
 
         folder = judged.file.with_suffix("")
         drawn = [name for name, reason in draw(judged.run, folder).items() if not reason]

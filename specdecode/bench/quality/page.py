@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 
-from specdecode.bench.quality_report import costs, margins, notes, retrieval, scores, title, unexpected
+from specdecode.bench.quality.tables import costs, margins, notes, retrieval, scores, title, unexpected
+from specdecode.bench.quality.tradeoff import about_speed, against_speed
 from specdecode.bench.report.elements import Element, element, grid_table, scrolling, tile
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.tradeoff import about_speed, against_speed
 from specdecode.evals.results import Judgement, QualityRun
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from specdecode.bench.quality_report import title
+from specdecode.bench.quality.tables import title
+from specdecode.bench.quality.tradeoff import tradeoff
 from specdecode.bench.report.captions import label
 from specdecode.bench.report.drawing import (
     COLUMN,
@@ -32,7 +33,6 @@ from specdecode.bench.report.drawing import (
 from specdecode.bench.report.figures import how_drawn, name_axes, panels_of, pareto_front
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Ratio
-from specdecode.bench.tradeoff import tradeoff
 from specdecode.evals.results import QualityRun
 from specdecode.evals.stats import Estimate
 

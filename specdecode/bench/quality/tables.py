@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from specdecode.bench.quality.tradeoff import about_speed, against_speed
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.latex import PACKAGES, latex_table
 from specdecode.bench.report.markdown import as_markdown, markdown_table
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.tradeoff import about_speed, against_speed
 from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, Judgement, QualityRun
 from specdecode.evals.stats import detectable, mcnemar, wilson
 

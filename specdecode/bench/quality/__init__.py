@@ -1,0 +1,1 @@
+"""The quality suite: its session, tables, page and figures."""
