@@ -28,7 +28,7 @@ from rich.console import Console
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.markdown import markdown_table
 from specdecode.bench.runs.file import read
-from specdecode.cli import Format, report
+from specdecode.cli.report import Format, report
 from specdecode.support.files import write_whole
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,8 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
-from specdecode import LM, Sampling, cli, generate
+from specdecode import LM, Sampling, generate
+from specdecode import cli as cli
 from specdecode.controllers.base import FixedK
 from specdecode.evals.arms import make
 from specdecode.evals.harness import SpecDecodeLM

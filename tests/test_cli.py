@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import specdecode
-from specdecode import cli, generate, load
+from specdecode import cli as cli
+from specdecode import generate, load
 from specdecode.bench.measure import roofline as reach
 from tests.characters import save
 from tests.fake_clock import Cost, FakeClock, charged

@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from specdecode import cli
+from specdecode import cli as cli
 from specdecode.bench.report.drawing import in_print, looks, rendered
 from specdecode.bench.report.figures import draw
 from specdecode.bench.report.html import section

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from specdecode import cli
+from specdecode import cli as cli
 from specdecode.bench.gate.baselines import bless, find
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
 from specdecode.bench.runs.file import read, run_json

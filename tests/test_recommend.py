@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdecode import cli, load
+from specdecode import cli as cli
+from specdecode import load
 from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.snippet import code
 from specdecode.bench.measure import time_boxed as budget

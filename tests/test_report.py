@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from specdecode import cli
+from specdecode import cli as cli
 from specdecode.bench.gate.history import history
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile

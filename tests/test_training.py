@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from specdecode import LM, cli
+from specdecode import LM
+from specdecode import cli as cli
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Sampling
 from specdecode.core.slots import Slots

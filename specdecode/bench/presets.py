@@ -16,8 +16,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-import sys
-
 _TINY_TOKENS, _TINY_PROMPT = 12, 40
 # By how much caches are made smaller: the least of the presets' then still holds the sinks and their deepest draft.
 _TINY_CACHE = 8

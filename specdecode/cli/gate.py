@@ -1,0 +1,42 @@
+"""`specdecode gate` and `specdecode bless`: judge a run, and make one the baseline."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def gate(
+    new: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
+    old: Annotated[Path, typer.Argument(help="run file to judge it by")],
+    strict: Annotated[bool, typer.Option("--strict", help="fail on all but PASS and IMPROVED")] = False,
+    tolerance: Annotated[float | None, typer.Option(help="share by which a time may be worse  [default: 0.05]")] = None,
+) -> None:
+    """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
+    from specdecode.bench.gate.baselines import TOLERANCE
+    from specdecode.bench.gate.verdicts import FAILING, judge, tolerance_of
+    from specdecode.bench.report.tables import verdict_table
+    from specdecode.bench.runs.file import read
+
+    judgements = judge(read(new), read(old), tolerance_of(tolerance, TOLERANCE))
+    Console(width=None if sys.stdout.isatty() else 130).print(verdict_table(judgements))
+    failing = FAILING["strict" if strict else "on"]
+    failed = sum(judgement.verdict in failing for judgement in judgements)
+    typer.echo(f"{failed} of {len(judgements)} verdicts fail" if failed else f"{len(judgements)} verdicts, none fails")
+    if failed:
+        raise typer.Exit(1)
+
+
+def bless(
+    run: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
+    reason: Annotated[str, typer.Option(help="why this is what is to be expected from now on")],
+    baselines: Annotated[Path, typer.Option(help="folder of the baselines")] = Path("baselines"),
+) -> None:
+    """Make a run the baseline of its hardware, models, type and preset."""
+    from specdecode.bench.gate.baselines import bless as make_baseline
+
+    typer.echo(f"blessed as {make_baseline(run, baselines, reason)}")

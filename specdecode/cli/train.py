@@ -1,0 +1,70 @@
+"""`specdecode train-head`: train a draft head."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdecode.support.progress import progress
+
+
+def train_head(
+    out: Annotated[Path, typer.Option(help="file of the head, .safetensors; its card goes beside it")],
+    target: Annotated[str, typer.Option(help="embedded model, hub id or local folder")] = "smollm2-135m",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="data sets with documents; chat, conversations that the target writes; ask, its answers to questions"
+            " about passages of the data sets. Repeat one for more of it"
+        ),
+    ] = "code,prose,chat,ask",
+    tokens: Annotated[int, typer.Option(help="to train on")] = 1_000_000,
+    length: Annotated[int, typer.Option(help="tokens of a text")] = 256,
+    own: Annotated[float, typer.Option(help="share of the texts that the target writes on by itself")] = 0.5,
+    held_out: Annotated[int, typer.Option(help="documents of each data set that are left out, the first")] = 20,
+    layers: Annotated[
+        str | None, typer.Option(help="of the target, whose outputs are read: 2,15,29  [default: first, middle, last]")
+    ] = None,
+    vocabulary: Annotated[int, typer.Option(help="tokens that the head can propose, the most frequent")] = 8192,
+    epochs: Annotated[int, typer.Option(help="times that all texts are read")] = 3,
+    batch: Annotated[int, typer.Option(help="texts in a step")] = 2,
+    ahead: Annotated[int, typer.Option(help="tokens that are predicted from each place")] = 4,
+    rate: Annotated[float, typer.Option(help="of learning")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="of the texts and the training")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="of the target: float32, bfloat16  [default: float32 on a CPU, else float16]")
+    ] = None,
+) -> None:
+    """Train a draft head for a target. What was interrupted goes on where it was when it is called again."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out is {out}: a head is a .safetensors file")
+    numbers = (layers or "").split(",") if layers else []
+    if not all(number.strip().isdigit() for number in numbers):
+        raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
+    from specdecode import load
+    from specdecode.training.heads import Settings
+    from specdecode.training.session import Recipe
+    from specdecode.training.session import train_head as train
+
+    recipe = Recipe(
+        data=tuple(part.strip() for part in data.split(",")),
+        tokens=tokens,
+        length=length,
+        own=own,
+        held_out=held_out,
+        layers=tuple(map(int, numbers)),
+        vocabulary=vocabulary,
+        settings=Settings(epochs, batch, ahead, rate, seed),
+    )
+    model = load(target, device=device, dtype=dtype, backend="eager")
+    with progress("shards") as tell:
+        card = train(model, target, recipe, out, shlex.join(["specdecode", *sys.argv[1:]]), tell)
+    for number, epoch in enumerate(card["epochs"], start=1):
+        found = ", ".join(f"{task} {tau:.2f}" for task, tau in epoch["acceptance"].items())
+        typer.echo(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {found}")
+    typer.echo(f"the head is in {out}, its card in {out.with_suffix('.md')}; the folder {out.with_suffix('')} can go")
