@@ -32,10 +32,17 @@ from specdecode.cli.report import Format, report
 from specdecode.support.files import write_whole
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("slots", "specdecoder", "backends", "batch", "decode", "policies")
+TESTS = (
+    "core/test_slots",
+    "decoding/test_specdecoder",
+    "backends/test_backends",
+    "decoding/test_batch",
+    "decoding/test_decode",
+    "policies/test_policies",
+)
 """The files in tests/ that decode, the shortest first."""
 
-_ENVIRONMENT = "import json; from specdecode.bench import environment as of; print(json.dumps(of.environment()))"
+_ENVIRONMENT = "import json; from specdecode.support import environment as of; print(json.dumps(of.environment()))"
 # From the signal that asks a step for what it has so far to the one that ends it.
 _GRACE_S = 10.0
 
@@ -96,7 +103,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
 
     no_torchao = "torchao is not installed" if find_spec("torchao") is None else ""
     too_slow = "compiling takes minutes on a CPU: ask for it with --steps" if tiny and not asked else ""
-    tests = [f"tests/test_{name}.py" for name in (TESTS[:1] if tiny else TESTS)]
+    tests = [f"tests/{name}.py" for name in (TESTS[:1] if tiny else TESTS)]
     side_by_side = ["-n", "4"] if find_spec("xdist") and not tiny else []
     unchecked = "shapes are not checked, as beartype is not installed" if find_spec("beartype") is None else ""
     alone = f"{tests[0]} alone" if tiny else ""

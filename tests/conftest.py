@@ -26,11 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark") or config.getoption("quality"):
         return
     if _CHECKED:
-        from tests import typecheck
+        from tests.helpers import typecheck
 
         jaxtyping.install_import_hook("specdecode", f"{typecheck.__name__}.typechecker")
 
-    from tests import models
+    from tests.helpers import models
 
     models.DEVICE = config.getoption("device") or models.DEVICE
     # The models are so small that a second thread only costs.

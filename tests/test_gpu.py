@@ -15,8 +15,7 @@ import torch
 from perf import gpu
 from perf.gpu import Step
 from specdecode.bench.runs.file import read
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers.root import ROOT
 
 
 def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:

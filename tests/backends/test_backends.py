@@ -1,0 +1,575 @@
+"""Whatever runs a forward: the tokens are the same, or rounding alone makes them others."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import sdpa_attention
+
+from specdecode import (
+    LM,
+    FixedK,
+    Generation,
+    HeadDrafter,
+    ModelDrafter,
+    PromptLookup,
+    Sampling,
+    SelfStreamingDrafter,
+    StaticTree,
+    generate,
+    generate_batch,
+    load,
+)
+from specdecode.backends import Backend, prepare
+from specdecode.backends import packed as packing
+from specdecode.backends import static as shapes
+from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.grouped_attention import GROUPED, group
+from specdecode.backends.packed import PackedLinear
+from specdecode.backends.static import Replay, Static
+from specdecode.bench.arms.arm import make
+from specdecode.bench.measure.check import classify
+from specdecode.bench.measure.counters import READS
+from specdecode.controllers.base import Controller
+from specdecode.core.errors import UnsupportedModelError
+from specdecode.drafters.base import Drafter
+from specdecode.drafters.none import NoDraft
+from specdecode.heads.bound import FittedHead, untrained
+from specdecode.models.lm import _shell
+from tests.helpers import models
+from tests.helpers.characters import save
+from tests.helpers.discovery import DRAFTERS, POLICIES, examples
+from tests.helpers.models import ARCHITECTURES, SERVED, VOCABULARY, build, greedy, lm, prompt
+from tests.helpers.strategies import controllers
+
+LENGTH = 40
+
+
+def on_the_cpu(name: str, **values: Any) -> PreTrainedModel:
+    """In float32, wherever the other tests have their models."""
+    return build(ARCHITECTURES[name] | values).float().cpu()
+
+
+def replayed(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """What a CUDA graph does, without one: the action is done on the way, and then leaves each result in the place of
+    the one before."""
+    results = action()
+
+    def again() -> tuple[torch.Tensor, ...]:
+        return tuple(result.copy_(new) for result, new in zip(results, action(), strict=True))
+
+    return again
+
+
+STATIC = {
+    "exact": Backend("exact", static=partial(Static, replay=None)),
+    "rounded": Backend("rounded", static=partial(Static, replay=replayed)),
+}
+if torch.device(models.DEVICE).type == "cuda":
+    STATIC["graph"] = Backend("graph", static=lambda step: Static(step, CudaGraphs()))
+
+
+@functools.cache
+def over_static_shapes(name: str, backend: str) -> LM:
+    model = build(ARCHITECTURES[name])
+    group(model)
+    return LM(model, lm(name).tokenizer, name=name, backend=STATIC[backend])
+
+
+@pytest.fixture
+def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short texts outgrow them."""
+    monkeypatch.setattr(shapes, "_SPAN", 16)
+
+
+@functools.cache
+def alone(name: str, policy: str, temperature: float) -> Generation:
+    """Plain decoding by transformers' own forwards."""
+    sampling = Sampling(temperature, seed=3)
+    return generate(lm(name), prompt(), policy=POLICIES[policy], sampling=sampling, max_new_tokens=LENGTH)
+
+
+@functools.cache
+def eager(name: str) -> LM:
+    return LM(on_the_cpu(name), name=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 65, 300])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_layer_is_the_layer(rows: int, bias: bool) -> None:
+    """Guards against a layout that holds for the number of rows it was made for and no other, and against a layer that
+    needs the weight which it replaced."""
+    torch.manual_seed(rows)
+    plain = nn.Linear(48, 80, bias)
+    packed = PackedLinear(plain)
+    exact, own_bias = plain.weight.detach().double(), plain.bias.detach().double() if bias else None
+    plain.weight.data.zero_()
+    for shape in ((rows, 48), (1, rows, 48), (3, rows, 48)):
+        inputs = torch.randn(shape)
+        expected = nn.functional.linear(inputs.double(), exact, own_bias)
+        output = packed(inputs)
+        assert output.shape == expected.shape
+        assert (output.double() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt-neox", "gemma3-window", "phi3"])
+def test_packed_decoding_is_its_own_plain_decoding(name: str) -> None:
+    """Guards against a step that decides otherwise than the packed model itself, row by row, for any other reason than
+    rounding, and against decoding that is not packed at all."""
+    target = eager(name).with_backend("packed")
+    assert target.backend.name == "packed"
+    assert sum(isinstance(module, PackedLinear) for module in target.model.modules()) > 8
+    alone = generate(target, prompt(), drafter=NoDraft(), max_new_tokens=LENGTH).tokens
+    unpacked = generate(eager(name), prompt(), max_new_tokens=LENGTH).tokens
+    assert classify(eager(name), prompt(), unpacked, alone) != "bug"
+    for drafter in (drafter for file in DRAFTERS for drafter in examples(file, target).values()):
+        tokens = generate(target, prompt(), drafter=drafter, controller=FixedK(4), max_new_tokens=LENGTH).tokens
+        assert classify(target, prompt(), alone, tokens) != "bug", drafter
+    # The classification itself can fail.
+    assert classify(target, prompt(), alone, [*alone[:3], (alone[3] + 1) % target.vocab_size, *alone[4:]]) == "bug"
+
+
+def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a draft of the target's layers, or an arm, that holds its own copy of the weights; against weights
+    held twice after loading; and against bytes that are not counted."""
+    plain = eager("llama")
+    target = plain.with_backend("packed")
+    assert target is plain.with_backend("packed")
+
+    def layouts(model: nn.Module) -> set[int]:
+        return {id(module.packed) for module in model.modules() if isinstance(module, PackedLinear)}
+
+    subset = plain.subset([0, 2]).with_backend("packed")
+    assert layouts(subset.model) < layouts(target.model)
+    assert layouts(target.subset([0, 2]).model) == layouts(subset.model)
+    assert target.subset([0, 2]).backend == target.backend
+    assert target.weight_bytes == plain.weight_bytes
+
+    model = on_the_cpu("llama", tie_word_embeddings=True)
+    weights = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
+    before = LM(model).weight_bytes
+    held = []
+
+    class Watched(PackedLinear):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__(linear)
+            held.append(sum(weight() is not None for weight in weights))
+
+    monkeypatch.setattr(packing, "PackedLinear", Watched)
+    backend = prepare("packed", model)
+    # The last is the head, tied; beside it only those of one module may still be there.
+    assert held[-1] < 5 < held[0] - 20, "the plain weights must not wait for the last of them to be packed"
+    gc.collect()
+    # The head is tied to the embedding, which stays; and is packed beside it.
+    assert [weight() is None for weight in weights] == [True] * (len(weights) - 1) + [False]
+    embedding = model.get_input_embeddings().weight
+    assert LM(model, backend=backend).weight_bytes == before + embedding.nbytes
+
+
+def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a backend that was asked for and silently is another, and against packing half a model in
+    silence."""
+    double = prepare("packed", on_the_cpu("llama").double())
+    assert double.name == "eager"
+    assert str(double) == "eager (not packed: it has no plain linear layers in float32 on a CPU)"
+    convolutions = on_the_cpu("gpt-2")
+    assert prepare("packed", convolutions).note == "1 linear layers, 16 other matrices as they are"
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    without = prepare("packed", on_the_cpu("llama"))
+    assert "no oneMKL" in str(without)
+
+
+@pytest.mark.parametrize(
+    ("tried", "gains", "name"),
+    [
+        (2**26, {}, "eager"),
+        (2**26, {"all": 1.15}, "packed"),
+        # As wide as the vocabulary: one layer of each shape is tried, but a head is one of 29.
+        (1, {VOCABULARY: 2.0, "all": 0.95}, "eager"),
+        (1, {VOCABULARY: 4.0, "all": 1.02}, "packed"),
+    ],
+)
+def test_auto_packs_where_that_gains(
+    tried: int, gains: dict[int | str, float], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against time and memory spent on a layout that is no faster, against none where it is, and against a
+    judgement by a few layers that are unlike the rest."""
+
+    def seconds(plain: list[Callable[[], object]], packed: list[Callable[[], object]]) -> list[float]:
+        width = plain[0].func.out_features
+        return [len(plain) * gains.get(width, gains.get("all", 1.05)), float(len(packed))]
+
+    monkeypatch.setattr(packing, "_seconds", seconds)
+    monkeypatch.setattr(packing, "_TRIED", tried)
+    model = on_the_cpu("llama")
+    layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    assert prepare("auto", model).name == name
+    assert (layer.weight in packing._layouts) == (name == "packed")
+
+
+def test_backends_that_cannot_be(tmp_path: Path) -> None:
+    """Guards against a spelling that is taken for another backend, and weights that are quantised where they no longer
+    are."""
+    folder = str(save(tmp_path / "model"))
+    with pytest.raises(ValueError, match="no backend is named 'packd': choose from auto, eager, packed"):
+        load(folder, device="cpu", backend="packd")
+    for backend, reason in (("packd", "no backend is named"), ("graph", "need a GPU")):
+        with pytest.raises(ValueError, match=reason):
+            load("./nowhere", device="cpu", backend=backend)
+    target = load(folder, device="cpu", backend="packed")
+    assert target.backend.name == "packed"
+    with pytest.raises(ValueError, match="cannot be quantised: it runs on the backend packed"):
+        target.quantized("int8")
+    with pytest.raises(ValueError, match="cannot be given another backend"):
+        target.with_backend("auto")
+    assert target.with_backend("eager") is target
+
+
+def test_peers_decode_the_plain_model() -> None:
+    """Guards against transformers' own decoding measured with our layers, and against our arms without them."""
+    plain = eager("llama")
+    packed = plain.with_backend("packed")
+    for entry, expected in (({"drafter": "lookup"}, packed), ({"drafter": "lookup", "backend": "eager"}, plain)):
+        assert make("arm", entry, plain, None, "packed").target is expected
+    peer = make("peer", {"peer": "generate"}, plain, None, "packed")
+    assert peer.target is plain
+    ran = []
+    for module in packed.model.modules():
+        if isinstance(module, PackedLinear):
+            module.register_forward_hook(lambda *_: ran.append(1))
+    peer.run(prompt(), 4, ())
+    assert not ran
+    run = make("ours", {"drafter": "model", "k": 2}, plain, plain.subset([0]), "packed").run(prompt(), 4, ())
+    assert ran
+    assert run.tokens == generate(packed, prompt(), drafter=PromptLookup(), max_new_tokens=4).tokens
+
+
+@settings(deadline=None, max_examples=45, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(ARCHITECTURES)),
+    backend=st.sampled_from(sorted(STATIC)),
+    policy=st.sampled_from(sorted(POLICIES)),
+    file=st.sampled_from(sorted(DRAFTERS)),
+    which=st.integers(0, 3),
+    make_controller=controllers(),
+    temperature=st.sampled_from([0.0, 0.9]),
+)
+def test_static_shapes_change_no_token(
+    name: str,
+    backend: str,
+    policy: str,
+    file: str,
+    which: int,
+    make_controller: Callable[[], Controller],
+    temperature: float,
+    short_spans: None,
+) -> None:
+    """Guards against padding that is attended to or writes over what is held, keys in the wrong slots, a capture that
+    is used for another shape or for slots that have moved, and masks that forget a window."""
+    assume(policy == "keep-all" or name in SERVED)
+    target = over_static_shapes(name, backend)
+    drafters = list(examples(file, target).values())
+    # Where sampling is not greedy a draft may change which of the equally lawful texts is drawn.
+    drafter = drafters[which % len(drafters)] if temperature == 0.0 else NoDraft()
+    result = generate(
+        target,
+        prompt(),
+        drafter=drafter,
+        controller=make_controller(),
+        policy=POLICIES[policy],
+        sampling=Sampling(temperature, seed=3),
+        max_new_tokens=LENGTH,
+    )
+    assert result.tokens == alone(name, policy, temperature).tokens
+    assert result.compressions == alone(name, policy, temperature).compressions
+
+
+def counted(captured: list[int]) -> Replay:
+    """Notes every capture."""
+
+    def replay(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
+        captured.append(1)
+        return replayed(action)
+
+    return replay
+
+
+def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against seconds of capturing in every text, for slots that have the storage of earlier ones; against a
+    capture that is used for slots which have moved; and against captures without end."""
+    captured: list[int] = []
+    backend = Backend("counted", static=partial(Static, replay=counted(captured)))
+    target = LM(lm("llama").model, backend=backend)
+    captured.clear()
+
+    def decode() -> list[int]:
+        drafter = ModelDrafter(target)
+        return generate(target, prompt(), drafter=drafter, controller=FixedK(3), max_new_tokens=LENGTH).tokens
+
+    expected = decode()
+    assert 0 < len(captured) <= 8
+    counts = []
+    for _ in range(6):
+        gc.collect()
+        assert decode() == expected
+        counts.append(len(captured))
+    # The storages of target and draft may change places once more before each has seen all.
+    assert counts[2:] == counts[2:3] * 4
+
+    slots = target.new_slots(8)
+    tokens = torch.arange(5)
+    before = target.forward(slots, tokens, rows=5)
+    slots.keep([], after=0)
+    assert torch.equal(target.forward(slots, tokens, rows=5), before)
+    settled = len(captured)
+    slots.keep([], after=0)
+    slots.grow(slots.capacity + 300)
+    assert torch.equal(target.forward(slots, tokens, rows=5), before)
+    assert len(captured) == settled + 1
+
+    monkeypatch.setattr(shapes, "_MOST", 2)
+    for count in (1, 2, 3, 5, 9, 17):
+        slots.keep([], after=0)
+        target.forward(slots, torch.arange(count))
+        assert len(target.static._captured[slots.storage]) <= 9
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+def test_a_captured_chain_is_the_chain(name: str, short_spans: None) -> None:
+    """Guards against a draft that is worse where it is captured: that would change no token, and nobody would see."""
+    text = list(prompt(20))
+    chains = []
+    for target in (lm(name), over_static_shapes(name, "rounded")):
+        for _ in range(2):  # the second time with the storage of the first
+            slots = target.new_slots(64)
+            target.read(slots, text)
+            for count in (1, 4, 9):
+                chosen = target.continue_greedily(slots, torch.tensor([7], device=slots.device), count, VOCABULARY - 1)
+                assert slots.length == len(text) + count
+                assert max(chosen.tolist()) < VOCABULARY - 1
+                chains.append(chosen.tolist())
+                slots.keep([], after=len(text))
+            del slots
+    assert chains[:3] == chains[3:6] == chains[6:9] == chains[9:]
+    assert chains[2][:4] == chains[1]
+    assert len(set(chains[2])) > 3
+
+
+def test_a_storage_in_a_batch_is_not_used_again() -> None:
+    """Guards against two texts that write over each other's keys."""
+    target = over_static_shapes("qwen3", "rounded")
+    texts = [list(prompt(length)) for length in (9, 14, 23)]
+    expected = [generate(lm("qwen3"), text, max_new_tokens=LENGTH).tokens for text in texts]
+    for _ in range(2):
+        results = generate_batch(target, texts, batch_size=2, drafter=PromptLookup, max_new_tokens=LENGTH)
+        assert [result.tokens for result in results] == expected
+        assert [generate(target, text, max_new_tokens=LENGTH).tokens for text in texts] == expected
+
+
+class Distant(torch.Tensor):
+    """Stands for a tensor on a GPU: what is computed from it is there too, and a look at its content waits for it."""
+
+    looks = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in READS:
+            Distant.looks += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda target: NoDraft(),
+        lambda target: PromptLookup(),
+        lambda target: ModelDrafter(target.subset([0, 1, 3])),
+        lambda target: ModelDrafter(target.subset([0, 1, 3]), StaticTree((3, 2))),
+        lambda target: SelfStreamingDrafter(target, 16),
+        lambda target: HeadDrafter(FittedHead(untrained(target), target)),
+        lambda target: HeadDrafter(FittedHead(untrained(target), target), StaticTree((3, 2))),
+    ],
+    ids=["none", "lookup", "chain", "static-tree", "self-streaming", "head", "head-tree"],
+)
+def test_a_step_waits_for_the_device_once(make: Callable[[LM], Drafter], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a GPU that stands still while the host looks at what it has drafted, or accepted."""
+    target = LM(lm("llama").model)
+    drafter = make(target)
+    forward = LM._forward
+    monkeypatch.setattr(
+        LM, "_forward", lambda self, *given: [logits.as_subclass(Distant) for logits in forward(self, *given)]
+    )
+    Distant.looks = 0
+    result = generate(target, prompt(), drafter=drafter, controller=FixedK(4), max_new_tokens=LENGTH)
+    assert result.tokens == greedy("llama", LENGTH)
+    assert Distant.looks == len(result.steps)
+
+
+_COMPILED = """
+import warnings
+from torch._dynamo.utils import counters
+from specdecode import LM, BestFirstTree, FixedK, ModelDrafter, NoDraft, PromptLookup, generate
+from tests.models import prompt, small
+
+warnings.simplefilter("error")  # as in the suites
+for dtype in ("double", "float"):
+    plain = LM(getattr(small(num_hidden_layers=2).model, dtype)())
+    target = plain.with_backend("compile")
+    draft = plain.subset([1]).with_backend("compile")
+    graphs = [counters["stats"]["unique_graphs"]]
+    same = []
+    drafters = (NoDraft(), 1, 60), (PromptLookup(), 3, 90), (PromptLookup(branches=3), 9, 30)
+    for drafter, k, length in (*drafters, (ModelDrafter(draft), 3, 60), (ModelDrafter(draft, BestFirstTree(8)), 3, 60)):
+        rules = {"drafter": drafter, "controller": FixedK(k), "max_new_tokens": length}
+        same.append(generate(target, prompt(), **rules).tokens == generate(plain, prompt(), **rules).tokens)
+        graphs.append(counters["stats"]["unique_graphs"])
+    print(target.backend, graphs, same)
+"""
+
+
+def test_a_compiled_model_is_compiled_twice_and_no_more(pytestconfig: pytest.Config) -> None:
+    """Guards against a compilation, which takes as long as thousands of tokens, whenever the text or the draft grows;
+    and against one that decides otherwise. (In a process whose shapes are not checked: checks cannot be compiled.)"""
+    command = [sys.executable, "-c", _COMPILED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
+    # Two for the target and two for the draft, which are of packed layers in float32.
+    told = [f"compile {[4] * 6}", f"compile (15 packed linear layers) {[8] * 6}"]
+    assert done.stdout.splitlines() == [f"{each} {[True] * 5}" for each in told], done.stderr
+
+
+def test_capturing_is_told_apart_from_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a first token that seems to take seconds, and against captures that nobody hears of."""
+    done = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    reserved = iter([100, 350])
+    stand_ins = {
+        "graph_pool_handle": lambda: 7,
+        "Stream": lambda: stream,
+        "stream": lambda which: nullcontext(),
+        "current_stream": lambda: stream,
+        "CUDAGraph": Graph,
+        "graph": lambda graph, pool: nullcontext(done.append(f"capture into {pool}")),
+        "synchronize": lambda: time.sleep(0.05),
+        "memory_reserved": lambda: next(reserved),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("count", "seconds", "reserved"):
+        monkeypatch.setattr(CudaGraphs, name, 0)
+
+    def action() -> tuple[torch.Tensor, ...]:
+        done.append("run")
+        return (torch.ones(1),)
+
+    again = CudaGraphs()(action)
+    assert done == ["run", "run", "capture into 7", "run"]
+    assert again() is again()
+    assert done[4:] == ["replay", "replay"]
+    assert (CudaGraphs.count, CudaGraphs.reserved) == (1, 250)
+    assert CudaGraphs.seconds >= 0.05
+
+    def slow(self: LM, *given: Any) -> Any:
+        CudaGraphs.seconds += 100.0
+        return forward(self, *given)
+
+    forward = LM._forward
+    monkeypatch.setattr(LM, "_forward", slow)
+    result = generate(lm("llama"), prompt(), max_new_tokens=3)
+    assert result.capture_s == 300.0
+    # No time of this process is as long: what was taken off is what was said to be captured.
+    assert result.prefill_s < -50.0
+    assert result.decode_s < -50.0
+
+
+def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
+    """Guards against attention to all that was allocated, and against bytes that are not counted as they are read."""
+    read: dict[str, int] = {}
+    for backend in ("eager", "exact", "rounded"):
+        target = lm("llama") if backend == "eager" else over_static_shapes("llama", backend)
+        spans: list[int] = []
+        watch = target.model.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda module, given, named, spans=spans: spans.append(named["attention_mask"].shape[-1]), with_kwargs=True
+        )
+        result = generate(target, prompt(), drafter=PromptLookup(), max_new_tokens=LENGTH)
+        watch.remove()
+        slot = result.cache_bytes // (len(prompt()) + LENGTH - 1)
+        read[backend] = result.attended_bytes // slot
+        if backend == "rounded":
+            # The first forward over new slots is none over static shapes.
+            assert {32, 48} <= set(spans[1:]) <= {16, 32, 48, 64}
+        else:
+            assert sum(spans) == read[backend]
+    assert read["exact"] == read["eager"] < read["rounded"] < 1.6 * read["eager"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3-window", "gpt-neox"])
+def test_heads_that_share_keys_attend_without_copies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a cache that is copied in every step, against another model that changes with this one, and
+    against attention to the wrong head's keys."""
+    plain = lm(name)
+    grouped = build(ARCHITECTURES[name])
+    implementation = plain.model.config._attn_implementation
+    shell = _shell(grouped)
+    group(shell)
+    shares = name != "gpt-neox"
+    assert shell.config._attn_implementation == (GROUPED if shares else "sdpa")
+    assert grouped.config._attn_implementation == implementation == "sdpa"
+    ids = torch.tensor([prompt(30)], device=grouped.device)
+    with torch.inference_mode():
+        assert (shell(ids).logits - grouped(ids).logits).abs().max() < 1e-12
+
+    target, expected = LM(shell), greedy(name, LENGTH)
+    copied: list[int] = []
+    repeat = sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *given: (copied.append(1), repeat(*given))[1])
+    rules = {"drafter": PromptLookup(), "max_new_tokens": LENGTH}
+    assert generate(target, prompt(), **rules).tokens == expected
+    assert not copied
+    if shares:
+        generate(plain, prompt(), **rules)
+        assert copied, "or this test sees no copies"
+    with target.recording_attention():
+        assert shell.config._attn_implementation == "eager"
+    assert shell.config._attn_implementation == (GROUPED if shares else "sdpa")
+
+
+def test_a_backend_that_auto_chose_gives_way() -> None:
+    """Guards against a model that cannot be loaded for the sake of a backend that nobody asked for, and against one
+    that was asked for and silently is another."""
+
+    def broken(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    backend = Backend("graph", static=partial(Static, replay=broken), chosen=True)
+    target = LM.on_backend(backend, build(ARCHITECTURES["llama"]), name="llama")
+    assert target.backend.name == "eager"
+    assert "not graph: llama cannot be decoded exactly" in str(target.backend)
+    assert "not permitted when stream is capturing" in str(target.backend)
+    assert generate(target, prompt(), max_new_tokens=LENGTH).tokens == greedy("llama", LENGTH)
+    with pytest.raises(UnsupportedModelError, match="stream is capturing"):
+        LM.on_backend(replace(backend, chosen=False), build(ARCHITECTURES["llama"]))
+    # What nothing can be done for is the same model, not another one with the same weights.
+    assert lm("llama").with_backend("auto") is lm("llama")

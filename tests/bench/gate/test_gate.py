@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdecode import cli
+from specdecode.bench.gate.baselines import bless, find
+from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
+from specdecode.bench.runs.file import read, run_json
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
+
+PROMPTS = [f"text/{i}" for i in range(8)]
+COUNTS = {
+    "runs": 1,
+    "tokens": 40,
+    "steps": 20,
+    "target_forwards": 20,
+    "drafted": 40,
+    "accepted": 20,
+    "cache_bytes": 1e3,
+}
+
+
+def content(
+    speedups: dict[str, float],
+    floor: float = 0.01,
+    scatter: float = 0.0,
+    host_syncs: float = 3.0,
+    lengths: tuple[int, ...] = (8, 4, 8),
+    **counts: float,
+) -> dict[str, Any]:
+    """A run file in which every arm has one speedup on all prompts, give or take a scatter; `ar` and a peer too."""
+    speedups = {"ar": 1.0, "hf-generate": 0.9} | speedups
+    identity = Identity("abacus-2-threads", "t", "d", "float32", "quick")
+    outputs = {prompt: prompt[::-1] for prompt in PROMPTS}
+    header = Header(identity, 40, outputs, floor, roofline=100.0, versions={"torch": "2"})
+    arms = {}
+    for arm, speedup in speedups.items():
+        rows = {}
+        for i, prompt in enumerate(PROMPTS):
+            log = math.log(speedup) + (scatter * (-1) ** i if arm not in ("ar", "hf-generate") else 0.0)
+            seconds = {"total": math.exp(-log), "ttft": 0.1 * math.exp(-log)}
+            rows[prompt] = Row(log, COUNTS | counts, seconds, {"accepted": list(lengths), "depth": [0, 0, 20]})
+        arms[arm] = ArmRecord(rows, rehearsal={"host_syncs_per_step": host_syncs})
+    run = RunFile(Path(), header, arms)
+    return {
+        "commit_info": {"dirty": False},
+        "specdecode": run_json(run),
+        "benchmarks": [],
+    }
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Any:
+    def judged(new: dict[str, Any], old: dict[str, Any], **options: Any) -> dict[tuple[str, str], Judgement]:
+        for name, run in (("new", new), ("old", old)):
+            (tmp_path / name).write_text(json.dumps(run))
+        judgements = judge(read(tmp_path / "new"), read(tmp_path / "old"), **options)
+        return {(judgement.arm, judgement.gate): judgement for judgement in judgements}
+
+    return judged
+
+
+@pytest.mark.parametrize(
+    ("speedup", "scatter", "verdict"),
+    [
+        (2.0, 0.0, Verdict.PASS),
+        (1.96, 0.0, Verdict.PASS),
+        (1.8, 0.0, Verdict.REGRESSED),
+        (2.2, 0.0, Verdict.IMPROVED),
+        (1.93, 0.1, Verdict.INCONCLUSIVE),
+        (1.8, 0.3, Verdict.INCONCLUSIVE),
+        (1.5, 0.1, Verdict.REGRESSED),
+    ],
+)
+def test_a_time_is_judged_by_its_whole_interval(judged: Any, speedup: float, scatter: float, verdict: Verdict) -> None:
+    """Guards against a gate that flaps: worse on average is no regression while better is just as possible."""
+    new = content({"linear": speedup}, scatter=scatter)
+    assert judged(new, content({"linear": 2.0}))["linear", "time"].verdict is verdict
+
+
+def test_noise_of_either_run_widens_the_interval(judged: Any) -> None:
+    """Guards against a regression found in the noise of the machine, which prompts that agree by chance do not show."""
+    slower, before = {"linear": 1.85}, {"linear": 2.0}
+    assert judged(content(slower), content(before))["linear", "time"].verdict is Verdict.REGRESSED
+    noisy = judged(content(slower, floor=0.1), content(before))
+    assert noisy["linear", "time"].verdict is Verdict.INCONCLUSIVE
+    noisy = judged(content(slower), content(before, floor=0.1))
+    assert noisy["linear", "time"].verdict is Verdict.INCONCLUSIVE
+
+
+def test_the_tolerance_is_the_users(judged: Any) -> None:
+    """Guards against an option that is read and forgotten."""
+    new, old = content({"linear": 1.8}), content({"linear": 2.0})
+    assert judged(new, old, tolerance=0.2)["linear", "time"].verdict is Verdict.PASS
+
+
+def test_an_arm_that_is_gone_or_renamed_is_missing(judged: Any) -> None:
+    """Guards against pytest-benchmark's silence: a benchmark that is no longer run cannot be slower."""
+    verdicts = judged(content({"linear-5": 2.0}), content({"linear": 2.0}))
+    assert {verdicts["linear", gate].verdict for gate in ("time", "counters")} == {Verdict.MISSING}
+    assert {verdicts["linear-5", gate].verdict for gate in ("time", "counters")} == {Verdict.NO_BASELINE}
+    assert verdicts["ar", "time"].verdict is Verdict.PASS
+    assert not [key for key in judged(content({"ar": 1}), content({"ar": 1, "x": 1}), arms={"ar"}) if key[0] == "x"]
+
+
+def test_times_of_another_machine_are_not_judged_but_counters_are(judged: Any) -> None:
+    """Guards against a faster machine that hides a regression, and a slower one that invents it."""
+    new, old = content({"linear": 1.0}, target_forwards=24), content({"linear": 2.0})
+    new["specdecode"]["identity"]["hardware"] = "calculator"
+    verdicts = judged(new, old)
+    assert verdicts["linear", "time"].verdict is Verdict.WRONG_HARDWARE
+    assert "abacus-2-threads" in verdicts["linear", "time"].reason
+    assert verdicts["linear", "counters"].verdict is Verdict.REGRESSED
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "reason"),
+    [
+        ({"target_forwards": 20.2}, Verdict.PASS, "counters"),
+        ({"target_forwards": 22}, Verdict.REGRESSED, "target_forwards_per_token 0.5 -> 0.55"),
+        ({"target_forwards": 16}, Verdict.IMPROVED, "target_forwards_per_token"),
+        ({"steps": 21}, Verdict.REGRESSED, "mean_acceptance_length 2 -> 1.905"),
+        ({"accepted": 25}, Verdict.IMPROVED, "acceptance_rate"),
+        ({"cache_bytes": 1.1e3}, Verdict.REGRESSED, "cache_bytes"),
+        ({"host_syncs": 4.0}, Verdict.REGRESSED, "host_syncs_per_step 3 -> 4"),
+        ({"lengths": (8, 6, 6)}, Verdict.REGRESSED, "steps that accept at least 2: 40% -> 30%"),
+        ({"lengths": (8, 4, 4, 4)}, Verdict.IMPROVED, "at least 3: 0% -> 20%"),
+        ({"lengths": (6, 6, 8)}, Verdict.IMPROVED, "at least 1: 60% -> 70%"),
+    ],
+)
+def test_counters_are_judged_tightly_and_the_right_way_round(
+    judged: Any, change: dict[str, Any], verdict: Verdict, reason: str
+) -> None:
+    """Guards against more acceptance told as a regression, and more forwards as an improvement."""
+    judgement = judged(content({"linear": 2.0}, **change), content({"linear": 2.0}))["linear", "counters"]
+    assert judgement.verdict is verdict
+    assert reason in judgement.reason
+
+
+def test_one_counter_that_is_better_does_not_excuse_another(judged: Any) -> None:
+    """Guards against a sum of changes."""
+    new = content({"linear": 2.0}, steps=10, cache_bytes=2000.0)
+    assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.REGRESSED
+
+
+def test_a_counter_that_is_no_longer_counted_is_missing(judged: Any) -> None:
+    """Guards against a counter that regresses by being dropped."""
+    new = content({"linear": 2.0})
+    del new["specdecode"]["arms"]["linear"]["rehearsal"]["host_syncs_per_step"]
+    assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.MISSING
+    for row in new["specdecode"]["arms"]["linear"]["rows"].values():
+        del row["counts"]["cache_bytes"]
+    judgement = judged(new, content({"linear": 2.0}))["linear", "counters"]
+    assert judgement.verdict is Verdict.MISSING
+    assert "cache_bytes, host_syncs_per_step" in judgement.reason
+
+
+def test_a_wrong_output_is_worse_than_any_time(judged: Any) -> None:
+    """Guards against the files alone passing what the suite failed: a wrong output has no time to be slower by."""
+    new = content({"linear": 4.0})
+    new["specdecode"]["arms"]["linear"]["bugs"] = 1.0
+    verdicts = judged(new, content({"linear": 2.0}))
+    assert {verdicts["linear", gate].verdict for gate in ("time", "counters")} == {Verdict.REGRESSED}
+    assert "1 wrong output" in verdicts["linear", "time"].reason
+
+
+def test_counters_that_follow_the_clock_are_not_judged(judged: Any) -> None:
+    """Guards against a gate that fails at random, and against one that does not say what it leaves out. An older file
+    does not know of such arms."""
+    old, new = content({"linear": 2.0}), content({"linear": 2.0}, target_forwards=30)
+    assert judged(new, old)["linear", "counters"].verdict is Verdict.REGRESSED
+    new["specdecode"]["arms"]["linear"]["timed"] = True
+    del old["specdecode"]["arms"]["linear"]["timed"]
+    for pair in ((new, old), (old, new)):
+        found = judged(*pair)["linear", "counters"]
+        assert found.verdict is Verdict.NOT_JUDGED
+        assert "by the clock" in found.reason
+    slower = content({"linear": 1.0})
+    slower["specdecode"]["arms"]["linear"]["timed"] = True
+    assert judged(slower, old)["linear", "time"].verdict is Verdict.REGRESSED
+    assert judged(new, old)["ar", "counters"].verdict is Verdict.REGRESSED
+
+
+def test_counters_are_compared_where_the_outputs_are_the_same(judged: Any) -> None:
+    """Guards against a machine that decides ties otherwise, and so decodes other texts, taken for a regression."""
+    new = content({"linear": 2.0}, target_forwards=24)
+    assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.REGRESSED
+    for prompt in PROMPTS[1:]:
+        new["specdecode"]["outputs"][prompt] = "other"
+    rows = new["specdecode"]["arms"]["linear"]["rows"]
+    rows[PROMPTS[0]]["counts"]["target_forwards"] = 20
+    judgement = judged(new, content({"linear": 2.0}))["linear", "counters"]
+    assert judgement.verdict is Verdict.PASS
+    assert "1 prompt" in judgement.reason
+
+
+def test_other_prompts_are_not_compared(judged: Any) -> None:
+    """Guards against a speedup that came with easier texts."""
+    new = content({"linear": 4.0})
+    new["specdecode"]["max_new_tokens"] = 400
+    new["specdecode"]["outputs"] = dict.fromkeys(PROMPTS, "longer")
+    verdicts = judged(new, content({"linear": 2.0}))
+    assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
+
+
+def test_other_weights_of_the_same_name_are_not_compared(judged: Any) -> None:
+    """Guards against a regression invented by the embedded model's other source of weights."""
+    new = content({"linear": 1.0}, target_forwards=36)
+    new["specdecode"]["versions"]["weights"] = "elsewhere"
+    verdicts = judged(new, content({"linear": 2.0}))
+    assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
+
+
+def test_another_backend_is_compared_by_what_does_not_depend_on_it(judged: Any) -> None:
+    """Guards against a regression invented by a machine on which another backend is the fastest, and against counters
+    that are not judged there."""
+    new, old = content({"linear": 1.0}), content({"linear": 2.0})
+    new["specdecode"]["versions"]["backend"] = "packed"
+    for run, size in ((new, 2.0), (old, 1.0)):
+        run["specdecode"]["arms"]["linear"]["rehearsal"] = {"weight_bytes": size}
+        for row in run["specdecode"]["arms"]["linear"]["rows"].values():
+            row["counts"]["attended_bytes"] = size
+    verdicts = judged(new, old)
+    assert verdicts["linear", "time"].verdict is Verdict.INCONCLUSIVE
+    assert "backend eager and this on packed" in verdicts["linear", "time"].reason
+    assert verdicts["linear", "counters"].verdict is Verdict.PASS
+    new["specdecode"]["versions"]["backend"] = "eager"
+    regressed = judged(new, old)["linear", "counters"]
+    assert regressed.verdict is Verdict.REGRESSED
+    assert "weight_bytes" in regressed.reason
+    assert "attended_bytes_per_step" in regressed.reason
+    assert judged(new, old)["linear", "time"].verdict is Verdict.REGRESSED
+
+
+def test_the_settings_of_the_gate() -> None:
+    """Guards against a verdict that no setting fails on, or one that every setting does."""
+    assert FAILING["on"] == {Verdict.REGRESSED, Verdict.MISSING}
+    assert FAILING["strict"] == set(Verdict) - {Verdict.PASS, Verdict.IMPROVED, Verdict.NOT_JUDGED}
+    assert FAILING["off"] == set()
+
+
+def _hostile(change: str) -> str:
+    run = content({"linear": 2.0})
+    extra = run["specdecode"]["arms"]["linear"]
+    if change == "cut":
+        return json.dumps(run)[:200]
+    if change == "foreign":
+        return json.dumps({"benchmarks": []})
+    if change == "version":
+        run["specdecode"]["format"] = 99
+    row = extra["rows"][PROMPTS[0]]
+    if change == "text":
+        row["log_speedup"] = "UNSERIALIZABLE[tensor(1.)]"
+    if change == "nan":
+        row["seconds"]["total"] = math.nan
+    if change == "huge":
+        row["log_speedup"] = 800.0
+    if change == "nought":
+        row["counts"]["tokens"] = 0
+    if change == "negative":
+        row["seconds"]["draft"] = -1
+    if change == "histogram":
+        row["histograms"]["accepted"] = {"1": 2}
+    if change == "rows":
+        extra["rows"] = "none"
+    if change == "list":
+        run["specdecode"]["arms"]["linear"] = [1, 2]
+    if change == "prompt":
+        extra["rows"]["elsewhere/0"] = row
+    if change == "path":
+        run["specdecode"]["identity"]["hardware"] = "../../etc"
+    if change == "bool":
+        run["specdecode"]["floor"] = True
+    if change == "empty":
+        run["specdecode"]["arms"] = {}
+    return json.dumps(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("cut", "foreign", "version", "text", "nan", "huge", "nought", "negative", "histogram", "rows"),
+        *("list", "prompt", "path", "bool", "empty"),
+    ],
+)
+def test_a_file_that_cannot_be_judged_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """Guards against a damaged baseline that passes everything, or ends in a traceback."""
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(content({"linear": 2.0})))
+    bad.write_text(_hostile(change))
+    for files in ((good, bad), (bad, good)):
+        monkeypatch.setattr(sys, "argv", ["specdecode", "gate", *map(str, files)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith("specdecode: ")
+        assert told.count("\n") == 1
+        assert "bad.json" in told
+
+
+def test_another_machines_baseline_still_judges_counters(tmp_path: Path) -> None:
+    """Guards against a runner without a baseline of its own on which nothing is gated."""
+    run = content({"linear": 2.0})
+    identity = Identity(**run["specdecode"]["identity"])
+    assert find(identity, tmp_path) is None
+    foreign = copy.deepcopy(run)
+    foreign["specdecode"]["identity"]["hardware"] = "zx-81"
+    for of in (foreign, run):
+        hardware = of["specdecode"]["identity"]["hardware"]
+        (tmp_path / hardware).mkdir()
+        (tmp_path / hardware / identity.file.name).write_text(json.dumps(of))
+        found = find(identity, tmp_path)
+        assert found is not None
+        assert found.header.identity.hardware == hardware
+    assert find(Identity("zx-81", "t", "d", "float16", "quick"), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("speedup", "options", "code"),
+    [(2.0, [], 0), (1.5, [], 1), (1.5, ["--tolerance", "0.5"], 0), (3.0, ["--strict"], 0)],
+)
+def test_the_command_line_judges_from_the_files_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    speedup: float,
+    options: list[str],
+    code: int,
+) -> None:
+    """Guards against an exit code that a script cannot use."""
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    new.write_text(json.dumps(content({"linear": speedup})))
+    old.write_text(json.dumps(content({"linear": 2.0})))
+    for _ in range(2):  # the same slow code fails as often as it is judged
+        monkeypatch.setattr(sys, "argv", ["specdecode", "gate", str(new), str(old), *options])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert (exit_.value.code or 0) == code
+        assert "linear" in capsys.readouterr().out
+
+
+def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
+    """Guards against a baseline that the next run does not find, or cannot be judged by."""
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(content({"linear": 2.0}) | {"machine_info": {"node": "mine", "cpu": "abacus"}}))
+    file = bless(run, tmp_path / "baselines", "the first")
+    assert file == tmp_path / "baselines" / "abacus-2-threads" / "t+d-float32-quick.json"
+    written = json.loads(file.read_text())
+    assert written["specdecode"]["reason"] == "the first"
+    assert written["machine_info"] == {"cpu": "abacus"}
+    assert {j.verdict for j in judge(read(run), read(file))} == {Verdict.PASS}
+    assert [f.name for f in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [("dirty", "not committed"), ("no commit", "not committed"), ("bug", "wrong outputs"), ("noise", "differ by")],
+)
+def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change: str, reason: str) -> None:
+    """Guards against a baseline of unknown code, of wrong tokens, or of noise."""
+    content_ = copy.deepcopy(content({"linear": 2.0}, floor=0.2 if change == "noise" else 0.01))
+    if change == "dirty":
+        content_["commit_info"]["dirty"] = True
+    if change == "no commit":
+        del content_["commit_info"]
+    if change == "bug":
+        content_["specdecode"]["arms"]["linear"]["bugs"] = 1.0
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(content_))
+    with pytest.raises(ValueError, match=reason):
+        bless(run, tmp_path / "baselines", "because")
+    assert not (tmp_path / "baselines").exists()
+    with pytest.raises(ValueError, match="reason is empty"):
+        bless(run, tmp_path / "baselines", " ")
+
+
+def test_the_baselines_own_arm_is_judged_by_the_peer(tmp_path: Path) -> None:
+    """Guards against a slowdown of the loop, which slows all arms and `ar` alike."""
+
+    # transformers took 1 / 0.8 of our time, and takes as long as we do now.
+    for name, peer in (("old", 0.8), ("new", 1.0)):
+        speedups = {"ar": 1.0, "linear": 2.0, "hf-generate": peer}
+        (tmp_path / name).write_text(json.dumps(content(speedups)))
+    old, new = read(tmp_path / "old"), read(tmp_path / "new")
+    verdicts = {(j.arm, j.gate): j.verdict for j in judge(new, old)}
+    assert verdicts["ar", "time"] is Verdict.REGRESSED
+    assert verdicts["linear", "time"] is Verdict.PASS

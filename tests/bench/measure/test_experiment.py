@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import dataclasses
+import gc
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from specdecode import LM, Costs, TokenizerMismatchError, generate
+from specdecode.bench import presets
+from specdecode.bench.arms.arm import Arm, make
+from specdecode.bench.arms.run import Run
+from specdecode.bench.measure.check import classify
+from specdecode.bench.measure.experiment import Results, experiment, row_of
+from specdecode.bench.measure.session import measure
+from specdecode.bench.options import Options
+from specdecode.bench.presets import preset
+from specdecode.bench.report.markdown import markdown
+from specdecode.bench.report.tables import speed_table
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, RunFile
+from specdecode.controllers.base import Limit
+from specdecode.controllers.cost_aware import Draft
+from specdecode.heads import bound as fitting
+from specdecode.heads.bound import signature, untrained
+from specdecode.heads.formats import write_head
+from tests.helpers.characters import save
+from tests.helpers.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt, small
+from tests.helpers.spelling import CHARACTERS, characters
+
+LENGTH = 20
+PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
+
+
+class Calls:
+    """Arms that say what they are told to, in no time but the one that they claim."""
+
+    def __init__(self) -> None:
+        self.order: list[tuple[str, int, int]] = []
+        self.collecting: list[bool] = []
+
+    def arm(self, name: str, seconds: float, wrong: bool = False) -> Arm:
+        def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+            self.order.append((name, len(text), length))
+            if length == LENGTH:
+                self.collecting.append(gc.isenabled())
+            tokens = generate(lm("llama"), text, max_new_tokens=length).tokens
+            if wrong:
+                # The least likely token: no rounding makes it the choice.
+                tokens[-1] = int(_logits(lm("llama"), [*text, *tokens[:-1]]).argmin())
+            return Run(tokens, seconds * len(self.order) ** 0.01, 0.25 * seconds, {"steps": length})
+
+        return Arm(name, run, lm("llama"))
+
+
+def _logits(target: LM, text: list[int]) -> torch.Tensor:
+    return target.forward(target.new_slots(1), torch.tensor(text))[-1]
+
+
+@pytest.fixture(scope="module")
+def calls() -> Calls:
+    return Calls()
+
+
+def kept(results: Results) -> RunFile:
+    """The results as a run."""
+    identity = Identity("abacus", "t", "d", "float32", "quick")
+    return RunFile(Path(), Header(identity, LENGTH, results.outputs(), results.floor), results.records())
+
+
+@pytest.fixture(scope="module")
+def results(calls: Calls) -> Results:
+    arms = [calls.arm("ar", 1.0), calls.arm("twice", 0.5), calls.arm("half", 2.0), calls.arm("liar", 0.1, wrong=True)]
+    return experiment(arms, PROMPTS, max_new_tokens=LENGTH, repeats=3)
+
+
+def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: Calls) -> None:
+    """Guards against arms timed against a baseline of another moment, and against an order that favours one."""
+    rehearsed = {name for name, _, length in calls.order if 1 < length < LENGTH}
+    assert rehearsed == {"ar", "twice", "half", "liar"}
+    timed = [(name, text) for name, text, length in calls.order if length == LENGTH]
+    blocks = [timed[i : i + 5] for i in range(0, len(timed), 5)]
+    assert len(blocks) == 6
+    for block in blocks:
+        assert block[0][0] == block[-1][0] == "ar"
+        assert {name for name, _ in block[1:-1]} == {"twice", "half", "liar"}
+        assert len({length for _, length in block}) == 1
+    assert len({tuple(name for name, _ in block) for block in blocks}) > 1
+    assert not any(calls.collecting)
+    assert gc.isenabled()
+
+
+def test_speedups_are_paired_within_blocks(results: Results) -> None:
+    """Guards against ratios of totals: the fake times drift, but their ratios within a block do not."""
+    run = kept(results)
+    assert run.speedup("twice").value == pytest.approx(2.0, rel=0.01)
+    assert run.speedup("half").value == pytest.approx(0.5, rel=0.01)
+    assert run.speedup("twice", over="half").value == pytest.approx(4.0, rel=0.01)
+    assert run.speedup("ar").value == 1.0
+    assert results.floor > 0
+
+
+def test_a_time_from_a_wrong_output_is_void(results: Results) -> None:
+    """Guards against the fastest arm being the one that is wrong."""
+    run = kept(results)
+    assert results.wrong("liar") == [*PROMPTS] * 3
+    assert run.arms["liar"].rows == {}
+    assert run.measures("liar").keys() == {"bugs", "ties", "synthetic", "lossy"}
+    assert run.measures("liar")["bugs"] == 6
+    assert results.wrong("twice") == []
+
+
+def test_repeats_are_summed_and_measures_are_plain_numbers(results: Results) -> None:
+    """Guards against tensors and NumPy scalars, which pytest-benchmark stores as text, and against lost repeats."""
+    run = kept(results)
+    measures = run.measures("twice")
+    assert {type(value) for value in measures.values()} == {float}
+    assert measures["ttft_s"] == pytest.approx(0.125)
+    assert measures["mean_acceptance_length"] == 1.0
+    assert {(row.counts["runs"], row.counts["tokens"]) for row in run.arms["twice"].rows.values()} == {(3, 3 * LENGTH)}
+    assert measures["throughput"] == pytest.approx(6 * LENGTH / sum(results.durations("twice")))
+
+
+def test_an_output_of_another_length_is_wrong() -> None:
+    """Guards against a prefix taken for the whole: no token differs, and yet it is not the output."""
+    tokens = generate(lm("llama"), prompt(), max_new_tokens=8).tokens
+    assert classify(lm("llama"), prompt(), tokens, tokens) == "equal"
+    assert classify(lm("llama"), prompt(), tokens, tokens[:-1]) == "bug"
+
+
+def test_a_choice_within_the_rounding_is_a_tie_and_no_more() -> None:
+    """Guards against numerics as an excuse: only where the target itself is undecided may an output differ.
+
+    Two tokens have the same embedding but for a hair, so that in bfloat16 their logits round to within the noise.
+    """
+    model = build(ARCHITECTURES["llama"] | {"tie_word_embeddings": False}).to(torch.bfloat16)
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    target = LM(model)
+    first = generate(target, prompt(), max_new_tokens=1).tokens[0]
+    twin = (first + 1) % target.vocab_size
+    with torch.no_grad():
+        head.weight[twin] = head.weight[first]
+    worst = int(_logits(target, list(prompt())).argmin())
+    assert classify(target, prompt(), [first], [twin]) == "tie"
+    assert classify(target, prompt(), [first], [worst]) == "bug"
+
+
+@pytest.fixture
+def headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
+    """A target that comes with a head."""
+    target = lm("llama")
+    file = tmp_path / "head.safetensors"
+    file.write_bytes(write_head(untrained(target), signature(target), {}))
+    monkeypatch.setattr(fitting, "shipped_head", {target.name: file}.get)
+    return target
+
+
+def test_every_arm_of_every_preset_gives_the_baselines_tokens(headed: LM, unchecked: None) -> None:
+    """Guards against an arm that is measured but was never right, peers included."""
+    target = headed
+    draft = target.subset([0, 1, 3])
+    for name in ("quick", "synthetic"):
+        entries = preset(name).arms
+        arms = [make(arm, options, target, draft) for arm, options in entries.items()]
+        results = experiment(arms, PROMPTS, max_new_tokens=16)
+        for arm in entries:
+            runs = [block.runs[arm] for block in results.blocks]
+            assert [block.checks[arm] for block in results.blocks] == ["equal", "equal"], arm
+            assert all(0 < run.ttft_s <= run.total_s for run in runs), arm
+            assert all(len(run.tokens) == 16 for run in runs), arm
+            ours = [run for run in runs if "peer" not in entries[arm]]
+            parts = [sum(run.seconds[part] for part in ("draft", "verify", "overhead")) for run in ours]
+            assert parts == pytest.approx([run.total_s for run in ours]), arm
+            assert all(run.seconds["verify"] > run.seconds["later_verify"] > 0 for run in ours), arm
+
+
+def test_a_draft_of_another_vocabulary_serves_the_arm_that_goes_by_text() -> None:
+    """Guards against a pair of vocabularies that cannot be measured at all, and against arms that take the draft's
+    tokens for the target's."""
+    target, draft = lm("llama"), small(vocab_size=VOCABULARY)
+    draft.tokenizer = characters(CHARACTERS[::-1])
+    run = make("by-text", {"drafter": "universal", "k": 3}, target, draft).run(prompt(), LENGTH, ())
+    assert run.tokens == greedy("llama", LENGTH)
+    assert run.counts["draft_forwards"] > 0
+    assert len(run.histograms["depth"]) == 4
+    for options in ({"drafter": "model"}, {"peer": "assisted"}):
+        with pytest.raises(TokenizerMismatchError, match="does not share the vocabulary of llama"):
+            make("arm", options, target, draft)
+    draft.tokenizer = None
+    with pytest.raises(TokenizerMismatchError, match="small has no tokenizer"):
+        make("arm", {"drafter": "universal"}, target, draft)
+
+
+def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> None:
+    """Guards against a session that compares the vocabularies before an arm is asked whether it needs them equal."""
+    preset_ = tmp_path / "text.toml"
+    preset_.write_text(
+        'prompts = "prose:1"\nmax_new_tokens = 4\nrepeats = 1\n[arms]\nar = {}\nby-text = { drafter = "universal" }\n'
+    )
+    target, draft = save(tmp_path / "target"), save(tmp_path / "draft", texts=CHARACTERS[::-1])
+    given = {"root": tmp_path, "preset": str(preset_), "target": str(target), "draft": str(draft)}
+    left_out = {field.name: None for field in dataclasses.fields(Options)}
+    off = dict.fromkeys(("resume", "tiny", "eos"), False)
+    bench = measure(Options(**left_out | off | given | {"device": "cpu", "backend": "auto"}), {"by-text"})
+    assert bench.wrong["by-text"] == []
+    assert bench.run.measures("by-text")["acceptance_rate"] >= 0.0
+
+
+def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked: None) -> None:
+    """Guards against a lossy arm that may write anything, and against one that can never be right."""
+    target = lm("llama")
+    cache = {"policy": "sink-window", "cache": 16}
+    entries = {"ar": {}, "windowed": cache, "windowed-lookup": {"drafter": "lookup", **cache}}
+    entries["replayed"] = {"drafter": "model", "replay": 0.9, **cache}
+    arms = [make(name, options, target, target.subset([0])) for name, options in entries.items()]
+    results = experiment(arms, PROMPTS, max_new_tokens=40)
+    run = kept(results)
+    assert [record.bugs for record in run.arms.values()] == [0, 0, 0, 0]
+    assert [record.lossy for record in run.arms.values()] == [False, True, True, True]
+    tokens = {arm: results.blocks[0].runs[arm].tokens for arm in entries}
+    assert tokens["windowed"] == tokens["windowed-lookup"] == tokens["replayed"] != tokens["ar"]
+    assert run.measures("replayed")["acceptance_rate"] > 0.5
+    assert run.arms["windowed"].rows["a"].counts["compressions"] > 3
+
+    full = make("liar", {}, target, None)
+    liar = dataclasses.replace(full, policy=arms[1].policy)
+    assert experiment([arms[0], liar], PROMPTS, max_new_tokens=40).wrong("liar") == ["a", "b"]
+
+
+def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target(unchecked: None) -> None:
+    """Guards against an INT8 arm that may write anything, one that decodes the target as it is, and an agreement with
+    `ar` that is not said or not true."""
+    target = lm("llama")
+    rough, draft = target.quantized("int8"), target.subset([0, 1, 3])
+    int8 = {"quantize": "int8"}
+    entries = {"ar": {}, "ar-int8": int8, "linear-int8": {"drafter": "model", "k": 3, **int8}}
+    entries |= {"batch-int8": {"batch": 2, **int8}, "hf-int8": {"peer": "generate", **int8}}
+    entries["windowed-int8"] = {"policy": "sink-window", "cache": 16, **int8}
+    arms = [make(name, options, target, draft) for name, options in entries.items()]
+    assert [arm.target is rough for arm in arms] == [arm.lossy for arm in arms] == [False] + [True] * 5
+    arms.append(dataclasses.replace(arms[0], name="liar", target=rough, quantize="int8"))
+    results = experiment(arms, PROMPTS, max_new_tokens=24)
+    run = kept(results)
+    assert [record.bugs for record in run.arms.values()] == [0] * 6 + [2]
+    tokens = {arm.name: results.blocks[0].runs[arm.name].tokens for arm in arms}
+    assert all(tokens[arm] == tokens["ar-int8"] for arm in ("linear-int8", "batch-int8", "hf-int8"))
+    assert len({tuple(tokens[arm]) for arm in ("ar", "ar-int8", "windowed-int8")}) == 3
+
+    shared = 0
+    for block in results.blocks:
+        pairs = enumerate(zip(block.runs["ar"].tokens, block.runs["ar-int8"].tokens, strict=True))
+        shared += next(place for place, (a, b) in pairs if a != b)
+    assert shared > 0
+    assert run.measures("linear-int8")["agreement"] == pytest.approx(shared / 48)
+    assert run.measures("ar")["agreement"] == 1.0
+    assert run.measures("linear-int8")["weight_bytes"] == rough.weight_bytes < target.weight_bytes
+    assert run.measures("ar")["weight_bytes"] == target.weight_bytes
+
+
+def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
+    """Guards against a margin, or a noise, that is looked up in the target as it is.
+
+    Two tokens have output weights that are apart, but by so little that they are the same integers.
+    """
+    model = build(ARCHITECTURES["llama"] | {"tie_word_embeddings": False}).float()
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    first = generate(LM(model), prompt(), max_new_tokens=1).tokens[0]
+    twin = (first + 1) % head.out_features
+    with torch.no_grad():
+        scale = head.weight[first].abs().max() / 127.5
+        head.weight[twin] = head.weight[first] = (head.weight[first] / scale).round().clamp(-127, 127) * scale
+        head.weight[twin, head.weight[twin].abs() < 50 * scale] += 0.2 * scale
+    target = LM(model)
+    both = {first, twin}
+    expected = generate(target.quantized("int8"), prompt(), max_new_tokens=1).tokens[0]
+    assert expected in both
+
+    def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        return Run([*(both - set(expected))], 1.0, 0.5, {"steps": 1})
+
+    arms = [make("ar", {}, target, None), Arm("twin", run, target.quantized("int8"), quantize="int8")]
+    results = experiment(arms, {"a": list(prompt())}, max_new_tokens=1)
+    assert results.blocks[0].checks["twin"] == "tie"
+    assert classify(target, prompt(), [first], [twin]) == "bug"
+
+
+def test_the_presets_are_of_known_parts(headed: LM) -> None:
+    """Guards against a preset that is only found wrong when somebody measures with it."""
+    for file in Path(presets.__file__).with_name("presets").glob("*.toml"):
+        # Compiling takes minutes.
+        entries = {
+            arm: options | {"backend": "eager"} if options.get("backend") == "compile" else options
+            for arm, options in preset(file.stem).arms.items()
+        }
+        arms = {arm: make(arm, options, headed, headed) for arm, options in entries.items()}
+        assert all(arm.against is None or arm.against in arms for arm in arms.values())
+        assert "ar" in arms
+
+
+def test_a_batch_shares_forwards_and_tells_a_prompts_share_of_the_time() -> None:
+    """Guards against a batch of one text said several times, and a time that is divided in one place only."""
+    target = lm("llama")
+    arm = make("batch", {"drafter": "lookup", "batch": 4}, target, None)
+    shapes: list[torch.Size] = []
+    started = time.perf_counter()
+    with target.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    ):
+        run = arm.run(prompt(), 30, ())
+    elapsed = time.perf_counter() - started
+    assert run.tokens == generate(target, prompt(), max_new_tokens=30).tokens
+    assert sorted(shape[1] for shape in shapes if shape[0] == 1)[-1] == len(prompt()) - 1
+    assert next(shape[0] for shape in shapes if shape[0] > 1) == 4
+    assert 0 < 4 * run.total_s <= elapsed
+    assert run.seconds["verify"] < run.total_s
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arms_draft_as_long_as_their_controllers_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a controller that goes on with what it knows of the run before, against costs measured within the
+    time of a run, and against counters that follow the clock and are gated all the same."""
+    target, measured = small(num_hidden_layers=2), []
+
+    def measure(*of: object) -> Costs:
+        measured.append(of)
+        return Costs({1: 1.0}, {Limit(1): Draft(1, 0.0), Limit(5): Draft(5, 0.0)})
+
+    monkeypatch.setattr("specdecode.bench.arms.arm.measure_costs", measure)
+    entries = {"ar": {}, "fixed": {"drafter": "lookup", "k": 5}}
+    entries |= {kind: {"drafter": "model", "controller": kind} for kind in ("adaptive", "cost-aware")}
+    arms = [make(name, options, target, target.subset([0])) for name, options in entries.items()]
+    assert len(measured) == 1
+    results = experiment(arms, PROMPTS, max_new_tokens=24, repeats=2)
+    assert len(measured) == 1
+    for block in results.blocks:
+        assert set(block.checks.values()) == {"equal"}
+        assert len([steps for steps in block.runs["adaptive"].histograms["depth"] if steps]) > 1
+    once, again = ([block.runs["adaptive"] for block in results.blocks if block.repeat == repeat] for repeat in (0, 1))
+    assert [run.counts for run in once] == [run.counts for run in again]
+    timed = {name: record.timed for name, record in kept(results).arms.items()}
+    assert timed == {"ar": False, "fixed": False, "adaptive": False, "cost-aware": True}
+
+
+def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
+    """Guards against a synthetic arm that skips the draft's forwards, or accepts at another rate than it says."""
+    target = lm("llama")
+    draft = target.subset([0])
+    options = {"drafter": "model", "k": 4, "replay": 0.8}
+    arm = make("replayed", options, target, draft)
+    expected = generate(target, prompt(), max_new_tokens=200).tokens
+    run = arm.run(prompt(), 200, expected)
+    assert arm.synthetic
+    assert run.counts["draft_forwards"] == sum(depth * steps for depth, steps in enumerate(run.histograms["depth"]))
+    record = ArmRecord({"p": row_of([0.0], [run], [run])})
+    assert 0.6 < record.acceptance_by_position()[0] < 0.95
+
+
+def test_synthetic_rows_say_so_in_every_table() -> None:
+    """Guards against a set acceptance that is taken for a model's."""
+    target = lm("llama")
+    entries = {"ar": {}, "lookup": {"drafter": "lookup"}, "replayed": {"drafter": "model", "replay": 0.5}}
+    arms = [make(name, options, target, target) for name, options in entries.items()]
+    results = kept(experiment(arms, PROMPTS, max_new_tokens=4))
+    table = io.StringIO()
+    Console(file=table, width=130).print(speed_table(results))
+    for text in (table.getvalue(), markdown(results, "title", "no baseline", [])):
+        assert text.count("(synthetic)") == 1
+        assert "replayed (synthetic)" in text
+    assert [results.measures(arm)["synthetic"] for arm in entries] == [0.0, 0.0, 1.0]
+
+
+def test_peers_draft_as_long_as_they_are_told() -> None:
+    """Guards against transformers drafting at another K: all drafts are right here, so K shows in the steps."""
+    target = lm("llama")
+    arm = make("hf-assisted", {"peer": "assisted", "k": 4}, target, target)
+    ours = make("linear", {"drafter": "model", "k": 4}, target, target)
+    run, own = arm.run(prompt(), 40, ()), ours.run(prompt(), 40, ())
+    assert run.tokens == own.tokens
+    assert run.counts["steps"] == own.counts["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"drafter": "oracle"}, "no drafter is named 'oracle'"),
+        ({"peer": "magic"}, "no peer is named 'magic'"),
+        ({"drafter": "lookup", "speed": 9}, "unknown options: speed"),
+        ({"drafter": "model", "shape": "ring"}, "no tree shape is named 'ring'"),
+        ({"drafter": "model", "k": 0}, "K is 0"),
+        ({"drafter": "lookup", "ngram": 0}, "max_ngram is 0"),
+        ({"drafter": "lookup+model", "min_ngram": 4}, "min_ngram is 4"),
+        ({"drafter": "lookup+oracle"}, "no drafter is named 'oracle'"),
+        ({"policy": "amnesia"}, "no cache policy is named 'amnesia': choose from heavy-hitter, key-norm, random"),
+        ({"policy": "sink-window", "cache": 3}, "max_len is 3"),
+        ({"peer": "generate", "policy": "random"}, "takes no policy"),
+        ({"batch": 0}, "batch is 0"),
+        ({"batch": 2, "drafter": "model", "replay": 0.5}, "batch is 2: it is 1 or more, and 1 for replayed drafts"),
+        ({"quantize": "int4"}, "quantize is 'int4'"),
+        ({"drafter": "lookup", "controller": "magic"}, "no controller is named 'magic': choose from fixed, adaptive"),
+        ({"drafter": "lookup", "controller": "adaptive", "k": 3}, "k is of no use with the controller 'adaptive'"),
+        ({"drafter": "lookup", "controller": "cost-aware", "k": 3}, "k is of no use with the controller 'cost-aware'"),
+        ({"peer": "generate", "controller": "adaptive"}, "unknown options: controller"),
+    ],
+)
+def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:
+    """Guards against a typing error that silently measures something else."""
+    with pytest.raises(ValueError, match=reason):
+        make("arm", options, lm("llama"), lm("llama"))
+
+
+def test_an_arm_that_drafts_needs_a_draft_model() -> None:
+    """Guards against a failure in the middle of the experiment."""
+    for options in ({"drafter": "model"}, {"drafter": "lookup+model"}, {"drafter": "universal"}, {"peer": "assisted"}):
+        with pytest.raises(ValueError, match="--draft"):
+            make("arm", options, lm("llama"), None)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.run import Run
+from specdecode.bench.measure.experiment import Results, experiment
+from specdecode.bench.measure.journal import code, open_journal
+from tests.helpers.models import lm, prompt
+
+PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
+WHAT: dict[str, Any] = {"prompts": PROMPTS, "arms": {"ar": {}, "other": {"k": 3}}, "code": "1234"}
+
+
+@pytest.fixture(autouse=True)
+def _quick_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the profiler, which takes longer to start than all else here."""
+
+    def rehearse(arm: Arm, *arguments: Any) -> dict[str, float]:
+        arm.run(*arguments)
+        return {}
+
+    monkeypatch.setattr("specdecode.bench.measure.experiment.rehearse", rehearse)
+
+
+class Interrupted:
+    """An experiment whose arms answer at once, and are interrupted at the given call."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.calls = 0
+        self.at = at
+
+    def _run(self, text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        counts = {"steps": length, "target_forwards": length}
+        return Run([5] * length, 1.0 + 0.01 * self.calls, 0.1, counts, {"draft": 0.5}, {"accepted": [length]})
+
+    def experiment(self, path: Path, resume: bool = False) -> Results:
+        arms = [Arm(name, self._run, lm("llama")) for name in ("ar", "other")]
+        finished, keep = open_journal(path, WHAT, resume)
+        return experiment(arms, PROMPTS, 20, repeats=2, finished=finished, keep=keep)
+
+
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(1, 18), cut=st.integers(0, 30))
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, at: int, cut: int) -> None:
+    """Guards against finished blocks that are lost, measured twice, or read from a line that a kill cut off."""
+    path = tmp_path / "run.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(at).experiment(path)
+    before = path.read_text()
+    done = before.count("\n") - 1
+    if done and cut:
+        path.write_text(before[:-cut])
+        done -= 1
+    resumed = Interrupted()
+    results = resumed.experiment(path, resume=True)
+    assert [(block.prompt, block.repeat) for block in results.blocks] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    # Three rehearsals, and of each block that was lacking a warm-up and three runs.
+    assert resumed.calls == 3 + 4 * (4 - done)
+    kept = [json.loads(line) for line in before.splitlines()[1 : 1 + done]]
+    assert [block.runs["other"].total_s for block in results.blocks[:done]] == [
+        entry["runs"]["other"]["total_s"] for entry in kept
+    ]
+    again, _ = open_journal(path, WHAT, resume=True)
+    assert again == results.blocks
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_blocks_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
+    """Guards against one run put together from two codes, or from other prompts."""
+    path = tmp_path / "run.jsonl"
+    open_journal(path, WHAT, resume=False)
+    for name, value in {"code": "4321", "prompts": {"a": [1]}}.items():
+        with pytest.raises(ValueError, match=f"other {name}: it cannot be resumed"):
+            open_journal(path, WHAT | {name: value}, resume=True)
+    path.write_text("")
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        open_journal(path, WHAT, resume=True)
+
+
+def test_without_resume_a_run_starts_anew(tmp_path: Path) -> None:
+    """Guards against blocks of yesterday's run in today's."""
+    path = tmp_path / "run.jsonl"
+    Interrupted().experiment(path)
+    assert open_journal(path, WHAT, resume=False)[0] == []
+    assert path.read_text().count("\n") == 1
+    assert open_journal(tmp_path / "none", WHAT, resume=True)[0] == []
+
+
+def test_the_code_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an edit between a run and its resumption."""
+    package = tmp_path / "specdecode" / "bench" / "measure"
+    package.mkdir(parents=True)
+    (package / "journal.py").write_text("a = 1")
+    monkeypatch.setattr("specdecode.bench.measure.journal.__file__", str(package / "journal.py"))
+    before = code()
+    (package / "journal.py").write_text("a = 2")
+    assert code() != before

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdecode.bench.arms.run import Run
+from specdecode.bench.measure.side_by_side import (
+    PROTOCOL,
+    Quartet,
+    Side,
+    SideBySide,
+    Versions,
+    Worker,
+    dependencies,
+    measure_side_by_side,
+)
+from specdecode.bench.worker import serve
+from tests.bench.test_suites import ROOT, run
+from tests.helpers.characters import save
+from tests.helpers.spelling import CHARACTERS
+
+LOGS = st.floats(-1, 1)
+
+
+def quartet(logs: Sequence[float], new_first: bool) -> Quartet:
+    """Four runs in the order of measuring that took exp(log) seconds each."""
+    a_1, b_1, b_2, a_2 = (Run([1], math.exp(log), 0.1, {"steps": 1}) for log in logs)
+    outer, inner = (Side(runs, ("equal", "equal")) for runs in ((a_1, a_2), (b_1, b_2)))
+    return Quartet("p", outer, inner, True) if new_first else Quartet("p", inner, outer, False)
+
+
+@given(level=LOGS, drift=LOGS, effect=LOGS, new_first=st.booleans())
+def test_a_linear_drift_neither_looks_like_a_change_nor_like_noise(
+    level: float, drift: float, effect: float, new_first: bool
+) -> None:
+    """Guards against a machine that warms up taken for a regression, and a regression taken for noise."""
+    slower = [not new_first, new_first, new_first, not new_first]  # where the old version runs
+    logs = [level + drift * i + effect * old for i, old in enumerate(slower)]
+    found = quartet(logs, new_first)
+    assert found.log_ratio == pytest.approx(effect, abs=1e-9)
+    assert found.noise == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("new_first", [True, False])
+def test_the_floor_varies_as_much_as_what_it_is_the_floor_of(new_first: bool) -> None:
+    """Guards against an A/A floor of another scale: equal independent noise in the four runs moves both alike."""
+    moves = [quartet([float(i == j) for j in range(4)], new_first) for i in range(4)]
+    assert sum(move.log_ratio**2 for move in moves) == pytest.approx(1.0)
+    assert sum(move.noise**2 for move in moves) == pytest.approx(1.0)
+    assert sum(move.noise * move.log_ratio for move in moves) == pytest.approx(0.0)
+
+
+class Machine:
+    """A GPU with room for so many versions, and what was run on it."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.loaded: list[str] = []
+        self.log: list[tuple[str, str, str]] = []
+
+
+class Loaded(Worker):
+    """Stands for a worker process: answers at once, and does not load what does not fit."""
+
+    def __init__(self, machine: Machine, name: str, size: int = 1) -> None:
+        self.machine, self.name, self.size = machine, name, size
+
+    def load(self) -> bool:
+        if len(self.machine.loaded) + self.size > self.machine.room:
+            return False
+        self.machine.loaded.append(self.name)
+        return True
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        if do == "unload":
+            self.machine.loaded.remove(self.name)
+            return None
+        assert self.name in self.machine.loaded
+        answers = {"rehearse": {"host_syncs_per_step": 1.0}, "expected": arguments.get("tokens"), "check": "equal"}
+        return answers[do]
+
+    def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        assert self.name in self.machine.loaded
+        if length > 1:
+            self.machine.log.append((self.name, arm, str(prompt)))
+            assert expected == ([] if arm == "ar" else [7] * length)
+        return Run([7] * length, 2.0 if self.name == "old" else 1.0, 0.1, {"steps": length})
+
+
+def side_by_side(machine: Machine) -> tuple[SideBySide, Versions]:
+    both = Versions(Loaded(machine, "new"), Loaded(machine, "old"))
+    return measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 5, repeats=2), both
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_versions_take_turns(room: int) -> None:
+    """Guards against one version that always runs first, and against two models where there is room for one."""
+    machine = Machine(room)
+    measured, both = side_by_side(machine)
+    assert both.together == (room == 2)
+    assert len(machine.loaded) == room
+    assert len(machine.log) == 4 * 2 * 2 * 2
+    for arm in ("ar", "x"):
+        orders = [name for name, of, _ in machine.log if of == arm]
+        blocks = [tuple(orders[i : i + 4]) for i in range(0, len(orders), 4)]
+        abba, baab = ("new", "old", "old", "new"), ("old", "new", "new", "old")
+        assert blocks == [abba, baab, abba, baab] if room == 2 else [abba] * 4
+        assert measured.change(arm).value == pytest.approx(2.0)
+    record = measured.record("old", "old", "x", {"synthetic": False, "against": None, "lossy": False})
+    assert {prompt: row.counts["runs"] for prompt, row in record.rows.items()} == {"p": 4, "q": 4}
+    assert record.rehearsal == {"host_syncs_per_step": 1.0}
+    assert not record.timed  # an older version does not tell
+    about = {"synthetic": False, "against": None, "lossy": False, "timed": True}
+    assert measured.record("new", "new", "x", about).timed
+
+
+def test_a_model_that_does_not_fit_even_alone_is_told() -> None:
+    """Guards against an endless change of turns."""
+    machine = Machine(1)
+    with pytest.raises(ValueError, match="old cannot load its models: even alone"):
+        Versions(Loaded(machine, "new"), Loaded(machine, "old", size=2))
+
+
+def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an error that ends the worker, and the run with it, instead of being told."""
+    folder = str(save(tmp_path / "model"))
+    other = str(save(tmp_path / "other", texts=CHARACTERS[::-1]))
+    load = {"do": "load", "target": folder, "draft": other, "device": "cpu", "dtype": "float64", "backend": "auto"}
+    arms = {"ar": {}, "lookup": {"drafter": "lookup"}, "novel": {"drafter": "oracle"}}
+    arms |= {"by-text": {"drafter": "universal"}, "linear": {"drafter": "model"}, "int8": {"quantize": "int8"}}
+    arms |= {"clocked": {"drafter": "lookup", "controller": "cost-aware"}}
+    run_ = {"do": "run", "arm": "lookup", "prompt": [1, 2, 3], "length": 4, "expected": []}
+    requests = [
+        {**load, "target": "./nowhere", "arms": arms},
+        {**load, "arms": arms},
+        run_,
+        {**run_, "prompt": []},
+        {**run_, "arm": "int8", "length": 40},
+        {"do": "expected", "arm": "int8", "prompt": [1, 2, 3], "tokens": [0] * 40},
+        {**run_, "length": 40},
+        {"do": "unload"},
+    ]
+    answers = serve(json.dumps(request) for request in requests)
+    missing, about, done, empty, of_int8, owed, of_target, unloaded = map(json.loads, answers)
+    assert "no such folder" in missing["error"]
+    assert about["value"]["refused"].keys() == {"novel", "linear"}
+    assert len(Run(**done["value"]).tokens) == 4
+    assert "prompt is empty" in empty["error"]
+    assert [about["value"]["about"][arm]["lossy"] for arm in ("lookup", "int8")] == [False, True]
+    assert [about["value"]["about"][arm]["timed"] for arm in ("lookup", "clocked")] == [False, True]
+    assert of_int8["value"]["tokens"] == owed["value"] != of_target["value"]["tokens"]
+    assert unloaded == {"value": None}
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("specdecode.bench.worker.load", full)
+    (answer,) = serve([json.dumps({**load, "arms": {}})])
+    assert json.loads(answer)["memory"] is True
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import sys; sys.exit('no module of that name')", r"died while it was to load \(exit code 1\).*no module of"),
+        ("print('hello', flush=True); input()", "died while it was to load"),
+        (None, "v1 cannot be measured side by side: it has no specdecode/bench/worker.py"),
+        (
+            "import json, os\ninput(); print(json.dumps({'value': {'protocol': 99}}), flush=True); input()",
+            "another protocol",
+        ),
+        (
+            f"import json, os\ninput(); print(json.dumps({{'value': {{'protocol': {PROTOCOL}}}}}), flush=True)\n"
+            "input(); os.kill(os.getpid(), 9)",
+            r"died while it was to run lookup \(exit code -9\)",
+        ),
+    ],
+    ids=["cannot start", "prints", "too old", "protocol", "killed"],
+)
+def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str | None, reason: str) -> None:
+    """Guards against a run that hangs on a dead worker, or ends in a traceback."""
+    if source is not None:
+        (tmp_path / "specdecode" / "bench").mkdir(parents=True)
+        for package in ("specdecode", "specdecode/bench"):
+            (tmp_path / package / "__init__.py").touch()
+        (tmp_path / "specdecode" / "bench" / "worker.py").write_text(source)
+
+    def use() -> None:
+        worker = Worker("v1", tmp_path, {"target": "t"})
+        with contextlib.closing(worker):
+            worker.load()
+            worker.run("lookup", [1], 2, [])
+
+    with pytest.raises(ValueError, match=reason) as error:
+        use()
+    assert "\n" not in str(error.value)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of its own with this package in its one commit."""
+    folder = tmp_path_factory.mktemp("repository")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
+        if not name.startswith(("baselines/", "docs/")) and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "before")
+    return folder
+
+
+def edit(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert text.count(before) == 1, before
+    file.write_text(text.replace(before, after))
+
+
+def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: Path) -> None:
+    """Guards against two versions that are in truth one, and against what only one of them has passing in silence.
+
+    The working tree waits in every verification for longer than it took, has an arm that the commit cannot make, lacks
+    one that the commit had, and pins another torch.
+    """
+    model = save(tmp_path / "model")
+    package = repository / "specdecode"
+    verify = "            logits = target.forward_tree(text.slots, text.pending, tree)\n"
+    wait = "            while time.perf_counter() - done_at < 1.5 * (done_at - started):\n                pass\n"
+    edit(package / "decode.py", verify, f"{verify}            done_at = time.perf_counter()\n{wait}")
+    edit(package / "bench" / "arms.py", 'if kind == "lookup":', 'if kind in ("lookup", "novel"):')
+    quick = package / "bench" / "presets" / "quick.toml"
+    edit(quick, "linear-k8 = { drafter", 'novel = { drafter = "novel" }\n#')
+    lines = (repository / "constraints.txt").read_text().splitlines()
+    pin = next(line for line in lines if line.startswith("torch=="))
+    edit(repository / "constraints.txt", pin, "torch==1.0")
+    selected = "ar-time or (lookup and not aware) or novel or k8"
+    options = ("-k", selected, f"--target={model}", "--device", "cpu", "--dtype", "float64")
+    sizes = ("--draft", "layers:0-2", "--prompts", "prose:3", "--max-new-tokens", "24", "--against", "HEAD")
+    done = run("--benchmark", *options, *sizes, "--tolerance", "0.1", cwd=repository)
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    failed = {line.split()[1].split("[")[1] for line in done.stdout.splitlines() if line.startswith("FAILED")}
+    assert failed == {"ar-time]", "lookup-time]", "linear-k8-time]", "linear-k8-counters]"}
+    assert "mostly verifying" in said
+    assert "MISSING: linear-k8" in said
+    assert "no drafter is named 'novel'" in said
+    assert f"torch {pin.split('==')[1]} -> 1.0" in said
+    assert subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True).stdout.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--against", "nowhere"], "--against nowhere: "),
+        (["--against", "HEAD", "--resume"], "--resume does not go with --against"),
+        (["--against", "HEAD", "--target=./nowhere"], "the working tree cannot load: "),
+    ],
+)
+def test_what_is_wrong_with_a_comparison_is_told_in_one_sentence(
+    repository: Path, arguments: list[str], reason: str
+) -> None:
+    """Guards against a traceback, and a worktree that is left behind."""
+    done = run("--benchmark", "-k", "lookup", "--device", "cpu", *arguments, cwd=repository)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert reason in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True).stdout.count(b"\n") == 1
+
+
+def test_other_pins_are_told(repository: Path) -> None:
+    """Guards against a speedup that came with another torch."""
+    assert dependencies(repository, "nowhere") != []
+    git(repository, "checkout", "--quiet", "--", "constraints.txt")
+    assert dependencies(repository, "HEAD") == []

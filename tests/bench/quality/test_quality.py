@@ -1,0 +1,448 @@
+"""The quality suite behind its command: presets, sessions that are resumed, costs, verdicts and reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specdecode import LM
+from specdecode.bench.options import Options
+from specdecode.bench.quality import session as quality
+from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
+from specdecode.evals.arms import Shuffled, make, quality_preset
+from specdecode.evals.needle import Found
+from specdecode.evals.perplexity import negative_log_likelihoods
+from specdecode.evals.results import (
+    Answer,
+    Document,
+    Judgement,
+    QualityRun,
+    Score,
+    Sought,
+    Trace,
+    judge,
+    read,
+    read_margins,
+    write,
+)
+from specdecode.evals.stats import Verdict
+from specdecode.evals.tasks import TASKS
+from specdecode.models.embedded import EMBEDDED
+from tests.helpers.models import ARCHITECTURES, build, lm
+from tests.helpers.root import ROOT
+
+HEADER: dict[str, Any] = {
+    "target": "t",
+    "dtype": "float32",
+    "preset": "quick",
+    "texts": "prose@5:3",
+    "origins": ["prose: here"],
+    "tasks": {
+        "problems": {"gsm8k": 2, "humaneval": 10},
+        "max_new_tokens": 9,
+        "arms": ["full", "window-8"],
+        "origins": ["humaneval: here"],
+        "missing": {"gsm8k": "gsm8k is not at hand"},
+    },
+    "k": 3,
+    "window": None,
+    "stride": None,
+    "backend": "eager",
+    "synthetic": False,
+    "versions": {},
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "window-8": {"policy": "sink-window", "cache": 8},
+    "window-16": {"policy": "sink-window", "cache": 16},
+    "any-8": {"policy": "random", "cache": 8, "control": "window-8"},
+}
+
+
+def trace(cost: float, since: list[int], unsure: float = 0.0) -> Trace:
+    """Costs that much at each token behind an eviction, and something else before, which is not to count."""
+    own = [cost if distance else 100.0 for distance in since] if any(since) else [cost] * len(since)
+    return Trace([2.0 + each for each in own], [abs(each) + unsure for each in own], [1, 0, 1, 0], since)
+
+
+def example(window: float = 0.1, control: float = 0.9) -> QualityRun:
+    """Five documents of four tokens, whose costs differ a little; nothing is evicted from the wider window."""
+    documents = [
+        Document(
+            f"prose/{i}",
+            [2.0] * 4,
+            {
+                "full": trace(0.0, [0] * 4),
+                "window-8": trace(window + 0.01 * i, [0, 0, 1, 2]),
+                "window-16": trace(0.5, [0] * 4),
+                "any-8": trace(control + 0.01 * i, [0, 1, 2, 1]),
+            },
+        )
+        for i in range(5)
+    ]
+    needles = [
+        Sought(arm, length, depth, -1.0 if arm == "full" else -20.0, [0, 0], arm == "full")
+        for arm in ("full", "window-8")
+        for length in (8, 16)
+        for depth in (0.0, 1.0)
+    ]
+    return QualityRun(HEADER, ARMS, documents, needles, answers(reference="1111100000", full="1111100000"))
+
+
+def answers(**passed: str) -> list[Answer]:
+    """By arm, for each of ten problems whether it is solved; the window loses three and wins one."""
+    given = passed | {"window-8": "0001100001"}
+    return [
+        Answer(arm, "humaneval", f"humaneval/{i}", "" if bit == "1" else "AssertionError:", 3, "...")
+        for arm, bits in given.items()
+        for i, bit in enumerate(bits)
+    ]
+
+
+MARGINS = {"full": {"nll": 0.01, "kl": 0.01}, "window-8": {"nll": 0.3, "kl": 0.3}, "window-16": {"nll": 0.3}}
+
+
+def verdicts(judgements: list[Judgement]) -> dict[tuple[str, str], Verdict | None]:
+    return {(each.arm, each.measure): each.verdict for each in judgements}
+
+
+def test_costs_are_those_of_the_tokens_behind_an_eviction() -> None:
+    """Guards against a cost that is made small by tokens of which nothing had been evicted yet."""
+    run = example()
+    cost = run.cost("window-8", "nll")
+    assert cost is not None
+    assert (cost.low, cost.value, cost.high) == (
+        pytest.approx(0.1, abs=0.01),
+        pytest.approx(0.12),
+        pytest.approx(0.14, abs=0.01),
+    )
+    assert run.tokens("window-8") == 10
+    assert run.tokens("full") == 20
+    assert run.cost("window-16", "nll") is None
+    assert run.divergence("window-8", 1.0) == pytest.approx(0.14)
+    assert run.agreement("window-8") == 0.5
+    assert run.perplexity() == pytest.approx(2.718281828**2)
+
+
+def test_curves_are_means_over_places() -> None:
+    """Guards against a curve over position that is one over the order of documents."""
+    run = example()
+    assert run.curve("any-8", "kl", "since") == [(1.0, pytest.approx(0.92)), (2.0, pytest.approx(0.92))]
+    assert run.curve("full", "agrees", "position") == [(1.0, 1.0), (2.0, 0.0), (3.0, 1.0), (4.0, 0.0)]
+    assert run.curve("full", "agrees", "position", bins=2) == [(1.5, 0.5), (3.5, 0.5)]
+    assert run.curve("full", "kl", "since") == []
+
+
+def test_lossy_parts_pass_within_their_margins_and_controls_beyond_them() -> None:
+    """Guards against a suite that passes whatever a cache loses."""
+    good = verdicts(judge(example(), MARGINS))
+    assert good[("full", "nll")] == good[("window-8", "kl")] == Verdict.PASS
+    assert good[("any-8", "nll")] == good[("any-8", "kl")] == Verdict.FAIL
+    assert good[("window-16", "nll")] is None
+    bad = {(each.arm, each.measure): each for each in judge(example(window=0.5, control=0.1), MARGINS)}
+    assert bad[("window-8", "nll")].verdict is Verdict.FAIL
+    assert bad[("window-8", "nll")].expected is Verdict.PASS
+    assert bad[("any-8", "nll")].verdict is Verdict.PASS
+    assert bad[("any-8", "nll")].expected is Verdict.FAIL
+    assert verdicts(judge(example(window=0.28), MARGINS))[("window-8", "nll")] is Verdict.INCONCLUSIVE
+    for synthetic, margins in ((True, MARGINS), (False, {})):
+        run = replace(example(), header=HEADER | {"synthetic": synthetic})
+        assert set(verdicts(judge(run, margins)).values()) == {None}
+
+
+def test_flips_are_counted_from_the_reference() -> None:
+    """Guards against problems that are lost and told as won, and a rate that hides flips both ways."""
+    run = example()
+    assert run.score("window-8", "humaneval") == Score(count=10, passed=3, lost=3, won=1)
+    assert run.score("reference", "humaneval") == Score(count=10, passed=5, lost=0, won=0)
+    assert run.score("window-16", "humaneval") is None
+    loss = run.cost("window-8", "humaneval")
+    assert loss is not None
+    assert loss.value == 0.2
+    assert run.cost("window-8", "gsm8k") is None
+
+
+def test_tasks_are_judged_by_margins_too() -> None:
+    """Guards against a pass rate that nothing is said of, a handful of problems that pass for proof, and a task that
+    is not at hand and told as passed."""
+    margins = {"full": {"humaneval": 0.35}, "window-8": {"humaneval": 0.35, "gsm8k": 0.1}}
+    found = {(each.arm, each.measure): each for each in judge(example(), margins)}
+    assert found[("full", "humaneval")].verdict is Verdict.PASS
+    assert found[("window-8", "humaneval")].verdict is Verdict.INCONCLUSIVE
+    assert found[("window-8", "gsm8k")].verdict is None
+    assert found[("window-8", "gsm8k")].reason == "gsm8k is not at hand"
+    assert ("any-8", "humaneval") not in found
+    assert "begins at 0." in found[("window-8", "humaneval")].reason
+    strict = {(each.arm, each.measure): each.verdict for each in judge(example(), {"full": {"humaneval": 0.1}})}
+    assert strict[("full", "humaneval")] is Verdict.INCONCLUSIVE
+    assert strict[("window-8", "humaneval")] is None
+
+
+def test_a_run_travels_as_json(tmp_path: Path) -> None:
+    """Guards against a report that knows more than the file, and files of which a part is missing."""
+    file = tmp_path / "run.json"
+    file.write_text(write(example()))
+    assert read(file) == example()
+    content = json.loads(file.read_text())
+    content["quality"]["documents"][0]["arms"]["full"]["kl"].pop()
+    for text, reason in [
+        (json.dumps(content), "full did not judge the 4 tokens of prose/0"),
+        ("{", "is not whole"),
+        ("{}", "no run of `pytest --quality`"),
+        ('{"quality": {"format": 0}}', "its format is 0"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            read(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("content", ['{"margins": {"a": {"ppl": 1}}}', '{"margins": {"a": {"kl": -1}}}', "{}"])
+def test_margins_are_read_with_suspicion(tmp_path: Path, content: str) -> None:
+    """Guards against a margin that is spelt wrong, and so never applied."""
+    file = tmp_path / "margins.json"
+    assert read_margins(file) == {}
+    file.write_text('{"margins": {"a": {"kl": 0.1, "gsm8k": 0.2}}}')
+    assert read_margins(file) == {"a": {"kl": 0.1, "gsm8k": 0.2}}
+    file.write_text(content)
+    with pytest.raises(ValueError, match="margin"):
+        read_margins(file)
+
+
+def test_the_margins_that_come_along_are_those_of_arms() -> None:
+    """Guards against a margin of an arm that was renamed, which nothing would be judged by; and an arm that decodes one
+    way in one preset and another in the next, by one margin."""
+    folder = ROOT / "baselines" / "quality"
+    arms = quality_preset("quick").arms
+    for file in folder.glob("*.json"):
+        margins = read_margins(file)
+        assert margins.keys() == {name for name, entry in arms.items() if "control" not in entry}
+    assert quality_preset("ci").arms.items() <= arms.items()
+
+
+# The report.
+
+
+def test_the_page_tells_costs_needles_and_what_is_not_as_expected() -> None:
+    """Guards against verdicts that are judged and not told, and a table whose rows and columns do not fit."""
+    run = example(window=0.5)
+    page = markdown(run, judge(run, MARGINS))
+    assert page.index("**window-8** is FAIL") < page.index("| arm |")
+    assert "| window-16 | ΔNLL | not judged |" in page
+    assert "| any-8 | ΔNLL | FAIL, as it has to |" in page
+    assert "GSM8K was not asked: gsm8k is not at hand." in page
+    for grid in (costs(run, judge(run, MARGINS)), retrieval(run), scores(run, judge(run, MARGINS))):
+        assert {len(row) for row in grid.rows} == {len(grid.columns)}
+    assert retrieval(run).rows[0] == ["full", "8", "1/1 (-1.0)", "1/1 (-1.0)"]
+    rows = scores(run, judge(run, {"window-8": {"humaneval": 0.35}})).rows
+    assert [row[:3] for row in rows] == [["HumanEval", "reference", "5/10"], ["HumanEval", "full", "5/10"], rows[2][:3]]
+    assert rows[2][2:8] == ["3/10", "30% [11%, 60%]", "3", "1", "0.62", rows[2][7]]
+    assert rows[2][-1] == "INCONCLUSIVE"
+    assert "steps of 4 tokens" in notes(run)[0]
+    windowed = replace(run, header=HEADER | {"window": 512, "stride": 128, "synthetic": True})
+    assert "in windows of 512 tokens, 128 tokens apart" in notes(windowed)[0]
+    assert "rehearsal" in notes(windowed)[-1]
+
+
+def test_a_report_needs_no_torch() -> None:
+    """Guards against a report, or the help of the command line, that waits for torch."""
+    program = (
+        "import sys; import specdecode.bench.quality.tables, specdecode.bench.plugin;"
+        "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# Presets.
+
+
+@pytest.mark.parametrize(("name", "judged"), [("quick", 3), ("ci", 2), ("tasks", 0), ("tiny", 3)])
+def test_presets_can_be_run(name: str, judged: int) -> None:
+    """Guards against an arm that is found impossible when the first document is read, a needle nobody looks for, and a
+    task that nobody knows."""
+    preset = quality_preset(name)
+    target = LM(build(ARCHITECTURES["llama"] | {"max_position_embeddings": 2048}))
+    paths = {arm: make(arm, entry, target, preset.k, "eager") for arm, entry in preset.arms.items()}
+    controls = {arm for arm, entry in preset.arms.items() if "control" in entry}
+    assert len(controls) == judged
+    assert (preset.tasks.problems.keys() if preset.tasks else set()) <= TASKS.keys()
+    for grid in (preset.needle, preset.tasks):
+        assert not controls & set(grid.arms if grid else ())
+    for arm, path in paths.items():
+        assert (path.lm is target) == ("quantize" not in preset.arms[arm])
+        assert path.policy.interval == 0 or path.policy.keeps + path.policy.interval == preset.arms[arm]["cache"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"polcy": "random"}, "unknown options: polcy"),
+        ({"policy": "nothing"}, "no cache policy is named 'nothing'"),
+        ({"policy": "key-norm", "sinks": 0}, "key-norm has no setting 'sinks'"),
+        ({"quantize": "int4"}, "int4"),
+        ({"k": 0}, "K is 0"),
+    ],
+)
+def test_an_arm_that_cannot_be_is_told(entry: dict[str, Any], reason: str) -> None:
+    """Guards against a key that is spelt wrong, and an arm that is then something else than its name says."""
+    with pytest.raises(ValueError, match=reason):
+        make("it", entry, lm("llama"), 3, "eager")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("texts =", "cannot be read"),
+        ('texts = "prose"', "cannot be read"),
+        ('texts = "prose"\nk = 3\n[arms]\na = { control = "b" }', "has no arm 'b'"),
+        ('texts = "prose"\nk = 3\n[arms]\na = {}\n[tasks]\narms = ["a"]', "cannot be read"),
+        (
+            'texts = "prose"\nk = 3\n[arms]\n[tasks]\narms = ["b"]\nmax_new_tokens = 1\nproblems = { gsm8k = 1 }',
+            "has no arm 'b'",
+        ),
+    ],
+)
+def test_a_preset_that_is_none_is_told(tmp_path: Path, text: str, reason: str) -> None:
+    """Guards against a control of an arm that does not exist, which is then judged by no margin."""
+    file = tmp_path / "own.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        quality_preset(str(file))
+    with pytest.raises(ValueError, match="choose from ci, quick, tasks, tiny"):
+        quality_preset("nothing")
+
+
+def test_the_shuffled_cache_holds_the_same_tokens_in_another_order() -> None:
+    """Guards against a negative control that is no control: one that loses tokens too, or changes nothing."""
+    target = lm("llama")
+    slots = target.new_slots(40)
+    target.forward(slots, torch.arange(30))
+    window = make("it", {"policy": "sink-window", "cache": 20}, target, 3, "eager").policy
+    kept, expected = Shuffled(20).keep(slots).tolist(), window.keep(slots).tolist()
+    assert sorted(kept) == expected != kept
+    text = [7 * i % 90 for i in range(60)]
+    paths = [make("it", {"policy": policy, "cache": 20}, target, 3, "eager") for policy in ("shuffled", "sink-window")]
+    shuffled, plain = (negative_log_likelihoods(path, text) for path in paths)
+    assert (shuffled - plain).abs().max() > 0.01
+
+
+# Sessions.
+
+
+def options(root: Path, **others: Any) -> Options:
+    """The command line's, for a rehearsal."""
+    given: dict[str, Any] = {
+        "root": root,
+        "preset": "quick",
+        "target": EMBEDDED,
+        "draft": None,
+        "device": "cpu",
+        "dtype": "float32",
+        "max_new_tokens": None,
+        "prompts": "prose@30:2",
+        "repeats": None,
+        "resume": False,
+        "tolerance": None,
+        "baseline": None,
+        "against": None,
+        "backend": "eager",
+        "tiny": True,
+        "eos": False,
+    }
+    return Options(**given | others)
+
+
+@pytest.fixture
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that GSM8K is not at hand, whoever runs the tests."""
+    monkeypatch.delenv("SPECDECODE_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+@pytest.mark.usefixtures("_no_hub")
+def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against minutes that are lost, and pieces that are judged twice or not at all."""
+    selected = {"full", "sink-window-16"}
+    whole = quality.measure(options(tmp_path), selected)
+    assert {document.id.partition("/")[0] for document in whole.run.documents} == {"prose@30"}
+    assert len(whole.run.documents) == 2
+    assert len(whole.run.needles) == 2 * 2 * 2
+    assert max(whole.run.documents[0].arms["full"].kl) < 1e-6
+    assert read(whole.file) == whole.run
+    sought = quality.look_for
+    calls = []
+
+    def interrupted(*arguments: Any) -> Found:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sought(*arguments)
+
+    monkeypatch.setattr(quality, "look_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quality.measure(options(tmp_path), selected)
+    (journal,) = (tmp_path / "results").glob("*.jsonl")
+    assert journal.read_text().count("\n") == 1 + 2 + 2
+    monkeypatch.setattr(quality, "read_side_by_side", None)
+    again = quality.measure(options(tmp_path, resume=True), selected)
+    assert again.run == whole.run
+    assert len(calls) == 3 + 6
+    assert not journal.exists()
+
+
+@pytest.mark.usefixtures("_no_hub")
+def test_answers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against answers that are given twice, by another arm, or to another problem when a session goes on."""
+    preset = tmp_path / "own.toml"
+    preset.write_text(
+        'texts = "prose@20:1"\nk = 3\n[arms]\nwindow = { policy = "sink-window", cache = 128 }\n[tasks]\n'
+        'arms = ["window"]\nmax_new_tokens = 6\nproblems = { gsm8k = 1, humaneval = 2 }\n'
+    )
+    given = options(tmp_path, preset=str(preset), target="shape:tiny", prompts=None, tiny=False)
+    whole = quality.measure(given, {"window"})
+    asked = [(each.problem, each.arm) for each in whole.run.answers]
+    assert [arm for _, arm in asked] == ["reference", "window"] * 2
+    assert len({problem for problem, _ in asked}) == 2
+    assert whole.run.score("window", "humaneval") == Score(count=2, passed=0, lost=0, won=0)
+    assert {each.tokens for each in whole.run.answers} == {6}
+    assert all(each.wrong for each in whole.run.answers)
+    reasons = {each.measure: each.reason for each in whole.judgements}
+    assert "random weights" in reasons["humaneval"]
+    assert "gsm8k_test.jsonl or .parquet" in reasons["gsm8k"]
+    answered = quality.answer
+    calls = []
+
+    def interrupted(*arguments: Any) -> Answer:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answered(*arguments)
+
+    monkeypatch.setattr(quality, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quality.measure(given, {"window"})
+    again = quality.measure(replace(given, resume=True), {"window"})
+    assert again.run == whole.run
+    assert len(calls) == 3 + 2
+    longer = quality.measure(replace(given, max_new_tokens=9), {"window"})
+    assert {each.tokens for each in longer.run.answers} == {9}
+
+
+@pytest.mark.usefixtures("_no_hub")
+def test_arms_without_their_package_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a run that ends because torchao is not there."""
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    found = quality.measure(options(tmp_path), {"full", "int8-sink-window-16"})
+    assert found.run.judged_arms == ["full"]
+    reasons = [each.reason for each in found.judgements if each.arm == "int8-sink-window-16"]
+    assert reasons == ["not read: INT8 needs torchao"] * 3
+    assert {each.arm for each in found.run.answers} == {"reference", "full"}
+    assert [row[0] for row in costs(found.run, found.judgements).rows] == ["reference", "full"]

@@ -1,0 +1,565 @@
+"""Figures for print: `specdecode report RUN --figures DIR`, opened and looked into."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from functools import cache
+from importlib.resources import files
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from specdecode import cli
+from specdecode.bench.report.drawing import in_print, looks, rendered
+from specdecode.bench.report.figures import draw
+from specdecode.bench.report.html import section
+from specdecode.bench.report.latex import latex_table_1
+from specdecode.bench.report.palette import COLOURS, METHODS, PLAIN
+from specdecode.bench.report.speedup_model import modelled
+from specdecode.bench.runs.file import parse, run_json
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
+
+LENGTHS = (10, 20, 40)
+PROMPTS = ("text/0", "text/1", "prose/0")
+MODEL, WINDOW = {"drafter": "model"}, {"policy": "sink-window"}
+ARMS: dict[str, dict[str, Any]] = {
+    "ar": {"against": "hf-generate"},
+    "ar-64": WINDOW | {"cache": 64},
+    "ar-128": WINDOW | {"cache": 128},
+    "linear-k2": MODEL | {"k": 2, "against": "hf-assisted"},
+    "linear-k4": MODEL | {"k": 4},
+    "streaming-k4-64": MODEL | WINDOW | {"k": 4, "cache": 64},
+    "streaming-k4-128": MODEL | WINDOW | {"k": 4, "cache": 128},
+    "tree": MODEL | {"shape": "static", "k": 3},
+    "linear-cost-aware": MODEL | {"controller": "cost-aware"},
+    "lookup": {"drafter": "lookup", "k": 3},
+    "lookup-int8": {"drafter": "lookup", "k": 3, "quantize": "int8"},
+    "replayed": MODEL | {"k": 3, "replay": 0.8},
+    "hf-generate": {"peer": "generate"},
+    "hf-assisted": {"peer": "assisted", "k": 2},
+}
+SPEEDUPS = dict(zip(ARMS, (1.0, 1.02, 1.01, 1.5, 1.7, 1.9, 1.8, 1.4, 1.65, 1.2, 0.7, 2.2, 0.9, 1.3), strict=True))
+
+
+def row(arm: str, options: dict[str, Any], length: int, place: int) -> Row:
+    """One arm on one prompt: sizes and speeds that differ by arm, length and prompt, all known."""
+    log = math.log(SPEEDUPS.get(arm, 1.5)) + (0.04 * place if arm != "ar" else 0.0)
+    total = length * math.exp(-log) * (1 + 0.1 * place)
+    peer, k, cache_ = "peer" in options, options.get("k", 0), options.get("cache", 0)
+    lossy = bool(cache_) or "quantize" in options
+    counts: dict[str, float] = {"runs": 1, "tokens": length, "steps": length // 2}
+    counts |= {"agreed": length * (cache_ / 256 if cache_ else 0.4) if lossy else length, "ngrams": 100}
+    counts["repeated"] = 60 if arm == "ar-64" else 10
+    seconds = {"total": total, "ttft": 0.1 * total}
+    histograms = {}
+    if not peer:
+        counts |= {"later_tokens": length - 3, "drafted": 3 * k, "accepted": 2 * k, "rejections": k}
+        counts |= {
+            "peak_cache_bytes": 1e6 * min(length, cache_ / 8 or length),
+            "compressions": 8 * length // (cache_ or 1e9),
+        }
+        seconds |= {"draft": 0.2 * total, "verify": 0.7 * total, "overhead": 0.1 * total}
+        seconds |= {"later_draft": 0.2 * total, "later_verify": 0.6 * total}
+        histograms = {"accepted": [4, *[3] * k], "depth": [0] * k + [4 + 3 * k]}
+    if arm == "ar":
+        seconds["last"] = total * math.exp(0.02)
+    return Row(log, counts, seconds, histograms)
+
+
+def run_of(arms: dict[str, dict[str, Any]], prompts: tuple[str, ...] = PROMPTS, **header: Any) -> RunFile:
+    """A run as it comes back from its file."""
+    records = {}
+    for arm, options in arms.items():
+        rows = {length: {p: row(arm, options, length, i) for i, p in enumerate(prompts)} for length in LENGTHS}
+        records[arm] = ArmRecord(
+            rows.pop(LENGTHS[-1]),
+            synthetic="replay" in options,
+            against=options.get("against"),
+            lossy="policy" in options or "quantize" in options,
+            options=options,
+            shorter=rows,
+        )
+    identity = Identity("abacus", "t", "d", "float32", "sweep")
+    fields = {
+        "identity": identity,
+        "max_new_tokens": LENGTHS[-1],
+        "outputs": dict.fromkeys(prompts, "x"),
+        "floor": 0.03,
+    }
+    return kept(RunFile(Path(), Header(**fields | header), records))
+
+
+def kept(run: RunFile) -> RunFile:
+    return parse(content(run), Path("run.json"))
+
+
+def content(run: RunFile) -> str:
+    return json.dumps({"specdecode": run_json(run), "datetime": "2026-01-01T00:00:00"})
+
+
+@cache
+def run() -> RunFile:
+    return run_of(ARMS)
+
+
+@cache
+def drawn() -> dict[str, Figure | str]:
+    return draw(run())
+
+
+def panels(name: str) -> list[Axes]:
+    figure = drawn()[name]
+    assert isinstance(figure, Figure), figure
+    return figure.axes
+
+
+def series(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """What is drawn, point by point, under each label: lines, and the points of intervals."""
+    found = {str(line.get_label()): line for line in axes.lines}
+    found |= {str(container.get_label()): container[0] for container in axes.containers if container[0] in axes.lines}
+    return {
+        label: [(float(x), float(y)) for x, y in line.get_xydata()]
+        for label, line in found.items()
+        if not label.startswith("_")
+    }
+
+
+def titles(name: str) -> list[str]:
+    return [axes.get_title() for axes in panels(name)]
+
+
+def texts(figure: Figure) -> list[Text]:
+    """All that can be read: of an axis the names of places that it reaches."""
+    unseen = {
+        tick.label1
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
+    found = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible()]
+    return [text for text in found if text.get_text() and text not in unseen]
+
+
+def unreadable(figure: Figure) -> list[str]:
+    """What is written over something else, or beyond the edge."""
+    with in_print():
+        figure.draw_without_rendering()
+        # Without the lines that lead to names.
+        boxes = {text: Text.get_window_extent(text) for text in texts(figure)}
+    page = figure.bbox.padded(1)
+    over = [
+        f"{one.get_text()!r} and {other.get_text()!r}"
+        for (one, box), (other, its) in combinations(boxes.items(), 2)
+        if box.padded(-1).overlaps(its.padded(-1))
+    ]
+    inside = {text: page.fully_containsx(box.x0) and page.fully_containsx(box.x1) for text, box in boxes.items()}
+    return over + [f"{text.get_text()!r} is cut" for text in boxes if not inside[text]]
+
+
+def legend(name: str) -> list[str]:
+    figure = drawn()[name]
+    assert isinstance(figure, Figure)
+    return [text.get_text() for legend_ in figure.legends for text in legend_.get_texts()]
+
+
+# What each figure shows.
+
+
+def test_memory_is_drawn_by_length_for_each_cache() -> None:
+    """Guards against bytes of another length, and a bounded cache whose line is that of the whole."""
+    (axes,) = panels("memory-by-length")
+    assert series(axes) == {
+        "everything kept": [(10, 10), (20, 20), (40, 40)],
+        "sink-window, cache 64": [(10, 8), (20, 8), (40, 8)],
+        "sink-window, cache 128": [(10, 10), (20, 16), (40, 16)],
+    }
+    assert axes.get_ylabel() == "KV held at most, MB"
+    ends = [text.get_text() for text in axes.texts]
+    assert "everything kept\n(ar, linear and 2 more)" in ends
+    assert "sink-window, cache 64\n(ar, linear)" in ends
+
+
+def test_the_comprehensive_chart_has_a_panel_for_each_length_and_measure() -> None:
+    """Guards against a cache at another's place, a measure in another's unit, and a standard deviation left out."""
+    axes = panels("comprehensive")
+    assert titles("comprehensive")[:3] == ["10 tokens", "20 tokens", "40 tokens"]
+    assert [of.get_ylabel() for of in axes[::3]] == ["tokens/s", "TTFT, ms", "TPOT, ms", "accepted, %", "KV, MB"]
+    assert [label.get_text() for label in axes[-1].get_xticklabels()] == ["64", "128", "all"]
+    order = ["streaming-k4-64", "streaming-k4-128", "linear-k4"]
+    units = {"throughput": 1, "ttft_s": 1e3, "tpot_s": 1e3, "acceptance_rate": 100, "peak_cache_bytes": 1e-6}
+    for place, (name, unit) in enumerate(units.items()):
+        for column, length in enumerate(LENGTHS):
+            found = series(axes[3 * place + column])
+            assert found.keys() == ({"linear-k4"} if name == "acceptance_rate" else {"ar", "linear-k4"})
+            x, y = zip(*found["linear-k4"], strict=True)
+            assert [round(at) for at in x] == [0, 1, 2]
+            part = run().at(length)
+            assert y == pytest.approx([unit * part.measures(arm)[name] for arm in order])
+    (bars,) = [of for of in axes[2].containers if of.get_label() == "linear-k4"]
+    spread = [abs(high - low) / 2 for (_, low), (_, high) in bars[2][0].get_segments()]
+    assert spread == pytest.approx([run().measures(arm)["throughput_std"] for arm in order])
+    assert legend("comprehensive") == ["ar", "linear-k4"]
+
+
+def test_every_method_has_its_bar_with_interval_and_floor() -> None:
+    """Guards against a bar without its uncertainty, a peer that looks like ours, and a cost that looks like a speed."""
+    (axes,) = panels("methods")
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    bars = {bar.get_label(): bar for bar in axes.containers if bar.get_label() in ARMS}
+    assert len(names) == len(bars) == len(ARMS) - 1
+    for arm, (patch,) in bars.items():
+        assert patch.get_width() == pytest.approx(run().speedup(arm).value)
+        assert bool(patch.get_hatch()) == arm.startswith("hf")
+        place = round(patch.get_y() + patch.get_height() / 2)
+        assert names[place].startswith(arm)
+    assert "replayed (synthetic)" in names
+    assert {"ar-64, lossy, loops", "ar-128, lossy"} <= set(names)
+    assert [bars[name.split(",")[0].split(" ")[0]][0].get_width() for name in names] == sorted(
+        patch.get_width() for (patch,) in bars.values()
+    )
+    ends = [x for line in axes.collections for segment in line.get_segments() for x, _ in segment]
+    assert sorted(ends) == pytest.approx(sorted(end for of in map(run().speedup, bars) for end in (of.low, of.high)))
+    (band,) = [patch for patch in axes.patches if patch.get_label() == "A/A floor"]
+    assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((math.exp(-0.03), math.exp(0.03)))
+
+
+def test_a_wrong_output_has_no_bar() -> None:
+    """Guards against a wrong output that is drawn as a fast one, or that goes missing."""
+    arms = run().arms | {"tree": dataclasses.replace(run().arms["tree"], rows={}, shorter={}, bugs=3)}
+    figure = draw(dataclasses.replace(run(), arms=arms))["methods"]
+    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
+    assert "tree" not in {bar.get_label() for bar in axes.containers}
+    assert "tree" in {label.get_text() for label in axes.get_yticklabels()}
+    assert "output WRONG" in {text.get_text() for text in axes.texts}
+
+
+def test_speedup_by_k_has_the_measurement_and_both_models() -> None:
+    """Guards against a curve through other points than the table's, or a family whose arms differ in more than K."""
+    ((name, rows),) = modelled(run()).items()
+    (axes,) = panels("speedup-by-k")
+    assert axes.get_title() == name == "linear"
+    found = series(axes)
+    assert found["measured"] == [(2, run().speedup("linear-k2").value), (4, run().speedup("linear-k4").value)]
+    assert found["study"] == [(of.k, of.study) for of in rows]
+    assert found["exact"] == [(of.k, of.exact) for of in rows]
+    (bars,) = axes.containers
+    ends = [(low, high) for (_, low), (_, high) in bars[2][0].get_segments()]
+    assert ends == [(of.measured.low, of.measured.high) for of in rows]
+
+
+def test_evictions_are_drawn_by_cache_for_each_length() -> None:
+    """Guards against evictions of the whole length at each, and caches that are not in the order of their sizes."""
+    (axes,) = panels("compressions-by-cache")
+    assert series(axes) == {"10": [(0, 1), (1, 0)], "20": [(0, 2), (1, 1)], "40": [(0, 5), (1, 2)]}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "128"]
+    assert axes.get_title() == "sink-window"
+    assert legend("compressions-by-cache") == [f"{length} tokens of output" for length in LENGTHS]
+
+
+def test_every_draft_has_its_line_of_acceptance() -> None:
+    """Guards against a position that is off by one, and lines of different caches in one panel."""
+    found = dict(zip(titles("acceptance-by-position"), map(series, panels("acceptance-by-position")), strict=True))
+    assert {title: set(lines) for title, lines in found.items()} == {
+        "target as it is": {"linear-k2", "linear-k4", "tree", "lookup"},
+        "sink-window, cache 64": {"streaming-k4-64"},
+        "sink-window, cache 128": {"streaming-k4-128"},
+        "int8": {"lookup-int8"},
+        "replay 0.8": {"replayed"},
+    }
+    shares = run().arms["linear-k4"].acceptance_by_position()
+    line = found["target as it is"]["linear-k4"]
+    assert [at for at, _ in line] == [1, 2, 3, 4]
+    assert [share for _, share in line] == pytest.approx([100 * share for share in shares])
+    # Those that draft alike under another cache are told once.
+    assert sorted(legend("acceptance-by-position")) == [
+        "linear-k2",
+        "linear-k4",
+        "lookup",
+        "replayed (synthetic)",
+        "tree",
+    ]
+
+
+def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
+    """Guards against a loop that looks like a result, and a front through points that another beats in both."""
+    (axes,) = panels("quality-against-speed")
+    marks = {str(line.get_label()): line for line in axes.lines}
+    for arm in ARMS:
+        ((speed, share),) = marks[arm].get_xydata()
+        measures = run().measures(arm)
+        assert (speed, share) == pytest.approx((measures["speedup"], 100 * measures["agreement"]))
+        assert (marks[arm].get_fillstyle() == "none") == (arm == "ar-64")
+    assert "hollow: it loops" in legend("quality-against-speed")
+    assert axes.get_ylabel() == "tokens before the output leaves ar's, %"
+    arms = {arm: of for arm, of in ARMS.items() if arm not in ("replayed", "ar-64")}
+    figure = draw(run_of(arms))["quality-against-speed"]
+    assert isinstance(figure, Figure)
+    fastest = [run_of(arms).speedup(arm).value for arm in ("linear-k4", "streaming-k4-128", "streaming-k4-64")]
+    corners = [
+        (fastest[0], 100),
+        (fastest[0], 50),
+        (fastest[1], 50),
+        (fastest[1], 25),
+        (fastest[2], 25),
+        (fastest[2], 0),
+    ]
+    (front,) = [line for line in figure.axes[0].lines if len(line.get_xydata()) > 1]
+    path = [tuple(map(float, point)) for point in front.get_xydata()]
+    assert path[-len(corners) :] == [pytest.approx(corner) for corner in corners]
+    assert path[0][1] == 100
+
+
+def test_long_names_of_tasks_stay_above_their_own_panel() -> None:
+    """Guards against titles that run into each other, and over the page."""
+    tasks = ("math_reasoning", "qa", "summarization", "translation", "extraction", "math_reasoning-2")
+    prompts = tuple(f"spec-bench/{task}/1" for task in tasks)
+    arms = {"ar": {}, "an-arm-with-a-long-name": {"drafter": "lookup"}}
+    figure = draw(run_of(arms, prompts))["by-task"]
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    page = figure.bbox
+    spans = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(page.x0 <= span.x0 and span.x1 <= page.x1 for span in spans)
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(spans))
+    assert figure.axes[1].get_title() == "spec-bench/qa, 1 prompt"
+
+
+def test_tasks_have_their_own_speedups() -> None:
+    """Guards against a panel of a task that shows the mean of all, or an arm on another's line."""
+    assert titles("by-task") == ["text, 2 prompts", "prose, 1 prompt"]
+    names = [label.get_text() for label in panels("by-task")[0].get_yticklabels()]
+    for axes, prompts in zip(panels("by-task"), run().tasks.values(), strict=True):
+        found = series(axes)
+        for arm in ARMS:
+            if arm != "ar":
+                ((speedup, place),) = found[arm]
+                assert speedup == pytest.approx(run().of(prompts).speedup(arm).value)
+                assert names[round(place)].startswith(arm)
+
+
+def test_what_a_run_lacks_is_told() -> None:
+    """Guards against an empty figure, and a figure that is missing without a word."""
+    older = {arm: dataclasses.replace(record, options={}, shorter={}) for arm, record in run().arms.items()}
+    found = draw(dataclasses.replace(run(), arms=older))
+    assert "does not tell the settings" in str(found["speedup-by-k"])
+    assert {name for name, figure in found.items() if isinstance(figure, Figure)} == {
+        *("methods", "acceptance-by-position", "quality-against-speed", "by-task")
+    }
+    alone = draw(run_of({"ar": ARMS["ar"]}, ("text/0",)))
+    assert {name: figure for name, figure in alone.items() if isinstance(figure, str)} == {
+        "comprehensive": "no arms differ in their cache alone",
+        "methods": "no arm but ar has a time",
+        "speedup-by-k": "no chains differ in K alone",
+        "compressions-by-cache": "no arms differ in the size of a bounded cache",
+        "acceptance-by-position": "no arm has drafted 10 times, as far as it is known",
+        "quality-against-speed": "no lossy arm was compared with ar's output",
+        "by-task": "the run has one task alone",
+    }
+
+
+# How it looks.
+
+
+CLOSE = {
+    **{arm: ARMS[arm] for arm in ("ar", "linear-k2", "hf-generate", "hf-assisted")},
+    **{f"ar-{cache_}": WINDOW | {"cache": cache_} for cache_ in (116, 120, 124, 128)},
+    "a-name-as-long-as-there-is-room-for": {"drafter": "lookup"},
+}
+
+
+@pytest.mark.parametrize("arms", [ARMS, CLOSE], ids=["many", "close"])
+def test_nothing_is_written_over_anything_else(
+    arms: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a legend in the axes, lines whose names end together, names that cover each other or are cut."""
+    monkeypatch.setitem(SPEEDUPS, "a-name-as-long-as-there-is-room-for", 2.5)
+    for name, figure in (drawn() if arms is ARMS else draw(run_of(arms))).items():
+        if isinstance(figure, str):
+            continue
+        assert not unreadable(figure), name
+        assert len(texts(figure)) > 10
+
+
+def test_figures_are_as_wide_as_a_column_or_a_page() -> None:
+    """Guards against letters that are scaled when the figure is put in."""
+    widths = Counter(round(figure.get_figwidth() * 25.4) for figure in drawn().values() if isinstance(figure, Figure))
+    assert set(widths) == {85, 175}
+
+
+def test_a_method_has_one_look_in_every_run() -> None:
+    """Guards against colours by place, which change when an arm is added."""
+    alone = looks(run_of({arm: ARMS[arm] for arm in ("lookup", "ar", "hf-assisted", "linear-k4")}))
+    for arm, look in alone.items():
+        assert look == looks(run())[arm]
+    assert {look.hue for arm, look in alone.items() if arm != "ar"} == {
+        COLOURS[METHODS["linear"]],
+        COLOURS[METHODS["lookup"]],
+    }
+    for name in ("methods", "by-task", "quality-against-speed"):
+        for axes in panels(name):
+            for line in axes.lines:
+                if (arm := str(line.get_label())) in ARMS:
+                    assert to_hex(line.get_color()) == looks(run())[arm].colour
+    bars = {bar.get_label(): to_hex(bar[0].get_edgecolor()) for bar in panels("methods")[0].containers if len(bar) == 1}
+    assert bars == {arm: looks(run())[arm].colour for arm in ARMS if arm != "ar"}
+
+
+def test_cascades_of_the_same_drafters_have_one_look() -> None:
+    """Guards against a colour for each arm where only K differs, and one for cascades of other drafters."""
+    arms = {"ar": {}, "head": {"drafter": "head"}, "other": {"drafter": "lookup+model"}}
+    cascades = {f"cascade-k{k}": {"drafter": "lookup+head", "k": k} for k in (2, 4)}
+    found = looks(run_of(arms | cascades))
+    assert found["cascade-k2"].hue == found["cascade-k4"].hue
+    assert len({look.hue for look in found.values()}) == 4
+
+
+def test_methods_and_variants_can_be_told_apart_without_colour() -> None:
+    """Guards against figures that say nothing in grey, and a bounded cache or a peer that looks like what it is not."""
+    shapes = {arm: (look.mark, look.fill, look.line) for arm, look in looks(run()).items()}
+    different = [
+        "ar",
+        "linear-k4",
+        "tree",
+        "lookup",
+        "linear-cost-aware",
+        "streaming-k4-64",
+        "hf-assisted",
+        "hf-generate",
+    ]
+    assert len({shapes[arm] for arm in [*different, "lookup-int8"]}) == len(different) + 1
+    assert shapes["linear-k2"] == shapes["linear-k4"]
+    assert shapes["streaming-k4-64"] == shapes["streaming-k4-128"]
+
+
+def test_older_files_go_by_names_and_the_page_has_the_same_colours() -> None:
+    """Guards against a method that changes its colour between the page and the figures, or with the age of the file."""
+    older = {arm: dataclasses.replace(record, options={}) for arm, record in run().arms.items()}
+    hues = {arm: look.hue for arm, look in looks(dataclasses.replace(run(), arms=older)).items()}
+    known = [arm for arm in ARMS if arm not in ("tree", "replayed")]
+    assert {arm: hues[arm] for arm in known} == {arm: looks(run())[arm].hue for arm in known}
+    assert hues["tree"] != hues["replayed"]
+    assert not {hues["tree"], hues["replayed"]} & {hues[arm] for arm in known}
+    style = files("specdecode.bench").joinpath("page.css").read_text().partition("@media")[0]
+    assert re.findall(r"--c\d: (#\w+)", style) == list(COLOURS)
+    assert f"--plain: {PLAIN}" in style
+    page = section(run(), "title", "", [])
+    classes = {
+        svg.findtext("title"): svg.get("class")
+        for part in page
+        for svg in part.iter("svg")
+        if svg.get("class") != "plain"
+    }
+    for arm, look in looks(run()).items():
+        if look.hue != PLAIN:
+            assert classes[f"Speedup of {arm} over ar"] == f"c{COLOURS.index(look.hue)}"
+
+
+HOSTILE = {"$\\frac{1}{0}$": 3.0, "a_b^{c}\\d$": 6.0, "two\nlines": 9.0, "中文": 12.0, "x" * 200: 20.0}
+
+
+def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a name that is set as mathematics, fails the drawing, or takes the whole page."""
+    for name, speedup in HOSTILE.items():
+        monkeypatch.setitem(SPEEDUPS, name, speedup)
+    few = {arm: ARMS[arm] for arm in ("ar", "ar-64", "ar-128", "linear-k4", "streaming-k4-64")}
+    prompts = (*PROMPTS, *(f"{name}/0" for name in HOSTILE))
+    figures = draw(run_of(few | {name: MODEL | {"k": k} for k, name in enumerate(HOSTILE, 5)}, prompts))
+    for name, figure in figures.items():
+        assert isinstance(figure, Figure), figure
+        seen = {text.get_text() for text in texts(figure)}
+        assert not any(text.get_parse_math() for text in texts(figure))
+        if name in ("methods", "by-task", "acceptance-by-position", "quality-against-speed"):
+            assert {"$\\frac{1}{0}$", "a_b^{c}\\d$", "two lines", "中文", "x" * 35 + "…"} <= seen, name
+        if name in ("methods", "by-task"):
+            assert rendered(figure, "pdf", "".join(HOSTILE)).startswith(b"%PDF")
+
+
+def test_the_same_run_gives_the_same_bytes() -> None:
+    """Guards against figures that differ in every commit: dates, or the order of a set."""
+    few = {arm: ARMS[arm] for arm in ("ar", "linear-k4", "streaming-k4-64", "hf-generate")}
+    one, two = draw(run_of(few)), draw(run_of(few))
+    for name, form in (("quality-against-speed", "pdf"), ("methods", "pdf"), ("methods", "png")):
+        files_ = [rendered(figure, form, "title") for figure in (one[name], two[name]) if isinstance(figure, Figure)]
+        assert files_[0] == files_[1]
+        assert b"Date" not in files_[0]
+
+
+# The command.
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["specdecode", "report", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+def test_the_command_says_what_it_drew_and_why_not_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a folder that must be searched for what is not there, and runs that overwrite each other."""
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    one.write_text(content(run_of({arm: ARMS[arm] for arm in ("ar", "linear-k2", "linear-k4")}, ("text/0",))))
+    two.write_text(content(run_of({"ar": {}}, ("text/0",))))
+    folder = tmp_path / "figures"
+    assert call(monkeypatch, one, "--figures", folder) == 0
+    told = capsys.readouterr().out.splitlines()
+    names = ["memory-by-length", "methods", "speedup-by-k", "acceptance-by-position"]
+    assert told[0] == f"{folder}: table1.tex; as .pdf and .png {', '.join(names)}"
+    files_ = {f"{name}.{form}" for name in names for form in ("pdf", "png")}
+    assert {path.name for path in folder.iterdir()} == {"table1.tex", *files_}
+    assert told[1] == "  no comprehensive: no arms differ in their cache alone"
+    assert len(told) == 1 + 4
+    one.write_text(two.read_text())
+    assert call(monkeypatch, one, two, "--figures", folder / "both", "--out", tmp_path / "text.md") == 0
+    assert [len(list((folder / "both" / name).iterdir())) for name in ("one", "two")] == [3, 3]
+    assert "## t with d" in (tmp_path / "text.md").read_text()
+
+
+def test_what_is_wrong_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a traceback where matplotlib is missing or a folder is none, and runs that share a folder."""
+    file, other = tmp_path / "run.json", tmp_path / "other" / "run.json"
+    other.parent.mkdir()
+    for path in (file, other):
+        path.write_text(content(run_of({"ar": {}}, ("text/0",))))
+    for arguments, said in (
+        ([file, "--figures", file / "figures"], "run.json"),
+        ([file, other, "--figures", tmp_path / "figures"], "several runs are named 'run'"),
+    ):
+        assert call(monkeypatch, *arguments) == 2
+        assert said in (told := capsys.readouterr().err)
+        assert told.count("\n") == 1
+    monkeypatch.delitem(sys.modules, "specdecode.bench.report.figures")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert call(monkeypatch, file, "--figures", tmp_path / "figures") == 2
+    told = capsys.readouterr().err
+    assert "figures need matplotlib" in told
+    assert "specdecode[figures]" in told
+    assert told.count("\n") == 1
+
+
+def test_table_1_has_every_method() -> None:
+    """Guards against a method that the table leaves out, and a speed without its spread."""
+    table = latex_table_1(run())
+    rows = {line.split(" & ")[0]: line for line in table.splitlines() if " & " in line}
+    assert rows.keys() == {"method", "replayed (synthetic)", *ARMS} - {"replayed"}
+    measures, speedup = run().measures("linear-k4"), run().speedup("linear-k4")
+    throughput = f"{measures['throughput']:.1f} ± {measures['throughput_std']:.1f}"
+    assert rows["linear-k4"].startswith(f"linear-k4 & {throughput} & {speedup} & ")
+    assert rows["method"].count("&") == rows["linear-k4"].count("&") == 7

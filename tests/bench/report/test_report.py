@@ -1,0 +1,506 @@
+"""The report: `specdecode report RUN`, from files of fixed content."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specdecode import cli
+from specdecode.bench.gate.history import history
+from specdecode.bench.runs.file import read, run_json
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
+from tests.helpers.root import ROOT
+
+FORMATS = ("md", "html", "latex")
+PROMPTS = ("text/0", "text/1", "prose/0")
+IDENTITY = Identity("abacus-2-threads", "t", "d", "float32", "quick")
+SPEEDUPS = {"ar": 1.0, "linear": 2.0, "lookup": 1.3, "hf-generate": 0.9, "hf-assisted": 1.5}
+PEERS = {"ar": "hf-generate", "linear": "hf-assisted"}
+
+
+def content(
+    speedups: dict[str, float],
+    hardware: str = IDENTITY.hardware,
+    drafting: float = 0.3,
+    reason: str = "",
+    date: str = "2026-01-02",
+    **of_all: Any,
+) -> dict[str, Any]:
+    """A run file in which each arm has about one speedup; all but `ar` and transformers' arms draft three tokens."""
+    identity = Identity(hardware, "t", "d", "float32", "quick")
+    versions: dict[str, str | int] = {"torch": "2", "threads": 2}
+    around = {"before": {"load average": "0.1"}, "after": {"load average": "0.9"}}
+    header = Header(identity, 40, dict.fromkeys(PROMPTS, "x"), 0.01, 100.0, versions, around)
+    arms = {}
+    for arm, speedup in speedups.items():
+        rows = {}
+        for i, prompt in enumerate(PROMPTS):
+            log = math.log(speedup) + (0.02 * i if arm != "ar" else 0.0)
+            total = math.exp(-log)
+            counts: dict[str, float] = {"runs": 1, "tokens": 40, "steps": 20, "target_forwards": 20, "later_tokens": 30}
+            seconds = {"total": total, "ttft": 0.1 * total}
+            histograms = {}
+            if not arm.startswith("hf"):
+                parts = {"draft": drafting, "verify": 0.6, "overhead": 0.1}
+                seconds |= {name: share * total for name, share in parts.items()}
+                seconds |= {"later_draft": 0.2 * total, "later_verify": 0.5 * total}
+                histograms = {"accepted": [20], "depth": [20]}
+                if arm != "ar":
+                    counts |= {"drafted": 60, "accepted": 20}
+                    histograms = {"accepted": [8, 6, 4, 2], "depth": [0, 0, 0, 20]}
+            rows[prompt] = Row(log, counts, seconds, histograms)
+        arms[arm] = ArmRecord(rows, against=PEERS.get(arm), **of_all)
+    run = RunFile(Path(), header, arms)
+    return {
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": f"{date}T00:00:00",
+        "specdecode": {**run_json(run), "reason": reason},
+        "benchmarks": [],
+    }
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Calls the command in an empty folder, on the given runs, and returns the text."""
+    monkeypatch.chdir(tmp_path)
+
+    def report(format_: str, new: dict[str, Any], old: dict[str, Any] | None = None) -> str:
+        Path("new.json").write_text(json.dumps(new))
+        options = ["--format", format_, "--out", f"out.{format_}"]
+        if old:
+            Path("old.json").write_text(json.dumps(old))
+            options += ["--baseline", "old.json"]
+        assert call(monkeypatch, "new.json", *options) == 0
+        assert capsys.readouterr().out == f"report written to out.{format_}\n"
+        return Path(f"out.{format_}").read_text()
+
+    return report
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["specdecode", "report", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its elements, the texts in them, and each drawing's class by its title."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.drawings: dict[str, str] = {}
+        self._class = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "svg":
+            self._class = dict(attrs)["class"] or ""
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] == ["title"] and "svg" in self.tags and data.strip():
+            self.drawings[data] = self._class
+        if self.tags and self.tags[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_verdicts_come_before_speeds_and_failing_ones_first(report: Any, format_: str) -> None:
+    """Guards against a regression that is told below the fold."""
+    text = report(format_, content(SPEEDUPS | {"lookup": 1.0}), content(SPEEDUPS))
+    assert text.index("REGRESSED") < text.index("PASS") < text.index("tokens/s")
+    assert "Judged by old.json" in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_every_arm_is_there_with_its_interval(report: Any, format_: str) -> None:
+    """Guards against an arm that is dropped, or a speedup that is told without its uncertainty."""
+    text = report(format_, content(SPEEDUPS))
+    text = Page(text).text if format_ == "html" else text
+    run = read(Path("new.json"))
+    for arm in SPEEDUPS:
+        assert arm in text
+        assert f"{run.speedup(arm)}" in text
+        assert f"{run.speedup(arm, over='hf-generate')}" in text
+    assert "A/A floor: two runs of ar differ by up to 1.0" in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_slower_arm_is_told_with_what_made_it_slower(report: Any, format_: str) -> None:
+    """Guards against a verdict that leaves its reader to search, and an HTML page that draws the blame of nothing."""
+    text = report(format_, content(SPEEDUPS | {"linear": 1.6}, drafting=0.5), content(SPEEDUPS))
+    if format_ == "html":
+        page = Page(text)
+        assert "Change of the time per token of linear, by cause" in page.drawings
+        assert "Change of the time per token of hf-assisted, by cause" not in page.drawings
+        for cause in ("acceptance length", "drafting", "verifying", "overhead"):
+            assert cause in page.texts
+    else:
+        assert "mostly drafting" in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize(
+    ("of_all", "said"),
+    [({"synthetic": True}, "linear (synthetic)"), ({"ties": 3}, "3/3 ties"), ({"bugs": 1}, "WRONG"), ({}, "equal")],
+)
+def test_what_is_not_plain_is_marked(report: Any, format_: str, of_all: dict[str, Any], said: str) -> None:
+    """Guards against a cost that is read as a speed, and a wrong output that is read as a fast one."""
+    text = report(format_, content(SPEEDUPS, **of_all))
+    assert said in (Page(text).text if format_ == "html" else text)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_what_a_lossy_arm_holds_and_how_long_it_writes_the_same_is_told(report: Any, format_: str) -> None:
+    """Guards against memory that is saved in silence, and a text that differs without a word of how much."""
+    run = content(SPEEDUPS)
+    linear = run["specdecode"]["arms"]["linear"]
+    linear["lossy"], linear["rehearsal"] = True, {"weight_bytes": 163.64e6, "peak_bytes": 20.46e6}
+    for row, agreed in zip(linear["rows"].values(), (40, 10, 25), strict=True):
+        row["counts"] |= {"agreed": agreed, "peak_cache_bytes": 7.77e6}
+    text = report(format_, run)
+    text = Page(text).text if format_ == "html" else text.replace("\\%", "%")
+    assert "lossy 62%" in text
+    assert "before it leaves ar's output" in text
+    assert re.search(r"linear\W*163\.6\W*7\.8\W*20\.5", text)
+    assert text.count("163.6") == 1
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_an_arm_that_is_never_right_has_no_figures(report: Any, format_: str) -> None:
+    """Guards against "nan" in a table, and a report that fails on the run that needs it most."""
+    run = content(SPEEDUPS)
+    linear = run["specdecode"]["arms"]["linear"]
+    linear["rows"], linear["bugs"] = {}, 3
+    text = report(format_, run, content(SPEEDUPS))
+    text = Page(text).text if format_ == "html" else text
+    assert "WRONG" in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_another_machines_baseline_is_told_in_words(report: Any, format_: str) -> None:
+    """Guards against times of two machines in one verdict."""
+    text = report(format_, content(SPEEDUPS), content(SPEEDUPS, hardware="calculator"))
+    text = Page(text).text if format_ == "html" else text.replace("\\_", "_")
+    assert "WRONG_HARDWARE" in text
+    assert "the baseline is of calculator and this is abacus-2-threads" in text
+    assert "another machine's: counters are judged, times are not" in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_what_is_not_judged_is_no_pass(report: Any, format_: str) -> None:
+    """Guards against counters that follow the clock, of which nothing is known, told as good."""
+    text = report(format_, content({"ar": 1.0}, timed=True), content({"ar": 1.0}))
+    text = Page(text).text if format_ == "html" else text.replace("\\_", "_")
+    assert text.count("NOT_JUDGED") == 1
+    assert "its time is judged" in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_run_without_a_baseline_says_so(report: Any, format_: str) -> None:
+    """Guards against silence that is read as a pass."""
+    text = report(format_, content(SPEEDUPS))
+    assert "nothing was judged" in text
+    assert "PASS" not in text
+
+
+def test_the_baseline_is_found_by_the_runs_identity(report: Any) -> None:
+    """Guards against a report that says less than the gate, which finds its baseline by itself."""
+    file = Path("baselines") / IDENTITY.file
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(content(SPEEDUPS, reason="the first")))
+    text = report("md", content(SPEEDUPS))
+    assert f"Judged by {file}, of 2026-01-02: the first." in text
+    assert "| PASS | linear | time |" in text
+
+
+HOSTILE = ["<script>alert(1)</script>", "a|b`c`*d*[e](f)\\|", "50%_x&#y{}$\\~^", "[0]\nnew line", '"><img onerror=x>']
+
+
+def test_html_takes_hostile_names_for_text(report: Any) -> None:
+    """Guards against a run file that brings its own elements into the page."""
+    run = content(SPEEDUPS | dict.fromkeys(HOSTILE, 1.5), reason=HOSTILE[0])
+    run["specdecode"]["versions"][HOSTILE[0]] = run["specdecode"]["conditions"]["after"]["load average"] = HOSTILE[0]
+    run["specdecode"]["identity"]["target"] = HOSTILE[0]
+    text = report("html", run, content(SPEEDUPS, reason=HOSTILE[0]))
+    page = Page(text)
+    assert not {"script", "img"} & set(page.tags)
+    assert HOSTILE[0] in page.text
+    for name in HOSTILE:
+        assert name in page.texts
+        assert f"Speedup of {name} over ar" in page.drawings
+
+
+def test_markdown_takes_hostile_names_for_text(report: Any) -> None:
+    """Guards against a name that ends its cell, opens an element, or becomes a link."""
+    text = report("md", content(SPEEDUPS | dict.fromkeys(HOSTILE, 1.5)))
+    assert "<" not in text
+    assert "](" not in text
+    assert "a\\|b\\`c\\`\\*d\\*[e]\\(f)\\\\\\|" in text
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 6
+    for table in tables:
+        cells = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table.splitlines()}
+        assert len(cells) == 1, table
+
+
+def test_latex_takes_hostile_names_for_text(report: Any) -> None:
+    """Guards against a table that does not compile, or a name that is a command."""
+    text = report("latex", content(SPEEDUPS | dict.fromkeys([*HOSTILE, "\\input{x}", "naïve τ 中"], 1.5)))
+    assert "\n50\\%\\_x\\&\\#y\\{\\}\\$\\textbackslash{}\\textasciitilde{}\\textasciicircum{} & " in text
+    assert "\n\\textbackslash{}input\\{x\\} & " in text
+    assert "\n{}[0] new line & " in text  # a row's end takes what is in brackets for its argument
+    assert "\nnaïve $\\tau$ ? & " in text
+    assert text.count("\\begin{tabular}") == text.count("\\toprule") == text.count("\\end{tabular}") == 5
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
+def test_latex_compiles(report: Any, tmp_path: Path) -> None:
+    """Guards against what only TeX itself knows of."""
+    arms = SPEEDUPS | dict.fromkeys([*HOSTILE, "naïve τ 中"], 1.5)
+    report("latex", content(arms), content(arms | {"linear": 3.0}))
+    packages = (tmp_path / "out.latex").read_text().splitlines()[0].removeprefix("% ")
+    document = f"\\documentclass{{article}}{packages}\\begin{{document}}\\input{{out.latex}}\\end{{document}}"
+    (tmp_path / "paper.tex").write_text(document)
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_html_is_one_file_that_asks_for_no_other(report: Any) -> None:
+    """Guards against a page that is empty offline, or tells others who reads it."""
+    text = report("html", content(SPEEDUPS), content(SPEEDUPS))
+    for outside in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link"):
+        assert outside not in text
+    assert '<html lang="en">' in text
+    assert "width=device-width" in text
+
+
+def test_every_drawing_has_a_name_and_a_method_one_colour(report: Any) -> None:
+    """Guards against a plot that only eyes can read, and a colour that means another arm in the next plot."""
+    drawings = Page(report("html", content(SPEEDUPS))).drawings
+    for arm in SPEEDUPS:
+        assert f"Speedup of {arm} over ar" in drawings
+    assert {title for title in drawings if "Acceptance" in title} == {"Acceptance of linear", "Acceptance of lookup"}
+    colours = {arm: drawings[f"Speedup of {arm} over ar"] for arm in SPEEDUPS}
+    assert len({colours["ar"], colours["linear"], colours["lookup"]}) == 3
+    assert drawings["Acceptance of linear"] == colours["linear"] == colours["hf-assisted"]
+    assert drawings["Acceptance of lookup"] == colours["lookup"]
+
+
+def git(*arguments: str) -> None:
+    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=n@localhost", *arguments], check=True)
+
+
+@pytest.fixture
+def blessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository whose baseline was blessed twice in this format and once in another, and has moved since."""
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    file = Path("baselines") / IDENTITY.file
+    file.parent.mkdir(parents=True)
+    other_format = content(SPEEDUPS)
+    other_format["specdecode"]["format"] = 1
+    before = file.with_name("before.json")
+    for place, run in (
+        (before, other_format),
+        (before, content(SPEEDUPS | {"linear": 1.7}, reason="the first", date="2026-01-01")),
+        (file, content(SPEEDUPS | {"linear": 1.9}, reason="packed linears", date="2026-02-01")),
+    ):
+        if place is file:
+            git("mv", str(before), str(file))
+        place.write_text(json.dumps(run, indent=1))
+        git("add", ".")
+        git("commit", "--quiet", "--message", "baseline")
+    return file
+
+
+def test_history_is_what_git_knows_of_the_baseline(blessed: Path) -> None:
+    """Guards against a history that ends where the file was renamed, or that an old format makes unreadable."""
+    past = history(blessed)
+    assert [run.reason for run in past.runs] == ["the first", "packed linears"]
+    assert [round(run.speedup("linear").value, 1) for run in past.runs] == [1.7, 1.9]
+    assert "2 of 3 revisions" in past.told
+    assert "Left out: 1 of another format" in past.told
+
+
+@pytest.mark.parametrize("format_", ["md", "html"])
+def test_history_is_in_the_report(blessed: Path, report: Any, format_: str) -> None:
+    """Guards against a course of speedups without its reasons, and a run that is told twice once it is blessed."""
+    text = report(format_, content(SPEEDUPS, date="2026-03-01"))
+    for word in ("the first", "packed linears", "this run", "2026-01-01", "2026-03-01", "0123456789"):
+        assert word in text
+    assert ("Speedup of lookup over ar, run by run" in text) == (format_ == "html")
+    text = report(format_, json.loads(blessed.read_text()))
+    assert "this run" in text
+    assert "packed linears" not in text.partition("revisions of")[2]
+
+
+def test_without_git_there_is_no_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Any, blessed: Path
+) -> None:
+    """Guards against a report that needs a repository, or git."""
+    assert history(tmp_path / "nothing.json").runs == []
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    assert "No history: git knows no earlier" in report("md", content(SPEEDUPS))
+
+
+def test_the_command_measures_the_same_again(report: Any) -> None:
+    """Guards against a number that nobody can check."""
+    found = re.search(r"pytest --benchmark .*", Page(report("html", content(SPEEDUPS))).text)
+    assert found
+    assert {
+        *("--target=t", "--draft=d", "--dtype=float32", "--preset=quick", "--device=cpu"),
+        *("--prompts=text:2,prose:1", "--max-new-tokens=40", "--repeats=1"),
+    } == set(shlex.split(found[0])[2:])
+
+
+@pytest.mark.parametrize(
+    ("preset", "given"),
+    [("a.b", "--preset=a.b"), ("quick.tiny", "--preset=quick"), ("quick.tiny.eos", "--preset=quick")],
+)
+def test_the_command_has_the_options_that_made_another_experiment(preset: str, given: str, report: Any) -> None:
+    """Guards against a command that measures hours for what a rehearsal did in seconds."""
+    run = content(SPEEDUPS)
+    run["specdecode"]["identity"]["preset"] = preset
+    text = report("md", run)
+    assert f" {given} " in text
+    for flag in ("tiny", "eos"):
+        assert (f"--{flag}" in text) == (f".{flag}" in preset)
+
+
+def test_html_goes_beside_the_run_and_folders_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a page on the terminal, and a report that is lost for want of a folder."""
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(content(SPEEDUPS)))
+    assert call(monkeypatch, str(run), "--format", "html") == 0
+    assert capsys.readouterr().out == f"report written to {tmp_path / 'run.html'}\n"
+    assert call(monkeypatch, str(run), "--out", str(tmp_path / "a" / "b" / "run.md")) == 0
+    assert (tmp_path / "a" / "b" / "run.md").read_text().startswith("## t with d")
+    assert call(monkeypatch, str(run), "--format", "latex") == 0
+    assert "\\begin{tabular}" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run.html", "run.json"]
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_several_runs_are_told_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    """Guards against a report of several runs that has lost one, or two pages in one file."""
+    for hardware in ("abacus", "calculator"):
+        (tmp_path / hardware).write_text(json.dumps(content(SPEEDUPS, hardware=hardware)))
+    runs = [str(tmp_path / "abacus"), str(tmp_path / "calculator")]
+    assert call(monkeypatch, *runs, "--format", format_, "--out", str(tmp_path / "out")) == 0
+    text = (tmp_path / "out").read_text()
+    assert 0 < text.index("on abacus, preset quick") < text.index("on calculator, preset quick")
+    assert text.count("lookup") >= 4
+    assert text.count("<html") == text.count("<main") == (format_ == "html")
+
+
+@pytest.mark.parametrize("case", ["cut off", "not there", "bad baseline", "unwritable"])
+def test_what_is_wrong_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    """Guards against a traceback, and a report on half a file."""
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(content(SPEEDUPS)))
+    if case != "not there":
+        bad.write_text(good.read_text()[:300])
+    options = {"bad baseline": (good, "--baseline", bad), "unwritable": (good, "--out", bad / "report.md")}
+    assert call(monkeypatch, *map(str, options.get(case, (bad,)))) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("specdecode: ")
+    assert told.count("\n") == 1
+    assert "bad.json" in told
+
+
+def test_a_report_needs_no_torch(tmp_path: Path) -> None:
+    """Guards against seconds of loading, and a report that cannot be made where nothing can be measured."""
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(content(SPEEDUPS)))
+    code = (
+        "import sys; from specdecode import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    for format_ in FORMATS:
+        command = [sys.executable, "-c", code, "report", str(run), "--format", format_]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+
+
+MEASURE = """addEventListener("load", () => {
+    const root = frames[0].document.documentElement, style = frames[0].getComputedStyle(frames[0].document.body);
+    document.title = JSON.stringify({scroll: root.scrollWidth, ground: style.backgroundColor, ink: style.color,
+        drawings: root.querySelectorAll("svg").length,
+        arm: Math.min(...Array.from(root.querySelectorAll("tbody th"), name => name.clientWidth))});
+});"""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 800), ("light", 390), ("dark", 390)]
+)
+def test_a_browser_shows_the_page(blessed: Path, report: Any, tmp_path: Path, scheme: str, width: int) -> None:
+    """Guards against a page that scrolls sideways on a phone, is dark on dark, squeezes names, or asks for more."""
+    page = report("html", content(SPEEDUPS | {"a-very-long-name-" * 6: 1.1, "linear": 1.5}, drafting=0.6))
+    outer = tmp_path / "outer.html"
+    # Windows have a least width; frames do not, and take their colour scheme from the element that holds them.
+    outer.write_text(
+        f'<!doctype html><meta charset="utf-8"><iframe style="width: {width}px; border: 0; color-scheme: {scheme}"'
+        f' srcdoc="{html.escape(page)}"></iframe><script>{MEASURE}</script>'
+    )
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run([*command, profile, outer.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    found = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert found, done.stderr
+    seen = json.loads(html.unescape(found[1]))
+    assert "CONSOLE" not in done.stderr
+    assert seen["scroll"] <= width
+    assert seen["arm"] > 120
+    assert seen["drawings"] == page.count("<svg")
+    ground, ink = (sum(map(int, re.findall(r"\d+", seen[name])[:3])) for name in ("ground", "ink"))
+    assert (ground < 150 < 600 < ink) if scheme == "dark" else (ink < 150 < 600 < ground)
+
+
+@pytest.mark.parametrize("name", ["tests.yml", "gpu.yml"])
+def test_workflows_name_what_there_is(name: str) -> None:
+    """Guards against an environment that was renamed, and an input that is put into a script as it is."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
+    tox = ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini")
+    known = {section.removeprefix("testenv:") for section in tox.sections()}
+    scripts = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    used = {
+        env for script in scripts for names in re.findall(r"tox .*?-e ([\w,]+)", script) for env in names.split(",")
+    }
+    assert used
+    assert used <= known
+    assert not [script for script in scripts if "${{" in script]
+    assert workflow["permissions"] == {"contents": "read"}

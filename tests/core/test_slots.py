@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from specdecode import LM, DraftTree
+from specdecode.core.slots import Slots
+from tests.helpers.models import logits, small
+from tests.helpers.strategies import trees
+
+WIDTH = 11
+texts = st.lists(st.integers(0, WIDTH - 1), min_size=1, max_size=5)
+
+
+@functools.cache
+def model(layers: int) -> LM:
+    return small(
+        vocab_size=WIDTH, num_hidden_layers=layers, hidden_size=16, num_attention_heads=4, num_key_value_heads=2
+    )
+
+
+class SlotsAndList(RuleBasedStateMachine):
+    """Slots behind a real model, beside a plain list of (token, position).
+
+    What the model says through the slots must be what it says about the list, read from scratch.
+    """
+
+    layers = 2
+
+    @initialize(capacity=st.integers(0, 4))
+    def begin(self, capacity: int) -> None:
+        """Room for a few tokens only, so that most runs outgrow it more than once."""
+        self.lm = model(self.layers)
+        self.slots = self.lm.new_slots(capacity)
+        self.held: list[tuple[int, int]] = []
+
+    @property
+    def next_position(self) -> int:
+        return self.held[-1][1] + 1 if self.held else 0
+
+    def expected(self, more: list[tuple[int, int]]) -> torch.Tensor:
+        tokens, positions = zip(*self.held, *more, strict=True)
+        return logits(self.lm.model, tokens, positions)
+
+    @rule(tokens=texts)
+    def append(self, tokens: list[int]) -> None:
+        positions = list(range(self.next_position, self.next_position + len(tokens)))
+        added = list(zip(tokens, positions, strict=True))
+        seen = self.lm.forward(self.slots, torch.tensor(tokens), positions=torch.tensor(positions), rows=len(tokens))
+        torch.testing.assert_close(seen, self.expected(added)[-len(tokens) :])
+        self.held += added
+
+    @rule(stem=texts, tree=trees(max_nodes=7, tokens=WIDTH), data=st.data())
+    def accept_a_path_of_a_tree(self, stem: list[int], tree: DraftTree, data: st.DataObject) -> None:
+        """Verify a tree behind some pending tokens, look at all its branches, and keep one of them, or part of it."""
+        root, start = self.slots.length + len(stem) - 1, self.next_position
+        if start == self.slots.length:
+            seen = self.lm.forward_tree(self.slots, stem, tree)
+        else:  # Something was evicted: positions are not what the number of slots would make them.
+            seen = self.forward_tree_at(start, stem, tree)
+        added = [(token, start + i) for i, token in enumerate(stem)]
+        deepest = start + len(stem) - 1
+        paths = [[node for node in range(1, len(tree) + 1) if row[node]] for row in tree.visibility.tolist()]
+        for node, path in enumerate(paths):
+            branch = [(int(tree.tokens[n - 1]), deepest + depth) for depth, n in enumerate(path, start=1)]
+            torch.testing.assert_close(seen[node], self.expected(added + branch)[-1])
+        chosen = data.draw(st.sampled_from(paths))
+        self.slots.keep([root + node for node in chosen], after=root + 1)
+        self.held += added
+        self.held += [(int(tree.tokens[n - 1]), deepest + depth) for depth, n in enumerate(chosen, start=1)]
+
+    def forward_tree_at(self, start: int, stem: list[int], tree: DraftTree) -> torch.Tensor:
+        size = len(stem) + len(tree)
+        visible = torch.ones(size, size, dtype=torch.bool).tril()
+        visible[len(stem) - 1 :, len(stem) - 1 :] = tree.visibility
+        positions = torch.cat([torch.arange(len(stem) - 1), len(stem) - 1 + tree.depths]) + start
+        return self.lm.forward(
+            self.slots,
+            torch.cat([torch.tensor(stem), tree.tokens]),
+            positions=positions,
+            visible=visible,
+            rows=len(tree) + 1,
+        )
+
+    @rule(share=st.floats(0, 1))
+    def roll_back(self, share: float) -> None:
+        """To any prefix, nothing included."""
+        length = round(share * len(self.held))
+        self.slots.keep([], after=length)
+        del self.held[length:]
+
+    @invariant()
+    def the_next_logits_are_those_of_a_fresh_forward(self) -> None:
+        probe = (7, self.next_position)
+        seen = self.lm.forward(self.slots, torch.tensor([7]), positions=torch.tensor([probe[1]]))
+        torch.testing.assert_close(seen[0], self.expected([probe])[-1])
+        self.slots.keep(range(len(self.held)))
+
+    @invariant()
+    def slots_are_counted(self) -> None:
+        assert self.slots.length == len(self.held) <= self.slots.capacity
+        assert self.slots.positions[: self.slots.length].tolist() == [position for _, position in self.held]
+        # Layers x (keys and values) x heads x width x bytes of a float64.
+        assert self.slots.bytes_held == len(self.held) * self.layers * 2 * 2 * 4 * 8
+
+
+class SlotsAndListWithEviction(SlotsAndList):
+    """Eviction from the middle is compared at one layer: in deeper ones the keys and values of the tokens that stay
+    were made while they still saw the evicted ones, and no fresh forward reproduces that (nor should it)."""
+
+    layers = 1
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        """Any slots, from anywhere. Those that stay keep their positions."""
+        stay = sorted(data.draw(st.sets(st.integers(0, len(self.held) - 1))))
+        self.slots.keep(stay)
+        self.held = [self.held[slot] for slot in stay]
+
+
+some = settings(deadline=None, max_examples=25, stateful_step_count=12)
+TestSlots = SlotsAndList.TestCase
+TestSlots.settings = some
+TestSlotsWithEviction = SlotsAndListWithEviction.TestCase
+TestSlotsWithEviction.settings = some
+
+
+def filled(length: int, capacity: int) -> Slots:
+    """Slots of one layer, one head and width 1, whose keys are 0, 1, 2 … and values their negatives."""
+    slots = Slots(capacity, torch.device("cpu"))
+    slots.append(torch.arange(length) * 10)
+    keys = torch.arange(length, dtype=torch.float64)[None, None, :, None]
+    slots.update(keys, -keys, 0)
+    return slots
+
+
+def contents(slots: Slots) -> tuple[list[float], list[float], list[int]]:
+    """Keys, values and positions, without a look inside: an update of no tokens returns what a layer holds."""
+    slots.append(torch.zeros(0, dtype=torch.long))
+    nothing = torch.zeros(1, 1, 0, 1, dtype=torch.float64)
+    keys, values = slots.update(nothing, nothing, 0)
+    return keys.flatten().tolist(), values.flatten().tolist(), slots.positions[: slots.length].tolist()
+
+
+def test_a_gather_moves_keys_values_and_positions_alike() -> None:
+    """Guards against keys that move without their values or positions, and a gather that reads what it has written."""
+    slots = filled(8, 8)
+    slots.keep([3, 5, 6], after=2)
+    expected = [0.0, 1.0, 3.0, 5.0, 6.0]
+    assert contents(slots) == (expected, [-x for x in expected], [0, 10, 30, 50, 60])
+
+
+def test_keeping_a_prefix_moves_nothing() -> None:
+    """Guards against a copy of the whole cache at every step that accepts a chain."""
+    slots = filled(8, 8)
+    nothing = torch.zeros(1, 1, 0, 1, dtype=torch.float64)
+    slots.append(torch.zeros(0, dtype=torch.long))
+    keys, values = slots.update(nothing, nothing, 0)
+    versions = keys._version, values._version
+    slots.keep([2, 3, 4], after=2)
+    slots.keep(range(4))
+    assert (keys._version, values._version) == versions
+    slots.append(torch.zeros(0, dtype=torch.long))
+    assert slots.update(nothing, nothing, 0)[0].data_ptr() == keys.data_ptr()
+    assert contents(slots)[0] == [0.0, 1.0, 2.0, 3.0]
+
+
+@torch.inference_mode()
+def test_slots_grow_by_doubling_and_lose_nothing() -> None:
+    """Guards against an allocation for each token, and against growth that forgets what was held."""
+    slots = filled(3, 3)
+    capacities = []
+    for position in range(3, 20):
+        slots.append(torch.tensor([position * 10]))
+        key = torch.full((1, 1, 1, 1), float(position), dtype=torch.float64)
+        slots.update(key, -key, 0)
+        capacities.append(slots.capacity)
+    assert sorted(set(capacities)) == [6, 12, 24]
+    expected = [float(i) for i in range(20)]
+    assert contents(slots) == (expected, [-x for x in expected], [i * 10 for i in range(20)])
+
+
+def test_a_long_text_takes_what_it_needs_at_once() -> None:
+    """Guards against a growth to twice the capacity where more than that is appended."""
+    slots = Slots(2, torch.device("cpu"))
+    slots.append(torch.arange(50))
+    assert slots.capacity == slots.length == 50
+
+
+def test_the_cache_tells_a_model_the_length_before_its_forward() -> None:
+    """Guards against positions counted twice by models that ask their cache how far they are."""
+    slots = filled(5, 8)
+    assert slots.get_seq_length() == 0
+    slots.append(torch.tensor([50, 60]))
+    assert slots.get_seq_length() == 5
+
+
+@pytest.mark.parametrize(
+    ("indices", "after"),
+    [([0, 0], 0), ([1, 0], 0), ([4], 0), ([-1], 0), ([0, 4], 0), ([1], 2), ([], 5), ([2, 3, 3], 2)],
+    ids=str,
+)
+def test_slots_that_cannot_be_kept_are_named(indices: list[int], after: int) -> None:
+    """Guards against a gather out of order or from slots that hold nothing, and against any of it done by halves."""
+    slots = filled(4, 8)
+    with pytest.raises(ValueError, match=rf"must ascend within \[{after}, 4\), got \[") as error:
+        slots.keep(indices, after=after)
+    assert str(indices) in str(error.value)
+    assert contents(slots)[0] == [0.0, 1.0, 2.0, 3.0]

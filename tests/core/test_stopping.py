@@ -1,0 +1,158 @@
+"""Stop strings, and the log-probabilities of what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdecode import (
+    LM,
+    DraftTree,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    Sampling,
+    SinkWindow,
+    StaticTree,
+    generate,
+    generate_batch,
+    load,
+)
+from specdecode.controllers.base import Limit
+from specdecode.core.stopping import Stops
+from specdecode.drafters.base import Context, Drafter
+from tests.helpers.characters import save
+from tests.helpers.models import ARCHITECTURES, build, lm, logits, prompt
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    return load(str(save(tmp_path_factory.mktemp("model"))), dtype="float64", device="cpu")
+
+
+class Known:
+    """Proposes the text that is coming, so that stops fall inside of blocks."""
+
+    forwards = 0
+    layers = ()
+
+    def __init__(self, text: list[int]) -> None:
+        self.text = text
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        place = len(context.tokens)
+        return DraftTree.chain(torch.tensor(self.text[place : place + limit.depth], dtype=torch.long))
+
+
+def drafters(target: LM, text: list[int]) -> list[Drafter]:
+    draft = target.subset([0, 1, 3])
+    return [NoDraft(), Known(text), PromptLookup(), ModelDrafter(draft), ModelDrafter(draft, StaticTree((3, 2, 1)))]
+
+
+@pytest.mark.parametrize("place", [0, 6, LENGTH - 3])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_stop_string_ends_the_text_where_it_is_complete(target: LM, place: int, size: int) -> None:
+    """Guards against a string that is only seen if it ends a step, or if a step holds all of it."""
+    start = target.encode("once upon a")
+    whole = generate(target, start, max_new_tokens=LENGTH)
+    text = target.decode(whole.tokens)
+    string = text[place : place + size]
+    last = text.index(string) + size
+    for drafter in drafters(target, start + whole.tokens):
+        result = generate(target, start, drafter=drafter, max_new_tokens=LENGTH, stop=string)
+        assert result.tokens == whole.tokens[:last]
+        assert result.finish_reason == "stop"
+        assert sum(step.emitted for step in result.steps) == last
+
+
+def test_the_first_of_several_strings_ends_the_text(target: LM) -> None:
+    """Guards against the order of the strings deciding, and a string that the prompt holds stopping anything."""
+    start = target.encode("the end")
+    whole = generate(target, start, max_new_tokens=LENGTH).tokens
+    text = target.decode(whole)
+    assert "end" not in text
+    early, late = text[4:6], text[18:21]
+    result = generate(target, start, max_new_tokens=LENGTH, stop=["end", late, early])
+    assert result.tokens == whole[: text.index(early) + 2]
+    assert generate(target, start, max_new_tokens=LENGTH, stop=["end"]).finish_reason == "length"
+
+
+def test_stop_strings_end_the_texts_of_a_batch_and_of_a_bounded_cache(target: LM) -> None:
+    """Guards against a stop that only one of the ways to decode knows."""
+    starts, policy = [target.encode("alpha"), target.encode("a longer beginning")], SinkWindow(16)
+    whole = [generate(target, start, policy=policy, max_new_tokens=LENGTH).tokens for start in starts]
+    string = target.decode(whole[0])[16:18]
+    results = generate_batch(target, starts, policy=policy, max_new_tokens=LENGTH, stop=[string])
+    for tokens, result in zip(whole, results, strict=True):
+        place = target.decode(tokens).find(string)
+        assert result.tokens == (tokens if place < 0 else tokens[: place + 2])
+    assert results[0].finish_reason == "stop"
+
+
+def test_a_character_of_several_tokens_is_found() -> None:
+    """Guards against a search that gives up where a token is only a part of a character."""
+    data = "so: \N{EURO SIGN}\N{PILE OF POO}!".encode()
+    stops = Stops([], ["\N{PILE OF POO}"], lambda tokens: bytes(tokens).decode(errors="replace"))
+    assert stops.find(list(data), 0) == len(data) - 2
+    assert stops.find(list(data[:-2]), 0) is None
+
+
+def test_only_new_tokens_end_a_text() -> None:
+    """Guards against a text that is ended twice."""
+    stops = Stops([7], [], None)
+    assert stops.find([7, 1, 7], 0) == 0
+    assert stops.find([7, 1, 7], 1) == 2
+    assert stops.find([7, 1], 1) is None
+
+
+def test_stop_strings_that_cannot_be_are_told(target: LM) -> None:
+    """Guards against a text that ends before it begins, and one that never ends because nobody can read it."""
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        generate(target, [1], stop=["a", ""])
+    mute = LM(build(ARCHITECTURES["llama"]), name="mute")
+    with pytest.raises(ValueError, match="stop strings need a tokenizer, and the target has none"):
+        generate(mute, [1], stop="a")
+    with pytest.raises(ValueError, match="mute has no tokenizer"):
+        mute.decode([1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_log_probabilities_are_those_of_a_forward_over_the_text(temperature: float) -> None:
+    """Guards against the law at another node, one after temperature and top-k, and values beyond a stop."""
+    target = lm("llama")
+    sampling = Sampling(temperature, top_k=9, seed=1)
+    whole = generate(target, prompt(), sampling=sampling, max_new_tokens=LENGTH).tokens
+    for drafter in drafters(target, [*prompt(), *whole]):
+        result = generate(
+            target,
+            prompt(),
+            drafter=drafter,
+            sampling=sampling,
+            max_new_tokens=LENGTH,
+            stop_token_ids=[whole[17]],
+            logprobs=True,
+        )
+        laws = logits(target.model, [*prompt(), *result.tokens])[len(prompt()) - 1 : -1].log_softmax(-1)
+        expected = laws[range(len(result.tokens)), result.tokens]
+        torch.testing.assert_close(torch.tensor(result.logprobs, dtype=torch.float64), expected, rtol=0, atol=1e-9)
+    assert generate(target, prompt(), max_new_tokens=2).logprobs is None
+
+
+def test_log_probabilities_of_half_precision_are_whole() -> None:
+    """Guards against sums over a vocabulary in sixteen bits."""
+    target = LM(build(ARCHITECTURES["llama"]).bfloat16())
+    result = generate(target, prompt(), max_new_tokens=8, logprobs=True)
+    assert result.logprobs is not None
+    assert any(torch.tensor(value).bfloat16().item() != value for value in result.logprobs)
+
+
+def test_a_stop_string_given_alone_is_one_string(target: LM, tmp_path: Path) -> None:
+    """Guards against a string that is taken for a list of its characters."""
+    start = target.encode("once")
+    text = target.decode(generate(target, start, max_new_tokens=LENGTH).tokens)
+    string = text[10:14]
+    assert target.decode(generate(target, start, max_new_tokens=LENGTH, stop=string).tokens).endswith(string)

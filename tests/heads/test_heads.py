@@ -1,0 +1,703 @@
+"""Draft heads: what they read of the target, what they propose, and their files."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from specdecode import (
+    LM,
+    BestFirstTree,
+    Cascade,
+    Chain,
+    DraftTree,
+    FixedK,
+    HeadDrafter,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    ReplayDrafter,
+    Sampling,
+    SinkWindow,
+    StaticTree,
+    UnsupportedModelError,
+    generate,
+    generate_batch,
+    load,
+    load_head,
+    measure_costs,
+)
+from specdecode.backends import Backend
+from specdecode.backends.packed import PackedLinear
+from specdecode.backends.static import Static
+from specdecode.bench.arms.arm import make
+from specdecode.bench.arms.snippet import code
+from specdecode.bench.measure import session
+from specdecode.controllers.base import Limit
+from specdecode.core.errors import ModelFileError
+from specdecode.core.sampling import Rng
+from specdecode.decoding import generate as decoding
+from specdecode.drafters.base import Context, Drafter
+from specdecode.drafters.tree_shapes import TreeShape
+from specdecode.heads import bound as fitting
+from specdecode.heads.bound import FittedHead, output_rows, signature, untrained
+from specdecode.heads.formats import read_head, write_head
+from specdecode.heads.module import Head
+from specdecode.models.lm import outputs_of
+from tests.backends.test_backends import replayed
+from tests.bench.report.test_recommend import arm, kept
+from tests.bench.test_presets import options
+from tests.cli.test_cli import run
+from tests.helpers.characters import save
+from tests.helpers.models import ARCHITECTURES, build, greedy, lm, prompt, small
+
+LENGTH = 36
+LAYERS = (0, 2)
+SHAPES = (Chain(), StaticTree((3, 2, 1)), BestFirstTree(nodes=12, threshold=0.001))
+BACKENDS = {
+    "eager": Backend(),
+    "exact": Backend("exact", static=partial(Static, replay=None)),
+    "rounded": Backend("rounded", static=partial(Static, replay=replayed)),
+}
+
+
+@dataclass
+class Watching:
+    """Proposes what another does, and notes what it is given."""
+
+    inner: Drafter
+    layers: tuple[int, ...] = LAYERS
+    seen: list[tuple[list[int], Tensor | None]] = field(default_factory=list)
+
+    @property
+    def forwards(self) -> int:
+        return self.inner.forwards
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        features = None if context.features is None else context.features.clone()
+        self.seen.append((list(context.tokens), features))
+        return self.inner.propose(context, limit)
+
+
+def hidden_states(target: LM, tokens: Sequence[int], layers: Sequence[int]) -> Tensor:
+    """What transformers tells of them, by a forward without a cache. [n, F]"""
+    ids = torch.tensor([list(tokens)], device=target.device)
+    with torch.inference_mode():
+        told = target.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    return torch.cat([told[layer + 1][0] for layer in layers], -1)
+
+
+def half_right(name: str, shape: TreeShape, text: Sequence[int]) -> ReplayDrafter:
+    return ReplayDrafter(ModelDrafter(lm(name).subset([0]), shape), text, acceptance=0.6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma3-window"])
+def test_features_are_the_target_s_hidden_states(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against features of rejected nodes, of padding, of another layer or of the forward before, and features
+    that are lost between the chunks of a prompt: a head would draft badly, and no token would show it."""
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 5)
+    target = LM(lm(name).model, backend=BACKENDS[backend])
+    text = [*prompt(), *greedy(name, LENGTH)]
+    truth = hidden_states(target, text, LAYERS)
+    for shape in (Chain(), StaticTree((3, 2, 1))):
+        drafter = Watching(half_right(name, shape, text))
+        result = generate(target, prompt(), drafter=drafter, controller=FixedK(3), max_new_tokens=LENGTH)
+        assert result.tokens == greedy(name, LENGTH)
+        assert len(result.accepted_lengths) >= 3
+        first, *later = drafter.seen
+        assert first[1] is None
+        assert len(later) > 8
+        for tokens, features in later:
+            assert features is not None
+            torch.testing.assert_close(features, truth[: len(tokens) - 1], rtol=0, atol=1e-9)
+
+
+def test_each_prompt_of_a_batch_has_its_own_features() -> None:
+    """Guards against rows of a batch that are mixed up or begin with padding, and against layers that another prompt's
+    drafter reads."""
+    target = lm("llama")
+    prompts = [list(prompt(14)), list(prompt(9)[::-1]), list(prompt(23))]
+    plain = generate_batch(target, prompts, max_new_tokens=LENGTH)
+    layers = [(0, 2), (), (1, 2)]
+    texts = [[*start, *result.tokens] for start, result in zip(prompts, plain, strict=True)]
+    drafters = [Watching(half_right("llama", Chain(), text), own) for text, own in zip(texts, layers, strict=True)]
+    results = generate_batch(target, prompts, batch_size=2, drafter=iter(drafters).__next__, max_new_tokens=LENGTH)
+    assert [result.tokens for result in results] == [result.tokens for result in plain]
+    for drafter, text, own in zip(drafters, texts, layers, strict=True):
+        (_, first), *later = drafter.seen
+        assert first is None
+        for tokens, features in later:
+            assert (features is None) == (not own)
+            if features is not None:
+                truth = hidden_states(target, text, own)[: len(tokens) - 1]
+                torch.testing.assert_close(features, truth, rtol=0, atol=1e-9)
+
+
+def test_features_outlive_what_is_evicted() -> None:
+    """Guards against a drafter that loses the features of the tokens which leave the target's cache, or takes those of
+    others for them."""
+    policy = SinkWindow(15, sinks=2, trigger=0.5, interval=8)
+    plain = generate(lm("llama"), prompt(), policy=policy, max_new_tokens=LENGTH)
+    text = [*prompt(), *plain.tokens]
+    drafter = Watching(half_right("llama", StaticTree((3, 2)), text))
+    result = generate(
+        lm("llama"), prompt(), drafter=drafter, controller=FixedK(3), policy=policy, max_new_tokens=LENGTH
+    )
+    assert result.tokens == plain.tokens
+    assert result.compressions >= 3
+    _, last = drafter.seen[-1]
+    assert last is not None
+    for before, features in drafter.seen[1:]:
+        assert features is not None
+        assert len(features) == len(before) - 1
+        assert torch.equal(features, last[: len(features)])
+    truth = hidden_states(lm("llama"), text, LAYERS)[: len(last)]
+    same = (last - truth).abs().amax(1) < 1e-9
+    # Up to the first eviction they are the full cache's, and then never again: nothing is left out or put in.
+    assert same.tolist() == [True] * int(same.sum()) + [False] * int((~same).sum())
+    assert 8 <= int(same.sum()) < len(last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_head_leaves_nothing_behind(backend: str) -> None:
+    """Guards against hooks that slow down plain decoding, or hold memory, after a head has drafted; and against those
+    that the next one no longer gets."""
+    target = LM(build(ARCHITECTURES["llama"]), backend=BACKENDS[backend])
+    head = FittedHead(untrained(target), target)
+    for drafter in (NoDraft(), HeadDrafter(head), NoDraft(), HeadDrafter(head)):
+        result = generate(target, prompt(), drafter=drafter, max_new_tokens=LENGTH)
+        assert result.tokens == greedy("llama", LENGTH)
+        assert bool(result.drafted) == bool(drafter.layers)
+        assert not any(module._forward_hooks for module in target.model.modules())
+    slots = target.new_slots(8)
+    for _ in range(2):
+        target.forward(slots, torch.tensor([1, 2, 3]))
+        assert not slots.outputs
+
+
+def test_outputs_of_layers_that_there_are_not() -> None:
+    """Guards against an error from the depths where a head names a layer that the target lacks."""
+    with (
+        pytest.raises(ValueError, match=r"layers 0 to 3: the outputs of \[1, 4\] cannot be read"),
+        lm("llama").recording_outputs([1, 4]),
+    ):
+        pass
+    model = build(ARCHITECTURES["llama"])
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(ValueError, match="no list of layers"), outputs_of(model, [0]):
+        pass
+
+
+VOCABULARY = 11
+TEXT = [3, 8, 1, 3, 8, 9, 4, 1, 3, 8]
+SAMPLING = Sampling(0.9, top_k=4)
+
+
+@functools.cache
+def target() -> LM:
+    return small(seed=3, vocab_size=VOCABULARY, num_hidden_layers=2)
+
+
+@functools.cache
+def raw() -> Head:
+    """Of sharp laws, so that a small error shows; it cannot propose all tokens, nor in their order."""
+    head = untrained(target(), seed=5).double()
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.mul_(3.0)
+    head.tokens = torch.tensor([9, 0, 4, 7, 3, 8, 1])
+    return head
+
+
+def context(tokens: Sequence[int], sampling: Sampling) -> Context:
+    features = hidden_states(target(), tokens, raw().shape.layers[:1])
+    with outputs_of(target().model, raw().shape.layers) as outputs, torch.inference_mode():
+        target().model(torch.tensor([list(tokens)], device=target().device), use_cache=False)
+    assert torch.equal(torch.cat(outputs, -1)[0, :, : features.shape[1]], features)
+    return Context(list(tokens), VOCABULARY, sampling, Rng(0), torch.cat(outputs, -1)[0, :-1])
+
+
+@torch.inference_mode()
+def law_after(path: Sequence[int], sampling: Sampling) -> Tensor:
+    """The head's law behind the text and a path of proposals, without slots: all is read anew for every token. [V]"""
+    head, embedding = raw(), target().model.get_input_embeddings()
+    given = context(TEXT, sampling).features
+    assert given is not None
+    states = head.fused(given.cpu())
+    for read in range(len(path) + 1):
+        text = [*TEXT, *path[:read]]
+        count = len(text) - 1
+        out = head(
+            embedding(torch.tensor(text[1:], device=target().device)).cpu()[None],
+            states[None],
+            torch.arange(1, count + 1),
+            lambda keys, values: (keys, values),
+            torch.ones(count, count, dtype=torch.bool).tril(),
+        )[0]
+        states = torch.cat([states, out[-1:]])
+    logits = torch.full((VOCABULARY,), -torch.inf, dtype=torch.float64)
+    logits[head.tokens] = head.logits(out[-1:], output_rows(target(), head.tokens).cpu())[0]
+    return sampling.probs(logits)
+
+
+def read_twice(shape: TreeShape, sampling: Sampling, limit: Limit) -> DraftTree:
+    """What is proposed once the head has drafted for two beginnings of the text."""
+    drafter = HeadDrafter(FittedHead(raw(), target()), shape)
+    for length in (4, 8):
+        drafter.propose(context(TEXT[:length], sampling), limit)
+    return drafter.propose(context(TEXT, sampling), limit)
+
+
+def paths(tree: DraftTree) -> list[list[int]]:
+    found: list[list[int]] = [[]]
+    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+        found.append([*found[parent], token])
+    return found[1:]
+
+
+def test_a_greedy_chain_is_the_head_s_own_continuation() -> None:
+    """Guards against a pair that is read with another token's features, at the wrong position or not at all, and ids of
+    the head that are taken for the target's."""
+    text: list[int] = []
+    for _ in range(5):
+        text.append(int(law_after(text, Sampling()).argmax()))
+    tree = read_twice(Chain(), Sampling(), Limit(5))
+    assert paths(tree)[-1] == text
+    assert len({*text}) > 1
+
+
+@pytest.mark.parametrize("shape", [StaticTree((3, 2, 2), nodes=64), BestFirstTree(9, 0.0)], ids=str)
+def test_a_greedy_tree_holds_the_most_probable_tokens(shape: TreeShape) -> None:
+    """Guards against nodes that read their uncle's state in place of their parent's, or see their cousins."""
+    tree = read_twice(shape, Sampling(), Limit(3))
+    if isinstance(shape, StaticTree):
+        expected: list[list[int]] = []
+        level: list[list[int]] = [[]]
+        for count in (3, 2, 2):
+            level = [
+                [*path, token] for path in level for token in law_after(path, Sampling()).topk(count).indices.tolist()
+            ]
+            expected += level
+        assert paths(tree) == expected
+        return
+    probability: dict[tuple[int, ...], float] = {}
+    above: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        above = {
+            (*path, token): p * q
+            for path, p in above.items()
+            for token, q in enumerate(law_after(path, Sampling()).tolist())
+        }
+        probability |= above
+    best = sorted(probability, key=lambda path: -probability[path])[:9]
+    assert sorted(map(tuple, paths(tree))) == sorted(best)
+
+
+@pytest.mark.parametrize("shape", [Chain(), StaticTree((3, 2, 1)), StaticTree((9, 1))], ids=str)
+def test_a_sampled_tree_carries_the_laws_that_it_was_drawn_from(shape: TreeShape) -> None:
+    """Guards against a law over the head's tokens that is handed over as one of the target's, or is not that of the
+    node's parent."""
+    tree = read_twice(shape, SAMPLING, Limit(3))
+    assert tree.probs is not None
+    assert tree.depth > 1
+    for path, law, parent, node in zip(paths(tree), tree.probs, tree.parents.tolist(), range(len(tree)), strict=True):
+        earlier = [int(tree.tokens[i]) for i in range(node) if tree.parents[i] == parent]
+        expected = law_after(path[:-1], SAMPLING).index_fill(0, torch.tensor(earlier, dtype=torch.long), 0.0)
+        torch.testing.assert_close(law.cpu(), expected / expected.sum(), rtol=0, atol=1e-9)
+
+
+def test_without_features_nothing_is_proposed() -> None:
+    """Guards against a head that drafts from nothing where the target has not read the text, and against state that is
+    wrong when it has."""
+    drafter = HeadDrafter(FittedHead(raw(), target()))
+    whole = context(TEXT, Sampling())
+    assert whole.features is not None
+    assert not len(drafter.propose(Context(TEXT, VOCABULARY, Sampling(), Rng(0)), Limit(3)))
+    short = Context(TEXT, VOCABULARY, Sampling(), Rng(0), whole.features[:-1])
+    assert not len(drafter.propose(short, Limit(3)))
+    assert not len(drafter.propose(context(TEXT[:1], Sampling()), Limit(3)))
+    assert drafter.forwards == 0
+    assert paths(drafter.propose(whole, Limit(3))) == paths(read_twice(Chain(), Sampling(), Limit(3)))
+
+
+@functools.cache
+def taught() -> Head:
+    """A head that knows how the tiny llama goes on after the prompt, as far as it can propose the tokens."""
+    model, text = lm("llama"), [*prompt(), *greedy("llama", LENGTH)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = untrained(model).double()
+    head.tokens = torch.tensor(sorted({*text[: -LENGTH // 4]}))
+    place = {token: i for i, token in enumerate(head.tokens.tolist())}
+    next_ = torch.tensor([place.get(token, -100) for token in text[2:]])
+    with outputs_of(model.model, head.shape.layers) as outputs, torch.no_grad():
+        ids = torch.tensor([text], device=model.device)
+        model.model(ids, use_cache=False)
+        embedded = model.model.get_input_embeddings()(ids)[:, 1:-1].cpu()
+    features = torch.cat(outputs, -1)[:, :-2].cpu()
+    rows = output_rows(model, head.tokens).cpu()
+    count = features.shape[1]
+    reads = (torch.arange(1, count + 1), lambda keys, values: (keys, values), torch.ones(count, count).tril().bool())
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    for _ in range(120):
+        first = head(embedded, head.fused(features), *reads)
+        # What a proposal's own successor is read with: the state in place of the features.
+        second = head(embedded, torch.cat([head.fused(features)[:, :1], first[:, :-1]], 1), *reads)
+        losses = [cross_entropy(head.logits(out, rows)[0], next_) for out in (first, second)]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    return head
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.002, seed=1)], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
+def test_a_head_that_was_taught_is_accepted(shape: TreeShape, sampling: Sampling) -> None:
+    """Guards against a head that is right in training and reads otherwise when it drafts: nothing would be accepted."""
+    target = lm("llama")
+    drafter = HeadDrafter(FittedHead(taught(), target), shape)
+    result = generate(target, prompt(), drafter=drafter, controller=FixedK(3), sampling=sampling, max_new_tokens=LENGTH)
+    if sampling.greedy:
+        assert result.tokens == greedy("llama", LENGTH)
+        assert result.mean_acceptance_length > 2.0
+        assert result.rejections > 0
+    else:
+        assert result.accepted > 0
+    assert 0 < result.draft_forwards <= 3 * len(result.steps)
+
+
+def test_a_head_reads_the_text_once() -> None:
+    """Guards against a head that reads all of the text in every step, which no proposal shows."""
+    target, widths = lm("llama"), []
+    head = FittedHead(taught(), target)
+    head._head.register_forward_pre_hook(lambda module, given: widths.append(given[0].shape[1]))
+    result = generate(target, prompt(), drafter=HeadDrafter(head), controller=FixedK(3), max_new_tokens=LENGTH)
+    assert len(widths) == result.draft_forwards
+    # The prompt and the first token; then what was accepted with the token behind it, and the draft one by one.
+    assert widths[0] == len(prompt())
+    assert sum(widths) <= len(prompt()) + LENGTH + 2 * len(result.steps)
+
+
+def written(target: LM, folder: Path, head: Head | None = None) -> Path:
+    file = folder / "head.safetensors"
+    file.write_bytes(write_head(head or untrained(target), signature(target), {"seed": 7}))
+    return file
+
+
+def test_a_head_comes_back_from_its_file(tmp_path: Path) -> None:
+    """Guards against weights that are lost or swapped on the way, and a card that nobody can read."""
+    file = written(lm("llama"), tmp_path, taught())
+    head, known, card = read_head(file)
+    assert card == {"seed": 7}
+    assert known.target == "llama"
+    assert head.shape == taught().shape
+    assert torch.equal(head.tokens, taught().tokens)
+    for name, weight in taught().named_parameters():
+        assert torch.equal(head.get_parameter(name), weight.half().float())
+    results = [
+        generate(lm("llama"), prompt(), drafter=HeadDrafter(each), max_new_tokens=LENGTH)
+        for each in (load_head(str(file), lm("llama")), FittedHead(taught(), lm("llama")))
+    ]
+    assert results[0].tokens == results[1].tokens == greedy("llama", LENGTH)
+    assert results[0].mean_acceptance_length > 2.0
+
+
+def test_a_head_knows_its_target_in_any_type(tmp_path: Path) -> None:
+    """Guards against a head that is refused, or reads otherwise, where its target is of another type or backend."""
+    file = str(written(lm("llama"), tmp_path, taught()))
+    plain = LM(build(ARCHITECTURES["llama"]).float().cpu(), name="elsewhere")
+    packed = plain.with_backend("packed")
+    targets = [plain, packed, LM(build(ARCHITECTURES["llama"]).bfloat16(), name="half")]
+    for target in targets:
+        head = load_head(file, target)
+        assert (
+            head.logits(head.fused(torch.zeros(1, 96, dtype=target.dtype, device=target.device))).dtype == target.dtype
+        )
+        result = generate(target, prompt(), drafter=HeadDrafter(head, StaticTree((2, 2))), max_new_tokens=LENGTH)
+        assert result.accepted > 5
+    assert isinstance(load_head(file, packed)._rows, PackedLinear)
+    assert isinstance(load_head(file, packed)._head.q_proj, PackedLinear)
+    for tokens in (torch.tensor([5, 0, 60]), torch.arange(97)):
+        own = plain.model.get_output_embeddings().weight[tokens]
+        torch.testing.assert_close(output_rows(packed, tokens), own, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (lambda: lm("llama", 5), "head.safetensors is a head for llama and cannot draft for llama, as its embeddings"),
+        (lambda: lm("llama").subset([0, 1]), r"for llama\[2 of 4 layers\], as it has 2 layers, 97 tokens"),
+        (lambda: target(), "as it has 2 layers, 11 tokens and embeddings of width 8, not 4 layers, 97 tokens"),
+    ],
+    ids=["seed", "layers", "sizes"],
+)
+def test_a_head_of_another_target_is_refused(other: functools.partial[LM], reason: str, tmp_path: Path) -> None:
+    """Guards against a head that proposes noise, in silence, as it was trained for another model."""
+    file = written(lm("llama"), tmp_path)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load_head(str(file), other())
+
+
+def test_a_fitted_head_stays_what_it_was() -> None:
+    """Guards against drafts of a head that is trained on while it is measured."""
+    target, head = lm("llama"), untrained(lm("llama"))
+    fitted = FittedHead(head, target)
+    state = torch.ones(1, head.shape.hidden, dtype=torch.float64, device=target.device)
+    before = fitted.logits(state).clone()
+    with torch.no_grad():
+        head.norm.weight.mul_(2.0)
+    assert torch.equal(fitted.logits(state), before)
+    assert not torch.equal(FittedHead(head, target).logits(state), before)
+
+
+def test_rows_of_an_output_embedding_are_without_its_bias() -> None:
+    """Guards against a bias that is added to every column of a head's logits."""
+    target = lm("phi")
+    layer = target.model.get_output_embeddings()
+    tokens = torch.tensor([3, 1, 40])
+    assert layer.bias is not None
+    with torch.no_grad():
+        usual = layer.bias.clone()
+        layer.bias.uniform_(1.0, 2.0)
+        rows = output_rows(target, tokens)
+        layer.bias.copy_(usual)
+    torch.testing.assert_close(rows, layer.weight[tokens.to(layer.weight.device)].detach(), rtol=0, atol=1e-12)
+
+
+def test_a_head_that_cannot_be_fitted_is_refused() -> None:
+    """Guards against an error from the depths where no file says which target a head is for."""
+    with pytest.raises(UnsupportedModelError, match=r"layers 0, 1 of width 8 .* as it has 4 layers of width 32"):
+        FittedHead(raw(), lm("llama"))
+    head = copy.deepcopy(raw())
+    head.tokens = torch.tensor([2, VOCABULARY])
+    with pytest.raises(UnsupportedModelError, match="up to 11 cannot draft for small, as it knows tokens 0 to 10"):
+        FittedHead(head, target())
+    narrow = LM(build(ARCHITECTURES["opt"] | {"word_embed_proj_dim": 16}), name="narrow")
+    with pytest.raises(UnsupportedModelError, match="narrow, as it embeds tokens in width 16"):
+        FittedHead(untrained(narrow), narrow)
+
+
+def test_a_damaged_file_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Guards against a traceback from the depths, and a head that drafts with half of its weights."""
+    file = written(lm("llama"), tmp_path)
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", whole.replace(b"q_proj", b"q_prof"), whole.replace(b"96", b"9x")):
+        file.write_bytes(damaged)
+        with pytest.raises(ModelFileError, match=r"cannot read the draft head .*head\.safetensors: "):
+            load_head(str(file), lm("llama"))
+    with pytest.raises(ModelFileError, match=r"cannot read the draft head .*nowhere"):
+        load_head(str(tmp_path / "nowhere.safetensors"), lm("llama"))
+    with pytest.raises(ModelFileError, match="no head comes with the package for 'llama': name the file"):
+        load_head("llama", lm("llama"))
+
+
+def test_what_a_head_costs_is_measured() -> None:
+    """Guards against a head that has nothing to read while its costs are measured, and so costs nothing."""
+    proposed = []
+
+    class Listening(Watching):
+        def propose(self, context: Context, limit: Limit) -> DraftTree:
+            tree = self.inner.propose(context, limit)
+            proposed.append((tree.depth, limit.depth))
+            return tree
+
+    for target in (lm("llama"), LM(build(ARCHITECTURES["gpt-2"] | {"n_positions": 20}))):
+        inner = HeadDrafter(FittedHead(untrained(target), target))
+        costs = measure_costs(target, Listening(inner, inner.layers))
+        assert all(depth == asked for depth, asked in proposed)
+        assert costs.draft.keys() == {Limit(depth) for depth in (1, 2, 4, 8)}
+        assert inner.forwards >= len(proposed)
+
+
+_COMPILED = """
+import functools
+import warnings
+import torch
+from torch._dynamo.utils import counters
+from specdecode import FixedK, PromptLookup, generate
+from tests.models import prompt, small
+
+warnings.simplefilter("error")  # as in the suites
+# What is traced, and when again, does not depend on what is made of it, which would take minutes.
+torch.compile = functools.partial(torch.compile, backend="eager")
+plain = small(num_hidden_layers=2)
+target = plain.with_backend("compile")
+graphs, same = [counters["stats"]["unique_graphs"]], []
+for layers in ((), (0,), (), (1,), (0,), ()):
+    seen = {}
+    for lm in (plain, target):
+        class Watching(PromptLookup):
+            def propose(self, context, limit):
+                seen.setdefault(lm, []).append(context.features)
+                return super().propose(context, limit)
+        drafter = Watching()
+        drafter.layers = layers
+        seen[lm, "tokens"] = generate(lm, prompt(), drafter=drafter, controller=FixedK(3), max_new_tokens=30).tokens
+    same.append(seen[plain, "tokens"] == seen[target, "tokens"])
+    for own, compiled in zip(seen[plain], seen[target], strict=True):
+        same.append(own is compiled is None or torch.allclose(own, compiled, rtol=0, atol=1e-9))
+    graphs.append(counters["stats"]["unique_graphs"])
+print(graphs, all(same))
+"""
+
+
+def test_compiled_features_are_of_the_layers_that_are_asked_for(pytestconfig: pytest.Config) -> None:
+    """Guards against compiled code that is used again though other layers are asked for, or none, which PyTorch does
+    not see; and against compiling anew in every text. (In a process whose shapes are not checked.)"""
+    command = [sys.executable, "-c", _COMPILED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
+    assert done.stdout.splitlines() == [f"{[2, 2, 4, 4, 6, 6, 6]} True"], done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def file(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(written(load(model, device="cpu", dtype="float64"), tmp_path_factory.mktemp("head")))
+
+
+def test_heads_from_the_command_line(
+    model: str, file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against options that do not reach the head, and a head that comes with the target and is not used."""
+    depths: list[int] = []
+    propose = HeadDrafter.propose
+
+    def listening(self: HeadDrafter, context: Context, limit: Limit) -> DraftTree:
+        tree = propose(self, context, limit)
+        depths.append(len(tree) - tree.depth)
+        return tree
+
+    monkeypatch.setattr(HeadDrafter, "propose", listening)
+    shipped: dict[str, Path] = {}
+    monkeypatch.setattr(fitting, "shipped_head", shipped.get)
+    arguments = (
+        "generate",
+        "the cat sat on the cat sat on",
+        "--target",
+        model,
+        "--dtype",
+        "float64",
+        "--max-new-tokens",
+        "20",
+    )
+    assert run(monkeypatch, *arguments, "--drafter", "none") == 0
+    plain = capfd.readouterr().out
+
+    def drafts(*options: str) -> bool:
+        """Whether the head was used; and, in `depths`, whether for trees."""
+        depths.clear()
+        assert run(monkeypatch, *arguments, *options) == 0
+        assert capfd.readouterr().out == plain
+        return bool(depths)
+
+    assert drafts("--head", file)
+    assert any(depths)
+    asked = len(depths)
+    assert drafts("--head", file, "--drafter", "head", "--tree", "chain")
+    assert not any(depths)
+    assert asked < len(depths)
+    assert drafts("--head", file, "--drafter", "head", "--tree", "static")
+    assert any(depths)
+    assert not drafts()
+    shipped[model] = Path(file)
+    assert drafts()
+    assert drafts("--controller", "cost-aware")
+    assert not drafts("--drafter", "lookup")
+    assert not drafts("--draft", "layers:0-2")
+    shipped.clear()
+    for given, reason in (
+        (("--drafter", "head"), f"no head comes with {model}: name the file of one with --head"),
+        (("--drafter", "lookup", "--head", file), "--head is of no use with --drafter lookup"),
+        (("--draft", "layers:0", "--head", file), "--draft is of no use with --drafter lookup+head"),
+        (("--head", "./nowhere.safetensors"), "cannot read the draft head nowhere.safetensors"),
+    ):
+        assert run(monkeypatch, *arguments, *given) == 2
+        assert reason in " ".join(capfd.readouterr().err.split())
+
+
+def depths(options: dict[str, Any], target: LM, file: str, length: int) -> list[int]:
+    """Steps by the depth of the tree that an arm's options stand for."""
+    if "quantize" in options:
+        target = target.quantized(options["quantize"])
+    shape = {
+        "static": StaticTree((2, 1)),
+        "best-first": BestFirstTree(6, 0.001),
+    }.get(options.get("shape", ""), Chain())
+    drafter: Drafter = HeadDrafter(load_head(file, target), shape)
+    if options["drafter"] == "lookup+head":
+        drafter = Cascade(PromptLookup(min_ngram=options["min_ngram"]), drafter)
+    result = generate(
+        target,
+        target.encode("Once upon a time"),
+        drafter=drafter,
+        controller=FixedK(options.get("k", 5)),
+        max_new_tokens=length,
+    )
+    return result.depths
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 3},
+        {"shape": "static", "branching": [2, 1], "quantize": "int8"},
+        {"shape": "best-first", "nodes": 6, "threshold": 0.001},
+        {"drafter": "lookup+head", "min_ngram": 3},
+    ],
+    ids=str,
+)
+def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, options: dict[str, Any]) -> None:
+    """Guards against an arm whose options do not reach its head, and lines that are of another configuration."""
+    options = {"drafter": "head", "head": file, **options}
+    pasted: dict[str, Any] = {}
+    exec(code(kept(identity=("abacus", model, "", "float64"), arm=arm(1.0, options)), "arm"), pasted)
+    target = load(model, device="cpu", dtype="float64", backend="eager")
+    made = make("arm", options, target, None, "eager").run(target.encode("Once upon a time"), 100, ())
+    result = pasted["result"]
+    assert result.tokens == made.tokens[: len(result.tokens)]
+    # Tokens are the target's whatever the shape; how many are drafted is the shape's.
+    assert 0 < result.drafted <= made.counts["drafted"]
+    assert made.histograms["depth"][1:] == depths(options, target, file, len(made.tokens))[1:]
+    with pytest.raises(ModelFileError, match="no head comes with the package for"):
+        make("arm", {"drafter": "head"}, target, None, "eager")
+
+
+def test_a_target_of_random_weights_drafts_with_a_head_of_such(file: str) -> None:
+    """Guards against a preset that cannot be rehearsed, as nobody has trained a head for a model that says nothing."""
+    target = load("shape:tiny", device="cpu")
+    for entry in ({}, {"head": file, "shape": "static"}, {"controller": "cost-aware"}):
+        made = make("arm", {"drafter": "head", **entry}, target, None, "eager")
+        assert made.synthetic
+        assert made.run(prompt(), 12, ()).counts["drafted"] > 0
+
+
+def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a preset that no longer serves targets for which nobody has trained a head, and against an arm
+    that is lost where there is one."""
+    entries = 'ar = {}\nours = { drafter = "lookup+head" }\nown = { drafter = "head", head = "own.safetensors" }'
+    preset = tmp_path / "heads.toml"
+    preset.write_text(f'prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\n{entries}\n')
+    monkeypatch.setattr(session, "shipped_head", {"with": Path("with-head.safetensors")}.get)
+
+    def arms(target: str) -> list[str]:
+        return list(options(str(preset), tmp_path, target=target, tiny=False).experiment.arms)
+
+    assert arms("without") == ["ar", "own"]
+    assert arms("with") == arms("shape:pythia-70m") == ["ar", "ours", "own"]

@@ -1,0 +1,134 @@
+"""The table of architectures: which families are decoded exactly, and which are refused for what reason.
+
+`python -m tests.helpers.architectures` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from specdecode import LM, DraftTree, FixedK, ReplayDrafter, SinkWindow, UnsupportedModelError, generate, generate_batch
+from specdecode.controllers.base import Limit
+from specdecode.drafters.base import Context
+from tests.helpers.families import EXAMPLES, FAMILIES, LEFT_OUT, WINDOW, build
+from tests.helpers.models import continuation, prompt
+from tests.helpers.root import ROOT
+
+DOCUMENT = ROOT / "docs" / "architectures.md"
+LENGTH = 24
+# The parent of each node. What is accepted of the tree does not lie side by side in the cache.
+CHAIN = (0, 1, 2)
+TREE = (0, 0, 0, 1, 1, 2, 4)
+
+
+@dataclass
+class Form:
+    """Proposes trees of one form; what the tokens are is for others to say."""
+
+    parents: tuple[int, ...]
+    forwards: int = 0
+    layers: tuple[int, ...] = ()
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        return DraftTree(torch.zeros(len(self.parents), dtype=torch.long), torch.tensor(self.parents))
+
+
+def row(family: str) -> str:
+    """What comes of a family's model: its line of the table."""
+    model = build(family)
+    try:
+        target = LM(model, name=model.config.model_type)
+    except UnsupportedModelError as error:
+        return _line(family, "refused", "", error)
+    # A batch of texts of one length would need no padding.
+    texts = [list(prompt()), list(prompt()[7:])]
+    alone = [continuation(model, text, LENGTH) for text in texts]
+    assert len(set(alone[0])) >= 8, f"{family} says nothing: {alone[0]}"
+    drafters = [
+        ReplayDrafter(Form(parents), [*text, *known], acceptance=0.6)
+        for parents, text, known in zip((CHAIN, TREE), texts, alone, strict=True)
+    ]
+    results = [
+        generate(target, text, drafter=drafter, controller=FixedK(3), max_new_tokens=LENGTH)
+        for text, drafter in zip(texts, drafters, strict=True)
+    ]
+    results += generate_batch(
+        target, texts, drafter=iter(drafters).__next__, controller=lambda: FixedK(3), max_new_tokens=LENGTH
+    )
+    for result, known in zip(results, 2 * alone, strict=True):
+        assert result.tokens == known, f"{family} says {result.tokens}, but alone {known}"
+        assert all(result.accepted_lengths), f"{family}: accepted {result.accepted_lengths}"
+    try:
+        return _line(family, "exact", _bounded(target, texts[0] + alone[0]))
+    except UnsupportedModelError as error:
+        return _line(family, "exact", "refused", error)
+
+
+def _bounded(target: LM, text: list[int]) -> str:
+    """What becomes of the first layer's keys and values when tokens are evicted. They depend on nothing but token and
+    position."""
+    mover, policy = target.mover, SinkWindow(24)
+    slots, pruned = target.new_slots(len(text)), target.new_slots(len(text))
+    target.forward(slots, torch.tensor(text))
+    kept = policy.keep(slots)
+    before = slots.filled_keys()[0][:, kept]
+    mover.evict(slots, kept)
+    after = slots.filled_keys()[0]
+    target.forward(pruned, torch.tensor([text[i] for i in kept.tolist()]))
+    if torch.allclose(after, pruned.filled_keys()[0], rtol=0, atol=1e-4):
+        values = slots.filled_values()[0]
+        assert torch.allclose(values, pruned.filled_values()[0], rtol=0, atol=1e-4), f"{target.name}: values lie wrong"
+        return "served"
+    assert torch.equal(after, before), f"{target.name}: keys that moved are not those of their new positions"
+    return "served, keys as written"
+
+
+def _line(family: str, decoding: str, bounded: str, error: UnsupportedModelError | None = None) -> str:
+    # Without the name before it and the particulars of a run behind it.
+    reason = str(error).partition(": ")[2].partition(" (")[0] if error else ""
+    return f"| {family} | {EXAMPLES.get(family, '')} | {decoding} | {bounded} | {reason} |"
+
+
+def document(rows: Sequence[str]) -> str:
+    """The whole page around the lines of its table."""
+    exact = sum(" | exact | " in line for line in rows)
+    refused = len(rows) - exact
+    table = "\n".join(rows)
+    left_out = "\n".join(f"- {reason}: {', '.join(names)}" for reason, names in LEFT_OUT.items())
+    return f"""\
+# Architectures
+
+The families of decoders in transformers {transformers.__version__}: {exact} are decoded exactly, {refused} are
+refused, with the reason, when a model of theirs is wrapped.
+
+Made by `python -m tests.helpers.architectures`; a test makes every row again. The models are tiny and of
+random weights, with windows of {WINDOW} tokens if they have windows.
+
+- *Exact*: {LENGTH} tokens are those of transformers' own `generate`, decoded with chains and with trees, alone and in a
+  batch of two; of the drafts some are accepted and some rejected, in whole and in part.
+- *Served*: the keys and values that stay when `SinkWindow` evicts tokens are those that the model writes for these
+  tokens alone.
+- *As written*: the model adds positions to its embeddings, so the keys that stay cannot be moved; what is decoded later
+  takes positions within the cache.
+
+The examples are for orientation; they were not run.
+
+| family | such as | decoded | `SinkWindow` | reason |
+|---|---|---|---|---|
+{table}
+
+## Left out
+
+transformers can load these as causal models too:
+
+{left_out}
+"""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    DOCUMENT.write_text(document([row(family) for family in FAMILIES]))

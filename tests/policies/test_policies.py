@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from specdecode import (
+    LM,
+    FixedK,
+    Generation,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    ReplayDrafter,
+    Sampling,
+    StaticTree,
+    generate,
+)
+from specdecode.controllers.base import Controller
+from specdecode.core.errors import UnsupportedModelError
+from specdecode.core.slots import Slots
+from specdecode.models.rotary import Rotation
+from specdecode.policies.base import CachePolicy, boundary
+from specdecode.policies.heavy_hitter import HeavyHitter
+from specdecode.policies.key_norm import KeyNorm
+from specdecode.policies.random import Random
+from specdecode.policies.sink_window import SinkWindow
+from tests.helpers.discovery import DRAFTERS, POLICIES, examples
+from tests.helpers.models import ARCHITECTURES, SERVED, build, greedy, lm, logits, prompt, small
+from tests.helpers.strategies import controllers
+
+LENGTH = 70
+BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.interval)
+
+
+@functools.cache
+def alone(name: str, policy: str, temperature: float = 0.0) -> Generation:
+    """Autoregressive decoding with the policy."""
+    return generate(
+        lm(name),
+        prompt(),
+        policy=POLICIES[policy],
+        sampling=Sampling(temperature, seed=3),
+        max_new_tokens=LENGTH,
+    )
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+@pytest.mark.parametrize("name", SERVED)
+def test_a_policy_changes_the_output_and_bounds_the_cache(name: str, policy: str) -> None:
+    """Guards against a policy that is configured and does nothing: then all that follows would prove nothing."""
+    result, bounds = alone(name, policy), POLICIES[policy]
+    assert result.tokens != greedy(name, LENGTH)
+    assert result.compressions >= 3
+    full = generate(lm(name), prompt(), max_new_tokens=LENGTH)
+    held = result.cache_bytes * (len(prompt()) + LENGTH - 1) / full.cache_bytes
+    assert bounds.keeps < held <= bounds.keeps + bounds.interval
+
+
+@settings(deadline=None, max_examples=90)
+@given(
+    name=st.sampled_from(SERVED),
+    policy=st.sampled_from(sorted(POLICIES)),
+    file=st.sampled_from(sorted(DRAFTERS)),
+    make_controller=controllers(),
+    data=st.data(),
+)
+def test_the_tokens_are_the_same_whatever_the_drafter_and_the_controller(
+    name: str, policy: str, file: str, make_controller: Callable[[], Controller], data: st.DataObject
+) -> None:
+    """Guards against a lossy cache that loses something else with every drafter, tree and K, and against a draft that
+    does not notice the steps that were made without it."""
+    drafters = examples(file, lm(name))
+    result = generate(
+        lm(name),
+        prompt(),
+        drafter=drafters[data.draw(st.sampled_from(sorted(drafters)))],
+        controller=make_controller(),
+        policy=POLICIES[policy],
+        max_new_tokens=LENGTH,
+    )
+    assert result.tokens == alone(name, policy).tokens
+    assert result.compressions == alone(name, policy).compressions
+    assert result.cache_bytes == alone(name, policy).cache_bytes
+
+
+def test_drafts_are_accepted_and_rejected_across_evictions() -> None:
+    """Guards against a conformance test in which nothing was ever drafted, or all of it was wrong."""
+    text = [*prompt(), *alone("llama", "sink-window").tokens]
+    drafter = ReplayDrafter(ModelDrafter(lm("llama").subset([0])), text, acceptance=0.7)
+    policy = POLICIES["sink-window"]
+    result = generate(lm("llama"), prompt(), drafter=drafter, policy=policy, max_new_tokens=LENGTH)
+    assert result.tokens == alone("llama", "sink-window").tokens
+    assert {step.accepted for step in result.steps} >= {0, 1, 2}
+    assert result.compressions >= 3
+
+
+def test_stop_tokens_end_a_text_with_a_policy_too() -> None:
+    """Guards against a stop rule that knows only the full cache."""
+    expected = alone("llama", "sink-window").tokens
+    stop = expected[40]
+    end = expected.index(stop) + 1
+    result = generate(
+        lm("llama"),
+        prompt(),
+        drafter=PromptLookup(),
+        policy=POLICIES["sink-window"],
+        stop_token_ids=[stop],
+        max_new_tokens=LENGTH,
+    )
+    assert result.tokens == expected[:end]
+    assert result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_a_prompt_longer_than_the_cache_is_read_with_the_same_evictions(policy: str) -> None:
+    """Guards against a prefill that sees more than decoding would have: evictions go by the length of the text."""
+    expected = alone("llama", policy).tokens
+    text = [*prompt(), *expected[:50]]
+    result = generate(lm("llama"), text, policy=POLICIES[policy], max_new_tokens=LENGTH - 50)
+    assert result.tokens == expected[50:]
+    assert result.prefill_forwards > 3
+
+
+# Moving keys.
+
+
+def layer_0(target: LM, tokens: list[int]) -> torch.Tensor:
+    """Keys of the first layer, which depend on a token and its position alone, of a text read from scratch."""
+    slots = target.new_slots(1)
+    target.forward(slots, torch.tensor(tokens))
+    return slots.filled_keys()[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"gpt-2", "opt"}))
+def test_rotating_again_is_pruning_first(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Guards against keys that keep the rotation of places they no longer have, in whole or in part."""
+    target = LM(build(ARCHITECTURES[name]).to(dtype))
+    tokens = [(7 * i + 3) % 50 for i in range(40)]
+    kept = [0, 1, 5, 6, 17, 30, 31, 39]
+    slots = target.new_slots(1)
+    target.forward(slots, torch.tensor(tokens))
+    target.mover.evict(slots, torch.tensor(kept, device=target.device))
+    pruned = layer_0(target, [tokens[i] for i in kept])
+    assert (slots.filled_keys()[0] - pruned).abs().max() <= tolerance * pruned.abs().max()
+    moved = (layer_0(target, tokens)[:, kept] - pruned).abs().max()
+    assert moved > 0.01
+
+
+def test_each_head_may_keep_its_own() -> None:
+    """Guards against one head's choice applied to another, or to another layer."""
+    target = lm("llama")
+    tokens = [(7 * i + 3) % 50 for i in range(20)]
+    slots = target.new_slots(1)
+    target.forward(slots, torch.tensor(tokens))
+    generator = torch.Generator().manual_seed(0)
+    choices = [[torch.randperm(20, generator=generator)[:6].sort().values for _ in range(2)] for _ in range(4)]
+    kept = torch.stack([torch.stack(heads) for heads in choices]).to(target.device)
+    before = [keys.clone() for keys in slots.filled_keys()]
+    target.mover.evict(slots, kept)
+    for layer, rotation in enumerate(target.mover._rotations):
+        assert rotation is not None
+        cos, sin = rotation.table(before[layer], torch.arange(20, device=target.device))
+        for head in range(2):
+            old = kept[layer, head]
+            moved = rotation.move(before[layer][head : head + 1, old], (cos[old], sin[old]), (cos[:6], sin[:6]))
+            torch.testing.assert_close(slots.filled_keys()[layer][head], moved[0])
+    for head in range(2):
+        pruned = layer_0(target, [tokens[i] for i in kept[0, head].tolist()])
+        torch.testing.assert_close(slots.filled_keys()[0][head], pruned[head])
+    assert slots.length == 6
+    assert slots.evicted == 14
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+def test_a_key_that_moves_a_thousand_times_is_still_itself(dtype: torch.dtype, tolerance: float) -> None:
+    """Guards against rounding that adds up while a token stays in the cache."""
+    target = LM(build(ARCHITECTURES["gpt-neox"] | {"max_position_embeddings": 2048}).to(dtype))
+    rotation = target.mover._rotations[0]
+    assert isinstance(rotation, Rotation)
+    keys = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1)).to(target.device, dtype)
+    cos, sin = rotation.table(keys, torch.arange(1001, device=target.device))
+
+    def at(position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return cos[position : position + 1], sin[position : position + 1]
+
+    moved = keys
+    for position in range(1000, 0, -1):
+        moved = rotation.move(moved, at(position), at(position - 1))
+    assert (moved - rotation.move(keys, at(1000), at(0))).abs().max() <= tolerance
+
+
+def test_streaming_is_a_forward_over_the_kept_tokens() -> None:
+    """Guards against positions, masks or keys that differ from what StreamingLLM is: at every token, a forward from
+    scratch over the sinks and the window, at positions 0, 1, 2, ...
+
+    In a model of one layer what a token is in the cache does not depend on what has been evicted, so this is exact.
+    """
+    target = small(num_hidden_layers=1, hidden_size=16, initializer_range=0.6)
+    policy = SinkWindow(24, sinks=3, trigger=0.75, interval=5)
+    held, tokens = list(prompt(9)), list(prompt(9))
+    evictions = 0
+    for _ in range(80):
+        tokens.append(int(logits(target.model, held)[-1].argmax()))
+        if (len(tokens) - 1) % policy.interval == 0 and len(held) > policy.keeps:
+            held = held[:3] + held[-(policy.keeps - 3) :]
+            evictions += 1
+        held.append(tokens[-1])
+    assert evictions > 10
+    result = generate(target, prompt(9), drafter=PromptLookup(), policy=policy, max_new_tokens=80)
+    assert result.tokens == tokens[9:]
+    assert len(set(result.tokens)) > 5
+    assert result.compressions == evictions - ((len(tokens) - 1) % policy.interval == 0)
+
+
+class Cached(RuleBasedStateMachine):
+    """Slots of a small model under a policy, beside the list of the tokens that a sink window must hold."""
+
+    @initialize(
+        policy=st.sampled_from(
+            [
+                *(SinkWindow(12, sinks, trigger) for sinks in (0, 4) for trigger in (0.5, 0.9, 1.0)),
+                SinkWindow(9, sinks=1, interval=3),
+                KeyNorm(12, recent=3, trigger=0.5),
+                HeavyHitter(12, recent=2, trigger=0.5),
+                Random(10),
+            ]
+        )
+    )
+    def begin(self, policy: CachePolicy) -> None:
+        self.policy = policy
+        self.lm = small(num_hidden_layers=2)
+        self.slots = self.lm.new_slots(3)
+        self.held: list[int] = []
+        self.read = 0
+
+    @rule(count=st.integers(1, 30))
+    def decode(self, count: int) -> None:
+        tokens = [(7 * (self.read + i)) % 50 for i in range(count)]
+        while tokens:
+            due = boundary(self.policy, self.read + 1, self.slots.length + 1)
+            piece, tokens = tokens[: due - self.read], tokens[due - self.read :]
+            if self.policy.reads_attention:
+                with self.lm.recording_attention():
+                    self.lm.forward(self.slots, torch.tensor(piece))
+                self.slots.attend(range(len(piece)))
+            else:
+                self.lm.forward(self.slots, torch.tensor(piece))
+            self.held += range(self.read, self.read + len(piece))
+            self.read += len(piece)
+            assert self.slots.length <= self.policy.keeps + self.policy.interval
+            if self.lm.evict(self.slots, self.policy):
+                assert self.read % self.policy.interval == 0
+                assert self.slots.length == self.policy.keeps
+                window = self.policy.keeps - self.policy.pinned
+                self.held = self.held[: self.policy.pinned] + self.held[-window:]
+                assert not self.lm.evict(self.slots, self.policy)
+
+    @invariant()
+    def what_stays_is_in_order(self) -> None:
+        if not self.slots.length:
+            return
+        kept = self.policy.keep(self.slots)
+        assert (kept[..., 1:] > kept[..., :-1]).all()
+        assert kept.min() >= 0
+        assert kept.max() < self.slots.length
+        assert kept.shape[-1] == min(self.policy.keeps, self.slots.length)
+        recent = getattr(self.policy, "recent", 0)
+        if recent and self.slots.length > self.policy.keeps:
+            last = torch.arange(self.slots.length - recent, self.slots.length)
+            assert (kept[..., -recent:].cpu() == last).all()
+
+    @invariant()
+    def slots_count_what_was_read(self) -> None:
+        assert self.slots.committed == self.read
+        assert self.slots.length == len(self.held)
+
+    @precondition(lambda self: isinstance(self.policy, SinkWindow))
+    @invariant()
+    def a_sink_window_holds_the_first_and_the_last(self) -> None:
+        pinned = self.policy.pinned
+        assert self.held[:pinned] == list(range(min(pinned, self.read)))
+        rest = self.held[pinned:]
+        assert rest == list(range(self.read - len(rest), self.read))
+        if self.slots.length:
+            tokens = [(7 * i) % 50 for i in self.held]
+            torch.testing.assert_close(self.slots.filled_keys()[0], layer_0(self.lm, tokens))
+
+
+TestCached = Cached.TestCase
+TestCached.settings = settings(deadline=None, max_examples=40, stateful_step_count=8)
+
+
+def test_only_committed_tokens_count_as_attention() -> None:
+    """Guards against rejected proposals that leave their attention behind: then drafts would decide what stays."""
+    target, policy = lm("llama"), HeavyHitter(400)
+    seen: list[torch.Tensor] = []
+
+    class Watched(HeavyHitter):
+        def keep(self, slots: Slots) -> torch.Tensor:
+            seen.append(slots.attention[:, :, : slots.length].clone())
+            return super().keep(slots)
+
+    assert policy.reads_attention
+    tree = ModelDrafter(target.subset([0, 1, 3]), StaticTree((3, 2, 1)))
+    for drafter in (NoDraft(), tree, PromptLookup()):
+        generate(target, prompt(), drafter=drafter, policy=Watched(40), max_new_tokens=60)
+    runs = len(seen) // 3
+    assert runs >= 3
+    for first, second, third in zip(seen[:runs], seen[runs : 2 * runs], seen[2 * runs :], strict=True):
+        # transformers' softmax is in float32.
+        torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
+        torch.testing.assert_close(third, first, rtol=0, atol=1e-4)
+    # Every query pays 1 in all: 4 query heads over 2 heads of keys.
+    total = seen[0].sum(2)
+    torch.testing.assert_close(total, torch.full_like(total, 2.0 * seen[0].shape[2]), rtol=1e-5, atol=0)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Guards against a model that decodes more slowly, or otherwise, after a policy has used it."""
+    target = lm("llama")
+    usual = target.model.config._attn_implementation
+    before = logits(target.model, prompt())
+    generate(target, prompt(), policy=HeavyHitter(16), max_new_tokens=30)
+    assert target.model.config._attn_implementation == usual
+    torch.testing.assert_close(logits(target.model, prompt()), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="outside"):
+        generate(target, [10**6], policy=HeavyHitter(16))
+    assert target.model.config._attn_implementation == usual
+
+
+def resident() -> int:
+    """Bytes of this process's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_twenty_thousand_tokens_through_a_context_of_64(unchecked: None) -> None:
+    """Guards against positions beyond the context, and against memory that grows with the text."""
+    target = small(num_hidden_layers=1, max_position_embeddings=64, initializer_range=0.6)
+    sizes: list[int] = []
+    told = itertools.count()
+
+    def listen(tokens: list[int]) -> None:
+        if next(told) % 1000 == 0:
+            sizes.append(resident())
+
+    class InRange(SinkWindow):
+        def keep(self, slots: Slots) -> torch.Tensor:
+            assert slots.positions[: slots.length].tolist() == list(range(slots.length))
+            assert slots.length <= 48
+            return super().keep(slots)
+
+    policy = InRange(48)
+    result = generate(target, prompt(9), drafter=PromptLookup(), policy=policy, max_new_tokens=20_000, on_step=listen)
+    assert len(result.tokens) == 20_000
+    assert result.compressions > 2000
+    full = generate(target, prompt(9), max_new_tokens=20).cache_bytes / 28
+    assert result.cache_bytes <= 48 * full
+    assert result.peak_cache_bytes <= (48 + 6) * full
+    assert len(sizes) > 3
+    assert max(sizes[1:]) - sizes[1] < 64 * 2**20
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: SinkWindow(16, trigger=0.0), "trigger is 0.0"),
+        (lambda: SinkWindow(16, trigger=1.5), "trigger is 1.5"),
+        (lambda: KeyNorm(16, interval=0), "interval is 0"),
+        (lambda: SinkWindow(4), "max_len is 4: .* of which 4 always stay"),
+        (lambda: SinkWindow(16, sinks=-1), "sinks is -1"),
+        (lambda: SinkWindow(16, interval=14), "max_len is 16"),
+        (lambda: HeavyHitter(8, recent=8), "max_len is 8"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_told(make: object, reason: str) -> None:
+    """Guards against a policy that evicts what it needs, or never, in silence."""
+    assert callable(make)
+    with pytest.raises(ValueError, match=reason):
+        make()
+
+
+def test_a_draft_deeper_than_the_cache_is_told() -> None:
+    """Guards against drafts that are cut at every step without anybody being told."""
+    with pytest.raises(ValueError, match="too small for 4 that always stay and a draft of 5"):
+        generate(lm("llama"), prompt(), policy=SinkWindow(8), controller=FixedK(5))
+
+
+def test_a_cache_larger_than_the_context_is_told() -> None:
+    """Guards against positions that the model has never seen."""
+    with pytest.raises(ValueError, match="cache of 600 tokens exceeds the context of llama, 512 tokens"):
+        generate(lm("llama"), prompt(), policy=SinkWindow(600))
+
+
+def test_keys_that_cannot_be_moved_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against wrong tokens on an architecture whose rotation is not known."""
+    target = LM(build(ARCHITECTURES["llama"]))
+    assert generate(target, prompt(), max_new_tokens=2).tokens
+    monkeypatch.setattr("specdecode.models.rotary._candidates", lambda model: iter(()))
+    with pytest.raises(UnsupportedModelError, match="cannot serve this llama model: the keys of its layer 0"):
+        generate(target, prompt(), policy=SinkWindow(16))
+
+
+def test_a_draft_cannot_be_kept_by_attention() -> None:
+    """Guards against a policy that chooses by what nobody records."""
+    with pytest.raises(ValueError, match="cannot be kept by attention"):
+        ModelDrafter(lm("llama"), policy=HeavyHitter(16))

@@ -1,0 +1,395 @@
+"""Training a draft head: what it sees, what it learns, and that a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+import string
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+from specdecode import LM, cli
+from specdecode.core.errors import ModelFileError
+from specdecode.core.sampling import Sampling
+from specdecode.core.slots import Slots
+from specdecode.evals.data import documents
+from specdecode.heads.bound import output_rows
+from specdecode.heads.formats import read_head
+from specdecode.heads.module import Head
+from specdecode.models.lm import decoder_layers, outputs_of
+from specdecode.training.features import Shard, collect, read_shard
+from specdecode.training.heads import (
+    CrossEntropy,
+    Settings,
+    Training,
+    acceptance,
+    foretell,
+    frequent_tokens,
+    new_head,
+)
+from specdecode.training.texts import ASK, CHAT, Draw, Texts
+from tests.helpers.characters import save
+from tests.helpers.learnt import learnt
+from tests.helpers.models import lm
+from tests.helpers.spelling import characters
+
+LENGTH = 40
+LAYERS = (0, 2, 3)
+
+
+@pytest.fixture
+def books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set whose documents are told apart by their one letter."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [json.dumps({"text": letter * 900}) for letter in string.ascii_lowercase[:12]]
+    (folder / "pg19_test.jsonl").write_text("\n".join(rows))
+    monkeypatch.setenv("SPECDECODE_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target() -> LM:
+    """It knows two sentences, so that there is something to foresee in what it writes."""
+    return learnt(
+        characters(), "The quick brown fox jumps over the lazy dog. " * 2, "Pack my box with five dozen jugs! " * 2
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(target: LM, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    texts = Texts(target, ["prose"], LENGTH, own=1.0)
+    return collect(target, texts, (0, 1), tmp_path_factory.mktemp("shards"), 2, {"texts": "own"})
+
+
+def trained(target: LM, shards: list[Path], checkpoint: Path, settings: Settings) -> Training:
+    head = new_head(target, (0, 1), frequent_tokens(shards, 64), read_shard(shards[0]).tokens[0])
+    return Training(target, head, shards, settings, checkpoint)
+
+
+def one_by_one(
+    head: Head, target: LM, rows: torch.Tensor, text: torch.Tensor, features: torch.Tensor, real: int, own: int
+) -> torch.Tensor:
+    """The law behind a text of which the first `real` tokens are read with the target's features, and `own` more with
+    the head's own states: as a drafter reads it."""
+    slots = Slots(1, target.device)
+    embedded = target.model.get_input_embeddings()(text)
+    state = head.fused(features[: real - 1])
+    for start, end in ((1, real), *((place, place + 1) for place in range(real, real + own))):
+        slots.append(torch.arange(start, end))
+        visible = torch.ones(end - start, end - 1, dtype=torch.bool).tril(start - 1)
+        state = head(
+            embedded[None, start:end],
+            state[None],
+            torch.arange(start, end),
+            lambda k, v: slots.update(k, v, 0),
+            visible,
+        )[0, -1:]
+    return head.logits(state, rows)[0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("proposed", [60, 1])
+def test_a_head_is_trained_as_it_drafts(proposed: int, unchecked: None) -> None:
+    """Guards against an attention, a position or a feature that lies one token off from where it is in drafting."""
+    target = lm("llama")
+    tokens = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[:proposed].sort().values
+    text = torch.randint(target.vocab_size, (9,), generator=torch.Generator().manual_seed(1))
+    head = new_head(target, LAYERS, tokens, text).double()
+    rows = output_rows(target, tokens)
+    with torch.inference_mode(), outputs_of(target.model, LAYERS) as outputs:
+        logits = target.model(text[None], use_cache=False).logits[0]
+    features = torch.cat([out[0] for out in outputs], -1)
+    best = logits.softmax(-1).topk(16)
+    place = torch.full((target.vocab_size,), -1)
+    place[tokens] = torch.arange(len(tokens))
+    batch = Shard(text[None], features[None], best.indices[None], best.values[None])
+    with torch.inference_mode():
+        counts, losses, agreed = foretell(head, target.model.get_input_embeddings(), rows, place, batch, 3)
+        for own in range(3):
+            expected, same, places = 0.0, 0, range(1 + own, len(text))
+            for last in places:
+                law = one_by_one(head, target, rows, text, features, last + 1 - own, own)
+                wanted = place[best.indices[last]]
+                expected -= sum((p * law[w]).item() for p, w in zip(best.values[last], wanted, strict=True) if w >= 0)
+                same += int(law.argmax() == wanted[0])
+            assert counts[own] == len(places)
+            assert losses[own].item() == pytest.approx(expected, rel=1e-4)
+            assert agreed[own] == same
+
+
+def test_the_loss_falls_the_way_its_derivative_says() -> None:
+    """Guards against a derivative written by hand that is another function's."""
+    mixer = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 11, dtype=torch.float64, generator=mixer, requires_grad=True)
+    wanted = torch.stack([torch.randperm(11, generator=mixer)[:5] for _ in range(12)]).view(3, 4, 5)
+    wanted[:, :, 3:] = -1
+    probs = torch.rand(3, 4, 5, dtype=torch.float64, generator=mixer).where(wanted >= 0, 0.0)
+    assert torch.autograd.gradcheck(lambda given: CrossEntropy.apply(given, wanted, probs), (logits,))
+
+
+@pytest.mark.parametrize(("name", "fits"), [("llama", True), ("gpt-neox", False), ("gpt-2", False)])
+def test_a_head_begins_as_the_last_layer(name: str, fits: bool) -> None:
+    """Guards against steps spent on what the target knows, and against architectures for which no head can begin."""
+    target = lm(name)
+    head = new_head(target, LAYERS, torch.arange(50), torch.arange(20))
+    own = [value.float() for value in decoder_layers(target.model)[-1].state_dict().values()]
+    for part, value in head.state_dict().items():
+        if part.endswith("_proj.weight"):
+            assert any(each.shape == value.shape and torch.equal(each, value) for each in own) == fits, part
+    # What it reads is about as large as what that layer reads.
+    with torch.inference_mode(), outputs_of(target.model, [2]) as outputs:
+        target.model(torch.arange(20)[None], use_cache=False)
+    size = outputs[0].square().mean().sqrt().item()
+    read = head.join(torch.cat([torch.randn(9, 32), torch.randn(9, 32)], -1)).square().mean().sqrt().item()
+    assert size / 2 < read < size * 2
+
+
+def test_loss_falls_and_acceptance_rises(target: LM, shards: list[Path], tmp_path: Path, unchecked: None) -> None:
+    """Guards against a training that runs and teaches nothing, or teaches what drafting does not use."""
+    training = trained(target, shards, tmp_path / "checkpoint.pt", Settings(epochs=6, batch=16, ahead=3, rate=3e-3))
+    prompts = {"own/0": target.encode("The quick"), "own/1": target.encode("Pack my")}
+    before = acceptance(target, training.head, prompts)
+    training.run(lambda *_: None, lambda each: acceptance(target, each.head, prompts))
+    first, last = training.epochs[0], training.epochs[-1]
+    assert all(late < early for early, late in zip(first.losses, last.losses, strict=True))
+    assert last.agreements[0] > first.agreements[0]
+    assert last.acceptance["own"] > before["own"] + 0.5
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
+    target: LM, shards: list[Path], tmp_path: Path, unchecked: None
+) -> None:
+    """Guards against an order, a moment or a rate that is lost with the process."""
+    settings = Settings(epochs=2, batch=32, ahead=2)
+    whole = trained(target, shards, tmp_path / "whole.pt", settings)
+    whole.run(lambda *_: None, lambda _: {})
+
+    def kill(done: int, total: int, doing: str) -> None:
+        if done in killed_at:
+            killed_at.remove(done)
+            raise Killed
+
+    # In the first shard, of which nothing is kept; in the second; and in the second epoch.
+    killed_at = {1, 2, 4}
+    for _ in range(3):
+        with pytest.raises(Killed):
+            trained(target, shards, tmp_path / "again.pt", settings).run(kill, lambda _: {})
+    again = trained(target, shards, tmp_path / "again.pt", settings)
+    again.run(kill, lambda _: {})
+    assert again.epochs == whole.epochs
+    for name, value in whole.head.state_dict().items():
+        assert torch.equal(value, again.head.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_training_is_not_gone_on_with(target: LM, shards: list[Path], tmp_path: Path) -> None:
+    """Guards against a head that is half of one recipe and half of another."""
+    trained(target, shards, tmp_path / "c.pt", Settings(epochs=1, batch=64, ahead=1)).run(lambda *_: None, lambda _: {})
+    with pytest.raises(ValueError, match="training with other settings: remove it"):
+        trained(target, shards, tmp_path / "c.pt", Settings(epochs=2, batch=64, ahead=1))
+
+
+def test_the_first_documents_are_held_out(books: Path) -> None:
+    """Guards against acceptance that is measured on what was trained on."""
+    target = lm("llama")
+    order = [document.text[0] for document in documents("pg-19")[0]]
+    texts = Texts(target, ["pg-19"], LENGTH, own=0.0, held_out=5)
+    drawn = {target.decode(text)[0] for number in range(4) for text in texts.draw(number, 16)}
+    assert drawn <= set(order[5:])
+    assert len(drawn) > 3
+
+
+def test_the_target_writes_its_share(books: Path) -> None:
+    """Guards against texts that are all the corpus's, or all the target's, or other ones when they are drawn again."""
+    target = lm("llama")
+    texts = Texts(target, ["pg-19"], LENGTH, own=0.5, held_out=1)
+    drawn = texts.draw(3, 40)
+    own = [text for text in drawn if len(set(text)) > 1]
+    assert 8 <= len(own) <= 32
+    assert all(len(set(text[:32])) == 1 for text in own)
+    assert {len(text) for text in drawn} == {LENGTH}
+    assert texts.draw(3, 40) == drawn
+    assert texts.draw(4, 40) != drawn
+
+
+def chatty() -> LM:
+    target = LM(lm("llama").model, characters(), name="chatty")
+    target.tokenizer.chat_template = "[user] {{ messages[0]['content'] }} [end]"
+    return target
+
+
+def test_a_chat_begins_as_the_template_does() -> None:
+    """Guards against questions that the target does not know to be questions."""
+    target = chatty()
+    texts = Texts(target, [CHAT], LENGTH)
+    assert {target.decode(text)[:7] for text in texts.draw(0, 8)} == {"[user] "}
+    assert len({tuple(text) for text in texts.draw(0, 8)}) == 8
+
+
+def test_a_question_is_about_a_passage(books: Path) -> None:
+    """Guards against questions without what they ask about, passages that are held out, and turns without an end."""
+    target, order = chatty(), [document.text[0] for document in documents("pg-19")[0]]
+    texts = Texts(target, ["pg-19", ASK], 300, own=0.0, held_out=5)
+    drawn = texts.draw(0, 24)
+    assert {len(text) for text in drawn} == {300}
+    asked = [target.decode(text)[:150] for text in drawn if target.decode(text).startswith("[user] ")]
+    assert len(asked) == 12
+    passages = {text.partition("\n\n")[2].removesuffix(" [end]") for text in asked}
+    assert all(len(passage) > 32 and set(passage) <= {passage[0]} for passage in passages)
+    assert {passage[0] for passage in passages} <= set(order[5:])
+    assert len({text.partition("\n\n")[0] for text in asked}) > 3
+    assert texts.draw(0, 24) == drawn
+
+
+def test_what_cannot_follow_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a token of no probability where the random number is the least, or the greatest."""
+    law = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
+    for number, token in ((0.0, 1), (1.0 - 2**-24, 2)):
+        monkeypatch.setattr(torch, "rand", lambda size, number=number, **_: torch.full(size, number).double())
+        assert Draw(Sampling(0.8))(torch.zeros(1, 1, dtype=torch.long), law).argmax() == token
+
+
+def test_what_the_target_writes_is_drawn_from_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against texts at another temperature, and against the most probable one over and over."""
+    target, seen = chatty(), []
+    law = torch.tensor([0.0, 2.0, -torch.inf, 1.0, -torch.inf])
+
+    def write(ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: object) -> torch.Tensor:
+        scores = logits_processor(ids, law.expand(len(ids), -1))
+        seen.append(scores.argmax(-1))
+        assert bool(((scores == 0.0).sum(-1) == 1).all())
+        return ids
+
+    monkeypatch.setattr(target.model, "generate", write)
+    Texts(target, [CHAT], LENGTH).draw(0, 20_000)
+    shares = torch.bincount(seen[0], minlength=5) / 20_000
+    torch.testing.assert_close(shares, (law / 0.8).softmax(-1), atol=0.015, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "message"),
+    [
+        (["nonsense"], {}, "no data set is named 'nonsense'"),
+        (["humaneval"], {}, "humaneval has no documents"),
+        ([CHAT], {}, "has no chat template"),
+        (["pg-19", ASK], {"length": 300}, "has no chat template"),
+        ([CHAT, ASK], {}, "ask asks about passages of data sets"),
+        (["pg-19"], {"held_out": 12}, "no documents of 40 tokens beyond the 12"),
+        (["pg-19"], {"own": 1.5}, "own is 1.5: a share"),
+        (["pg-19"], {"length": 10_000}, "length is 10000"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_sentence(
+    books: Path, parts: list[str], settings: dict[str, float], message: str
+) -> None:
+    """Guards against an hour of work before a wrong word is found."""
+    with pytest.raises(ValueError, match=message):
+        Texts(lm("llama"), parts, **{"length": LENGTH, **settings})
+
+
+def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
+    """Guards against work that is done twice, and against features of one recipe under another."""
+    texts = Texts(target, ["prose"], LENGTH, own=0.0)
+    [first] = collect(target, texts, (1,), tmp_path, 1, {"layers": [1]})
+    written = first.stat().st_mtime_ns
+    both = collect(target, texts, (1,), tmp_path, 2, {"layers": [1]})
+    assert both[0].stat().st_mtime_ns == written
+    assert read_shard(both[1]).tokens.tolist() != read_shard(both[0]).tokens.tolist()
+    with pytest.raises(ValueError, match="features for another layers"):
+        collect(target, texts, (0,), tmp_path, 2, {"layers": [0]})
+
+
+def test_a_passage_must_have_room(books: Path) -> None:
+    """Guards against questions about next to nothing."""
+    with pytest.raises(ValueError, match="a question about a passage fills half of a text, and takes") as told:
+        Texts(chatty(), ["pg-19", ASK], LENGTH)
+    least = int(str(told.value).split()[-4])
+    with pytest.raises(ValueError, match=f"and takes {least} tokens"):
+        Texts(chatty(), ["pg-19", ASK], 2 * least - 1)
+    assert len(Texts(chatty(), ["pg-19", ASK], 2 * least, held_out=5).draw(0, 2)) == 2
+
+
+def test_a_damaged_shard_is_one_sentence(shards: list[Path], tmp_path: Path) -> None:
+    """Guards against a traceback before the first step."""
+    (tmp_path / "shard.safetensors").write_bytes(shards[0].read_bytes()[:5000])
+    with pytest.raises(ModelFileError, match="damaged: remove it, and it is made again"):
+        frequent_tokens([shards[1], tmp_path / "shard.safetensors"], 8)
+
+
+def test_a_shard_holds_what_the_target_says(target: LM, shards: list[Path]) -> None:
+    """Guards against features of another token or layer than that which they are trained as."""
+    shard = read_shard(shards[0])
+    with torch.inference_mode():
+        output = target.model(shard.tokens[:2], use_cache=False, output_hidden_states=True)
+    # The outputs of layer 0; transformers gives those of the last layer behind the final norm only.
+    expected = torch.nn.functional.rms_norm(output.hidden_states[1], (output.hidden_states[1].shape[-1],))
+    width = expected.shape[-1]
+    torch.testing.assert_close(shard.features[:2, :, :width].to(expected.dtype), expected, atol=2e-3, rtol=2e-3)
+    assert torch.equal(shard.top[:2, :, 0], output.logits.argmax(-1))
+    found = output.logits.float().softmax(-1).gather(-1, shard.top[:2])
+    torch.testing.assert_close(shard.probs[:2], found, atol=1e-3, rtol=1e-3)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command line in this process."""
+    monkeypatch.setattr(sys, "argv", ["specdecode", "train-head", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+def test_the_command_writes_a_head_and_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], unchecked: None
+) -> None:
+    """Guards against parts that work and a command that does not put them together."""
+    model, out = save(tmp_path / "model"), tmp_path / "head.safetensors"
+    recipe = ["--target", str(model), "--data", "prose", "--tokens", "5000", "--length", "40", "--vocabulary", "50"]
+    recipe += ["--out", str(out), "--epochs", "2", "--batch", "32", "--ahead", "2"]
+    assert run(monkeypatch, *recipe) == 0
+    assert f"the head is in {out}" in capfd.readouterr().out
+    head, _, card = read_head(out)
+    assert len(head.tokens) == 50
+    assert card["tokens"] == 256 * 40
+    assert [len(epoch["losses"]) for epoch in card["epochs"]] == [2, 2]
+    assert card["epochs"][1]["acceptance"]["prose"] >= 1.0
+    page = out.with_suffix(".md").read_text()
+    assert "specdecode train-head --target" in page
+    assert "prose: pydoc_data.topics" in page
+    # All of it is there, so that it is only put together again.
+    assert run(monkeypatch, *recipe) == 0
+    assert read_head(out)[2]["epochs"] == card["epochs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--out", "head.bin"), "out is head.bin: a head is a .safetensors file"),
+        (("--layers", "one"), "layers is 'one': write numbers with commas"),
+        (("--layers", "3,9"), "layers is [3, 9]: they are ascending, from 0 to 3"),
+        (("--tokens", "0"), "tokens is 0: at least 1"),
+        (("--epochs", "0"), "epochs is 0: at least 1"),
+        (("--rate", "0"), "rate is 0.0: it must be above 0"),
+        (("--data", "prose,wrong"), "no data set is named 'wrong'"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    """Guards against a traceback, or an hour of work, in place of an answer."""
+    model = save(tmp_path / "model")
+    defaults = ("--target", str(model), "--out", str(tmp_path / "head.safetensors"), "--length", "40")
+    assert run(monkeypatch, *defaults, *arguments) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("specdecode: ")
+    assert message in error
+    assert not (tmp_path / "head").exists()
