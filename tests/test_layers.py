@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,25 +15,34 @@ import specdecode
 
 ROOT = Path(specdecode.__file__).parent
 
-# From the ground up. What stands on one line does not know of each other; a package stands where its folder is named,
-# and its own modules may.
-LAYERS = [
-    ["support"],
-    ["core"],
-    ["controllers"],
-    ["policies"],
-    ["backends"],
-    ["models"],
-    ["heads"],
-    ["drafters"],
-    ["decoding"],
-    ["evals"],
-    ["bench"],
-    ["training"],
-    ["cli"],
-    ["__main__"],
+# From the ground up: a room imports only from those that stand above it here, and a folder's own modules from each
+# other. A room is a folder, or a module by itself.
+ROOMS = [
+    "core",
+    "support",
+    "policies",
+    "controllers",
+    "backends",
+    "models",
+    "heads",
+    "drafters",
+    "decoding",
+    "evals",
+    "training",
+    "bench/presets",
+    "bench/runs",
+    "bench/gate",
+    "bench/arms",
+    "bench/report",
+    "bench/options",
+    "bench/measure",
+    "bench/quality",
+    "bench/worker",
+    "bench/plugin",
+    "cli",
+    "__main__",
 ]
-HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+WITHOUT_TORCH = ("bench/runs", "bench/gate")
 MAY_IMPORT_TRANSFORMERS = (
     "backends/grouped_attention.py",
     "backends/__init__.py",
@@ -52,26 +64,52 @@ def imports(file: str) -> Iterator[tuple[str, ...]]:
             yield from ((*str(node.module).split("."), alias.name) for alias in node.names)
 
 
-def home(file: str) -> str:
-    return file.partition("/")[0].removesuffix(".py")
+def room(file: str) -> str:
+    """The room of a file or of an imported path: the longest name in the list that it begins with."""
+    path = file.removesuffix(".py")
+    found = [name for name in ROOMS if path == name or path.startswith(f"{name}/")]
+    return max(found, key=len, default="")
+
+
+def modules(file: str) -> Iterator[str]:
+    """The package's own modules that a file imports, as paths of files."""
+    for path in imports(file):
+        if path[0] != "specdecode":
+            continue
+        inside = path[1:]
+        candidates = ["/".join(inside), "/".join(inside[:-1])]
+        found = [f"{name}{end}" for name in candidates if name for end in (".py", "/__init__.py")]
+        known = [name for name in found if name in FILES]
+        # `from specdecode import name`: the whole package, so for what stands above all of it.
+        assert known or room(file) == "cli" or inside[-1] == "__version__", f"{file} imports {'.'.join(path)}"
+        yield from known[:1]
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
-def test_imports_point_to_lower_layers(file: str) -> None:
-    """Guards against circles, and parts that can no longer be read, or replaced, by themselves."""
-    own = home(file)
-    assert own in HEIGHT, f"{own} has no layer"
-    for module in imports(file):
-        if module[0] != "specdecode":
-            continue
-        imported = module[1]
-        if imported not in HEIGHT:
-            # `from specdecode import name`: the whole package, so for what stands above all of it.
-            assert own == "cli" or imported == "__version__", (
-                f"{file} imports {'.'.join(module)} from the package itself"
-            )
-        else:
-            assert imported == own or HEIGHT[imported] < HEIGHT[own], f"{file} imports {'.'.join(module)}"
+def test_imports_point_to_rooms_above(file: str) -> None:
+    """Guards against parts that can no longer be read, or replaced, by themselves."""
+    own = room(file)
+    if file.endswith("__init__.py") and not own:  # a folder of rooms
+        assert not list(modules(file))
+        return
+    assert own, f"{file} is in no room"
+    for imported in modules(file):
+        other = room(imported)
+        assert other == own or ROOMS.index(other) < ROOMS.index(own), f"{file} imports {imported}"
+
+
+def test_no_module_imports_itself_on_a_detour() -> None:
+    """Guards against circles within a room."""
+    graph = {file: set(modules(file)) - {file} for file in FILES if file != "__init__.py"}
+    assert tuple(TopologicalSorter(graph).static_order())
+
+
+def test_judging_needs_no_torch() -> None:
+    """Guards against seconds of loading, and gigabytes of packages, where a run file is only read and judged."""
+    names = [f.removesuffix(".py").replace("/", ".") for f in FILES if room(f) in WITHOUT_TORCH and "__init__" not in f]
+    code = f"import sys, {', '.join(f'specdecode.{name}' for name in names)}; sys.exit('torch' in sys.modules)"
+    assert len(names) > 5
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("file", FILES)
