@@ -427,7 +427,7 @@ _COMPILED = """
 import warnings
 from torch._dynamo.utils import counters
 from specdecode import LM, BestFirstTree, FixedK, ModelDrafter, NoDraft, PromptLookup, generate
-from tests.models import prompt, small
+from tests.helpers.models import prompt, small
 
 warnings.simplefilter("error")  # as in the suites
 for dtype in ("double", "float"):

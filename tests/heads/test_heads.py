@@ -528,7 +528,7 @@ import warnings
 import torch
 from torch._dynamo.utils import counters
 from specdecode import FixedK, PromptLookup, generate
-from tests.models import prompt, small
+from tests.helpers.models import prompt, small
 
 warnings.simplefilter("error")  # as in the suites
 # What is traced, and when again, does not depend on what is made of it, which would take minutes.

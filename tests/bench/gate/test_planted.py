@@ -34,7 +34,7 @@ from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunF
 from specdecode.controllers.base import FixedK, Limit
 from specdecode.core.slots import Slots
 from specdecode.core.verify import Verdict as Acceptance
-from specdecode.decoding import generate as decode
+from specdecode.decoding import sequence
 from specdecode.drafters import model as model_drafter
 from tests.helpers.fake_clock import Cost, FakeClock, RealClock, charged
 from tests.helpers.models import prompt, small
@@ -238,7 +238,7 @@ def bonus_token_dropped(plot: Plot) -> None:
     def change(tree: DraftTree, verdict: Acceptance) -> Acceptance:
         return Acceptance(verdict.path[:-1], verdict.tokens[:-1]) if verdict.path else verdict
 
-    plot.after(decode, "accept", change)
+    plot.after(sequence, "accept", change)
 
 
 def lookup_finds_nothing(plot: Plot) -> None:
@@ -262,7 +262,7 @@ def cache_copied_slowly(plot: Plot) -> None:
 
 
 def slots_never_used(plot: Plot) -> None:
-    plot.patch.setattr(decode, "MAX_DRAFT_NODES", 512)
+    plot.patch.setattr(sequence, "MAX_DRAFT_NODES", 512)
 
 
 def first_proposal_believed(plot: Plot) -> None:
@@ -271,7 +271,7 @@ def first_proposal_believed(plot: Plot) -> None:
     def change(tree: DraftTree, verdict: Acceptance) -> Acceptance:
         return verdict if verdict.path or not len(tree) else Acceptance([1], [int(tree.tokens[0]), *verdict.tokens])
 
-    plot.after(decode, "accept", change)
+    plot.after(sequence, "accept", change)
 
 
 def target_wrong_everywhere(plot: Plot) -> None:

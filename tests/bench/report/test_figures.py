@@ -453,7 +453,7 @@ def test_older_files_go_by_names_and_the_page_has_the_same_colours() -> None:
     assert {arm: hues[arm] for arm in known} == {arm: looks(run())[arm].hue for arm in known}
     assert hues["tree"] != hues["replayed"]
     assert not {hues["tree"], hues["replayed"]} & {hues[arm] for arm in known}
-    style = files("specdecode.bench").joinpath("page.css").read_text().partition("@media")[0]
+    style = files("specdecode.bench.report").joinpath("page.css").read_text().partition("@media")[0]
     assert re.findall(r"--c\d: (#\w+)", style) == list(COLOURS)
     assert f"--plain: {PLAIN}" in style
     page = section(run(), "title", "", [])
