@@ -2,7 +2,7 @@
 
 import pytest
 
-from specdecode.evals.results import Verdict
+from specdecode.evals.intervals import Outcome
 
 
 def test_cost(cost, quality):
@@ -11,5 +11,5 @@ def test_cost(cost, quality):
     if judgement.verdict is None:
         pytest.skip(judgement.reason)
     if judgement.verdict is not judgement.expected:
-        wanted = "has to fail, as a negative control" if judgement.expected is Verdict.FAIL else "has to pass"
+        wanted = "has to fail, as a negative control" if judgement.expected is Outcome.FAIL else "has to pass"
         pytest.fail(f"{' '.join(cost)} {wanted}, and is {judgement.verdict.value}: {judgement.reason}", pytrace=False)

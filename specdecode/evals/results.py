@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from specdecode.evals.stats import Estimate, Verdict, detectable, non_inferior, paired_loss, ratio_of_sums
+from specdecode.bench.runs.statistics import Estimate, detectable
+from specdecode.evals.intervals import Outcome, non_inferior, paired_loss, ratio_of_sums
 from specdecode.evals.tasks import TASKS
 
 FORMAT = 1
@@ -249,8 +250,8 @@ class Judgement:
 
     arm: str
     measure: str
-    verdict: Verdict | None
-    expected: Verdict
+    verdict: Outcome | None
+    expected: Outcome
     reason: str
 
 
@@ -267,7 +268,7 @@ def judge(run: QualityRun, margins: Mapping[str, Mapping[str, float]]) -> list[J
     """
     found = []
     for arm, entry in run.arms.items():
-        expected = Verdict.FAIL if "control" in entry else Verdict.PASS
+        expected = Outcome.FAIL if "control" in entry else Outcome.PASS
         for measure in [*MEASURES, *run.tasks(arm)]:
             name, unit = JUDGED[measure], "nats a token" if measure in MEASURES else "fewer solved, as a share"
             margin = margins.get(entry.get("control", arm), {}).get(measure)

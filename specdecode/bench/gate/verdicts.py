@@ -13,7 +13,7 @@ from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.gate.blame import Blame, blame
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
 from specdecode.bench.runs.records import COUNTERS, REHEARSED, RunFile
-from specdecode.bench.runs.statistics import Ratio, detectable, mean_ratio
+from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, mean_ratio
 
 AGAINST_TOLERANCE = 0.02
 """By how much a time may be worse where both versions were measured side by side, which sees smaller changes."""
@@ -71,7 +71,7 @@ class Judgement:
     gate: Literal["time", "counters"]
     verdict: Verdict
     reason: str
-    change: Ratio | None = None
+    change: Estimate | None = None
     blame: Blame | None = None
 
 
@@ -80,7 +80,7 @@ def judge(
     old: RunFile,
     tolerance: float = TOLERANCE,
     arms: Collection[str] | None = None,
-    side_by_side: Callable[[str], Ratio] | None = None,
+    side_by_side: Callable[[str], Estimate] | None = None,
 ) -> list[Judgement]:
     """Compare a run with its baseline, arm by arm: times where the hardware is the same, counters everywhere.
 
@@ -177,7 +177,7 @@ def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) 
     return blame(new.arms[arm], old.arms[arm], prompts, units, faster)
 
 
-def _time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause: Blame | None) -> Judgement:
+def _time_judgement(arm: str, what: str, change: Estimate, tolerance: float, cause: Blame | None) -> Judgement:
     """The verdict on a change of speed, by its whole interval.
 
     Args:
@@ -188,7 +188,7 @@ def _time_judgement(arm: str, what: str, change: Ratio, tolerance: float, cause:
         cause: which part moved.
     """
     reason = f"{what}: {change:.3f}, tolerance {tolerance:.0%}"
-    reason += f", sees slowdowns from {detectable(change, tolerance):.1%}"
+    reason += f", sees slowdowns from {detectable_slowdown(change, tolerance):.1%}"
     if change.high < 1 - tolerance:
         verdict = Verdict.REGRESSED
     elif change.low > 1 + tolerance:

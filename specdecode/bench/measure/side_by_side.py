@@ -20,7 +20,7 @@ from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.experiment import REHEARSED_TOKENS, row_of
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, digest
-from specdecode.bench.runs.statistics import Ratio, mean_ratio, noise_floor
+from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor
 from specdecode.support.git import git
 
 PROTOCOL = 3
@@ -237,7 +237,7 @@ class SideBySide:
     blocks: list[dict[str, Quartet]]
     rehearsals: dict[tuple[str, str], dict[str, float]]
 
-    def change(self, arm: str) -> Ratio:
+    def change(self, arm: str) -> Estimate:
         """New speed over old, with its interval."""
         logs = self._by_prompt(arm, lambda quartet: quartet.log_ratio)
         return mean_ratio(logs, self.floor(arm))

@@ -32,9 +32,8 @@ from specdecode.bench.report.drawing import (
 )
 from specdecode.bench.report.figures import how_drawn, name_axes, panels_of, pareto_front
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Ratio
+from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.results import QualityRun
-from specdecode.evals.stats import Estimate
 
 _CURVES = (
     ("kl", "position", "KL, nats a token", "position, tokens"),
@@ -195,7 +194,7 @@ def cost_against_speed(run: QualityRun, speed: RunFile) -> Figure | str:
     return drawn
 
 
-def _sides(of: Ratio | Estimate) -> list[list[float]] | None:
+def _sides(of: Estimate) -> list[list[float]] | None:
     """How far an interval reaches to either side; None where it has no end."""
     sides = [[of.value - of.low], [of.high - of.value]]
     return sides if math.isfinite(of.low) and math.isfinite(of.high) else None

@@ -11,8 +11,9 @@ from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.latex import PACKAGES, latex_table
 from specdecode.bench.report.markdown import as_markdown, markdown_table
 from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.statistics import detectable
+from specdecode.evals.intervals import mcnemar, wilson
 from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, Judgement, QualityRun
-from specdecode.evals.stats import detectable, mcnemar, wilson
 
 
 def title(run: QualityRun) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 from specdecode.bench.report.captions import label, title
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Ratio
+from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.results import MEASURES, QualityRun
-from specdecode.evals.stats import Estimate
 
 NOTHING = Estimate(0.0, 0.0, 0.0)
 """What decoding costs that keeps the whole cache and the weights as they are: it is the reference."""
@@ -31,7 +30,7 @@ class Point:
 
     arm: str
     judged: str | None
-    speedup: Ratio
+    speedup: Estimate
     cost: Estimate
 
 

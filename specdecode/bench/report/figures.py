@@ -34,7 +34,7 @@ from specdecode.bench.report.palette import PLAIN, alike, is_peer, method, setti
 from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Ratio
+from specdecode.bench.runs.statistics import Estimate
 from specdecode.support.files import write_whole
 
 # What an entry of a preset says of how the target is decoded, and not of how drafts are made.
@@ -311,13 +311,13 @@ def _right(run: RunFile) -> list[str]:
     return [arm for arm, record in run.arms.items() if record.rows]
 
 
-def _speedups(run: RunFile) -> dict[str, Ratio]:
+def _speedups(run: RunFile) -> dict[str, Estimate]:
     """Of all arms but `ar` that have one."""
     found = {arm: run.speedup(arm) for arm in run.arms if arm != BASELINE}
     return {arm: of for arm, of in found.items() if math.isfinite(of.value)}
 
 
-def _sides(of: Sequence[Ratio]) -> list[list[float]]:
+def _sides(of: Sequence[Estimate]) -> list[list[float]]:
     """How far intervals reach to either side, as matplotlib wants it."""
     return [[ratio.value - ratio.low for ratio in of], [ratio.high - ratio.value for ratio in of]]
 

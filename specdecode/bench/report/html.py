@@ -25,7 +25,7 @@ from specdecode.bench.report.tables import (
 )
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Ratio
+from specdecode.bench.runs.statistics import Estimate
 
 _SIGNS = {
     Verdict.REGRESSED: ("bad", "✗"),
@@ -212,7 +212,7 @@ def _ruler(scale: _Scale) -> Element:
     return _drawing(_WIDE, 20, "Scale of the speedups over ar", "logarithmic", *ticks)
 
 
-def _interval(arm: str, speedup: Ratio, promised: float, run: RunFile, scale: _Scale, style: _Style) -> Element:
+def _interval(arm: str, speedup: Estimate, promised: float, run: RunFile, scale: _Scale, style: _Style) -> Element:
     floor = math.exp(run.header.floor)
     left, right = scale(1 / floor), scale(floor)
     parts = [element("rect", x=_at(left), y=0, width=_at(right - left), height=_ROW, class_="band")]
@@ -336,10 +336,10 @@ def _history(run: RunFile, past: History, styles: dict[str, _Style]) -> list[Ele
     return [*made, scrolling(grid_table(past_speedups(run, past)), "Speedups of earlier runs")]
 
 
-_UNKNOWN = Ratio(math.nan, math.nan, math.nan)
+_UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
-def _course(arm: str, runs: Sequence[RunFile], course: Sequence[Ratio], least: float, style: _Style) -> Element:
+def _course(arm: str, runs: Sequence[RunFile], course: Sequence[Estimate], least: float, style: _Style) -> Element:
     known = [(i, of) for i, of in enumerate(course) if math.isfinite(of.value)]
     scale = _scale([end for _, of in known for end in (of.low, of.high)], 92, 10, max(least, math.log(1.1)))
     left, right = 44.0, 256.0

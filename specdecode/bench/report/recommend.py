@@ -18,7 +18,7 @@ from specdecode.bench.report.captions import LOOPS, cells, drafts, label, output
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE, drafters
 from specdecode.bench.runs.records import ArmRecord, Row, RunFile
-from specdecode.bench.runs.statistics import Ratio, simultaneous_ratio
+from specdecode.bench.runs.statistics import Estimate, simultaneous_ratio
 
 HALF = 0.5
 """The share of plain decoding's keys and values that an arm may hold to be called balanced."""
@@ -53,9 +53,9 @@ class Recommendation:
     aim: str
     arm: str | None
     reason: str
-    over: dict[str, Ratio] = field(default_factory=dict)
-    beats: dict[str, Ratio] = field(default_factory=dict)
-    tied: dict[str, Ratio] = field(default_factory=dict)
+    over: dict[str, Estimate] = field(default_factory=dict)
+    beats: dict[str, Estimate] = field(default_factory=dict)
+    tied: dict[str, Estimate] = field(default_factory=dict)
     settle: str = ""
     assumed: float | None = None
     code: str = ""
@@ -80,8 +80,8 @@ def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice
     """Choose an arm for each aim; plain decoding where nothing is shown to be better.
 
     The best of many arms, chosen by the same prompts that it is told by, looks better than it is. So among k arms every
-    interval is made as one of k - 1 that hold together (`stats.simultaneous_ratio`). That is enough for all pairs, and
-    for whichever arm is chosen: where the bounds on what the truly best arm is over each of the others hold, none is
+    interval is made as one of k - 1 that hold together (`simultaneous_ratio`). That is enough for all pairs, and for
+    whichever arm is chosen: where the bounds on what the truly best arm is over each of the others hold, none is
     found to beat it (multiple comparisons with the best, Hsu 1984), and where those on what the others are over plain
     decoding hold, nothing is found to beat it that does not.
 
@@ -181,12 +181,12 @@ class _Contest:
         mine, theirs = _evidence(self.run, arm), _evidence(self.run, other)
         return [mine[prompt] - theirs[prompt] for prompt in mine if prompt in theirs]
 
-    def over(self, arm: str, other: str) -> Ratio:
+    def over(self, arm: str, other: str) -> Estimate:
         """The speed of one over the other's."""
         if arm == other:
-            return Ratio(1.0, 1.0, 1.0)
+            return Estimate(1.0, 1.0, 1.0)
         if not (logs := self.logs(arm, other)):
-            return Ratio(math.nan, 0.0, math.inf)
+            return Estimate(math.nan, 0.0, math.inf)
         return simultaneous_ratio(logs, self.comparisons, self.run.header.floor)
 
     def speed(self, arm: str) -> float:
@@ -232,7 +232,7 @@ class _Contest:
         lines = code(self.run, arm)
         return Recommendation(aim, arm, reason, over, beats, tied, self._settle(arm, tied), self.assumed, lines)
 
-    def _settle(self, arm: str, tied: dict[str, Ratio]) -> str:
+    def _settle(self, arm: str, tied: dict[str, Estimate]) -> str:
         """What would tell the arm from the fastest of those that it is not told apart from.
 
         The number of prompts is the usual one for a paired comparison, (z s / d)^2 + z^2 / 2 (Guenther 1981), at which

@@ -11,7 +11,7 @@ from typing import TypeVar
 from specdecode.bench.report.palette import alike, is_peer, method, shared_name
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
-from specdecode.bench.runs.statistics import Ratio
+from specdecode.bench.runs.statistics import Estimate
 
 Real = TypeVar("Real", float, Fraction)
 
@@ -93,7 +93,7 @@ class Modelled:
     study: float
     exact: float
     steps: float
-    measured: Ratio
+    measured: Estimate
 
 
 def modelled(run: RunFile) -> dict[str, list[Modelled]]:

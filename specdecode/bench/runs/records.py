@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.statistics import Ratio, mean_ratio, noise_floor
+from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor
 from specdecode.support.files import slug
 
 COUNTERS = {
@@ -239,11 +239,11 @@ class RunFile:
         mine, other = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
         return {prompt: mine[prompt].log_speedup - other[prompt].log_speedup for prompt in mine if prompt in other}
 
-    def speedup(self, arm: str, over: str = BASELINE) -> Ratio:
+    def speedup(self, arm: str, over: str = BASELINE) -> Estimate:
         """The mean speedup of an arm over another, with its interval; nan if no block has both."""
         logs = self.log_speedups(arm, over)
         if not logs:
-            return Ratio(math.nan, math.nan, math.nan)
+            return Estimate(math.nan, math.nan, math.nan)
         return mean_ratio([[log] for log in logs.values()], floor=0.0 if arm == over else self.header.floor)
 
     def predicted_speedup(self, arm: str) -> float:

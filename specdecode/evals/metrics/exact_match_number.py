@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import evaluate
 
-from specdecode.evals.stats import wilson
+from specdecode.evals.intervals import wilson
 from specdecode.evals.tasks import TASKS
 
 

@@ -17,6 +17,7 @@ from specdecode.bench.options import Options
 from specdecode.bench.quality import session as quality
 from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
 from specdecode.evals.arms import Shuffled, make, quality_preset
+from specdecode.evals.intervals import Outcome
 from specdecode.evals.needle import Found
 from specdecode.evals.perplexity import negative_log_likelihoods
 from specdecode.evals.results import (
@@ -32,7 +33,6 @@ from specdecode.evals.results import (
     read_margins,
     write,
 )
-from specdecode.evals.stats import Verdict
 from specdecode.evals.tasks import TASKS
 from specdecode.models.embedded import EMBEDDED
 from tests.helpers.models import ARCHITECTURES, build, lm
@@ -109,7 +109,7 @@ def answers(**passed: str) -> list[Answer]:
 MARGINS = {"full": {"nll": 0.01, "kl": 0.01}, "window-8": {"nll": 0.3, "kl": 0.3}, "window-16": {"nll": 0.3}}
 
 
-def verdicts(judgements: list[Judgement]) -> dict[tuple[str, str], Verdict | None]:
+def verdicts(judgements: list[Judgement]) -> dict[tuple[str, str], Outcome | None]:
     return {(each.arm, each.measure): each.verdict for each in judgements}
 
 
@@ -143,15 +143,15 @@ def test_curves_are_means_over_places() -> None:
 def test_lossy_parts_pass_within_their_margins_and_controls_beyond_them() -> None:
     """Guards against a suite that passes whatever a cache loses."""
     good = verdicts(judge(example(), MARGINS))
-    assert good[("full", "nll")] == good[("window-8", "kl")] == Verdict.PASS
-    assert good[("any-8", "nll")] == good[("any-8", "kl")] == Verdict.FAIL
+    assert good[("full", "nll")] == good[("window-8", "kl")] == Outcome.PASS
+    assert good[("any-8", "nll")] == good[("any-8", "kl")] == Outcome.FAIL
     assert good[("window-16", "nll")] is None
     bad = {(each.arm, each.measure): each for each in judge(example(window=0.5, control=0.1), MARGINS)}
-    assert bad[("window-8", "nll")].verdict is Verdict.FAIL
-    assert bad[("window-8", "nll")].expected is Verdict.PASS
-    assert bad[("any-8", "nll")].verdict is Verdict.PASS
-    assert bad[("any-8", "nll")].expected is Verdict.FAIL
-    assert verdicts(judge(example(window=0.28), MARGINS))[("window-8", "nll")] is Verdict.INCONCLUSIVE
+    assert bad[("window-8", "nll")].verdict is Outcome.FAIL
+    assert bad[("window-8", "nll")].expected is Outcome.PASS
+    assert bad[("any-8", "nll")].verdict is Outcome.PASS
+    assert bad[("any-8", "nll")].expected is Outcome.FAIL
+    assert verdicts(judge(example(window=0.28), MARGINS))[("window-8", "nll")] is Outcome.INCONCLUSIVE
     for synthetic, margins in ((True, MARGINS), (False, {})):
         run = replace(example(), header=HEADER | {"synthetic": synthetic})
         assert set(verdicts(judge(run, margins)).values()) == {None}
@@ -174,14 +174,14 @@ def test_tasks_are_judged_by_margins_too() -> None:
     is not at hand and told as passed."""
     margins = {"full": {"humaneval": 0.35}, "window-8": {"humaneval": 0.35, "gsm8k": 0.1}}
     found = {(each.arm, each.measure): each for each in judge(example(), margins)}
-    assert found[("full", "humaneval")].verdict is Verdict.PASS
-    assert found[("window-8", "humaneval")].verdict is Verdict.INCONCLUSIVE
+    assert found[("full", "humaneval")].verdict is Outcome.PASS
+    assert found[("window-8", "humaneval")].verdict is Outcome.INCONCLUSIVE
     assert found[("window-8", "gsm8k")].verdict is None
     assert found[("window-8", "gsm8k")].reason == "gsm8k is not at hand"
     assert ("any-8", "humaneval") not in found
     assert "begins at 0." in found[("window-8", "humaneval")].reason
     strict = {(each.arm, each.measure): each.verdict for each in judge(example(), {"full": {"humaneval": 0.1}})}
-    assert strict[("full", "humaneval")] is Verdict.INCONCLUSIVE
+    assert strict[("full", "humaneval")] is Outcome.INCONCLUSIVE
     assert strict[("window-8", "humaneval")] is None
 
 

@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from specdecode.bench.runs.statistics import Ratio, detectable, mean_ratio, noise_floor, simultaneous_ratio
+from specdecode.bench.runs.statistics import (
+    Estimate,
+    detectable_slowdown,
+    mean_ratio,
+    noise_floor,
+    simultaneous_ratio,
+    student_t,
+)
 
 
 def test_the_mean_ratio_is_the_geometric_mean_over_prompts() -> None:
@@ -51,13 +58,30 @@ def test_the_detectable_slowdown_is_caught_nine_times_in_ten() -> None:
     random = np.random.default_rng(2)
     tolerance, scatter, prompts = 0.02, 0.03, 30
 
-    def change(slowdown: float) -> Ratio:
+    def change(slowdown: float) -> Estimate:
         return mean_ratio([[math.log1p(-slowdown) + noise] for noise in random.normal(0, scatter, prompts)])
 
-    promised = float(np.mean([detectable(change(0.0), tolerance) for _ in range(50)]))
+    promised = float(np.mean([detectable_slowdown(change(0.0), tolerance) for _ in range(50)]))
     caught = sum(change(promised).high < 1 - tolerance for _ in range(300)) / 300
     assert 0.85 < caught < 0.96
     assert sum(change(0.0).high < 1 - tolerance for _ in range(300)) == 0
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    # From printed tables.
+    [
+        (0.975, 1, 12.706),
+        (0.975, 2, 4.303),
+        (0.975, 5, 2.571),
+        (0.975, 7, 2.365),
+        (0.95, 10, 1.812),
+        (0.975, 200, 1.972),
+    ],
+)
+def test_quantiles_of_students_t(probability: float, freedom: int, expected: float) -> None:
+    """Guards against a quantile of the other tail, or of both together."""
+    assert student_t(probability, freedom) == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +95,8 @@ def test_simultaneous_intervals_are_students_with_bonferronis_share(
     half = quantile * float(np.std(logs, ddof=1)) / math.sqrt(count)
     ratio = simultaneous_ratio(logs, comparisons)
     assert math.log(ratio.value) == pytest.approx(float(np.mean(logs)))
-    assert math.log(ratio.high / ratio.value) == pytest.approx(half, rel=0.02)
-    assert math.log(ratio.value / ratio.low) == pytest.approx(half, rel=0.02)
+    assert math.log(ratio.high / ratio.value) == pytest.approx(half, rel=2e-4)
+    assert math.log(ratio.value / ratio.low) == pytest.approx(half, rel=2e-4)
     assert math.log(simultaneous_ratio(logs, comparisons, floor=0.3).high / ratio.value) == pytest.approx(0.3)
 
 

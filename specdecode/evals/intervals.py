@@ -1,0 +1,140 @@
+"""Judge costs in quality by a sample of documents or tasks: intervals, non-inferiority, and flips."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+from specdecode.bench.runs.statistics import COVERAGE, Estimate, bootstrap, student_t
+
+# Of fewer the interval's ends lie beyond every resample, and what is left of it covers far less than it says.
+_LEAST_DOCUMENTS = 5
+_NORMAL = NormalDist()
+
+
+class Outcome(str, enum.Enum):
+    """What a test of non-inferiority says."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Estimate the sum of one figure over the sum of another, with a bootstrap over documents: a mean over tokens.
+
+    Of few documents a percentile interval is too narrow. Its ends are taken further out, by as much as Student's t is
+    wider than the normal distribution and a sample's spread smaller than its population's (the expanded percentile
+    interval of Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
+
+    Args:
+        above: of each document, the sum of what is averaged.
+        below: of each document, what it is divided by: its tokens.
+
+    Returns:
+        The ratio; of fewer than five documents with an interval without end.
+
+    Raises:
+        ValueError: no documents, or lists that are not of one length.
+    """
+    if not above or len(above) != len(below):
+        raise ValueError(
+            f"{len(above)} and {len(below)} documents cannot be compared: give one figure of each for each"
+        )
+    count = len(above)
+    if count < _LEAST_DOCUMENTS:
+        return Estimate(sum(above) / sum(below), -math.inf, math.inf)
+    deviations = math.sqrt(count / (count - 1)) * student_t((1 + COVERAGE) / 2, count - 1)
+    return bootstrap(above, below, tail=_NORMAL.cdf(-deviations))
+
+
+def non_inferior(cost: Estimate, margin: float) -> Outcome:
+    """Test whether a cost stays within its margin.
+
+    Returns:
+        PASS if the whole interval lies within the margin, FAIL if none of it does, and INCONCLUSIVE otherwise.
+    """
+    if cost.high <= margin:
+        return Outcome.PASS
+    return Outcome.FAIL if cost.low > margin else Outcome.INCONCLUSIVE
+
+
+def wilson(passed: int, count: int) -> Estimate:
+    """Estimate the share of tasks that are solved, with the score interval (Wilson 1927).
+
+    Unlike a bootstrap it has a width where none or all of a few tasks are solved.
+
+    Args:
+        passed: number of solved tasks.
+        count: number of tasks, 1 or more.
+
+    Raises:
+        ValueError: no tasks, or more passed than there are.
+    """
+    if not 0 <= passed <= count or not count:
+        raise ValueError(f"{passed} of {count} tasks are no share: give at least one task, and no more than all")
+    # Here, because it takes a second to import.
+    from scipy.stats import binomtest
+
+    interval = binomtest(passed, count).proportion_ci(confidence_level=COVERAGE, method="wilson")
+    return Estimate(passed / count, float(interval.low), float(interval.high))
+
+
+def paired_loss(lost: int, won: int, count: int) -> Estimate:
+    """Estimate by how much the share of solved tasks is smaller than the reference's.
+
+    The interval is the score interval for paired proportions (Tango 1998, "Equivalence test and confidence interval for
+    the difference in proportions for the paired-sample design"). Unlike a bootstrap it has a width where nothing
+    flipped: of n such tasks, up to 3.84 / (n + 3.84).
+
+    Args:
+        lost: tasks that were solved by the reference only.
+        won: tasks that the reference did not solve.
+        count: all tasks.
+
+    Raises:
+        ValueError: counts that cannot be.
+    """
+    if min(lost, won) < 0 or lost + won > count or not count:
+        raise ValueError(f"{lost} tasks lost and {won} won of {count}: counts are 0 or more, and no more than all")
+    z2 = _NORMAL.inv_cdf((1 + COVERAGE) / 2) ** 2
+
+    def plausible(loss: float) -> bool:
+        """Return whether the score test keeps this loss; 2 * win + loss - loss ** 2 is the variance under it."""
+        b = (2 * count - lost + won) * loss - lost - won
+        win = (math.sqrt(max(b**2 + 8 * count * won * loss * (1 - loss), 0.0)) - b) / (4 * count)
+        return (lost - won - count * loss) ** 2 <= z2 * count * max(2 * win + loss - loss**2, 0.0)
+
+    value = (lost - won) / count
+    ends = []
+    for end in (-1.0, 1.0):
+        inside = value
+        for _ in range(60):
+            middle = (inside + end) / 2
+            inside, end = (middle, end) if plausible(middle) else (inside, middle)
+        ends.append(inside)
+    return Estimate(value, *ends)
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Return the exact two-sided p-value of McNemar's test (1947).
+
+    It is the probability of flips at least as uneven as these if tasks are lost as easily as won.
+
+    Args:
+        lost: tasks that were solved by the reference only.
+        won: tasks that the reference did not solve.
+
+    Raises:
+        ValueError: a count below 0.
+    """
+    if lost < 0 or won < 0:
+        raise ValueError(f"{lost} tasks lost and {won} won: counts are 0 or more")
+    if not lost + won:
+        return 1.0
+    # Here, because it takes a second to import.
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + won).pvalue)
