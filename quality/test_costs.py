@@ -5,9 +5,9 @@ import pytest
 from specdecode.evals.intervals import Outcome
 
 
-def test_cost(cost, quality):
+def test_cost(cost, quality_run):
     """The whole interval of the cost lies within the margin; that of a negative control beyond it."""
-    judgement = next(each for each in quality.judgements if (each.arm, each.measure) == cost)
+    judgement = next(each for each in quality_run.judgements if (each.arm, each.measure) == cost)
     if judgement.verdict is None:
         pytest.skip(judgement.reason)
     if judgement.verdict is not judgement.expected:

@@ -1,11 +1,10 @@
 """The pytest plugin: `--benchmark` measures every arm of a preset, and replays the times through pytest-benchmark.
 
-Importing it is cheap: torch and the models are loaded when the first benchmark is collected.
+Importing it is cheap: torch is imported when a suite is collected, and a model loaded when its first test runs.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -17,22 +16,38 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from specdecode.bench.options import Options
+
 if TYPE_CHECKING:
-    from specdecode.bench.measure.session import Bench
-    from specdecode.bench.options import Options
-    from specdecode.bench.quality.session import Quality
+    from specdecode.bench.measure.speed_session import JudgedRun
+    from specdecode.bench.plan import Plan, Setup
+    from specdecode.bench.quality.plan import QualityPlan
+    from specdecode.bench.quality.quality_session import JudgedQualityRun
     from specdecode.models.lm import LM
 
-_TABLE_WIDTH = 145
 _SUITES = {"benchmark": "perf", "quality": "quality"}
+
+_SETUP: pytest.StashKey[Setup] = pytest.StashKey()
+_PLAN: pytest.StashKey[Plan] = pytest.StashKey()
+_QUALITY_PLAN: pytest.StashKey[QualityPlan] = pytest.StashKey()
+_SPEED_RUN: pytest.StashKey[JudgedRun] = pytest.StashKey()
+_QUALITY_RUN: pytest.StashKey[JudgedQualityRun] = pytest.StashKey()
+_ROWS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("specdecode")
+    defaults = Options(root=Path())
     group.addoption("--benchmark", action="store_true", help="measure speed: run the suite in perf/")
     group.addoption("--quality", action="store_true", help="measure quality: run the suite in quality/")
-    group.addoption("--preset", default="quick", help="arms, prompts and lengths: a name or a .toml file [quick]")
-    group.addoption("--target", default="smollm2-135m", help="target model, as specdecode.load takes it [smollm2-135m]")
+    group.addoption(
+        "--preset",
+        default=defaults.preset,
+        help=f"arms, prompts and lengths: a name or a .toml file [{defaults.preset}]",
+    )
+    group.addoption(
+        "--target", default=defaults.target, help=f"target model, as specdecode.load takes it [{defaults.target}]"
+    )
     group.addoption(
         "--draft", default=None, help="draft model; 'layers:0-9,29' takes these layers of the target [a subset of them]"
     )
@@ -40,8 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", default=None, help="float32, float16, bfloat16 [float32 on a CPU, float16 on a GPU]")
     group.addoption(
         "--backend",
-        default="auto",
-        help="how our forwards run: eager, packed, compile, graph or auto, the fastest here [auto]",
+        default=defaults.backend,
+        help=f"how our forwards run: eager, packed, compile, graph or auto, the fastest here [{defaults.backend}]",
     )
     group.addoption("--max-new-tokens", type=int, default=None, help="length of every output [as the preset says]")
     group.addoption(
@@ -64,9 +79,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--resume", action="store_true", help="go on with the blocks that an interrupted run finished")
     group.addoption(
         "--gate",
-        default="on",
+        default=defaults.gate,
         choices=["on", "off", "strict"],
-        help="fail on REGRESSED and MISSING, on nothing, or on all but PASS and IMPROVED [on]",
+        help=f"fail on REGRESSED and MISSING, on nothing, or on all but PASS and IMPROVED [{defaults.gate}]",
     )
     group.addoption(
         "--tolerance", type=float, default=None, help="share by which a time may be worse [0.05; 0.02 with --against]"
@@ -78,7 +93,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Without a path on the command line, `--benchmark` and `--quality` choose the suite."""
+    """Choose the suite by `--benchmark` and `--quality`, if no path is on the command line."""
     chosen = [suite for option, suite in _SUITES.items() if config.getoption(option)]
     if chosen and config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / suite) for suite in chosen]
@@ -97,92 +112,108 @@ class _Unfinished(type(Path())):  # type: ignore[misc]
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Once pytest-benchmark has written its file, it gets its name, and the finished blocks are no longer needed."""
+    """Give pytest-benchmark's file its name once it is written, and remove the journal of finished blocks."""
     yield
     config = session.config
-    if _BENCH in config.stash:
+    if _SPEED_RUN in config.stash:
         file = config.getoption("benchmark_json", None)
         if file and os.path.exists(file):
             os.replace(file, str(file))
-        _options(config).journal.unlink(missing_ok=True)
+        config.stash[_PLAN].journal.unlink(missing_ok=True)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A suite that takes minutes runs only when it is asked for."""
+    """Leave out a suite that is not asked for: it takes minutes."""
     for option, suite in _SUITES.items():
         if collection_path == config.rootpath / suite and not config.getoption(option):
             return True
     return None
 
 
-_BENCH = pytest.StashKey["Bench"]()
-_QUALITY = pytest.StashKey["Quality"]()
-_ROWS = pytest.StashKey[list[str]]()
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Resolve the options, once for all that follows."""
+    config = session.config
+    if not any(config.getoption(option) for option in _SUITES):
+        return
+    from specdecode.bench.plan import resolve, resolve_setup
+    from specdecode.bench.quality.plan import resolve_quality
+
+    names = [field.name for field in fields(Options) if field.name != "root"]
+    options = Options(root=config.rootpath, **{name: config.getoption(name) for name in names})
+    with _one_sentence():
+        config.stash[_SETUP] = setup = resolve_setup(options)
+        if config.getoption("benchmark"):
+            config.stash[_PLAN] = resolve(options, setup)
+        if config.getoption("quality"):
+            config.stash[_QUALITY_PLAN] = resolve_quality(options, setup)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.config.getoption("quality") and "cost" in metafunc.fixturenames:
-        from specdecode.bench.quality.session import chosen_preset
+    """Make a test for each arm and verdict of the plans."""
+    config, wanted = metafunc.config, set(metafunc.fixturenames)
+    if config.getoption("quality") and "cost" in wanted:
         from specdecode.evals.results import MEASURES
 
-        with _one_sentence():
-            preset = chosen_preset(_options(metafunc.config))
+        preset = config.stash[_QUALITY_PLAN].preset
         costs = [(arm, measure) for arm in preset.arms for measure in MEASURES]
         if preset.tasks is not None:
             costs += product(preset.tasks.arms, preset.tasks.problems)
         metafunc.parametrize("cost", costs, ids=["-".join(pair) for pair in costs])
-    if not metafunc.config.getoption("benchmark") or not {"arm", "judged"} & set(metafunc.fixturenames):
-        return
-    options = _options(metafunc.config)
-    with _one_sentence():
-        if "arm" in metafunc.fixturenames:
-            metafunc.parametrize("arm", list(options.experiment.arms))
-            return
-        judged = [(arm, gate) for arm in options.known_arms for gate in ("time", "counters")]
+    if config.getoption("benchmark") and "arm" in wanted:
+        metafunc.parametrize("arm", list(config.stash[_PLAN].preset.arms))
+    elif config.getoption("benchmark") and "judged" in wanted:
+        judged = [(arm, gate) for arm in config.stash[_PLAN].judged_arms for gate in ("time", "counters")]
         metafunc.parametrize("judged", judged, ids=["-".join(pair) for pair in judged])
+
+
+@pytest.fixture(scope="session")
+def plan(request: pytest.FixtureRequest) -> Plan:
+    """The plan of the speed session."""
+    return request.config.stash[_PLAN]
 
 
 @pytest.fixture(scope="session")
 def target(request: pytest.FixtureRequest) -> LM:
     """The target model of the command line, on its backend."""
+    setup = request.config.stash[_SETUP]
     with _one_sentence():
-        options = _options(request.config)
-        return options.load(options.identity.target).with_backend(options.backend)
+        return setup.load_target().with_backend(setup.backend)
 
 
 @pytest.fixture(scope="session")
-def bench(request: pytest.FixtureRequest) -> Bench:
-    """What was measured of the arms whose tests were selected, and the verdicts on it."""
-    from specdecode.bench.measure.session import measure
+def speed_run(request: pytest.FixtureRequest) -> JudgedRun:
+    """The run of the arms whose tests were selected, and the verdicts on it."""
+    from specdecode.bench.measure.speed_session import measure
 
     config = request.config
     parameters = _parameters(request)
     selected = {values["arm"] if "arm" in values else values["judged"][0] for values in parameters}
     with _at_work(config):
-        config.stash[_BENCH] = measure(_options(config), selected)
-    return config.stash[_BENCH]
+        config.stash[_SPEED_RUN] = measure(config.stash[_PLAN], selected)
+    return config.stash[_SPEED_RUN]
 
 
 @pytest.fixture(scope="session")
-def quality(request: pytest.FixtureRequest) -> Quality:
-    """What was judged of the arms whose tests were selected, and what their margins say of it."""
-    from specdecode.bench.quality.session import measure
+def quality_run(request: pytest.FixtureRequest) -> JudgedQualityRun:
+    """The run of the arms whose tests were selected, and what their margins say of it."""
+    from specdecode.bench.quality.quality_session import measure
 
     config = request.config
     selected = {values["cost"][0] for values in _parameters(request) if "cost" in values}
     with _at_work(config):
-        config.stash[_QUALITY] = measure(_options(config), selected)
-    return config.stash[_QUALITY]
+        config.stash[_QUALITY_RUN] = measure(config.stash[_QUALITY_PLAN], selected)
+    return config.stash[_QUALITY_RUN]
 
 
 def _parameters(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Those of the tests that were selected."""
+    """Return the parameters of the selected tests."""
     return [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
 
 
 @contextmanager
 def _at_work(config: pytest.Config) -> Iterator[None]:
-    """For minutes of work within a fixture: its progress is seen, and what stops it is told in a sentence."""
+    """Let a fixture work for minutes: show its progress, and say in a sentence what stops it."""
     with ExitStack() as stack:
         if capture := config.pluginmanager.getplugin("capturemanager"):
             stack.enter_context(capture.global_and_fixture_disabled())
@@ -202,7 +233,7 @@ def quality_rows(request: pytest.FixtureRequest) -> list[str]:
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """What is wrong with the input ends the session with one sentence, and exit code 2."""
+    """End the session with one sentence and exit code 2 where the input is wrong."""
     from specdecode.core.errors import SpecDecodeError
 
     try:
@@ -211,77 +242,32 @@ def _one_sentence() -> Iterator[None]:
         pytest.exit(str(error), returncode=2)
 
 
-def _options(config: pytest.Config) -> Options:
-    from specdecode.bench.options import Options
-
-    return Options(root=config.rootpath, **{field.name: config.getoption(field.name) for field in fields(Options)[1:]})
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show the tables of what was measured, and add them to the summary of a job on GitHub."""
     for row in config.stash.get(_ROWS, []):
         terminalreporter.write_line(row)
-    if (judged := config.stash.get(_QUALITY, None)) is not None:
-        _tell_quality(terminalreporter, judged)
-    bench = config.stash.get(_BENCH, None)
-    if bench is None:
-        return
-    from rich.console import Console
+    if (quality_run := config.stash.get(_QUALITY_RUN, None)) is not None:
+        from specdecode.bench.summary import quality_page, quality_text
 
-    from specdecode.bench.report.markdown import markdown
-    from specdecode.bench.report.tables import speed_table, verdict_table
+        page = quality_page(quality_run)
+        _show(terminalreporter, "quality", quality_text(quality_run, terminalreporter.hasmarkup), page)
+    if (speed_run := config.stash.get(_SPEED_RUN, None)) is not None:
+        from specdecode.bench.summary import speed_page, speed_text
 
-    text = io.StringIO()
-    console = Console(file=text, width=_TABLE_WIDTH, force_terminal=terminalreporter.hasmarkup)
-    console.print(bench.title, highlight=False, soft_wrap=True)
-    console.print(speed_table(bench.run))
-    console.print(f"Prompts from {'; '.join(bench.origins)}.", highlight=False)
-    console.print(bench.judged_by, highlight=False, soft_wrap=True)
-    if bench.judgements:
-        console.print(verdict_table(bench.judgements))
-    terminalreporter.write_sep("=", "speed")
-    terminalreporter.write(text.getvalue())
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as page:
-            page.write(markdown(bench.run, bench.title, bench.judged_by, bench.judgements))
+        _show(terminalreporter, "speed", speed_text(speed_run, terminalreporter.hasmarkup), speed_page(speed_run))
 
 
-def _tell_quality(terminalreporter: pytest.TerminalReporter, judged: Quality) -> None:
-    from rich.console import Console
-
-    from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
-    from specdecode.bench.report.grid import rich_table
-    from specdecode.support.files import write_whole
-
-    text = io.StringIO()
-    console = Console(file=text, width=_TABLE_WIDTH, force_terminal=terminalreporter.hasmarkup)
-    console.print(rich_table(costs(judged.run, judged.judgements)))
-    if judged.run.needles:
-        console.print(rich_table(retrieval(judged.run)))
-    if judged.run.answers:
-        console.print(rich_table(scores(judged.run, judged.judgements)))
-    page = markdown(judged.run, judged.judgements)
-    write_whole(judged.file.with_suffix(".md"), page)
-    where = f"The run is in {judged.file}, a page of it in the .md beside it; margins are taken from {judged.margins}."
-    try:
-        from specdecode.bench.quality.figures import write as draw
-
-        folder = judged.file.with_suffix("")
-        drawn = [name for name, reason in draw(judged.run, folder).items() if not reason]
-        where += f" Figures are in {folder}: {', '.join(drawn)}."
-    except ImportError as error:
-        where += f" There are no figures: they need matplotlib ({error}), pip install 'specdecode[figures]'."
-    for note in [*notes(judged.run), where]:
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
-    terminalreporter.write_sep("=", "quality")
-    terminalreporter.write(text.getvalue())
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as told:
-            told.write(page)
+def _show(terminalreporter: pytest.TerminalReporter, title: str, text: str, page: str) -> None:
+    terminalreporter.write_sep("=", title)
+    terminalreporter.write(text)
+    if file := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(file).open("a", encoding="utf-8") as summary:
+            summary.write(page)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What pytest-benchmark does not record: the versions and the device that times depend on."""
+    """Add the versions and the device that times depend on, which pytest-benchmark does not record."""
     from specdecode.support.environment import environment
 
     machine_info["specdecode"] = environment()
@@ -289,9 +275,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """What makes pytest-benchmark's file one that the gate can judge."""
+    """Add to pytest-benchmark's file what the gate needs to judge it."""
     from specdecode.bench.runs.file import run_json
 
-    bench = config.stash.get(_BENCH, None)
-    if bench is not None:
-        output_json["specdecode"] = run_json(bench.run)
+    if (speed_run := config.stash.get(_SPEED_RUN, None)) is not None:
+        output_json["specdecode"] = run_json(speed_run.run)

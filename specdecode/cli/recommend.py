@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from specdecode.cli.messages import note
+
+if TYPE_CHECKING:
+    from specdecode.bench.report.recommend import Advice
+    from specdecode.bench.runs.records import RunFile
 
 
 def recommend(
@@ -41,52 +45,45 @@ def recommend(
     from specdecode.bench.report.recommend import told
     from specdecode.bench.runs.file import read
 
-    measuring = {
-        "--draft": draft,
-        "--device": device,
-        "--dtype": dtype,
-        "--backend": backend,
-        "--preset": preset,
-        "--prompts": prompts,
-        "--max-new-tokens": max_new_tokens,
-        "--budget-minutes": budget_minutes,
-        "--out": out,
+    options: dict[str, Any] = {
+        "draft": draft,
+        "device": device,
+        "dtype": dtype,
+        "backend": backend,
+        "preset": preset,
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "budget_minutes": budget_minutes,
+        "out": out,
     }
+    given = {name: value for name, value in options.items() if value is not None}
     if bool(runs) == (target is not None):
         raise ValueError("give either run files or, to measure first, a model with --target")
-    if target is None:
-        if given := [option for option, value in measuring.items() if value is not None]:
-            raise ValueError(f"{given[0]} is of no use without --target: leave it out")
-        found = [(run, advise(run)) for run in map(read, runs or [])]
+    if target is not None:
+        recommendations = [_measured(target, **given)]
+    elif given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is of no use without --target: leave it out")
     else:
-        from specdecode.bench.measure.time_boxed import measure_within
-        from specdecode.bench.options import Options
-
-        options = Options(
-            root=Path(),
-            preset=preset or "recommend",
-            target=target,
-            draft=draft,
-            device=device,
-            dtype=dtype,
-            max_new_tokens=max_new_tokens,
-            prompts=prompts,
-            repeats=None,
-            resume=False,
-            tolerance=None,
-            baseline=None,
-            against=None,
-            backend=backend or "auto",
-            tiny=False,
-            eos=False,
-        )
-        file = out or Path("results") / options.identity.file
-        run, left_out = measure_within(options, 10.0 if budget_minutes is None else budget_minutes, file)
-        note(f"{len(run.header.outputs)} prompts were measured; the run is in {file}")
-        found = [(run, advise(run, left_out))]
+        recommendations = [(run, advise(run)) for run in map(read, runs or [])]
     if as_json:
-        typer.echo(json.dumps([json_of(*about) for about in found], ensure_ascii=False))
+        typer.echo(json.dumps([json_of(*about) for about in recommendations], ensure_ascii=False))
         return
     console = Console(width=None if sys.stdout.isatty() else 130)
-    for about in found:
+    for about in recommendations:
         console.print(told(*about), crop=False, highlight=False)
+
+
+def _measured(
+    target: str, *, budget_minutes: float = 10.0, out: Path | None = None, **options: Any
+) -> tuple[RunFile, Advice]:
+    """Measure a target, and recommend by that."""
+    from specdecode.bench.measure.time_boxed import measure_within
+    from specdecode.bench.options import Options
+    from specdecode.bench.plan import resolve
+    from specdecode.bench.report.recommend import recommend
+
+    plan = resolve(Options(root=Path(), target=target, **{"preset": "recommend", **options}), judged=False)
+    file = out or Path("results") / plan.identity.file
+    run, left_out = measure_within(plan, budget_minutes, file)
+    note(f"{len(run.header.outputs)} prompts were measured; the run is in {file}")
+    return run, recommend(run, left_out)

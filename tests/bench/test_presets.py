@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from specdecode.bench.gate.history import History
-from specdecode.bench.measure import session
+from specdecode.bench.measure import speed_session
 from specdecode.bench.measure.experiment import Block
-from specdecode.bench.measure.session import measure
+from specdecode.bench.measure.speed_session import measure
 from specdecode.bench.options import Options
+from specdecode.bench.plan import Plan, resolve
 from specdecode.bench.presets import preset
 from specdecode.bench.report.captions import title
 from specdecode.bench.report.elements import document
@@ -25,22 +25,20 @@ from specdecode.bench.runs.file import parse, run_json
 PRESETS = ("quick", "full", "comprehensive", "long-sequence", "sweep", "int8", "streaming")
 
 
-def options(name: str, root: Path, **given: object) -> Options:
-    off = dict.fromkeys(("resume", "eos"), False)
-    chosen = {"root": root, "preset": name, "target": "smollm2-135m", "device": "cpu", "backend": "eager", "tiny": True}
-    return Options(**{field.name: None for field in fields(Options)} | off | chosen | given)
+def plan(name: str, root: Path, **given: Any) -> Plan:
+    return resolve(Options(**{"root": root, "preset": name, "device": "cpu", "backend": "eager", "tiny": True} | given))
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_runs_to_its_end_and_is_told(name: str, tmp_path: Path) -> None:
     """Guards against a grid that fails after an hour, or that the report cannot tell."""
-    asked = options(name, tmp_path)
-    arms = set(asked.experiment.arms)
-    bench = measure(asked, arms)
-    assert not any(bench.wrong.values())
+    asked = plan(name, tmp_path)
+    arms = set(asked.preset.arms)
+    judged = measure(asked, arms)
+    assert not any(judged.wrong.values())
 
-    text = json.dumps({"specdecode": run_json(bench.run), "datetime": "2026-01-01T00:00:00"})
+    text = json.dumps({"specdecode": run_json(judged.run), "datetime": "2026-01-01T00:00:00"})
     run = parse(text, Path("run.json"))
     assert set(run.arms) == arms
     assert len(run.lengths) == len(preset(name).lengths) + 1
@@ -56,8 +54,8 @@ def test_a_preset_runs_to_its_end_and_is_told(name: str, tmp_path: Path) -> None
 @pytest.mark.usefixtures("unchecked")
 def test_a_preset_of_lengths_and_caches_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against an interruption that costs what was measured before it."""
-    arms, opened = {"ar", "ar-128", "linear-k3"}, session.open_journal
-    asked = options("sweep", tmp_path)
+    arms, opened = {"ar", "ar-128", "linear-k3"}, speed_session.open_journal
+    asked = plan("sweep", tmp_path)
 
     def interrupting(*arguments: Any) -> Any:
         finished, keep = opened(*arguments)
@@ -69,14 +67,14 @@ def test_a_preset_of_lengths_and_caches_is_resumed(tmp_path: Path, monkeypatch: 
         return finished, kept
 
     with monkeypatch.context() as planted:
-        planted.setattr(session, "open_journal", interrupting)
+        planted.setattr(speed_session, "open_journal", interrupting)
         with pytest.raises(KeyboardInterrupt):
             measure(asked, arms)
     first = json.loads(asked.journal.read_text().splitlines()[1])
-    bench = measure(options("sweep", tmp_path, resume=True), arms)
-    assert set(bench.run.arms) == arms
-    assert len(bench.run.header.outputs) == 2
-    rows = {arm: record.rows[first["prompt"]] for arm, record in bench.run.arms.items()}
+    run = measure(plan("sweep", tmp_path, resume=True), arms).run
+    assert set(run.arms) == arms
+    assert len(run.header.outputs) == 2
+    rows = {arm: record.rows[first["prompt"]] for arm, record in run.arms.items()}
     assert {arm: row.seconds["total"] for arm, row in rows.items()} == {
         arm: run["total_s"] for arm, run in first["runs"].items()
     }

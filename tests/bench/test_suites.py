@@ -253,6 +253,6 @@ def test_quality_shows_perplexities(model: str) -> None:
 def test_plain_pytest_leaves_the_suites_alone() -> None:
     """Guards against minutes of measuring in a run of the tests."""
     done = run("--collect-only", "-q")
-    assert "tests/test_suites.py" in done.stdout
+    assert "tests/bench/test_suites.py" in done.stdout
     assert "perf/" not in done.stdout
     assert "quality/" not in done.stdout

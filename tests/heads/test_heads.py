@@ -42,9 +42,10 @@ from specdecode import (
 from specdecode.backends import Backend
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Static
+from specdecode.bench import plan
 from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.snippet import code
-from specdecode.bench.measure import session
+from specdecode.bench.options import Options
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng
@@ -58,7 +59,6 @@ from specdecode.heads.module import Head
 from specdecode.models.lm import outputs_of
 from tests.backends.test_backends import replayed
 from tests.bench.report.test_recommend import arm, kept
-from tests.bench.test_presets import options
 from tests.cli.test_cli import run
 from tests.helpers.characters import save
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, prompt, small
@@ -694,10 +694,11 @@ def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, mo
     entries = 'ar = {}\nours = { drafter = "lookup+head" }\nown = { drafter = "head", head = "own.safetensors" }'
     preset = tmp_path / "heads.toml"
     preset.write_text(f'prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\n{entries}\n')
-    monkeypatch.setattr(session, "shipped_head", {"with": Path("with-head.safetensors")}.get)
+    monkeypatch.setattr(plan, "shipped_head", {"with": Path("with-head.safetensors")}.get)
 
     def arms(target: str) -> list[str]:
-        return list(options(str(preset), tmp_path, target=target, tiny=False).experiment.arms)
+        options = Options(root=tmp_path, preset=str(preset), target=target, device="cpu")
+        return list(plan.resolve(options).preset.arms)
 
     assert arms("without") == ["ar", "own"]
     assert arms("with") == arms("shape:pythia-70m") == ["ar", "ours", "own"]

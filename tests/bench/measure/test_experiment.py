@@ -18,8 +18,9 @@ from specdecode.bench.arms.arm import Arm, make
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.experiment import Results, experiment, row_of
-from specdecode.bench.measure.session import measure
+from specdecode.bench.measure.speed_session import measure
 from specdecode.bench.options import Options
+from specdecode.bench.plan import resolve
 from specdecode.bench.presets import preset
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import speed_table
@@ -204,12 +205,10 @@ def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> Non
         'prompts = "prose:1"\nmax_new_tokens = 4\nrepeats = 1\n[arms]\nar = {}\nby-text = { drafter = "universal" }\n'
     )
     target, draft = save(tmp_path / "target"), save(tmp_path / "draft", texts=CHARACTERS[::-1])
-    given = {"root": tmp_path, "preset": str(preset_), "target": str(target), "draft": str(draft)}
-    left_out = {field.name: None for field in dataclasses.fields(Options)}
-    off = dict.fromkeys(("resume", "tiny", "eos"), False)
-    bench = measure(Options(**left_out | off | given | {"device": "cpu", "backend": "auto"}), {"by-text"})
-    assert bench.wrong["by-text"] == []
-    assert bench.run.measures("by-text")["acceptance_rate"] >= 0.0
+    options = Options(root=tmp_path, preset=str(preset_), target=str(target), draft=str(draft), device="cpu")
+    judged = measure(resolve(options), {"by-text"})
+    assert judged.wrong["by-text"] == []
+    assert judged.run.measures("by-text")["acceptance_rate"] >= 0.0
 
 
 def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked: None) -> None:

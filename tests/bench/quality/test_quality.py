@@ -14,7 +14,8 @@ import torch
 
 from specdecode import LM
 from specdecode.bench.options import Options
-from specdecode.bench.quality import session as quality
+from specdecode.bench.quality import quality_session as quality
+from specdecode.bench.quality.plan import QualityPlan, resolve_quality
 from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
 from specdecode.evals.arms import Shuffled, make, quality_preset
 from specdecode.evals.intervals import Outcome
@@ -34,7 +35,6 @@ from specdecode.evals.results import (
     write,
 )
 from specdecode.evals.tasks import TASKS
-from specdecode.models.embedded import EMBEDDED
 from tests.helpers.models import ARCHITECTURES, build, lm
 from tests.helpers.root import ROOT
 
@@ -337,27 +337,17 @@ def test_the_shuffled_cache_holds_the_same_tokens_in_another_order() -> None:
 # Sessions.
 
 
-def options(root: Path, **others: Any) -> Options:
-    """The command line's, for a rehearsal."""
+def plan(root: Path, **others: Any) -> QualityPlan:
+    """A rehearsal's, or what the options say otherwise."""
     given: dict[str, Any] = {
         "root": root,
-        "preset": "quick",
-        "target": EMBEDDED,
-        "draft": None,
         "device": "cpu",
         "dtype": "float32",
-        "max_new_tokens": None,
         "prompts": "prose@30:2",
-        "repeats": None,
-        "resume": False,
-        "tolerance": None,
-        "baseline": None,
-        "against": None,
         "backend": "eager",
         "tiny": True,
-        "eos": False,
     }
-    return Options(**given | others)
+    return resolve_quality(Options(**given | others))
 
 
 @pytest.fixture
@@ -371,7 +361,7 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against minutes that are lost, and pieces that are judged twice or not at all."""
     selected = {"full", "sink-window-16"}
-    whole = quality.measure(options(tmp_path), selected)
+    whole = quality.measure(plan(tmp_path), selected)
     assert {document.id.partition("/")[0] for document in whole.run.documents} == {"prose@30"}
     assert len(whole.run.documents) == 2
     assert len(whole.run.needles) == 2 * 2 * 2
@@ -388,11 +378,11 @@ def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(quality, "look_for", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quality.measure(options(tmp_path), selected)
+        quality.measure(plan(tmp_path), selected)
     (journal,) = (tmp_path / "results").glob("*.jsonl")
     assert journal.read_text().count("\n") == 1 + 2 + 2
     monkeypatch.setattr(quality, "read_side_by_side", None)
-    again = quality.measure(options(tmp_path, resume=True), selected)
+    again = quality.measure(plan(tmp_path, resume=True), selected)
     assert again.run == whole.run
     assert len(calls) == 3 + 6
     assert not journal.exists()
@@ -406,8 +396,8 @@ def test_answers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.Monke
         'texts = "prose@20:1"\nk = 3\n[arms]\nwindow = { policy = "sink-window", cache = 128 }\n[tasks]\n'
         'arms = ["window"]\nmax_new_tokens = 6\nproblems = { gsm8k = 1, humaneval = 2 }\n'
     )
-    given = options(tmp_path, preset=str(preset), target="shape:tiny", prompts=None, tiny=False)
-    whole = quality.measure(given, {"window"})
+    given: dict[str, Any] = {"preset": str(preset), "target": "shape:tiny", "prompts": None, "tiny": False}
+    whole = quality.measure(plan(tmp_path, **given), {"window"})
     asked = [(each.problem, each.arm) for each in whole.run.answers]
     assert [arm for _, arm in asked] == ["reference", "window"] * 2
     assert len({problem for problem, _ in asked}) == 2
@@ -428,11 +418,11 @@ def test_answers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(quality, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quality.measure(given, {"window"})
-    again = quality.measure(replace(given, resume=True), {"window"})
+        quality.measure(plan(tmp_path, **given), {"window"})
+    again = quality.measure(plan(tmp_path, **given, resume=True), {"window"})
     assert again.run == whole.run
     assert len(calls) == 3 + 2
-    longer = quality.measure(replace(given, max_new_tokens=9), {"window"})
+    longer = quality.measure(plan(tmp_path, **given, max_new_tokens=9), {"window"})
     assert {each.tokens for each in longer.run.answers} == {9}
 
 
@@ -440,7 +430,7 @@ def test_answers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.Monke
 def test_arms_without_their_package_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a run that ends because torchao is not there."""
     monkeypatch.setattr(quality, "find_spec", lambda name: None)
-    found = quality.measure(options(tmp_path), {"full", "int8-sink-window-16"})
+    found = quality.measure(plan(tmp_path), {"full", "int8-sink-window-16"})
     assert found.run.judged_arms == ["full"]
     reasons = [each.reason for each in found.judgements if each.arm == "int8-sink-window-16"]
     assert reasons == ["not read: INT8 needs torchao"] * 3

@@ -1,0 +1,45 @@
+"""Assemble the header of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from specdecode.bench.plan import Plan
+from specdecode.bench.runs.records import Header
+from specdecode.models.embedded import weights_of
+from specdecode.support.environment import conditions, environment
+
+
+def run_versions(target: str, backend: str) -> dict[str, str | int]:
+    """Return the versions that a run depends on, the source of the target's weights, and the backend's name."""
+    return {**environment(), "weights": weights_of(target), "backend": backend}
+
+
+def run_header(
+    plan: Plan,
+    outputs: dict[str, str],
+    floor: float,
+    *,
+    roofline: float,
+    versions: Mapping[str, str | int],
+    before: dict[str, str],
+) -> Header:
+    """Assemble the header of a run that has just ended; the conditions after it are read here.
+
+    Args:
+        plan: of the session.
+        outputs: a digest of what the baseline arm wrote, by prompt.
+        floor: the A/A floor, in logarithms.
+        roofline: tokens per second that the memory bandwidth allows.
+        versions: see `run_versions`.
+        before: the conditions before the run.
+    """
+    return Header(
+        identity=plan.identity,
+        max_new_tokens=plan.preset.max_new_tokens,
+        outputs=outputs,
+        floor=floor,
+        roofline=roofline,
+        versions=dict(versions),
+        conditions={"before": before, "after": conditions(plan.setup.device)},
+    )

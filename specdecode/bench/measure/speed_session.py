@@ -1,0 +1,230 @@
+"""One session of `pytest --benchmark`: from its plan to what was measured, and what the gate says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from specdecode.bench.arms.arm import make
+from specdecode.bench.gate.verdicts import Judgement, Verdict, judge
+from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.experiment import experiment
+from specdecode.bench.measure.header import run_header, run_versions
+from specdecode.bench.measure.journal import code, open_journal
+from specdecode.bench.measure.side_by_side import (
+    SideBySide,
+    Versions,
+    Worker,
+    dependencies,
+    measure_side_by_side,
+    versions,
+)
+from specdecode.bench.plan import Plan
+from specdecode.bench.report.captions import judged_by
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import ArmRecord, Header, RunFile
+from specdecode.bench.runs.statistics import Ratio
+from specdecode.evals.data import token_prompts
+from specdecode.models.lm import LM
+from specdecode.support.environment import conditions
+from specdecode.support.progress import progress
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedRun:
+    """A measured run, and the gate's verdicts on it.
+
+    Attributes:
+        title: names the models and the size of the experiment.
+        origins: of the prompts.
+        run: as it is kept and compared.
+        durations: seconds of each run, by arm.
+        wrong: prompts on which an arm gave other tokens than autoregressive decoding, by arm.
+        judged_by: what the gate compared with, in words.
+        judgements: its verdicts.
+    """
+
+    title: str
+    origins: list[str]
+    run: RunFile
+    durations: dict[str, list[float]]
+    wrong: dict[str, list[str]]
+    judged_by: str
+    judgements: list[Judgement]
+
+
+def measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
+    """Measure the selected arms of the preset, and judge them by the baseline or by another commit.
+
+    Raises:
+        ValueError, SpecDecodeError: an option is wrong, a model cannot be loaded or a file cannot be judged.
+    """
+    return _measure(plan, selected) if plan.against is None else _measure_against(plan, plan.against, selected)
+
+
+def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
+    """Measure the working tree alone."""
+    target, draft = plan.setup.load_pair()
+    prompts, origins = token_prompts(plan.preset.prompts, target)
+    entries = plan.entries(selected)
+    backend = target.with_backend(plan.setup.backend).backend
+    stop_token_ids = _stop_token_ids(plan, target)
+    arms = [
+        make(arm, entry, target, draft, plan.setup.backend, plan.preset.lengths, stop_token_ids)
+        for arm, entry in entries.items()
+    ]
+    versions = run_versions(plan.identity.target, backend.name)
+    experiment_values = {
+        "identity": plan.identity.file.as_posix(),
+        "prompts": prompts,
+        "max_new_tokens": plan.preset.max_new_tokens,
+        "lengths": plan.preset.lengths,
+        "stop_token_ids": stop_token_ids,
+        "arms": entries,
+        "code": code(),
+        "versions": versions,
+    }
+    finished, keep = open_journal(plan.journal, experiment_values, plan.resume)
+    before = conditions(target.device)
+    with progress() as show:
+        if plan.resume:
+            show(0, 1, f"resuming: {len(finished)} of {len(prompts) * plan.preset.repeats} blocks are there")
+        results = experiment(
+            arms,
+            prompts,
+            plan.preset.max_new_tokens,
+            plan.preset.repeats,
+            progress=show,
+            finished=finished,
+            keep=keep,
+        )
+    header = run_header(
+        plan, results.outputs(), results.floor, roofline=roofline(target), versions=versions, before=before
+    )
+    run = RunFile(Path(), header, results.records())
+    return JudgedRun(
+        title=_title(plan, f"{target.name}{f' with {draft.name}' if draft else ''}", target.device, backend, prompts),
+        origins=origins,
+        run=run,
+        durations={arm: results.durations(arm) for arm in run.arms},
+        wrong={arm: results.wrong(arm) for arm in run.arms},
+        judged_by=judged_by(run, plan.baseline, Path("baselines") / plan.identity.file),
+        judgements=_judge(plan, run),
+    )
+
+
+def _stop_token_ids(plan: Plan, target: LM) -> Sequence[int]:
+    """Return the tokens that end an output."""
+    if not plan.eos:
+        return ()
+    if not target.stop_token_ids:
+        raise ValueError(f"{plan.identity.target} has no stop tokens: leave out --eos")
+    return target.stop_token_ids
+
+
+def _judge(plan: Plan, run: RunFile) -> list[Judgement]:
+    """Judge by the baseline. Arms that were not selected are left out; those that the preset no longer has are missing
+    all the same."""
+    if plan.baseline is None:
+        return []
+    retired = {arm for arm in plan.baseline.arms if arm not in plan.preset.arms}
+    return judge(run, plan.baseline, plan.tolerance, retired | run.arms.keys())
+
+
+def _measure_against(plan: Plan, ref: str, selected: Collection[str]) -> JudgedRun:
+    """Measure the working tree and another commit side by side."""
+    entries = plan.entries(selected)
+    worker_arguments = {
+        "target": plan.identity.target,
+        "draft": plan.identity.draft,
+        "device": str(plan.setup.device),
+        "dtype": plan.identity.dtype,
+        "backend": plan.setup.backend,
+        "arms": entries,
+    }
+    before = conditions(plan.setup.device)
+    with versions(plan.root, ref, worker_arguments) as both:
+        unsupported = _unsupported_arms(both, ref)
+        arms = [arm for arm in entries if arm not in unsupported]
+        both.use(both.new)
+        prompts, origins = both.new.ask("prompts", spec=plan.preset.prompts)
+        bandwidth = both.new.ask("roofline")
+        with progress() as show:
+            measured = measure_side_by_side(
+                both, arms, prompts, plan.preset.max_new_tokens, plan.preset.repeats, progress=show
+            )
+        about = both.new.about
+        header = run_header(
+            plan,
+            measured.outputs("new"),
+            measured.floor(),
+            roofline=bandwidth,
+            versions=about["versions"],
+            before=before,
+        )
+    new = _one_version(measured, "new", both.new, header, arms)
+    old = _one_version(measured, "old", both.old, header, arms)
+    return JudgedRun(
+        title=_title(plan, about["pair"], about["device"], about["backend"], prompts),
+        origins=origins,
+        run=new,
+        durations={arm: [run.total_s for block in measured.blocks for run in block[arm].new.runs] for arm in arms},
+        wrong={arm: [block[arm].prompt for block in measured.blocks if "bug" in block[arm].new.checks] for arm in arms},
+        judged_by=_judged_by_commit(plan, ref, both.together),
+        judgements=_judge_against(plan, ref, new, old, unsupported, measured.change),
+    )
+
+
+def _unsupported_arms(both: Versions, ref: str) -> dict[str, str]:
+    """Return the arms that the other commit cannot make, and why.
+
+    Raises:
+        ValueError: the working tree cannot make an arm, or the other commit not the baseline arm.
+    """
+    if refused := both.new.about["refused"]:
+        raise ValueError(next(iter(refused.values())))
+    unsupported: dict[str, str] = both.old.about["refused"]
+    if BASELINE in unsupported:
+        raise ValueError(f"{ref} cannot be compared: {unsupported[BASELINE]}")
+    return unsupported
+
+
+def _one_version(
+    measured: SideBySide, version: Literal["new", "old"], worker: Worker, header: Header, arms: Sequence[str]
+) -> RunFile:
+    """Return the run of one version, under a header of its own."""
+    records = {arm: measured.record(version, worker.name, arm, worker.about["about"][arm]) for arm in arms}
+    header = replace(header, outputs=measured.outputs(version), versions=worker.about["versions"])
+    return RunFile(Path(), header, records)
+
+
+def _judge_against(
+    plan: Plan, ref: str, new: RunFile, old: RunFile, unsupported: Mapping[str, str], change: Callable[[str], Ratio]
+) -> list[Judgement]:
+    """Judge by the other commit; `change` is an arm's new speed over its old one."""
+    # An arm that the working tree's preset no longer has must not pass in silence.
+    retired = {arm: ArmRecord({}) for arm in plan.compared_arms if arm not in plan.preset.arms}
+    judgements = judge(new, replace(old, arms=old.arms | retired), plan.tolerance, side_by_side=change)
+    for arm, reason in unsupported.items():
+        why = f"{ref} cannot make this arm: {reason}"
+        judgements += [Judgement(arm, gate, Verdict.NO_BASELINE, why) for gate in ("time", "counters")]
+    return judgements
+
+
+def _judged_by_commit(plan: Plan, ref: str, together: bool) -> str:
+    """Say in words what the verdicts compare with."""
+    sentences = [f"Judged by {ref}, measured side by side with the working tree."]
+    if not together:
+        sentences.append(
+            "The models of both do not fit into memory together: they were loaded in turn, block by block."
+        )
+    if changed := dependencies(plan.root, ref):
+        sentences.append(f"{ref} pins other packages ({', '.join(changed)}): both ran with those that are installed.")
+    return " ".join(sentences)
+
+
+def _title(plan: Plan, pair: str, device: object, backend: object, prompts: Sized) -> str:
+    where = f"{plan.identity.dtype} on {device}, backend {backend}"
+    return f"{pair}, {where}, {len(prompts)} prompts x {plan.preset.max_new_tokens} tokens"

@@ -1,0 +1,202 @@
+"""From options to a plan: each file, and the hardware, is asked once, before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdecode.backends import check as check_backend
+from specdecode.bench.gate.baselines import TOLERANCE, find
+from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
+from specdecode.bench.options import Options
+from specdecode.bench.presets import Preset, arms_at, preset
+from specdecode.bench.runs.file import read
+from specdecode.bench.runs.names import BASELINE, FLAGS, drafters
+from specdecode.bench.runs.records import Identity, RunFile
+from specdecode.heads.bound import shipped_head
+from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
+from specdecode.models.lm import LM
+from specdecode.models.loading import TINY, choose_device, choose_dtype, load
+from specdecode.support.environment import hardware
+
+_DRAFTS = {EMBEDDED: EMBEDDED_DRAFT, TINY: "layers:0-1"}
+"""The drafts of targets that have one of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Which models a session runs, and where: what the speed suite and the quality suite share.
+
+    Attributes:
+        identity: names of the hardware, the models, the type of their weights and the preset.
+        device: of all models.
+        backend: of our own forwards, by its name on the command line.
+    """
+
+    identity: Identity
+    device: torch.device
+    backend: str
+
+    def load(self, name: str, target: LM | None = None) -> LM:
+        """Load a model on the backend "eager". Each arm decides for itself whether a draft serves it, and on which
+        backend it runs."""
+        return load(
+            name,
+            device=self.device,
+            dtype=self.identity.dtype,
+            target=target,
+            same_vocabulary=False,
+            backend="eager",
+        )
+
+    def load_target(self) -> LM:
+        """Load the target."""
+        return self.load(self.identity.target)
+
+    def load_pair(self) -> tuple[LM, LM | None]:
+        """Load the target, and the draft if there is one."""
+        target = self.load_target()
+        return target, self.load(self.identity.draft, target) if self.identity.draft else None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One session of `pytest --benchmark`, resolved.
+
+    Attributes:
+        root: folder of the repository.
+        setup: the models and the device.
+        preset: arms, prompts and lengths, with what the command line says otherwise.
+        eos: whether outputs end at the target's stop tokens.
+        resume: whether to go on with the blocks that an interrupted run finished.
+        against: the commit that the working tree is measured against, if there is one.
+        baseline: the run to judge by; None with `against`, and where there is none for these models.
+        compared_arms: the arms that the baseline or the other commit has.
+        tolerance: share by which a time may be worse.
+        gate: which verdicts fail the session: a key of `gate.verdicts.FAILING`.
+    """
+
+    root: Path
+    setup: Setup
+    preset: Preset
+    eos: bool
+    resume: bool
+    against: str | None
+    baseline: RunFile | None
+    compared_arms: list[str]
+    tolerance: float
+    gate: str
+
+    @property
+    def identity(self) -> Identity:
+        """What makes runs comparable."""
+        return self.setup.identity
+
+    @property
+    def judged_arms(self) -> list[str]:
+        """The preset's arms, and those that it is compared with: one that the run lacks must not pass in silence."""
+        return list(dict.fromkeys([*self.preset.arms, *self.compared_arms]))
+
+    @property
+    def journal(self) -> Path:
+        """Where finished blocks are kept until the run is complete."""
+        return self.root / "results" / f"{self.identity.hardware}-{self.identity.file.stem}.blocks.jsonl"
+
+    def entries(self, selected: Collection[str]) -> dict[str, dict[str, Any]]:
+        """The preset's entries of the selected arms, and of the arm that all others are compared with."""
+        return {arm: entry for arm, entry in self.preset.arms.items() if arm in {BASELINE, *selected}}
+
+
+def resolve_setup(options: Options) -> Setup:
+    """Resolve which models run, and where.
+
+    Raises:
+        ValueError: a device, a type or a backend that cannot be used.
+    """
+    device = choose_device(options.device)
+    check_backend(options.backend, device)
+    target = TINY if options.tiny and options.target == EMBEDDED else options.target
+    identity = Identity(
+        hardware=hardware(device),
+        target=target,
+        draft=options.draft or _DRAFTS.get(target, ""),
+        dtype=str(choose_dtype(options.dtype, device)).removeprefix("torch."),
+        preset=".".join([Path(options.preset).stem, *(flag for flag in FLAGS if getattr(options, flag))]),
+    )
+    return Setup(identity, device, options.backend)
+
+
+def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True) -> Plan:
+    """Resolve the options of a speed session.
+
+    Args:
+        options: the command line.
+        setup: its models and device, if they are resolved already.
+        judged: look for a baseline, or for the arms of the other commit. Nothing judges a run that only recommends.
+
+    Raises:
+        ValueError: options that are wrong or do not go together, or a file that cannot be read.
+    """
+    chosen = preset(options.preset)
+    setup = setup or resolve_setup(options)
+    if options.against is not None:
+        _check_against(options)
+    old = _baseline(options, setup.identity) if judged and options.against is None else None
+    compared = list(old.arms) if old else []
+    if judged and options.against is not None:
+        compared = arms_at(options.root, options.against, options.preset)
+    return Plan(
+        root=options.root,
+        setup=setup,
+        preset=_with_options(chosen, options, setup.identity.target),
+        eos=options.eos,
+        resume=options.resume,
+        against=options.against,
+        baseline=old,
+        compared_arms=compared,
+        tolerance=tolerance_of(options.tolerance, TOLERANCE if options.against is None else AGAINST_TOLERANCE),
+        gate=options.gate,
+    )
+
+
+def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
+    """The preset with what the command line says otherwise, and without heads that the target does not have."""
+    if options.repeats is not None and options.repeats < 1:
+        raise ValueError(f"repeats is {options.repeats}: each prompt is measured once at least")
+    if options.tiny:
+        chosen = chosen.tiny()
+    length = chosen.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+    # A head is trained for one target: another one is measured without, unless the preset names its file.
+    headless = shipped_head(target) is None and not target.startswith("shape:")
+    return replace(
+        chosen,
+        arms={arm: entry for arm, entry in chosen.arms.items() if not (headless and _needs_shipped_head(entry))},
+        prompts=options.prompts or chosen.prompts,
+        max_new_tokens=length,
+        repeats=chosen.repeats if options.repeats is None else options.repeats,
+        lengths=[shorter for shorter in chosen.lengths if shorter < length],
+    )
+
+
+def _needs_shipped_head(entry: dict[str, Any]) -> bool:
+    return "head" in drafters(entry) and "head" not in entry
+
+
+def _check_against(options: Options) -> None:
+    for option, value, why in (
+        ("--baseline", options.baseline, "it measures both versions anew"),
+        ("--resume", options.resume, "it measures both versions anew"),
+        ("--eos", options.eos, "outputs of one length are compared"),
+    ):
+        if value:
+            raise ValueError(f"{option} does not go with --against: {why}")
+
+
+def _baseline(options: Options, identity: Identity) -> RunFile | None:
+    if options.baseline:
+        return read(Path(options.baseline))
+    return find(identity, options.root / "baselines")

@@ -1,0 +1,272 @@
+"""One session of `pytest --quality`: from its plan to what was judged, piece by piece, and what the margins say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from specdecode.bench.measure.journal import code, open_lines
+from specdecode.bench.quality.plan import QualityPlan
+from specdecode.evals.answers import Problem, answer, problems
+from specdecode.evals.arms import QualityPreset, make
+from specdecode.evals.data import NotAtHandError, documents, token_prompts
+from specdecode.evals.needle import bury, look_for
+from specdecode.evals.perplexity import DecodePath, Judged
+from specdecode.evals.perplexity import judge as read_side_by_side
+from specdecode.evals.results import (
+    REFERENCE,
+    Answer,
+    Document,
+    Judgement,
+    QualityRun,
+    Sought,
+    document,
+    judge,
+    write,
+)
+from specdecode.models.embedded import weights_of
+from specdecode.models.lm import LM
+from specdecode.support.environment import environment
+from specdecode.support.files import write_whole
+from specdecode.support.progress import progress
+
+# What is written of a figure: more than any interval is wide, and few enough to keep a run's file small.
+_SIGNIFICANT_DIGITS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedQualityRun:
+    """A run of the quality suite, and what its margins say of it.
+
+    Attributes:
+        run: as it is kept.
+        file: where it is.
+        margins_path: where its margins are, or would be.
+        judgements: of every arm and measure.
+    """
+
+    run: QualityRun
+    file: Path
+    margins_path: Path
+    judgements: list[Judgement]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a session judges, loaded.
+
+    Attributes:
+        arms: the preset's entries of the selected arms.
+        target: the model.
+        reference: the decode path that all others are compared with.
+        paths: the decode path of each arm; of none whose package is missing.
+        texts: tokens of each document, by its id.
+        origins: of the documents.
+        needles: which arm looks for a needle in a text of which length at which depth.
+        problems: of all tasks.
+        tasks: what the run's header says of the tasks; None if none are asked.
+    """
+
+    arms: dict[str, dict[str, Any]]
+    target: LM
+    reference: DecodePath
+    paths: dict[str, DecodePath]
+    texts: dict[str, list[int]]
+    origins: list[str]
+    needles: list[tuple[str, int, float]]
+    problems: list[Problem]
+    tasks: dict[str, Any] | None
+
+
+class _Pieces:
+    """The finished pieces of a session, by id. A missing piece is made, and written to the journal at once.
+
+    Args:
+        finished: what an interrupted session left.
+        keep: writes a piece to the journal.
+    """
+
+    def __init__(self, finished: list[dict[str, Any]], keep: Callable[[dict[str, Any]], None]) -> None:
+        self._by_id = {piece["id"]: piece for piece in finished}
+        self._keep = keep
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the values of a piece, without its id."""
+        if name not in self._by_id:
+            self._by_id[name] = {"id": name, **make()}
+            self._keep(self._by_id[name])
+        return {key: value for key, value in self._by_id[name].items() if key != "id"}
+
+
+def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
+    """Judge the selected arms of the preset by the margins.
+
+    Raises:
+        ValueError, SpecDecodeError: an option is wrong, or a model or a text cannot be loaded.
+    """
+    work = _load(plan, selected)
+    header = _header(plan, work)
+    session_values = {
+        **header,
+        "arms": work.arms,
+        "tokens": work.texts,
+        "asked": [asdict(problem) for problem in work.problems],
+        "code": code(),
+    }
+    pieces = _Pieces(*open_lines(plan.journal, session_values, plan.resume))
+    document_tokens = sum(len(work.paths) * (len(tokens) - 1) for tokens in work.texts.values())
+    all_tokens = document_tokens + sum(length for _, length, _ in work.needles)
+    with progress("tokens") as show:
+        if plan.resume:
+            count = len(work.texts) + len(work.needles)
+            show(0, 1, f"resuming: {len(pieces)} of {count} pieces are there")
+        read = _read_documents(plan, work, pieces, lambda done, doing: show(done, all_tokens, doing))
+        needles = _look_for_needles(
+            plan, work, pieces, lambda done, doing: show(document_tokens + done, all_tokens, doing)
+        )
+    run = QualityRun(header, work.arms, read, needles, _answers(plan, work, pieces))
+    write_whole(plan.file, write(run))
+    plan.journal.unlink(missing_ok=True)
+    return JudgedQualityRun(run, plan.file, plan.margins_path, judge(run, plan.margins))
+
+
+def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
+    """Load the target and the texts, and make the decode path of each arm."""
+    preset, backend = plan.preset, plan.setup.backend
+    target = plan.setup.load_target()
+    texts, origins = token_prompts(preset.texts, target)
+    arms = {arm: entry for arm, entry in preset.arms.items() if arm in selected}
+    reference = make(REFERENCE, {}, target, preset.k, backend)
+    # An arm that is not read is not judged either.
+    installed = {arm: entry for arm, entry in arms.items() if "quantize" not in entry or find_spec("torchao")}
+    paths = {arm: make(arm, entry, target, preset.k, backend) for arm, entry in installed.items()}
+    grid = preset.needle
+    needles = list(product([arm for arm in grid.arms if arm in paths], grid.lengths, grid.depths)) if grid else []
+    asked, tasks = _problems(preset, arms, target)
+    return _Work(arms, target, reference, paths, texts, origins, needles, asked, tasks)
+
+
+def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple[list[Problem], dict[str, Any] | None]:
+    """Return the problems of all tasks, and what a run's header says of tasks: origins, and why some are missing."""
+    grid = preset.tasks
+    if grid is None or not set(grid.arms) & set(arms):
+        return [], None
+    asked: list[Problem] = []
+    origins, missing = [], {}
+    for task, count in grid.problems.items():
+        try:
+            of_task, origin = problems(task, count, target)
+        except NotAtHandError as error:
+            missing[task] = str(error)
+        else:
+            asked += of_task
+            origins.append(origin)
+    return asked, {**asdict(grid), "origins": origins, "missing": missing}
+
+
+def _header(plan: QualityPlan, work: _Work) -> dict[str, Any]:
+    """Assemble the header of the run."""
+    preset, identity = plan.preset, plan.setup.identity
+    return {
+        "target": identity.target,
+        "dtype": identity.dtype,
+        "preset": identity.preset,
+        "texts": preset.texts,
+        "origins": work.origins,
+        "tasks": work.tasks,
+        "k": preset.k,
+        "window": preset.window,
+        "stride": preset.stride,
+        "backend": str(work.reference.lm.backend),
+        "synthetic": work.target.synthetic,
+        "versions": {**environment(), "weights": weights_of(identity.target)},
+    }
+
+
+def _read_documents(
+    plan: QualityPlan, work: _Work, pieces: _Pieces, tell: Callable[[int, str], None]
+) -> list[Document]:
+    """Read each document in all ways; `tell` is called with the tokens that were read and the document's id."""
+    read, done = [], 0
+    for name, tokens in work.texts.items():
+
+        def told(judged: int, name: str = name, done: int = done) -> None:
+            tell(done + judged, name)
+
+        piece = pieces.get(name, partial(_read_document, plan.preset, work, tokens, told))
+        read.append(document({"id": name, **piece}))
+        done += len(work.paths) * (len(tokens) - 1)
+    return read
+
+
+def _read_document(
+    preset: QualityPreset, work: _Work, tokens: list[int], tell: Callable[[int], None]
+) -> dict[str, Any]:
+    losses, judged = read_side_by_side(work.reference, work.paths, tokens, preset.window, preset.stride, tell)
+    return {"reference": _rounded(losses.tolist()), "arms": {arm: _plain(of) for arm, of in judged.items()}}
+
+
+def _look_for_needles(
+    plan: QualityPlan, work: _Work, pieces: _Pieces, tell: Callable[[int, str], None]
+) -> list[Sought]:
+    """Look for each needle; `tell` is called with the tokens that were read and the needle's id."""
+    if plan.preset.needle is None or not work.needles:
+        return []
+    haystack = [sample.text for sample in documents(plan.preset.needle.corpus)[0]]
+    sought, done = [], 0
+    for arm, length, depth in work.needles:
+        name = f"needle {arm} {length} {depth}"
+
+        def look(arm: str = arm, length: int = length, depth: float = depth) -> dict[str, Any]:
+            found = look_for(work.paths[arm], bury(work.target, haystack, length, depth))
+            return asdict(Sought(arm, length, depth, **asdict(found)))
+
+        tell(done, name)
+        sought.append(Sought(**pieces.get(name, look)))
+        done += length
+        tell(done, name)
+    return sought
+
+
+def _answers(plan: QualityPlan, work: _Work, pieces: _Pieces) -> list[Answer]:
+    """Return the answers to every problem: the reference's, and those of the arms that are asked."""
+    grid = plan.preset.tasks
+    if grid is None or not work.problems:
+        return []
+    paths = {REFERENCE: work.reference} | {arm: path for arm, path in work.paths.items() if arm in grid.arms}
+    if len(paths) == 1:
+        return []
+    answers = []
+    questions = list(product(work.problems, paths))
+    with progress("answers") as tell:
+        for number, (problem, arm) in enumerate(questions):
+            name = f"{problem.id} {arm}"
+            tell(number, len(questions), name)
+
+            def ask(arm: str = arm, problem: Problem = problem) -> dict[str, Any]:
+                return asdict(answer(arm, paths[arm], problem, grid.max_new_tokens))
+
+            answers.append(Answer(**pieces.get(name, ask)))
+            tell(number + 1, len(questions), name)
+    return answers
+
+
+def _plain(judged: Judged) -> dict[str, Any]:
+    return {
+        "nll": _rounded(judged.nll.tolist()),
+        "kl": _rounded(judged.kl.tolist()),
+        "agrees": judged.agrees.int().tolist(),
+        "since": judged.since.tolist(),
+    }
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [float(f"{value:.{_SIGNIFICANT_DIGITS}g}") for value in values]

@@ -1,0 +1,81 @@
+"""What a session of the suites shows when it ends: tables for the terminal, and a page for a merge request."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+from rich.console import Console
+
+from specdecode.bench.measure.speed_session import JudgedRun
+from specdecode.bench.quality import tables as quality_tables
+from specdecode.bench.quality.quality_session import JudgedQualityRun
+from specdecode.bench.report.grid import rich_table
+from specdecode.bench.report.markdown import markdown
+from specdecode.bench.report.tables import speed_table, verdict_table
+from specdecode.support.files import write_whole
+
+_TABLE_WIDTH = 145  # characters
+
+
+def speed_text(judged: JudgedRun, colours: bool) -> str:
+    """Return the tables of speeds and verdicts, as text for a terminal."""
+
+    def show(console: Console) -> None:
+        console.print(judged.title, highlight=False, soft_wrap=True)
+        console.print(speed_table(judged.run))
+        console.print(f"Prompts from {'; '.join(judged.origins)}.", highlight=False)
+        console.print(judged.judged_by, highlight=False, soft_wrap=True)
+        if judged.judgements:
+            console.print(verdict_table(judged.judgements))
+
+    return _rendered(show, colours)
+
+
+def speed_page(judged: JudgedRun) -> str:
+    """Return the verdicts and the speeds as Markdown."""
+    return markdown(judged.run, judged.title, judged.judged_by, judged.judgements)
+
+
+def quality_text(judged: JudgedQualityRun, colours: bool) -> str:
+    """Return the tables of what the arms cost, as text for a terminal; the figures are drawn into a folder."""
+    run = judged.run
+    where = (
+        f"The run is in {judged.file}, a page of it in the .md beside it; margins are taken from"
+        f" {judged.margins_path}. {_draw_figures(judged)}"
+    )
+
+    def show(console: Console) -> None:
+        console.print(rich_table(quality_tables.costs(run, judged.judgements)))
+        if run.needles:
+            console.print(rich_table(quality_tables.retrieval(run)))
+        if run.answers:
+            console.print(rich_table(quality_tables.scores(run, judged.judgements)))
+        for note in [*quality_tables.notes(run), where]:
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
+
+    return _rendered(show, colours)
+
+
+def quality_page(judged: JudgedQualityRun) -> str:
+    """Write what the arms cost as Markdown beside the run, and return it."""
+    page = quality_tables.markdown(judged.run, judged.judgements)
+    write_whole(judged.file.with_suffix(".md"), page)
+    return page
+
+
+def _draw_figures(judged: JudgedQualityRun) -> str:
+    """Draw the figures of a run, and say in a sentence where they are."""
+    folder = judged.file.with_suffix("")
+    try:
+        from specdecode.bench.quality.figures import write
+    except ImportError as error:
+        return f"There are no figures: they need matplotlib ({error}), pip install 'specdecode[figures]'."
+    drawn = [name for name, reason in write(judged.run, folder).items() if not reason]
+    return f"Figures are in {folder}: {', '.join(drawn)}."
+
+
+def _rendered(show: Callable[[Console], None], colours: bool) -> str:
+    text = io.StringIO()
+    show(Console(file=text, width=_TABLE_WIDTH, force_terminal=colours))
+    return text.getvalue()

@@ -1,0 +1,124 @@
+"""Options are resolved once, and what is wrong with them is told before anything is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdecode.bench.options import Options
+from specdecode.bench.plan import Plan, resolve
+from specdecode.bench.quality.plan import QualityPlan, resolve_quality
+from tests.bench.test_suites import run
+from tests.helpers.root import ROOT
+
+COUNTER = """
+import os, sys
+from specdecode.support import environment
+
+def note(what):
+    os.write(log, f"{what}\\n".encode())
+
+def audit(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(("quick.toml", "baseline.json")):
+        note("/".join(str(arguments[0]).split(os.sep)[-3:]))
+    elif event == "subprocess.Popen" and "HEAD:./specdecode/bench/presets/quick.toml" in arguments[1]:
+        note("git show")
+
+def counted(device, ask=environment.hardware):
+    note("hardware")
+    return ask(device)
+
+log = os.open(os.environ["COUNTS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+environment.hardware = counted
+sys.addaudithook(audit)
+"""
+
+
+@pytest.mark.parametrize("judge", ["--baseline", "--against"])
+def test_a_session_asks_once(judge: str, tmp_path: Path) -> None:
+    """Guards against options that each hook of pytest resolves anew."""
+    (tmp_path / "counter.py").write_text(COUNTER)
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(next((ROOT / "baselines").glob("*/smollm2*-quick.json")).read_text())
+    value = str(baseline) if judge == "--baseline" else "HEAD"
+    done = run(
+        *("-p", "counter", "--benchmark", "--quality", "--collect-only", "--device", "cpu", f"{judge}={value}"),
+        PYTHONPATH=str(tmp_path),
+        COUNTS=str(tmp_path / "counts"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    compared = "/".join(baseline.parts[-3:]) if judge == "--baseline" else "git show"
+    expected = {"hardware", "bench/presets/quick.toml", "evals/presets/quick.toml", compared}
+    assert Counter((tmp_path / "counts").read_text().splitlines()) == dict.fromkeys(expected, 1)
+
+
+def plan(root: Path, **given: Any) -> Plan:
+    return resolve(Options(**{"root": root, "device": "cpu", "tiny": True} | given))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"preset": "nothing"}, "no preset is named 'nothing'"),
+        ({"device": "nothing"}, "device 'nothing' cannot be used here"),
+        ({"dtype": "nothing"}, "dtype 'nothing' is not one of"),
+        ({"backend": "nothing"}, "no backend is named 'nothing'"),
+        ({"backend": "graph"}, "need a GPU"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"tolerance": 1.0}, "tolerance is 1.0"),
+        ({"baseline": "nowhere.json"}, "nowhere.json cannot be read"),
+        ({"against": "HEAD", "baseline": "some.json"}, "--baseline does not go with --against"),
+        ({"against": "HEAD", "resume": True}, "--resume does not go with --against"),
+        ({"against": "HEAD", "eos": True}, "--eos does not go with --against"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_is_loaded(tmp_path: Path, given: dict[str, Any], reason: str) -> None:
+    """Guards against a minute of loading before a misspelt option is told."""
+    with pytest.raises(ValueError, match=reason):
+        plan(tmp_path, **given)
+
+
+def test_arms_that_only_the_baseline_has_are_judged(tmp_path: Path) -> None:
+    """Guards against an arm that is taken out of a preset together with its regression."""
+    baseline = next((ROOT / "baselines").glob("*/smollm2*-quick.json"))
+    preset = tmp_path / "own.toml"
+    preset.write_text('prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = {}\nnew = {}\n')
+    judged = plan(tmp_path, preset=str(preset), baseline=str(baseline))
+    assert judged.judged_arms[:2] == ["ar", "new"]
+    assert {"lookup", "linear-k5"} < set(judged.judged_arms)
+    assert len(judged.judged_arms) == len(set(judged.judged_arms))
+    assert judged.entries({"new"}).keys() == {"ar", "new"}
+    assert judged.entries({"lookup"}).keys() == {"ar"}
+
+
+def test_what_only_recommends_reads_no_baseline(tmp_path: Path) -> None:
+    """Guards against a recommendation that a damaged baseline stops."""
+    file = tmp_path / "baselines" / plan(tmp_path).identity.file
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    options = Options(root=tmp_path, device="cpu", tiny=True)
+    with pytest.raises(ValueError, match="is not whole"):
+        resolve(options)
+    assert resolve(options, judged=False).baseline is None
+
+
+def test_a_quality_session_is_planned_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """Guards against margins of another target, and options that the quality suite does not see."""
+
+    def quality(**given: Any) -> QualityPlan:
+        return resolve_quality(Options(**{"root": tmp_path, "device": "cpu", "tiny": True} | given))
+
+    found = quality(prompts="prose@30:2", max_new_tokens=3)
+    assert found.preset.texts == "prose@30:2"
+    assert found.preset.tasks is not None
+    assert found.preset.tasks.max_new_tokens == 3
+    assert found.margins == {}
+    found.margins_path.parent.mkdir(parents=True)
+    found.margins_path.write_text('{"margins": {"full": {"nll": 0.5}}}')
+    assert quality(prompts="prose@30:2").margins == {"full": {"nll": 0.5}}
+    for given, reason in (({"backend": "nothing"}, "no backend"), ({"preset": "nothing", "tiny": False}, "no preset")):
+        with pytest.raises(ValueError, match=reason):
+            quality(**given)
