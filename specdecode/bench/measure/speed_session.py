@@ -25,7 +25,7 @@ from specdecode.bench.plan import Plan
 from specdecode.bench.report.captions import judged_by
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Header, RunFile
-from specdecode.bench.runs.statistics import Ratio
+from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.data import token_prompts
 from specdecode.models.lm import LM
 from specdecode.support.environment import conditions
@@ -201,7 +201,7 @@ def _one_version(
 
 
 def _judge_against(
-    plan: Plan, ref: str, new: RunFile, old: RunFile, unsupported: Mapping[str, str], change: Callable[[str], Ratio]
+    plan: Plan, ref: str, new: RunFile, old: RunFile, unsupported: Mapping[str, str], change: Callable[[str], Estimate]
 ) -> list[Judgement]:
     """Judge by the other commit; `change` is an arm's new speed over its old one."""
     # An arm that the working tree's preset no longer has must not pass in silence.
