@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specdecode.core.errors import SpecDecodeError
+
 
 class Rng:
     """All the randomness of one generation: biased coins and draws from a law.
@@ -28,15 +30,37 @@ class Rng:
         return torch.rand((), generator=self._generator, dtype=torch.float64).item() < float(probability)
 
     def draw(self, law: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
-        """One index from each row, by inversion of its cumulative sum; rows need not be normalised.
+        """Draw one index from each row, by inversion of its cumulative sum; rows need not be normalised.
 
-        An entry of probability zero is never drawn: the cumulative sum does not rise there.
+        An entry of probability zero is never drawn: the cumulative sum does not rise there. A row without mass, or with
+        NaN in it, gives -1.
         """
         uniform = torch.rand(law.shape[:-1], generator=self._generator, dtype=torch.float64).to(law.device)
         cumulative = law.double().cumsum(-1)
-        heights = uniform.unsqueeze(-1) * cumulative[..., -1:]
-        # Only a row without any mass, or a product rounded up to the whole of it, points behind the last entry.
-        return torch.searchsorted(cumulative, heights, right=True).squeeze(-1).clamp(max=law.shape[-1] - 1)
+        mass = cumulative[..., -1:]
+        drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * mass, right=True)
+        # A product that is rounded up to the whole mass points behind the last entry.
+        return drawn.clamp(max=law.shape[-1] - 1).where(mass > 0, -1).squeeze(-1)
+
+
+def most_probable(logits: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
+    """Return the index of the largest entry of each row; -1 where a row has NaN in it, or nothing above -inf."""
+    largest = logits.max(-1)
+    return largest.indices.where(largest.values > -torch.inf, -1)
+
+
+def checked_choice(token: int) -> int:
+    """Return a token that was drawn, or is the most probable one.
+
+    Raises:
+        SpecDecodeError: it is -1, as its distribution has no mass or is not finite.
+    """
+    if token < 0:
+        raise SpecDecodeError(
+            "the model's logits are NaN, infinite or all -inf here, so that no token can be chosen: run it in another"
+            " dtype, such as float32 or bfloat16, or check its weights"
+        )
+    return token
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +107,9 @@ class Sampling:
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self.greedy:
             return scores.softmax(-1)
-        scores = scores / self.temperature
+        # With the largest at zero, none overflows. What no temperature can be divided by is as good as greedy.
+        largest = scores.amax(-1, keepdim=True)
+        scores = (scores - largest) / max(self.temperature, torch.finfo(scores.dtype).tiny)
         if 0 < self.top_k < scores.shape[-1]:
             lowest = scores.topk(self.top_k).values[..., -1:]
             scores = scores.masked_fill(scores < lowest, -torch.inf)

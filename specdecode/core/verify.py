@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdecode.core.sampling import Rng
+from specdecode.core.sampling import Rng, checked_choice
 from specdecode.core.tree import DraftTree
 
 
@@ -41,6 +41,9 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
         target: row i is the law of the token after node i. Where every law is one-hot, as in greedy decoding, the
             token of each is enough: the rule then follows the target's tokens as far as the tree holds them.
         rng: the randomness of this generation; one-hot laws need none.
+
+    Raises:
+        SpecDecodeError: the target's logits are not finite where it must choose a token.
     """
     if target.ndim == 1:
         # One transfer carries all that the host must learn of a greedy step.
@@ -80,7 +83,7 @@ def walk(tokens: Sequence[int], children: Sequence[Sequence[int]], probs: Any, t
             # Nothing remains only where p and q differ by rounding alone: p is then the law still.
             p = residual / residual.sum() if residual.sum() > 0 else p
         else:
-            return Verdict(path, [*(tokens[i - 1] for i in path), int(rng.draw(p))])
+            return Verdict(path, [*(tokens[i - 1] for i in path), checked_choice(int(rng.draw(p)))])
 
 
 def _follow(tokens: Sequence[int], children: Sequence[Sequence[int]], choices: Sequence[int]) -> Verdict:
@@ -90,4 +93,4 @@ def _follow(tokens: Sequence[int], children: Sequence[Sequence[int]], choices: S
     while (match := next((c for c in children[node] if tokens[c - 1] == choices[node]), None)) is not None:
         path.append(match)
         node = match
-    return Verdict(path, [*(tokens[i - 1] for i in path), choices[node]])
+    return Verdict(path, [*(tokens[i - 1] for i in path), checked_choice(choices[node])])

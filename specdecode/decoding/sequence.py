@@ -12,7 +12,7 @@ from torch import Tensor
 from specdecode.backends.graph import CudaGraphs
 from specdecode.controllers.base import MAX_DRAFT_NODES, Controller, Limit
 from specdecode.core.result import Generation, Step
-from specdecode.core.sampling import Sampling
+from specdecode.core.sampling import Sampling, most_probable
 from specdecode.core.stopping import Stops
 from specdecode.core.tree import DraftTree
 from specdecode.core.verify import accept
@@ -126,7 +126,7 @@ class SequenceState:
         attended = held // slots.length * self._target.span(slots)
         root = slots.length - len(tree) - 1
         if known is None:
-            known = logits.argmax(-1) if self._sampling.greedy else self._sampling.probs(logits)
+            known = most_probable(logits) if self._sampling.greedy else self._sampling.probs(logits)
         verdict = accept(tree, known, self._rng)
         verified_at = time.perf_counter()
 

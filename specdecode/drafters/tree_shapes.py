@@ -215,7 +215,7 @@ def _continue(laws: Float[Tensor, "rows V"], each: int, room: int, rng: Rng | No
     drawn, given = [], []
     left = laws[: -(-len(rows) // each)]
     for _ in range(each):
-        tokens = rng.draw(left)
+        tokens = rng.draw(left).clamp(min=0)
         drawn.append(tokens)
         given.append(left)
         left = left.scatter(1, tokens[:, None], 0.0)

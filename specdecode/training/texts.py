@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from specdecode.core.sampling import Sampling
+from specdecode.core.sampling import Sampling, checked_choice
 from specdecode.drafters.base import common_prefix
 from specdecode.evals.data import NAMES, Sample, documents
 from specdecode.models.lm import LM
@@ -174,6 +174,7 @@ class Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Int[Tensor, "b n"], scores: Float[Tensor, "b V"]) -> Float[Tensor, "b V"]:
         chosen = self._rng.draw(self._sampling.probs(scores))
+        checked_choice(int(chosen.min()))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 

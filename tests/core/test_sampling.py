@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from specdecode import Sampling
-from specdecode.core.sampling import Rng
+from specdecode import LM, ModelDrafter, NoDraft, Sampling, SpecDecodeError, StaticTree, generate
+from specdecode.core.sampling import Rng, checked_choice, most_probable
+from tests.helpers.models import ARCHITECTURES, build, lm, prompt
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,64 @@ def test_greedy_ranks_by_the_plain_softmax() -> None:
     logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
     assert Sampling().greedy
     assert torch.equal(Sampling().probs(logits), logits.softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-12, 1e-37, 1e-38, 1e-40, 1e-300, 5e-324])
+@pytest.mark.parametrize("narrowed", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_the_coldest_distributions_hold_the_most_probable_token(
+    temperature: float, narrowed: dict, dtype: torch.dtype
+) -> None:
+    """Guards against logits that overflow when they are divided: infinities make a distribution of NaN."""
+    logits = torch.tensor([[1.0, 3.0, -2.0, 2.5], [-9.0, -torch.inf, -7.0, -8.0], [5e4, -5e4, 0.0, 4e4]], dtype=dtype)
+    law = Sampling(temperature, **narrowed).probs(logits)
+    assert law.tolist() == [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    equals = Sampling(temperature).probs(torch.tensor([1.0, 1.0], dtype=dtype))
+    assert equals.tolist() == [0.5, 0.5]
+
+
+NOTHING = {
+    "nan": [0.0, torch.nan, 1.0],
+    "infinite": [0.0, torch.inf, 1.0],
+    "all masked": [-torch.inf] * 3,
+}
+
+
+@pytest.mark.parametrize("logits", NOTHING.values(), ids=NOTHING)
+@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.9)], ids=str)
+def test_nothing_is_drawn_from_logits_that_are_not_finite(logits: list[float], sampling: Sampling) -> None:
+    """Guards against the last token of the vocabulary, for ever."""
+    law = sampling.probs(torch.tensor([logits, [0.0, 0.0, 9e9]]))
+    assert Rng(0).draw(law).tolist() == [-1, 2]
+    with pytest.raises(SpecDecodeError, match="logits are NaN, infinite or all -inf here.*run it in another dtype"):
+        checked_choice(-1)
+    assert checked_choice(2) == 2
+
+
+def test_the_most_probable_of_no_number_is_none() -> None:
+    """Guards against the first token for NaN, which is the largest to PyTorch. An infinity is the largest to all."""
+    rows = torch.tensor([*NOTHING.values(), [1.0, 2.0, 2.0]])
+    assert most_probable(rows).tolist() == [-1, 1, -1, 1]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1)], ids=["greedy", "sampled"])
+def test_a_model_without_finite_logits_is_told_and_a_draft_without_them_costs_nothing(sampling: Sampling) -> None:
+    """Guards against a text of one token where float16 overflows, and against a draft's NaN in the target's law."""
+    model = build(ARCHITECTURES["llama"])
+    damaged = LM(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = torch.nan
+    with pytest.raises(SpecDecodeError, match="logits are NaN"):
+        generate(damaged, [5, 77, 9], sampling=sampling, max_new_tokens=4)
+    target, start = lm("llama"), [*prompt(), 77]
+    for shape in (StaticTree((2, 2)), StaticTree((1, 1))):
+        drafted = generate(target, start, drafter=ModelDrafter(damaged, shape), sampling=sampling, max_new_tokens=12)
+        plain = generate(target, start, drafter=NoDraft(), sampling=sampling, max_new_tokens=12)
+        if sampling.greedy:
+            assert drafted.tokens == plain.tokens
+        else:
+            assert drafted.drafted == 0
+            assert len(drafted.tokens) == 12
 
 
 class FixedRng(Rng):
