@@ -9,6 +9,8 @@ import jaxtyping
 import pytest
 import torch
 
+import tests.helpers.fuzzing  # noqa: F401  registers a profile, which pytest's option may name
+
 # On a machine that was not set up for the tests they still tell something.
 _CHECKED = find_spec("beartype") is not None
 

@@ -134,9 +134,9 @@ class SequenceState:
         slots.keep([root + node for node in verdict.path], after=root + 1)
         new = len(result.tokens)
         result.tokens += verdict.tokens
-        stop = self._stops.find(result.tokens, new)
+        stop = self._stops.find(self._tokens, verdict.tokens)
         if stop is not None:
-            del result.tokens[stop + 1 :]
+            del result.tokens[new + stop + 1 :]
             result.finish_reason = "stop"
         emitted = result.tokens[new:]
         decided_at = [0, *verdict.path[: len(emitted) - 1]]
@@ -202,7 +202,8 @@ class SequenceState:
 
 
 def stops_of(target: LM, token_ids: Sequence[int], strings: str | Sequence[str]) -> Stops:
-    return Stops(token_ids, (strings,) if isinstance(strings, str) else strings, target.tokenizer and target.decode)
+    spell = target.spelling if strings and target.tokenizer is not None else None
+    return Stops(token_ids, (strings,) if isinstance(strings, str) else strings, spell)
 
 
 def check_request(

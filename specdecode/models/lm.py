@@ -26,6 +26,7 @@ from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.tree import DraftTree
 from specdecode.models.quantize import quantizer, stored_bytes
 from specdecode.models.rotary import Mover, rotations
+from specdecode.models.spelling import Spelling
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 
@@ -147,6 +148,17 @@ class LM:
         text: Any = self.tokenizer.decode(list(tokens))
         assert isinstance(text, str)
         return text
+
+    @functools.cached_property
+    def spelling(self) -> Spelling:
+        """The text that tokens add to a text.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer: its tokens have no text")
+        return Spelling(self.tokenizer)
 
     def new_slots(self, capacity: int) -> Slots:
         return Slots(capacity, self.device) if self.static is None else self.static.new_slots(capacity, self.device)

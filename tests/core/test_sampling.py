@@ -101,7 +101,7 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(logits: list[float], s
     """Guards against the last token of the vocabulary, for ever."""
     law = sampling.probs(torch.tensor([logits, [0.0, 0.0, 9e9]]))
     assert Rng(0).draw(law).tolist() == [-1, 2]
-    with pytest.raises(SpecDecodeError, match="logits are NaN, infinite or all -inf here.*run it in another dtype"):
+    with pytest.raises(SpecDecodeError, match=r"logits are NaN, infinite or all -inf here.*run it in another dtype"):
         checked_choice(-1)
     assert checked_choice(2) == 2
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from specdecode import (
     LM,
@@ -15,6 +19,7 @@ from specdecode import (
     PromptLookup,
     Sampling,
     SinkWindow,
+    SpecDecoder,
     StaticTree,
     generate,
     generate_batch,
@@ -23,8 +28,11 @@ from specdecode import (
 from specdecode.controllers.base import Limit
 from specdecode.core.stopping import Stops
 from specdecode.drafters.base import Context, Drafter
+from specdecode.models.spelling import Spelling
 from tests.helpers.characters import save
+from tests.helpers.fuzzing import fuzzed
 from tests.helpers.models import ARCHITECTURES, build, lm, logits, prompt
+from tests.helpers.spelling import byte_pairs, characters, pieces, words
 
 LENGTH = 24
 
@@ -93,20 +101,122 @@ def test_stop_strings_end_the_texts_of_a_batch_and_of_a_bounded_cache(target: LM
     assert results[0].finish_reason == "stop"
 
 
+def a_byte(token: int) -> bytes | None:
+    """The spelling of a tokenizer of bytes, which has no token beyond them."""
+    return bytes([token]) if token < 256 else None
+
+
 def test_a_character_of_several_tokens_is_found() -> None:
     """Guards against a search that gives up where a token is only a part of a character."""
     data = "so: \N{EURO SIGN}\N{PILE OF POO}!".encode()
-    stops = Stops([], ["\N{PILE OF POO}"], lambda tokens: bytes(tokens).decode(errors="replace"))
-    assert stops.find(list(data), 0) == len(data) - 2
-    assert stops.find(list(data[:-2]), 0) is None
+    stops = Stops([], ["\N{PILE OF POO}"], a_byte)
+    assert stops.find([], list(data)) == len(data) - 2
+    assert stops.find(list(data[:-4]), list(data[-4:])) == 2
+    assert stops.find([], list(data[:-2])) is None
 
 
 def test_only_new_tokens_end_a_text() -> None:
     """Guards against a text that is ended twice."""
     stops = Stops([7], [], None)
-    assert stops.find([7, 1, 7], 0) == 0
-    assert stops.find([7, 1, 7], 1) == 2
-    assert stops.find([7, 1], 1) is None
+    assert stops.find([], [7, 1, 7]) == 0
+    assert stops.find([7], [1, 7]) == 1
+    assert stops.find([7], [1]) is None
+
+
+def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there() -> None:
+    """Guards against a search that begins with the new text, as with a mark of which the prompt has the first part."""
+    stops = Stops([], ["###", "."], a_byte)
+    assert stops.find(list(b"1.##"), list(b"#2")) == 0
+    assert stops.find(list(b"1.###"), list(b"2")) is None
+    assert stops.find(list(b"###"), list(b"#")) == 0
+
+
+def test_a_token_without_text_is_no_part_of_a_string() -> None:
+    """Guards against a string put together over a token that the tokenizer lacks, as transformers does not."""
+    stops = Stops([], ["ab"], a_byte)
+    assert stops.find([97, 300], [98]) is None
+    assert stops.find([300, 97], [98]) == 0
+
+
+def test_the_search_costs_the_same_behind_a_long_text() -> None:
+    """Guards against a text that is decoded anew at each step."""
+    read: list[int] = []
+    stops = Stops([], ["end of it"], lambda token: read.append(token) or a_byte(token))
+    assert stops.find(list(b"no end " * 10_000), list(b"of it")) == 4
+    assert len(read) <= 5 * len("end of it")
+
+
+# Tokenizers, with texts that they cut in several ways.
+TOKENIZERS = {
+    "byte-level": byte_pairs(
+        "the end of the end, \n\nand then 日本語", 290, {"eos_token": "</s>", "pad_token": "<|é|>"}
+    ),
+    "byte-fallback": pieces(["the", "end", "then"]),
+    "SentencePiece": words(["the", "▁the", "▁end", "en", "d", "▁", "語", "日本", "é", "."]),
+    "characters": characters(),
+}
+TEXTS = ["the end\n\n", " then 日本語。", "é👋🏽 the", "</s>", "."]
+
+
+@st.composite
+def stopped_texts(draw: st.DrawFn) -> tuple[str, list[int], int, list[str]]:
+    """A tokenizer's name, tokens with any broken characters among them, the end of the prompt, and stop strings."""
+    name = draw(st.sampled_from(sorted(TOKENIZERS)))
+    tokenizer = TOKENIZERS[name]
+    known = st.sampled_from([tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS])
+    parts = draw(st.lists(known | st.lists(st.integers(0, len(tokenizer) + 1), max_size=3), min_size=1, max_size=6))
+    tokens = [draw(st.integers(0, len(tokenizer) - 1)), *(token for part in parts for token in part)]
+    spelling = Spelling(tokenizer)
+    data = b"".join(spelling(token) or b"" for token in tokens)
+    strings = []
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(data)))
+        strings.append(data[start : start + draw(st.integers(1, 12))].decode(errors="ignore") or "d.")
+    return name, tokens, draw(st.integers(1, len(tokens))), strings
+
+
+@pytest.mark.skipif(
+    not hasattr(StopStringCriteria, "_token_to_bytes"), reason="this transformers misses parts of characters"
+)
+@fuzzed(60)
+@given(stopped_texts(), st.integers(1, 5))
+def test_texts_end_where_transformers_ends_them(case: tuple[str, list[int], int, list[str]], width: int) -> None:
+    """Guards against decoded slices: half characters, dropped spaces, broken bytes before a character, strings across
+    the end of the prompt, of a step, or of a token."""
+    name, tokens, start, strings = case
+    stops = Stops([], strings, Spelling(TOKENIZERS[name]))
+    try:
+        criteria = StopStringCriteria(TOKENIZERS[name], strings)
+    except ValueError:
+        expected = None  # the strings are such that no token can end them
+    else:
+        ended = (criteria(torch.tensor([tokens[:end]]), None).item() for end in range(start + 1, len(tokens) + 1))
+        expected = next((start + i for i, end in enumerate(ended) if end), None)
+    found = None
+    for at in range(start, len(tokens), width):
+        found = stops.find(tokens[:at], tokens[at : at + width])
+        if found is not None:
+            found += at
+            break
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["byte-fallback", "SentencePiece"])
+def test_a_decoder_stops_at_a_word_that_begins_the_output(name: str) -> None:
+    """Guards against the space that a tokenizer drops from a text that begins with it."""
+    tokenizer = TOKENIZERS[name]
+    the = tokenizer.convert_tokens_to_ids("▁the")
+    model = build(ARCHITECTURES["llama"] | {"vocab_size": len(tokenizer), "eos_token_id": None})
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[the] = 1.0  # or less than nothing, by the sign of the hidden states' sum
+    start = next(
+        [token] for token in range(len(tokenizer)) if generate(LM(model), [token], max_new_tokens=1).tokens == [the]
+    )
+    target, ids = LM(model, tokenizer), torch.tensor([start])
+    settings: dict[str, Any] = {"max_new_tokens": 6, "stop_strings": [" the"], "eos_token_id": None, "pad_token_id": 0}
+    theirs = model.generate(ids, tokenizer=tokenizer, do_sample=False, **settings)
+    assert SpecDecoder(target, PromptLookup).generate(ids, **settings).tolist() == theirs.tolist() == [[*start, the]]
 
 
 def test_stop_strings_that_cannot_be_are_told(target: LM) -> None:

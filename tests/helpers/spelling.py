@@ -57,3 +57,13 @@ def pieces(words: list[str]) -> PreTrainedTokenizerFast:
     fast.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks[:3]])
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def words(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Words and letters, as T5 cuts a text: what has no token is <unk>, as there are no bytes to fall back to; a space
+    belongs to the word after it, and the first word gets one."""
+    known = dict.fromkeys(["<unk>", "</s>", *texts, *string.ascii_lowercase])
+    fast = Tokenizer(models.Unigram([(text, -float(i)) for i, text in enumerate(known)], unk_id=0))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>", eos_token="</s>")

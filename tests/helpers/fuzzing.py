@@ -1,0 +1,17 @@
+"""Fuzzing: few examples among the tests, and 2,000 of each with `pytest --hypothesis-profile=fuzz`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+_USUAL = settings.default.max_examples
+settings.register_profile("fuzz", max_examples=2000, print_blob=True)
+
+
+def fuzzed(few: int, **others: Any) -> settings:
+    """Return the settings of a fuzzing test: few examples, or as many as a profile asks for."""
+    asked = settings.default.max_examples
+    slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    return settings(max_examples=few if asked == _USUAL else asked, deadline=None, suppress_health_check=slow, **others)

@@ -1,0 +1,70 @@
+"""The text of single tokens against the tokenizers' own decoding of whole texts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from specdecode.models.spelling import Spelling
+from tests.helpers.fuzzing import fuzzed
+from tests.helpers.spelling import byte_pairs, characters, pieces, words
+
+TEXT = "It is so: 日本語。\n\nThe end, é👋🏽, isn't it?"
+TOKENIZERS = {
+    "byte-level": byte_pairs(TEXT, 300, {"eos_token": "</s>"}),
+    "byte-fallback": pieces(["It", "is", "end"]),
+    "SentencePiece": words(["It", "▁is", "▁so", ":", "▁", "日本", "語", "。", "é"]),
+    "characters": characters(),
+}
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@fuzzed(40)
+@given(text=st.text(st.sampled_from(TEXT + " ."), max_size=30))
+def test_the_parts_of_a_text_are_the_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """Guards against half characters, and spaces that are lost or put between."""
+    tokens = tokenizer("so" + text, add_special_tokens=False)["input_ids"]
+    assert Spelling(tokenizer).text(tokens).removeprefix(" ") == tokenizer.decode(tokens)
+
+
+@fuzzed(40)
+@given(tokens=st.lists(st.integers(0, len(TOKENIZERS["byte-level"]) - 1), max_size=20))
+def test_broken_characters_are_replaced_as_by_the_tokenizer(tokens: list[int]) -> None:
+    """Guards against another text than users know, but for a character that only begins."""
+    text, decoded = Spelling(TOKENIZERS["byte-level"]).text(tokens), TOKENIZERS["byte-level"].decode(tokens)
+    assert decoded in (text, text + "\N{REPLACEMENT CHARACTER}")
+
+
+def test_a_character_stands_with_the_token_that_completes_it() -> None:
+    """Guards against replacement characters in place of bytes of which the rest is still to come."""
+    for name in ("byte-level", "byte-fallback"):
+        tokenizer = TOKENIZERS[name]
+        tokens = tokenizer("a👋", add_special_tokens=False)["input_ids"]
+        read = list(Spelling(tokenizer).pieces(tokens))
+        assert [piece for piece in read if piece][-2:] == ["a", "👋"]
+        assert read[-1] == "👋"
+        assert read.count("") >= 2
+
+
+def test_the_text_of_a_cut_character_is_left_out_alone() -> None:
+    """Guards against whole characters that are lost with the one that is cut: a decoder that falls back to bytes
+    replaces all bytes in a row."""
+    tokenizer = TOKENIZERS["byte-fallback"]
+    tokens = tokenizer("so 日本", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens[:-1]).endswith("\N{REPLACEMENT CHARACTER}" * 5)
+    assert Spelling(tokenizer).text(tokens[:-1]) == " so 日"
+    broken = [*tokens[:-1], *tokenizer("e", add_special_tokens=False)["input_ids"]]
+    assert Spelling(tokenizer).text(broken).startswith(" so 日\N{REPLACEMENT CHARACTER}")
+
+
+def test_special_tokens_and_those_that_there_are_not() -> None:
+    """Guards against ends of turns in a text for readers, and a crash at a token that only the model's table has."""
+    tokenizer = TOKENIZERS["byte-fallback"]
+    spelling = Spelling(tokenizer)
+    tokens = [tokenizer.bos_token_id, *tokenizer("end", add_special_tokens=False)["input_ids"], len(tokenizer) + 7]
+    assert spelling.text(tokens) == "<s> end"
+    assert spelling.text(tokens, special=False) == " end"
+    assert spelling(len(tokenizer) + 7) is None
+    assert spelling(tokenizer.bos_token_id) == b"<s>"
