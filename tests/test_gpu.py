@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from perf import gpu
-from perf.gpu import Step
+from perf.gpu import SuiteStep
 from specdecode.bench.runs.file import read
 from tests.helpers.root import ROOT
 
@@ -59,17 +59,19 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
         "subprocess.Popen(['sleep', '100'], pass_fds=[held.fileno()]); time.sleep(100)"
     )
 
-    def planted(device: str, tiny: bool, runs: Path, asked: list[str]) -> list[Step]:
-        def measured(name: str) -> Step:
-            return Step(
+    def planted(device: str, tiny: bool, runs: Path, asked: list[str]) -> list[SuiteStep]:
+        def measured(name: str) -> SuiteStep:
+            return SuiteStep(
                 name, ["-c", f"import shutil; shutil.copy({str(blessed)!r}, {str(runs / name)!r} + '.json')"], 2.0
             )
 
         return [
             measured("before"),
-            Step("crash", ["-c", "print('FAILED tests/test_a.py::test_b'); exit('!!! Exit: no such thing !!!')"], 1.0),
-            Step("hang", ["-c", hang], 1.0),
-            Step("elsewhere", ["-c", "exit(1)"], 1.0, skip="this machine has no such thing"),
+            SuiteStep(
+                "crash", ["-c", "print('FAILED tests/test_a.py::test_b'); exit('!!! Exit: no such thing !!!')"], 1.0
+            ),
+            SuiteStep("hang", ["-c", hang], 1.0),
+            SuiteStep("elsewhere", ["-c", "exit(1)"], 1.0, skip="this machine has no such thing"),
             measured("after"),
         ]
 

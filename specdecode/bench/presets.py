@@ -16,9 +16,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_TINY_TOKENS, _TINY_PROMPT = 12, 40
-# By how much caches are made smaller: the least of the presets' then still holds the sinks and their deepest draft.
-_TINY_CACHE = 8
+_TINY_OUTPUT_TOKENS, _TINY_PROMPT_TOKENS = 12, 40
+# By how much caches shrink: the smallest of the presets then still holds the sinks and the deepest draft.
+_TINY_CACHE_DIVISOR = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Preset:
     Attributes:
         arms: for each arm's name, how it decodes; `bench.arms.make` knows the keys.
         prompts: data sets and counts, as `evals.data.token_prompts` reads them.
-        max_new_tokens: length of every output: benchmarks do not stop at stop tokens unless they are told to.
+        max_new_tokens: length of every output; stop tokens do not end it, unless options say so.
         repeats: blocks for each prompt.
-        lengths: shorter ones, at which the same runs are looked at too.
+        lengths: shorter lengths at which the same runs are cut.
     """
 
     arms: dict[str, dict[str, Any]]
@@ -40,17 +40,17 @@ class Preset:
     lengths: Sequence[int] = ()
 
     def tiny(self) -> Preset:
-        """The same arms as a rehearsal of seconds: a short prompt of each set, and lengths and caches that the smallest
-        models outgrow as the preset's are outgrown."""
-        shrink = max(1, self.max_new_tokens // _TINY_TOKENS)
+        """Return the same arms in a size that takes seconds: one short prompt of each data set, and lengths and caches
+        that are as much smaller."""
+        shrink = max(1, self.max_new_tokens // _TINY_OUTPUT_TOKENS)
         caches = {"cache", "draft_cache"}
         names = [part.partition(":")[0] for part in self.prompts.split(",")]
         return Preset(
             arms={
-                arm: {key: value // _TINY_CACHE if key in caches else value for key, value in entry.items()}
+                arm: {key: value // _TINY_CACHE_DIVISOR if key in caches else value for key, value in entry.items()}
                 for arm, entry in self.arms.items()
             },
-            prompts=",".join(name if "@" in name else f"{name}@{_TINY_PROMPT}" for name in names),
+            prompts=",".join(name if "@" in name else f"{name}@{_TINY_PROMPT_TOKENS}" for name in names),
             max_new_tokens=self.max_new_tokens // shrink,
             repeats=1,
             lengths=[length // shrink for length in self.lengths],
@@ -58,10 +58,10 @@ class Preset:
 
 
 def preset(name: str) -> Preset:
-    """A preset of the package by name, or of a TOML file by path.
+    """Read a preset: one of the package by its name, or a TOML file by its path.
 
     Raises:
-        ValueError: no such preset, or not one by its content.
+        ValueError: there is no such preset, or its content is not one.
     """
     folder = Path(str(files("specdecode.bench") / "presets"))
     known = sorted(file.stem for file in folder.glob("*.toml"))
@@ -74,10 +74,10 @@ def preset(name: str) -> Preset:
 
 
 def parse(text: str, name: str) -> Preset:
-    """A preset from its text.
+    """Read a preset from its text.
 
     Raises:
-        ValueError: it is none; the sentence says why.
+        ValueError: it is not a preset; the sentence says why.
     """
     try:
         return Preset(**tomllib.loads(text))
@@ -86,7 +86,7 @@ def parse(text: str, name: str) -> Preset:
 
 
 def arms_at(root: Path, ref: str, preset: str) -> list[str]:
-    """The preset's arms at another commit; none if it did not have the preset."""
+    """Return the names of the preset's arms at another commit; none if the commit has no such preset."""
     path = preset if preset.endswith(".toml") else f"specdecode/bench/presets/{preset}.toml"
     try:
         return list(parse(git("show", f"{ref}:./{path}", root=root), preset).arms)

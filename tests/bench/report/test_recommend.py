@@ -1,4 +1,4 @@
-"""The recommendation: from run files of fixed content, and measured within a budget."""
+"""The recommendation: from run files of fixed content, and by a time-boxed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from specdecode import cli, load
 from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.snippet import code
-from specdecode.bench.measure import time_boxed as budget
+from specdecode.bench.measure import time_boxed
 from specdecode.bench.report.recommend import Advice, Recommendation, is_hopeless, recommend, sentences
 from specdecode.bench.runs.file import parse, read, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
@@ -514,7 +514,7 @@ def test_a_file_needs_no_torch(tmp_path: Path) -> None:
     assert "PromptLookup" in done.stdout
 
 
-# Measured within a budget.
+# Time-boxed runs.
 
 ARMS = """
 prompts = "prose:2,humaneval:2"
@@ -542,24 +542,24 @@ def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None, 
         return {"weight_bytes": 1e6}
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(budget, "rehearse", rehearse)
+    monkeypatch.setattr(time_boxed, "rehearse", rehearse)
 
     def shortened(*arguments: Any) -> tuple[dict[str, list[int]], list[str]]:
         prompts, origins = token_prompts(*arguments)
         return {prompt: tokens[:60] for prompt, tokens in prompts.items()}, origins
 
     monkeypatch.setattr("gc.collect", lambda: 0)
-    monkeypatch.setattr(budget, "token_prompts", shortened)
-    monkeypatch.setattr(budget, "roofline", lambda target: 1.0)
+    monkeypatch.setattr(time_boxed, "token_prompts", shortened)
+    monkeypatch.setattr(time_boxed, "roofline", lambda target: 1.0)
     Path("own.toml").write_text(ARMS)
     return ["--target", model, "--device", "cpu", "--dtype", "float64", "--preset", "own.toml"]
 
 
 @pytest.mark.parametrize(("minutes", "prompts"), [("0.0001", 2), ("10", 4)])
-def test_a_budget_is_spent_on_whole_prompts_of_all_sets(
+def test_a_time_boxed_run_measures_whole_prompts_of_all_sets(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str], minutes: str, prompts: int
 ) -> None:
-    """Guards against a budget that is no bound, one prompt that decides, and a run that is gone when it was told."""
+    """Guards against a time box that is no bound, one prompt that decides, and a run that is gone when it was told."""
     assert call(monkeypatch, *measuring, "--draft", "layers:0-2", "--budget-minutes", minutes, "--out", "r.json") == 0
     told = capfd.readouterr()
     assert f"{prompts} prompts were measured; the run is in r.json" in told.err
@@ -591,7 +591,7 @@ def test_an_interruption_keeps_what_is_finished(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str], finished: int
 ) -> None:
     """Guards against minutes of measuring lost to an impatient finger."""
-    measure, calls = budget.measure_block, []
+    measure, calls = time_boxed.measure_block, []
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         calls.append(None)
@@ -599,7 +599,7 @@ def test_an_interruption_keeps_what_is_finished(
             raise KeyboardInterrupt
         return measure(*arguments, **named)
 
-    monkeypatch.setattr(budget, "measure_block", interrupted)
+    monkeypatch.setattr(time_boxed, "measure_block", interrupted)
     assert call(monkeypatch, *measuring, "--out", "r.json") == (0 if finished else 130)
     assert Path("r.json").exists() == (finished > 0)
     if finished:
@@ -610,8 +610,8 @@ def test_an_interruption_keeps_what_is_finished(
 def test_hopeless_arms_are_measured_no_further(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str]
 ) -> None:
-    """Guards against a budget spent on what cannot win, and a run file that the rest does not fit into."""
-    monkeypatch.setattr(budget, "is_hopeless", lambda run, arm: arm == "lookup" and len(run.header.outputs) == 2)
+    """Guards against time spent on what cannot win, and a run file that the rest does not fit into."""
+    monkeypatch.setattr(time_boxed, "is_hopeless", lambda run, arm: arm == "lookup" and len(run.header.outputs) == 2)
     assert call(monkeypatch, *measuring, "--out", "r.json") == 0
     run = read(Path("r.json"))
     assert {name: len(record.rows) for name, record in run.arms.items()} == {
