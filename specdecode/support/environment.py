@@ -1,25 +1,26 @@
-"""What a time depends on besides the code."""
+"""Describe what a time depends on besides the code: versions, hardware and its state."""
 
 from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import pynvml
 import torch
 
 from specdecode.support.files import slug
 
-_GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "clocks_throttle_reasons.active", "power.draw")
+_NVML_ERRORS = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError)
 
 
 def environment() -> dict[str, str | int]:
-    """Versions and hardware, as plain values."""
-    found: dict[str, str | int] = {
+    """Return versions and hardware, as plain values."""
+    values: dict[str, str | int] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -27,42 +28,69 @@ def environment() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
     }
     with suppress(PackageNotFoundError):
-        found["torchao"] = version("torchao")
+        values["torchao"] = version("torchao")
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-        found |= {"driver": told["driver_version"]} if (told := _nvidia_smi("driver_version")) else {}
-    return found
+        values |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+        values |= _ask_driver(lambda: {"driver": pynvml.nvmlSystemGetDriverVersion()})
+    return values
 
 
 def conditions(device: torch.device) -> dict[str, str]:
-    """What may change while a run lasts: on a GPU its clocks, temperature, throttling and processes, as `nvidia-smi`
-    tells them; the load of the processor."""
-    found = {"load average": f"{os.getloadavg()[0]:.2f}"}
+    """Return what may change while a run lasts: the load of the processor, and the state of a GPU.
+
+    The state is clocks, temperature, throttling, power and processes, in the words and units of `nvidia-smi`. It is
+    left out where the driver does not answer.
+    """
+    values = {"load average": f"{os.getloadavg()[0]:.2f}"}
     if device.type == "cuda":
-        this = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-        found |= _nvidia_smi(*_GPU_STATE, only=this)
-        found |= {"processes": told} if (told := _ask_nvidia_smi("--query-compute-apps=pid,used_memory", this)) else {}
-    return found
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        values |= _ask_driver(lambda: _gpu_state(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
+    return values
 
 
-def _nvidia_smi(*queries: str, only: str = "--id=0") -> dict[str, str]:
-    told = _ask_nvidia_smi(f"--query-gpu={','.join(queries)}", only)
-    values = told.split("; ")[0].split(", ")
-    return dict(zip(queries, values, strict=True)) if len(values) == len(queries) and told else {}
+def _ask_driver(question: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """Return the answer of the NVIDIA driver; nothing where there is no driver, or it fails."""
+    try:
+        pynvml.nvmlInit()
+        try:
+            return question()
+        finally:
+            pynvml.nvmlShutdown()
+    except _NVML_ERRORS:
+        return {}
 
 
-def _ask_nvidia_smi(query: str, only: str) -> str:
-    """The answer's lines, put together by semicolons; empty where the program is missing or refuses."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ""
-    command = [program, query, only, "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return "; ".join(done.stdout.strip().splitlines()) if done.returncode == 0 else ""
+def _gpu_state(gpu: Any) -> dict[str, str]:
+    """Query the state of a GPU; "[N/A]" for what it does not tell.
+
+    Args:
+        gpu: its NVML handle.
+    """
+    queries: dict[str, Callable[[], str]] = {
+        "clocks.sm": lambda: f"{pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)} MHz",
+        "clocks.mem": lambda: f"{pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM)} MHz",
+        "temperature.gpu": lambda: f"{pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)}",
+        "clocks_throttle_reasons.active": lambda: f"{pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu):#018x}",
+        "power.draw": lambda: f"{pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000:.2f} W",
+        "processes": lambda: "; ".join(map(_process, pynvml.nvmlDeviceGetComputeRunningProcesses(gpu))),
+    }
+    state = {}
+    for name, query in queries.items():
+        try:
+            state[name] = query()
+        except _NVML_ERRORS:
+            state[name] = "[N/A]"
+    return {name: value for name, value in state.items() if value}
+
+
+def _process(process: Any) -> str:
+    """Describe a process on the GPU by its id and memory."""
+    used = process.usedGpuMemory
+    return f"{process.pid}, {'[N/A]' if used is None else f'{used // 2**20} MiB'}"
 
 
 def hardware(device: torch.device) -> str:
-    """What times are tied to: the GPU's name, or the processor's model and cores, as a file name."""
+    """Return what times are tied to, as a file name: the GPU's name, or the processor's model and threads."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -71,7 +99,9 @@ def hardware(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model, as the system names it."""
+    """Return the processor's model, as the system names it."""
+    # Not by py-cpuinfo: it runs five programs for a fifth of a second, and names ARM's processors otherwise than the
+    # files of baselines do. It comes as two packages of one module, of which pytest-benchmark brings either.
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

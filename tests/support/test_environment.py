@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Callable
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
@@ -10,7 +11,8 @@ from specdecode import LM
 from specdecode.bench.measure.bandwidth import roofline
 from specdecode.bench.measure.counters import HostReads, peak_memory
 from specdecode.bench.runs.records import Header, Identity
-from specdecode.support.environment import conditions, environment
+from specdecode.support.environment import conditions, cpu_name, environment, hardware
+from specdecode.support.files import slug
 from tests.helpers.models import ARCHITECTURES, build
 
 IDENTITY = Identity("gpu", "t", "d", "float16", "quick")
@@ -31,27 +33,100 @@ def test_a_throttled_or_shared_gpu_is_told() -> None:
     assert warned(processes="100, 512 MiB; 101, 2 MiB") == ["after the run other processes were on the GPU"]
 
 
-def test_the_gpus_state_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against columns that change places, and against a driver that does not answer ending the run."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        '#!/bin/sh\ncase "$*" in\n'
-        '*--id=GPU-1234*clocks.sm*|*clocks.sm*--id=GPU-1234*) echo "1755 MHz, 2619 MHz, 40, 0x0, 120.00 W";;\n'
-        '*compute-apps*) echo "100, 512 MiB"; echo "101, 2 MiB";;\n'
-        '*driver*) echo "570.1";;\nesac\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    properties = type("Properties", (), {"uuid": "1234"})()
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+class Driver:
+    """Stands for pynvml with one GPU.
+
+    Args:
+        failing: names of functions that the driver or the GPU does not serve.
+    """
+
+    NVMLError, NVMLLibraryMismatchError = pynvml.NVMLError, pynvml.NVMLLibraryMismatchError
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
+
+    def __init__(self, *failing: str) -> None:
+        self.failing = failing
+        self.sessions = 0
+        self.answers: dict[str, Callable[..., object]] = {
+            "nvmlInit": lambda: self._session(+1),
+            "nvmlShutdown": lambda: self._session(-1),
+            "nvmlSystemGetDriverVersion": lambda: "570.1",
+            "nvmlDeviceGetHandleByUUID": lambda uuid: {"GPU-1234": "handle"}[uuid],
+            "nvmlDeviceGetClockInfo": lambda gpu, clock: {
+                ("handle", pynvml.NVML_CLOCK_SM): 1755,
+                ("handle", pynvml.NVML_CLOCK_MEM): 2619,
+            }[gpu, clock],
+            "nvmlDeviceGetTemperature": lambda gpu, sensor: 40,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: 0x21,
+            "nvmlDeviceGetPowerUsage": lambda gpu: 120_000,
+            "nvmlDeviceGetComputeRunningProcesses": lambda gpu: [
+                SimpleNamespace(pid=100, usedGpuMemory=512 * 2**20),
+                SimpleNamespace(pid=101, usedGpuMemory=None),
+            ],
+        }
+
+    def _session(self, change: int) -> None:
+        self.sessions += change
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def answer(*arguments: object) -> object:
+            assert name == "nvmlInit" or self.sessions == 1, f"{name} is asked outside a session"
+            if name in self.failing:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+            return self.answers[name](*arguments)
+
+        return answer
+
+
+def conditions_with(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> dict[str, str]:
+    """The conditions of the GPU "1234", but for the load of the processor."""
+    monkeypatch.setattr("specdecode.support.environment.pynvml", driver)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
     found = conditions(torch.device("cuda"))
+    assert float(found.pop("load average")) >= 0
+    assert driver.sessions == 0
+    return found
+
+
+def test_the_gpus_state_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against values that change places or units, another GPU's state, and sessions that are left open."""
+    found = conditions_with(monkeypatch, Driver())
+    assert found == {
+        "clocks.sm": "1755 MHz",
+        "clocks.mem": "2619 MHz",
+        "temperature.gpu": "40",
+        "clocks_throttle_reasons.active": "0x0000000000000021",
+        "power.draw": "120.00 W",
+        "processes": "100, 512 MiB; 101, [N/A]",
+    }
+    assert len(warned(**found)) == 2
+
+
+def test_a_driver_that_does_not_answer_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against minutes of measuring that a missing driver, or a GPU that does not tell its power, throws away."""
+    assert conditions_with(monkeypatch, Driver("nvmlInit")) == {}
+    assert conditions_with(monkeypatch, Driver("nvmlDeviceGetHandleByUUID")) == {}
+    found = conditions_with(monkeypatch, Driver("nvmlDeviceGetPowerUsage", "nvmlDeviceGetComputeRunningProcesses"))
+    assert found["power.draw"] == found["processes"] == "[N/A]"
     assert found["clocks.sm"] == "1755 MHz"
-    assert found["power.draw"] == "120.00 W"
-    assert found["processes"] == "100, 512 MiB; 101, 2 MiB"
-    program.write_text("#!/bin/sh\nexit 9\n")
-    assert conditions(torch.device("cuda")).keys() == {"load average"}
-    assert float(conditions(torch.device("cpu"))["load average"]) >= 0
+    assert warned(processes=found["processes"]) == []
+
+
+def test_the_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against versions that lack the driver's, or the run where it does not tell."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr("specdecode.support.environment.pynvml", Driver())
+    assert environment()["driver"] == "570.1"
+    monkeypatch.setattr("specdecode.support.environment.pynvml", Driver("nvmlSystemGetDriverVersion"))
+    assert "driver" not in environment()
+
+
+def test_the_machine_is_described() -> None:
+    """Guards against a baseline of another name each time, and against a GPU asked for where there is none."""
+    assert conditions(torch.device("cpu")).keys() == {"load average"}
     assert environment()["threads"] == torch.get_num_threads()
+    assert hardware(torch.device("cpu")) == slug(f"{cpu_name()} {torch.get_num_threads()} threads")
 
 
 def test_reads_of_tensors_are_counted() -> None:
