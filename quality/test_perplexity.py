@@ -8,11 +8,11 @@ import torch
 from specdecode.controllers.base import FixedK
 from specdecode.drafters.none import NoDraft
 from specdecode.evals.data import samples
-from specdecode.evals.perplexity import DecodePath, Foretold, negative_log_likelihoods, perplexity
+from specdecode.evals.perplexity import DecodePath, OracleDrafter, negative_log_likelihoods, perplexity
 
 _DOCUMENTS = 4
 _TOKENS = 160
-_WAYS = {1: lambda text: NoDraft(), 6: partial(Foretold, branches=2)}
+_WAYS = {1: lambda text: NoDraft(), 6: partial(OracleDrafter, branches=2)}
 
 
 @pytest.fixture(scope="session")

@@ -46,11 +46,11 @@ def quality_text(judged: JudgedQualityRun, colours: bool) -> str:
     )
 
     def show(console: Console) -> None:
-        console.print(rich_table(quality_tables.costs(run, judged.judgements)))
+        console.print(rich_table(quality_tables.costs(run, judged.checks)))
         if run.needles:
             console.print(rich_table(quality_tables.retrieval(run)))
         if run.answers:
-            console.print(rich_table(quality_tables.scores(run, judged.judgements)))
+            console.print(rich_table(quality_tables.scores(run, judged.checks)))
         for note in [*quality_tables.notes(run), where]:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
 
@@ -59,7 +59,7 @@ def quality_text(judged: JudgedQualityRun, colours: bool) -> str:
 
 def quality_page(judged: JudgedQualityRun) -> str:
     """Write what the arms cost as Markdown beside the run, and return it."""
-    page = quality_tables.markdown(judged.run, judged.judgements)
+    page = quality_tables.markdown(judged.run, judged.checks)
     write_whole(judged.file.with_suffix(".md"), page)
     return page
 

@@ -105,13 +105,14 @@ def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, forma
     from specdecode.bench.quality.page import section
     from specdecode.bench.quality.tables import latex, markdown, title
     from specdecode.bench.runs.names import margins_file
-    from specdecode.evals.results import judge, read, read_margins
+    from specdecode.evals.margins import check_margins, read_margins
+    from specdecode.evals.results import read
 
     run = read(path)
-    own = Path("baselines") / margins_file(run.header["target"], run.header["texts"])
-    judgements = judge(run, read_margins(margins or own))
+    own = Path("baselines") / margins_file(run.header.target, run.header.texts)
+    checks = check_margins(run, read_margins(margins or own))
     if format is not Format.html:
-        return title(run), (markdown if format is Format.md else latex)(run, judgements, speed)
+        return title(run), (markdown if format is Format.md else latex)(run, checks, speed)
     pictures: dict[str, bytes] = {}
     missing = ""
     try:
@@ -120,7 +121,7 @@ def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, forma
         pictures = drawn(run, speed)
     except ImportError as error:
         missing = f"Figures need matplotlib ({error}): pip install 'specdecode[figures]'."
-    return title(run), section(run, judgements, speed, pictures, missing)
+    return title(run), section(run, checks, speed, pictures, missing)
 
 
 def _draw(runs: Mapping[Path, bool], speed: RunFile | None, folder: Path) -> None:

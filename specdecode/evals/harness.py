@@ -171,7 +171,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         if self._whole:
             text = text[-self.max_length :]
         total, greedy = 0.0, True
-        for step in self._path.follow(text, len(text) - count):
+        for step in self._path.forced_steps(text, len(text) - count):
             laws = step.logits.double().log_softmax(-1)
             own = torch.tensor(text[step.place : step.place + len(laws)], device=laws.device)
             total += laws.gather(1, own[:, None]).sum().item()

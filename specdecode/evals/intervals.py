@@ -1,8 +1,7 @@
-"""Judge costs in quality by a sample of documents or tasks: intervals, non-inferiority, and flips."""
+"""Estimate costs in quality from a sample of documents or tasks, with intervals that few of them allow."""
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -12,14 +11,6 @@ from specdecode.bench.runs.statistics import COVERAGE, Estimate, bootstrap, stud
 # Of fewer the interval's ends lie beyond every resample, and what is left of it covers far less than it says.
 _LEAST_DOCUMENTS = 5
 _NORMAL = NormalDist()
-
-
-class Outcome(str, enum.Enum):
-    """What a test of non-inferiority says."""
-
-    PASS = "PASS"
-    FAIL = "FAIL"
-    INCONCLUSIVE = "INCONCLUSIVE"
 
 
 def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
@@ -48,17 +39,6 @@ def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
         return Estimate(sum(above) / sum(below), -math.inf, math.inf)
     deviations = math.sqrt(count / (count - 1)) * student_t((1 + COVERAGE) / 2, count - 1)
     return bootstrap(above, below, tail=_NORMAL.cdf(-deviations))
-
-
-def non_inferior(cost: Estimate, margin: float) -> Outcome:
-    """Test whether a cost stays within its margin.
-
-    Returns:
-        PASS if the whole interval lies within the margin, FAIL if none of it does, and INCONCLUSIVE otherwise.
-    """
-    if cost.high <= margin:
-        return Outcome.PASS
-    return Outcome.FAIL if cost.low > margin else Outcome.INCONCLUSIVE
 
 
 def wilson(passed: int, count: int) -> Estimate:

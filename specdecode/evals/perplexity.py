@@ -1,6 +1,6 @@
-"""Perplexity and divergence through the decode path: the steps, slots and evictions that decoding uses.
+"""Measure perplexity and divergence through the decode path: the steps, slots and evictions that decoding uses.
 
-A prefill, which reads a text without its cache, would show nothing of what a cache policy or a wrong slot does.
+A prefill reads a text without its cache, and would show nothing of what a cache policy or a wrong slot does.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 
 
-class Foretold:
-    """Proposes how a known text goes on, as a drafter would that is always right.
+class OracleDrafter:
+    """Propose how a known text continues, as a drafter would that is always right.
 
     Args:
         text: token ids.
-        branches: 2 puts a wrong sibling in front of each right proposal, which is then rejected; 1 is a chain.
+        branches: siblings at each depth. The last one is right; 1 makes a chain.
     """
 
     forwards = 0
@@ -38,10 +38,11 @@ class Foretold:
         self.branches = branches
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
+        """Return the next tokens of the text, each behind its wrong siblings, which are then rejected."""
         place = len(context.tokens)
-        known = self.text[place : place + min(limit.depth, limit.nodes // self.branches)]
+        continuation = self.text[place : place + min(limit.depth, limit.nodes // self.branches)]
         wrong = range(1 - self.branches, 0)
-        tokens = [(token + off) % context.vocab_size for token in known for off in (*wrong, 0)]
+        tokens = [(token + offset) % context.vocab_size for token in continuation for offset in (*wrong, 0)]
         # The right one is the last of its depth, and the siblings of the next depth follow it.
         parents = [i // self.branches * self.branches for i in range(len(tokens))]
         return DraftTree(torch.tensor(tokens, dtype=torch.long), torch.tensor(parents, dtype=torch.long))
@@ -49,33 +50,33 @@ class Foretold:
 
 @dataclass(frozen=True, slots=True)
 class DecodePath:
-    """A way to decode, to be judged.
+    """A way to decode.
 
     Attributes:
-        lm: reads.
+        lm: the target.
         policy: what stays in its cache.
-        drafter: makes the drafter for one text, from that text; by default one that proposes it.
-        controller: makes the controller for one text; K + 1 is the width of a step.
+        drafter: makes the drafter of one text, from that text; by default one that proposes it.
+        controller: makes the controller of one text; K + 1 is the width of a step.
     """
 
     lm: LM
     policy: CachePolicy = field(default_factory=KeepAll)
-    drafter: Callable[[Sequence[int]], Drafter] = Foretold
+    drafter: Callable[[Sequence[int]], Drafter] = OracleDrafter
     controller: Callable[[], Controller] = lambda: FixedK(5)
 
-    def follow(self, text: Sequence[int], start: int = 1) -> Iterator[Followed]:
-        """`decode.follow` this way, with a cache that is empty at first."""
+    def forced_steps(self, text: Sequence[int], start: int = 1) -> Iterator[Followed]:
+        """Decode a text, teacher-forced, with a cache that is empty at first; arguments as for `follow`."""
         return follow(
             self.lm, text, start, drafter=self.drafter(text), controller=self.controller(), policy=self.policy
         )
 
 
 def windows(length: int, size: int | None = None, stride: int | None = None) -> list[tuple[int, int, int]]:
-    """The windows through which a document is read, each with a cache of its own.
+    """Return the windows through which a document is read, each with a cache of its own.
 
-    The first begins with the document, each other one `stride` tokens after the one before it. In each the tokens are
-    judged that none before it has judged, so that all but the document's first are judged once, and all but those of
-    the first window with `size - stride` tokens before them at least.
+    The first window begins with the document, and each other one `stride` tokens after the one before it. A window
+    scores the tokens that none before it has scored. So every token but the document's first is scored once, and behind
+    the first window with at least `size - stride` tokens before it.
 
     Args:
         length: tokens of the document.
@@ -83,7 +84,7 @@ def windows(length: int, size: int | None = None, stride: int | None = None) -> 
         stride: from one window to the next; by default half a window.
 
     Returns:
-        For each window where it begins, the first token that is judged, and where it ends.
+        For each window where it begins, the first token that it scores, and where it ends.
 
     Raises:
         ValueError: fewer than 2 tokens, or a stride that leaves a token without one before it.
@@ -94,24 +95,24 @@ def windows(length: int, size: int | None = None, stride: int | None = None) -> 
         raise ValueError(f"{length} tokens are read in windows of {size}: a token is judged by those before it")
     if not 1 <= stride < size:
         raise ValueError(f"stride is {stride}: it is from 1 to {size - 1} in windows of {size} tokens")
-    found, judged = [], 1
+    spans, scored = [], 1
     for begin in range(0, length, stride):
         end = min(begin + size, length)
-        found.append((begin, judged, end))
-        judged = end
+        spans.append((begin, scored, end))
+        scored = end
         if end == length:
             break
-    return found
+    return spans
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """What one way to decode made of the tokens of a document, all but the first.
+class TokenScores:
+    """How one way to decode predicted the tokens of a document, all but the first.
 
     Attributes:
         nll: [n] -log p of each token, in nats.
-        kl: [n] KL(reference || this) of the law that the token was chosen from, in nats.
-        agrees: [n] whether both laws have the same most probable token.
+        kl: [n] KL(reference || this) of the distribution that predicted the token, in nats.
+        agrees: [n] whether both distributions have the same most probable token.
         since: [n] tokens that were read since the last eviction, the one before this included; 0 before the first.
     """
 
@@ -124,7 +125,7 @@ class Judged:
 def negative_log_likelihoods(
     path: DecodePath, tokens: Sequence[int], size: int | None = None, stride: int | None = None
 ) -> Float[Tensor, " n"]:
-    """-log p of each token of a document after the first, in nats, teacher-forced.
+    """Compute -log p of each token of a document after the first, in nats, teacher-forced.
 
     Args:
         path: the way to decode.
@@ -137,25 +138,25 @@ def negative_log_likelihoods(
     """
     losses = []
     for begin, first, end in windows(len(tokens), size, stride):
-        for step in path.follow(tokens[begin:end], first - begin):
+        for step in path.forced_steps(tokens[begin:end], first - begin):
             place = begin + step.place
-            losses.append(_nll(_laws(step.logits), tokens[place : place + len(step.logits)]))
+            losses.append(_nll(_log_probs(step.logits), tokens[place : place + len(step.logits)]))
     return torch.cat(losses)
 
 
 @torch.inference_mode()
-def judge(
+def compare(
     reference: DecodePath,
     paths: Mapping[str, DecodePath],
     tokens: Sequence[int],
     size: int | None = None,
     stride: int | None = None,
-    tell: Callable[[int], None] = lambda judged: None,
-) -> tuple[Float[Tensor, " n"], dict[str, Judged]]:
-    """Read a document in several ways, and compare what each says of every token with what a reference says.
+    tell: Callable[[int], None] = lambda scored: None,
+) -> tuple[Float[Tensor, " n"], dict[str, TokenScores]]:
+    """Read a document in several ways, and compare their distributions with a reference's, token by token.
 
-    All go through the document side by side, whichever is furthest behind next: of the reference's laws those of a step
-    or two are held at any time, and of each other way those of one step.
+    All ways go through the document side by side; the one that is furthest behind takes the next step. So the
+    distributions of a step or two of the reference are held at any time, and those of one step of each other way.
 
     Args:
         reference: what the others are compared with: usually the full cache.
@@ -163,58 +164,58 @@ def judge(
         tokens: the document.
         size: of `windows`.
         stride: likewise.
-        tell: called after each step with how many tokens all ways have judged together.
+        tell: called after each step with how many tokens all ways have scored together.
 
     Returns:
-        -log p of each token by the reference, in nats, and what each way made of them, by name.
+        -log p of each token by the reference, in nats, and the scores of each way, by name.
 
     Raises:
         ValueError: windows that cannot be, or that a model's context does not hold; or vocabularies that differ.
     """
-    size_here = reference.lm.vocab_size
-    if other := next((name for name, path in paths.items() if path.lm.vocab_size != size_here), None):
+    vocab_size = reference.lm.vocab_size
+    if other := next((name for name, path in paths.items() if path.lm.vocab_size != vocab_size), None):
         raise ValueError(
             f"{other} cannot be compared: its vocabulary has {paths[other].lm.vocab_size} tokens, and the reference's"
-            f" {size_here}"
+            f" {vocab_size}"
         )
     losses: list[Tensor] = []
-    found: dict[str, list[Judged]] = {name: [] for name in paths}
-    judged = 0
+    parts: dict[str, list[TokenScores]] = {name: [] for name in paths}
+    scored = 0
     for begin, first, end in windows(len(tokens), size, stride):
         text, start = tokens[begin:end], first - begin
-        known = _Known(reference.follow(text, start), start, text)
-        going = {name: path.follow(text, start) for name, path in paths.items()}
-        places = dict.fromkeys(going, start)
-        while going:
-            name = min(going, key=places.__getitem__)
-            step = next(going[name], None)
+        known = _ReferenceScores(reference.forced_steps(text, start), start, text)
+        running = {name: path.forced_steps(text, start) for name, path in paths.items()}
+        places = dict.fromkeys(running, start)
+        while running:
+            name = min(running, key=places.__getitem__)
+            step = next(running[name], None)
             if step is None:
-                del going[name]
+                del running[name]
                 continue
-            found[name].append(_compare(step, known.laws(step.place, len(step.logits)), text))
+            parts[name].append(_compared(step, known.log_probs(step.place, len(step.logits)), text))
             places[name] += len(step.logits)
             known.forget(min(places.values()))
-            judged += len(step.logits)
-            tell(judged)
+            scored += len(step.logits)
+            tell(scored)
         losses += known.losses
-    names = [each.name for each in fields(Judged)]
-    whole = {
-        name: Judged(*(torch.cat([getattr(part, of) for part in parts]).cpu() for of in names))
-        for name, parts in found.items()
+    columns = [column.name for column in fields(TokenScores)]
+    scores = {
+        name: TokenScores(*(torch.cat([getattr(part, column) for part in steps]).cpu() for column in columns))
+        for name, steps in parts.items()
     }
-    return torch.cat(losses).cpu(), whole
+    return torch.cat(losses).cpu(), scores
 
 
 def perplexity(losses: Sequence[Float[Tensor, " _"]]) -> float:
-    """exp(sum of NLL / number of tokens) over a corpus, from the losses of its documents."""
+    """Compute exp(sum of NLL / number of tokens) over a corpus, from the losses of its documents."""
     return math.exp(torch.cat(list(losses)).mean().item())
 
 
-class _Known:
-    """The reference's laws, read when they are asked for, and held until all have used them.
+class _ReferenceScores:
+    """The reference's distributions, read when they are asked for, and held until all ways have used them.
 
     Attributes:
-        losses: -log p of the tokens that it has judged so far.
+        losses: -log p of the tokens that it has scored so far.
     """
 
     def __init__(self, steps: Iterator[Followed], start: int, text: Sequence[int]) -> None:
@@ -224,36 +225,38 @@ class _Known:
         self._rows: list[Tensor] = []  # one a token, from the first on
         self.losses: list[Tensor] = []
 
-    def laws(self, place: int, count: int) -> Float[Tensor, "count V"]:
-        """log p of every token at so many places of the text."""
+    def log_probs(self, place: int, count: int) -> Float[Tensor, "count V"]:
+        """Return log p of every token of the vocabulary at so many places of the text."""
         while self._first + len(self._rows) < place + count:
             step = next(self._steps)
-            laws = _laws(step.logits)
-            self.losses.append(_nll(laws, self._text[step.place : step.place + len(laws)]))
-            self._rows += laws
+            rows = _log_probs(step.logits)
+            self.losses.append(_nll(rows, self._text[step.place : step.place + len(rows)]))
+            self._rows += rows
         return torch.stack(self._rows[place - self._first : place - self._first + count])
 
     def forget(self, place: int) -> None:
-        """What lies before this place is not asked for again."""
+        """Drop what lies before this place."""
         del self._rows[: place - self._first]
         self._first = place
 
 
-def _compare(step: Followed, reference: Float[Tensor, "n V"], text: Sequence[int]) -> Judged:
-    laws = _laws(step.logits)
-    read = torch.arange(step.place, step.place + len(laws), device=laws.device)
-    return Judged(
-        nll=_nll(laws, text[step.place : step.place + len(laws)]),
-        kl=torch.nn.functional.kl_div(laws, reference, reduction="none", log_target=True).sum(-1),
-        agrees=laws.argmax(-1) == reference.argmax(-1),
-        since=torch.zeros_like(read) if step.evicted is None else read - step.evicted,
+def _compared(step: Followed, reference: Float[Tensor, "n V"], text: Sequence[int]) -> TokenScores:
+    """Score the tokens of one step."""
+    log_probs = _log_probs(step.logits)
+    places = torch.arange(step.place, step.place + len(log_probs), device=log_probs.device)
+    return TokenScores(
+        nll=_nll(log_probs, text[step.place : step.place + len(log_probs)]),
+        kl=torch.nn.functional.kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1),
+        agrees=log_probs.argmax(-1) == reference.argmax(-1),
+        since=torch.zeros_like(places) if step.evicted is None else places - step.evicted,
     )
 
 
-def _laws(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-    """log p, in double precision whatever the model's type: what is compared lies close together."""
+def _log_probs(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+    """Return log p in double precision, whatever the model's type: what is compared lies close together."""
     return logits.double().log_softmax(-1)
 
 
-def _nll(laws: Float[Tensor, "n V"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
-    return -laws.gather(1, torch.tensor(tokens, device=laws.device)[:, None])[:, 0]
+def _nll(log_probs: Float[Tensor, "n V"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
+    """Return -log p of the tokens."""
+    return -log_probs.gather(1, torch.tensor(tokens, device=log_probs.device)[:, None])[:, 0]

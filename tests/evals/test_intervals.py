@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from specdecode.bench.runs.statistics import Estimate, detectable
-from specdecode.evals.intervals import Outcome, mcnemar, non_inferior, paired_loss, ratio_of_sums, wilson
+from specdecode.evals.intervals import mcnemar, paired_loss, ratio_of_sums, wilson
+from specdecode.evals.margins import Outcome, non_inferior
 
 
 def test_long_documents_weigh_more() -> None:

@@ -17,8 +17,8 @@ from specdecode.controllers.base import Controller
 from specdecode.decoding.teacher_forced import follow
 from specdecode.evals.perplexity import (
     DecodePath,
-    Foretold,
-    judge,
+    OracleDrafter,
+    compare,
     negative_log_likelihoods,
     perplexity,
     windows,
@@ -34,8 +34,8 @@ TEXT = [(37 * i + i * i // 3 + 5) % VOCABULARY for i in range(60)]
 BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.interval)
 DECODERS: dict[str, tuple[Callable[[Sequence[int]], object], int]] = {
     "one by one": (lambda text: NoDraft(), 1),
-    "chains": (Foretold, 5),
-    "wrong siblings": (partial(Foretold, branches=2), 3),
+    "chains": (OracleDrafter, 5),
+    "wrong siblings": (partial(OracleDrafter, branches=2), 3),
 }
 
 
@@ -108,12 +108,12 @@ def test_windows_judge_every_token_once_with_enough_before_it(length: int, size:
 def test_what_is_lossless_is_at_the_numeric_floor(
     name: str, policy: str, file: str, make_controller: Callable[[], Controller], data: st.DataObject
 ) -> None:
-    """Guards against a drafter, tree or controller that changes the law of a token and not yet the most probable one;
-    with a policy, against one that is asked elsewhere because of it."""
+    """Guards against a drafter, tree or controller that changes the distribution of a token and not yet its mode; with
+    a policy, against one that is asked elsewhere because of it."""
     drafter = data.draw(st.sampled_from(sorted(examples(file, lm(name)))))
     plain = DecodePath(lm(name), POLICIES[policy], lambda text: NoDraft())
     other = DecodePath(lm(name), POLICIES[policy], lambda text: examples(file, lm(name))[drafter], make_controller)
-    reference, found = judge(plain, {"other": other}, TEXT[:45])
+    reference, found = compare(plain, {"other": other}, TEXT[:45])
     floor = rounding(policy)
     assert found["other"].nll.tolist() == pytest.approx(reference.tolist(), abs=floor)
     assert found["other"].kl.abs().max() < FLOOR
@@ -122,11 +122,11 @@ def test_what_is_lossless_is_at_the_numeric_floor(
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("start", [1, 14, 40])
-def test_a_followed_text_has_the_probabilities_with_which_it_was_written(policy: str, start: int) -> None:
+def test_a_forced_text_has_the_probabilities_with_which_it_was_written(policy: str, start: int) -> None:
     """Guards against evictions at other places than those of decoding, in the prompt or behind it."""
     written = generate(lm("llama"), prompt(start), policy=POLICIES[policy], max_new_tokens=60, logprobs=True)
     text = [*prompt(start), *written.tokens]
-    steps = DecodePath(lm("llama"), POLICIES[policy], partial(Foretold, branches=2)).follow(text, start)
+    steps = DecodePath(lm("llama"), POLICIES[policy], partial(OracleDrafter, branches=2)).forced_steps(text, start)
     found = torch.cat([step.logits.log_softmax(-1) for step in steps])
     assert found.argmax(-1).tolist() == written.tokens
     assert found.amax(-1).tolist() == pytest.approx(written.logprobs, abs=rounding(policy))
@@ -135,7 +135,7 @@ def test_a_followed_text_has_the_probabilities_with_which_it_was_written(policy:
 def test_the_distance_from_the_last_eviction_is_told() -> None:
     """Guards against curves over a distance that is off by one, or counted from the start of a step."""
     policy = SinkWindow(16, sinks=2, trigger=1.0, interval=5)  # leaves 11; evicts at 15, 20, 25, ...
-    _, found = judge(DecodePath(lm("llama")), {"it": DecodePath(lm("llama"), policy)}, TEXT[:28])
+    _, found = compare(DecodePath(lm("llama")), {"it": DecodePath(lm("llama"), policy)}, TEXT[:28])
     # The token behind 15 that were read is the 15th, and is still chosen from before it: the root was not read yet.
     assert found["it"].since.tolist() == [0] * 15 + [1, 2, 3, 4, 5] * 2 + [1, 2]
     assert (found["it"].kl[:15] < FLOOR).all()
@@ -143,16 +143,17 @@ def test_the_distance_from_the_last_eviction_is_told() -> None:
 
 
 @pytest.mark.parametrize("policy", ["sink-window", "heavy-hitter", "key-norm"])
-def test_divergence_is_that_of_the_two_laws(policy: str) -> None:
+def test_divergence_is_that_of_the_two_distributions(policy: str) -> None:
     """Guards against a KL of the wrong direction, of tokens that are not the same, or of a model that another one,
     read beside it, has switched to recording."""
     target = lm("gpt-neox")
     lossy = DecodePath(target, POLICIES[policy], lambda text: NoDraft())
-    laws = torch.cat([step.logits for step in lossy.follow(TEXT)]).log_softmax(-1)
+    log_probs = torch.cat([step.logits for step in lossy.forced_steps(TEXT)]).log_softmax(-1)
     full = logits(target.model, TEXT)[:-1].log_softmax(-1)
-    expected = (full.exp() * (full - laws)).sum(-1)
+    expected = (full.exp() * (full - log_probs)).sum(-1)
     wide = DecodePath(target, POLICIES[policy], controller=partial(FixedK, 7))
-    reference, found = judge(DecodePath(target), {"narrow": lossy, "wide": wide, "full": path("chains", target)}, TEXT)
+    ways = {"narrow": lossy, "wide": wide, "full": path("chains", target)}
+    reference, found = compare(DecodePath(target), ways, TEXT)
     wanted = torch.tensor(TEXT[1:])[:, None]
     assert reference.tolist() == pytest.approx((-full.gather(1, wanted))[:, 0].tolist(), abs=FLOOR)
     assert found["full"].kl.abs().max() < FLOOR
@@ -160,8 +161,8 @@ def test_divergence_is_that_of_the_two_laws(policy: str) -> None:
     for name in ("narrow", "wide"):
         floor = rounding(policy)
         assert found[name].kl.tolist() == pytest.approx(expected.tolist(), abs=floor)
-        assert found[name].nll.tolist() == pytest.approx((-laws.gather(1, wanted))[:, 0].tolist(), abs=floor)
-        assert found[name].agrees.tolist() == (full.argmax(-1) == laws.argmax(-1)).tolist()
+        assert found[name].nll.tolist() == pytest.approx((-log_probs.gather(1, wanted))[:, 0].tolist(), abs=floor)
+        assert found[name].agrees.tolist() == (full.argmax(-1) == log_probs.argmax(-1)).tolist()
         assert not found[name].agrees.all()
 
 
@@ -196,14 +197,14 @@ def test_no_document_is_held_as_logits() -> None:
         "one by one": DecodePath(target, drafter=lambda text: NoDraft()),
         "wide": DecodePath(target, controller=partial(FixedK, 9)),
     }
-    judge(DecodePath(target, controller=partial(FixedK, 6)), ways, TEXT * 3, tell=look)
+    compare(DecodePath(target, controller=partial(FixedK, 6)), ways, TEXT * 3, tell=look)
     assert 0 < most < 60 * VOCABULARY * 8
 
 
 def test_int8_weights_can_be_judged() -> None:
     """Guards against a lossy part that is compared with itself."""
     target = LM(build({**lm("llama").model.config.to_dict()}).float())
-    _, found = judge(DecodePath(target), {"int8": DecodePath(target.quantized("int8"))}, TEXT)
+    _, found = compare(DecodePath(target), {"int8": DecodePath(target.quantized("int8"))}, TEXT)
     assert 1e-6 < found["int8"].kl.mean() < 0.1
 
 
@@ -217,7 +218,7 @@ def test_int8_weights_can_be_judged() -> None:
         (lambda: next(follow(lm("llama"), [1, VOCABULARY])), f"token {VOCABULARY} of the text is outside"),
         (lambda: negative_log_likelihoods(DecodePath(lm("llama")), TEXT * 9), "exceed the context of llama"),
         (
-            lambda: judge(DecodePath(lm("llama")), {"it": DecodePath(LM(build(_narrower())))}, TEXT),
+            lambda: compare(DecodePath(lm("llama")), {"it": DecodePath(LM(build(_narrower())))}, TEXT),
             "it cannot be compared: its vocabulary has 50 tokens",
         ),
     ],

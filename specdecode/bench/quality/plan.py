@@ -10,7 +10,7 @@ from specdecode.bench.options import Options
 from specdecode.bench.plan import Setup, resolve_setup
 from specdecode.bench.runs.names import margins_file
 from specdecode.evals.arms import QualityPreset, quality_preset
-from specdecode.evals.results import read_margins
+from specdecode.evals.margins import read_margins
 from specdecode.support.files import slug
 
 
@@ -24,7 +24,7 @@ class QualityPlan:
         preset: arms, texts and tasks, with what the command line says otherwise.
         resume: whether to go on with the pieces that an interrupted run finished.
         margins_path: where the margins are, or would be.
-        margins: by arm and measure; see `evals.results.judge`.
+        margins: by arm and measure; see `evals.margins.check_margins`.
     """
 
     root: Path

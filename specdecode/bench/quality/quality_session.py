@@ -15,18 +15,18 @@ from specdecode.bench.quality.plan import QualityPlan
 from specdecode.evals.answers import Problem, answer, problems
 from specdecode.evals.arms import QualityPreset, make
 from specdecode.evals.data import NotAtHandError, documents, token_prompts
+from specdecode.evals.margins import MarginCheck, check_margins
 from specdecode.evals.needle import bury, look_for
-from specdecode.evals.perplexity import DecodePath, Judged
-from specdecode.evals.perplexity import judge as read_side_by_side
+from specdecode.evals.perplexity import DecodePath, TokenScores, compare
 from specdecode.evals.results import (
     REFERENCE,
     Answer,
     Document,
-    Judgement,
+    NeedleTrial,
+    QualityHeader,
     QualityRun,
-    Sought,
+    TasksHeader,
     document,
-    judge,
     write,
 )
 from specdecode.models.embedded import weights_of
@@ -47,13 +47,13 @@ class JudgedQualityRun:
         run: as it is kept.
         file: where it is.
         margins_path: where its margins are, or would be.
-        judgements: of every arm and measure.
+        checks: of the margins, for every arm and measure.
     """
 
     run: QualityRun
     file: Path
     margins_path: Path
-    judgements: list[Judgement]
+    checks: list[MarginCheck]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class _Work:
     origins: list[str]
     needles: list[tuple[str, int, float]]
     problems: list[Problem]
-    tasks: dict[str, Any] | None
+    tasks: TasksHeader | None
 
 
 class _Pieces:
@@ -115,7 +115,7 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
     work = _load(plan, selected)
     header = _header(plan, work)
     session_values = {
-        **header,
+        **asdict(header),
         "arms": work.arms,
         "tokens": work.texts,
         "asked": [asdict(problem) for problem in work.problems],
@@ -135,7 +135,7 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
     run = QualityRun(header, work.arms, read, needles, _answers(plan, work, pieces))
     write_whole(plan.file, write(run))
     plan.journal.unlink(missing_ok=True)
-    return JudgedQualityRun(run, plan.file, plan.margins_path, judge(run, plan.margins))
+    return JudgedQualityRun(run, plan.file, plan.margins_path, check_margins(run, plan.margins))
 
 
 def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
@@ -154,7 +154,7 @@ def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
     return _Work(arms, target, reference, paths, texts, origins, needles, asked, tasks)
 
 
-def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple[list[Problem], dict[str, Any] | None]:
+def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple[list[Problem], TasksHeader | None]:
     """Return the problems of all tasks, and what a run's header says of tasks: origins, and why some are missing."""
     grid = preset.tasks
     if grid is None or not set(grid.arms) & set(arms):
@@ -169,26 +169,26 @@ def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple
         else:
             asked += of_task
             origins.append(origin)
-    return asked, {**asdict(grid), "origins": origins, "missing": missing}
+    return asked, TasksHeader(**asdict(grid), origins=origins, missing=missing)
 
 
-def _header(plan: QualityPlan, work: _Work) -> dict[str, Any]:
+def _header(plan: QualityPlan, work: _Work) -> QualityHeader:
     """Assemble the header of the run."""
     preset, identity = plan.preset, plan.setup.identity
-    return {
-        "target": identity.target,
-        "dtype": identity.dtype,
-        "preset": identity.preset,
-        "texts": preset.texts,
-        "origins": work.origins,
-        "tasks": work.tasks,
-        "k": preset.k,
-        "window": preset.window,
-        "stride": preset.stride,
-        "backend": str(work.reference.lm.backend),
-        "synthetic": work.target.synthetic,
-        "versions": {**environment(), "weights": weights_of(identity.target)},
-    }
+    return QualityHeader(
+        target=identity.target,
+        dtype=identity.dtype,
+        preset=identity.preset,
+        texts=preset.texts,
+        origins=work.origins,
+        tasks=work.tasks,
+        k=preset.k,
+        window=preset.window,
+        stride=preset.stride,
+        backend=str(work.reference.lm.backend),
+        synthetic=work.target.synthetic,
+        versions={**environment(), "weights": weights_of(identity.target)},
+    )
 
 
 def _read_documents(
@@ -210,30 +210,30 @@ def _read_documents(
 def _read_document(
     preset: QualityPreset, work: _Work, tokens: list[int], tell: Callable[[int], None]
 ) -> dict[str, Any]:
-    losses, judged = read_side_by_side(work.reference, work.paths, tokens, preset.window, preset.stride, tell)
-    return {"reference": _rounded(losses.tolist()), "arms": {arm: _plain(of) for arm, of in judged.items()}}
+    losses, scores = compare(work.reference, work.paths, tokens, preset.window, preset.stride, tell)
+    return {"reference": _rounded(losses.tolist()), "arms": {arm: _plain(of_arm) for arm, of_arm in scores.items()}}
 
 
 def _look_for_needles(
     plan: QualityPlan, work: _Work, pieces: _Pieces, tell: Callable[[int, str], None]
-) -> list[Sought]:
+) -> list[NeedleTrial]:
     """Look for each needle; `tell` is called with the tokens that were read and the needle's id."""
     if plan.preset.needle is None or not work.needles:
         return []
     haystack = [sample.text for sample in documents(plan.preset.needle.corpus)[0]]
-    sought, done = [], 0
+    trials, done = [], 0
     for arm, length, depth in work.needles:
         name = f"needle {arm} {length} {depth}"
 
         def look(arm: str = arm, length: int = length, depth: float = depth) -> dict[str, Any]:
             found = look_for(work.paths[arm], bury(work.target, haystack, length, depth))
-            return asdict(Sought(arm, length, depth, **asdict(found)))
+            return asdict(NeedleTrial(arm, length, depth, **asdict(found)))
 
         tell(done, name)
-        sought.append(Sought(**pieces.get(name, look)))
+        trials.append(NeedleTrial(**pieces.get(name, look)))
         done += length
         tell(done, name)
-    return sought
+    return trials
 
 
 def _answers(plan: QualityPlan, work: _Work, pieces: _Pieces) -> list[Answer]:
@@ -259,12 +259,12 @@ def _answers(plan: QualityPlan, work: _Work, pieces: _Pieces) -> list[Answer]:
     return answers
 
 
-def _plain(judged: Judged) -> dict[str, Any]:
+def _plain(scores: TokenScores) -> dict[str, Any]:
     return {
-        "nll": _rounded(judged.nll.tolist()),
-        "kl": _rounded(judged.kl.tolist()),
-        "agrees": judged.agrees.int().tolist(),
-        "since": judged.since.tolist(),
+        "nll": _rounded(scores.nll.tolist()),
+        "kl": _rounded(scores.kl.tolist()),
+        "agrees": scores.agrees.int().tolist(),
+        "since": scores.since.tolist(),
     }
 
 

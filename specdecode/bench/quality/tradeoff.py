@@ -57,9 +57,9 @@ def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:
         ValueError: the runs are of different targets or types.
     """
     header, identity = run.header, speed.header.identity
-    if (header["target"], header["dtype"]) != (identity.target, identity.dtype):
+    if (header.target, header.dtype) != (identity.target, identity.dtype):
         raise ValueError(
-            f"quality was judged of {header['target']} in {header['dtype']}, and speed was measured of"
+            f"quality was judged of {header.target} in {header.dtype}, and speed was measured of"
             f" {identity.target} in {identity.dtype}: give runs of the same target and type"
         )
     judged: dict[str, str] = {}

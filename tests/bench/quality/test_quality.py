@@ -18,46 +18,45 @@ from specdecode.bench.quality import quality_session as quality
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
 from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
 from specdecode.evals.arms import Shuffled, make, quality_preset
-from specdecode.evals.intervals import Outcome
-from specdecode.evals.needle import Found
+from specdecode.evals.margins import MarginCheck, Outcome, check_margins, read_margins
+from specdecode.evals.needle import Retrieval
 from specdecode.evals.perplexity import negative_log_likelihoods
 from specdecode.evals.results import (
     Answer,
     Document,
-    Judgement,
+    NeedleTrial,
+    QualityHeader,
     QualityRun,
     Score,
-    Sought,
+    TasksHeader,
     Trace,
-    judge,
     read,
-    read_margins,
     write,
 )
 from specdecode.evals.tasks import TASKS
 from tests.helpers.models import ARCHITECTURES, build, lm
 from tests.helpers.root import ROOT
 
-HEADER: dict[str, Any] = {
-    "target": "t",
-    "dtype": "float32",
-    "preset": "quick",
-    "texts": "prose@5:3",
-    "origins": ["prose: here"],
-    "tasks": {
-        "problems": {"gsm8k": 2, "humaneval": 10},
-        "max_new_tokens": 9,
-        "arms": ["full", "window-8"],
-        "origins": ["humaneval: here"],
-        "missing": {"gsm8k": "gsm8k is not at hand"},
-    },
-    "k": 3,
-    "window": None,
-    "stride": None,
-    "backend": "eager",
-    "synthetic": False,
-    "versions": {},
-}
+HEADER = QualityHeader(
+    target="t",
+    dtype="float32",
+    preset="quick",
+    texts="prose@5:3",
+    origins=["prose: here"],
+    tasks=TasksHeader(
+        problems={"gsm8k": 2, "humaneval": 10},
+        max_new_tokens=9,
+        arms=["full", "window-8"],
+        origins=["humaneval: here"],
+        missing={"gsm8k": "gsm8k is not at hand"},
+    ),
+    k=3,
+    window=None,
+    stride=None,
+    backend="eager",
+    synthetic=False,
+    versions={},
+)
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
     "window-8": {"policy": "sink-window", "cache": 8},
@@ -88,7 +87,7 @@ def example(window: float = 0.1, control: float = 0.9) -> QualityRun:
         for i in range(5)
     ]
     needles = [
-        Sought(arm, length, depth, -1.0 if arm == "full" else -20.0, [0, 0], arm == "full")
+        NeedleTrial(arm, length, depth, -1.0 if arm == "full" else -20.0, [0, 0], arm == "full")
         for arm in ("full", "window-8")
         for length in (8, 16)
         for depth in (0.0, 1.0)
@@ -109,8 +108,8 @@ def answers(**passed: str) -> list[Answer]:
 MARGINS = {"full": {"nll": 0.01, "kl": 0.01}, "window-8": {"nll": 0.3, "kl": 0.3}, "window-16": {"nll": 0.3}}
 
 
-def verdicts(judgements: list[Judgement]) -> dict[tuple[str, str], Outcome | None]:
-    return {(each.arm, each.measure): each.verdict for each in judgements}
+def outcomes(checks: list[MarginCheck]) -> dict[tuple[str, str], Outcome | None]:
+    return {(check.arm, check.measure): check.outcome for check in checks}
 
 
 def test_costs_are_those_of_the_tokens_behind_an_eviction() -> None:
@@ -142,19 +141,19 @@ def test_curves_are_means_over_places() -> None:
 
 def test_lossy_parts_pass_within_their_margins_and_controls_beyond_them() -> None:
     """Guards against a suite that passes whatever a cache loses."""
-    good = verdicts(judge(example(), MARGINS))
+    good = outcomes(check_margins(example(), MARGINS))
     assert good[("full", "nll")] == good[("window-8", "kl")] == Outcome.PASS
     assert good[("any-8", "nll")] == good[("any-8", "kl")] == Outcome.FAIL
     assert good[("window-16", "nll")] is None
-    bad = {(each.arm, each.measure): each for each in judge(example(window=0.5, control=0.1), MARGINS)}
-    assert bad[("window-8", "nll")].verdict is Outcome.FAIL
+    bad = {(each.arm, each.measure): each for each in check_margins(example(window=0.5, control=0.1), MARGINS)}
+    assert bad[("window-8", "nll")].outcome is Outcome.FAIL
     assert bad[("window-8", "nll")].expected is Outcome.PASS
-    assert bad[("any-8", "nll")].verdict is Outcome.PASS
+    assert bad[("any-8", "nll")].outcome is Outcome.PASS
     assert bad[("any-8", "nll")].expected is Outcome.FAIL
-    assert verdicts(judge(example(window=0.28), MARGINS))[("window-8", "nll")] is Outcome.INCONCLUSIVE
+    assert outcomes(check_margins(example(window=0.28), MARGINS))[("window-8", "nll")] is Outcome.INCONCLUSIVE
     for synthetic, margins in ((True, MARGINS), (False, {})):
-        run = replace(example(), header=HEADER | {"synthetic": synthetic})
-        assert set(verdicts(judge(run, margins)).values()) == {None}
+        run = replace(example(), header=replace(HEADER, synthetic=synthetic))
+        assert set(outcomes(check_margins(run, margins)).values()) == {None}
 
 
 def test_flips_are_counted_from_the_reference() -> None:
@@ -173,14 +172,14 @@ def test_tasks_are_judged_by_margins_too() -> None:
     """Guards against a pass rate that nothing is said of, a handful of problems that pass for proof, and a task that
     is not at hand and told as passed."""
     margins = {"full": {"humaneval": 0.35}, "window-8": {"humaneval": 0.35, "gsm8k": 0.1}}
-    found = {(each.arm, each.measure): each for each in judge(example(), margins)}
-    assert found[("full", "humaneval")].verdict is Outcome.PASS
-    assert found[("window-8", "humaneval")].verdict is Outcome.INCONCLUSIVE
-    assert found[("window-8", "gsm8k")].verdict is None
+    found = {(each.arm, each.measure): each for each in check_margins(example(), margins)}
+    assert found[("full", "humaneval")].outcome is Outcome.PASS
+    assert found[("window-8", "humaneval")].outcome is Outcome.INCONCLUSIVE
+    assert found[("window-8", "gsm8k")].outcome is None
     assert found[("window-8", "gsm8k")].reason == "gsm8k is not at hand"
     assert ("any-8", "humaneval") not in found
     assert "begins at 0." in found[("window-8", "humaneval")].reason
-    strict = {(each.arm, each.measure): each.verdict for each in judge(example(), {"full": {"humaneval": 0.1}})}
+    strict = {(each.arm, each.measure): each.outcome for each in check_margins(example(), {"full": {"humaneval": 0.1}})}
     assert strict[("full", "humaneval")] is Outcome.INCONCLUSIVE
     assert strict[("window-8", "humaneval")] is None
 
@@ -203,6 +202,29 @@ def test_a_run_travels_as_json(tmp_path: Path) -> None:
             read(file)
     with pytest.raises(ValueError, match="cannot be read"):
         read(tmp_path / "nothing.json")
+
+
+def test_a_file_of_an_earlier_version_is_read_and_written_alike(tmp_path: Path) -> None:
+    """Guards against keys of a file that are renamed with the code, and a header that loses what it does not know."""
+    file = ROOT / "tests" / "data" / "quality-run.json"
+    run = read(file)
+    assert write(run) == file.read_text(encoding="utf-8")
+    assert run.header.tasks is not None
+    assert run.header.tasks.problems == {"humaneval": 2}
+    assert run.header.k == 3
+    assert run.score("full", "humaneval") == Score(2, 0, 0, 0)
+    assert run.judged_arms == list(run.arms)
+    assert len(check_margins(run, {})) == 2 * len(run.arms) + len(run.header.tasks.arms)
+    # Before tasks were asked.
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["quality"]["answers"], content["quality"]["header"]["tasks"]
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(content))
+    assert read(older) == replace(run, header=replace(run.header, tasks=None), answers=[])
+    del content["quality"]["header"]["window"]
+    older.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"no run of `pytest --quality`: it has no 'window'"):
+        read(older)
 
 
 @pytest.mark.parametrize("content", ['{"margins": {"a": {"ppl": 1}}}', '{"margins": {"a": {"kl": -1}}}', "{}"])
@@ -234,20 +256,20 @@ def test_the_margins_that_come_along_are_those_of_arms() -> None:
 def test_the_page_tells_costs_needles_and_what_is_not_as_expected() -> None:
     """Guards against verdicts that are judged and not told, and a table whose rows and columns do not fit."""
     run = example(window=0.5)
-    page = markdown(run, judge(run, MARGINS))
+    page = markdown(run, check_margins(run, MARGINS))
     assert page.index("**window-8** is FAIL") < page.index("| arm |")
     assert "| window-16 | ΔNLL | not judged |" in page
     assert "| any-8 | ΔNLL | FAIL, as it has to |" in page
     assert "GSM8K was not asked: gsm8k is not at hand." in page
-    for grid in (costs(run, judge(run, MARGINS)), retrieval(run), scores(run, judge(run, MARGINS))):
+    for grid in (costs(run, check_margins(run, MARGINS)), retrieval(run), scores(run, check_margins(run, MARGINS))):
         assert {len(row) for row in grid.rows} == {len(grid.columns)}
     assert retrieval(run).rows[0] == ["full", "8", "1/1 (-1.0)", "1/1 (-1.0)"]
-    rows = scores(run, judge(run, {"window-8": {"humaneval": 0.35}})).rows
+    rows = scores(run, check_margins(run, {"window-8": {"humaneval": 0.35}})).rows
     assert [row[:3] for row in rows] == [["HumanEval", "reference", "5/10"], ["HumanEval", "full", "5/10"], rows[2][:3]]
     assert rows[2][2:8] == ["3/10", "30% [11%, 60%]", "3", "1", "0.62", rows[2][7]]
     assert rows[2][-1] == "INCONCLUSIVE"
     assert "steps of 4 tokens" in notes(run)[0]
-    windowed = replace(run, header=HEADER | {"window": 512, "stride": 128, "synthetic": True})
+    windowed = replace(run, header=replace(HEADER, window=512, stride=128, synthetic=True))
     assert "in windows of 512 tokens, 128 tokens apart" in notes(windowed)[0]
     assert "rehearsal" in notes(windowed)[-1]
 
@@ -370,7 +392,7 @@ def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
     sought = quality.look_for
     calls = []
 
-    def interrupted(*arguments: Any) -> Found:
+    def interrupted(*arguments: Any) -> Retrieval:
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -381,7 +403,7 @@ def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
         quality.measure(plan(tmp_path), selected)
     (journal,) = (tmp_path / "results").glob("*.jsonl")
     assert journal.read_text().count("\n") == 1 + 2 + 2
-    monkeypatch.setattr(quality, "read_side_by_side", None)
+    monkeypatch.setattr(quality, "compare", None)
     again = quality.measure(plan(tmp_path, resume=True), selected)
     assert again.run == whole.run
     assert len(calls) == 3 + 6
@@ -404,7 +426,7 @@ def test_answers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.Monke
     assert whole.run.score("window", "humaneval") == Score(count=2, passed=0, lost=0, won=0)
     assert {each.tokens for each in whole.run.answers} == {6}
     assert all(each.wrong for each in whole.run.answers)
-    reasons = {each.measure: each.reason for each in whole.judgements}
+    reasons = {each.measure: each.reason for each in whole.checks}
     assert "random weights" in reasons["humaneval"]
     assert "gsm8k_test.jsonl or .parquet" in reasons["gsm8k"]
     answered = quality.answer
@@ -432,7 +454,7 @@ def test_arms_without_their_package_are_not_judged(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(quality, "find_spec", lambda name: None)
     found = quality.measure(plan(tmp_path), {"full", "int8-sink-window-16"})
     assert found.run.judged_arms == ["full"]
-    reasons = [each.reason for each in found.judgements if each.arm == "int8-sink-window-16"]
+    reasons = [each.reason for each in found.checks if each.arm == "int8-sink-window-16"]
     assert reasons == ["not read: INT8 needs torchao"] * 3
     assert {each.arm for each in found.run.answers} == {"reference", "full"}
-    assert [row[0] for row in costs(found.run, found.judgements).rows] == ["reference", "full"]
+    assert [row[0] for row in costs(found.run, found.checks).rows] == ["reference", "full"]

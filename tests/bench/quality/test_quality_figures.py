@@ -22,7 +22,8 @@ from specdecode.bench.quality.tradeoff import NOTHING, about_speed, against_spee
 from specdecode.bench.report.drawing import cache_looks, looks, rendered
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
-from specdecode.evals.results import Answer, Document, QualityRun, Sought, Trace, judge, write
+from specdecode.evals.margins import check_margins
+from specdecode.evals.results import Answer, Document, NeedleTrial, QualityRun, TasksHeader, Trace, write
 from tests.bench.quality.test_quality import HEADER
 from tests.bench.report.test_figures import call, content, kept, series, texts, unreadable
 from tests.bench.report.test_report import HOSTILE, Page
@@ -64,20 +65,20 @@ def run_of(arms: dict[str, dict[str, Any]], documents: int = 5, **header: Any) -
 
     read_ = [Document(f"prose/{i}", [2.0] * 12, {arm: trace(arm, i) for arm in arms}) for i in range(documents)]
     sought = [
-        Sought(arm, length, depth, 2 * math.log(0.75) if depth else -20.0, [0, 0], bool(depth))
+        NeedleTrial(arm, length, depth, 2 * math.log(0.75) if depth else -20.0, [0, 0], bool(depth))
         for arm in ("full", "sink-window-8")
         for length in (8, 16)
         for depth in (0.0, 1.0)
         if arm in arms
     ]
-    tasks = HEADER["tasks"] | {"problems": {"humaneval": 3}, "arms": ["full"], "missing": {}}
+    tasks = TasksHeader({"humaneval": 3}, max_new_tokens=9, arms=["full"], origins=["humaneval: here"], missing={})
     answers = [
         Answer(arm, "humaneval", f"humaneval/{i}", "it failed" * (arm == "full" and i == 0), 5, "text")
         for i in range(3)
         for arm in ("reference", "full")
         if "full" in arms
     ]
-    return QualityRun(HEADER | {"tasks": tasks} | header, arms, read_, sought, answers)
+    return QualityRun(dataclasses.replace(HEADER, **{"tasks": tasks} | header), arms, read_, sought, answers)
 
 
 def speeds_of(arms: dict[str, tuple[float, dict[str, Any]]], target: str = "t") -> RunFile:
@@ -427,7 +428,7 @@ def test_texts_of_quality_need_neither_torch_nor_matplotlib(files: tuple[Path, P
 
 def test_verdicts_that_are_not_as_they_have_to_be_come_first() -> None:
     """Guards against a broken margin that is told below the fold."""
-    judgements = judge(run(), {"sink-window-8": {"nll": 0.01}, "int8": {"nll": 0.5}})
+    judgements = check_margins(run(), {"sink-window-8": {"nll": 0.01}, "int8": {"nll": 0.5}})
     page = markdown(run(), judgements)
     assert page.startswith(f"## {title(run())}")
     assert page.index("**sink-window-8** is FAIL") < page.index("| arm |")
