@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from specdecode.bench.options import Options
+from specdecode.support.files import check_writable
 
 if TYPE_CHECKING:
     from specdecode.bench.measure.speed_session import JudgedRun
@@ -92,22 +93,58 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the suite by `--benchmark` and `--quality`, if no path is on the command line."""
+    """Choose the suite by `--benchmark` and `--quality`, and refuse what would measure nothing or lose the run.
+
+    This comes before the other plugins' turn: pytest-xdist would start its processes.
+    """
     chosen = [suite for option, suite in _SUITES.items() if config.getoption(option)]
-    if chosen and config.args_source is not pytest.Config.ArgsSource.ARGS:
+    if not chosen:
+        return
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / suite) for suite in chosen]
-    # pytest-benchmark opens its file when all is measured, and a folder that is not there would cost the run.
+    with _one_sentence():
+        _check_processes(config)
+        if config.getoption("benchmark"):
+            _check_pytest_benchmark(config)
+    # pytest-benchmark opens its file when all is measured, and a file that cannot be written would cost the run.
     if config.getoption("benchmark") and (file := config.getoption("benchmark_json", None)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        config.option.benchmark_json = _Unfinished(file)
+        with _one_sentence():
+            config.option.benchmark_json = _Unfinished(file)
+            check_writable(Path(file))
+
+
+def _check_processes(config: pytest.Config) -> None:
+    """Raise ValueError if pytest-xdist shares the tests among processes."""
+    if config.getoption("numprocesses", None) or config.getoption("tx", None) or hasattr(config, "workerinput"):
+        raise ValueError(
+            "the suites measure in one process, and pytest-xdist would start several: leave out -n and --tx"
+        )
+
+
+def _check_pytest_benchmark(config: pytest.Config) -> None:
+    """Raise ValueError if pytest-benchmark is switched off, wholly or for tests that the gate needs."""
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise ValueError(
+            "--benchmark needs pytest-benchmark, which is switched off or not installed: leave out -p no:benchmark"
+        )
+    for option, effect in (
+        ("benchmark_disable", "would measure and keep nothing"),
+        ("benchmark_skip", "would skip all that is measured"),
+        ("benchmark_only", "would skip the verdicts, which are no benchmarks"),
+    ):
+        if config.getoption(option, False):
+            raise ValueError(
+                f"--{option.replace('_', '-')} does not go with --benchmark: it {effect}; leave one of them out"
+            )
 
 
 class _Unfinished(type(Path())):  # type: ignore[misc]
     """A path that is written under another name until it is whole."""
 
     def __fspath__(self) -> str:
-        return f"{self}.tmp"
+        return f"{self}.{os.getpid()}.tmp"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

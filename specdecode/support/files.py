@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +31,23 @@ def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file that is there whole or not at all. What UTF-8 cannot hold (lone surrogates) becomes "?"."""
     with whole(file) as scratch:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+
+
+def check_writable(file: Path) -> None:
+    """Check, before minutes of work, that a file can be written. Missing folders are made; the file stays as it is.
+
+    Raises:
+        ValueError: it cannot be written; the sentence says why.
+    """
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Under a temporary name first, as `whole` writes: so it is the folder that must take a new file.
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def slug(text: str) -> str:

@@ -231,6 +231,27 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--benchmark", "-n", "2"], "the suites measure in one process"),
+        (["--quality", "-n", "2"], "the suites measure in one process"),
+        (["--benchmark", "--benchmark-disable"], "--benchmark-disable does not go with --benchmark"),
+        (["--benchmark", "--benchmark-skip"], "--benchmark-skip does not go with --benchmark"),
+        (["--benchmark", "--benchmark-only"], "--benchmark-only does not go with --benchmark"),
+        (["--benchmark", "-p", "no:benchmark"], "--benchmark needs pytest-benchmark"),
+        (["--benchmark", "--benchmark-json=/sys/run.json"], "/sys/run.json cannot be written"),
+    ],
+)
+def test_a_run_that_could_keep_nothing_is_not_begun(arguments: list[str], reason: str) -> None:
+    """Guards against minutes of measuring by several processes at once, or by one whose results are thrown away."""
+    done = run(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert reason in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "runs" not in done.stderr  # no progress
+
+
 def test_quality_shows_perplexities(model: str) -> None:
     """Guards against a suite that passes and shows nothing."""
     done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
