@@ -3,6 +3,7 @@
 import pytest
 
 from specdecode.bench.measure.replay import clock, replay
+from specdecode.bench.runs.counts import as_dict
 
 
 @pytest.mark.benchmark(timer=clock, group="speed")
@@ -10,7 +11,7 @@ def test_speed(arm, speed_run, benchmark):
     """The arm's output is the baseline's, token by token; its times are played to pytest-benchmark."""
     if arm not in speed_run.durations:
         pytest.skip("the commit to compare with does not have this arm: see the verdicts")
-    benchmark.extra_info.update(speed_run.run.measures(arm))
+    benchmark.extra_info.update(as_dict(speed_run.run.measures(arm)))
     replay(benchmark, speed_run.durations[arm])
     wrong = speed_run.wrong[arm]
     assert not wrong, f"{arm} gave other tokens than autoregressive decoding on {', '.join(wrong)}: its times are void"

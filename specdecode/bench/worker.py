@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ import torch
 from specdecode.bench.arms.arm import Arm, make
 from specdecode.bench.measure.bandwidth import roofline
 from specdecode.bench.measure.check import classify
-from specdecode.bench.measure.counters import rehearse
+from specdecode.bench.measure.counters import counters_run
 from specdecode.bench.measure.experiment import timed
 from specdecode.bench.measure.side_by_side import PROTOCOL
+from specdecode.bench.runs.counts import as_dict
 from specdecode.core.errors import SpecDecodeError
 from specdecode.evals.data import token_prompts
 from specdecode.models.embedded import weights_of
@@ -31,7 +31,10 @@ from specdecode.support.environment import environment
 
 
 class Worker:
-    """The models of one version, and the arms that it makes of a preset's entries. Its methods are the requests."""
+    """Serve requests on the models of one version and its arms of a preset: each method is a request.
+
+    `WorkerProcess` of another version asks, so names, arguments and answers stay: "rehearse" asks for the counters run.
+    """
 
     def __init__(self) -> None:
         self._target: LM | None = None
@@ -66,7 +69,13 @@ class Worker:
             "versions": {**environment(), "weights": weights_of(target), "backend": chosen.name},
             "refused": refused,
             "about": {
-                name: {"synthetic": arm.synthetic, "against": arm.against, "lossy": arm.lossy, "timed": arm.timed}
+                name: {
+                    "synthetic": arm.synthetic,
+                    "against": arm.against,
+                    "lossy": arm.lossy,
+                    "timed": arm.timed,
+                    "peer": arm.peer,
+                }
                 for name, arm in self._arms.items()
             },
             "pair": f"{self._target.name}{f' with {smaller.name}' if smaller else ''}",
@@ -81,21 +90,21 @@ class Worker:
             torch.cuda.empty_cache()
 
     def prompts(self, spec: str) -> list[Any]:
-        """Token prompts by id, and their origins."""
+        """Return token prompts by id, and their origins."""
         return list(token_prompts(spec, self._loaded))
 
     def roofline(self) -> float:
         return roofline(self._loaded)
 
     def rehearse(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, float]:
-        return rehearse(self._arms[arm], prompt, length, expected)
+        return as_dict(counters_run(self._arms[arm], prompt, length, expected))
 
     def expected(self, arm: str, prompt: list[int], tokens: list[int]) -> list[int]:
-        """What the arm must write, where `ar` wrote these tokens."""
+        """Return what the arm must write, where `ar` wrote these tokens."""
         return list(self._arms[arm].expected(prompt, tokens, len(tokens)))
 
     def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
-        return asdict(timed(self._arms[arm], prompt, length, expected))
+        return timed(self._arms[arm], prompt, length, expected).as_json()
 
     def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int]) -> str:
         return classify(self._arms[arm].target, prompt, expected, got, self._arms[arm].policy)
@@ -107,7 +116,7 @@ class Worker:
 
 
 def serve(requests: Iterable[str]) -> Iterator[str]:
-    """The answers to requests, as long as there are any."""
+    """Answer requests, as long as there are any."""
     worker = Worker()
     for line in requests:
         request = json.loads(line)

@@ -43,7 +43,7 @@ def test_a_preset_runs_to_its_end_and_is_told(name: str, tmp_path: Path) -> None
     assert set(run.arms) == arms
     assert len(run.lengths) == len(preset(name).lengths) + 1
     bounded = [arm for arm, entry in preset(name).arms.items() if "cache" in entry]
-    assert not bounded or max(run.measures(arm)["compressions"] for arm in bounded) > 0
+    assert not bounded or max(run.measures(arm).counters.compressions for arm in bounded) > 0
     past = History([], "none")
     for write in (markdown, latex):
         page = write(run, title(run), "not judged", [], past)
@@ -75,6 +75,6 @@ def test_a_preset_of_lengths_and_caches_is_resumed(tmp_path: Path, monkeypatch: 
     assert set(run.arms) == arms
     assert len(run.header.outputs) == 2
     rows = {arm: record.rows[first["prompt"]] for arm, record in run.arms.items()}
-    assert {arm: row.seconds["total"] for arm, row in rows.items()} == {
+    assert {arm: row.seconds.total for arm, row in rows.items()} == {
         arm: run["total_s"] for arm, run in first["runs"].items()
     }

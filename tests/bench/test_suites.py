@@ -97,7 +97,7 @@ def test_only_what_is_selected_is_measured(model: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout  # its speed and two verdicts
-    assert "8/8 runs" in done.stderr  # two rehearsals, and two blocks of three
+    assert "8/8 runs" in done.stderr  # two counters runs, and two blocks of three
     assert "No baseline for this hardware" in done.stdout
 
 

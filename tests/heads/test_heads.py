@@ -673,8 +673,8 @@ def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, op
     result = pasted["result"]
     assert result.tokens == made.tokens[: len(result.tokens)]
     # Tokens are the target's whatever the shape; how many are drafted is the shape's.
-    assert 0 < result.drafted <= made.counts["drafted"]
-    assert made.histograms["depth"][1:] == depths(options, target, file, len(made.tokens))[1:]
+    assert 0 < result.drafted <= made.counts.drafted
+    assert made.histograms.depth[1:] == depths(options, target, file, len(made.tokens))[1:]
     with pytest.raises(ModelFileError, match="no head comes with the package for"):
         make("arm", {"drafter": "head"}, target, None, "eager")
 
@@ -685,7 +685,7 @@ def test_a_target_of_random_weights_drafts_with_a_head_of_such(file: str) -> Non
     for entry in ({}, {"head": file, "shape": "static"}, {"controller": "cost-aware"}):
         made = make("arm", {"drafter": "head", **entry}, target, None, "eager")
         assert made.synthetic
-        assert made.run(prompt(), 12, ()).counts["drafted"] > 0
+        assert made.run(prompt(), 12, ()).counts.drafted > 0
 
 
 def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

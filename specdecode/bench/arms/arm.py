@@ -27,6 +27,7 @@ class Arm:
         run: from a prompt, the number of new tokens and the output that is expected (for replayed drafts) to a run.
         target: the model that it decodes.
         synthetic: its acceptance is set and not found out.
+        peer: it is transformers' own.
         against: the peer's arm that does the same with the same settings.
         policy: what stays in the target's cache.
         quantize: how the target's weights are quantised, if they are. With that, or a policy that does not keep
@@ -47,6 +48,7 @@ class Arm:
     timed: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     stop_token_ids: Sequence[int] = ()
+    peer: bool = False
 
     @property
     def lossy(self) -> bool:
@@ -127,4 +129,4 @@ def make(
     if options:
         raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
     synthetic = target.synthetic or replay is not None
-    return Arm(name, run, target, synthetic, against, policy, quantize, timed, entry, stop_token_ids)
+    return Arm(name, run, target, synthetic, against, policy, quantize, timed, entry, stop_token_ids, peer is not None)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from specdecode.bench.arms.run import Run, timed_call
+from specdecode.bench.runs.counts import Counts
 from specdecode.models.lm import LM
 
 
@@ -74,10 +75,10 @@ def peer_run(
 
         def cut(length: int) -> Run:
             steps = next(step for step, written in enumerate(clock.written) if written >= length)
-            return Run(tokens[:length], clock.times[steps] - started, ttft_s, {"steps": steps})
+            return Run(tokens[:length], clock.times[steps] - started, ttft_s, Counts(steps=steps))
 
         cuts = [cut(length) for length in lengths if length < len(tokens)]
-        return Run(tokens, total, ttft_s, {"steps": len(clock.times) - 1}, cuts=cuts)
+        return Run(tokens, total, ttft_s, Counts(steps=len(clock.times) - 1), cuts=cuts)
 
     return run
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from specdecode.bench.runs.counts import Counts, Histograms, Seconds, as_dict, from_dict
 from specdecode.core.result import Generation
 from specdecode.models.lm import LM, synchronise
 
@@ -19,67 +20,87 @@ class Run:
         tokens: the new tokens.
         total_s: seconds of the whole call, the device synchronised. Of a batch, here and below, a prompt's share.
         ttft_s: seconds to the first committed tokens.
-        counts: of "steps" (target forwards that committed tokens); for our own arms also "target_forwards",
-            "draft_forwards", "drafted" and "accepted" tokens, "rejections" (steps that rejected a proposal),
-            "cache_bytes" at the end, "peak_cache_bytes", "grown_bytes" (by how much that is more than after the first
-            step), "attended_bytes" of KV over all steps, "compressions", and "later_tokens": those after the first
-            step, which carries the prompt.
-        seconds: of our own arms: "draft", "verify" and "overhead", which make up the total; and "later_draft" and
-            "later_verify", after the first step.
-        histograms: of our own arms: steps by "accepted" length and by "depth" of the tree.
-        cuts: what the run was when it had got to the shorter lengths that were asked for, one by one.
+        counts, seconds, histograms: of our own arms all; of a peer the steps alone.
+        cuts: the run as it was at each of the shorter lengths that were asked for.
     """
 
     tokens: list[int]
     total_s: float
     ttft_s: float
-    counts: dict[str, float]
-    seconds: dict[str, float] = field(default_factory=dict)
-    histograms: dict[str, list[int]] = field(default_factory=dict)
+    counts: Counts
+    seconds: Seconds = field(default_factory=Seconds)
+    histograms: Histograms = field(default_factory=Histograms)
     cuts: list[Run] = field(default_factory=list)
 
     def at(self, length: int) -> Run | None:
-        """What it was when it had got to a length; None where it was not cut there."""
+        """Return the run as it was at a length; None where it was not cut there."""
         return next((run for run in (self, *self.cuts) if len(run.tokens) == length), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values, as journals and workers of all versions have them."""
+        return {
+            "tokens": self.tokens,
+            "total_s": self.total_s,
+            "ttft_s": self.ttft_s,
+            "counts": as_dict(self.counts),
+            "seconds": as_dict(self.seconds),
+            "histograms": as_dict(self.histograms),
+            "cuts": [cut.as_json() for cut in self.cuts],
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Run:
+        """Make the run that `as_json` wrote."""
+        return cls(
+            tokens=entry["tokens"],
+            total_s=entry["total_s"],
+            ttft_s=entry["ttft_s"],
+            counts=from_dict(Counts, entry["counts"]),
+            seconds=from_dict(Seconds, entry["seconds"]),
+            histograms=from_dict(Histograms, entry["histograms"]),
+            cuts=[cls.from_json(cut) for cut in entry["cuts"]],
+        )
 
 
 def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int] = ()) -> Run:
-    """Counts of the first prompt of a batch, and its share of the time: the same part for each prompt. A batch, whose
-    prompts end at different times, is not cut."""
+    """Return the run of the first prompt of a batch: its counts, and its share of the time, equal for each prompt.
+
+    A batch is not cut, as its prompts end at different times.
+    """
     result, share = results[0], 1 / len(results)
 
     def verify_s(start: int) -> float:
         # A forward is counted by each of its prompts; the one with the most steps was in all of them.
-        return max(sum(step.verify_s for step in each.steps[start:]) for each in results)
+        return max(sum(step.verify_s for step in prompt.steps[start:]) for prompt in results)
 
-    draft_s = share * sum(each.draft_s for each in results)
-    verified_s = share * (verify_s(0) + sum(each.prefill_forwards_s for each in results))
+    draft_s = share * sum(prompt.draft_s for prompt in results)
+    verified_s = share * (verify_s(0) + sum(prompt.prefill_forwards_s for prompt in results))
     return Run(
         tokens=result.tokens,
         total_s=share * total_s,
         ttft_s=share * result.ttft_s,
-        counts={
-            "steps": len(result.steps),
-            "target_forwards": result.target_forwards,
-            "draft_forwards": result.draft_forwards,
-            "drafted": result.drafted,
-            "accepted": result.accepted,
-            "rejections": result.rejections,
-            "cache_bytes": result.cache_bytes,
-            "peak_cache_bytes": result.peak_cache_bytes,
-            "grown_bytes": max(0, result.peak_cache_bytes - result.steps[0].cache_bytes),
-            "attended_bytes": result.attended_bytes,
-            "compressions": result.compressions,
-            "later_tokens": len(result.tokens) - result.steps[0].emitted,
-        },
-        seconds={
-            "draft": draft_s,
-            "verify": verified_s,
-            "overhead": share * total_s - draft_s - verified_s,
-            "later_draft": share * sum(step.draft_s for each in results for step in each.steps[1:]),
-            "later_verify": share * verify_s(1),
-        },
-        histograms={"accepted": result.accepted_lengths, "depth": result.depths},
+        counts=Counts(
+            steps=len(result.steps),
+            target_forwards=result.target_forwards,
+            draft_forwards=result.draft_forwards,
+            drafted=result.drafted,
+            accepted=result.accepted,
+            rejections=result.rejections,
+            cache_bytes=result.cache_bytes,
+            peak_cache_bytes=result.peak_cache_bytes,
+            grown_bytes=max(0, result.peak_cache_bytes - result.steps[0].cache_bytes),
+            attended_bytes=result.attended_bytes,
+            compressions=result.compressions,
+            later_tokens=len(result.tokens) - result.steps[0].emitted,
+        ),
+        seconds=Seconds(
+            draft=draft_s,
+            verify=verified_s,
+            overhead=share * total_s - draft_s - verified_s,
+            later_draft=share * sum(step.draft_s for prompt in results for step in prompt.steps[1:]),
+            later_verify=share * verify_s(1),
+        ),
+        histograms=Histograms(accepted=result.accepted_lengths, depth=result.depths),
         cuts=[
             run_of([short], total_s - (result.total_s - short.total_s))
             for short in (result.until(length) for length in lengths if length < len(result.tokens))
@@ -89,6 +110,7 @@ def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int]
 
 
 def timed_call(target: LM, call: Callable[[], Any]) -> tuple[Any, float]:
+    """Call, and return the result and the seconds, with the device synchronised before and after."""
     synchronise(target.device)
     started = time.perf_counter()
     result = call()

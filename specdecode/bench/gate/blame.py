@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from specdecode.bench.runs.counts import RowSeconds
 from specdecode.bench.runs.records import ArmRecord
 
-PARTS = {"draft": "drafting", "verify": "verifying", "overhead": "overhead"}
+PARTS: dict[str, Callable[[RowSeconds], float | None]] = {
+    "drafting": lambda seconds: seconds.draft,
+    "verifying": lambda seconds: seconds.verify,
+    "overhead": lambda seconds: seconds.overhead,
+}
+"""The parts of a step, and their seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,7 @@ class Blame:
 
     @property
     def main(self) -> str:
-        """The cause that moved most in the direction of the whole change."""
+        """Return the cause that moved most in the direction of the whole change."""
         total = sum(self.shares.values())
         return max(self.shares, key=lambda cause: math.copysign(1.0, total) * self.shares[cause])
 
@@ -55,28 +61,32 @@ def blame(
             runs were not measured side by side.
         yardstick: logarithm of the factor by which what the arm is compared with became faster, in these units.
     """
-    if not prompts or any(math.isnan(record.total("draft_s", prompts)) for record in (new, old)):
+    if not prompts or new.peer or old.peer:
         return None
-    steps = [record.total("steps", prompts) / record.total("tokens", prompts) for record in (new, old)]
-    seconds = {
-        part: [
-            record.total(f"{part}_s", prompts) / record.total("tokens", prompts) / unit
-            for record, unit in zip((new, old), units, strict=True)
-        ]
-        for part in PARTS
-    }
-    whole = _log_mean(*(sum(of) for of in zip(*seconds.values(), strict=True)))
+    after, before = (_s_per_token(record, prompts, unit) for record, unit in zip((new, old), units, strict=True))
+    if after is None or before is None:  # older files
+        return None
+    steps = [record.counts(prompts).steps / record.counts(prompts).tokens for record in (new, old)]
+    whole = _log_mean(sum(after.values()), sum(before.values()))
     fewer = math.log(steps[0] / steps[1])
     shares = {"acceptance length": 0.0}
-    for part, (after, before) in seconds.items():
-        weight = _log_mean(after, before) / whole
+    for part in PARTS:
+        weight = _log_mean(after[part], before[part]) / whole
         shares["acceptance length"] += weight * fewer
-        shares[PARTS[part]] = (after - before) / whole - weight * fewer
+        shares[part] = (after[part] - before[part]) / whole - weight * fewer
     return Blame(shares | {"yardstick": yardstick} if yardstick else shares)
 
 
+def _s_per_token(record: ArmRecord, prompts: Collection[str], unit: float) -> dict[str, float] | None:
+    """Return each part's seconds per token, in units; None where one is not known."""
+    seconds, tokens = record.seconds(prompts), record.counts(prompts).tokens
+    parts = {name: part(seconds) for name, part in PARTS.items()}
+    known = {name: value / tokens / unit for name, value in parts.items() if value is not None}
+    return known if len(known) == len(PARTS) else None
+
+
 def _log_mean(a: float, b: float) -> float:
-    """(a - b) / (ln a - ln b), continued to a = b and to nought."""
+    """Return (a - b) / (ln a - ln b), continued to a = b and to nought."""
     if a <= 0 or b <= 0:
         return 0.0
     # Not log(a / b), which loses its digits where a and b are close.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Literal
 
 from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.gate.blame import Blame, blame
+from specdecode.bench.runs.counts import as_dict
+from specdecode.bench.runs.measures import SIGNS
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
-from specdecode.bench.runs.records import COUNTERS, REHEARSED, RunFile
+from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, mean_ratio
 
 AGAINST_TOLERANCE = 0.02
@@ -44,7 +46,7 @@ FAILING = {
 
 
 def tolerance_of(given: float | None, default: float) -> float:
-    """The tolerance that is given, or the default.
+    """Return the tolerance that is given, or the default.
 
     Raises:
         ValueError: it is no share.
@@ -98,7 +100,7 @@ def judge(
         if incomparable := _incomparable(arm, new, old):
             judgements += incomparable
             continue
-        if math.isnan(new.arms[arm].total("target_forwards")):
+        if new.arms[arm].peer:
             reason = "a peer: its time stands beside ours, and is not ours to gate"
             time = Judgement(arm, "time", Verdict.PASS, reason)
         elif side_by_side is None:
@@ -112,7 +114,7 @@ def judge(
 
 
 def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
-    """Why neither time nor counters of the arm can be compared, if so."""
+    """Say why neither time nor counters of the arm can be compared, if so."""
     ours, theirs = new.header.versions.get("weights"), old.header.versions.get("weights")
     if arm not in new.arms:
         verdict = Verdict.MISSING
@@ -130,8 +132,10 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
 
 
 def _yardstick(arm: str) -> str:
-    """What an arm's time is compared with in its own block: `ar`; and `ar` itself with transformers, which our code
-    cannot slow down."""
+    """Return what an arm's time is compared with in its own block.
+
+    That is `ar`; for `ar` itself it is transformers, which our code cannot slow down.
+    """
     return PEER_BASELINE if arm == BASELINE else BASELINE
 
 
@@ -156,20 +160,24 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judge
 
 
 def _other_backend(new: RunFile, old: RunFile) -> str | None:
-    """That the target's forwards ran otherwise, if they did; older baselines know no other than transformers' own."""
+    """Say that the target's forwards ran on another backend, if they did."""
+    # Older baselines know no other than transformers' own.
     ours, theirs = (run.header.versions.get("backend", "eager") for run in (new, old))
     return None if ours == theirs else f"the baseline ran on the backend {theirs} and this on {ours}"
 
 
 def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) -> Blame | None:
-    """Which part of the arm moved, or that what it is compared with did, as transformers' time in the same blocks
-    tells."""
+    """Say which part of the arm moved, or that what it is compared with did.
+
+    Transformers' time in the same blocks tells the two apart.
+    """
+    both = (new, old)
 
     def per_token(name: str) -> tuple[float, float]:
-        now, was = (run.arms[name].total("total_s", prompts) / run.arms[name].total("tokens", prompts) for run in both)
+        records = [run.arms[name] for run in both]
+        now, was = (record.seconds(prompts).total / record.counts(prompts).tokens for record in records)
         return now, was
 
-    both = (new, old)
     if any(PEER_BASELINE not in run.arms or set(prompts) - run.arms[PEER_BASELINE].rows.keys() for run in both):
         return blame(new.arms[arm], old.arms[arm], prompts, per_token(over))
     units, yardstick = per_token(PEER_BASELINE), per_token(over)
@@ -178,7 +186,7 @@ def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) 
 
 
 def _time_judgement(arm: str, what: str, change: Estimate, tolerance: float, cause: Blame | None) -> Judgement:
-    """The verdict on a change of speed, by its whole interval.
+    """Judge a change of speed by its whole interval.
 
     Args:
         arm: its name.
@@ -217,20 +225,19 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
     if not same:
         reason = "run and baseline share no output: measure the same prompts and length"
         return Judgement(arm, "counters", Verdict.INCONCLUSIVE, reason)
-    signs = {name: sign for name, (sign, _, _) in COUNTERS.items()}
-    was, now = before.counters(same), after.counters(same)
+    counters = before.counters(same)
     if _other_backend(new, old):
         # Static shapes attend to a few more slots than are filled.
-        was.pop("attended_bytes_per_step", None)
-    elif new.header.identity.hardware == old.header.identity.hardware:
-        signs |= REHEARSED
-        was, now = was | before.rehearsal, now | after.rehearsal
+        counters = replace(counters, attended_bytes_per_step=None)
+    was, now = as_dict(counters), as_dict(after.counters(same))
+    if not _other_backend(new, old) and new.header.identity.hardware == old.header.identity.hardware:
+        was, now = was | as_dict(before.counters_run), now | as_dict(after.counters_run)
     if lost := was.keys() - now.keys():
         reason = f"the run does not have the baseline's {', '.join(sorted(lost))}"
         return Judgement(arm, "counters", Verdict.MISSING, reason)
     shared = [name for name in now if name in was]
     moved = {
-        f"{name} {was[name]:.4g} -> {now[name]:.4g}": signs[name] * (now[name] - was[name])
+        f"{name} {was[name]:.4g} -> {now[name]:.4g}": SIGNS[name] * (now[name] - was[name])
         for name in shared
         if abs(now[name] - was[name]) > COUNTER_TOLERANCE * abs(was[name])
     } | _lengths_moved(after.reached(same), before.reached(same))
@@ -242,7 +249,7 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
 
 
 def _lengths_moved(after: list[float], before: list[float]) -> dict[str, float]:
-    """The accepted lengths that more or fewer steps reach; one entry for all of them, with the change of their sum."""
+    """Return the accepted lengths that more or fewer steps reach: one entry for all, with the change of their sum."""
     pairs = list(zip_longest(after, before, fillvalue=0.0))
     moved = [
         f"{length}: {was:.0%} -> {now:.0%}"

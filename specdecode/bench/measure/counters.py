@@ -1,4 +1,4 @@
-"""One run of an arm before the timed ones: it warms up, and counts what counting would slow down."""
+"""The counters run, an untimed run of an arm before the timed ones: it warms up, and counts what would cost time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from specdecode.bench.arms.arm import Arm
+from specdecode.bench.runs.measures import CountersRun
+
+COUNTERS_RUN_TOKENS = 16
+"""Length of the counters run of each arm."""
 
 READS = frozenset(
     {
@@ -100,13 +104,11 @@ def _no_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def rehearse(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> dict[str, float]:
-    """Run the arm once, untimed.
+def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
+    """Run the arm once, untimed, and count. A peer warms up only: its counts are not ours to keep.
 
-    Returns:
-        "host_syncs_per_step" (see `HostReads`; not on the backend "compile"), "forwards_per_step" of the target's
-        modules, whoever calls them (over static shapes those that `LM.forwards` counts), "weight_bytes" of the target,
-        and "peak_bytes" above the loaded weights; nothing for a peer, whose counts are not ours to keep.
+    Reads are counted as by `HostReads`, but for the backend "compile". Forwards over static shapes are those that
+    `LM.forwards` counts.
     """
     target, forwards = arm.target, 0
 
@@ -116,7 +118,7 @@ def rehearse(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[in
 
     # A replayed forward calls no module, and a compiled one would be compiled anew for a hook.
     hook = target.model.register_forward_pre_hook(count) if target.static is None else None
-    asked = target.forwards
+    forwards_before = target.forwards
     # What is compiled would be compiled anew for a mode of functions, and could not be counted in it.
     reads = nullcontext() if target.backend.name == "compile" else HostReads(target.device)
     try:
@@ -125,12 +127,11 @@ def rehearse(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[in
     finally:
         if hook is not None:
             hook.remove()
-    if "target_forwards" not in run.counts:
-        return {}
-    steps = run.counts["steps"]
-    return {
-        **({"host_syncs_per_step": reads.count / steps} if isinstance(reads, HostReads) else {}),
-        "forwards_per_step": (target.forwards - asked if hook is None else forwards) / steps,
-        "weight_bytes": float(target.weight_bytes),
-        "peak_bytes": float(peak[0]),
-    }
+    if arm.peer:
+        return CountersRun()
+    return CountersRun(
+        host_syncs_per_step=reads.count / run.counts.steps if isinstance(reads, HostReads) else None,
+        forwards_per_step=(target.forwards - forwards_before if hook is None else forwards) / run.counts.steps,
+        weight_bytes=float(target.weight_bytes),
+        peak_bytes=float(peak[0]),
+    )

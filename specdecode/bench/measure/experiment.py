@@ -8,22 +8,20 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import Check, classify
-from specdecode.bench.measure.counters import rehearse
-from specdecode.bench.measure.output_stats import own_losses, told
+from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
+from specdecode.bench.measure.output_stats import own_losses, with_output_stats
+from specdecode.bench.runs.counts import RowCounts, RowSeconds, as_dict, total, total_histograms
+from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Row, digest
 from specdecode.bench.runs.statistics import noise_floor
 from specdecode.drafters.base import common_prefix
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
-
-REHEARSED_TOKENS = 16
-"""Length of the untimed run of each arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +44,20 @@ class Block:
     checks: dict[str, Check]
 
     def log_speedup(self, arm: str) -> float:
-        """Logarithm of the baseline's time per token, of its two runs the geometric mean, over the arm's."""
+        """Return the log speedup: the baseline's time per token, the geometric mean of its two runs, over the arm's."""
         if arm == BASELINE:
             return 0.0
         return (_log_tpot(self.runs[BASELINE]) + _log_tpot(self.last)) / 2 - _log_tpot(self.runs[arm])
 
     def at(self, length: int) -> Block | None:
-        """The block as it was when its runs had got to a length; None if the baseline stopped before that."""
+        """Return the block as it was when its runs had got to a length; None if the baseline stopped before that."""
         last = self.last.at(length)
         runs = {arm: cut for arm, run in self.runs.items() if (cut := run.at(length)) is not None}
         return replace(self, runs=runs, last=last) if last is not None and BASELINE in runs else None
 
 
 def _log_tpot(run: Run) -> float:
-    """Logarithm of the seconds that a token took: of equal outputs that is as good as the time of the whole."""
+    """Return the logarithm of the seconds a token took: for equal outputs as good as the time of the whole."""
     return math.log(run.total_s / len(run.tokens))
 
 
@@ -70,16 +68,16 @@ class Results:
     Attributes:
         arms: how each is compared and called, in the preset's order.
         blocks: in the order of measuring; an arm may be missing in some.
-        rehearsals: by arm, what was counted before (see `bench.rehearsal`).
+        counters_runs: by arm, what its untimed run counted.
     """
 
     arms: list[Arm]
     blocks: list[Block]
-    rehearsals: dict[str, dict[str, float]]
+    counters_runs: dict[str, CountersRun]
 
     @property
     def floor(self) -> float:
-        """The A/A floor, in logarithms: from the two runs of the baseline in each block."""
+        """Compute the A/A floor, in logarithms, from the two runs of the baseline in each block."""
         noise: dict[str, list[float]] = {}
         for block in self.blocks:
             change = _log_tpot(block.runs[BASELINE]) - _log_tpot(block.last)
@@ -87,70 +85,71 @@ class Results:
         return noise_floor(list(noise.values()))
 
     def durations(self, arm: str) -> list[float]:
-        """Seconds of each of the arm's runs."""
+        """Return the seconds of each of the arm's runs."""
         return [block.runs[arm].total_s for block in self.blocks if arm in block.runs]
 
     def wrong(self, arm: str) -> list[str]:
-        """Prompts on which the arm gave other tokens than the baseline."""
+        """Return the prompts on which the arm gave other tokens than the baseline."""
         return [block.prompt for block in self.blocks if block.checks.get(arm) == "bug"]
 
     def records(self) -> dict[str, ArmRecord]:
-        """The arms' results as they are kept."""
+        """Return the arms' results as they are kept."""
         return {arm.name: self._record(arm) for arm in self.arms}
 
     def _record(self, arm: Arm) -> ArmRecord:
-        mine = [block for block in self.blocks if arm.name in block.runs]
-        checks = [block.checks[arm.name] for block in mine]
-        lengths = {len(cut.tokens) for block in mine for cut in block.runs[arm.name].cuts}
+        blocks = [block for block in self.blocks if arm.name in block.runs]
+        checks = [block.checks[arm.name] for block in blocks]
+        lengths = {len(cut.tokens) for block in blocks for cut in block.runs[arm.name].cuts}
         shorter = {
-            length: [cut for block in mine if (cut := block.at(length)) is not None] for length in sorted(lengths)
+            length: [cut for block in blocks if (cut := block.at(length)) is not None] for length in sorted(lengths)
         }
         return ArmRecord(
-            rows=_rows(arm.name, mine),
+            rows=_rows(arm.name, blocks),
             bugs=checks.count("bug"),
             ties=checks.count("tie"),
             synthetic=arm.synthetic,
             against=arm.against if any(other.name == arm.against for other in self.arms) else None,
             lossy=arm.lossy,
-            rehearsal=self.rehearsals.get(arm.name, {}),
+            peer=arm.peer,
+            counters_run=self.counters_runs.get(arm.name, CountersRun()),
             timed=arm.timed,
             options=arm.options,
-            shorter={length: _rows(arm.name, blocks) for length, blocks in shorter.items()},
+            shorter={length: _rows(arm.name, cuts) for length, cuts in shorter.items()},
         )
 
     def outputs(self) -> dict[str, str]:
-        """A digest of the baseline's tokens by prompt: counters are compared where these are the same."""
+        """Return a digest of the baseline's tokens by prompt: counters are compared where these are the same."""
         return {block.prompt: digest(block.runs[BASELINE].tokens) for block in self.blocks}
 
 
 def _rows(arm: str, blocks: Sequence[Block]) -> dict[str, Row]:
-    """An arm's rows, from the blocks in which it ran."""
-    entries: dict[str, list[tuple[float, Run, Run]]] = {}
+    """Make an arm's rows from the blocks in which it ran."""
+    repeats: dict[str, list[tuple[float, Run, Run]]] = {}
+    last_s: dict[str, float] = {}
     for block in blocks:
         # A time from a wrong output is void.
         if arm in block.runs and block.checks[arm] != "bug":
-            run = block.runs[arm]
-            if arm == BASELINE:
-                run = replace(run, seconds=run.seconds | {"last": block.last.total_s})
-            entries.setdefault(block.prompt, []).append((block.log_speedup(arm), run, block.runs[BASELINE]))
-    return {prompt: row_of(*zip(*of, strict=True)) for prompt, of in entries.items()}
+            repeat = (block.log_speedup(arm), block.runs[arm], block.runs[BASELINE])
+            repeats.setdefault(block.prompt, []).append(repeat)
+            last_s[block.prompt] = last_s.get(block.prompt, 0.0) + block.last.total_s
+    rows = {prompt: row_of(*zip(*of_prompt, strict=True)) for prompt, of_prompt in repeats.items()}
+    if arm != BASELINE:
+        return rows
+    return {prompt: replace(row, seconds=replace(row.seconds, last=last_s[prompt])) for prompt, row in rows.items()}
 
 
 def row_of(log_speedups: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
-    """Runs of one arm on one prompt, summed up; and the baseline's beside them, to compare the outputs."""
-    seconds = [{"total": run.total_s, "ttft": run.ttft_s, **run.seconds} for run in runs]
+    """Sum up the runs of one arm on one prompt. The baseline's runs beside them tell how far the outputs agree."""
     counts = [
-        {"runs": 1, "tokens": len(run.tokens), "agreed": common_prefix(run.tokens, ar.tokens), **run.counts}
+        RowCounts(runs=1, tokens=len(run.tokens), agreed=common_prefix(run.tokens, ar.tokens), **as_dict(run.counts))
         for run, ar in zip(runs, baseline, strict=True)
     ]
+    seconds = [RowSeconds(total=run.total_s, ttft=run.ttft_s, **as_dict(run.seconds)) for run in runs]
     return Row(
         log_speedup=statistics.fmean(log_speedups),
-        counts={name: sum(of[name] for of in counts) for name in counts[0]},
-        seconds={name: sum(of[name] for of in seconds) for name in seconds[0]},
-        histograms={
-            name: [sum(column) for column in zip_longest(*(run.histograms[name] for run in runs), fillvalue=0)]
-            for name in runs[0].histograms
-        },
+        counts=total(RowCounts, counts),
+        seconds=total(RowSeconds, seconds),
+        histograms=total_histograms(run.histograms for run in runs),
     )
 
 
@@ -177,9 +176,9 @@ def experiment(
         keep: given each block as soon as it is finished.
     """
     baseline = next(arm for arm in arms if arm.name == BASELINE)
-    there = {(block.prompt, block.repeat): block for block in finished}
+    known = {(block.prompt, block.repeat): block for block in finished}
     planned = [(prompt, repeat) for repeat in range(repeats) for prompt in prompts]
-    total = len(arms) + sum(block not in there for block in planned) * (len(arms) + 1)
+    total = len(arms) + sum(block not in known for block in planned) * (len(arms) + 1)
     done = 0
 
     def tell(doing: str) -> None:
@@ -188,23 +187,23 @@ def experiment(
         done += 1
 
     warm = next(iter(prompts))
-    length = min(max_new_tokens, REHEARSED_TOKENS)
+    length = min(max_new_tokens, COUNTERS_RUN_TOKENS)
     written = baseline.run(prompts[warm], length, ()).tokens
-    rehearsals = {}
+    counters_runs = {}
     for arm in arms:
-        tell(f"{arm.name} on {warm}, a rehearsal")
+        tell(f"{arm.name} on {warm}, the counters run")
         expected = arm.expected(prompts[warm], written, length)
-        rehearsals[arm.name] = rehearse(arm, prompts[warm], length, expected)
+        counters_runs[arm.name] = counters_run(arm, prompts[warm], length, expected)
 
     blocks = []
     for prompt, repeat in planned:
-        if block := there.get((prompt, repeat)):
+        if block := known.get((prompt, repeat)):
             blocks.append(block)
             continue
         blocks.append(measure_block(arms, prompt, prompts[prompt], max_new_tokens, repeat, seed, tell))
         keep(blocks[-1])
     progress(total, total, "done")
-    return Results(list(arms), blocks, rehearsals)
+    return Results(list(arms), blocks, counters_runs)
 
 
 def measure_block(
@@ -242,24 +241,26 @@ def measure_block(
     for arm in lossy:
         if (arm.target, arm.policy) not in references:
             references[arm.target, arm.policy] = arm.expected(text, written, max_new_tokens)
-    owed = {arm.name: references[arm.target, arm.policy] for arm in lossy}
+    references_by_arm = {arm.name: references[arm.target, arm.policy] for arm in lossy}
     first = run(baseline, ())
     runs = {baseline.name: first}
-    runs |= {arm.name: run(arm, owed.get(arm.name, first.tokens)) for arm in order}
+    runs |= {arm.name: run(arm, references_by_arm.get(arm.name, first.tokens)) for arm in order}
     last = run(baseline, ())
     checks = {
-        arm.name: classify(arm.target, text, owed.get(arm.name, first.tokens), runs[arm.name].tokens, arm.policy)
+        arm.name: classify(
+            arm.target, text, references_by_arm.get(arm.name, first.tokens), runs[arm.name].tokens, arm.policy
+        )
         for arm in arms
     }
     losses = {
         tokens: own_losses(baseline.target, text, tokens) for tokens in {tuple(run.tokens) for run in runs.values()}
     }
-    runs = {name: told(run, losses[tuple(run.tokens)]) for name, run in runs.items()}
+    runs = {name: with_output_stats(run, losses[tuple(run.tokens)]) for name, run in runs.items()}
     return Block(prompt, repeat, runs, last, checks)
 
 
 def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-    """One run, with garbage collected before it and not during it."""
+    """Run the arm once, with garbage collected before it and not during it."""
     gc.collect()
     gc.disable()
     try:

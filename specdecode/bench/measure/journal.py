@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,18 @@ from specdecode.support.files import write_whole
 
 
 def open_journal(path: Path, what: dict[str, Any], resume: bool) -> tuple[list[Block], Callable[[Block], None]]:
-    """The blocks that an interrupted run of the same experiment left, and a function that keeps further ones; see
-    `open_lines`."""
+    """Return the blocks that an interrupted run of the same experiment left, and a function that keeps further ones.
+
+    See `open_lines`.
+    """
     finished, keep = open_lines(path, what, resume)
-    return [_block(entry) for entry in finished], lambda block: keep(asdict(block))
+    return [_block(entry) for entry in finished], lambda block: keep(_entry(block))
 
 
 def open_lines(
     path: Path, what: dict[str, Any], resume: bool
 ) -> tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]:
-    """What an interrupted run left of the same work, piece by piece, and a function that keeps further pieces.
+    """Return what an interrupted run left of the same work, piece by piece, and a function that keeps further pieces.
 
     Each piece is one line of plain values, on disk before the next is measured: a run that is killed loses the one that
     it was at, no more, and a line that was cut off in writing is measured again.
@@ -41,8 +42,8 @@ def open_lines(
     finished: list[dict[str, Any]] = []
     if resume and path.exists():
         first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or ["{}"]
-        there = json.loads(first)
-        if changed := [name for name in what if there.get(name) != json.loads(json.dumps(what[name]))]:
+        before = json.loads(first)
+        if changed := [name for name in what if before.get(name) != json.loads(json.dumps(what[name]))]:
             raise ValueError(
                 f"{path} holds a run with other {', '.join(changed)}: it cannot be resumed; leave out --resume to start"
                 " anew"
@@ -59,16 +60,27 @@ def open_lines(
     return finished, keep
 
 
+def _entry(block: Block) -> dict[str, Any]:
+    return {
+        "prompt": block.prompt,
+        "repeat": block.repeat,
+        "runs": {arm: run.as_json() for arm, run in block.runs.items()},
+        "last": block.last.as_json(),
+        "checks": block.checks,
+    }
+
+
 def _block(entry: dict[str, Any]) -> Block:
-    runs = {arm: _run(run) for arm, run in entry.pop("runs").items()}
-    return Block(runs=runs, last=_run(entry.pop("last")), **entry)
-
-
-def _run(entry: dict[str, Any]) -> Run:
-    return Run(cuts=[_run(cut) for cut in entry.pop("cuts")], **entry)
+    return Block(
+        prompt=entry["prompt"],
+        repeat=entry["repeat"],
+        runs={arm: Run.from_json(run) for arm, run in entry["runs"].items()},
+        last=Run.from_json(entry["last"]),
+        checks=entry["checks"],
+    )
 
 
 def code() -> str:
-    """A digest of the package's source: blocks of different code do not belong together."""
+    """Return a digest of the package's source: blocks of different code do not belong together."""
     sources = sorted(Path(__file__).parents[2].rglob("*.py"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16]

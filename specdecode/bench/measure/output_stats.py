@@ -1,4 +1,4 @@
-"""What an output says of itself: whether it repeats itself, and how likely its own model finds it."""
+"""Output statistics: whether an output repeats itself, and how likely its own model finds it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _CHUNK = 128
 
 
 def repeated(tokens: Sequence[int]) -> tuple[int, int]:
-    """How many 4-grams of the output stood in it before, and how many it has."""
+    """Count the 4-grams of the output that stood in it before, and all of them."""
     ngrams = [tuple(tokens[place : place + _NGRAM]) for place in range(len(tokens) - _NGRAM + 1)]
     return len(ngrams) - len(set(ngrams)), len(ngrams)
 
 
 @torch.inference_mode()
 def own_losses(target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Float[Tensor, " n"] | None:
-    """-log p of each new token under the target with its full cache, in nats; None where its context is too short.
+    """Return -log p of each new token under the target with its full cache, in nats.
 
     Of greedy output this is small whatever the output is worth, and the smaller the more it loops: no measure of
-    quality.
+    quality. None where the target's context is too short.
     """
     text = [*prompt, *tokens]
     if len(text) > target.context_length:
@@ -41,10 +41,9 @@ def own_losses(target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Floa
     return torch.cat(losses)[len(prompt) - 1 :]
 
 
-def told(run: Run, losses: Float[Tensor, " n"] | None) -> Run:
-    """The run with counts of what its output says of itself: "ngrams" and of them "repeated", and "nll" in nats."""
+def with_output_stats(run: Run, losses: Float[Tensor, " n"] | None) -> Run:
+    """Add the counts of what the output says of itself, to the run and to its cuts: 4-grams and their losses."""
     again, ngrams = repeated(run.tokens)
-    counts: dict[str, float] = {**run.counts, "ngrams": ngrams, "repeated": again}
-    if losses is not None:
-        counts["nll"] = losses[: len(run.tokens)].sum().item()
-    return replace(run, counts=counts, cuts=[told(cut, losses) for cut in run.cuts])
+    nll = None if losses is None else losses[: len(run.tokens)].sum().item()
+    counts = replace(run.counts, ngrams=ngrams, repeated=again, nll=nll)
+    return replace(run, counts=counts, cuts=[with_output_stats(cut, losses) for cut in run.cuts])

@@ -17,9 +17,12 @@ from typing import IO, Any, Literal
 
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import Check
-from specdecode.bench.measure.experiment import REHEARSED_TOKENS, row_of
+from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS
+from specdecode.bench.measure.experiment import row_of
+from specdecode.bench.runs.counts import from_dict
+from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.records import ArmRecord, digest
+from specdecode.bench.runs.records import ArmRecord, digest, lacks_our_counts
 from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor
 from specdecode.support.git import git
 
@@ -29,8 +32,8 @@ PROTOCOL = 3
 _WORKER = Path("specdecode") / "bench" / "worker.py"
 
 
-class Worker:
-    """A version of the package that measures on demand, in a process of its own.
+class WorkerProcess:
+    """A version of the package that measures on demand, in a process of its own (`bench.worker`).
 
     Args:
         name: of the version, for messages.
@@ -70,7 +73,7 @@ class Worker:
         return True
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """The worker's answer to a request.
+        """Return the worker's answer to a request.
 
         Raises:
             ValueError: the worker refuses, or is dead; the sentence says which.
@@ -78,8 +81,13 @@ class Worker:
         return self._value(self._answer(do, arguments), do)
 
     def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-        """One timed run of an arm."""
-        return Run(**self.ask("run", arm=arm, prompt=prompt, length=length, expected=expected))
+        """Time one run of an arm."""
+        return Run.from_json(self.ask("run", arm=arm, prompt=prompt, length=length, expected=expected))
+
+    def counters_run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
+        """Run the arm once, untimed, and count."""
+        counted = self.ask("rehearse", arm=arm, prompt=prompt, length=length, expected=expected)
+        return from_dict(CountersRun, counted)
 
     def close(self) -> None:
         """End the process."""
@@ -121,15 +129,15 @@ class Versions:
         ValueError: a version cannot be loaded; the sentence says why.
     """
 
-    def __init__(self, new: Worker, old: Worker) -> None:
+    def __init__(self, new: WorkerProcess, old: WorkerProcess) -> None:
         self.new, self.old = new, old
         self.together = False
-        self._loaded: Worker | None = None
+        self._loaded: WorkerProcess | None = None
         self.use(new)
         self.together = old.load()
         self.use(old)
 
-    def use(self, worker: Worker) -> None:
+    def use(self, worker: WorkerProcess) -> None:
         """Make sure that the worker's models are in memory."""
         if self.together or self._loaded is worker:
             return
@@ -153,7 +161,7 @@ def versions(root: Path, ref: str, arguments: Mapping[str, Any]) -> Iterator[Ver
         folder = stack.enter_context(_worktree(root, ref))
         workers = []
         for name, source in (("the working tree", root), (ref, folder)):
-            workers.append(Worker(name, source, arguments))
+            workers.append(WorkerProcess(name, source, arguments))
             stack.callback(workers[-1].close)
         yield Versions(*workers)
 
@@ -186,7 +194,7 @@ class Side:
 
     @property
     def log_s(self) -> float:
-        """Logarithm of the runs' seconds, mean of the two."""
+        """Return the logarithm of the runs' seconds, mean of the two."""
         return (math.log(self.runs[0].total_s) + math.log(self.runs[1].total_s)) / 2
 
 
@@ -207,12 +215,12 @@ class Quartet:
 
     @property
     def log_ratio(self) -> float:
-        """Logarithm of the old version's time over the new one's. A drift that is linear in time cancels."""
+        """Return the logarithm of the old version's time over the new one's. A drift linear in time cancels."""
         return self.old.log_s - self.new.log_s
 
     @property
     def noise(self) -> float:
-        """What the same statistic would be between equal versions: the cubic contrast (-1, 3, -3, 1) of the four.
+        """Return the same statistic between equal versions: the cubic contrast (-1, 3, -3, 1) of the four runs.
 
         It compares only runs of the same version with one another, is untouched by a linear drift, and, divided by the
         root of 20, varies as much as `log_ratio` does: the A/A floor of this very comparison.
@@ -231,29 +239,29 @@ class SideBySide:
 
     Attributes:
         blocks: for each prompt and repeat, the quartets by arm, `ar` among them.
-        rehearsals: what was counted before, by version's name and arm.
+        counters_runs: what the untimed runs counted, by version's name and arm.
     """
 
     blocks: list[dict[str, Quartet]]
-    rehearsals: dict[tuple[str, str], dict[str, float]]
+    counters_runs: dict[tuple[str, str], CountersRun]
 
     def change(self, arm: str) -> Estimate:
-        """New speed over old, with its interval."""
+        """Return the new speed over the old, with its interval."""
         logs = self._by_prompt(arm, lambda quartet: quartet.log_ratio)
         return mean_ratio(logs, self.floor(arm))
 
     def floor(self, arm: str = BASELINE) -> float:
-        """The A/A floor of an arm's change, in logarithms."""
+        """Return the A/A floor of an arm's change, in logarithms."""
         return noise_floor(self._by_prompt(arm, lambda quartet: quartet.noise))
 
     def record(self, version: Literal["new", "old"], name: str, arm: str, about: Mapping[str, Any]) -> ArmRecord:
-        """One version's results of an arm, as they are kept.
+        """Return one version's results of an arm, as they are kept.
 
         Args:
             version: whose.
             name: of the version.
             arm: its name.
-            about: what the version says of the arm: "synthetic", "against", "lossy" and "timed".
+            about: what the version says of the arm: "synthetic", "against", "lossy", "timed" and "peer".
         """
         entries: dict[str, list[tuple[float, Run, Run]]] = {}
         checks: list[Check] = []
@@ -263,27 +271,30 @@ class SideBySide:
             # A time from a wrong output is void.
             right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
             entries.setdefault(block[arm].prompt, []).extend((ar.log_s - side.log_s, run, ar.runs[0]) for run in right)
+        rows = {prompt: row_of(*zip(*runs, strict=True)) for prompt, runs in entries.items() if runs}
         return ArmRecord(
-            rows={prompt: row_of(*zip(*of, strict=True)) for prompt, of in entries.items() if of},
+            rows=rows,
             bugs=checks.count("bug"),
             ties=checks.count("tie"),
             synthetic=about["synthetic"],
             against=about["against"],
             lossy=about["lossy"],
-            rehearsal=self.rehearsals[name, arm],
-            timed=about.get("timed", False),  # older versions have no such arms
+            # Older versions do not say whose an arm is, and still older ones have none that follow the clock.
+            peer=about.get("peer", lacks_our_counts(rows)),
+            counters_run=self.counters_runs[name, arm],
+            timed=about.get("timed", False),
         )
 
     def outputs(self, version: Literal["new", "old"]) -> dict[str, str]:
-        """A digest of what the version's `ar` wrote, by prompt."""
+        """Return a digest of what the version's `ar` wrote, by prompt."""
         quartets = [block[BASELINE] for block in self.blocks]
         return {quartet.prompt: digest(getattr(quartet, version).runs[0].tokens) for quartet in quartets}
 
     def _by_prompt(self, arm: str, value: Callable[[Quartet], float]) -> list[list[float]]:
-        found: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
         for block in self.blocks:
-            found.setdefault(block[arm].prompt, []).append(value(block[arm]))
-        return list(found.values())
+            values.setdefault(block[arm].prompt, []).append(value(block[arm]))
+        return list(values.values())
 
 
 def measure_side_by_side(
@@ -327,18 +338,18 @@ def measure_side_by_side(
             done += 1
             both.use(worker)
             key = (worker.name, arm)
-            owed: list[int] = []
+            correct: list[int] = []
             if arm != BASELINE:
                 if key not in expected:
                     written = expected[worker.name, BASELINE]
                     expected[key] = worker.ask("expected", arm=arm, prompt=tokens, tokens=written)
-                owed = expected[key]
-            if key not in measured.rehearsals:
-                length = min(max_new_tokens, REHEARSED_TOKENS)
-                measured.rehearsals[key] = worker.ask("rehearse", arm=arm, prompt=tokens, length=length, expected=owed)
+                correct = expected[key]
+            if key not in measured.counters_runs:
+                length = min(max_new_tokens, COUNTERS_RUN_TOKENS)
+                measured.counters_runs[key] = worker.counters_run(arm, tokens, length, correct)
             elif arm == BASELINE and key not in runs:
                 worker.run(arm, tokens, 1, [])  # the prompt's own shapes: no timed run is their first
-            run = worker.run(arm, tokens, max_new_tokens, owed)
+            run = worker.run(arm, tokens, max_new_tokens, correct)
             runs.setdefault(key, []).append(run)
             if arm == BASELINE:
                 expected.setdefault(key, run.tokens)
@@ -355,15 +366,15 @@ def _checked(both: Versions, arm: str, prompt: list[int], expected: list[int], r
         if got == expected:
             return "equal"
         both.use(both.new)
-        found: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got)
-        return found
+        result: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got)
+        return result
 
     first, second = runs
     return Side((first, second), (check(first.tokens), check(second.tokens)))
 
 
 def dependencies(root: Path, ref: str) -> list[str]:
-    """The packages that another commit pins otherwise: "NAME THEIRS -> OURS"."""
+    """Return the packages that another commit pins otherwise: "NAME THEIRS -> OURS"."""
     pins = []
     for text in (_constraints(root, ref), _constraints(root, None)):
         lines = [line.split(";")[0].strip().split("==") for line in text.splitlines() if "==" in line]

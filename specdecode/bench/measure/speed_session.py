@@ -16,7 +16,7 @@ from specdecode.bench.measure.journal import code, open_journal
 from specdecode.bench.measure.side_by_side import (
     SideBySide,
     Versions,
-    Worker,
+    WorkerProcess,
     dependencies,
     measure_side_by_side,
     versions,
@@ -192,7 +192,7 @@ def _unsupported_arms(both: Versions, ref: str) -> dict[str, str]:
 
 
 def _one_version(
-    measured: SideBySide, version: Literal["new", "old"], worker: Worker, header: Header, arms: Sequence[str]
+    measured: SideBySide, version: Literal["new", "old"], worker: WorkerProcess, header: Header, arms: Sequence[str]
 ) -> RunFile:
     """Return the run of one version, under a header of its own."""
     records = {arm: measured.record(version, worker.name, arm, worker.about["about"][arm]) for arm in arms}

@@ -12,12 +12,13 @@ from typing import Any
 
 from specdecode.bench.arms.arm import Arm, make
 from specdecode.bench.measure.bandwidth import roofline
-from specdecode.bench.measure.counters import rehearse
-from specdecode.bench.measure.experiment import REHEARSED_TOKENS, Block, Results, measure_block
+from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
+from specdecode.bench.measure.experiment import Block, Results, measure_block
 from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.plan import Plan
 from specdecode.bench.report.recommend import is_hopeless
 from specdecode.bench.runs.file import run_json
+from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE, drafters
 from specdecode.bench.runs.records import RunFile
 from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
@@ -59,7 +60,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     blocks: list[Block] = []
 
     def write() -> RunFile:
-        results = Results(arms, blocks, counters)
+        results = Results(arms, blocks, counters_runs)
         header = run_header(
             plan, results.outputs(), results.floor, roofline=bandwidth, versions=versions, before=before
         )
@@ -72,7 +73,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
             whole = max(1, round(limit_s))
             show(min(round(time.monotonic() - started), whole - 1), whole, doing)
 
-        arms, counters, left_out = _usable_arms(plan, target, draft, prompts[order[0]], tell)
+        arms, counters_runs, left_out = _usable_arms(plan, target, draft, prompts[order[0]], tell)
         remaining_arms, last_block_s = list(arms), 0.0
         try:
             for prompt in order:
@@ -113,27 +114,27 @@ def _in_turn(prompts: list[str]) -> list[str]:
 
 def _usable_arms(
     plan: Plan, target: LM, draft: LM | None, prompt: Sequence[int], tell: Callable[[str], None]
-) -> tuple[list[Arm], dict[str, dict[str, float]], dict[str, str]]:
-    """Return the arms that these models and packages allow, the counters of each, and why other arms are left out."""
-    arms, counters, left_out = [], {}, {}
-    length = min(plan.preset.max_new_tokens, REHEARSED_TOKENS)
+) -> tuple[list[Arm], dict[str, CountersRun], dict[str, str]]:
+    """Return the arms that these models and packages allow, their counters runs, and why others are left out."""
+    arms, counters_runs, left_out = [], {}, {}
+    length = min(plan.preset.max_new_tokens, COUNTERS_RUN_TOKENS)
     baseline_tokens: Sequence[int] = ()
     entries: dict[str, dict[str, Any]] = {BASELINE: {}}
     for name, entry in (entries | plan.preset.arms).items():
-        tell(f"{name}, a rehearsal")
+        tell(f"{name}, the counters run")
         try:
             if "universal" in drafters(entry) and draft is not None and _same_vocabulary(target, draft):
                 raise ValueError("target and draft share a vocabulary, so no draft need go by text")
             arm = make(name, entry, target, draft, plan.setup.backend, plan.preset.lengths)
             baseline_tokens = baseline_tokens or arm.run(prompt, length, ()).tokens
-            counters[name] = rehearse(arm, prompt, length, arm.expected(prompt, baseline_tokens, length))
+            counters_runs[name] = counters_run(arm, prompt, length, arm.expected(prompt, baseline_tokens, length))
         except (SpecDecodeError, ValueError) as error:
             if name == BASELINE:
                 raise
             left_out[name] = str(error)
         else:
             arms.append(arm)
-    return arms, counters, left_out
+    return arms, counters_runs, left_out
 
 
 def _same_vocabulary(target: LM, draft: LM) -> bool:

@@ -9,29 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from specdecode.bench.gate.verdicts import Judgement, Verdict
-from specdecode.bench.runs.names import FLAGS, PEER_BASELINE
+from specdecode.bench.runs.measures import Measures
+from specdecode.bench.runs.names import BASELINE, FLAGS, PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.support.files import slug
-
-FORMATS: dict[str, Callable[[float], str]] = {
-    "throughput": "{:.1f}".format,
-    "throughput_std": "{:.1f}".format,
-    "predicted_speedup": "{:.2f}".format,
-    "ttft_s": lambda seconds: f"{1e3 * seconds:.0f}",
-    "tpot_s": lambda seconds: f"{1e3 * seconds:.1f}",
-    "mean_acceptance_length": "{:.2f}".format,
-    "acceptance_rate": "{:.0%}".format,
-    "roofline_share": "{:.0%}".format,
-    "weight_bytes": lambda held: f"{held / 1e6:.1f}",
-    "peak_cache_bytes": lambda held: f"{held / 1e6:.1f}",
-    "peak_bytes": lambda held: f"{held / 1e6:.1f}",
-    "grown_bytes": lambda held: f"{held / 1e6:.1f}",
-    "compressions": "{:.1f}".format,
-    "agreement": "{:.0%}".format,
-    "self_ppl": "{:.2f}".format,
-    "repetition": "{:.0%}".format,
-}
-"""How tables write the measures."""
 
 LOOPS = 0.5
 """The share of 4-grams that stood in the output before from which on it is told to loop."""
@@ -102,7 +83,7 @@ def command(run: RunFile) -> str:
     """The command that measures the same again, as far as the file tells."""
     of, header = run.header.identity, run.header
     sets = Counter(prompt.rpartition("/")[0] for prompt in header.outputs)
-    repeats = max((row.counts["runs"] for record in run.arms.values() for row in record.rows.values()), default=1)
+    repeats = max((row.counts.runs for record in run.arms.values() for row in record.rows.values()), default=1)
     flags = [flag for flag in FLAGS if flag in of.preset.split(".")[1:]]
     options = {
         "preset": of.preset.removesuffix("".join(f".{flag}" for flag in flags)),
@@ -118,17 +99,57 @@ def command(run: RunFile) -> str:
     return shlex.join(["pytest", "--benchmark", *given, *(f"--{flag}" for flag in flags)])
 
 
-def cells(run: RunFile, arm: str, columns: Sequence[str]) -> list[str]:
-    """Measures of an arm as text; empty where it has none."""
+Cell = Callable[[RunFile, str], str]
+"""What a table says of an arm of a run; empty where nothing is known."""
+
+
+def _measure(value: Callable[[Measures], float | None], write: Callable[[float], str]) -> Cell:
+    def cell(run: RunFile, arm: str) -> str:
+        known = value(run.measures(arm))
+        return "" if known is None else write(known)
+
+    return cell
+
+
+def _throughput(run: RunFile, arm: str) -> str:
+    """Return the tokens per second, with the standard deviation between prompts where there are several."""
     measures = run.measures(arm)
-    texts = {name: FORMATS[name](value) for name, value in measures.items() if name in FORMATS}
-    if "throughput_std" in texts:
-        texts["throughput"] += f" ± {texts['throughput_std']}"
-    if "speedup" in measures:
-        texts["speedup"] = f"{run.speedup(arm)}"
-    if run.log_speedups(arm, over=PEER_BASELINE):
-        texts["over_hf"] = f"{run.speedup(arm, over=PEER_BASELINE)}"
-    return [texts.get(column, "") for column in columns]
+    return " ± ".join(f"{value:.1f}" for value in (measures.throughput, measures.throughput_std) if value is not None)
+
+
+def _speedup(over: str) -> Cell:
+    return lambda run, arm: f"{run.speedup(arm, over)}" if run.log_speedups(arm, over) else ""
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.1f}"
+
+
+CELLS: dict[str, Cell] = {
+    "throughput": _throughput,
+    "speedup": _speedup(over=BASELINE),
+    "over_hf": _speedup(over=PEER_BASELINE),
+    "predicted_speedup": _measure(lambda arm: arm.predicted_speedup, "{:.2f}".format),
+    "ttft_s": _measure(lambda arm: arm.ttft_s, lambda seconds: f"{1e3 * seconds:.0f}"),
+    "tpot_s": _measure(lambda arm: arm.tpot_s, lambda seconds: f"{1e3 * seconds:.1f}"),
+    "mean_acceptance_length": _measure(lambda arm: arm.counters.mean_acceptance_length, "{:.2f}".format),
+    "acceptance_rate": _measure(lambda arm: arm.counters.acceptance_rate, "{:.0%}".format),
+    "roofline_share": _measure(lambda arm: arm.roofline_share, "{:.0%}".format),
+    "weight_bytes": _measure(lambda arm: arm.counters_run.weight_bytes, _megabytes),
+    "peak_cache_bytes": _measure(lambda arm: arm.counters.peak_cache_bytes, _megabytes),
+    "peak_bytes": _measure(lambda arm: arm.counters_run.peak_bytes, _megabytes),
+    "grown_bytes": _measure(lambda arm: arm.grown_bytes, _megabytes),
+    "compressions": _measure(lambda arm: arm.counters.compressions, "{:.1f}".format),
+    "agreement": _measure(lambda arm: arm.agreement, "{:.0%}".format),
+    "self_ppl": _measure(lambda arm: arm.self_ppl, "{:.2f}".format),
+    "repetition": _measure(lambda arm: arm.repetition, "{:.0%}".format),
+}
+"""The columns of tables, by name."""
+
+
+def cells(run: RunFile, arm: str, columns: Sequence[str]) -> list[str]:
+    """Return columns of `CELLS` for an arm."""
+    return [CELLS[column](run, arm) for column in columns]
 
 
 def notes(run: RunFile) -> list[str]:
@@ -152,7 +173,7 @@ def notes(run: RunFile) -> list[str]:
     if own := {arm: base for arm, base in own.items() if run.log_speedups(arm, over=base)}:
         told = "; ".join(f"{arm} over {base} {run.speedup(arm, over=base)}" for arm, base in own.items())
         said.append(f"Against plain decoding with the same loss: {told}.")
-    if any("repetition" in run.measures(arm) for arm in run.arms):
+    if any(run.measures(arm).repetition is not None for arm in run.arms):
         said.append(
             "Self PPL: how likely the target finds the output, with its full cache. It says nothing of quality: it"
             f" falls when a text loops. Repeats: 4-grams that stood in the output before; from {LOOPS:.0%} on it loops,"
@@ -182,11 +203,16 @@ def outputs(run: RunFile, arm: str) -> str:
     record = run.arms[arm]
     if record.bugs:
         return "WRONG"
-    ties = f"{record.ties}/{record.total('runs'):.0f} ties" if record.ties else ""
-    loops = "loops" if run.measures(arm).get("repetition", 0.0) >= LOOPS else ""
+    ties = f"{record.ties}/{record.counts().runs:.0f} ties" if record.ties else ""
+    looping = "loops" if loops(run, arm) else ""
     if not record.lossy:
-        return " ".join(filter(None, [ties or "equal", loops]))
-    return " ".join(filter(None, ["lossy", *cells(run, arm, ["agreement"]), ties, loops]))
+        return " ".join(filter(None, [ties or "equal", looping]))
+    return " ".join(filter(None, ["lossy", *cells(run, arm, ["agreement"]), ties, looping]))
+
+
+def loops(run: RunFile, arm: str) -> bool:
+    """Return whether the arm's outputs loop, as far as it is known."""
+    return (run.measures(arm).repetition or 0.0) >= LOOPS
 
 
 def plain(run: RunFile, arm: str) -> str | None:
@@ -200,7 +226,7 @@ def plain(run: RunFile, arm: str) -> str | None:
 
 def drafts(record: ArmRecord) -> bool:
     """Whether the arm proposes anything, as far as it is known: peers do not tell."""
-    return len(record.histogram("depth")) > 1
+    return len(record.histograms().depth) > 1
 
 
 def percent(share: float) -> str:

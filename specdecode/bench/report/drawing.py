@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES, alike, is_peer, method, places
+from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES, alike, method, places
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.support.files import write_whole
@@ -175,7 +175,7 @@ def _look(how: str, record: ArmRecord, hue: str) -> Look:
         colour = _mixed(colour, 0.4, 0.0)
     line = {(False, False): "-", (True, False): "--", (False, True): ":", (True, True): "-."}[bounded, quantized]
     fill = {"adaptive": "bottom", "cost-aware": "left"}.get(str(options.get("controller")), "full")
-    if is_peer(record):
+    if record.peer:
         return Look(hue, colour, _PEER_MARKS.get(how, "2"), "full", line, "////")
     return Look(hue, colour, _MARKS.get(how, "h"), fill, line, "")
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from specdecode.bench.report.captions import LOOPS, drafts, label, title
+from specdecode.bench.report.captions import drafts, label, loops, title
 from specdecode.bench.report.drawing import (
     BAND,
     COLUMN,
@@ -30,8 +30,9 @@ from specdecode.bench.report.drawing import (
     text,
 )
 from specdecode.bench.report.latex import latex_table_1
-from specdecode.bench.report.palette import PLAIN, alike, is_peer, method, settings, shared_name
+from specdecode.bench.report.palette import PLAIN, alike, method, settings, shared_name
 from specdecode.bench.report.speedup_model import modelled
+from specdecode.bench.runs.measures import Counters, Measures
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate
@@ -65,7 +66,7 @@ def memory_by_length(run: RunFile) -> Figure | str:
     it the least and the most that an arm held, which hardly depends on how drafts are made."""
     if len(run.lengths) < 2:
         return "the run has one length alone"
-    curves = _by_length(run, "peak_cache_bytes", 1e-6)
+    curves = _by_length(run, lambda counters: counters.peak_cache_bytes, 1e-6)
     if not curves:
         return "no KV was counted"
     drawn, ends = figure(PAGE, 65), []
@@ -92,12 +93,12 @@ def comprehensive(run: RunFile) -> Figure | str:
     if not any(BASELINE in of.values() for of in series):
         series.insert(0, {math.inf: BASELINE})
     sizes = sorted({size for of in series for size in of})
-    measures = {
-        "throughput": ("tokens/s", 1.0),
-        "ttft_s": ("TTFT, ms", 1e3),
-        "tpot_s": ("TPOT, ms", 1e3),
-        "acceptance_rate": ("accepted, %", 100.0),
-        "peak_cache_bytes": ("KV, MB", 1e-6),
+    measures: dict[str, tuple[float, Callable[[Measures], float | None]]] = {
+        "tokens/s": (1.0, lambda arm: arm.throughput),
+        "TTFT, ms": (1e3, lambda arm: arm.ttft_s),
+        "TPOT, ms": (1e3, lambda arm: arm.tpot_s),
+        "accepted, %": (100.0, lambda arm: arm.counters.acceptance_rate),
+        "KV, MB": (1e-6, lambda arm: arm.counters.peak_cache_bytes),
     }
     drawn = figure(PAGE, 28.0 * len(measures) + 20)
     panels = drawn.subplots(len(measures), len(run.lengths), sharex=True, sharey="row", squeeze=False)
@@ -109,18 +110,18 @@ def comprehensive(run: RunFile) -> Figure | str:
             look = styles[arms[-1]]
             name = arms[-1] if math.inf in of else shared_name(run, arms, "cache")
             entries[f"{name} (synthetic)" if run.arms[arms[-1]].synthetic else name] = look.lines
-            told = [part.measures(arm) for arm in arms]
+            measured = [part.measures(arm) for arm in arms]
             # Beside each other, so that no interval hides another.
             across = [sizes.index(size) + 0.4 * (place + 0.5) / len(series) - 0.2 for size in sorted(of)]
-            for axes, (measure, (_, unit)) in zip(column, measures.items(), strict=True):
-                values = [unit * measured.get(measure, math.nan) for measured in told]
+            for axes, (unit, measure) in zip(column, measures.values(), strict=True):
+                values = [math.nan if (value := measure(arm)) is None else unit * value for arm in measured]
                 if not all(map(math.isnan, values)):
-                    spread = [measured.get(f"{measure}_std", 0.0) for measured in told]
+                    spread = [arm.throughput_std or 0.0 for arm in measured] if axes is column[0] else None
                     axes.errorbar(across, values, spread, label=name, elinewidth=0.8, **look.lines)
         column[0].set_title(f"{length:,} tokens")
         column[-1].set_xlabel("cache, tokens")
         column[-1].set_xticks(range(len(sizes)), [f"{size:g}" if size < math.inf else "all" for size in sizes])
-    for axes, (name, _) in zip(panels[:, 0], measures.values(), strict=True):
+    for axes, name in zip(panels[:, 0], measures, strict=True):
         axes.set(ylabel=name, ylim=(0, 1.06 * axes.get_ylim()[1]))
     drawn.align_ylabels()
     legend(drawn, entries)
@@ -185,7 +186,7 @@ def speedup_by_k(run: RunFile) -> Figure | str:
 def compressions_by_cache(run: RunFile) -> Figure | str:
     """Evictions against the size of the cache: a panel for each policy, a line for each length, and around it the least
     and the most of any arm, as they depend on the text and not on how drafts are made."""
-    counted = _by_length(run, "compressions")
+    counted = _by_length(run, lambda counters: counters.compressions)
     bounded = [arm for arm in counted if isinstance(run.arms[arm].options.get("cache"), int)]
     ways = _ways(run, bounded, [key for key in _CONDITIONS if key != "cache"], "")
     sizes = sorted({run.arms[arm].options["cache"] for arm in bounded})
@@ -243,15 +244,15 @@ def quality_against_speed(run: RunFile) -> Figure | str:
     points = {}
     for arm in _right(run):
         measures = run.measures(arm)
-        if "agreement" in measures and "speedup" in measures:
-            points[arm] = measures["speedup"], 100 * measures["agreement"]
+        if measures.agreement is not None and measures.speedup is not None:
+            points[arm] = measures.speedup, 100 * measures.agreement
     if not any(run.arms[arm].lossy for arm in points):
         return "no lossy arm was compared with ar's output"
     drawn = figure(PAGE, 85)
     axes, styles, entries = drawn.subplots(), looks(run), {}
-    loops = {arm for arm in points if run.measures(arm).get("repetition", 0.0) >= LOOPS}
+    looping = {arm for arm in points if loops(run, arm)}
     for arm, (speed, share) in points.items():
-        axes.plot([speed], [share], label=arm, **styles[arm].marks | ({"fillstyle": "none"} if arm in loops else {}))
+        axes.plot([speed], [share], label=arm, **styles[arm].marks | ({"fillstyle": "none"} if arm in looping else {}))
         entries[how_drawn(run, arm)] = styles[arm].marks
     front, line = pareto_front(points), dict[str, Any](color="0.6", linewidth=0.8)
     axes.margins(x=0.1)
@@ -265,7 +266,7 @@ def quality_against_speed(run: RunFile) -> Figure | str:
     axes.set_xlabel("speedup over ar")
     axes.set_ylabel("tokens before the output leaves ar's, %")
     hollow = {"hollow: it loops": {"color": "0.35", "marker": "o", "fillstyle": "none", "linestyle": "none"}}
-    legend(drawn, entries | {"Pareto front": line} | (hollow if loops else {}))
+    legend(drawn, entries | {"Pareto front": line} | (hollow if looping else {}))
     label_points(axes, {text(label(run, arm)): points[arm] for arm in [*front[::-1], *points]}, around)
     return drawn
 
@@ -332,7 +333,7 @@ def _floor(run: RunFile, span: Callable[..., object], line: Callable[..., object
 def _accepted(run: RunFile, arm: str) -> list[float]:
     """The shares of acceptance by position, in percent, as far as enough drafts got."""
     record = run.arms[arm]
-    depths = record.histogram("depth")
+    depths = record.histograms().depth
     shares = enumerate(record.acceptance_by_position(), start=1)
     return [100 * share for at, share in shares if sum(depths[at:]) >= _FEW]
 
@@ -343,11 +344,12 @@ def _lacking(run: RunFile, what: str) -> str:
     return what if known else "the file is an older one, and does not tell the settings of its arms"
 
 
-def _by_length(run: RunFile, name: str, unit: float = 1.0) -> dict[str, list[float]]:
-    """A counter of each arm at each length; of those arms that have it at all of them."""
+def _by_length(run: RunFile, counter: Callable[[Counters], float | None], unit: float = 1.0) -> dict[str, list[float]]:
+    """Return a counter of each arm at each length, for those arms that have it at all of them."""
     parts = [run.at(length) for length in run.lengths]
-    found = {arm: [unit * part.arms[arm].counters().get(name, math.nan) for part in parts] for arm in _right(run)}
-    return {arm: curve for arm, curve in found.items() if all(map(math.isfinite, curve))}
+    curves = {arm: [counter(part.arms[arm].counters()) for part in parts] for arm in _right(run)}
+    known = {arm: [unit * value for value in curve if value is not None] for arm, curve in curves.items()}
+    return {arm: curve for arm, curve in known.items() if len(curve) == len(parts)}
 
 
 def _by_cache(run: RunFile) -> list[dict[float, str]]:
@@ -415,12 +417,11 @@ def _ways(run: RunFile, arms: Iterable[str], keys: Sequence[str], none: str) -> 
 def _marked(run: RunFile, arm: str) -> str:
     """The arm's name, and what a reader must know of it before its speed."""
     record = run.arms[arm]
-    loops = run.measures(arm).get("repetition", 0.0) >= LOOPS
-    return ", ".join([text(label(run, arm)), *["lossy"] * record.lossy, *["loops"] * loops])
+    return ", ".join([text(label(run, arm)), *["lossy"] * record.lossy, *["loops"] * loops(run, arm)])
 
 
 def how_drawn(run: RunFile, arm: str) -> str:
     """What decides how an arm is drawn: the method, whose it is, and what is done to the target."""
     record = run.arms[arm]
     told = [str(record.options[key]) for key in ("controller", "policy", "quantize") if key in record.options]
-    return ", ".join([method(run, arm), *["transformers"] * is_peer(record), *told])
+    return ", ".join([method(run, arm), *["transformers"] * record.peer, *told])

@@ -9,10 +9,21 @@ from typing import NamedTuple
 from specdecode.bench.gate.blame import Blame
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
-from specdecode.bench.report.captions import LIMITS, MEMORY, MODEL, command, drafts, failing_first, label, models, notes
+from specdecode.bench.report.captions import (
+    LIMITS,
+    MEMORY,
+    MODEL,
+    cells,
+    command,
+    drafts,
+    failing_first,
+    label,
+    models,
+    notes,
+)
 from specdecode.bench.report.elements import Element, element, grid_table, head_cell, scrolling, tile
 from specdecode.bench.report.grid import Grid
-from specdecode.bench.report.palette import is_peer, places
+from specdecode.bench.report.palette import places
 from specdecode.bench.report.tables import (
     by_model,
     by_part,
@@ -73,7 +84,7 @@ class _Style(NamedTuple):
 def _styles(run: RunFile) -> dict[str, _Style]:
     """The colour of each arm's method."""
     classes = {arm: "plain" if place is None else f"c{place}" for arm, place in places(run).items()}
-    return {arm: _Style(classes[arm], is_peer(record)) for arm, record in run.arms.items()}
+    return {arm: _Style(classes[arm], record.peer) for arm, record in run.arms.items()}
 
 
 def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[Element]:
@@ -244,17 +255,16 @@ def _acceptance(run: RunFile, styles: dict[str, _Style]) -> list[Element]:
     drafting = [arm for arm, record in run.arms.items() if drafts(record)]
     if not drafting:
         return []
-    longest = max(len(run.arms[arm].histogram(name)) for arm in drafting for name in ("accepted", "depth")) - 1
+    histograms = [run.arms[arm].histograms() for arm in drafting]
+    longest = max(len(entries) for steps in histograms for entries in (steps.accepted, steps.depth)) - 1
     legend = (
         "On the left the share of steps that accepted so many proposals; on the right the share of the proposals at"
         " each position of the draft that were accepted. The scales are the same for all arms."
     )
     cards = []
     for arm in drafting:
-        measures = run.measures(arm)
-        told = f"τ {measures.get('mean_acceptance_length', math.nan):.2f} tokens a step"
-        if "acceptance_rate" in measures:
-            told += f", {measures['acceptance_rate']:.0%} of proposals accepted"
+        length, rate = cells(run, arm, ["mean_acceptance_length", "acceptance_rate"])
+        told = f"τ {length} tokens a step" + (f", {rate} of proposals accepted" if rate else "")
         cards.append(_card(run, arm, styles[arm], told, _acceptance_plot(run, arm, longest, styles[arm])))
     return [
         element("h2", "Acceptance"),
@@ -265,7 +275,7 @@ def _acceptance(run: RunFile, styles: dict[str, _Style]) -> list[Element]:
 
 def _acceptance_plot(run: RunFile, arm: str, longest: int, style: _Style) -> Element:
     top, bottom, panels = 10.0, 96.0, ((36.0, 152.0), (184.0, 300.0))
-    lengths = run.arms[arm].histogram("accepted")
+    lengths = run.arms[arm].histograms().accepted
     steps = [count / (sum(lengths) or 1) for count in lengths]
     shares = run.arms[arm].acceptance_by_position()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 
@@ -65,11 +64,6 @@ def places(run: RunFile) -> dict[str, int | None]:
     others = sorted(set(methods.values()) - METHODS.keys() - {BASELINE})
     taken = METHODS | {of: left[i % len(left)] for i, of in enumerate(others)}
     return {arm: taken.get(of) for arm, of in methods.items()}
-
-
-def is_peer(record: ArmRecord) -> bool:
-    """Whether the arm is transformers' own: what a step of it is made of is not known."""
-    return "peer" in record.options or (bool(record.rows) and math.isnan(record.total("draft_s")))
 
 
 def settings(record: ArmRecord, *but: str) -> str:

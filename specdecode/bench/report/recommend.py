@@ -16,6 +16,7 @@ from specdecode.bench.arms.snippet import code
 from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.report.captions import LOOPS, cells, drafts, label, outputs, title
 from specdecode.bench.report.grid import Column, Grid, rich_table
+from specdecode.bench.runs.counts import as_dict, ratio
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE, drafters
 from specdecode.bench.runs.records import ArmRecord, Row, RunFile
 from specdecode.bench.runs.statistics import Estimate, simultaneous_ratio
@@ -123,7 +124,7 @@ def _contestants(run: RunFile) -> tuple[list[str], dict[str, str]]:
     """The arms that may be recommended, and why others of our own may not."""
     left_out = {}
     for arm, record in run.arms.items():
-        if "peer" in record.options or arm == BASELINE:
+        if record.peer or arm == BASELINE:
             continue
         counted = len(_evidence(run, arm))
         if record.bugs:
@@ -138,12 +139,11 @@ def _contestants(run: RunFile) -> tuple[list[str], dict[str, str]]:
             loops = len(record.rows) - counted
             why = f"{loops} of its {len(record.rows)} text(s) loop, which is no evidence for drafts; " if loops else ""
             left_out[arm] = f"{why}{counted} prompt(s) say nothing of others: measure more"
-    return [arm for arm, record in run.arms.items() if arm not in left_out and "peer" not in record.options], left_out
+    return [arm for arm, record in run.arms.items() if arm not in left_out and not record.peer], left_out
 
 
 def _loops(row: Row) -> bool:
-    again = row.counts.get("repeated", 0.0)
-    return again > 0 and again >= LOOPS * row.counts.get("ngrams", math.inf)
+    return (ratio(row.counts.repeated, row.counts.ngrams) or 0.0) >= LOOPS
 
 
 def _evidence(run: RunFile, arm: str) -> dict[str, float]:
@@ -166,7 +166,7 @@ class _Contest:
 
     @property
     def peers(self) -> list[str]:
-        return [arm for arm, record in self.run.arms.items() if "peer" in record.options]
+        return [arm for arm, record in self.run.arms.items() if record.peer]
 
     @property
     def lossless(self) -> list[str]:
@@ -211,11 +211,13 @@ class _Contest:
 
     def cache(self, arm: str) -> float:
         """The most bytes of keys and values, in the mean of the prompts; nan if that was not told."""
-        return self.run.arms[arm].counters().get("peak_cache_bytes", math.nan)
+        size = self.run.arms[arm].counters().peak_cache_bytes
+        return math.nan if size is None else size
 
     def memory(self, arm: str) -> float:
         """The same with the target's weights."""
-        return self.run.arms[arm].rehearsal.get("weight_bytes", math.nan) + self.cache(arm)
+        weights = self.run.arms[arm].counters_run.weight_bytes
+        return math.nan if weights is None else weights + self.cache(arm)
 
     def recommendation(self, aim: str, arm: str, reason: str, allowed: Collection[str]) -> Recommendation:
         """With what it beats of the arms that the aim allows, and what it is not told apart from."""
@@ -341,7 +343,7 @@ def _long_context(contest: _Contest) -> Recommendation:
     """The best of the bounded caches that were full at the run's longest length."""
     run, length = contest.run, contest.run.header.max_new_tokens
     aim = "long context"
-    bounded = [arm for arm in contest.arms if run.arms[arm].total("compressions") > 0]
+    bounded = [arm for arm in contest.arms if (run.arms[arm].counts().compressions or 0) > 0]
     if not bounded:
         reason = (
             f"No cache that is bounded was full at {length} tokens on enough prompts: measure a preset that has some,"
@@ -349,13 +351,13 @@ def _long_context(contest: _Contest) -> Recommendation:
         )
         return Recommendation(aim, None, reason, assumed=contest.assumed)
     arm = contest.best(bounded)
-    held = {at: run.at(at).arms[arm].counters().get("peak_cache_bytes", math.nan) for at in run.lengths}
-    told = ", ".join(f"{most / 1e6:.1f} MB at {at}" for at, most in held.items() if math.isfinite(most))
-    ar = run.arms[BASELINE]
-    grown = 1e3 * ar.total("grown_bytes") / ar.total("tokens") / 1e6
-    growth = "" if math.isnan(grown) else f", and it grows by {grown:.1f} MB in a thousand tokens"
+    sizes = {at: run.at(at).arms[arm].counters().peak_cache_bytes for at in run.lengths}
+    known = ", ".join(f"{size / 1e6:.1f} MB at {at}" for at, size in sizes.items() if size is not None)
+    plain = run.arms[BASELINE].counts()
+    grown = ratio(plain.grown_bytes, plain.tokens)
+    growth = "" if grown is None else f", and it grows by {1e3 * grown / 1e6:.1f} MB in a thousand tokens"
     reason = (
-        f"Its KV stays what it is however long the text gets: {told} tokens; plain decoding's is"
+        f"Its KV stays what it is however long the text gets: {known} tokens; plain decoding's is"
         f" {contest.cache(BASELINE) / 1e6:.1f} MB at {length}{growth}.{_draft_takes(run.arms[arm])}"
     )
     return contest.recommendation(aim, arm, reason, bounded)
@@ -448,7 +450,7 @@ def as_json(run: RunFile, advice: Advice) -> dict[str, Any]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     found = [
-        {**plain(asdict(each)), "measures": run.measures(each.arm) if each.arm is not None else {}}
+        {**plain(asdict(each)), "measures": as_dict(run.measures(each.arm)) if each.arm is not None else {}}
         for each in advice.recommendations
     ]
     return {"run": title(run), "recommendations": found, "left_out": advice.left_out, "notes": advice.notes}

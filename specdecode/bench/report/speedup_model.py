@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from specdecode.bench.report.palette import alike, is_peer, method, shared_name
+from specdecode.bench.report.palette import alike, method, shared_name
+from specdecode.bench.runs.counts import ratio
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.bench.runs.statistics import Estimate
@@ -116,7 +117,7 @@ def _is_chain(run: RunFile, arm: str) -> bool:
     options = record.options
     return (
         isinstance(options.get("k"), int)
-        and not is_peer(record)
+        and not record.peer
         and method(run, arm) != BASELINE
         and options.get("shape", "chain") == "chain"
         and options.get("branches", 1) == 1
@@ -125,14 +126,16 @@ def _is_chain(run: RunFile, arm: str) -> bool:
 
 def _modelled(run: RunFile, arm: str) -> Modelled | None:
     record, k = run.arms[arm], run.arms[arm].options["k"]
-    depths = record.histogram("depth")
-    proposed = sum(depth * count for depth, count in enumerate(depths))
-    plain = _per_later_step(run.arms[BASELINE], "later_verify_s")
-    spent = _per_later_step(record, "later_draft_s"), _per_later_step(record, "later_verify_s")
-    alpha = acceptance(record.total("accepted"), record.total("rejections"))
-    if not proposed or not all(map(math.isfinite, (alpha, plain, *spent))):
+    depths, counts = record.histograms().depth, record.counts()
+    proposed = sum(depth * steps for depth, steps in enumerate(depths))
+    plain = _later_step_s(run.arms[BASELINE])
+    step = _later_step_s(record)
+    if not proposed or plain is None or step is None or counts.accepted is None or counts.rejections is None:
         return None
-    draft, verify = spent[0] * sum(depths) / proposed / plain, spent[1] / plain
+    alpha = acceptance(counts.accepted, counts.rejections)
+    if math.isnan(alpha):
+        return None
+    draft, verify = step.draft * sum(depths) / proposed / plain.verify, step.verify / plain.verify
     return Modelled(
         arm,
         k,
@@ -144,7 +147,16 @@ def _modelled(run: RunFile, arm: str) -> Modelled | None:
     )
 
 
-def _per_later_step(record: ArmRecord, name: str) -> float:
-    """Seconds a step, of those after the first, which carries the prompt."""
-    steps = record.total("steps") - record.total("runs")
-    return record.total(name) / steps if steps > 0 else math.nan
+def _later_step_s(record: ArmRecord) -> _StepSeconds | None:
+    """Return the seconds of a step, of those after the first, which carries the prompt; None if they are not known."""
+    counts, seconds = record.counts(), record.seconds()
+    steps = counts.steps - counts.runs
+    draft, verify = ratio(seconds.later_draft, steps), ratio(seconds.later_verify, steps)
+    return None if draft is None or verify is None else _StepSeconds(draft, verify)
+
+
+class _StepSeconds(NamedTuple):
+    """The mean seconds that a step drafts and verifies."""
+
+    draft: float
+    verify: float

@@ -42,7 +42,7 @@ def speeds(run: RunFile) -> Grid:
     }
     if PEER_BASELINE not in run.arms:
         del measured["over_hf"]
-    if not any("self_ppl" in run.measures(arm) for arm in run.arms):
+    if all(run.measures(arm).self_ppl is None for arm in run.arms):
         del measured["self_ppl"], measured["repetition"]
     columns = [Column("arm", figures=False), *measured.values(), Column("output", figures=False)]
     return Grid(columns, [[label(run, arm), *cells(run, arm, list(measured)), outputs(run, arm)] for arm in run.arms])
@@ -103,7 +103,7 @@ def by_model(run: RunFile) -> Grid:
 
 def limits(run: RunFile) -> Grid:
     """One row an arm that drafts: its speedup over `ar`, split into factors by `blame`."""
-    causes = ("acceptance length", *PARTS.values())
+    causes = ("acceptance length", *PARTS)
     columns = [Column("what limits it", figures=False), *map(Column, (*causes, "all"))]
     plainly, rows = run.arms.get(BASELINE, ArmRecord({})), []
     for arm, record in run.arms.items():

@@ -9,8 +9,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, as_dict, from_dict
+from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.records import REHEARSED, ArmRecord, Header, Identity, Row, RunFile
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile, lacks_our_counts
 from specdecode.support.files import slug
 
 FORMAT = 3
@@ -21,13 +23,44 @@ _MOST_LOG = 20.0
 
 
 def run_json(run: RunFile) -> dict[str, Any]:
-    """The run as it stands in the file, under the key "specdecode": all arms that were measured, also those whose tests
-    were not selected, for others are compared with them."""
-    return {"format": FORMAT, **asdict(run.header), "arms": {arm: asdict(record) for arm, record in run.arms.items()}}
+    """Return what stands in the file under the key "specdecode".
+
+    All arms that were measured are there, also those whose tests were not selected: others are compared with them.
+    """
+    arms = {arm: _arm_json(record) for arm, record in run.arms.items()}
+    return {"format": FORMAT, **asdict(run.header), "arms": arms}
+
+
+def _arm_json(record: ArmRecord) -> dict[str, Any]:
+    return {
+        "rows": _rows_json(record.rows),
+        "bugs": record.bugs,
+        "ties": record.ties,
+        "synthetic": record.synthetic,
+        "against": record.against,
+        "lossy": record.lossy,
+        "peer": record.peer,
+        "rehearsal": as_dict(record.counters_run),
+        "timed": record.timed,
+        "options": record.options,
+        "shorter": {length: _rows_json(rows) for length, rows in record.shorter.items()},
+    }
+
+
+def _rows_json(rows: Mapping[str, Row]) -> dict[str, Any]:
+    return {
+        prompt: {
+            "log_speedup": row.log_speedup,
+            "counts": as_dict(row.counts),
+            "seconds": as_dict(row.seconds),
+            "histograms": as_dict(row.histograms),
+        }
+        for prompt, row in rows.items()
+    }
 
 
 def read(path: Path) -> RunFile:
-    """A run file, checked entry by entry: it may be cut off, of another version, or somebody else's.
+    """Read a run file, checked entry by entry: it may be cut off, of another version, or somebody else's.
 
     Raises:
         ValueError: it is not a run file that this version can judge; the sentence says why.
@@ -36,7 +69,7 @@ def read(path: Path) -> RunFile:
 
 
 def parse(text: str, path: Path) -> RunFile:
-    """The same for the text of a file that is not on disk, an earlier revision; the path names it."""
+    """Read the text of a run file that is not on disk, an earlier revision; the path names it."""
     content = parse_json(text, path)
     try:
         head = content[KEY]
@@ -50,7 +83,8 @@ def parse(text: str, path: Path) -> RunFile:
             roofline=_number(head, "roofline"),
             versions=dict(head["versions"]),
             conditions={
-                when: {name: str(told) for name, told in of.items()} for when, of in head["conditions"].items()
+                when: {name: str(value) for name, value in condition.items()}
+                for when, condition in head["conditions"].items()
             },
         )
         arms = {str(arm): _arm(entry, header) for arm, entry in head["arms"].items()}
@@ -82,19 +116,27 @@ def parse_json(text: str, path: Path) -> Any:
 
 
 def _arm(entry: Any, header: Header) -> ArmRecord:
+    rows, options = _rows(entry["rows"], header), dict(entry.get("options", {}))
     return ArmRecord(
-        rows=_rows(entry["rows"], header),
+        rows=rows,
         bugs=int(_number(entry, "bugs")),
         ties=int(_number(entry, "ties")),
         synthetic=bool(entry["synthetic"]),
         against=None if entry["against"] is None else str(entry["against"]),
         lossy=bool(entry["lossy"]),
-        rehearsal={name: _number(entry["rehearsal"], name) for name in REHEARSED if name in entry["rehearsal"]},
+        # Older files do not have the flag, and still older ones no options.
+        peer=bool(entry.get("peer", "peer" in options or lacks_our_counts(rows))),
+        counters_run=_counters_run(entry["rehearsal"]),
         # Older files do not have these.
         timed=bool(entry.get("timed", False)),
-        options=dict(entry.get("options", {})),
-        shorter={int(length): _rows(rows, header) for length, rows in entry.get("shorter", {}).items()},
+        options=options,
+        shorter={int(length): _rows(shorter, header) for length, shorter in entry.get("shorter", {}).items()},
     )
+
+
+def _counters_run(values: Any) -> CountersRun:
+    counted = [field.name for field in fields(CountersRun) if field.name in values]
+    return CountersRun(**{name: _number(values, name) for name in counted})
 
 
 def _rows(rows: Any, header: Header) -> dict[str, Row]:
@@ -106,20 +148,21 @@ def _rows(rows: Any, header: Header) -> dict[str, Row]:
 def _row(row: Any) -> Row:
     return Row(
         log_speedup=_log(row, "log_speedup"),
-        counts=_positive(row["counts"], "runs", "tokens", "steps"),
-        seconds=_positive(row["seconds"], "total", "ttft"),
-        histograms={
-            str(of): [int(_number(steps, i)) for i in range(len(steps))] for of, steps in row["histograms"].items()
-        },
+        counts=from_dict(RowCounts, _sums(row["counts"], "runs", "tokens", "steps")),
+        seconds=from_dict(RowSeconds, _sums(row["seconds"], "total", "ttft")),
+        histograms=from_dict(
+            Histograms,
+            {name: [int(_number(steps, i)) for i in range(len(steps))] for name, steps in row["histograms"].items()},
+        ),
     )
 
 
-def _positive(values: Mapping[str, Any], *needed: str) -> dict[str, float]:
-    """Sums of counts or seconds: none is negative, and those that others are divided by are there and not nought."""
-    found = {str(name): _number(values, name) for name in {*needed, *values}}
-    if wrong := [name for name, value in found.items() if value < 0 or (value == 0 and name in needed)]:
-        raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r}, which cannot be")
-    return found
+def _sums(values: Mapping[str, Any], *needed: str) -> dict[str, float]:
+    """Check sums of counts or seconds: none is negative, and those that others are divided by are above nought."""
+    sums = {str(name): _number(values, name) for name in {*needed, *values}}
+    if wrong := [name for name, value in sums.items() if value < 0 or (value == 0 and name in needed)]:
+        raise ValueError(f"{wrong[0]} is {sums[wrong[0]]!r}, which cannot be")
+    return sums
 
 
 def _number(values: Any, name: Any) -> float:

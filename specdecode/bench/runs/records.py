@@ -5,30 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, ratio, total, total_histograms
+from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor
 from specdecode.support.files import slug
-
-COUNTERS = {
-    "target_forwards_per_token": (-1, "target_forwards", "tokens"),
-    "draft_forwards_per_token": (-1, "draft_forwards", "tokens"),
-    "mean_acceptance_length": (+1, "tokens", "steps"),
-    "acceptance_rate": (+1, "accepted", "drafted"),
-    "cache_bytes": (-1, "cache_bytes", "runs"),
-    "peak_cache_bytes": (-1, "peak_cache_bytes", "runs"),
-    "attended_bytes_per_step": (-1, "attended_bytes", "steps"),
-    "compressions": (-1, "compressions", "runs"),
-}
-"""Measures that do not depend on the clock: whether more of one is better (+1) or worse (-1), and the counts whose
-sums over prompts it is the ratio of."""
-
-REHEARSED = {"host_syncs_per_step": -1, "forwards_per_step": -1, "weight_bytes": -1, "peak_bytes": -1}
-"""The same for what is counted in the rehearsal. These depend on the kind of device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +37,7 @@ class Identity:
 
     @property
     def file(self) -> Path:
-        """Where the baseline of such a run is kept, below the folder of baselines."""
+        """Return where the baseline of such a run is kept, below the folder of baselines."""
         pair = f"{slug(self.target)}+{slug(self.draft)}" if self.draft else slug(self.target)
         return Path(self.hardware) / f"{pair}-{self.dtype}-{self.preset}.json"
 
@@ -79,16 +66,16 @@ class Header:
 
     @property
     def warnings(self) -> list[str]:
-        """What in the conditions speaks against the times, in sentences."""
-        found = []
-        for when, told in self.conditions.items():
-            throttled = told.get("clocks_throttle_reasons.active", "")
+        """Return what in the conditions speaks against the times, in sentences."""
+        sentences = []
+        for when, condition in self.conditions.items():
+            throttled = condition.get("clocks_throttle_reasons.active", "")
             # The lowest bit says that the GPU is idle, which it is before and after a run.
             if throttled.startswith("0x") and int(throttled, 16) & ~1:
-                found.append(f"{when} the run the GPU was throttled (reasons {throttled})")
-            if "; " in told.get("processes", ""):
-                found.append(f"{when} the run other processes were on the GPU")
-        return found
+                sentences.append(f"{when} the run the GPU was throttled (reasons {throttled})")
+            if "; " in condition.get("processes", ""):
+                sentences.append(f"{when} the run other processes were on the GPU")
+        return sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +84,13 @@ class Row:
 
     Attributes:
         log_speedup: over `ar` in the same block, mean of the repeats.
-        counts: "runs", "tokens", "agreed" (those before the output leaves `ar`'s), "steps" and the others of
-            `bench.arms.Run`; "ngrams", "repeated" and "nll" of `bench.text`.
-        seconds: "total", "ttft" and the others of `bench.arms.Run`; of `ar` also "last", the total of its second runs.
-        histograms: of steps, see `bench.arms.Run`.
+        counts, seconds, histograms: sums over the repeats.
     """
 
     log_speedup: float
-    counts: dict[str, float]
-    seconds: dict[str, float]
-    histograms: dict[str, list[int]]
+    counts: RowCounts
+    seconds: RowSeconds
+    histograms: Histograms = field(default_factory=Histograms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +104,8 @@ class ArmRecord:
         synthetic: weights or acceptance are not real: only costs are.
         against: the peer's arm that does the same with the same settings.
         lossy: its outputs are not the baseline's, but were checked against a reference of their own.
-        rehearsal: see REHEARSED.
+        peer: it is transformers' own: nobody counts what its steps are made of.
+        counters_run: what the untimed run counted; "rehearsal" in files.
         timed: how long it drafted depended on the clock, and so did its counts.
         options: the preset's entry that it was made of; empty in older files.
         shorter: rows of the same runs cut at shorter lengths.
@@ -132,45 +117,49 @@ class ArmRecord:
     synthetic: bool = False
     against: str | None = None
     lossy: bool = False
-    rehearsal: dict[str, float] = field(default_factory=dict)
+    peer: bool = False
+    counters_run: CountersRun = field(default_factory=CountersRun)
     timed: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     shorter: dict[int, dict[str, Row]] = field(default_factory=dict)
 
-    def total(self, name: str, prompts: Iterable[str] | None = None) -> float:
-        """Sum over prompts (all, if None) of a count or of "NAME_s", seconds; nan if it was not taken."""
-        rows = self.rows.values() if prompts is None else [self.rows[prompt] for prompt in prompts]
-        of = [row.seconds if name.endswith("_s") else row.counts for row in rows]
-        key = name.removesuffix("_s")
-        return sum(values[key] for values in of) if of and all(key in values for values in of) else math.nan
+    def counts(self, prompts: Iterable[str] | None = None) -> RowCounts:
+        """Sum the counts over prompts, all if None."""
+        return total(RowCounts, (row.counts for row in self._rows(prompts)))
 
-    def counters(self, prompts: Iterable[str] | None = None) -> dict[str, float]:
-        """Those of COUNTERS that the arm has, over the given prompts."""
-        chosen = list(self.rows if prompts is None else prompts)
-        ratios = {
-            name: _ratio(self.total(above, chosen), self.total(below, chosen))
-            for name, (_, above, below) in COUNTERS.items()
-        }
-        return {name: value for name, value in ratios.items() if math.isfinite(value)}
+    def seconds(self, prompts: Iterable[str] | None = None) -> RowSeconds:
+        """Sum the seconds over prompts, all if None."""
+        return total(RowSeconds, (row.seconds for row in self._rows(prompts)))
 
-    def histogram(self, name: str, prompts: Iterable[str] | None = None) -> list[int]:
-        """Steps by "accepted" length or by "depth" of the tree, over the given prompts; empty for a peer."""
-        chosen = list(self.rows if prompts is None else prompts)
-        lists = [self.rows[prompt].histograms.get(name, []) for prompt in chosen]
-        return [sum(of[i] for of in lists if i < len(of)) for i in range(max(map(len, lists), default=0))]
+    def histograms(self, prompts: Iterable[str] | None = None) -> Histograms:
+        """Sum the histograms over prompts, all if None."""
+        return total_histograms(row.histograms for row in self._rows(prompts))
+
+    def counters(self, prompts: Iterable[str] | None = None) -> Counters:
+        """Compute the counters over prompts, all if None."""
+        return counters_of(self.counts(prompts))
+
+    def _rows(self, prompts: Iterable[str] | None) -> list[Row]:
+        return list(self.rows.values()) if prompts is None else [self.rows[prompt] for prompt in prompts]
 
     def reached(self, prompts: Iterable[str] | None = None) -> list[float]:
-        """Share of steps that committed at least 1, 2, ... proposals."""
-        accepted = self.histogram("accepted", prompts)
+        """Return the share of steps that committed at least 1, 2, ... proposals."""
+        accepted = self.histograms(prompts).accepted
         return [sum(accepted[length:]) / sum(accepted) for length in range(1, len(accepted))]
 
     def acceptance_by_position(self) -> list[float]:
-        """For each depth from 1: the share of the trees that reach it of which a node there was committed."""
-        accepted, depth = self.histogram("accepted"), self.histogram("depth")
-        return [_ratio(sum(accepted[at:]), sum(depth[at:])) for at in range(1, len(depth))]
+        """For each depth from 1, return the share of the trees that reach it of which a node there was committed."""
+        steps = self.histograms()
+        shares = (ratio(sum(steps.accepted[at:]), sum(steps.depth[at:])) for at in range(1, len(steps.depth)))
+        return [math.nan if share is None else share for share in shares]
 
 
-@dataclass(frozen=True, slots=True)
+def lacks_our_counts(rows: Mapping[str, Row]) -> bool:
+    """Return whether these are a peer's rows, by what was counted: older versions do not say whose an arm is."""
+    return any(row.counts.target_forwards is None for row in rows.values())
+
+
+@dataclass(frozen=True)
 class RunFile:
     """One run: its header, and its arms by name.
 
@@ -190,28 +179,30 @@ class RunFile:
 
     @property
     def lengths(self) -> list[int]:
-        """The lengths at which it can be looked at, the whole one last."""
+        """Return the lengths at which it can be looked at, the whole one last."""
         shorter = {length for record in self.arms.values() for length in record.shorter}
         return [*sorted(shorter), self.header.max_new_tokens]
 
     @property
     def tasks(self) -> dict[str, list[str]]:
-        """The prompts of each task: what stands before the last slash of their ids."""
-        found: dict[str, list[str]] = {}
+        """Return the prompts of each task: what stands before the last slash of their ids."""
+        tasks: dict[str, list[str]] = {}
         for prompt in self.header.outputs:
-            found.setdefault(prompt.rpartition("/")[0], []).append(prompt)
-        return found
+            tasks.setdefault(prompt.rpartition("/")[0], []).append(prompt)
+        return tasks
 
     def at(self, length: int) -> RunFile:
-        """The run as it was when the outputs had got to a length: one of `lengths`."""
+        """Return the run as it was when the outputs had got to a length: one of `lengths`."""
         if length == self.header.max_new_tokens:
             return self
         arms = {arm: replace(record, rows=record.shorter.get(length, {})) for arm, record in self.arms.items()}
         return self._part(replace(self.header, max_new_tokens=length), arms)
 
     def of(self, prompts: Collection[str]) -> RunFile:
-        """The part of the run that is about some of its prompts. Whether an arm wrote a wrong output or a tie, and what
-        was rehearsed, is told of the whole."""
+        """Return the part of the run that is about some of its prompts.
+
+        Wrong outputs, ties and the counters run stay those of the whole.
+        """
 
         def chosen(rows: dict[str, Row]) -> dict[str, Row]:
             return {prompt: row for prompt, row in rows.items() if prompt in prompts}
@@ -228,26 +219,26 @@ class RunFile:
         return self._part(replace(self.header, outputs=outputs), arms)
 
     def _part(self, header: Header, arms: dict[str, ArmRecord]) -> RunFile:
-        """With an A/A floor of its own where that is higher: less was measured, and no less noisily."""
+        """Make a part of the run. It gets its own A/A floor where that is higher: fewer runs average out less noise."""
         rows = arms[BASELINE].rows.values() if BASELINE in arms else ()
-        noise = [[math.log(row.seconds["total"] / row.seconds["last"])] for row in rows if "last" in row.seconds]
+        noise = [[math.log(row.seconds.total / row.seconds.last)] for row in rows if row.seconds.last is not None]
         floor = max(header.floor, noise_floor(noise)) if noise else header.floor
         return replace(self, header=replace(header, floor=floor), arms=arms)
 
     def log_speedups(self, arm: str, over: str = BASELINE) -> dict[str, float]:
-        """Log speedups of an arm over another in the same block, by prompt, where both outputs were right."""
-        mine, other = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
-        return {prompt: mine[prompt].log_speedup - other[prompt].log_speedup for prompt in mine if prompt in other}
+        """Return log speedups of an arm over another in the same block, by prompt, where both outputs were right."""
+        rows, others = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
+        return {prompt: rows[prompt].log_speedup - others[prompt].log_speedup for prompt in rows if prompt in others}
 
     def speedup(self, arm: str, over: str = BASELINE) -> Estimate:
-        """The mean speedup of an arm over another, with its interval; nan if no block has both."""
+        """Return the mean speedup of an arm over another, with its interval; nan if no block has both."""
         logs = self.log_speedups(arm, over)
         if not logs:
-            return Estimate(math.nan, math.nan, math.nan)
+            return _UNKNOWN
         return mean_ratio([[log] for log in logs.values()], floor=0.0 if arm == over else self.header.floor)
 
     def predicted_speedup(self, arm: str) -> float:
-        """What the arm's acceptance and its forwards promise, without any overhead; nan for a peer.
+        """Return what the arm's acceptance and its forwards promise, without any overhead; nan for a peer.
 
         tau * t / (d + v): tokens a step, times the seconds per token of `ar`, over the seconds that a step drafts and
         verifies (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward per token and
@@ -255,61 +246,75 @@ class RunFile:
         """
         if arm == BASELINE or BASELINE not in self.arms:
             return math.nan
-        record, ar = self.arms[arm], self.arms[BASELINE]
-        prompts = [prompt for prompt in record.rows if prompt in ar.rows]
-        spent = record.total("later_draft_s", prompts) + record.total("later_verify_s", prompts)
-        ours = _ratio(record.total("later_tokens", prompts), spent)
-        return _ratio(ours, _ratio(ar.total("later_tokens", prompts), ar.total("later_verify_s", prompts)))
+        record, baseline = self.arms[arm], self.arms[BASELINE]
+        prompts = [prompt for prompt in record.rows if prompt in baseline.rows]
+        spent, plainly = record.seconds(prompts), baseline.seconds(prompts)
+        if spent.later_draft is None or spent.later_verify is None:
+            return math.nan
+        tokens_per_s = ratio(record.counts(prompts).later_tokens, spent.later_draft + spent.later_verify)
+        plain_tokens_per_s = ratio(baseline.counts(prompts).later_tokens, plainly.later_verify)
+        predicted = ratio(tokens_per_s, plain_tokens_per_s)
+        return math.nan if predicted is None else predicted
 
-    def measures(self, arm: str) -> dict[str, float]:
-        """The measures of an arm, as plain finite numbers: what tables show, and pytest-benchmark keeps."""
+    def measures(self, arm: str) -> Measures:
+        """Return the measures of an arm: computed once, for all arms."""
+        return self._measures[arm]
+
+    @cached_property
+    def _measures(self) -> dict[str, Measures]:
+        return {arm: self._measured(arm) for arm in self.arms}
+
+    def _measured(self, arm: str) -> Measures:
         record = self.arms[arm]
+        rows, counts, seconds = list(record.rows.values()), record.counts(), record.seconds()
+        speeds = [row.counts.tokens / row.seconds.total for row in rows]
         speedup = self.speedup(arm)
-        throughput = _ratio(record.total("tokens"), record.total("total_s"))
-        rows = record.rows.values()
-        speeds = [_ratio(row.counts["tokens"], row.seconds["total"]) for row in rows]
-        measures = {
-            "throughput": throughput,
-            "throughput_std": statistics.stdev(speeds) if len(speeds) > 1 else math.nan,
-            "speedup": speedup.value,
-            "speedup_low": speedup.low,
-            "speedup_high": speedup.high,
-            "ttft_s": _median([_ratio(row.seconds["ttft"], row.counts["runs"]) for row in rows]),
-            "tpot_s": _median(
-                [
-                    _ratio(row.seconds["total"] - row.seconds["ttft"], row.counts["tokens"] - row.counts["runs"])
-                    for row in rows
-                ]
+        over_peer = self.speedup(arm, over=record.against) if record.against else _UNKNOWN
+        throughput, loss = ratio(counts.tokens, seconds.total), ratio(counts.nll, counts.tokens)
+        return Measures(
+            throughput=throughput,
+            throughput_std=statistics.stdev(speeds) if len(speeds) > 1 else None,
+            speedup=_known(speedup.value),
+            speedup_low=_known(speedup.low),
+            speedup_high=_known(speedup.high),
+            ttft_s=_median([ratio(row.seconds.ttft, row.counts.runs) for row in rows]),
+            tpot_s=_median(
+                [ratio(row.seconds.total - row.seconds.ttft, row.counts.tokens - row.counts.runs) for row in rows]
             ),
-            **record.counters(),
-            **record.rehearsal,
-            "predicted_speedup": self.predicted_speedup(arm),
-            "roofline_share": _ratio(throughput, self.header.roofline),
-            "ties": float(record.ties),
-            "bugs": float(record.bugs),
-            "synthetic": float(record.synthetic),
-            "lossy": float(record.lossy),
-            "agreement": _ratio(record.total("agreed"), record.total("tokens")),
-            "self_ppl": math.exp(_ratio(record.total("nll"), record.total("tokens"))),
-            "repetition": _ratio(record.total("repeated"), record.total("ngrams")),
-            "grown_bytes": _ratio(record.total("grown_bytes"), record.total("runs")),
-        }
-        for part in ("draft", "verify", "overhead"):
-            measures[f"{part}_s_per_step"] = _ratio(record.total(f"{part}_s"), record.total("steps"))
-        if record.against:
-            over = self.speedup(arm, over=record.against)
-            measures |= {"over_peer": over.value, "over_peer_low": over.low, "over_peer_high": over.high}
-        return {name: float(value) for name, value in measures.items() if math.isfinite(value)}
+            counters=counters_of(counts),
+            counters_run=record.counters_run,
+            predicted_speedup=_known(self.predicted_speedup(arm)),
+            roofline_share=ratio(throughput, self.header.roofline),
+            ties=float(record.ties),
+            bugs=float(record.bugs),
+            synthetic=float(record.synthetic),
+            lossy=float(record.lossy),
+            agreement=ratio(counts.agreed, counts.tokens),
+            self_ppl=None if loss is None else math.exp(loss),
+            repetition=ratio(counts.repeated, counts.ngrams),
+            grown_bytes=ratio(counts.grown_bytes, counts.runs),
+            draft_s_per_step=ratio(seconds.draft, counts.steps),
+            verify_s_per_step=ratio(seconds.verify, counts.steps),
+            overhead_s_per_step=ratio(seconds.overhead, counts.steps),
+            over_peer=_known(over_peer.value),
+            over_peer_low=_known(over_peer.low),
+            over_peer_high=_known(over_peer.high),
+        )
+
+
+_UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 def digest(tokens: Sequence[int]) -> str:
-    """A short name for an output: equal for equal tokens."""
+    """Return a short name for an output: equal for equal tokens."""
     return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else math.nan
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values) if values else math.nan
+def _median(values: Sequence[float | None]) -> float | None:
+    """Return the median; None if there is nothing, or one of them is not known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known and len(known) == len(values) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -14,6 +15,7 @@ COVERAGE = 0.95
 
 _POWER = 0.9
 _RESAMPLES = 10_000
+_MOST_CACHED_BOOTSTRAPS = 4096
 _NORMAL = NormalDist()
 # An interval that reaches beyond a tenth and ten times its centre says nothing.
 _WIDEST_LOG_RATIO = math.log(10)
@@ -43,7 +45,13 @@ def bootstrap(sums: Sequence[float], weights: Sequence[float], tail: float = (1 
         weights: what each sum is divided by.
         tail: probability below the interval's low end, and above its high end.
     """
-    numerators, denominators = np.asarray(sums, dtype=float), np.asarray(weights, dtype=float)
+    return _bootstrap(tuple(map(float, sums)), tuple(map(float, weights)), tail)
+
+
+@lru_cache(maxsize=_MOST_CACHED_BOOTSTRAPS)
+def _bootstrap(sums: tuple[float, ...], weights: tuple[float, ...], tail: float) -> Estimate:
+    """Bootstrap, once for equal measurements: the tables of a page ask for the same estimate many times."""
+    numerators, denominators = np.array(sums), np.array(weights)
     count = len(numerators)
     draws = np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
     ratios = numerators[draws].sum(1) / denominators[draws].sum(1)

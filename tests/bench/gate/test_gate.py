@@ -12,7 +12,9 @@ import pytest
 from specdecode import cli
 from specdecode.bench.gate.baselines import bless, find
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
+from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import read, run_json
+from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
 PROMPTS = [f"text/{i}" for i in range(8)]
@@ -46,8 +48,9 @@ def content(
         for i, prompt in enumerate(PROMPTS):
             log = math.log(speedup) + (scatter * (-1) ** i if arm not in ("ar", "hf-generate") else 0.0)
             seconds = {"total": math.exp(-log), "ttft": 0.1 * math.exp(-log)}
-            rows[prompt] = Row(log, COUNTS | counts, seconds, {"accepted": list(lengths), "depth": [0, 0, 20]})
-        arms[arm] = ArmRecord(rows, rehearsal={"host_syncs_per_step": host_syncs})
+            histograms = Histograms(accepted=list(lengths), depth=[0, 0, 20])
+            rows[prompt] = Row(log, RowCounts(**COUNTS | counts), RowSeconds(**seconds), histograms)
+        arms[arm] = ArmRecord(rows, counters_run=CountersRun(host_syncs_per_step=host_syncs))
     run = RunFile(Path(), header, arms)
     return {
         "commit_info": {"dirty": False},

@@ -30,6 +30,7 @@ from specdecode.bench.arms.run import Run
 from specdecode.bench.gate.blame import PARTS, Blame, blame
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
 from specdecode.bench.measure.experiment import Results, experiment
+from specdecode.bench.runs.counts import RowCounts, RowSeconds, Seconds, as_dict
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.controllers.base import FixedK, Limit
 from specdecode.core.slots import Slots
@@ -127,7 +128,7 @@ def run_of(results: Results) -> RunFile:
 
 def steps_of(run: RunFile) -> dict[str, float]:
     """Seconds of a step, by arm."""
-    return {name: arm.total("total_s") / arm.total("steps") for name, arm in run.arms.items()}
+    return {name: arm.seconds().total / arm.counts().steps for name, arm in run.arms.items()}
 
 
 def judged(new: RunFile, old: RunFile) -> Judged:
@@ -367,7 +368,7 @@ FAULTS = {
 def test_the_draft_is_right_and_wrong(old: RunFile) -> None:
     """Guards against a suite that proves nothing: without both, neither acceptance nor rollback is measured."""
     for arm in DRAFTING:
-        accepted = old.arms[arm].histogram("accepted")
+        accepted = old.arms[arm].histograms().accepted
         assert accepted[0] > 0
         assert accepted[-1] > 0
     assert 0 < old.header.floor < 0.01
@@ -381,7 +382,7 @@ def test_a_planted_fault_is_caught_and_blamed(fault: Fault, old: RunFile, step: 
     What catches what, where it is not plain:
     - What slows `ar` and the arms judged over it alike is told by `ar` alone, which is judged over transformers.
     - Of a hidden target forward the clock tells `ar`'s share only: over an `ar` that pays twice for every token the
-      drafting arms look better than before. Counters tell all: the rehearsal counts forwards, whoever calls them.
+      drafting arms look better than before. Counters tell all: the counters run counts forwards, whoever calls them.
     - A lookup with half the K is not certain to be slower, for its forwards are narrower; its counters tell.
     - A target that is wrong in the same way with and without proposals is told apart only from transformers' output.
     - A faster transformers looks like a slower `ar`, for nothing else measures `ar`; the arms over `ar` still pass.
@@ -428,14 +429,14 @@ def jittered(results: Results, seed: int, scatter: float) -> RunFile:
 
     def again(run: Run) -> Run:
         factor = math.exp(noise.gauss(0, scatter))
-        seconds = {part: of * factor for part, of in run.seconds.items()}
+        seconds = Seconds(**{part: value * factor for part, value in as_dict(run.seconds).items()})
         return dataclasses.replace(run, total_s=run.total_s * factor, ttft_s=run.ttft_s * factor, seconds=seconds)
 
     blocks = [
         dataclasses.replace(block, runs={arm: again(run) for arm, run in block.runs.items()}, last=again(block.last))
         for block in results.blocks
     ]
-    return run_of(Results(results.arms, blocks, results.rehearsals))
+    return run_of(Results(results.arms, blocks, results.counters_runs))
 
 
 @pytest.mark.parametrize("scatter", [0.005, 0.02, 0.05])
@@ -506,7 +507,7 @@ def test_no_part_of_an_arm_is_blamed_for_what_it_is_compared_with(
     found = judged(run_of(measured(plant, step, seed=1)), old)["linear", "time"].blame
     assert found is not None
     assert found.shares["drafting"] == pytest.approx(0, abs=0.01)
-    assert found.main not in PARTS.values()
+    assert found.main not in PARTS
 
 
 def test_setting_up_is_overhead(old: RunFile, step: dict[str, float]) -> None:
@@ -518,8 +519,9 @@ def test_setting_up_is_overhead(old: RunFile, step: dict[str, float]) -> None:
 
 def record(parts: tuple[float, ...], steps: int = 10, tokens: int = 20) -> ArmRecord:
     """An arm with these seconds of drafting, verifying and overhead."""
-    seconds = {"total": sum(parts), "ttft": sum(parts) / 2, **dict(zip(PARTS, parts, strict=True))}
-    return ArmRecord({"text": Row(0.0, {"runs": 1, "tokens": tokens, "steps": steps}, seconds, {})})
+    draft, verify, overhead = parts
+    seconds = RowSeconds(total=sum(parts), ttft=sum(parts) / 2, draft=draft, verify=verify, overhead=overhead)
+    return ArmRecord({"text": Row(0.0, RowCounts(runs=1, tokens=tokens, steps=steps), seconds)})
 
 
 def blamed(new: ArmRecord, old: ArmRecord, units: tuple[float, float] = (1.0, 1.0)) -> Blame:

@@ -24,6 +24,7 @@ from specdecode.bench.plan import resolve
 from specdecode.bench.presets import preset
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import speed_table
+from specdecode.bench.runs.counts import Counts, as_dict
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, RunFile
 from specdecode.controllers.base import Limit
 from specdecode.controllers.cost_aware import Draft
@@ -54,9 +55,9 @@ class Calls:
             if wrong:
                 # The least likely token: no rounding makes it the choice.
                 tokens[-1] = int(_logits(lm("llama"), [*text, *tokens[:-1]]).argmin())
-            return Run(tokens, seconds * len(self.order) ** 0.01, 0.25 * seconds, {"steps": length})
+            return Run(tokens, seconds * len(self.order) ** 0.01, 0.25 * seconds, Counts(steps=length))
 
-        return Arm(name, run, lm("llama"))
+        return Arm(name, run, lm("llama"), peer=True)
 
 
 def _logits(target: LM, text: list[int]) -> torch.Tensor:
@@ -82,8 +83,8 @@ def results(calls: Calls) -> Results:
 
 def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: Calls) -> None:
     """Guards against arms timed against a baseline of another moment, and against an order that favours one."""
-    rehearsed = {name for name, _, length in calls.order if 1 < length < LENGTH}
-    assert rehearsed == {"ar", "twice", "half", "liar"}
+    counted = {name for name, _, length in calls.order if 1 < length < LENGTH}
+    assert counted == {"ar", "twice", "half", "liar"}
     timed = [(name, text) for name, text, length in calls.order if length == LENGTH]
     blocks = [timed[i : i + 5] for i in range(0, len(timed), 5)]
     assert len(blocks) == 6
@@ -111,19 +112,19 @@ def test_a_time_from_a_wrong_output_is_void(results: Results) -> None:
     run = kept(results)
     assert results.wrong("liar") == [*PROMPTS] * 3
     assert run.arms["liar"].rows == {}
-    assert run.measures("liar").keys() == {"bugs", "ties", "synthetic", "lossy"}
-    assert run.measures("liar")["bugs"] == 6
+    assert as_dict(run.measures("liar")).keys() == {"bugs", "ties", "synthetic", "lossy"}
+    assert run.measures("liar").bugs == 6
     assert results.wrong("twice") == []
 
 
 def test_repeats_are_summed_and_measures_are_plain_numbers(results: Results) -> None:
     """Guards against tensors and NumPy scalars, which pytest-benchmark stores as text, and against lost repeats."""
     run = kept(results)
-    measures = run.measures("twice")
+    measures = as_dict(run.measures("twice"))
     assert {type(value) for value in measures.values()} == {float}
     assert measures["ttft_s"] == pytest.approx(0.125)
     assert measures["mean_acceptance_length"] == 1.0
-    assert {(row.counts["runs"], row.counts["tokens"]) for row in run.arms["twice"].rows.values()} == {(3, 3 * LENGTH)}
+    assert {(row.counts.runs, row.counts.tokens) for row in run.arms["twice"].rows.values()} == {(3, 3 * LENGTH)}
     assert measures["throughput"] == pytest.approx(6 * LENGTH / sum(results.durations("twice")))
 
 
@@ -176,9 +177,9 @@ def test_every_arm_of_every_preset_gives_the_baselines_tokens(headed: LM, unchec
             assert all(0 < run.ttft_s <= run.total_s for run in runs), arm
             assert all(len(run.tokens) == 16 for run in runs), arm
             ours = [run for run in runs if "peer" not in entries[arm]]
-            parts = [sum(run.seconds[part] for part in ("draft", "verify", "overhead")) for run in ours]
+            parts = [run.seconds.draft + run.seconds.verify + run.seconds.overhead for run in ours]
             assert parts == pytest.approx([run.total_s for run in ours]), arm
-            assert all(run.seconds["verify"] > run.seconds["later_verify"] > 0 for run in ours), arm
+            assert all(run.seconds.verify > run.seconds.later_verify > 0 for run in ours), arm
 
 
 def test_a_draft_of_another_vocabulary_serves_the_arm_that_goes_by_text() -> None:
@@ -188,8 +189,8 @@ def test_a_draft_of_another_vocabulary_serves_the_arm_that_goes_by_text() -> Non
     draft.tokenizer = characters(CHARACTERS[::-1])
     run = make("by-text", {"drafter": "universal", "k": 3}, target, draft).run(prompt(), LENGTH, ())
     assert run.tokens == greedy("llama", LENGTH)
-    assert run.counts["draft_forwards"] > 0
-    assert len(run.histograms["depth"]) == 4
+    assert run.counts.draft_forwards > 0
+    assert len(run.histograms.depth) == 4
     for options in ({"drafter": "model"}, {"peer": "assisted"}):
         with pytest.raises(TokenizerMismatchError, match="does not share the vocabulary of llama"):
             make("arm", options, target, draft)
@@ -208,7 +209,7 @@ def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> Non
     options = Options(root=tmp_path, preset=str(preset_), target=str(target), draft=str(draft), device="cpu")
     judged = measure(resolve(options), {"by-text"})
     assert judged.wrong["by-text"] == []
-    assert judged.run.measures("by-text")["acceptance_rate"] >= 0.0
+    assert judged.run.measures("by-text").counters.acceptance_rate >= 0.0
 
 
 def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked: None) -> None:
@@ -224,8 +225,8 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked:
     assert [record.lossy for record in run.arms.values()] == [False, True, True, True]
     tokens = {arm: results.blocks[0].runs[arm].tokens for arm in entries}
     assert tokens["windowed"] == tokens["windowed-lookup"] == tokens["replayed"] != tokens["ar"]
-    assert run.measures("replayed")["acceptance_rate"] > 0.5
-    assert run.arms["windowed"].rows["a"].counts["compressions"] > 3
+    assert run.measures("replayed").counters.acceptance_rate > 0.5
+    assert run.arms["windowed"].rows["a"].counts.compressions > 3
 
     full = make("liar", {}, target, None)
     liar = dataclasses.replace(full, policy=arms[1].policy)
@@ -256,10 +257,10 @@ def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target(unchec
         pairs = enumerate(zip(block.runs["ar"].tokens, block.runs["ar-int8"].tokens, strict=True))
         shared += next(place for place, (a, b) in pairs if a != b)
     assert shared > 0
-    assert run.measures("linear-int8")["agreement"] == pytest.approx(shared / 48)
-    assert run.measures("ar")["agreement"] == 1.0
-    assert run.measures("linear-int8")["weight_bytes"] == rough.weight_bytes < target.weight_bytes
-    assert run.measures("ar")["weight_bytes"] == target.weight_bytes
+    assert run.measures("linear-int8").agreement == pytest.approx(shared / 48)
+    assert run.measures("ar").agreement == 1.0
+    assert run.measures("linear-int8").counters_run.weight_bytes == rough.weight_bytes < target.weight_bytes
+    assert run.measures("ar").counters_run.weight_bytes == target.weight_bytes
 
 
 def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
@@ -282,7 +283,7 @@ def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
     assert expected in both
 
     def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-        return Run([*(both - set(expected))], 1.0, 0.5, {"steps": 1})
+        return Run([*(both - set(expected))], 1.0, 0.5, Counts(steps=1))
 
     arms = [make("ar", {}, target, None), Arm("twin", run, target.quantized("int8"), quantize="int8")]
     results = experiment(arms, {"a": list(prompt())}, max_new_tokens=1)
@@ -318,7 +319,7 @@ def test_a_batch_shares_forwards_and_tells_a_prompts_share_of_the_time() -> None
     assert sorted(shape[1] for shape in shapes if shape[0] == 1)[-1] == len(prompt()) - 1
     assert next(shape[0] for shape in shapes if shape[0] > 1) == 4
     assert 0 < 4 * run.total_s <= elapsed
-    assert run.seconds["verify"] < run.total_s
+    assert run.seconds.verify < run.total_s
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -340,7 +341,7 @@ def test_arms_draft_as_long_as_their_controllers_say(monkeypatch: pytest.MonkeyP
     assert len(measured) == 1
     for block in results.blocks:
         assert set(block.checks.values()) == {"equal"}
-        assert len([steps for steps in block.runs["adaptive"].histograms["depth"] if steps]) > 1
+        assert len([steps for steps in block.runs["adaptive"].histograms.depth if steps]) > 1
     once, again = ([block.runs["adaptive"] for block in results.blocks if block.repeat == repeat] for repeat in (0, 1))
     assert [run.counts for run in once] == [run.counts for run in again]
     timed = {name: record.timed for name, record in kept(results).arms.items()}
@@ -356,7 +357,7 @@ def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
     expected = generate(target, prompt(), max_new_tokens=200).tokens
     run = arm.run(prompt(), 200, expected)
     assert arm.synthetic
-    assert run.counts["draft_forwards"] == sum(depth * steps for depth, steps in enumerate(run.histograms["depth"]))
+    assert run.counts.draft_forwards == sum(depth * steps for depth, steps in enumerate(run.histograms.depth))
     record = ArmRecord({"p": row_of([0.0], [run], [run])})
     assert 0.6 < record.acceptance_by_position()[0] < 0.95
 
@@ -372,7 +373,7 @@ def test_synthetic_rows_say_so_in_every_table() -> None:
     for text in (table.getvalue(), markdown(results, "title", "no baseline", [])):
         assert text.count("(synthetic)") == 1
         assert "replayed (synthetic)" in text
-    assert [results.measures(arm)["synthetic"] for arm in entries] == [0.0, 0.0, 1.0]
+    assert [results.measures(arm).synthetic for arm in entries] == [0.0, 0.0, 1.0]
 
 
 def test_peers_draft_as_long_as_they_are_told() -> None:
@@ -382,7 +383,7 @@ def test_peers_draft_as_long_as_they_are_told() -> None:
     ours = make("linear", {"drafter": "model", "k": 4}, target, target)
     run, own = arm.run(prompt(), 40, ()), ours.run(prompt(), 40, ())
     assert run.tokens == own.tokens
-    assert run.counts["steps"] == own.counts["steps"] == 8
+    assert run.counts.steps == own.counts.steps == 8
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.journal import code, open_journal
+from specdecode.bench.runs.counts import Counts, Histograms, Seconds
+from specdecode.bench.runs.measures import CountersRun
 from tests.helpers.models import lm, prompt
 
 PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
@@ -20,14 +22,14 @@ WHAT: dict[str, Any] = {"prompts": PROMPTS, "arms": {"ar": {}, "other": {"k": 3}
 
 
 @pytest.fixture(autouse=True)
-def _quick_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick_counters_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the profiler, which takes longer to start than all else here."""
 
-    def rehearse(arm: Arm, *arguments: Any) -> dict[str, float]:
+    def counters_run(arm: Arm, *arguments: Any) -> CountersRun:
         arm.run(*arguments)
-        return {}
+        return CountersRun()
 
-    monkeypatch.setattr("specdecode.bench.measure.experiment.rehearse", rehearse)
+    monkeypatch.setattr("specdecode.bench.measure.experiment.counters_run", counters_run)
 
 
 class Interrupted:
@@ -41,8 +43,8 @@ class Interrupted:
         self.calls += 1
         if self.calls == self.at:
             raise KeyboardInterrupt
-        counts = {"steps": length, "target_forwards": length}
-        return Run([5] * length, 1.0 + 0.01 * self.calls, 0.1, counts, {"draft": 0.5}, {"accepted": [length]})
+        counts, histograms = Counts(steps=length, target_forwards=length), Histograms(accepted=[length])
+        return Run([5] * length, 1.0 + 0.01 * self.calls, 0.1, counts, Seconds(draft=0.5), histograms)
 
     def experiment(self, path: Path, resume: bool = False) -> Results:
         arms = [Arm(name, self._run, lm("llama")) for name in ("ar", "other")]
@@ -65,7 +67,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, at: int, cut: i
     resumed = Interrupted()
     results = resumed.experiment(path, resume=True)
     assert [(block.prompt, block.repeat) for block in results.blocks] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    # Three rehearsals, and of each block that was lacking a warm-up and three runs.
+    # A run to begin with and two counters runs, and of each block that was lacking a warm-up and three runs.
     assert resumed.calls == 3 + 4 * (4 - done)
     kept = [json.loads(line) for line in before.splitlines()[1 : 1 + done]]
     assert [block.runs["other"].total_s for block in results.blocks[:done]] == [

@@ -18,11 +18,12 @@ from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.experiment import Block, Results, experiment
 from specdecode.bench.measure.journal import open_journal
-from specdecode.bench.measure.output_stats import own_losses, repeated, told
+from specdecode.bench.measure.output_stats import own_losses, repeated, with_output_stats
 from specdecode.bench.presets import preset
 from specdecode.bench.report.captions import outputs
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import by_part
+from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.file import parse, run_json
 from specdecode.bench.runs.records import Header, Identity, RunFile
 from tests.helpers.models import lm, prompt
@@ -100,14 +101,14 @@ def test_every_arm_is_looked_at_where_it_was_asked(arm: str) -> None:
         first, second = run.cuts
         assert run.tokens[: SHORTER[1]] == second.tokens
         assert 0 < first.total_s < second.total_s < run.total_s
-        assert first.counts["steps"] <= second.counts["steps"] <= run.counts["steps"]
+        assert first.counts.steps <= second.counts.steps <= run.counts.steps
         assert first.ttft_s == run.ttft_s
 
 
 def test_a_peers_time_at_a_length_is_that_of_its_tokens() -> None:
     """Guards against the streamer's first call, which is the prompt, taken for a token."""
     run = make("hf", {"peer": "generate"}, lm("llama"), None, "eager", [1, 2]).run(list(prompt()), LENGTH, ())
-    assert [cut.counts["steps"] for cut in run.cuts] == [1, 2]
+    assert [cut.counts.steps for cut in run.cuts] == [1, 2]
     assert run.cuts[0].total_s == run.ttft_s
 
 
@@ -128,7 +129,7 @@ def test_lengths_survive_the_file_and_the_journal(tmp_path: Path) -> None:
         assert short.header.max_new_tokens == length
         for arm, record in short.arms.items():
             assert set(record.rows) == set(PROMPTS)
-            assert record.total("tokens") == length * len(PROMPTS)
+            assert record.counts().tokens == length * len(PROMPTS)
             for prompt_, row in record.rows.items():
                 blocks = [block.at(length) for block in results().blocks if block.prompt == prompt_]
                 assert [row.log_speedup] == [block.log_speedup(arm) for block in blocks if block]
@@ -139,8 +140,8 @@ def test_speedups_at_a_length_are_paired_there() -> None:
     """Guards against a short text's time over the baseline's time for the whole."""
 
     def run(seconds: Sequence[float]) -> Run:
-        short = Run([1, 2], seconds[0], 0.1, {"steps": 2})
-        return Run([1, 2, 3, 4], seconds[1], 0.1, {"steps": 4}, cuts=[short])
+        short = Run([1, 2], seconds[0], 0.1, Counts(steps=2))
+        return Run([1, 2, 3, 4], seconds[1], 0.1, Counts(steps=4), cuts=[short])
 
     block = Block(
         "p", 0, {"ar": run((1.0, 8.0)), "arm": run((0.5, 2.0))}, run((4.0, 2.0)), {"ar": "equal", "arm": "equal"}
@@ -154,7 +155,7 @@ def test_speedups_at_a_length_are_paired_there() -> None:
 
 def test_outputs_of_two_lengths_are_compared_by_the_token() -> None:
     """Guards against an arm that is called fast because a stop token ended its text early."""
-    runs = {"ar": Run([1, 2, 3, 4], 4.0, 1.0, {"steps": 4}), "arm": Run([1, 2], 2.0, 1.0, {"steps": 2})}
+    runs = {"ar": Run([1, 2, 3, 4], 4.0, 1.0, Counts(steps=4)), "arm": Run([1, 2], 2.0, 1.0, Counts(steps=2))}
     block = Block("p", 0, runs, runs["ar"], {"ar": "equal", "arm": "equal"})
     assert block.log_speedup("arm") == pytest.approx(0.0)
 
@@ -226,11 +227,11 @@ def test_own_losses_are_those_of_one_forward() -> None:
 
 def test_cuts_are_told_of_their_own_tokens() -> None:
     """Guards against a length whose perplexity or repetition is that of the whole."""
-    cut = Run([5, 5, 5, 5, 5], 1.0, 0.1, {"steps": 5})
-    run = told(Run([5] * 5 + [1, 2, 3], 2.0, 0.1, {"steps": 8}, cuts=[cut]), torch.arange(8.0))
-    assert run.counts == {"steps": 8, "ngrams": 5, "repeated": 1, "nll": 28.0}
-    assert run.cuts[0].counts == {"steps": 5, "ngrams": 2, "repeated": 1, "nll": 10.0}
-    assert "nll" not in told(cut, None).counts
+    cut = Run([5, 5, 5, 5, 5], 1.0, 0.1, Counts(steps=5))
+    run = with_output_stats(Run([5] * 5 + [1, 2, 3], 2.0, 0.1, Counts(steps=8), cuts=[cut]), torch.arange(8.0))
+    assert run.counts == Counts(steps=8, ngrams=5, repeated=1, nll=28.0)
+    assert run.cuts[0].counts == Counts(steps=5, ngrams=2, repeated=1, nll=10.0)
+    assert with_output_stats(cut, None).counts.nll is None
 
 
 def test_looping_text_is_flagged() -> None:
@@ -239,7 +240,7 @@ def test_looping_text_is_flagged() -> None:
     record = run.arms["lookup"]
     for repeats, flagged in ((0.49, False), (0.5, True)):
         rows = {
-            name: dataclasses.replace(row, counts=row.counts | {"ngrams": 100, "repeated": 100 * repeats})
+            name: dataclasses.replace(row, counts=dataclasses.replace(row.counts, ngrams=100, repeated=100 * repeats))
             for name, row in record.rows.items()
         }
         looping = dataclasses.replace(run, arms=run.arms | {"lookup": dataclasses.replace(record, rows=rows)})

@@ -21,10 +21,12 @@ from specdecode.bench.measure.side_by_side import (
     Side,
     SideBySide,
     Versions,
-    Worker,
+    WorkerProcess,
     dependencies,
     measure_side_by_side,
 )
+from specdecode.bench.runs.counts import Counts
+from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.worker import serve
 from tests.bench.test_suites import ROOT, run
 from tests.helpers.characters import save
@@ -35,7 +37,7 @@ LOGS = st.floats(-1, 1)
 
 def quartet(logs: Sequence[float], new_first: bool) -> Quartet:
     """Four runs in the order of measuring that took exp(log) seconds each."""
-    a_1, b_1, b_2, a_2 = (Run([1], math.exp(log), 0.1, {"steps": 1}) for log in logs)
+    a_1, b_1, b_2, a_2 = (Run([1], math.exp(log), 0.1, Counts(steps=1)) for log in logs)
     outer, inner = (Side(runs, ("equal", "equal")) for runs in ((a_1, a_2), (b_1, b_2)))
     return Quartet("p", outer, inner, True) if new_first else Quartet("p", inner, outer, False)
 
@@ -70,7 +72,7 @@ class Machine:
         self.log: list[tuple[str, str, str]] = []
 
 
-class Loaded(Worker):
+class Loaded(WorkerProcess):
     """Stands for a worker process: answers at once, and does not load what does not fit."""
 
     def __init__(self, machine: Machine, name: str, size: int = 1) -> None:
@@ -95,7 +97,7 @@ class Loaded(Worker):
         if length > 1:
             self.machine.log.append((self.name, arm, str(prompt)))
             assert expected == ([] if arm == "ar" else [7] * length)
-        return Run([7] * length, 2.0 if self.name == "old" else 1.0, 0.1, {"steps": length})
+        return Run([7] * length, 2.0 if self.name == "old" else 1.0, 0.1, Counts(steps=length))
 
 
 def side_by_side(machine: Machine) -> tuple[SideBySide, Versions]:
@@ -118,8 +120,8 @@ def test_versions_take_turns(room: int) -> None:
         assert blocks == [abba, baab, abba, baab] if room == 2 else [abba] * 4
         assert measured.change(arm).value == pytest.approx(2.0)
     record = measured.record("old", "old", "x", {"synthetic": False, "against": None, "lossy": False})
-    assert {prompt: row.counts["runs"] for prompt, row in record.rows.items()} == {"p": 4, "q": 4}
-    assert record.rehearsal == {"host_syncs_per_step": 1.0}
+    assert {prompt: row.counts.runs for prompt, row in record.rows.items()} == {"p": 4, "q": 4}
+    assert record.counters_run == CountersRun(host_syncs_per_step=1.0)
     assert not record.timed  # an older version does not tell
     about = {"synthetic": False, "against": None, "lossy": False, "timed": True}
     assert measured.record("new", "new", "x", about).timed
@@ -155,7 +157,7 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     missing, about, done, empty, of_int8, owed, of_target, unloaded = map(json.loads, answers)
     assert "no such folder" in missing["error"]
     assert about["value"]["refused"].keys() == {"novel", "linear"}
-    assert len(Run(**done["value"]).tokens) == 4
+    assert len(Run.from_json(done["value"]).tokens) == 4
     assert "prompt is empty" in empty["error"]
     assert [about["value"]["about"][arm]["lossy"] for arm in ("lookup", "int8")] == [False, True]
     assert [about["value"]["about"][arm]["timed"] for arm in ("lookup", "clocked")] == [False, True]
@@ -197,7 +199,7 @@ def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str
         (tmp_path / "specdecode" / "bench" / "worker.py").write_text(source)
 
     def use() -> None:
-        worker = Worker("v1", tmp_path, {"target": "t"})
+        worker = WorkerProcess("v1", tmp_path, {"target": "t"})
         with contextlib.closing(worker):
             worker.load()
             worker.run("lookup", [1], 2, [])

@@ -21,6 +21,7 @@ from specdecode.bench.quality.tables import margins, markdown, title
 from specdecode.bench.quality.tradeoff import NOTHING, about_speed, against_speed, tradeoff
 from specdecode.bench.report.drawing import cache_looks, looks, rendered
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
+from specdecode.bench.runs.counts import RowCounts, RowSeconds
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.evals.margins import check_margins
 from specdecode.evals.results import Answer, Document, NeedleTrial, QualityRun, TasksHeader, Trace, write
@@ -88,7 +89,7 @@ def speeds_of(arms: dict[str, tuple[float, dict[str, Any]]], target: str = "t") 
         for place in range(3):
             log = math.log(speedup) + (0.03 * place if arm != "ar" else 0.0)
             seconds = {"total": math.exp(-log), "ttft": 0.1} | ({"last": 1.01} if arm == "ar" else {})
-            rows[f"prose/{place}"] = Row(log, {"runs": 1, "tokens": 40, "steps": 20}, seconds, {})
+            rows[f"prose/{place}"] = Row(log, RowCounts(runs=1, tokens=40, steps=20), RowSeconds(**seconds))
         records[arm] = ArmRecord(rows, lossy="policy" in options or "quantize" in options, options=options)
     header = Header(Identity("abacus", target, "d", "float32", "quick"), 40, dict.fromkeys(rows, "x"), 0.02)
     return kept(RunFile(Path(), header, records))

@@ -28,6 +28,7 @@ from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex_table_1
 from specdecode.bench.report.palette import COLOURS, METHODS, PLAIN
 from specdecode.bench.report.speedup_model import modelled
+from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, as_dict
 from specdecode.bench.runs.file import parse, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
@@ -75,7 +76,7 @@ def row(arm: str, options: dict[str, Any], length: int, place: int) -> Row:
         histograms = {"accepted": [4, *[3] * k], "depth": [0] * k + [4 + 3 * k]}
     if arm == "ar":
         seconds["last"] = total * math.exp(0.02)
-    return Row(log, counts, seconds, histograms)
+    return Row(log, RowCounts(**counts), RowSeconds(**seconds), Histograms(**histograms))
 
 
 def run_of(arms: dict[str, dict[str, Any]], prompts: tuple[str, ...] = PROMPTS, **header: Any) -> RunFile:
@@ -88,6 +89,7 @@ def run_of(arms: dict[str, dict[str, Any]], prompts: tuple[str, ...] = PROMPTS, 
             synthetic="replay" in options,
             against=options.get("against"),
             lossy="policy" in options or "quantize" in options,
+            peer="peer" in options,
             options=options,
             shorter=rows,
         )
@@ -207,10 +209,10 @@ def test_the_comprehensive_chart_has_a_panel_for_each_length_and_measure() -> No
             x, y = zip(*found["linear-k4"], strict=True)
             assert [round(at) for at in x] == [0, 1, 2]
             part = run().at(length)
-            assert y == pytest.approx([unit * part.measures(arm)[name] for arm in order])
+            assert y == pytest.approx([unit * as_dict(part.measures(arm))[name] for arm in order])
     (bars,) = [of for of in axes[2].containers if of.get_label() == "linear-k4"]
     spread = [abs(high - low) / 2 for (_, low), (_, high) in bars[2][0].get_segments()]
-    assert spread == pytest.approx([run().measures(arm)["throughput_std"] for arm in order])
+    assert spread == pytest.approx([run().measures(arm).throughput_std for arm in order])
     assert legend("comprehensive") == ["ar", "linear-k4"]
 
 
@@ -301,7 +303,7 @@ def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
     for arm in ARMS:
         ((speed, share),) = marks[arm].get_xydata()
         measures = run().measures(arm)
-        assert (speed, share) == pytest.approx((measures["speedup"], 100 * measures["agreement"]))
+        assert (speed, share) == pytest.approx((measures.speedup, 100 * measures.agreement))
         assert (marks[arm].get_fillstyle() == "none") == (arm == "ar-64")
     assert "hollow: it loops" in legend("quality-against-speed")
     assert axes.get_ylabel() == "tokens before the output leaves ar's, %"
@@ -560,6 +562,6 @@ def test_table_1_has_every_method() -> None:
     rows = {line.split(" & ")[0]: line for line in table.splitlines() if " & " in line}
     assert rows.keys() == {"method", "replayed (synthetic)", *ARMS} - {"replayed"}
     measures, speedup = run().measures("linear-k4"), run().speedup("linear-k4")
-    throughput = f"{measures['throughput']:.1f} ± {measures['throughput_std']:.1f}"
+    throughput = f"{measures.throughput:.1f} ± {measures.throughput_std:.1f}"
     assert rows["linear-k4"].startswith(f"linear-k4 & {throughput} & {speedup} & ")
     assert rows["method"].count("&") == rows["linear-k4"].count("&") == 7

@@ -19,7 +19,9 @@ from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.snippet import code
 from specdecode.bench.measure import time_boxed
 from specdecode.bench.report.recommend import Advice, Recommendation, is_hopeless, recommend, sentences
+from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import parse, read, run_json
+from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.evals.data import token_prompts
 from tests.helpers.characters import save
@@ -56,9 +58,11 @@ def arm(
         if "peer" not in options:
             counts |= {"target_forwards": 20, "peak_cache_bytes": cache, "grown_bytes": 2e6, "compressions": evictions}
             histograms = {"accepted": [10, 10], "depth": [0, 20]} if drafting else {"accepted": [20], "depth": [20]}
-        rows[f"text/{i}"] = Row(log, counts, {"total": math.exp(-log), "ttft": 0.1}, histograms)
+        seconds = RowSeconds(total=math.exp(-log), ttft=0.1)
+        rows[f"text/{i}"] = Row(log, RowCounts(**counts), seconds, Histograms(**histograms))
     lossy = "policy" in options or "quantize" in options
-    return ArmRecord(rows, lossy=lossy, options=options, rehearsal={"weight_bytes": weights}, **of_all)
+    counted = CountersRun(weight_bytes=weights)
+    return ArmRecord(rows, lossy=lossy, peer="peer" in options, options=options, counters_run=counted, **of_all)
 
 
 def kept(
@@ -375,7 +379,7 @@ def test_the_lines_decode_as_the_arm_did(model: str, options: dict[str, Any]) ->
     result = pasted["result"]
     assert result.tokens == expected.tokens
     counts = ("draft_forwards", "drafted", "accepted", "peak_cache_bytes", "compressions")
-    assert {name: getattr(result, name) for name in counts} == {name: expected.counts[name] for name in counts}
+    assert {name: getattr(result, name) for name in counts} == {name: getattr(expected.counts, name) for name in counts}
     assert pasted["target"].weight_bytes == (target.quantized("int8") if "quantize" in options else target).weight_bytes
     assert pasted.get("draft", smaller).weight_bytes == smaller.weight_bytes
     if options.get("drafter") == "lookup":
@@ -537,12 +541,12 @@ def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None, 
     """The arguments that measure a tiny model in an empty folder, without what takes longest: profiles, long prompts,
     checked shapes and the garbage of all other tests."""
 
-    def rehearse(arm: Any, *arguments: Any) -> dict[str, float]:
+    def counters_run(arm: Any, *arguments: Any) -> CountersRun:
         arm.run(*arguments)
-        return {"weight_bytes": 1e6}
+        return CountersRun(weight_bytes=1e6)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time_boxed, "rehearse", rehearse)
+    monkeypatch.setattr(time_boxed, "counters_run", counters_run)
 
     def shortened(*arguments: Any) -> tuple[dict[str, list[int]], list[str]]:
         prompts, origins = token_prompts(*arguments)

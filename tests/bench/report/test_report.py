@@ -20,6 +20,7 @@ import yaml
 
 from specdecode import cli
 from specdecode.bench.gate.history import history
+from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from tests.helpers.root import ROOT
@@ -61,8 +62,8 @@ def content(
                 if arm != "ar":
                     counts |= {"drafted": 60, "accepted": 20}
                     histograms = {"accepted": [8, 6, 4, 2], "depth": [0, 0, 0, 20]}
-            rows[prompt] = Row(log, counts, seconds, histograms)
-        arms[arm] = ArmRecord(rows, against=PEERS.get(arm), **of_all)
+            rows[prompt] = Row(log, RowCounts(**counts), RowSeconds(**seconds), Histograms(**histograms))
+        arms[arm] = ArmRecord(rows, against=PEERS.get(arm), peer=arm.startswith("hf"), **of_all)
     run = RunFile(Path(), header, arms)
     return {
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
@@ -382,7 +383,7 @@ def test_the_command_measures_the_same_again(report: Any) -> None:
     [("a.b", "--preset=a.b"), ("quick.tiny", "--preset=quick"), ("quick.tiny.eos", "--preset=quick")],
 )
 def test_the_command_has_the_options_that_made_another_experiment(preset: str, given: str, report: Any) -> None:
-    """Guards against a command that measures hours for what a rehearsal did in seconds."""
+    """Guards against a command that measures hours for what a tiny run did in seconds."""
     run = content(SPEEDUPS)
     run["specdecode"]["identity"]["preset"] = preset
     text = report("md", run)

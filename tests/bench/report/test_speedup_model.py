@@ -19,6 +19,7 @@ from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.speedup_model import acceptance, chain_speedup, expected_tokens, modelled, study_speedup
 from specdecode.bench.report.tables import by_model, limits
+from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
 ALPHAS = [Fraction(0), Fraction(1, 3), Fraction(4, 5), Fraction(1)]
@@ -102,9 +103,8 @@ def run(**arms: dict[str, Any]) -> RunFile:
             counts |= {"steps": 31}
         seconds = {"total": 20.0, "ttft": 3.0, "draft": 0.5 if k else 0.0, "verify": 5.0, "overhead": 1.0, **later}
         histograms = {"accepted": [5, 0, 6], "depth": [0] * k + [11]}
-        records[arm.replace("_", "-")] = ArmRecord(
-            {"p/0": Row(math.log(1.25) if k else 0.0, counts, seconds, histograms)}, options=options
-        )
+        row = Row(math.log(1.25) if k else 0.0, RowCounts(**counts), RowSeconds(**seconds), Histograms(**histograms))
+        records[arm.replace("_", "-")] = ArmRecord({"p/0": row}, peer="peer" in options, options=options)
     return RunFile(Path(), Header(Identity("a", "t", "d", "float32", "p"), 31, {"p/0": "x"}, 0.01), records)
 
 
