@@ -17,6 +17,8 @@ from specdecode.bench.gate.verdicts import judge
 from specdecode.bench.measure.journal import open_journal
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.file import parse, read, run_json
+from specdecode.evals.results import read_margins
+from specdecode.heads.formats import read_head
 from tests.helpers.root import ROOT
 
 DATA = ROOT / "tests" / "data"
@@ -94,3 +96,12 @@ def test_a_journal_of_before_is_gone_on_with(tmp_path: Path) -> None:
     assert [cut.counts.steps for cut in block.runs["hf-generate"].cuts] == [4]
     keep(block)
     assert [json.loads(line) for line in journal.read_text().splitlines()[1:]] == [kept, kept]
+
+
+def test_margins_and_heads_of_before_are_read() -> None:
+    """Guards against a baseline of quality, or a trained head, that a new version can no longer read."""
+    for file in (ROOT / "baselines" / "quality").glob("*.json"):
+        assert read_margins(file)["sink-window-256"]["nll"] == 0.3
+    head, _, card = read_head(ROOT / "specdecode" / "assets" / "smollm2-135m-head.safetensors")
+    assert head.shape.hidden == 576
+    assert card
