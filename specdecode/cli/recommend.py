@@ -40,9 +40,9 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="write it for programs")] = False,
 ) -> None:
     """Tell what to use for throughput, memory, both and long texts, and why: by runs, or by what is measured now."""
-    from specdecode.bench.report.recommend import as_json as json_of
+    from specdecode.bench.report.advice import as_json as json_of
+    from specdecode.bench.report.advice import rich_advice
     from specdecode.bench.report.recommend import recommend as advise
-    from specdecode.bench.report.recommend import told
     from specdecode.bench.runs.file import read
 
     options: dict[str, Any] = {
@@ -70,7 +70,7 @@ def recommend(
         return
     console = Console(width=None if sys.stdout.isatty() else 130)
     for about in recommendations:
-        console.print(told(*about), crop=False, highlight=False)
+        console.print(rich_advice(*about), crop=False, highlight=False)
 
 
 def _measured(

@@ -1,23 +1,17 @@
-"""What to use: from a run to a configuration for each aim, with its reason in figures and the lines that make it."""
+"""What to use: from a run to a configuration for each aim, with its reason in figures and the code that makes it."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
-
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.text import Text
+from dataclasses import dataclass, field
 
 from specdecode.bench.arms.snippet import code
 from specdecode.bench.gate.baselines import TOLERANCE
-from specdecode.bench.report.captions import LOOPS, cells, drafts, label, outputs, title
-from specdecode.bench.report.grid import Column, Grid, rich_table
-from specdecode.bench.runs.counts import as_dict, ratio
-from specdecode.bench.runs.names import BASELINE, PEER_BASELINE, drafters
+from specdecode.bench.report.captions import LOOPS, cells, drafts
+from specdecode.bench.runs.counts import ratio
+from specdecode.bench.runs.names import BASELINE, drafters
 from specdecode.bench.runs.records import ArmRecord, Row, RunFile
 from specdecode.bench.runs.statistics import Estimate, simultaneous_ratio
 
@@ -100,19 +94,22 @@ def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice
         raise ValueError(f"{run.path} does not tell how its arms are made, as older versions did not: measure it again")
     arms, why = _contestants(run)
     known = {level for record in records if isinstance(level := record.options.get("replay"), float | int)}
-    found = []
+    recommendations = []
     for level in sorted(known) if run.arms[BASELINE].synthetic and known else [None]:
         contest = _Contest(run, [arm for arm in arms if run.arms[arm].options.get("replay") in (None, level)], level)
         fastest = _lossless(contest)
-        found.append(_throughput(contest, fastest))
-        found += [lossy] if (lossy := _throughput_with_loss(contest, fastest)) else []
-        found += [_memory(contest), _balanced(contest, fastest), _long_context(contest)]
-    return Advice(found, {**(left_out or {}), **why}, _notes(run))
+        recommendations.append(_throughput(contest, fastest))
+        recommendations += [lossy] if (lossy := _throughput_with_loss(contest, fastest)) else []
+        recommendations += [_memory(contest), _balanced(contest, fastest), _long_context(contest)]
+    return Advice(recommendations, {**(left_out or {}), **why}, _notes(run))
 
 
 def is_hopeless(run: RunFile, arm: str) -> bool:
-    """Whether more prompts can hardly bring the arm into a recommendation: a wrong output, or slower than plain
-    decoding beyond the interval after a few prompts. (A bounded cache is recommended for other things than speed.)"""
+    """Return whether more prompts can hardly bring the arm into a recommendation.
+
+    That is after a wrong output, or once it is slower than plain decoding beyond the interval on a few prompts. A
+    bounded cache is recommended for other things than speed.
+    """
     arms, _ = _contestants(run)
     record = run.arms[arm]
     if record.bugs or arm not in arms or "policy" in record.options:
@@ -121,7 +118,7 @@ def is_hopeless(run: RunFile, arm: str) -> bool:
 
 
 def _contestants(run: RunFile) -> tuple[list[str], dict[str, str]]:
-    """The arms that may be recommended, and why others of our own may not."""
+    """Return the arms that may be recommended, and why others of our own may not."""
     left_out = {}
     for arm, record in run.arms.items():
         if record.peer or arm == BASELINE:
@@ -147,7 +144,7 @@ def _loops(row: Row) -> bool:
 
 
 def _evidence(run: RunFile, arm: str) -> dict[str, float]:
-    """Log speedups over `ar` by prompt, without those of a draft that was good at repeating."""
+    """Return log speedups over `ar` by prompt, without those of a draft that was good at repeating."""
     record = run.arms[arm]
     # Of the peers it is not known, but for their plain decoding. What is replayed is accepted as often anywhere.
     drafting = drafts(record) or record.options.get("peer", "generate") != "generate"
@@ -177,12 +174,12 @@ class _Contest:
         return max(1, len(self.arms) - 1)
 
     def logs(self, arm: str, other: str) -> list[float]:
-        """Log speedups of one over the other, prompt by prompt, where both are evidence."""
-        mine, theirs = _evidence(self.run, arm), _evidence(self.run, other)
-        return [mine[prompt] - theirs[prompt] for prompt in mine if prompt in theirs]
+        """Return log speedups of one over the other, prompt by prompt, where both are evidence."""
+        logs, others = _evidence(self.run, arm), _evidence(self.run, other)
+        return [logs[prompt] - others[prompt] for prompt in logs if prompt in others]
 
     def over(self, arm: str, other: str) -> Estimate:
-        """The speed of one over the other's."""
+        """Return the speed of one over the other's."""
         if arm == other:
             return Estimate(1.0, 1.0, 1.0)
         if not (logs := self.logs(arm, other)):
@@ -190,37 +187,39 @@ class _Contest:
         return simultaneous_ratio(logs, self.comparisons, self.run.header.floor)
 
     def speed(self, arm: str) -> float:
-        """The mean log speedup over `ar`."""
+        """Return the mean log speedup over `ar`."""
         return statistics.fmean(_evidence(self.run, arm).values())
 
     def best(self, arms: Sequence[str]) -> str:
-        """Of the arms that none is found to beat the simplest; lossless before lossy, and of a kind the fastest."""
+        """Return the simplest of the arms that none is found to beat: lossless before lossy, of a kind the fastest."""
         unbeaten = [arm for arm in arms if all(self.over(other, arm).low <= 1.0 for other in arms)]
         return min(unbeaten, key=lambda arm: (_effort(self.run.arms[arm]), -self.speed(arm)))
 
     def no_slower(self) -> list[str]:
-        """Arms that in the mean are slower than plain decoding by `slack` at most, if so much is known of their speed
-        that there is an interval."""
+        """Return the arms that in the mean are slower than plain decoding by `slack` at most.
+
+        An arm of whose speed too little is known for an interval is not among them.
+        """
         known = [arm for arm in self.arms if math.isfinite(self.over(arm, BASELINE).high)]
         return [arm for arm in known if self.speed(arm) >= -self.slack]
 
     @property
     def slack(self) -> float:
-        """What two runs of the same code may differ by, in logarithms; on a noisy machine what the gate lets pass."""
+        """Return what two runs of the same code may differ by, in logarithms; at most what the gate lets pass."""
         return min(self.run.header.floor, math.log1p(TOLERANCE))
 
     def cache(self, arm: str) -> float:
-        """The most bytes of keys and values, in the mean of the prompts; nan if that was not told."""
+        """Return the most bytes of keys and values, in the mean of the prompts; nan if they are not known."""
         size = self.run.arms[arm].counters().peak_cache_bytes
         return math.nan if size is None else size
 
     def memory(self, arm: str) -> float:
-        """The same with the target's weights."""
+        """Return the same with the target's weights."""
         weights = self.run.arms[arm].counters_run.weight_bytes
         return math.nan if weights is None else weights + self.cache(arm)
 
     def recommendation(self, aim: str, arm: str, reason: str, allowed: Collection[str]) -> Recommendation:
-        """With what it beats of the arms that the aim allows, and what it is not told apart from."""
+        """Recommend the arm, with what it beats of the arms that the aim allows, and what it is not told apart from."""
         record = self.run.arms[arm]
         yardsticks = [other for other in (BASELINE, *self.peers) if other != arm and self.logs(arm, other)]
         over = {other: self.over(arm, other) for other in yardsticks}
@@ -235,7 +234,7 @@ class _Contest:
         return Recommendation(aim, arm, reason, over, beats, tied, self._settle(arm, tied), self.assumed, lines)
 
     def _settle(self, arm: str, tied: dict[str, Estimate]) -> str:
-        """What would tell the arm from the fastest of those that it is not told apart from.
+        """Say what would tell the arm from the fastest of those that it is not told apart from.
 
         The number of prompts is the usual one for a paired comparison, (z s / d)^2 + z^2 / 2 (Guenther 1981), at which
         a difference d, if it stays, is found every other time.
@@ -258,7 +257,7 @@ class _Contest:
 
 
 def _effort(record: ArmRecord) -> tuple[bool, int, int, int]:
-    """What an arm asks for, the least first."""
+    """Rank what an arm asks for, the least first."""
 
     def place(kinds: tuple[str, ...], key: str) -> int:
         kind = record.options.get(key, kinds[0])
@@ -268,7 +267,7 @@ def _effort(record: ArmRecord) -> tuple[bool, int, int, int]:
 
 
 def _lossless(contest: _Contest) -> str:
-    """The arm for throughput: one that beats plain decoding, or that itself."""
+    """Choose the arm for throughput: one that beats plain decoding, or that itself."""
     faster = [arm for arm in contest.lossless if contest.over(arm, BASELINE).low > 1.0]
     return contest.best(faster or [BASELINE])
 
@@ -285,7 +284,7 @@ def _throughput(contest: _Contest, arm: str) -> Recommendation:
 
 
 def _throughput_with_loss(contest: _Contest, lossless: str) -> Recommendation | None:
-    """What is faster still, if there is any and it may write another text."""
+    """Recommend what is faster still and writes another text, if there is such an arm."""
     lossy = [arm for arm in contest.arms if arm not in contest.lossless]
     faster = [arm for arm in lossy if min(contest.over(arm, than).low for than in (lossless, BASELINE)) > 1.0]
     if not faster:
@@ -296,8 +295,10 @@ def _throughput_with_loss(contest: _Contest, lossless: str) -> Recommendation | 
 
 
 def _memory(contest: _Contest) -> Recommendation:
-    """The least weights and KV; an arm with a draft model only if none without one saves: the run does not tell what
-    the draft itself takes."""
+    """Recommend the least weights and KV.
+
+    An arm with a draft model comes last: the run does not tell what the draft itself takes.
+    """
     plain, noise = contest.memory(BASELINE), f"within {math.expm1(contest.slack):.1%}"
     aim = "memory-bound"
     if math.isnan(plain):
@@ -340,7 +341,7 @@ def _balanced(contest: _Contest, fastest: str) -> Recommendation:
 
 
 def _long_context(contest: _Contest) -> Recommendation:
-    """The best of the bounded caches that were full at the run's longest length."""
+    """Recommend the best of the bounded caches that were full at the run's longest length."""
     run, length = contest.run, contest.run.header.max_new_tokens
     aim = "long context"
     bounded = [arm for arm in contest.arms if (run.arms[arm].counts().compressions or 0) > 0]
@@ -364,93 +365,21 @@ def _long_context(contest: _Contest) -> Recommendation:
 
 
 def _draft_takes(record: ArmRecord) -> str:
-    """What the figures of memory leave out, as a sentence; empty if nothing."""
+    """Say what the figures of memory leave out; nothing if they leave out nothing."""
     takes = {**dict.fromkeys(("head", "model", "universal"), "weights and KV"), "self-streaming": "KV"}
     what = next((takes[kind] for kind in drafters(record.options) if kind in takes), None)
     return f" The draft's own {what} come on top: the run does not tell them." if what else ""
 
 
 def _notes(run: RunFile) -> list[str]:
-    said = [
+    notes = [
         "Intervals are made for all arms together that are compared (95 %, Student's t, Bonferroni), so they hold for"
         " one that is chosen, and are wider than the report's. None is narrower than the A/A floor,"
         f" {math.expm1(run.header.floor):.1%}."
     ]
     if run.arms[BASELINE].synthetic:
-        said.append(
+        notes.append(
             "The weights are random: all this is hypothetical, and holds if drafts are accepted as often as was set."
             " What a lossy arm's text is worth is not known."
         )
-    return said + [f"Beware: {warning}." for warning in run.header.warnings]
-
-
-def told(run: RunFile, advice: Advice) -> RenderableType:
-    """The advice for a terminal, to be printed without cropping."""
-    measured = {
-        "throughput": Column("tokens/s"),
-        "mean_acceptance_length": Column("τ"),
-        "acceptance_rate": Column("accepted"),
-        "peak_cache_bytes": Column("KV MB"),
-    }
-    over = {BASELINE: "over ar", PEER_BASELINE: f"over {PEER_BASELINE}"}
-    if PEER_BASELINE not in run.arms:
-        del over[PEER_BASELINE]
-    heads = [Column("aim", False, True), Column("use", False), *map(Column, over.values()), *measured.values()]
-    rows = []
-    for each in advice.recommendations:
-        if each.arm is not None:
-            ratios = [f"{each.over[other]}" if other in each.over else "" for other in over]
-            found = cells(run, each.arm, list(measured))
-            rows.append([_aim(each), label(run, each.arm), *ratios, *found, outputs(run, each.arm)])
-        else:
-            rows.append([_aim(each), "-", *[""] * (len(heads) - 1)])
-    parts: list[RenderableType] = [Text(title(run)), rich_table(Grid([*heads, Column("output", False)], rows))]
-    shown: dict[str, str] = {}
-    for each in advice.recommendations:
-        parts += ["", Text.assemble((_aim(each), "bold"), f": {each.arm or 'not known'}")]
-        parts += [Padding(Text(sentence), (0, 0, 0, 2), expand=False) for sentence in sentences(each)]
-        if each.code in shown:
-            parts.append(Padding(Text(f"The lines are those of {shown[each.code]}."), (0, 0, 0, 2), expand=False))
-        elif each.code:
-            shown[each.code] = _aim(each)
-            # As it is, to be copied: neither indented nor broken.
-            parts += ["", Text(each.code, style="cyan", no_wrap=True, overflow="ignore")]
-    reasons: dict[str, list[str]] = {}
-    for arm, why in advice.left_out.items():
-        reasons.setdefault(why, []).append(arm)
-    left_out = [f"Left out: {', '.join(arms)}: {why}." for why, arms in reasons.items()]
-    return Group(*parts, "", *map(Text, [*left_out, *advice.notes]))
-
-
-def _aim(recommendation: Recommendation) -> str:
-    if recommendation.assumed is None:
-        return recommendation.aim
-    return f"{recommendation.aim}, if {recommendation.assumed:.0%} is accepted"
-
-
-def sentences(recommendation: Recommendation) -> list[str]:
-    """Why, what it beats, and what it is not told apart from."""
-    said = [recommendation.reason]
-    if recommendation.beats:
-        nearest = sorted(recommendation.beats.items(), key=lambda pair: pair[1].value)
-        said.append(f"Its speed over that of {', '.join(f'{arm}: {ratio}' for arm, ratio in nearest)}.")
-    if recommendation.tied:
-        first = sorted(recommendation.tied.items(), key=lambda pair: -pair[1].value)
-        named = ", ".join(f"{arm}: {ratio}" for arm, ratio in first)
-        said.append(f"Not told apart from it, with their speed over its own: {named}. {recommendation.settle}")
-    return said
-
-
-def as_json(run: RunFile, advice: Advice) -> dict[str, Any]:
-    """The advice for programs: plain values, null for what is not known."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    found = [
-        {**plain(asdict(each)), "measures": as_dict(run.measures(each.arm)) if each.arm is not None else {}}
-        for each in advice.recommendations
-    ]
-    return {"run": title(run), "recommendations": found, "left_out": advice.left_out, "notes": advice.notes}
+    return notes + [f"Beware: {warning}." for warning in run.header.warnings]

@@ -18,7 +18,8 @@ from specdecode import cli, load
 from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.snippet import code
 from specdecode.bench.measure import time_boxed
-from specdecode.bench.report.recommend import Advice, Recommendation, is_hopeless, recommend, sentences
+from specdecode.bench.report.advice import sentences
+from specdecode.bench.report.recommend import Advice, Recommendation, is_hopeless, recommend
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import parse, read, run_json
 from specdecode.bench.runs.measures import CountersRun

@@ -1,0 +1,105 @@
+"""A recommendation in words: for a terminal, and for programs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from specdecode.bench.report.captions import cells, label, outputs, title
+from specdecode.bench.report.grid import Column, Grid, rich_table
+from specdecode.bench.report.recommend import Advice, Recommendation
+from specdecode.bench.runs.counts import as_dict
+from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
+from specdecode.bench.runs.records import RunFile
+
+
+def rich_advice(run: RunFile, advice: Advice) -> RenderableType:
+    """Make the advice for a terminal, to be printed without cropping."""
+    parts: list[RenderableType] = [Text(title(run)), rich_table(_table(run, advice))]
+    aims_by_code: dict[str, str] = {}
+    for recommendation in advice.recommendations:
+        aim, code = _aim(recommendation), recommendation.code
+        parts += ["", Text.assemble((aim, "bold"), f": {recommendation.arm or 'not known'}")]
+        parts += [Padding(Text(line), (0, 0, 0, 2), expand=False) for line in sentences(recommendation)]
+        if code in aims_by_code:
+            parts.append(Padding(Text(f"The lines are those of {aims_by_code[code]}."), (0, 0, 0, 2), expand=False))
+        elif code:
+            aims_by_code[code] = aim
+            # As it is, to be copied: neither indented nor broken.
+            parts += ["", Text(code, style="cyan", no_wrap=True, overflow="ignore")]
+    arms_by_reason: dict[str, list[str]] = {}
+    for arm, reason in advice.left_out.items():
+        arms_by_reason.setdefault(reason, []).append(arm)
+    left_out = [f"Left out: {', '.join(arms)}: {reason}." for reason, arms in arms_by_reason.items()]
+    return Group(*parts, "", *map(Text, [*left_out, *advice.notes]))
+
+
+def _table(run: RunFile, advice: Advice) -> Grid:
+    """Make one row for each aim: the arm, its speed over `ar` and transformers, and its measures."""
+    measured = {
+        "throughput": Column("tokens/s"),
+        "mean_acceptance_length": Column("τ"),
+        "acceptance_rate": Column("accepted"),
+        "peak_cache_bytes": Column("KV MB"),
+    }
+    over = {BASELINE: "over ar", PEER_BASELINE: f"over {PEER_BASELINE}"}
+    if PEER_BASELINE not in run.arms:
+        del over[PEER_BASELINE]
+    heads = [Column("aim", False, True), Column("use", False), *map(Column, over.values()), *measured.values()]
+    rows = []
+    for recommendation in advice.recommendations:
+        aim, arm = _aim(recommendation), recommendation.arm
+        if arm is None:
+            rows.append([aim, "-", *[""] * (len(heads) - 1)])
+            continue
+        ratios = [f"{recommendation.over[other]}" if other in recommendation.over else "" for other in over]
+        rows.append([aim, label(run, arm), *ratios, *cells(run, arm, list(measured)), outputs(run, arm)])
+    return Grid([*heads, Column("output", False)], rows)
+
+
+def _aim(recommendation: Recommendation) -> str:
+    if recommendation.assumed is None:
+        return recommendation.aim
+    return f"{recommendation.aim}, if {recommendation.assumed:.0%} is accepted"
+
+
+def sentences(recommendation: Recommendation) -> list[str]:
+    """Say why, what the arm beats, and what it is not told apart from."""
+    reasons = [recommendation.reason]
+    if recommendation.beats:
+        nearest_first = sorted(recommendation.beats.items(), key=lambda pair: pair[1].value)
+        ratios = ", ".join(f"{arm}: {ratio}" for arm, ratio in nearest_first)
+        reasons.append(f"Its speed over that of {ratios}.")
+    if recommendation.tied:
+        fastest_first = sorted(recommendation.tied.items(), key=lambda pair: -pair[1].value)
+        ratios = ", ".join(f"{arm}: {ratio}" for arm, ratio in fastest_first)
+        reasons.append(f"Not told apart from it, with their speed over its own: {ratios}. {recommendation.settle}")
+    return reasons
+
+
+def as_json(run: RunFile, advice: Advice) -> dict[str, Any]:
+    """Return the advice for programs: plain values, null for what is not known."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    recommendations = [
+        {
+            **plain(asdict(recommendation)),
+            "measures": {} if recommendation.arm is None else as_dict(run.measures(recommendation.arm)),
+        }
+        for recommendation in advice.recommendations
+    ]
+    return {
+        "run": title(run),
+        "recommendations": recommendations,
+        "left_out": advice.left_out,
+        "notes": advice.notes,
+    }
