@@ -46,7 +46,7 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
 
 
 def find(identity: Identity, baselines: Path) -> RunFile | None:
-    """The baseline to judge such a run by: its hardware's, or another machine's, whose counters hold here too."""
-    own = baselines / identity.file
+    """Find the baseline to judge such a run by: its hardware's, or another machine's, whose counters hold here too."""
+    same_hardware = baselines / identity.file
     others = sorted(baselines.glob(f"*/{identity.file.name}"))
-    return next((read(path) for path in (own, *others) if path.exists()), None)
+    return next((read(path) for path in (same_hardware, *others) if path.exists()), None)

@@ -16,15 +16,15 @@ class History:
 
     Attributes:
         runs: those that this version can judge.
-        told: one sentence: where they are from, and which are left out; or why there are none.
+        summary: one sentence: where they are from, and which are left out; or why there are none.
     """
 
     runs: list[RunFile]
-    told: str
+    summary: str
 
 
 def history(file: Path) -> History:
-    """What git knows of a baseline's file, through its renames; nothing is expected of its old revisions."""
+    """Read the revisions of a baseline's file from git, through its renames, but for those that cannot be judged."""
     # One record a revision: its short name, and on a line of its own the path that the file had then.
     asked = ("--follow", "--no-merges", "--diff-filter=d", "--name-only", "--format=%x00%h", "--", str(file))
     try:
@@ -40,7 +40,7 @@ def history(file: Path) -> History:
             runs.append(parse(git("show", f"{revision}:{path}"), Path(f"{revision}:{path}")))
         except ValueError:
             continue
-    told = f"From git, {len(runs)} of {len(revisions)} revisions of {file}."
+    summary = f"From git, {len(runs)} of {len(revisions)} revisions of {file}."
     if left_out := len(revisions) - len(runs):
-        told += f" Left out: {left_out} of another format, or damaged."
-    return History(runs, told)
+        summary += f" Left out: {left_out} of another format, or damaged."
+    return History(runs, summary)

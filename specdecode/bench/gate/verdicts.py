@@ -45,15 +45,15 @@ FAILING = {
 """The verdicts that fail a run, by the gate's setting."""
 
 
-def tolerance_of(given: float | None, default: float) -> float:
+def tolerance_of(tolerance: float | None, default: float) -> float:
     """Return the tolerance that is given, or the default.
 
     Raises:
         ValueError: it is no share.
     """
-    if given is not None and not 0.0 <= given < 1.0:
-        raise ValueError(f"tolerance is {given}: a share is from 0 to below 1")
-    return default if given is None else given
+    if tolerance is not None and not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"tolerance is {tolerance}: a share is from 0 to below 1")
+    return default if tolerance is None else tolerance
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Whether an output is the expected one, left it at a tie, or is wrong."""
+"""Check of outputs: equal to the expected one, parted from it at a tie, or wrong."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def classify(
     got: Sequence[int],
     policy: CachePolicy = KeepAll(),
 ) -> Check:
-    """Whether an output is the expected one; if not, whether the target was undecided where they part.
+    """Classify an output as the expected one, as parted from it where the target is undecided, or as wrong.
 
-    Kernels for one row and for several round differently, and what differs stays in the cache. The difference that this
-    makes to the logits is measured at the very place, by reading the text there token by token and in wider pieces: a
-    choice between two tokens that lie closer than it is a tie, all else is a bug.
+    Kernels for one row and for several round differently, and the difference stays in the cache. What it makes to the
+    logits is measured where the outputs part: the text is read token by token, and in wider pieces. A choice between
+    two tokens whose logits lie closer than that is a tie; all else is a bug.
     """
     if list(expected) == list(got):
         return "equal"

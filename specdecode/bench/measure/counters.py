@@ -39,7 +39,7 @@ READS = frozenset(
 
 
 class HostReads(TorchFunctionMode):
-    """Counts where Python reads a tensor's content: on a GPU, each is a synchronisation of host and device.
+    """Count where Python reads a tensor's content: on a GPU, each is a synchronisation of host and device.
 
     On a GPU tensors in host memory are free to read and do not count; without one all tensors count, as it cannot be
     told which would have been on it.
@@ -61,7 +61,7 @@ class HostReads(TorchFunctionMode):
 
 
 def _selects_by_mask(func: Any, args: Any) -> bool:
-    """Whether the result's shape depends on the content: `x[mask]`."""
+    """Return whether the result's shape depends on the content: `x[mask]`."""
     if getattr(func, "__name__", "") != "__getitem__":
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -70,7 +70,7 @@ def _selects_by_mask(func: Any, args: Any) -> bool:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Appends the most bytes that the device's allocator held within the context, above what it held before."""
+    """Append the most bytes that the device's allocator held within the context, above what it held before."""
     peak: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -92,7 +92,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """The profiler announces itself, past Python, in every run."""
+    """Silence the profiler, which announces itself past Python in every run."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

@@ -1,4 +1,4 @@
-"""What tables say of a run: names, values as text, and notes."""
+"""The words of tables: names of runs and arms, values as text, and notes."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ _LOSS = ("policy", "cache", "quantize", "backend")
 
 
 def title(run: RunFile) -> str:
-    """The models, and what the experiment is."""
-    of = run.header.identity
+    """Name the models, and what the experiment is."""
+    identity = run.header.identity
     size = f"{len(run.header.outputs)} prompts x {run.header.max_new_tokens} tokens"
-    return f"{models(run)}, {of.dtype} on {of.hardware}, preset {of.preset}, {size}"
+    return f"{models(run)}, {identity.dtype} on {identity.hardware}, preset {identity.preset}, {size}"
 
 
 def models(run: RunFile) -> str:
-    """The target, and the draft if there is one."""
-    of = run.header.identity
-    return f"{of.target} with {of.draft}" if of.draft else of.target
+    """Name the target, and the draft if there is one."""
+    identity = run.header.identity
+    return f"{identity.target} with {identity.draft}" if identity.draft else identity.target
 
 
 def judged_by(run: RunFile, old: RunFile | None, expected: Path) -> str:
-    """What the verdicts compare with, in words.
+    """Say what the verdicts compare with.
 
     Args:
         run: that is judged.
@@ -66,37 +66,37 @@ def judged_by(run: RunFile, old: RunFile | None, expected: Path) -> str:
     """
     if old is None:
         return f"No baseline for this hardware: {expected} is not there, so nothing was judged."
-    told = f"Judged by {old.path}"
-    told += f", of {old.date}: {old.reason}." if old.reason else "."
+    text = f"Judged by {old.path}"
+    text += f", of {old.date}: {old.reason}." if old.reason else "."
     ours, theirs = run.header, old.header
     if theirs.identity.hardware != ours.identity.hardware:
-        told += " It is another machine's: counters are judged, times are not."
+        text += " It is another machine's: counters are judged, times are not."
     different = [
         f"{name} {theirs.versions[name]} -> {value}"
         for name, value in ours.versions.items()
         if theirs.versions.get(name, value) != value
     ]
-    return told + (f" What is not as it was: {', '.join(different)}." if different else "")
+    return text + (f" What is not as it was: {', '.join(different)}." if different else "")
 
 
 def command(run: RunFile) -> str:
-    """The command that measures the same again, as far as the file tells."""
-    of, header = run.header.identity, run.header
+    """Return the command that measures the same again, as far as the file tells."""
+    identity, header = run.header.identity, run.header
     sets = Counter(prompt.rpartition("/")[0] for prompt in header.outputs)
     repeats = max((row.counts.runs for record in run.arms.values() for row in record.rows.values()), default=1)
-    flags = [flag for flag in FLAGS if flag in of.preset.split(".")[1:]]
+    flags = [flag for flag in FLAGS if flag in identity.preset.split(".")[1:]]
     options = {
-        "preset": of.preset.removesuffix("".join(f".{flag}" for flag in flags)),
-        "target": of.target,
-        "draft": of.draft,
-        "device": "cuda" if slug(str(header.versions.get("gpu", ""))) == of.hardware else "cpu",
-        "dtype": of.dtype,
+        "preset": identity.preset.removesuffix("".join(f".{flag}" for flag in flags)),
+        "target": identity.target,
+        "draft": identity.draft,
+        "device": "cuda" if slug(str(header.versions.get("gpu", ""))) == identity.hardware else "cpu",
+        "dtype": identity.dtype,
         "prompts": ",".join(f"{name}:{count}" for name, count in sets.items()),
         "max-new-tokens": str(header.max_new_tokens),
         "repeats": f"{repeats:.0f}",
     }
-    given = [f"--{option}={value}" for option, value in options.items() if value]
-    return shlex.join(["pytest", "--benchmark", *given, *(f"--{flag}" for flag in flags)])
+    arguments = [f"--{option}={value}" for option, value in options.items() if value]
+    return shlex.join(["pytest", "--benchmark", *arguments, *(f"--{flag}" for flag in flags)])
 
 
 Cell = Callable[[RunFile, str], str]
@@ -153,8 +153,8 @@ def cells(run: RunFile, arm: str, columns: Sequence[str]) -> list[str]:
 
 
 def notes(run: RunFile) -> list[str]:
-    """What a table of speeds does not say by itself."""
-    said = [
+    """Say what a table of speeds does not show by itself."""
+    sentences = [
         "Baseline ar: autoregressive decoding by this package. Intervals are 95 %.",
         f"A/A floor: two runs of ar differ by up to {math.expm1(run.header.floor):.1%} in the mean.",
         "Predicted: from acceptance and forwards, without overhead. Roofline: share of the speed at which memory can"
@@ -162,24 +162,24 @@ def notes(run: RunFile) -> list[str]:
     ]
     peers = {arm: record.against for arm, record in run.arms.items() if record.against}
     if compared := {arm: peer for arm, peer in peers.items() if run.log_speedups(arm, over=peer)}:
-        told = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())
-        said.append(f"Against transformers, same draft and settings: {told}.")
+        ratios = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())
+        sentences.append(f"Against transformers, same draft and settings: {ratios}.")
     if any(record.lossy for record in run.arms.values()):
-        said.append(
+        sentences.append(
             "Lossy: checked against plain decoding with the same cache and the same weights. The share is that of its"
             " tokens that come before it leaves ar's output."
         )
-    own = {arm: base for arm in run.arms if (base := plain(run, arm)) is not None}
-    if own := {arm: base for arm, base in own.items() if run.log_speedups(arm, over=base)}:
-        told = "; ".join(f"{arm} over {base} {run.speedup(arm, over=base)}" for arm, base in own.items())
-        said.append(f"Against plain decoding with the same loss: {told}.")
+    bases = {arm: base for arm in run.arms if (base := plain(run, arm)) is not None}
+    if bases := {arm: base for arm, base in bases.items() if run.log_speedups(arm, over=base)}:
+        ratios = "; ".join(f"{arm} over {base} {run.speedup(arm, over=base)}" for arm, base in bases.items())
+        sentences.append(f"Against plain decoding with the same loss: {ratios}.")
     if any(run.measures(arm).repetition is not None for arm in run.arms):
-        said.append(
+        sentences.append(
             "Self PPL: how likely the target finds the output, with its full cache. It says nothing of quality: it"
             f" falls when a text loops. Repeats: 4-grams that stood in the output before; from {LOOPS:.0%} on it loops,"
             " and what is fast there is fast at repeating."
         )
-    return said + [f"Beware: {warning}." for warning in run.header.warnings]
+    return sentences + [f"Beware: {warning}." for warning in run.header.warnings]
 
 
 def one_line(text: str) -> str:
@@ -187,19 +187,19 @@ def one_line(text: str) -> str:
 
 
 def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
-    """In the order in which a reader wants to know them."""
+    """Sort verdicts as a reader wants to know them: the failing ones first."""
     order = [Verdict.REGRESSED, Verdict.MISSING, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE]
     order += [Verdict.NOT_JUDGED, Verdict.IMPROVED, Verdict.PASS]
     return sorted(judgements, key=lambda judged: order.index(judged.verdict))
 
 
 def label(run: RunFile, arm: str) -> str:
-    """The arm's name, and whether its results are synthetic."""
+    """Return the arm's name, and whether its results are synthetic."""
     return f"{arm} (synthetic)" if run.arms[arm].synthetic else arm
 
 
 def outputs(run: RunFile, arm: str) -> str:
-    """Whether the arm wrote what the baseline did, or, where it is lossy, what it must."""
+    """Say whether the arm wrote what the baseline did, or, where it is lossy, what it must."""
     record = run.arms[arm]
     if record.bugs:
         return "WRONG"
@@ -216,7 +216,7 @@ def loops(run: RunFile, arm: str) -> bool:
 
 
 def plain(run: RunFile, arm: str) -> str | None:
-    """The arm that decodes plainly with the same loss as a lossy one that drafts, if there is one."""
+    """Return the arm that decodes plainly with the same loss as a lossy one that drafts, if there is one."""
     options = run.arms[arm].options
     if not run.arms[arm].lossy or "drafter" not in options:
         return None
@@ -225,7 +225,7 @@ def plain(run: RunFile, arm: str) -> str | None:
 
 
 def drafts(record: ArmRecord) -> bool:
-    """Whether the arm proposes anything, as far as it is known: peers do not tell."""
+    """Return whether the arm proposes anything, as far as it is known: peers do not tell."""
     return len(record.histograms().depth) > 1
 
 

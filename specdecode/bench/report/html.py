@@ -325,7 +325,7 @@ def _table(title: str, grid: Grid, told: str, name: str) -> list[Element]:
 
 def _history(run: RunFile, past: History, styles: dict[str, _Style]) -> list[Element]:
     """Every arm's speedup over the runs that were the baseline, and in this one."""
-    made = [element("h2", "History"), element("p", past.told, class_="soft")]
+    made = [element("h2", "History"), element("p", past.summary, class_="soft")]
     if not past.runs:
         return made
     runs = timeline(run, past)

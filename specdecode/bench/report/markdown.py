@@ -49,7 +49,7 @@ def markdown(
             parts += ["### By the model", markdown_table(promised), as_markdown(MODEL)]
         if (held := memory(run)).rows:
             parts += ["### Memory", markdown_table(held), as_markdown(MEMORY)]
-        parts += ["### History", as_markdown(past.told)]
+        parts += ["### History", as_markdown(past.summary)]
         if past.runs:
             parts.append(markdown_table(past_speedups(run, past)))
         parts += ["### Measured with", *map(markdown_table, surroundings(run)), f"    {one_line(command(run))}"]

@@ -40,8 +40,10 @@ _NAMES = {
 
 
 def method(run: RunFile, arm: str) -> str:
-    """How the arm drafts: one of METHODS, several with a plus between them, or "ar"; a peer's is that of the method
-    that does the same. The arm's own name if it is none of these."""
+    """Return how the arm drafts: one of METHODS, several with a plus between them, or "ar".
+
+    A peer's is that of the method that does the same. An arm that is none of these goes by its own name.
+    """
     options = run.arms[arm].options
     if not any(record.options for record in run.arms.values()):
         start = max((name for name in _NAMES if arm.startswith(name)), key=len, default="")
@@ -57,23 +59,23 @@ def method(run: RunFile, arm: str) -> str:
 
 
 def places(run: RunFile) -> dict[str, int | None]:
-    """For each arm the place of its colour in COLOURS; None for plain decoding."""
+    """Return for each arm the place of its colour in COLOURS; None for plain decoding."""
     methods = {arm: method(run, arm) for arm in run.arms}
-    known = {METHODS[of] for of in methods.values() if of in METHODS}
+    known = {METHODS[name] for name in methods.values() if name in METHODS}
     left = [place for place in reversed(range(len(COLOURS))) if place not in known] or [len(COLOURS) - 1]
     others = sorted(set(methods.values()) - METHODS.keys() - {BASELINE})
-    taken = METHODS | {of: left[i % len(left)] for i, of in enumerate(others)}
-    return {arm: taken.get(of) for arm, of in methods.items()}
+    taken = METHODS | {name: left[i % len(left)] for i, name in enumerate(others)}
+    return {arm: taken.get(name) for arm, name in methods.items()}
 
 
 def settings(record: ArmRecord, *but: str) -> str:
-    """The preset's entry of an arm but for some of its keys, equal for equal entries."""
-    of = {key: value for key, value in record.options.items() if key not in ("against", *but)}
-    return json.dumps(of, sort_keys=True)
+    """Return the preset's entry of an arm without some of its keys, as a text that is equal for equal entries."""
+    entry = {key: value for key, value in record.options.items() if key not in ("against", *but)}
+    return json.dumps(entry, sort_keys=True)
 
 
 def alike(run: RunFile, arms: Sequence[str], *but: str) -> list[list[str]]:
-    """The arms in groups that differ in nothing but some keys of their entries, in the run's order."""
+    """Group the arms that differ in nothing but some keys of their entries, in the run's order."""
     groups: dict[str, list[str]] = {}
     for arm in arms:
         groups.setdefault(settings(run.arms[arm], *but), []).append(arm)
@@ -81,7 +83,7 @@ def alike(run: RunFile, arms: Sequence[str], *but: str) -> list[list[str]]:
 
 
 def shared_name(run: RunFile, arms: Sequence[str], but: str) -> str:
-    """A name for arms that differ only in "k" or in "cache": what is left of theirs without it; one keeps its own."""
+    """Name arms that differ only in "k" or in "cache" by what their names share; a single arm keeps its name."""
     values = {arm: f"{'k' if but == 'k' else ''}{run.arms[arm].options.get(but)}" for arm in arms}
     names = {re.sub(rf"-?{re.escape(value)}(?![0-9])", "", arm).strip("-") for arm, value in values.items()}
     return names.pop() if len(names) == 1 < len(arms) else arms[0]

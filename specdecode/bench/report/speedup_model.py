@@ -1,4 +1,4 @@
-"""What a chain of drafts should gain: two models of the speedup, to be held against what was measured."""
+"""Two models of the speedup that a chain of drafts should give, to be compared with the measured one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Real = TypeVar("Real", float, Fraction)
 
 
 def acceptance(accepted: float, rejections: float) -> float:
-    """The probability that a proposal is accepted once those before it were; nan if none was ever judged.
+    """Estimate the probability that a proposal is accepted once those before it were; nan if none was ever judged.
 
-    The maximum of the likelihood of a geometric law that is cut off at the end of the draft: a step that accepts n
-    proposals and rejects the next has probability alpha^n (1 - alpha), one that accepts all of its d has alpha^d. Every
-    proposal is taken for as likely as any other, as by both models below.
+    This is the maximum of the likelihood of a geometric distribution that is cut off at the end of the draft. A step
+    that accepts n proposals and rejects the next has probability alpha^n (1 - alpha), one that accepts all of its d has
+    alpha^d. Every proposal is taken for as likely as any other, as by both models below.
 
     Args:
         accepted: proposals, summed over the steps.
@@ -33,7 +33,7 @@ def acceptance(accepted: float, rejections: float) -> float:
 
 
 def expected_tokens(acceptance: Real, depth: int) -> Real:
-    """Tokens that a step commits on average: (1 - alpha^(K+1)) / (1 - alpha), or K + 1 where alpha is 1.
+    """Compute the tokens that a step commits on average: (1 - alpha^(K+1)) / (1 - alpha), or K + 1 where alpha is 1.
 
     Leviathan et al. 2023, equation 1, summed up from the end: one token is certain, and if the first proposal is
     accepted there come those of a draft that is one shorter.
@@ -45,7 +45,7 @@ def expected_tokens(acceptance: Real, depth: int) -> Real:
 
 
 def study_speedup(acceptance: Real, depth: int, draft: Real) -> Real:
-    """The approximation of the study that this package follows: (1 + K alpha) / (1 + K T_draft / T_target).
+    """Compute the approximation of the study that this package follows: (1 + K alpha) / (1 + K T_draft / T_target).
 
     It counts every proposal as accepted with probability alpha, also behind one that was rejected: it promises too
     much, and the more the longer the draft is. And it takes a forward over K + 1 tokens to cost no more than over one.
@@ -59,7 +59,7 @@ def study_speedup(acceptance: Real, depth: int, draft: Real) -> Real:
 
 
 def chain_speedup(acceptance: Real, depths: Sequence[int], draft: Real, verify: Real) -> Real:
-    """Expected tokens over expected time, for drafts of the depths that really occurred.
+    """Compute expected tokens over expected time, for drafts of the depths that really occurred.
 
     With all drafts K deep and `verify` 1 it is Theorem 3.8 of Leviathan et al. 2023; measured costs take the place of
     its assumption that a wide forward costs as much as a narrow one. Overhead is left out.
@@ -98,18 +98,18 @@ class Modelled:
 
 
 def modelled(run: RunFile) -> dict[str, list[Modelled]]:
-    """The chains of a run that differ in nothing but K, by the name that they share, in the order of K.
+    """Return the chains of a run that differ in nothing but K, by the name that they share, in the order of K.
 
     Left out are arms without a right output, and files that tell neither settings nor rejections.
     """
     arms = [arm for arm, record in run.arms.items() if _is_chain(run, arm) and record.rows and not record.bugs]
-    found = {}
+    families = {}
     for family in alike(run, arms, "k"):
         family = sorted(family, key=lambda arm: run.arms[arm].options["k"])
         rows = [row for arm in family if (row := _modelled(run, arm)) is not None]
         if len(rows) > 1:
-            found[shared_name(run, [row.arm for row in rows], "k")] = rows
-    return found
+            families[shared_name(run, [row.arm for row in rows], "k")] = rows
+    return families
 
 
 def _is_chain(run: RunFile, arm: str) -> bool:

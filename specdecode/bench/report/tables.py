@@ -1,4 +1,4 @@
-"""A run in tables: what was found, in what order, and how it is written in a terminal, in Markdown and in LaTeX."""
+"""The tables of a run, for terminals, Markdown, LaTeX and HTML alike."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from specdecode.bench.runs.records import ArmRecord, RunFile
 
 
 def verdicts(judgements: Sequence[Judgement]) -> Grid:
-    """One row a verdict, the failing ones first."""
+    """Make one row for each verdict, the failing ones first."""
     columns = [*(Column(name, figures=False) for name in ("verdict", "arm", "of")), Column("why", False, True)]
     return Grid(columns, [[j.verdict.value, j.arm, j.gate, j.reason] for j in failing_first(judgements)])
 
 
 def speeds(run: RunFile) -> Grid:
-    """One row an arm: throughput, speedups with their 95 % intervals, latency, acceptance, output check."""
+    """Make one row for each arm: throughput, speedups with intervals, latency, acceptance, check of the output."""
     measured = {
         "throughput": Column("tokens/s"),
         "speedup": Column("speedup over ar"),
@@ -49,7 +49,7 @@ def speeds(run: RunFile) -> Grid:
 
 
 def by_part(run: RunFile) -> Grid:
-    """One row an arm for each task and each length of the output; none where there is one of both alone."""
+    """Make one row for each arm, task and length of the output; none if there is one task and one length alone."""
     measured = {
         "throughput": Column("tokens/s"),
         "speedup": Column("speedup over ar"),
@@ -82,39 +82,40 @@ def by_part(run: RunFile) -> Grid:
 
 
 def acceptance(run: RunFile) -> Grid:
-    """One row an arm that drafts: of the proposals at each position, the share that was accepted."""
+    """Make one row for each arm that drafts: of the proposals at each position, the share that was accepted."""
     shares = {arm: record.acceptance_by_position() for arm, record in run.arms.items() if drafts(record)}
     depth = max(map(len, shares.values()), default=0)
     columns = [Column("accepted at position", figures=False), *(Column(str(at + 1)) for at in range(depth))]
-    rows = [[label(run, arm), *map(percent, of), *[""] * (depth - len(of))] for arm, of in shares.items()]
+    rows = [[label(run, arm), *map(percent, row), *[""] * (depth - len(row))] for arm, row in shares.items()]
     return Grid(columns, rows)
 
 
 def by_model(run: RunFile) -> Grid:
-    """One row a chain that has others like it but for K: the speedup over `ar` by two models, and as measured."""
+    """Make one row for each chain that has others like it but for K: its speedup by two models, and as measured."""
     columns = [Column("by the model", figures=False)]
     columns += map(Column, ("K", "alpha", "study's", "exact", "from steps", "measured"))
     rows = []
-    for of in chain.from_iterable(modelled(run).values()):
-        found = [percent(of.acceptance), f"{of.study:.2f}", f"{of.exact:.2f}", f"{of.steps:.2f}", f"{of.measured}"]
-        rows.append([label(run, of.arm), str(of.k), *found])
+    for row in chain.from_iterable(modelled(run).values()):
+        speedups = [f"{row.study:.2f}", f"{row.exact:.2f}", f"{row.steps:.2f}", f"{row.measured}"]
+        rows.append([label(run, row.arm), str(row.k), percent(row.acceptance), *speedups])
     return Grid(columns, rows)
 
 
 def limits(run: RunFile) -> Grid:
-    """One row an arm that drafts: its speedup over `ar`, split into factors by `blame`."""
+    """Make one row for each arm that drafts: its speedup over `ar`, split into factors by `blame`."""
     causes = ("acceptance length", *PARTS)
     columns = [Column("what limits it", figures=False), *map(Column, (*causes, "all"))]
-    plainly, rows = run.arms.get(BASELINE, ArmRecord({})), []
+    baseline, rows = run.arms.get(BASELINE, ArmRecord({})), []
     for arm, record in run.arms.items():
-        if drafts(record) and (found := blame(record, plainly, [each for each in record.rows if each in plainly.rows])):
-            shares = [*(found.shares[cause] for cause in causes), sum(found.shares.values())]
+        prompts = [prompt for prompt in record.rows if prompt in baseline.rows]
+        if drafts(record) and (split := blame(record, baseline, prompts)):
+            shares = [*(split.shares[cause] for cause in causes), sum(split.shares.values())]
             rows.append([label(run, arm), *(f"{math.exp(-share):.2f}" for share in shares)])
     return Grid(columns, rows)
 
 
 def memory(run: RunFile) -> Grid:
-    """One row an arm of ours: what its weights, its cache and all that comes and goes took of the memory."""
+    """Make one row for each arm of ours: the memory of its weights, of its cache and of all that comes and goes."""
     measured = {
         "weight_bytes": "weights MB",
         "peak_cache_bytes": "KV MB",
@@ -122,12 +123,12 @@ def memory(run: RunFile) -> Grid:
         "compressions": "evictions",
         "peak_bytes": "peak MB",
     }
-    rows = [[label(run, arm), *of] for arm in run.arms if any(of := cells(run, arm, list(measured)))]
+    rows = [[label(run, arm), *row] for arm in run.arms if any(row := cells(run, arm, list(measured)))]
     return Grid([Column("arm", figures=False), *map(Column, measured.values())], rows)
 
 
 def past_speedups(run: RunFile, past: History) -> Grid:
-    """One row a run that was the baseline, and this one last: every arm's speedup over `ar`."""
+    """Make one row for each run that was the baseline, and this one last: every arm's speedup over `ar`."""
     columns = [Column(name, figures=False) for name in ("date", "commit", "reason")]
     rows = [
         [then.date, then.commit, then.reason if then is not run else "this run"]
@@ -138,30 +139,30 @@ def past_speedups(run: RunFile, past: History) -> Grid:
 
 
 def timeline(run: RunFile, past: History) -> list[RunFile]:
-    """The runs that were the baseline, then this one, unless it is the last of them."""
+    """Return the runs that were the baseline, then this one, unless it is the last of them."""
     known = bool(past.runs) and past.runs[-1].arms == run.arms
     return [*(past.runs[:-1] if known else past.runs), run]
 
 
 def surroundings(run: RunFile) -> list[Grid]:
-    """What times depend on besides the code: hardware and versions; what may change while a run lasts."""
-    what = [["hardware", run.header.identity.hardware]]
-    what += [[name, str(value)] for name, value in run.header.versions.items()]
-    found = [Grid([Column("measured with", False), Column("", False, True)], what)]
-    if around := run.header.conditions:
-        names = dict.fromkeys(name for told in around.values() for name in told)
-        rows = [[name, *(str(told.get(name, "")) for told in around.values())] for name in names]
-        found.append(Grid([Column("condition", False), *(Column(when) for when in around)], rows))
-    return found
+    """Show what times depend on besides the code: hardware and versions, and what may change while a run lasts."""
+    versions = [["hardware", run.header.identity.hardware]]
+    versions += [[name, str(value)] for name, value in run.header.versions.items()]
+    grids = [Grid([Column("measured with", False), Column("", False, True)], versions)]
+    if conditions := run.header.conditions:
+        names = dict.fromkeys(name for condition in conditions.values() for name in condition)
+        rows = [[name, *(str(condition.get(name, "")) for condition in conditions.values())] for name in names]
+        grids.append(Grid([Column("condition", False), *(Column(when) for when in conditions)], rows))
+    return grids
 
 
 def speed_table(run: RunFile) -> Table:
-    """The speeds for a terminal."""
+    """Make the table of speeds for a terminal."""
     table = rich_table(speeds(run))
     table.caption, table.caption_justify = Text("\n".join(notes(run))), "left"
     return table
 
 
 def verdict_table(judgements: Sequence[Judgement]) -> Table:
-    """The verdicts for a terminal."""
+    """Make the table of verdicts for a terminal."""
     return rich_table(verdicts(judgements))

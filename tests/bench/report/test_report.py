@@ -343,8 +343,8 @@ def test_history_is_what_git_knows_of_the_baseline(blessed: Path) -> None:
     past = history(blessed)
     assert [run.reason for run in past.runs] == ["the first", "packed linears"]
     assert [round(run.speedup("linear").value, 1) for run in past.runs] == [1.7, 1.9]
-    assert "2 of 3 revisions" in past.told
-    assert "Left out: 1 of another format" in past.told
+    assert "2 of 3 revisions" in past.summary
+    assert "Left out: 1 of another format" in past.summary
 
 
 @pytest.mark.parametrize("format_", ["md", "html"])
