@@ -1,4 +1,4 @@
-"""How forwards run: as transformers runs them, or nearer to the hardware."""
+"""Backends run the forwards of a model: as transformers does, or closer to the hardware."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from specdecode.backends import packed
 from specdecode.backends.compiled import compiled
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import group
-from specdecode.backends.static import Static, Step
+from specdecode.backends.static import StaticForward, StaticRunner
 
 BACKENDS = ("auto", "eager", "packed", "compile", "graph")
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """How the forwards of one model run.
+    """Describe how the forwards of one model run.
 
     Attributes:
-        name: "eager" is transformers' own code, as it is.
+        name: "eager" is transformers' own code, unchanged.
         note: what was done to the model, or why nothing was, in words.
-        static: from a forward over static shapes to what runs it, for a backend that runs such.
-        chosen: by "auto", so that another may take its place.
+        static: makes the runner of a forward over static shapes; None for a backend without static shapes.
+        chosen: by "auto", so that "eager" may replace it.
     """
 
     name: str = "eager"
     note: str = ""
-    static: Callable[[Step], Static] | None = None
+    static: Callable[[StaticForward], StaticRunner] | None = None
     chosen: bool = False
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Backend:
 
 
 def check(kind: str, device: torch.device) -> None:
-    """ValueError if there is no such backend, or if it needs another device; known before a model is loaded."""
+    """Raise ValueError if there is no such backend, or if it needs another device. Call it before loading a model."""
     if kind not in BACKENDS:
         raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
     if kind == "graph" and device.type != "cuda":
@@ -46,14 +46,15 @@ def check(kind: str, device: torch.device) -> None:
 
 
 def prepare(kind: str, model: PreTrainedModel) -> Backend:
-    """Transform a model in place for a backend: for all but "eager", heads that share keys attend without copies of
-    them (see `specdecode.backends.grouped_attention`).
+    """Transform a model in place for a backend.
+
+    For all but "eager", heads that share keys attend without copying them (see `backends.grouped_attention`).
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "graph", forwards
-            captured as CUDA graphs (`backends.graph`); "compile", forwards through `torch.compile`, of packed layers on
-            a CPU and captured on a GPU (`backends.compiled`); or "auto", the fastest for this model and device that
-            takes no long wait: packed on a CPU that gains from it, graph on a GPU, else eager.
+            captured as CUDA graphs (`backends.graph`); "compile", forwards compiled by `torch.compile`, with packed
+            layers on a CPU and captured on a GPU (`backends.compiled`); or "auto", the fastest for this model and
+            device that needs no long preparation: packed on a CPU that gains from it, graph on a GPU, else eager.
         model: on its device, in its type.
 
     Raises:
@@ -65,15 +66,15 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
     if kind == "compile":
         group(model)
         if on_gpu:
-            return Backend("compile", static=lambda step: Static(compiled(step), CudaGraphs()))
-        note = f"{packed.pack(model)[0]} packed linear layers" if packed.why_not(model) is None else ""
-        return Backend("compile", note, static=lambda step: Static(compiled(step)))
+            return Backend("compile", static=lambda forward: StaticRunner(compiled(forward), CudaGraphs()))
+        note = f"{packed.pack(model)[0]} packed linear layers" if packed.unsupported_reason(model) is None else ""
+        return Backend("compile", note, static=lambda forward: StaticRunner(compiled(forward)))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
-        return Backend("graph", static=lambda step: Static(step, CudaGraphs()), chosen=kind == "auto")
+        return Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs()), chosen=kind == "auto")
     if kind == "eager":
         return Backend()
-    reason = packed.why_not(model)
+    reason = packed.unsupported_reason(model)
     if reason is None and kind == "auto" and not packed.is_worth_it(model):
         reason = "packing its linear layers gains nothing on this processor"
     if reason is not None:

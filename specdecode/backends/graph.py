@@ -1,4 +1,4 @@
-"""CUDA graphs: the launches of a forward, recorded once and then made by one."""
+"""CUDA graphs: all kernel launches of a forward are captured once, and then replayed by one launch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class CudaGraphs:
-    """Captures actions as CUDA graphs that share one pool of memory: they never run at the same time.
+    """Capture callables as CUDA graphs. The graphs share one memory pool, as they never run at the same time.
 
     Attributes:
         count: graphs captured so far, for all models.
-        seconds: that this took.
-        reserved: bytes that the allocator took from the device meanwhile.
+        seconds: that capturing took.
+        reserved: bytes that the allocator took from the device while capturing.
     """
 
     count: ClassVar[int] = 0
@@ -27,14 +27,15 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        """Wrap a callable so that it replays on the current contents of the same tensors. It is run twice first."""
         started, before = time.perf_counter(), torch.cuda.memory_reserved()
-        # What libraries set up at the first call must not be captured, and a capture needs a stream of its own.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        # What libraries set up at their first call must not be captured, and a capture needs a separate stream.
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(2):
                 action()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             result = action()
@@ -43,8 +44,8 @@ class CudaGraphs:
         CudaGraphs.seconds += time.perf_counter() - started
         CudaGraphs.reserved += torch.cuda.memory_reserved() - before
 
-        def again() -> tuple[Tensor, ...]:
+        def replay() -> tuple[Tensor, ...]:
             graph.replay()
             return result
 
-        return again
+        return replay

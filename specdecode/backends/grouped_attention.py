@@ -1,4 +1,4 @@
-"""Attention of several rows over keys and values that heads share, without copies of them."""
+"""Grouped-query attention of several rows without copying the keys and values that heads share."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GROUPED = "grouped_sdpa"
 
 
 def group(model: PreTrainedModel) -> None:
-    """Let a model whose heads share keys and values attend as `attend` does; its configuration is a copy from then on.
+    """Make a model whose heads share keys and values attend by `attend`. Its configuration becomes a copy.
 
-    transformers repeats all keys and values for each head of a group where more than one row is masked, which is what
-    verifying a draft is: that copies the cache in every step.
+    transformers repeats all keys and values for each head of a group if more than one row is masked. That is the case
+    when a draft is verified, so it copies the cache in every step.
     """
     config = model.config.get_text_config(decoder=True)
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
@@ -33,13 +33,13 @@ def group(model: PreTrainedModel) -> None:
 
 
 def own_config(model: PreTrainedModel) -> PretrainedConfig:
-    """Give a model, and all modules of it, a copy of its configuration, so that no other model changes with it."""
-    shared, own = model.config, copy.deepcopy(model.config)
-    text = own.get_text_config(decoder=True)
+    """Give a model and all its modules a copy of its configuration, so that no other model changes with it."""
+    shared, copied = model.config, copy.deepcopy(model.config)
+    text = copied.get_text_config(decoder=True)
     for module in model.modules():
         if isinstance(vars(module).get("config"), PretrainedConfig):
-            vars(module)["config"] = own if vars(module)["config"] is shared else text
-    return own
+            vars(module)["config"] = copied if vars(module)["config"] is shared else text
+    return copied
 
 
 def attend(
@@ -50,10 +50,10 @@ def attend(
     attention_mask: Shaped[Tensor, "batch _ n length"] | None,
     **others: Any,
 ) -> tuple[Float[Tensor, "batch n heads width"], None]:
-    """What transformers' own does, the heads of a group taken for further rows of the one head of keys that they share.
+    """Attend as transformers' SDPA does, with the query heads of a group as further rows of their shared key head.
 
     Returns:
-        The attended values, and no weights.
+        The attended values, and no attention weights.
     """
     groups = query.shape[1] // key.shape[1]
     plain = attention_mask is None or attention_mask.shape[1] > 1 or others.get("position_bias") is not None

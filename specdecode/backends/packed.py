@@ -1,10 +1,10 @@
-"""Linear layers laid out for few rows on a CPU.
+"""Packed linear layers: weights laid out for few rows on a CPU.
 
-PyTorch's `F.linear` hands float32 weights to the matrix library as they lie in memory, and the library lays them out
-anew in every call with more than a row or two: eight rows then cost twice what one does, which is what speculation was
-to save. oneMKL's packed matrices are laid out once (`cblas_sgemm_pack`, `cblas_sgemm_compute`; TorchInductor's freezing
-uses the same operators). One row is no cheaper than before, rather a little dearer: its time is that of reading the
-weights, and plain ones are read as fast.
+PyTorch's `F.linear` passes float32 weights to the matrix library as they lie in memory. The library then lays them out
+again in every call with more than a row or two, so eight rows cost twice as much as one: that loses what speculation
+saves. oneMKL's packed matrices are laid out once (`cblas_sgemm_pack`, `cblas_sgemm_compute`; TorchInductor's freezing
+uses the same operators). One row is slightly dearer than before: its time is that of reading the weights, and plain
+weights are read as fast.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Rows that the layout is made for. Any number is computed with it; this is in the middle of what is verified at once.
-_ROWS = 16
-# Rows at which the layout must gain this much over the plain layers to be worth its time and memory; and the bytes
-# of weights with which that is tried, of each shape: more than caches near a core hold, since decoding reads all
-# weights from memory.
-_TRIED_ROWS, _WORTH, _TRIED = 8, 1.1, 2**26
+# Rows that the layout is optimised for, a middling draft. It serves any number.
+_LAYOUT_ROWS = 16
+# The layout must be this much faster than the plain layers over so many rows to be worth its time and memory.
+_TRIAL_ROWS, _LEAST_SPEEDUP = 8, 1.1
+# Bytes of weights of each shape that are tried: more than caches near a core hold, since decoding reads all weights
+# from memory.
+_TRIAL_BYTES = 2**26
 
-# A model, a subset of its layers and a second model made of the same weights share what is packed.
+# Layouts by weight: a model, subsets of its layers and other models of the same weights share them.
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -36,7 +37,7 @@ _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
     schema="(Tensor inputs, Tensor packed, Tensor weight, Tensor? bias) -> Tensor",
 )
 def _linear(inputs: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product for a compiler, to which oneMKL's own operator takes its number of rows for a constant."""
+    """Multiply in a form for the compiler: to oneMKL's own operator the number of rows is a constant."""
     output: Tensor = torch.ops.mkl._mkl_linear(inputs, packed, weight, bias, inputs.numel() // inputs.shape[-1])
     return output
 
@@ -47,7 +48,7 @@ def _(inputs: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that holds its weight in oneMKL's layout alone.
+    """Hold a linear layer's weight in oneMKL's layout only.
 
     Args:
         linear: with float32 weights on a CPU.
@@ -61,16 +62,16 @@ class PackedLinear(nn.Module):
         if linear.weight not in _layouts:
             with torch.no_grad():
                 reorder = torch.ops.mkl._mkl_reorder_linear_weight
-                _layouts[linear.weight] = reorder(linear.weight.detach().contiguous(), _ROWS)
+                _layouts[linear.weight] = reorder(linear.weight.detach().contiguous(), _LAYOUT_ROWS)
         self.packed: Tensor = _layouts[linear.weight]
-        # Of the original weight the operator asks for the shape alone, as long as it is told that the layout is for the
-        # number of rows that it is given.
+        # The operator reads only the shape of the original weight, as long as it is told that the layout is for the
+        # number of rows of its input.
         self._shape = torch.empty(()).expand(self.out_features, self.in_features)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the layout that a product reads: as many as of the weight. (The library reserves up to four times as
-        many, but never touches the rest, so that no memory is taken for it.)"""
+        """Bytes of the layout that a product reads, as many as the weight has. (The library reserves up to four times
+        as many, but never touches the rest, so no memory is used for it.)"""
         return 4 * self.in_features * self.out_features
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
@@ -83,8 +84,8 @@ class PackedLinear(nn.Module):
         return output
 
 
-def why_not(model: nn.Module) -> str | None:
-    """Why no layer of the model can be packed, if none can."""
+def unsupported_reason(model: nn.Module) -> str | None:
+    """Return why no layer of the model can be packed; None if some can."""
     if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkl, "_mkl_linear"):
         return "this build of PyTorch has no oneMKL"
     if not any(map(_packable, model.modules())):
@@ -93,16 +94,16 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def pack(model: nn.Module) -> tuple[int, int]:
-    """Put packed layers in the place of all plain linear ones.
+    """Replace all plain linear layers by packed ones.
 
-    A head that is tied to the embedding is packed too: the embedding stays beside it.
+    An output head that is tied to the embedding is packed too; the embedding stays beside it.
 
     Returns:
-        The number of layers that were packed, and of those of its matrices that stay as they are, embeddings apart:
-        of another type, or of a class of their own.
+        The number of packed layers, and the number of other matrices that stay as they are, apart from embeddings:
+        those of another type, or of another class.
     """
     packed = left = 0
-    # Weights are let go as soon as they are packed.
+    # Weights are released as soon as they are packed.
     for module in [module for module in model.modules() if not _packable(module)]:
         for name, child in list(module.named_children()):
             if _packable(child):
@@ -115,25 +116,25 @@ def pack(model: nn.Module) -> tuple[int, int]:
 
 
 def is_worth_it(model: nn.Module) -> bool:
-    """Whether eight rows take a tenth less time through packed layers: tried with some of each shape, in a moment. A
-    head over the vocabulary gains another share than the layers below it, and may be a fifth of the model."""
-    held: dict[tuple[int, int], int] = {}
+    """Return whether packed layers are faster over eight rows by a tenth. It is tried with some layers of each shape,
+    in a moment: an output head gains another share than the layers below it, and may be a fifth of the model."""
+    bytes_of: dict[tuple[int, int], int] = {}
     tried: dict[tuple[int, int], list[nn.Linear]] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and _packable(module):
             shape = (module.in_features, module.out_features)
-            if held.get(shape, 0) < _TRIED:
+            if bytes_of.get(shape, 0) < _TRIAL_BYTES:
                 tried.setdefault(shape, []).append(module)
-            held[shape] = held.get(shape, 0) + module.weight.nbytes
+            bytes_of[shape] = bytes_of.get(shape, 0) + module.weight.nbytes
     plain_s = packed_s = 0.0
     for shape, layers in tried.items():
-        rows = torch.ones(_TRIED_ROWS, shape[0])
+        rows = torch.ones(_TRIAL_ROWS, shape[0])
         plain, packed = _seconds(
             [partial(layer, rows) for layer in layers], [partial(PackedLinear(layer), rows) for layer in layers]
         )
-        share = held[shape] / sum(layer.weight.nbytes for layer in layers)
-        plain_s, packed_s = plain_s + share * plain, packed_s + share * packed
-    worth_it = plain_s > _WORTH * packed_s
+        factor = bytes_of[shape] / sum(layer.weight.nbytes for layer in layers)
+        plain_s, packed_s = plain_s + factor * plain, packed_s + factor * packed
+    worth_it = plain_s > _LEAST_SPEEDUP * packed_s
     if not worth_it:
         for layer in (layer for layers in tried.values() for layer in layers):
             _layouts.pop(layer.weight, None)
@@ -142,8 +143,8 @@ def is_worth_it(model: nn.Module) -> bool:
 
 @torch.inference_mode()
 def _seconds(*ways: Sequence[Callable[[], object]]) -> list[float]:
-    """Of each way all actions together, the least of a few: what else the machine does only ever adds. The ways take
-    turns, so that a busy moment falls on all."""
+    """Return the least time of a few for each way, all its actions together: other work on the machine only adds time.
+    The ways take turns, so that a busy moment slows all of them."""
     least = [math.inf] * len(ways)
     for _ in range(7):
         for way, actions in enumerate(ways):
@@ -155,7 +156,7 @@ def _seconds(*ways: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def _packable(module: nn.Module) -> bool:
-    # A class of its own may use its weight in a way that the operator does not know; a subclass of tensor too.
+    # Subclasses of linear layers and of tensors may use the weight in other ways than the operator.
     if type(module) is not nn.Linear:
         return False
     weight = module.weight

@@ -47,9 +47,9 @@ def train_head(
     if not all(number.strip().isdigit() for number in numbers):
         raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
     from specdecode import load
-    from specdecode.training.heads import Settings
-    from specdecode.training.session import Recipe
-    from specdecode.training.session import train_head as train
+    from specdecode.training.run import Recipe
+    from specdecode.training.run import train_head as train
+    from specdecode.training.trainer import Settings
 
     recipe = Recipe(
         data=tuple(part.strip() for part in data.split(",")),

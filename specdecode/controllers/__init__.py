@@ -1,1 +1,1 @@
-"""How long to draft: a fixed K, an adaptive one, or what pays by measured costs."""
+"""Controllers limit the draft of each step: by a fixed K, by recent acceptance, or by measured costs."""

@@ -1,4 +1,4 @@
-"""Draft as deep as proposals were accepted lately."""
+"""A controller that drafts as deep as recent proposals were accepted."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable
 from specdecode.controllers.base import MAX_DRAFT_NODES, Limit, check_positive
 from specdecode.core.result import Step
 
-KEPT = 0.98
-"""What an observation still counts when the next one is made: the last fifty or so decide."""
+OBSERVATION_DECAY = 0.98
+"""Weight of an observation when the next one is made: about the last fifty decide."""
 
 
 class AdaptiveK:
-    """As deep as a draft still holds with probability one half, by what was accepted lately.
+    """Draft as deep as the whole draft is accepted with probability one half, judged by recent steps.
 
     The best rule of this kind stops drafting where a rejection becomes too probable (SpecDec++, Huang et al. 2024).
-    Here that is one half: K is the largest with a^K >= 1/2. The acceptance of a position, a, is estimated by maximum
-    likelihood: accepted proposals over decided ones, which are the accepted and the first rejected one of each draft.
-    The older a decision, the less it counts. (transformers' assisted generation drafts two more tokens after a draft
-    that was accepted whole and one less after any other: that never comes to rest, and hovers where a draft is accepted
-    whole once in three times.)
+    Here the bound is one half: K is the largest with a^K >= 1/2. The acceptance a of one position is estimated by
+    maximum likelihood: accepted over decided proposals, which are the accepted ones and the first rejected one of each
+    draft. Older decisions count less. (transformers' assisted generation drafts two more tokens after a draft that was
+    accepted whole, and one less after any other. That never settles: it hovers where one draft in three is accepted
+    whole.)
 
-    It knows no costs and never stops drafting: that is for `CostAware`.
+    It ignores costs and never stops drafting; `CostAware` does both.
 
     Args:
         most: the largest K.
-        nodes: tokens in all, for drafters that propose trees.
+        nodes: most proposed tokens in all, for drafters that propose trees.
 
     Raises:
         ValueError: most or nodes below 1.
@@ -36,7 +36,7 @@ class AdaptiveK:
         check_positive("nodes", nodes)
         self.most = most
         self.nodes = nodes
-        # As if decided before: K starts at 5.
+        # Prior decisions, with which K starts at 5.
         self._accepted, self._decided = 7.0, 8.0
 
     def limit(self) -> Limit:
@@ -44,13 +44,13 @@ class AdaptiveK:
         return Limit(next((k for k in range(self.most, 1, -1) if acceptance**k >= 0.5), 1), self.nodes)
 
     def observe(self, step: Step) -> None:
-        # Nothing is decided behind the end of the draft, or of the text.
+        # Nothing is decided beyond the end of the draft or of the text.
         decided = step.accepted + (step.accepted < min(step.depth, step.emitted))
-        kept = KEPT**decided
-        self._accepted = kept * self._accepted + step.accepted
-        self._decided = kept * self._decided + decided
+        decay = OBSERVATION_DECAY**decided
+        self._accepted = decay * self._accepted + step.accepted
+        self._decided = decay * self._decided + decided
 
 
 def examples() -> dict[str, Callable[[], AdaptiveK]]:
-    """What makes controllers, by name."""
+    """Return factories of configured controllers, by name."""
     return {"adaptive": AdaptiveK}

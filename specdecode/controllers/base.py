@@ -1,4 +1,4 @@
-"""What bounds a draft, and the controller that always sets the same bound."""
+"""The limit of a draft, and the controller that always sets the same one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Protocol
 from specdecode.core.result import Step
 
 MAX_DRAFT_NODES = 64
-"""Proposals in one step, where nothing else limits them: wider forwards stop being cheap on every device we know."""
+"""Most proposals in one step, unless a smaller limit is given: wider forwards are not cheap on any device known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The most that a drafter may propose.
+    """Limit what a drafter may propose.
 
     Attributes:
-        depth: tokens on any path; 0 asks for no draft.
-        nodes: tokens in all.
+        depth: most tokens on any path; 0 asks for no draft.
+        nodes: most tokens in all.
     """
 
     depth: int
@@ -26,9 +26,9 @@ class Limit:
 
 
 class Controller(Protocol):
-    """Decides the limit of the next proposal, from what the steps before it brought.
+    """Decide the limit of the next proposal from the steps so far.
 
-    `limit` only tells; what changes it is `observe`.
+    `limit` has no side effects: only `observe` changes it.
     """
 
     def limit(self) -> Limit: ...
@@ -38,11 +38,11 @@ class Controller(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FixedK:
-    """Always the same draft length.
+    """Set the same limit in every step.
 
     Attributes:
-        k: tokens on a path, K in the literature.
-        nodes: tokens in all, for drafters that propose trees.
+        k: most tokens on a path, K in the literature.
+        nodes: most tokens in all, for drafters that propose trees.
 
     Raises:
         ValueError: k or nodes below 1.
@@ -63,11 +63,11 @@ class FixedK:
 
 
 def check_positive(name: str, value: int) -> None:
-    """ValueError for a size of drafts that is below 1."""
+    """Raise ValueError if a size of drafts is below 1."""
     if value < 1:
         raise ValueError(f"{name} is {value}: a draft needs at least 1 token (for none, use NoDraft)")
 
 
 def examples() -> dict[str, Callable[[], Controller]]:
-    """What makes controllers, by name."""
+    """Return factories of configured controllers, by name."""
     return {"fixed": lambda: FixedK(3)}

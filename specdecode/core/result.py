@@ -1,4 +1,4 @@
-"""What a generation did: counters and times step by step, and the measures made of them."""
+"""The result of a generation: its tokens, and counters and times step by step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One proposal and one target forward over it.
+    """Count and time one step: a proposal and the target forward over it.
 
     Attributes:
         drafted: proposed tokens.
-        depth: the longest path among them.
+        depth: tokens on the longest path of the proposal.
         rows: tokens that the target read: the root, the proposals and, in the first step, the end of the prompt.
         accepted: proposals that were committed.
         emitted: committed tokens: the accepted ones and the target's own, cut at a stop token or the length limit.
         draft_forwards: forwards of the draft model.
-        draft_s: seconds spent proposing (host clock: on a GPU, queued work is waited for in `verify_s`).
+        draft_s: seconds spent proposing (host clock: on a GPU, `verify_s` includes waiting for queued draft work).
         verify_s: seconds of the target's forward and the acceptance.
         total_s: seconds of the whole step.
-        cache_bytes: bytes of KV that the target held when it had ended, computed from its slots.
+        cache_bytes: bytes of KV in the target's slots at the end of the step.
         peak_cache_bytes: the same before rejected proposals were dropped and anything was evicted.
         attended_bytes: bytes of KV that the target's forward attended to.
-        compressions: evictions carried out by the cache policy at its end.
+        compressions: evictions by the cache policy at the end of the step.
     """
 
     drafted: int
@@ -43,21 +43,21 @@ class Step:
 
 @dataclass(slots=True)
 class Generation:
-    """The new tokens of one prompt, and how they came about.
+    """Hold the new tokens of one prompt, with the counters and times of their steps.
 
     Attributes:
         tokens: the new token ids; a stop token that ended the generation is the last of them.
         finish_reason: "length" or "stop".
-        steps: the steps, in order. The first one's target forward also carries the rest of the prompt.
+        steps: in order. The first one's target forward also reads the rest of the prompt.
         prompt_tokens: length of the prompt.
         prefill_forwards: target forwards over parts of a long prompt, before the first step.
         prefill_forwards_s: seconds of those.
-        prefill_compressions: evictions carried out by the cache policy meanwhile.
+        prefill_compressions: evictions by the cache policy before the first step.
         prefill_s: seconds from the call to the first committed tokens.
         decode_s: seconds from there to the end.
-        capture_s: seconds that capturing CUDA graphs took meanwhile, which are in none of the other times.
-        logprobs: natural logarithm of the probability of each new token under the target's own law, before temperature,
-            top-k and top-p; None if not asked for.
+        capture_s: seconds of capturing CUDA graphs, which are in none of the other times.
+        logprobs: natural logarithm of each new token's probability under the target's own distribution, before
+            temperature, top-k and top-p; None unless requested.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -90,27 +90,27 @@ class Generation:
 
     @property
     def rejections(self) -> int:
-        """Steps that rejected a proposal: of a tree, all that were proposed at one depth."""
+        """Steps that rejected a proposal: for a tree, all proposals of one depth."""
         return sum(step.accepted < step.depth for step in self.steps)
 
     @property
     def compressions(self) -> int:
-        """Evictions carried out by the cache policy."""
+        """Evictions by the cache policy."""
         return self.prefill_compressions + sum(step.compressions for step in self.steps)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of KV that the target held at the end."""
+        """Bytes of KV in the target's slots at the end."""
         return self.steps[-1].cache_bytes if self.steps else 0
 
     @property
     def peak_cache_bytes(self) -> int:
-        """The most bytes of KV that the target held in any step, the proposals included."""
+        """The most bytes of KV in the target's slots in any step, proposals included."""
         return max((step.peak_cache_bytes for step in self.steps), default=0)
 
     @property
     def attended_bytes(self) -> int:
-        """Bytes of KV that the target's steps attended to, summed over the steps."""
+        """Bytes of KV that the target attended to, summed over the steps."""
         return sum(step.attended_bytes for step in self.steps)
 
     @property
@@ -120,7 +120,7 @@ class Generation:
 
     @property
     def verify_s(self) -> float:
-        """Seconds of the target's forwards, those over the prompt included, and of the acceptance."""
+        """Seconds of the target's forwards, including those over the prompt, and of the acceptance."""
         return self.prefill_forwards_s + sum(step.verify_s for step in self.steps)
 
     @property
@@ -135,7 +135,7 @@ class Generation:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """For each depth from 1: the share of the trees that reach it of which a node there was committed."""
+        """For each depth from 1: of the trees that reach it, the share with a committed node there."""
         deepest = max((step.depth for step in self.steps), default=0)
         return [
             _ratio(sum(s.accepted >= d for s in self.steps), sum(s.depth >= d for s in self.steps))
@@ -144,7 +144,7 @@ class Generation:
 
     @property
     def accepted_lengths(self) -> list[int]:
-        """Histogram: entry i counts the steps of which i proposals were committed."""
+        """Histogram: entry i counts the steps that accepted i proposals."""
         return _histogram([step.accepted for step in self.steps])
 
     @property
@@ -177,11 +177,12 @@ class Generation:
         return _ratio(len(self.tokens) - 1, self.decode_s)
 
     def until(self, count: int) -> Generation:
-        """The first `count` tokens, and what it took to commit them: what a shorter generation would have been, but
-        that it would not have drafted past its end.
+        """Return the first `count` tokens with the steps that committed them.
+
+        A shorter generation would be the same, except that it would not have drafted past its end.
 
         Raises:
-            ValueError: it has not so many, or `count` is not positive.
+            ValueError: there are fewer tokens, or `count` is not positive.
         """
         if not 1 <= count <= len(self.tokens):
             raise ValueError(f"{count} tokens were asked for, of a generation of {len(self.tokens)}")

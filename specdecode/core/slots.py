@@ -1,4 +1,4 @@
-"""The KV slots of a sequence, the one operation on them: keep, and the slots of a batch side by side."""
+"""The KV slots of one sequence, and of a batch of sequences side by side. Their one operation is `keep`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Storage:
-    """The tensors of slots. They may serve one sequence after another, where something is tied to their addresses.
+    """Hold the tensors of slots, which may serve one sequence after another: captured graphs keep their addresses.
 
     Attributes:
         positions: [capacity] see `Slots`.
         keys, values: of each layer that was written.
-        moves: how often other tensors took the place of these, for more slots or in a batch.
+        moves: how often other tensors replaced these, for more slots or for a batch.
     """
 
     positions: Int[Tensor, " capacity"]
@@ -33,23 +33,23 @@ class Storage:
 
 
 class Slots:
-    """Keys and values of one sequence, layer by layer, and the position of each.
+    """Hold the keys and values of one sequence, layer by layer, and the position of each.
 
-    A transformers model writes here through `update`, `get_seq_length` and `is_initialized`, all that it asks of its
-    cache. Slots are allocated at the first write and grown by doubling; those below `length` are filled.
+    A transformers model takes it as its cache: it calls only `update`, `get_seq_length` and `is_initialized`. Slots
+    are allocated at the first write and grown by doubling. Those below `length` are filled.
 
     Args:
         capacity: slots to begin with.
-        device: where they are.
+        device: of the tensors.
         storage: of slots that are no longer used; by default a new one.
 
     Attributes:
         length: filled slots.
-        attention: [layers, heads, capacity] the attention that each slot received from committed tokens, where it is
+        attention: [layers, heads, capacity] the attention that each slot received from committed tokens, if it is
             counted (see `attend`); else empty.
-        weights: [layers, heads, n, length] the attention of the last forward's n tokens, where the model records it.
-        outputs: [n, hidden] of layers by their number, what they gave in the last forward, where the model records it.
-        evicted: tokens that are no longer held, of those that were committed.
+        weights: [layers, heads, n, length] the attention weights of the last forward's n tokens, if they are recorded.
+        outputs: [n, hidden] the hidden states of the last forward by layer, if they are recorded.
+        evicted: committed tokens that are no longer in the slots.
     """
 
     def __init__(self, capacity: int, device: torch.device, storage: Storage | None = None) -> None:
@@ -77,7 +77,7 @@ class Slots:
 
     @property
     def committed(self) -> int:
-        """Tokens that were ever kept: those that are held, and those that were evicted."""
+        """Committed tokens: those in the slots, and those that were evicted."""
         return self.length + self.evicted
 
     @property
@@ -88,7 +88,7 @@ class Slots:
 
     @torch.inference_mode()
     def append(self, positions: Int[Tensor, " n"]) -> None:
-        """Take the next n slots for tokens at these positions; the forward that follows writes them."""
+        """Take the next n slots for tokens at these positions. The forward that follows writes them."""
         if self.length + len(positions) > self.capacity:
             self.grow(max(self.length + len(positions), 2 * self.capacity))
         self._written = self.length
@@ -99,15 +99,15 @@ class Slots:
 
     @torch.inference_mode()
     def grow(self, capacity: int) -> None:
-        """Make room for this many slots."""
+        """Grow to this many slots."""
         wider = torch.zeros(capacity, dtype=torch.long, device=self.positions.device)
         wider[: self.capacity] = self.positions
         self.storage.positions = wider
         self.storage.moves += 1
         for layers in (self._keys, self._values):
-            for layer, held in layers.items():
-                layers[layer] = held.new_zeros(1, held.shape[1], capacity, held.shape[3])
-                layers[layer][:, :, : self.length] = held[:, :, : self.length]
+            for layer, tensor in layers.items():
+                layers[layer] = tensor.new_zeros(1, tensor.shape[1], capacity, tensor.shape[3])
+                layers[layer][:, :, : self.length] = tensor[:, :, : self.length]
         if self.attention.numel():
             received = self.attention.new_zeros(*self.attention.shape[:2], capacity)
             received[:, :, : self.length] = self.attention[:, :, : self.length]
@@ -121,17 +121,16 @@ class Slots:
         *_: Any,
         **__: Any,
     ) -> tuple[Float[Tensor, "1 heads length dim"], Float[Tensor, "1 heads length width"]]:
-        """Write one layer's keys and values into the slots taken last; return all that the layer holds."""
+        """Write one layer's keys and values into the slots taken last; return all filled slots of that layer."""
         if layer not in self._keys:
-            # Zeros, since static forwards multiply what was never written too, if only by an attention of zero.
+            # Zeros, since static forwards also multiply slots that were never written, by an attention of zero.
             self._keys[layer] = keys.new_zeros(1, keys.shape[1], self.capacity, keys.shape[3])
             self._values[layer] = values.new_zeros(1, values.shape[1], self.capacity, values.shape[3])
         self.write(keys, values, layer)
         return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
 
     def write(self, keys: Float[Tensor, "1 heads n dim"], values: Float[Tensor, "1 heads n width"], layer: int) -> None:
-        """Put one layer's keys and values into the slots taken last: those of the last tokens, of more than were
-        taken."""
+        """Write one layer's keys and values into the slots taken last. Of more tokens than slots, the last count."""
         count = self.length - self._written
         self._keys[layer][:, :, self._written : self.length] = keys[:, :, keys.shape[2] - count :]
         self._values[layer][:, :, self._written : self.length] = values[:, :, values.shape[2] - count :]
@@ -139,7 +138,7 @@ class Slots:
     def move(
         self, layer: int, keys: Float[Tensor, "1 heads capacity dim"], values: Float[Tensor, "1 heads capacity width"]
     ) -> None:
-        """Hold one layer's keys and values in these tensors from now on."""
+        """Copy one layer's keys and values into other tensors, and use those from now on."""
         if layer in self._keys:
             keys[:, :, : self._written] = self._keys[layer][:, :, : self._written]
             values[:, :, : self._written] = self._values[layer][:, :, : self._written]
@@ -147,27 +146,27 @@ class Slots:
         self.storage.moves += 1
 
     def filled_keys(self) -> list[Float[Tensor, "heads length dim"]]:
-        """The filled slots' keys, layer by layer: views, which hold as long as the slots live."""
+        """Return views of the filled slots' keys, layer by layer."""
         return [self._keys[layer][0, :, : self.length] for layer in sorted(self._keys)]
 
     def filled_values(self) -> list[Float[Tensor, "heads length width"]]:
-        """The same of the values."""
+        """Return views of the filled slots' values, layer by layer."""
         return [self._values[layer][0, :, : self.length] for layer in sorted(self._values)]
 
     @torch.inference_mode()
     def gather(self, kept: Int[Tensor, "... m"]) -> None:
-        """Evict all but these slots, ascending: the same of all heads and layers [m], or each head's own
-        [layers, heads, m].
+        """Evict all slots but these, which move to the first m slots and take their positions.
 
-        What stays takes the first m slots, and their positions: from then on a slot need not be the same token in all
-        heads.
+        Args:
+            kept: ascending; the same slots for all heads and layers [m], or a selection for each head
+                [layers, heads, m]. With the latter, one slot may hold different tokens in different heads.
         """
         count = kept.shape[-1]
         for tensors in (self._keys, self._values):
             for place, layer in enumerate(sorted(tensors)):
-                held = tensors[layer][0]
-                chosen = kept.expand(len(held), count) if kept.dim() == 1 else kept[place]
-                held[:, :count] = held.gather(1, chosen[..., None].expand(-1, -1, held.shape[2]))
+                tensor = tensors[layer][0]
+                chosen = kept.expand(len(tensor), count) if kept.dim() == 1 else kept[place]
+                tensor[:, :count] = tensor.gather(1, chosen[..., None].expand(-1, -1, tensor.shape[2]))
         if self.attention.numel():
             chosen = kept.expand(*self.attention.shape[:2], count)
             self.attention[:, :, :count] = self.attention.gather(2, chosen)
@@ -176,32 +175,32 @@ class Slots:
 
     @torch.inference_mode()
     def attend(self, rows: Sequence[int]) -> None:
-        """Count the attention of these tokens of the last forward: the committed ones."""
+        """Add the attention weights of these rows of the last forward, the committed tokens, to `attention`."""
         assert self.weights is not None
         received = self.weights[:, :, list(rows)].sum(2)
         if not self.attention.numel():
             self.attention = received.new_zeros(*received.shape[:2], self.capacity)
         self.attention[:, :, : self.length] += received
 
-    def features(self, layers: Sequence[int]) -> Float[Tensor, "n F"]:
-        """The recorded outputs of these layers, side by side."""
+    def hidden_states(self, layers: Sequence[int]) -> Float[Tensor, "n F"]:
+        """Return the recorded hidden states of these layers, concatenated."""
         return torch.cat([self.outputs[layer] for layer in layers], -1)
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Slots filled before the forward under way."""
+        """Return the number of slots filled before the current forward (transformers asks for it)."""
         return self._written
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything was ever written."""
+        """Whether any layer was written."""
         return bool(self._keys)
 
     @torch.inference_mode()
     def keep(self, indices: Sequence[int], after: int = 0) -> None:
-        """Of the slots from `after` on, keep only these, in this order; the ones below `after` all stay.
+        """Keep only these of the slots from `after` on, in this order; all slots below `after` stay.
 
-        Accepting a path, rolling back and evicting are all this operation. Where the kept slots lie already in place,
-        only the length moves.
+        Accepting a path, rolling back and evicting are all this operation. Slots that are already in place are not
+        copied: then only the length changes.
 
         Args:
             indices: slots to keep, ascending, each in [after, length).
@@ -218,21 +217,21 @@ class Slots:
             source = torch.tensor(moving, device=self.positions.device)
             target = slice(after + in_place, after + len(indices))
             self.positions[target] = self.positions[source]
-            for held in (*self._keys.values(), *self._values.values()):
-                held[:, :, target] = held[:, :, source]
+            for tensor in (*self._keys.values(), *self._values.values()):
+                tensor[:, :, target] = tensor[:, :, source]
             if self.attention.numel():
                 self.attention[:, :, target] = self.attention[:, :, source]
         self.length = after + len(indices)
 
 
 class SlotBatch:
-    """Slots of several sequences side by side, so that one forward reads and writes all of them.
+    """Join the slots of several sequences, so that one forward reads and writes all of them.
 
-    Each sequence's keys and values become a row of tensors that all share; what is done to its slots afterwards is done
-    there, in place. A batch lasts as long as its sequences stay the same: another one is made when one leaves or joins.
+    Each sequence's keys and values become a row of shared tensors, and later operations on its slots work there, in
+    place. When a sequence leaves or joins, another batch is made.
 
     Args:
-        rows: the sequences, none of them in another batch that is still used.
+        rows: the slots of the sequences, none of them in another batch that is still used.
     """
 
     def __init__(self, rows: Sequence[Slots]) -> None:
@@ -244,17 +243,17 @@ class SlotBatch:
 
     @property
     def length(self) -> int:
-        """The most that any sequence has filled."""
+        """The filled slots of the longest sequence."""
         return max(slots.length for slots in self.rows)
 
     def append(self, positions: Sequence[Int[Tensor, " _"]]) -> None:
-        """Take the next slots of each sequence, for tokens at these positions."""
-        self._make_room(max(slots.length + len(own) for slots, own in zip(self.rows, positions, strict=True)))
-        for slots, own in zip(self.rows, positions, strict=True):
-            slots.append(own)
+        """Take the next slots of each sequence for tokens at these positions."""
+        self._make_room(max(slots.length + len(new) for slots, new in zip(self.rows, positions, strict=True)))
+        for slots, new in zip(self.rows, positions, strict=True):
+            slots.append(new)
 
     def _make_room(self, needed: int) -> None:
-        """All sequences have the same capacity, so that none of them outgrows the tensors that it shares."""
+        """Give all sequences the same capacity, so that none outgrows the shared tensors."""
         capacity = max(slots.capacity for slots in self.rows)
         if needed > capacity:
             capacity = max(needed, 2 * capacity)
@@ -271,10 +270,13 @@ class SlotBatch:
         *_: Any,
         **__: Any,
     ) -> tuple[Float[Tensor, "rows heads length dim"], Float[Tensor, "rows heads length width"]]:
-        """Write one layer's keys and values, those of padding (which stands first) left out; return all that the layer
-        holds, each sequence's slots from the first on."""
+        """Write one layer's keys and values, without those of the padding, which stands first.
+
+        Returns:
+            All filled slots of that layer, as many for each sequence as the longest has.
+        """
         if layer not in self._shared:
-            # Zeros, since what no sequence has written is multiplied too, if only by an attention of zero.
+            # Zeros, since slots that no sequence has written are multiplied too, by an attention of zero.
             shape = (len(self.rows), keys.shape[1], self.rows[0].capacity)
             self._shared[layer] = (keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3]))
             for row, slots in enumerate(self.rows):
@@ -285,10 +287,10 @@ class SlotBatch:
         return shared_keys[:, :, : self.length], shared_values[:, :, : self.length]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Slots filled before the forward under way, in the longest sequence."""
+        """Return the number of slots filled before the current forward, in the longest sequence."""
         return max(slots.get_seq_length() for slots in self.rows)
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything was ever written, of any sequence."""
+        """Whether any layer of any sequence was written."""
         return any(slots.is_initialized for slots in self.rows)

@@ -1,4 +1,4 @@
-"""The draft tree: what a drafter proposes and a target verifies. A chain is a tree; nothing is the empty tree."""
+"""The draft tree: what a drafter proposes and the target verifies. A chain is a tree, and so is no proposal at all."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DraftTree:
-    """Proposed tokens hanging from the root, the last committed token.
+    """Hold proposed tokens as a tree below the root, the last committed token.
 
-    Nodes are numbered with the root as 0 and ``tokens[i]`` as node i+1. Parents precede their children, and siblings
-    are tried in the order in which they stand.
+    The root is node 0, and ``tokens[i]`` is node i+1. Parents precede their children. Siblings are tried in the order
+    in which they stand.
 
     Attributes:
         tokens: [N] the proposed token ids.
         parents: [N] the node that each proposal follows, ``0 <= parents[i] <= i``.
-        probs: [N, V] the law that each token was drawn from, given its earlier siblings; None if the proposals are
-            deterministic (the law is then one-hot).
+        probs: [N, V] the distribution that each token was drawn from, given its earlier siblings; None for
+            deterministic proposals, whose distribution is one-hot.
 
     Raises:
-        ValueError: the shapes disagree, or a parent does not precede its child. Values are looked at only where that
+        ValueError: the shapes disagree, or a parent does not precede its child. Values are checked only where that
             needs no device synchronisation.
     """
 
     tokens: Int[Tensor, " N"]
     parents: Int[Tensor, " N"]
     probs: Float[Tensor, "N V"] | None = None
-    _known: list[int] = field(default_factory=list, init=False, repr=False)
+    _host_tokens: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or self.parents.shape != self.tokens.shape:
@@ -54,30 +54,30 @@ class DraftTree:
         return len(self.tokens)
 
     @property
-    def known(self) -> list[int]:
-        """The tokens, on the host. The first time that waits for the device, unless they came with something else."""
-        if not self._known and len(self):
-            self._known.extend(self.tokens.tolist())
-        return self._known
+    def host_tokens(self) -> list[int]:
+        """The tokens on the host. The first call waits for the device, unless `set_host_tokens` came before."""
+        if not self._host_tokens and len(self):
+            self._host_tokens.extend(self.tokens.tolist())
+        return self._host_tokens
 
-    def know(self, tokens: list[int]) -> None:
-        """Remember the tokens, which were read together with something else."""
-        self._known[:] = tokens
+    def set_host_tokens(self, tokens: list[int]) -> None:
+        """Store the tokens that were already copied to the host together with other values."""
+        self._host_tokens[:] = tokens
 
     @staticmethod
     def empty() -> DraftTree:
-        """The tree of no proposals: one step of autoregressive decoding."""
+        """Return the tree without proposals: a step of autoregressive decoding."""
         none = torch.empty(0, dtype=torch.long)
         return DraftTree(none, none)
 
     @staticmethod
     def chain(tokens: Int[Tensor, " N"], probs: Float[Tensor, "N V"] | None = None) -> DraftTree:
-        """Each token follows the one before it."""
+        """Return a tree in which each token follows the one before it."""
         return DraftTree(tokens, torch.arange(len(tokens)), probs)
 
     @property
     def visibility(self) -> Bool[Tensor, "nodes nodes"]:
-        """Row i marks the nodes that node i may attend to: itself, its ancestors and the root."""
+        """The nodes that each node may attend to: row i marks node i, its ancestors and the root."""
         size = len(self) + 1
         reach = torch.eye(size, device=self.parents.device)
         reach[torch.arange(1, size, device=reach.device), self.parents] = 1.0
@@ -100,14 +100,14 @@ class DraftTree:
         return max(depths)
 
     def children(self) -> list[list[int]]:
-        """For each node, the nodes that follow it, in the order in which they are tried."""
-        following: list[list[int]] = [[] for _ in range(len(self) + 1)]
+        """Return the children of each node, in the order in which they are tried."""
+        children: list[list[int]] = [[] for _ in range(len(self) + 1)]
         for node, parent in enumerate(self.parents.tolist(), start=1):
-            following[parent].append(node)
-        return following
+            children[parent].append(node)
+        return children
 
     def clip(self, depth: int) -> DraftTree:
-        """The tree without the nodes deeper than ``depth``."""
+        """Return the tree without the nodes deeper than ``depth``."""
         kept = (self.depths[1:] <= depth).nonzero()[:, 0]
         if len(kept) == len(self):
             return self

@@ -1,103 +1,91 @@
-"""One sequence that is being decoded: all of the loop but the target's forward."""
+"""The state of one sequence that is being decoded: everything in the loop but the target's forward."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.backends.graph import CudaGraphs
-from specdecode.controllers.base import MAX_DRAFT_NODES, Controller, Limit
+from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
 from specdecode.core.result import Generation, Step
-from specdecode.core.sampling import Sampling, most_probable
-from specdecode.core.stopping import Stops
+from specdecode.core.sampling import most_probable
 from specdecode.core.tree import DraftTree
 from specdecode.core.verify import accept
-from specdecode.drafters.base import Context, Drafter
-from specdecode.models.lm import LM, PREFILL_CHUNK
-from specdecode.policies.base import CachePolicy, boundary
+from specdecode.decoding.request import Request
+from specdecode.drafters.base import Context
+from specdecode.models.lm import PREFILL_CHUNK
+from specdecode.policies.base import boundary
 
-# Slots taken at the start for tokens to come; more are taken by doubling.
-_AHEAD = 2048
+# Slots allocated at the start for new tokens, at most. More are allocated by doubling.
+_NEW_TOKEN_SLOTS = 2048
 
 
 class SequenceState:
-    """One text that is being decoded: all of the loop but the target's forward, which others may share."""
+    """Decode one request step by step. The caller runs the target's forwards, which sequences may share.
 
-    def __init__(
-        self,
-        target: LM,
-        prompt: Sequence[int] | Int[Tensor, " n"],
-        drafter: Drafter,
-        controller: Controller,
-        policy: CachePolicy,
-        sampling: Sampling,
-        max_new_tokens: int,
-        stops: Stops,
-        logprobs: bool,
-        on_step: Callable[[list[int]], None] | None,
-    ) -> None:
-        self._started = time.perf_counter()
-        self._captured_s = CudaGraphs.seconds
-        self._tokens = [int(token) for token in prompt]
-        check_request(target, self._tokens, max_new_tokens, policy, controller)
-        self._target = target
-        self._drafter = drafter
-        self._controller = controller
-        self._policy = policy
-        self._sampling = sampling
-        self._rng = sampling.rng()
-        self._stops = stops
-        self._on_step = on_step
-        self._end = len(self._tokens) + max_new_tokens
-        most = policy.keeps + policy.interval if policy.interval else min(self._end, len(self._tokens) + _AHEAD)
-        self.slots = target.new_slots(most + MAX_DRAFT_NODES)
-        self._read = 0  # tokens that went through the target; the rest are pending, the root at least
-        self._features: Tensor | None = None  # [capacity, F] of these
-        self.evicted: int | None = None  # tokens that had been read when the policy evicted last
+    A step is `propose`, the forward over `pending` and the tree, and `commit`.
+
+    Attributes:
+        slots: of the target. They hold every committed token but the pending ones.
+        finished: a stop or the length limit was reached.
+        evicted_at: tokens that had been read when the policy evicted last; None before it first does.
+        result: the generation so far.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._tokens = list(request.tokens)
+        self._rng = request.sampling.rng()
+        policy, length = request.policy, len(self._tokens)
+        capacity = min(request.length_limit, length + _NEW_TOKEN_SLOTS)
+        if policy.interval:
+            capacity = policy.keeps + policy.interval
+        self.slots = request.target.new_slots(capacity + MAX_DRAFT_NODES)
+        self._read = 0  # tokens that the target has read; the others are pending, the root at least
+        self._hidden_states: Tensor | None = None  # [capacity, F] of the tokens read, for the drafter
+        self.evicted_at: int | None = None
         self.finished = False
-        self.result = Generation(prompt_tokens=len(self._tokens), logprobs=[] if logprobs else None)
+        self.result = Generation(prompt_tokens=length, logprobs=[] if request.logprobs else None)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The target's whose outputs the drafter reads."""
-        return self._drafter.layers
+        """Layers of the target whose hidden states the drafter reads."""
+        return self._request.drafter.layers
 
     @property
     def pending(self) -> list[int]:
-        """The committed tokens that the slots lack; the last is the root."""
+        """Committed tokens that the slots lack; the last is the root."""
         return self._tokens[self._read :]
 
     def prefill(self, but: int) -> None:
-        """Read the prompt, as far as it is longer than `but` tokens or than the policy lets one forward be."""
+        """Read the prompt up to its last `but` tokens, and further where the policy evicts within those."""
         started = time.perf_counter()
         while (left := len(self._tokens) - self._read) > min(but, ahead := self._boundary() - self._read):
             chunk = min(PREFILL_CHUNK, ahead, left - 1)
-            self._target.forward(self.slots, torch.tensor(self._tokens[self._read : self._read + chunk]))
-            self._keep(range(chunk))
+            self._request.target.forward(self.slots, torch.tensor(self._tokens[self._read : self._read + chunk]))
+            self._record(range(chunk))
             self._read += chunk
             self.result.prefill_forwards += 1
             self.result.prefill_compressions += self._evict()
         self.result.prefill_forwards_s = time.perf_counter() - started
 
     def propose(self) -> DraftTree:
-        """What the next forward of the target is to verify."""
+        """Return the tree that the next forward of the target is to verify."""
+        request = self._request
         self._step_started = time.perf_counter()
-        self._forwards_before = self._drafter.forwards
-        limit = self._controller.limit()
-        # The target adds a token of its own, so the last one asked for need not be drafted; and no step may pass the
-        # place where the policy evicts, or the tokens would depend on how the drafts fell.
+        self._forwards_before = request.drafter.forwards
+        limit = request.controller.limit()
+        # The target adds a token of its own, so the last token wanted need not be drafted. And no step may pass the
+        # length at which the policy evicts, or the tokens would depend on what was accepted.
         length = len(self._tokens)
-        depth = min(limit.depth, self._end - length - 1, self._boundary() - length)
+        depth = min(limit.depth, request.length_limit - length - 1, self._boundary() - length)
         tree = DraftTree.empty()
         if depth > 0:
-            # How much of the prompt was read before the first step must not decide how the step goes.
-            features = self._features[: self._read] if self._features is not None and self.result.steps else None
-            context = Context(self._tokens, self._target.vocab_size, self._sampling, self._rng, features)
-            tree = self._drafter.propose(context, Limit(depth, limit.nodes))
+            tree = request.drafter.propose(self._context(), Limit(depth, limit.nodes))
         if tree.depth > depth:
             tree = tree.clip(depth)
         self._proposed_at = time.perf_counter()
@@ -108,145 +96,125 @@ class SequenceState:
         tree: DraftTree,
         logits: Float[Tensor, "nodes V"],
         forward_started: float,
-        known: Int[Tensor, " nodes"] | None = None,
+        forced: Int[Tensor, " nodes"] | None = None,
     ) -> list[int]:
-        """Accept what the target's forward over the pending tokens and the tree confirms, and end the step.
+        """Commit what the target's forward over the pending tokens and the tree confirms, and end the step.
 
         Args:
-            tree: that was proposed.
+            tree: the proposal.
             logits: at its root and nodes.
-            forward_started: on the clock.
-            known: the token after the root and after each node, where not the target decides about it.
+            forward_started: when the forward began, on the host clock.
+            forced: under teacher forcing, the token after the root and after each node, in place of the target's.
 
         Returns:
-            The nodes at which the tokens that were committed were decided.
+            The nodes whose logits decided the committed tokens.
         """
-        result, slots, stem = self.result, self.slots, len(self._tokens) - self._read
-        held = slots.bytes_held
-        attended = held // slots.length * self._target.span(slots)
-        root = slots.length - len(tree) - 1
-        if known is None:
-            known = most_probable(logits) if self._sampling.greedy else self._sampling.probs(logits)
-        verdict = accept(tree, known, self._rng)
+        request, slots, stem = self._request, self.slots, len(self.pending)
+        peak_bytes = slots.bytes_held
+        attended_bytes = peak_bytes // slots.length * request.target.span(slots)
+        if forced is None:
+            decisions = most_probable(logits) if request.sampling.greedy else request.sampling.probs(logits)
+        else:
+            decisions = forced
+        acceptance = accept(tree, decisions, self._rng)
         verified_at = time.perf_counter()
 
-        self._keep([*range(stem), *(stem - 1 + node for node in verdict.path)])
-        slots.keep([root + node for node in verdict.path], after=root + 1)
-        new = len(result.tokens)
-        result.tokens += verdict.tokens
-        stop = self._stops.find(self._tokens, verdict.tokens)
-        if stop is not None:
-            del result.tokens[new + stop + 1 :]
-            result.finish_reason = "stop"
-        emitted = result.tokens[new:]
-        decided_at = [0, *verdict.path[: len(emitted) - 1]]
-        if result.logprobs is not None:
-            laws = logits[decided_at].double().log_softmax(-1)
-            result.logprobs += laws.gather(1, torch.tensor(emitted, device=laws.device)[:, None])[:, 0].tolist()
-        self._tokens += emitted
-        self.finished = stop is not None or len(self._tokens) == self._end
-        self._read = len(self._tokens) - 1
-        compressions = 0 if self.finished else int(self._evict())
+        self._keep_accepted(acceptance.path, stem, len(tree))
+        emitted = self._append(acceptance.tokens)
+        decided_at = [0, *acceptance.path[: len(emitted) - 1]]
+        self._append_logprobs(logits, decided_at, emitted)
+        evicts = not self.finished and self._evict()
 
-        now = time.perf_counter()
+        ended_at = time.perf_counter()
         step = Step(
             drafted=len(tree),
             depth=tree.depth,
             rows=stem + len(tree),
-            accepted=min(len(verdict.path), len(emitted)),
+            accepted=min(len(acceptance.path), len(emitted)),
             emitted=len(emitted),
-            draft_forwards=self._drafter.forwards - self._forwards_before,
+            draft_forwards=request.drafter.forwards - self._forwards_before,
             draft_s=self._proposed_at - self._step_started,
             verify_s=verified_at - forward_started,
-            total_s=now - self._step_started,
+            total_s=ended_at - self._step_started,
             cache_bytes=slots.bytes_held,
-            peak_cache_bytes=held,
-            attended_bytes=attended,
-            compressions=compressions,
+            peak_cache_bytes=peak_bytes,
+            attended_bytes=attended_bytes,
+            compressions=int(evicts),
         )
-        result.steps.append(step)
-        self._controller.observe(step)
-        result.capture_s = CudaGraphs.seconds - self._captured_s
-        if len(result.steps) == 1:
-            result.prefill_s = now - self._started - result.capture_s
-        if self._on_step is not None:
-            self._on_step(emitted)
-        result.decode_s = time.perf_counter() - self._started - result.prefill_s - result.capture_s
+        self._end_step(step, emitted, ended_at)
         return decided_at
 
-    def _keep(self, rows: Sequence[int]) -> None:
-        """Keep what the last forward told of the tokens that are committed, behind those that were read before: their
-        attention for the policy, and their features for the drafter."""
-        if self._policy.reads_attention:
+    def _context(self) -> Context:
+        """Return what the drafter is told. How much of the prompt was read before the first step must not matter: then
+        the hidden states are left out."""
+        states = self._hidden_states if self.result.steps else None
+        return Context(
+            self._tokens,
+            self._request.target.vocab_size,
+            self._request.sampling,
+            self._rng,
+            None if states is None else states[: self._read],
+        )
+
+    def _keep_accepted(self, path: Sequence[int], stem: int, nodes: int) -> None:
+        """Record and keep the slots of the pending tokens and the accepted path, of a forward over both."""
+        self._record([*range(stem), *(stem - 1 + node for node in path)])
+        root = self.slots.length - nodes - 1
+        self.slots.keep([root + node for node in path], after=root + 1)
+
+    def _append(self, tokens: Sequence[int]) -> list[int]:
+        """Commit tokens up to the first that stops; return those committed."""
+        emitted = list(tokens)
+        stop = self._request.stops.find(self._tokens, emitted)
+        if stop is not None:
+            del emitted[stop + 1 :]
+            self.result.finish_reason = "stop"
+        self.result.tokens += emitted
+        self._tokens += emitted
+        self._read = len(self._tokens) - 1
+        self.finished = stop is not None or len(self._tokens) == self._request.length_limit
+        return emitted
+
+    def _append_logprobs(self, logits: Float[Tensor, "nodes V"], nodes: Sequence[int], emitted: Sequence[int]) -> None:
+        if self.result.logprobs is None:
+            return
+        logprobs = logits[list(nodes)].double().log_softmax(-1)
+        chosen = torch.tensor(emitted, device=logprobs.device)[:, None]
+        self.result.logprobs += logprobs.gather(1, chosen)[:, 0].tolist()
+
+    def _end_step(self, step: Step, emitted: list[int], ended_at: float) -> None:
+        """Store the step, update the times of the result, and inform the controller and the caller."""
+        request, result = self._request, self.result
+        result.steps.append(step)
+        request.controller.observe(step)
+        result.capture_s = CudaGraphs.seconds - request.start.capture_s
+        if len(result.steps) == 1:
+            result.prefill_s = ended_at - request.start.at - result.capture_s
+        if request.on_step is not None:
+            request.on_step(emitted)
+        result.decode_s = time.perf_counter() - request.start.at - result.prefill_s - result.capture_s
+
+    def _record(self, rows: Sequence[int]) -> None:
+        """Record the committed rows of the last forward: attention for the policy, hidden states for the drafter."""
+        if self._request.policy.reads_attention:
             self.slots.attend(rows)
         if not self.layers:
             return
-        new = self.slots.features(self.layers)[list(rows)]
-        held, end = new[:0] if self._features is None else self._features, self._read + len(new)
-        if end > len(held):
-            wider = new.new_empty(max(end, 2 * len(held)), new.shape[1])
-            wider[: self._read] = held[: self._read]
-            self._features = held = wider
-        held[self._read : end] = new
+        new = self.slots.hidden_states(self.layers)[list(rows)]
+        states, end = new[:0] if self._hidden_states is None else self._hidden_states, self._read + len(new)
+        if end > len(states):
+            wider = new.new_empty(max(end, 2 * len(states)), new.shape[1])
+            wider[: self._read] = states[: self._read]
+            self._hidden_states = states = wider
+        states[self._read : end] = new
 
     def _evict(self) -> bool:
-        """Let the policy evict if it is its turn, behind what has been read; whether it was."""
-        evicts = self._target.evict(self.slots, self._policy)
+        """Let the policy evict if it is its turn; return whether it did."""
+        evicts = self._request.target.evict(self.slots, self._request.policy)
         if evicts:
-            self.evicted = self._read
+            self.evicted_at = self._read
         return evicts
 
     def _boundary(self) -> int:
-        """The committed length, beyond the present one, at which the policy evicts next."""
-        return boundary(self._policy, self.slots.committed + 1, self.slots.length + 1)
-
-
-def stops_of(target: LM, token_ids: Sequence[int], strings: str | Sequence[str]) -> Stops:
-    spell = target.spelling if strings and target.tokenizer is not None else None
-    return Stops(token_ids, (strings,) if isinstance(strings, str) else strings, spell)
-
-
-def check_request(
-    target: LM, prompt: Sequence[int], max_new_tokens: int, policy: CachePolicy, controller: Controller
-) -> None:
-    if not prompt:
-        raise ValueError("the prompt is empty: decoding starts from at least one token")
-    check_tokens(target, prompt, "prompt")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 must be asked for")
-    if policy.interval:
-        _check_policy(target, policy, controller)
-        return
-    if len(prompt) >= target.context_length:
-        raise ValueError(
-            f"the prompt has {len(prompt)} tokens, but the context of {target.name} holds {target.context_length}:"
-            " shorten it"
-        )
-    if len(prompt) + max_new_tokens > target.context_length:
-        raise ValueError(
-            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the context of {target.name},"
-            f" {target.context_length} tokens: ask for at most {target.context_length - len(prompt)}"
-        )
-
-
-def check_tokens(target: LM, tokens: Sequence[int], what: str) -> None:
-    outside = next((token for token in tokens if not 0 <= token < target.vocab_size), None)
-    if outside is not None:
-        raise ValueError(f"token {outside} of the {what} is outside the vocabulary (0 to {target.vocab_size - 1})")
-
-
-def _check_policy(target: LM, policy: CachePolicy, controller: Controller) -> None:
-    """A bounded cache has its own positions, so the model's context need only hold the cache."""
-    most = policy.keeps + policy.interval
-    if most > target.context_length:
-        raise ValueError(
-            f"the cache of {most} tokens exceeds the context of {target.name}, {target.context_length} tokens: take a"
-            " smaller max_len"
-        )
-    depth = controller.limit().depth
-    if most < policy.pinned + depth:
-        raise ValueError(
-            f"the cache of {most} tokens is too small for {policy.pinned} that always stay and a draft of {depth}: take"
-            " a larger max_len or a smaller K"
-        )
-    _ = target.mover  # says so if this architecture's keys cannot be moved
+        """Return the next committed length, beyond the present one, at which the policy evicts."""
+        return boundary(self._request.policy, self.slots.committed + 1, self.slots.length + 1)

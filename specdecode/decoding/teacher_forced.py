@@ -1,4 +1,4 @@
-"""Decode a known text through the loop (teacher forcing)."""
+"""Teacher forcing: decode a known text through the loop of `generate`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.controllers.base import Controller, FixedK
-from specdecode.core.sampling import Sampling
-from specdecode.core.stopping import Stops
-from specdecode.decoding.sequence import SequenceState, check_tokens
+from specdecode.decoding.request import Request, check_tokens
+from specdecode.decoding.sequence import SequenceState
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.models.lm import LM, PREFILL_CHUNK
@@ -22,22 +21,22 @@ from specdecode.policies.keep_all import KeepAll
 
 
 @dataclass(frozen=True, slots=True)
-class Followed:
-    """What one step said of the tokens of a known text that it committed.
+class ForcedStep:
+    """Hold the logits of one step over a known text.
 
     Attributes:
-        place: in the text, of the first of them.
-        logits: [n, V] from which each of them would have been chosen.
-        evicted: length of the text that had been read when the policy evicted last; None before it first does.
+        place: index in the text of the first token that the step committed.
+        logits: [n, V] at each of its n committed tokens, from which that token would have been chosen.
+        evicted_at: tokens that had been read when the policy evicted last; None before it first does.
     """
 
     place: int
     logits: Float[Tensor, "n V"]
-    evicted: int | None
+    evicted_at: int | None
 
 
 @torch.inference_mode()
-def follow(
+def teacher_forced(
     target: LM,
     text: Sequence[int] | Int[Tensor, " n"],
     start: int = 1,
@@ -45,45 +44,43 @@ def follow(
     drafter: Drafter = NoDraft(),
     controller: Controller = FixedK(5),
     policy: CachePolicy = KeepAll(),
-) -> Iterator[Followed]:
-    """Decode a text that is known (teacher forcing): what `generate` does, step by step, but that the text's own tokens
-    are committed in place of those that the target would choose. Proposals are accepted as far as the text agrees.
+) -> Iterator[ForcedStep]:
+    """Decode a known text step by step, committing its own tokens in place of the target's choices.
 
-    So the text is judged through the very steps, slots and evictions of decoding. Other texts may be followed between
-    two steps, of the same target too.
+    Proposals are accepted as far as the text agrees. So the text is judged through the steps, slots and evictions of
+    `generate`. Texts may be decoded alternately, step by step, with the same target too.
 
     Args:
         target: reads.
         text: token ids.
-        start: so many of them are the prompt, which is read as `generate` reads it, and not judged.
+        start: length of the prompt, the part of the text that is read but not judged.
         drafter: proposes.
-        controller: how long to draft.
-        policy: what stays in the target's cache.
+        controller: limits the drafts.
+        policy: evicts from the target's cache.
 
     Yields:
-        One for each step; together they cover the text from `start` on.
+        One step after another; together they cover the text from `start` on.
 
     Raises:
-        ValueError: all that `generate` refuses of such a prompt and as many new tokens.
+        ValueError: `start` leaves no prompt or no tokens to judge, or `Request` refuses such a prompt and as many new
+            tokens.
     """
-    known = [int(token) for token in text]
-    if not 1 <= start < len(known):
+    tokens = [int(token) for token in text]
+    if not 1 <= start < len(tokens):
         raise ValueError(
-            f"the text has {len(known)} tokens, of which {start} are the prompt: leave at least 1 for each"
+            f"the text has {len(tokens)} tokens, of which {start} are the prompt: leave at least 1 for each"
         )
-    check_tokens(target, known, "text")
-    stops = Stops((), (), None)
-    told = SequenceState(
-        target, known[:start], drafter, controller, policy, Sampling(), len(known) - start, stops, False, None
-    )
+    check_tokens(target, tokens, "text")
+    request = Request(target, tokens[:start], drafter, controller, policy, max_new_tokens=len(tokens) - start)
+    sequence = SequenceState(request)
     with target.recording_for(policy, drafter.layers):
-        told.prefill(but=PREFILL_CHUNK)
-    while not told.finished:
-        place, evicted = start + len(told.result.tokens), told.evicted
-        tree = told.propose()
-        started = time.perf_counter()
+        sequence.prefill(but=PREFILL_CHUNK)
+    while not sequence.finished:
+        place, evicted_at = start + len(sequence.result.tokens), sequence.evicted_at
+        tree = sequence.propose()
+        forward_started = time.perf_counter()
         with target.recording_for(policy, drafter.layers):
-            logits = target.forward_tree(told.slots, told.pending, tree)
-        ahead = torch.tensor(known[place : place + tree.depth + 1], device=tree.parents.device)
-        rows = told.commit(tree, logits, started, ahead[tree.depths])
-        yield Followed(place, logits[rows], evicted)
+            logits = target.forward_tree(sequence.slots, sequence.pending, tree)
+        ahead = torch.tensor(tokens[place : place + tree.depth + 1], device=tree.parents.device)
+        nodes = sequence.commit(tree, logits, forward_started, forced=ahead[tree.depths])
+        yield ForcedStep(place, logits[nodes], evicted_at)

@@ -1,1 +1,1 @@
-"""What proposes. One drafter a file; `examples()` gives configured instances to tests and benchmarks."""
+"""Drafters propose. Each has a file; its `examples()` gives configured instances to tests and benchmarks."""

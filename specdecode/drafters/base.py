@@ -1,4 +1,4 @@
-"""What a drafter is, and what it is given."""
+"""The interface of a drafter, and its input."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from specdecode.core.tree import DraftTree
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What is known when a proposal is asked for.
+    """Hold the input of a proposal.
 
     Attributes:
         tokens: prompt and committed tokens; the last is the root.
-        vocab_size: of the target; proposals lie below it, and `DraftTree.probs` has this width.
-        sampling: how the target's tokens are chosen: a drafter that samples draws by the same rules.
+        vocab_size: of the target. Proposals lie below it, and `DraftTree.probs` has this width.
+        sampling: of the target's tokens; a drafter that samples draws by the same rules.
         rng: the randomness of this generation.
-        features: what the drafter's `layers` of the target gave at the tokens that were read, side by side, if it has
-            some; None before the first step, which may read what is left of the prompt. They are kept for all of the
-            text, whatever a policy evicts from the target's cache: `len(layers) * hidden` numbers a token, in the
-            target's type (7 kB for three layers of SmolLM2-135M in float32).
+        hidden_states: the target's hidden states after the drafter's `layers`, concatenated, at each token that the
+            target has read (F = len(layers) * hidden). None if there are no such layers, and before the first step,
+            which may read the rest of the prompt. They stay for the whole text, whatever a policy evicts from the
+            target's cache, in the target's type: 7 kB a token for three layers of SmolLM2-135M in float32.
     """
 
     tokens: Sequence[int]
     vocab_size: int
     sampling: Sampling
     rng: Rng
-    features: Float[Tensor, "read F"] | None = None
+    hidden_states: Float[Tensor, "read F"] | None = None
 
 
 class Drafter(Protocol):
-    """Proposes continuations.
+    """Propose continuations.
 
-    A drafter may keep state (a cache, an index), but finds out by itself what of it still holds: it compares its own
-    tokens with the context's and keeps the longest common prefix. A used drafter proposes what a fresh one would.
+    A drafter may keep state (a cache, an index). It compares the tokens of that state with the context's and keeps
+    what belongs to their longest common prefix. So a used drafter proposes what a fresh one would.
 
     Attributes:
         forwards: forwards of a draft model since the drafter was made.
-        layers: of the target, whose outputs it reads as `Context.features`; for most ().
+        layers: of the target, whose hidden states it reads as `Context.hidden_states`; () for most drafters.
     """
 
     @property
@@ -54,12 +54,12 @@ class Drafter(Protocol):
     def layers(self) -> tuple[int, ...]: ...
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
-        """A tree within the limit; the empty tree if there is nothing to propose."""
+        """Return a tree within the limit; the empty tree if there is nothing to propose."""
         ...
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:
         return shorter

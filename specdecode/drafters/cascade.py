@@ -1,4 +1,4 @@
-"""Proposals of the first of several drafters that has one."""
+"""A drafter that asks several drafters in turn."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from specdecode.models.lm import LM
 
 
 class Cascade:
-    """Asks one drafter after another, and takes the first proposal that is not empty: what costs nothing before what
-    costs forwards, as a lookup before a head (SuffixDecoding, Oliaro et al. 2024, falls back on a head likewise).
+    """Ask one drafter after another, and take the first proposal that is not empty.
 
-    Which of them proposes depends on the text alone, so that each one's `q` is the law of the whole. A drafter that was
-    not asked for some steps reads what it missed when it is.
+    A drafter that costs nothing comes before one that costs forwards, as a lookup before a head (SuffixDecoding,
+    Oliaro et al. 2024, falls back on a head likewise). The text alone decides which of them proposes, so each one's
+    `probs` remain exact. A drafter that was not asked for some steps later reads what it missed.
 
     Args:
         drafters: in the order in which they are asked.
@@ -27,11 +27,11 @@ class Cascade:
     def __init__(self, *drafters: Drafter) -> None:
         if len(drafters) < 2:
             raise ValueError(f"a cascade of {len(drafters)} drafters: it takes two or more")
-        reading = {drafter.layers for drafter in drafters if drafter.layers}
-        if len(reading) > 1:
-            raise ValueError(f"drafters that read different layers of the target: {sorted(reading)}")
+        layers = {drafter.layers for drafter in drafters if drafter.layers}
+        if len(layers) > 1:
+            raise ValueError(f"drafters that read different layers of the target: {sorted(layers)}")
         self.drafters = drafters
-        self.layers = reading.pop() if reading else ()
+        self.layers = layers.pop() if layers else ()
 
     @property
     def forwards(self) -> int:

@@ -1,4 +1,4 @@
-"""Proposals from a head on the target's own features."""
+"""A drafter that is a head on the target's hidden states."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from specdecode.core.slots import Slots
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
-from specdecode.heads.bound import FittedHead, untrained
+from specdecode.heads.bound import BoundHead, untrained
 from specdecode.models.lm import LM, PREFILL_CHUNK
 
 
 class HeadDrafter:
-    """A head of one layer proposes from what some of the target's layers made of the text (EAGLE, Li et al. 2024;
-    several layers as in EAGLE-3, Li et al. 2025).
+    """Propose with a head of one layer on the target's hidden states after some layers (EAGLE, Li et al. 2024; several
+    layers as in EAGLE-3, Li et al. 2025).
 
-    It reads pairs: the embedding of a token, and the target's features at the token before it. So the first token has
-    none. The tokens that it proposes have no features yet, and it reads them with its own state in their place. Only
-    pairs with features stay in its slots; a node that was accepted is read again with those.
+    The head reads pairs: the embedding of a token, and the target's hidden states at the token before it. So there is
+    no pair for the first token. Proposed tokens have no hidden states of the target yet: the head's own state takes
+    their place. Only pairs with the target's hidden states stay in its slots; an accepted node is read again with them.
 
-    Nothing is proposed in the first step, where not all of the prompt has been read by the target.
+    In the first step it proposes nothing, since the target has not yet read the whole prompt.
 
     Args:
-        head: as `load_head` gives it.
+        head: of `load_head`.
         shape: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
     """
 
-    def __init__(self, head: FittedHead, shape: TreeShape = Chain()) -> None:
+    def __init__(self, head: BoundHead, shape: TreeShape = Chain()) -> None:
         self.head = head
         self.shape = shape
         self.forwards = 0
         self._slots = Slots(256, head.tokens.device)
-        # Slot i holds the pair of token i + 1.
+        # Tokens read. Slot i holds the pair of token i + 1.
         self._read: list[int] = []
 
     @property
@@ -46,61 +46,60 @@ class HeadDrafter:
 
     @torch.inference_mode()
     def propose(self, context: Context, limit: Limit) -> DraftTree:
-        tokens, features = list(context.tokens), context.features
-        if features is None or not 0 < len(tokens) - 1 <= len(features):
+        tokens, hidden_states = list(context.tokens), context.hidden_states
+        if hidden_states is None or not 0 < len(tokens) - 1 <= len(hidden_states):
             return DraftTree.empty()
-        state = self._catch_up(tokens, features)
+        state = self._catch_up(tokens, hidden_states)
         if context.sampling.greedy and isinstance(self.shape, Chain):
             return DraftTree.chain(self._chain(state, min(limit.depth, limit.nodes)))
         return self._tree(state, context, limit)
 
-    def _catch_up(self, tokens: Sequence[int], features: Float[Tensor, "read F"]) -> Float[Tensor, "1 H"]:
-        """Read the pairs that the slots lack, and that of the root in any case, as its state is wanted."""
-        known = min(common_prefix(self._read, tokens), len(tokens) - 1)
-        self._slots.keep([], after=max(known - 1, 0))
-        for start in range(max(known, 1), len(tokens), PREFILL_CHUNK):
+    def _catch_up(self, tokens: Sequence[int], hidden_states: Float[Tensor, "read F"]) -> Float[Tensor, "1 H"]:
+        """Read the pairs that the slots lack, and always that of the root; return the state at the root."""
+        shared = min(common_prefix(self._read, tokens), len(tokens) - 1)
+        self._slots.keep([], after=max(shared - 1, 0))
+        for start in range(max(shared, 1), len(tokens), PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, len(tokens))
-            own = torch.ones(end - start, end - start, dtype=torch.bool).tril()
             state = self._forward(
                 torch.tensor(tokens[start:end]),
-                self.head.fused(features[start - 1 : end - 1]),
+                self.head.fused(hidden_states[start - 1 : end - 1]),
                 torch.arange(start, end),
-                own,
+                torch.ones(end - start, end - start, dtype=torch.bool).tril(),
             )
         self._read = list(tokens)
         return state[-1:]
 
     def _chain(self, state: Float[Tensor, "1 H"], length: int) -> Int[Tensor, " length"]:
-        """As the levels of a chain would be, but without laws and without the host."""
-        chosen, seen = [self.head.tokens[:0]], torch.ones(1, length, dtype=torch.bool)
+        """Return the head's greedy continuation, made on the device without distributions."""
+        chosen, visible = [self.head.tokens[:0]], torch.ones(1, length, dtype=torch.bool)
         for depth in range(length):
             if depth:
-                place = torch.tensor([len(self._read) - 1 + depth])
-                state = self._forward(chosen[-1], state, place, seen[:, :depth])
+                position = torch.tensor([len(self._read) - 1 + depth])
+                state = self._forward(chosen[-1], state, position, visible[:, :depth])
             chosen.append(self.head.tokens[self.head.logits(state).argmax(-1)])
         return torch.cat(chosen)
 
     def _tree(self, state: Float[Tensor, "1 H"], context: Context, limit: Limit) -> DraftTree:
-        """A tree is grown over the tokens that the head can propose, as if there were no others: the law of a token is
-        what it would be among all with logits of minus infinity for the rest."""
+        """Grow a tree over the D tokens that the head can propose. All other tokens have probability 0, as if their
+        logits were minus infinity."""
         rng = None if context.sampling.greedy else context.rng
 
-        def laws() -> Float[Tensor, "rows D"]:
+        def distributions() -> Float[Tensor, "rows D"]:
             return context.sampling.probs(self.head.logits(state))
 
         def read(level: Level, visible: Bool[Tensor, "rows read"], depth: int) -> Float[Tensor, "rows D"]:
             nonlocal state
-            places = torch.full((len(level),), len(self._read) - 1 + depth)
-            state = self._forward(self.head.tokens[level.tokens], state[list(level.rows)], places, visible)
-            return laws()
+            positions = torch.full((len(level),), len(self._read) - 1 + depth)
+            state = self._forward(self.head.tokens[level.tokens], state[list(level.rows)], positions, visible)
+            return distributions()
 
-        _, tree = grow_tree(self.shape, laws(), limit, rng, read)
+        _, tree = grow_tree(self.shape, distributions(), limit, rng, read)
         if not len(tree):
             return tree
         probs = tree.probs
         if probs is not None:
-            whole = probs.new_zeros(len(tree), context.vocab_size)
-            probs = whole.index_copy_(1, self.head.tokens, probs)
+            full = probs.new_zeros(len(tree), context.vocab_size)
+            probs = full.index_copy_(1, self.head.tokens, probs)
         return DraftTree(self.head.tokens[tree.tokens], tree.parents, probs)
 
     def _forward(
@@ -110,8 +109,10 @@ class HeadDrafter:
         positions: Int[Tensor, " n"],
         visible: Bool[Tensor, "n m"],
     ) -> Float[Tensor, "n H"]:
-        """The states at tokens that take the next slots; of the last m slots each sees those that `visible` marks, and
-        all before these."""
+        """Return the states at tokens, which take the next slots.
+
+        Each token attends to those of the last m slots that `visible` marks, and to all slots before these.
+        """
         self.forwards += 1
         device = self._slots.device
         positions = positions.to(device, non_blocking=True)
@@ -127,7 +128,7 @@ class HeadDrafter:
 
 
 def examples(target: LM) -> dict[str, HeadDrafter]:
-    head = FittedHead(untrained(target), target)
+    head = BoundHead(untrained(target), target)
     return {
         "head-chain": HeadDrafter(head),
         "head-static-tree": HeadDrafter(head, StaticTree((3, 2, 1))),

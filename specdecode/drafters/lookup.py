@@ -1,4 +1,4 @@
-"""Proposals copied from earlier in the text."""
+"""A drafter that copies from earlier in the text."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from specdecode.models.lm import LM
 
 
 class PromptLookup:
-    """Proposes what followed the last tokens when they last occurred (prompt lookup decoding, Saxena 2023).
+    """Propose what followed the last tokens when they last occurred (prompt lookup decoding, Saxena 2023).
 
-    The longest suffix of `min_ngram` to `max_ngram` tokens that occurred before is matched, at its most recent place. A
-    copy that reaches the end of the text goes on with its own beginning, so a repeating text is continued at full
+    It matches the longest suffix of `min_ngram` to `max_ngram` tokens that occurred before, at its most recent place.
+    A copy that reaches the end of the text continues with its own beginning, so a repeating text is continued at full
     length.
 
     Args:
         max_ngram: longest suffix to look for.
-        branches: how many different continuations to propose, most recent first, as one tree; as far as the limit
-            allows.
-        min_ngram: shortest suffix to look for. More than 1 proposes less often, and with better reason: for a
-            `Cascade`, or where rows cost.
+        branches: different continuations to propose as one tree, most recent first, within the limit.
+        min_ngram: shortest suffix to look for. Above 1, it proposes less often and more reliably: for a `Cascade`, or
+            where rows are expensive.
 
     Raises:
         ValueError: an argument below 1, or a shortest suffix above the longest.
@@ -50,7 +49,7 @@ class PromptLookup:
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         tokens = list(context.tokens)
         self._index(tokens)
-        # A trie: continuations that begin alike share their first nodes.
+        # The tree is a trie: continuations with a common beginning share its nodes.
         nodes: dict[tuple[int, int], int] = {}
         branches = 0
         for place in self._matches(tokens):
@@ -72,18 +71,18 @@ class PromptLookup:
         )
 
     def _matches(self, tokens: list[int]) -> Iterator[int]:
-        """Where the text goes on after earlier occurrences of its end: longest match first, then most recent."""
+        """Yield the places after earlier occurrences of the text's end: longest match first, then most recent."""
         for size in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
             # The last place is the end of the text itself.
             yield from reversed(self._places[tuple(tokens[-size:])][:-1])
 
     def _index(self, tokens: list[int]) -> None:
-        """For every n-gram, the places after it, ascending. Only what is new since the last call is added."""
-        known = common_prefix(self._indexed, tokens)
-        if known < len(self._indexed):
+        """Index the places after every n-gram, ascending. Only tokens added since the last call are read."""
+        indexed = common_prefix(self._indexed, tokens)
+        if indexed < len(self._indexed):
             self._places.clear()
-            known = 0
-        for end in range(known + 1, len(tokens) + 1):
+            indexed = 0
+        for end in range(indexed + 1, len(tokens) + 1):
             for size in range(self.min_ngram, min(self.max_ngram, end) + 1):
                 self._places[tuple(tokens[end - size : end])].append(end)
         self._indexed = tokens

@@ -1,4 +1,4 @@
-"""Proposals from a smaller language model."""
+"""A drafter that is a smaller language model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from specdecode.policies.sink_window import SinkWindow
 
 
 class ModelDrafter:
-    """A draft model proposes; it keeps its own slots, and never reads a token twice.
+    """Propose with a draft model, which keeps its own slots and never reads a token twice.
 
-    After a proposal the slots hold what stays of the text that the draft has read and, behind it, the nodes of the
-    tree. When the next proposal is asked for, the nodes on the committed path stay, and only what they lack is read.
+    After a proposal the slots hold the text that the draft has read, as far as the policy keeps it, and then the nodes
+    of the tree. At the next proposal the nodes on the committed path stay, and only the tokens after them are read.
 
     Args:
         draft: shares the target's vocabulary (`specdecode.load(..., target=...)` checks it).
         shape: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
-        policy: what stays in the draft's own cache. Like the target's it evicts by the length of the text alone, so
-            that a fresh drafter and a used one propose the same.
+        policy: evicts from the draft's own cache. The length of the text alone decides when, so that a fresh drafter
+            and a used one propose the same.
 
     Raises:
         ValueError: a policy that chooses by attention, which is not recorded while drafting.
@@ -41,7 +41,7 @@ class ModelDrafter:
         if policy.reads_attention:
             raise ValueError("a draft's cache cannot be kept by attention: take a policy that chooses by place or key")
         if policy.interval:
-            _ = draft.mover  # says so if the architecture cannot be served
+            _ = draft.rerotation  # raises if the keys of this architecture cannot be re-rotated
         self.draft = draft
         self.shape = shape
         self.policy = policy
@@ -69,13 +69,13 @@ class ModelDrafter:
         rng = None if context.sampling.greedy else context.rng
 
         def read(level: Level, visible: Tensor, depth: int) -> Tensor:
-            return self._laws(self._forward(level.tokens, visible, depth), context)
+            return self._distributions(self._forward(level.tokens, visible, depth), context)
 
-        self._grown, proposed = grow_tree(self.shape, self._laws(logits, context), limit, rng, read)
+        self._grown, proposed = grow_tree(self.shape, self._distributions(logits, context), limit, rng, read)
         return proposed
 
     def _chain(self, logits: Float[Tensor, "1 V"], context: Context, length: int) -> Int[Tensor, " length"]:
-        """As the levels of a chain would be, but without laws: the draft's own greedy text, made on the device."""
+        """Return the draft's own greedy continuation, made on the device without distributions."""
         first = logits[:, : context.vocab_size].argmax(-1)
         if length <= 1:
             return first[:length]
@@ -93,38 +93,41 @@ class ModelDrafter:
             rows=len(tokens),
         )
 
-    def _laws(self, logits: Float[Tensor, "rows W"], context: Context) -> Float[Tensor, "rows V"]:
-        """The draft's law over the target's vocabulary, which may be padded to another width than its own."""
-        laws = context.sampling.probs(logits[:, : context.vocab_size])
-        return torch.nn.functional.pad(laws, (0, context.vocab_size - laws.shape[1]))
+    def _distributions(self, logits: Float[Tensor, "rows W"], context: Context) -> Float[Tensor, "rows V"]:
+        """Return the draft's distributions over the target's vocabulary, which may be padded to another width."""
+        distributions = context.sampling.probs(logits[:, : context.vocab_size])
+        return torch.nn.functional.pad(distributions, (0, context.vocab_size - distributions.shape[1]))
 
     def _synchronise(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Keep the slots that hold a prefix of the text, tree nodes included; return what is left to read (the root
-        at least, since its logits are wanted)."""
-        known = min(common_prefix(self._read, tokens), len(tokens) - 1)
-        if known < self._evicted_at():
-            self._forget()  # what an eviction moved cannot be rolled back
-            known = 0
+        """Keep the slots that hold a prefix of the text, tree nodes included.
+
+        Returns:
+            The tokens still to read: the root at least, since its logits are needed.
+        """
+        shared = min(common_prefix(self._read, tokens), len(tokens) - 1)
+        if shared < self._evicted_at():
+            self._forget()  # an eviction cannot be rolled back
+            shared = 0
         path: list[int] = []
-        start = known - self._slots.evicted  # the first slot behind the known text
-        if known == len(self._read) > 0:
-            grown, children = self._grown.known, self._grown.children()
+        start = shared - self._slots.evicted  # the first slot after the shared prefix
+        if shared == len(self._read) > 0:
+            grown, children = self._grown.host_tokens, self._grown.children()
             in_slots = self._slots.length - start
             # Tokens beyond the next eviction are read again, after it.
-            last = min(len(tokens) - 1, boundary(self.policy, known, start))
+            last = min(len(tokens) - 1, boundary(self.policy, shared, start))
             node: int | None = 0
-            for token in tokens[known:last]:
+            for token in tokens[shared:last]:
                 node = next((c for c in children[node or 0] if c <= in_slots and grown[c - 1] == token), None)
                 if node is None:
                     break
                 path.append(start - 1 + node)
         self._slots.keep(path, after=start)
-        self._read = list(tokens[: known + len(path)])
+        self._read = list(tokens[: shared + len(path)])
         self._grown = DraftTree.empty()
-        return tokens[known + len(path) :]
+        return tokens[shared + len(path) :]
 
     def _evicted_at(self) -> int:
-        """The length of the text at which tokens were evicted last, 0 if never: it left as many as it may."""
+        """Return the length of the text at the last eviction, which left `policy.keeps` tokens; 0 if there was none."""
         return self._slots.evicted + self.policy.keeps if self._slots.evicted else 0
 
 

@@ -1,4 +1,4 @@
-"""No speculation."""
+"""A drafter that proposes nothing: autoregressive decoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specdecode.models.lm import LM
 
 @dataclass(frozen=True, slots=True)
 class NoDraft:
-    """The empty tree: autoregressive decoding is speculation with nothing proposed."""
+    """Propose the empty tree: autoregressive decoding is speculation without proposals."""
 
     @property
     def forwards(self) -> int:

@@ -1,4 +1,4 @@
-"""Proposals of a known continuation with a set probability: measures cost where trained weights are not at hand."""
+"""A drafter of set acceptance: it measures costs where trained weights are not available."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from specdecode.models.lm import LM
 
 
 class ReplayDrafter:
-    """Pays for another drafter's proposals, then rewrites them: on the way down the tree, the first continuation is
-    the known one with the given probability, and all are wrong otherwise.
+    """Pay for another drafter's proposals, then rewrite them to a set acceptance.
 
-    Whether a position is proposed right depends on the seed and the position alone. Results are synthetic: they tell
-    the cost of decoding at an acceptance, not the acceptance of a model.
+    From the root downwards, the first child becomes the token of the known continuation with the given probability;
+    all other children become wrong. The seed and the position alone decide whether a position is proposed right.
+    Results are synthetic: they show the cost of decoding at an acceptance, not the acceptance of a model.
 
     Args:
         inner: proposes the tree whose cost is paid.
@@ -55,14 +55,14 @@ class ReplayDrafter:
             place = len(context.tokens) + depth
             if right is None or place >= len(self.text):
                 break
-            known = self.text[place]
-            following = children[right]
-            for node in following:
-                tokens[node - 1] = (known + 1) % context.vocab_size
+            right_token = self.text[place]
+            siblings = children[right]
+            for node in siblings:
+                tokens[node - 1] = (right_token + 1) % context.vocab_size
             right = None
-            if following and self._hits(place):
-                right = following[0]
-                tokens[right - 1] = known
+            if siblings and self._hits(place):
+                right = siblings[0]
+                tokens[right - 1] = right_token
         return DraftTree(torch.tensor(tokens, dtype=torch.long), tree.parents)
 
     def _hits(self, place: int) -> bool:

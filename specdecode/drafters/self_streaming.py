@@ -1,4 +1,4 @@
-"""Proposals of the target itself, from a part of its cache."""
+"""A drafter that is the target itself, with a short cache."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from specdecode.policies.sink_window import SinkWindow
 
 
 class SelfStreamingDrafter:
-    """The target drafts with a short cache of attention sinks and recent tokens, and verifies with the full one.
+    """Draft with the target and a short cache of attention sinks and recent tokens.
 
-    Lossless, whatever the short cache forgets; it pays where the context is so long that reading the full cache takes
-    most of a forward (MagicDec, Chen et al. 2024).
+    The target verifies with the full cache, so decoding is lossless. It pays where the context is so long that reading
+    the full cache takes most of a forward (MagicDec, Chen et al. 2024).
 
     Args:
         target: drafts for itself.
-        max_len: tokens in the draft's cache, at most.
+        max_len: most tokens in the draft's cache.
         sinks: tokens at the start that always stay in it.
         shape: of the draft.
 
     Raises:
         ValueError: no room for a window.
-        UnsupportedModelError: the keys of this architecture cannot be moved.
+        UnsupportedModelError: the keys of this architecture cannot be re-rotated.
     """
 
     layers = ()

@@ -1,4 +1,4 @@
-"""The shape of a model's draft: which continuations of which nodes are proposed."""
+"""Shapes of draft trees: which continuations of which nodes are proposed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from specdecode.core.tree import DraftTree
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Level:
-    """Proposals of one depth.
+    """Hold the proposals of one depth.
 
     Attributes:
         tokens: [c] token ids.
-        rows: for each, the row of the level above (at first the root) that it continues.
-        probs: [c, V] the law that each was drawn from, given its earlier siblings; None if deterministic.
-        scores: log-probability of each one's path under the draft; None if the shape has no use for them.
+        rows: for each token, the row of the level above (at first the root) that it continues.
+        probs: [c, V] the distribution that each token was drawn from, given its earlier siblings; None if
+            deterministic.
+        scores: log-probability of each token's path under the draft; None if the shape does not use them.
     """
 
     tokens: Int[Tensor, " c"]
@@ -36,55 +37,57 @@ class Level:
 
 
 class TreeShape(Protocol):
-    """Grows a tree level by level; every level costs one draft forward over its nodes."""
+    """Grow a tree level by level. Every level but the last costs one draft forward over its nodes."""
 
-    def grow(self, laws: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None) -> Level:
-        """The next level, under the last of the levels `above`, from the draft's law at each of that one's nodes.
+    def grow(
+        self, distributions: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None
+    ) -> Level:
+        """Return the next level, given the levels above and the draft's distribution at each node of the last of them.
 
         `rng` is None under greedy decoding. An empty level ends the tree.
         """
         ...
 
     def more(self, above: Sequence[Level], limit: Limit) -> bool:
-        """Whether another level may follow; asked before the forward over the last one is paid."""
+        """Return whether another level may follow. It is called before the forward over the last one."""
         ...
 
     def select(self, levels: Sequence[Level], limit: Limit) -> list[int]:
-        """Which of the levels' nodes, numbered through from 0, are proposed; ancestors of a chosen node are too."""
+        """Return the nodes to propose, numbered from 0 through all levels, ancestors included."""
         ...
 
 
 Read = Callable[[Level, Bool[Tensor, "rows read"], int], Float[Tensor, "rows V"]]
-"""The draft's laws at the nodes of a level, from these, which of the nodes that have been read (the level's own
-included, at the end) each of them sees, and their depth."""
+"""Runs a forward of the draft over a level. Arguments: the level; which of the nodes read so far, and of the level's
+own at the end, each of its nodes sees; and its depth. Returns the draft's distributions at its nodes."""
 
 
 def grow_tree(
-    shape: TreeShape, laws: Float[Tensor, "1 V"], limit: Limit, rng: Rng | None, read: Read
+    shape: TreeShape, distributions: Float[Tensor, "1 V"], limit: Limit, rng: Rng | None, read: Read
 ) -> tuple[DraftTree, DraftTree]:
-    """Grow a draft level by level, by a forward of the draft over each level but the last.
+    """Grow a draft tree level by level, with a forward of the draft over each level but the last.
 
     Args:
-        shape: of the draft.
-        laws: the draft's law at the root.
+        shape: of the tree.
+        distributions: the draft's distribution at the root.
         limit: the most that may be proposed.
         rng: None under greedy decoding.
-        read: a forward.
+        read: runs a forward of the draft.
 
     Returns:
-        All nodes, in the order in which they are read, and the tree of those that are proposed.
+        The tree of all nodes, in the order in which they are read, and the tree of the nodes to propose.
     """
     levels: list[Level] = []
     parents: list[int] = []
     above = [0]
-    # Which nodes that have been read each node of the level above sees; the root sees none.
+    # Row i: which of the nodes read so far node i of the level above sees; the root sees none.
     visible = torch.ones(1, 0, dtype=torch.bool)
     while len(levels) < limit.depth and shape.more(levels, limit):
         if levels:
             visible = torch.cat([visible[list(levels[-1].rows)], torch.eye(len(above), dtype=torch.bool)], 1)
-            laws = read(levels[-1], visible, len(levels))
-        level = shape.grow(laws, levels, limit, rng)
-        del laws  # as wide as the vocabulary: no two levels' at once
+            distributions = read(levels[-1], visible, len(levels))
+        level = shape.grow(distributions, levels, limit, rng)
+        del distributions  # as wide as the vocabulary: never those of two levels at once
         if not len(level):
             break
         parents += [above[row] for row in level.rows]
@@ -105,14 +108,14 @@ def grow_tree(
 
 @dataclass(frozen=True, slots=True)
 class StaticTree:
-    """A fixed number of continuations at each depth, level by level until `nodes` are proposed.
+    """Grow a fixed number of continuations at each depth, level by level until `nodes` are proposed.
 
     Under greedy decoding the continuations are the draft's most probable tokens. With sampling they are drawn from its
-    law without replacement, and the law that each was drawn from goes with it.
+    distribution without replacement, and `probs` holds the distribution that each was drawn from.
 
     Attributes:
         branching: continuations of every node, depth by depth; its length is the tree's depth.
-        nodes: proposals in all.
+        nodes: most proposals in all.
 
     Raises:
         ValueError: no level, or a number below 1.
@@ -127,9 +130,11 @@ class StaticTree:
         if self.nodes < 1:
             raise ValueError(f"nodes is {self.nodes}: a tree needs at least 1")
 
-    def grow(self, laws: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None) -> Level:
+    def grow(
+        self, distributions: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None
+    ) -> Level:
         room = min(self.nodes, limit.nodes) - sum(map(len, above))
-        return _continue(laws, self.branching[len(above)], room, rng)
+        return _continue(distributions, self.branching[len(above)], room, rng)
 
     def more(self, above: Sequence[Level], limit: Limit) -> bool:
         return len(above) < len(self.branching) and sum(map(len, above)) < min(self.nodes, limit.nodes)
@@ -140,10 +145,12 @@ class StaticTree:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One continuation a level, as deep as the limit allows."""
+    """Grow one continuation a level, as deep as the limit allows."""
 
-    def grow(self, laws: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None) -> Level:
-        return _continue(laws, 1, limit.nodes - len(above), rng)
+    def grow(
+        self, distributions: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None
+    ) -> Level:
+        return _continue(distributions, 1, limit.nodes - len(above), rng)
 
     def more(self, above: Sequence[Level], limit: Limit) -> bool:
         return len(above) < limit.nodes
@@ -154,13 +161,13 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class BestFirstTree:
-    """The `nodes` paths that the draft finds most probable, none below `threshold` (as in EAGLE-2, Li et al. 2024).
+    """Grow the `nodes` most probable paths under the draft, none below `threshold` (as in EAGLE-2, Li et al. 2024).
 
-    Proposals are the most probable tokens, not draws, so no law goes with them: pruning a drawn sibling for its
-    probability would make the law that it was drawn from untrue.
+    Proposals are the most probable tokens, not draws, so they have no `probs`: to prune a drawn sibling by its
+    probability would falsify the distribution that it was drawn from.
 
     Attributes:
-        nodes: proposals in all.
+        nodes: most proposals in all.
         threshold: least probability of a path under the draft.
 
     Raises:
@@ -176,15 +183,19 @@ class BestFirstTree:
         if not 0.0 <= self.threshold < 1.0:
             raise ValueError(f"threshold is {self.threshold}: a path's probability must be from 0 to below 1")
 
-    def grow(self, laws: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None) -> Level:
+    def grow(
+        self, distributions: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None
+    ) -> Level:
         room = min(self.nodes, limit.nodes)
-        ranked = laws.log().topk(min(room, laws.shape[1]), dim=1)
+        ranked = distributions.log().topk(min(room, distributions.shape[1]), dim=1)
         parents = above[-1].scores if above else (0.0,)
         assert parents is not None
-        scores = ranked.values.double() + torch.tensor(parents, dtype=torch.float64, device=laws.device)[:, None]
+        scores = (
+            ranked.values.double() + torch.tensor(parents, dtype=torch.float64, device=distributions.device)[:, None]
+        )
         best = scores.flatten().topk(min(room, scores.numel()))
         places, values = best.indices.tolist(), best.values.tolist()
-        # A candidate must beat what is proposed already, where that fills the room.
+        # If the proposals so far fill the room, a candidate must be more probable than the last of them.
         so_far = sorted((s for level in above for s in level.scores or ()), reverse=True)
         floor = so_far[room - 1] if len(so_far) >= room else -torch.inf
         cut = torch.tensor(self.threshold).log().item()
@@ -206,23 +217,24 @@ class BestFirstTree:
         return sorted(best)
 
 
-def _continue(laws: Float[Tensor, "rows V"], each: int, room: int, rng: Rng | None) -> Level:
-    """`each` continuations of every row, at most `room` in all: the most probable, or drawn without replacement."""
-    each = min(each, laws.shape[1])
-    rows = [row for row in range(len(laws)) for _ in range(each)][: max(room, 0)]
+def _continue(distributions: Float[Tensor, "rows V"], branches: int, room: int, rng: Rng | None) -> Level:
+    """Return `branches` continuations of every row, at most `room` in all: the most probable tokens, or draws without
+    replacement."""
+    branches = min(branches, distributions.shape[1])
+    rows = [row for row in range(len(distributions)) for _ in range(branches)][: max(room, 0)]
     if rng is None:
-        return Level(laws.topk(each, dim=1).indices.flatten()[: len(rows)], rows)
-    drawn, given = [], []
-    left = laws[: -(-len(rows) // each)]
-    for _ in range(each):
+        return Level(distributions.topk(branches, dim=1).indices.flatten()[: len(rows)], rows)
+    drawn, drawn_from = [], []
+    left = distributions[: -(-len(rows) // branches)]
+    for _ in range(branches):
         tokens = rng.draw(left).clamp(min=0)
         drawn.append(tokens)
-        given.append(left)
+        drawn_from.append(left)
         left = left.scatter(1, tokens[:, None], 0.0)
         mass = left.sum(1, keepdim=True)
         left = left / mass.where(mass > 0, 1.0)
     tokens = torch.stack(drawn, 1).flatten()[: len(rows)]
-    probs = torch.stack(given, 1).flatten(0, 1)[: len(rows)]
-    # Where a law has fewer tokens than were to be drawn, the draws from nothing are not proposals.
+    probs = torch.stack(drawn_from, 1).flatten(0, 1)[: len(rows)]
+    # A distribution over fewer tokens than were to be drawn runs out: draws from nothing are not proposals.
     real = (probs.sum(1) > 0).tolist()
     return Level(tokens[real], [row for row, keep in zip(rows, real, strict=True) if keep], probs[real])

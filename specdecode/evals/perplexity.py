@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdecode.controllers.base import Controller, FixedK, Limit
 from specdecode.core.tree import DraftTree
-from specdecode.decoding.teacher_forced import Followed, follow
+from specdecode.decoding.teacher_forced import ForcedStep, teacher_forced
 from specdecode.drafters.base import Context, Drafter
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
@@ -64,9 +64,9 @@ class DecodePath:
     drafter: Callable[[Sequence[int]], Drafter] = OracleDrafter
     controller: Callable[[], Controller] = lambda: FixedK(5)
 
-    def forced_steps(self, text: Sequence[int], start: int = 1) -> Iterator[Followed]:
-        """Decode a text, teacher-forced, with a cache that is empty at first; arguments as for `follow`."""
-        return follow(
+    def forced_steps(self, text: Sequence[int], start: int = 1) -> Iterator[ForcedStep]:
+        """Decode a text, teacher-forced, with a cache that is empty at first; arguments as for `teacher_forced`."""
+        return teacher_forced(
             self.lm, text, start, drafter=self.drafter(text), controller=self.controller(), policy=self.policy
         )
 
@@ -218,7 +218,7 @@ class _ReferenceScores:
         losses: -log p of the tokens that it has scored so far.
     """
 
-    def __init__(self, steps: Iterator[Followed], start: int, text: Sequence[int]) -> None:
+    def __init__(self, steps: Iterator[ForcedStep], start: int, text: Sequence[int]) -> None:
         self._steps = steps
         self._text = text
         self._first = start
@@ -240,7 +240,7 @@ class _ReferenceScores:
         self._first = place
 
 
-def _compared(step: Followed, reference: Float[Tensor, "n V"], text: Sequence[int]) -> TokenScores:
+def _compared(step: ForcedStep, reference: Float[Tensor, "n V"], text: Sequence[int]) -> TokenScores:
     """Score the tokens of one step."""
     log_probs = _log_probs(step.logits)
     places = torch.arange(step.place, step.place + len(log_probs), device=log_probs.device)
@@ -248,7 +248,7 @@ def _compared(step: Followed, reference: Float[Tensor, "n V"], text: Sequence[in
         nll=_nll(log_probs, text[step.place : step.place + len(log_probs)]),
         kl=torch.nn.functional.kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1),
         agrees=log_probs.argmax(-1) == reference.argmax(-1),
-        since=torch.zeros_like(places) if step.evicted is None else places - step.evicted,
+        since=torch.zeros_like(places) if step.evicted_at is None else places - step.evicted_at,
     )
 
 

@@ -1,1 +1,1 @@
-"""Draft heads: the module, its file, and a head bound to its target."""
+"""Draft heads: the module, its file format, and a head bound to its target."""

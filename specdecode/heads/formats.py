@@ -12,45 +12,51 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from specdecode.core.errors import ModelFileError
-from specdecode.heads.module import Head, HeadShape, Signature
+from specdecode.heads.module import Head, HeadShape, TargetFingerprint
 
 FORMAT = 1
-"""Of the files of heads."""
+"""Version of the head file format."""
 
 _KEY = "specdecode-head"
-# What the file names the tensors of a signature.
+# Names in the file of the fingerprint's tensors.
 _TOKENS, _ROWS = "signature.tokens", "signature.rows"
 
 
-def write_head(head: Head, signature: Signature, card: Mapping[str, Any]) -> bytes:
-    """The bytes of a head's file: its weights in 16 bit, its shape, the signature of its target, and a card of plain
-    values that says how it was trained."""
-    held = {**head.state_dict(), _TOKENS: signature.tokens, _ROWS: signature.rows}
-    known = {"target": signature.target, "vocab_size": signature.vocab_size, "layers": signature.layers}
-    about = {"format": FORMAT, "shape": asdict(head.shape), "signature": known, "card": dict(card)}
-    tensors = {name: value.half() if value.is_floating_point() else value.int() for name, value in held.items()}
-    return save({name: value.contiguous() for name, value in tensors.items()}, {_KEY: json.dumps(about)})
+def write_head(head: Head, fingerprint: TargetFingerprint, card: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a head's file: weights in 16 bit, shape, fingerprint of the target, and card.
+
+    Args:
+        head: to store.
+        fingerprint: of its target.
+        card: plain values that say how it was trained.
+    """
+    tensors = {**head.state_dict(), _TOKENS: fingerprint.tokens, _ROWS: fingerprint.rows}
+    target = {"target": fingerprint.target, "vocab_size": fingerprint.vocab_size, "layers": fingerprint.layers}
+    metadata = {"format": FORMAT, "shape": asdict(head.shape), "signature": target, "card": dict(card)}
+    stored = {name: value.half() if value.is_floating_point() else value.int() for name, value in tensors.items()}
+    return save({name: value.contiguous() for name, value in stored.items()}, {_KEY: json.dumps(metadata)})
 
 
-def read_head(file: Path) -> tuple[Head, Signature, dict[str, Any]]:
-    """A head in float32 on the CPU, the signature of its target, and its card.
+def read_head(file: Path) -> tuple[Head, TargetFingerprint, dict[str, Any]]:
+    """Read a head in float32 to the CPU, with the fingerprint of its target and its card.
 
     Raises:
         ModelFileError: the file is not there, is damaged, or holds no head of this version.
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            about = json.loads((opened.metadata() or {}).get(_KEY, "null"))
-            held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        if about is None or about["format"] != FORMAT:
+            metadata = json.loads((opened.metadata() or {}).get(_KEY, "null"))
+            stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        if metadata is None or metadata["format"] != FORMAT:
             raise ModelFileError(f"{file} holds no draft head of this version: train one with `specdecode train-head`")
-        shape = HeadShape(**{**about["shape"], "layers": tuple(about["shape"]["layers"])})
-        weights = {name: value.float() if value.is_floating_point() else value.long() for name, value in held.items()}
-        signature = Signature(**about["signature"], tokens=weights.pop(_TOKENS), rows=weights.pop(_ROWS))
-        head = Head(shape, weights["tokens"])
-        head.load_state_dict(weights)
+        shape = HeadShape(**{**metadata["shape"], "layers": tuple(metadata["shape"]["layers"])})
+        tensors = {name: value.float() if value.is_floating_point() else value.long() for name, value in stored.items()}
+        rows = tensors.pop(_ROWS)
+        fingerprint = TargetFingerprint(**metadata["signature"], tokens=tensors.pop(_TOKENS), rows=rows)
+        head = Head(shape, tensors["tokens"])
+        head.load_state_dict(tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(f"cannot read the draft head {file}: {first_line}") from error
-    card: dict[str, Any] = about["card"]
-    return head, signature, card
+    card: dict[str, Any] = metadata["card"]
+    return head, fingerprint, card

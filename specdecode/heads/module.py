@@ -1,6 +1,7 @@
-"""A draft head: one transformer layer that continues a target's hidden states, and its file.
+"""The module of a draft head: one transformer layer that continues a target's hidden states.
 
-(EAGLE, Li et al. 2024; several layers' features and training on its own predictions as in EAGLE-3, Li et al. 2025.)
+(EAGLE, Li et al. 2024; hidden states of several layers and training on its own predictions as in EAGLE-3, Li et al.
+2025.)
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes the keys and values [b, heads, n, dim] of the tokens that are read, and gives all that these may attend to."""
+"""Appends the keys and values [b, heads, n, dim] of the tokens that are read; returns all that these may attend to."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """The sizes of a head.
+    """Hold the sizes of a head.
 
     Attributes:
-        hidden: width of the target's hidden states.
-        layers: of the target, ascending, whose outputs are the features.
-        heads: of queries.
-        kv_heads: of keys and values.
-        head_dim: width of a head, even.
+        hidden: width H of the target's hidden states.
+        layers: of the target, ascending, whose hidden states the head reads.
+        heads: attention heads of queries.
+        kv_heads: attention heads of keys and values.
+        head_dim: width of an attention head, even.
         intermediate: width of the feed-forward part.
         theta: base of the rotary positions (Su et al. 2021).
     """
@@ -41,15 +42,15 @@ class HeadShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
-    """What a head's file keeps of its target, to know it again, whatever type its weights are in.
+class TargetFingerprint:
+    """Identify the target of a head, whatever the type of its weights. A head's file stores it.
 
     Attributes:
         target: its name.
         vocab_size: width of its logits.
-        layers: how many it has.
+        layers: number of its layers.
         tokens: some of its vocabulary.
-        rows: its embeddings of these.
+        rows: its embeddings of these tokens.
     """
 
     target: str
@@ -60,12 +61,12 @@ class Signature:
 
 
 class Head(nn.Module):
-    """Says what follows token i from its embedding and the target's features at token i - 1; and, in place of features
-    that the target has not computed, from its own state there.
+    """Predict what follows token i from its embedding and the target's hidden states at token i - 1. Where the target
+    has not computed these, the head's own state at token i - 1 takes their place.
 
     Args:
         shape: its sizes.
-        tokens: ids of the target's vocabulary that it can propose.
+        tokens: the D ids of the target's vocabulary that it can propose.
     """
 
     tokens: Int[Tensor, " D"]
@@ -90,10 +91,10 @@ class Head(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate, width, bias=False)
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
-    def fused(self, features: Float[Tensor, "*b n F"]) -> Float[Tensor, "*b n H"]:
-        """The states that the target's features stand for; each layer's are of one length first, since they grow from
-        layer to layer."""
-        layers = features.unflatten(-1, (len(self.shape.layers), self.shape.hidden))
+    def fused(self, hidden_states: Float[Tensor, "*b n F"]) -> Float[Tensor, "*b n H"]:
+        """Return the head's states for the target's hidden states. Each layer's are normalised first, since they grow
+        from layer to layer."""
+        layers = hidden_states.unflatten(-1, (len(self.shape.layers), self.shape.hidden))
         fused: Tensor = self.fuse(rms_norm(layers, (self.shape.hidden,), eps=1e-5).flatten(-2))
         return fused
 
@@ -105,19 +106,19 @@ class Head(nn.Module):
         store: Store,
         visible: Bool[Tensor, "n s"],
     ) -> Float[Tensor, "b n H"]:
-        """The states at some tokens.
+        """Return the states at some tokens.
 
         Args:
             embedded: the target's embeddings of the tokens.
-            state: at the token before each: `fused` features, or what this gave there.
+            state: at the token before each: the `fused` hidden states, or the result of this function there.
             positions: of the tokens.
             store: holds keys and values.
-            visible: which of the s that the store gives each token attends to.
+            visible: which of the s keys in the store each token attends to.
         """
         x = self.join(torch.cat([_normed(self.embedding_norm, embedded), _normed(self.state_norm, state)], -1))
-        given = _normed(self.input_layernorm, x)
+        inputs = _normed(self.input_layernorm, x)
         queries, keys, values = (
-            project(given).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+            project(inputs).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         keys, values = store(self._rotated(keys, positions), values)
@@ -125,16 +126,16 @@ class Head(nn.Module):
             self._rotated(queries, positions), keys, values, attn_mask=visible, enable_gqa=True
         )
         x = x + self.o_proj(attended.transpose(1, 2).flatten(-2))
-        given = _normed(self.post_attention_layernorm, x)
-        read: Tensor = x + self.down_proj(silu(self.gate_proj(given)) * self.up_proj(given))
-        return read
+        inputs = _normed(self.post_attention_layernorm, x)
+        states: Tensor = x + self.down_proj(silu(self.gate_proj(inputs)) * self.up_proj(inputs))
+        return states
 
     def normed(self, state: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
-        """What the rows of an output embedding are multiplied with."""
+        """Return the states normalised, as an output embedding takes them."""
         return _normed(self.norm, state)
 
     def logits(self, state: Float[Tensor, "*b n H"], rows: Float[Tensor, "D H"]) -> Float[Tensor, "*b n D"]:
-        """Of the tokens that it can propose, from the rows of the target's output embedding for these."""
+        """Return the logits of the tokens that it can propose, given the target's output embedding of these."""
         logits: Tensor = self.normed(state) @ rows.T
         return logits
 
@@ -148,5 +149,5 @@ class Head(nn.Module):
 
 
 def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """In the type that the products before left, as in training with 16-bit products: there are no kernels for two."""
+    """Normalise in the type of `x`, which is 16 bit in autocast training: there are no kernels for mixed types."""
     return rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)

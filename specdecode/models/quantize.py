@@ -1,4 +1,4 @@
-"""Weights in 8 bits: a transform of a loaded module, before it decodes anything."""
+"""Quantisation: a transform of a loaded module to 8-bit weights, before it decodes anything."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from specdecode.backends.packed import PackedLinear
 from specdecode.core.errors import UnsupportedModelError
 
 
 def quantizer(kind: str) -> Callable[[nn.Module], None]:
-    """The transform that quantises a model's weights in place, found before the model is loaded.
+    """Return the transform that quantises a model's weights in place. Call it before loading the model.
 
-    "int8" is torchao's weight-only INT8: a weight is an integer from -128 to 127 times the scale of its output channel,
-    which is the largest magnitude there over 127.5; so it is off by half a scale at most. A linear layer takes one byte
-    a weight, and five bytes a channel: a scale in float32, and a zero point that is always 0. All linear layers are
-    quantised, an output head of its own among them. A head that is tied to the embedding stays with it as it is: as
-    integers it would be stored a second time, beside the embedding, of which a forward reads no more than rows.
+    "int8" is torchao's weight-only INT8. A weight is an integer from -128 to 127 times the scale of its output channel,
+    which is the largest magnitude there over 127.5; so the error is half a scale at most. A linear layer takes one byte
+    per weight and five bytes per channel: a scale in float32, and a zero point that is always 0. All linear layers are
+    quantised, including an untied output head. A head that is tied to the embedding stays as it is: its integers would
+    be stored in addition to the embedding, of which a forward reads only some rows.
 
-    Run eagerly, as everything here is, each forward first writes all integers of a layer out in the type of the
-    activations, and then multiplies with those: more bytes move than in an unquantised layer, so it may well be slower,
-    on a CPU as on a GPU. What is gained is memory. Fewer bytes move only where a compiler puts the conversion into the
-    product; eagerly torchao calls no kernel of its own for this, nor `torch._weight_int8pack_mm`.
+    Run eagerly, each forward first writes all integers of a layer out in the type of the activations, and then
+    multiplies with those. That moves more bytes than an unquantised layer, so it may be slower, on a CPU and on a GPU:
+    the gain is memory. Fewer bytes move only where a compiler fuses the conversion into the product. Eagerly torchao
+    calls no kernel of its own for this, nor `torch._weight_int8pack_mm`.
 
-    The transform raises UnsupportedModelError if any other matrix than an embedding is no plain linear layer's (GPT-2,
-    Falcon, mixtures of experts): it would stay as it is in silence.
+    The transform raises UnsupportedModelError if any matrix other than an embedding belongs to no plain linear layer
+    (GPT-2, Falcon, mixtures of experts): it would silently stay unquantised.
 
     Raises:
         ValueError: there is no such kind, or torchao is not installed.
@@ -38,7 +39,7 @@ def quantizer(kind: str) -> Callable[[nn.Module], None]:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ValueError(f"INT8 weights need torchao ({error}): pip install torchao") from error
-    # Unless told otherwise torchao changes the compiler's settings for the whole process.
+    # By default torchao changes the compiler's settings for the whole process.
     config = Int8WeightOnlyConfig(set_inductor_config=False)
 
     def transform(model: nn.Module) -> None:
@@ -50,40 +51,53 @@ def quantizer(kind: str) -> Callable[[nn.Module], None]:
         quantize_(model, config, filter_fn=lambda module, name: module in layers)
         for layer in layers:
             if layer.weight.dtype == torch.float16:
-                _count_in_128ths(layer.weight)
+                _scale_activations_by_128(layer.weight)
 
     return transform
 
 
-def _count_in_128ths(weight: Any) -> None:
-    """Keep products within float16: torchao multiplies activations by the integers first and by the scale last, and in
-    between a real model exceeds 65,504, the most that there is (SmolLM2-135M by a factor of 8). With activations taken
-    by 128 smaller, and scales as much larger, it is as if the weights were at most 1."""
+def _scale_activations_by_128(weight: Any) -> None:
+    """Divide activations by 128 and multiply scales by 128, so that products stay within float16.
+
+    torchao multiplies activations by the integers first and by the scale last. Between the two, a real model exceeds
+    65,504, the largest float16 (SmolLM2-135M by a factor of 8). Scaled like this, the integers act as weights of at
+    most 1.
+    """
     weight.act_pre_scale = torch.tensor(1 / 128, dtype=weight.dtype, device=weight.device)
     weight.scale.mul_(128)
 
 
 def _linear_layers(model: nn.Module) -> set[nn.Linear]:
-    """The layers to quantise: every matrix of the model is theirs, but embeddings and what is tied to one."""
+    """Return the layers to quantise. All matrices must belong to them, except embeddings and heads tied to one.
+
+    Raises:
+        UnsupportedModelError: another module has a matrix.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found = set()
+    layers = set()
     for name, module in model.named_modules():
         matrices = [weight for weight in module.parameters(recurse=False) if weight.dim() > 1]
         if all(id(weight) in embeddings for weight in matrices):
             continue
-        # A class of its own may use its weight in a way that integers do not know.
+        # A subclass may use its weight in other ways, which integers do not support.
         if type(module) is not nn.Linear or is_traceable_wrapper_subclass(module.weight):
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be quantised: {name} is a {type(module).__name__} of"
                 f" {type(matrices[0]).__name__}, and INT8 is for plain linear layers in floating point"
             )
-        found.add(module)
-    return found
+        layers.add(module)
+    return layers
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's weights as they are stored, packed layouts included."""
+    packed = sum(module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    return sum(map(stored_bytes, model.parameters())) + packed
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor takes: of a quantised one those of its integers, scales and zero points, for its own
-    `nbytes` are those of what it stands for."""
+    """Return the bytes that a tensor takes: for a quantised one those of its integers, scales and zero points, as its
+    `nbytes` are those of the tensor that it stands for."""
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes
     parts, _ = tensor.__tensor_flatten__()

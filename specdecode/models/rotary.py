@@ -1,8 +1,8 @@
-"""Keys that were rotated for one position, rotated for another: what an eviction does to the keys that stay.
+"""KV re-rotation: after an eviction, rotate the keys that stay to their new positions in the cache.
 
-Rotary positions (Su et al. 2021) turn each pair of a key's components by an angle that grows with the position. Cached
-keys are turned already, so a key that moves is turned back and turned again, with the very angles of the model's own
-rotary module: it is then the key that the model would have written there.
+Rotary positions (Su et al. 2021) rotate each pair of a key's components by an angle that grows with the position.
+Cached keys are rotated already. So a key is rotated back and then on to its new position, with the angles of the
+model's own rotary module: the result is the key that the model would have written there.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ from transformers import PreTrainedModel
 
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
+from specdecode.models.forwards import SlotDecoder
 
-# Positions of one and the same token whose keys show how a layer rotates; far enough apart for every frequency to show.
-_PROBED = (3, 41)
-# Parts of transformers compute in float32 whatever the model's type.
+# Positions of one token whose keys show how a layer rotates: far enough apart for every frequency to show.
+_PROBED_POSITIONS = (3, 41)
+# Largest error of a re-rotated key, in standard deviations of the key's components. Parts of transformers compute in
+# float32 whatever the model's type.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# How a rotary module lays out what it gives for two pairs (0 and 1), and each pair's own.
+# Layouts of a rotary module's output, shown for two pairs (0 and 1), and how to take one value for each pair.
 _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "0 1 0 1": lambda given: given[..., : given.shape[-1] // 2],
-    "0 0 1 1": lambda given: given[..., ::2],
-    "0 1": lambda given: given,
+    "0 1 0 1": lambda output: output[..., : output.shape[-1] // 2],
+    "0 0 1 1": lambda output: output[..., ::2],
+    "0 1": lambda output: output,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """How one layer rotates its keys.
+    """Describe how one layer rotates its keys.
 
     Attributes:
-        module: gives cosines and sines of positions.
-        arguments: of the module, behind the positions: the type of layer, where it asks for one.
+        module: returns cosines and sines of positions.
+        arguments: of the module, after the positions: the type of layer, if it takes one.
         adjacent: components are paired with their neighbours (0 with 1); otherwise with those half the width away.
-        layout: how the module lays out the pairs' cosines.
-        last: the last components of a key are rotated; otherwise the first, if not all are.
-        backwards: the pairs turn the other way.
+        layout: of the pairs' cosines in the module's output.
+        last: if only some components of a key are rotated, they are the last ones; otherwise the first.
+        backwards: the pairs rotate the other way.
     """
 
     module: nn.Module
@@ -56,94 +58,109 @@ class Rotation:
     def table(
         self, like: Tensor, positions: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n pairs"], Float[Tensor, "n pairs"]]:
-        """Cosine and sine of each pair's angle at these positions, scaled as the model scales them."""
-        given = self.module(like, positions[None], *self.arguments)
-        # Some modules give complex numbers.
-        cos, sin = (given.real, given.imag) if isinstance(given, Tensor) else given
-        own = _LAYOUTS[self.layout]
-        # A token may move a thousand times: nothing but the rounding of the result may add up.
-        cos, sin = own(cos)[0].double(), own(sin)[0].double()
+        """Return cosine and sine of each pair's angle at these positions, scaled as the model scales them.
+
+        Args:
+            like: a tensor of the type and device that the module returns.
+            positions: any.
+        """
+        output = self.module(like, positions[None], *self.arguments)
+        # Some modules return complex numbers.
+        cos, sin = (output.real, output.imag) if isinstance(output, Tensor) else output
+        by_pair = _LAYOUTS[self.layout]
+        # A key may be re-rotated a thousand times: only the rounding of the result may add up.
+        cos, sin = by_pair(cos)[0].double(), by_pair(sin)[0].double()
         return cos, -sin if self.backwards else sin
 
-    def move(
+    def rerotate(
         self,
         keys: Float[Tensor, "heads n dim"],
         before: tuple[Tensor, Tensor],
         after: tuple[Tensor, Tensor],
     ) -> Float[Tensor, "heads n dim"]:
-        """Keys turned back by the angles of `before`, and on by those of `after`: each [n, pairs] or, by head,
-        [heads, n, pairs]."""
+        """Rotate keys back by the angles of `before`, and on by those of `after`.
+
+        Args:
+            keys: rotated.
+            before: cosines and sines, each [n, pairs] or, by head, [heads, n, pairs].
+            after: likewise.
+        """
         width = 2 * before[0].shape[-1]
         start = keys.shape[-1] - width if self.last else 0
-        turned = keys[..., start : start + width].to(before[0].dtype)
+        rotated = keys[..., start : start + width].to(before[0].dtype)
         (cos, sin), (new_cos, new_sin) = before, after
-        first, second = self._pairs(turned)
+        first, second = self._pairs(rotated)
         norm = cos**2 + sin**2
         plain_first, plain_second = (first * cos + second * sin) / norm, (second * cos - first * sin) / norm
-        moved = torch.empty_like(turned)
-        moved_first, moved_second = self._pairs(moved)
-        moved_first.copy_(plain_first * new_cos - plain_second * new_sin)
-        moved_second.copy_(plain_second * new_cos + plain_first * new_sin)
-        return torch.cat([keys[..., :start], moved.to(keys.dtype), keys[..., start + width :]], dim=-1)
+        rerotated = torch.empty_like(rotated)
+        new_first, new_second = self._pairs(rerotated)
+        new_first.copy_(plain_first * new_cos - plain_second * new_sin)
+        new_second.copy_(plain_second * new_cos + plain_first * new_sin)
+        return torch.cat([keys[..., :start], rerotated.to(keys.dtype), keys[..., start + width :]], dim=-1)
 
-    def _pairs(self, turned: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the first and the second components of the pairs."""
+    def _pairs(self, components: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views of the first and of the second components of the pairs."""
         if self.adjacent:
-            return turned[..., ::2], turned[..., 1::2]
-        half = turned.shape[-1] // 2
-        return turned[..., :half], turned[..., half:]
+            return components[..., ::2], components[..., 1::2]
+        half = components.shape[-1] // 2
+        return components[..., :half], components[..., half:]
 
 
 @torch.inference_mode()
-def rotations(
-    model: PreTrainedModel,
-    held_at: Callable[[int], tuple[list[Float[Tensor, "heads 1 dim"]], list[Float[Tensor, "heads 1 width"]]]],
-) -> list[Rotation | None]:
-    """How each layer of a model rotates its keys; None for a layer whose keys do not depend on their position.
+def rotations(decoder: SlotDecoder) -> list[Rotation | None]:
+    """Find out how each layer of a model rotates its keys; None for a layer whose keys ignore their position.
 
-    Found out by looking: one and the same token alone, at two positions, has keys that differ by the rotation and by
-    nothing else, in every layer.
+    One token alone, at two positions, has keys that differ by the rotation only, in every layer. So each candidate is
+    tried on these keys.
 
-    A model without any rotary module, but with an embedding of positions, has None everywhere: its keys cannot be
-    moved, and stay as they are. What is decoded later takes positions within the cache all the same.
-
-    Args:
-        model: as transformers has it.
-        held_at: the keys and the values of one token that is alone at a position, layer by layer.
+    A model without a rotary module, but with an embedding of positions, has None in every layer: its keys cannot be
+    re-rotated and stay as they are. Tokens decoded later take positions within the cache all the same.
 
     Raises:
-        UnsupportedModelError: the keys depend on their position in a way that is not known here, or the values do too,
-            as where a compressed cache holds what is rotated among them.
+        UnsupportedModelError: the keys depend on their position in an unknown way; or the values depend on it, as in a
+            compressed cache that holds rotated components among them.
     """
-    (before, values_before), (after, values_after) = (held_at(position) for position in _PROBED)
-    known = list(_candidates(model))
-    if not known and _embeds_positions(model):
+    model = decoder.model
+    (before, values_before), (after, values_after) = (_kv_at(decoder, position) for position in _PROBED_POSITIONS)
+    candidates = list(_candidates(model))
+    if not candidates and _embeds_positions(model):
         return [None] * len(before)
     for layer, (old, new) in enumerate(zip(values_before, values_after, strict=True)):
         if not _explains(None, old, new):
             raise UnsupportedModelError(
                 f"a cache policy cannot serve this {model.config.model_type} model: what its layer {layer} stores as"
-                " values depends on the position, so it cannot be moved"
+                " values depends on the position, so it cannot be re-rotated"
             )
-    found: list[Rotation | None] = []
+    by_layer: list[Rotation | None] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
-        fitting = [rotation for rotation in [None, *known] if _explains(rotation, old, new)]
+        fitting = [rotation for rotation in [None, *candidates] if _explains(rotation, old, new)]
         if not fitting:
             raise UnsupportedModelError(
                 f"a cache policy cannot serve this {model.config.model_type} model: the keys of its layer {layer}"
-                " depend on their position in a way that is not known, so they cannot be moved"
+                " depend on their position in a way that is not known, so they cannot be re-rotated"
             )
-        found.append(fitting[0])
-    return found
+        by_layer.append(fitting[0])
+    return by_layer
+
+
+def _kv_at(
+    decoder: SlotDecoder, position: int
+) -> tuple[list[Float[Tensor, "heads 1 dim"]], list[Float[Tensor, "heads 1 width"]]]:
+    """Return keys and values by layer of one token that is alone, at a position."""
+    slots = decoder.new_slots(1)
+    decoder.forward(slots, torch.tensor([decoder.vocab_size // 3]), positions=torch.tensor([position]))
+    # Copies, since the next slots may have the same storage.
+    return [keys.clone() for keys in slots.filled_keys()], [values.clone() for values in slots.filled_values()]
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
+    """Yield every rotation that one of the model's rotary modules may stand for."""
     types = sorted(set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()))
     for module in model.modules():
         buffers = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
         if not buffers:
             continue
-        # A module that knows several kinds of layers asks for one.
+        # A module for several types of layers takes one as an argument.
         kinds: list[tuple[str, ...]] = [(kind,) for kind in types if f"{kind}_inv_freq" in buffers]
         for arguments in kinds or [()]:
             either = (False, True)
@@ -152,31 +169,32 @@ def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
 
 
 def _explains(rotation: Rotation | None, old: Tensor, new: Tensor) -> bool:
+    """Return whether a rotation takes the tensor at the first probed position to that at the second."""
     if rotation is not None:
-        tables = [rotation.table(old, torch.tensor([position], device=old.device)) for position in _PROBED]
+        tables = [rotation.table(old, torch.tensor([position], device=old.device)) for position in _PROBED_POSITIONS]
         if 2 * tables[0][0].shape[-1] > old.shape[-1]:
             return False
-        old = rotation.move(old, *tables)
+        old = rotation.rerotate(old, *tables)
     error = (old.double() - new.double()).abs().max() / new.double().std()
     return error.item() <= _TOLERANCE[new.dtype]
 
 
 def _embeds_positions(model: PreTrainedModel) -> bool:
-    """Whether there is an embedding with a row for each position; some have a few rows more."""
+    """Return whether there is an embedding with a row for each position; some have a few more rows."""
     words = model.get_input_embeddings()
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit is not None and any(0 <= table.num_embeddings - limit <= 8 for table in tables)
 
 
-class Mover:
-    """Moves the keys of one model's slots to other positions.
+class KeyRerotation:
+    """Evict slots of one model, and re-rotate the keys that stay to their new positions.
 
-    The angles are computed in double precision, but the keys stay in the model's type: in 16 bit each move rounds them
-    once more.
+    The angles are computed in double precision, but the keys stay in the model's type: in 16 bit each re-rotation
+    rounds them once more.
 
     Args:
-        rotations: of its layers.
+        rotations: of the model's layers.
     """
 
     def __init__(self, rotations: Sequence[Rotation | None]) -> None:
@@ -184,13 +202,14 @@ class Mover:
 
     @torch.inference_mode()
     def evict(self, slots: Slots, kept: Int[Tensor, "... m"]) -> None:
-        """Keep these slots, and give what stays the positions 0, 1, 2, ... in the cache.
+        """Keep these slots; their tokens take the positions 0, 1, 2, ... in the cache.
 
-        Before, each slot's position is its own number: that is so from the first eviction on, if it was at the start.
+        Before and after, each slot's position is its number.
 
         Args:
             slots: hold committed tokens only.
-            kept: ascending; the same slots of all heads and layers [m], or each head's own [layers, heads, m].
+            kept: ascending; the same slots for all heads and layers [m], or a selection for each head
+                [layers, heads, m].
         """
         length = slots.length
         slots.gather(kept)
@@ -204,4 +223,4 @@ class Mover:
             cos, sin = tables[rotation]
             old = kept if kept.dim() == 1 else kept[layer]
             new = everywhere[: kept.shape[-1]]
-            keys.copy_(rotation.move(keys, (cos[old], sin[old]), (cos[new], sin[new])))
+            keys.copy_(rotation.rerotate(keys, (cos[old], sin[old]), (cos[new], sin[new])))

@@ -1,1 +1,1 @@
-"""Draft heads from scratch: texts, what the target makes of them, and the training."""
+"""Training of draft heads: texts, shards of the target's hidden states, and the trainer."""

@@ -1,4 +1,4 @@
-"""Texts to train a draft head on: corpora, and what the target itself goes on to write."""
+"""Texts to train a draft head on: passages of corpora, and continuations that the target writes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from specdecode.evals.data import NAMES, Sample, documents
 from specdecode.models.lm import LM
 
 CHAT = "chat"
-"""Conversations that the target writes by itself, question and answer, from the beginning of its chat template (Xu et
-al. 2024, "Magpie")."""
+"""Conversations that the target writes itself, question and answer, from the beginning of its chat template (Xu et al.
+2024, "Magpie")."""
 
 ASK = "ask"
-"""Questions about passages of the corpora, asked in the target's chat template and answered by it: much of what people
-ask for takes up the words of what they give."""
+"""Questions about passages of the corpora, in the target's chat template, with its answers: many real answers repeat
+the words of the question."""
 
 _QUESTIONS = (
     "Summarize the following text.",
@@ -37,40 +37,39 @@ _QUESTIONS = (
     "What can be concluded from the following? Think step by step.",
 )
 
-# Tokens of a corpus that the target continues.
-_PROMPT = 32
-# Low enough for the model's own text to stay text, high enough for no two of them to be the same.
+# Tokens of a passage that the target continues.
+_PROMPT_TOKENS = 32
+# Low enough for the model's text to stay meaningful, high enough for texts to differ.
 _TEMPERATURE = 0.8
 
 
 class Texts:
-    """Texts of one length, drawn by number: the same number gives the same texts.
+    """Draw texts of one length by number: the same number gives the same texts.
 
     Args:
-        target: whose tokens they are of, and who writes.
-        parts: data sets with documents, see `evals.data`, and CHAT and ASK; all get the same share, one that is named
-            twice twice of it.
+        target: whose tokens the texts consist of, and which continues them.
+        parts: data sets with documents, see `evals.data`, and CHAT and ASK. All have the same share; one that is named
+            twice has two shares.
         length: of every text, in tokens.
-        own: share of the corpus texts that are the target's from the 33rd token on.
-        held_out: so many documents of each data set, the first in their order, are left out.
+        own: share of the corpus texts that the target continues from the 33rd token on.
+        held_out: documents of each data set that are left out, the first in their order.
         seed: of the draws.
 
     Attributes:
         origins: of the data sets, by name.
-        held_out: the documents that were left out, by data set.
+        held_out: the documents that are left out, by data set.
 
     Raises:
-        ValueError: a data set that is not known or not at hand, too few documents, no chat template, or a number that
-            cannot be.
+        ValueError: an unknown or unavailable data set, too few documents, no chat template, or an impossible number.
     """
 
     def __init__(
         self, target: LM, parts: Sequence[str], length: int, *, own: float = 0.5, held_out: int = 20, seed: int = 0
     ) -> None:
-        if not _PROMPT < length <= target.context_length:
+        if not _PROMPT_TOKENS < length <= target.context_length:
             raise ValueError(
-                f"length is {length}: a text has more than {_PROMPT} tokens, and at most the {target.context_length}"
-                f" that the context of {target.name} holds"
+                f"length is {length}: a text has more than {_PROMPT_TOKENS} tokens, and at most the"
+                f" {target.context_length} that the context of {target.name} holds"
             )
         if not 0.0 <= own <= 1.0:
             raise ValueError(f"own is {own}: a share is from 0 to 1")
@@ -80,23 +79,23 @@ class Texts:
             raise ValueError(f"{ASK} asks about passages of data sets with documents: name at least one beside it")
         self._target, self._parts, self._length = target, tuple(parts), length
         self._own, self._seed = own, seed
-        self._opening, self._closing = _frame(target) if {CHAT, ASK} & {*parts} else ([], [])
+        self._opening, self._closing = _chat_frame(target) if {CHAT, ASK} & {*parts} else ([], [])
         self._questions = [target.encode(f"{question}\n\n") for question in _QUESTIONS] if ASK in parts else []
         around = len(self._opening) + max(map(len, self._questions), default=0) + len(self._closing)
-        if ASK in parts and length // 2 < around + _PROMPT:
+        if ASK in parts and length // 2 < around + _PROMPT_TOKENS:
             raise ValueError(
-                f"length is {length}: a question about a passage fills half of a text, and takes {around + _PROMPT}"
-                " tokens at least"
+                f"length is {length}: a question about a passage fills half of a text, and takes"
+                f" {around + _PROMPT_TOKENS} tokens at least"
             )
         self.origins: dict[str, str] = {}
         self.held_out: dict[str, list[Sample]] = {}
         self._corpora: dict[str, list[list[int]]] = {}
-        # Of each corpus the tokens up to the end of each document: a long one is drawn from more often.
+        # Cumulative lengths of each corpus' documents: passages are drawn in proportion to length.
         self._ends: dict[str, list[int]] = {}
         for part in sorted({*parts} - {CHAT, ASK}):
-            found, self.origins[part] = documents(part)
-            self.held_out[part] = found[:held_out]
-            encoded = (target.encode(document.text) for document in found[held_out:])
+            in_order, self.origins[part] = documents(part)
+            self.held_out[part] = in_order[:held_out]
+            encoded = (target.encode(document.text) for document in in_order[held_out:])
             self._corpora[part] = [tokens for tokens in encoded if len(tokens) >= length]
             if not self._corpora[part]:
                 raise ValueError(
@@ -106,11 +105,11 @@ class Texts:
             self._ends[part] = list(accumulate(map(len, self._corpora[part])))
 
     def draw(self, number: int, count: int) -> list[list[int]]:
-        """`count` texts; the next number goes on where this one ends."""
+        """Return `count` texts. The next number continues where this one ends."""
         rng = random.Random(f"{self._seed}/{number}")
         corpora = sorted(self._corpora)
-        whole: list[list[int]] = []
-        # What the target writes on, by how it begins: all beginnings of a kind are of one length.
+        complete: list[list[int]] = []
+        # Texts that the target is to continue, by kind: all beginnings of a kind have one length.
         begun: dict[str, list[list[int]]] = {}
         for place in range(number * count, (number + 1) * count):
             part = self._parts[place % len(self._parts)]
@@ -121,32 +120,32 @@ class Texts:
             else:
                 text = self._passage(part, rng)
                 if rng.random() < self._own:
-                    begun.setdefault("corpora", []).append(text[:_PROMPT])
+                    begun.setdefault("corpora", []).append(text[:_PROMPT_TOKENS])
                 else:
-                    whole.append(text)
+                    complete.append(text)
         for beginnings in begun.values():
-            whole += self._continued(beginnings, number)
-        return whole
+            complete += self._continued(beginnings, number)
+        return complete
 
     def _passage(self, corpus: str, rng: random.Random) -> list[int]:
-        """Of a text's length, from anywhere in a corpus."""
+        """Return a passage of a text's length from anywhere in a corpus."""
         [document] = rng.choices(self._corpora[corpus], cum_weights=self._ends[corpus])
         start = rng.randrange(len(document) - self._length + 1)
         return document[start : start + self._length]
 
     def _question(self, passage: Sequence[int], rng: random.Random) -> list[int]:
-        """About so much of a passage that it fills half of a text."""
-        asked = [*self._opening, *rng.choice(self._questions)]
-        return [*asked, *passage[: self._length // 2 - len(asked) - len(self._closing)], *self._closing]
+        """Return a question about as much of a passage as fills half of a text."""
+        question = [*self._opening, *rng.choice(self._questions)]
+        return [*question, *passage[: self._length // 2 - len(question) - len(self._closing)], *self._closing]
 
     @torch.inference_mode()
     def _continued(self, begun: Sequence[Sequence[int]], number: int) -> list[list[int]]:
-        """The texts, written on by the target to the full length. They are drawn: what it finds most probable goes in
-        circles before long, and teaches no more than once around. Ends of text are tokens like others. Transformers'
-        own decoding serves, since all rows are of one length, and nothing is compared with it."""
+        """Let the target continue texts to the full length, by sampling: greedy text soon repeats itself, and
+        repetitions teach nothing. Tokens that end a text are tokens like others. Transformers' own decoding does it, as
+        all rows have one length."""
         model = self._target.model
         ids = torch.tensor(begun, device=self._target.device)
-        # What a configuration leaves open, transformers takes from the model.
+        # Transformers takes unset fields from the model's configuration.
         usual, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
         configuration = GenerationConfig(
             max_new_tokens=self._length - ids.shape[1], pad_token_id=0, eos_token_id=None, do_sample=False
@@ -166,8 +165,8 @@ class Texts:
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token to choose from in each row, drawn as in sampling. (The draw of transformers takes a random
-    number for every token of the vocabulary: half of the time of writing.)"""
+    """Leave one token to choose from in each row, drawn as in sampling. (Transformers draws a random number for every
+    token of the vocabulary, which takes half of the time of writing.)"""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling, self._rng = sampling, sampling.rng()
@@ -178,7 +177,7 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
-def _frame(target: LM) -> tuple[list[int], list[int]]:
-    """What stands before and behind the words of a user: that which two questions have in common."""
+def _chat_frame(target: LM) -> tuple[list[int], list[int]]:
+    """Return the chat template's tokens before and after a user's message: those that two messages share."""
     one, other = (target.encode(question, chat=True) for question in ("A", "5"))
     return one[: common_prefix(one, other)], one[len(one) - common_prefix(one[::-1], other[::-1]) :]

@@ -44,7 +44,7 @@ from specdecode.backends import static as shapes
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import GROUPED, group
 from specdecode.backends.packed import PackedLinear
-from specdecode.backends.static import Replay, Static
+from specdecode.backends.static import Capture, StaticRunner
 from specdecode.bench.arms.arm import make
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.counters import READS
@@ -52,8 +52,8 @@ from specdecode.controllers.base import Controller
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
-from specdecode.heads.bound import FittedHead, untrained
-from specdecode.models.lm import _shell
+from specdecode.heads.bound import BoundHead, untrained
+from specdecode.models.variants import shared_copy
 from tests.helpers import models
 from tests.helpers.characters import save
 from tests.helpers.discovery import DRAFTERS, POLICIES, examples
@@ -80,11 +80,11 @@ def replayed(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tup
 
 
 STATIC = {
-    "exact": Backend("exact", static=partial(Static, replay=None)),
-    "rounded": Backend("rounded", static=partial(Static, replay=replayed)),
+    "exact": Backend("exact", static=partial(StaticRunner, capture=None)),
+    "rounded": Backend("rounded", static=partial(StaticRunner, capture=replayed)),
 }
 if torch.device(models.DEVICE).type == "cuda":
-    STATIC["graph"] = Backend("graph", static=lambda step: Static(step, CudaGraphs()))
+    STATIC["graph"] = Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs()))
 
 
 @functools.cache
@@ -97,7 +97,7 @@ def over_static_shapes(name: str, backend: str) -> LM:
 @pytest.fixture
 def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short texts outgrow them."""
-    monkeypatch.setattr(shapes, "_SPAN", 16)
+    monkeypatch.setattr(shapes, "_SPAN_MULTIPLE", 16)
 
 
 @functools.cache
@@ -218,7 +218,7 @@ def test_auto_packs_where_that_gains(
         return [len(plain) * gains.get(width, gains.get("all", 1.05)), float(len(packed))]
 
     monkeypatch.setattr(packing, "_seconds", seconds)
-    monkeypatch.setattr(packing, "_TRIED", tried)
+    monkeypatch.setattr(packing, "_TRIAL_BYTES", tried)
     model = on_the_cpu("llama")
     layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
     assert prepare("auto", model).name == name
@@ -302,7 +302,7 @@ def test_static_shapes_change_no_token(
     assert result.compressions == alone(name, policy, temperature).compressions
 
 
-def counted(captured: list[int]) -> Replay:
+def counted(captured: list[int]) -> Capture:
     """Notes every capture."""
 
     def replay(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -316,7 +316,7 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against seconds of capturing in every text, for slots that have the storage of earlier ones; against a
     capture that is used for slots which have moved; and against captures without end."""
     captured: list[int] = []
-    backend = Backend("counted", static=partial(Static, replay=counted(captured)))
+    backend = Backend("counted", static=partial(StaticRunner, capture=counted(captured)))
     target = LM(lm("llama").model, backend=backend)
     captured.clear()
 
@@ -345,11 +345,11 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(target.forward(slots, tokens, rows=5), before)
     assert len(captured) == settled + 1
 
-    monkeypatch.setattr(shapes, "_MOST", 2)
+    monkeypatch.setattr(shapes, "_GRAPHS_PER_STORAGE", 2)
     for count in (1, 2, 3, 5, 9, 17):
         slots.keep([], after=0)
         target.forward(slots, torch.arange(count))
-        assert len(target.static._captured[slots.storage]) <= 9
+        assert len(target.static._graphs[slots.storage]) <= 9
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])
@@ -404,8 +404,8 @@ class Distant(torch.Tensor):
         lambda target: ModelDrafter(target.subset([0, 1, 3])),
         lambda target: ModelDrafter(target.subset([0, 1, 3]), StaticTree((3, 2))),
         lambda target: SelfStreamingDrafter(target, 16),
-        lambda target: HeadDrafter(FittedHead(untrained(target), target)),
-        lambda target: HeadDrafter(FittedHead(untrained(target), target), StaticTree((3, 2))),
+        lambda target: HeadDrafter(BoundHead(untrained(target), target)),
+        lambda target: HeadDrafter(BoundHead(untrained(target), target), StaticTree((3, 2))),
     ],
     ids=["none", "lookup", "chain", "static-tree", "self-streaming", "head", "head-tree"],
 )
@@ -532,7 +532,7 @@ def test_heads_that_share_keys_attend_without_copies(name: str, monkeypatch: pyt
     plain = lm(name)
     grouped = build(ARCHITECTURES[name])
     implementation = plain.model.config._attn_implementation
-    shell = _shell(grouped)
+    shell = shared_copy(grouped)
     group(shell)
     shares = name != "gpt-neox"
     assert shell.config._attn_implementation == (GROUPED if shares else "sdpa")
@@ -563,7 +563,7 @@ def test_a_backend_that_auto_chose_gives_way() -> None:
     def broken(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    backend = Backend("graph", static=partial(Static, replay=broken), chosen=True)
+    backend = Backend("graph", static=partial(StaticRunner, capture=broken), chosen=True)
     target = LM.on_backend(backend, build(ARCHITECTURES["llama"]), name="llama")
     assert target.backend.name == "eager"
     assert "not graph: llama cannot be decoded exactly" in str(target.backend)

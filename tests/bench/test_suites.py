@@ -142,13 +142,13 @@ def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
     fault = tmp_path / "fault.py"
     fault.write_text(
         "import specdecode.core.verify as verify\n"
-        "rule = verify._follow\n"
+        "rule = verify._walk_greedily\n"
         "def greedy_for_length(tokens, children, choices):\n"
-        "    verdict = rule(tokens, children, choices)\n"
-        "    if not children[0] or verdict.path:\n"
-        "        return verdict\n"
-        "    return verify.Verdict([children[0][0]], [tokens[0], choices[1]])\n"
-        "verify._follow = greedy_for_length\n"
+        "    acceptance = rule(tokens, children, choices)\n"
+        "    if not children[0] or acceptance.path:\n"
+        "        return acceptance\n"
+        "    return verify.Acceptance([children[0][0]], [tokens[0], choices[1]])\n"
+        "verify._walk_greedily = greedy_for_length\n"
     )
     done = run(
         *("-p", "fault", "--benchmark", "-k", "lookup and not hf or linear-k3", f"--target={model}"),

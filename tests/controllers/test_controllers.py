@@ -33,7 +33,7 @@ from specdecode import (
     measure_costs,
 )
 from specdecode.controllers.base import Controller, Limit
-from specdecode.controllers.cost_aware import Draft
+from specdecode.controllers.cost_aware import DraftCost
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from tests.helpers.discovery import CONTROLLERS
@@ -402,14 +402,15 @@ def test_a_limit_may_be_asked_for_at_any_time(name: str) -> None:
 
 def test_costs_lie_on_lines_between_the_measured_ones() -> None:
     """Guards against a row that costs what the next measured one does, and a price below nought beyond the last."""
-    costs = Costs({1: 1.0, 5: 2.0, 9: 1.0}, {Limit(1, 8): Draft(1, 0.5), Limit(4, 8): Draft(7, 2.0)})
+    costs = Costs({1: 1.0, 5: 2.0, 9: 1.0}, {Limit(1, 8): DraftCost(1, 0.5), Limit(4, 8): DraftCost(7, 2.0)})
     assert [costs.verify_s(rows) for rows in (1, 3, 5, 7, 9, 13, 20)] == [1.0, 1.5, 2.0, 1.5, 1.0, 0.0, 0.0]
-    assert costs.drafts(5) == {8: [Draft(1, 0.5), Draft(3, 1.0), Draft(5, 1.5), Draft(7, 2.0), Draft(9, 2.5)]}
-    flat = Costs({1: 1.0}, {Limit(2): Draft(2, 0.1)})
-    assert (flat.verify_s(64), flat.drafts(1)) == (1.0, {64: [Draft(2, 0.1)]})
+    drafts = [DraftCost(1, 0.5), DraftCost(3, 1.0), DraftCost(5, 1.5), DraftCost(7, 2.0), DraftCost(9, 2.5)]
+    assert costs.drafts(5) == {8: drafts}
+    flat = Costs({1: 1.0}, {Limit(2): DraftCost(2, 0.1)})
+    assert (flat.verify_s(64), flat.drafts(1)) == (1.0, {64: [DraftCost(2, 0.1)]})
 
 
-DRAFTS = {Limit(1): Draft(1, 0.1)}
+DRAFTS = {Limit(1): DraftCost(1, 0.1)}
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ DRAFTS = {Limit(1): Draft(1, 0.1)}
         (lambda: Costs({1: 1.0}, {}), "at least one proposal"),
         (lambda: Costs({1: 0.0}, DRAFTS), "0 seconds for plain decoding"),
         (lambda: Costs({1: 1.0, 2: math.nan}, DRAFTS), "costs hold nan seconds"),
-        (lambda: Costs({1: 1.0}, {Limit(1): Draft(1, -1.0)}), "costs hold -1.0 seconds"),
+        (lambda: Costs({1: 1.0}, {Limit(1): DraftCost(1, -1.0)}), "costs hold -1.0 seconds"),
         (lambda: Costs({1: 1.0}, DRAFTS, catch_up=math.inf), "costs hold inf seconds"),
     ],
 )

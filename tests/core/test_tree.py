@@ -50,7 +50,7 @@ def test_the_empty_tree_is_its_root() -> None:
 @given(trees())
 @settings(deadline=None)
 def test_children_stand_in_the_order_in_which_they_were_proposed(tree: DraftTree) -> None:
-    """Guards against reordered siblings: the law that a sibling was drawn from holds in one order only."""
+    """Guards against reordered siblings: the distribution that a sibling was drawn from holds in one order only."""
     assert tree.children() == [
         [node for node in range(1, len(tree) + 1) if tree.parents[node - 1] == parent]
         for parent in range(len(tree) + 1)
@@ -60,9 +60,10 @@ def test_children_stand_in_the_order_in_which_they_were_proposed(tree: DraftTree
 @given(trees(), st.integers(0, 6))
 @settings(deadline=None)
 def test_clipping_keeps_every_path_down_to_the_depth(tree: DraftTree, depth: int) -> None:
-    """Guards against parents that are not renumbered when a node before them goes, and laws that lose their node."""
-    laws = torch.rand(len(tree), 5, dtype=torch.float64)
-    clipped = DraftTree(tree.tokens, tree.parents, laws).clip(depth)
+    """Guards against parents that are not renumbered when a node before them goes, and distributions that lose their
+    node."""
+    distributions = torch.rand(len(tree), 5, dtype=torch.float64)
+    clipped = DraftTree(tree.tokens, tree.parents, distributions).clip(depth)
 
     def paths(of: DraftTree) -> list[list[int]]:
         return [[int(of.tokens[i - 1]) for i in ancestry(of, node)[:-1]] for node in range(1, len(of) + 1)]
@@ -70,7 +71,7 @@ def test_clipping_keeps_every_path_down_to_the_depth(tree: DraftTree, depth: int
     kept = [node for node in range(1, len(tree) + 1) if len(ancestry(tree, node)) - 1 <= depth]
     assert paths(clipped) == [path for path in paths(tree) if len(path) <= depth]
     assert clipped.probs is not None
-    assert torch.equal(clipped.probs, laws[[node - 1 for node in kept]])
+    assert torch.equal(clipped.probs, distributions[[node - 1 for node in kept]])
     assert tree.clip(depth).probs is None
 
 
@@ -97,6 +98,6 @@ def test_declared_shapes_are_checked_in_these_tests() -> None:
 )
 def test_what_is_no_tree_is_refused(tokens: list, parents: list, probs: list | None, sentence: str) -> None:
     """Guards against a malformed proposal that decodes to nonsense instead of naming its fault."""
-    law = None if probs is None else torch.tensor(probs)
+    distribution = None if probs is None else torch.tensor(probs)
     with pytest.raises(ValueError, match=sentence):
-        DraftTree(torch.tensor(tokens), torch.tensor(parents), law)
+        DraftTree(torch.tensor(tokens), torch.tensor(parents), distribution)

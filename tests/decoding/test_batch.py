@@ -28,9 +28,9 @@ from specdecode import (
 )
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.drafters.base import Drafter
-from tests.decoding.test_joint_law import PROMPT, distance, model, target_law
+from tests.decoding.test_joint_distribution import PROMPT, distance, model, target_distribution
 from tests.helpers.discovery import DRAFTERS, POLICIES, examples
-from tests.helpers.enumeration import BranchRng, law_of
+from tests.helpers.enumeration import BranchRng, distribution_of
 from tests.helpers.models import VOCABULARY, build, lm, prompt, small
 
 NAMES = ("llama", "gpt-neox", "gpt-2", "opt", "qwen2-window", "gemma3-window")
@@ -177,9 +177,11 @@ def test_what_no_row_has_written_does_not_reach_a_result(monkeypatch: pytest.Mon
         assert result.tokens == generate(lm("llama"), text, max_new_tokens=12).tokens
 
 
-def test_the_law_of_a_batch_is_the_product_of_its_rows(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
-    """Guards against rows that share a coin, or a draft whose law is another row's. By enumeration of every random
-    decision of both rows."""
+def test_the_distribution_of_a_batch_is_the_product_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    """Guards against rows that share a coin, or a draft whose distribution is another row's. By enumeration of every
+    random decision of both rows."""
     sampling, draft = Sampling(0.8, top_k=2), model(1)
     prompts = [PROMPT, PROMPT[:-1]]
 
@@ -195,13 +197,13 @@ def test_the_law_of_a_batch_is_the_product_of_its_rows(monkeypatch: pytest.Monke
         )
         return tuple(tuple(result.tokens) for result in results)
 
-    law = law_of(run)
-    assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
-    first = target_law(sampling, 2)
+    distribution = distribution_of(run)
+    assert sum(distribution.values()) == pytest.approx(1.0, abs=1e-9)
+    first = target_distribution(sampling, 2)
     second: dict[tuple[int, ...], float] = {}
-    for (_, tokens), weight in law.items():
+    for (_, tokens), weight in distribution.items():
         second[tokens] = second.get(tokens, 0.0) + weight
-    alone = law_of(
+    alone = distribution_of(
         lambda rng: (
             monkeypatch.setattr(Sampling, "rng", lambda self: rng),
             tuple(generate(model(0, layers=2), prompts[1], sampling=sampling, max_new_tokens=2).tokens),
@@ -209,7 +211,7 @@ def test_the_law_of_a_batch_is_the_product_of_its_rows(monkeypatch: pytest.Monke
     )
     assert distance(second, alone) < 1e-9
     product = {(a, b): p * q for a, p in first.items() for b, q in alone.items()}
-    assert distance(law, product) < 1e-9
+    assert distance(distribution, product) < 1e-9
 
 
 def test_a_batch_with_a_seed_repeats() -> None:

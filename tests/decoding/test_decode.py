@@ -259,7 +259,7 @@ def one_by_one(name: str, policy: CachePolicy) -> tuple[list[int], int]:
         if len(tokens) == len(prompt()) + LENGTH:
             return tokens[len(prompt()) :], evictions
         if read % policy.interval == 0 and slots.length > policy.keeps:
-            target.mover.evict(slots, policy.keep(slots))
+            target.rerotation.evict(slots, policy.keep(slots))
             evictions += 1
     raise AssertionError
 

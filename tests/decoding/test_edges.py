@@ -221,8 +221,8 @@ def test_a_draft_of_a_shorter_context_stops_drafting(shape: object) -> None:
 @pytest.mark.parametrize("width", [VOCABULARY - 40, VOCABULARY - 1, VOCABULARY + 7])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1)], ids=["greedy", "sampling"])
 def test_a_draft_s_vocabulary_may_be_padded_otherwise(width: int, sampling: Sampling) -> None:
-    """Guards against proposals that the target has no token for, tokens that the draft has none for, and laws of two
-    widths subtracted from each other."""
+    """Guards against proposals that the target has no token for, tokens that the draft has none for, and distributions
+    of two widths subtracted from each other."""
     for drafter in model_drafters(draft(vocab_size=width)).values():
         context = Context(list(prompt()), VOCABULARY, sampling, sampling.rng())
         tree = drafter.propose(context, Limit(3))

@@ -32,8 +32,8 @@ from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
-from specdecode.heads.bound import FittedHead, untrained
-from specdecode.models.lm import outputs_of
+from specdecode.heads.bound import BoundHead, untrained
+from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.discovery import DRAFTERS, examples
 from tests.helpers.models import logits, small
 
@@ -57,15 +57,15 @@ def examples_of_target() -> dict[str, Drafter]:
 
 def context(tokens: list[int], sampling: Sampling = Sampling(), seed: int = 0, layers: tuple[int, ...] = ()) -> Context:
     """With what the layers of the target make of the text, by a forward without a cache."""
-    features = None
+    states = None
     if layers:
-        with outputs_of(target().model, layers) as outputs, torch.inference_mode():
+        with recorded_hidden_states(target().model, layers) as outputs, torch.inference_mode():
             target().model(torch.tensor([tokens], device=target().device), use_cache=False)
-        features = torch.cat(outputs, -1)[0, :-1]
-    return Context(tokens, VOCABULARY, sampling, Rng(seed), features)
+        states = torch.cat(outputs, -1)[0, :-1]
+    return Context(tokens, VOCABULARY, sampling, Rng(seed), states)
 
 
-def law_after(text: list[int], sampling: Sampling) -> torch.Tensor:
+def distribution_after(text: list[int], sampling: Sampling) -> torch.Tensor:
     return sampling.probs(logits(target().model, text)[-1])
 
 
@@ -89,7 +89,7 @@ def test_a_greedy_chain_is_the_draft_s_own_continuation() -> None:
     tree = read_twice(ModelDrafter(target()), Sampling(), Limit(5))
     text = list(TEXT)
     for _ in range(5):
-        text.append(int(law_after(text, Sampling()).argmax()))
+        text.append(int(distribution_after(text, Sampling()).argmax()))
     assert paths(tree)[-1] == text[len(TEXT) :]
     assert tree.probs is None
 
@@ -103,32 +103,35 @@ def test_a_greedy_static_tree_holds_the_most_probable_tokens() -> None:
         level = [
             [*path, token]
             for path in level
-            for token in law_after(TEXT + path, Sampling()).topk(count).indices.tolist()
+            for token in distribution_after(TEXT + path, Sampling()).topk(count).indices.tolist()
         ]
         expected += level
     assert paths(tree) == expected
 
 
 @pytest.mark.parametrize("shape", [Chain(), StaticTree((3, 2, 1)), StaticTree((6, 1))], ids=str)
-def test_a_sampled_tree_carries_the_laws_that_it_was_drawn_from(shape: TreeShape) -> None:
-    """Guards against the classic silent bug: a law before top-k, of another node, or of the first sibling for all."""
+def test_a_sampled_tree_carries_the_distributions_that_it_was_drawn_from(shape: TreeShape) -> None:
+    """Guards against the classic silent bug: a distribution before top-k, of another node, or of the first sibling for
+    all."""
     tree = read_twice(ModelDrafter(target(), shape), SAMPLING, Limit(3))
     assert tree.probs is not None
     assert tree.depth > 1
-    for path, law, parent, node in zip(paths(tree), tree.probs, tree.parents.tolist(), range(len(tree)), strict=True):
-        expected = law_after(TEXT + path[:-1], SAMPLING)
+    for path, distribution, parent, node in zip(
+        paths(tree), tree.probs, tree.parents.tolist(), range(len(tree)), strict=True
+    ):
+        expected = distribution_after(TEXT + path[:-1], SAMPLING)
         earlier = [int(tree.tokens[i]) for i in range(node) if tree.parents[i] == parent]
         assert path[-1] not in earlier
         expected[earlier] = 0.0
-        torch.testing.assert_close(law, expected / expected.sum())
-        assert law[path[-1]] > 0
+        torch.testing.assert_close(distribution, expected / expected.sum())
+        assert distribution[path[-1]] > 0
 
 
 def test_no_more_siblings_are_drawn_than_there_are_tokens() -> None:
-    """Guards against proposals drawn from a law with nothing left in it."""
+    """Guards against proposals drawn from a distribution with nothing left in it."""
     tree = ModelDrafter(target(), StaticTree((VOCABULARY,))).propose(context(TEXT, SAMPLING), Limit(3))
     assert len(tree) == 4
-    assert sorted(tree.tokens.tolist()) == sorted(law_after(TEXT, SAMPLING).nonzero()[:, 0].tolist())
+    assert sorted(tree.tokens.tolist()) == sorted(distribution_after(TEXT, SAMPLING).nonzero()[:, 0].tolist())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_a_best_first_tree_holds_the_most_probable_paths(
         level = {
             (*path, token): p * q
             for path, p in level.items()
-            for token, q in enumerate(law_after([*TEXT, *path], sampling).tolist())
+            for token, q in enumerate(distribution_after([*TEXT, *path], sampling).tolist())
             if p * q >= threshold and p * q > 0
         }
         probability |= level
@@ -206,8 +209,8 @@ def test_a_cascade_asks_the_next_drafter_where_the_one_before_has_nothing(tokens
 
 
 def test_a_cascade_reads_what_its_drafters_read() -> None:
-    """Guards against a head that is given no features, or those of other layers than it was trained on."""
-    first, second = (FittedHead(untrained(target(), seed), target()) for seed in (0, 1))
+    """Guards against a head that is given no hidden states, or those of other layers than it was trained on."""
+    first, second = (BoundHead(untrained(target(), seed), target()) for seed in (0, 1))
     other = copy.copy(second)
     other.shape = replace(second.shape, layers=(0,))
     assert Cascade(PromptLookup(), HeadDrafter(first), HeadDrafter(second)).layers == first.shape.layers

@@ -28,7 +28,7 @@ from specdecode.core.sampling import Rng
 from specdecode.drafters import universal
 from specdecode.drafters.base import Context
 from tests.helpers.discovery import examples
-from tests.helpers.enumeration import BranchRng, law_of
+from tests.helpers.enumeration import BranchRng, distribution_of
 from tests.helpers.learnt import learnt
 from tests.helpers.models import ARCHITECTURES, build, continuation, lm, logits, small
 from tests.helpers.spelling import CHARACTERS, byte_pairs, characters, pieces
@@ -130,9 +130,9 @@ def test_characters_of_many_bytes_are_carried_over(target: str, draft: str) -> N
     assert result.acceptance_rate > 0.5
 
 
-def test_the_law_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
-    """Guards against proposals that depend on the randomness of the acceptance, or come with a law of their own: exact
-    by enumeration, where every proposal is accepted on some branches and rejected on others."""
+def test_the_distribution_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
+    """Guards against proposals that depend on the randomness of the acceptance, or come with a distribution of their
+    own: exact by enumeration, where every proposal is accepted on some branches and rejected on others."""
     target, sampling, length = knows("byte-pairs", TEXT), Sampling(6.0, top_k=2), 4
     prompt = target.encode(BEGINNING)
     drafter = UniversalDrafter(target, knows("characters", TEXT))
@@ -145,7 +145,7 @@ def test_the_law_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPatch, unch
         assert len(accepted) < 200  # had the draft drawn, there would be no end of it
         return tuple(result.tokens)
 
-    law = law_of(run)
+    distribution = distribution_of(run)
     assert set(accepted) == {0, 1, 2, 3}
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
@@ -155,9 +155,9 @@ def test_the_law_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPatch, unch
             for token, p in enumerate(sampling.probs(logits(target.model, [*prompt, *text])[-1]).tolist())
             if p > 0
         }
-    assert law.keys() == expected.keys()
-    assert law == pytest.approx(expected, abs=1e-9)
-    assert max(law.values()) < 0.9
+    assert distribution.keys() == expected.keys()
+    assert distribution == pytest.approx(expected, abs=1e-9)
+    assert max(distribution.values()) < 0.9
 
 
 def test_models_with_a_tokenizer_meet_this_drafter_in_every_suite() -> None:
@@ -185,7 +185,7 @@ def test_a_used_drafter_proposes_what_a_fresh_one_would(target: str, draft: str,
     new = st.one_of(tokens_of_any_kind, tokens_of_texts)
     tokens = [5, *data.draw(new)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(universal, "_BLOCK", data.draw(st.sampled_from([4, 7, 256])))
+        patch.setattr(universal, "_BLOCK_TOKENS", data.draw(st.sampled_from([4, 7, 256])))
         for _ in range(4):
             limit = Limit(data.draw(st.integers(1, 6)), data.draw(st.sampled_from([2, 64])))
             sampling = data.draw(st.sampled_from([Sampling(), Sampling(9.0)]))
@@ -274,7 +274,7 @@ def test_every_block_of_the_text_is_carried_over_once(
     """Guards against spaces and characters that are lost, doubled or halved where a block ends."""
     model = unlearnt(spelling(draft))
     for block in (4, 5, 6, 256):
-        monkeypatch.setattr(universal, "_BLOCK", block)
+        monkeypatch.setattr(universal, "_BLOCK_TOKENS", block)
         read = read_by(unlearnt(spelling(target)), model, spelling(target)(text)["input_ids"])
         assert spelling(draft).decode(read, skip_special_tokens=True) == text
     assert read == spelling(draft)(text)["input_ids"]

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from specdecode import LM, FixedK, KeepAll, NoDraft, generate
 from specdecode.controllers.base import Controller
-from specdecode.decoding.teacher_forced import follow
+from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.evals.perplexity import (
     DecodePath,
     OracleDrafter,
@@ -214,8 +214,8 @@ def test_int8_weights_can_be_judged() -> None:
         (lambda: windows(1), "1 tokens are read in windows"),
         (lambda: windows(9, 4, 4), "stride is 4: it is from 1 to 3"),
         (lambda: windows(9, 4, 0), "stride is 0"),
-        (lambda: next(follow(lm("llama"), TEXT, len(TEXT))), "60 are the prompt"),
-        (lambda: next(follow(lm("llama"), [1, VOCABULARY])), f"token {VOCABULARY} of the text is outside"),
+        (lambda: next(teacher_forced(lm("llama"), TEXT, len(TEXT))), "60 are the prompt"),
+        (lambda: next(teacher_forced(lm("llama"), [1, VOCABULARY])), f"token {VOCABULARY} of the text is outside"),
         (lambda: negative_log_likelihoods(DecodePath(lm("llama")), TEXT * 9), "exceed the context of llama"),
         (
             lambda: compare(DecodePath(lm("llama")), {"it": DecodePath(LM(build(_narrower())))}, TEXT),

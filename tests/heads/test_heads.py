@@ -41,7 +41,7 @@ from specdecode import (
 )
 from specdecode.backends import Backend
 from specdecode.backends.packed import PackedLinear
-from specdecode.backends.static import Static
+from specdecode.backends.static import StaticRunner
 from specdecode.bench import plan
 from specdecode.bench.arms.arm import make
 from specdecode.bench.arms.snippet import code
@@ -53,10 +53,10 @@ from specdecode.decoding import generate as decoding
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads import bound as fitting
-from specdecode.heads.bound import FittedHead, output_rows, signature, untrained
+from specdecode.heads.bound import BoundHead, fingerprint, output_rows, untrained
 from specdecode.heads.formats import read_head, write_head
 from specdecode.heads.module import Head
-from specdecode.models.lm import outputs_of
+from specdecode.models.recording import recorded_hidden_states
 from tests.backends.test_backends import replayed
 from tests.bench.report.test_recommend import arm, kept
 from tests.cli.test_cli import run
@@ -68,8 +68,8 @@ LAYERS = (0, 2)
 SHAPES = (Chain(), StaticTree((3, 2, 1)), BestFirstTree(nodes=12, threshold=0.001))
 BACKENDS = {
     "eager": Backend(),
-    "exact": Backend("exact", static=partial(Static, replay=None)),
-    "rounded": Backend("rounded", static=partial(Static, replay=replayed)),
+    "exact": Backend("exact", static=partial(StaticRunner, capture=None)),
+    "rounded": Backend("rounded", static=partial(StaticRunner, capture=replayed)),
 }
 
 
@@ -86,8 +86,8 @@ class Watching:
         return self.inner.forwards
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
-        features = None if context.features is None else context.features.clone()
-        self.seen.append((list(context.tokens), features))
+        states = None if context.hidden_states is None else context.hidden_states.clone()
+        self.seen.append((list(context.tokens), states))
         return self.inner.propose(context, limit)
 
 
@@ -105,9 +105,11 @@ def half_right(name: str, shape: TreeShape, text: Sequence[int]) -> ReplayDrafte
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma3-window"])
-def test_features_are_the_target_s_hidden_states(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against features of rejected nodes, of padding, of another layer or of the forward before, and features
-    that are lost between the chunks of a prompt: a head would draft badly, and no token would show it."""
+def test_recorded_hidden_states_are_those_of_a_forward(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against hidden states of rejected nodes, of padding, of another layer or of the forward before, and hidden
+    states that are lost between the chunks of a prompt: a head would draft badly, and no token would show it."""
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", 5)
     target = LM(lm(name).model, backend=BACKENDS[backend])
     text = [*prompt(), *greedy(name, LENGTH)]
@@ -120,12 +122,12 @@ def test_features_are_the_target_s_hidden_states(name: str, backend: str, monkey
         first, *later = drafter.seen
         assert first[1] is None
         assert len(later) > 8
-        for tokens, features in later:
-            assert features is not None
-            torch.testing.assert_close(features, truth[: len(tokens) - 1], rtol=0, atol=1e-9)
+        for tokens, states in later:
+            assert states is not None
+            torch.testing.assert_close(states, truth[: len(tokens) - 1], rtol=0, atol=1e-9)
 
 
-def test_each_prompt_of_a_batch_has_its_own_features() -> None:
+def test_each_prompt_of_a_batch_has_its_own_hidden_states() -> None:
     """Guards against rows of a batch that are mixed up or begin with padding, and against layers that another prompt's
     drafter reads."""
     target = lm("llama")
@@ -139,16 +141,16 @@ def test_each_prompt_of_a_batch_has_its_own_features() -> None:
     for drafter, text, own in zip(drafters, texts, layers, strict=True):
         (_, first), *later = drafter.seen
         assert first is None
-        for tokens, features in later:
-            assert (features is None) == (not own)
-            if features is not None:
+        for tokens, states in later:
+            assert (states is None) == (not own)
+            if states is not None:
                 truth = hidden_states(target, text, own)[: len(tokens) - 1]
-                torch.testing.assert_close(features, truth, rtol=0, atol=1e-9)
+                torch.testing.assert_close(states, truth, rtol=0, atol=1e-9)
 
 
-def test_features_outlive_what_is_evicted() -> None:
-    """Guards against a drafter that loses the features of the tokens which leave the target's cache, or takes those of
-    others for them."""
+def test_hidden_states_outlive_what_is_evicted() -> None:
+    """Guards against a drafter that loses the hidden states of the tokens which leave the target's cache, or takes
+    those of others for them."""
     policy = SinkWindow(15, sinks=2, trigger=0.5, interval=8)
     plain = generate(lm("llama"), prompt(), policy=policy, max_new_tokens=LENGTH)
     text = [*prompt(), *plain.tokens]
@@ -160,10 +162,10 @@ def test_features_outlive_what_is_evicted() -> None:
     assert result.compressions >= 3
     _, last = drafter.seen[-1]
     assert last is not None
-    for before, features in drafter.seen[1:]:
-        assert features is not None
-        assert len(features) == len(before) - 1
-        assert torch.equal(features, last[: len(features)])
+    for before, states in drafter.seen[1:]:
+        assert states is not None
+        assert len(states) == len(before) - 1
+        assert torch.equal(states, last[: len(states)])
     truth = hidden_states(lm("llama"), text, LAYERS)[: len(last)]
     same = (last - truth).abs().amax(1) < 1e-9
     # Up to the first eviction they are the full cache's, and then never again: nothing is left out or put in.
@@ -176,7 +178,7 @@ def test_a_head_leaves_nothing_behind(backend: str) -> None:
     """Guards against hooks that slow down plain decoding, or hold memory, after a head has drafted; and against those
     that the next one no longer gets."""
     target = LM(build(ARCHITECTURES["llama"]), backend=BACKENDS[backend])
-    head = FittedHead(untrained(target), target)
+    head = BoundHead(untrained(target), target)
     for drafter in (NoDraft(), HeadDrafter(head), NoDraft(), HeadDrafter(head)):
         result = generate(target, prompt(), drafter=drafter, max_new_tokens=LENGTH)
         assert result.tokens == greedy("llama", LENGTH)
@@ -197,7 +199,7 @@ def test_outputs_of_layers_that_there_are_not() -> None:
         pass
     model = build(ARCHITECTURES["llama"])
     model.model.layers = torch.nn.Sequential(*model.model.layers)
-    with pytest.raises(ValueError, match="no list of layers"), outputs_of(model, [0]):
+    with pytest.raises(ValueError, match="no list of layers"), recorded_hidden_states(model, [0]):
         pass
 
 
@@ -213,7 +215,7 @@ def target() -> LM:
 
 @functools.cache
 def raw() -> Head:
-    """Of sharp laws, so that a small error shows; it cannot propose all tokens, nor in their order."""
+    """Of sharp distributions, so that a small error shows; it cannot propose all tokens, nor in their order."""
     head = untrained(target(), seed=5).double()
     with torch.no_grad():
         for weight in head.parameters():
@@ -223,18 +225,19 @@ def raw() -> Head:
 
 
 def context(tokens: Sequence[int], sampling: Sampling) -> Context:
-    features = hidden_states(target(), tokens, raw().shape.layers[:1])
-    with outputs_of(target().model, raw().shape.layers) as outputs, torch.inference_mode():
+    states = hidden_states(target(), tokens, raw().shape.layers[:1])
+    with recorded_hidden_states(target().model, raw().shape.layers) as outputs, torch.inference_mode():
         target().model(torch.tensor([list(tokens)], device=target().device), use_cache=False)
-    assert torch.equal(torch.cat(outputs, -1)[0, :, : features.shape[1]], features)
+    assert torch.equal(torch.cat(outputs, -1)[0, :, : states.shape[1]], states)
     return Context(list(tokens), VOCABULARY, sampling, Rng(0), torch.cat(outputs, -1)[0, :-1])
 
 
 @torch.inference_mode()
-def law_after(path: Sequence[int], sampling: Sampling) -> Tensor:
-    """The head's law behind the text and a path of proposals, without slots: all is read anew for every token. [V]"""
+def distribution_after(path: Sequence[int], sampling: Sampling) -> Tensor:
+    """The head's distribution behind the text and a path of proposals, without slots: all is read anew for every token.
+    [V]"""
     head, embedding = raw(), target().model.get_input_embeddings()
-    given = context(TEXT, sampling).features
+    given = context(TEXT, sampling).hidden_states
     assert given is not None
     states = head.fused(given.cpu())
     for read in range(len(path) + 1):
@@ -255,7 +258,7 @@ def law_after(path: Sequence[int], sampling: Sampling) -> Tensor:
 
 def read_twice(shape: TreeShape, sampling: Sampling, limit: Limit) -> DraftTree:
     """What is proposed once the head has drafted for two beginnings of the text."""
-    drafter = HeadDrafter(FittedHead(raw(), target()), shape)
+    drafter = HeadDrafter(BoundHead(raw(), target()), shape)
     for length in (4, 8):
         drafter.propose(context(TEXT[:length], sampling), limit)
     return drafter.propose(context(TEXT, sampling), limit)
@@ -269,11 +272,11 @@ def paths(tree: DraftTree) -> list[list[int]]:
 
 
 def test_a_greedy_chain_is_the_head_s_own_continuation() -> None:
-    """Guards against a pair that is read with another token's features, at the wrong position or not at all, and ids of
-    the head that are taken for the target's."""
+    """Guards against a pair that is read with another token's hidden states, at the wrong position or not at all, and
+    ids of the head that are taken for the target's."""
     text: list[int] = []
     for _ in range(5):
-        text.append(int(law_after(text, Sampling()).argmax()))
+        text.append(int(distribution_after(text, Sampling()).argmax()))
     tree = read_twice(Chain(), Sampling(), Limit(5))
     assert paths(tree)[-1] == text
     assert len({*text}) > 1
@@ -288,7 +291,9 @@ def test_a_greedy_tree_holds_the_most_probable_tokens(shape: TreeShape) -> None:
         level: list[list[int]] = [[]]
         for count in (3, 2, 2):
             level = [
-                [*path, token] for path in level for token in law_after(path, Sampling()).topk(count).indices.tolist()
+                [*path, token]
+                for path in level
+                for token in distribution_after(path, Sampling()).topk(count).indices.tolist()
             ]
             expected += level
         assert paths(tree) == expected
@@ -299,7 +304,7 @@ def test_a_greedy_tree_holds_the_most_probable_tokens(shape: TreeShape) -> None:
         above = {
             (*path, token): p * q
             for path, p in above.items()
-            for token, q in enumerate(law_after(path, Sampling()).tolist())
+            for token, q in enumerate(distribution_after(path, Sampling()).tolist())
         }
         probability |= above
     best = sorted(probability, key=lambda path: -probability[path])[:9]
@@ -307,26 +312,28 @@ def test_a_greedy_tree_holds_the_most_probable_tokens(shape: TreeShape) -> None:
 
 
 @pytest.mark.parametrize("shape", [Chain(), StaticTree((3, 2, 1)), StaticTree((9, 1))], ids=str)
-def test_a_sampled_tree_carries_the_laws_that_it_was_drawn_from(shape: TreeShape) -> None:
-    """Guards against a law over the head's tokens that is handed over as one of the target's, or is not that of the
-    node's parent."""
+def test_a_sampled_tree_carries_the_distributions_that_it_was_drawn_from(shape: TreeShape) -> None:
+    """Guards against a distribution over the head's tokens that is handed over as one of the target's, or is not that
+    of the node's parent."""
     tree = read_twice(shape, SAMPLING, Limit(3))
     assert tree.probs is not None
     assert tree.depth > 1
-    for path, law, parent, node in zip(paths(tree), tree.probs, tree.parents.tolist(), range(len(tree)), strict=True):
+    for path, distribution, parent, node in zip(
+        paths(tree), tree.probs, tree.parents.tolist(), range(len(tree)), strict=True
+    ):
         earlier = [int(tree.tokens[i]) for i in range(node) if tree.parents[i] == parent]
-        expected = law_after(path[:-1], SAMPLING).index_fill(0, torch.tensor(earlier, dtype=torch.long), 0.0)
-        torch.testing.assert_close(law.cpu(), expected / expected.sum(), rtol=0, atol=1e-9)
+        expected = distribution_after(path[:-1], SAMPLING).index_fill(0, torch.tensor(earlier, dtype=torch.long), 0.0)
+        torch.testing.assert_close(distribution.cpu(), expected / expected.sum(), rtol=0, atol=1e-9)
 
 
-def test_without_features_nothing_is_proposed() -> None:
+def test_without_hidden_states_nothing_is_proposed() -> None:
     """Guards against a head that drafts from nothing where the target has not read the text, and against state that is
     wrong when it has."""
-    drafter = HeadDrafter(FittedHead(raw(), target()))
+    drafter = HeadDrafter(BoundHead(raw(), target()))
     whole = context(TEXT, Sampling())
-    assert whole.features is not None
+    assert whole.hidden_states is not None
     assert not len(drafter.propose(Context(TEXT, VOCABULARY, Sampling(), Rng(0)), Limit(3)))
-    short = Context(TEXT, VOCABULARY, Sampling(), Rng(0), whole.features[:-1])
+    short = Context(TEXT, VOCABULARY, Sampling(), Rng(0), whole.hidden_states[:-1])
     assert not len(drafter.propose(short, Limit(3)))
     assert not len(drafter.propose(context(TEXT[:1], Sampling()), Limit(3)))
     assert drafter.forwards == 0
@@ -343,19 +350,19 @@ def taught() -> Head:
     head.tokens = torch.tensor(sorted({*text[: -LENGTH // 4]}))
     place = {token: i for i, token in enumerate(head.tokens.tolist())}
     next_ = torch.tensor([place.get(token, -100) for token in text[2:]])
-    with outputs_of(model.model, head.shape.layers) as outputs, torch.no_grad():
+    with recorded_hidden_states(model.model, head.shape.layers) as outputs, torch.no_grad():
         ids = torch.tensor([text], device=model.device)
         model.model(ids, use_cache=False)
         embedded = model.model.get_input_embeddings()(ids)[:, 1:-1].cpu()
-    features = torch.cat(outputs, -1)[:, :-2].cpu()
+    states = torch.cat(outputs, -1)[:, :-2].cpu()
     rows = output_rows(model, head.tokens).cpu()
-    count = features.shape[1]
+    count = states.shape[1]
     reads = (torch.arange(1, count + 1), lambda keys, values: (keys, values), torch.ones(count, count).tril().bool())
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
     for _ in range(120):
-        first = head(embedded, head.fused(features), *reads)
-        # What a proposal's own successor is read with: the state in place of the features.
-        second = head(embedded, torch.cat([head.fused(features)[:, :1], first[:, :-1]], 1), *reads)
+        first = head(embedded, head.fused(states), *reads)
+        # What a proposal's own successor is read with: the state in place of the hidden states.
+        second = head(embedded, torch.cat([head.fused(states)[:, :1], first[:, :-1]], 1), *reads)
         losses = [cross_entropy(head.logits(out, rows)[0], next_) for out in (first, second)]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -368,7 +375,7 @@ def taught() -> Head:
 def test_a_head_that_was_taught_is_accepted(shape: TreeShape, sampling: Sampling) -> None:
     """Guards against a head that is right in training and reads otherwise when it drafts: nothing would be accepted."""
     target = lm("llama")
-    drafter = HeadDrafter(FittedHead(taught(), target), shape)
+    drafter = HeadDrafter(BoundHead(taught(), target), shape)
     result = generate(target, prompt(), drafter=drafter, controller=FixedK(3), sampling=sampling, max_new_tokens=LENGTH)
     if sampling.greedy:
         assert result.tokens == greedy("llama", LENGTH)
@@ -382,7 +389,7 @@ def test_a_head_that_was_taught_is_accepted(shape: TreeShape, sampling: Sampling
 def test_a_head_reads_the_text_once() -> None:
     """Guards against a head that reads all of the text in every step, which no proposal shows."""
     target, widths = lm("llama"), []
-    head = FittedHead(taught(), target)
+    head = BoundHead(taught(), target)
     head._head.register_forward_pre_hook(lambda module, given: widths.append(given[0].shape[1]))
     result = generate(target, prompt(), drafter=HeadDrafter(head), controller=FixedK(3), max_new_tokens=LENGTH)
     assert len(widths) == result.draft_forwards
@@ -393,7 +400,7 @@ def test_a_head_reads_the_text_once() -> None:
 
 def written(target: LM, folder: Path, head: Head | None = None) -> Path:
     file = folder / "head.safetensors"
-    file.write_bytes(write_head(head or untrained(target), signature(target), {"seed": 7}))
+    file.write_bytes(write_head(head or untrained(target), fingerprint(target), {"seed": 7}))
     return file
 
 
@@ -409,7 +416,7 @@ def test_a_head_comes_back_from_its_file(tmp_path: Path) -> None:
         assert torch.equal(head.get_parameter(name), weight.half().float())
     results = [
         generate(lm("llama"), prompt(), drafter=HeadDrafter(each), max_new_tokens=LENGTH)
-        for each in (load_head(str(file), lm("llama")), FittedHead(taught(), lm("llama")))
+        for each in (load_head(str(file), lm("llama")), BoundHead(taught(), lm("llama")))
     ]
     assert results[0].tokens == results[1].tokens == greedy("llama", LENGTH)
     assert results[0].mean_acceptance_length > 2.0
@@ -454,13 +461,13 @@ def test_a_head_of_another_target_is_refused(other: functools.partial[LM], reaso
 def test_a_fitted_head_stays_what_it_was() -> None:
     """Guards against drafts of a head that is trained on while it is measured."""
     target, head = lm("llama"), untrained(lm("llama"))
-    fitted = FittedHead(head, target)
+    fitted = BoundHead(head, target)
     state = torch.ones(1, head.shape.hidden, dtype=torch.float64, device=target.device)
     before = fitted.logits(state).clone()
     with torch.no_grad():
         head.norm.weight.mul_(2.0)
     assert torch.equal(fitted.logits(state), before)
-    assert not torch.equal(FittedHead(head, target).logits(state), before)
+    assert not torch.equal(BoundHead(head, target).logits(state), before)
 
 
 def test_rows_of_an_output_embedding_are_without_its_bias() -> None:
@@ -480,14 +487,14 @@ def test_rows_of_an_output_embedding_are_without_its_bias() -> None:
 def test_a_head_that_cannot_be_fitted_is_refused() -> None:
     """Guards against an error from the depths where no file says which target a head is for."""
     with pytest.raises(UnsupportedModelError, match=r"layers 0, 1 of width 8 .* as it has 4 layers of width 32"):
-        FittedHead(raw(), lm("llama"))
+        BoundHead(raw(), lm("llama"))
     head = copy.deepcopy(raw())
     head.tokens = torch.tensor([2, VOCABULARY])
     with pytest.raises(UnsupportedModelError, match="up to 11 cannot draft for small, as it knows tokens 0 to 10"):
-        FittedHead(head, target())
+        BoundHead(head, target())
     narrow = LM(build(ARCHITECTURES["opt"] | {"word_embed_proj_dim": 16}), name="narrow")
     with pytest.raises(UnsupportedModelError, match="narrow, as it embeds tokens in width 16"):
-        FittedHead(untrained(narrow), narrow)
+        BoundHead(untrained(narrow), narrow)
 
 
 def test_a_damaged_file_is_told_in_a_sentence(tmp_path: Path) -> None:
@@ -515,7 +522,7 @@ def test_what_a_head_costs_is_measured() -> None:
             return tree
 
     for target in (lm("llama"), LM(build(ARCHITECTURES["gpt-2"] | {"n_positions": 20}))):
-        inner = HeadDrafter(FittedHead(untrained(target), target))
+        inner = HeadDrafter(BoundHead(untrained(target), target))
         costs = measure_costs(target, Listening(inner, inner.layers))
         assert all(depth == asked for depth, asked in proposed)
         assert costs.draft.keys() == {Limit(depth) for depth in (1, 2, 4, 8)}
@@ -541,7 +548,7 @@ for layers in ((), (0,), (), (1,), (0,), ()):
     for lm in (plain, target):
         class Watching(PromptLookup):
             def propose(self, context, limit):
-                seen.setdefault(lm, []).append(context.features)
+                seen.setdefault(lm, []).append(context.hidden_states)
                 return super().propose(context, limit)
         drafter = Watching()
         drafter.layers = layers
@@ -554,7 +561,7 @@ print(graphs, all(same))
 """
 
 
-def test_compiled_features_are_of_the_layers_that_are_asked_for(pytestconfig: pytest.Config) -> None:
+def test_compiled_hidden_states_are_of_the_layers_that_are_asked_for(pytestconfig: pytest.Config) -> None:
     """Guards against compiled code that is used again though other layers are asked for, or none, which PyTorch does
     not see; and against compiling anew in every text. (In a process whose shapes are not checked.)"""
     command = [sys.executable, "-c", _COMPILED]

@@ -71,19 +71,19 @@ def row(family: str) -> str:
 def _bounded(target: LM, text: list[int]) -> str:
     """What becomes of the first layer's keys and values when tokens are evicted. They depend on nothing but token and
     position."""
-    mover, policy = target.mover, SinkWindow(24)
+    rerotation, policy = target.rerotation, SinkWindow(24)
     slots, pruned = target.new_slots(len(text)), target.new_slots(len(text))
     target.forward(slots, torch.tensor(text))
     kept = policy.keep(slots)
     before = slots.filled_keys()[0][:, kept]
-    mover.evict(slots, kept)
+    rerotation.evict(slots, kept)
     after = slots.filled_keys()[0]
     target.forward(pruned, torch.tensor([text[i] for i in kept.tolist()]))
     if torch.allclose(after, pruned.filled_keys()[0], rtol=0, atol=1e-4):
         values = slots.filled_values()[0]
         assert torch.allclose(values, pruned.filled_values()[0], rtol=0, atol=1e-4), f"{target.name}: values lie wrong"
         return "served"
-    assert torch.equal(after, before), f"{target.name}: keys that moved are not those of their new positions"
+    assert torch.equal(after, before), f"{target.name}: re-rotated keys are not those of their new positions"
     return "served, keys as written"
 
 
@@ -112,8 +112,8 @@ random weights, with windows of {WINDOW} tokens if they have windows.
   batch of two; of the drafts some are accepted and some rejected, in whole and in part.
 - *Served*: the keys and values that stay when `SinkWindow` evicts tokens are those that the model writes for these
   tokens alone.
-- *As written*: the model adds positions to its embeddings, so the keys that stay cannot be moved; what is decoded later
-  takes positions within the cache.
+- *As written*: the model adds positions to its embeddings, so the keys that stay cannot be re-rotated; what is decoded
+  later takes positions within the cache.
 
 The examples are for orientation; they were not run.
 

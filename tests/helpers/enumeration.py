@@ -1,4 +1,4 @@
-"""Exact laws instead of statistics: every outcome of every random decision, with its weight."""
+"""Exact distributions instead of statistics: every outcome of every random decision, with its weight."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class BranchRng(Rng):
         heads = min(probability.item() if isinstance(probability, torch.Tensor) else probability, 1)
         return self._decide([1 - heads, heads]) == 1
 
-    def draw(self, law: Any) -> torch.Tensor:
-        """From laws of any array: tensors of one or more rows, or one row of fractions."""
-        if law.ndim == 1:
-            return torch.tensor(self._decide(law.tolist()))
-        return torch.tensor([self._decide(row) for row in law.tolist()], dtype=torch.long)
+    def draw(self, distribution: Any) -> torch.Tensor:
+        """From distributions of any array: tensors of one or more rows, or one row of fractions."""
+        if distribution.ndim == 1:
+            return torch.tensor(self._decide(distribution.tolist()))
+        return torch.tensor([self._decide(row) for row in distribution.tolist()], dtype=torch.long)
 
     def next_prefix(self) -> list[int] | None:
         """The decisions of the run after this one in lexicographic order; None after the last."""
@@ -52,12 +52,12 @@ class BranchRng(Rng):
         return [*(branch for branch, _ in taken[:-1]), taken[-1][0] + 1] if taken else None
 
 
-def law_of(run: Callable[[BranchRng], Hashable]) -> dict[Any, Any]:
+def distribution_of(run: Callable[[BranchRng], Hashable]) -> dict[Any, Any]:
     """The probability of each of a random procedure's results."""
-    law: dict[Any, Any] = defaultdict(int)
+    distribution: dict[Any, Any] = defaultdict(int)
     prefix: list[int] | None = []
     while prefix is not None:
         rng = BranchRng(prefix)
-        law[run(rng)] += rng.weight
+        distribution[run(rng)] += rng.weight
         prefix = rng.next_prefix()
-    return dict(law)
+    return dict(distribution)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from specdecode import Costs, Step
 from specdecode.controllers.base import Controller, Limit
-from specdecode.controllers.cost_aware import Draft
+from specdecode.controllers.cost_aware import DraftCost
 
 Acceptance = Callable[[int, int, float], float]
 """The probability that a proposal is right, by its place in the text, its depth in the draft (from 0), and the nodes
@@ -58,7 +58,7 @@ class Machine:
         ]
         return Costs(
             verify={rows: verify * self.verify_s(rows) for rows in (1, 2, 4, 8, 16, 32, 65)},
-            draft={limit: Draft(self.nodes(limit), draft * self.draft_s(limit)) for limit in limits},
+            draft={limit: DraftCost(self.nodes(limit), draft * self.draft_s(limit)) for limit in limits},
             catch_up=draft * self.reading,
         )
 

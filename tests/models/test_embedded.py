@@ -18,7 +18,7 @@ from specdecode import (
 )
 from specdecode.bench.measure.check import classify
 from specdecode.drafters.base import Drafter
-from specdecode.heads.bound import FittedHead, shipped_head, untrained
+from specdecode.heads.bound import BoundHead, shipped_head, untrained
 from specdecode.heads.formats import read_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from tests.helpers.learnt import learnt
@@ -90,7 +90,7 @@ def test_a_trained_head_comes_with_the_embedded_model(target: LM) -> None:
     prompt = target.encode("A list of the planets, from the nearest to the sun:", chat=True)
     trained, random = (
         generate(target, prompt, drafter=HeadDrafter(head), max_new_tokens=48)
-        for head in (load_head(EMBEDDED, target), FittedHead(untrained(target), target))
+        for head in (load_head(EMBEDDED, target), BoundHead(untrained(target), target))
     )
     assert trained.tokens == random.tokens
     assert random.accepted <= 2

@@ -148,11 +148,11 @@ def test_rotating_again_is_pruning_first(name: str, dtype: torch.dtype, toleranc
     kept = [0, 1, 5, 6, 17, 30, 31, 39]
     slots = target.new_slots(1)
     target.forward(slots, torch.tensor(tokens))
-    target.mover.evict(slots, torch.tensor(kept, device=target.device))
+    target.rerotation.evict(slots, torch.tensor(kept, device=target.device))
     pruned = layer_0(target, [tokens[i] for i in kept])
     assert (slots.filled_keys()[0] - pruned).abs().max() <= tolerance * pruned.abs().max()
-    moved = (layer_0(target, tokens)[:, kept] - pruned).abs().max()
-    assert moved > 0.01
+    rerotated = (layer_0(target, tokens)[:, kept] - pruned).abs().max()
+    assert rerotated > 0.01
 
 
 def test_each_head_may_keep_its_own() -> None:
@@ -165,14 +165,14 @@ def test_each_head_may_keep_its_own() -> None:
     choices = [[torch.randperm(20, generator=generator)[:6].sort().values for _ in range(2)] for _ in range(4)]
     kept = torch.stack([torch.stack(heads) for heads in choices]).to(target.device)
     before = [keys.clone() for keys in slots.filled_keys()]
-    target.mover.evict(slots, kept)
-    for layer, rotation in enumerate(target.mover._rotations):
+    target.rerotation.evict(slots, kept)
+    for layer, rotation in enumerate(target.rerotation._rotations):
         assert rotation is not None
         cos, sin = rotation.table(before[layer], torch.arange(20, device=target.device))
         for head in range(2):
             old = kept[layer, head]
-            moved = rotation.move(before[layer][head : head + 1, old], (cos[old], sin[old]), (cos[:6], sin[:6]))
-            torch.testing.assert_close(slots.filled_keys()[layer][head], moved[0])
+            rerotated = rotation.rerotate(before[layer][head : head + 1, old], (cos[old], sin[old]), (cos[:6], sin[:6]))
+            torch.testing.assert_close(slots.filled_keys()[layer][head], rerotated[0])
     for head in range(2):
         pruned = layer_0(target, [tokens[i] for i in kept[0, head].tolist()])
         torch.testing.assert_close(slots.filled_keys()[0][head], pruned[head])
@@ -184,7 +184,7 @@ def test_each_head_may_keep_its_own() -> None:
 def test_a_key_that_moves_a_thousand_times_is_still_itself(dtype: torch.dtype, tolerance: float) -> None:
     """Guards against rounding that adds up while a token stays in the cache."""
     target = LM(build(ARCHITECTURES["gpt-neox"] | {"max_position_embeddings": 2048}).to(dtype))
-    rotation = target.mover._rotations[0]
+    rotation = target.rerotation._rotations[0]
     assert isinstance(rotation, Rotation)
     keys = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1)).to(target.device, dtype)
     cos, sin = rotation.table(keys, torch.arange(1001, device=target.device))
@@ -192,10 +192,10 @@ def test_a_key_that_moves_a_thousand_times_is_still_itself(dtype: torch.dtype, t
     def at(position: int) -> tuple[torch.Tensor, torch.Tensor]:
         return cos[position : position + 1], sin[position : position + 1]
 
-    moved = keys
+    rerotated = keys
     for position in range(1000, 0, -1):
-        moved = rotation.move(moved, at(position), at(position - 1))
-    assert (moved - rotation.move(keys, at(1000), at(0))).abs().max() <= tolerance
+        rerotated = rotation.rerotate(rerotated, at(position), at(position - 1))
+    assert (rerotated - rotation.rerotate(keys, at(1000), at(0))).abs().max() <= tolerance
 
 
 def test_streaming_is_a_forward_over_the_kept_tokens() -> None:
@@ -403,7 +403,7 @@ def test_a_cache_larger_than_the_context_is_told() -> None:
         generate(lm("llama"), prompt(), policy=SinkWindow(600))
 
 
-def test_keys_that_cannot_be_moved_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_cannot_be_re_rotated_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against wrong tokens on an architecture whose rotation is not known."""
     target = LM(build(ARCHITECTURES["llama"]))
     assert generate(target, prompt(), max_new_tokens=2).tokens

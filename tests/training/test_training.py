@@ -19,18 +19,14 @@ from specdecode.evals.data import documents
 from specdecode.heads.bound import output_rows
 from specdecode.heads.formats import read_head
 from specdecode.heads.module import Head
-from specdecode.models.lm import decoder_layers, outputs_of
-from specdecode.training.features import Shard, collect, read_shard
-from specdecode.training.heads import (
-    CrossEntropy,
-    Settings,
-    Training,
-    acceptance,
-    foretell,
-    frequent_tokens,
-    new_head,
-)
+from specdecode.models.recording import recorded_hidden_states
+from specdecode.models.variants import decoder_layers
+from specdecode.training.initial_head import frequent_tokens, initial_head
+from specdecode.training.loss import CrossEntropy, predict_ahead
+from specdecode.training.run import acceptance_lengths
+from specdecode.training.shards import Shard, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Draw, Texts
+from specdecode.training.trainer import Settings, Trainer
 from tests.helpers.characters import save
 from tests.helpers.learnt import learnt
 from tests.helpers.models import lm
@@ -65,19 +61,19 @@ def shards(target: LM, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return collect(target, texts, (0, 1), tmp_path_factory.mktemp("shards"), 2, {"texts": "own"})
 
 
-def trained(target: LM, shards: list[Path], checkpoint: Path, settings: Settings) -> Training:
-    head = new_head(target, (0, 1), frequent_tokens(shards, 64), read_shard(shards[0]).tokens[0])
-    return Training(target, head, shards, settings, checkpoint)
+def trained(target: LM, shards: list[Path], checkpoint: Path, settings: Settings) -> Trainer:
+    head = initial_head(target, (0, 1), frequent_tokens(shards, 64), read_shard(shards[0]).tokens[0])
+    return Trainer(target, head, shards, settings, checkpoint)
 
 
 def one_by_one(
-    head: Head, target: LM, rows: torch.Tensor, text: torch.Tensor, features: torch.Tensor, real: int, own: int
+    head: Head, target: LM, rows: torch.Tensor, text: torch.Tensor, states: torch.Tensor, real: int, own: int
 ) -> torch.Tensor:
-    """The law behind a text of which the first `real` tokens are read with the target's features, and `own` more with
-    the head's own states: as a drafter reads it."""
+    """The distribution behind a text of which the first `real` tokens are read with the target's states, and `own`
+    more with the head's own states: as a drafter reads it."""
     slots = Slots(1, target.device)
     embedded = target.model.get_input_embeddings()(text)
-    state = head.fused(features[: real - 1])
+    state = head.fused(states[: real - 1])
     for start, end in ((1, real), *((place, place + 1) for place in range(real, real + own))):
         slots.append(torch.arange(start, end))
         visible = torch.ones(end - start, end - 1, dtype=torch.bool).tril(start - 1)
@@ -93,28 +89,31 @@ def one_by_one(
 
 @pytest.mark.parametrize("proposed", [60, 1])
 def test_a_head_is_trained_as_it_drafts(proposed: int, unchecked: None) -> None:
-    """Guards against an attention, a position or a feature that lies one token off from where it is in drafting."""
+    """Guards against an attention, a position or a hidden state that lies one token off from where it is in
+    drafting."""
     target = lm("llama")
     tokens = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[:proposed].sort().values
     text = torch.randint(target.vocab_size, (9,), generator=torch.Generator().manual_seed(1))
-    head = new_head(target, LAYERS, tokens, text).double()
+    head = initial_head(target, LAYERS, tokens, text).double()
     rows = output_rows(target, tokens)
-    with torch.inference_mode(), outputs_of(target.model, LAYERS) as outputs:
+    with torch.inference_mode(), recorded_hidden_states(target.model, LAYERS) as outputs:
         logits = target.model(text[None], use_cache=False).logits[0]
-    features = torch.cat([out[0] for out in outputs], -1)
+    states = torch.cat([out[0] for out in outputs], -1)
     best = logits.softmax(-1).topk(16)
     place = torch.full((target.vocab_size,), -1)
     place[tokens] = torch.arange(len(tokens))
-    batch = Shard(text[None], features[None], best.indices[None], best.values[None])
+    batch = Shard(text[None], states[None], best.indices[None], best.values[None])
     with torch.inference_mode():
-        counts, losses, agreed = foretell(head, target.model.get_input_embeddings(), rows, place, batch, 3)
+        counts, losses, agreed = predict_ahead(head, target.model.get_input_embeddings(), rows, place, batch, 3)
         for own in range(3):
             expected, same, places = 0.0, 0, range(1 + own, len(text))
             for last in places:
-                law = one_by_one(head, target, rows, text, features, last + 1 - own, own)
+                distribution = one_by_one(head, target, rows, text, states, last + 1 - own, own)
                 wanted = place[best.indices[last]]
-                expected -= sum((p * law[w]).item() for p, w in zip(best.values[last], wanted, strict=True) if w >= 0)
-                same += int(law.argmax() == wanted[0])
+                expected -= sum(
+                    (p * distribution[w]).item() for p, w in zip(best.values[last], wanted, strict=True) if w >= 0
+                )
+                same += int(distribution.argmax() == wanted[0])
             assert counts[own] == len(places)
             assert losses[own].item() == pytest.approx(expected, rel=1e-4)
             assert agreed[own] == same
@@ -134,13 +133,13 @@ def test_the_loss_falls_the_way_its_derivative_says() -> None:
 def test_a_head_begins_as_the_last_layer(name: str, fits: bool) -> None:
     """Guards against steps spent on what the target knows, and against architectures for which no head can begin."""
     target = lm(name)
-    head = new_head(target, LAYERS, torch.arange(50), torch.arange(20))
+    head = initial_head(target, LAYERS, torch.arange(50), torch.arange(20))
     own = [value.float() for value in decoder_layers(target.model)[-1].state_dict().values()]
     for part, value in head.state_dict().items():
         if part.endswith("_proj.weight"):
             assert any(each.shape == value.shape and torch.equal(each, value) for each in own) == fits, part
     # What it reads is about as large as what that layer reads.
-    with torch.inference_mode(), outputs_of(target.model, [2]) as outputs:
+    with torch.inference_mode(), recorded_hidden_states(target.model, [2]) as outputs:
         target.model(torch.arange(20)[None], use_cache=False)
     size = outputs[0].square().mean().sqrt().item()
     read = head.join(torch.cat([torch.randn(9, 32), torch.randn(9, 32)], -1)).square().mean().sqrt().item()
@@ -151,8 +150,8 @@ def test_loss_falls_and_acceptance_rises(target: LM, shards: list[Path], tmp_pat
     """Guards against a training that runs and teaches nothing, or teaches what drafting does not use."""
     training = trained(target, shards, tmp_path / "checkpoint.pt", Settings(epochs=6, batch=16, ahead=3, rate=3e-3))
     prompts = {"own/0": target.encode("The quick"), "own/1": target.encode("Pack my")}
-    before = acceptance(target, training.head, prompts)
-    training.run(lambda *_: None, lambda each: acceptance(target, each.head, prompts))
+    before = acceptance_lengths(target, training.head, prompts)
+    training.run(lambda *_: None, lambda each: acceptance_lengths(target, each.head, prompts))
     first, last = training.epochs[0], training.epochs[-1]
     assert all(late < early for early, late in zip(first.losses, last.losses, strict=True))
     assert last.agreements[0] > first.agreements[0]
@@ -249,19 +248,19 @@ def test_a_question_is_about_a_passage(books: Path) -> None:
 
 def test_what_cannot_follow_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a token of no probability where the random number is the least, or the greatest."""
-    law = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
+    distribution = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
     for number, token in ((0.0, 1), (1.0 - 2**-24, 2)):
         monkeypatch.setattr(torch, "rand", lambda size, number=number, **_: torch.full(size, number).double())
-        assert Draw(Sampling(0.8))(torch.zeros(1, 1, dtype=torch.long), law).argmax() == token
+        assert Draw(Sampling(0.8))(torch.zeros(1, 1, dtype=torch.long), distribution).argmax() == token
 
 
-def test_what_the_target_writes_is_drawn_from_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_target_writes_is_drawn_from_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against texts at another temperature, and against the most probable one over and over."""
     target, seen = chatty(), []
-    law = torch.tensor([0.0, 2.0, -torch.inf, 1.0, -torch.inf])
+    distribution = torch.tensor([0.0, 2.0, -torch.inf, 1.0, -torch.inf])
 
     def write(ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: object) -> torch.Tensor:
-        scores = logits_processor(ids, law.expand(len(ids), -1))
+        scores = logits_processor(ids, distribution.expand(len(ids), -1))
         seen.append(scores.argmax(-1))
         assert bool(((scores == 0.0).sum(-1) == 1).all())
         return ids
@@ -269,7 +268,7 @@ def test_what_the_target_writes_is_drawn_from_its_law(monkeypatch: pytest.Monkey
     monkeypatch.setattr(target.model, "generate", write)
     Texts(target, [CHAT], LENGTH).draw(0, 20_000)
     shares = torch.bincount(seen[0], minlength=5) / 20_000
-    torch.testing.assert_close(shares, (law / 0.8).softmax(-1), atol=0.015, rtol=0.0)
+    torch.testing.assert_close(shares, (distribution / 0.8).softmax(-1), atol=0.015, rtol=0.0)
 
 
 @pytest.mark.parametrize(
@@ -294,14 +293,14 @@ def test_what_cannot_be_trained_on_is_one_sentence(
 
 
 def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
-    """Guards against work that is done twice, and against features of one recipe under another."""
+    """Guards against work that is done twice, and against hidden states of one recipe under another."""
     texts = Texts(target, ["prose"], LENGTH, own=0.0)
     [first] = collect(target, texts, (1,), tmp_path, 1, {"layers": [1]})
     written = first.stat().st_mtime_ns
     both = collect(target, texts, (1,), tmp_path, 2, {"layers": [1]})
     assert both[0].stat().st_mtime_ns == written
     assert read_shard(both[1]).tokens.tolist() != read_shard(both[0]).tokens.tolist()
-    with pytest.raises(ValueError, match="features for another layers"):
+    with pytest.raises(ValueError, match="hidden states for another layers"):
         collect(target, texts, (0,), tmp_path, 2, {"layers": [0]})
 
 
@@ -323,14 +322,14 @@ def test_a_damaged_shard_is_one_sentence(shards: list[Path], tmp_path: Path) -> 
 
 
 def test_a_shard_holds_what_the_target_says(target: LM, shards: list[Path]) -> None:
-    """Guards against features of another token or layer than that which they are trained as."""
+    """Guards against hidden states of another token or layer than that which they are trained as."""
     shard = read_shard(shards[0])
     with torch.inference_mode():
         output = target.model(shard.tokens[:2], use_cache=False, output_hidden_states=True)
     # The outputs of layer 0; transformers gives those of the last layer behind the final norm only.
     expected = torch.nn.functional.rms_norm(output.hidden_states[1], (output.hidden_states[1].shape[-1],))
     width = expected.shape[-1]
-    torch.testing.assert_close(shard.features[:2, :, :width].to(expected.dtype), expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(shard.hidden_states[:2, :, :width].to(expected.dtype), expected, atol=2e-3, rtol=2e-3)
     assert torch.equal(shard.top[:2, :, 0], output.logits.argmax(-1))
     found = output.logits.float().softmax(-1).gather(-1, shard.top[:2])
     torch.testing.assert_close(shard.probs[:2], found, atol=1e-3, rtol=1e-3)

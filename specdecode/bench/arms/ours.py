@@ -24,7 +24,7 @@ from specdecode.drafters.replay import ReplayDrafter
 from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, StaticTree, TreeShape
 from specdecode.drafters.universal import UniversalDrafter
-from specdecode.heads.bound import FittedHead, load_head, untrained
+from specdecode.heads.bound import BoundHead, load_head, untrained
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 
@@ -87,7 +87,7 @@ def _drafter_maker(kind: str, options: dict[str, Any], target: LM, draft: LM | N
         return partial(ModelDrafter, draft, _shape(options))
     if kind == "head":
         file = options.pop("head")
-        head = FittedHead(untrained(target), target) if target.synthetic else load_head(file, target)
+        head = BoundHead(untrained(target), target) if target.synthetic else load_head(file, target)
         return partial(HeadDrafter, head, _shape(options))
     if kind == "universal" and draft is not None:
         return partial(UniversalDrafter, target, draft)

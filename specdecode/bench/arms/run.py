@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from specdecode.backends.device import synchronise
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds, as_dict, from_dict
 from specdecode.core.result import Generation
-from specdecode.models.lm import LM, synchronise
+from specdecode.models.lm import LM
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from specdecode.models.lm import LM, synchronise
+from specdecode.backends.device import synchronise
+from specdecode.models.lm import LM
 from specdecode.models.quantize import stored_bytes
 
 _COPY_BYTES = 2**28

@@ -34,7 +34,7 @@ from specdecode.bench.runs.counts import RowCounts, RowSeconds, Seconds, as_dict
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.controllers.base import FixedK, Limit
 from specdecode.core.slots import Slots
-from specdecode.core.verify import Verdict as Acceptance
+from specdecode.core.verify import Acceptance
 from specdecode.decoding import sequence
 from specdecode.drafters import model as model_drafter
 from tests.helpers.fake_clock import Cost, FakeClock, RealClock, charged

@@ -27,9 +27,9 @@ from specdecode.bench.report.tables import speed_table
 from specdecode.bench.runs.counts import Counts, as_dict
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, RunFile
 from specdecode.controllers.base import Limit
-from specdecode.controllers.cost_aware import Draft
+from specdecode.controllers.cost_aware import DraftCost
 from specdecode.heads import bound as fitting
-from specdecode.heads.bound import signature, untrained
+from specdecode.heads.bound import fingerprint, untrained
 from specdecode.heads.formats import write_head
 from tests.helpers.characters import save
 from tests.helpers.models import ARCHITECTURES, VOCABULARY, build, greedy, lm, prompt, small
@@ -158,7 +158,7 @@ def headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
     """A target that comes with a head."""
     target = lm("llama")
     file = tmp_path / "head.safetensors"
-    file.write_bytes(write_head(untrained(target), signature(target), {}))
+    file.write_bytes(write_head(untrained(target), fingerprint(target), {}))
     monkeypatch.setattr(fitting, "shipped_head", {target.name: file}.get)
     return target
 
@@ -330,7 +330,7 @@ def test_arms_draft_as_long_as_their_controllers_say(monkeypatch: pytest.MonkeyP
 
     def measure(*of: object) -> Costs:
         measured.append(of)
-        return Costs({1: 1.0}, {Limit(1): Draft(1, 0.0), Limit(5): Draft(5, 0.0)})
+        return Costs({1: 1.0}, {Limit(1): DraftCost(1, 0.0), Limit(5): DraftCost(5, 0.0)})
 
     monkeypatch.setattr("specdecode.bench.arms.arm.measure_costs", measure)
     entries = {"ar": {}, "fixed": {"drafter": "lookup", "k": 5}}

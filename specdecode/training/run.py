@@ -1,42 +1,48 @@
-"""From a target's name to the file of a head: `specdecode train-head`."""
+"""A whole training run, from the texts to the file of a head: `specdecode train-head`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdecode.heads.bound import signature
+from specdecode.controllers.base import FixedK
+from specdecode.decoding.generate import generate
+from specdecode.drafters.head import HeadDrafter
+from specdecode.heads.bound import BoundHead, fingerprint
 from specdecode.heads.formats import write_head
+from specdecode.heads.module import Head
 from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
 from specdecode.support.environment import environment
 from specdecode.support.files import write_whole
 from specdecode.support.git import git
-from specdecode.training.features import SHARD, collect, read_shard
-from specdecode.training.heads import Epoch, Settings, Training, acceptance, frequent_tokens, new_head
+from specdecode.training.initial_head import frequent_tokens, initial_head
+from specdecode.training.shards import SHARD_TEXTS, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Texts
+from specdecode.training.trainer import Epoch, Settings, Trainer
 
-# Of each held-out document what stands before the tokens with which acceptance is measured, and how many of a data set
-# are decoded after each epoch.
-_PROMPT, _PROMPTS = 64, 4
+# After each epoch, acceptance is measured on so many held-out documents of each data set ...
+_PROMPTS_PER_SET = 4
+# ... with prompts of so many tokens, so many new tokens, and chains of this length.
+_PROMPT_TOKENS, _NEW_TOKENS, _DRAFT_LENGTH = 64, 64, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a head is trained on.
+    """Hold what a head is trained on, and how.
 
     Attributes:
         data: data sets with documents, see `evals.data`, and "chat" and "ask", see `training.texts`.
         tokens: to train on, rounded up to whole shards.
-        length: of a text.
-        own: share of the corpus texts that the target writes on by itself.
+        length: of a text, in tokens.
+        own: share of the corpus texts that the target continues itself.
         held_out: documents of each data set that are left out, the first in their order.
-        layers: of the target, whose outputs the head reads; by default one near the beginning, the middle one and the
-            last.
-        vocabulary: tokens that it can propose.
-        settings: how it is trained.
+        layers: of the target, whose hidden states the head reads; by default one near the beginning, the middle one and
+            the last.
+        vocabulary: most tokens that the head can propose.
+        settings: of the training.
 
     Raises:
         ValueError: a number below 1.
@@ -60,18 +66,18 @@ class Recipe:
 def train_head(
     target: LM, name: str, recipe: Recipe, out: Path, command: str, tell: Callable[[int, int, str], None]
 ) -> dict[str, Any]:
-    """Collect, train, and write the head and its card; a run that was killed goes on where it was.
+    """Collect shards, train, and write the head and its card. A run that was killed continues where it was.
 
-    Beside `out` stands a folder of the same name with the features and the state of the training, which can be removed
-    when the head is there.
+    A folder beside `out`, of the same name, holds the shards and the checkpoint. It can be removed when the head is
+    written.
 
     Args:
         target: loaded with backend="eager".
         name: by which it was loaded.
-        recipe: what is trained on, and how.
+        recipe: what the head is trained on, and how.
         out: the file, .safetensors; the card is written beside it in Markdown.
-        command: that does this again.
-        tell: called with what is done, all of it, and what is being done.
+        command: that repeats this run.
+        tell: called with the number of finished shards, that of all, and what is being done.
 
     Returns:
         The card.
@@ -80,16 +86,16 @@ def train_head(
         ValueError, SpecDecodeError: a data set that is not at hand, a layer that the target does not have, or a folder
             with the work of another training.
     """
-    total = signature(target).layers
+    total = fingerprint(target).layers
     layers = recipe.layers or tuple(sorted({min(2, total - 1), total // 2, total - 1}))
     if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
         raise ValueError(f"layers is {list(layers)}: they are ascending, from 0 to {total - 1}")
     settings, work = recipe.settings, out.with_suffix("")
-    # Before anything that takes long: whatever cannot be had is said now.
+    # Raises now what would otherwise be found after long work.
     texts = Texts(target, recipe.data, recipe.length, own=recipe.own, held_out=recipe.held_out, seed=settings.seed)
-    held_out = [each for part in texts.held_out.values() for each in part[:_PROMPTS]]
-    prompts = {each.id: target.encode(each.text)[:_PROMPT] for each in held_out}
-    shards = -(-recipe.tokens // (SHARD * recipe.length))
+    held_out = [document for documents in texts.held_out.values() for document in documents[:_PROMPTS_PER_SET]]
+    prompts = {document.id: target.encode(document.text)[:_PROMPT_TOKENS] for document in held_out}
+    shards = -(-recipe.tokens // (SHARD_TEXTS * recipe.length))
     what = {
         "target": name,
         "weights": weights_of(name),
@@ -100,31 +106,51 @@ def train_head(
         "seed": settings.seed,
     }
     files = collect(target, texts, layers, work, shards, what, tell)
-    proposed = frequent_tokens(files, recipe.vocabulary)
-    head = new_head(target, layers, proposed, read_shard(files[0]).tokens[0], settings.seed)
-    training = Training(target, head, files, settings, work / "checkpoint.pt")
+    vocabulary = frequent_tokens(files, recipe.vocabulary)
+    head = initial_head(target, layers, vocabulary, read_shard(files[0]).tokens[0], settings.seed)
+    trainer = Trainer(target, head, files, settings, work / "checkpoint.pt")
 
-    def on_epoch(training: Training) -> dict[str, float]:
-        found = acceptance(target, training.head, prompts)
-        ended = len(training.epochs)
-        # In shards, as everything before it.
-        tell(ended * shards, settings.epochs * shards, f"epoch {ended}: {_line(training.epochs[-1], found)}")
-        return found
+    def on_epoch(trainer: Trainer) -> dict[str, float]:
+        acceptance = acceptance_lengths(target, trainer.head, prompts)
+        epochs = len(trainer.epochs)
+        # Progress is counted in shards.
+        tell(epochs * shards, settings.epochs * shards, f"epoch {epochs}: {_line(trainer.epochs[-1], acceptance)}")
+        return acceptance
 
-    training.run(tell, on_epoch)
+    trainer.run(tell, on_epoch)
     card = {
         **what,
-        "tokens": shards * SHARD * recipe.length,
+        "tokens": shards * SHARD_TEXTS * recipe.length,
         "vocabulary": len(head.tokens),
         "settings": asdict(settings),
-        "epochs": [asdict(epoch) for epoch in training.epochs],
+        "epochs": [asdict(epoch) for epoch in trainer.epochs],
         "command": command,
         "commit": _commit(),
         "environment": environment(),
     }
-    write_whole(out, write_head(training.head, signature(target), card))
-    write_whole(out.with_suffix(".md"), _card(card, training.epochs))
+    write_whole(out, write_head(trainer.head, fingerprint(target), card))
+    write_whole(out.with_suffix(".md"), _card(card, trainer.epochs))
     return card
+
+
+def acceptance_lengths(target: LM, head: Head, prompts: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Return the mean acceptance length by task, under greedy decoding with chains of four.
+
+    Args:
+        target: verifies.
+        head: drafts.
+        prompts: by id, "TASK/NUMBER".
+    """
+    bound = BoundHead(head, target)
+    steps: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for name, prompt in prompts.items():
+        drafter, controller = HeadDrafter(bound), FixedK(_DRAFT_LENGTH)
+        result = generate(target, prompt, drafter=drafter, controller=controller, max_new_tokens=_NEW_TOKENS)
+        task = name.rpartition("/")[0]
+        steps[task] = steps.get(task, 0) + len(result.steps)
+        tokens[task] = tokens.get(task, 0) + len(result.tokens)
+    return {task: tokens[task] / steps[task] for task in steps}
 
 
 def _commit() -> str:
@@ -134,15 +160,16 @@ def _commit() -> str:
         return "not known: not in a checkout"
 
 
-def _line(epoch: Epoch, found: dict[str, float]) -> str:
+def _line(epoch: Epoch, acceptance: dict[str, float]) -> str:
+    """Return the measures of an epoch in one line."""
     losses = " ".join(f"{loss:.3f}" for loss in epoch.losses)
     agreed = " ".join(f"{share:.0%}" for share in epoch.agreements)
-    tau = ", ".join(f"{task} {value:.2f}" for task, value in found.items())
+    tau = ", ".join(f"{task} {value:.2f}" for task, value in acceptance.items())
     return f"loss {losses}; same token {agreed}; tokens a step {tau}"
 
 
 def _card(card: dict[str, Any], epochs: list[Epoch]) -> str:
-    """The card as a page."""
+    """Return the card as a Markdown page."""
     settings = card["settings"]
     origins = "; ".join(f"{name}: {origin}" for name, origin in card["texts"].items())
     versions = ", ".join(f"{name} {value}" for name, value in card["environment"].items())

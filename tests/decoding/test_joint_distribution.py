@@ -1,5 +1,5 @@
-"""The law of the first sampled tokens through the real decoder, caches and all, by enumeration of every random decision
-that it takes: the drafts drawn, the coins of the acceptance, and the tokens after them."""
+"""The distribution of the first sampled tokens through the real decoder, caches and all, by enumeration of every random
+decision that it takes: the drafts drawn, the coins of the acceptance, and the tokens after them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from specdecode import (
 )
 from specdecode.controllers.base import Controller, Limit
 from specdecode.drafters.base import Context, Drafter
-from specdecode.heads.bound import FittedHead, untrained
+from specdecode.heads.bound import BoundHead, untrained
 from specdecode.policies.base import CachePolicy
-from tests.helpers.enumeration import BranchRng, law_of
+from tests.helpers.enumeration import BranchRng, distribution_of
 from tests.helpers.models import logits, small
 from tests.helpers.strategies import Moody
 
@@ -50,7 +50,7 @@ def model(seed: int, vocabulary: int = VOCABULARY, layers: int = 1) -> LM:
     return small(seed, vocab_size=vocabulary, num_hidden_layers=layers)
 
 
-def decoded_law(
+def decoded_distribution(
     monkeypatch: pytest.MonkeyPatch,
     drafter: Drafter,
     sampling: Sampling,
@@ -73,28 +73,30 @@ def decoded_law(
         )
         return tuple(result.tokens)
 
-    return law_of(run)
+    return distribution_of(run)
 
 
 @functools.cache
-def target_law(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
-    """The same law from forwards without a cache."""
+def target_distribution(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
+    """The same distribution from forwards without a cache."""
 
-    def next_law(text: tuple[int, ...]) -> list[float]:
+    def next_distribution(text: tuple[int, ...]) -> list[float]:
         return sampling.probs(logits(model(0, layers=2).model, PROMPT + text)[-1]).tolist()
 
-    laws = {text: next_law(text) for n in range(length) for text in itertools.product(range(VOCABULARY), repeat=n)}
-    law = {}
+    distributions = {
+        text: next_distribution(text) for n in range(length) for text in itertools.product(range(VOCABULARY), repeat=n)
+    }
+    distribution = {}
     for text in itertools.product(range(VOCABULARY), repeat=length):
         weight = 1.0
         for i, token in enumerate(text):
-            weight *= laws[text[:i]][token]
-        law[text] = weight
-    return law
+            weight *= distributions[text[:i]][token]
+        distribution[text] = weight
+    return distribution
 
 
-def distance(law: dict[tuple[int, ...], float], other: dict[tuple[int, ...], float]) -> float:
-    return max(abs(law.get(text, 0.0) - other.get(text, 0.0)) for text in law.keys() | other.keys())
+def distance(distribution: dict[tuple[int, ...], float], other: dict[tuple[int, ...], float]) -> float:
+    return max(abs(distribution.get(text, 0.0) - other.get(text, 0.0)) for text in distribution.keys() | other.keys())
 
 
 def drafters() -> dict[str, Drafter]:
@@ -117,12 +119,12 @@ def drafters() -> dict[str, Drafter]:
 
 
 @functools.cache
-def head() -> FittedHead:
-    """Of the target of `decoded_law`; it cannot propose all tokens."""
+def head() -> BoundHead:
+    """Of the target of `decoded_distribution`; it cannot propose all tokens."""
     target = model(0, layers=2)
     untrained_head = untrained(target)
     untrained_head.tokens = torch.tensor([4, 0, 3])
-    return FittedHead(untrained_head, target)
+    return BoundHead(untrained_head, target)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +139,14 @@ def head() -> FittedHead:
     ids=str,
 )
 @pytest.mark.parametrize("name", drafters().keys())
-def test_the_law_is_that_of_plain_sampling(
+def test_the_distribution_is_that_of_plain_sampling(
     monkeypatch: pytest.MonkeyPatch, name: str, sampling: Sampling, length: int
 ) -> None:
-    """Guards against a law handed over from before top-k or at another node, a cache that answers for another branch,
-    and a token drawn with the randomness that the draft has used."""
-    law = decoded_law(monkeypatch, drafters()[name], sampling, length)
-    assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
-    assert distance(law, target_law(sampling, length)) < 1e-9
+    """Guards against a distribution handed over from before top-k or at another node, a cache that answers for another
+    branch, and a token drawn with the randomness that the draft has used."""
+    distribution = decoded_distribution(monkeypatch, drafters()[name], sampling, length)
+    assert sum(distribution.values()) == pytest.approx(1.0, abs=1e-9)
+    assert distance(distribution, target_distribution(sampling, length)) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["lookup", "chain", "static-tree"])
@@ -153,30 +155,30 @@ def test_the_law_is_that_of_plain_sampling(
     [functools.partial(AdaptiveK, most=2), lambda: Moody([Limit(1), Limit(0), Limit(2)])],
     ids=["adaptive", "by turns"],
 )
-def test_the_law_does_not_depend_on_how_long_was_drafted(
+def test_the_distribution_does_not_depend_on_how_long_was_drafted(
     monkeypatch: pytest.MonkeyPatch, name: str, controller: Callable[[], Controller]
 ) -> None:
     """Guards against a draft length that is chosen by what is about to be drawn, and a draft that misses a token."""
     sampling = Sampling(0.8, top_k=2)
-    law = decoded_law(monkeypatch, drafters()[name], sampling, 4, controller=controller)
-    assert distance(law, target_law(sampling, 4)) < 1e-9
+    distribution = decoded_distribution(monkeypatch, drafters()[name], sampling, 4, controller=controller)
+    assert distance(distribution, target_distribution(sampling, 4)) < 1e-9
 
 
 @pytest.mark.parametrize("policy", [SinkWindow(7, sinks=1, trigger=0.6), HeavyHitter(6, recent=1, interval=2)])
 @pytest.mark.parametrize("name", ["lookup", "chain", "static-tree", "best-first-tree"])
-def test_with_a_policy_the_law_is_that_of_plain_sampling_with_it(
+def test_with_a_policy_the_distribution_is_that_of_plain_sampling_with_it(
     monkeypatch: pytest.MonkeyPatch, name: str, policy: CachePolicy
 ) -> None:
     """Guards against an eviction that depends on how the coins of the acceptance fell."""
     sampling = Sampling(0.8, top_k=2)
-    plain = decoded_law(monkeypatch, NoDraft(), sampling, 4, policy)
-    assert distance(plain, target_law(sampling, 4)) > 1e-3
-    assert distance(decoded_law(monkeypatch, drafters()[name], sampling, 4, policy), plain) < 1e-9
+    plain = decoded_distribution(monkeypatch, NoDraft(), sampling, 4, policy)
+    assert distance(plain, target_distribution(sampling, 4)) > 1e-3
+    assert distance(decoded_distribution(monkeypatch, drafters()[name], sampling, 4, policy), plain) < 1e-9
 
 
 @dataclass
-class WrongLaw:
-    """Hands over another law than its proposals were drawn from: the one at temperature 1, before top-k."""
+class WrongDistribution:
+    """Hands over another distribution than its proposals were drawn from: the one at temperature 1, before top-k."""
 
     inner: ModelDrafter
     layers: tuple[int, ...] = ()
@@ -193,11 +195,13 @@ class WrongLaw:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.8, top_k=3), Sampling(0.5)], ids=str)
-def test_another_law_than_the_one_drawn_from_is_found_out(monkeypatch: pytest.MonkeyPatch, sampling: Sampling) -> None:
+def test_another_distribution_than_the_one_drawn_from_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
     """Guards against an enumeration that any drafter passes."""
-    law = decoded_law(monkeypatch, WrongLaw(ModelDrafter(model(1))), sampling, 2)
-    assert sum(law.values()) == pytest.approx(1.0, abs=1e-9)
-    assert distance(law, target_law(sampling, 2)) > 1e-3
+    distribution = decoded_distribution(monkeypatch, WrongDistribution(ModelDrafter(model(1))), sampling, 2)
+    assert sum(distribution.values()) == pytest.approx(1.0, abs=1e-9)
+    assert distance(distribution, target_distribution(sampling, 2)) > 1e-3
 
 
 def test_a_seed_fixes_the_text() -> None:

@@ -1,0 +1,11 @@
+"""The device that forwards run on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device's queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

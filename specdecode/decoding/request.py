@@ -1,0 +1,121 @@
+"""A request: one prompt and how to decode it, checked when it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Int
+from torch import Tensor
+
+from specdecode.backends.graph import CudaGraphs
+from specdecode.controllers.base import Controller, FixedK
+from specdecode.core.sampling import Sampling
+from specdecode.core.stopping import Stops
+from specdecode.drafters.base import Drafter
+from specdecode.drafters.none import NoDraft
+from specdecode.models.lm import LM
+from specdecode.policies.base import CachePolicy
+from specdecode.policies.keep_all import KeepAll
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Mark the moment from which a request is timed.
+
+    Attributes:
+        at: on the host clock, in seconds.
+        capture_s: seconds that capturing CUDA graphs had taken by then, in this process.
+    """
+
+    at: float = field(default_factory=time.perf_counter)
+    capture_s: float = field(default_factory=lambda: CudaGraphs.seconds)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """Hold one prompt and everything that decides how it is decoded. See `generate` for the fields.
+
+    Attributes:
+        tokens: the prompt as a list.
+        start: the moment when the request was made, or replaced by a copy.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, no tokens asked for, more than the model's context
+            holds, or a bounded cache that does not fit the context or the drafts.
+        UnsupportedModelError: a policy that evicts, for a model whose keys cannot be re-rotated.
+    """
+
+    target: LM
+    prompt: Sequence[int] | Int[Tensor, " n"]
+    drafter: Drafter = field(default_factory=NoDraft)
+    controller: Controller = field(default_factory=lambda: FixedK(5))
+    policy: CachePolicy = field(default_factory=KeepAll)
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 128
+    stops: Stops = field(default_factory=lambda: Stops((), (), None))
+    logprobs: bool = False
+    on_step: Callable[[list[int]], None] | None = None
+    start: Start = field(default_factory=Start, init=False)
+    tokens: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", [int(token) for token in self.prompt])
+        if not self.tokens:
+            raise ValueError("the prompt is empty: decoding starts from at least one token")
+        check_tokens(self.target, self.tokens, "prompt")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: at least 1 must be asked for")
+        if self.policy.interval:
+            self._check_bounded_cache()
+        else:
+            self._check_context()
+
+    @property
+    def length_limit(self) -> int:
+        """Tokens of the prompt and the longest continuation together."""
+        return len(self.tokens) + self.max_new_tokens
+
+    def _check_context(self) -> None:
+        target, length = self.target, len(self.tokens)
+        if length >= target.context_length:
+            raise ValueError(
+                f"the prompt has {length} tokens, but the context of {target.name} holds {target.context_length}:"
+                " shorten it"
+            )
+        if self.length_limit > target.context_length:
+            raise ValueError(
+                f"{length} prompt tokens and {self.max_new_tokens} new ones exceed the context of {target.name},"
+                f" {target.context_length} tokens: ask for at most {target.context_length - length}"
+            )
+
+    def _check_bounded_cache(self) -> None:
+        """Check that the cache fits the model's context, as positions are counted within the cache."""
+        target, policy = self.target, self.policy
+        capacity = policy.keeps + policy.interval
+        if capacity > target.context_length:
+            raise ValueError(
+                f"the cache of {capacity} tokens exceeds the context of {target.name}, {target.context_length} tokens:"
+                " take a smaller max_len"
+            )
+        depth = self.controller.limit().depth
+        if capacity < policy.pinned + depth:
+            raise ValueError(
+                f"the cache of {capacity} tokens is too small for {policy.pinned} that always stay and a draft of"
+                f" {depth}: take a larger max_len or a smaller K"
+            )
+        _ = target.rerotation  # raises if the keys of this architecture cannot be re-rotated
+
+
+def stops_of(target: LM, token_ids: Sequence[int], strings: str | Sequence[str]) -> Stops:
+    """Return the stops for these tokens and strings, which the target's tokenizer spells."""
+    spell = target.spelling if strings and target.tokenizer is not None else None
+    return Stops(token_ids, (strings,) if isinstance(strings, str) else strings, spell)
+
+
+def check_tokens(target: LM, tokens: Sequence[int], what: str) -> None:
+    """Raise ValueError if a token is outside the target's vocabulary; the message calls the tokens `what`."""
+    outside = next((token for token in tokens if not 0 <= token < target.vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"token {outside} of the {what} is outside the vocabulary (0 to {target.vocab_size - 1})")

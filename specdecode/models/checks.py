@@ -1,0 +1,58 @@
+"""Checks of a model's configuration and signature, before any forward."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from specdecode.backends.grouped_attention import GROUPED
+
+_SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return the number of positions that a model may use without changing the rotation of cached keys."""
+    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length all positions are rotated by other factors, and cached keys would be wrong.
+        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+    return int(limit)
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Return the width of a model's sliding-window attention; None if no layer has a window."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def unsupported_reason(model: PreTrainedModel) -> str | None:
+    """Return why the configuration alone rules the model out; None if it does not."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if unsupported := sorted(set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES):
+        return f"it has layers of type {', '.join(unsupported)}, which a tree mask over KV slots cannot serve"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "its local attention layers count their window in cache slots and ignore the given mask"
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        return "its ALiBi biases are taken from cache slots, not from the given positions"
+    if getattr(config, "keep_window_size", None):
+        return (
+            "of a long text it attends to the strongest tokens only, and which of two equal ones depends on their slots"
+        )
+    implementation = config._attn_implementation
+    if implementation not in ("eager", "sdpa", GROUPED):
+        return f"attention {implementation!r} takes no 4-D mask; load it with attn_implementation='sdpa'"
+    return None
+
+
+def missing_arguments(model: PreTrainedModel) -> str | None:
+    """Return which arguments a model's forward lacks for decoding through slots; None if it has all."""
+    parameters = inspect.signature(type(model).forward).parameters
+    missing = [name for name in ("position_ids", "past_key_values") if name not in parameters]
+    return f"its forward takes no {' and no '.join(missing)}" if missing else None

@@ -1,0 +1,119 @@
+"""The inputs of a forward over slots, and the forward over static shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdecode.backends.static import StaticCacheView, StaticInputs
+from specdecode.core.slots import SlotBatch, Slots
+from specdecode.core.tree import DraftTree
+from specdecode.models.masks import MaskForm
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInput:
+    """Hold what a forward reads of one sequence. The fields are the arguments of `LM.forward`."""
+
+    tokens: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+    visible: Bool[Tensor, "n s"]
+    rows: int
+
+
+class SlotDecoder(Protocol):
+    """Run forwards through slots, as `LM` does."""
+
+    model: PreTrainedModel
+    name: str
+    vocab_size: int
+
+    def new_slots(self, capacity: int) -> Slots: ...
+
+    def forward(
+        self, slots: Slots, tokens: Int[Tensor, " n"], *, positions: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "_ V"]: ...
+
+    def forward_tree(self, slots: Slots, pending: Sequence[int], tree: DraftTree) -> Float[Tensor, "nodes V"]: ...
+
+
+def tree_input(slots: Slots, pending: Sequence[int], tree: DraftTree) -> ForwardInput:
+    """Return the input for pending tokens and a tree.
+
+    Args:
+        slots: of the sequence.
+        pending: committed tokens that the slots lack; the last is the root.
+        tree: over the root.
+    """
+    stem, size = len(pending), len(pending) + len(tree)
+    tokens = torch.tensor(pending)
+    visible = torch.ones(size, size, dtype=torch.bool).tril()
+    visible[stem - 1 :, stem - 1 :] = tree.visibility
+    # A token attends to its predecessors and itself, so their number is its position: a node's is its depth.
+    positions = slots.length + visible.sum(1) - 1
+    tokens = torch.cat([tokens.to(tree.tokens.device, non_blocking=True), tree.tokens])
+    return ForwardInput(tokens, positions, visible, len(tree) + 1)
+
+
+def run(
+    model: PreTrainedModel,
+    form: MaskForm,
+    cache: Slots | SlotBatch,
+    sequences: Sequence[Slots],
+    inputs: Sequence[ForwardInput],
+    **options: Any,
+) -> Any:
+    """Run the inputs of several sequences in one forward.
+
+    Args:
+        model: runs.
+        form: of its masks.
+        cache: the slots of the sequences, as the model takes them.
+        sequences: whose slots for the inputs are already taken.
+        inputs: of each sequence. Shorter ones are padded at the start.
+        options: further arguments of the model.
+
+    Returns:
+        The output of transformers.
+    """
+    size, device = max(len(read.tokens) for read in inputs), model.device
+    return model(
+        input_ids=_stacked([read.tokens for read in inputs], size, device),
+        attention_mask=form.masks(sequences, [read.visible for read in inputs], size),
+        position_ids=_stacked([read.positions for read in inputs], size, device),
+        past_key_values=cache,
+        use_cache=True,
+        **options,
+    )
+
+
+def _stacked(parts: Sequence[Int[Tensor, " _"]], size: int, device: torch.device) -> Int[Tensor, "rows n"]:
+    """Stack one row for each sequence. Padding stands first, so that the last rows are those whose logits are
+    wanted."""
+    return torch.stack([nn.functional.pad(part.to(device, non_blocking=True), (size - len(part), 0)) for part in parts])
+
+
+def static_logits(
+    model: PreTrainedModel,
+    form: MaskForm,
+    inputs: StaticInputs,
+    positions: Int[Tensor, " span"],
+    keys: Mapping[int, Tensor],
+    values: Mapping[int, Tensor],
+) -> Float[Tensor, "W V"]:
+    """Run a forward over static shapes, all of it on the device; see `backends.static.StaticForward`."""
+    places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
+    logits: Tensor = model(
+        input_ids=inputs.tokens[None],
+        attention_mask=form.static_masks(inputs, positions),
+        position_ids=inputs.positions[None],
+        past_key_values=StaticCacheView(keys, values, places, len(positions)),
+        use_cache=True,
+    ).logits[0]
+    return logits

@@ -1,0 +1,78 @@
+"""Attention masks: which slots each token attends to, in the form that a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from specdecode.backends.static import StaticInputs, visible_slots
+from specdecode.core.slots import Slots
+
+Mask = Tensor | dict[str, Tensor]
+"""The 4-D additive mask of a forward, or one for each type of layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskForm:
+    """Describe the masks that a model takes.
+
+    Attributes:
+        window: width of its sliding-window attention, in positions; None if no layer has a window.
+        by_layer_type: it takes one mask for each type of layers; otherwise one for all.
+        dtype: of the masks.
+    """
+
+    window: int | None
+    by_layer_type: bool
+    dtype: torch.dtype
+
+    def masks(self, sequences: Sequence[Slots], visible: Sequence[Bool[Tensor, "_ _"]], size: int) -> Mask:
+        """Return the mask of a forward of `size` tokens of each sequence, over the slots of the longest.
+
+        Args:
+            sequences: whose slots for the tokens are already taken.
+            visible: for each sequence, [n, s]: row i marks which of its last s slots token i attends to. It attends to
+                all slots before those. The n tokens are the last of the `size`; padding stands before them.
+            size: tokens of each sequence, padding included.
+        """
+        device = sequences[0].device
+        length = max(slots.length for slots in sequences)
+        allowed = torch.zeros(len(sequences), size, length, dtype=torch.bool, device=device)
+        for row, slots, recent in zip(allowed, sequences, visible, strict=True):
+            count, width = recent.shape
+            row[size - count :, : slots.length] = True
+            row[size - count :, slots.length - width : slots.length] = recent.to(device, non_blocking=True)
+        if self.window is None:
+            return self._as_taken(allowed, allowed)
+        near = allowed.clone()
+        for row, slots, recent in zip(near, sequences, visible, strict=True):
+            positions, count = slots.positions[: slots.length], len(recent)
+            row[size - count :, : slots.length] &= positions[-count:, None] - positions[None, :] < self.window
+        return self._as_taken(allowed, near)
+
+    def static_masks(self, inputs: StaticInputs, positions: Int[Tensor, " span"]) -> Mask:
+        """Return the mask of a forward over static shapes, computed on the device.
+
+        Args:
+            inputs: of the forward.
+            positions: of the slots that it attends to.
+        """
+        allowed = visible_slots(inputs, len(positions))
+        near = allowed
+        if self.window is not None:
+            near = allowed & (inputs.positions[:, None] - positions[None, :] < self.window)
+        return self._as_taken(allowed[None], near[None])
+
+    def _as_taken(self, allowed: Bool[Tensor, "rows n length"], near: Bool[Tensor, "rows n length"]) -> Mask:
+        """Return the form that the model takes, from the mask of all slots and that of the slots within the window."""
+        if self.by_layer_type:
+            return {"full_attention": self._additive(allowed), "sliding_attention": self._additive(near)}
+        return self._additive(near)
+
+    def _additive(self, allowed: Bool[Tensor, "rows n length"]) -> Float[Tensor, "rows 1 n length"]:
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)[:, None]

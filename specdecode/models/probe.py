@@ -1,0 +1,86 @@
+"""The probe: a tree through the slots must give the logits of sequential forwards without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PretrainedConfig
+
+from specdecode.core.errors import UnsupportedModelError
+from specdecode.core.tree import DraftTree
+from specdecode.models.checks import missing_arguments
+from specdecode.models.forwards import SlotDecoder
+
+# Sliding window while a model is probed, in positions: narrower than the probe is long.
+_PROBE_WINDOW = 4
+# Largest error of a tree forward, in standard deviations of the logits: far above rounding, far below the error of a
+# wrong mask or position. Parts of a model may compute in float32 whatever its type.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.25}
+
+
+@contextmanager
+def narrow_window(config: PretrainedConfig) -> Iterator[int]:
+    """Narrow the window of a configuration within this context, and yield its width.
+
+    A real window is wider than a short text, so only a narrow one shows how the model's code treats it.
+    """
+    window = config.sliding_window
+    config.sliding_window = narrow = min(window, _PROBE_WINDOW)
+    try:
+        yield narrow
+    finally:
+        config.sliding_window = window
+
+
+@torch.inference_mode()
+def check_tree_decoding(decoder: SlotDecoder) -> None:
+    """Compare a short tree through the slots with sequential forwards without them.
+
+    Raises:
+        UnsupportedModelError: the logits differ, or the forward fails; the sentence gives the reason.
+    """
+    try:
+        reason = _difference(decoder)
+        cause = None
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        reason = (
+            "its forward does not take a 4-D mask, positions and a cache of keys and values"
+            f" ({type(error).__name__}: {first_line})"
+        )
+        cause = error
+    if reason is not None:
+        reason = missing_arguments(decoder.model) or reason
+        raise UnsupportedModelError(f"{decoder.name} cannot be decoded exactly: {reason}") from cause
+
+
+def _difference(decoder: SlotDecoder) -> str | None:
+    """Return how the logits through the slots differ from the sequential ones; None if they agree."""
+    model, vocab_size = decoder.model, decoder.vocab_size
+    stem = [(11 * i + 3) % vocab_size for i in range(5)]
+    nodes = [(7 * i + 5) % vocab_size for i in range(11)]
+    after = vocab_size // 2
+    # Eight siblings, so that slot and position lie far apart in the branch below the last of them.
+    tree = DraftTree(torch.tensor(nodes), torch.tensor([0] * 8 + [8, 8, 9]))
+    accepted = [8, 9, 11]
+    slots = decoder.new_slots(len(stem))
+    # With static shapes, the first forward is an ordinary one; the others are static.
+    decoder.forward(slots, torch.tensor(stem[:-1]))
+    at_nodes = decoder.forward_tree(slots, stem[-1:], tree)
+    slots.keep([len(stem) - 1 + node for node in accepted], after=len(stem))
+    at_end = decoder.forward(slots, torch.tensor([after]))
+    for path in ([3], [8, 10], accepted):
+        text = stem + [nodes[i - 1] for i in path] + [after]
+        sequential = model(torch.tensor([text], device=model.device), use_cache=False).logits[0]
+        through_slots = torch.cat([at_nodes[[0, *path]], at_end if path is accepted else at_end[:0]])
+        sequential = sequential[len(stem) - 1 :][: len(through_slots)].double()
+        error = ((through_slots.double() - sequential).abs().max() / sequential.std()).item()
+        if not error <= _TOLERANCE[model.dtype]:
+            return (
+                "a tree through its cache gives other logits than the same tokens in sequence (off by"
+                f" {error:.2g} standard deviations), as happens where positions are taken from cache slots"
+                " (ALiBi), a layer ignores the given mask, or the code does not do what the configuration says"
+            )
+    return None

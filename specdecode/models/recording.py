@@ -1,0 +1,166 @@
+"""Record what a forward computes on the way: attention weights, and the hidden states of selected layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from specdecode.backends.static import StaticRunner
+from specdecode.core.slots import Slots
+from specdecode.models.forwards import ForwardInput
+from specdecode.models.variants import decoder_layers, shared_copy
+
+
+@contextmanager
+def recorded_hidden_states(
+    model: PreTrainedModel, layers: Sequence[int]
+) -> Iterator[list[Float[Tensor, "rows n hidden"]]]:
+    """Record hidden states within this context: after each forward, the list holds those of the layers, in their order.
+
+    Args:
+        model: gets forward hooks, which are removed after the context.
+        layers: indices of decoder layers. The last layer's output is that before the model's final norm.
+
+    Raises:
+        ValueError: there is no such layer, or the model does not hold its layers in one list.
+    """
+    hidden_states, handles = _hooked(model, layers)
+    try:
+        yield hidden_states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooked(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor], list[RemovableHandle]]:
+    """Hook layers of a model; return the list that each forward fills, and the handles of the hooks."""
+    stack = decoder_layers(model)
+    if stack is None or not all(0 <= layer < len(stack) for layer in layers):
+        total = "no list of layers" if stack is None else f"layers 0 to {len(stack) - 1}"
+        raise ValueError(f"{type(model).__name__} has {total}: the outputs of {list(layers)} cannot be read")
+    hidden_states = [torch.empty(0)] * len(layers)
+
+    def hook_for(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden_states[place] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [stack[layer].register_forward_hook(hook_for(place)) for place, layer in enumerate(layers)]
+    return hidden_states, handles
+
+
+@dataclass(frozen=True, slots=True)
+class Recorder:
+    """Hold a model whose hidden states are recorded.
+
+    Attributes:
+        layers: whose hidden states are recorded.
+        model: runs the forwards.
+        hidden_states: [rows, n, hidden] of each layer, of the last forward.
+        static: runs forwards over static shapes, whose outputs are the logits and the hidden states; None if the
+            backend has none.
+    """
+
+    layers: tuple[int, ...]
+    model: PreTrainedModel
+    hidden_states: list[Tensor]
+    static: StaticRunner | None = None
+
+    def store(self, sequences: Sequence[Slots], inputs: Sequence[ForwardInput]) -> None:
+        """Store the hidden states of the last forward in the slots of its sequences."""
+        for row, (slots, read) in enumerate(zip(sequences, inputs, strict=True)):
+            states = [tensor[row, tensor.shape[1] - len(read.tokens) :] for tensor in self.hidden_states]
+            slots.outputs = dict(zip(self.layers, states, strict=True))
+
+
+class HiddenStateRecording:
+    """Switch the recording of a model's hidden states on and off.
+
+    Args:
+        model: to record.
+        static_runner: returns a runner over static shapes for a model and the list of its hidden states, of which it
+            returns those of the first row after the logits; None for a backend without static shapes.
+
+    Attributes:
+        recorder: in use; None while nothing is recorded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        static_runner: Callable[[PreTrainedModel, list[Tensor]], StaticRunner] | None,
+    ) -> None:
+        self.recorder: Recorder | None = None
+        self._model = model
+        self._static_runner = static_runner
+        self._static_recorders: dict[tuple[int, ...], Recorder] = {}
+
+    @contextmanager
+    def of(self, layers: Sequence[int]) -> Iterator[None]:
+        """Record these layers within this context; with none, record nothing.
+
+        Raises:
+            ValueError: as `recorded_hidden_states`.
+        """
+        outer = self.recorder
+        try:
+            if not layers:
+                self.recorder = None
+                yield
+            elif self._static_runner is None:
+                with recorded_hidden_states(self._model, layers) as hidden_states:
+                    self.recorder = Recorder(tuple(layers), self._model, hidden_states)
+                    yield
+            else:
+                self.recorder = self._static_recorder(tuple(layers))
+                yield
+        finally:
+            self.recorder = outer
+
+    def _static_recorder(self, layers: tuple[int, ...]) -> Recorder:
+        """Return the recorder of layers over static shapes, which is made once.
+
+        Compiled and captured code lives as long as the model, and so do its hooks. They are those of a copy of the
+        modules with the same weights: PyTorch reuses compiled code without checking for hooks, so plain decoding must
+        have code of other modules.
+        """
+        if layers not in self._static_recorders:
+            assert self._static_runner is not None
+            model = shared_copy(self._model)
+            hidden_states, _ = _hooked(model, layers)
+            runner = self._static_runner(model, hidden_states)
+            self._static_recorders[layers] = Recorder(layers, model, hidden_states, runner)
+        return self._static_recorders[layers]
+
+
+def store_attention(
+    sequences: Sequence[Slots], inputs: Sequence[ForwardInput], attentions: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Store the attention weights of a forward in the slots of its sequences, at least in float32.
+
+    Args:
+        sequences: of the forward.
+        inputs: of each.
+        attentions: [rows, heads, n, length] of each layer, with padding first.
+        dtype: of the model.
+    """
+    for row, (slots, read) in enumerate(zip(sequences, inputs, strict=True)):
+        slots.weights = torch.stack(
+            [
+                # Query heads that share a key head: its slots receive the attention of all of them.
+                weights[row, :, weights.shape[2] - len(read.tokens) :, : slots.length]
+                .unflatten(0, (keys.shape[0], -1))
+                .sum(1)
+                .to(torch.promote_types(dtype, torch.float32))
+                for weights, keys in zip(attentions, slots.filled_keys(), strict=True)
+            ]
+        )

@@ -1,0 +1,61 @@
+"""Variants of a model that share its parameters: copies of its modules, and subsets of its layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from specdecode.backends.grouped_attention import own_config
+
+
+def shared_copy(module: Any) -> Any:
+    """Return a copy of the module objects that shares every parameter and buffer.
+
+    A parameter that is later replaced in one of the two stays in the other, and so do hooks.
+    """
+    copied = copy.copy(module)
+    for name in [name for name in vars(copied) if name == "_parameters" or name.endswith("_hooks")]:
+        setattr(copied, name, vars(copied)[name].copy())
+    copied._modules = {name: None if child is None else shared_copy(child) for name, child in module._modules.items()}
+    return copied
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """Return a model's list of decoder layers; None if it does not hold them in one list."""
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)
+
+
+def layer_subset(model: PreTrainedModel, layers: Sequence[int], name: str) -> PreTrainedModel:
+    """Return a model of some of the layers, sharing all parameters.
+
+    Args:
+        model: is not changed.
+        layers: indices of the layers that stay, ascending.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: no layers, out of range, or out of order; or the model does not hold its layers in one list.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
+        raise ValueError(f"layers is {list(layers)}: it must be ascending indices from 0 to {total - 1}")
+    subset: PreTrainedModel = shared_copy(model)
+    subset.generation_config = copy.deepcopy(model.generation_config)
+    stack = decoder_layers(subset)
+    if stack is None:
+        raise ValueError(f"{name} has no list of {total} layers to take some from: draft with another model")
+    stack._modules = {str(i): stack[layer] for i, layer in enumerate(layers)}
+    for i, layer in enumerate(stack):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.layer_idx = i  # type: ignore[assignment]
+    config = own_config(subset).get_text_config(decoder=True)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    config.num_hidden_layers = len(layers)
+    return subset

@@ -1,0 +1,89 @@
+"""An untrained head that begins as the target's last layer, and the tokens that it can propose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from specdecode.heads.bound import fingerprint, head_shape
+from specdecode.heads.module import Head
+from specdecode.models.lm import LM
+from specdecode.models.recording import recorded_hidden_states
+from specdecode.models.variants import decoder_layers
+from specdecode.training.shards import read_distributions
+
+# Standard deviation of initial weights that the target does not provide.
+_INITIAL_DEVIATION = 0.02
+
+
+def initial_head(
+    target: LM, layers: Sequence[int], tokens: Int[Tensor, " D"], text: Int[Tensor, " n"], seed: int = 0
+) -> Head:
+    """Return an untrained head that begins as the target's last layer, where the weights fit.
+
+    It reads the last hidden states only, scaled to the size of that layer's inputs, and has the target's final norm.
+
+    Args:
+        target: loaded with backend="eager".
+        layers: whose hidden states it reads, ascending.
+        tokens: that it can propose.
+        text: shows the size of the inputs of the target's last layer.
+        seed: of the random weights.
+    """
+    shape = head_shape(target, layers)
+    width = shape.hidden
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = Head(shape, tokens)
+        with torch.no_grad():
+            head.fuse.weight.normal_(0.0, _INITIAL_DEVIATION)[:, -width:] += torch.eye(width)
+            scaled = _input_size(target, text) * torch.eye(width)
+            head.join.weight.normal_(0.0, _INITIAL_DEVIATION)[:, width:] += scaled
+    weights = head.state_dict()
+    # The names are those of Llama and its many relatives. Modules with other names keep random weights.
+    target_weights = {f"norm.{name}": value for name, value in _final_norm(target, width)}
+    if (stack := decoder_layers(target.model)) is not None:
+        target_weights |= {".".join(name.split(".")[-2:]): value for name, value in stack[-1].state_dict().items()}
+    for name, value in target_weights.items():
+        if name in weights and weights[name].shape == value.shape:
+            weights[name] = value.float().cpu()
+    head.load_state_dict(weights)
+    return head
+
+
+@torch.inference_mode()
+def _input_size(target: LM, text: Int[Tensor, " n"]) -> float:
+    """Return the root mean square of the last layer's inputs, in the median over tokens: some tokens are outliers."""
+    layer_before_last = fingerprint(target).layers - 2
+    if layer_before_last < 0:
+        return 1.0
+    with recorded_hidden_states(target.model, [layer_before_last]) as hidden_states:
+        target.model(text[None].to(target.device), use_cache=False)
+    size: float = hidden_states[0].float().square().mean(-1).sqrt().median().item()
+    return size
+
+
+def _final_norm(target: LM, width: int) -> list[tuple[str, Tensor]]:
+    """Return the parameters of the target's final norm by name, as far as they have this width."""
+    norms = [module for name, module in target.model.base_model.named_children() if "norm" in name]
+    return [(name, value) for module in norms[-1:] for name, value in module.named_parameters() if len(value) == width]
+
+
+def frequent_tokens(shards: Sequence[Path], count: int) -> Int[Tensor, " D"]:
+    """Return the tokens with the largest expected frequency in the texts of the shards, ascending.
+
+    There are fewer than `count` if the target expects no others.
+    """
+    frequencies = torch.zeros(0)
+    for file in shards:
+        top, probs = read_distributions(file)
+        in_shard = torch.bincount(top.flatten(), probs.flatten())
+        size = max(len(in_shard), len(frequencies))
+        frequencies = pad(frequencies, (0, size - len(frequencies))) + pad(in_shard, (0, size - len(in_shard)))
+    best = frequencies.topk(min(count, int((frequencies > 0).sum()))).indices
+    return best.sort().values

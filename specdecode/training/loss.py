@@ -1,0 +1,100 @@
+"""The loss of a head: cross-entropies of several tokens ahead, predicted as the head does in drafting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from specdecode.heads.module import Head
+from specdecode.training.shards import Shard
+
+
+def predict_ahead(
+    head: Head,
+    embedding: nn.Module,
+    rows: Float[Tensor, "D H"],
+    place: Int[Tensor, " V"],
+    batch: Shard,
+    ahead: int,
+) -> tuple[Float[Tensor, " ahead"], Float[Tensor, " ahead"], Float[Tensor, " ahead"]]:
+    """Let a head predict as it does in drafting: the first token from the target's hidden states, each later one from
+    its own states after those (training-time test, EAGLE-3, Li et al. 2025).
+
+    With s of its own states in a row, i - s + 1 to i, the head at token i attends to the hidden states up to i - s and
+    to those s states. The tokens are those of the text throughout.
+
+    Args:
+        head: predicts.
+        embedding: of the target.
+        rows: of the target's output embedding, for the head's tokens.
+        place: of each token of the vocabulary among the head's tokens; -1 for all others.
+        batch: texts.
+        ahead: number of tokens predicted from each place.
+
+    Returns:
+        For each token ahead: the number of predictions; the sum of their cross-entropies against the part of the
+        target's distribution that the head can propose; and at how many the head and the target agree on the most
+        probable token.
+    """
+    embedded = embedding(batch.tokens[:, 1:]).to(rows.dtype)
+    state = head.fused(batch.hidden_states[:, :-1].to(rows.dtype))
+    wanted = place[batch.top[:, 1:]]
+    probs = batch.probs[:, 1:].where(wanted >= 0, 0.0)
+    length = embedded.shape[1]
+    positions = torch.arange(1, length + 1, device=embedded.device)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def store(new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        keys.append(new_keys)
+        values.append(new_values)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    counts, losses, agreed = [], [], []
+    for step in range(ahead):
+        state = head(embedded, state, positions, store, _visible(length, step, embedded.device))
+        logits = head.logits(state, rows).to(rows.dtype)
+        # The first tokens of a text have too few tokens before them.
+        counted = (positions > step).expand(wanted.shape[:2])
+        entropy: Tensor = CrossEntropy.apply(logits, wanted, probs)  # type: ignore[no-untyped-call]
+        counts.append(counted.sum().double())
+        losses.append(entropy.where(counted, 0.0).sum().double())
+        # Finding the largest value takes a fraction of the time of finding its index.
+        detached = logits.detach()
+        target_best = detached.gather(-1, wanted[..., :1].clamp_min(0))[..., 0]
+        agrees = (target_best == detached.amax(-1)) & (wanted[..., 0] >= 0)
+        agreed.append((agrees & counted).sum().double())
+        state = pad(state[:, :-1], (0, 0, 1, 0))
+    return torch.stack(counts), torch.stack(losses), torch.stack(agreed)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Compute the cross-entropy of distributions [..., D], given by logits, against the probabilities [..., k] of a few
+    tokens (-1 for none). The derivative differs from the distribution only at those tokens, so one pass over it does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, probs: Tensor) -> Tensor:
+        chosen = wanted.clamp_min(0)
+        total = logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, total, chosen, probs)
+        entropy: Tensor = (probs * (total - logits.gather(-1, chosen))).sum(-1)
+        return entropy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, total, chosen, probs = ctx.saved_tensors
+        weights = gradient[..., None] * probs
+        slope = (logits - total).exp_().mul_(weights.sum(-1, keepdim=True)).scatter_add_(-1, chosen, -weights)
+        return slope, None, None
+
+
+def _visible(length: int, step: int, device: torch.device) -> Bool[Tensor, "n s"]:
+    """Return which keys each token attends to, of those of all predictions so far, side by side."""
+    at = torch.arange(length, device=device)
+    distance = at[:, None] - at
+    return torch.cat([distance >= step, *(distance == step - earlier for earlier in range(1, step + 1))], 1)

@@ -1,0 +1,147 @@
+"""Shards on disk: texts with the target's hidden states and distributions, all that the training of a head reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from specdecode.core.errors import ModelFileError
+from specdecode.models.lm import LM
+from specdecode.models.recording import recorded_hidden_states
+from specdecode.support.files import write_whole
+from specdecode.training.texts import Texts
+
+# Most probable tokens of the target's distribution that are kept: others are too improbable to matter for a draft.
+_TOP_TOKENS = 16
+# Texts in a shard, and in one forward of the target.
+SHARD_TEXTS = 256
+_BATCH_TEXTS = 8
+# Tokens whose logits are summed at a time: their rows, as wide as the vocabulary, stay in the processor's cache.
+_SUMMED_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Hold texts of one length with the target's hidden states and distributions.
+
+    Attributes:
+        tokens: of the texts.
+        hidden_states: of each token after the selected layers, concatenated, in 16 bit. Each layer's are divided by
+            their root mean square, as a head does anyway, so that 16 bits hold their outliers.
+        top: the k most probable next tokens by the target.
+        probs: their probabilities.
+    """
+
+    tokens: Int[Tensor, "texts n"]
+    hidden_states: Float[Tensor, "texts n F"]
+    top: Int[Tensor, "texts n k"]
+    probs: Float[Tensor, "texts n k"]
+
+
+def collect(
+    target: LM,
+    texts: Texts,
+    layers: Sequence[int],
+    folder: Path,
+    shards: int,
+    what: dict[str, Any],
+    tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
+) -> list[Path]:
+    """Make the shards that a folder lacks. Existing ones stay, so a killed run loses one at most.
+
+    Args:
+        target: loaded with backend="eager".
+        texts: to draw from.
+        layers: of the target, whose hidden states are stored.
+        folder: of the shards.
+        shards: number of shards in all.
+        what: everything that decides their contents, as plain values.
+        tell: called with the number of finished shards, that of all, and what is being done.
+
+    Returns:
+        The files of the shards.
+
+    Raises:
+        ValueError: the folder holds shards of other contents.
+    """
+    manifest = folder / "shards.json"
+    if manifest.exists():
+        stored = json.loads(manifest.read_text(encoding="utf-8"))
+        if changed := [key for key in {**stored, **what} if stored.get(key) != json.loads(json.dumps(what)).get(key)]:
+            raise ValueError(
+                f"{folder} holds hidden states for another {', '.join(sorted(changed))}: name another folder, or remove"
+                " it"
+            )
+    write_whole(manifest, json.dumps(what, indent=1) + "\n")
+    files = [folder / f"shard-{number:05}.safetensors" for number in range(shards)]
+    for number, file in enumerate(files):
+        tell(number, shards, "hidden states of texts")
+        if not file.exists():
+            write_whole(file, save(_tensors(_shard(target, texts.draw(number, SHARD_TEXTS), layers))))
+    return files
+
+
+def read_shard(file: Path) -> Shard:
+    """Read a shard of `collect`.
+
+    Raises:
+        ModelFileError: it is damaged.
+    """
+    tokens, hidden_states, top, probs = _read(file, "tokens", "features", "top", "probs")
+    return Shard(tokens.long(), hidden_states, top.long(), probs.float())
+
+
+def read_distributions(file: Path) -> tuple[Int[Tensor, "texts n k"], Float[Tensor, "texts n k"]]:
+    """Read the most probable tokens of a shard and their probabilities, without its hidden states, which take most of
+    its bytes.
+
+    Raises:
+        ModelFileError: it is damaged.
+    """
+    top, probs = _read(file, "top", "probs")
+    return top.long(), probs.float()
+
+
+def _read(file: Path, *names: str) -> list[Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return [opened.get_tensor(name) for name in names]
+    except Exception as error:
+        raise ModelFileError(f"{file} is damaged: remove it, and it is made again") from error
+
+
+def _tensors(shard: Shard) -> dict[str, Tensor]:
+    """Return the tensors of a shard's file."""
+    return {
+        "tokens": shard.tokens.int(),
+        "features": shard.hidden_states,
+        "top": shard.top.int(),
+        "probs": shard.probs.half(),
+    }
+
+
+@torch.inference_mode()
+def _shard(target: LM, texts: Sequence[Sequence[int]], layers: Sequence[int]) -> Shard:
+    """Read whole texts, each in one forward without a cache, since nothing is decoded."""
+    tokens = torch.tensor(texts)
+    hidden_states, top, probs = [], [], []
+    for batch in tokens.split(_BATCH_TEXTS):
+        with recorded_hidden_states(target.model, layers) as by_layer:
+            logits = target.model(batch.to(target.device), use_cache=False).logits
+        normalised = [rms_norm(states.float(), (states.shape[-1],)).half() for states in by_layer]
+        hidden_states.append(torch.cat(normalised, -1).cpu())
+        best = logits.topk(_TOP_TOKENS)
+        total = torch.cat([rows.float().logsumexp(-1) for rows in logits.flatten(0, 1).split(_SUMMED_ROWS)])
+        top.append(best.indices.cpu())
+        probs.append((best.values.float() - total.view(*batch.shape, 1)).exp().cpu())
+    return Shard(tokens, torch.cat(hidden_states), torch.cat(top), torch.cat(probs))
