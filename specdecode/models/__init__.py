@@ -1,1 +1,1 @@
-"""Hugging Face causal LMs: load them, wrap them, check that they can be decoded exactly."""
+"""Hugging Face causal LMs: load and wrap them, and check that they can be decoded exactly."""

@@ -1,13 +1,10 @@
-"""Architectures by name, for models of random weights. Figures from the models' published configurations."""
+"""Architectures by name, for models of random weights. Sizes are those of the published configurations."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, PretrainedConfig
 
 from specdecode.core.errors import ModelFileError
 
@@ -75,11 +72,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
-    "tiny": _pythia(64, 4, 4),  # nobody's: to try what the others are for
+    "tiny": _pythia(64, 4, 4),  # not published: for trying out what the others measure
 }
 
 
 def config_of(shape: str) -> PretrainedConfig:
+    """Return the configuration of an architecture; raise ModelFileError if there is none of that name."""
     if shape not in SHAPES:
         raise ModelFileError(f"no shape is named {shape!r}: choose from {', '.join(SHAPES)}")
     config: PretrainedConfig = AutoConfig.for_model(**SHAPES[shape])

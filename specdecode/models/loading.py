@@ -1,4 +1,4 @@
-"""From a name to an LM: a hub id, a local folder, the embedded model, or an architecture with random weights."""
+"""Load an LM by name: a hub id, a local folder, the embedded model, or an architecture with random weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdecode.backends import check as check_backend
 from specdecode.backends import prepare
@@ -22,7 +17,7 @@ from specdecode.models.lm import LM
 from specdecode.models.quantize import quantizer
 
 TINY = "shape:tiny"
-"""The smallest model that there is, of random weights: to rehearse what others are measured with."""
+"""The smallest model, of random weights: for trying out a measurement."""
 
 
 def load(
@@ -43,16 +38,15 @@ def load(
             hub id such as "EleutherAI/pythia-2.8b".
         dtype: "float32", "float16", "bfloat16" or "float64"; by default float32 on a CPU and float16 elsewhere.
         device: by default the first GPU, or the CPU if there is none.
-        target: the model that this one will draft for: their vocabularies are compared.
-        same_vocabulary: False leaves that out, for a draft that may have to go by text (`UniversalDrafter`).
-        quantize: "int8" for the weights of linear layers in 8 bits (see `models.quantize`); all else stays in `dtype`.
-        backend: how forwards run (see `specdecode.backends`): "eager", as transformers runs them; "packed", linear
-            layers laid out for few rows on a CPU; "graph", captured as CUDA graphs; "compile"; "auto", the fastest of
-            them here that takes no long wait. `LM.backend` says which it is. "layers:" share the backend of their
-            target.
+        target: the model that this one drafts for: their vocabularies are compared.
+        same_vocabulary: False skips the comparison, for a draft that may have to go by text (`UniversalDrafter`).
+        quantize: "int8" for 8-bit weights of linear layers (see `models.quantize`); all others stay in `dtype`.
+        backend: runs the forwards (see `specdecode.backends`): "eager", as transformers does; "packed", with linear
+            layers laid out for few rows on a CPU; "graph", captured as CUDA graphs; "compile"; "auto", the fastest here
+            that needs no long preparation, named by `LM.backend`. "layers:" share the backend of their target.
 
     Raises:
-        ModelFileError: nothing there by that name, or its files are damaged, or cannot be fetched or stored.
+        ModelFileError: there is no model of that name, or its files are damaged, or cannot be fetched or stored.
         UnsupportedModelError: the architecture cannot be decoded exactly, or not be quantised.
         TokenizerMismatchError: it does not share the vocabulary of `target`.
         ValueError: an unknown dtype, device, backend or quantisation, or one whose package is not installed.
@@ -79,7 +73,7 @@ def load(
             _into_memory(model)
     if transform:
         transform(model)
-    # Only now, so that no more than the quantised weights need fit.
+    # Only now, so that only the quantised weights need to fit on the device.
     model.to(chosen_device)  # type: ignore[arg-type]
     lm = LM.on_backend(
         prepare(backend, model),
@@ -94,6 +88,7 @@ def load(
 
 
 def _layers(name: str, target: LM | None) -> LM:
+    """Return the subset of a target's layers that a name like "layers:0-9,29" describes."""
     if target is None:
         raise ValueError(f"{name!r} is a subset of a target's layers: give the target too")
     layers: list[int] = []
@@ -108,7 +103,7 @@ def _layers(name: str, target: LM | None) -> LM:
 def check_vocabulary(target: LM, draft: LM) -> None:
     """Raise TokenizerMismatchError unless token ids mean the same to both models.
 
-    Rows that pad a vocabulary to a round size mean nothing, so sizes may differ as long as the tokenizers agree.
+    Sizes may differ if the tokenizers agree: rows that only pad a vocabulary to a round size mean nothing.
     """
     if target.tokenizer is None or draft.tokenizer is None:
         if target.vocab_size != draft.vocab_size:
@@ -143,7 +138,7 @@ def _random(shape: str, dtype: torch.dtype, device: torch.device) -> PreTrainedM
 
 
 def _existing(name: str) -> str:
-    """A local folder, or else a hub id; what looks like a path must be there."""
+    """Return a local folder, or else the name as a hub id; a name that looks like a path must exist."""
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -156,26 +151,26 @@ def _pretrained(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         model, report = loaded
-        # transformers would leave these random, with no more than a warning.
+        # transformers would leave these random, with only a warning.
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, {missing[0]} for one")
     except Exception as error:
-        what = "the files there" if Path(source).is_dir() else "it is no local folder, and the hub"
+        origin = "the files there" if Path(source).is_dir() else "it is no local folder, and the hub"
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(f"cannot load {name!r}: {what} gave no model ({first_line})") from error
-    found: PreTrainedModel = model
-    return found
+        raise ModelFileError(f"cannot load {name!r}: {origin} gave no model ({first_line})") from error
+    pretrained: PreTrainedModel = model
+    return pretrained
 
 
 def _into_memory(model: PreTrainedModel) -> None:
     """Copy the weights out of the file that they are mapped from. Reading a mapped file may take half as long again,
-    and how long changes with what else the system keeps of files: no two times could be compared."""
+    depending on the system's file cache: times could not be compared."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
 def _tokenizer(source: str) -> Any:
-    """The tokenizer, or None where the model comes without one: decoding needs ids only."""
+    """Return the tokenizer; None if the model has none, since decoding needs ids only."""
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -185,7 +180,7 @@ def _tokenizer(source: str) -> Any:
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device that was asked for, or the default one; ValueError if it cannot be used."""
+    """Return the device that was asked for, or the default one; raise ValueError if it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -197,7 +192,7 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The type that was asked for, or the default one of the device; ValueError if there is none of that name."""
+    """Return the type that was asked for, or the default of the device; raise ValueError for an unknown name."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
     names = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -1,4 +1,5 @@
-"""What stays in the cache. One policy a file, named as the file is; `examples()` gives the tests configured ones."""
+"""Cache policies evict. Each has a file, by whose name it is known; its `examples()` gives configured instances to
+tests."""
 
 from __future__ import annotations
 
@@ -13,23 +14,23 @@ from specdecode.policies.base import CachePolicy
 
 @cache
 def policy(name: str, max_len: int, **settings: Any) -> CachePolicy:
-    """A policy by its name, with all else at its default: the same one for the same arguments, so that what decodes
-    alike can be told.
+    """Return a policy by its name. Equal arguments give the same object, so that equal arms can be recognised.
 
     Args:
         name: of the file, with dashes: "sink-window".
-        max_len: the most committed tokens in the cache.
-        settings: what else is not at its default.
+        max_len: most committed tokens in the cache.
+        settings: other arguments of the policy; by default its own defaults.
 
     Raises:
         ValueError: no such policy or setting of it, or a cache that is too small for it.
     """
-    known = [found.name.replace("_", "-") for found in iter_modules(__path__) if found.name not in ("base", "keep_all")]
-    if name not in known:
-        raise ValueError(f"no cache policy is named {name!r}: choose from {', '.join(known)}")
+    files = [module.name for module in iter_modules(__path__) if module.name not in ("base", "keep_all")]
+    names = [file.replace("_", "-") for file in files]
+    if name not in names:
+        raise ValueError(f"no cache policy is named {name!r}: choose from {', '.join(names)}")
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
-    kind = getattr(module, name.title().replace("-", ""))
-    if unknown := settings.keys() - signature(kind).parameters.keys():
+    policy_class = getattr(module, name.title().replace("-", ""))
+    if unknown := settings.keys() - signature(policy_class).parameters.keys():
         raise ValueError(f"the cache policy {name} has no setting {min(unknown)!r}")
-    made: CachePolicy = kind(max_len, **settings)
-    return made
+    instance: CachePolicy = policy_class(max_len, **settings)
+    return instance

@@ -1,4 +1,4 @@
-"""What a cache policy is."""
+"""The interface of a cache policy, and the arithmetic that policies share."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from specdecode.core.slots import Slots
 
 
 class CachePolicy(Protocol):
-    """Chooses the slots that stay.
+    """Choose the slots that stay.
 
-    It is asked when the committed length is a multiple of `interval` and more than `keeps` tokens are in the cache, and
-    then leaves `keeps` of them at most: so there are never more than `keeps + interval`. Steps are cut at these
-    boundaries, and the tokens do not depend on how the drafts fell.
+    A policy evicts when the committed length is a multiple of `interval` and more than `keeps` tokens are in the cache.
+    It then leaves at most `keeps` tokens, so there are never more than `keeps + interval`. Steps end at these
+    boundaries, so the tokens do not depend on what was drafted and accepted.
 
-    What stays takes the positions 0, 1, 2, ... within the cache, and so does what is decoded next: decoding needs
-    neither more memory nor more positions, however long it goes on.
+    The tokens that stay take the positions 0, 1, 2, ... within the cache, and later tokens follow them. So decoding
+    needs neither more memory nor more positions, however long the text.
 
     Attributes:
         interval: committed tokens between evictions; 0 means never.
-        keeps: the most tokens that an eviction leaves.
-        pinned: of these, the ones at the start that always stay.
-        reads_attention: it chooses by `Slots.attention`, which is then kept up to date.
+        keeps: most tokens that an eviction leaves.
+        pinned: of these, the tokens at the start that always stay.
+        reads_attention: the policy chooses by `Slots.attention`, which must then be counted.
     """
 
     @property
@@ -41,39 +41,36 @@ class CachePolicy(Protocol):
     def reads_attention(self) -> bool: ...
 
     def keep(self, slots: Slots) -> Int[Tensor, "... m"]:
-        """The filled slots that stay, ascending: the same of all heads and layers [m], or each head's own
-        [layers, heads, m]."""
+        """Return the filled slots that stay, ascending: the same for all heads and layers [m], or a selection for each
+        head [layers, heads, m]."""
         ...
 
 
-def boundary(policy: CachePolicy, committed: int, held: int) -> int:
-    """The next committed length at which the policy evicts.
+def boundary(policy: CachePolicy, committed: int, cached: int) -> int:
+    """Return the next committed length at which the policy evicts.
 
     Args:
-        policy: whose turn it will be.
-        committed: tokens so far; this length itself counts.
-        held: of them, those in the cache.
+        policy: evicts.
+        committed: tokens so far; this length itself may be the boundary.
+        cached: those of them that are in the cache.
     """
     if policy.interval == 0:
         return sys.maxsize
-    full = committed + max(policy.keeps + 1 - held, 0)
+    full = committed + max(policy.keeps + 1 - cached, 0)
     return -(-full // policy.interval) * policy.interval
 
 
 def bounds(max_len: int, trigger: float, interval: int | None, pinned: int) -> tuple[int, int]:
-    """How many tokens an eviction leaves, and after how many more the next one comes.
+    """Return `keeps` and `interval` of a policy.
 
     Args:
-        max_len: the most tokens in the cache.
+        max_len: most tokens in the cache.
         trigger: share of it beyond which tokens are evicted.
-        interval: tokens between evictions; if None, what fits above the trigger.
-        pinned: tokens at the start that always stay.
-
-    Returns:
-        `keeps` and `interval` of a policy.
+        interval: tokens between evictions; if None, as many as fit above the trigger.
+        pinned: tokens that always stay.
 
     Raises:
-        ValueError: these cannot be, one by one or together.
+        ValueError: an argument is impossible, or they do not fit together.
     """
     if not 0.0 < trigger <= 1.0:
         raise ValueError(f"trigger is {trigger}: a share of the cache is above 0 and at most 1")

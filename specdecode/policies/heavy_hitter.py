@@ -1,4 +1,4 @@
-"""The keys that were attended to the most."""
+"""A cache policy that keeps the keys with the most attention."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from specdecode.policies.base import bounds
 
 
 class HeavyHitter:
-    """Keeps, head by head, the keys that gathered the most attention, and the recent ones (H2O, Zhang et al. 2023).
+    """Keep, for each head, the keys that received the most attention, and the recent ones (H2O, Zhang et al. 2023).
 
-    Only the queries of committed tokens count: a rejected proposal leaves no trace.
+    Only the attention of committed tokens counts: a rejected proposal leaves no trace.
 
     Args:
-        max_len: the most committed tokens in the cache.
-        recent: of the latest tokens as many always stay; half of what stays by default, as in H2O.
-        trigger: share of `max_len` beyond which tokens go.
-        interval: tokens between evictions; by default what fits above the trigger.
+        max_len: most committed tokens in the cache.
+        recent: number of latest tokens that always stay; by default half of those that stay, as in H2O.
+        trigger: share of `max_len` beyond which tokens are evicted.
+        interval: tokens between evictions; by default as many as fit above the trigger.
 
     Raises:
         ValueError: a trigger outside (0, 1], an interval below 1, or no room beside the recent tokens.
@@ -35,9 +35,9 @@ class HeavyHitter:
         self.reads_attention = True
 
     def keep(self, slots: Slots) -> Int[Tensor, "layers heads m"]:
-        gathered = slots.attention[:, :, : slots.length].clone()
-        gathered[..., slots.length - self.recent :] = torch.inf
-        return gathered.topk(min(self.keeps, slots.length)).indices.sort().values
+        received = slots.attention[:, :, : slots.length].clone()
+        received[..., slots.length - self.recent :] = torch.inf
+        return received.topk(min(self.keeps, slots.length)).indices.sort().values
 
 
 def examples() -> dict[str, HeavyHitter]:

@@ -1,4 +1,4 @@
-"""The full cache."""
+"""The cache policy of a full cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specdecode.core.slots import Slots
 
 @dataclass(frozen=True, slots=True)
 class KeepAll:
-    """Nothing is ever evicted."""
+    """Keep all slots."""
 
     interval: int = 0
     keeps: int = 0

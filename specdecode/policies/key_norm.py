@@ -1,4 +1,4 @@
-"""The keys of the smallest norm."""
+"""A cache policy that keeps the keys of the smallest norm."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from specdecode.policies.base import bounds
 
 
 class KeyNorm:
-    """Keeps, head by head, the keys of the smallest L2 norm: they draw the most attention (Devoto et al. 2024, "A
+    """Keep, for each head, the keys of the smallest L2 norm, which receive the most attention (Devoto et al. 2024, "A
     Simple and Effective L2 Norm-Based Strategy for KV Cache Compression").
 
     Args:
-        max_len: the most committed tokens in the cache.
-        recent: of the latest tokens as many always stay.
-        trigger: share of `max_len` beyond which tokens go.
-        interval: tokens between evictions; by default what fits above the trigger.
+        max_len: most committed tokens in the cache.
+        recent: number of latest tokens that always stay.
+        trigger: share of `max_len` beyond which tokens are evicted.
+        interval: tokens between evictions; by default as many as fit above the trigger.
 
     Raises:
         ValueError: a trigger outside (0, 1], an interval below 1, or no room beside the recent tokens.

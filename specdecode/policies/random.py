@@ -1,4 +1,4 @@
-"""Any keys: what a policy with an idea must be better than."""
+"""A cache policy that keeps random tokens: the negative control of all others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from specdecode.policies.base import bounds
 
 
 class Random:
-    """Keeps tokens at random: the negative control of every measurement of quality.
+    """Keep random tokens: the negative control of every measurement of quality.
 
     Args:
-        max_len: the most committed tokens in the cache.
-        trigger: share of `max_len` beyond which tokens go.
-        interval: tokens between evictions; by default what fits above the trigger.
-        seed: of the choice, which depends on it and on the committed length alone.
+        max_len: most committed tokens in the cache.
+        trigger: share of `max_len` beyond which tokens are evicted.
+        interval: tokens between evictions; by default as many as fit above the trigger.
+        seed: decides the choice, together with the committed length.
 
     Raises:
         ValueError: a trigger outside (0, 1], or an interval below 1.

@@ -1,4 +1,4 @@
-"""The first tokens and the last ones."""
+"""A cache policy that keeps the first tokens and the latest."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from specdecode.policies.base import bounds
 
 
 class SinkWindow:
-    """Attention sinks and a window over the latest tokens (StreamingLLM, Xiao et al. 2024).
+    """Keep attention sinks and a window over the latest tokens (StreamingLLM, Xiao et al. 2024).
 
     Args:
-        max_len: the most committed tokens in the cache.
-        sinks: tokens at the start that always stay.
-        trigger: share of `max_len` beyond which the oldest tokens of the window go.
-        interval: tokens between evictions; by default what fits above the trigger, so that one eviction frees a stretch
-            and not a token.
+        max_len: most committed tokens in the cache.
+        sinks: number of tokens at the start that always stay.
+        trigger: share of `max_len` beyond which the oldest tokens of the window are evicted.
+        interval: tokens between evictions; by default as many as fit above the trigger, so that one eviction frees many
+            slots.
 
     Raises:
         ValueError: a trigger outside (0, 1], an interval below 1, or no room for a window.
