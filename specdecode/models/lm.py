@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from specdecode.backends.static import StaticInputs, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.tree import DraftTree
+from specdecode.models.chat import chat_ids
 from specdecode.models.checks import context_length, sliding_window, unsupported_reason
 from specdecode.models.forwards import ForwardInput, run, static_logits, tree_input
 from specdecode.models.masks import MaskForm
-from specdecode.models.probe import check_tree_decoding, narrow_window
+from specdecode.models.probe import check_tree_decoding, exact_mask_form
 from specdecode.models.quantize import quantizer, weight_bytes
 from specdecode.models.recording import HiddenStateRecording, store_attention
 from specdecode.models.rotary import KeyRerotation, rotations
@@ -121,11 +121,7 @@ class LM:
         if chat:
             if self.tokenizer is None or not self.tokenizer.chat_template:
                 raise ValueError(f"{self.name} has no chat template: give it a text to continue, without chat")
-            messages = [{"role": "user", "content": text}]
-            templated = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            # The template contains its special tokens.
-            chat_ids: list[int] = self.tokenizer(templated, add_special_tokens=False)["input_ids"]
-            return chat_ids
+            return chat_ids(self.tokenizer, text)
         if self.tokenizer is None:
             return [byte % self.vocab_size for byte in text.encode()]
         ids: list[int] = self.tokenizer(text)["input_ids"]
@@ -358,24 +354,19 @@ class LM:
         Raises:
             UnsupportedModelError: there is none.
         """
-        form = self._mask_form
-        if form.window is None:
+        form, static = self._mask_form, self.static
+        if form.window is not None:
+            # Code that is compiled or captured with the narrow window would be wrong for the real one.
+            self.static = None if static is None else StaticRunner(self._static_forward)
+            form = exact_mask_form(form, self.model.config.get_text_config(decoder=True), self._check)
+            self._mask_form, self.static = form, static
+        if form.window is None or static is not None:
             check_tree_decoding(self)
-            return
-        static = self.static
-        # Code that is compiled or captured with the narrow window would be wrong for the real one.
-        self.static = None if static is None else StaticRunner(self._static_forward)
-        with narrow_window(self.model.config.get_text_config(decoder=True)) as window:
-            try:
-                self._mask_form = replace(form, window=window)
-                check_tree_decoding(self)
-            except UnsupportedModelError:
-                form = replace(form, by_layer_type=False)
-                self._mask_form = replace(form, window=window)
-                check_tree_decoding(self)
-        self._mask_form, self.static = form, static
-        if static is not None:
-            check_tree_decoding(self)
+
+    def _check(self, form: MaskForm) -> None:
+        """Raise UnsupportedModelError unless the model decodes exactly with this form of masks."""
+        self._mask_form = form
+        check_tree_decoding(self)
 
     def subset(self, layers: Sequence[int]) -> LM:
         """Return a smaller model of some of this one's layers, sharing all parameters: a draft without training.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import PretrainedConfig
@@ -12,6 +13,7 @@ from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.tree import DraftTree
 from specdecode.models.checks import missing_arguments
 from specdecode.models.forwards import SlotDecoder
+from specdecode.models.masks import MaskForm
 
 # Sliding window while a model is probed, in positions: narrower than the probe is long.
 _PROBE_WINDOW = 4
@@ -20,12 +22,30 @@ _PROBE_WINDOW = 4
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.25}
 
 
-@contextmanager
-def narrow_window(config: PretrainedConfig) -> Iterator[int]:
-    """Narrow the window of a configuration within this context, and yield its width.
+def exact_mask_form(form: MaskForm, config: PretrainedConfig, check: Callable[[MaskForm], None]) -> MaskForm:
+    """Return the form of masks with which a model with windows decodes exactly: by type of layers, or one for all.
 
-    A real window is wider than a short text, so only a narrow one shows how the model's code treats it.
+    Args:
+        form: to try first.
+        config: of the model. Its window is narrowed meanwhile: only a window narrower than the probe is long shows how
+            the model's code treats it.
+        check: raises UnsupportedModelError unless the model decodes exactly with a form.
+
+    Raises:
+        UnsupportedModelError: neither form will do.
     """
+    with _narrow_window(config) as window:
+        try:
+            check(replace(form, window=window))
+        except UnsupportedModelError:
+            form = replace(form, by_layer_type=False)
+            check(replace(form, window=window))
+    return form
+
+
+@contextmanager
+def _narrow_window(config: PretrainedConfig) -> Iterator[int]:
+    """Narrow the window of a configuration within this context, and yield its width."""
     window = config.sliding_window
     config.sliding_window = narrow = min(window, _PROBE_WINDOW)
     try:
