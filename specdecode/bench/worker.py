@@ -20,14 +20,13 @@ from specdecode.bench.measure.bandwidth import roofline
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.counters import counters_run
 from specdecode.bench.measure.experiment import timed
+from specdecode.bench.measure.header import run_versions
 from specdecode.bench.measure.side_by_side import PROTOCOL
 from specdecode.bench.runs.counts import as_dict
 from specdecode.core.errors import SpecDecodeError
 from specdecode.evals.data import token_prompts
-from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
 from specdecode.models.loading import load
-from specdecode.support.environment import environment
 
 
 class Worker:
@@ -66,7 +65,7 @@ class Worker:
         return {
             "protocol": PROTOCOL,
             "backend": str(chosen),
-            "versions": {**environment(), "weights": weights_of(target), "backend": chosen.name},
+            "versions": run_versions(target, chosen.name),
             "refused": refused,
             "about": {
                 name: {
