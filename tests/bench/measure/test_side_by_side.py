@@ -122,9 +122,11 @@ def test_versions_take_turns(room: int) -> None:
     record = measured.record("old", "old", "x", {"synthetic": False, "against": None, "lossy": False})
     assert {prompt: row.counts.runs for prompt, row in record.rows.items()} == {"p": 4, "q": 4}
     assert record.counters_run == CountersRun(host_syncs_per_step=1.0)
-    assert not record.timed  # an older version does not tell
-    about = {"synthetic": False, "against": None, "lossy": False, "timed": True}
-    assert measured.record("new", "new", "x", about).timed
+    # An older version does not tell either; of a peer it counts the steps alone.
+    assert (record.timed, record.peer) == (False, True)
+    about = {"synthetic": False, "against": None, "lossy": False, "timed": True, "peer": False}
+    record = measured.record("new", "new", "x", about)
+    assert (record.timed, record.peer) == (True, False)
 
 
 def test_a_model_that_does_not_fit_even_alone_is_told() -> None:
@@ -141,7 +143,7 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     load = {"do": "load", "target": folder, "draft": other, "device": "cpu", "dtype": "float64", "backend": "auto"}
     arms = {"ar": {}, "lookup": {"drafter": "lookup"}, "novel": {"drafter": "oracle"}}
     arms |= {"by-text": {"drafter": "universal"}, "linear": {"drafter": "model"}, "int8": {"quantize": "int8"}}
-    arms |= {"clocked": {"drafter": "lookup", "controller": "cost-aware"}}
+    arms |= {"clocked": {"drafter": "lookup", "controller": "cost-aware"}, "hf": {"peer": "generate"}}
     run_ = {"do": "run", "arm": "lookup", "prompt": [1, 2, 3], "length": 4, "expected": []}
     requests = [
         {**load, "target": "./nowhere", "arms": arms},
@@ -161,6 +163,7 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert "prompt is empty" in empty["error"]
     assert [about["value"]["about"][arm]["lossy"] for arm in ("lookup", "int8")] == [False, True]
     assert [about["value"]["about"][arm]["timed"] for arm in ("lookup", "clocked")] == [False, True]
+    assert [about["value"]["about"][arm]["peer"] for arm in ("lookup", "hf")] == [False, True]
     assert of_int8["value"]["tokens"] == owed["value"] != of_target["value"]["tokens"]
     assert unloaded == {"value": None}
 
