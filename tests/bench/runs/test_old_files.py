@@ -17,7 +17,7 @@ from specdecode.bench.gate.verdicts import judge
 from specdecode.bench.measure.journal import open_journal
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.file import parse, read, run_json
-from specdecode.evals.results import read_margins
+from specdecode.evals.margins import read_margins
 from specdecode.heads.formats import read_head
 from tests.helpers.root import ROOT
 
