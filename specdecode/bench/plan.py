@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from specdecode.backends import check as check_backend
+from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.gate.baselines import TOLERANCE, find
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
 from specdecode.bench.options import Options
 from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
-from specdecode.bench.runs.names import BASELINE, FLAGS, drafters
+from specdecode.bench.runs.names import BASELINE, FLAGS
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.heads.bound import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
@@ -183,7 +184,7 @@ def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
 
 
 def _needs_shipped_head(entry: dict[str, Any]) -> bool:
-    return "head" in drafters(entry) and "head" not in entry
+    return "head" in drafter_kinds(entry) and "head" not in entry
 
 
 def _check_against(options: Options) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from specdecode.bench.arms.arm import Arm, make
+from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.measure.bandwidth import roofline
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.counters import counters_run
@@ -58,7 +58,7 @@ class Worker:
         refused = {}
         for name, options in arms.items():
             try:
-                self._arms[name] = make(name, options, self._target, smaller, backend)
+                self._arms[name] = make_arm(name, options, self._target, smaller, backend)
             except (SpecDecodeError, ValueError) as error:
                 refused[name] = str(error)
         chosen = self._target.with_backend(backend).backend

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import enum
 import json
-import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from specdecode.bench.arms.entry import ArmSpec
+from specdecode.cli.messages import note, noted_if_slow
+from specdecode.cli.prompts import read_prompts
+from specdecode.cli.text import TextStream, text_of
 from specdecode.support.progress import progress
 
 if TYPE_CHECKING:
     from specdecode import LM, Generation
-from specdecode.cli.messages import note, noted_if_slow
+    from specdecode.controllers.base import Controller
+    from specdecode.drafters.base import Drafter
 
 
 class DrafterKind(str, enum.Enum):
@@ -41,249 +45,235 @@ class Shape(str, enum.Enum):
     best_first = "best-first"
 
 
+_Prompt: TypeAlias = Annotated[str | None, typer.Argument(help="the text to continue")]
+_Prompts: TypeAlias = Annotated[
+    Path | None, typer.Option(help="file of prompts, one a line, or .jsonl with a field prompt; written as JSON")
+]
+_Target: TypeAlias = Annotated[str, typer.Option(help="embedded model, hub id, local folder or shape:NAME")]
+_Draft: TypeAlias = Annotated[str | None, typer.Option(help="draft model; layers:0-9,29 takes these of the target")]
+_Drafter: TypeAlias = Annotated[
+    DrafterKind | None,
+    typer.Option(
+        help="what proposes  [default: lookup+head with a head, own or the target's, else lookup; with a draft:"
+        " model, or universal if its vocabulary is another]"
+    ),
+]
+_Head: TypeAlias = Annotated[
+    str | None, typer.Option(help="file of `specdecode train-head`  [default: what comes with the target]")
+]
+_Controller: TypeAlias = Annotated[
+    ControllerKind,
+    typer.Option(help="how long to draft: always --k, by what was accepted, or by what pays on this machine"),
+]
+_K: TypeAlias = Annotated[int | None, typer.Option(help="draft length  [default: 5]")]
+_Tree: TypeAlias = Annotated[
+    Shape | None,
+    typer.Option(help="shape of a model's or a head's draft  [default: chain; best-first of 7 tokens with a head]"),
+]
+_Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy")]
+_TopK: TypeAlias = Annotated[int, typer.Option(help="keep the k most probable tokens; 0 keeps all")]
+_TopP: TypeAlias = Annotated[float, typer.Option(help="keep the most probable tokens up to this mass")]
+_Seed: TypeAlias = Annotated[int | None, typer.Option(help="of the sampling")]
+_MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="length limit")]
+_Chat: TypeAlias = Annotated[bool, typer.Option("--chat", help="put the model's chat template around the prompt")]
+_Stop: TypeAlias = Annotated[list[str] | None, typer.Option(help="string that ends the text; may be repeated")]
+_Batch: TypeAlias = Annotated[int, typer.Option(help="prompts of a file that are decoded at once")]
+_AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="write one line of JSON instead of the text")]
+_Logprobs: TypeAlias = Annotated[bool, typer.Option("--logprobs", help="add the log-probability of each token to it")]
+_Device: TypeAlias = Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")]
+_Dtype: TypeAlias = Annotated[
+    str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
+]
+_Backend: TypeAlias = Annotated[
+    str, typer.Option(help="how forwards run: eager, packed, compile, graph, or auto, the fastest without a long wait")
+]
+_Quantize: TypeAlias = Annotated[
+    str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao  [default: as they are]")
+]
+_Policy: TypeAlias = Annotated[
+    str | None, typer.Option(help="what stays in the cache: sink-window, key-norm, heavy-hitter  [default: all]")
+]
+_MaxCache: TypeAlias = Annotated[
+    int | None, typer.Option(help="the most tokens in the cache of a policy or a streaming draft  [default: 256]")
+]
+
+
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="the text to continue")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="file of prompts, one a line, or .jsonl with a field prompt; written as JSON")
-    ] = None,
-    target: Annotated[str, typer.Option(help="embedded model, hub id, local folder or shape:NAME")] = "smollm2-135m",
-    draft: Annotated[str | None, typer.Option(help="draft model; layers:0-9,29 takes these of the target")] = None,
-    drafter: Annotated[
-        DrafterKind | None,
-        typer.Option(
-            help="what proposes  [default: lookup+head with a head, own or the target's, else lookup; with a draft:"
-            " model, or universal if its vocabulary is another]"
-        ),
-    ] = None,
-    head: Annotated[
-        str | None, typer.Option(help="file of `specdecode train-head`  [default: what comes with the target]")
-    ] = None,
-    controller: Annotated[
-        ControllerKind,
-        typer.Option(help="how long to draft: always --k, by what was accepted, or by what pays on this machine"),
-    ] = ControllerKind.fixed,
-    k: Annotated[int | None, typer.Option(help="draft length  [default: 5]")] = None,
-    tree: Annotated[
-        Shape | None,
-        typer.Option(help="shape of a model's or a head's draft  [default: chain; best-first of 7 tokens with a head]"),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="keep the k most probable tokens; 0 keeps all")] = 0,
-    top_p: Annotated[float, typer.Option(help="keep the most probable tokens up to this mass")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="length limit")] = 128,
-    chat: Annotated[bool, typer.Option("--chat", help="put the model's chat template around the prompt")] = False,
-    stop: Annotated[list[str] | None, typer.Option(help="string that ends the text; may be repeated")] = None,
-    batch: Annotated[int, typer.Option(help="prompts of a file that are decoded at once")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="write one line of JSON instead of the text")] = False,
-    logprobs: Annotated[bool, typer.Option("--logprobs", help="add the log-probability of each token to it")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
-    ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(help="how forwards run: eager, packed, compile, graph, or auto, the fastest without a long wait"),
-    ] = "auto",
-    quantize: Annotated[
-        str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao  [default: as they are]")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="what stays in the cache: sink-window, key-norm, heavy-hitter  [default: all]")
-    ] = None,
-    max_cache: Annotated[
-        int | None, typer.Option(help="the most tokens in the cache of a policy or a streaming draft  [default: 256]")
-    ] = None,
+    prompt: _Prompt = None,
+    prompts: _Prompts = None,
+    target: _Target = "smollm2-135m",
+    draft: _Draft = None,
+    drafter: _Drafter = None,
+    head: _Head = None,
+    controller: _Controller = ControllerKind.fixed,
+    k: _K = None,
+    tree: _Tree = None,
+    temperature: _Temperature = 0.0,
+    top_k: _TopK = 0,
+    top_p: _TopP = 1.0,
+    seed: _Seed = None,
+    max_new_tokens: _MaxNewTokens = 128,
+    chat: _Chat = False,
+    stop: _Stop = None,
+    batch: _Batch = 1,
+    as_json: _AsJson = False,
+    logprobs: _Logprobs = False,
+    device: _Device = None,
+    dtype: _Dtype = None,
+    backend: _Backend = "auto",
+    quantize: _Quantize = None,
+    policy: _Policy = None,
+    max_cache: _MaxCache = None,
 ) -> None:
     """Continue a text, streaming it, and end with a line of measures; or many, as lines of JSON."""
     # What can be refused without a model is refused before one is loaded; loading torch alone takes seconds.
-    from specdecode import (
-        AdaptiveK,
-        BestFirstTree,
-        Cascade,
-        Chain,
-        CostAware,
-        FixedK,
-        HeadDrafter,
-        KeepAll,
-        ModelDrafter,
-        NoDraft,
-        PromptLookup,
-        Sampling,
-        SelfStreamingDrafter,
-        StaticTree,
-        TokenizerMismatchError,
-        UniversalDrafter,
-        generate_batch,
-        load,
-        load_head,
-        measure_costs,
-    )
-    from specdecode import generate as decode
-    from specdecode.backends.graph import CudaGraphs
-    from specdecode.controllers.base import Controller
-    from specdecode.drafters.base import Drafter
-    from specdecode.drafters.tree_shapes import TreeShape
-    from specdecode.heads.bound import shipped_head
-    from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
-    from specdecode.models.loading import check_vocabulary
-    from specdecode.policies import policy as named_policy
+    texts = _texts(prompt, prompts, batch, in_json=as_json or prompts is not None, logprobs=logprobs)
+    options = {
+        "draft": draft,
+        "drafter": drafter and drafter.value,
+        "head": head,
+        "controller": controller.value,
+        "k": k,
+        "shape": tree and tree.value,
+        "quantize": quantize,
+        "policy": policy,
+    }
+    spec = _spec(target, options, max_cache)
+    from specdecode import Sampling
 
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    decoder = _load(
+        target, spec, {"device": device, "dtype": dtype, "backend": backend}, drafter is None and spec.shape == "chain"
+    )
+    tokens = [decoder.model.encode(text, chat=chat) for text in texts]
+    rules: dict[str, Any] = {
+        "policy": spec.cache_policy(),
+        "sampling": sampling,
+        "max_new_tokens": max_new_tokens,
+        "stop_token_ids": decoder.model.stop_token_ids,
+        "stop": stop or (),
+    }
+    if prompts or as_json:
+        _write_json(decoder, texts, tokens, {"batch_size": batch, "logprobs": logprobs, **rules})
+    else:
+        _write_text(decoder, tokens[0], rules)
+
+
+def _texts(prompt: str | None, prompts: Path | None, batch: int, *, in_json: bool, logprobs: bool) -> list[str]:
+    """Return the texts to continue.
+
+    Raises:
+        ValueError: there is none, or an option says how to write it that does not fit.
+    """
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or a file of them with --prompts")
     if batch != 1 and prompts is None:
         raise ValueError("--batch is for a file of prompts: name one with --prompts")
-    if logprobs and not (as_json or prompts):
+    if logprobs and not in_json:
         raise ValueError("--logprobs needs --json or --prompts: there is no place for them in the text")
-    texts = _read_prompts(prompts) if prompts else [str(prompt)]
+    texts = read_prompts(prompts) if prompts else [str(prompt)]
     if not all(texts):
         raise ValueError("the prompt is empty: give some text to continue")
-    if k is not None and controller is not ControllerKind.fixed:
-        raise ValueError(f"--k is of no use with --controller {controller.value}, which finds it out: leave it out")
-    fixed = FixedK(5 if k is None else k)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    shipped = shipped_head(target)
-    kind = drafter or (DrafterKind.cascade if head else DrafterKind.model if draft else None)
-    if kind is None:
-        kind = DrafterKind.lookup if shipped is None else DrafterKind.cascade
-    with_head = kind in (DrafterKind.head, DrafterKind.cascade)
-    if with_head and not (head or shipped):
-        raise ValueError(f"no head comes with {target}: name the file of one with --head, or choose another --drafter")
-    if head and not with_head:
-        raise ValueError(f"--head is of no use with --drafter {kind.value}: leave one of them out")
-    of_a_model = kind in (DrafterKind.model, DrafterKind.universal)
-    if of_a_model and not draft:
-        if target != EMBEDDED or kind is DrafterKind.universal:
-            raise ValueError(f"--drafter {kind.value} needs a draft model: name one with --draft")
-        draft = EMBEDDED_DRAFT
-    if draft and not of_a_model:
-        raise ValueError(f"--draft is of no use with --drafter {kind.value}: leave one of them out")
-    if kind is DrafterKind.universal and tree not in (None, Shape.chain):
-        raise ValueError("--tree is of no use with --drafter universal, which proposes a chain: leave it out")
-    if max_cache is not None and not policy and kind is not DrafterKind.self_streaming:
-        raise ValueError("--max-cache is of no use without --policy or --drafter self-streaming: leave it out")
-    cache = 256 if max_cache is None else max_cache
-    kept = named_policy(policy, cache) if policy else KeepAll()
-
-    model = load(target, device=device, dtype=dtype, quantize=quantize, backend=backend)
-    if model.tokenizer is None:
-        raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
-    make_drafter: Callable[[], Drafter] = NoDraft
-    if of_a_model:
-        smaller = load(str(draft), device=device, dtype=dtype, target=model, same_vocabulary=False, backend=backend)
-        if kind is DrafterKind.model:
-            try:
-                check_vocabulary(model, smaller)
-            except TokenizerMismatchError:
-                # Only where neither a drafter nor a tree is asked for may the draft go by text.
-                if drafter or tree not in (None, Shape.chain):
-                    raise
-                kind = DrafterKind.universal
-                note(f"{draft} has another vocabulary than {target}: it drafts by text (--drafter universal)")
-    shapes: dict[Shape | None, TreeShape] = {
-        # Eight rows, with the root, are what CPUs verify for little more than one.
-        None: BestFirstTree(7, 0.05) if with_head else Chain(),
-        Shape.chain: Chain(),
-        Shape.static: StaticTree((2,) * fixed.k),
-        Shape.best_first: BestFirstTree(),
-    }
-    if kind is DrafterKind.lookup:
-        make_drafter = PromptLookup
-    elif kind is DrafterKind.model:
-        make_drafter = partial(ModelDrafter, smaller, shapes[tree])
-    elif kind is DrafterKind.universal:
-        make_drafter = partial(UniversalDrafter, model, smaller)
-    elif with_head:
-        by_head = partial(HeadDrafter, load_head(head or target, model), shapes[tree])
-
-        def after_lookup() -> Drafter:
-            return Cascade(PromptLookup(min_ngram=2), by_head())
-
-        make_drafter = by_head if kind is DrafterKind.head else after_lookup
-    elif kind is DrafterKind.self_streaming:
-        make_drafter = partial(SelfStreamingDrafter, model, cache, shape=shapes[tree])
-
-    make_controller: Callable[[], Controller] = AdaptiveK
-    if controller is ControllerKind.fixed:
-        make_controller = partial(FixedK, fixed.k)
-    elif controller is ControllerKind.cost_aware:
-        with noted_if_slow("measuring what drafting and verifying cost here"):
-            make_controller = partial(CostAware, measure_costs(model, make_drafter()))
-
-    tokens = [model.encode(text, chat=chat) for text in texts]
-    rules: dict[str, Any] = {
-        "policy": kept,
-        "sampling": sampling,
-        "max_new_tokens": max_new_tokens,
-        "stop_token_ids": model.stop_token_ids,
-        "stop": stop or (),
-    }
-    if prompts or as_json:
-        with progress("prompts") as tell:
-            finished = iter(range(1, len(texts) + 1))
-
-            def write(place: int, result: Generation) -> None:
-                typer.echo(_json_line(model, place, texts[place], result))
-                tell(next(finished), len(texts), f"prompt {place}")
-
-            generate_batch(
-                model,
-                tokens,
-                batch_size=batch,
-                drafter=make_drafter,
-                controller=make_controller,
-                logprobs=logprobs,
-                on_finish=write,
-                **rules,
-            )
-        return
-    stream = _TextStream(model.tokenizer)
-    result = decode(model, tokens[0], drafter=make_drafter(), controller=make_controller(), on_step=stream.add, **rules)
-    stream.end()
-    acceptance = f", acceptance {result.acceptance_rate:.0%}" if result.drafted else ""
-    held = f", {result.cache_bytes / 1e6:.1f} MB of KV after {result.compressions} evictions" if policy else ""
-    note(
-        f"{len(result.tokens)} tokens ({result.finish_reason}), {result.throughput:.1f} tokens/s,"
-        f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms{held},"
-        f" drafter {kind.value}, backend {model.backend}"
-    )
-    if result.capture_s:
-        note(
-            f"{CudaGraphs.count} CUDA graphs were captured in {result.capture_s:.1f} s, for which"
-            f" {CudaGraphs.reserved / 1e6:.0f} MB were reserved: neither is in the figures above"
-        )
-
-
-def _read_prompts(file: Path) -> list[str]:
-    """A prompt a line: as it is, or in .jsonl the field `prompt` of an object."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as text: {error}") from None
-    texts: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        text: object = line
-        if file.suffix == ".jsonl":
-            try:
-                text = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-        if not isinstance(text, str):
-            raise ValueError(f"line {number} of {file} is no JSON object with a field prompt")
-        texts.append(text)
-    if not texts:
-        raise ValueError(f"{file} has no prompts: give one a line")
     return texts
 
 
+def _spec(target: str, options: Mapping[str, str | int | None], max_cache: int | None) -> ArmSpec:
+    """Return how to decode.
+
+    Args:
+        target: its name.
+        options: by the keys of an arm; None stands for what was not given.
+        max_cache: tokens in the cache of a policy and of a streaming draft.
+
+    Raises:
+        ValueError: an option that cannot be, or options that do not go together.
+    """
+    from specdecode.heads.bound import shipped_head
+    from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
+
+    given = {key: value for key, value in options.items() if value is not None}
+    if given.get("drafter") == "model" and target == EMBEDDED:
+        given.setdefault("draft", EMBEDDED_DRAFT)
+    if max_cache is not None:
+        streams = given.get("drafter") == "self-streaming"
+        if not streams and "policy" not in given:
+            raise ValueError("--max-cache is of no use without --policy or --drafter self-streaming: leave it out")
+        given |= {"draft_cache": max_cache} if streams else {}
+        given |= {"cache": max_cache} if "policy" in given else {}
+    ships_head = shipped_head(target) is not None
+    spec = ArmSpec.from_command_line(given, ships_head=ships_head)
+    spec.check_head(target, ships_head=ships_head)
+    return spec
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    """A loaded model, and what makes the parts that decode a text with it."""
+
+    model: LM
+    spec: ArmSpec
+    make_drafter: Callable[[], Drafter]
+    make_controller: Callable[[], Controller]
+
+
+def _load(target: str, spec: ArmSpec, how: Mapping[str, Any], may_draft_by_text: bool) -> _Decoder:
+    """Load the models.
+
+    Args:
+        target: name of the model that is decoded.
+        spec: how it is decoded.
+        how: arguments of `load` for target and draft.
+        may_draft_by_text: whether a draft model of another vocabulary may draft by text, if the spec does not say so.
+
+    Raises:
+        ValueError, SpecDecodeError: a model or a head cannot be had, or they do not go together.
+    """
+    from specdecode import TokenizerMismatchError, load
+    from specdecode.bench.arms.parts import controller_maker, drafter_maker
+    from specdecode.models.loading import check_vocabulary
+
+    model = load(target, quantize=spec.quantize, **how)
+    if model.tokenizer is None:
+        raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
+    draft = None
+    if spec.draft is not None:
+        draft = load(spec.draft, target=model, same_vocabulary=False, **how)
+        if spec.shares_vocabulary:
+            try:
+                check_vocabulary(model, draft)
+            except TokenizerMismatchError:
+                if not may_draft_by_text:
+                    raise
+                spec = replace(spec, drafter="universal")
+                note(f"{spec.draft} has another vocabulary than {target}: it drafts by text (--drafter universal)")
+    spec = spec.with_head_of(target)
+    make_drafter = drafter_maker(spec, model, draft)
+    with noted_if_slow("measuring what drafting and verifying cost here"):
+        make_controller = controller_maker(spec, model, make_drafter)
+    return _Decoder(model, spec, make_drafter, make_controller)
+
+
+def _write_json(decoder: _Decoder, texts: list[str], tokens: list[list[int]], rules: Mapping[str, Any]) -> None:
+    """Continue texts, and write a line of JSON for each as soon as it is finished."""
+    from specdecode import generate_batch
+
+    with progress("prompts") as tell:
+        finished = iter(range(1, len(texts) + 1))
+
+        def write(place: int, result: Generation) -> None:
+            typer.echo(_json_line(decoder.model, place, texts[place], result))
+            tell(next(finished), len(texts), f"prompt {place}")
+
+        makers: dict[str, Any] = {"drafter": decoder.make_drafter, "controller": decoder.make_controller}
+        generate_batch(decoder.model, tokens, on_finish=write, **makers, **rules)
+
+
 def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
-    """What one prompt gave, for programs."""
-    told = {
+    """Return what one prompt gave, for programs."""
+    fields = {
         "index": place,
         "prompt": prompt,
-        "text": _text(model.tokenizer, result.tokens),
+        "text": text_of(model.tokenizer, result.tokens),
         "finish_reason": result.finish_reason,
         "tokens": len(result.tokens),
         "tokens_per_second": result.throughput,
@@ -293,36 +283,34 @@ def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
     }
     if result.logprobs is not None:
         pairs = zip(result.tokens, result.logprobs, strict=True)
-        told["logprobs"] = [[model.decode([token]), round(value, 6)] for token, value in pairs]
-    return json.dumps(told, ensure_ascii=False)
+        fields["logprobs"] = [[model.decode([token]), round(value, 6)] for token, value in pairs]
+    return json.dumps(fields, ensure_ascii=False)
 
 
-def _text(tokenizer: Any, tokens: list[int]) -> str:
-    """What tokens say to a reader: without the special ones, such as those that end a turn of a chat."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+def _write_text(decoder: _Decoder, tokens: list[int], rules: Mapping[str, Any]) -> None:
+    """Continue a text, writing it as it comes, and end with a line of measures."""
+    from specdecode import generate as decode
+
+    model = decoder.model
+    stream = TextStream(model.tokenizer)
+    parts: dict[str, Any] = {"drafter": decoder.make_drafter(), "controller": decoder.make_controller()}
+    result = decode(model, tokens, on_step=stream.add, **parts, **rules)
+    stream.end()
+    _tell_measures(decoder, result)
 
 
-class _TextStream:
-    """Writes tokens as text as soon as they are whole characters."""
+def _tell_measures(decoder: _Decoder, result: Generation) -> None:
+    from specdecode.backends.graph import CudaGraphs
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._written = 0
-
-    def add(self, tokens: list[int]) -> None:
-        self._tokens += tokens
-        text = _text(self._tokenizer, self._tokens)
-        # A character may be spread over tokens: until it is complete it decodes to the replacement character.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._write(text)
-
-    def end(self) -> None:
-        self._write(_text(self._tokenizer, self._tokens) + "\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text[self._written :])
-        sys.stdout.flush()
-        self._written = len(text)
+    acceptance = f", acceptance {result.acceptance_rate:.0%}" if result.drafted else ""
+    cache = f", {result.cache_bytes / 1e6:.1f} MB of KV after {result.compressions} evictions"
+    note(
+        f"{len(result.tokens)} tokens ({result.finish_reason}), {result.throughput:.1f} tokens/s,"
+        f" τ {result.mean_acceptance_length:.2f}{acceptance}, TTFT {1e3 * result.ttft_s:.0f} ms"
+        f"{cache if decoder.spec.policy else ''}, drafter {decoder.spec.drafter}, backend {decoder.model.backend}"
+    )
+    if result.capture_s:
+        note(
+            f"{CudaGraphs.count} CUDA graphs were captured in {result.capture_s:.1f} s, for which"
+            f" {CudaGraphs.reserved / 1e6:.0f} MB were reserved: neither is in the figures above"
+        )

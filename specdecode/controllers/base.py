@@ -48,7 +48,7 @@ class FixedK:
         ValueError: k or nodes below 1.
     """
 
-    k: int
+    k: int = 5
     nodes: int = MAX_DRAFT_NODES
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdecode.controllers.base import FixedK
+from specdecode.bench.arms.entry import ArmSpec
 from specdecode.core.slots import Slots
 from specdecode.evals.perplexity import DecodePath
 from specdecode.models.lm import LM
-from specdecode.policies import policy as named_policy
 from specdecode.policies.base import CachePolicy
-from specdecode.policies.keep_all import KeepAll
-from specdecode.policies.sink_window import SinkWindow
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_KEYS = ("policy", "cache", "quantize", "k")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class QualityPreset:
     Attributes:
         texts: data sets, as `evals.data.token_prompts` reads them.
         k: tokens drafted in a step, by the reference and by all arms that do not say otherwise.
-        arms: for each arm's name, how it decodes; `make` knows the keys.
+        arms: for each arm's name, how it decodes; `make_decode_path` knows the keys.
         needle: what is buried; nothing, if it is None.
         tasks: which problems are asked; none, if it is None.
         window: tokens that are read with one cache, see `evals.perplexity.windows`; None: a whole document.
@@ -114,16 +113,16 @@ def quality_preset(name: str) -> QualityPreset:
 
 
 class Shuffled:
-    """A sink window whose slots are put in any order: a negative control, for a model whose keys are rotated by their
+    """A window whose slots are put in any order: a negative control, for a model whose keys are rotated by their
     positions.
 
     Args:
-        max_len: the most committed tokens in the cache.
+        window: chooses the slots that stay.
     """
 
-    def __init__(self, max_len: int) -> None:
-        self._window = SinkWindow(max_len)
-        self.interval, self.keeps, self.pinned = self._window.interval, self._window.keeps, 0
+    def __init__(self, window: CachePolicy) -> None:
+        self._window = window
+        self.interval, self.keeps, self.pinned = window.interval, window.keeps, 0
         self.reads_attention = False
 
     def keep(self, slots: Slots) -> Int[Tensor, " m"]:
@@ -132,11 +131,11 @@ class Shuffled:
         return kept[torch.randperm(len(kept), generator=generator).to(kept.device)]
 
 
-def make(name: str, entry: dict[str, Any], target: LM, k: int, backend: str = "auto") -> DecodePath:
-    """The way to decode of a preset's arm.
+def make_decode_path(name: str, entry: dict[str, Any], target: LM, k: int, backend: str = "auto") -> DecodePath:
+    """Return the way to decode of a preset's arm.
 
-    Keys: `policy` (those of `specdecode.policies`, or "shuffled") with `cache` (tokens that it holds) and its other
-    settings, `quantize` ("int8"), `k`, and `control` (the arm whose margin this one must break).
+    Keys are `policy` with `cache` and its settings, `quantize` and `k`, as in `ArmSpec`; "shuffled", a policy that is a
+    sink window in any order; and `control`, the arm whose margin this one must break.
 
     Args:
         name: of the arm.
@@ -149,16 +148,23 @@ def make(name: str, entry: dict[str, Any], target: LM, k: int, backend: str = "a
         UnsupportedModelError: the target cannot be quantised.
         ValueError: a key or a value that is not known, or a package that is missing.
     """
-    settings = {key: value for key, value in entry.items() if key not in ("quantize", "k", "control")}
-    kind, cache = settings.pop("policy", None), settings.pop("cache", 256)
-    policy: CachePolicy = KeepAll()
-    if kind == "shuffled" and not settings:
-        policy = Shuffled(cache)
-    elif kind is not None:
-        policy = named_policy(kind, cache, **settings)
-    elif settings:
-        raise ValueError(f"arm {name!r} has unknown options: {', '.join(settings)}")
-    chosen = entry.get("k", k)
-    FixedK(chosen)  # says so if it cannot be
-    lm = target.quantized(entry["quantize"]) if "quantize" in entry else target
-    return DecodePath(lm.with_backend(backend), policy, controller=lambda: FixedK(chosen))
+    is_shuffled = entry.get("policy") == "shuffled"
+    options = {"k": k} | entry | ({"policy": "sink-window"} if is_shuffled else {})
+    options.pop("control", None)
+    path = decode_path(ArmSpec.from_entry(name, options, _KEYS), target, backend)
+    return replace(path, policy=Shuffled(path.policy)) if is_shuffled else path
+
+
+def decode_path(spec: ArmSpec, target: LM, backend: str) -> DecodePath:
+    """Return the way to decode that a spec names, to be judged: texts are known, so nothing drafts.
+
+    Args:
+        spec: with its policy, its quantisation and its draft length.
+        target: loaded with backend="eager".
+        backend: how forwards run.
+
+    Raises:
+        UnsupportedModelError: the target cannot be quantised.
+    """
+    lm = target if spec.quantize is None else target.quantized(spec.quantize)
+    return DecodePath(lm.with_backend(backend), spec.cache_policy(), controller=spec.fixed_k)

@@ -8,8 +8,7 @@ weights, as they decode. The harness's own models read a text in one forward, wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,18 +21,18 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from specdecode.backends import check as check_backend
+from specdecode.bench.arms.entry import ArmSpec
+from specdecode.bench.arms.keys import MODEL_KEYS
+from specdecode.bench.arms.parts import controller_maker, drafter_maker
 from specdecode.core.sampling import Sampling
 from specdecode.decoding.generate import generate
-from specdecode.drafters.base import Drafter
-from specdecode.drafters.lookup import PromptLookup
-from specdecode.drafters.model import ModelDrafter
-from specdecode.drafters.none import NoDraft
-from specdecode.evals.arms import make
+from specdecode.evals.arms import decode_path
+from specdecode.heads.bound import shipped_head
 from specdecode.models.embedded import EMBEDDED
 from specdecode.models.lm import LM
 from specdecode.models.loading import choose_device, load
 
-_KEYS = "target, draft, drafter, k, policy, cache, quantize, backend, dtype, device, max_gen_toks"
+_KEYS = ("target", *MODEL_KEYS, "backend", "dtype", "device", "max_gen_toks")
 
 
 @register_model("specdecode")
@@ -45,46 +44,41 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
     Args:
         target: decides; a name as `load` takes it, or a loaded one with backend="eager", for which `dtype` and `device`
             say nothing.
-        draft: draft model, by name.
-        drafter: "none", "lookup" or "model"; by default "model" with a draft, and else "lookup". It changes how fast
-            texts are written, and neither likelihoods nor greedy texts.
-        k: tokens drafted in a step; likelihoods are read in steps of k + 1.
-        policy: what stays in the target's cache, by its name; by default everything.
-        cache: tokens that the policy holds.
-        quantize: "int8", of the target's weights.
         backend: how forwards run.
         dtype: of the weights.
         device: by default the first GPU, or the CPU if there is none.
         batch_size: 1, as texts are decoded one by one.
         max_batch_size: says nothing.
         max_gen_toks: tokens that are written where a task does not say how many.
-        settings: others of the policy, such as `sinks`.
+        options: how to decode, by the keys of a preset's arm (`ArmSpec`), and `draft`, the name of a draft model.
+            Likelihoods depend on `policy`, `cache` and the policy's own settings (such as `sinks`), on `quantize`, and
+            on `k` for how they are read, in steps of k + 1 tokens. All others change how fast texts are written and not
+            which: `drafter` ("none", "lookup", "head", "model", "universal", "self-streaming", or a cascade such as
+            "lookup+head") with `head`, `ngram`, `min_ngram`, `branches`, `draft_cache`, `shape`, `branching`, `nodes`
+            and `threshold`, and `controller`. Without a drafter it is "lookup+head" with `head`, "model" with `draft`,
+            and else "lookup".
 
     Raises:
-        ValueError: a key or a value that is not known, or a target without a tokenizer; and all that `load` raises.
+        ValueError: a key or a value that is not known, keys that do not go together, a target without a tokenizer, or
+            a draft model or a head that is missing; and all that `load` and `load_head` raise.
     """
 
     def __init__(
         self,
         target: LM | str = EMBEDDED,
         *,
-        draft: str | None = None,
-        drafter: str | None = None,
-        k: int = 5,
-        policy: str | None = None,
-        cache: int = 256,
-        quantize: str | None = None,
         backend: str = "auto",
         dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_gen_toks: int = 256,
-        **settings: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if settings and policy is None:
-            raise ValueError(f"model_args has the unknown key {min(settings)!r}: choose from {_KEYS}")
+        spec = ArmSpec.from_model_args(options, _KEYS)
+        name = target.name if isinstance(target, LM) else target
+        spec.check_head(name, ships_head=shipped_head(name) is not None)
         if str(batch_size) != "1":
             raise ValueError(f"batch_size is {batch_size}: texts are decoded one by one, so leave it out")
         # The harness's command line asks for this one where none is named.
@@ -97,11 +91,14 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
             raise ValueError(
                 f"{target.name} has no tokenizer, and the harness's tasks are texts: choose another target"
             )
-        entry: dict[str, Any] = {"quantize": quantize} if quantize else {}
-        if policy is not None:
-            entry |= {"policy": policy, "cache": cache, **settings}
-        self._path = make("specdecode", entry, target, k, backend)
-        self._drafter = _drafter_maker(drafter, draft, self._path.lm, backend)
+        self._path = decode_path(spec, target, backend)
+        lm = self._path.lm
+        draft = None
+        if spec.draft is not None:
+            place: dict[str, Any] = {"dtype": lm.dtype, "device": lm.device, "backend": backend}
+            draft = load(spec.draft, target=lm, same_vocabulary=spec.shares_vocabulary, **place)
+        self._drafter = drafter_maker(spec.with_head_of(target.name), lm, draft)
+        self._controller = controller_maker(spec, lm, self._drafter)
         self._whole = self._path.policy.interval == 0
         self._ends = [token for token in (*target.stop_token_ids, target.tokenizer.eos_token_id) if token is not None]
         self.max_gen_toks = max_gen_toks
@@ -222,7 +219,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
             self._path.lm,
             tokens,
             drafter=self._drafter(),
-            controller=self._path.controller(),
+            controller=self._controller(),
             policy=self._path.policy,
             sampling=sampling,
             max_new_tokens=limit,
@@ -241,18 +238,3 @@ def run(arguments: Sequence[str]) -> None:
     from here, where this one is registered; and it reads no arguments but those of the process."""
     sys.argv = ["lm-eval", "run", "--model", "specdecode", *arguments]
     cli_evaluate()
-
-
-def _drafter_maker(kind: str | None, draft: str | None, target: LM, backend: str) -> Callable[[], Drafter]:
-    """Makes the drafter of one text."""
-    kind = kind or ("model" if draft else "lookup")
-    if kind not in ("none", "lookup", "model"):
-        raise ValueError(f"drafter is {kind!r}: choose from none, lookup, model")
-    if draft is None:
-        if kind == "model":
-            raise ValueError("drafter=model needs a draft model: name one with draft=")
-        return PromptLookup if kind == "lookup" else NoDraft
-    if kind != "model":
-        raise ValueError(f"draft={draft} is of no use with drafter={kind}: leave one of them out")
-    smaller = load(draft, dtype=target.dtype, device=target.device, target=target, backend=backend)
-    return partial(ModelDrafter, smaller)

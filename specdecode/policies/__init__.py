@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from inspect import signature
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, get_type_hints
 
 from specdecode.policies.base import CachePolicy
 
 
 @cache
-def policy(name: str, max_len: int, **settings: Any) -> CachePolicy:
+def policy(name: str, max_len: int, /, **settings: Any) -> CachePolicy:
     """Return a policy by its name. Equal arguments give the same object, so that equal arms can be recognised.
 
     Args:
@@ -30,7 +29,13 @@ def policy(name: str, max_len: int, **settings: Any) -> CachePolicy:
         raise ValueError(f"no cache policy is named {name!r}: choose from {', '.join(names)}")
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
     policy_class = getattr(module, name.title().replace("-", ""))
-    if unknown := settings.keys() - signature(policy_class).parameters.keys():
+    types = get_type_hints(policy_class.__init__)
+    if unknown := settings.keys() - (types.keys() - {"max_len", "return"}):
         raise ValueError(f"the cache policy {name} has no setting {min(unknown)!r}")
+    for setting, value in settings.items():
+        whole = types[setting] is not float
+        if isinstance(value, bool) or not isinstance(value, types[setting] if whole else int | float):
+            needed = "a whole number" if whole else "a number"
+            raise ValueError(f"{setting} of the cache policy {name} is {value!r}: it must be {needed}")
     instance: CachePolicy = policy_class(max_len, **settings)
     return instance

@@ -45,7 +45,7 @@ from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import GROUPED, group
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Capture, StaticRunner
-from specdecode.bench.arms.arm import make
+from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.counters import READS
 from specdecode.controllers.base import Controller
@@ -248,8 +248,8 @@ def test_peers_decode_the_plain_model() -> None:
     plain = eager("llama")
     packed = plain.with_backend("packed")
     for entry, expected in (({"drafter": "lookup"}, packed), ({"drafter": "lookup", "backend": "eager"}, plain)):
-        assert make("arm", entry, plain, None, "packed").target is expected
-    peer = make("peer", {"peer": "generate"}, plain, None, "packed")
+        assert make_arm("arm", entry, plain, None, "packed").target is expected
+    peer = make_arm("peer", {"peer": "generate"}, plain, None, "packed")
     assert peer.target is plain
     ran = []
     for module in packed.model.modules():
@@ -257,7 +257,7 @@ def test_peers_decode_the_plain_model() -> None:
             module.register_forward_hook(lambda *_: ran.append(1))
     peer.run(prompt(), 4, ())
     assert not ran
-    run = make("ours", {"drafter": "model", "k": 2}, plain, plain.subset([0]), "packed").run(prompt(), 4, ())
+    run = make_arm("ours", {"drafter": "model", "k": 2}, plain, plain.subset([0]), "packed").run(prompt(), 4, ())
     assert ran
     assert run.tokens == generate(packed, prompt(), drafter=PromptLookup(), max_new_tokens=4).tokens
 

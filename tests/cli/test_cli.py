@@ -15,7 +15,9 @@ import torch
 
 import specdecode
 from specdecode import cli, generate, load
+from specdecode.bench.arms import parts
 from specdecode.bench.measure import roofline as reach
+from specdecode.cli import messages
 from tests.helpers.characters import save
 from tests.helpers.fake_clock import Cost, FakeClock, charged
 from tests.helpers.models import ARCHITECTURES, build, continuation
@@ -86,8 +88,8 @@ def test_drafting_as_long_as_pays_changes_no_text(
         if "measuring" in text:
             told.set()
 
-    monkeypatch.setattr(specdecode, "measure_costs", patient)
-    monkeypatch.setattr(cli, "_note", note)
+    monkeypatch.setattr(parts, "measure_costs", patient)
+    monkeypatch.setattr(messages, "note", note)
     arguments = ("generate", "the cat sat on the mat, the cat", "--target", model, "--dtype", "float64")
     texts = []
     for controller in ("fixed", "cost-aware"):

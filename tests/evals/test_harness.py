@@ -21,11 +21,25 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
-from specdecode import LM, Sampling, cli, generate
+from specdecode import (
+    LM,
+    BestFirstTree,
+    Cascade,
+    Chain,
+    HeadDrafter,
+    PromptLookup,
+    Sampling,
+    StaticTree,
+    cli,
+    generate,
+)
 from specdecode.controllers.base import FixedK
-from specdecode.evals.arms import make
+from specdecode.drafters.tree_shapes import TreeShape
+from specdecode.evals.arms import make_decode_path
 from specdecode.evals.harness import SpecDecodeLM
 from specdecode.evals.perplexity import negative_log_likelihoods
+from specdecode.heads.bound import fingerprint, untrained
+from specdecode.heads.formats import write_head
 from specdecode.policies import policy as named_policy
 from tests.helpers import models
 from tests.helpers.characters import save
@@ -98,7 +112,7 @@ def test_a_policy_changes_the_likelihood_of_what_it_has_forgotten() -> None:
     found = [logprob for logprob, _ in bounded.loglikelihood([short, long], disable_tqdm=True)]
     assert found[0] == pytest.approx(whole[0], abs=1e-9)
     assert abs(found[1] - whole[1]) > 0.1
-    path = make("it", {"policy": "sink-window", "cache": 64}, target(), 5, "eager")
+    path = make_decode_path("it", {"policy": "sink-window", "cache": 64}, target(), 5, "eager")
     tokens = target().encode(TEXT[:340])
     assert found[1] == pytest.approx(-negative_log_likelihoods(path, tokens)[-40:].sum().item(), abs=1e-9)
     sinks = harness(policy="sink-window", cache=64, sinks=0)
@@ -115,7 +129,7 @@ def test_long_texts_are_read_in_windows_or_with_a_policy_in_one() -> None:
     assert found == pytest.approx(expected, abs=1e-6)
     bounded = harness(policy="sink-window", cache=64)
     (found,) = bounded.loglikelihood_rolling([asked("loglikelihood_rolling", TEXT)], disable_tqdm=True)
-    path = make("it", {"policy": "sink-window", "cache": 64}, target(), 5, "eager")
+    path = make_decode_path("it", {"policy": "sink-window", "cache": 64}, target(), 5, "eager")
     assert found == pytest.approx(-negative_log_likelihoods(path, [first, *tokens]).sum().item(), abs=1e-9)
     assert bounded.loglikelihood_rolling([asked("loglikelihood_rolling", "")], disable_tqdm=True) == [0.0]
 
@@ -140,6 +154,11 @@ def test_a_context_that_is_too_long_loses_its_beginning() -> None:
         {"drafter": "none"},
         {},
         {"draft": "layers:0-1", "k": 3},
+        {"draft": "layers:0-1", "shape": "static", "branching": [2, 1], "controller": "adaptive"},
+        {"draft": "layers:0-1", "drafter": "lookup+model", "ngram": 2, "shape": "best-first", "nodes": 6},
+        {"draft": "layers:0-1", "drafter": "universal"},
+        {"drafter": "self-streaming", "draft_cache": 32, "controller": "cost-aware"},
+        {"drafter": "lookup", "policy": "sink-window", "cache": 32, "sinks": 2},
         {"policy": "sink-window", "cache": 32},
         {"policy": "key-norm", "cache": 32, "drafter": "none"},
     ],
@@ -147,7 +166,8 @@ def test_a_context_that_is_too_long_loses_its_beginning() -> None:
 )
 def test_texts_are_those_of_generate(way: dict[str, Any]) -> None:
     """Guards against a drafter, a cache or a stop string that the harness asks for and decoding does not get."""
-    rules = {"policy": named_policy(way["policy"], way["cache"])} if "policy" in way else {}
+    settings = {"sinks": way["sinks"]} if "sinks" in way else {}
+    rules = {"policy": named_policy(way["policy"], way["cache"], **settings)} if "policy" in way else {}
     text = written(TEXT[:60], 40, **rules)
     assert len(set(text)) > 10
     stop = text[20]
@@ -158,6 +178,31 @@ def test_texts_are_those_of_generate(way: dict[str, Any]) -> None:
     found = harness(**way).generate_until(contexts, disable_tqdm=True)
     cut = text[: text.index(stop)]
     assert found == [text, text, cut, cut]
+
+
+@pytest.mark.parametrize(
+    ("way", "drafters", "shape"),
+    [
+        ({}, [PromptLookup, HeadDrafter], BestFirstTree(7, 0.05)),
+        ({"drafter": "head", "shape": "chain"}, [HeadDrafter], Chain()),
+        ({"drafter": "head", "shape": "static", "k": 3}, [HeadDrafter], StaticTree((2, 2, 2))),
+        ({"drafter": "lookup+head", "nodes": 5, "threshold": 0.1}, [PromptLookup, HeadDrafter], BestFirstTree(5, 0.1)),
+    ],
+    ids=str,
+)
+def test_texts_are_drafted_by_a_head(
+    tmp_path: Path, way: dict[str, Any], drafters: list[type], shape: TreeShape
+) -> None:
+    """Guards against a head that the harness is given and does not use, or uses for other drafts than were asked."""
+    file = tmp_path / "head.safetensors"
+    file.write_bytes(write_head(untrained(target()), fingerprint(target()), {}))
+    model = harness(head=str(file), **way)
+    drafter = model._drafter()
+    parts = list(drafter.drafters) if isinstance(drafter, Cascade) else [drafter]
+    assert [type(part) for part in parts] == drafters
+    assert parts[-1].shape == shape
+    request = asked("generate_until", TEXT[:60], {"max_gen_toks": 40})
+    assert model.generate_until([request], disable_tqdm=True) == [written(TEXT[:60], 40)]
 
 
 def test_sampling_is_seeded_by_the_harness() -> None:
@@ -209,9 +254,15 @@ def test_chats_are_put_into_the_models_template(monkeypatch: pytest.MonkeyPatch)
         ({"polcy": "sink-window"}, "model_args has the unknown key 'polcy': choose from target, draft, drafter"),
         ({"policy": "sink-window", "sink": 4}, "the cache policy sink-window has no setting 'sink'"),
         ({"policy": "sinks"}, "no cache policy is named 'sinks'"),
-        ({"drafter": "heads"}, "drafter is 'heads': choose from none, lookup, model"),
+        ({"drafter": "heads"}, "no drafter is named 'heads': choose from none, lookup, head, model, universal"),
         ({"drafter": "model"}, "drafter=model needs a draft model"),
         ({"drafter": "none", "draft": "layers:0"}, "draft=layers:0 is of no use with drafter=none"),
+        ({"draft": "layers:0", "head": "h.safetensors"}, "draft=layers:0 is of no use with drafter=lookup.head"),
+        ({"drafter": "head"}, "no head comes with a/tiny: name the file of one with head=, or choose another drafter="),
+        ({"head": "./nowhere.safetensors"}, "cannot read the draft head nowhere.safetensors"),
+        ({"controller": "adaptive", "k": 3}, "k=3 is of no use with controller=adaptive"),
+        ({"shape": "static"}, "shape=static is of no use with drafter=lookup"),
+        ({"nodes": "many"}, "nodes is 'many': it must be a whole number"),
         ({"batch_size": "auto"}, "batch_size is auto"),
         ({"k": 0}, "K is 0"),
         ({"target": "shape:tiny"}, "shape:tiny has no tokenizer"),
@@ -268,7 +319,7 @@ def test_a_run_of_local_tasks(tasks: Path) -> None:
     window = named_policy("sink-window", 64)
     total = 0.0
     for row, sample in zip(ROWS, results["samples"]["continued"], strict=True):
-        path = make("it", {"policy": "sink-window", "cache": 64}, lm, 3, "eager")
+        path = make_decode_path("it", {"policy": "sink-window", "cache": 64}, lm, 3, "eager")
         tokens = lm.encode(row["context"] + row["continuation"])
         expected = -negative_log_likelihoods(path, tokens)[-len(row["continuation"]) :].sum().item()
         assert sample["filtered_resps"][0][0] == pytest.approx(expected, abs=1e-6)

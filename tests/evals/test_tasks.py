@@ -16,7 +16,7 @@ import pytest
 
 from specdecode import LM, generate
 from specdecode.evals.answers import answer, problems
-from specdecode.evals.arms import make
+from specdecode.evals.arms import make_decode_path
 from specdecode.evals.data import NotAtHandError
 from specdecode.evals.metrics import metric
 from specdecode.evals.tasks import TASKS, completion, last_number, wrong_number
@@ -117,7 +117,7 @@ def test_a_model_that_knows_the_answer_solves_the_problem(folder: Path) -> None:
     body = "    return a + b"
     model = learnt(characters(), SUM["prompt"] + body + "\ndef", QUESTION["question"] + " It is 5")
     model.model.generation_config.eos_token_id = None  # one of its letters
-    path = make("full", {}, model, 3, "eager")
+    path = make_decode_path("full", {}, model, 3, "eager")
     for task, most, text in (("humaneval", 40, f"\n{body}\ndef"), ("gsm8k", 8, " It is 5")):
         (problem,), _ = problems(task, 1, model)
         found = answer("full", path, problem, most)
@@ -130,13 +130,13 @@ def test_answers_are_decoded_the_arms_own_way(folder: Path, entry: dict[str, Any
     """Guards against an arm that is judged by answers of the full cache."""
     target = lm("llama")
     (problem,), _ = problems("gsm8k", 1, target)
-    path = make("it", entry, target, 3, "eager")
+    path = make_decode_path("it", entry, target, 3, "eager")
     text = answer("it", path, problem, 60).text
     expected = generate(
         target, problem.prompt, policy=path.policy, max_new_tokens=60, stop_token_ids=target.stop_token_ids
     )
     assert text == target.decode([token for token in expected.tokens if token not in target.stop_token_ids])
-    assert (text == answer("full", make("full", {}, target, 3, "eager"), problem, 60).text) == (not entry)
+    assert (text == answer("full", make_decode_path("full", {}, target, 3, "eager"), problem, 60).text) == (not entry)
 
 
 def test_questions_are_asked_as_a_chat(folder: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_model_without_a_tokenizer_answers_in_bytes(folder: Path) -> None:
     """Guards against a rehearsal that ends where there is no text."""
     target = LM(lm("llama").model)
     (problem,), _ = problems("humaneval", 1, target)
-    found = answer("it", make("it", {}, target, 3, "eager"), problem, 5)
+    found = answer("it", make_decode_path("it", {}, target, 3, "eager"), problem, 5)
     assert found.tokens == len(found.text) == 5
     assert found.wrong
 

@@ -43,8 +43,8 @@ from specdecode.backends import Backend
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import StaticRunner
 from specdecode.bench import plan
-from specdecode.bench.arms.arm import make
-from specdecode.bench.arms.snippet import code
+from specdecode.bench.arms.arm import make_arm
+from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.options import Options
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
@@ -674,23 +674,23 @@ def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, op
     """Guards against an arm whose options do not reach its head, and lines that are of another configuration."""
     options = {"drafter": "head", "head": file, **options}
     pasted: dict[str, Any] = {}
-    exec(code(kept(identity=("abacus", model, "", "float64"), arm=arm(1.0, options)), "arm"), pasted)
+    exec(code_snippet(kept(identity=("abacus", model, "", "float64"), arm=arm(1.0, options)), "arm"), pasted)
     target = load(model, device="cpu", dtype="float64", backend="eager")
-    made = make("arm", options, target, None, "eager").run(target.encode("Once upon a time"), 100, ())
+    made = make_arm("arm", options, target, None, "eager").run(target.encode("Once upon a time"), 100, ())
     result = pasted["result"]
     assert result.tokens == made.tokens[: len(result.tokens)]
     # Tokens are the target's whatever the shape; how many are drafted is the shape's.
     assert 0 < result.drafted <= made.counts.drafted
     assert made.histograms.depth[1:] == depths(options, target, file, len(made.tokens))[1:]
     with pytest.raises(ModelFileError, match="no head comes with the package for"):
-        make("arm", {"drafter": "head"}, target, None, "eager")
+        make_arm("arm", {"drafter": "head"}, target, None, "eager")
 
 
 def test_a_target_of_random_weights_drafts_with_a_head_of_such(file: str) -> None:
     """Guards against a preset that cannot be rehearsed, as nobody has trained a head for a model that says nothing."""
     target = load("shape:tiny", device="cpu")
     for entry in ({}, {"head": file, "shape": "static"}, {"controller": "cost-aware"}):
-        made = make("arm", {"drafter": "head", **entry}, target, None, "eager")
+        made = make_arm("arm", {"drafter": "head", **entry}, target, None, "eager")
         assert made.synthetic
         assert made.run(prompt(), 12, ()).counts.drafted > 0
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.ours import our_run
 from specdecode.bench.arms.peers import peer_run
 from specdecode.bench.arms.run import Run
-from specdecode.bench.runs.names import drafters
 from specdecode.decoding.generate import generate
 from specdecode.models.lm import LM
 from specdecode.models.loading import check_vocabulary
-from specdecode.policies import policy as named_policy
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 
@@ -62,31 +61,21 @@ class Arm:
         return generate(self.target, prompt, policy=self.policy, **rules).tokens
 
 
-def make(
+def make_arm(
     name: str,
-    options: dict[str, Any],
+    entry: Mapping[str, Any],
     target: LM,
     draft: LM | None,
     backend: str = "auto",
     lengths: Sequence[int] = (),
     stop_token_ids: Sequence[int] = (),
 ) -> Arm:
-    """An arm from a preset's entry.
-
-    Keys: `drafter` ("none", "lookup", "head", "model", "universal" or "self-streaming"; with a plus between them, as in
-    "lookup+head", a cascade), `controller` ("fixed" with `k`, "adaptive" or "cost-aware"), `nodes`, `ngram`,
-    `min_ngram`, `branches`, `shape` ("chain", "static" or "best-first"), `branching`, `threshold`, `head` (a file, in
-    place of the head that comes with the target), `draft_cache` (tokens that a streaming draft holds), `replay`
-    (acceptance), `batch` (prompts decoded at once: the block's own and shorter beginnings of it), `policy`
-    ("sink-window" and the others of `specdecode.policies`) with `cache` (tokens that it holds); or `peer` ("generate",
-    "assisted" or "prompt-lookup") with `k`, `ngram` and `confidence` (below which transformers stops drafting). With
-    `quantize` ("int8") it decodes the target with quantised weights, and drafts with `draft` as it is. A target of
-    random weights gets a head of random weights. `backend` says how the forwards of both run. What a cost-aware arm
-    goes by is measured here. `against` names the peer's arm that does the same.
+    """Return a preset's arm, ready to decode. Costs that a controller goes by are measured here.
 
     Args:
         name: of the arm.
-        options: the entry.
+        entry: its keys, which are the attributes of `ArmSpec`. With `quantize` the target's weights are quantised, and
+            the draft's are not.
         target: loaded with backend="eager": peers decode it as it is.
         draft: likewise.
         backend: of our own arms that name none.
@@ -96,37 +85,32 @@ def make(
     Raises:
         ModelFileError: a head that is not there, or is damaged.
         UnsupportedModelError: the target's weights cannot be quantised, or the head is another target's.
-        ValueError: a key or value that is not known, or a draft model or a package that is missing.
+        ValueError: an entry that `ArmSpec` refuses, or a draft model or a package that is missing.
         TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
     """
-    entry, options = options, dict(options)
-    peer = options.pop("peer", None)
-    asked = drafters(entry)
-    shares_vocabulary = peer == "assisted" or "model" in asked
-    if shares_vocabulary or "universal" in asked:
-        if draft is None:
-            raise ValueError(f"arm {name!r} needs a draft model: name one with --draft")
-        if shares_vocabulary:
-            check_vocabulary(target, draft)
-    replay = options.pop("replay", None)
-    against = options.pop("against", None)
-    kind, cache = options.pop("policy", None), options.pop("cache", 256)
-    policy = named_policy(kind, cache) if kind else KeepAll()
-    if peer is not None and policy.interval:
-        raise ValueError(f"arm {name!r} is transformers' own: it takes no policy")
-    if "head" in asked:
-        options.setdefault("head", target.name)
-    quantize = options.pop("quantize", None)
-    if quantize is not None:
-        target = target.quantized(quantize)
-    timed = options.get("controller") == "cost-aware"
-    if peer is None:
-        kind = options.pop("backend", backend)
-        target, draft = target.with_backend(kind), draft and draft.with_backend(kind)
-        run = our_run(options, target, draft, replay, policy, lengths, stop_token_ids)
+    spec = ArmSpec.from_entry(name, entry)
+    spec.check_draft(given=draft is not None)
+    if draft is not None and spec.shares_vocabulary:
+        check_vocabulary(target, draft)
+    spec = spec.with_head_of(target.name)
+    if spec.quantize is not None:
+        target = target.quantized(spec.quantize)
+    if spec.peer is None:
+        backend = spec.backend or backend
+        target, draft = target.with_backend(backend), draft and draft.with_backend(backend)
+        run = our_run(spec, target, draft, lengths, stop_token_ids)
     else:
-        run = peer_run(peer, options, target, draft, lengths, stop_token_ids)
-    if options:
-        raise ValueError(f"arm {name!r} has unknown options: {', '.join(options)}")
-    synthetic = target.synthetic or replay is not None
-    return Arm(name, run, target, synthetic, against, policy, quantize, timed, entry, stop_token_ids, peer is not None)
+        run = peer_run(spec, target, draft, lengths, stop_token_ids)
+    return Arm(
+        name=name,
+        run=run,
+        target=target,
+        synthetic=target.synthetic or spec.replay is not None,
+        against=spec.against,
+        policy=spec.cache_policy(),
+        quantize=spec.quantize,
+        timed=spec.controller == "cost-aware",
+        options=dict(entry),
+        stop_token_ids=stop_token_ids,
+        peer=spec.peer is not None,
+    )

@@ -11,39 +11,39 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.run import Run, timed_call
 from specdecode.bench.runs.counts import Counts
 from specdecode.models.lm import LM
 
+# The default of transformers, which is not this package's.
+_NGRAM_TOKENS = 2
+
 
 def peer_run(
-    kind: str,
-    options: dict[str, Any],
-    target: LM,
-    draft: LM | None,
-    lengths: Sequence[int],
-    stop_token_ids: Sequence[int],
+    spec: ArmSpec, target: LM, draft: LM | None, lengths: Sequence[int], stop_token_ids: Sequence[int]
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
-    """transformers' own decoding of the same modules, its settings those of the arm that it is compared with."""
+    """Return what decodes a prompt by transformers, on the same modules and with the settings of the arm that it is
+    compared with, and times it. The arguments are those of `make_arm`."""
     # Its advice on the settings below would break into the progress of the run.
     transformers.logging.set_verbosity_error()
     settings: dict[str, Any] = {}
+    draft_settings: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
-    if kind == "assisted":
+    if spec.peer == "assisted":
         assert draft is not None
         arguments["assistant_model"] = draft.model
         draft_settings = {
-            "num_assistant_tokens": options.pop("k", 5),
+            "num_assistant_tokens": spec.fixed_k().k,
             "num_assistant_tokens_schedule": "constant",
-            "assistant_confidence_threshold": options.pop("confidence", 0.0),
+            # Unless the arm says otherwise, it never stops drafting before.
+            "assistant_confidence_threshold": spec.confidence or 0.0,
         }
-    elif kind == "prompt-lookup":
-        settings = {"prompt_lookup_num_tokens": options.pop("k", 5), "max_matching_ngram_size": options.pop("ngram", 2)}
-        draft_settings = {}
-    elif kind == "generate":
-        draft_settings = {}
-    else:
-        raise ValueError(f"no peer is named {kind!r}: choose from generate, assisted, prompt-lookup")
+    elif spec.peer == "prompt-lookup":
+        settings = {
+            "prompt_lookup_num_tokens": spec.fixed_k().k,
+            "max_matching_ngram_size": _NGRAM_TOKENS if spec.ngram is None else spec.ngram,
+        }
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
         # What a configuration leaves open, transformers takes from the model: a bare one keeps stop tokens off.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from specdecode.bench.arms.arm import make
+from specdecode.bench.arms.arm import make_arm
+from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.gate.verdicts import Judgement, Verdict, judge
 from specdecode.bench.measure.bandwidth import roofline
 from specdecode.bench.measure.experiment import experiment
@@ -61,6 +62,8 @@ def measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     Raises:
         ValueError, SpecDecodeError: an option is wrong, a model cannot be loaded or a file cannot be judged.
     """
+    for arm, entry in plan.entries(selected).items():
+        ArmSpec.from_entry(arm, entry)  # a wrong entry is an error before a model is loaded
     return _measure(plan, selected) if plan.against is None else _measure_against(plan, plan.against, selected)
 
 
@@ -72,7 +75,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     backend = target.with_backend(plan.setup.backend).backend
     stop_token_ids = _stop_token_ids(plan, target)
     arms = [
-        make(arm, entry, target, draft, plan.setup.backend, plan.preset.lengths, stop_token_ids)
+        make_arm(arm, entry, target, draft, plan.setup.backend, plan.preset.lengths, stop_token_ids)
         for arm, entry in entries.items()
     ]
     versions = run_versions(plan.identity.target, backend.name)

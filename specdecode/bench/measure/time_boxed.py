@@ -10,7 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.arms.arm import Arm, make
+from specdecode.bench.arms.arm import Arm, make_arm
+from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.measure.bandwidth import roofline
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.experiment import Block, Results, measure_block
@@ -19,7 +20,7 @@ from specdecode.bench.plan import Plan
 from specdecode.bench.report.recommend import is_hopeless
 from specdecode.bench.runs.file import run_json
 from specdecode.bench.runs.measures import CountersRun
-from specdecode.bench.runs.names import BASELINE, drafters
+from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
 from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
 from specdecode.evals.data import token_prompts
@@ -123,9 +124,9 @@ def _usable_arms(
     for name, entry in (entries | plan.preset.arms).items():
         tell(f"{name}, the counters run")
         try:
-            if "universal" in drafters(entry) and draft is not None and _same_vocabulary(target, draft):
+            if "universal" in drafter_kinds(entry) and draft is not None and _same_vocabulary(target, draft):
                 raise ValueError("target and draft share a vocabulary, so no draft need go by text")
-            arm = make(name, entry, target, draft, plan.setup.backend, plan.preset.lengths)
+            arm = make_arm(name, entry, target, draft, plan.setup.backend, plan.preset.lengths)
             baseline_tokens = baseline_tokens or arm.run(prompt, length, ()).tokens
             counters_runs[name] = counters_run(arm, prompt, length, arm.expected(prompt, baseline_tokens, length))
         except (SpecDecodeError, ValueError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 from specdecode.bench.measure.journal import code, open_lines
 from specdecode.bench.quality.plan import QualityPlan
 from specdecode.evals.answers import Problem, answer, problems
-from specdecode.evals.arms import QualityPreset, make
+from specdecode.evals.arms import QualityPreset, make_decode_path
 from specdecode.evals.data import NotAtHandError, documents, token_prompts
 from specdecode.evals.margins import MarginCheck, check_margins
 from specdecode.evals.needle import bury, look_for
@@ -144,10 +144,10 @@ def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
     target = plan.setup.load_target()
     texts, origins = token_prompts(preset.texts, target)
     arms = {arm: entry for arm, entry in preset.arms.items() if arm in selected}
-    reference = make(REFERENCE, {}, target, preset.k, backend)
+    reference = make_decode_path(REFERENCE, {}, target, preset.k, backend)
     # An arm that is not read is not judged either.
     installed = {arm: entry for arm, entry in arms.items() if "quantize" not in entry or find_spec("torchao")}
-    paths = {arm: make(arm, entry, target, preset.k, backend) for arm, entry in installed.items()}
+    paths = {arm: make_decode_path(arm, entry, target, preset.k, backend) for arm, entry in installed.items()}
     grid = preset.needle
     needles = list(product([arm for arm in grid.arms if arm in paths], grid.lengths, grid.depths)) if grid else []
     asked, tasks = _problems(preset, arms, target)

@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 
-from specdecode.bench.runs.names import BASELINE, PEER_BASELINE, drafters
+from specdecode.bench.arms.entry import drafter_kinds
+from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 
 COLOURS = ("#0072b2", "#d55e00", "#009070", "#b8568f", "#c98a00", "#2b9ad6", "#77700a")
@@ -50,7 +51,7 @@ def method(run: RunFile, arm: str) -> str:
         return _NAMES.get(start, arm)
     if "peer" in options:
         return _PEERS.get(str(options["peer"]), arm)
-    kinds = drafters(options)
+    kinds = drafter_kinds(options)
     if kinds == ["none"]:
         return BASELINE
     if kinds == ["model"]:

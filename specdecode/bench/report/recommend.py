@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from specdecode.bench.arms.snippet import code
+from specdecode.bench.arms.entry import drafter_kinds
+from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.report.captions import LOOPS, cells, drafts
 from specdecode.bench.runs.counts import ratio
-from specdecode.bench.runs.names import BASELINE, drafters
+from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Row, RunFile
 from specdecode.bench.runs.statistics import Estimate, simultaneous_ratio
 
@@ -230,8 +231,8 @@ class _Contest:
         ratios = {other: self.over(arm, other) for other in allowed if other != arm}
         beats = {other: ratio for other, ratio in ratios.items() if ratio.low > 1.0}
         tied = {other: self.over(other, arm) for other in ratios if other not in beats}
-        lines = code(self.run, arm)
-        return Recommendation(aim, arm, reason, over, beats, tied, self._settle(arm, tied), self.assumed, lines)
+        snippet = code_snippet(self.run, arm)
+        return Recommendation(aim, arm, reason, over, beats, tied, self._settle(arm, tied), self.assumed, snippet)
 
     def _settle(self, arm: str, tied: dict[str, Estimate]) -> str:
         """Say what would tell the arm from the fastest of those that it is not told apart from.
@@ -367,7 +368,7 @@ def _long_context(contest: _Contest) -> Recommendation:
 def _draft_takes(record: ArmRecord) -> str:
     """Say what the figures of memory leave out; nothing if they leave out nothing."""
     takes = {**dict.fromkeys(("head", "model", "universal"), "weights and KV"), "self-streaming": "KV"}
-    what = next((takes[kind] for kind in drafters(record.options) if kind in takes), None)
+    what = next((takes[kind] for kind in drafter_kinds(record.options) if kind in takes), None)
     return f" The draft's own {what} come on top: the run does not tell them." if what else ""
 
 

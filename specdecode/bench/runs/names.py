@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from specdecode.support.files import slug
 
@@ -16,11 +14,6 @@ PEER_BASELINE = "hf-generate"
 
 FLAGS = ("tiny", "eos")
 """Options that make another experiment of a preset: its name goes on with a dot and theirs."""
-
-
-def drafters(entry: Mapping[str, Any]) -> list[str]:
-    """The drafters that an arm's entry names, in the order in which they are asked: "lookup+head" is a cascade."""
-    return str(entry.get("drafter", "none")).split("+")
 
 
 def margins_file(target: str, texts: str) -> Path:

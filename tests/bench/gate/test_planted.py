@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdecode import LM, DraftTree, ModelDrafter, PromptLookup
-from specdecode.bench.arms.arm import make
+from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.gate.blame import PARTS, Blame, blame
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
@@ -116,7 +116,7 @@ def measured(plant: Plant, step: dict[str, float], seed: int = 0) -> Results:
 
 
 def experimented(*names: str, repeats: int = 1) -> Results:
-    arms = [make(name, ARMS[name], target(), draft()) for name in names]
+    arms = [make_arm(name, ARMS[name], target(), draft()) for name in names]
     return experiment(arms, PROMPTS, TOKENS, repeats)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from specdecode import LM, Costs, TokenizerMismatchError, generate
 from specdecode.bench import presets
-from specdecode.bench.arms.arm import Arm, make
+from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.experiment import Results, experiment, row_of
@@ -169,7 +169,7 @@ def test_every_arm_of_every_preset_gives_the_baselines_tokens(headed: LM, unchec
     draft = target.subset([0, 1, 3])
     for name in ("quick", "synthetic"):
         entries = preset(name).arms
-        arms = [make(arm, options, target, draft) for arm, options in entries.items()]
+        arms = [make_arm(arm, options, target, draft) for arm, options in entries.items()]
         results = experiment(arms, PROMPTS, max_new_tokens=16)
         for arm in entries:
             runs = [block.runs[arm] for block in results.blocks]
@@ -187,16 +187,16 @@ def test_a_draft_of_another_vocabulary_serves_the_arm_that_goes_by_text() -> Non
     tokens for the target's."""
     target, draft = lm("llama"), small(vocab_size=VOCABULARY)
     draft.tokenizer = characters(CHARACTERS[::-1])
-    run = make("by-text", {"drafter": "universal", "k": 3}, target, draft).run(prompt(), LENGTH, ())
+    run = make_arm("by-text", {"drafter": "universal", "k": 3}, target, draft).run(prompt(), LENGTH, ())
     assert run.tokens == greedy("llama", LENGTH)
     assert run.counts.draft_forwards > 0
     assert len(run.histograms.depth) == 4
     for options in ({"drafter": "model"}, {"peer": "assisted"}):
         with pytest.raises(TokenizerMismatchError, match="does not share the vocabulary of llama"):
-            make("arm", options, target, draft)
+            make_arm("arm", options, target, draft)
     draft.tokenizer = None
     with pytest.raises(TokenizerMismatchError, match="small has no tokenizer"):
-        make("arm", {"drafter": "universal"}, target, draft)
+        make_arm("arm", {"drafter": "universal"}, target, draft)
 
 
 def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked:
     cache = {"policy": "sink-window", "cache": 16}
     entries = {"ar": {}, "windowed": cache, "windowed-lookup": {"drafter": "lookup", **cache}}
     entries["replayed"] = {"drafter": "model", "replay": 0.9, **cache}
-    arms = [make(name, options, target, target.subset([0])) for name, options in entries.items()]
+    arms = [make_arm(name, options, target, target.subset([0])) for name, options in entries.items()]
     results = experiment(arms, PROMPTS, max_new_tokens=40)
     run = kept(results)
     assert [record.bugs for record in run.arms.values()] == [0, 0, 0, 0]
@@ -228,7 +228,7 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked:
     assert run.measures("replayed").counters.acceptance_rate > 0.5
     assert run.arms["windowed"].rows["a"].counts.compressions > 3
 
-    full = make("liar", {}, target, None)
+    full = make_arm("liar", {}, target, None)
     liar = dataclasses.replace(full, policy=arms[1].policy)
     assert experiment([arms[0], liar], PROMPTS, max_new_tokens=40).wrong("liar") == ["a", "b"]
 
@@ -242,7 +242,7 @@ def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target(unchec
     entries = {"ar": {}, "ar-int8": int8, "linear-int8": {"drafter": "model", "k": 3, **int8}}
     entries |= {"batch-int8": {"batch": 2, **int8}, "hf-int8": {"peer": "generate", **int8}}
     entries["windowed-int8"] = {"policy": "sink-window", "cache": 16, **int8}
-    arms = [make(name, options, target, draft) for name, options in entries.items()]
+    arms = [make_arm(name, options, target, draft) for name, options in entries.items()]
     assert [arm.target is rough for arm in arms] == [arm.lossy for arm in arms] == [False] + [True] * 5
     arms.append(dataclasses.replace(arms[0], name="liar", target=rough, quantize="int8"))
     results = experiment(arms, PROMPTS, max_new_tokens=24)
@@ -285,7 +285,7 @@ def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
     def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
         return Run([*(both - set(expected))], 1.0, 0.5, Counts(steps=1))
 
-    arms = [make("ar", {}, target, None), Arm("twin", run, target.quantized("int8"), quantize="int8")]
+    arms = [make_arm("ar", {}, target, None), Arm("twin", run, target.quantized("int8"), quantize="int8")]
     results = experiment(arms, {"a": list(prompt())}, max_new_tokens=1)
     assert results.blocks[0].checks["twin"] == "tie"
     assert classify(target, prompt(), [first], [twin]) == "bug"
@@ -299,7 +299,7 @@ def test_the_presets_are_of_known_parts(headed: LM) -> None:
             arm: options | {"backend": "eager"} if options.get("backend") == "compile" else options
             for arm, options in preset(file.stem).arms.items()
         }
-        arms = {arm: make(arm, options, headed, headed) for arm, options in entries.items()}
+        arms = {arm: make_arm(arm, options, headed, headed) for arm, options in entries.items()}
         assert all(arm.against is None or arm.against in arms for arm in arms.values())
         assert "ar" in arms
 
@@ -307,7 +307,7 @@ def test_the_presets_are_of_known_parts(headed: LM) -> None:
 def test_a_batch_shares_forwards_and_tells_a_prompts_share_of_the_time() -> None:
     """Guards against a batch of one text said several times, and a time that is divided in one place only."""
     target = lm("llama")
-    arm = make("batch", {"drafter": "lookup", "batch": 4}, target, None)
+    arm = make_arm("batch", {"drafter": "lookup", "batch": 4}, target, None)
     shapes: list[torch.Size] = []
     started = time.perf_counter()
     with target.model.register_forward_pre_hook(
@@ -332,10 +332,10 @@ def test_arms_draft_as_long_as_their_controllers_say(monkeypatch: pytest.MonkeyP
         measured.append(of)
         return Costs({1: 1.0}, {Limit(1): DraftCost(1, 0.0), Limit(5): DraftCost(5, 0.0)})
 
-    monkeypatch.setattr("specdecode.bench.arms.arm.measure_costs", measure)
+    monkeypatch.setattr("specdecode.bench.arms.parts.measure_costs", measure)
     entries = {"ar": {}, "fixed": {"drafter": "lookup", "k": 5}}
     entries |= {kind: {"drafter": "model", "controller": kind} for kind in ("adaptive", "cost-aware")}
-    arms = [make(name, options, target, target.subset([0])) for name, options in entries.items()]
+    arms = [make_arm(name, options, target, target.subset([0])) for name, options in entries.items()]
     assert len(measured) == 1
     results = experiment(arms, PROMPTS, max_new_tokens=24, repeats=2)
     assert len(measured) == 1
@@ -353,7 +353,7 @@ def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
     target = lm("llama")
     draft = target.subset([0])
     options = {"drafter": "model", "k": 4, "replay": 0.8}
-    arm = make("replayed", options, target, draft)
+    arm = make_arm("replayed", options, target, draft)
     expected = generate(target, prompt(), max_new_tokens=200).tokens
     run = arm.run(prompt(), 200, expected)
     assert arm.synthetic
@@ -366,7 +366,7 @@ def test_synthetic_rows_say_so_in_every_table() -> None:
     """Guards against a set acceptance that is taken for a model's."""
     target = lm("llama")
     entries = {"ar": {}, "lookup": {"drafter": "lookup"}, "replayed": {"drafter": "model", "replay": 0.5}}
-    arms = [make(name, options, target, target) for name, options in entries.items()]
+    arms = [make_arm(name, options, target, target) for name, options in entries.items()]
     results = kept(experiment(arms, PROMPTS, max_new_tokens=4))
     table = io.StringIO()
     Console(file=table, width=130).print(speed_table(results))
@@ -379,8 +379,8 @@ def test_synthetic_rows_say_so_in_every_table() -> None:
 def test_peers_draft_as_long_as_they_are_told() -> None:
     """Guards against transformers drafting at another K: all drafts are right here, so K shows in the steps."""
     target = lm("llama")
-    arm = make("hf-assisted", {"peer": "assisted", "k": 4}, target, target)
-    ours = make("linear", {"drafter": "model", "k": 4}, target, target)
+    arm = make_arm("hf-assisted", {"peer": "assisted", "k": 4}, target, target)
+    ours = make_arm("linear", {"drafter": "model", "k": 4}, target, target)
     run, own = arm.run(prompt(), 40, ()), ours.run(prompt(), 40, ())
     assert run.tokens == own.tokens
     assert run.counts.steps == own.counts.steps == 8
@@ -412,11 +412,11 @@ def test_peers_draft_as_long_as_they_are_told() -> None:
 def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:
     """Guards against a typing error that silently measures something else."""
     with pytest.raises(ValueError, match=reason):
-        make("arm", options, lm("llama"), lm("llama"))
+        make_arm("arm", options, lm("llama"), lm("llama"))
 
 
 def test_an_arm_that_drafts_needs_a_draft_model() -> None:
     """Guards against a failure in the middle of the experiment."""
     for options in ({"drafter": "model"}, {"drafter": "lookup+model"}, {"drafter": "universal"}, {"peer": "assisted"}):
         with pytest.raises(ValueError, match="--draft"):
-            make("arm", options, lm("llama"), None)
+            make_arm("arm", options, lm("llama"), None)

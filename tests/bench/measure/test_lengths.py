@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from specdecode import FixedK, Generation, PromptLookup, SinkWindow, generate
-from specdecode.bench.arms.arm import make
+from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.experiment import Block, Results, experiment
 from specdecode.bench.measure.journal import open_journal
@@ -41,7 +41,7 @@ ARMS = {
 
 @cache
 def results() -> Results:
-    arms = [make(name, entry, lm("llama"), None, "eager", SHORTER) for name, entry in ARMS.items()]
+    arms = [make_arm(name, entry, lm("llama"), None, "eager", SHORTER) for name, entry in ARMS.items()]
     return experiment(arms, PROMPTS, LENGTH)
 
 
@@ -107,7 +107,7 @@ def test_every_arm_is_looked_at_where_it_was_asked(arm: str) -> None:
 
 def test_a_peers_time_at_a_length_is_that_of_its_tokens() -> None:
     """Guards against the streamer's first call, which is the prompt, taken for a token."""
-    run = make("hf", {"peer": "generate"}, lm("llama"), None, "eager", [1, 2]).run(list(prompt()), LENGTH, ())
+    run = make_arm("hf", {"peer": "generate"}, lm("llama"), None, "eager", [1, 2]).run(list(prompt()), LENGTH, ())
     assert [cut.counts.steps for cut in run.cuts] == [1, 2]
     assert run.cuts[0].total_s == run.ttft_s
 
@@ -254,7 +254,7 @@ def test_stop_tokens_end_every_arm_where_they_end_the_baseline() -> None:
     """Guards against arms, peers or references that go on where the others stop."""
     target = lm("llama")
     stop = generate(target, prompt(), max_new_tokens=LENGTH).tokens[9]
-    arms = [make(name, entry, target, None, "eager", SHORTER, [stop]) for name, entry in ARMS.items()]
+    arms = [make_arm(name, entry, target, None, "eager", SHORTER, [stop]) for name, entry in ARMS.items()]
     done = experiment(arms, {"a/0": list(prompt())}, LENGTH)
     (block,) = done.blocks
     assert set(block.checks.values()) == {"equal"}
@@ -269,7 +269,7 @@ def test_stop_tokens_end_every_arm_where_they_end_the_baseline() -> None:
 def test_arms_that_must_write_the_same_share_one_reference() -> None:
     """Guards against a reference decoded for each of a sweep's arms, which takes longer than the sweep."""
     first, second, other = (
-        make(name, {"policy": "sink-window", "cache": cache_}, lm("llama"), None, "eager")
+        make_arm(name, {"policy": "sink-window", "cache": cache_}, lm("llama"), None, "eager")
         for name, cache_ in (("a", 16), ("b", 16), ("c", 32))
     )
     assert (first.target, first.policy) == (second.target, second.policy)

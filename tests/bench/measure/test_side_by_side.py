@@ -248,8 +248,9 @@ def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: 
     package = repository / "specdecode"
     verify = "            logits = target.forward_tree(text.slots, text.pending, tree)\n"
     wait = "            while time.perf_counter() - done_at < 1.5 * (done_at - started):\n                pass\n"
-    edit(package / "decode.py", verify, f"{verify}            done_at = time.perf_counter()\n{wait}")
-    edit(package / "bench" / "arms.py", 'if kind == "lookup":', 'if kind in ("lookup", "novel"):')
+    edit(package / "decoding" / "generate.py", verify, f"{verify}            done_at = time.perf_counter()\n{wait}")
+    edit(package / "bench" / "arms" / "keys.py", '    "none": (),\n', '    "none": (),\n    "novel": (),\n')
+    edit(package / "bench" / "arms" / "parts.py", 'if kind == "lookup":', 'if kind in ("lookup", "novel"):')
     quick = package / "bench" / "presets" / "quick.toml"
     edit(quick, "linear-k8 = { drafter", 'novel = { drafter = "novel" }\n#')
     lines = (repository / "constraints.txt").read_text().splitlines()

@@ -17,7 +17,7 @@ from specdecode.bench.options import Options
 from specdecode.bench.quality import quality_session as quality
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
 from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
-from specdecode.evals.arms import Shuffled, make, quality_preset
+from specdecode.evals.arms import Shuffled, make_decode_path, quality_preset
 from specdecode.evals.margins import MarginCheck, Outcome, check_margins, read_margins
 from specdecode.evals.needle import Retrieval
 from specdecode.evals.perplexity import negative_log_likelihoods
@@ -292,7 +292,7 @@ def test_presets_can_be_run(name: str, judged: int) -> None:
     task that nobody knows."""
     preset = quality_preset(name)
     target = LM(build(ARCHITECTURES["llama"] | {"max_position_embeddings": 2048}))
-    paths = {arm: make(arm, entry, target, preset.k, "eager") for arm, entry in preset.arms.items()}
+    paths = {arm: make_decode_path(arm, entry, target, preset.k, "eager") for arm, entry in preset.arms.items()}
     controls = {arm for arm, entry in preset.arms.items() if "control" in entry}
     assert len(controls) == judged
     assert (preset.tasks.problems.keys() if preset.tasks else set()) <= TASKS.keys()
@@ -316,7 +316,7 @@ def test_presets_can_be_run(name: str, judged: int) -> None:
 def test_an_arm_that_cannot_be_is_told(entry: dict[str, Any], reason: str) -> None:
     """Guards against a key that is spelt wrong, and an arm that is then something else than its name says."""
     with pytest.raises(ValueError, match=reason):
-        make("it", entry, lm("llama"), 3, "eager")
+        make_decode_path("it", entry, lm("llama"), 3, "eager")
 
 
 @pytest.mark.parametrize(
@@ -347,11 +347,14 @@ def test_the_shuffled_cache_holds_the_same_tokens_in_another_order() -> None:
     target = lm("llama")
     slots = target.new_slots(40)
     target.forward(slots, torch.arange(30))
-    window = make("it", {"policy": "sink-window", "cache": 20}, target, 3, "eager").policy
-    kept, expected = Shuffled(20).keep(slots).tolist(), window.keep(slots).tolist()
+    window = make_decode_path("it", {"policy": "sink-window", "cache": 20}, target, 3, "eager").policy
+    kept, expected = Shuffled(window).keep(slots).tolist(), window.keep(slots).tolist()
     assert sorted(kept) == expected != kept
     text = [7 * i % 90 for i in range(60)]
-    paths = [make("it", {"policy": policy, "cache": 20}, target, 3, "eager") for policy in ("shuffled", "sink-window")]
+    paths = [
+        make_decode_path("it", {"policy": policy, "cache": 20}, target, 3, "eager")
+        for policy in ("shuffled", "sink-window")
+    ]
     shuffled, plain = (negative_log_likelihoods(path, text) for path in paths)
     assert (shuffled - plain).abs().max() > 0.01
 

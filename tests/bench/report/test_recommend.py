@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from specdecode import cli, load
-from specdecode.bench.arms.arm import make
-from specdecode.bench.arms.snippet import code
+from specdecode.bench.arms.arm import make_arm
+from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.measure import time_boxed
 from specdecode.bench.report.advice import sentences
 from specdecode.bench.report.recommend import Advice, Recommendation, is_hopeless, recommend
@@ -152,7 +152,7 @@ def test_the_best_of_many_equals_is_not_taken_for_better() -> None:
     wrong = 0
     for _ in range(60):
         arms = {}
-        for k in range(12):
+        for k in range(1, 13):
             speeds = [math.exp(each) for each in random.normal(0.0, 0.1, 6)]
             arms[f"k{k}"] = arm(speeds, LOOKUP | {"k": k}, scatter=0.0)
         wrong += of(recommend(kept(0.0, ar=arm(1.0, {}, prompts=6), **arms))).arm != "ar"
@@ -372,11 +372,11 @@ def test_the_lines_decode_as_the_arm_did(model: str, options: dict[str, Any]) ->
     draft = "layers:0-2"
     run = kept(identity=("abacus", model, draft, "float64"), arm=arm(1.0, options))
     pasted: dict[str, Any] = {}
-    exec(code(run, "arm"), pasted)
+    exec(code_snippet(run, "arm"), pasted)
 
     target = load(model, device="cpu", dtype="float64", backend="eager")
     smaller = load(draft, target=target)
-    expected = make("arm", options, target, smaller, "eager").run(target.encode("Once upon a time"), LENGTH, ())
+    expected = make_arm("arm", options, target, smaller, "eager").run(target.encode("Once upon a time"), LENGTH, ())
     result = pasted["result"]
     assert result.tokens == expected.tokens
     counts = ("draft_forwards", "drafted", "accepted", "peak_cache_bytes", "compressions")
@@ -390,25 +390,37 @@ def test_the_lines_decode_as_the_arm_did(model: str, options: dict[str, Any]) ->
 @pytest.mark.usefixtures("unchecked")
 def test_the_lines_of_a_cost_aware_arm_run(model: str) -> None:
     """Guards against a controller without its costs."""
-    run = kept(identity=("abacus", model, "", "float64"), arm=arm(1.0, LOOKUP | {"controller": "cost-aware"}))
+    run = kept(
+        identity=("abacus", model, "", "float64"), arm=arm(1.0, {"drafter": "lookup", "controller": "cost-aware"})
+    )
     pasted: dict[str, Any] = {}
-    exec(code(run, "arm"), pasted)
+    exec(code_snippet(run, "arm"), pasted)
     assert len(pasted["result"].tokens) == LENGTH
 
 
 HOSTILE = "x') or exit(3) #"
 
 
-@pytest.mark.parametrize("key", ["k", "ngram", "policy", "backend", "quantize", "branching", "nodes", "cache"])
+@pytest.mark.parametrize("key", ["policy", "backend", "quantize", "head"])
 def test_lines_from_a_hostile_file_are_literals(key: str) -> None:
     """Guards against a run file that runs its own code on the machine of who pastes the lines."""
-    options = {"drafter": "model", "shape": "static", "policy": "sink-window"} | {key: HOSTILE}
-    if key == "ngram":
-        options = {"drafter": "lookup", key: HOSTILE}
-    lines = code(kept(identity=("abacus", HOSTILE, HOSTILE, "float32"), arm=arm(1.0, options)), "arm")
+    options = {"drafter": "model", "shape": "static", "policy": "sink-window", "sinks": 2} | {key: HOSTILE}
+    if key == "head":
+        options = {"drafter": "head", key: HOSTILE}
+    lines = code_snippet(kept(identity=("abacus", HOSTILE, HOSTILE, "float32"), arm=arm(1.0, options)), "arm")
     assert "exit" in lines
     called = {".".join(_path(node.func)) for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Call)}
     assert all(name == "policy" or name.startswith(("specdecode.", "target.")) for name in called)
+
+
+@pytest.mark.parametrize("key", ["k", "ngram", "branching", "nodes", "cache", "sinks", HOSTILE])
+def test_lines_are_not_made_of_what_is_no_arm(key: str) -> None:
+    """Guards against code in the place of a number, or of the name of a setting."""
+    options = {"drafter": "model", "shape": "static", "policy": "sink-window"} | {key: HOSTILE}
+    if key == "ngram":
+        options = {"drafter": "lookup", key: HOSTILE}
+    with pytest.raises(ValueError, match=r"^run\.json has an arm that this version cannot decode: arm 'arm': "):
+        code_snippet(kept(arm=arm(1.0, options)), "arm")
 
 
 def _path(node: ast.expr) -> list[str]:
@@ -449,7 +461,7 @@ def test_the_command_tells_each_aim_with_lines_to_copy(
         assert f"\n{aim}: {chosen}\n" in out
     assert "\nlong context: window\n" in out
     assert "lossy 75%" in out
-    assert out.count(code(run, "lookup")) == out.count(code(run, "window")) == 1
+    assert out.count(code_snippet(run, "lookup")) == out.count(code_snippet(run, "window")) == 1
 
 
 def test_programs_get_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

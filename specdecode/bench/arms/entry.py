@@ -1,0 +1,366 @@
+"""Read how an arm decodes: from a preset's entry, from the command line or from lm-eval's `--model_args`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from specdecode.bench.arms.keys import CONTROLLERS, DRAFTERS, MODEL_KEYS, PEERS, PRESET_KEYS, SHAPES, TYPES, typed
+from specdecode.bench.arms.spelling import COMMAND_LINE, MODEL_ARGS, Spelling, preset_spelling
+from specdecode.controllers.base import FixedK
+
+if TYPE_CHECKING:
+    from specdecode.drafters.lookup import PromptLookup
+    from specdecode.drafters.tree_shapes import TreeShape
+    from specdecode.policies.base import CachePolicy
+
+# Most defaults are those of the classes that the keys are arguments of. These are the others.
+_POLICY_CACHE_TOKENS = 256
+_STATIC_TREE_BRANCHES = 2  # of every node, at as many depths as the draft is long
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSpec:
+    """What an arm's entry says. None stands for what it does not say.
+
+    Attributes:
+        name: of the arm.
+        draft: name of the draft model, where it is the arm's own.
+        drafter: "none", "lookup", "head", "model", "universal" or "self-streaming"; with a plus between them, as in
+            "lookup+head", a cascade.
+        head: file of a draft head, or the name of a target that comes with one.
+        ngram: tokens of the longest suffix that is looked up.
+        min_ngram: tokens of the shortest one.
+        branches: continuations that are looked up.
+        draft_cache: tokens that a self-streaming draft holds.
+        shape: of the draft of a head, a model or the target itself: "chain", "static" or "best-first".
+        branching: continuations of a static tree's nodes, depth by depth.
+        nodes: proposals of a tree.
+        threshold: least probability of a best-first tree's paths.
+        controller: "fixed", "adaptive" or "cost-aware".
+        k: draft length of the fixed controller, in tokens.
+        policy: name of the target's cache policy; None keeps everything.
+        cache: tokens that the policy holds.
+        settings: the policy's other arguments.
+        quantize: "int8" quantises the target's weights.
+        backend: how forwards run.
+        replay: acceptance, where it is set and not measured.
+        batch: prompts that are decoded at once: the block's own and shorter beginnings of it.
+        peer: "generate", "assisted" or "prompt-lookup": transformers' own decoding.
+        confidence: probability below which an assisted peer stops drafting.
+        against: name of the peer's arm that does the same.
+        spelling: of the keys in error messages.
+
+    Raises:
+        ValueError: an unknown kind, or keys that do not go together.
+    """
+
+    name: str = ""
+    draft: str | None = None
+    drafter: str = "none"
+    head: str | None = None
+    ngram: int | None = None
+    min_ngram: int | None = None
+    branches: int | None = None
+    draft_cache: int | None = None
+    shape: str = "chain"
+    branching: tuple[int, ...] | None = None
+    nodes: int | None = None
+    threshold: float | None = None
+    controller: str = "fixed"
+    k: int | None = None
+    policy: str | None = None
+    cache: int | None = None
+    settings: tuple[tuple[str, int | float], ...] = ()
+    quantize: str | None = None
+    backend: str | None = None
+    replay: float | None = None
+    batch: int = 1
+    peer: str | None = None
+    confidence: float | None = None
+    against: str | None = None
+    spelling: Spelling = field(default_factory=Spelling, compare=False, repr=False)
+
+    @classmethod
+    def from_entry(cls, name: str, entry: object, known: Collection[str] = PRESET_KEYS) -> ArmSpec:
+        """Read a preset's arm.
+
+        Args:
+            name: of the arm.
+            entry: its keys, as TOML or JSON gives them.
+            known: the keys that it may have, beside the settings of its policy.
+
+        Raises:
+            ValueError: an unknown key or kind, a wrong type or value, or keys that do not go together.
+        """
+        spec = cls.from_record(name, entry, known)
+        spec.check_values()
+        return spec
+
+    @classmethod
+    def from_record(cls, name: str, entry: object, known: Collection[str] = PRESET_KEYS) -> ArmSpec:
+        """Read an arm that was decoded before, from a run file. Its values are not checked, as that loads torch.
+
+        Raises:
+            ValueError: as `from_entry`, except for values.
+        """
+        return _read(name, entry, known, preset_spelling(name))
+
+    @classmethod
+    def from_command_line(cls, options: Mapping[str, Any], *, ships_head: bool) -> ArmSpec:
+        """Read the options of `specdecode generate`, and choose what they leave open.
+
+        Args:
+            options: those that were given, by the keys of entries.
+            ships_head: whether the target comes with a head.
+
+        Raises:
+            ValueError: as `from_entry`, or there is no draft model.
+        """
+        return _read_and_choose(options, MODEL_KEYS, COMMAND_LINE, "lookup+head" if ships_head else "lookup")
+
+    @classmethod
+    def from_model_args(cls, arguments: Mapping[str, Any], known: Collection[str] = MODEL_KEYS) -> ArmSpec:
+        """Read lm-eval's `--model_args`, and choose what they leave open.
+
+        Args:
+            arguments: those that say how to decode.
+            known: all keys, for the message about one that is not known.
+
+        Raises:
+            ValueError: as `from_entry`, or there is no draft model.
+        """
+        # The harness reads "none" as None.
+        said = {key: value for key, value in arguments.items() if value is not None}
+        if "drafter" in arguments:
+            said.setdefault("drafter", "none")
+        return _read_and_choose(said, known, MODEL_ARGS, "lookup")
+
+    def __post_init__(self) -> None:
+        with self._named_errors():
+            self.fixed_k()
+        if self.peer is not None:
+            self._check_kind("peer", self.peer, PEERS)
+            return
+        for kind in self.drafters:
+            self._check_kind("drafter", kind, DRAFTERS, ", or several with a plus between them")
+        self._check_kind("tree shape", self.shape, SHAPES)
+        self._check_kind("controller", self.controller, CONTROLLERS)
+        if len(self.drafters) > 1 and ("none" in self.drafters or len(set(self.drafters)) < len(self.drafters)):
+            raise self.spelling.error(f"{self._chosen} is no cascade: name different drafters, and not none")
+        self._check_use("drafter", self.drafters, DRAFTERS)
+        self._check_use("shape", [self.shape], SHAPES)
+        self._check_use("controller", [self.controller], CONTROLLERS)
+        for key, of in (("cache", "policy"), ("confidence", "peer")):
+            if getattr(self, key) is not None and getattr(self, of) is None:
+                raise self.spelling.error(f"{self._option(key)} is of no use without a {of}: leave it out")
+        if self.batch < 1 or (self.batch > 1 and self.replay is not None):
+            raise self.spelling.error(
+                f"batch is {self.batch}: it is 1 or more, and 1 for replayed drafts, which know one continuation"
+            )
+
+    def _check_kind(self, part: str, kind: str, known: Collection[str], or_else: str = "") -> None:
+        if kind not in known:
+            raise self.spelling.error(f"no {part} is named {kind!r}: choose from {', '.join(known)}{or_else}")
+
+    def _check_use(self, part: str, kinds: Sequence[str], takes: Mapping[str, tuple[str, ...]]) -> None:
+        """Raise ValueError for a key that other kinds of a part take, and not those that were chosen."""
+        of_no_use = {key for keys in takes.values() for key in keys} - {key for kind in kinds for key in takes[kind]}
+        for key in sorted(of_no_use):
+            # Without a shape all drafts are chains.
+            if getattr(self, key) not in (None, "chain"):
+                chosen = self.spelling.kind(part, "+".join(kinds))
+                way_out = ", which finds it out: leave it out" if key == "k" else ": leave one of them out"
+                raise self.spelling.error(f"{self._option(key)} is of no use with {chosen}{way_out}")
+
+    def check_draft(self, *, given: bool) -> None:
+        """Raise ValueError if the arm needs a draft model and none is given."""
+        if self.needs_draft and not given:
+            raise self.spelling.error(f"{self._chosen} needs a draft model: name one with {self.spelling.key('draft')}")
+
+    def check_head(self, target: str, *, ships_head: bool) -> None:
+        """Raise ValueError if the arm needs a head, and neither names one nor has a target that comes with one."""
+        if self.needs_shipped_head and not ships_head:
+            option, drafter = self.spelling.key("head"), self.spelling.key("drafter")
+            raise self.spelling.error(
+                f"no head comes with {target}: name the file of one with {option}, or choose another {drafter}"
+            )
+
+    def check_values(self) -> None:
+        """Raise ValueError for a value that a part refuses: build all parts that need no model. This loads torch."""
+        with self._named_errors():
+            if "lookup" in self.drafters:
+                self.prompt_lookup()
+            self.tree_shape()
+            self.cache_policy()
+            self._check_other_values()
+
+    def _check_other_values(self) -> None:
+        if self.draft_cache is not None:
+            from specdecode.policies.sink_window import SinkWindow
+
+            SinkWindow(self.draft_cache)
+        if self.replay is not None:
+            from specdecode.drafters.none import NoDraft
+            from specdecode.drafters.replay import ReplayDrafter
+
+            ReplayDrafter(NoDraft(), (), self.replay)
+        if self.quantize is not None:
+            from specdecode.models.quantize import quantizer
+
+            quantizer(self.quantize)
+        if self.backend is not None:
+            import torch
+
+            from specdecode.backends import check
+
+            # The device is not known here; on a GPU every backend runs.
+            check(self.backend, torch.device("cuda"))
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Name the arm in the errors of its parts."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.spelling.error(error) from None
+
+    # What it asks for.
+
+    @property
+    def drafters(self) -> list[str]:
+        """The drafters, in the order in which they are asked."""
+        return drafter_kinds({"drafter": self.drafter})
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether it needs a draft model of the target's vocabulary."""
+        return "model" in self.drafters or self.peer == "assisted"
+
+    @property
+    def needs_draft(self) -> bool:
+        return self.shares_vocabulary or "universal" in self.drafters
+
+    @property
+    def needs_shipped_head(self) -> bool:
+        """Whether it needs the head that comes with its target."""
+        return "head" in self.drafters and self.head is None
+
+    def with_head_of(self, target: str) -> ArmSpec:
+        """Return the spec with its head named: the one that comes with the target, if it names none."""
+        return replace(self, head=target) if self.needs_shipped_head else self
+
+    # What its parts are made of.
+
+    @property
+    def lookup_arguments(self) -> dict[str, Any]:
+        """The arguments of `PromptLookup` that it says."""
+        return _said(max_ngram=self.ngram, branches=self.branches, min_ngram=self.min_ngram)
+
+    @property
+    def tree_arguments(self) -> dict[str, Any]:
+        """The arguments of `StaticTree` or `BestFirstTree`."""
+        if self.shape == "static":
+            default = (_STATIC_TREE_BRANCHES,) * self.fixed_k().k
+            branching = default if self.branching is None else self.branching
+            return {"branching": branching, **_said(nodes=self.nodes)}
+        return _said(nodes=self.nodes, threshold=self.threshold)
+
+    @property
+    def self_streaming_arguments(self) -> dict[str, Any]:
+        """The arguments of `SelfStreamingDrafter` that it says, without the shape."""
+        return _said(max_len=self.draft_cache)
+
+    @property
+    def cache_tokens(self) -> int:
+        return _POLICY_CACHE_TOKENS if self.cache is None else self.cache
+
+    def fixed_k(self) -> FixedK:
+        """Return the controller of its draft length, or of the default one."""
+        return FixedK(**_said(k=self.k))
+
+    def prompt_lookup(self) -> PromptLookup:
+        """Return a new lookup."""
+        from specdecode.drafters.lookup import PromptLookup
+
+        return PromptLookup(**self.lookup_arguments)
+
+    def tree_shape(self) -> TreeShape:
+        """Return the shape of its draft."""
+        from specdecode.drafters.tree_shapes import BestFirstTree, Chain, StaticTree
+
+        if self.shape == "static":
+            return StaticTree(**self.tree_arguments)
+        return BestFirstTree(**self.tree_arguments) if self.shape == "best-first" else Chain()
+
+    def cache_policy(self) -> CachePolicy:
+        """Return what stays in the target's cache."""
+        from specdecode.policies import policy
+        from specdecode.policies.keep_all import KeepAll
+
+        return policy(self.policy, self.cache_tokens, **dict(self.settings)) if self.policy else KeepAll()
+
+    def _option(self, key: str) -> str:
+        return self.spelling.key(key, getattr(self, key))
+
+    @property
+    def _chosen(self) -> str:
+        part, kind = ("drafter", self.drafter) if self.peer is None else ("peer", self.peer)
+        return self.spelling.kind(part, kind)
+
+
+def drafter_kinds(entry: Mapping[str, Any]) -> list[str]:
+    """Return the drafters that an entry names, in the order in which they are asked: "lookup+head" is a cascade."""
+    return str(entry.get("drafter", "none")).split("+")
+
+
+def _said(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _read_and_choose(
+    entry: Mapping[str, Any], known: Collection[str], spelling: Spelling, drafter_by_default: str
+) -> ArmSpec:
+    """Read a command's way to decode, and choose what drafts well where nothing is said.
+
+    Presets get none of these defaults: an entry says all that sets its arm apart, and its baseline must not change with
+    what commands choose.
+    """
+    chosen: dict[str, Any] = {"drafter": drafter_by_default}
+    if "draft" in entry:
+        chosen["drafter"] = "model"
+    if "head" in entry:
+        chosen["drafter"] = "lookup+head"
+    kinds = drafter_kinds(chosen | dict(entry))
+    if "head" in kinds and "shape" not in entry:
+        # Eight rows, with the root, are what CPUs verify for little more than one.
+        chosen |= {"shape": "best-first", "nodes": 7, "threshold": 0.05}
+    if kinds[0] == "lookup" and len(kinds) > 1 and entry.get("ngram") != 1:
+        # A match of one token has little reason where another drafter can be asked.
+        chosen["min_ngram"] = 2
+    spec = _read("", chosen | dict(entry), known, spelling)
+    spec.check_values()
+    spec.check_draft(given=spec.draft is not None)
+    return spec
+
+
+def _read(name: str, entry: object, known: Collection[str], spelling: Spelling) -> ArmSpec:
+    if not isinstance(entry, Mapping):
+        raise spelling.error(f"its entry is {entry!r}: it must be a table of options")
+    if "peer" in entry and "peer" in known:
+        if "policy" in entry:
+            raise spelling.error("it is transformers' own, which takes no policy: leave one of them out")
+        known = ("peer", "quantize", "against", *PEERS.get(str(entry["peer"]), ()))
+    others = [key for key in entry if key not in known]
+    settings = [key for key in others if "policy" in entry and key not in TYPES and key.isidentifier()]
+    if unknown := sorted(set(others) - set(settings)):
+        keys = {"keys": ", ".join(unknown), "first": unknown[0], "known": ", ".join(known)}
+        raise spelling.error(spelling.unknown.format(**keys))
+    try:
+        values = {key: typed(key, value) for key, value in entry.items()}
+    except ValueError as error:
+        raise spelling.error(error) from None
+    policy_settings = tuple((key, values.pop(key)) for key in settings)
+    return ArmSpec(name, settings=policy_settings, spelling=spelling, **values)

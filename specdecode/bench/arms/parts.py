@@ -1,0 +1,70 @@
+"""Build the parts of an arm that need models: what drafts, and what says how long a draft is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from specdecode.bench.arms.entry import ArmSpec
+from specdecode.controllers.adaptive import AdaptiveK
+from specdecode.controllers.base import Controller
+from specdecode.controllers.cost_aware import CostAware
+from specdecode.decoding.measure_costs import measure_costs
+from specdecode.drafters.base import Drafter
+from specdecode.drafters.cascade import Cascade
+from specdecode.drafters.head import HeadDrafter
+from specdecode.drafters.model import ModelDrafter
+from specdecode.drafters.none import NoDraft
+from specdecode.drafters.self_streaming import SelfStreamingDrafter
+from specdecode.drafters.universal import UniversalDrafter
+from specdecode.heads.bound import BoundHead, load_head, untrained
+from specdecode.models.lm import LM
+
+
+def drafter_maker(spec: ArmSpec, target: LM, draft: LM | None = None) -> Callable[[], Drafter]:
+    """Return what makes an arm's drafter: a fresh one for each text, with the models and the head shared.
+
+    Args:
+        spec: of the arm.
+        target: that the arm decodes; one of random weights gets a head of random weights.
+        draft: the draft model, for an arm that needs one.
+
+    Raises:
+        ModelFileError: a head that is not there, or is damaged.
+        UnsupportedModelError: a head of another target, or an architecture that cannot draft so.
+        TokenizerMismatchError: a tokenizer that cannot draft by text, or be drafted for.
+    """
+    makers = [_maker(kind, spec, target, draft) for kind in spec.drafters]
+
+    def make_drafter() -> Drafter:
+        drafters = [make() for make in makers]
+        return drafters[0] if len(drafters) == 1 else Cascade(*drafters)
+
+    make_drafter()  # what these models do not allow is told now, and not in the middle of a run
+    return make_drafter
+
+
+def _maker(kind: str, spec: ArmSpec, target: LM, draft: LM | None) -> Callable[[], Drafter]:
+    if kind == "lookup":
+        return spec.prompt_lookup
+    if kind == "head":
+        file = spec.head or target.name
+        head = BoundHead(untrained(target), target) if target.synthetic else load_head(file, target)
+        return partial(HeadDrafter, head, spec.tree_shape())
+    if kind == "self-streaming":
+        return partial(SelfStreamingDrafter, target, shape=spec.tree_shape(), **spec.self_streaming_arguments)
+    if kind == "none":
+        return NoDraft
+    assert draft is not None
+    if kind == "model":
+        return partial(ModelDrafter, draft, spec.tree_shape())
+    return partial(UniversalDrafter, target, draft)
+
+
+def controller_maker(spec: ArmSpec, target: LM, make_drafter: Callable[[], Drafter]) -> Callable[[], Controller]:
+    """Return what makes an arm's controller, a fresh one for each text. For a cost-aware one it measures the costs."""
+    if spec.controller == "adaptive":
+        return AdaptiveK
+    if spec.controller == "cost-aware":
+        return partial(CostAware, measure_costs(target, make_drafter()))
+    return spec.fixed_k
