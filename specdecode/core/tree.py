@@ -79,12 +79,12 @@ class DraftTree:
     def visibility(self) -> Bool[Tensor, "nodes nodes"]:
         """The nodes that each node may attend to: row i marks node i, its ancestors and the root."""
         size = len(self) + 1
-        reach = torch.eye(size, device=self.parents.device)
-        reach[torch.arange(1, size, device=reach.device), self.parents] = 1.0
+        visible = torch.eye(size, device=self.parents.device)
+        visible[torch.arange(1, size, device=visible.device), self.parents] = 1.0
         # Squaring the one-step relation doubles the distance it covers.
         for _ in range(max(size - 2, 0).bit_length()):
-            reach = (reach @ reach).clamp(max=1.0)
-        return reach > 0
+            visible = (visible @ visible).clamp(max=1.0)
+        return visible > 0
 
     @property
     def depths(self) -> Int[Tensor, " nodes"]:

@@ -455,7 +455,7 @@ def test_a_compiled_model_is_compiled_twice_and_no_more(pytestconfig: pytest.Con
     assert done.stdout.splitlines() == [f"{each} {[True] * 5}" for each in told], done.stderr
 
 
-def test_capturing_is_told_apart_from_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capturing_is_timed_apart_from_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a first token that seems to take seconds, and against captures that nobody hears of."""
     done = []
 

@@ -38,7 +38,7 @@ from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from tests.helpers.discovery import CONTROLLERS
 from tests.helpers.fake_clock import Cost, FakeClock, charged
-from tests.helpers.machines import Acceptance, Machine, Plain, decode
+from tests.helpers.machines import AcceptanceModel, Machine, Plain, decode
 from tests.helpers.models import ARCHITECTURES, build, prompt, small
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -62,23 +62,23 @@ TREES = {
 
 
 @functools.cache
-def always(rate: float) -> Acceptance:
+def always(rate: float) -> AcceptanceModel:
     return lambda place, depth, nodes: rate
 
 
 @functools.cache
-def wider(rate: float) -> Acceptance:
+def wider(rate: float) -> AcceptanceModel:
     """A tree's: the more nodes at a depth, the rarer that none of them is right."""
     return lambda place, depth, nodes: 1 - (1 - rate) * nodes**-0.5 if rate else 0.0
 
 
 @functools.cache
-def in_turns(period: int) -> Acceptance:
+def in_turns(period: int) -> AcceptanceModel:
     """A draft that is as good as the target and useless by turns."""
     return lambda place, depth, nodes: 0.95 * (place // period % 2)
 
 
-def from_then_on(place: int, before: float, after: float) -> Acceptance:
+def from_then_on(place: int, before: float, after: float) -> AcceptanceModel:
     return lambda at, depth, nodes: before if at < place else after
 
 
@@ -92,7 +92,7 @@ def plain(machine: Machine, tokens: int) -> list[float]:
 
 
 @functools.cache
-def best(machine: Machine, acceptance: Acceptance, tokens: int, proposes: float = 1.0) -> list[float]:
+def best(machine: Machine, acceptance: AcceptanceModel, tokens: int, proposes: float = 1.0) -> list[float]:
     """The seconds of the best fixed K and number of nodes, or of plain decoding if that is better."""
     limits = [Limit(k, nodes) for k in KS for nodes in ((4, 12, 32, 64) if machine.tree else (64,))]
     fixed = [
@@ -108,7 +108,7 @@ def over(others: list[float], own: list[float]) -> list[float]:
 
 
 def over_best(
-    machine: Machine, costs: Costs, acceptance: Acceptance, tokens: int, proposes: float = 1.0
+    machine: Machine, costs: Costs, acceptance: AcceptanceModel, tokens: int, proposes: float = 1.0
 ) -> list[float]:
     own = seconds(machine, lambda: CostAware(costs), acceptance, tokens, proposes=proposes)
     return over(best(machine, acceptance, tokens, proposes), own)
@@ -202,7 +202,7 @@ def test_costs_that_are_wrong_at_the_start_are_corrected(name: str, draft: float
     ids=["never", "hardly ever", "in turns of 8", "in turns of 40"],
 )
 @pytest.mark.parametrize("name", [*MACHINES, *TREES])
-def test_nothing_is_slower_than_plain_decoding(name: str, acceptance: Acceptance) -> None:
+def test_nothing_is_slower_than_plain_decoding(name: str, acceptance: AcceptanceModel) -> None:
     """Guards against a useless draft that is paid for, its reading of the prompt included: at the start, where it is
     tried out, and later, where it is tried again, also by one that is useful just long enough to be trusted."""
     machine = (MACHINES | TREES)[name]
@@ -427,7 +427,7 @@ DRAFTS = {Limit(1): DraftCost(1, 0.1)}
         (lambda: Costs({1: 1.0}, DRAFTS, catch_up=math.inf), "costs hold inf seconds"),
     ],
 )
-def test_what_cannot_be_is_told(make: Callable[[], object], reason: str) -> None:
+def test_what_cannot_be_is_reported(make: Callable[[], object], reason: str) -> None:
     """Guards against a division by nought in the middle of a text."""
     with pytest.raises(ValueError, match=reason):
         make()

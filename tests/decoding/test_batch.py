@@ -226,7 +226,7 @@ def test_a_batch_with_a_seed_repeats() -> None:
     assert len({tuple(tokens) for tokens in sample(3)}) == 3
 
 
-def test_steps_are_told_with_their_prompt() -> None:
+def test_steps_are_reported_with_their_prompt() -> None:
     """Guards against a stream that mixes up the texts."""
     told: dict[int, list[int]] = {}
     results = generate_batch(
@@ -245,7 +245,7 @@ def test_no_prompts_are_no_results() -> None:
     assert generate_batch(lm("llama"), []) == []
 
 
-def test_a_wrong_prompt_is_told_before_anything_is_decoded() -> None:
+def test_a_wrong_prompt_is_reported_before_anything_is_decoded() -> None:
     """Guards against an hour of decoding that is lost for the last prompt."""
     told: list[int] = []
     with pytest.raises(ValueError, match="prompt 2 of 3: token 97 of the prompt is outside the vocabulary"):

@@ -339,7 +339,7 @@ def test_a_best_first_tree_ends_where_nothing_better_follows() -> None:
     assert drafter.forwards <= tree.depth + 1 < 8
 
 
-def test_steps_are_told_as_they_are_committed() -> None:
+def test_steps_are_reported_as_they_are_committed() -> None:
     """Guards against a stream that repeats, drops or reorders tokens, or goes on after the stop."""
     steps: list[list[int]] = []
     result = decode(scripted(0, 5, 2), on_step=steps.append, stop_token_ids=[known()[15]])

@@ -222,7 +222,7 @@ def test_a_cascade_reads_what_its_drafters_read() -> None:
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.6, 1.0])
-def test_a_replay_accepts_as_often_as_it_is_told(acceptance: float) -> None:
+def test_a_replay_accepts_as_often_as_it_should(acceptance: float) -> None:
     """Guards against synthetic measurements at another acceptance than their label says."""
     known = generate(target(), TEXT, max_new_tokens=120).tokens
     replay = ReplayDrafter(ModelDrafter(target().subset([0])), TEXT + known, acceptance)

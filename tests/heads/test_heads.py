@@ -458,15 +458,15 @@ def test_a_head_of_another_target_is_refused(other: functools.partial[LM], reaso
         load_head(str(file), other())
 
 
-def test_a_fitted_head_stays_what_it_was() -> None:
+def test_a_bound_head_stays_what_it_was() -> None:
     """Guards against drafts of a head that is trained on while it is measured."""
     target, head = lm("llama"), untrained(lm("llama"))
-    fitted = BoundHead(head, target)
+    bound = BoundHead(head, target)
     state = torch.ones(1, head.shape.hidden, dtype=torch.float64, device=target.device)
-    before = fitted.logits(state).clone()
+    before = bound.logits(state).clone()
     with torch.no_grad():
         head.norm.weight.mul_(2.0)
-    assert torch.equal(fitted.logits(state), before)
+    assert torch.equal(bound.logits(state), before)
     assert not torch.equal(BoundHead(head, target).logits(state), before)
 
 
@@ -484,7 +484,7 @@ def test_rows_of_an_output_embedding_are_without_its_bias() -> None:
     torch.testing.assert_close(rows, layer.weight[tokens.to(layer.weight.device)].detach(), rtol=0, atol=1e-12)
 
 
-def test_a_head_that_cannot_be_fitted_is_refused() -> None:
+def test_a_head_that_cannot_be_bound_is_refused() -> None:
     """Guards against an error from the depths where no file says which target a head is for."""
     with pytest.raises(UnsupportedModelError, match=r"layers 0, 1 of width 8 .* as it has 4 layers of width 32"):
         BoundHead(raw(), lm("llama"))
@@ -497,7 +497,7 @@ def test_a_head_that_cannot_be_fitted_is_refused() -> None:
         BoundHead(untrained(narrow), narrow)
 
 
-def test_a_damaged_file_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_in_a_sentence(tmp_path: Path) -> None:
     """Guards against a traceback from the depths, and a head that drafts with half of its weights."""
     file = written(lm("llama"), tmp_path)
     whole = file.read_bytes()

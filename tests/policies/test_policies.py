@@ -384,20 +384,20 @@ def test_twenty_thousand_tokens_through_a_context_of_64(unchecked: None) -> None
         (lambda: HeavyHitter(8, recent=8), "max_len is 8"),
     ],
 )
-def test_a_cache_that_cannot_be_is_told(make: object, reason: str) -> None:
+def test_a_cache_that_cannot_be_is_reported(make: object, reason: str) -> None:
     """Guards against a policy that evicts what it needs, or never, in silence."""
     assert callable(make)
     with pytest.raises(ValueError, match=reason):
         make()
 
 
-def test_a_draft_deeper_than_the_cache_is_told() -> None:
+def test_a_draft_deeper_than_the_cache_is_reported() -> None:
     """Guards against drafts that are cut at every step without anybody being told."""
     with pytest.raises(ValueError, match="too small for 4 that always stay and a draft of 5"):
         generate(lm("llama"), prompt(), policy=SinkWindow(8), controller=FixedK(5))
 
 
-def test_a_cache_larger_than_the_context_is_told() -> None:
+def test_a_cache_larger_than_the_context_is_reported() -> None:
     """Guards against positions that the model has never seen."""
     with pytest.raises(ValueError, match="cache of 600 tokens exceeds the context of llama, 512 tokens"):
         generate(lm("llama"), prompt(), policy=SinkWindow(600))
