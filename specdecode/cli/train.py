@@ -47,8 +47,8 @@ def train_head(
     if not all(number.strip().isdigit() for number in numbers):
         raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
     from specdecode import load
-    from specdecode.training.run import Recipe
-    from specdecode.training.run import train_head as train
+    from specdecode.training.recipe import Recipe
+    from specdecode.training.recipe import train_head as train
     from specdecode.training.trainer import Settings
 
     recipe = Recipe(

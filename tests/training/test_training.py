@@ -23,7 +23,7 @@ from specdecode.models.recording import recorded_hidden_states
 from specdecode.models.variants import decoder_layers
 from specdecode.training.initial_head import frequent_tokens, initial_head
 from specdecode.training.loss import CrossEntropy, predict_ahead
-from specdecode.training.run import acceptance_lengths
+from specdecode.training.recipe import acceptance_lengths
 from specdecode.training.shards import Shard, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Draw, Texts
 from specdecode.training.trainer import Settings, Trainer

@@ -1,4 +1,4 @@
-"""A whole training run, from the texts to the file of a head: `specdecode train-head`."""
+"""The recipe of a draft head, and the training run that carries it out: `specdecode train-head`."""
 
 from __future__ import annotations
 
