@@ -7,67 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.result import Generation
-from specdecode.core.sampling import Sampling
 from specdecode.decoding.generate import generate_batch
+from specdecode.decoding.settings import Settings
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
-
-# The fields of a GenerationConfig that are honoured, and what transformers takes where they are not set.
-_HONOURED: dict[str, Any] = {
-    "max_new_tokens": None,
-    "max_length": None,
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "stop_strings": None,
-    "num_return_sequences": 1,
-}
-_DEFAULT_NEW_TOKENS = 20
-
-# Fields that say nothing about the tokens here: they set beam search, encoders, transformers' own assistants, or how
-# its forwards run.
-_WITHOUT_EFFECT = {
-    "_from_model_config",
-    "assistant_confidence_threshold",
-    "assistant_early_exit",
-    "assistant_lookbehind",
-    "bos_token_id",
-    "compile_config",
-    "decoder_start_token_id",
-    "disable_compile",
-    "early_stopping",
-    "is_assistant",
-    "length_penalty",
-    "low_memory",
-    "max_matching_ngram_size",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "prefill_chunk_size",
-    "target_lookbehind",
-    "tokenizer",
-    "transformers_version",
-}
-# Off, for the others, is zero or False; for these it is another value.
-_OFF: dict[str, Any] = {
-    "encoder_repetition_penalty": 1.0,
-    "guidance_scale": 1.0,
-    "num_beam_groups": 1,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "typical_p": 1.0,
-    "use_cache": True,
-}
 
 
 class SpecDecoder:
@@ -106,54 +57,85 @@ class SpecDecoder:
 
     def generate(
         self,
-        input_ids: Int[Tensor, "rows n"],
+        inputs: Tensor | None = None,
         generation_config: Any = None,
         *,
-        attention_mask: Int[Tensor, "rows n"] | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         streamer: Any = None,
+        tokenizer: Any = None,
         **settings: Any,
     ) -> Int[Tensor, "sequences length"]:
         """Continue prompts as `model.generate` of transformers does: the same arguments and, in greedy decoding, the
         same tokens.
 
         Settings are taken from the call, else from `generation_config`, else from the model's own, else they are
-        transformers' defaults. Honoured are `max_new_tokens`, `max_length`, `do_sample`, `temperature`, `top_k`,
-        `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings` and `num_return_sequences`. Sampling draws on torch's
-        global generator, so `torch.manual_seed` repeats it.
+        transformers' defaults; a None in the call unsets. Honoured are `max_new_tokens`, `max_length`, `do_sample`,
+        `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings` and `num_return_sequences`.
+        Sampling draws on torch's global generator, so `torch.manual_seed` repeats it.
 
         Args:
-            input_ids: prompts, padded on the left if they differ in length.
+            inputs: [rows, n] prompts, padded on the left if they differ in length.
             generation_config: a transformers GenerationConfig.
-            attention_mask: 0 marks padding; without it, the prompts are taken as they are.
-            streamer: given the prompt, then the tokens of each step, of a single sequence.
+            input_ids: the same as `inputs`, by the name that tokenizers give it.
+            attention_mask: [rows, n]; 0 marks padding. Without it, tokens that are `pad_token_id` are padding, unless
+                that also ends a text.
+            streamer: given the prompt, then the tokens of each step, of a single sequence. It is told the end whatever
+                happens, as somebody may wait for it.
+            tokenizer: needed by transformers for `stop_strings`; here they are read with the target's own.
             settings: fields of a GenerationConfig.
 
         Returns:
             Prompts and continuations, padded on the right by `pad_token_id` (or the first `eos_token_id`).
 
         Raises:
-            ValueError: a setting that is not honoured and would change the tokens, by its name; padding that is not on
-                the left; or what `specdecode.generate` refuses.
+            ValueError: a setting that is not honoured and would change the tokens, or cannot be, by its name; padding
+                that is not on the left; or what `specdecode.generate` refuses.
         """
-        given = self._settings(generation_config, settings)
-        rows, width = input_ids.shape
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if attention_mask.shape != input_ids.shape or (attention_mask.diff(dim=1) < 0).any():
-            raise ValueError("attention_mask must be of the shape of input_ids, and padding must be on the left")
-        copies = given["num_return_sequences"]
-        if copies > 1 and not given["do_sample"]:
-            raise ValueError(f"num_return_sequences is {copies}: greedy decoding has one continuation (set do_sample)")
-        if streamer is not None and rows * copies > 1:
-            raise ValueError(f"a streamer writes one sequence, and {rows * copies} are asked for")
+        try:
+            asked = Settings.resolve(self.target.model.generation_config, generation_config, settings)
+            ids = _prompts(inputs, input_ids)
+            mask = _mask(ids, attention_mask, asked)
+            rows = len(ids) * asked.copies
+            if streamer is not None and rows > 1:
+                raise ValueError(f"a streamer writes one sequence, and {rows} are asked for")
+            if asked.stop_strings and rows > 1 and asked.stop_token_ids is None:
+                raise ValueError(
+                    "stop_strings of several sequences need an eos_token_id, as transformers writes on behind a stop"
+                    " string without one: give an eos_token_id, or decode the prompts one by one"
+                )
+            if asked.stop_strings:
+                self._check_tokenizer(tokenizer)
+            new_tokens = asked.new_tokens(ids.shape[1], self.target.context_length)
+            return self._continue(ids, mask, asked, new_tokens, streamer)
+        finally:
+            if streamer is not None:
+                streamer.end()
 
-        input_ids = input_ids.repeat_interleave(copies, 0)
-        masks = attention_mask.bool().repeat_interleave(copies, 0)
-        prompts = [row[mask].tolist() for row, mask in zip(input_ids, masks, strict=True)]
-        stops = given["eos_token_id"]
-        stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        own = self.target.tokenizer
+        if own is None or tokenizer is None or tokenizer is own or tokenizer.get_vocab() == own.get_vocab():
+            return
+        raise ValueError(
+            f"tokenizer is not that of {self.target.name}, by which stop_strings are read here: leave it out"
+        )
+
+    def _continue(
+        self, ids: Int[Tensor, "rows n"], mask: Bool[Tensor, "rows n"], asked: Settings, new_tokens: int, streamer: Any
+    ) -> Int[Tensor, "sequences length"]:
+        ids, mask = ids.repeat_interleave(asked.copies, 0), mask.repeat_interleave(asked.copies, 0)
+        prompts = [row[own].tolist() for row, own in zip(ids, mask, strict=True)]
+        sampling = asked.sampling()
+        begun = False
+
+        def stream(_: int, tokens: list[int]) -> None:
+            nonlocal begun
+            if not begun:
+                # Not before the first step: a call that is refused writes nothing.
+                streamer.put(ids.cpu())
+                begun = True
+            streamer.put(torch.tensor(tokens))
+
         self.results = generate_batch(
             self.target,
             prompts,
@@ -161,48 +143,55 @@ class SpecDecoder:
             drafter=self.drafter,
             controller=self.controller,
             policy=self.policy,
-            sampling=_sampling(given),
-            max_new_tokens=_new_tokens(given, width),
-            stop_token_ids=stops,
-            stop=given["stop_strings"] or (),
-            on_step=None if streamer is None else lambda _, tokens: streamer.put(torch.tensor(tokens)),
+            sampling=sampling,
+            max_new_tokens=new_tokens,
+            stop_token_ids=asked.stop_token_ids or (),
+            stop=asked.stop_strings,
+            on_step=None if streamer is None else stream,
         )
-        if streamer is not None:
-            streamer.end()
-        padding = given["pad_token_id"]
-        filler = padding if padding is not None else stops[0] if stops else 0
         longest = max(len(result.tokens) for result in self.results)
-        new = [result.tokens + [filler] * (longest - len(result.tokens)) for result in self.results]
-        return torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], 1)
-
-    def _settings(self, generation_config: Any, settings: dict[str, Any]) -> dict[str, Any]:
-        """The honoured settings, from the most specific place that sets them."""
-        given: dict[str, Any] = {}
-        for place in (self.target.model.generation_config.to_dict(), generation_config, settings):
-            values = place if isinstance(place, dict) else {} if place is None else place.to_dict()
-            given |= {name: value for name, value in values.items() if value is not None}
-        for name, value in given.items():
-            neutral = value == _OFF[name] if name in _OFF else not value
-            if name not in _HONOURED and name not in _WITHOUT_EFFECT and not neutral:
-                raise ValueError(
-                    f"{name} is {value!r}, which is not honoured here and would change the output: unset it"
-                )
-        return {name: given.get(name, default) for name, default in _HONOURED.items()}
+        new = [result.tokens + [asked.filler] * (longest - len(result.tokens)) for result in self.results]
+        return torch.cat([ids, torch.tensor(new, device=ids.device)], 1)
 
 
-def _sampling(given: dict[str, Any]) -> Sampling:
-    if not given["do_sample"]:
-        return Sampling()
-    # The global generator is where users of transformers set the seed.
-    seed = int(torch.randint(2**62, ()))
-    return Sampling(given["temperature"], given["top_k"], given["top_p"], seed)
+def _prompts(inputs: Any, input_ids: Any) -> Int[Tensor, "rows n"]:
+    if inputs is not None and input_ids is not None:
+        raise ValueError("inputs and input_ids are both given, and are the same argument: leave one of them out")
+    ids = inputs if input_ids is None else input_ids
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            f"input_ids is {'missing' if ids is None else f'a {type(ids).__name__}'}: give a tensor of ids"
+        )
+    if ids.ndim != 2 or not len(ids) or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}: give whole numbers, a row for each prompt"
+        )
+    return ids
 
 
-def _new_tokens(given: dict[str, Any], width: int) -> int:
-    if given["max_new_tokens"] is not None:
-        return int(given["max_new_tokens"])
-    if given["max_length"] is None:
-        return _DEFAULT_NEW_TOKENS
-    if given["max_length"] <= width:
-        raise ValueError(f"max_length is {given['max_length']}, and the prompts have {width} tokens: raise it")
-    return int(given["max_length"]) - width
+def _mask(ids: Int[Tensor, "rows n"], given: Any, asked: Settings) -> Bool[Tensor, "rows n"]:
+    """Return which tokens are no padding; as transformers infers it, where the call does not say.
+
+    Raises:
+        ValueError: padding that is not on the left, or a mask of other values or of another shape.
+    """
+    if given is None:
+        padding = asked.padding
+        if padding is None or padding in (asked.stop_token_ids or ()):
+            return torch.ones_like(ids, dtype=torch.bool)
+        mask = ids.ne(padding)
+        if (mask.long().diff(dim=1) < 0).any():
+            raise ValueError(
+                f"input_ids has pad_token_id {padding} behind other tokens, and padding must be on the left: give an"
+                " attention_mask if it is no padding"
+            )
+        return mask
+    if not isinstance(given, Tensor) or given.shape != ids.shape:
+        shape = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"attention_mask is {shape}: it must be a tensor of the shape of input_ids, {tuple(ids.shape)}"
+        )
+    mask = given.bool()
+    if (mask.to(given.dtype) != given).any() or (mask.long().diff(dim=1) < 0).any():
+        raise ValueError("attention_mask must be 0 for padding and 1 elsewhere, and padding must be on the left")
+    return mask

@@ -1,0 +1,260 @@
+"""The settings of transformers' `generate`: resolved as it resolves them, or refused by name."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdecode.core.sampling import Sampling
+
+# The settings that are honoured: what transformers takes where nobody says anything, and where a call says None.
+_HONOURED: dict[str, tuple[Any, Any]] = {
+    "max_new_tokens": (None, None),
+    "max_length": (None, None),
+    "do_sample": (False, False),
+    "temperature": (1.0, 1.0),
+    "top_k": (50, 0),
+    "top_p": (1.0, 1.0),
+    "eos_token_id": (None, None),
+    "pad_token_id": (None, None),
+    "stop_strings": (None, None),
+    "num_return_sequences": (1, 1),
+}
+_DEFAULT_NEW_TOKENS = 20
+
+# Settings that say nothing about the tokens here, whatever their value: they tune beam search, encoders, transformers'
+# own assistants, or how its forwards run.
+_WITHOUT_EFFECT = {
+    "_from_model_config",
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "bos_token_id",
+    "compile_config",
+    "decoder_start_token_id",
+    "disable_compile",
+    "early_stopping",
+    "length_penalty",
+    "low_memory",
+    "max_matching_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "prefill_chunk_size",
+    "target_lookbehind",
+    "transformers_version",
+}
+# The values at which other settings leave the tokens alone; those that are not named here do so at None only.
+_OFF: dict[str, Any] = {
+    "begin_suppress_tokens": [],
+    "cache_implementation": "hybrid",  # the usual cache to transformers, as files of Gemma 2 and 3 say
+    "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "is_assistant": False,
+    "logits_processor": [],
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_logits": False,
+    "output_scores": False,
+    "penalty_alpha": 0.0,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "repetition_penalty": 1.0,
+    "return_dict_in_generate": False,
+    "stopping_criteria": [],
+    "suppress_tokens": [],
+    "synced_gpus": False,
+    "token_healing": False,
+    "trust_remote_code": False,
+    "typical_p": 1.0,
+    "use_cache": True,
+    "use_mtp": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the settings of a call come to.
+
+    Attributes:
+        max_new_tokens: the length limit; None where `max_length` says it, or nobody.
+        max_length: the limit of prompt and output together; None where nobody says.
+        do_sample: whether tokens are drawn.
+        temperature, top_k, top_p: as in `Sampling`.
+        stop_token_ids: any of these ends a text; None where nothing was said, which pads nothing either.
+        padding: fills up texts that are shorter than others.
+        stop_strings: any of these ends a text.
+        copies: texts for each prompt.
+    """
+
+    max_new_tokens: int | None
+    max_length: int | None
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    stop_token_ids: tuple[int, ...] | None
+    padding: int | None
+    stop_strings: tuple[str, ...]
+    copies: int
+
+    @classmethod
+    def resolve(cls, own: Any, configuration: Any, call: Mapping[str, Any]) -> Settings:
+        """Resolve each setting from the most specific place that sets it. A None in the call unsets; elsewhere it says
+        nothing.
+
+        Args:
+            own: the model's GenerationConfig.
+            configuration: the call's GenerationConfig, or None.
+            call: settings by name.
+
+        Raises:
+            ValueError: a setting that is not honoured and not off, or is of another type; by its name.
+        """
+        given: dict[str, Any] = {}
+        # Transformers keeps what else a checkpoint may have in its file, and does nothing with it.
+        fields = type(own)().to_dict()
+        for place in (own, configuration):
+            try:
+                values = {} if place is None else place.to_dict()
+            except AttributeError:
+                raise ValueError(
+                    f"generation_config is a {type(place).__name__}: give a GenerationConfig, or the settings by name"
+                ) from None
+            given |= {name: value for name, value in values.items() if value is not None and name in fields}
+        given |= call
+        for name, value in given.items():
+            if name not in _HONOURED and name not in _WITHOUT_EFFECT and not _is_off(name, value):
+                raise ValueError(
+                    f"{name} is {_shown(value)}, which is not honoured here and would change the output: unset it"
+                )
+        said = {
+            name: usual if name not in given else unset if given[name] is None else given[name]
+            for name, (usual, unset) in _HONOURED.items()
+        }
+        stops = said["eos_token_id"]
+        settings = cls(
+            max_new_tokens=_whole_or_none("max_new_tokens", said["max_new_tokens"]),
+            max_length=_whole_or_none("max_length", said["max_length"]),
+            do_sample=_truth("do_sample", said["do_sample"]),
+            temperature=_number("temperature", said["temperature"]),
+            top_k=_whole("top_k", said["top_k"]),
+            top_p=_number("top_p", said["top_p"]),
+            stop_token_ids=None if stops is None else _tokens("eos_token_id", stops),
+            padding=_whole_or_none("pad_token_id", said["pad_token_id"]),
+            stop_strings=_strings("stop_strings", said["stop_strings"] or ()),
+            copies=_whole("num_return_sequences", said["num_return_sequences"]),
+        )
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        if self.copies < 1:
+            raise ValueError(f"num_return_sequences is {self.copies}: at least 1 must be asked for")
+        if self.copies > 1 and not self.do_sample:
+            raise ValueError(
+                f"num_return_sequences is {self.copies}: greedy decoding has one continuation (set do_sample)"
+            )
+        if self.do_sample and self.temperature == 0.0:
+            raise ValueError("temperature is 0.0 and do_sample is set: for greedy decoding set do_sample=False")
+
+    def sampling(self) -> Sampling:
+        """Return how tokens are chosen, with a seed from torch's global generator, where transformers' users set it.
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        if not self.do_sample:
+            return Sampling()
+        return Sampling(self.temperature, self.top_k, self.top_p, int(torch.randint(2**62, ())))
+
+    def new_tokens(self, width: int, context_length: int) -> int:
+        """Return the length limit behind prompts of some width, padding included.
+
+        Raises:
+            ValueError: the prompts are as long as `max_length`.
+        """
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is None:
+            left = context_length - width
+            return min(_DEFAULT_NEW_TOKENS, left) if left > 0 else _DEFAULT_NEW_TOKENS
+        if self.max_length <= width:
+            raise ValueError(f"max_length is {self.max_length}, and the prompts have {width} tokens: raise it")
+        return self.max_length - width
+
+    @property
+    def filler(self) -> int:
+        """The token that fills up the shorter texts."""
+        return next((token for token in (self.padding, *(self.stop_token_ids or ())) if token is not None), 0)
+
+
+def _is_off(name: str, value: Any) -> bool:
+    # A comparison of tensors or arrays is no truth value; they are settings of their own, and on.
+    return value is None or (name in _OFF and isinstance(value, Number | str | list) and value == _OFF[name])
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence: tensors by their shape, long ones cut."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return " ".join(reprlib.repr(value).split())
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {_shown(value)}: it must be a whole number") from None
+
+
+def _whole_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else _whole(name, value)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float("not text" if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {_shown(value)}: it must be a number") from None
+
+
+def _truth(name: str, value: Any) -> bool:
+    try:
+        return bool(value)
+    except (ValueError, RuntimeError):
+        raise ValueError(f"{name} is {_shown(value)}: it must be True or False") from None
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    """Token ids from one, or from several in a list, a tensor or an array."""
+    try:
+        return (operator.index(value),)
+    except TypeError:
+        pass
+    try:
+        return tuple(map(operator.index, value.flatten().tolist() if isinstance(value, Tensor) else value))
+    except TypeError:
+        raise ValueError(f"{name} is {_shown(value)}: it must be a token id, or several") from None
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or not all(isinstance(string, str) for string in strings):
+        raise ValueError(f"{name} is {_shown(value)}: it must be a string, or a list of them")
+    return tuple(strings)
