@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from specdecode.core.result import Generation
 from specdecode.decoding.generate import generate
 from specdecode.drafters.lookup import PromptLookup
 from specdecode.evals.data import rows, token_prompts
@@ -70,18 +71,34 @@ def answer(arm: str, path: DecodePath, problem: Problem, max_new_tokens: int) ->
     Raises:
         ValueError: the model's context does not hold the problem and its answer.
     """
-    lm, task = path.lm, TASKS[problem.task]
-    made = generate(
-        lm,
-        problem.prompt,
+    task, lm = TASKS[problem.task], path.lm
+    stop = task.stop if lm.tokenizer else ()
+    made = _continue(path, problem.prompt, max_new_tokens, stop)
+    tokens, text = made.tokens, _text(lm, made.tokens)
+    ended_by_a_string = made.finish_reason == "stop" and tokens[-1] not in lm.stop_token_ids
+    if ended_by_a_string and len(tokens) < max_new_tokens and (stop := task.go_on(text)):
+        tokens = tokens + _continue(path, problem.prompt + tokens, max_new_tokens - len(tokens), stop).tokens
+        text = _text(lm, tokens)
+    return Answer(arm, problem.task, problem.id, task.mark(problem.row, text), len(tokens), text)
+
+
+def _continue(path: DecodePath, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...]) -> Generation:
+    return generate(
+        path.lm,
+        prompt,
         drafter=PromptLookup(),
         controller=path.controller(),
         policy=path.policy,
         max_new_tokens=max_new_tokens,
-        stop_token_ids=lm.stop_token_ids,
-        stop=task.stop if lm.tokenizer else (),
+        stop_token_ids=path.lm.stop_token_ids,
+        stop=stop,
     )
-    said = [token for token in made.tokens if token not in lm.stop_token_ids]
-    # A model without a tokenizer, for rehearsals, reads bytes: so it writes them.
-    text = lm.decode(said) if lm.tokenizer else bytes(token % 256 for token in said).decode("latin-1")
-    return Answer(arm, problem.task, problem.id, task.mark(problem.row, text), len(made.tokens), text)
+
+
+def _text(lm: LM, tokens: list[int]) -> str:
+    """What tokens say to a reader."""
+    said = [token for token in tokens if token not in lm.stop_token_ids]
+    if lm.tokenizer is None:
+        # A model without a tokenizer, for rehearsals, reads bytes: so it writes them.
+        return bytes(token % 256 for token in said).decode("latin-1")
+    return lm.spelling.text(said, special=False)

@@ -11,12 +11,47 @@ from typing import Any
 
 from specdecode.evals.sandbox.contained import run
 
-# A sign stands at the beginning of a number: in "7-3" there is none.
-_NUMBER = re.compile(r"(?P<sign>(?<![\w)])-)?\$?(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)", flags=re.ASCII)
+# Numbers as they are typeset: other minus signs, spaces that do not break, full-width digits, a fraction's slash.
+_TYPESET = str.maketrans(
+    "\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FULLWIDTH HYPHEN-MINUS}"
+    "\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}\N{FIGURE SPACE}"
+    "\N{FULLWIDTH COMMA}\N{FULLWIDTH FULL STOP}\N{RIGHT SINGLE QUOTATION MARK}\N{FRACTION SLASH}"
+    "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19",
+    "-----    ,.'/0123456789",
+)
+# And as LaTeX sets them: 1{,}234, 1\,234, 1,\!234, \$5 and \frac{3}{4}.
+_LATEX = (
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\!"), ""),
+    (re.compile(r"\\[,;: ]"), " "),
+    (re.compile(r"\\\$"), "$"),
+    (re.compile(r"\\[dt]?frac\{([\d.]+)\}\{(\d+)\}"), r"\1/\2"),
+)
+# A sign stands at the beginning of a number: in "7-3" there is none. One separator throughout sets the thousands apart.
+# A comma that does not is a decimal point, as on the European continent, unless it stands in a list such as 1,2,3.
+_NUMBER = re.compile(
+    r"""
+    (?P<sign>(?<![\w)}\]])-)?
+    [$\N{POUND SIGN}\N{EURO SIGN}\N{YEN SIGN}]?
+    (?P<whole>
+        (?<![\d.])\d{1,3}(?:\.\d{3})+(?=,\d)    # 1.250,00
+      | (?<!\d)\d{1,3}(?P<separator>[,'_ ])\d{3}(?:(?P=separator)\d{3})*(?!\d)
+      | \d+
+      | (?<![\w.])(?=\.\d)                      # .5
+    )
+    (?P<decimals>\.\d+ | (?<!\d,\d)(?<!\d,\d\d),\d+(?!,?\d))?
+    (?:e(?P<exponent>[+-]?\d{1,3})(?!\w))?
+    (?:/(?P<divisor>\d+)(?![\d/.,]*\d))?        # but not in 5/6/2024
+    """,
+    flags=re.ASCII | re.VERBOSE | re.IGNORECASE,
+)
 # What comes after a function at the beginning of a line (Chen et al. 2021, "Evaluating Large Language Models Trained on
 # Code"), and the end of a block of code in Markdown.
 _AFTER_A_FUNCTION = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 _END_OF_FUNCTION = re.compile("|".join(map(re.escape, _AFTER_A_FUNCTION)))
+# A block of code that an answer opens with, and its end.
+_OPENING_FENCE = re.compile(r"\s*```[^\n`]*(?:\n|\Z)")
+_CLOSING_FENCE = re.compile(r"^```", flags=re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +63,7 @@ class Task:
         fields: of a row of its data set, that are needed to mark an answer.
         continued: the one of them that an answer goes on with; "" if the problem is a question.
         stop: strings that end an answer.
+        go_on: gives the strings that end an answer of which `stop` ended the opening alone; none if it ended all.
         mark: tells from a row and an answer why it is wrong; "" if it is right.
     """
 
@@ -35,13 +71,26 @@ class Task:
     fields: tuple[str, ...]
     continued: str
     stop: tuple[str, ...]
+    go_on: Callable[[str], tuple[str, ...]]
     mark: Callable[[Mapping[str, Any], str], str]
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text: of "it is $1,250.00." 1250; None if there is none."""
+    """Return the last number of a text: of "it is $1,250.00." 1250; None if there is none."""
+    text = text.translate(_TYPESET)
+    for written, plain in _LATEX:
+        text = written.sub(plain, text)
     numbers = list(_NUMBER.finditer(text))
-    return Decimal((numbers[-1]["sign"] or "") + numbers[-1]["digits"].replace(",", "")) if numbers else None
+    if not numbers:
+        return None
+    last = numbers[-1]
+    whole = re.sub(r"\D", "", last["whole"]) or "0"
+    value = Decimal(f"{last['sign'] or ''}{whole}.{(last['decimals'] or '.')[1:]}e{last['exponent'] or 0}")
+    if last["divisor"] is None:
+        return value
+    divisor = Decimal(last["divisor"])
+    # In 1/2/3 and 1/0 there is no fraction.
+    return value / divisor if divisor and not text[: last.start()].endswith("/") else divisor
 
 
 def wrong_number(row: Mapping[str, Any], answer: str) -> str:
@@ -59,13 +108,43 @@ def wrong_number(row: Mapping[str, Any], answer: str) -> str:
 
 
 def completion(answer: str) -> str:
-    """The function's own part of what a model wrote after its beginning."""
-    return _END_OF_FUNCTION.split(answer, maxsplit=1)[0]
+    """Return the function's own part of what a model wrote after its beginning, in a fence or without one."""
+    return _END_OF_FUNCTION.split(_unfenced(answer), maxsplit=1)[0]
+
+
+def unfinished(answer: str) -> tuple[str, ...]:
+    """Return the strings that end an answer that was ended too early: where it only opens a fence, or begins the
+    function, or what stands before it, anew."""
+    if _OPENING_FENCE.match(answer):
+        return ("\n```",)
+    return () if re.search(r"^[ \t]+\S", completion(answer), flags=re.MULTILINE) else _AFTER_A_FUNCTION
 
 
 def program(row: Mapping[str, Any], answer: str) -> str:
-    """A HumanEval problem with its completion, and its tests, which it runs."""
-    return f"{row['prompt']}{completion(answer)}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+    """Return a HumanEval problem with its completion, and its tests, which it runs. An answer that writes the function
+    anew stands behind the problem, whose imports and helpers it may use."""
+    code = _unfenced(answer)
+    head = re.search(rf"^def {re.escape(row['entry_point'])}\b", code, flags=re.MULTILINE)
+    if head and not code.lstrip("\n")[:1].isspace():
+        solution = f"{_whole(row['prompt'])}\n\n{code[: head.end()]}{completion(code[head.end() :])}"
+    else:
+        solution = row["prompt"] + completion(answer)
+    return f"{solution}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+
+
+def _unfenced(answer: str) -> str:
+    """Return the block of code that an answer opens with; all of the answer if it opens with none."""
+    fence = _OPENING_FENCE.match(answer)
+    return answer if fence is None else _CLOSING_FENCE.split(answer[fence.end() :], maxsplit=1)[0]
+
+
+def _whole(beginning: str) -> str:
+    """Return the beginning of a function as code that runs: one with a docstring is some already."""
+    try:
+        compile(beginning, "beginning", "exec")
+    except SyntaxError:
+        return beginning + "    pass\n"
+    return beginning
 
 
 def failure(row: Mapping[str, Any], answer: str) -> str:
@@ -74,7 +153,7 @@ def failure(row: Mapping[str, Any], answer: str) -> str:
 
 
 TASKS = {
-    "gsm8k": Task("GSM8K", ("answer",), "", (), wrong_number),
-    "humaneval": Task("HumanEval", ("prompt", "test", "entry_point"), "prompt", _AFTER_A_FUNCTION, failure),
+    "gsm8k": Task("GSM8K", ("answer",), "", (), lambda _: (), wrong_number),
+    "humaneval": Task("HumanEval", ("prompt", "test", "entry_point"), "prompt", _AFTER_A_FUNCTION, unfinished, failure),
 }
 """By the name of their data set."""

@@ -43,7 +43,8 @@ QUESTION = {"question": "How many are 2 and 3?", "answer": "2 + 3 = <<2+3=5>>5\n
         ("7-3", "3"),
         ("(7)-3", "3"),
         ("is -3.", "-3"),
-        ("3,4", "4"),
+        ("3, 4", "4"),
+        ("1,2,3,4", "4"),
         ("**12**!", "12"),
         ("x2", "2"),
         ("none", None),
@@ -53,6 +54,55 @@ def test_the_last_number_of_a_text(text: str, number: str | None) -> None:
     """Guards against the first number of an answer, which stands in the question, and against commas, signs, currencies
     and ends of sentences that are taken for parts of a number, or not."""
     assert last_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"\boxed{1{,}234}", "1234"),
+        (r"\(1\,234\)", "1234"),
+        (r"$1,\!234$", "1234"),
+        (r"costs \$18", "18"),
+        (r"-\$18", "-18"),
+        (r"\frac{3}{4}", "0.75"),
+        (r"\dfrac{18}{2} - 4", "4"),
+        ("\N{MINUS SIGN}5", "-5"),
+        ("\N{EN DASH}5", "-5"),
+        ("10\N{EN DASH}15", "15"),
+        ("it is \N{EURO SIGN}-5", "-5"),
+        (".5 hours", "0.5"),
+        ("-.5", "-0.5"),
+        ("so...5", "5"),
+        ("1e3", "1000"),
+        ("1.5E+3 dollars", "1500"),
+        ("2e", "2"),
+        ("10 000", "10000"),
+        ("1 000 000 people", "1000000"),
+        ("in 2019 300 people", "300"),
+        ("10\N{NO-BREAK SPACE}000", "10000"),
+        ("10'000", "10000"),
+        ("10\N{RIGHT SINGLE QUOTATION MARK}000", "10000"),
+        ("1_000", "1000"),
+        ("1.250,00 \N{EURO SIGN}", "1250"),
+        ("1.250", "1.25"),
+        ("12,5", "12.5"),
+        ("100,5,7", "7"),
+        ("1,2345", "1.2345"),
+        ("3/4", "0.75"),
+        ("on 5/6/2024", "2024"),
+        ("24/0", "0"),
+        ("10/2 = 5", "5"),
+        ("\uff11\uff18", "18"),
+        ("50 m²", "50"),
+        ("5-year-old", "5"),
+        ("2^10 = 1024", "1024"),
+        ("1,234,567.89.", "1234567.89"),
+        ("9" * 60, "9" * 60),
+    ],
+)
+def test_numbers_are_read_as_they_are_typeset(text: str, number: str) -> None:
+    """Guards against the last digits of a right answer, taken for another number."""
+    assert last_number(text) == Decimal(number)
 
 
 def test_a_number_is_right_if_it_is_the_one_behind_the_mark() -> None:
@@ -72,6 +122,48 @@ def test_a_function_ends_where_it_ends(more: str) -> None:
     body = "    if a:  # x\n        return a + b\n\n    return b"
     assert completion(body + more) == body
     assert TASKS["humaneval"].mark(SUM, body + more) == ""
+
+
+ANEW = "def half(x):\n    return x / 2\n\n\ndef add(a, b):\n    return int(2 * half(a + b))"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```python\n    return a + b\n```\nThis adds.",
+        "\n```\n    return a + b\n```",
+        "```python\n    return a + b",
+        f"\n```python\n{ANEW}\n```\nIt works:\n```python\nadd(1, 2)\n```",
+        f"\n{ANEW}\n\nprint(add(1, 2))",
+    ],
+)
+def test_a_function_in_a_fence_or_written_anew_is_read(answer: str) -> None:
+    """Guards against the syntax error of a fence, or of a function that is defined inside of its own beginning."""
+    assert TASKS["humaneval"].mark(SUM, answer) == ""
+    assert TASKS["humaneval"].mark(SUM, answer.replace("+", "-")).startswith("AssertionError")
+    documented = SUM | {"prompt": 'def add(a, b):\n\t"""Add."""\n'}
+    assert TASKS["humaneval"].mark(documented, answer.replace("    return a +", "\treturn a +")) == ""
+
+
+def test_what_stands_before_a_function_anew_may_use_what_the_problem_brings() -> None:
+    """Guards against an answer that loses the imports and helpers of its problem."""
+    row = SUM | {"prompt": "import operator\n\n\ndef add(a, b):\n"}
+    assert TASKS["humaneval"].mark(row, "\ndef add(a, b):\n    return operator.add(a, b)\n") == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "more"),
+    [
+        ("\n```", ("\n```",)),
+        ("\n```python\nimport math\n\n\ndef", ("\n```",)),
+        ("\nimport math\n\n\ndef", TASKS["humaneval"].stop),
+        ("\n    return a + b\n\ndef", ()),
+        ("    return a + b\n```", ()),
+    ],
+)
+def test_an_answer_that_has_only_begun_goes_on(answer: str, more: tuple[str, ...]) -> None:
+    """Guards against an answer that ends with the fence that it opens with, as a fence ends one."""
+    assert TASKS["humaneval"].go_on(answer) == more
 
 
 @pytest.mark.parametrize(
@@ -123,6 +215,20 @@ def test_a_model_that_knows_the_answer_solves_the_problem(folder: Path) -> None:
         found = answer("full", path, problem, most)
         assert (found.arm, found.task, found.problem) == ("full", task, f"{task}/0")
         assert (found.text, found.wrong, found.tokens) == (text, "", len(text))
+
+
+def test_an_answer_in_a_fence_is_written_to_its_end(folder: Path) -> None:
+    """Guards against an answer of three characters."""
+    fenced = "\n```python\ndef add(a, b):\n    # Add.\n    return a + b\n```"
+    model = learnt(characters(), SUM["prompt"] + fenced + "\nclass A:")
+    model.model.generation_config.eos_token_id = None
+    path = make_decode_path("full", {}, model, 3, "eager")
+    (problem,), _ = problems("humaneval", 1, model)
+    whole = answer("full", path, problem, 90)
+    assert (whole.wrong, whole.text, whole.tokens) == ("", "\n" + fenced, len(fenced) + 1)
+    cut = answer("full", path, problem, 20)
+    assert cut.tokens == 20
+    assert whole.text.startswith(cut.text)
 
 
 @pytest.mark.parametrize("entry", [{}, {"policy": "sink-window", "cache": 32}], ids=["full", "sink-window"])
