@@ -156,7 +156,8 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
         file = config.getoption("benchmark_json", None)
         if file and os.path.exists(file):
             os.replace(file, str(file))
-        config.stash[_PLAN].journal.unlink(missing_ok=True)
+        if (journal := config.stash[_SPEED_RUN].journal) is not None:
+            journal.finish()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

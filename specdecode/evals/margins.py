@@ -6,10 +6,12 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from specdecode.bench.runs.statistics import Estimate, detectable
-from specdecode.evals.results import JUDGED, MEASURES, QualityRun, read_json
+from specdecode.evals.results import JUDGED, MEASURES, QualityRun
 from specdecode.evals.tasks import TASKS
+from specdecode.support.checked import mapping, number, read_json
 
 
 class Outcome(str, enum.Enum):
@@ -94,6 +96,10 @@ def _outcome(run: QualityRun, arm: str, measure: str, margin: float | None) -> t
     return None if margin is None else non_inferior(cost, margin), reason
 
 
+# A margin is above nought.
+_LEAST_MARGIN = 1e-9
+
+
 def read_margins(path: Path) -> dict[str, dict[str, float]]:
     """Read the margins of a file, by arm and measure; none, if there is no such file.
 
@@ -102,15 +108,17 @@ def read_margins(path: Path) -> dict[str, dict[str, float]]:
     """
     if not path.exists():
         return {}
-    margins = read_json(path).get("margins")
+    content = read_json(path)
+    margins = content.get("margins") if isinstance(content, dict) else None
     if not isinstance(margins, dict):
         raise ValueError(f"{path} has no margins: write {{arm: {{measure: margin}}}} there")
-    for arm, limits in margins.items():
-        for measure, margin in limits.items():
-            number = isinstance(margin, int | float) and not isinstance(margin, bool)
-            if measure not in JUDGED or not number or not margin > 0:
-                raise ValueError(
-                    f"{path} sets {arm} a margin of {margin!r} for {measure!r}: it is above 0, for one of"
-                    f" {', '.join(JUDGED)}"
-                )
-    return margins
+    try:
+        return {arm: _margins(mapping(limits, arm)) for arm, limits in margins.items()}
+    except ValueError as error:
+        raise ValueError(f"{path} has a margin that cannot be: {error}") from None
+
+
+def _margins(limits: dict[str, Any]) -> dict[str, float]:
+    if unknown := sorted(limits.keys() - JUDGED.keys()):
+        raise ValueError(f"{unknown[0]!r} is not judged: choose from {', '.join(JUDGED)}")
+    return {measure: number(limits, measure, _LEAST_MARGIN) for measure in limits}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.intervals import paired_loss, ratio_of_sums
 from specdecode.evals.tasks import TASKS
+from specdecode.support.checked import count, counts, flag, items, mapping, number, numbers, read_json, text, texts
 
 FORMAT = 1
 _KEY = "quality"
@@ -23,6 +24,9 @@ MEASURES = {"nll": "ΔNLL", "kl": "KL"}
 
 JUDGED = MEASURES | {name: task.label for name, task in TASKS.items()}
 """All that has margins: of a task it is how many fewer of its problems are solved than by the reference, as a share."""
+
+# Rounding brings what cannot be negative, a -log p or a divergence, a little below nought.
+_LEAST_NATS = -0.01
 
 REFERENCE = "reference"
 """The name under which the reference answers."""
@@ -303,23 +307,23 @@ def is_run(path: Path) -> bool:
 
 
 def read(path: Path) -> QualityRun:
-    """Read a run from its file.
+    """Read a run from its file, checked entry by entry.
 
     Raises:
         ValueError: it is not there, not whole, or no run of this version.
     """
     content = read_json(path)
     try:
-        run = content[_KEY]
+        run = mapping(mapping(content, "the file")[_KEY], _KEY)
         if run["format"] != FORMAT:
             raise ValueError(f"its format is {run['format']!r}, and this version reads {FORMAT}: measure again")
         return QualityRun(
-            _header(run["header"]),
-            run["arms"],
-            [document(entry) for entry in run["documents"]],
-            [NeedleTrial(**entry) for entry in run["needles"]],
+            _header(mapping(run["header"], "header")),
+            {arm: mapping(entry, arm) for arm, entry in mapping(run["arms"], "arms").items()},
+            [document(mapping(entry, "a document")) for entry in items(run["documents"], "documents")],
+            [_trial(mapping(entry, "a needle")) for entry in items(run["needles"], "needles")],
             # Older files do not have these.
-            [Answer(**entry) for entry in run.get("answers", [])],
+            [_answer(mapping(entry, "an answer")) for entry in items(run.get("answers", []), "answers")],
         )
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --quality`: it has no {error}") from None
@@ -327,36 +331,65 @@ def read(path: Path) -> QualityRun:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _header(entry: Mapping[str, Any]) -> QualityHeader:
-    """Read a header from its plain values; older files do not have its tasks."""
-    values = {key.name: entry[key.name] for key in fields(QualityHeader) if key.name != "tasks"}
-    tasks = entry.get("tasks")
-    return QualityHeader(**values, tasks=None if tasks is None else TasksHeader(**tasks))
+def _header(entry: dict[str, Any]) -> QualityHeader:
+    tasks = entry.get("tasks")  # older files do not have them
+    return QualityHeader(
+        **{name: text(entry, name) for name in ("target", "dtype", "preset", "texts", "backend")},
+        origins=texts(entry["origins"], "origins"),
+        tasks=None if tasks is None else _tasks(mapping(tasks, "tasks")),
+        k=count(entry, "k", least=1),
+        window=None if entry["window"] is None else count(entry, "window", least=1),
+        stride=None if entry["stride"] is None else count(entry, "stride", least=1),
+        synthetic=flag(entry, "synthetic"),
+        versions=dict(mapping(entry["versions"], "versions")),
+    )
 
 
-def document(entry: Mapping[str, Any]) -> Document:
+def _tasks(entry: dict[str, Any]) -> TasksHeader:
+    problems, missing = mapping(entry["problems"], "problems"), mapping(entry["missing"], "missing")
+    return TasksHeader(
+        problems={task: count(problems, task) for task in problems},
+        max_new_tokens=count(entry, "max_new_tokens", least=1),
+        arms=texts(entry["arms"], "arms"),
+        origins=texts(entry["origins"], "origins"),
+        missing={task: text(missing, task) for task in missing},
+    )
+
+
+def document(entry: dict[str, Any]) -> Document:
     """Read a document from its plain values.
 
     Raises:
-        ValueError: an arm judged more tokens than another, or fewer.
+        ValueError: a value is wrong, or an arm judged more tokens than another, or fewer.
     """
-    arms = {arm: Trace(**trace) for arm, trace in entry["arms"].items()}
-    count = len(entry["reference"])
+    reference = numbers(entry["reference"], "reference", _LEAST_NATS)
+    arms = {arm: _trace(mapping(trace, arm)) for arm, trace in mapping(entry["arms"], "arms").items()}
     for arm, trace in arms.items():
-        if any(len(getattr(trace, column.name)) != count for column in fields(Trace)):
-            raise ValueError(f"{arm} did not judge the {count} tokens of {entry['id']}")
-    return Document(entry["id"], entry["reference"], arms)
+        if any(len(getattr(trace, column.name)) != len(reference) for column in fields(Trace)):
+            raise ValueError(f"{arm} did not judge the {len(reference)} tokens of {entry['id']}")
+    return Document(text(entry, "id"), reference, arms)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def _trace(entry: dict[str, Any]) -> Trace:
+    return Trace(
+        nll=numbers(entry["nll"], "nll", _LEAST_NATS),
+        kl=numbers(entry["kl"], "kl", _LEAST_NATS),
+        agrees=counts(entry["agrees"], "agrees"),
+        since=counts(entry["since"], "since"),
+    )
 
-    Raises:
-        ValueError: it is not there, or not whole.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{path} is not whole: it is no JSON") from None
+
+def _trial(entry: dict[str, Any]) -> NeedleTrial:
+    return NeedleTrial(
+        arm=text(entry, "arm"),
+        length=count(entry, "length", least=1),
+        depth=number(entry, "depth", 0.0, 1.0),
+        logprob=number(entry, "logprob", most=-_LEAST_NATS),
+        ranks=counts(entry["ranks"], "ranks"),
+        exact=flag(entry, "exact"),
+    )
+
+
+def _answer(entry: dict[str, Any]) -> Answer:
+    names = ("arm", "task", "problem", "wrong", "text")
+    return Answer(**{name: text(entry, name) for name in names}, tokens=count(entry, "tokens"))

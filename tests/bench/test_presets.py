@@ -11,6 +11,7 @@ import pytest
 from specdecode.bench.gate.history import History
 from specdecode.bench.measure import speed_session
 from specdecode.bench.measure.experiment import Block
+from specdecode.bench.measure.journal import Journal
 from specdecode.bench.measure.speed_session import measure
 from specdecode.bench.options import Options
 from specdecode.bench.plan import Plan, resolve
@@ -54,20 +55,16 @@ def test_a_preset_runs_to_its_end_and_is_told(name: str, tmp_path: Path) -> None
 @pytest.mark.usefixtures("unchecked")
 def test_a_preset_of_lengths_and_caches_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against an interruption that costs what was measured before it."""
-    arms, opened = {"ar", "ar-128", "linear-k3"}, speed_session.open_journal
+    arms = {"ar", "ar-128", "linear-k3"}
     asked = plan("sweep", tmp_path)
 
-    def interrupting(*arguments: Any) -> Any:
-        finished, keep = opened(*arguments)
-
-        def kept(block: Block) -> None:
-            keep(block)
+    class Interrupting(Journal):
+        def add_block(self, block: Block) -> None:
+            super().add_block(block)
             raise KeyboardInterrupt
 
-        return finished, kept
-
     with monkeypatch.context() as planted:
-        planted.setattr(speed_session, "open_journal", interrupting)
+        planted.setattr(speed_session, "Journal", Interrupting)
         with pytest.raises(KeyboardInterrupt):
             measure(asked, arms)
     first = json.loads(asked.journal.read_text().splitlines()[1])

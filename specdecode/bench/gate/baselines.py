@@ -6,8 +6,9 @@ import json
 import math
 from pathlib import Path
 
-from specdecode.bench.runs.file import KEY, parse_json, read, read_text
+from specdecode.bench.runs.file import KEY, read
 from specdecode.bench.runs.records import Identity, RunFile
+from specdecode.support.checked import read_json
 from specdecode.support.files import write_whole
 
 TOLERANCE = 0.05
@@ -27,7 +28,7 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
     run = read(path)
     if not reason.strip():
         raise ValueError("the reason is empty: say why this run is what is to be expected")
-    content = parse_json(read_text(path), path)
+    content = read_json(path)
     if content.get("commit_info", {}).get("dirty") is not False:
         raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
     if wrong := [name for name, arm in run.arms.items() if arm.bugs]:

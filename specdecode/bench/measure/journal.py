@@ -5,59 +5,118 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.experiment import Block
-from specdecode.support.files import write_whole
+from specdecode.support.checked import mapping, read_text
+from specdecode.support.files import check_writable, write_whole
+
+_OWNER = "owner"
+"""Key of the first line of a journal: the process that writes it."""
 
 
-def open_journal(path: Path, what: dict[str, Any], resume: bool) -> tuple[list[Block], Callable[[Block], None]]:
-    """Return the blocks that an interrupted run of the same experiment left, and a function that keeps further ones.
+class Journal:
+    """The finished pieces of a run on disk, each a line of plain values. One process at a time holds a journal.
 
-    See `open_lines`.
-    """
-    finished, keep = open_lines(path, what, resume)
-    return [_block(entry) for entry in finished], lambda block: keep(_entry(block))
-
-
-def open_lines(
-    path: Path, what: dict[str, Any], resume: bool
-) -> tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]:
-    """Return what an interrupted run left of the same work, piece by piece, and a function that keeps further pieces.
-
-    Each piece is one line of plain values, on disk before the next is measured: a run that is killed loses the one that
-    it was at, no more, and a line that was cut off in writing is measured again.
+    A piece is on disk before the next is measured: a run that is killed loses the one that it was at, no more. A line
+    that was cut off in writing is measured again. The lock is held until the run is finished, or the process ends.
 
     Args:
         path: of the journal; started anew unless resumed.
-        what: is measured, as plain values: what must be the same for pieces to be put together.
+        values: what must be the same for pieces to be put together, as plain values.
         resume: go on with what is there; from the beginning, if nothing is.
 
     Raises:
-        ValueError: the journal to resume is of something else.
+        ValueError: another process holds the journal, or the one to resume is damaged or of something else; or it
+            cannot be written.
     """
-    finished: list[dict[str, Any]] = []
-    if resume and path.exists():
-        first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or ["{}"]
-        before = json.loads(first)
-        if changed := [name for name in what if before.get(name) != json.loads(json.dumps(what[name]))]:
-            raise ValueError(
-                f"{path} holds a run with other {', '.join(changed)}: it cannot be resumed; leave out --resume to start"
-                " anew"
-            )
-        finished = [json.loads(line) for line in lines]
-    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in [what, *finished]))
 
-    def keep(entry: dict[str, Any]) -> None:
-        with path.open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(entry) + "\n")
+    def __init__(self, path: Path, values: Mapping[str, Any], resume: bool) -> None:
+        self.path = path
+        self.pieces: list[dict[str, Any]] = []
+        check_writable(path)
+        # One lock a path and process: who opens the journal again holds it already.
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{path} is being written by {_owner(path)}: wait until it ends, or measure in another checkout"
+            ) from None
+        if resume and path.exists():
+            self.pieces = self._read(values)
+        owner = {"pid": os.getpid(), "started": datetime.now().isoformat(" ", "seconds")}
+        lines = [{**values, _OWNER: owner}, *self.pieces]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _read(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        # What stands behind the last line break was cut off.
+        lines = read_text(self.path).split("\n")[:-1] or ["{}"]
+        objects = [self._object(line, number) for number, line in enumerate(lines, start=1)]
+        before = objects[0]
+        if changed := [name for name in values if before.get(name) != json.loads(json.dumps(values[name]))]:
+            raise ValueError(
+                f"{self.path} holds a run with other {', '.join(changed)}: it cannot be resumed; leave out --resume to"
+                " start anew"
+            )
+        return objects[1:]
+
+    def _object(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            return mapping(json.loads(line), "a line")
+        except (ValueError, RecursionError):
+            raise ValueError(self._damaged(number)) from None
+
+    def _damaged(self, number: int) -> str:
+        return (
+            f"line {number} of {self.path} is damaged: delete the line and those behind it to keep the rest, or leave"
+            " out --resume to start anew"
+        )
+
+    def add(self, piece: Mapping[str, Any]) -> None:
+        """Write a piece, and wait until it is on disk."""
+        with self.path.open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps(piece) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
-    return finished, keep
+    def blocks(self) -> list[Block]:
+        """Return the pieces as blocks of an experiment.
+
+        Raises:
+            ValueError: one of them is none.
+        """
+        blocks = []
+        for number, piece in enumerate(self.pieces, start=2):
+            try:
+                blocks.append(_block(piece))
+            except (KeyError, ValueError, TypeError, AttributeError):
+                raise ValueError(self._damaged(number)) from None
+        return blocks
+
+    def add_block(self, block: Block) -> None:
+        """Write a block of an experiment."""
+        self.add(_entry(block))
+
+    def finish(self) -> None:
+        """Delete the journal, and let go of its lock: the run is kept elsewhere."""
+        self.path.unlink(missing_ok=True)
+        self._lock.release(force=True)
+
+
+def _owner(path: Path) -> str:
+    """Name the process that holds a journal, as the journal's first line does."""
+    try:
+        owner = json.loads(read_text(path).partition("\n")[0])[_OWNER]
+        return f"process {owner['pid']}, which began at {owner['started']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def _entry(block: Block) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from specdecode.bench.gate.verdicts import Judgement, Verdict, judge
 from specdecode.bench.measure.bandwidth import roofline
 from specdecode.bench.measure.experiment import experiment
 from specdecode.bench.measure.header import run_header, run_versions
-from specdecode.bench.measure.journal import code, open_journal
+from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.measure.side_by_side import (
     SideBySide,
     Versions,
@@ -45,6 +45,7 @@ class JudgedRun:
         wrong: prompts on which an arm gave other tokens than autoregressive decoding, by arm.
         judged_by: what the gate compared with, in words.
         judgements: its verdicts.
+        journal: of the finished blocks, to be deleted once the run is kept; None for runs side by side.
     """
 
     title: str
@@ -54,6 +55,7 @@ class JudgedRun:
     wrong: dict[str, list[str]]
     judged_by: str
     judgements: list[Judgement]
+    journal: Journal | None = None
 
 
 def measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
@@ -89,7 +91,8 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
         "code": code(),
         "versions": versions,
     }
-    finished, keep = open_journal(plan.journal, experiment_values, plan.resume)
+    journal = Journal(plan.journal, experiment_values, plan.resume)
+    finished = journal.blocks()
     before = conditions(target.device)
     with progress() as show:
         if plan.resume:
@@ -101,7 +104,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             plan.preset.repeats,
             progress=show,
             finished=finished,
-            keep=keep,
+            keep=journal.add_block,
         )
     header = run_header(
         plan, results.outputs(), results.floor, roofline=roofline(target), versions=versions, before=before
@@ -115,6 +118,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
         wrong={arm: results.wrong(arm) for arm in run.arms},
         judged_by=judged_by(run, plan.baseline, Path("baselines") / plan.identity.file),
         judgements=_judge(plan, run),
+        journal=journal,
     )
 
 

@@ -27,7 +27,7 @@ from specdecode.evals.data import token_prompts
 from specdecode.models.lm import LM
 from specdecode.models.loading import check_vocabulary
 from specdecode.support.environment import conditions
-from specdecode.support.files import write_whole
+from specdecode.support.files import check_writable, write_whole
 from specdecode.support.progress import progress
 
 _LEAST_BLOCKS = 2
@@ -53,6 +53,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     started, limit_s = time.monotonic(), 60 * minutes
     if not minutes > 0:
         raise ValueError(f"the budget is {minutes} minutes: give it some time")
+    check_writable(file)
     target, draft = plan.setup.load_pair()
     prompts, _ = token_prompts(plan.preset.prompts, target)
     order = _in_turn(list(prompts))

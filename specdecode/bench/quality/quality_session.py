@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.measure.journal import code, open_lines
+from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.quality.plan import QualityPlan
 from specdecode.evals.answers import Problem, answer, problems
 from specdecode.evals.arms import QualityPreset, make_decode_path
@@ -87,13 +87,12 @@ class _Pieces:
     """The finished pieces of a session, by id. A missing piece is made, and written to the journal at once.
 
     Args:
-        finished: what an interrupted session left.
-        keep: writes a piece to the journal.
+        journal: holds what an interrupted session left.
     """
 
-    def __init__(self, finished: list[dict[str, Any]], keep: Callable[[dict[str, Any]], None]) -> None:
-        self._by_id = {piece["id"]: piece for piece in finished}
-        self._keep = keep
+    def __init__(self, journal: Journal) -> None:
+        self._by_id = {piece["id"]: piece for piece in journal.pieces}
+        self._journal = journal
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -102,7 +101,7 @@ class _Pieces:
         """Return the values of a piece, without its id."""
         if name not in self._by_id:
             self._by_id[name] = {"id": name, **make()}
-            self._keep(self._by_id[name])
+            self._journal.add(self._by_id[name])
         return {key: value for key, value in self._by_id[name].items() if key != "id"}
 
 
@@ -121,7 +120,8 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
         "asked": [asdict(problem) for problem in work.problems],
         "code": code(),
     }
-    pieces = _Pieces(*open_lines(plan.journal, session_values, plan.resume))
+    journal = Journal(plan.journal, session_values, plan.resume)
+    pieces = _Pieces(journal)
     document_tokens = sum(len(work.paths) * (len(tokens) - 1) for tokens in work.texts.values())
     all_tokens = document_tokens + sum(length for _, length, _ in work.needles)
     with progress("tokens") as show:
@@ -134,7 +134,7 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
         )
     run = QualityRun(header, work.arms, read, needles, _answers(plan, work, pieces))
     write_whole(plan.file, write(run))
-    plan.journal.unlink(missing_ok=True)
+    journal.finish()
     return JudgedQualityRun(run, plan.file, plan.margins_path, check_margins(run, plan.margins))
 
 

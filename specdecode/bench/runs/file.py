@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +11,7 @@ from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, as_d
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile, lacks_our_counts
+from specdecode.support.checked import LEAST_SECONDS, count, counts, flag, mapping, number, parse_json, read_text, text
 from specdecode.support.files import slug
 
 FORMAT = 3
@@ -68,120 +67,100 @@ def read(path: Path) -> RunFile:
     return parse(read_text(path), path)
 
 
-def parse(text: str, path: Path) -> RunFile:
+def parse(content: str, path: Path) -> RunFile:
     """Read the text of a run file that is not on disk, an earlier revision; the path names it."""
-    content = parse_json(text, path)
+    file = parse_json(content, path)
     try:
-        head = content[KEY]
+        head = mapping(mapping(file, "the file")[KEY], KEY)
         if head["format"] != FORMAT:
             raise ValueError(f"its format is {head['format']!r}, and this version reads {FORMAT}: measure again")
-        header = Header(
-            Identity(**{field.name: _text(head["identity"], field.name) for field in fields(Identity)}),
-            max_new_tokens=int(_number(head, "max_new_tokens")),
-            outputs={str(prompt): str(output) for prompt, output in head["outputs"].items()},
-            floor=_log(head, "floor"),
-            roofline=_number(head, "roofline"),
-            versions=dict(head["versions"]),
-            conditions={
-                when: {name: str(value) for name, value in condition.items()}
-                for when, condition in head["conditions"].items()
-            },
-        )
-        arms = {str(arm): _arm(entry, header) for arm, entry in head["arms"].items()}
-        commit = str(content.get("commit_info", {}).get("id", ""))[:10]
-        date, reason = str(content.get("datetime", ""))[:10], str(head.get("reason", ""))
+        header = _header(head)
+        arms = {arm: _arm(mapping(entry, arm), header) for arm, entry in mapping(head["arms"], "arms").items()}
+        commit = str((file.get("commit_info") or {}).get("id", ""))[:10]
+        date, reason = str(file.get("datetime", ""))[:10], str(head.get("reason", ""))
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --benchmark`: it has no {error}") from None
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be judged: {error}") from None
     if BASELINE not in arms:
         raise ValueError(f"{path} cannot be judged: it does not have {BASELINE}, which all else is compared with")
     return RunFile(path, header, arms, commit, date, reason)
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{path} is not whole: it is no text; measure again") from None
-
-
-def parse_json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ValueError(f"{path} is not whole: it is no JSON; measure again") from None
-
-
-def _arm(entry: Any, header: Header) -> ArmRecord:
-    rows, options = _rows(entry["rows"], header), dict(entry.get("options", {}))
-    return ArmRecord(
-        rows=rows,
-        bugs=int(_number(entry, "bugs")),
-        ties=int(_number(entry, "ties")),
-        synthetic=bool(entry["synthetic"]),
-        against=None if entry["against"] is None else str(entry["against"]),
-        lossy=bool(entry["lossy"]),
-        # Older files do not have the flag, and still older ones no options.
-        peer=bool(entry.get("peer", "peer" in options or lacks_our_counts(rows))),
-        counters_run=_counters_run(entry["rehearsal"]),
-        # Older files do not have these.
-        timed=bool(entry.get("timed", False)),
-        options=options,
-        shorter={int(length): _rows(shorter, header) for length, shorter in entry.get("shorter", {}).items()},
+def _header(head: dict[str, Any]) -> Header:
+    identity = mapping(head["identity"], "identity")
+    conditions = mapping(head["conditions"], "conditions")
+    return Header(
+        Identity(**{field.name: _name(identity, field.name) for field in fields(Identity)}),
+        max_new_tokens=count(head, "max_new_tokens", least=1),
+        outputs={prompt: str(output) for prompt, output in mapping(head["outputs"], "outputs").items()},
+        floor=number(head, "floor", 0.0, _MOST_LOG),
+        roofline=number(head, "roofline", 0.0),
+        versions=dict(mapping(head["versions"], "versions")),
+        conditions={
+            when: {name: str(value) for name, value in mapping(condition, when).items()}
+            for when, condition in conditions.items()
+        },
     )
 
 
-def _counters_run(values: Any) -> CountersRun:
+def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
+    rows, options = _rows(entry["rows"], header), mapping(entry.get("options", {}), "options")
+    return ArmRecord(
+        rows=rows,
+        bugs=count(entry, "bugs"),
+        ties=count(entry, "ties"),
+        synthetic=flag(entry, "synthetic"),
+        against=None if entry["against"] is None else text(entry, "against"),
+        lossy=flag(entry, "lossy"),
+        # Older files do not have the flag, and still older ones no options.
+        peer=flag(entry, "peer", default="peer" in options or lacks_our_counts(rows)),
+        counters_run=_counters_run(mapping(entry["rehearsal"], "rehearsal")),
+        # Older files do not have these.
+        timed=flag(entry, "timed", default=False),
+        options=options,
+        shorter={
+            int(length): _rows(shorter, header)
+            for length, shorter in mapping(entry.get("shorter", {}), "shorter").items()
+        },
+    )
+
+
+def _counters_run(values: dict[str, Any]) -> CountersRun:
     counted = [field.name for field in fields(CountersRun) if field.name in values]
-    return CountersRun(**{name: _number(values, name) for name in counted})
+    return CountersRun(**{name: number(values, name, 0.0) for name in counted})
 
 
 def _rows(rows: Any, header: Header) -> dict[str, Row]:
-    if unknown := rows.keys() - header.outputs.keys():
-        raise ValueError(f"it has times of a prompt that it does not list, {min(map(str, unknown))!r}")
-    return {str(prompt): _row(row) for prompt, row in rows.items()}
+    by_prompt = mapping(rows, "rows")
+    if unknown := by_prompt.keys() - header.outputs.keys():
+        raise ValueError(f"it has times of a prompt that it does not list, {min(unknown)!r}")
+    return {prompt: _row(mapping(row, prompt)) for prompt, row in by_prompt.items()}
 
 
-def _row(row: Any) -> Row:
+def _row(row: dict[str, Any]) -> Row:
+    histograms = mapping(row["histograms"], "histograms")
     return Row(
-        log_speedup=_log(row, "log_speedup"),
-        counts=from_dict(RowCounts, _sums(row["counts"], "runs", "tokens", "steps")),
-        seconds=from_dict(RowSeconds, _sums(row["seconds"], "total", "ttft")),
+        log_speedup=number(row, "log_speedup", -_MOST_LOG, _MOST_LOG),
+        # Others are divided by these.
+        counts=from_dict(RowCounts, _sums(row, "counts", 1.0, "runs", "tokens", "steps")),
+        seconds=from_dict(RowSeconds, _sums(row, "seconds", LEAST_SECONDS, "total", "ttft")),
         histograms=from_dict(
             Histograms,
-            {name: [int(_number(steps, i)) for i in range(len(steps))] for name, steps in row["histograms"].items()},
+            {name: counts(entries, name) for name, entries in histograms.items()},
         ),
     )
 
 
-def _sums(values: Mapping[str, Any], *needed: str) -> dict[str, float]:
-    """Check sums of counts or seconds: none is negative, and those that others are divided by are above nought."""
-    sums = {str(name): _number(values, name) for name in {*needed, *values}}
-    if wrong := [name for name, value in sums.items() if value < 0 or (value == 0 and name in needed)]:
-        raise ValueError(f"{wrong[0]} is {sums[wrong[0]]!r}, which cannot be")
-    return sums
+def _sums(row: dict[str, Any], kind: str, least: float, *needed: str) -> dict[str, float]:
+    """Take sums of counts or of seconds, none of them negative; the needed ones are there, and at least so much."""
+    values = mapping(row[kind], kind)
+    return {name: number(values, name, least if name in needed else 0.0) for name in {*needed, *values}}
 
 
-def _number(values: Any, name: Any) -> float:
-    value = values[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, which is no number")
-    return float(value)
-
-
-def _log(values: Any, name: str) -> float:
-    value = _number(values, name)
-    if abs(value) > _MOST_LOG:
-        raise ValueError(f"{name} is {value!r}, which cannot be")
-    return value
-
-
-def _text(values: Any, name: str) -> str:
-    value = values[name]
-    # These name files: nothing in them may lead elsewhere.
-    if not isinstance(value, str) or (name in ("hardware", "dtype", "preset") and value != slug(value)):
+def _name(values: dict[str, Any], name: str) -> str:
+    """Take a part of a file's name: nothing in it may lead elsewhere."""
+    value = text(values, name)
+    if name in ("hardware", "dtype", "preset") and value != slug(value):
         raise ValueError(f"{name} is {value!r}, which is no name")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,8 +71,8 @@ class Header:
         sentences = []
         for when, condition in self.conditions.items():
             throttled = condition.get("clocks_throttle_reasons.active", "")
-            # The lowest bit says that the GPU is idle, which it is before and after a run.
-            if throttled.startswith("0x") and int(throttled, 16) & ~1:
+            # A hexadecimal number. Its lowest bit says that the GPU is idle, which it is before and after a run.
+            if re.fullmatch("0x[0-9a-fA-F]{1,16}", throttled) and int(throttled, 16) & ~1:
                 sentences.append(f"{when} the run the GPU was throttled (reasons {throttled})")
             if "; " in condition.get("processes", ""):
                 sentences.append(f"{when} the run other processes were on the GPU")

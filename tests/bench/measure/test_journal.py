@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.experiment import Results, experiment
-from specdecode.bench.measure.journal import code, open_journal
+from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds
 from specdecode.bench.runs.measures import CountersRun
 from tests.helpers.models import lm, prompt
@@ -48,8 +50,8 @@ class Interrupted:
 
     def experiment(self, path: Path, resume: bool = False) -> Results:
         arms = [Arm(name, self._run, lm("llama")) for name in ("ar", "other")]
-        finished, keep = open_journal(path, WHAT, resume)
-        return experiment(arms, PROMPTS, 20, repeats=2, finished=finished, keep=keep)
+        journal = Journal(path, WHAT, resume)
+        return experiment(arms, PROMPTS, 20, repeats=2, finished=journal.blocks(), keep=journal.add_block)
 
 
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -73,30 +75,29 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, at: int, cut: i
     assert [block.runs["other"].total_s for block in results.blocks[:done]] == [
         entry["runs"]["other"]["total_s"] for entry in kept
     ]
-    again, _ = open_journal(path, WHAT, resume=True)
-    assert again == results.blocks
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert Journal(path, WHAT, resume=True).blocks() == results.blocks
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f".{path.name}.lock"}
 
 
 def test_blocks_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
     """Guards against one run put together from two codes, or from other prompts."""
     path = tmp_path / "run.jsonl"
-    open_journal(path, WHAT, resume=False)
+    Journal(path, WHAT, resume=False)
     for name, value in {"code": "4321", "prompts": {"a": [1]}}.items():
         with pytest.raises(ValueError, match=f"other {name}: it cannot be resumed"):
-            open_journal(path, WHAT | {name: value}, resume=True)
+            Journal(path, WHAT | {name: value}, resume=True)
     path.write_text("")
     with pytest.raises(ValueError, match="cannot be resumed"):
-        open_journal(path, WHAT, resume=True)
+        Journal(path, WHAT, resume=True)
 
 
 def test_without_resume_a_run_starts_anew(tmp_path: Path) -> None:
     """Guards against blocks of yesterday's run in today's."""
     path = tmp_path / "run.jsonl"
     Interrupted().experiment(path)
-    assert open_journal(path, WHAT, resume=False)[0] == []
+    assert Journal(path, WHAT, resume=False).pieces == []
     assert path.read_text().count("\n") == 1
-    assert open_journal(tmp_path / "none", WHAT, resume=True)[0] == []
+    assert Journal(tmp_path / "none", WHAT, resume=True).pieces == []
 
 
 def test_the_code_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +109,67 @@ def test_the_code_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     before = code()
     (package / "journal.py").write_text("a = 2")
     assert code() != before
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from specdecode.bench.measure.journal import Journal
+
+journal = Journal(Path(sys.argv[1]), {"run": 1}, resume=False)
+journal.add({"by": "the other"})
+print("holds", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_journal_has_one_writer(tmp_path: Path) -> None:
+    """Guards against two runs at once that mix their blocks, and against one that deletes the other's."""
+    path = tmp_path / "run.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "holds\n"
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=rf"jsonl is being written by process {other.pid}, which"):
+                Journal(path, {"run": 1}, resume)
+        # Killed: nobody tidies up, and the lock is free all the same.
+        other.kill()
+    resumed = Journal(path, {"run": 1}, resume=True)
+    assert resumed.pieces == [{"by": "the other"}]
+    resumed.finish()
+    assert not path.exists()
+    Journal(path, {"run": 2}, resume=True).finish()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b'{"run": 1}\n{"prompt": "p0"}\n{"promp\n{"prompt": "p2"}\n', 3),
+        (b'{"run": 1}\n[1]\n', 2),
+        (b'{"run": 1}\n' + b"[" * 100_000 + b"\n", 2),
+        (b"garbage\n", 1),
+        (b"\0" * 200 + b"\n", 1),
+    ],
+)
+def test_a_damaged_journal_is_told_with_its_line(tmp_path: Path, content: bytes, line: int) -> None:
+    """Guards against a traceback, which does not say which file it is about nor what can be done."""
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"line {line} of .*run\.jsonl is damaged: delete the line"):
+        Journal(path, {"run": 1}, resume=True)
+    assert path.read_bytes() == content
+    assert Journal(path, {"run": 1}, resume=False).pieces == []
+
+
+def test_a_line_that_is_no_block_is_told(tmp_path: Path) -> None:
+    """Guards against a KeyError for a line that is JSON and was edited."""
+    path = tmp_path / "run.jsonl"
+    Interrupted().experiment(path)
+    first, second, *rest = path.read_text().splitlines()
+    edited = second.replace('"total_s"', '"total"')
+    path.write_text("\n".join([first, edited, *rest]) + "\n")
+    with pytest.raises(ValueError, match=r"line 2 of .* is damaged"):
+        Journal(path, WHAT, resume=True).blocks()

@@ -17,7 +17,7 @@ from specdecode import FixedK, Generation, PromptLookup, SinkWindow, generate
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.experiment import Block, Results, experiment
-from specdecode.bench.measure.journal import open_journal
+from specdecode.bench.measure.journal import Journal
 from specdecode.bench.measure.output_stats import own_losses, repeated, with_output_stats
 from specdecode.bench.presets import preset
 from specdecode.bench.report.captions import outputs
@@ -114,12 +114,11 @@ def test_a_peers_time_at_a_length_is_that_of_its_tokens() -> None:
 
 def test_lengths_survive_the_file_and_the_journal(tmp_path: Path) -> None:
     """Guards against a resumed run, or a report from the file, that knows the whole length alone."""
-    journal = tmp_path / "blocks.jsonl"
-    _, keep = open_journal(journal, {"what": 1}, resume=False)
+    file = tmp_path / "blocks.jsonl"
+    journal = Journal(file, {"what": 1}, resume=False)
     for block in results().blocks:
-        keep(block)
-    finished, _ = open_journal(journal, {"what": 1}, resume=True)
-    assert finished == results().blocks
+        journal.add_block(block)
+    assert Journal(file, {"what": 1}, resume=True).blocks() == results().blocks
 
     run = kept(results())
     assert run.lengths == [*SHORTER, LENGTH]

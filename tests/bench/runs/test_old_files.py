@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from specdecode.bench.gate.verdicts import judge
-from specdecode.bench.measure.journal import open_journal
+from specdecode.bench.measure.journal import Journal
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.file import parse, read, run_json
 from specdecode.evals.margins import read_margins
@@ -83,10 +83,11 @@ def test_whose_an_arm_of_before_was_is_told_by_what_was_counted() -> None:
 def test_a_journal_of_before_is_gone_on_with(tmp_path: Path) -> None:
     """Guards against an interrupted run of hours that a new version can no longer read."""
     text = (DATA / "blocks.jsonl").read_text()
-    journal = tmp_path / "blocks.jsonl"
-    journal.write_text(text)
-    what, kept = map(json.loads, text.splitlines())
-    (block,), keep = open_journal(journal, what, resume=True)
+    file = tmp_path / "blocks.jsonl"
+    file.write_text(text)
+    values, kept = map(json.loads, text.splitlines())
+    journal = Journal(file, values, resume=True)
+    (block,) = journal.blocks()
     assert block.checks == kept["checks"]
     assert list(block.runs) == list(kept["runs"])
     assert block.runs["lookup-16"].counts.compressions == kept["runs"]["lookup-16"]["counts"]["compressions"] > 0
@@ -94,8 +95,8 @@ def test_a_journal_of_before_is_gone_on_with(tmp_path: Path) -> None:
     assert block.runs["ar"].histograms.depth == kept["runs"]["ar"]["histograms"]["depth"]
     assert block.runs["hf-generate"].counts.target_forwards is None
     assert [cut.counts.steps for cut in block.runs["hf-generate"].cuts] == [4]
-    keep(block)
-    assert [json.loads(line) for line in journal.read_text().splitlines()[1:]] == [kept, kept]
+    journal.add_block(block)
+    assert [json.loads(line) for line in file.read_text().splitlines()[1:]] == [kept, kept]
 
 
 def test_margins_and_heads_of_before_are_read() -> None:

@@ -1,0 +1,114 @@
+"""Read values from files that may be cut off, edited by hand, or somebody else's: each is checked as it is taken.
+
+Every function raises ValueError with the name of the value, the value, and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MOST = 1e15
+"""Bound of counts, bytes and seconds. Sums and ratios of numbers within it stay finite."""
+
+LEAST_SECONDS = 1e-9
+"""The shortest time that a clock tells."""
+
+_SHOWN_CHARACTERS = 60
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte-order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not whole: it is no text; measure again") from None
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """Parse the JSON text of a file; the path is for the message."""
+    try:
+        return json.loads(text)
+    # Braces within braces, thousands of levels deep, exhaust the parser's stack.
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not whole: it is no JSON; measure again") from None
+
+
+def mapping(value: Any, name: str) -> dict[str, Any]:
+    """Take an object of JSON."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {_shown(value)}, which is no object of names and values")
+    return value
+
+
+def items(value: Any, name: str) -> list[Any]:
+    """Take a list."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {_shown(value)}, which is no list")
+    return value
+
+
+def number(values: Any, name: Any, least: float = -MOST, most: float = MOST) -> float:
+    """Take a finite number within bounds from an object or a list."""
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise ValueError(f"{name} is {_shown(value)}, which is no number")
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {_shown(value)}, which cannot be: it is from {least:g} to {most:g}")
+    return value
+
+
+def count(values: Any, name: Any, least: int = 0) -> int:
+    """Take a whole number."""
+    value = number(values, name, least)
+    if value != int(value):
+        raise ValueError(f"{name} is {_shown(values[name])}, which is no whole number")
+    return int(value)
+
+
+def numbers(value: Any, name: str, least: float = -MOST, most: float = MOST) -> list[float]:
+    """Take a list of numbers."""
+    return [number({name: entry}, name, least, most) for entry in items(value, name)]
+
+
+def counts(value: Any, name: str) -> list[int]:
+    """Take a list of whole numbers."""
+    return [count({name: entry}, name) for entry in items(value, name)]
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """Take a list of texts."""
+    return [text({name: entry}, name) for entry in items(value, name)]
+
+
+def flag(values: Mapping[str, Any], name: str, default: bool | None = None) -> bool:
+    """Take a true or false; the default where older files do not have it."""
+    value = values[name] if default is None else values.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {_shown(value)}, which is neither true nor false")
+    return value
+
+
+def text(values: Mapping[str, Any], name: str) -> str:
+    """Take a text."""
+    value = values[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {_shown(value)}, which is no text")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return parse_json(read_text(path), path)
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # Python writes out no integer of thousands of digits
+        return "too long to show"
+    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
