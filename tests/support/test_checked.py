@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import judge
+from specdecode.bench.report.advice import as_json
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
-from specdecode.bench.report.recommend import as_json, recommend
+from specdecode.bench.report.recommend import recommend
 from specdecode.bench.runs.file import parse
 from specdecode.evals.margins import check_margins
 from specdecode.evals.results import read
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 RUN = json.loads((ROOT / "tests" / "data" / "run.json").read_text())
 QUALITY = json.loads((ROOT / "tests" / "data" / "quality-run.json").read_text())
+
+# The examples are as small as they get.
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 
 # What an edit by hand, a bug or a broken disk may leave in a file.
 ODD = st.one_of(
@@ -81,7 +85,7 @@ RUN_PLACES = sorted(places(RUN["specdecode"]), key=repr)
 QUALITY_PLACES = sorted(places(QUALITY["quality"]), key=repr)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=20, phases=NO_SHRINKING, suppress_health_check=[HealthCheck.too_slow])
 @given(place=st.sampled_from(RUN_PLACES), value=ODD, delete=st.booleans(), side=st.booleans())
 def test_a_damaged_run_is_refused_or_judged(place: tuple[Any, ...], value: Any, delete: bool, side: bool) -> None:
     """Guards against a traceback, and against figures that are not finite, wherever a file is damaged."""
@@ -100,7 +104,7 @@ def test_a_damaged_run_is_refused_or_judged(place: tuple[Any, ...], value: Any, 
     json.dumps(as_json(damaged, recommend(damaged)), allow_nan=False)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, phases=NO_SHRINKING)
 @given(place=st.sampled_from(QUALITY_PLACES), value=ODD, delete=st.booleans())
 def test_a_damaged_run_of_quality_is_refused_or_judged(
     tmp_path_factory: pytest.TempPathFactory, place: tuple[Any, ...], value: Any, delete: bool

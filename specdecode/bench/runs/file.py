@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,10 @@ def _row(row: dict[str, Any]) -> Row:
     histograms = mapping(row["histograms"], "histograms")
     return Row(
         log_speedup=number(row, "log_speedup", -_MOST_LOG, _MOST_LOG),
-        # Others are divided by these.
-        counts=from_dict(RowCounts, _sums(row, "counts", 1.0, "runs", "tokens", "steps")),
-        seconds=from_dict(RowSeconds, _sums(row, "seconds", LEAST_SECONDS, "total", "ttft")),
+        counts=from_dict(RowCounts, _sums(row, "counts", 1.0, {"runs", "tokens", "steps"})),
+        seconds=from_dict(
+            RowSeconds, _sums(row, "seconds", LEAST_SECONDS, needed={"total", "ttft"}, divisors={"last"})
+        ),
         histograms=from_dict(
             Histograms,
             {name: counts(entries, name) for name, entries in histograms.items()},
@@ -152,10 +153,20 @@ def _row(row: dict[str, Any]) -> Row:
     )
 
 
-def _sums(row: dict[str, Any], kind: str, least: float, *needed: str) -> dict[str, float]:
-    """Take sums of counts or of seconds, none of them negative; the needed ones are there, and at least so much."""
+def _sums(
+    row: dict[str, Any], kind: str, least: float, needed: Set[str], divisors: Set[str] = frozenset()
+) -> dict[str, float]:
+    """Take sums of counts or of seconds, none of them negative.
+
+    Args:
+        row: of the file.
+        kind: key of the sums.
+        least: of the sums that others are divided by.
+        needed: these are divided by, and are there.
+        divisors: these are divided by, where they are there.
+    """
     values = mapping(row[kind], kind)
-    return {name: number(values, name, least if name in needed else 0.0) for name in {*needed, *values}}
+    return {name: number(values, name, least if name in needed | divisors else 0.0) for name in needed | values.keys()}
 
 
 def _name(values: dict[str, Any], name: str) -> str:
