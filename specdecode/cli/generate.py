@@ -191,17 +191,16 @@ def _spec(target: str, options: Mapping[str, str | int | None], max_cache: int |
     from specdecode.heads.bound import shipped_head
     from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 
-    given = {key: value for key, value in options.items() if value is not None}
-    if given.get("drafter") == "model" and target == EMBEDDED:
-        given.setdefault("draft", EMBEDDED_DRAFT)
+    entry = {key: value for key, value in options.items() if value is not None}
+    if entry.get("drafter") == "model" and target == EMBEDDED:
+        entry.setdefault("draft", EMBEDDED_DRAFT)
     if max_cache is not None:
-        streams = given.get("drafter") == "self-streaming"
-        if not streams and "policy" not in given:
+        bounded = {"cache": "policy" in entry, "draft_cache": entry.get("drafter") == "self-streaming"}
+        if not any(bounded.values()):
             raise ValueError("--max-cache is of no use without --policy or --drafter self-streaming: leave it out")
-        given |= {"draft_cache": max_cache} if streams else {}
-        given |= {"cache": max_cache} if "policy" in given else {}
+        entry |= {key: max_cache for key, is_bounded in bounded.items() if is_bounded}
     ships_head = shipped_head(target) is not None
-    spec = ArmSpec.from_command_line(given, ships_head=ships_head)
+    spec = ArmSpec.from_command_line(entry, ships_head=ships_head)
     spec.check_head(target, ships_head=ships_head)
     return spec
 
@@ -257,12 +256,12 @@ def _write_json(decoder: _Decoder, texts: list[str], tokens: list[list[int]], ru
     """Continue texts, and write a line of JSON for each as soon as it is finished."""
     from specdecode import generate_batch
 
-    with progress("prompts") as tell:
+    with progress("prompts") as show:
         finished = iter(range(1, len(texts) + 1))
 
         def write(place: int, result: Generation) -> None:
             typer.echo(_json_line(decoder.model, place, texts[place], result))
-            tell(next(finished), len(texts), f"prompt {place}")
+            show(next(finished), len(texts), f"prompt {place}")
 
         makers: dict[str, Any] = {"drafter": decoder.make_drafter, "controller": decoder.make_controller}
         generate_batch(decoder.model, tokens, on_finish=write, **makers, **rules)

@@ -26,7 +26,7 @@ from specdecode.bench.arms.keys import MODEL_KEYS
 from specdecode.bench.arms.parts import controller_maker, drafter_maker
 from specdecode.core.sampling import Sampling
 from specdecode.decoding.generate import generate
-from specdecode.evals.arms import decode_path
+from specdecode.evals.quality_arms import decode_path
 from specdecode.heads.bound import shipped_head
 from specdecode.models.embedded import EMBEDDED
 from specdecode.models.lm import LM
@@ -97,10 +97,11 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         if spec.draft is not None:
             place: dict[str, Any] = {"dtype": lm.dtype, "device": lm.device, "backend": backend}
             draft = load(spec.draft, target=lm, same_vocabulary=spec.shares_vocabulary, **place)
-        self._drafter = drafter_maker(spec.with_head_of(target.name), lm, draft)
-        self._controller = controller_maker(spec, lm, self._drafter)
-        self._whole = self._path.policy.interval == 0
-        self._ends = [token for token in (*target.stop_token_ids, target.tokenizer.eos_token_id) if token is not None]
+        self._make_drafter = drafter_maker(spec.with_head_of(target.name), lm, draft)
+        self._make_controller = controller_maker(spec, lm, self._make_drafter)
+        self._keeps_all = self._path.policy.interval == 0
+        ends = (*target.stop_token_ids, target.tokenizer.eos_token_id)
+        self._stop_token_ids = [token for token in ends if token is not None]
         self.max_gen_toks = max_gen_toks
         self.tokenizer: Any = target.tokenizer
 
@@ -122,8 +123,8 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """The token before a text that has no context."""
-        begins = self.tokenizer.bos_token_id
-        return self._special(self.tokenizer.eos_token_id if begins is None else begins)
+        first = self.tokenizer.bos_token_id
+        return self._special(self.tokenizer.eos_token_id if first is None else first)
 
     def _special(self, token: int | None) -> int:
         if token is None:
@@ -131,23 +132,24 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; by default with the special tokens that the tokenizer adds, unless the text begins with one."""
+        """Return token ids; by default with the special tokens that the tokenizer adds, unless the text begins with
+        one."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
         ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the model was taught to read it."""
+        """Return a conversation as the model was taught to read it."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self._path.lm.name} has no chat template: leave --apply_chat_template out")
-        said: str = self.tokenizer.apply_chat_template(
+        conversation: str = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return said
+        return conversation
 
     def _loglikelihood_tokens(
         self,
@@ -155,52 +157,53 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """For each context and continuation the latter's log p, in nats, and whether greedy decoding writes it."""
-        found = []
+        """Return each continuation's log p after its context, in nats, and whether greedy decoding writes it."""
+        answers = []
         for texts, context, continuation in tqdm(requests, "loglikelihood", disable=disable_tqdm):
-            answer = self._follow([*context, *continuation], len(continuation))
-            found.append(answer)
+            answer = self._log_likelihood([*context, *continuation], len(continuation))
+            answers.append(answer)
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return found
+        return answers
 
-    def _follow(self, text: list[int], count: int) -> tuple[float, bool]:
-        if self._whole:
-            text = text[-self.max_length :]
+    def _log_likelihood(self, tokens: list[int], count: int) -> tuple[float, bool]:
+        """Return the log p of the last tokens, so many, and whether greedy decoding writes them."""
+        if self._keeps_all:
+            tokens = tokens[-self.max_length :]
         total, greedy = 0.0, True
-        for step in self._path.forced_steps(text, len(text) - count):
-            laws = step.logits.double().log_softmax(-1)
-            own = torch.tensor(text[step.place : step.place + len(laws)], device=laws.device)
-            total += laws.gather(1, own[:, None]).sum().item()
-            greedy = greedy and bool((laws.argmax(-1) == own).all())
+        for step in self._path.forced_steps(tokens, len(tokens) - count):
+            log_probs = step.logits.double().log_softmax(-1)
+            forced = torch.tensor(tokens[step.place : step.place + len(log_probs)], device=log_probs.device)
+            total += log_probs.gather(1, forced[:, None]).sum().item()
+            greedy = greedy and bool((log_probs.argmax(-1) == forced).all())
         return total, greedy
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts, in nats: what does not fit the context in the harness's windows, one after the other;
-        with a cache policy every text in one."""
-        found = []
+        """Return the log p of whole texts, in nats. A text that does not fit the context is read in the harness's
+        windows; with a cache policy every text is read in one."""
+        totals = []
         for request in tqdm(requests, "loglikelihood_rolling", disable=disable_tqdm):
             (text,) = request.args
             tokens = self.tok_encode(text)
             # One token less than the context holds: the one before the text stands there too.
-            size = self.max_length - 1 if self._whole else max(len(tokens), 1)
+            size = self.max_length - 1 if self._keeps_all else max(len(tokens), 1)
             windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, size, 1))
             answers = self._loglikelihood_tokens([(None, *window) for window in windows], disable_tqdm=True)
-            found.append(sum(logprob for logprob, _ in answers))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
-        return found
+            totals.append(sum(logprob for logprob, _ in answers))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to a stop string, which is left out, or the length limit."""
-        found = []
+        """Return what follows each context, up to the length limit or a stop string, which is left out."""
+        continuations = []
         for request in tqdm(requests, "generate_until", disable=disable_tqdm):
-            context, rules = request.args
-            found.append(self._continue(context, rules))
-            self.cache_hook.add_partial("generate_until", (context, rules), found[-1])
-        return found
+            context, gen_kwargs = request.args
+            continuations.append(self._continue(context, gen_kwargs))
+            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), continuations[-1])
+        return continuations
 
-    def _continue(self, context: str, asked: dict[str, Any]) -> str:
-        rules = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
+    def _continue(self, context: str, gen_kwargs: dict[str, Any]) -> str:
+        rules = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         stop, limit = [string for string in rules.pop("until") if string], rules.pop("max_gen_toks")
         sampled, temperature = rules.pop("do_sample"), rules.pop("temperature", 1.0)
         sampling = Sampling(
@@ -213,20 +216,20 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         if rules:
             raise ValueError(f"generation_kwargs has {min(rules)!r}, which nothing here decodes by: leave it out")
         tokens = self.tok_encode(context)
-        if self._whole:
+        if self._keeps_all:
             tokens, limit = maybe_truncate(tokens, limit, self.max_length)
         written = generate(
             self._path.lm,
             tokens,
-            drafter=self._drafter(),
-            controller=self._controller(),
+            drafter=self._make_drafter(),
+            controller=self._make_controller(),
             policy=self._path.policy,
             sampling=sampling,
             max_new_tokens=limit,
-            stop_token_ids=self._ends,
+            stop_token_ids=self._stop_token_ids,
             stop=stop,
         ).tokens
-        if written[-1] in self._ends:
+        if written[-1] in self._stop_token_ids:
             del written[-1]
         text: str = self.tokenizer.decode(written, skip_special_tokens=True)
         cut: str = postprocess_generated_text(text, stop, None)
@@ -234,7 +237,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The harness's own command line. It takes models from its registry alone, and looks for no others, so it is called
-    from here, where this one is registered; and it reads no arguments but those of the process."""
+    """Run the harness's own command line. It takes models from its registry alone, so it is called from here, where
+    this one is registered; and it reads no arguments but those of the process."""
     sys.argv = ["lm-eval", "run", "--model", "specdecode", *arguments]
     cli_evaluate()

@@ -29,15 +29,16 @@ from specdecode import (
     HeadDrafter,
     PromptLookup,
     Sampling,
+    SpecDecodeError,
     StaticTree,
     cli,
     generate,
 )
 from specdecode.controllers.base import FixedK
 from specdecode.drafters.tree_shapes import TreeShape
-from specdecode.evals.arms import make_decode_path
 from specdecode.evals.harness import SpecDecodeLM
 from specdecode.evals.perplexity import negative_log_likelihoods
+from specdecode.evals.quality_arms import make_decode_path
 from specdecode.heads.bound import fingerprint, untrained
 from specdecode.heads.formats import write_head
 from specdecode.policies import policy as named_policy
@@ -197,7 +198,7 @@ def test_texts_are_drafted_by_a_head(
     file = tmp_path / "head.safetensors"
     file.write_bytes(write_head(untrained(target()), fingerprint(target()), {}))
     model = harness(head=str(file), **way)
-    drafter = model._drafter()
+    drafter = model._make_drafter()
     parts = list(drafter.drafters) if isinstance(drafter, Cascade) else [drafter]
     assert [type(part) for part in parts] == drafters
     assert parts[-1].shape == shape
@@ -273,7 +274,7 @@ def test_chats_are_put_into_the_models_template(monkeypatch: pytest.MonkeyPatch)
 def test_a_key_that_cannot_be_is_told_in_one_sentence(arguments: dict[str, Any], said: str) -> None:
     """Guards against a key that is spelt wrong, and a run of something else than was asked for."""
     given = {"target": target(), "backend": "eager"} | arguments
-    with pytest.raises(ValueError, match=said) as told:
+    with pytest.raises((ValueError, SpecDecodeError), match=said) as told:
         SpecDecodeLM(given.pop("target"), **given)
     assert "\n" not in str(told.value)
 

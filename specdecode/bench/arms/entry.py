@@ -133,10 +133,10 @@ class ArmSpec:
             ValueError: as `from_entry`, or there is no draft model.
         """
         # The harness reads "none" as None.
-        said = {key: value for key, value in arguments.items() if value is not None}
+        entry = {key: value for key, value in arguments.items() if value is not None}
         if "drafter" in arguments:
-            said.setdefault("drafter", "none")
-        return _read_and_choose(said, known, MODEL_ARGS, "lookup")
+            entry.setdefault("drafter", "none")
+        return _read_and_choose(entry, known, MODEL_ARGS, "lookup")
 
     def __post_init__(self) -> None:
         with self._named_errors():
@@ -153,9 +153,9 @@ class ArmSpec:
         self._check_use("drafter", self.drafters, DRAFTERS)
         self._check_use("shape", [self.shape], SHAPES)
         self._check_use("controller", [self.controller], CONTROLLERS)
-        for key, of in (("cache", "policy"), ("confidence", "peer")):
-            if getattr(self, key) is not None and getattr(self, of) is None:
-                raise self.spelling.error(f"{self._option(key)} is of no use without a {of}: leave it out")
+        for key, part in (("cache", "policy"), ("confidence", "peer")):
+            if getattr(self, key) is not None and getattr(self, part) is None:
+                raise self.spelling.error(f"{self._option(key)} is of no use without a {part}: leave it out")
         if self.batch < 1 or (self.batch > 1 and self.replay is not None):
             raise self.spelling.error(
                 f"batch is {self.batch}: it is 1 or more, and 1 for replayed drafts, which know one continuation"
@@ -257,7 +257,7 @@ class ArmSpec:
     @property
     def lookup_arguments(self) -> dict[str, Any]:
         """The arguments of `PromptLookup` that it says."""
-        return _said(max_ngram=self.ngram, branches=self.branches, min_ngram=self.min_ngram)
+        return _without_none(max_ngram=self.ngram, branches=self.branches, min_ngram=self.min_ngram)
 
     @property
     def tree_arguments(self) -> dict[str, Any]:
@@ -265,13 +265,13 @@ class ArmSpec:
         if self.shape == "static":
             default = (_STATIC_TREE_BRANCHES,) * self.fixed_k().k
             branching = default if self.branching is None else self.branching
-            return {"branching": branching, **_said(nodes=self.nodes)}
-        return _said(nodes=self.nodes, threshold=self.threshold)
+            return {"branching": branching, **_without_none(nodes=self.nodes)}
+        return _without_none(nodes=self.nodes, threshold=self.threshold)
 
     @property
     def self_streaming_arguments(self) -> dict[str, Any]:
         """The arguments of `SelfStreamingDrafter` that it says, without the shape."""
-        return _said(max_len=self.draft_cache)
+        return _without_none(max_len=self.draft_cache)
 
     @property
     def cache_tokens(self) -> int:
@@ -279,7 +279,7 @@ class ArmSpec:
 
     def fixed_k(self) -> FixedK:
         """Return the controller of its draft length, or of the default one."""
-        return FixedK(**_said(k=self.k))
+        return FixedK(**_without_none(k=self.k))
 
     def prompt_lookup(self) -> PromptLookup:
         """Return a new lookup."""
@@ -316,7 +316,7 @@ def drafter_kinds(entry: Mapping[str, Any]) -> list[str]:
     return str(entry.get("drafter", "none")).split("+")
 
 
-def _said(**values: Any) -> dict[str, Any]:
+def _without_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.quality.plan import QualityPlan
 from specdecode.evals.answers import Problem, answer, problems
-from specdecode.evals.arms import QualityPreset, make_decode_path
 from specdecode.evals.data import NotAtHandError, documents, token_prompts
 from specdecode.evals.margins import MarginCheck, check_margins
 from specdecode.evals.needle import bury, look_for
 from specdecode.evals.perplexity import DecodePath, TokenScores, compare
+from specdecode.evals.quality_arms import QualityPreset, make_decode_path, read_arm
 from specdecode.evals.results import (
     REFERENCE,
     Answer,
@@ -141,12 +141,14 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
 def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
     """Load the target and the texts, and make the decode path of each arm."""
     preset, backend = plan.preset, plan.setup.backend
-    target = plan.setup.load_target()
-    texts, origins = token_prompts(preset.texts, target)
     arms = {arm: entry for arm, entry in preset.arms.items() if arm in selected}
-    reference = make_decode_path(REFERENCE, {}, target, preset.k, backend)
     # An arm that is not read is not judged either.
     installed = {arm: entry for arm, entry in arms.items() if "quantize" not in entry or find_spec("torchao")}
+    for arm, entry in installed.items():
+        read_arm(arm, entry, preset.k)  # a wrong entry is an error before the model is loaded
+    target = plan.setup.load_target()
+    texts, origins = token_prompts(preset.texts, target)
+    reference = make_decode_path(REFERENCE, {}, target, preset.k, backend)
     paths = {arm: make_decode_path(arm, entry, target, preset.k, backend) for arm, entry in installed.items()}
     grid = preset.needle
     needles = list(product([arm for arm in grid.arms if arm in paths], grid.lengths, grid.depths)) if grid else []

@@ -17,10 +17,10 @@ from specdecode.bench.options import Options
 from specdecode.bench.quality import quality_session as quality
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
 from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
-from specdecode.evals.arms import Shuffled, make_decode_path, quality_preset
 from specdecode.evals.margins import MarginCheck, Outcome, check_margins, read_margins
 from specdecode.evals.needle import Retrieval
 from specdecode.evals.perplexity import negative_log_likelihoods
+from specdecode.evals.quality_arms import Shuffled, make_decode_path, quality_preset
 from specdecode.evals.results import (
     Answer,
     Document,

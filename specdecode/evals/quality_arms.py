@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,7 @@ else:
     import tomli as tomllib
 
 _KEYS = ("policy", "cache", "quantize", "k")
+_SHUFFLED = "shuffled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class QualityPreset:
     Attributes:
         texts: data sets, as `evals.data.token_prompts` reads them.
         k: tokens drafted in a step, by the reference and by all arms that do not say otherwise.
-        arms: for each arm's name, how it decodes; `make_decode_path` knows the keys.
+        arms: for each arm's name, how it decodes; `read_arm` knows the keys.
         needle: what is buried; nothing, if it is None.
         tasks: which problems are asked; none, if it is None.
         window: tokens that are read with one cache, see `evals.perplexity.windows`; None: a whole document.
@@ -92,7 +94,7 @@ def quality_preset(name: str) -> QualityPreset:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         needle, tasks = content.pop("needle", None), content.pop("tasks", None)
-        found = QualityPreset(
+        preset = QualityPreset(
             **content,
             needle=None if needle is None else NeedleGrid(**needle),
             tasks=None if tasks is None else TaskGrid(**tasks),
@@ -104,12 +106,12 @@ def quality_preset(name: str) -> QualityPreset:
         ) from None
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None
-    named = {entry["control"] for entry in found.arms.values() if "control" in entry}
-    for grid in (found.needle, found.tasks):
+    named = {entry["control"] for entry in preset.arms.values() if "control" in entry}
+    for grid in (preset.needle, preset.tasks):
         named |= set(grid.arms if grid else ())
-    if unknown := sorted(named - found.arms.keys()):
+    if unknown := sorted(named - preset.arms.keys()):
         raise ValueError(f"preset {name!r} has no arm {unknown[0]!r}, which it refers to")
-    return found
+    return preset
 
 
 class Shuffled:
@@ -131,28 +133,41 @@ class Shuffled:
         return kept[torch.randperm(len(kept), generator=generator).to(kept.device)]
 
 
-def make_decode_path(name: str, entry: dict[str, Any], target: LM, k: int, backend: str = "auto") -> DecodePath:
-    """Return the way to decode of a preset's arm.
-
-    Keys are `policy` with `cache` and its settings, `quantize` and `k`, as in `ArmSpec`; "shuffled", a policy that is a
-    sink window in any order; and `control`, the arm whose margin this one must break.
+def read_arm(name: str, entry: Mapping[str, Any], k: int) -> ArmSpec:
+    """Read an arm of a preset. Keys are `policy` with `cache` and its settings, `quantize` and `k`, as in `ArmSpec`;
+    "shuffled", a policy that is a sink window in any order; and `control`, the arm whose margin this one must break.
 
     Args:
         name: of the arm.
         entry: its keys.
+        k: where the entry has none.
+
+    Raises:
+        ValueError: a key or a value that cannot be, or a package that is missing.
+    """
+    options = {"k": k, **entry}
+    options.pop("control", None)
+    if options.get("policy") == _SHUFFLED:
+        options["policy"] = "sink-window"
+    return ArmSpec.from_entry(name, options, _KEYS)
+
+
+def make_decode_path(name: str, entry: Mapping[str, Any], target: LM, k: int, backend: str = "auto") -> DecodePath:
+    """Return the way to decode of a preset's arm.
+
+    Args:
+        name: of the arm.
+        entry: its keys, as `read_arm` knows them.
         target: loaded with backend="eager".
         k: where the entry has none.
         backend: how forwards run.
 
     Raises:
         UnsupportedModelError: the target cannot be quantised.
-        ValueError: a key or a value that is not known, or a package that is missing.
+        ValueError: as `read_arm`.
     """
-    is_shuffled = entry.get("policy") == "shuffled"
-    options = {"k": k} | entry | ({"policy": "sink-window"} if is_shuffled else {})
-    options.pop("control", None)
-    path = decode_path(ArmSpec.from_entry(name, options, _KEYS), target, backend)
-    return replace(path, policy=Shuffled(path.policy)) if is_shuffled else path
+    path = decode_path(read_arm(name, entry, k), target, backend)
+    return replace(path, policy=Shuffled(path.policy)) if entry.get("policy") == _SHUFFLED else path
 
 
 def decode_path(spec: ArmSpec, target: LM, backend: str) -> DecodePath:
