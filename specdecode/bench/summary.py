@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from specdecode.bench.measure.speed_session import JudgedRun
-from specdecode.bench.quality import tables as quality_tables
+from specdecode.bench.quality import quality_tables
 from specdecode.bench.quality.quality_session import JudgedQualityRun
 from specdecode.bench.report.grid import rich_table
 from specdecode.bench.report.markdown import markdown
@@ -68,7 +68,7 @@ def _draw_figures(judged: JudgedQualityRun) -> str:
     """Draw the figures of a run, and say in a sentence where they are."""
     folder = judged.file.with_suffix("")
     try:
-        from specdecode.bench.quality.figures import write
+        from specdecode.bench.quality.quality_figures import write
     except ImportError as error:
         return f"There are no figures: they need matplotlib ({error}), pip install 'specdecode[figures]'."
     drawn = [name for name, reason in write(judged.run, folder).items() if not reason]

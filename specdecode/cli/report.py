@@ -102,8 +102,8 @@ def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str,
 
 def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
     """The same of a run of the quality suite."""
-    from specdecode.bench.quality.page import section
-    from specdecode.bench.quality.tables import latex, markdown, title
+    from specdecode.bench.quality.quality_page import section
+    from specdecode.bench.quality.quality_tables import latex, markdown, title
     from specdecode.bench.runs.names import margins_file
     from specdecode.evals.margins import check_margins, read_margins
     from specdecode.evals.results import read
@@ -113,15 +113,7 @@ def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, forma
     checks = check_margins(run, read_margins(margins or own))
     if format is not Format.html:
         return title(run), (markdown if format is Format.md else latex)(run, checks, speed)
-    pictures: dict[str, bytes] = {}
-    missing = ""
-    try:
-        from specdecode.bench.quality.figures import pictures as drawn
-
-        pictures = drawn(run, speed)
-    except ImportError as error:
-        missing = f"Figures need matplotlib ({error}): pip install 'specdecode[figures]'."
-    return title(run), section(run, checks, speed, pictures, missing)
+    return title(run), section(run, checks, speed)
 
 
 def _draw(runs: Mapping[Path, bool], speed: RunFile | None, folder: Path) -> None:
@@ -136,7 +128,7 @@ def _draw(runs: Mapping[Path, bool], speed: RunFile | None, folder: Path) -> Non
     from specdecode.evals.results import read as read_quality
 
     try:
-        from specdecode.bench.quality.figures import write as write_quality
+        from specdecode.bench.quality.quality_figures import write as write_quality
         from specdecode.bench.report.figures import write
     except ImportError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'specdecode[figures]'") from error

@@ -129,6 +129,23 @@ class NeedleTrial:
 
 
 @dataclass(frozen=True, slots=True)
+class NeedleCell:
+    """The needles that an arm looked for at one length and depth.
+
+    Attributes:
+        count: all of them.
+        found: those that greedy decoding writes.
+        logprob: of the answer, in nats, on average.
+        token_probability: the probability of the answer's tokens, a geometric mean over each answer.
+    """
+
+    count: int
+    found: int
+    logprob: float
+    token_probability: float
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The answer of an arm, or of the reference, to a problem.
 
@@ -283,13 +300,34 @@ class QualityRun:
             for number in np.unique(bin_of).tolist()
         ]
 
-    def grid(self, arm: str) -> dict[tuple[int, float], list[NeedleTrial]]:
-        """Return the needles that an arm looked for, by length and depth."""
-        cells: dict[tuple[int, float], list[NeedleTrial]] = {}
+    def by_cache(self) -> dict[str, list[str]]:
+        """Group the arms that differ only in the size of a bounded cache, the smallest first, by their shared name."""
+        groups: dict[str, list[str]] = {}
+        bounded = [arm for arm in self.judged_arms if "cache" in self.arms[arm]]
+        for arm in sorted(bounded, key=lambda arm: self.arms[arm]["cache"]):
+            entry = {key: value for key, value in self.arms[arm].items() if key != "cache"}
+            groups.setdefault(json.dumps(entry, sort_keys=True), []).append(arm)
+        named: dict[str, list[str]] = {}
+        for arms in groups.values():
+            name = arms[0].removesuffix(f"-{self.arms[arms[0]]['cache']}")
+            named[arms[0] if name in named else name] = arms
+        return named
+
+    def needle_cells(self, arm: str) -> dict[tuple[int, float], NeedleCell]:
+        """Sum up the needles that an arm looked for, by length and depth."""
+        trials: dict[tuple[int, float], list[NeedleTrial]] = {}
         for trial in self.needles:
             if trial.arm == arm:
-                cells.setdefault((trial.length, trial.depth), []).append(trial)
-        return cells
+                trials.setdefault((trial.length, trial.depth), []).append(trial)
+        return {
+            place: NeedleCell(
+                count=len(same),
+                found=sum(trial.exact for trial in same),
+                logprob=sum(trial.logprob for trial in same) / len(same),
+                token_probability=sum(math.exp(trial.logprob / len(trial.ranks)) for trial in same) / len(same),
+            )
+            for place, same in trials.items()
+        }
 
 
 def write(run: QualityRun) -> str:

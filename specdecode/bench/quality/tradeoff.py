@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,12 @@ class Tradeoff:
     points: list[Point]
     unjudged: list[str]
     unmeasured: list[str]
+
+    @property
+    def drawable(self) -> list[Point]:
+        """The points whose speedup is known; none unless one of them is lossy."""
+        known = [point for point in self.points if math.isfinite(point.speedup.value)]
+        return known if any(point.judged for point in known) else []
 
 
 def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES, alike, method, places
+from specdecode.bench.report.palette import COLOURS, PLAIN, alike, cache_traits, method, places
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.support.files import write_whole
@@ -146,23 +146,20 @@ def drafts_apart(run: RunFile, arms: Sequence[str]) -> dict[str, Look]:
 
 
 def cache_looks(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Look]:
-    """How the arms of the quality suite are drawn, by their entries: the colour and the mark tell the cache policy, a
-    lighter tone the smaller cache, a darker one INT8; dots and hollow marks are negative controls.
+    """Return how the arms of the quality suite are drawn, by their entries.
 
-    Where nothing drafts, methods differ in nothing but this, and so have the same palette as those that draft.
+    The colour and the mark tell the cache policy, a lighter tone the smaller cache, a darker one INT8. Dotted lines and
+    hollow marks are negative controls.
     """
-    sizes = sorted({entry["cache"] for entry in arms.values() if "cache" in entry}, reverse=True)
     found = {}
-    for arm, entry in arms.items():
-        policy = entry.get("policy")
-        hue = colour = PLAIN if policy is None else COLOURS[POLICIES.get(policy, len(COLOURS) - 1)]
-        if policy is not None and len(sizes) > 1 and "cache" in entry:
-            colour = lighter(colour, 0.6 * sizes.index(entry["cache"]) / (len(sizes) - 1))
-        if "quantize" in entry:
+    for arm, traits in cache_traits(arms).items():
+        hue = PLAIN if traits.place is None else COLOURS[traits.place]
+        colour = lighter(hue, traits.fade)
+        if traits.quantized:
             colour = _mixed(colour, 0.45, 0.0)
-        line = ":" if "control" in entry else "-." if "quantize" in entry else "-" if policy else "--"
-        mark = "D" if policy is None else _POLICY_MARKS.get(policy, "h")
-        found[arm] = Look(hue, colour, mark, "none" if "control" in entry else "full", line, "")
+        line = ":" if traits.control else "-." if traits.quantized else "-" if traits.policy else "--"
+        mark = "D" if traits.policy is None else _POLICY_MARKS.get(traits.policy, "h")
+        found[arm] = Look(hue, colour, mark, "none" if traits.control else "full", line, "")
     return found
 
 

@@ -35,7 +35,7 @@ from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.measures import Counters, Measures
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Estimate
+from specdecode.bench.runs.statistics import Estimate, pareto_front
 from specdecode.support.files import write_whole
 
 # What an entry of a preset says of how the target is decoded, and not of how drafts are made.
@@ -363,16 +363,6 @@ def _by_cache(run: RunFile) -> list[dict[float, str]]:
             of[math.inf] = whole[rest]
         found.append(of)
     return found
-
-
-def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Those that no other beats in one coordinate without losing in the other, from the slowest to the fastest."""
-    best, found = -math.inf, []
-    for arm in sorted(points, key=lambda arm: points[arm], reverse=True):
-        if points[arm][1] > best:
-            best = points[arm][1]
-            found.append(arm)
-    return found[::-1]
 
 
 def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:

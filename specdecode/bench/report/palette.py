@@ -1,10 +1,12 @@
-"""Which method an arm is, so that it has one colour wherever it is drawn, and which arms differ in one setting."""
+"""Tell which method or cache policy an arm is, so that it looks alike everywhere, and which arms are alike."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
@@ -67,6 +69,41 @@ def places(run: RunFile) -> dict[str, int | None]:
     others = sorted(set(methods.values()) - METHODS.keys() - {BASELINE})
     taken = METHODS | {name: left[i % len(left)] for i, name in enumerate(others)}
     return {arm: taken.get(name) for arm, name in methods.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheTraits:
+    """What tells an arm of the quality suite from others, wherever it is drawn.
+
+    Attributes:
+        policy: its cache policy; None for the full cache.
+        place: of the policy's colour in COLOURS; None for the full cache.
+        fade: how much lighter it is drawn: 0 for the largest cache, up to 0.6 for the smallest.
+        quantized: its weights are INT8.
+        control: it is a negative control.
+    """
+
+    policy: str | None
+    place: int | None
+    fade: float
+    quantized: bool
+    control: bool
+
+
+def cache_traits(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, CacheTraits]:
+    """Return the traits of the quality suite's arms by their entries.
+
+    Nothing drafts there, so arms differ in nothing but this, and policies have the palette that methods have elsewhere.
+    """
+    sizes = sorted({entry["cache"] for entry in arms.values() if "cache" in entry}, reverse=True)
+    traits = {}
+    for arm, entry in arms.items():
+        policy, fade = entry.get("policy"), 0.0
+        if policy is not None and len(sizes) > 1 and "cache" in entry:
+            fade = 0.6 * sizes.index(entry["cache"]) / (len(sizes) - 1)
+        place = None if policy is None else POLICIES.get(policy, len(COLOURS) - 1)
+        traits[arm] = CacheTraits(policy, place, fade, "quantize" in entry, "control" in entry)
+    return traits
 
 
 def settings(record: ArmRecord, *but: str) -> str:

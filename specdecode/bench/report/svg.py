@@ -79,14 +79,20 @@ def log_scale(ratios: Iterable[float], start: float, end: float, least: float) -
 
 
 def log_scale_with_zero(high: float, start: float, end: float, threshold: float) -> Scale:
-    """Make a scale from 0 to `high` that is linear below a threshold and logarithmic above it (an inverse sinh)."""
+    """Make a scale from 0 to `high` that is linear below a threshold and logarithmic above it (an inverse sinh).
+
+    Args:
+        high: above the threshold.
+        start, end: places of its ends.
+        threshold: above 0.
+    """
 
     def transform(value: float) -> float:
         return math.asinh(value / threshold)
 
-    powers = range(math.floor(math.log10(threshold)), math.floor(math.log10(max(high, threshold))) + 1)
+    powers = range(math.floor(math.log10(threshold)), math.floor(math.log10(high)) + 1)
     ticks = [0.0, *(10.0**power for power in powers if threshold <= 10.0**power <= high)]
-    return Scale(transform, 0.0, transform(max(high, threshold)), start, end, ticks)
+    return Scale(transform, 0.0, transform(high), start, end, ticks)
 
 
 def _multiples(low: float, high: float) -> list[float]:
@@ -168,6 +174,38 @@ def path(points: Sequence[tuple[float, float]], kind: str = "rule", dash: str = 
     """Draw a line through places."""
     dashes = {"stroke_dasharray": dash} if dash else {}
     return element("polyline", points=" ".join(f"{rounded(x)},{rounded(y)}" for x, y in points), class_=kind, **dashes)
+
+
+def names(points: Mapping[str, tuple[float, float]], left: float, right: float) -> list[Element]:
+    """Write names beside points, the first ones first; a name that finds no room is left out.
+
+    Args:
+        points: places by their names.
+        left, right: between which names must stand.
+    """
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points.values()]
+    written = []
+    for name, (x, y) in points.items():
+        for across, up, anchor in _BESIDE:
+            width = _LETTER_WIDTH * len(name)
+            start = x + across - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+            box = (start, y - up - _LETTER_HEIGHT, start + width, y - up + 2)
+            overlaps = any(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
+            )
+            if left <= box[0] and box[2] <= right and not overlaps:
+                taken.append(box)
+                written.append(text(x + across, y - up, name, text_anchor=anchor, class_="name"))
+                break
+    return written
+
+
+# Where a name may stand: how far, in pixels, to the right of its point and above it, and which part of it stands there.
+_BESIDE = (
+    *((7.0, 6.0, "start"), (8.0, -4.0, "start"), (0.0, 9.0, "middle"), (-8.0, -4.0, "end")),
+    *((0.0, -17.0, "middle"), (-7.0, 6.0, "end"), (7.0, -15.0, "start"), (-7.0, -15.0, "end")),
+)
+_LETTER_WIDTH, _LETTER_HEIGHT = 6.2, 10.0
 
 
 def swatch(style: Style) -> Element:

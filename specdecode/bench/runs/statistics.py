@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -28,6 +28,11 @@ class Estimate:
     value: float
     low: float
     high: float
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the interval has two ends."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"
@@ -137,3 +142,17 @@ def noise_floor(logs: Sequence[Sequence[float]]) -> float:
     """
     interval = mean_ratio(logs)
     return max(abs(math.log(interval.low)), abs(math.log(interval.high)))
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the points that no other beats in one coordinate without losing in the other, by their first coordinate.
+
+    Args:
+        points: by name; more is better in both coordinates.
+    """
+    best, front = -math.inf, []
+    for name in sorted(points, key=lambda name: points[name], reverse=True):
+        if points[name][1] > best:
+            best = points[name][1]
+            front.append(name)
+    return front[::-1]

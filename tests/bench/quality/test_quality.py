@@ -16,7 +16,7 @@ from specdecode import LM
 from specdecode.bench.options import Options
 from specdecode.bench.quality import quality_session as quality
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
-from specdecode.bench.quality.tables import costs, markdown, notes, retrieval, scores
+from specdecode.bench.quality.quality_tables import costs, markdown, notes, retrieval, scores
 from specdecode.evals.margins import MarginCheck, Outcome, check_margins, read_margins
 from specdecode.evals.needle import Retrieval
 from specdecode.evals.perplexity import negative_log_likelihoods
@@ -277,7 +277,7 @@ def test_the_page_tells_costs_needles_and_what_is_not_as_expected() -> None:
 def test_a_report_needs_no_torch() -> None:
     """Guards against a report, or the help of the command line, that waits for torch."""
     program = (
-        "import sys; import specdecode.bench.quality.tables, specdecode.bench.plugin;"
+        "import sys; import specdecode.bench.quality.quality_tables, specdecode.bench.plugin;"
         "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

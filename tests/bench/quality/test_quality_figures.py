@@ -16,8 +16,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from specdecode.bench.quality.figures import draw
-from specdecode.bench.quality.tables import margins, markdown, title
+from specdecode.bench.quality.quality_figures import draw
+from specdecode.bench.quality.quality_tables import margins, markdown, title
 from specdecode.bench.quality.tradeoff import NOTHING, about_speed, against_speed, tradeoff
 from specdecode.bench.report.drawing import cache_looks, looks, rendered
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
@@ -342,33 +342,6 @@ def test_a_report_tells_costs_speeds_and_margins(
     assert "Quality against speed" not in Path("out").read_text()
 
 
-def test_the_page_is_whole_by_itself(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against pictures that stay behind when the page is sent to someone, and names that become elements."""
-    quality, speed = files
-    assert call(monkeypatch, quality, "--speed", speed, "--format", "html") == 0
-    page = Page(quality.with_suffix(".html").read_text())
-    assert page.tags.count("img") == len(drawn())
-    assert quality.with_suffix(".html").read_text().count('src="data:image/png;base64,') == len(drawn())
-    quality.write_text(write(run_of({name: {} for name in HOSTILE}, target=HOSTILE[0])))
-    for format_ in FORMATS:
-        assert call(monkeypatch, quality, "--format", format_, "--out", format_) == 0
-    page = Page(Path("html").read_text())
-    assert "script" not in page.tags
-    assert set(HOSTILE) <= set(page.texts)
-    assert "<" not in Path("md").read_text()
-    assert "](" not in Path("md").read_text()
-
-
-def test_without_matplotlib_the_page_says_so(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a page that cannot be had, or has lost its figures without a word."""
-    monkeypatch.delitem(sys.modules, "specdecode.bench.quality.figures")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert call(monkeypatch, files[0], "--format", "html") == 0
-    page = Page(files[0].with_suffix(".html").read_text())
-    assert "img" not in page.tags
-    assert "Figures need matplotlib" in page.text
-
-
 def test_figures_are_written_and_those_that_are_missing_told(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,7 +395,7 @@ def test_texts_of_quality_need_neither_torch_nor_matplotlib(files: tuple[Path, P
         "except SystemExit: pass\n"
         "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
-    for format_ in ("md", "latex"):
+    for format_ in FORMATS:
         options = ["report", str(files[0]), "--speed", str(files[1]), "--format", format_]
         assert subprocess.run([sys.executable, "-c", code, *options], capture_output=True, check=False).returncode == 0
 

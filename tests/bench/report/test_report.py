@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -23,6 +22,7 @@ from specdecode.bench.gate.history import history
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
+from tests.helpers.browser import CHROMIUM, look_at
 from tests.helpers.root import ROOT
 
 FORMATS = ("md", "html", "latex")
@@ -112,7 +112,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         if tag == "svg":
-            self._class = dict(attrs)["class"] or ""
+            self._class = dict(attrs).get("class") or ""
 
     def handle_data(self, data: str) -> None:
         if self.tags[-1:] == ["title"] and "svg" in self.tags and data.strip():
@@ -454,15 +454,6 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
         assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
 
 
-MEASURE = """addEventListener("load", () => {
-    const root = frames[0].document.documentElement, style = frames[0].getComputedStyle(frames[0].document.body);
-    document.title = JSON.stringify({scroll: root.scrollWidth, ground: style.backgroundColor, ink: style.color,
-        drawings: root.querySelectorAll("svg").length,
-        arm: Math.min(...Array.from(root.querySelectorAll("tbody th"), name => name.clientWidth))});
-});"""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize(
     ("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 800), ("light", 390), ("dark", 390)]
@@ -470,23 +461,11 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def test_a_browser_shows_the_page(blessed: Path, report: Any, tmp_path: Path, scheme: str, width: int) -> None:
     """Guards against a page that scrolls sideways on a phone, is dark on dark, squeezes names, or asks for more."""
     page = report("html", content(SPEEDUPS | {"a-very-long-name-" * 6: 1.1, "linear": 1.5}, drafting=0.6))
-    outer = tmp_path / "outer.html"
-    # Windows have a least width; frames do not, and take their colour scheme from the element that holds them.
-    outer.write_text(
-        f'<!doctype html><meta charset="utf-8"><iframe style="width: {width}px; border: 0; color-scheme: {scheme}"'
-        f' srcdoc="{html.escape(page)}"></iframe><script>{MEASURE}</script>'
-    )
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run([*command, profile, outer.as_uri()], capture_output=True, text=True, timeout=120, check=False)
-    found = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert found, done.stderr
-    seen = json.loads(html.unescape(found[1]))
-    assert "CONSOLE" not in done.stderr
+    seen = look_at(page, scheme, width, tmp_path)
     assert seen["scroll"] <= width
     assert seen["arm"] > 120
     assert seen["drawings"] == page.count("<svg")
-    ground, ink = (sum(map(int, re.findall(r"\d+", seen[name])[:3])) for name in ("ground", "ink"))
+    ground, ink = seen["ground"], seen["ink"]
     assert (ground < 150 < 600 < ink) if scheme == "dark" else (ink < 150 < 600 < ground)
 
 

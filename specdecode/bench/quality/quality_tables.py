@@ -13,7 +13,7 @@ from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import detectable
 from specdecode.evals.intervals import mcnemar, wilson
 from specdecode.evals.margins import MarginCheck
-from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, NeedleTrial, QualityRun
+from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, NeedleCell, QualityRun
 
 
 def title(run: QualityRun) -> str:
@@ -50,17 +50,14 @@ def retrieval(run: QualityRun) -> Grid:
     columns = [Column("needle found by", False), Column("tokens"), *(Column(f"depth {depth:g}") for depth in depths)]
     rows = []
     for arm in dict.fromkeys(trial.arm for trial in run.needles):
-        grid = run.grid(arm)
-        for length in sorted({length for length, _ in grid}):
-            rows.append([arm, str(length), *(_retrieved(grid.get((length, depth), [])) for depth in depths)])
+        cells = run.needle_cells(arm)
+        for length in sorted({length for length, _ in cells}):
+            rows.append([arm, str(length), *(_retrieved(cells.get((length, depth))) for depth in depths)])
     return Grid(columns, rows)
 
 
-def _retrieved(trials: Sequence[NeedleTrial]) -> str:
-    if not trials:
-        return ""
-    found, logprob = sum(trial.exact for trial in trials), sum(trial.logprob for trial in trials) / len(trials)
-    return f"{found}/{len(trials)} ({logprob:.1f})"
+def _retrieved(cell: NeedleCell | None) -> str:
+    return "" if cell is None else f"{cell.found}/{cell.count} ({cell.logprob:.1f})"
 
 
 def scores(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
