@@ -122,6 +122,11 @@ def test_transformers_is_known_in_few_places(file: str) -> None:
         assert file.startswith(MAY_IMPORT_TRANSFORMERS)
 
 
+def test_its_types_are_told() -> None:
+    """Guards against annotations that no checker reads where the package is installed."""
+    assert (ROOT / "py.typed").is_file()
+
+
 def test_every_public_name_can_be_imported() -> None:
     """Guards against a name that is promised at the top and has moved away below."""
     for name in specdecode.__all__:
