@@ -1,0 +1,134 @@
+"""Arms as they are made of a preset's entries, and what one run of them gives."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdecode import TokenizerMismatchError, generate
+from specdecode.bench.arms.arm import make_arm
+from specdecode.bench.measure import speed_session
+from specdecode.bench.measure.experiment import row_of
+from specdecode.bench.options import Options
+from specdecode.bench.plan import resolve
+from specdecode.bench.quality import quality_session
+from specdecode.bench.quality.plan import resolve_quality
+from specdecode.bench.runs.records import ArmRecord
+from tests.helpers.models import VOCABULARY, greedy, lm, prompt, small
+from tests.helpers.spelling import CHARACTERS, characters
+
+LENGTH = 20
+
+
+def test_a_draft_of_another_vocabulary_serves_the_arm_that_goes_by_text() -> None:
+    """Guards against a pair of vocabularies that cannot be measured at all, and against arms that take the draft's
+    tokens for the target's."""
+    target, draft = lm("llama"), small(vocab_size=VOCABULARY)
+    draft.tokenizer = characters(CHARACTERS[::-1])
+    run = make_arm("by-text", {"drafter": "universal", "k": 3}, target, draft).run(prompt(), LENGTH, ())
+    assert run.tokens == greedy("llama", LENGTH)
+    assert run.counts.draft_forwards > 0
+    assert len(run.histograms.depth) == 4
+    for options in ({"drafter": "model"}, {"peer": "assisted"}):
+        with pytest.raises(TokenizerMismatchError, match="does not share the vocabulary of llama"):
+            make_arm("arm", options, target, draft)
+    draft.tokenizer = None
+    with pytest.raises(TokenizerMismatchError, match="small has no tokenizer"):
+        make_arm("arm", {"drafter": "universal"}, target, draft)
+
+
+def test_a_batch_shares_forwards_and_tells_a_prompts_share_of_the_time() -> None:
+    """Guards against a batch of one text said several times, and a time that is divided in one place only."""
+    target = lm("llama")
+    arm = make_arm("batch", {"drafter": "lookup", "batch": 4}, target, None)
+    shapes: list[torch.Size] = []
+    started = time.perf_counter()
+    with target.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    ):
+        run = arm.run(prompt(), 30, ())
+    elapsed = time.perf_counter() - started
+    assert run.tokens == generate(target, prompt(), max_new_tokens=30).tokens
+    assert sorted(shape[1] for shape in shapes if shape[0] == 1)[-1] == len(prompt()) - 1
+    assert next(shape[0] for shape in shapes if shape[0] > 1) == 4
+    assert 0 < 4 * run.total_s <= elapsed
+    assert run.seconds.verify < run.total_s
+
+
+def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
+    """Guards against a synthetic arm that skips the draft's forwards, or accepts at another rate than it says."""
+    target = lm("llama")
+    draft = target.subset([0])
+    options = {"drafter": "model", "k": 4, "replay": 0.8}
+    arm = make_arm("replayed", options, target, draft)
+    expected = generate(target, prompt(), max_new_tokens=200).tokens
+    run = arm.run(prompt(), 200, expected)
+    assert arm.synthetic
+    assert run.counts.draft_forwards == sum(depth * steps for depth, steps in enumerate(run.histograms.depth))
+    record = ArmRecord({"p": row_of([0.0], [run], [run])})
+    assert 0.6 < record.acceptance_by_position()[0] < 0.95
+
+
+@pytest.mark.parametrize(("entry", "steps"), [({"k": 4}, 8), ({}, 7)], ids=str)
+def test_peers_draft_as_long_as_they_are_told(entry: dict[str, int], steps: int) -> None:
+    """Guards against transformers drafting at another K: all drafts are right here, so K shows in the steps."""
+    target = lm("llama")
+    arm = make_arm("hf-assisted", {"peer": "assisted", **entry}, target, target)
+    ours = make_arm("linear", {"drafter": "model", **entry}, target, target)
+    peer_run, own_run = arm.run(prompt(), 40, ()), ours.run(prompt(), 40, ())
+    assert peer_run.tokens == own_run.tokens
+    assert peer_run.counts.steps == own_run.counts.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"drafter": "oracle"}, "no drafter is named 'oracle'"),
+        ({"peer": "magic"}, "no peer is named 'magic'"),
+        ({"drafter": "lookup", "speed": 9}, "unknown options: speed"),
+        ({"drafter": "model", "shape": "ring"}, "no tree shape is named 'ring'"),
+        ({"drafter": "model", "k": 0}, "K is 0"),
+        ({"drafter": "lookup", "ngram": 0}, "max_ngram is 0"),
+        ({"drafter": "lookup+model", "min_ngram": 4}, "min_ngram is 4"),
+        ({"drafter": "lookup+oracle"}, "no drafter is named 'oracle'"),
+        ({"policy": "amnesia"}, "no cache policy is named 'amnesia': choose from heavy-hitter, key-norm, random"),
+        ({"policy": "sink-window", "cache": 3}, "max_len is 3"),
+        ({"peer": "generate", "policy": "random"}, "takes no policy"),
+        ({"batch": 0}, "batch is 0"),
+        ({"batch": 2, "drafter": "model", "replay": 0.5}, "batch is 2: it is 1 or more, and 1 for replayed drafts"),
+        ({"quantize": "int4"}, "quantize is 'int4'"),
+        ({"drafter": "lookup", "controller": "magic"}, "no controller is named 'magic': choose from fixed, adaptive"),
+        ({"drafter": "lookup", "controller": "adaptive", "k": 3}, "k is of no use with the controller 'adaptive'"),
+        ({"drafter": "lookup", "controller": "cost-aware", "k": 3}, "k is of no use with the controller 'cost-aware'"),
+        ({"peer": "generate", "controller": "adaptive"}, "unknown options: controller"),
+    ],
+)
+def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:
+    """Guards against a typing error that silently measures something else."""
+    with pytest.raises(ValueError, match=f"^arm 'arm': .*{reason}"):
+        make_arm("arm", options, lm("llama"), lm("llama"))
+
+
+def test_a_wrong_entry_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """Guards against minutes of loading before a typing error is found."""
+    folder = str(tmp_path / "nowhere")
+    speed = tmp_path / "speed.toml"
+    speed.write_text(
+        'prompts = "prose:1"\nmax_new_tokens = 4\nrepeats = 1\n[arms]\nar = {}\nit = { drafter = "mode" }\n'
+    )
+    with pytest.raises(ValueError, match=r"^arm 'it': no drafter is named 'mode'"):
+        speed_session.measure(resolve(Options(root=tmp_path, preset=str(speed), target=folder)), {"it"})
+    quality = tmp_path / "quality.toml"
+    quality.write_text('texts = "prose@48:3"\nk = 3\n[arms]\nit = { policy = "sink-window", cache = 3 }\n')
+    with pytest.raises(ValueError, match=r"^arm 'it': max_len is 3"):
+        quality_session.measure(resolve_quality(Options(root=tmp_path, preset=str(quality), target=folder)), {"it"})
+
+
+def test_an_arm_that_drafts_needs_a_draft_model() -> None:
+    """Guards against a failure in the middle of the experiment."""
+    for options in ({"drafter": "model"}, {"drafter": "lookup+model"}, {"drafter": "universal"}, {"peer": "assisted"}):
+        with pytest.raises(ValueError, match="--draft"):
+            make_arm("arm", options, lm("llama"), None)
