@@ -26,7 +26,7 @@ class Preset:
     """What to measure.
 
     Attributes:
-        arms: for each arm's name, how it decodes; `bench.arms.make` knows the keys.
+        arms: for each arm's name, how it decodes; `bench.arms.entry.ArmSpec` reads it.
         prompts: data sets and counts, as `evals.data.token_prompts` reads them.
         max_new_tokens: length of every output; stop tokens do not end it, unless options say so.
         repeats: blocks for each prompt.

@@ -111,13 +111,13 @@ def test_a_quality_session_is_planned_before_a_model_is_loaded(tmp_path: Path) -
     def quality(**given: Any) -> QualityPlan:
         return resolve_quality(Options(**{"root": tmp_path, "device": "cpu", "tiny": True} | given))
 
-    found = quality(prompts="prose@30:2", max_new_tokens=3)
-    assert found.preset.texts == "prose@30:2"
-    assert found.preset.tasks is not None
-    assert found.preset.tasks.max_new_tokens == 3
-    assert found.margins == {}
-    found.margins_path.parent.mkdir(parents=True)
-    found.margins_path.write_text('{"margins": {"full": {"nll": 0.5}}}')
+    planned = quality(prompts="prose@30:2", max_new_tokens=3)
+    assert planned.preset.texts == "prose@30:2"
+    assert planned.preset.tasks is not None
+    assert planned.preset.tasks.max_new_tokens == 3
+    assert planned.margins == {}
+    planned.margins_path.parent.mkdir(parents=True)
+    planned.margins_path.write_text('{"margins": {"full": {"nll": 0.5}}}')
     assert quality(prompts="prose@30:2").margins == {"full": {"nll": 0.5}}
     for given, reason in (({"backend": "nothing"}, "no backend"), ({"preset": "nothing", "tiny": False}, "no preset")):
         with pytest.raises(ValueError, match=reason):
