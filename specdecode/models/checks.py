@@ -8,6 +8,7 @@ import sys
 from transformers import PretrainedConfig, PreTrainedModel
 
 from specdecode.backends.grouped_attention import GROUPED
+from specdecode.models.wrapped import unloaded_reason
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -32,6 +33,8 @@ def sliding_window(config: PretrainedConfig) -> int | None:
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Return why the configuration alone rules the model out; None if it does not."""
+    if unloaded := unloaded_reason(model):
+        return unloaded
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder model"
@@ -56,3 +59,15 @@ def missing_arguments(model: PreTrainedModel) -> str | None:
     parameters = inspect.signature(type(model).forward).parameters
     missing = [name for name in ("position_ids", "past_key_values") if name not in parameters]
     return f"its forward takes no {' and no '.join(missing)}" if missing else None
+
+
+def mixed_rows_reason(model: PreTrainedModel) -> str | None:
+    """Return which layers compute a token's outputs from the other tokens of a forward too; None if there are none."""
+    # By name, as bitsandbytes need not be installed.
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        return (
+            "the 8-bit layers of bitsandbytes choose their outliers among all tokens of a forward, so a token's logits"
+            " depend on those that are verified with it; load it with llm_int8_threshold=0.0, in 4 bits, or here with"
+            " quantize='int8'"
+        )
+    return None

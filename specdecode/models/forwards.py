@@ -15,6 +15,7 @@ from specdecode.backends.static import StaticCacheView, StaticInputs
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.tree import DraftTree
 from specdecode.models.masks import MaskForm
+from specdecode.models.wrapped import execution_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def run(
     Returns:
         The output of transformers.
     """
-    size, device = max(len(read.tokens) for read in inputs), model.device
+    size, device = max(len(read.tokens) for read in inputs), execution_device(model)
     return model(
         input_ids=_stacked([read.tokens for read in inputs], size, device),
         attention_mask=form.masks(sequences, [read.visible for read in inputs], size),

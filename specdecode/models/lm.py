@@ -18,7 +18,7 @@ from specdecode.backends.static import StaticInputs, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.tree import DraftTree
-from specdecode.models.chat import chat_ids
+from specdecode.models.chat import chat_ids, stop_token_ids
 from specdecode.models.checks import context_length, sliding_window, unsupported_reason
 from specdecode.models.forwards import ForwardInput, run, static_logits, tree_input
 from specdecode.models.masks import MaskForm
@@ -28,6 +28,7 @@ from specdecode.models.recording import HiddenStateRecording, store_attention
 from specdecode.models.rotary import KeyRerotation, rotations
 from specdecode.models.spelling import Spelling
 from specdecode.models.variants import layer_subset, shared_copy
+from specdecode.models.wrapped import execution_device, unwrapped
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 
@@ -62,7 +63,7 @@ class LM:
         synthetic: bool = False,
         backend: Backend = Backend(),
     ) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         model.train(False)
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
@@ -85,8 +86,7 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
+        return execution_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,11 +101,8 @@ class LM:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text by the model's own configuration. The caller decides whether to stop at them."""
-        declared = getattr(self.model.generation_config, "eos_token_id", None)
-        if declared is None:
-            return ()
-        return (declared,) if isinstance(declared, int) else tuple(declared)
+        """The tokens that end a text; see `chat.stop_token_ids`. The caller decides whether to stop at them."""
+        return stop_token_ids(self.model, self.tokenizer)
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
         """Return the token ids of a text. Without a tokenizer these are its bytes: models of random weights take any

@@ -11,9 +11,10 @@ from transformers import PretrainedConfig
 
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.tree import DraftTree
-from specdecode.models.checks import missing_arguments
+from specdecode.models.checks import missing_arguments, mixed_rows_reason
 from specdecode.models.forwards import SlotDecoder
 from specdecode.models.masks import MaskForm
+from specdecode.models.wrapped import execution_device
 
 # Sliding window while a model is probed, in positions: narrower than the probe is long.
 _PROBE_WINDOW = 4
@@ -72,7 +73,7 @@ def check_tree_decoding(decoder: SlotDecoder) -> None:
         )
         cause = error
     if reason is not None:
-        reason = missing_arguments(decoder.model) or reason
+        reason = missing_arguments(decoder.model) or mixed_rows_reason(decoder.model) or reason
         raise UnsupportedModelError(f"{decoder.name} cannot be decoded exactly: {reason}") from cause
 
 
@@ -93,9 +94,14 @@ def _difference(decoder: SlotDecoder) -> str | None:
     at_end = decoder.forward(slots, torch.tensor([after]))
     for path in ([3], [8, 10], accepted):
         text = stem + [nodes[i - 1] for i in path] + [after]
-        sequential = model(torch.tensor([text], device=model.device), use_cache=False).logits[0]
+        sequential = model(torch.tensor([text], device=execution_device(model)), use_cache=False).logits[0]
         through_slots = torch.cat([at_nodes[[0, *path]], at_end if path is accepted else at_end[:0]])
         sequential = sequential[len(stem) - 1 :][: len(through_slots)].double()
+        if not sequential.isfinite().all():
+            return (
+                "a plain forward of it gives logits that are NaN or infinite: its weights are damaged, or too large for"
+                f" {str(model.dtype).removeprefix('torch.')}; load it again, or in another dtype"
+            )
         error = ((through_slots.double() - sequential).abs().max() / sequential.std()).item()
         if not error <= _TOLERANCE[model.dtype]:
             return (

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from specdecode.backends.grouped_attention import own_config
+from specdecode.models.wrapped import rebind
 
 
 def shared_copy(module: Any) -> Any:
@@ -18,6 +19,7 @@ def shared_copy(module: Any) -> Any:
     A parameter that is later replaced in one of the two stays in the other, and so do hooks.
     """
     copied = copy.copy(module)
+    rebind(copied, module)
     for name in [name for name in vars(copied) if name == "_parameters" or name.endswith("_hooks")]:
         setattr(copied, name, vars(copied)[name].copy())
     copied._modules = {name: None if child is None else shared_copy(child) for name, child in module._modules.items()}
