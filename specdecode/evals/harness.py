@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,8 +101,6 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         self._make_drafter = drafter_maker(spec.with_head_of(target.name), lm, draft)
         self._make_controller = controller_maker(spec, lm, self._make_drafter)
         self._keeps_all = self._path.policy.interval == 0
-        ends = (*target.stop_token_ids, target.tokenizer.eos_token_id)
-        self._stop_token_ids = [token for token in ends if token is not None]
         self.max_gen_toks = max_gen_toks
         self.tokenizer: Any = target.tokenizer
 
@@ -218,22 +217,34 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         tokens = self.tok_encode(context)
         if self._keeps_all:
             tokens, limit = maybe_truncate(tokens, limit, self.max_length)
-        written = generate(
-            self._path.lm,
-            tokens,
-            drafter=self._make_drafter(),
-            controller=self._make_controller(),
-            policy=self._path.policy,
-            sampling=sampling,
-            max_new_tokens=limit,
-            stop_token_ids=self._stop_token_ids,
-            stop=stop,
-        ).tokens
-        if written[-1] in self._stop_token_ids:
+        written = self._write(tokens, limit, sampling, stop)
+        if written[-1] in self._path.lm.stop_token_ids:
             del written[-1]
-        text: str = self.tokenizer.decode(written, skip_special_tokens=True)
+        text = self._path.lm.spelling.text(written, special=False)
         cut: str = postprocess_generated_text(text, stop, None)
         return cut
+
+    def _write(self, context: list[int], limit: int, sampling: Sampling, stop: list[str]) -> list[int]:
+        """Continue a context up to a stop string that stands in the continuation alone, as the harness understands it:
+        one that begins in the context ends nothing."""
+        lm, written = self._path.lm, list[int]()
+        while True:
+            made = generate(
+                lm,
+                context + written,
+                drafter=self._make_drafter(),
+                controller=self._make_controller(),
+                policy=self._path.policy,
+                # Not the random numbers that the text begins with.
+                sampling=replace(sampling, seed=(sampling.seed or 0) + len(written)),
+                max_new_tokens=limit - len(written),
+                stop_token_ids=lm.stop_token_ids,
+                stop=stop,
+            )
+            written += made.tokens
+            ended = written[-1] in lm.stop_token_ids or any(string in lm.spelling.text(written) for string in stop)
+            if ended or len(written) == limit:
+                return written
 
 
 def run(arguments: Sequence[str]) -> None:

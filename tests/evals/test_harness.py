@@ -181,6 +181,15 @@ def test_texts_are_those_of_generate(way: dict[str, Any]) -> None:
     assert found == [text, text, cut, cut]
 
 
+def test_a_stop_string_that_begins_in_the_context_ends_nothing() -> None:
+    """Guards against answers that end at once, as after a context that ends with a part of the string."""
+    text = written(TEXT[:60], 30)
+    seam, inner = TEXT[59] + text[0], text[19:21]
+    request = asked("generate_until", TEXT[:60], {"until": [seam, inner], "max_gen_toks": 30, "do_sample": False})
+    assert seam not in text
+    assert harness().generate_until([request], disable_tqdm=True) == [text[: text.index(inner)]]
+
+
 @pytest.mark.parametrize(
     ("way", "drafters", "shape"),
     [

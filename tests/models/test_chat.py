@@ -1,0 +1,33 @@
+"""Where an answer ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from specdecode import LM
+from tests.helpers.models import ARCHITECTURES, build
+from tests.helpers.spelling import characters
+
+END = characters().convert_tokens_to_ids("b")
+
+
+@pytest.mark.parametrize(
+    ("declared", "alone", "with_tokenizer"),
+    [
+        (None, (), (END,)),
+        (7, (7,), (7, END)),
+        ([7, 9], (7, 9), (7, 9, END)),
+        ([END, 9], (END, 9), (END, 9)),
+        (END, (END,), (END,)),
+    ],
+)
+def test_a_text_ends_at_what_the_checkpoint_and_the_tokenizer_declare(
+    declared: int | list[int] | None, alone: tuple[int, ...], with_tokenizer: tuple[int, ...]
+) -> None:
+    """Guards against a chat model that goes on behind its turn, which its tokenizer alone ends."""
+    model, tokenizer = build(ARCHITECTURES["llama"]), characters()
+    model.generation_config.eos_token_id = declared
+    assert LM(model).stop_token_ids == alone
+    assert LM(model, tokenizer).stop_token_ids == alone  # a tokenizer that ends no text
+    tokenizer.eos_token = "b"
+    assert LM(model, tokenizer).stop_token_ids == with_tokenizer
