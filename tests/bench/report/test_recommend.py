@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import subprocess
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdecode import cli, load
-from specdecode.bench.arms.arm import make_arm
+from specdecode import cli
 from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.measure import time_boxed
 from specdecode.bench.report.advice import sentences
@@ -340,94 +338,9 @@ def test_arms_are_given_up_once_they_are_shown_to_be_slow() -> None:
     assert not hopeless(arm(1.2, LINEAR, prompts=4))
 
 
-# The lines of Python.
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save(tmp_path_factory.mktemp("model")))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"drafter": "lookup", "ngram": 1, "branches": 3, "k": 2},
-        {"drafter": "lookup"},
-        {"drafter": "model", "controller": "adaptive"},
-        {"drafter": "model", "shape": "static", "branching": [2, 1, 2], "nodes": 7, "k": 3},
-        {"drafter": "model", "shape": "static"},
-        {"drafter": "model", "shape": "best-first", "nodes": 6, "threshold": 0.01, "k": 4},
-        {"drafter": "model", "shape": "best-first"},
-        {"drafter": "universal", "k": 4},
-        {"drafter": "self-streaming", "draft_cache": 32, "shape": "best-first", "k": 4},
-        {"drafter": "lookup", "policy": "key-norm", "cache": 24, "k": 3},
-        {"drafter": "model", "quantize": "int8", "k": 2},
-        {"drafter": "lookup", "backend": "packed"},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())) or "plain",
-)
-def test_the_lines_decode_as_the_arm_did(model: str, options: dict[str, Any]) -> None:
-    """Guards against lines that do not run as they are pasted, or that are of another configuration."""
-    draft = "layers:0-2"
-    run = kept(identity=("abacus", model, draft, "float64"), arm=arm(1.0, options))
-    pasted: dict[str, Any] = {}
-    exec(code_snippet(run, "arm"), pasted)
-
-    target = load(model, device="cpu", dtype="float64", backend="eager")
-    smaller = load(draft, target=target)
-    expected = make_arm("arm", options, target, smaller, "eager").run(target.encode("Once upon a time"), LENGTH, ())
-    result = pasted["result"]
-    assert result.tokens == expected.tokens
-    counts = ("draft_forwards", "drafted", "accepted", "peak_cache_bytes", "compressions")
-    assert {name: getattr(result, name) for name in counts} == {name: getattr(expected.counts, name) for name in counts}
-    assert pasted["target"].weight_bytes == (target.quantized("int8") if "quantize" in options else target).weight_bytes
-    assert pasted.get("draft", smaller).weight_bytes == smaller.weight_bytes
-    if options.get("drafter") == "lookup":
-        assert pasted["drafter"].max_ngram == options.get("ngram", 3)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_the_lines_of_a_cost_aware_arm_run(model: str) -> None:
-    """Guards against a controller without its costs."""
-    run = kept(
-        identity=("abacus", model, "", "float64"), arm=arm(1.0, {"drafter": "lookup", "controller": "cost-aware"})
-    )
-    pasted: dict[str, Any] = {}
-    exec(code_snippet(run, "arm"), pasted)
-    assert len(pasted["result"].tokens) == LENGTH
-
-
-HOSTILE = "x') or exit(3) #"
-
-
-@pytest.mark.parametrize("key", ["policy", "backend", "quantize", "head"])
-def test_lines_from_a_hostile_file_are_literals(key: str) -> None:
-    """Guards against a run file that runs its own code on the machine of who pastes the lines."""
-    options = {"drafter": "model", "shape": "static", "policy": "sink-window", "sinks": 2} | {key: HOSTILE}
-    if key == "head":
-        options = {"drafter": "head", key: HOSTILE}
-    lines = code_snippet(kept(identity=("abacus", HOSTILE, HOSTILE, "float32"), arm=arm(1.0, options)), "arm")
-    assert "exit" in lines
-    called = {".".join(_path(node.func)) for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Call)}
-    assert all(name == "policy" or name.startswith(("specdecode.", "target.")) for name in called)
-
-
-@pytest.mark.parametrize("key", ["k", "ngram", "branching", "nodes", "cache", "sinks", HOSTILE])
-def test_lines_are_not_made_of_what_is_no_arm(key: str) -> None:
-    """Guards against code in the place of a number, or of the name of a setting."""
-    options = {"drafter": "model", "shape": "static", "policy": "sink-window"} | {key: HOSTILE}
-    if key == "ngram":
-        options = {"drafter": "lookup", key: HOSTILE}
-    with pytest.raises(ValueError, match=r"^run\.json has an arm that this version cannot decode: arm 'arm': "):
-        code_snippet(kept(arm=arm(1.0, options)), "arm")
-
-
-def _path(node: ast.expr) -> list[str]:
-    if isinstance(node, ast.Attribute):
-        return [*_path(node.value), node.attr]
-    assert isinstance(node, ast.Name)
-    return [node.id]
 
 
 # The command.
