@@ -5,26 +5,38 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from specdecode.support.files import read_lines
+
 
 def read_prompts(file: Path) -> list[str]:
-    """Return a prompt for each line: the line as it is, or in .jsonl the field `prompt` of an object."""
+    """Return a prompt for each line that is not blank: the line as it is, or in .jsonl the field `prompt` of an object.
+
+    Raises:
+        ValueError: the file is no text in UTF-8 or has no prompts, or a line is none.
+    """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as text: {error}") from None
-    texts: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        text: object = line
-        if file.suffix == ".jsonl":
-            try:
-                text = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-        if not isinstance(text, str):
-            raise ValueError(f"line {number} of {file} is no JSON object with a field prompt")
-        texts.append(text)
+    as_json = file.suffix.lower() == ".jsonl"
+    # Blank by ASCII: a line of other spaces is a prompt.
+    texts = [_prompt(line, number, file, as_json) for number, line in enumerate(lines, start=1) if line.strip(" \t\r")]
     if not texts:
         raise ValueError(f"{file} has no prompts: give one a line")
     return texts
+
+
+def _prompt(line: str, number: int, file: Path, as_json: bool) -> str:
+    if not as_json:
+        return line
+    try:
+        text = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f"line {number} of {file} is no JSON object with a field prompt")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(
+            f"line {number} of {file} has half a surrogate pair, which is no character: correct its \\u escapes"
+        )
+    return text

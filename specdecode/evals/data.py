@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from specdecode.models.lm import LM
+from specdecode.support.files import read_lines
 
 T = TypeVar("T")
 
@@ -269,8 +270,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
             found += pyarrow.parquet.read_table(file).to_pylist()
             return found
-        # Not splitlines(): a text may have other ends of lines within it.
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = read_lines(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):

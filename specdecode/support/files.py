@@ -33,6 +33,18 @@ def write_whole(file: Path, content: str | bytes) -> None:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
 
+def read_lines(file: Path) -> list[str]:
+    """Read the lines of a text file in UTF-8, with or without a byte-order mark.
+
+    A line ends at a newline alone. Unicode knows other ends of lines, and a text may hold them.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is no text in UTF-8.
+    """
+    return [line.removesuffix("\r") for line in file.read_bytes().decode("utf-8-sig").split("\n")]
+
+
 def check_writable(file: Path) -> None:
     """Check, before minutes of work, that a file can be written. Missing folders are made; the file stays as it is.
 
