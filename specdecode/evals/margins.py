@@ -84,7 +84,7 @@ def _outcome(run: QualityRun, arm: str, measure: str, margin: float | None) -> t
         return None, "not read: INT8 needs torchao"
     cost, tasks = run.cost(arm, measure), run.header.tasks
     if cost is None and measure in TASKS and tasks is not None:
-        return None, tasks.missing[measure]
+        return None, tasks.missing.get(measure, "no problem of it was asked")
     if cost is None:
         return None, "nothing was evicted: the texts are shorter than the cache"
     unit = "nats a token" if measure in MEASURES else "fewer solved, as a share"

@@ -360,8 +360,7 @@ def read(path: Path) -> QualityRun:
             {arm: mapping(entry, arm) for arm, entry in mapping(run["arms"], "arms").items()},
             [document(mapping(entry, "a document")) for entry in items(run["documents"], "documents")],
             [_trial(mapping(entry, "a needle")) for entry in items(run["needles"], "needles")],
-            # Older files do not have these.
-            [_answer(mapping(entry, "an answer")) for entry in items(run.get("answers", []), "answers")],
+            _answers(items(run.get("answers", []), "answers")),  # older files do not have them
         )
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --quality`: it has no {error}") from None
@@ -426,6 +425,15 @@ def _trial(entry: dict[str, Any]) -> NeedleTrial:
         ranks=counts(entry["ranks"], "ranks"),
         exact=flag(entry, "exact"),
     )
+
+
+def _answers(entries: list[Any]) -> list[Answer]:
+    answers = [_answer(mapping(entry, "an answer")) for entry in entries]
+    asked = {(answer.task, answer.problem) for answer in answers if answer.arm == REFERENCE}
+    for answer in answers:
+        if (answer.task, answer.problem) not in asked:
+            raise ValueError(f"{answer.arm} answered {answer.problem!r}, which the reference did not")
+    return answers
 
 
 def _answer(entry: dict[str, Any]) -> Answer:

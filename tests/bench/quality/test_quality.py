@@ -200,6 +200,11 @@ def test_a_run_travels_as_json(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ValueError, match=reason):
             read(file)
+    content = json.loads(write(example()))
+    content["quality"]["answers"][-1]["problem"] = "humaneval/x"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="window-8 answered 'humaneval/x', which the reference did not"):
+        read(file)
     with pytest.raises(ValueError, match="cannot be read"):
         read(tmp_path / "nothing.json")
 
