@@ -14,7 +14,7 @@ import typer
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.cli.messages import note, noted_if_slow
 from specdecode.cli.prompts import read_prompts
-from specdecode.cli.text import TextStream, text_of
+from specdecode.cli.text import TextStream
 from specdecode.support.progress import progress
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
     fields = {
         "index": place,
         "prompt": prompt,
-        "text": text_of(model.tokenizer, result.tokens),
+        "text": model.spelling.text(result.tokens, special=False),
         "finish_reason": result.finish_reason,
         "tokens": len(result.tokens),
         "tokens_per_second": result.throughput,
@@ -281,8 +281,8 @@ def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
         "acceptance_rate": result.acceptance_rate if result.drafted else None,
     }
     if result.logprobs is not None:
-        pairs = zip(result.tokens, result.logprobs, strict=True)
-        fields["logprobs"] = [[model.decode([token]), round(value, 6)] for token, value in pairs]
+        pairs = zip(model.spelling.pieces(result.tokens), result.logprobs, strict=True)
+        fields["logprobs"] = [[piece, round(value, 6)] for piece, value in pairs]
     return json.dumps(fields, ensure_ascii=False)
 
 
@@ -291,7 +291,7 @@ def _write_text(decoder: _Decoder, tokens: list[int], rules: Mapping[str, Any]) 
     from specdecode import generate as decode
 
     model = decoder.model
-    stream = TextStream(model.tokenizer)
+    stream = TextStream(model)
     parts: dict[str, Any] = {"drafter": decoder.make_drafter(), "controller": decoder.make_controller()}
     result = decode(model, tokens, on_step=stream.add, **parts, **rules)
     stream.end()

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
-
-def text_of(tokenizer: Any, tokens: list[int]) -> str:
-    """Return what tokens say to a reader: without the special ones, such as those that end a turn of a chat."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+if TYPE_CHECKING:
+    from specdecode import LM
 
 
 class TextStream:
-    """Write tokens as text as soon as they are whole characters."""
+    """Write tokens as text as soon as they are whole characters, without special tokens such as those that end a turn.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._written = 0
+    Args:
+        model: of the tokens, which stand behind others.
+    """
+
+    def __init__(self, model: LM) -> None:
+        self._reader = model.spelling.reader(special=False)
 
     def add(self, tokens: list[int]) -> None:
-        self._tokens += tokens
-        text = text_of(self._tokenizer, self._tokens)
-        # A character may be spread over tokens: until it is complete it decodes to the replacement character.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._write(text)
+        """Write the characters that these tokens complete."""
+        self._write("".join(map(self._reader.read, tokens)))
 
     def end(self) -> None:
-        self._write(text_of(self._tokenizer, self._tokens) + "\n")
+        """End the line. A character of which bytes are missing is left out."""
+        self._write("\n")
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text[self._written :])
+        sys.stdout.write(text)
         sys.stdout.flush()
-        self._written = len(text)

@@ -25,8 +25,8 @@ _BLOCK_TOKENS = 256
 _CACHED_BLOCKS = 1024
 # Tokens put before a text when it is tokenized: enough for a word that it may continue.
 _PRECEDING_TOKENS = 8
-# What incomplete bytes of a character decode to.
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# What the bytes of a broken character decode to.
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
 # Text put before a text that has no other: a tokenizer may treat the start of a text specially, and a newline merges
 # least with what follows.
 _ANCHOR = "\n"
@@ -86,7 +86,7 @@ class UniversalDrafter:
         drafted = drafted[: self._draft.complete(drafted)]
         text = _with_end_of(self._target, self._draft, self._draft.decode(drafted, first=not translation))
         preceding = tokens[max(translated - _PRECEDING_TOKENS, 0) : translated]
-        proposed = self._target.encode(text.partition(_INCOMPLETE)[0], preceding)
+        proposed = self._target.encode(text.partition(_BROKEN)[0], preceding)
         if tuple(proposed[: len(incomplete)]) != incomplete:
             return DraftTree.empty()
         proposed = proposed[len(incomplete) :][:depth]
@@ -146,7 +146,8 @@ class _TokenCodec:
                 " tokenizer, or choose a pair of one vocabulary"
             )
         self._tokenizer = lm.tokenizer
-        self._anchor = self._tokenize(_ANCHOR)
+        self._spelling = lm.spelling
+        self._leading_space = self._spelling.text(self._tokenize("a")).removesuffix("a")
         probe = self._tokenize(_PROBE)
         round_trip = self.decode(self.encode(_PROBE, probe), first=False)
         if round_trip != _PROBE:
@@ -165,14 +166,19 @@ class _TokenCodec:
         return list(tokens[len(self.opening) if opened else 0 :])
 
     def complete(self, tokens: Sequence[int]) -> int:
-        """Return how many of the tokens decode to complete characters: up to three bytes may begin another."""
-        ends = range(len(tokens), max(len(tokens) - 4, -1), -1)
-        return next((end for end in ends if not self._detokenize(tokens[:end]).endswith(_INCOMPLETE)), len(tokens))
+        """Return how many of the tokens are complete characters: up to three bytes may begin another."""
+        reader = self._spelling.reader()
+        complete = 0
+        for place, token in enumerate(tokens, start=1):
+            reader.read(token)
+            if not reader.pending:
+                complete = place
+        return complete
 
     def decode(self, tokens: Sequence[int], *, first: bool) -> str:
-        """Return the text of tokens. If they are not the first of a text, a leading space is kept."""
-        anchor = [] if first else self._anchor
-        return self._detokenize([*anchor, *tokens])[len(self._detokenize(anchor)) :]
+        """Return the text of tokens. If they are the first of a text, the space that the tokenizer adds is left out."""
+        text = self._spelling.text(tokens)
+        return text.removeprefix(self._leading_space) if first else text
 
     def encode(self, text: str, preceding: Sequence[int]) -> list[int]:
         """Return the tokens of a text after other tokens; with none, the text is a beginning.
@@ -180,16 +186,11 @@ class _TokenCodec:
         The text is tokenized together with the preceding one, so that words and spaces are cut as the model has learnt
         them. It is tokenized alone only if it continues a word that is already tokenized.
         """
-        for before in (self._detokenize(preceding), _ANCHOR) if preceding else ():
+        for before in (self.decode(preceding, first=True), _ANCHOR) if preceding else ():
             tokens, both = self._tokenize(before), self._tokenize(before + text)
             if both[: len(tokens)] == tokens:
                 return both[len(tokens) :]
         return self._tokenize(text)
-
-    def _detokenize(self, tokens: Sequence[int]) -> str:
-        text = self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
 
     def _tokenize(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -83,6 +83,11 @@ class Reader:
         self._unread = unread
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    @property
+    def pending(self) -> bytes:
+        """The bytes read of a character of which others are still to come."""
+        return self._decoder.getstate()[0]
+
     def read(self, token: int) -> str:
         """Return the characters that a token completes."""
         spelled = None if token in self._unread else self._spelling(token)

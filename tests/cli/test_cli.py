@@ -20,8 +20,9 @@ from specdecode.bench.measure import roofline as reach
 from specdecode.cli import messages
 from tests.helpers.characters import save
 from tests.helpers.fake_clock import Cost, FakeClock, charged
+from tests.helpers.learnt import learnt
 from tests.helpers.models import ARCHITECTURES, build, continuation
-from tests.helpers.spelling import CHARACTERS
+from tests.helpers.spelling import CHARACTERS, pieces
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +199,26 @@ def test_special_tokens_are_no_text(
     named = "".join(token for token, _ in row["logprobs"])
     assert named.count("\0") > 0
     assert streamed == row["text"] + "\n" == named.replace("\0", "") + "\n"
+
+
+def test_a_text_is_whole_however_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Guards against replacement characters in place of a character that is cut, or of whole ones before it; against a
+    first space that is lost; and against a stream that says something else."""
+    text = " 日本 the end"
+    taught = learnt(pieces(["so", "the", "end"]), "so" + text)
+    taught.model.save_pretrained(tmp_path)
+    taught.tokenizer.save_pretrained(tmp_path)
+    arguments = ("generate", "so", "--target", str(tmp_path), "--dtype", "float64", "--max-new-tokens")
+    for length, expected in ((3, " "), (4, " 日"), (5, " 日"), (6, " 日"), (7, " 日本"), (9, text)):
+        assert run(monkeypatch, *arguments, str(length)) == 0
+        assert capfd.readouterr().out == expected + "\n"
+        assert run(monkeypatch, *arguments, str(length), "--json", "--logprobs") == 0
+        row = json.loads(capfd.readouterr().out)
+        assert (row["text"], row["tokens"]) == (expected, length)
+        assert "".join(piece for piece, _ in row["logprobs"]) == expected
+        assert len(row["logprobs"]) == length
 
 
 def test_a_stop_string_reaches_the_decoder(

@@ -113,6 +113,16 @@ def test_a_draft_that_knows_the_text_is_accepted(target: str, draft: str) -> Non
     assert max(step.accepted for step in result.steps) == 5
 
 
+def test_whole_characters_behind_broken_ones_are_read() -> None:
+    """Guards against a draft that reads replacement characters alone: a decoder that falls back to bytes replaces all
+    bytes in a row."""
+    target, draft = unlearnt(spelling("pieces")), unlearnt(spelling("byte-pairs"))
+    broken = target.tokenizer.convert_tokens_to_ids("<0xE4>")
+    tokens = [*target.encode("The 你好"), broken, *target.encode("世界")[2:]]
+    assert draft.decode(read_by(target, draft, tokens)) == "The 你好\N{REPLACEMENT CHARACTER}世界"
+    assert draft.decode(read_by(target, draft, tokens[:-1])) == "The 你好\N{REPLACEMENT CHARACTER}世"
+
+
 @pytest.mark.parametrize(("target", "draft"), PAIRS)
 def test_a_draft_that_knows_another_text_costs_no_token(target: str, draft: str) -> None:
     """Guards against rejected proposals that leave something behind."""
