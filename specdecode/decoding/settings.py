@@ -147,7 +147,7 @@ class Settings:
             name: usual if name not in given else unset if given[name] is None else given[name]
             for name, (usual, unset) in _HONOURED.items()
         }
-        stops = said["eos_token_id"]
+        stops, strings = said["eos_token_id"], said["stop_strings"]
         settings = cls(
             max_new_tokens=_whole_or_none("max_new_tokens", said["max_new_tokens"]),
             max_length=_whole_or_none("max_length", said["max_length"]),
@@ -157,7 +157,7 @@ class Settings:
             top_p=_number("top_p", said["top_p"]),
             stop_token_ids=None if stops is None else _tokens("eos_token_id", stops),
             padding=_whole_or_none("pad_token_id", said["pad_token_id"]),
-            stop_strings=_strings("stop_strings", said["stop_strings"] or ()),
+            stop_strings=() if strings is None else _strings("stop_strings", strings),
             copies=_whole("num_return_sequences", said["num_return_sequences"]),
         )
         settings._check()
@@ -257,4 +257,6 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(string, str) for string in strings):
         raise ValueError(f"{name} is {_shown(value)}: it must be a string, or a list of them")
+    if not strings or not all(strings):
+        raise ValueError(f"{name} is {_shown(value)}: each must be some text; for none at all, leave {name} out")
     return tuple(strings)

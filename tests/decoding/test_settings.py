@@ -100,6 +100,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("eos_token_id", "2", "'2': it must be a token id, or several"),
     ("pad_token_id", [0], r"\[0\]: it must be a whole number"),
     ("stop_strings", [1], r"\[1\]: it must be a string, or a list of them"),
+    ("stop_strings", torch.tensor([1, 2]), "a tensor of shape .*: it must be a string"),
+    ("stop_strings", 0, "0: it must be a string"),
+    ("stop_strings", [], r"\[\]: each must be some text"),
+    ("stop_strings", "", "'': each must be some text"),
     ("num_return_sequences", 0, "0: at least 1"),
     ("do_sample", torch.tensor([True, False]), "a tensor of shape .*: it must be True or False"),
     ("generation_config", {"max_new_tokens": 3}, "a dict: give a GenerationConfig"),
@@ -307,7 +311,7 @@ HONOURED: dict[str, tuple[list[Any], list[Any]]] = {
     "pad_token_id": ([None, 0, 9, STOP, np.int64(9), torch.tensor(7)], ["0", 1.5, [0], TENSOR]),
     "stop_strings": (
         [None, TARGET.decode(WHOLE[4:6]), [TARGET.decode(WHOLE[6:7]), "zq"], ("e", "a")],
-        [[], [""], [1], 5],
+        [[], "", [""], [1], 5, False, TENSOR],
     ),
     "num_return_sequences": ([None, 1], [0, 2, 1.5, TENSOR]),
 }
