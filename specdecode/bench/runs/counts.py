@@ -115,22 +115,17 @@ class Histograms:
 def total(kind: type[Values], parts: Iterable[Values]) -> Values:
     """Sum counts or seconds, field by field, from nought. A field that one of the parts lacks is None."""
     parts = list(parts)
-
-    def summed(name: str) -> float | None:
-        values = [getattr(part, name) for part in parts]
-        return None if None in values else sum(values)
-
-    return kind(**{field.name: summed(field.name) for field in fields(kind)})
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(kind)}
+    return kind(**{name: None if None in column else sum(column) for name, column in columns.items()})
 
 
 def total_histograms(parts: Iterable[Histograms]) -> Histograms:
     """Sum histograms entry by entry."""
     parts = list(parts)
-
-    def summed(name: str) -> list[int]:
-        return [sum(entries) for entries in zip_longest(*(getattr(part, name) for part in parts), fillvalue=0)]
-
-    return Histograms(**{field.name: summed(field.name) for field in fields(Histograms)})
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Histograms)}
+    return Histograms(
+        **{name: [sum(entries) for entries in zip_longest(*column, fillvalue=0)] for name, column in columns.items()}
+    )
 
 
 def as_dict(values: DataclassInstance) -> dict[str, Any]:
