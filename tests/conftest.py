@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -37,6 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
     models.DEVICE = config.getoption("device") or models.DEVICE
     # The models are so small that a second thread only costs.
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Each timed call collects garbage before it, and would look through all that is imported by now."""
+    if not (session.config.getoption("benchmark") or session.config.getoption("quality")):
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,19 @@ import numpy as np
 from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.intervals import paired_loss, ratio_of_sums
 from specdecode.evals.tasks import TASKS
-from specdecode.support.checked import count, counts, flag, items, mapping, number, numbers, read_json, text, texts
+from specdecode.support.checked import (
+    MOST_NATS,
+    count,
+    counts,
+    flag,
+    items,
+    mapping,
+    number,
+    numbers,
+    read_json,
+    text,
+    texts,
+)
 
 FORMAT = 1
 _KEY = "quality"
@@ -355,17 +368,30 @@ def read(path: Path) -> QualityRun:
         run = mapping(mapping(content, "the file")[_KEY], _KEY)
         if run["format"] != FORMAT:
             raise ValueError(f"its format is {run['format']!r}, and this version reads {FORMAT}: measure again")
+        documents = [document(mapping(entry, "a document")) for entry in items(run["documents"], "documents")]
+        if not any(entry.reference for entry in documents):
+            raise ValueError("none of its documents has a token to predict")
         return QualityRun(
             _header(mapping(run["header"], "header")),
-            {arm: mapping(entry, arm) for arm, entry in mapping(run["arms"], "arms").items()},
-            [document(mapping(entry, "a document")) for entry in items(run["documents"], "documents")],
-            [_trial(mapping(entry, "a needle")) for entry in items(run["needles"], "needles")],
+            {arm: _arm(mapping(entry, arm)) for arm, entry in mapping(run["arms"], "arms").items()},
+            documents,
+            [needle_trial(mapping(entry, "a needle")) for entry in items(run["needles"], "needles")],
             _answers(items(run.get("answers", []), "answers")),  # older files do not have them
         )
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --quality`: it has no {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _arm(entry: dict[str, Any]) -> dict[str, Any]:
+    """Check what tables and figures ask of an arm's entry."""
+    if "cache" in entry:
+        count(entry, "cache", least=1)
+    for name in ("policy", "quantize", "control"):
+        if name in entry:
+            text(entry, name)
+    return entry
 
 
 def _header(entry: dict[str, Any]) -> QualityHeader:
@@ -399,7 +425,7 @@ def document(entry: dict[str, Any]) -> Document:
     Raises:
         ValueError: a value is wrong, or an arm judged more tokens than another, or fewer.
     """
-    reference = numbers(entry["reference"], "reference", _LEAST_NATS)
+    reference = _losses(entry, "reference")
     arms = {arm: _trace(mapping(trace, arm)) for arm, trace in mapping(entry["arms"], "arms").items()}
     for arm, trace in arms.items():
         if any(len(getattr(trace, column.name)) != len(reference) for column in fields(Trace)):
@@ -407,28 +433,44 @@ def document(entry: dict[str, Any]) -> Document:
     return Document(text(entry, "id"), reference, arms)
 
 
+def _losses(entry: dict[str, Any], name: str) -> list[float]:
+    """Take the loss of each token."""
+    losses = numbers(entry[name], name, _LEAST_NATS)
+    if losses:
+        number({f"the mean of {name}": fmean(losses)}, f"the mean of {name}", most=MOST_NATS)
+    return losses
+
+
 def _trace(entry: dict[str, Any]) -> Trace:
     return Trace(
-        nll=numbers(entry["nll"], "nll", _LEAST_NATS),
+        nll=_losses(entry, "nll"),
         kl=numbers(entry["kl"], "kl", _LEAST_NATS),
         agrees=counts(entry["agrees"], "agrees"),
         since=counts(entry["since"], "since"),
     )
 
 
-def _trial(entry: dict[str, Any]) -> NeedleTrial:
+def needle_trial(entry: dict[str, Any]) -> NeedleTrial:
+    """Read a needle that was looked for from its plain values.
+
+    Raises:
+        ValueError: a value is wrong.
+    """
+    ranks = counts(entry["ranks"], "ranks")
+    if not ranks:
+        raise ValueError("ranks is [], and an answer has at least one token")
     return NeedleTrial(
         arm=text(entry, "arm"),
         length=count(entry, "length", least=1),
         depth=number(entry, "depth", 0.0, 1.0),
         logprob=number(entry, "logprob", most=-_LEAST_NATS),
-        ranks=counts(entry["ranks"], "ranks"),
+        ranks=ranks,
         exact=flag(entry, "exact"),
     )
 
 
 def _answers(entries: list[Any]) -> list[Answer]:
-    answers = [_answer(mapping(entry, "an answer")) for entry in entries]
+    answers = [given_answer(mapping(entry, "an answer")) for entry in entries]
     asked = {(answer.task, answer.problem) for answer in answers if answer.arm == REFERENCE}
     for answer in answers:
         if (answer.task, answer.problem) not in asked:
@@ -436,6 +478,11 @@ def _answers(entries: list[Any]) -> list[Answer]:
     return answers
 
 
-def _answer(entry: dict[str, Any]) -> Answer:
+def given_answer(entry: dict[str, Any]) -> Answer:
+    """Read an answer from its plain values.
+
+    Raises:
+        ValueError: a value is wrong.
+    """
     names = ("arm", "task", "problem", "wrong", "text")
     return Answer(**{name: text(entry, name) for name in names}, tokens=count(entry, "tokens"))

@@ -16,6 +16,9 @@ MOST = 1e15
 LEAST_SECONDS = 1e-9
 """The shortest time that a clock tells."""
 
+MOST_NATS = 700.0
+"""Bound of a mean loss per token: its exponential, the perplexity, stays finite."""
+
 _SHOWN_CHARACTERS = 60
 
 

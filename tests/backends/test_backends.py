@@ -262,7 +262,7 @@ def test_peers_decode_the_plain_model() -> None:
     assert run.tokens == generate(packed, prompt(), drafter=PromptLookup(), max_new_tokens=4).tokens
 
 
-@settings(deadline=None, max_examples=45, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=45, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(sorted(ARCHITECTURES)),
     backend=st.sampled_from(sorted(STATIC)),

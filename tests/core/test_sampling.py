@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -35,7 +35,6 @@ def test_a_value_outside_its_range_is_named(values: dict, sentence: str) -> None
     top_k=st.integers(0, 13),
     top_p=st.floats(0.01, 1.0),
 )
-@settings(deadline=None)
 def test_the_law_is_that_of_transformers(rows: list[list[int]], temperature: float, top_k: int, top_p: float) -> None:
     """Guards against the filters in another order, a nucleus that stops one token early, and rows mixed up."""
     logits = torch.tensor(rows, dtype=torch.float64) * 0.7
@@ -166,7 +165,6 @@ def test_a_coin_falls_as_often_as_it_should(
     laws=st.lists(st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 0.3, 1.0]), min_size=6, max_size=6), min_size=1),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None)
 def test_what_has_no_probability_is_never_drawn(laws: list[list[float]], seed: int) -> None:
     """Guards against a token outside top-k, or a sibling drawn twice without replacement."""
     law = torch.tensor([row if any(row) else [1.0] * 6 for row in laws])

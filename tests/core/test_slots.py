@@ -124,7 +124,7 @@ class SlotsAndListWithEviction(SlotsAndList):
         self.held = [self.held[slot] for slot in stay]
 
 
-some = settings(deadline=None, max_examples=25, stateful_step_count=12)
+some = settings(max_examples=25, stateful_step_count=12)
 TestSlots = SlotsAndList.TestCase
 TestSlots.settings = some
 TestSlotsWithEviction = SlotsAndListWithEviction.TestCase

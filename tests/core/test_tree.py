@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
@@ -19,7 +19,6 @@ def ancestry(tree: DraftTree, node: int) -> list[int]:
 
 
 @given(trees())
-@settings(deadline=None)
 def test_a_node_sees_itself_and_its_ancestors_only(tree: DraftTree) -> None:
     """Guards against attention between siblings or cousins, and against paths longer than the doubling covers."""
     expected = torch.zeros(len(tree) + 1, len(tree) + 1, dtype=torch.bool)
@@ -48,7 +47,6 @@ def test_the_empty_tree_is_its_root() -> None:
 
 
 @given(trees())
-@settings(deadline=None)
 def test_children_stand_in_the_order_in_which_they_were_proposed(tree: DraftTree) -> None:
     """Guards against reordered siblings: the distribution that a sibling was drawn from holds in one order only."""
     assert tree.children() == [
@@ -58,7 +56,6 @@ def test_children_stand_in_the_order_in_which_they_were_proposed(tree: DraftTree
 
 
 @given(trees(), st.integers(0, 6))
-@settings(deadline=None)
 def test_clipping_keeps_every_path_down_to_the_depth(tree: DraftTree, depth: int) -> None:
     """Guards against parents that are not renumbered when a node before them goes, and distributions that lose their
     node."""

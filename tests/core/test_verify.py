@@ -241,7 +241,7 @@ def test_the_draft_s_own_distribution_is_always_accepted() -> None:
 
 
 @given(tree=trees(min_nodes=0, max_nodes=14, tokens=3), choices=st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_following_the_argmax_is_the_rule_for_certain_targets(tree: DraftTree, choices: st.DataObject) -> None:
     """Guards against a fast path of its own mind: another sibling of two with the same token, a path that goes on
     below a rejected node, or a bonus from the wrong node."""

@@ -53,7 +53,7 @@ def of_steps(result: Generation) -> list[tuple[int, ...]]:
     return [(step.drafted, step.depth, step.accepted, step.emitted) for step in result.steps]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(NAMES),
     file=st.sampled_from(sorted(DRAFTERS)),

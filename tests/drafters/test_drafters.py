@@ -160,7 +160,6 @@ def test_a_best_first_tree_holds_the_most_probable_paths(
 
 
 @given(tokens=contexts, sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)), depth=st.integers(1, 6))
-@settings(deadline=None)
 def test_a_lookup_continues_the_most_recent_longest_match(
     tokens: list[int], sizes: tuple[int, int], depth: int
 ) -> None:
@@ -179,7 +178,6 @@ def test_a_lookup_continues_the_most_recent_longest_match(
 
 
 @given(tokens=contexts, branches=st.integers(1, 4), depth=st.integers(1, 4))
-@settings(deadline=None)
 def test_several_lookups_share_their_first_nodes(tokens: list[int], branches: int, depth: int) -> None:
     """Guards against siblings that propose the same token, and repeated matches that count as further branches."""
     expected: list[list[int]] = []
@@ -194,7 +192,7 @@ def test_several_lookups_share_their_first_nodes(tokens: list[int], branches: in
 
 
 @given(tokens=contexts, depth=st.integers(1, 4))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_a_cascade_asks_the_next_drafter_where_the_one_before_has_nothing(tokens: list[int], depth: int) -> None:
     """Guards against a draft that is paid for where a lookup has one, and steps without a draft where one could be."""
     lookup, model = PromptLookup(min_ngram=2), ModelDrafter(target().subset([0]))
@@ -248,7 +246,7 @@ def test_a_replay_s_choice_depends_on_the_position_alone() -> None:
 @pytest.mark.parametrize("name", examples_of_target())
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLING], ids=["greedy", "sampling"])
 @given(data=st.data())
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_a_used_drafter_proposes_what_a_fresh_one_would(name: str, sampling: Sampling, data: st.DataObject) -> None:
     """Guards against state that outlives the text that it came from: a stale cache slot, a forgotten rollback, an index
     of another prompt. The text goes on along the proposal, away from it, starts anew, or is cut; it does so in place,

@@ -181,7 +181,7 @@ def test_models_with_a_tokenizer_meet_this_drafter_in_every_suite() -> None:
 
 @pytest.mark.parametrize(("target", "draft"), PAIRS)
 @given(data=st.data())
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_a_used_drafter_proposes_what_a_fresh_one_would(target: str, draft: str, data: st.DataObject) -> None:
     """Guards against a translation remembered of another text, a length asked for by what happened before, and draws of
     the draft's. Any tokens will do: halves of characters, special ones, and those that have no text."""

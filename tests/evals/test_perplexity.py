@@ -85,7 +85,6 @@ def test_the_full_cache_has_the_perplexity_of_transformers_alone(
     assert perplexity([found]) == pytest.approx(torch.tensor(expected).mean().exp().item())
 
 
-@settings(deadline=None)
 @given(length=st.integers(2, 60), size=st.integers(2, 60), data=st.data())
 def test_windows_judge_every_token_once_with_enough_before_it(length: int, size: int, data: st.DataObject) -> None:
     """Guards against a last window that is left out, or begins behind the text."""
@@ -97,7 +96,7 @@ def test_windows_judge_every_token_once_with_enough_before_it(length: int, size:
         assert end - begin <= size
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(SERVED),
     policy=st.sampled_from(sorted(POLICIES)),

@@ -1,4 +1,4 @@
-"""Fuzzing: few examples among the tests, and 2,000 of each with `pytest --hypothesis-profile=fuzz`."""
+"""Settings of Hypothesis for all tests; 2,000 examples of each fuzzing test with `pytest --hypothesis-profile=fuzz`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
+# Whether an example is done in time says how busy the machine is, not whether the code is right.
+settings.register_profile("usual", deadline=None)
+settings.load_profile("usual")
 _USUAL = settings.default.max_examples
 settings.register_profile("fuzz", max_examples=2000, print_blob=True)
 
@@ -14,4 +17,4 @@ def fuzzed(few: int, **others: Any) -> settings:
     """Return the settings of a fuzzing test: few examples, or as many as a profile asks for."""
     asked = settings.default.max_examples
     slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-    return settings(max_examples=few if asked == _USUAL else asked, deadline=None, suppress_health_check=slow, **others)
+    return settings(max_examples=few if asked == _USUAL else asked, suppress_health_check=slow, **others)

@@ -114,7 +114,7 @@ def test_the_error_is_of_the_size_of_eight_bits(name: str) -> None:
 # Speculation.
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(NAMES),
     policy=st.sampled_from(sorted(POLICIES)),

@@ -64,7 +64,7 @@ def test_a_policy_changes_the_output_and_bounds_the_cache(name: str, policy: str
     assert bounds.keeps < held <= bounds.keeps + bounds.interval
 
 
-@settings(deadline=None, max_examples=90)
+@settings(max_examples=90)
 @given(
     name=st.sampled_from(SERVED),
     policy=st.sampled_from(sorted(POLICIES)),
@@ -296,7 +296,7 @@ class Cached(RuleBasedStateMachine):
 
 
 TestCached = Cached.TestCase
-TestCached.settings = settings(deadline=None, max_examples=40, stateful_step_count=8)
+TestCached.settings = settings(max_examples=40, stateful_step_count=8)
 
 
 def test_only_committed_tokens_count_as_attention() -> None:

@@ -2,118 +2,90 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import judge
+from specdecode.bench.quality import quality_page, quality_tables
 from specdecode.bench.report.advice import as_json
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.recommend import recommend
-from specdecode.bench.runs.file import parse
-from specdecode.evals.margins import check_margins
-from specdecode.evals.results import read
+from specdecode.bench.runs import file as run_file
+from specdecode.evals import results
+from specdecode.evals.margins import check_margins, read_margins
 from specdecode.support.checked import count, flag, mapping, number, parse_json
+from tests.helpers.damage import NO_SHRINKING, Damage, damaged, taken
+from tests.helpers.fuzzing import fuzzed
 from tests.helpers.root import ROOT
 
-T = TypeVar("T")
-
-RUN = json.loads((ROOT / "tests" / "data" / "run.json").read_text())
-QUALITY = json.loads((ROOT / "tests" / "data" / "quality-run.json").read_text())
-
-# The examples are as small as they get.
-NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
-
-# What an edit by hand, a bug or a broken disk may leave in a file.
-ODD = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 3),
-    st.sampled_from(
-        [10**400, -(10**400), 1e308, -1e308, 5e-324, 1e-30, math.nan, math.inf, -math.inf, 0.5, 1e15, 1e16]
-    ),
-    st.sampled_from(["", "no", "12", "0xZZ", "../../etc", "\ud800", "x" * 500]),
-    st.sampled_from([[], {}, [None], [-5, 3], {"0": 3}, {"x": {}}, [[[[]]]]]),
-)
+DATA = ROOT / "tests" / "data"
+RUN = json.loads((DATA / "run.json").read_text())
+WHOLE = run_file.read(DATA / "run.json")
+QUALITY = json.loads((DATA / "quality-run.json").read_text())
+(MARGINS_FILE,) = (ROOT / "baselines" / "quality").glob("*.json")
+MARGINS = json.loads(MARGINS_FILE.read_text())
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path to every value of a JSON document."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield (*path, key)
-        yield from places(child, (*path, key))
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files") / "damaged.json"
 
 
-def edited(document: Any, path: tuple[Any, ...], value: Any, delete: bool) -> Any:
-    """Return a copy in which one value is another, or gone."""
-    changed = copy.deepcopy(document)
-    *folders, last = path
-    inner = changed
-    for key in folders:
-        inner = inner[key]
-    if delete:
-        del inner[last]
-    else:
-        inner[last] = value
-    return changed
+def judged(path: tuple[Any, ...]) -> bool:
+    """Whether the package reads a value: pytest-benchmark's own are not ours."""
+    return path[0] != "benchmarks"
 
 
-def taken(take: Callable[[], T], file: str) -> T | None:
-    """Return what a file holds, or None if it is refused in one sentence that begins with its name."""
-    try:
-        return take()
-    except ValueError as error:
-        sentence = str(error)
-    assert sentence.startswith(f"{file} ")
-    assert "\n" not in sentence
-    assert len(sentence) < len(file) + 400
-    return None
-
-
-RUN_PLACES = sorted(places(RUN["specdecode"]), key=repr)
-QUALITY_PLACES = sorted(places(QUALITY["quality"]), key=repr)
-
-
-@settings(deadline=None, max_examples=20, phases=NO_SHRINKING, suppress_health_check=[HealthCheck.too_slow])
-@given(place=st.sampled_from(RUN_PLACES), value=ODD, delete=st.booleans(), side=st.booleans())
-def test_a_damaged_run_is_refused_or_judged(place: tuple[Any, ...], value: Any, delete: bool, side: bool) -> None:
+@fuzzed(20, phases=NO_SHRINKING)
+@given(file=damaged(RUN, judged), is_new=st.booleans())
+def test_a_damaged_run_is_refused_or_judged(path: Path, file: Damage, is_new: bool) -> None:
     """Guards against a traceback, and against figures that are not finite, wherever a file is damaged."""
-    text = json.dumps(edited(RUN, ("specdecode", *place), value, delete))
-    whole = parse(json.dumps(RUN), Path("whole.json"))
-    damaged = taken(lambda: parse(text, Path("damaged.json")), "damaged.json")
-    if damaged is None:
+    path.write_bytes(file.content)
+    run = taken(lambda: run_file.read(path), f"{path} ")
+    if run is None:
         return
-    verdicts = judge(damaged, whole) if side else judge(whole, damaged)
+    verdicts = judge(run, WHOLE) if is_new else judge(WHOLE, run)
     assert all(verdict.change is None or math.isfinite(verdict.change.value) for verdict in verdicts)
     past = History([], "No history.")
     for form in (markdown, latex):
-        page = form(damaged, "title", "judged by", verdicts, past)
+        page = form(run, "title", "judged by", verdicts, past)
         assert "nan" not in page.replace("nano", "")
-    assert section(damaged, "title", "judged by", verdicts, past)
-    json.dumps(as_json(damaged, recommend(damaged)), allow_nan=False)
+    assert section(run, "title", "judged by", verdicts, past)
+    if advice := taken(lambda: recommend(run), f"{path} "):
+        json.dumps(as_json(run, advice), allow_nan=False)
 
 
-@settings(deadline=None, max_examples=60, phases=NO_SHRINKING)
-@given(place=st.sampled_from(QUALITY_PLACES), value=ODD, delete=st.booleans())
-def test_a_damaged_run_of_quality_is_refused_or_judged(
-    tmp_path_factory: pytest.TempPathFactory, place: tuple[Any, ...], value: Any, delete: bool
-) -> None:
+@fuzzed(20, phases=NO_SHRINKING)
+@given(file=damaged(QUALITY))
+def test_a_damaged_run_of_quality_is_refused_or_judged(path: Path, file: Damage) -> None:
     """Guards against the same in runs of the quality suite."""
-    file = tmp_path_factory.getbasetemp() / "damaged.json"
-    file.write_text(json.dumps(edited(QUALITY, ("quality", *place), value, delete)))
-    run = taken(lambda: read(file), str(file))
-    assert run is None or check_margins(run, {})
+    path.write_bytes(file.content)
+    run = taken(lambda: results.read(path), f"{path} ")
+    if run is None:
+        return
+    checks = check_margins(run, {arm: {"nll": 0.1, "kl": 0.1} for arm in QUALITY["quality"]["arms"]})
+    for form in (quality_tables.markdown, quality_tables.latex):
+        assert "nan" not in form(run, checks)
+    assert quality_page.section(run, checks, None)
+
+
+@fuzzed(20, phases=NO_SHRINKING)
+@given(file=damaged(MARGINS))
+def test_damaged_margins_are_refused_or_taken(path: Path, file: Damage) -> None:
+    """Guards against a margin that nothing can miss."""
+    path.write_bytes(file.content)
+    margins = taken(lambda: read_margins(path), f"{path} ")
+    if margins is not None:
+        check_margins(results.read(DATA / "quality-run.json"), margins)
 
 
 def test_values_are_taken_or_named() -> None:

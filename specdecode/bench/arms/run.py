@@ -11,6 +11,7 @@ from specdecode.backends.device import synchronise
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds, as_dict, from_dict
 from specdecode.core.result import Generation
 from specdecode.models.lm import LM
+from specdecode.support.checked import LEAST_SECONDS, counts, items, mapping, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,30 @@ class Run:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Run:
-        """Make the run that `as_json` wrote."""
+        """Make the run that `as_json` wrote, checked value by value: a journal may be damaged.
+
+        Raises:
+            KeyError, TypeError, ValueError: a value is missing, or cannot be.
+        """
+        tokens = counts(entry["tokens"], "tokens")
+        if not tokens:
+            raise ValueError("tokens is [], and a run has at least one")
+        histograms = mapping(entry["histograms"], "histograms")
         return cls(
-            tokens=entry["tokens"],
-            total_s=entry["total_s"],
-            ttft_s=entry["ttft_s"],
-            counts=from_dict(Counts, entry["counts"]),
-            seconds=from_dict(Seconds, entry["seconds"]),
-            histograms=from_dict(Histograms, entry["histograms"]),
-            cuts=[cls.from_json(cut) for cut in entry["cuts"]],
+            tokens=tokens,
+            total_s=number(entry, "total_s", LEAST_SECONDS),
+            ttft_s=number(entry, "ttft_s", 0.0),
+            counts=from_dict(Counts, _positive(entry, "counts")),
+            seconds=from_dict(Seconds, _positive(entry, "seconds")),
+            histograms=from_dict(Histograms, {name: counts(value, name) for name, value in histograms.items()}),
+            cuts=[cls.from_json(mapping(cut, "a cut")) for cut in items(entry["cuts"], "cuts")],
         )
+
+
+def _positive(entry: Mapping[str, Any], kind: str) -> dict[str, float]:
+    """Take counts or seconds, none of them negative."""
+    values = mapping(entry[kind], kind)
+    return {name: number(values, name, 0.0) for name in values}
 
 
 def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int] = ()) -> Run:
@@ -97,7 +112,7 @@ def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int]
         seconds=Seconds(
             draft=draft_s,
             verify=verified_s,
-            overhead=share * total_s - draft_s - verified_s,
+            overhead=max(0.0, share * total_s - draft_s - verified_s),  # not negative by a rounding
             later_draft=share * sum(step.draft_s for prompt in results for step in prompt.steps[1:]),
             later_verify=share * verify_s(1),
         ),

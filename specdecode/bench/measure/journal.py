@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from filelock import FileLock, Timeout
 
 from specdecode.bench.arms.run import Run
+from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.experiment import Block
-from specdecode.support.checked import mapping, read_text
+from specdecode.bench.runs.names import BASELINE
+from specdecode.support.checked import count, mapping, read_text, text
 from specdecode.support.files import check_writable, write_whole
+
+T = TypeVar("T")
 
 _OWNER = "owner"
 """Key of the first line of a journal: the process that writes it."""
@@ -86,19 +90,27 @@ class Journal:
             journal.flush()
             os.fsync(journal.fileno())
 
+    def read(self, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+        """Return what each piece is parsed to.
+
+        Raises:
+            ValueError: a piece is damaged; by its line.
+        """
+        parsed = []
+        for number, piece in enumerate(self.pieces, start=2):
+            try:
+                parsed.append(parse(piece))
+            except (KeyError, ValueError, TypeError):
+                raise ValueError(self._damaged(number)) from None
+        return parsed
+
     def blocks(self) -> list[Block]:
         """Return the pieces as blocks of an experiment.
 
         Raises:
             ValueError: one of them is none.
         """
-        blocks = []
-        for number, piece in enumerate(self.pieces, start=2):
-            try:
-                blocks.append(_block(piece))
-            except (KeyError, ValueError, TypeError, AttributeError):
-                raise ValueError(self._damaged(number)) from None
-        return blocks
+        return self.read(_block)
 
     def add_block(self, block: Block) -> None:
         """Write a block of an experiment."""
@@ -130,13 +142,17 @@ def _entry(block: Block) -> dict[str, Any]:
 
 
 def _block(entry: dict[str, Any]) -> Block:
-    return Block(
-        prompt=entry["prompt"],
-        repeat=entry["repeat"],
-        runs={arm: Run.from_json(run) for arm, run in entry["runs"].items()},
-        last=Run.from_json(entry["last"]),
-        checks=entry["checks"],
+    checks = mapping(entry["checks"], "checks")
+    block = Block(
+        prompt=text(entry, "prompt"),
+        repeat=count(entry, "repeat"),
+        runs={arm: Run.from_json(mapping(run, arm)) for arm, run in mapping(entry["runs"], "runs").items()},
+        last=Run.from_json(mapping(entry["last"], "last")),
+        checks=checks,
     )
+    if BASELINE not in block.runs or any(checks.get(arm) not in get_args(Check) for arm in block.runs):
+        raise ValueError(f"a run is not checked, or {BASELINE} is missing")
+    return block
 
 
 def code() -> str:

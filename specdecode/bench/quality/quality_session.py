@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.quality.plan import QualityPlan
@@ -27,13 +27,18 @@ from specdecode.evals.results import (
     QualityRun,
     TasksHeader,
     document,
+    given_answer,
+    needle_trial,
     write,
 )
 from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
+from specdecode.support.checked import text
 from specdecode.support.environment import environment
 from specdecode.support.files import write_whole
 from specdecode.support.progress import progress
+
+T = TypeVar("T")
 
 # What is written of a figure: more than any interval is wide, and few enough to keep a run's file small.
 _SIGNIFICANT_DIGITS = 7
@@ -83,26 +88,39 @@ class _Work:
     tasks: TasksHeader | None
 
 
-class _Pieces:
+class Pieces:
     """The finished pieces of a session, by id. A missing piece is made, and written to the journal at once.
 
     Args:
         journal: holds what an interrupted session left.
+
+    Raises:
+        ValueError: one of them is damaged.
     """
 
     def __init__(self, journal: Journal) -> None:
-        self._by_id = {piece["id"]: piece for piece in journal.pieces}
+        self._by_id = dict(journal.read(_piece))
         self._journal = journal
 
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the values of a piece, without its id."""
+    def get(self, name: str, kind: type[T], make: Callable[[], dict[str, Any]]) -> T:
+        """Return a piece of a kind; made of plain values if it is not there."""
         if name not in self._by_id:
-            self._by_id[name] = {"id": name, **make()}
-            self._journal.add(self._by_id[name])
-        return {key: value for key, value in self._by_id[name].items() if key != "id"}
+            values = {"id": name, **make()}
+            self._by_id[name] = _piece(values)[1]
+            self._journal.add(values)
+        piece = self._by_id[name]
+        if not isinstance(piece, kind):
+            raise ValueError(f"{self._journal.path} is damaged at {name!r}: leave out --resume to start anew")
+        return piece
+
+
+def _piece(values: dict[str, Any]) -> tuple[str, Document | NeedleTrial | Answer]:
+    """Read a piece and its id; the kinds are told apart by what each alone has."""
+    read = document if "reference" in values else needle_trial if "ranks" in values else given_answer
+    return text(values, "id"), read(values)
 
 
 def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
@@ -121,7 +139,7 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
         "code": code(),
     }
     journal = Journal(plan.journal, session_values, plan.resume)
-    pieces = _Pieces(journal)
+    pieces = Pieces(journal)
     document_tokens = sum(len(work.paths) * (len(tokens) - 1) for tokens in work.texts.values())
     all_tokens = document_tokens + sum(length for _, length, _ in work.needles)
     with progress("tokens") as show:
@@ -193,9 +211,7 @@ def _header(plan: QualityPlan, work: _Work) -> QualityHeader:
     )
 
 
-def _read_documents(
-    plan: QualityPlan, work: _Work, pieces: _Pieces, tell: Callable[[int, str], None]
-) -> list[Document]:
+def _read_documents(plan: QualityPlan, work: _Work, pieces: Pieces, tell: Callable[[int, str], None]) -> list[Document]:
     """Read each document in all ways; `tell` is called with the tokens that were read and the document's id."""
     read, done = [], 0
     for name, tokens in work.texts.items():
@@ -203,8 +219,7 @@ def _read_documents(
         def told(judged: int, name: str = name, done: int = done) -> None:
             tell(done + judged, name)
 
-        piece = pieces.get(name, partial(_read_document, plan.preset, work, tokens, told))
-        read.append(document({"id": name, **piece}))
+        read.append(pieces.get(name, Document, partial(_read_document, plan.preset, work, tokens, told)))
         done += len(work.paths) * (len(tokens) - 1)
     return read
 
@@ -217,7 +232,7 @@ def _read_document(
 
 
 def _look_for_needles(
-    plan: QualityPlan, work: _Work, pieces: _Pieces, tell: Callable[[int, str], None]
+    plan: QualityPlan, work: _Work, pieces: Pieces, tell: Callable[[int, str], None]
 ) -> list[NeedleTrial]:
     """Look for each needle; `tell` is called with the tokens that were read and the needle's id."""
     if plan.preset.needle is None or not work.needles:
@@ -232,13 +247,13 @@ def _look_for_needles(
             return asdict(NeedleTrial(arm, length, depth, **asdict(found)))
 
         tell(done, name)
-        trials.append(NeedleTrial(**pieces.get(name, look)))
+        trials.append(pieces.get(name, NeedleTrial, look))
         done += length
         tell(done, name)
     return trials
 
 
-def _answers(plan: QualityPlan, work: _Work, pieces: _Pieces) -> list[Answer]:
+def _answers(plan: QualityPlan, work: _Work, pieces: Pieces) -> list[Answer]:
     """Return the answers to every problem: the reference's, and those of the arms that are asked."""
     grid = plan.preset.tasks
     if grid is None or not work.problems:
@@ -256,7 +271,7 @@ def _answers(plan: QualityPlan, work: _Work, pieces: _Pieces) -> list[Answer]:
             def ask(arm: str = arm, problem: Problem = problem) -> dict[str, Any]:
                 return asdict(answer(arm, paths[arm], problem, grid.max_new_tokens))
 
-            answers.append(Answer(**pieces.get(name, ask)))
+            answers.append(pieces.get(name, Answer, ask))
             tell(number + 1, len(questions), name)
     return answers
 

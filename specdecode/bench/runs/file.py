@@ -11,7 +11,18 @@ from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, as_d
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile, lacks_our_counts
-from specdecode.support.checked import LEAST_SECONDS, count, counts, flag, mapping, number, parse_json, read_text, text
+from specdecode.support.checked import (
+    LEAST_SECONDS,
+    MOST_NATS,
+    count,
+    counts,
+    flag,
+    mapping,
+    number,
+    parse_json,
+    read_text,
+    text,
+)
 from specdecode.support.files import slug
 
 FORMAT = 3
@@ -140,9 +151,12 @@ def _rows(rows: Any, header: Header) -> dict[str, Row]:
 
 def _row(row: dict[str, Any]) -> Row:
     histograms = mapping(row["histograms"], "histograms")
+    sums = _sums(row, "counts", 1.0, {"runs", "tokens", "steps"})
+    if "nll" in sums:
+        number(sums, "nll", 0.0, MOST_NATS * sums["tokens"])
     return Row(
         log_speedup=number(row, "log_speedup", -_MOST_LOG, _MOST_LOG),
-        counts=from_dict(RowCounts, _sums(row, "counts", 1.0, {"runs", "tokens", "steps"})),
+        counts=from_dict(RowCounts, sums),
         seconds=from_dict(
             RowSeconds, _sums(row, "seconds", LEAST_SECONDS, needed={"total", "ttft"}, divisors={"last"})
         ),

@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,15 +142,6 @@ def failing(judgements: Judged) -> set[str]:
 def main_blame(judgement: Judgement) -> str:
     assert judgement.blame is not None
     return judgement.blame.main
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen() -> Iterator[None]:
-    """What lives already is no garbage: experiments collect before every run, and would look at it each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

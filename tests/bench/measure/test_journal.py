@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from specdecode.bench.arms.arm import Arm
@@ -17,9 +19,13 @@ from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds
 from specdecode.bench.runs.measures import CountersRun
+from tests.helpers.damage import NO_SHRINKING, Damage, damaged, taken
+from tests.helpers.fuzzing import fuzzed
 from tests.helpers.models import lm, prompt
+from tests.helpers.root import ROOT
 
 PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
+HEADER, BLOCK = map(json.loads, (ROOT / "tests" / "data" / "blocks.jsonl").read_text().splitlines())
 WHAT: dict[str, Any] = {"prompts": PROMPTS, "arms": {"ar": {}, "other": {"k": 3}}, "code": "1234"}
 
 
@@ -54,7 +60,7 @@ class Interrupted:
         return experiment(arms, PROMPTS, 20, repeats=2, finished=journal.blocks(), keep=journal.add_block)
 
 
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzzed(8)
 @given(at=st.integers(1, 18), cut=st.integers(0, 30))
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, at: int, cut: int) -> None:
     """Guards against finished blocks that are lost, measured twice, or read from a line that a kill cut off."""
@@ -77,6 +83,24 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, at: int, cut: i
     ]
     assert Journal(path, WHAT, resume=True).blocks() == results.blocks
     assert {file.name for file in tmp_path.iterdir()} == {path.name, f".{path.name}.lock"}
+
+
+@fuzzed(20, phases=NO_SHRINKING)
+@given(file=damaged(BLOCK))
+def test_a_damaged_journal_is_refused_or_gone_on_with(tmp_path: Path, file: Damage) -> None:
+    """Guards against hours of measuring beside a block that is none, and a traceback in place of its line."""
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"%b\n%b\n" % (json.dumps(HEADER).encode(), file.content))
+    blocks = taken(lambda: Journal(path, HEADER, resume=True).blocks(), f"{path} is not whole", f"line 2 of {path} is")
+    if not blocks:
+        return
+    arms = [Arm(name, Interrupted()._run, lm("llama")) for name in blocks[0].runs]
+    results = Results(arms, blocks, {})
+    assert math.isfinite(results.floor)
+    for record in results.records().values():
+        for rows in (record.rows, *record.shorter.values()):
+            assert all(math.isfinite(row.log_speedup) for row in rows.values())
+            json.dumps([asdict(row) for row in rows.values()], allow_nan=False)
 
 
 def test_blocks_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:

@@ -478,7 +478,6 @@ def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None, 
         prompts, origins = token_prompts(*arguments)
         return {prompt: tokens[:60] for prompt, tokens in prompts.items()}, origins
 
-    monkeypatch.setattr("gc.collect", lambda: 0)
     monkeypatch.setattr(time_boxed, "token_prompts", shortened)
     monkeypatch.setattr(time_boxed, "roofline", lambda target: 1.0)
     Path("own.toml").write_text(ARMS)
