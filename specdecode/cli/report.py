@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specdecode.cli.messages import note
+from specdecode.cli.output import say
+from specdecode.support.files import check_writable, write_whole
+
 if TYPE_CHECKING:
     from specdecode.bench.runs.records import RunFile
+    from specdecode.evals.results import QualityRun
 
 
 class Format(str, enum.Enum):
@@ -47,42 +53,97 @@ def report(
     ] = None,
 ) -> None:
     """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history; or quality and what it costs.
-    With --figures what is written is told in place of the text, which then needs --out."""
+    With --figures what is written is told in place of the text, which then needs --out.
+
+    A file that is no run, or that cannot be judged, is named, and the others are reported. Exit code 0: all were
+    reported; 2: some were not."""
     from specdecode.bench.report.elements import document
     from specdecode.bench.runs.file import read
-    from specdecode.evals.results import is_run
-    from specdecode.support.files import write_whole
+    from specdecode.evals.results import QualityRun
 
-    of_quality = {run: is_run(run) for run in runs}
-    if speed is not None and not any(of_quality.values()):
-        raise ValueError("--speed is of no use without a run of `pytest --quality`: leave it out")
+    if out is not None:
+        check_writable(out)
+    faults = _Faults()
+    read_runs = []
+    for path in runs:
+        with faults.noted():
+            read_runs.append((path, _read(path)))
     speeds = read(speed) if speed else None
+    if speeds and read_runs and not any(isinstance(run, QualityRun) for _, run in read_runs):
+        raise ValueError("--speed is of no use without a run of `pytest --quality`: leave it out")
     if figures is not None:
-        _draw(of_quality, speeds, figures)
-        if out is None:
-            return
-    told = [
-        _told_quality(run, baseline, speeds, format) if of_quality[run] else _told_speed(run, baseline, format)
-        for run in runs
-    ]
-    if format is Format.html:
-        text = document("; ".join(title for title, _ in told), *(about for _, about in told))
-    else:
-        text = "\n".join(about for _, about in told)
-    if out is None and format is Format.html:
-        out = runs[0].with_suffix(".html")
+        _draw(read_runs, speeds, {path: figures / path.stem if len(runs) > 1 else figures for path in runs})
+    told = []
+    for path, run in read_runs if figures is None or out is not None else ():
+        with faults.noted():
+            told.append((path, *_told(run, baseline, speeds, format)))
+    if told:
+        if format is Format.html:
+            text = document("; ".join(title for _, title, _ in told), *(about for _, _, about in told))
+            out = out or told[0][0].with_suffix(".html")
+        else:
+            text = "\n".join(about for _, _, about in told)
+        _write(text, out)
+    if faults.sentences:
+        raise typer.Exit(2)
+
+
+class _Faults:
+    """What is wrong with some of the runs.
+
+    Attributes:
+        sentences: that were told.
+    """
+
+    def __init__(self) -> None:
+        self.sentences: set[str] = set()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Tell what is wrong with a run, and go on with the next. A sentence of several runs is told once."""
+        try:
+            yield
+        except ValueError as error:
+            if str(error) not in self.sentences:
+                note(f"specdecode: {error}")
+            self.sentences.add(str(error))
+
+
+def _read(path: Path) -> RunFile | QualityRun:
+    """Read a run of speeds or of quality."""
+    from specdecode.bench.runs.file import read
+    from specdecode.evals.results import is_run
+    from specdecode.evals.results import read as read_quality
+
+    return read_quality(path) if is_run(path) else read(path)
+
+
+def _write(text: str, out: Path | None) -> None:
+    """Write a report into a file, or on the standard output."""
     if out is None:
-        typer.echo(text, nl=False)
-        return
-    try:
+        say(text, end="")
+    else:
         write_whole(out, text)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror}") from None
-    typer.echo(f"report written to {out}")
+        say(f"report written to {out}")
 
 
-def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str, Any]:
-    """The title of a run of speeds, and what is told of it: elements of a page, or a text."""
+def _told(run: RunFile | QualityRun, judge_by: Path | None, speeds: RunFile | None, format: Format) -> tuple[str, Any]:
+    """Return the title of a run, and what is told of it: elements of a page, or a text.
+
+    Args:
+        run: of speeds or of quality.
+        judge_by: a baseline or margins; None for the run's own.
+        speeds: of the arms of a run of quality.
+        format: of what is told.
+    """
+    from specdecode.evals.results import QualityRun
+
+    if isinstance(run, QualityRun):
+        return _told_quality(run, judge_by, speeds, format)
+    return _told_speed(run, judge_by, format)
+
+
+def _told_speed(run: RunFile, baseline: Path | None, format: Format) -> tuple[str, Any]:
     from specdecode.bench.gate.baselines import find
     from specdecode.bench.gate.history import history
     from specdecode.bench.gate.verdicts import judge
@@ -92,7 +153,6 @@ def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str,
     from specdecode.bench.report.markdown import markdown
     from specdecode.bench.runs.file import read
 
-    run = read(path)
     own = Path("baselines") / run.header.identity.file
     old = read(baseline) if baseline else find(run.header.identity, Path("baselines"))
     tell: Callable[..., Any] = {Format.md: markdown, Format.html: section, Format.latex: latex}[format]
@@ -100,15 +160,12 @@ def _told_speed(path: Path, baseline: Path | None, format: Format) -> tuple[str,
     return title(run), tell(run, title(run), judged_by(run, old, own), judgements, history(own))
 
 
-def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
-    """The same of a run of the quality suite."""
+def _told_quality(run: QualityRun, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
     from specdecode.bench.quality.quality_page import section
     from specdecode.bench.quality.quality_tables import latex, markdown, title
     from specdecode.bench.runs.names import margins_file
     from specdecode.evals.margins import check_margins, read_margins
-    from specdecode.evals.results import read
 
-    run = read(path)
     own = Path("baselines") / margins_file(run.header.target, run.header.texts)
     checks = check_margins(run, read_margins(margins or own))
     if format is not Format.html:
@@ -116,33 +173,33 @@ def _told_quality(path: Path, margins: Path | None, speed: RunFile | None, forma
     return title(run), section(run, checks, speed)
 
 
-def _draw(runs: Mapping[Path, bool], speed: RunFile | None, folder: Path) -> None:
+def _draw(
+    runs: Sequence[tuple[Path, RunFile | QualityRun]], speed: RunFile | None, folders: Mapping[Path, Path]
+) -> None:
     """Draw each run, and say what was drawn and why other figures were not.
 
     Args:
-        runs: files, and whether they are of the quality suite.
-        speed: for these.
-        folder: that is drawn into.
+        runs: by their files.
+        speed: for those of the quality suite.
+        folders: that are drawn into, by the files of runs.
     """
-    from specdecode.bench.runs.file import read
-    from specdecode.evals.results import read as read_quality
+    from specdecode.evals.results import QualityRun
 
     try:
         from specdecode.bench.quality.quality_figures import write as write_quality
         from specdecode.bench.report.figures import write
     except ImportError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'specdecode[figures]'") from error
-    folders = [folder / run.stem if len(runs) > 1 else folder for run in runs]
-    if same := {own.name for own in folders if folders.count(own) > 1}:
+    if same := {own.name for own in folders.values() if [*folders.values()].count(own) > 1}:
         raise ValueError(f"several runs are named {min(same)!r}, and so would be their folders: draw them one by one")
-    for (run, of_quality), own in zip(runs.items(), folders, strict=True):
-        try:
-            missing = write_quality(read_quality(run), own, speed) if of_quality else write(read(run), own)
-        except OSError as error:
-            raise ValueError(f"{own} cannot be written: {error.strerror}") from None
-        also = "" if of_quality else "table1.tex; "
+    for path, run in runs:
+        own = folders[path]
+        if isinstance(run, QualityRun):
+            missing, also = write_quality(run, own, speed), ""
+        else:
+            missing, also = write(run, own), "table1.tex; "
         drawn = ", ".join(name for name in missing if not missing[name])
-        typer.echo(f"{own}: {also}as .pdf and .png {drawn}")
+        say(f"{own}: {also}as .pdf and .png {drawn}")
         for name, reason in missing.items():
             if reason:
-                typer.echo(f"  no {name}: {reason}")
+                say(f"  no {name}: {reason}")

@@ -530,6 +530,9 @@ def test_the_command_says_what_it_drew_and_why_not_the_rest(
     assert call(monkeypatch, one, two, "--figures", folder / "both", "--out", tmp_path / "text.md") == 0
     assert [len(list((folder / "both" / name).iterdir())) for name in ("one", "two")] == [3, 3]
     assert "## t with d" in (tmp_path / "text.md").read_text()
+    two.write_text("no run")
+    assert call(monkeypatch, two, one, "--figures", folder / "one") == 2
+    assert [path.name for path in (folder / "one").iterdir()] == ["one"]
 
 
 def test_what_is_wrong_is_told_in_one_sentence(

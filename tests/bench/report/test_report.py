@@ -439,6 +439,42 @@ def test_what_is_wrong_is_told_in_one_sentence(
     assert "bad.json" in told
 
 
+def test_files_that_are_no_runs_are_named_and_the_others_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against `report *.json` that reports nothing for one file which is something else, and against a script
+    that takes the rest for all."""
+    names = ("a", "b", "cut", "other", "gone", "empty")
+    a, b, cut, other, gone, empty = (tmp_path / f"{name}.json" for name in names)
+    a.write_text(json.dumps(content(SPEEDUPS, hardware="abacus")))
+    b.write_text(json.dumps(content(SPEEDUPS, hardware="calculator")))
+    cut.write_text(a.read_text()[:300])
+    other.write_text('{"name": "package", "version": 3}')
+    empty.write_text("")
+    files = map(str, (cut, a, other, gone, b, empty))
+    assert call(monkeypatch, *files, "--out", str(tmp_path / "report.md")) == 2
+    told = capsys.readouterr()
+    sentences = told.err.splitlines()
+    assert [[file.name for file in (a, b, cut, other, gone, empty) if str(file) in line] for line in sentences] == [
+        ["cut.json"],
+        ["other.json"],
+        ["gone.json"],
+        ["empty.json"],
+    ]
+    assert all(line.startswith("specdecode: ") for line in sentences)
+    assert told.out == f"report written to {tmp_path / 'report.md'}\n"
+    text = (tmp_path / "report.md").read_text()
+    assert 0 < text.index("on abacus, preset quick") < text.index("on calculator, preset quick")
+    # The page is named after the first that is a run.
+    assert call(monkeypatch, str(cut), str(a), "--format", "html") == 2
+    assert capsys.readouterr().out == f"report written to {tmp_path / 'a.html'}\n"
+    assert call(monkeypatch, str(cut), str(gone)) == 2
+    assert capsys.readouterr().out == ""
+    # What is wrong with all of them is said once.
+    assert call(monkeypatch, str(a), str(b), "--baseline", str(cut)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     """Guards against seconds of loading, and a report that cannot be made where nothing can be measured."""
     run = tmp_path / "run.json"
