@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
 
 from specdecode.bench.options import Options
-from specdecode.support.files import check_writable
+from specdecode.support.files import check_writable, is_device, writing
 
 if TYPE_CHECKING:
     from specdecode.bench.measure.speed_session import JudgedRun
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from specdecode.models.lm import LM
 
 _SUITES = {"benchmark": "perf", "quality": "quality"}
+
+_PAGE = "GITHUB_STEP_SUMMARY"
+"""Environment variable: the file of a job's summary on GitHub."""
 
 _SETUP: pytest.StashKey[Setup] = pytest.StashKey()
 _PLAN: pytest.StashKey[Plan] = pytest.StashKey()
@@ -108,11 +112,14 @@ def pytest_configure(config: pytest.Config) -> None:
         _check_processes(config)
         if config.getoption("benchmark"):
             _check_pytest_benchmark(config)
-    # pytest-benchmark opens its file when all is measured, and a file that cannot be written would cost the run.
-    if config.getoption("benchmark") and (file := config.getoption("benchmark_json", None)):
-        with _one_sentence():
-            config.option.benchmark_json = _Unfinished(file)
-            check_writable(Path(file))
+        # These are opened when all is measured, and one that cannot be written would cost the run.
+        if config.getoption("benchmark") and (option := config.getoption("benchmark_json", None)):
+            file = Path(option if isinstance(option, os.PathLike) else option.name)
+            check_writable(file)
+            if not is_device(file):
+                config.option.benchmark_json = _Unfinished(os.path.realpath(file))
+        if page := os.environ.get(_PAGE):
+            check_writable(Path(page))
 
 
 def _check_processes(config: pytest.Config) -> None:
@@ -146,15 +153,37 @@ class _Unfinished(type(Path())):  # type: ignore[misc]
     def __fspath__(self) -> str:
         return f"{self}.{os.getpid()}.tmp"
 
+    # pytest-benchmark 5.2 writes into an open file, 5.3 opens a path.
+    def __enter__(self) -> BinaryIO:
+        self._file = open(self, "wb")
+        return self._file
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Give pytest-benchmark's file its name once it is written, and remove the journal of finished blocks."""
-    yield
+    """Give pytest-benchmark's file its name once it is written, and remove the journal of finished blocks.
+
+    Where a file cannot be written, as on a full disk, the journal stays.
+    """
     config = session.config
+    file = config.getoption("benchmark_json", None)
+    try:
+        yield
+    except OSError as error:
+        if isinstance(file, _Unfinished):
+            Path(os.fspath(file)).unlink(missing_ok=True)
+        if _SPEED_RUN not in config.stash:
+            raise
+        pytest.exit(
+            f"{error.filename or file} cannot be written: {error.strerror}; the same command with --resume keeps what"
+            " was measured",
+            returncode=2,
+        )
     if _SPEED_RUN in config.stash:
-        file = config.getoption("benchmark_json", None)
-        if file and os.path.exists(file):
+        if isinstance(file, _Unfinished) and os.path.exists(file):
             os.replace(file, str(file))
         if (journal := config.stash[_SPEED_RUN].journal) is not None:
             journal.finish()
@@ -181,10 +210,15 @@ def pytest_collection(session: pytest.Session) -> None:
     options = Options(root=config.rootpath, **{name: config.getoption(name) for name in names})
     with _one_sentence():
         config.stash[_SETUP] = setup = resolve_setup(options)
+        files: list[Path] = []
         if config.getoption("benchmark"):
-            config.stash[_PLAN] = resolve(options, setup)
+            config.stash[_PLAN] = plan = resolve(options, setup)
+            files += [plan.journal] if plan.against is None else []
         if config.getoption("quality"):
-            config.stash[_QUALITY_PLAN] = resolve_quality(options, setup)
+            config.stash[_QUALITY_PLAN] = quality_plan = resolve_quality(options, setup)
+            files += [quality_plan.file, quality_plan.journal]
+        for file in files:
+            check_writable(file)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -282,25 +316,32 @@ def _one_sentence() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Show the tables of what was measured, and add them to the summary of a job on GitHub."""
+    encoding = sys.stdout.encoding or "utf-8"
     for row in config.stash.get(_ROWS, []):
         terminalreporter.write_line(row)
     if (quality_run := config.stash.get(_QUALITY_RUN, None)) is not None:
         from specdecode.bench.summary import quality_page, quality_text
 
-        page = quality_page(quality_run)
-        _show(terminalreporter, "quality", quality_text(quality_run, terminalreporter.hasmarkup), page)
+        text = quality_text(quality_run, terminalreporter.hasmarkup, encoding)
+        _show(terminalreporter, "quality", text, partial(quality_page, quality_run))
     if (speed_run := config.stash.get(_SPEED_RUN, None)) is not None:
         from specdecode.bench.summary import speed_page, speed_text
 
-        _show(terminalreporter, "speed", speed_text(speed_run, terminalreporter.hasmarkup), speed_page(speed_run))
+        text = speed_text(speed_run, terminalreporter.hasmarkup, encoding)
+        _show(terminalreporter, "speed", text, partial(speed_page, speed_run))
 
 
-def _show(terminalreporter: pytest.TerminalReporter, title: str, text: str, page: str) -> None:
+def _show(terminalreporter: pytest.TerminalReporter, title: str, text: str, make_page: Callable[[], str]) -> None:
     terminalreporter.write_sep("=", title)
     terminalreporter.write(text)
-    if file := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(file).open("a", encoding="utf-8") as summary:
-            summary.write(page)
+    try:
+        page = make_page()
+        if file := os.environ.get(_PAGE):
+            with writing(Path(file)), Path(file).open("a", encoding="utf-8") as summary:
+                summary.write(page)
+    except ValueError as error:
+        # The run itself is kept elsewhere.
+        terminalreporter.write_line(f"specdecode: {error}", red=True)
 
 
 @pytest.hookimpl(optionalhook=True)

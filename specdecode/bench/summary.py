@@ -18,8 +18,8 @@ from specdecode.support.files import write_whole
 _TABLE_WIDTH = 145  # characters
 
 
-def speed_text(judged: JudgedRun, colours: bool) -> str:
-    """Return the tables of speeds and verdicts, as text for a terminal."""
+def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
+    """Return the tables of speeds and verdicts, as text for a terminal of an encoding."""
 
     def show(console: Console) -> None:
         console.print(judged.title, highlight=False, soft_wrap=True)
@@ -29,7 +29,7 @@ def speed_text(judged: JudgedRun, colours: bool) -> str:
         if judged.judgements:
             console.print(verdict_table(judged.judgements))
 
-    return _rendered(show, colours)
+    return _rendered(show, colours, encoding)
 
 
 def speed_page(judged: JudgedRun) -> str:
@@ -37,8 +37,8 @@ def speed_page(judged: JudgedRun) -> str:
     return markdown(judged.run, judged.title, judged.judged_by, judged.judgements)
 
 
-def quality_text(judged: JudgedQualityRun, colours: bool) -> str:
-    """Return the tables of what the arms cost, as text for a terminal; the figures are drawn into a folder."""
+def quality_text(judged: JudgedQualityRun, colours: bool, encoding: str) -> str:
+    """Return the tables of what the arms cost, as text for a terminal of an encoding; draw figures into a folder."""
     run = judged.run
     where = (
         f"The run is in {judged.file}, a page of it in the .md beside it; margins are taken from"
@@ -54,7 +54,7 @@ def quality_text(judged: JudgedQualityRun, colours: bool) -> str:
         for note in [*quality_tables.notes(run), where]:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
 
-    return _rendered(show, colours)
+    return _rendered(show, colours, encoding)
 
 
 def quality_page(judged: JudgedQualityRun) -> str:
@@ -71,11 +71,17 @@ def _draw_figures(judged: JudgedQualityRun) -> str:
         from specdecode.bench.quality.quality_figures import write
     except ImportError as error:
         return f"There are no figures: they need matplotlib ({error}), pip install 'specdecode[figures]'."
-    drawn = [name for name, reason in write(judged.run, folder).items() if not reason]
+    try:
+        drawn = [name for name, reason in write(judged.run, folder).items() if not reason]
+    except ValueError as error:
+        return f"There are no figures: {error}."
     return f"Figures are in {folder}: {', '.join(drawn)}."
 
 
-def _rendered(show: Callable[[Console], None], colours: bool) -> str:
-    text = io.StringIO()
-    show(Console(file=text, width=_TABLE_WIDTH, force_terminal=colours))
-    return text.getvalue()
+def _rendered(show: Callable[[Console], None], colours: bool, encoding: str) -> str:
+    """Return what is shown; characters that the encoding lacks become "?", and those of tables' frames others."""
+    content = io.BytesIO()
+    with io.TextIOWrapper(content, encoding, errors="replace", newline="\n") as text:
+        show(Console(file=text, width=_TABLE_WIDTH, force_terminal=colours))
+        text.flush()
+        return content.getvalue().decode(encoding)

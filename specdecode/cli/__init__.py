@@ -11,6 +11,7 @@ import typer
 
 from specdecode.cli import doctor, gate, generate, harness, recommend, report, train
 from specdecode.cli.messages import note
+from specdecode.cli.output import standard_streams
 from specdecode.core.errors import SpecDecodeError
 
 app = typer.Typer(
@@ -33,15 +34,16 @@ app.command()(train.train_head)
 
 
 def main() -> None:
-    """Entry point. What is wrong with the input is told in one sentence, with exit code 2."""
+    """Entry point. What is wrong with the input or with the output is told in one sentence, with exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # Where torchao is installed transformers imports it, and it tells at every start which GPU kernels are not here.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        app()
-    except (SpecDecodeError, ValueError) as error:
+        with standard_streams():
+            app()
+    except (SpecDecodeError, ValueError, OSError) as error:
         note(f"specdecode: {error}")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from specdecode.cli.output import say, say_tables
 from specdecode.support.progress import progress
 
 
@@ -22,12 +21,12 @@ def fetch(
     from specdecode.models.embedded import fetch as fetch_embedded
 
     if model == EMBEDDED:
-        typer.echo(f"{model} is in {fetch_embedded(again=again)}")
+        say(f"{model} is in {fetch_embedded(again=again)}")
         return
     if again:
         raise ValueError(f"--again is for {EMBEDDED}: other models are kept by the hub's own cache")
     loaded = load(model)
-    typer.echo(f"{model} is usable: {loaded.model.num_parameters():,} parameters, context {loaded.context_length:,}")
+    say(f"{model} is usable: {loaded.model.num_parameters():,} parameters, context {loaded.context_length:,}")
 
 
 def doctor(
@@ -81,7 +80,7 @@ def _check_up() -> None:
     for use, modules in extras.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         table.add_row(use, f"missing: {', '.join(missing)}" if missing else "usable")
-    Console().print(table, highlight=False)
+    say_tables(table, highlight=False)
 
 
 def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
@@ -111,10 +110,9 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
             f"{reach.share(backend):.0%}",
             *multiples,
         )
-    console = Console(width=None if sys.stdout.isatty() else 130)
-    console.print(table, "", forwards, highlight=False)
+    say_tables(table, "", forwards, highlight=False)
     for backend, reason in reach.missing.items():
-        typer.echo(f"{backend} is not available: {reason}")
+        say(f"{backend} is not available: {reason}")
 
 
 def _versions() -> Table:

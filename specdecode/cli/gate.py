@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from specdecode.cli.output import say, say_tables
+from specdecode.cli.prompts import whole_text
 
 
 def gate(
@@ -23,10 +24,10 @@ def gate(
     from specdecode.bench.runs.file import read
 
     judgements = judge(read(new), read(old), tolerance_of(tolerance, TOLERANCE))
-    Console(width=None if sys.stdout.isatty() else 130).print(verdict_table(judgements))
+    say_tables(verdict_table(judgements))
     failing = FAILING["strict" if strict else "on"]
     failed = sum(judgement.verdict in failing for judgement in judgements)
-    typer.echo(f"{failed} of {len(judgements)} verdicts fail" if failed else f"{len(judgements)} verdicts, none fails")
+    say(f"{failed} of {len(judgements)} verdicts fail" if failed else f"{len(judgements)} verdicts, none fails")
     if failed:
         raise typer.Exit(1)
 
@@ -39,4 +40,4 @@ def bless(
     """Make a run the baseline of its hardware, models, type and preset."""
     from specdecode.bench.gate.baselines import bless as make_baseline
 
-    typer.echo(f"blessed as {make_baseline(run, baselines, reason)}")
+    say(f"blessed as {make_baseline(run, baselines, whole_text(reason, 'the reason'))}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,8 @@ import typer
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.cli.messages import note, noted_if_slow
-from specdecode.cli.prompts import read_prompts
+from specdecode.cli.output import say_json
+from specdecode.cli.prompts import read_prompts, whole_text
 from specdecode.cli.text import TextStream
 from specdecode.support.progress import progress
 
@@ -128,6 +128,7 @@ def generate(
     """Continue a text, streaming it, and end with a line of measures; or many, as lines of JSON."""
     # What can be refused without a model is refused before one is loaded; loading torch alone takes seconds.
     texts = _texts(prompt, prompts, batch, in_json=as_json or prompts is not None, logprobs=logprobs)
+    stops = [whole_text(string, "a stop string") for string in stop or ()]
     options = {
         "draft": draft,
         "drafter": drafter and drafter.value,
@@ -151,7 +152,7 @@ def generate(
         "sampling": sampling,
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": decoder.model.stop_token_ids,
-        "stop": stop or (),
+        "stop": stops,
     }
     if prompts or as_json:
         _write_json(decoder, texts, tokens, {"batch_size": batch, "logprobs": logprobs, **rules})
@@ -171,7 +172,7 @@ def _texts(prompt: str | None, prompts: Path | None, batch: int, *, in_json: boo
         raise ValueError("--batch is for a file of prompts: name one with --prompts")
     if logprobs and not in_json:
         raise ValueError("--logprobs needs --json or --prompts: there is no place for them in the text")
-    texts = read_prompts(prompts) if prompts else [str(prompt)]
+    texts = read_prompts(prompts) if prompts else [whole_text(str(prompt), "the prompt")]
     if not all(texts):
         raise ValueError("the prompt is empty: give some text to continue")
     return texts
@@ -260,14 +261,14 @@ def _write_json(decoder: _Decoder, texts: list[str], tokens: list[list[int]], ru
         finished = iter(range(1, len(texts) + 1))
 
         def write(place: int, result: Generation) -> None:
-            typer.echo(_json_line(decoder.model, place, texts[place], result))
+            say_json(_fields(decoder.model, place, texts[place], result))
             show(next(finished), len(texts), f"prompt {place}")
 
         makers: dict[str, Any] = {"drafter": decoder.make_drafter, "controller": decoder.make_controller}
         generate_batch(decoder.model, tokens, on_finish=write, **makers, **rules)
 
 
-def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
+def _fields(model: LM, place: int, prompt: str, result: Generation) -> dict[str, Any]:
     """Return what one prompt gave, for programs."""
     fields = {
         "index": place,
@@ -283,7 +284,7 @@ def _json_line(model: LM, place: int, prompt: str, result: Generation) -> str:
     if result.logprobs is not None:
         pairs = zip(model.spelling.pieces(result.tokens), result.logprobs, strict=True)
         fields["logprobs"] = [[piece, round(value, 6)] for piece, value in pairs]
-    return json.dumps(fields, ensure_ascii=False)
+    return fields
 
 
 def _write_text(decoder: _Decoder, tokens: list[int], rules: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -20,4 +20,6 @@ def noted_if_slow(text: str) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    """Write a line on the standard error; where it cannot be written, go on without."""
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")

@@ -1,8 +1,9 @@
-"""Read files of prompts."""
+"""Read prompts: of the command line, and files of them."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from specdecode.support.files import read_lines
@@ -26,6 +27,21 @@ def read_prompts(file: Path) -> list[str]:
     return texts
 
 
+def whole_text(argument: str, name: str) -> str:
+    """Return a text of the command line, which is in UTF-8 whatever the locale says.
+
+    Raises:
+        ValueError: it is not; the name says which text.
+    """
+    if not _has_half_pairs(argument):
+        return argument
+    try:
+        # Python stands for each byte that is no text in the locale by half a surrogate pair.
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise ValueError(f"{name} is {argument!a}, which is no text in UTF-8: correct its bytes") from None
+
+
 def _prompt(line: str, number: int, file: Path, as_json: bool) -> str:
     if not as_json:
         return line
@@ -35,8 +51,12 @@ def _prompt(line: str, number: int, file: Path, as_json: bool) -> str:
         text = None
     if not isinstance(text, str):
         raise ValueError(f"line {number} of {file} is no JSON object with a field prompt")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _has_half_pairs(text):
         raise ValueError(
             f"line {number} of {file} has half a surrogate pair, which is no character: correct its \\u escapes"
         )
     return text
+
+
+def _has_half_pairs(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)

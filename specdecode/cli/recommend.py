@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from specdecode.cli.messages import note
+from specdecode.cli.output import say_json, say_tables
 
 if TYPE_CHECKING:
     from specdecode.bench.report.recommend import Advice
@@ -66,11 +64,10 @@ def recommend(
     else:
         recommendations = [(run, advise(run)) for run in map(read, runs or [])]
     if as_json:
-        typer.echo(json.dumps([json_of(*about) for about in recommendations], ensure_ascii=False))
+        say_json([json_of(*about) for about in recommendations])
         return
-    console = Console(width=None if sys.stdout.isatty() else 130)
     for about in recommendations:
-        console.print(rich_advice(*about), crop=False, highlight=False)
+        say_tables(rich_advice(*about), crop=False, highlight=False)
 
 
 def _measured(

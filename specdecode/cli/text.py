@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
+
+from specdecode.cli.output import say
 
 if TYPE_CHECKING:
     from specdecode import LM
@@ -21,12 +22,8 @@ class TextStream:
 
     def add(self, tokens: list[int]) -> None:
         """Write the characters that these tokens complete."""
-        self._write("".join(map(self._reader.read, tokens)))
+        say("".join(map(self._reader.read, tokens)), end="")
 
     def end(self) -> None:
         """End the line. A character of which bytes are missing is left out."""
-        self._write("\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        say("")

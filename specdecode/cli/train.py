@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from specdecode.cli.output import say
+from specdecode.support.files import check_writable
 from specdecode.support.progress import progress
 
 
@@ -46,6 +48,8 @@ def train_head(
     numbers = (layers or "").split(",") if layers else []
     if not all(number.strip().isdigit() for number in numbers):
         raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
+    for file in (out, out.with_suffix(".md"), out.with_suffix("") / "shards.json"):
+        check_writable(file)
     from specdecode import load
     from specdecode.training.recipe import Recipe
     from specdecode.training.recipe import train_head as train
@@ -66,5 +70,5 @@ def train_head(
         card = train(model, target, recipe, out, shlex.join(["specdecode", *sys.argv[1:]]), tell)
     for number, epoch in enumerate(card["epochs"], start=1):
         found = ", ".join(f"{task} {tau:.2f}" for task, tau in epoch["acceptance"].items())
-        typer.echo(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {found}")
-    typer.echo(f"the head is in {out}, its card in {out.with_suffix('.md')}; the folder {out.with_suffix('')} can go")
+        say(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {found}")
+    say(f"the head is in {out}, its card in {out.with_suffix('.md')}; the folder {out.with_suffix('')} can go")

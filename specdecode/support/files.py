@@ -11,24 +11,57 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+_PROBE_BYTES = 4096
+"""What a check writes: a full disk still takes empty files."""
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Say in one sentence that a file cannot be written, where the block fails to.
+
+    Raises:
+        ValueError: in place of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            in_the_way = [str(folder) for folder in file.parents if folder.exists() and not folder.is_dir()]
+            reason = f"{in_the_way[0]} is no folder" if in_the_way else reason
+        raise ValueError(f"{file} cannot be written: {reason}") from None
+
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
     """Give a temporary path beside a file, move it onto the file when the block ends well, and delete it otherwise.
 
-    Each call has a path of its own, so that two processes may write the same file at once. Missing folders are made.
+    Each call has a path of its own, so that two processes may write the same file at once. Missing folders are made. A
+    link stays, and what it points to is written. A device or a pipe, such as /dev/stdout, is given itself.
+
+    Raises:
+        ValueError: the file cannot be written; the sentence says why.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
-    try:
-        yield scratch
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with writing(file):
+        if is_device(file):
+            yield file
+            return
+        place = Path(os.path.realpath(file))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = place.with_name(f"{place.name}.{uuid4().hex}.tmp")
+        try:
+            yield scratch
+            scratch.replace(place)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all. What UTF-8 cannot hold (lone surrogates) becomes "?"."""
+    """Write a file that is there whole or not at all. What UTF-8 cannot hold (lone surrogates) becomes "?".
+
+    Raises:
+        ValueError: it cannot be written; the sentence says why.
+    """
     with whole(file) as scratch:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
@@ -51,15 +84,23 @@ def check_writable(file: Path) -> None:
     Raises:
         ValueError: it cannot be written; the sentence says why.
     """
-    try:
+    with writing(file):
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if is_device(file):
+            if not os.access(file, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        place = Path(os.path.realpath(file))
+        place.parent.mkdir(parents=True, exist_ok=True)
         # Under a temporary name first, as `whole` writes: so it is the folder that must take a new file.
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{file} cannot be written: {error.strerror}") from None
+        with tempfile.TemporaryFile(dir=place.parent) as probe:
+            probe.write(b"\0" * _PROBE_BYTES)
+
+
+def is_device(file: Path) -> bool:
+    """Whether it is a device or a pipe: a file that is moved onto it would take its place."""
+    return file.exists() and not file.is_file() and not file.is_dir()
 
 
 def slug(text: str) -> str:

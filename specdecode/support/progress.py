@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,7 +18,7 @@ def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
     """A function to call with (done, total, what is going on): a bar on a terminal, else a line now and then."""
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield _log(console, unit)
+        yield _log(unit)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -36,7 +36,7 @@ def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
         yield tell
 
 
-def _log(console: Console, unit: str) -> Callable[[int, int, str], None]:
+def _log(unit: str) -> Callable[[int, int, str], None]:
     started = time.monotonic()
     told = 0.0
     # Of this work: what went before, or was there already, does not tell how long the rest takes.
@@ -51,6 +51,8 @@ def _log(console: Console, unit: str) -> Callable[[int, int, str], None]:
             return
         told = now
         left = f"{(now - since) / (done - begun) * (total - done):.0f} s left" if done > begun else "starting"
-        console.print(f"{done}/{total} {unit}, {now - started:.0f} s, {left}: {doing}", highlight=False, soft_wrap=True)
+        # A log that takes no more, as on a full disk, does not end the work.
+        with suppress(OSError):
+            sys.stderr.write(f"{done}/{total} {unit}, {now - started:.0f} s, {left}: {doing}\n")
 
     return tell

@@ -240,16 +240,94 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments:
         (["--benchmark", "--benchmark-skip"], "--benchmark-skip does not go with --benchmark"),
         (["--benchmark", "--benchmark-only"], "--benchmark-only does not go with --benchmark"),
         (["--benchmark", "-p", "no:benchmark"], "--benchmark needs pytest-benchmark"),
-        (["--benchmark", "--benchmark-json=/sys/run.json"], "/sys/run.json cannot be written"),
+        (["--benchmark", "--benchmark-json={file}/run.json"], "{file}/run.json cannot be written: {file} is no folder"),
     ],
 )
-def test_a_run_that_could_keep_nothing_is_not_begun(arguments: list[str], reason: str) -> None:
+def test_a_run_that_could_keep_nothing_is_not_begun(tmp_path: Path, arguments: list[str], reason: str) -> None:
     """Guards against minutes of measuring by several processes at once, or by one whose results are thrown away."""
-    done = run(*arguments)
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    done = run(*(argument.format(file=file) for argument in arguments))
     assert done.returncode == 2, done.stdout + done.stderr
-    assert reason in done.stdout + done.stderr
+    assert reason.format(file=file) in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "runs" not in done.stderr  # no progress
+
+
+def test_a_summary_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:
+    """Guards against a run that fails for want of its page, when all is measured."""
+    page = tmp_path / "file" / "summary.md"
+    page.parent.write_text("in the way")
+    done = run("--benchmark", GITHUB_STEP_SUMMARY=str(page))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"{page} cannot be written: {page.parent} is no folder" in done.stdout + done.stderr
+    assert "runs" not in done.stderr  # no progress
+
+
+@pytest.mark.parametrize("suite", ["benchmark", "quality"])
+def test_results_that_are_a_file_are_told_before_a_model_is_loaded(tmp_path: Path, model: str, suite: str) -> None:
+    """Guards against an error for each arm, after the models are loaded."""
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("perf", "quality"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_none.py").touch()
+    (tmp_path / "results").write_text("no folder")
+    arguments = (f"--{suite}", f"--target={model}", "--device", "cpu", "--dtype", "float64")
+    done = run(*arguments, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "cannot be written" in line]
+    assert len(said) == 1
+    assert f"{tmp_path / 'results'} is no folder" in said[0]
+    assert "Loading" not in done.stderr
+    assert (tmp_path / "results").read_text() == "no folder"
+
+
+FULL_DISK = """
+import errno, os, pytest_benchmark.session as session
+def save(self, content):
+    with open(self.json, "wb") as file:
+        file.write(b"{")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+session.BenchmarkSession.save_json = save
+"""
+OPEN_FILE = """
+import argparse, json, pytest_benchmark.plugin as plugin, pytest_benchmark.session as session
+plugin.Path = argparse.FileType("wb")
+def save(self, content):
+    with self.json as file:
+        file.write(json.dumps(content).encode())
+session.BenchmarkSession.save_json = save
+"""
+
+
+def test_a_run_outlives_a_full_disk_and_a_plain_terminal(model: str, tmp_path: Path) -> None:
+    """Guards against minutes lost with the file that they were for; and a table on one line of escapes, which pytest
+    makes of characters that a terminal lacks. pytest-benchmark 5.2 gives its file open."""
+    for name, source in (("full_disk", FULL_DISK), ("open_file", OPEN_FILE)):
+        (tmp_path / f"{name}.py").write_text(source)
+    file, around = tmp_path / "run.json", {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "ascii"}
+    file.write_text("the run before")
+    arguments = (*one_arm(model), "--prompts", "prose:3", "--max-new-tokens", "5", f"--benchmark-json={file}")
+    done = run("-p", "full_disk", *arguments, **around)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert f"{file} cannot be written: No space left on device; the same command with --resume keeps" in said
+    assert "INTERNALERROR" not in said
+    assert file.read_text() == "the run before"
+    assert [path.name for path in tmp_path.glob("run.json*")] == ["run.json"]
+    done = run("-p", "open_file", *arguments, "--resume", **around)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming: 3 of 3 blocks are there" in done.stderr
+    assert json.loads(file.read_text())["specdecode"]["arms"].keys() == {"ar", "lookup"}
+    assert [path.name for path in tmp_path.glob("run.json*")] == ["run.json"]
+    assert [line.split()[1] for line in done.stdout.splitlines() if re.match(r"\| (ar|lookup) ", line)] == [
+        "ar",
+        "lookup",
+    ]
+    assert "\\u" not in done.stdout
+    assert "?" in done.stdout  # such as the sign of the mean acceptance length
 
 
 def test_quality_shows_perplexities(model: str) -> None:

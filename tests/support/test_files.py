@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import re
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from specdecode.support.files import whole, write_whole
+from specdecode.support.files import check_writable, whole, write_whole
 
 _WRITES = 300
 
@@ -18,7 +23,7 @@ def _write_and_read(file: Path, letter: str) -> list[str]:
     for _ in range(_WRITES):
         try:
             write_whole(file, letter * 4000)
-        except OSError as error:
+        except ValueError as error:
             faults.append(type(error).__name__)
         content = file.read_text()
         if len(content) != 4000 or len(set(content)) != 1:
@@ -48,3 +53,78 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         fail()
     assert file.read_text() == "before"
     assert [found.name for found in file.parent.iterdir()] == ["run.json"]
+
+
+def test_what_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -> None:
+    """Guards against a traceback, a reason that says nothing of what is in the way, and a check that is blind to it."""
+    in_the_way, made = tmp_path / "results", tmp_path / "made" / "run.json"
+    in_the_way.write_text("no folder")
+    for file, reason in (
+        (in_the_way / "run.json", f"{in_the_way} is no folder"),
+        (in_the_way / "a" / "b" / "run.json", f"{in_the_way} is no folder"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        for write in (check_writable, partial(write_whole, content="new")):
+            with pytest.raises(ValueError, match=re.escape(f"{file} cannot be written: {reason}")):
+                write(file)
+    check_writable(made)
+    assert made.parent.is_dir()
+    assert {path.name for path in tmp_path.rglob("*")} == {"results", "made"}
+
+
+def _write_on_a_full_disk(file: Path) -> list[str]:
+    """Write a file of two blocks where only one finds room; what is said of it."""
+    # The limit of a file's size stands in for a disk that is full: nobody can be asked for one.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    said = []
+    for write in (partial(write_whole, content="x" * 8192), check_writable):
+        try:
+            write(file)
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 4096))
+    try:
+        check_writable(file)
+    except ValueError as error:
+        said.append(str(error))
+    return said
+
+
+def test_a_full_disk_is_told_and_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """Guards against half a run file, a traceback, and a check that an empty file passes."""
+    file = tmp_path / "run.json"
+    file.write_text("before")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (said,) = pool.map(_write_on_a_full_disk, [file])
+    full = f"{file} cannot be written: File too large"
+    assert said == [full, "", full]
+    assert file.read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """Guards against a file in the place of a link, and what it points to left as it was."""
+    link, file = tmp_path / "latest.json", tmp_path / "runs" / "today.json"
+    link.symlink_to(file)
+    check_writable(link)
+    write_whole(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    assert [found.name for found in file.parent.iterdir()] == ["today.json"]
+
+
+def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
+    """Guards against /dev/stdout or /dev/null that becomes a file, for those who may write there."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        content = reader.submit(pipe.read_text)
+        write_whole(pipe, "through the pipe")
+        if not pipe.is_fifo():
+            pipe.unlink()
+            pytest.fail("a file took its place")
+        assert content.result() == "through the pipe"
+    assert [found.name for found in tmp_path.iterdir()] == ["pipe"]

@@ -17,7 +17,7 @@ from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.experiment import Block
 from specdecode.bench.runs.names import BASELINE
 from specdecode.support.checked import count, mapping, read_text, text
-from specdecode.support.files import check_writable, write_whole
+from specdecode.support.files import check_writable, write_whole, writing
 
 T = TypeVar("T")
 
@@ -84,8 +84,12 @@ class Journal:
         )
 
     def add(self, piece: Mapping[str, Any]) -> None:
-        """Write a piece, and wait until it is on disk."""
-        with self.path.open("a", encoding="utf-8") as journal:
+        """Write a piece, and wait until it is on disk.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        with writing(self.path), self.path.open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(piece) + "\n")
             journal.flush()
             os.fsync(journal.fileno())

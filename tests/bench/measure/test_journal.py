@@ -197,3 +197,14 @@ def test_a_line_that_is_no_block_is_told(tmp_path: Path) -> None:
     path.write_text("\n".join([first, edited, *rest]) + "\n")
     with pytest.raises(ValueError, match=r"line 2 of .* is damaged"):
         Journal(path, WHAT, resume=True).blocks()
+
+
+def test_a_journal_on_a_full_disk_is_told(tmp_path: Path) -> None:
+    """Guards against a traceback after hours, and blocks that were there and cannot be gone on with."""
+    path = tmp_path / "run.jsonl"
+    journal = Journal(path, WHAT, resume=False)
+    journal.add({"prompt": "a"})
+    journal.path = Path("/dev/full")
+    with pytest.raises(ValueError, match="/dev/full cannot be written: No space left on device"):
+        journal.add({"prompt": "b"})
+    assert Journal(path, WHAT, resume=True).pieces == [{"prompt": "a"}]
