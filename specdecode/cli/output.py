@@ -37,6 +37,8 @@ def standard_streams() -> Iterator[None]:
             stream.reconfigure(errors=errors)
     try:
         yield
+    except BrokenPipeError:
+        sys.exit(1)
     finally:
         _flush(sys.stderr)
         if failure := _flush(sys.stdout):
