@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdecode.cli.prompts import read_prompts
+from tests.helpers.damage import taken
+from tests.helpers.fuzzing import fuzzed
 
 WHOLE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
@@ -51,6 +54,7 @@ def test_what_is_no_prompt_is_told_with_its_line(tmp_path: Path, name: str, cont
         read_prompts(tmp_path / name)
 
 
+@fuzzed(40)
 @given(prompts=st.lists(WHOLE, min_size=1), ascii_only=st.booleans())
 def test_what_json_holds_reads_back(
     tmp_path_factory: pytest.TempPathFactory, prompts: list[str], ascii_only: bool
@@ -60,3 +64,27 @@ def test_what_json_holds_reads_back(
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=ascii_only) for prompt in prompts]
     file.write_bytes("".join(f"{line}\n" for line in lines).encode())
     assert read_prompts(file) == prompts
+
+
+# What separates, marks and escapes, somewhere; and anything else.
+TRICKY = st.sampled_from(
+    [*'a {}[]":,\\\t\r\n\x00\x0b\x0c\x1c\x1e\x85\u2028\u2029\ufeff\ud800', "\\ud83d", "\r\n", '{"prompt":"a']
+)
+PIECES = st.lists(TRICKY | st.text(max_size=2) | st.just('{"prompt": "b"}\n'), max_size=12).map("".join)
+CONTENTS = PIECES.map(lambda text: text.encode(errors="surrogatepass")) | st.binary(max_size=40)
+
+
+@fuzzed(100)
+@given(content=CONTENTS, name=st.sampled_from(["prompts.txt", "prompts.jsonl", "PROMPTS.JSONL", "prompts"]))
+def test_any_file_is_read_line_by_line_or_refused_in_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
+) -> None:
+    """Guards against a traceback, a line that is passed over, and a prompt that no tokenizer takes."""
+    file = tmp_path_factory.getbasetemp() / name
+    file.write_bytes(content)
+    prompts = taken(lambda: read_prompts(file), f"{file} ", "line ")
+    if prompts is None:
+        return
+    lines = [line for line in re.split("\r?\n|\r\\Z", content.decode().removeprefix("\ufeff")) if line.strip(" \t\r")]
+    assert prompts == ([json.loads(line)["prompt"] for line in lines] if "json" in name.lower() else lines)
+    assert all(isinstance(prompt, str) and prompt.encode() is not None for prompt in prompts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -47,26 +47,28 @@ class Damage:
     content: bytes = field(repr=False)
 
 
-def damaged(document: Any, edited: Callable[[tuple[Any, ...]], bool] = lambda path: True) -> st.SearchStrategy[Damage]:
+def damaged(
+    document: Any, of_interest: Callable[[tuple[Any, ...]], bool] = lambda path: True
+) -> st.SearchStrategy[Damage]:
     """Return files that hold a JSON document, but for one or two values, or a few bytes.
 
     Args:
         document: whole.
-        edited: the paths to the values that may be others, or gone; all if not said.
+        of_interest: the paths to the values that may be others, or gone; all if not said.
     """
-    paths = sorted(filter(edited, places(document)), key=repr)
+    paths = sorted(filter(of_interest, places(document)), key=repr)
     edits = st.lists(st.tuples(st.sampled_from(paths), st.just(GONE) | ODD), min_size=1, max_size=2)
     text = json.dumps(document).encode()
     place = st.integers(0, len(text))
     bytes_replaced = st.tuples(place, st.integers(0, 2), st.binary(max_size=3))
     return st.one_of(
-        edits.map(lambda done: Damage(done, json.dumps(_with(document, done)).encode())),
+        edits.map(lambda done: Damage(done, json.dumps(edited(document, done)).encode())),
         bytes_replaced.map(lambda done: Damage(done, text[: done[0]] + done[2] + text[done[0] + done[1] :])),
         place.map(lambda end: Damage(end, text[:end])),
     )
 
 
-def _with(document: Any, edits: list[tuple[tuple[Any, ...], Any]]) -> Any:
+def edited(document: Any, edits: Sequence[tuple[tuple[Any, ...], Any]]) -> Any:
     """Return a copy with other values, as far as their places are still there."""
     changed = copy.deepcopy(document)
     for (*folders, last), value in edits:

@@ -23,12 +23,13 @@ from specdecode.bench.runs import file as run_file
 from specdecode.evals import results
 from specdecode.evals.margins import check_margins, read_margins
 from specdecode.support.checked import count, flag, mapping, number, parse_json
-from tests.helpers.damage import NO_SHRINKING, Damage, damaged, taken
+from tests.helpers.damage import GONE, NO_SHRINKING, Damage, damaged, edited, taken
 from tests.helpers.fuzzing import fuzzed
 from tests.helpers.root import ROOT
 
 DATA = ROOT / "tests" / "data"
-RUN = json.loads((DATA / "run.json").read_text())
+TEXT = (DATA / "run.json").read_bytes()
+RUN = json.loads(TEXT)
 WHOLE = run_file.read(DATA / "run.json")
 QUALITY = json.loads((DATA / "quality-run.json").read_text())
 (MARGINS_FILE,) = (ROOT / "baselines" / "quality").glob("*.json")
@@ -38,6 +39,99 @@ MARGINS = json.loads(MARGINS_FILE.read_text())
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("files") / "damaged.json"
+
+
+LOOKUP = ("specdecode", "arms", "lookup")
+ROW = (*LOOKUP, "rows", next(iter(WHOLE.arms["lookup"].rows)))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ((*ROW, "log_speedup"), math.nan, "cannot be judged: log_speedup is nan, which is no number"),
+        (
+            (*ROW, "log_speedup"),
+            math.inf,
+            "cannot be judged: log_speedup is inf, which cannot be: it is from -20 to 20",
+        ),
+        ((*ROW, "counts", "tokens"), -5, r"tokens is -5, which cannot be: it is from 1 to 1e\+15"),
+        ((*ROW, "counts", "tokens"), 1e308, r"tokens is 1e\+308, which cannot be"),
+        ((*ROW, "counts", "tokens"), 10**400, r"tokens is 10000*\.\.\., which cannot be"),
+        ((*ROW, "counts", "tokens"), "12", "tokens is '12', which is no number"),
+        ((*ROW, "counts", "tokens"), True, "tokens is True, which is no number"),
+        ((*ROW, "counts", "steps"), 0, "steps is 0, which cannot be"),
+        ((*ROW, "counts", "nll"), 1e15, "nll is 10000*.0, which cannot be: it is from 0 to"),
+        ((*ROW, "seconds", "total"), 5e-324, "total is 5e-324, which cannot be"),
+        ((*ROW, "histograms"), None, "histograms is None, which is no object"),
+        ((*ROW, "histograms", "accepted"), [-5, 3], "accepted is -5, which cannot be"),
+        ((*ROW, "histograms", "accepted"), {"0": 3}, "accepted is {'0': 3}, which is no list"),
+        ((*LOOKUP, "rows"), [], r"rows is \[\], which is no object"),
+        ((*LOOKUP, "bugs"), 0.5, "bugs is 0.5, which is no whole number"),
+        ((*LOOKUP, "lossy"), "no", "lossy is 'no', which is neither true nor false"),
+        ((*LOOKUP, "rehearsal"), {"weight_bytes": -1}, "weight_bytes is -1, which cannot be"),
+        ((*LOOKUP, "shorter"), {"x": {}}, "shorter has 'x', which is no length"),
+        (("specdecode", "arms"), {}, "it does not have ar, which all else is compared with"),
+        (("specdecode", "floor"), -3.0, "floor is -3.0, which cannot be"),
+        (("specdecode", "format"), "3", "its format is '3', and this version reads 3"),
+        (("specdecode", "identity", "hardware"), "../../etc", "hardware is '../../etc', which is no name"),
+        (("specdecode", "identity", "dtype"), 3, "dtype is 3, which is no text"),
+        (("specdecode",), GONE, "is no run of `pytest --benchmark`: it has no 'specdecode'"),
+    ],
+)
+def test_what_cannot_be_in_a_run_is_named(path: Path, place: tuple[str, ...], value: Any, reason: str) -> None:
+    """Guards against a figure that is judged although nothing can have measured it."""
+    path.write_text(json.dumps(edited(RUN, [(place, value)])))
+    with pytest.raises(ValueError, match=rf"^\S*damaged\.json .*{reason}"):
+        run_file.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is no JSON"),
+        (TEXT[:900], "is no JSON"),
+        (b"[" * 100_000, "is no JSON"),
+        (b"null", "the file is None"),
+        (bytes(range(256)), "is no text"),
+        (TEXT.decode().encode("utf-16"), "is no text"),
+    ],
+    ids=["empty", "cut", "deep", "null", "binary", "utf-16"],
+)
+def test_a_file_that_is_no_run_is_named(path: Path, content: bytes, reason: str) -> None:
+    """Guards against a traceback of the parser; a byte-order mark, which editors write, changes nothing."""
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^\S*damaged\.json .*{reason}"):
+        run_file.read(path)
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT)
+    assert run_file.read(path).arms == WHOLE.arms
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (("arms", "random-16", "cache"), [None], r"cache is \[None\], which is no number"),
+        (("arms", "random-16", "policy"), 3, "policy is 3, which is no text"),
+        (("documents",), [], "none of its documents has a token to predict"),
+        (("documents", 0, "reference", 0), 1e15, "the mean of reference is .*, which cannot be: it is from .* to 700"),
+        (("documents", 0, "arms", "full", "kl"), [], "full did not judge the 24 tokens"),
+        (("needles", 0, "ranks"), [], r"ranks is \[\], and an answer has at least one token"),
+        (("needles", 0, "depth"), 2, "depth is 2, which cannot be: it is from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_in_a_run_of_quality_is_named(
+    path: Path, place: tuple[Any, ...], value: Any, reason: str
+) -> None:
+    """Guards against the same in runs of the quality suite, of which tables and figures are made."""
+    path.write_text(json.dumps(edited(QUALITY, [(("quality", *place), value)])))
+    with pytest.raises(ValueError, match=rf"^\S*damaged\.json cannot be read: .*{reason}"):
+        results.read(path)
+
+
+def test_without_times_of_plain_decoding_nothing_is_recommended(path: Path) -> None:
+    """Guards against a mean of nothing, told in the words of the library that was to make it."""
+    path.write_text(json.dumps(edited(RUN, [(("specdecode", "arms", "ar", "rows"), {})])))
+    with pytest.raises(ValueError, match=r"damaged\.json has no times of ar, with which all else is compared"):
+        recommend(run_file.read(path))
 
 
 def judged(path: tuple[Any, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -131,10 +132,17 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
         timed=flag(entry, "timed", default=False),
         options=options,
         shorter={
-            int(length): _rows(shorter, header)
+            _length(length): _rows(shorter, header)
             for length, shorter in mapping(entry.get("shorter", {}), "shorter").items()
         },
     )
+
+
+def _length(key: str) -> int:
+    """Take a length of outputs, which as a key is text."""
+    if not re.fullmatch("[1-9][0-9]{0,9}", key):
+        raise ValueError(f"shorter has {key[:20]!r}, which is no length")
+    return int(key)
 
 
 def _counters_run(values: dict[str, Any]) -> CountersRun:
