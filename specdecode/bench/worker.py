@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from specdecode.bench.arms.arm import Arm, make_arm
-from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.counters import counters_run
 from specdecode.bench.measure.experiment import timed
@@ -93,7 +93,7 @@ class Worker:
         return list(token_prompts(spec, self._loaded))
 
     def roofline(self) -> float:
-        return roofline(self._loaded)
+        return roofline_throughput(self._loaded)
 
     def rehearse(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, float]:
         return as_dict(counters_run(self._arms[arm], prompt, length, expected))

@@ -85,33 +85,33 @@ def _check_up() -> None:
 
 def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
     from specdecode import load
-    from specdecode.bench.measure.roofline import WIDER, measure_reach
+    from specdecode.bench.measure.roofline import WIDER, measure_roofline
 
     model = load(name, device=device, dtype=dtype, backend="eager")
     with progress("rounds") as tell:
-        reach = measure_reach(model, tell)
+        roofline = measure_roofline(model, tell)
     table = _versions()
     kind = str(model.dtype).removeprefix("torch.")
     table.add_row("model", f"{model.name} in {kind}" + (", synthetic" if model.synthetic else ""))
-    table.add_row(f"copy on {model.device}", _told_bandwidth(reach.bandwidth))
-    table.add_row("read per token", f"{reach.token_bytes / 1e6:.1f} MB of weights")
-    table.add_row("roofline", f"{reach.roofline:.1f} tokens/s")
+    table.add_row(f"copy on {model.device}", _told_bandwidth(roofline.bandwidth))
+    table.add_row("read per token", f"{roofline.token_bytes / 1e6:.1f} MB of weights")
+    table.add_row("roofline", f"{roofline.throughput:.1f} tokens/s")
     forwards = Table(box=None, pad_edge=False, header_style=None)
     forwards.add_column("backend")
     for column in ("weights MB", "1 row ms", "tokens/s", "of roofline", *(f"{rows} rows" for rows in WIDER)):
         forwards.add_column(column, justify="right")
-    for backend, found in reach.backends.items():
-        multiples = (f"{found.multiples[rows]:.2f}x" if rows in found.multiples else "-" for rows in WIDER)
+    for backend, forward in roofline.backends.items():
+        multiples = (f"{forward.multiples[rows]:.2f}x" if rows in forward.multiples else "-" for rows in WIDER)
         forwards.add_row(
             backend,
-            f"{found.weight_bytes / 1e6:.1f}",
-            f"{1e3 * found.seconds[1]:.2f}",
-            f"{found.throughput:.1f}",
-            f"{reach.share(backend):.0%}",
+            f"{forward.weight_bytes / 1e6:.1f}",
+            f"{1e3 * forward.seconds[1]:.2f}",
+            f"{forward.throughput:.1f}",
+            f"{roofline.share(backend):.0%}",
             *multiples,
         )
     say_tables(table, "", forwards, highlight=False)
-    for backend, reason in reach.missing.items():
+    for backend, reason in roofline.missing.items():
         say(f"{backend} is not available: {reason}")
 
 

@@ -104,5 +104,5 @@ def is_device(file: Path) -> bool:
 
 
 def slug(text: str) -> str:
-    """The text as a file name: lower-case letters, digits, dots and dashes."""
+    """Return the text as a file name: lower-case letters, digits, dots and dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")

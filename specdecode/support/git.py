@@ -1,4 +1,4 @@
-"""Ask git."""
+"""Run git."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def git(*arguments: str, root: Path = Path()) -> str:
-    """What git prints.
+    """Return what git prints.
 
     Raises:
-        ValueError: git fails, or is not there; its own last line.
+        ValueError: git fails, or is not installed; the sentence is git's own last line.
     """
     program = shutil.which("git")
     if program is None:
         raise ValueError("git is not installed")
-    # Names as they are, not as they would be typed.
+    # Names of files as they are, and not quoted.
     command = [program, "-c", "core.quotePath=false", *arguments]
     done = subprocess.run(
         command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False

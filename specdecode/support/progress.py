@@ -1,4 +1,4 @@
-"""Progress of long work, on a terminal or in a log."""
+"""Show the progress of long work, on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _LOG_INTERVAL_S = 15.0
 
 @contextmanager
 def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
-    """A function to call with (done, total, what is going on): a bar on a terminal, else a line now and then."""
+    """Show a bar on a terminal, and a line now and then elsewhere.
+
+    Yields:
+        A function to call with how much is done, how much there is, and what is being done.
+    """
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield _log(unit)
@@ -38,19 +42,19 @@ def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
 
 def _log(unit: str) -> Callable[[int, int, str], None]:
     started = time.monotonic()
-    told = 0.0
-    # Of this work: what went before, or was there already, does not tell how long the rest takes.
-    whole, begun, since = 0, 0, started
+    written = 0.0
+    # The rest takes as long as the work since `begun`: what a resumed session found finished took no time.
+    last_total, begun, begun_at = 0, 0, started
 
     def tell(done: int, total: int, doing: str) -> None:
-        nonlocal told, whole, begun, since
+        nonlocal written, last_total, begun, begun_at
         now = time.monotonic()
-        if total != whole:
-            whole, begun, since = total, done, now
-        if now - told < _LOG_INTERVAL_S and done < total:
+        if total != last_total:
+            last_total, begun, begun_at = total, done, now
+        if now - written < _LOG_INTERVAL_S and done < total:
             return
-        told = now
-        left = f"{(now - since) / (done - begun) * (total - done):.0f} s left" if done > begun else "starting"
+        written = now
+        left = f"{(now - begun_at) / (done - begun) * (total - done):.0f} s left" if done > begun else "starting"
         # A log that takes no more, as on a full disk, does not end the work.
         with suppress(OSError):
             sys.stderr.write(f"{done}/{total} {unit}, {now - started:.0f} s, {left}: {doing}\n")

@@ -16,7 +16,7 @@ import torch
 import specdecode
 from specdecode import cli, generate, load
 from specdecode.bench.arms import parts
-from specdecode.bench.measure import roofline as reach
+from specdecode.bench.measure import roofline as measured_roofline
 from specdecode.cli import messages
 from tests.helpers.characters import save
 from tests.helpers.fake_clock import Cost, FakeClock, charged
@@ -388,8 +388,8 @@ def test_doctor_tells_what_backends_make_of_the_memory(
     build(ARCHITECTURES["llama"] | values).save_pretrained(tmp_path)
     clock, loaded = FakeClock(noise=0.0), []
     monkeypatch.setattr(time, "perf_counter", clock)
-    monkeypatch.setattr(reach, "BACKENDS", ("auto", "eager", "packed"))
-    monkeypatch.setattr(reach, "copy_bandwidth", lambda device: 1.3e8)
+    monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "eager", "packed"))
+    monkeypatch.setattr(measured_roofline, "copy_bandwidth", lambda device: 1.3e8)
     with ExitStack() as stack:
 
         def charging(name: str, **asked: Any) -> specdecode.LM:
@@ -425,7 +425,7 @@ def test_doctor_tells_which_backends_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
     """Guards against a fallback that is shown as the backend that it stands in for, and an option that is lost."""
-    monkeypatch.setattr(reach, "BACKENDS", ("auto", "packed", "eager"))
+    monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "packed", "eager"))
     assert run(monkeypatch, "doctor", "--roofline", model, "--dtype", "float64") == 0
     out = capfd.readouterr().out
     assert f"{model} in float64" in out

@@ -21,7 +21,7 @@ from specdecode import (
     generate,
     load,
 )
-from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.check import classify
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.models.architectures import SHAPES
@@ -228,7 +228,7 @@ def test_weights_are_counted_as_they_are_stored(
     assert rough.weight_bytes == weights + 5 * channels + rest
     monkeypatch.setattr("specdecode.bench.measure.bandwidth.copy_bandwidth", lambda device: 1e9)
     unread = 0 if ties else 97 * 24 * dtype.itemsize
-    assert roofline(rough) == pytest.approx(1e9 / (rough.weight_bytes - unread))
+    assert roofline_throughput(rough) == pytest.approx(1e9 / (rough.weight_bytes - unread))
 
 
 # Loading, and what cannot be quantised.

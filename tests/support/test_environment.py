@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specdecode import LM
-from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.counters import HostReads, peak_memory
 from specdecode.bench.runs.records import Header, Identity
 from specdecode.support.environment import conditions, cpu_name, environment, hardware
@@ -164,4 +164,4 @@ def test_the_roofline_counts_what_a_forward_reads(monkeypatch: pytest.MonkeyPatc
         target = LM(build(ARCHITECTURES["llama"] | {"tie_word_embeddings": ties}))
         embedding = target.model.get_input_embeddings().weight
         total = sum(parameter.nbytes for parameter in target.model.parameters())
-        assert roofline(target) == pytest.approx(1e9 / (total - (0 if ties else embedding.nbytes)))
+        assert roofline_throughput(target) == pytest.approx(1e9 / (total - (0 if ties else embedding.nbytes)))

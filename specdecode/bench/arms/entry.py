@@ -7,7 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from specdecode.bench.arms.keys import CONTROLLERS, DRAFTERS, MODEL_KEYS, PEERS, PRESET_KEYS, SHAPES, TYPES, typed
+from specdecode.bench.arms.keys import (
+    CONTROLLERS,
+    DRAFTERS,
+    MODEL_KEYS,
+    PEERS,
+    POLICY_CACHE_TOKENS,
+    PRESET_KEYS,
+    SHAPES,
+    TYPES,
+    typed,
+)
 from specdecode.bench.arms.spelling import COMMAND_LINE, MODEL_ARGS, Spelling, preset_spelling
 from specdecode.controllers.base import FixedK
 
@@ -16,8 +26,7 @@ if TYPE_CHECKING:
     from specdecode.drafters.tree_shapes import TreeShape
     from specdecode.policies.base import CachePolicy
 
-# Most defaults are those of the classes that the keys are arguments of. These are the others.
-_POLICY_CACHE_TOKENS = 256
+# Most defaults are those of the classes that the keys are arguments of. This is another.
 _STATIC_TREE_BRANCHES = 2  # of every node, at as many depths as the draft is long
 
 
@@ -275,7 +284,7 @@ class ArmSpec:
 
     @property
     def cache_tokens(self) -> int:
-        return _POLICY_CACHE_TOKENS if self.cache is None else self.cache
+        return POLICY_CACHE_TOKENS if self.cache is None else self.cache
 
     def fixed_k(self) -> FixedK:
         """Return the controller of its draft length, or of the default one."""

@@ -33,6 +33,9 @@ TYPES = {
 PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 """The keys of a preset's arm."""
 
+POLICY_CACHE_TOKENS = 256
+"""Tokens that a cache policy holds, where the arm does not say."""
+
 MODEL_KEYS = tuple(key for key in TYPES if key not in ("backend", "replay", "batch", "peer", "confidence", "against"))
 """The keys of a way to decode that is not measured."""
 

@@ -1,4 +1,4 @@
-"""Measure what a device allows a model."""
+"""Measure the bandwidth of a device, and the roofline of a model on it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _COPY_BYTES = 2**28
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes on the device: the best of a few.
+    """Return the bytes per second that a large copy reads and writes on the device: the best of a few copies.
 
-    Decoding one token streams all weights once, so this bounds what any backend can reach.
+    Decoding a token streams all weights once, so this bounds the throughput of any backend.
     """
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -30,14 +30,17 @@ def copy_bandwidth(device: torch.device) -> float:
     return best
 
 
-def roofline(target: LM) -> float:
-    """Tokens per second of autoregressive decoding if nothing but streaming the weights took time."""
+def roofline_throughput(target: LM) -> float:
+    """Return the tokens per second of autoregressive decoding if nothing but streaming the weights took time."""
     return copy_bandwidth(target.device) / token_bytes(target)
 
 
 def token_bytes(target: LM) -> int:
-    """Bytes of all weights that a forward reads, of a target on the backend "eager": without the keys and values, which
-    are few at the lengths that are measured here, and without an embedding of which a forward reads one row."""
+    """Return the bytes of all weights that a forward reads, of a target on the backend "eager".
+
+    Left out are keys and values, which are few at the lengths measured here, and an embedding of which a forward reads
+    one row.
+    """
     model = target.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     read = {id(parameter): parameter for parameter in model.parameters()}

@@ -1,4 +1,4 @@
-"""How near the forwards of each backend come to what the memory allows."""
+"""Measure how near the forwards of each backend come to the roofline, which is what the memory allows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WIDER = (8, 16, 32)
 """Rows of the forwards that speculation needs to cost little more than one of one row."""
 
 # Far more rounds than `measure_costs` takes: nobody is waiting for the first token.
-_ROUNDS, _SECONDS = 25, 20.0
+_ROUNDS, _LIMIT_S = 25, 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Forwards:
-    """Those of one backend.
+class BackendForwards:
+    """The forwards of one backend.
 
     Attributes:
         weight_bytes: of the weights as they are stored.
@@ -33,18 +33,18 @@ class Forwards:
 
     @property
     def throughput(self) -> float:
-        """Tokens per second of plain decoding, if nothing but its forwards took time."""
+        """Tokens per second of autoregressive decoding if nothing but its forwards took time."""
         return 1 / self.seconds[1]
 
     @property
     def multiples(self) -> dict[int, float]:
-        """What the wider forwards cost, in forwards of one row."""
+        """Seconds of the wider forwards, in forwards of one row."""
         return {rows: self.seconds[rows] / self.seconds[1] for rows in WIDER if rows in self.seconds}
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
-    """What a device allows a model, and what its backends make of that.
+class Roofline:
+    """What a device allows a model, and how near its backends come to that.
 
     Attributes:
         bandwidth: bytes per second that a large copy reads and writes on the device.
@@ -55,24 +55,25 @@ class Reach:
 
     bandwidth: float
     token_bytes: int
-    backends: dict[str, Forwards]
+    backends: dict[str, BackendForwards]
     missing: dict[str, str]
 
     @property
-    def roofline(self) -> float:
-        """Tokens per second, if nothing but streaming the weights took time."""
+    def throughput(self) -> float:
+        """Tokens per second if nothing but streaming the weights took time."""
         return self.bandwidth / self.token_bytes
 
     def share(self, backend: str) -> float:
-        return self.backends[backend].throughput / self.roofline
+        """Return the throughput of a backend as a share of the roofline."""
+        return self.backends[backend].throughput / self.throughput
 
 
-def measure_reach(target: LM, tell: Callable[[int, int, str], None]) -> Reach:
+def measure_roofline(target: LM, tell: Callable[[int, int, str], None]) -> Roofline:
     """Time the target's forwards on all backends, which take turns.
 
     Args:
         target: on the backend "eager".
-        tell: called with the rounds done, their number, and what is going on.
+        tell: called with the rounds done, their number, and what is being measured.
     """
     variants: dict[str, LM] = {}
     missing: dict[str, str] = {}
@@ -90,9 +91,9 @@ def measure_reach(target: LM, tell: Callable[[int, int, str], None]) -> Reach:
         else:
             missing[kind] = re.sub(r"^not \w+: ", "", variant.backend.note)
     bandwidth = copy_bandwidth(target.device)
-    seconds = forward_seconds(list(variants.values()), (1, *WIDER), repeats=_ROUNDS, seconds=_SECONDS, tell=tell)
+    seconds = forward_seconds(list(variants.values()), (1, *WIDER), repeats=_ROUNDS, seconds=_LIMIT_S, tell=tell)
     backends = {
-        kind: Forwards(variant.weight_bytes, taken)
-        for (kind, variant), taken in zip(variants.items(), seconds, strict=True)
+        kind: BackendForwards(variant.weight_bytes, by_rows)
+        for (kind, variant), by_rows in zip(variants.items(), seconds, strict=True)
     }
-    return Reach(bandwidth, token_bytes(target), backends, missing)
+    return Roofline(bandwidth, token_bytes(target), backends, missing)

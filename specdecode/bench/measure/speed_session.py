@@ -10,7 +10,7 @@ from typing import Literal
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.gate.verdicts import Judgement, Verdict, judge
-from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.experiment import experiment
 from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.measure.journal import Journal, code
@@ -107,7 +107,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             keep=journal.add_block,
         )
     header = run_header(
-        plan, results.outputs(), results.floor, roofline=roofline(target), versions=versions, before=before
+        plan, results.outputs(), results.floor, roofline=roofline_throughput(target), versions=versions, before=before
     )
     run = RunFile(Path(), header, results.records())
     return JudgedRun(

@@ -12,7 +12,7 @@ from typing import Any
 
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.entry import drafter_kinds
-from specdecode.bench.measure.bandwidth import roofline
+from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.experiment import Block, Results, measure_block
 from specdecode.bench.measure.header import run_header, run_versions
@@ -57,7 +57,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     target, draft = plan.setup.load_pair()
     prompts, _ = token_prompts(plan.preset.prompts, target)
     order = _in_turn(list(prompts))
-    before, bandwidth = conditions(target.device), roofline(target)
+    before, bandwidth = conditions(target.device), roofline_throughput(target)
     versions = run_versions(plan.identity.target, target.with_backend(plan.setup.backend).backend.name)
     blocks: list[Block] = []
 

@@ -1,4 +1,4 @@
-"""Quality against speed: what a run of `pytest --quality` and one of `pytest --benchmark` say of the same decoding."""
+"""Compare quality with speed: a run of `pytest --quality` with one of `pytest --benchmark`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from specdecode.bench.arms.keys import POLICY_CACHE_TOKENS
 from specdecode.bench.report.captions import label, title
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.results import MEASURES, QualityRun
 
-NOTHING = Estimate(0.0, 0.0, 0.0)
-"""What decoding costs that keeps the whole cache and the weights as they are: it is the reference."""
+NO_COST = Estimate(0.0, 0.0, 0.0)
+"""The cost of decoding with the whole cache and the weights as they are, which is the reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,9 @@ class Tradeoff:
 
 
 def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:
-    """Join two runs by how the target is decoded: cache policy with its settings, cache size and weights. How drafts
-    are made changes the speed alone.
+    """Join two runs by how the target is decoded: its cache policy, cache size and weights.
+
+    How drafts are made changes the speed alone.
 
     Raises:
         ValueError: the runs are of different targets or types.
@@ -72,20 +74,20 @@ def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:
     judged: dict[str, str] = {}
     for arm in run.judged_arms:
         judged.setdefault(_decoding(run.arms[arm]), arm)
-    points, unjudged, met = [], [], set()
+    points, unjudged, measured = [], [], set()
     for arm, record in speed.arms.items():
         if not record.rows:
             continue
         decoding = _decoding({key: record.options[key] for key in _LOSSES if key in record.options})
-        met.add(decoding)
+        measured.add(decoding)
         if not record.lossy:
-            points.append(Point(arm, None, speed.speedup(arm), NOTHING))
+            points.append(Point(arm, None, speed.speedup(arm), NO_COST))
         # Older files do not tell what a lossy arm loses.
         elif decoding != _WHOLE and decoding in judged and (cost := run.cost(judged[decoding], "nll")):
             points.append(Point(arm, judged[decoding], speed.speedup(arm), cost))
         else:
             unjudged.append(arm)
-    alone = [arm for arm, entry in run.arms.items() if "control" not in entry and _decoding(entry) not in met]
+    alone = [arm for arm, entry in run.arms.items() if "control" not in entry and _decoding(entry) not in measured]
     return Tradeoff(points, unjudged, [arm for arm in alone if _decoding(run.arms[arm]) != _WHOLE])
 
 
@@ -93,40 +95,40 @@ _LOSSES = ("policy", "cache", "quantize")
 
 
 def _decoding(entry: Mapping[str, Any]) -> str:
-    """What an entry of either suite says of how the target is decoded, equal where that is."""
-    of = {key: value for key, value in entry.items() if key not in ("k", "control")}
-    if "policy" in of:
-        of.setdefault("cache", 256)
+    """Return how an entry of either suite decodes its target, as a text that is equal where that is."""
+    settings = {key: value for key, value in entry.items() if key not in ("k", "control")}
+    if "policy" in settings:
+        settings.setdefault("cache", POLICY_CACHE_TOKENS)
     else:
-        of.pop("cache", None)
-    return json.dumps(of, sort_keys=True)
+        settings.pop("cache", None)
+    return json.dumps(settings, sort_keys=True)
 
 
 _WHOLE = _decoding({})
 
 
 def against_speed(run: QualityRun, speed: RunFile) -> Grid:
-    """One row an arm that both runs know: its speedup, and what it costs."""
+    """Make one row an arm that both runs know: its speedup, and what it costs."""
     heads = [Column("arm", False), Column("judged as", False), Column("speedup over ar")]
     columns = [*heads, *map(Column, (*MEASURES.values(), "PPL"))]
     rows = []
     for point in tradeoff(run, speed).points:
-        divergence = NOTHING if point.judged is None else run.cost(point.judged, "kl")
+        divergence = NO_COST if point.judged is None else run.cost(point.judged, "kl")
         costs = [f"{cost:.4f}" if cost else "" for cost in (point.cost, divergence)]
-        told = [f"{point.speedup}", *costs, f"{run.perplexity(point.judged):.3f}"]
-        rows.append([label(speed, point.arm), point.judged or "reference", *told])
+        cells = [f"{point.speedup}", *costs, f"{run.perplexity(point.judged):.3f}"]
+        rows.append([label(speed, point.arm), point.judged or "reference", *cells])
     return Grid(columns, rows)
 
 
 def about_speed(run: QualityRun, speed: RunFile) -> list[str]:
-    """What that table does not say by itself."""
-    found = tradeoff(run, speed)
-    said = [
+    """Say what that table does not show by itself."""
+    compared = tradeoff(run, speed)
+    sentences = [
         f"Speeds: {title(speed)}. An arm costs what its cache and its weights cost, however drafts are made; what loses"
         " nothing decodes as the reference does. Both intervals are of 95 %."
     ]
-    if found.unjudged:
-        said.append(f"Measured, but not judged: {', '.join(found.unjudged)}.")
-    if found.unmeasured:
-        said.append(f"Judged, but not measured: {', '.join(found.unmeasured)}.")
-    return said
+    if compared.unjudged:
+        sentences.append(f"Measured, but not judged: {', '.join(compared.unjudged)}.")
+    if compared.unmeasured:
+        sentences.append(f"Judged, but not measured: {', '.join(compared.unmeasured)}.")
+    return sentences

@@ -1,4 +1,4 @@
-"""How figures look in print: sizes, letters, a method's colour and mark, and files that come out the same again."""
+"""Set how figures look in print: sizes, letters, colours and marks, and files that come out the same again."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ COLUMN, PAGE = 85.0, 175.0
 BAND = "#e4e6e9"
 """The colour of the A/A floor."""
 
-_POINTS = 8.0
-_LINE = 9.5  # from one line of text to the next, in points
-_LETTER = 4.0  # how wide a letter of a legend is, in points
-_LONGEST = 36  # letters of a name
+_FONT_POINTS = 8.0
+_LINE_POINTS = 9.5  # from one line of text to the next
+_LETTER_POINTS = 4.0  # width of a letter of a legend
+_NAME_LETTERS = 36  # of a name, at most
 _SETTINGS: dict[Any, Any] = {
-    "font.size": _POINTS,
+    "font.size": _FONT_POINTS,
     "font.family": "DejaVu Sans",  # the one that comes with matplotlib, so that the same text is as wide everywhere
-    "axes.titlesize": _POINTS,
-    "axes.labelsize": _POINTS,
+    "axes.titlesize": _FONT_POINTS,
+    "axes.labelsize": _FONT_POINTS,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
@@ -76,7 +76,7 @@ _POLICY_MARKS = {"sink-window": "o", "key-norm": "s", "heavy-hitter": "^", "rand
 
 @contextmanager
 def in_print() -> Iterator[None]:
-    """matplotlib as figures here need it, whatever the user has set; its own settings come back afterwards."""
+    """Set matplotlib up as figures here need it, whatever the user has set, and restore it afterwards."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         # A letter that the font does not have is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph")
@@ -87,8 +87,10 @@ def in_print() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How an arm is drawn. The colour and the mark tell how it drafts, the fill of the mark by which controller, the
-    line and the tone of the colour what is done to the target; transformers' arms have marks of strokes, and hatches.
+    """How an arm is drawn.
+
+    The colour and the mark tell how it drafts, the fill of the mark by which controller. The line and the tone tell
+    what is done to the target. Arms of transformers have marks of strokes, and hatches.
 
     Attributes:
         hue: the method's own colour, hexadecimal.
@@ -122,15 +124,17 @@ class Look:
 
 
 def looks(run: RunFile) -> dict[str, Look]:
-    """How each arm is drawn, the same in all figures and for all runs that tell the settings of their arms."""
+    """Return how each arm is drawn, the same in all figures and for all runs that tell the settings of their arms."""
     colours = {arm: PLAIN if place is None else COLOURS[place] for arm, place in places(run).items()}
     return {arm: _look(method(run, arm), run.arms[arm], colours[arm]) for arm in run.arms}
 
 
 def drafts_apart(run: RunFile, arms: Sequence[str]) -> dict[str, Look]:
-    """The same for arms that are drawn together, whatever is done to their target: lighter for shorter drafts where
-    some differ in K alone, and with other lines where they still look alike."""
-    found: dict[str, Look] = {}
+    """Return how arms are drawn that stand together, whatever is done to their target.
+
+    They are lighter for shorter drafts where some differ in K alone, and have other lines where they still look alike.
+    """
+    apart: dict[str, Look] = {}
     for family in alike(run, arms, "k"):
         ks = [run.arms[arm].options.get("k") for arm in family]
         steps = sorted({k for k in ks if isinstance(k, int)}, reverse=True)
@@ -141,8 +145,8 @@ def drafts_apart(run: RunFile, arms: Sequence[str]) -> dict[str, Look]:
                 replace(look, colour=lighter(look.hue, tone), line=line)
                 for tone, line in product((tone, 0.5), ("-", "--", ":", "-."))
             )
-            found[arm] = next((other for other in free if other not in found.values()), look)
-    return found
+            apart[arm] = next((other for other in free if other not in apart.values()), look)
+    return apart
 
 
 def cache_looks(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Look]:
@@ -151,7 +155,7 @@ def cache_looks(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Look]:
     The colour and the mark tell the cache policy, a lighter tone the smaller cache, a darker one INT8. Dotted lines and
     hollow marks are negative controls.
     """
-    found = {}
+    drawn = {}
     for arm, traits in cache_traits(arms).items():
         hue = PLAIN if traits.place is None else COLOURS[traits.place]
         colour = lighter(hue, traits.fade)
@@ -159,8 +163,8 @@ def cache_looks(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Look]:
             colour = _mixed(colour, 0.45, 0.0)
         line = ":" if traits.control else "-." if traits.quantized else "-" if traits.policy else "--"
         mark = "D" if traits.policy is None else _POLICY_MARKS.get(traits.policy, "h")
-        found[arm] = Look(hue, colour, mark, "none" if traits.control else "full", line, "")
-    return found
+        drawn[arm] = Look(hue, colour, mark, "none" if traits.control else "full", line, "")
+    return drawn
 
 
 def _look(how: str, record: ArmRecord, hue: str) -> Look:
@@ -178,7 +182,7 @@ def _look(how: str, record: ArmRecord, hue: str) -> Look:
 
 
 def lighter(colour: str, share: float) -> str:
-    """The colour mixed with a share of white."""
+    """Mix a colour with a share of white."""
     return _mixed(colour, share, 1.0)
 
 
@@ -188,37 +192,39 @@ def _mixed(colour: str, share: float, grey: float) -> str:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in millimetres."""
+    """Make an empty figure of a size in millimetres."""
     return Figure((width / 25.4, height / 25.4), layout="constrained")
 
 
 def text(name: str) -> str:
-    """A name in one line, and cut off where it is longer than there is room for."""
+    """Write a name in one line, cut off where there is no room for it."""
     line = " ".join(name.split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+    return line if len(line) <= _NAME_LETTERS else f"{line[: _NAME_LETTERS - 1]}…"
 
 
-def legend(of: Figure, entries: dict[str, dict[str, Any]]) -> None:
-    """What marks and lines mean, below all axes, in as many columns as there is room for.
+def legend(drawn: Figure, entries: dict[str, dict[str, Any]]) -> None:
+    """Write what marks and lines mean, below all axes, in as many columns as there is room for.
 
     Args:
-        of: the figure.
+        drawn: the figure.
         entries: arguments of a plot by what they stand for.
     """
     names = list(map(text, entries))
     handles = [Line2D([], [], label=name, **look) for name, look in zip(names, entries.values(), strict=True)]
-    columns = int(of.get_figwidth() * 72 / (_LETTER * max(map(len, names)) + 32))
-    of.legend(handles=handles, loc="outside lower center", ncols=max(1, min(columns, len(handles))), handlelength=2.4)
+    columns = int(drawn.get_figwidth() * 72 / (_LETTER_POINTS * max(map(len, names)) + 32))
+    drawn.legend(
+        handles=handles, loc="outside lower center", ncols=max(1, min(columns, len(handles))), handlelength=2.4
+    )
 
 
 def label_ends(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
-    """Names right of where lines end, moved apart where they would overlap.
+    """Write names right of where lines end, moved apart where they would overlap.
 
     Args:
         axes: with all that is to be drawn in them, and limits that stay.
         ends: the last value, the name and the colour of each line.
     """
-    line = _LINE * _laid_out(axes) / axes.bbox.height
+    line = _LINE_POINTS * _laid_out(axes) / axes.bbox.height
     low, high = axes.get_ylim()
     sorted_ends = sorted(ends)
     wanted = [(value - low) / (high - low) for value, _, _ in sorted_ends]
@@ -243,20 +249,22 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
 
 
 def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:
-    """Places between 0 and 1, rising as those that are wanted, each with room to both sides; down from 1 if there is
-    not enough."""
+    """Return places between 0 and 1 that rise as the wanted ones, each with room to both sides.
+
+    If there is not enough room, they go down from 1.
+    """
 
     def up(places: Sequence[float], least: float) -> list[float]:
-        found: list[float] = []
+        moved: list[float] = []
         for i, place in enumerate(places):
-            found.append(max(place, found[-1] + halves[i - 1] + halves[i] if found else least))
-        return found
+            moved.append(max(place, moved[-1] + halves[i - 1] + halves[i] if moved else least))
+        return moved
 
     def down(places: Sequence[float], most: float) -> list[float]:
-        found: list[float] = []
+        moved: list[float] = []
         for i, place in reversed(list(enumerate(places))):
-            found.append(min(place, found[-1] - halves[i] - halves[i + 1] if found else most))
-        return found[::-1]
+            moved.append(min(place, moved[-1] - halves[i] - halves[i + 1] if moved else most))
+        return moved[::-1]
 
     # In both of these there is room, so there is in their mean; and it is as far above what is wanted as below it.
     means = [(high + low) / 2 for high, low in zip(up(wanted, -math.inf), down(wanted, math.inf), strict=True)]
@@ -264,15 +272,15 @@ def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:
 
 
 def _laid_out(axes: Axes) -> float:
-    """Put everything in its place, as only then it is known where anything is, and return a point in its units."""
-    of = axes.get_figure(root=True)
-    assert of is not None
-    of.draw_without_rendering()
-    return of.dpi / 72
+    """Lay the figure out, so that the place of everything is known, and return the pixels of a point."""
+    drawn = axes.get_figure(root=True)
+    assert drawn is not None
+    drawn.draw_without_rendering()
+    return drawn.dpi / 72
 
 
 def label_points(axes: Axes, points: dict[str, tuple[float, float]], around: Line2D) -> None:
-    """Names beside points, the first ones first; no name where there is no room for one.
+    """Write names beside points, the first ones first; a name that finds no room is left out.
 
     Args:
         axes: with all that is to be drawn in them.
@@ -302,18 +310,18 @@ def label_points(axes: Axes, points: dict[str, tuple[float, float]], around: Lin
 _BESIDE = [(2, 4), (5, 0), (0, 4), (-5, 0), (0, -4), (-2, 4), (2, -4), (-2, -4)]
 
 
-def rendered(of: Figure, form: str, title: str) -> bytes:
-    """The file of a figure: "pdf" or "png". It holds no date, and nothing else that is not in the run.
+def rendered(drawn: Figure, form: str, title: str) -> bytes:
+    """Return the file of a figure. It holds no date, and nothing else that is not in the run.
 
     Args:
-        of: the figure, made `in_print`.
-        form: of the file.
-        title: that it has among its properties.
+        drawn: the figure, made `in_print`.
+        form: of the file: "pdf" or "png".
+        title: among its properties.
     """
     properties = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
     buffer = io.BytesIO()
     with in_print():
-        of.savefig(buffer, format=form, metadata={"Title": title, **properties[form]})
+        drawn.savefig(buffer, format=form, metadata={"Title": title, **properties[form]})
     return buffer.getvalue()
 
 
@@ -323,13 +331,13 @@ def save(figures: Mapping[str, Figure | str], folder: Path, title: str) -> dict[
     Args:
         figures: by the names of their files; in a few words why there is none.
         folder: that they are written into.
-        title: that they have among their properties.
+        title: among their properties.
 
     Returns:
         For each figure an empty text, or why there is none.
     """
-    for name, of in figures.items():
-        if isinstance(of, Figure):
+    for name, drawn in figures.items():
+        if isinstance(drawn, Figure):
             for form in ("pdf", "png"):
-                write_whole(folder / f"{name}.{form}", rendered(of, form, title))
-    return {name: of if isinstance(of, str) else "" for name, of in figures.items()}
+                write_whole(folder / f"{name}.{form}", rendered(drawn, form, title))
+    return {name: drawn if isinstance(drawn, str) else "" for name, drawn in figures.items()}

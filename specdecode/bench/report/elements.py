@@ -1,5 +1,4 @@
-"""What HTML pages are made of: a tree of elements, so that whatever stands in a run file becomes text, never
-mark-up."""
+"""Build HTML pages as trees of elements, so that whatever a run file says becomes text, and never mark-up."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def document(title: str, *sections: Iterable[Element]) -> str:
-    """The whole page, of one section or several."""
+    """Write the whole page, of one section or several."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -32,10 +31,10 @@ def document(title: str, *sections: Iterable[Element]) -> str:
 
 
 def tile(name: str, kind: str, value: str, more: str) -> Element:
-    """One of the few things that a reader is to see first.
+    """Make a tile for one of the few things that a reader is to see first.
 
     Args:
-        name: what is told.
+        name: of the thing.
         kind: "good", "bad" or "warn"; empty where it is none of these.
         value: in large letters.
         more: in small ones.
@@ -45,7 +44,7 @@ def tile(name: str, kind: str, value: str, more: str) -> Element:
 
 
 def grid_table(grid: Grid) -> Element:
-    """A table."""
+    """Make a table."""
     heads = [head_cell(column.name, column.figures) for column in grid.columns]
     kinds = ["figure" if column.figures else "breaks" if column.breaks else "" for column in grid.columns]
     rows = [
@@ -56,7 +55,7 @@ def grid_table(grid: Grid) -> Element:
 
 
 def head_cell(name: str, figures: bool) -> Element:
-    """The head of a column."""
+    """Make the head of a column."""
     return element("th", name, class_="figure" if figures else "", scope="col")
 
 
@@ -66,13 +65,13 @@ def scrolling(wide: Element, name: str) -> Element:
 
 
 def element(tag: str, /, *inside: Element | str, **attributes: object) -> Element:
-    """An element; `class_` and `http_equiv` stand for the attributes that Python cannot spell."""
-    made = Element(tag, {key.rstrip("_").replace("_", "-"): str(value) for key, value in attributes.items()})
+    """Make an element; `class_` and `http_equiv` stand for the attributes that Python cannot spell."""
+    parent = Element(tag, {key.rstrip("_").replace("_", "-"): str(value) for key, value in attributes.items()})
     for part in inside:
         if isinstance(part, Element):
-            made.append(part)
-        elif len(made):
-            made[-1].tail = (made[-1].tail or "") + part
+            parent.append(part)
+        elif len(parent):
+            parent[-1].tail = (parent[-1].tail or "") + part
         else:
-            made.text = (made.text or "") + part
-    return made
+            parent.text = (parent.text or "") + part
+    return parent

@@ -1,4 +1,4 @@
-"""A run in figures for print: `specdecode report RUN --figures DIR`. From the run file alone."""
+"""Draw a run of speeds for print, from its file alone: `specdecode report RUN --figures DIR`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from specdecode.support.files import write_whole
 
 # What an entry of a preset says of how the target is decoded, and not of how drafts are made.
 _CONDITIONS = ("policy", "cache", "quantize", "backend", "batch", "replay")
-_TITLE = 26  # letters in a line above a panel
-_FEW = 10  # drafts of which a share says little
+_TITLE_LETTERS = 26  # in a line above a panel
+_LEAST_DRAFTS = 10  # of fewer a share says little
 
 
 def write(run: RunFile, folder: Path) -> dict[str, str]:
-    """Write the figures that a run has what it needs for, as PDF and as PNG, and `table1.tex`.
+    """Write the figures that a run has the data for, as PDF and as PNG, and `table1.tex`.
 
     Returns:
         For each figure an empty text, or in a few words why there is none.
@@ -56,14 +56,16 @@ def write(run: RunFile, folder: Path) -> dict[str, str]:
 
 
 def draw(run: RunFile) -> dict[str, Figure | str]:
-    """Each figure by its name, or in a few words why there is none."""
+    """Draw each figure, by its name; or say in a few words why there is none."""
     with in_print():
         return {name: make(run) for name, make in FIGURES.items()}
 
 
 def memory_by_length(run: RunFile) -> Figure | str:
-    """KV that was held against the length of the output: a line for each way in which the target is decoded, and around
-    it the least and the most that an arm held, which hardly depends on how drafts are made."""
+    """Draw the KV held against the length of the output: a line for each way in which the target is decoded.
+
+    Around each line stands the least and the most that an arm held, which hardly depends on how drafts are made.
+    """
     if len(run.lengths) < 2:
         return "the run has one length alone"
     curves = _by_length(run, lambda counters: counters.peak_cache_bytes, 1e-6)
@@ -72,13 +74,13 @@ def memory_by_length(run: RunFile) -> Figure | str:
     drawn, ends = figure(PAGE, 65), []
     axes = drawn.subplots()
     for place, (way, arms) in enumerate(_ways(run, curves, ("policy", "cache", "batch"), "everything kept").items()):
-        held = np.array([curves[arm] for arm in arms])
+        megabytes = np.array([curves[arm] for arm in arms])
         look = _neutral(place)
-        axes.plot(run.lengths, held.mean(0), clip_on=False, label=way, **look)
-        axes.fill_between(run.lengths, held.min(0), held.max(0), color=look["color"], alpha=0.25, linewidth=0)
+        axes.plot(run.lengths, megabytes.mean(0), clip_on=False, label=way, **look)
+        axes.fill_between(run.lengths, megabytes.min(0), megabytes.max(0), color=look["color"], alpha=0.25, linewidth=0)
         names = list(dict.fromkeys(method(run, arm) for arm in arms))
         also = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        ends.append((held.mean(0)[-1], f"{way}\n({', '.join(map(text, names[:2]))}{also})", look["color"]))
+        ends.append((megabytes.mean(0)[-1], f"{way}\n({', '.join(map(text, names[:2]))}{also})", look["color"]))
     axes.set(xlim=(0, run.lengths[-1]), ylim=(0, None), xticks=run.lengths)
     axes.set(xlabel="output, tokens", ylabel="KV held at most, MB")
     label_ends(axes, ends)
@@ -86,13 +88,13 @@ def memory_by_length(run: RunFile) -> Figure | str:
 
 
 def comprehensive(run: RunFile) -> Figure | str:
-    """Against the size of the cache: a column of panels for each length, a row for each measure."""
-    series = [of for of in _by_cache(run) if len(of) > 1]
+    """Draw measures against the size of the cache: a column of panels for each length, a row for each measure."""
+    series = [by_size for by_size in _by_cache(run) if len(by_size) > 1]
     if not series:
         return _lacking(run, "no arms differ in their cache alone")
-    if not any(BASELINE in of.values() for of in series):
+    if not any(BASELINE in by_size.values() for by_size in series):
         series.insert(0, {math.inf: BASELINE})
-    sizes = sorted({size for of in series for size in of})
+    sizes = sorted({size for by_size in series for size in by_size})
     measures: dict[str, tuple[float, Callable[[Measures], float | None]]] = {
         "tokens/s": (1.0, lambda arm: arm.throughput),
         "TTFT, ms": (1e3, lambda arm: arm.ttft_s),
@@ -102,17 +104,17 @@ def comprehensive(run: RunFile) -> Figure | str:
     }
     drawn = figure(PAGE, 28.0 * len(measures) + 20)
     panels = drawn.subplots(len(measures), len(run.lengths), sharex=True, sharey="row", squeeze=False)
-    styles, entries = drafts_apart(run, [of[max(of)] for of in series]), {}
+    styles, entries = drafts_apart(run, [by_size[max(by_size)] for by_size in series]), {}
     for column, length in zip(panels.T, run.lengths, strict=True):
         part = run.at(length)
-        for place, of in enumerate(series):
-            arms = [of[size] for size in sorted(of)]
+        for place, by_size in enumerate(series):
+            arms = [by_size[size] for size in sorted(by_size)]
             look = styles[arms[-1]]
-            name = arms[-1] if math.inf in of else shared_name(run, arms, "cache")
+            name = arms[-1] if math.inf in by_size else shared_name(run, arms, "cache")
             entries[f"{name} (synthetic)" if run.arms[arms[-1]].synthetic else name] = look.lines
             measured = [part.measures(arm) for arm in arms]
             # Beside each other, so that no interval hides another.
-            across = [sizes.index(size) + 0.4 * (place + 0.5) / len(series) - 0.2 for size in sorted(of)]
+            across = [sizes.index(size) + 0.4 * (place + 0.5) / len(series) - 0.2 for size in sorted(by_size)]
             for axes, (unit, measure) in zip(column, measures.values(), strict=True):
                 values = [math.nan if (value := measure(arm)) is None else unit * value for arm in measured]
                 if not all(map(math.isnan, values)):
@@ -129,7 +131,7 @@ def comprehensive(run: RunFile) -> Figure | str:
 
 
 def methods(run: RunFile) -> Figure | str:
-    """A bar for each arm: its speedup over `ar` with the interval, and the A/A floor."""
+    """Draw a bar for each arm: its speedup over `ar` with the interval; and the A/A floor."""
     speedups = _speedups(run)
     if not speedups:
         return "no arm but ar has a time"
@@ -141,37 +143,37 @@ def methods(run: RunFile) -> Figure | str:
     beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     _floor(run, axes.axvspan, axes.axvline)
     for place, arm in enumerate(order):
-        of = speedups[arm]
-        axes.barh(place, of.value, 0.68, label=arm, linewidth=0.8, **styles[arm].bars)
-        axes.errorbar(of.value, place, xerr=_sides([of]), color="black", elinewidth=0.8, capsize=1.5)
-        axes.annotate(f"{of.value:.2f}", (of.high, place), **beside)
+        speedup = speedups[arm]
+        axes.barh(place, speedup.value, 0.68, label=arm, linewidth=0.8, **styles[arm].bars)
+        axes.errorbar(speedup.value, place, xerr=_sides([speedup]), color="black", elinewidth=0.8, capsize=1.5)
+        axes.annotate(f"{speedup.value:.2f}", (speedup.high, place), **beside)
     for place, _ in enumerate(wrong, len(order)):
         axes.annotate("output WRONG", (0, place), **beside)
     axes.set_yticks(range(len(order + wrong)), [_marked(run, arm) for arm in order + wrong])
-    axes.set(xlim=(0, 1.22 * max(of.high for of in speedups.values())), ylim=(-0.7, len(order + wrong) - 0.3))
+    axes.set(xlim=(0, 1.22 * max(speedup.high for speedup in speedups.values())), ylim=(-0.7, len(order + wrong) - 0.3))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("speedup over ar")
     return drawn
 
 
 def speedup_by_k(run: RunFile) -> Figure | str:
-    """A panel for each family of arms that differ in K alone: what was measured, and what two models promise."""
+    """Draw a panel for each family of arms that differ in K alone: the speedups as measured, and by two models."""
     families = modelled(run)
     if not families:
         return _lacking(run, "no chains differ in K alone")
     drawn, panels = panels_of(len(families), 46.0)
     styles = looks(run)
-    promised: dict[str, dict[str, Any]] = {
+    predicted: dict[str, dict[str, Any]] = {
         "the study's approximation": {"color": "0.55", "linestyle": (0, (1, 1.2))},
         "exact expectation": {"color": "0.2", "linestyle": (0, (5, 1.5))},
     }
     for axes, (name, rows) in zip(panels, families.items(), strict=True):
         ks, first = [row.k for row in rows], rows[0].arm
         _floor(run, axes.axhspan, axes.axhline)
-        axes.plot(ks, [row.study for row in rows], label="study", **promised["the study's approximation"])
-        axes.plot(ks, [row.exact for row in rows], label="exact", **promised["exact expectation"])
+        axes.plot(ks, [row.study for row in rows], label="study", **predicted["the study's approximation"])
+        axes.plot(ks, [row.exact for row in rows], label="exact", **predicted["exact expectation"])
         measured = [row.measured for row in rows]
-        values = [of.value for of in measured]
+        values = [speedup.value for speedup in measured]
         axes.errorbar(
             ks, values, _sides(measured), label="measured", elinewidth=0.8, capsize=1.5, **styles[first].marks
         )
@@ -179,13 +181,15 @@ def speedup_by_k(run: RunFile) -> Figure | str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     name_axes(panels, "K, proposals a step", "speedup over ar")
     mark = {"color": "0.2", "marker": "o", "linestyle": "none"}
-    legend(drawn, {"measured, 95 % interval": mark, **promised})
+    legend(drawn, {"measured, 95 % interval": mark, **predicted})
     return drawn
 
 
 def compressions_by_cache(run: RunFile) -> Figure | str:
-    """Evictions against the size of the cache: a panel for each policy, a line for each length, and around it the least
-    and the most of any arm, as they depend on the text and not on how drafts are made."""
+    """Draw evictions against the size of the cache: a panel for each policy, a line for each length.
+
+    Around each line stands the least and the most of any arm: they depend on the text and not on how drafts are made.
+    """
     counted = _by_length(run, lambda counters: counters.compressions)
     bounded = [arm for arm in counted if isinstance(run.arms[arm].options.get("cache"), int)]
     ways = _ways(run, bounded, [key for key in _CONDITIONS if key != "cache"], "")
@@ -213,24 +217,26 @@ def compressions_by_cache(run: RunFile) -> Figure | str:
 
 
 def acceptance_by_position(run: RunFile) -> Figure | str:
-    """A line for each arm that drafts: of the proposals at a position the share that was accepted, where enough drafts
-    got there to tell. A panel for each way in which the target is decoded."""
+    """Draw the share of proposals accepted at each position: a line for each arm that drafts.
+
+    Each way in which the target is decoded has a panel. Positions that few drafts reached are left out.
+    """
     shares = {arm: _accepted(run, arm) for arm in run.arms if drafts(run.arms[arm])}
-    shares = {arm: of for arm, of in shares.items() if of}
+    shares = {arm: by_position for arm, by_position in shares.items() if by_position}
     if not shares:
-        return f"no arm has drafted {_FEW} times, as far as it is known"
+        return f"no arm has drafted {_LEAST_DRAFTS} times, as far as it is known"
     ways = _ways(run, shares, _CONDITIONS, "target as it is")
     drawn, panels = panels_of(len(ways), 50.0)
     entries: dict[str, dict[str, Any]] = {}
-    # The same draft has the same line in every panel, and is told once.
+    # The same draft has the same line in every panel, and is in the legend once.
     drafts_of = {arm: settings(run.arms[arm], *_CONDITIONS) if run.arms[arm].options else arm for arm in shares}
     first = {draft: arm for arm, draft in reversed(drafts_of.items())}
     styles = drafts_apart(run, list(first.values())[::-1])
     for axes, (way, arms) in zip(panels, ways.items(), strict=True):
         for arm in arms:
-            told = first[drafts_of[arm]]
-            axes.plot(range(1, len(shares[arm]) + 1), shares[arm], label=arm, **styles[told].lines)
-            entries[label(run, told)] = styles[told].lines
+            named = first[drafts_of[arm]]
+            axes.plot(range(1, len(shares[arm]) + 1), shares[arm], label=arm, **styles[named].lines)
+            entries[label(run, named)] = styles[named].lines
         axes.set_title(way if len(ways) > 1 else "")
         axes.set_ylim(0, 105)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -240,7 +246,7 @@ def acceptance_by_position(run: RunFile) -> Figure | str:
 
 
 def quality_against_speed(run: RunFile) -> Figure | str:
-    """The share of an output that comes before it leaves ar's, which says nothing of what follows, against speed."""
+    """Draw against speed the share of an output before it leaves ar's, which says nothing of what follows."""
     points = {}
     for arm in _right(run):
         measures = run.measures(arm)
@@ -272,7 +278,7 @@ def quality_against_speed(run: RunFile) -> Figure | str:
 
 
 def by_task(run: RunFile) -> Figure | str:
-    """A panel for each task: the speedups over `ar` on its prompts, with their intervals and its own A/A floor."""
+    """Draw a panel for each task: the speedups over `ar` on its prompts, with their intervals and its own A/A floor."""
     if len(run.tasks) < 2:
         return "the run has one task alone"
     arms = list(_speedups(run))[::-1]
@@ -286,9 +292,9 @@ def by_task(run: RunFile) -> Figure | str:
             if arm in speedups:
                 sides = _sides([speedups[arm]])
                 axes.errorbar(speedups[arm].value, place, xerr=sides, label=arm, elinewidth=0.8, **styles[arm].marks)
-        told = [*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]
+        words = [*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]
         # Titles stand side by side.
-        axes.set_title((", " if len(", ".join(told)) <= _TITLE else ",\n").join(told))
+        axes.set_title((", " if len(", ".join(words)) <= _TITLE_LETTERS else ",\n").join(words))
         axes.set_yticks(range(len(arms)), [_marked(run, arm) for arm in arms])
     name_axes(panels, "speedup over ar", "")
     return drawn
@@ -308,38 +314,38 @@ FIGURES: dict[str, Callable[[RunFile], Figure | str]] = {
 
 
 def _right(run: RunFile) -> list[str]:
-    """The arms that have results."""
+    """Return the arms that have results."""
     return [arm for arm, record in run.arms.items() if record.rows]
 
 
 def _speedups(run: RunFile) -> dict[str, Estimate]:
-    """Of all arms but `ar` that have one."""
-    found = {arm: run.speedup(arm) for arm in run.arms if arm != BASELINE}
-    return {arm: of for arm, of in found.items() if math.isfinite(of.value)}
+    """Return the speedups of all arms but `ar` that have one."""
+    speedups = {arm: run.speedup(arm) for arm in run.arms if arm != BASELINE}
+    return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
 
 
-def _sides(of: Sequence[Estimate]) -> list[list[float]]:
-    """How far intervals reach to either side, as matplotlib wants it."""
-    return [[ratio.value - ratio.low for ratio in of], [ratio.high - ratio.value for ratio in of]]
+def _sides(ratios: Sequence[Estimate]) -> list[list[float]]:
+    """Return how far intervals reach to either side, as matplotlib wants it."""
+    return [[ratio.value - ratio.low for ratio in ratios], [ratio.high - ratio.value for ratio in ratios]]
 
 
 def _floor(run: RunFile, span: Callable[..., object], line: Callable[..., object]) -> None:
-    """The band within which two runs of `ar` differ, and the line of no gain."""
+    """Draw the band within which two runs of `ar` differ, and the line of no gain."""
     floor = run.header.floor
     span(math.exp(-floor), math.exp(floor), color=BAND, linewidth=0, zorder=0.5, label="A/A floor")
     line(1, color="0.35", linewidth=0.8, zorder=0.6)
 
 
 def _accepted(run: RunFile, arm: str) -> list[float]:
-    """The shares of acceptance by position, in percent, as far as enough drafts got."""
+    """Return the acceptance by position, in percent, as far as enough drafts got."""
     record = run.arms[arm]
     depths = record.histograms().depth
     shares = enumerate(record.acceptance_by_position(), start=1)
-    return [100 * share for at, share in shares if sum(depths[at:]) >= _FEW]
+    return [100 * share for at, share in shares if sum(depths[at:]) >= _LEAST_DRAFTS]
 
 
 def _lacking(run: RunFile, what: str) -> str:
-    """Why there is no figure that goes by the settings of arms."""
+    """Say why there is no figure that needs the settings of arms."""
     known = any(record.options for record in run.arms.values())
     return what if known else "the file is an older one, and does not tell the settings of its arms"
 
@@ -353,20 +359,25 @@ def _by_length(run: RunFile, counter: Callable[[Counters], float | None], unit: 
 
 
 def _by_cache(run: RunFile) -> list[dict[float, str]]:
-    """Arms that differ in the size of a bounded cache alone, by that size; by infinity one that holds all."""
+    """Group the arms that differ only in the size of a bounded cache, by that size; infinity is one that holds all."""
     bounded = [arm for arm in _right(run) if isinstance(run.arms[arm].options.get("cache"), int)]
     whole = {settings(run.arms[arm]): arm for arm in reversed(_right(run)) if "policy" not in run.arms[arm].options}
-    found = []
+    groups = []
     for arms in alike(run, bounded, "cache"):
-        of: dict[float, str] = {run.arms[arm].options["cache"]: arm for arm in arms}
+        by_size: dict[float, str] = {run.arms[arm].options["cache"]: arm for arm in arms}
         if (rest := settings(run.arms[arms[0]], "policy", "cache")) in whole:
-            of[math.inf] = whole[rest]
-        found.append(of)
-    return found
+            by_size[math.inf] = whole[rest]
+        groups.append(by_size)
+    return groups
 
 
 def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Axes of the same scales in rows of two or three, each so many millimetres high, with room for a legend."""
+    """Make panels of the same scales in rows of two or three, with room for a legend.
+
+    Args:
+        count: number of panels.
+        height: of each, in millimetres.
+    """
     across = 2 if count in (2, 4) else min(count, 3)
     down = math.ceil(count / across)
     drawn = figure(COLUMN if count == 1 else PAGE, height * down + 14)
@@ -377,7 +388,7 @@ def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def name_axes(panels: Sequence[Axes], across: str, up: str) -> None:
-    """What the axes say, at those that have nothing below or to the left of them."""
+    """Name the axes of the panels that have nothing below or to the left of them."""
     for place, axes in enumerate(panels):
         spec = axes.get_subplotspec()
         assert spec is not None
@@ -389,29 +400,29 @@ def name_axes(panels: Sequence[Axes], across: str, up: str) -> None:
 
 
 def _neutral(place: int) -> dict[str, Any]:
-    """A line that stands for no method: the darker, the earlier its place."""
+    """Style a line that stands for no method: the darker, the earlier its place."""
     return {"color": lighter(PLAIN, min(0.18 * place, 0.6)), "marker": "os^DvPX"[place % 7]}
 
 
 def _ways(run: RunFile, arms: Iterable[str], keys: Sequence[str], none: str) -> dict[str, list[str]]:
-    """Arms by some settings of how their target is decoded, in words; those that set none of them by another."""
-    found: dict[str, list[str]] = {}
+    """Group arms by some settings of how their target is decoded, in words; `none` are those that set none of them."""
+    groups: dict[str, list[str]] = {}
     for arm in arms:
         options = run.arms[arm].options
         named = ("policy", "quantize", "backend")
-        told = [f"{options[key]}" if key in named else f"{key} {options[key]}" for key in keys if key in options]
-        found.setdefault(text(", ".join(told)) or none, []).append(arm)
-    return found
+        words = [f"{options[key]}" if key in named else f"{key} {options[key]}" for key in keys if key in options]
+        groups.setdefault(text(", ".join(words)) or none, []).append(arm)
+    return groups
 
 
 def _marked(run: RunFile, arm: str) -> str:
-    """The arm's name, and what a reader must know of it before its speed."""
+    """Name an arm, with what a reader must know of it before its speed."""
     record = run.arms[arm]
     return ", ".join([text(label(run, arm)), *["lossy"] * record.lossy, *["loops"] * loops(run, arm)])
 
 
 def how_drawn(run: RunFile, arm: str) -> str:
-    """What decides how an arm is drawn: the method, whose it is, and what is done to the target."""
+    """Say what decides how an arm is drawn: the method, whose it is, and what is done to the target."""
     record = run.arms[arm]
-    told = [str(record.options[key]) for key in ("controller", "policy", "quantize") if key in record.options]
-    return ", ".join([method(run, arm), *["transformers"] * record.peer, *told])
+    changes = [str(record.options[key]) for key in ("controller", "policy", "quantize") if key in record.options]
+    return ", ".join([method(run, arm), *["transformers"] * record.peer, *changes])

@@ -1,4 +1,4 @@
-"""A table that has no format yet."""
+"""Tables that have no format yet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Grid:
 
 
 def rich_table(grid: Grid) -> Table:
-    """A table for a terminal."""
+    """Make a table for a terminal."""
     table = Table()
     for column in grid.columns:
         table.add_column(column.name, justify="right" if column.figures else "left", no_wrap=not column.breaks)

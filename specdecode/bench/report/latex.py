@@ -1,4 +1,4 @@
-"""A run in LaTeX."""
+"""Write a run of speeds in LaTeX."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specdecode.bench.runs.records import RunFile
 def latex(
     run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
 ) -> str:
-    """The same tables for a paper, to be put in with \\input; arguments as for `markdown`.
+    """Write the tables for a paper, to be put in with \\input; arguments as for `markdown`.
 
     The history is left out: a column for each arm is more than fits on a page.
     """
@@ -29,17 +29,17 @@ def latex(
         parts.append(latex_table(split, f"By task and length of the output: {title}."))
     if (accepted := acceptance(run)).rows:
         parts.append(latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
-    if (promised := by_model(run)).rows:
-        parts.append(latex_table(promised, f"Speedup over ar by the model: {title}. {MODEL}"))
-    if (held := memory(run)).rows:
-        parts.append(latex_table(held, f"Memory: {title}. {MEMORY}"))
+    if (predicted := by_model(run)).rows:
+        parts.append(latex_table(predicted, f"Speedup over ar by the model: {title}. {MODEL}"))
+    if (memories := memory(run)).rows:
+        parts.append(latex_table(memories, f"Memory: {title}. {MEMORY}"))
     captions = (f"Measured with: {command(run)}", "Conditions around the run.")
     parts += map(latex_table, surroundings(run), captions)
     return "\n\n".join(parts) + "\n"
 
 
 def latex_table_1(run: RunFile) -> str:
-    """The study's first table: every method, its speed and what it holds of KV."""
+    """Write the study's first table: every method, its speed and the KV that it holds."""
     measured = {
         "throughput": "tokens/s",
         "speedup": "speedup",
@@ -50,12 +50,12 @@ def latex_table_1(run: RunFile) -> str:
         "peak_cache_bytes": "KV MB",
     }
     rows = [[label(run, arm), *cells(run, arm, list(measured))] for arm in run.arms]
-    told = (
+    caption = (
         f"{title(run)}. Tokens/s: of all prompts, and the standard deviation between them; speedup: over ar, with its"
         " 95 % interval; τ: tokens a step; KV: the most that was held of keys and values."
     )
     grid = Grid([Column("method", figures=False), *map(Column, measured.values())], rows)
-    return f"{PACKAGES}\n\n{latex_table(grid, told)}\n"
+    return f"{PACKAGES}\n\n{latex_table(grid, caption)}\n"
 
 
 PACKAGES = "% \\usepackage[T1]{fontenc} \\usepackage{array,booktabs,graphicx}"
@@ -63,7 +63,7 @@ PACKAGES = "% \\usepackage[T1]{fontenc} \\usepackage{array,booktabs,graphicx}"
 
 
 def latex_table(grid: Grid, caption: str) -> str:
-    """A table in LaTeX, no wider than the text."""
+    """Write a table in LaTeX, no wider than the text."""
     kinds = {
         (True, False): "r",
         (True, True): "r",
@@ -94,6 +94,6 @@ _IN_LATEX = str.maketrans(
 
 
 def _latex(text: str) -> str:
-    """The text as it is: no command, no argument to the end of a row, and nothing that pdflatex has no letter for."""
+    """Escape a text: no command, no argument to the end of a row, and nothing that pdflatex has no letter for."""
     known = "".join(sign if sign < "\u0180" or sign in "τΔ" else "?" for sign in one_line(text) if sign.isprintable())
     return f"{'{}' if known.startswith(('[', '*')) else ''}{known.translate(_IN_LATEX)}"

@@ -1,4 +1,4 @@
-"""A run in Markdown."""
+"""Write a run of speeds in Markdown."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from specdecode.bench.runs.records import RunFile
 def markdown(
     run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
 ) -> str:
-    """A page for a merge request: verdicts first, then speeds.
+    """Write a page for a merge request: verdicts first, then speeds.
 
     Args:
-        run: that it is about.
+        run: what the page is about.
         title: its first line.
         judged_by: what the verdicts compare with.
         judgements: the verdicts.
-        past: of the baseline; with it come all the rest that the file tells.
+        past: history of the baseline; with it the page has all tables.
     """
     parts = [f"## {as_markdown(title)}", as_markdown(judged_by)]
     if judgements:
@@ -45,10 +45,10 @@ def markdown(
             parts += ["### Acceptance", markdown_table(accepted)]
         if (limited := limits(run)).rows:
             parts += ["### What limits the speedup", markdown_table(limited), as_markdown(LIMITS)]
-        if (promised := by_model(run)).rows:
-            parts += ["### By the model", markdown_table(promised), as_markdown(MODEL)]
-        if (held := memory(run)).rows:
-            parts += ["### Memory", markdown_table(held), as_markdown(MEMORY)]
+        if (predicted := by_model(run)).rows:
+            parts += ["### By the model", markdown_table(predicted), as_markdown(MODEL)]
+        if (memories := memory(run)).rows:
+            parts += ["### Memory", markdown_table(memories), as_markdown(MEMORY)]
         parts += ["### History", as_markdown(past.summary)]
         if past.runs:
             parts.append(markdown_table(past_speedups(run, past)))
@@ -57,7 +57,7 @@ def markdown(
 
 
 def markdown_table(grid: Grid) -> str:
-    """A table in Markdown."""
+    """Write a table in Markdown."""
     heads = [as_markdown(column.name) for column in grid.columns]
     rules = ["--:" if column.figures else "---" for column in grid.columns]
     rows = [heads, rules, *([as_markdown(cell) for cell in row] for row in grid.rows)]
@@ -68,5 +68,5 @@ _IN_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;"} | {sign: f"\\{sign}" fo
 
 
 def as_markdown(text: str) -> str:
-    """The text as it is: neither mark-up, nor a link, nor the end of a cell."""
+    """Escape a text, so that it is neither mark-up, nor a link, nor the end of a cell."""
     return one_line(text).translate(_IN_MARKDOWN).replace("](", "]\\(")

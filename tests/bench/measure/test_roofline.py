@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from specdecode import LM, UnsupportedModelError
-from specdecode.bench.measure import roofline as reaching
-from specdecode.bench.measure.roofline import measure_reach
+from specdecode.bench.measure import roofline as measured_roofline
+from specdecode.bench.measure.roofline import measure_roofline
 from tests.helpers.fake_clock import Cost, FakeClock, charged
 from tests.helpers.models import ARCHITECTURES, build
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     made = FakeClock(noise=0.0)
     monkeypatch.setattr(time, "perf_counter", made)
-    monkeypatch.setattr(reaching, "BACKENDS", ("auto", "eager", "packed"))
-    monkeypatch.setattr(reaching, "copy_bandwidth", lambda device: 1e6 * (device == torch.device("cpu")))
+    monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "eager", "packed"))
+    monkeypatch.setattr(measured_roofline, "copy_bandwidth", lambda device: 1e6 * (device == torch.device("cpu")))
     return made
 
 
@@ -40,14 +40,14 @@ def test_shares_and_multiples_are_those_of_the_machine(clock: FakeClock) -> None
     target = on_the_cpu(tie_word_embeddings=True)
     packed = target.with_backend("packed")
     with charged(clock, {target.model: Cost(0.009, 0.001), packed.model: Cost(0.0198, 0.0002)}):
-        found = measure_reach(target, silent)
+        found = measure_roofline(target, silent)
     embedding = target.model.get_input_embeddings().weight.nbytes
     assert list(found.backends) == ["eager", "packed"]
     assert found.token_bytes == target.weight_bytes
-    assert found.roofline == pytest.approx(1e6 / target.weight_bytes)
+    assert found.throughput == pytest.approx(1e6 / target.weight_bytes)
     assert [of.weight_bytes for of in found.backends.values()] == [found.token_bytes, found.token_bytes + embedding]
-    assert found.share("eager") == pytest.approx(100 / found.roofline)
-    assert found.share("packed") == pytest.approx(50 / found.roofline)
+    assert found.share("eager") == pytest.approx(100 / found.throughput)
+    assert found.share("packed") == pytest.approx(50 / found.throughput)
     assert found.backends["eager"].multiples == pytest.approx({8: 1.7, 16: 2.5, 32: 4.1})
     assert found.backends["packed"].multiples == pytest.approx({8: 1.07, 16: 1.15, 32: 1.31})
     assert found.missing == {}
@@ -59,7 +59,7 @@ def test_a_machine_that_gets_slower_does_so_for_all_backends(clock: FakeClock) -
     packed = target.with_backend("packed")
     clock.drift = 0.1
     with charged(clock, {target.model: Cost(0.02, 0.0), packed.model: Cost(0.02, 0.0)}):
-        found = measure_reach(target, silent)
+        found = measure_roofline(target, silent)
     assert clock() > 4, "it must get much slower meanwhile"
     assert found.share("packed") == pytest.approx(found.share("eager"), rel=0.01)
     for forwards in found.backends.values():
@@ -71,7 +71,7 @@ def test_rounds_end_when_time_is_up(clock: FakeClock) -> None:
     target = on_the_cpu()
     told = []
     with charged(clock, {model: Cost(1.0, 0.0) for model in (target.model, target.with_backend("packed").model)}):
-        measure_reach(target, lambda *progress: told.append(progress))
+        measure_roofline(target, lambda *progress: told.append(progress))
     # What is cached; first forwards, untimed; three rounds of eight seconds, the last begun before the twentieth.
     assert clock() == pytest.approx(2 + 8 + 24)
     assert [done for done, _, _ in told[-3:]] == [1, 2, 3]
@@ -82,7 +82,7 @@ def test_rounds_end_when_time_is_up(clock: FakeClock) -> None:
 def test_what_is_not_there_is_not_measured(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against the same code measured twice, as itself and as what fell back to it; and against one backend that
     fails and takes the others' numbers with it."""
-    monkeypatch.setattr(reaching, "BACKENDS", ("auto", "broken", "eager", "packed"))
+    monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "broken", "eager", "packed"))
     usual = LM.with_backend
 
     def with_backend(self: LM, kind: str) -> LM:
@@ -94,7 +94,7 @@ def test_what_is_not_there_is_not_measured(clock: FakeClock, monkeypatch: pytest
     target = LM(build(ARCHITECTURES["llama"]).cpu())
     target.with_backend("packed")
     with charged(clock, {target.model: Cost(0.02, 0.0)}):
-        found = measure_reach(target, silent)
+        found = measure_roofline(target, silent)
     assert list(found.backends) == ["eager"]
     assert found.missing == {
         "broken": "no compiler: install one",

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from specdecode.bench.quality.quality_figures import draw
 from specdecode.bench.quality.quality_tables import margins, markdown, title
-from specdecode.bench.quality.tradeoff import NOTHING, about_speed, against_speed, tradeoff
+from specdecode.bench.quality.tradeoff import NO_COST, about_speed, against_speed, tradeoff
 from specdecode.bench.report.drawing import cache_looks, looks, rendered
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
 from specdecode.bench.runs.counts import RowCounts, RowSeconds
@@ -134,7 +134,7 @@ def test_arms_are_joined_by_how_they_decode_their_target() -> None:
     }
     for point in found.points:
         assert point.speedup == speeds().speedup(point.arm)
-        assert point.cost == (run().cost(point.judged, "nll") if point.judged else NOTHING)
+        assert point.cost == (run().cost(point.judged, "nll") if point.judged else NO_COST)
     assert found.unjudged == ["lookup-32"]
     assert found.unmeasured == ["key-norm-8", "heavy-hitter-8", "int8-sink-window-8"]
     told = " ".join(about_speed(run(), speeds()))
