@@ -31,6 +31,6 @@ def test_the_decode_path_gives_the_models_own_perplexity(target, documents, widt
         with torch.inference_mode():
             logits = target.model(ids, use_cache=False).logits[0, :-1].double()
         reference.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-    found, expected = perplexity(losses), perplexity(reference)
-    quality_rows.append(f"PPL of prose, full cache, width {width}: {found:.4f} (in one forward: {expected:.4f})")
-    assert found == pytest.approx(expected, rel=1e-4)
+    measured, expected = perplexity(losses), perplexity(reference)
+    quality_rows.append(f"PPL of prose, full cache, width {width}: {measured:.4f} (in one forward: {expected:.4f})")
+    assert measured == pytest.approx(expected, rel=1e-4)

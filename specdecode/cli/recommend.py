@@ -54,13 +54,13 @@ def recommend(
         "budget_minutes": budget_minutes,
         "out": out,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if value is not None}
     if bool(runs) == (target is not None):
         raise ValueError("give either run files or, to measure first, a model with --target")
     if target is not None:
-        recommendations = [_measured(target, **given)]
-    elif given:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is of no use without --target: leave it out")
+        recommendations = [_measured(target, **chosen)]
+    elif chosen:
+        raise ValueError(f"--{next(iter(chosen)).replace('_', '-')} is of no use without --target: leave it out")
     else:
         recommendations = [(run, advise(run)) for run in map(read, runs or [])]
     if as_json:

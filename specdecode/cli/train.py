@@ -69,6 +69,6 @@ def train_head(
     with progress("shards") as tell:
         card = train(model, target, recipe, out, shlex.join(["specdecode", *sys.argv[1:]]), tell)
     for number, epoch in enumerate(card["epochs"], start=1):
-        found = ", ".join(f"{task} {tau:.2f}" for task, tau in epoch["acceptance"].items())
-        say(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {found}")
+        taus = ", ".join(f"{task} {tau:.2f}" for task, tau in epoch["acceptance"].items())
+        say(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {taus}")
     say(f"the head is in {out}, its card in {out.with_suffix('.md')}; the folder {out.with_suffix('')} can go")

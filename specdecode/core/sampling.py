@@ -1,4 +1,4 @@
-"""From logits to the law that a token is drawn from, and the one source of randomness."""
+"""Turn logits into the distribution that a token is drawn from; and hold the one source of randomness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specdecode.core.errors import SpecDecodeError
 
 
 class Rng:
-    """All the randomness of one generation: biased coins and draws from a law.
+    """The source of all randomness of one generation: biased coins, and draws from a distribution.
 
     Everything is decided by uniform numbers drawn on the CPU in float64, so a seed means the same on every device, and
     a test can put an enumeration of all outcomes in the place of this class.
@@ -26,21 +26,23 @@ class Rng:
             self._generator.manual_seed(seed)
 
     def coin(self, probability: float | Float[Tensor, ""]) -> bool:
-        """True with the given probability (anything from 1 up is certain)."""
+        """Return True with this probability; anything from 1 up is certain."""
         return torch.rand((), generator=self._generator, dtype=torch.float64).item() < float(probability)
 
-    def draw(self, law: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
+    def draw(self, distribution: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
         """Draw one index from each row, by inversion of its cumulative sum; rows need not be normalised.
 
         An entry of probability zero is never drawn: the cumulative sum does not rise there. A row without mass, or with
         NaN in it, gives -1.
         """
-        uniform = torch.rand(law.shape[:-1], generator=self._generator, dtype=torch.float64).to(law.device)
-        cumulative = law.double().cumsum(-1)
+        uniform = torch.rand(distribution.shape[:-1], generator=self._generator, dtype=torch.float64).to(
+            distribution.device
+        )
+        cumulative = distribution.double().cumsum(-1)
         mass = cumulative[..., -1:]
         drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * mass, right=True)
         # A product that is rounded up to the whole mass points behind the last entry.
-        return drawn.clamp(max=law.shape[-1] - 1).where(mass > 0, -1).squeeze(-1)
+        return drawn.clamp(max=distribution.shape[-1] - 1).where(mass > 0, -1).squeeze(-1)
 
 
 def most_probable(logits: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
@@ -99,10 +101,10 @@ class Sampling:
         return Rng(self.seed)
 
     def probs(self, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
-        """The law that a token is drawn from: after temperature, then top_k, then top_p. At least float32.
+        """Return the distribution that a token is drawn from: after temperature, then top_k, then top_p.
 
-        Under greedy decoding it is the plain softmax: not the law of the choice, which is one-hot, but what a drafter
-        ranks its proposals by.
+        It is float32 at least. Under greedy decoding it is the plain softmax: not the distribution of the choice, which
+        is one-hot, but what a drafter ranks its proposals by.
         """
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self.greedy:

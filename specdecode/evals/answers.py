@@ -44,17 +44,17 @@ def problems(task: str, count: int, lm: LM) -> tuple[list[Problem], str]:
     if task not in TASKS:
         raise ValueError(f"no task is named {task!r}: choose from {', '.join(TASKS)}")
     prompts, (origin,) = token_prompts(f"{task}:{count}", lm)
-    found = rows(task)[0]
-    asked = []
+    task_rows = rows(task)[0]
+    problems = []
     for name, prompt in prompts.items():
-        row = found[int(name.rpartition("/")[2])]
+        row = task_rows[int(name.rpartition("/")[2])]
         for column in TASKS[task].fields:
             if not isinstance(row.get(column), str):
                 raise ValueError(f"{name} has no text in its field {column!r}: it cannot be marked ({origin})")
         if continued := TASKS[task].continued:
             prompt = lm.encode(row[continued].rstrip())
-        asked.append(Problem(task, name, prompt, row))
-    return asked, origin
+        problems.append(Problem(task, name, prompt, row))
+    return problems, origin
 
 
 def answer(arm: str, path: DecodePath, problem: Problem, max_new_tokens: int) -> Answer:
@@ -73,9 +73,9 @@ def answer(arm: str, path: DecodePath, problem: Problem, max_new_tokens: int) ->
     """
     task, lm = TASKS[problem.task], path.lm
     stop = task.stop if lm.tokenizer else ()
-    made = _continue(path, problem.prompt, max_new_tokens, stop)
-    tokens, text = made.tokens, _text(lm, made.tokens)
-    ended_by_a_string = made.finish_reason == "stop" and tokens[-1] not in lm.stop_token_ids
+    generation = _continue(path, problem.prompt, max_new_tokens, stop)
+    tokens, text = generation.tokens, _text(lm, generation.tokens)
+    ended_by_a_string = generation.finish_reason == "stop" and tokens[-1] not in lm.stop_token_ids
     if ended_by_a_string and len(tokens) < max_new_tokens and (stop := task.go_on(text)):
         tokens = tokens + _continue(path, problem.prompt + tokens, max_new_tokens - len(tokens), stop).tokens
         text = _text(lm, tokens)
@@ -97,8 +97,8 @@ def _continue(path: DecodePath, prompt: list[int], max_new_tokens: int, stop: tu
 
 def _text(lm: LM, tokens: list[int]) -> str:
     """What tokens say to a reader."""
-    said = [token for token in tokens if token not in lm.stop_token_ids]
+    written = [token for token in tokens if token not in lm.stop_token_ids]
     if lm.tokenizer is None:
         # A model without a tokenizer, for rehearsals, reads bytes: so it writes them.
-        return bytes(token % 256 for token in said).decode("latin-1")
-    return lm.spelling.text(said, special=False)
+        return bytes(token % 256 for token in written).decode("latin-1")
+    return lm.spelling.text(written, special=False)

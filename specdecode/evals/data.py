@@ -191,9 +191,9 @@ def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], 
         ValueError: an unknown name or category, a set that is not at hand, a row without a text, or more prompts than
             there are.
     """
-    found, origin = _in_order(name, seed)
+    texts, origin = _in_order(name, seed)
     length = _PROMPT_CHARACTERS if _set(name.partition("/")[0]).documents else None
-    return [Sample(sample.id, sample.text[:length]) for sample in _first(found, count, name)], origin
+    return [Sample(sample.id, sample.text[:length]) for sample in _first(texts, count, name)], origin
 
 
 def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[Sample], str]:
@@ -213,8 +213,8 @@ def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[
     if _set(name).documents is None:
         corpora = [corpus for corpus, source in _SETS.items() if source.documents is not None]
         raise ValueError(f"{name} has no documents: choose from {', '.join(corpora)}")
-    found, origin = _in_order(name, seed)
-    return _first(found, count, name), origin
+    texts, origin = _in_order(name, seed)
+    return _first(texts, count, name), origin
 
 
 def token_prompts(specification: str, lm: LM) -> tuple[dict[str, list[int]], list[str]]:
@@ -235,14 +235,14 @@ def token_prompts(specification: str, lm: LM) -> tuple[dict[str, list[int]], lis
     origins: list[str] = []
     has_template = lm.tokenizer is not None and bool(lm.tokenizer.chat_template)
     for part in specification.split(","):
-        given = _PART.fullmatch(part)
-        if given is None:
+        match = _PART.fullmatch(part)
+        if match is None:
             raise ValueError(
                 f"prompts is {specification!r}: write NAME[/CATEGORY][@TOKENS][:COUNT], separated by commas, with"
                 " numbers from 1 for TOKENS and COUNT, or all for COUNT"
             )
-        name, tokens = given["name"], given["tokens"]
-        count = None if given["count"] == "all" else int(given["count"] or 1)
+        name, tokens = match["name"], match["tokens"]
+        count = None if match["count"] == "all" else int(match["count"] or 1)
         asked = _set(name.partition("/")[0]).asked
         chat = asked and tokens is None and has_template
         if tokens is None:
@@ -263,13 +263,13 @@ def _set(name: str) -> _Set:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    read: list[dict[str, Any]] = []
     try:
         if file.suffix == ".parquet":
             import pyarrow.parquet
 
-            found += pyarrow.parquet.read_table(file).to_pylist()
-            return found
+            read += pyarrow.parquet.read_table(file).to_pylist()
+            return read
         lines = read_lines(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
@@ -282,8 +282,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} of {file} is no JSON object: correct it, or remove the line")
-        found.append(row)
-    return found
+        read.append(row)
+    return read
 
 
 def _in_order(name: str, seed: int) -> tuple[list[Sample], str]:
@@ -293,8 +293,8 @@ def _in_order(name: str, seed: int) -> tuple[list[Sample], str]:
     """
     whole, slash, category = name.partition("/")
     source = _set(whole)
-    found, origin = rows(whole)
-    texts = [_text(whole, row, f"row {number} of {origin}") for number, row in enumerate(found, start=1)]
+    all_rows, origin = rows(whole)
+    texts = [_text(whole, row, f"row {number} of {origin}") for number, row in enumerate(all_rows, start=1)]
     if source.documents is not None:
         stripped = [document.strip() for document in source.documents([text for _, text in texts])]
         texts = [(whole, text) for text in stripped if len(text) >= _PROMPT_CHARACTERS]
@@ -332,17 +332,17 @@ def _filled(text: object, column: str, place: str) -> str:
 
 def _cut(name: str, tokens: int, count: int | None, lm: LM) -> tuple[dict[str, list[int]], str]:
     """The first tokens of texts that have as many, by id."""
-    found, origin = _in_order(name, 0)
-    beginnings = ((sample, lm.encode(sample.text[: _CHARACTERS_PER_TOKEN * tokens])[:tokens]) for sample in found)
+    texts, origin = _in_order(name, 0)
+    beginnings = ((sample, lm.encode(sample.text[: _CHARACTERS_PER_TOKEN * tokens])[:tokens]) for sample in texts)
     enough = islice((pair for pair in beginnings if len(pair[1]) == tokens), count)
     chosen = _first(list(enough), count, name, f" of at least {tokens} tokens")
     return {f"{sample.task}@{tokens}/{sample.id.rpartition('/')[2]}": cut for sample, cut in chosen}, origin
 
 
-def _first(found: list[T], count: int | None, name: str, such: str = "") -> list[T]:
-    if count is None and found:
-        return found
-    if count is None or not 1 <= count <= len(found):
+def _first(items: list[T], count: int | None, name: str, such: str = "") -> list[T]:
+    if count is None and items:
+        return items
+    if count is None or not 1 <= count <= len(items):
         asked = "all" if count is None else count
-        raise ValueError(f"{asked} texts of {name} were asked for: it has {len(found)}{such}")
-    return found[:count]
+        raise ValueError(f"{asked} texts of {name} were asked for: it has {len(items)}{such}")
+    return items[:count]

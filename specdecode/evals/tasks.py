@@ -99,12 +99,12 @@ def wrong_number(row: Mapping[str, Any], answer: str) -> str:
     Raises:
         ValueError: there is no number in the row.
     """
-    expected, found = last_number(row["answer"].rpartition("####")[2]), last_number(answer)
+    expected, last = last_number(row["answer"].rpartition("####")[2]), last_number(answer)
     if expected is None:
         raise ValueError(f"the answer {row['answer'][-40:]!r} has no number behind ####: correct its row, or remove it")
-    if found is None:
+    if last is None:
         return "it has no number"
-    return "" if found == expected else f"{found} in place of {expected}"
+    return "" if last == expected else f"{last} in place of {expected}"
 
 
 def completion(answer: str) -> str:

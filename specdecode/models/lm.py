@@ -287,7 +287,7 @@ class LM:
         Raises:
             ValueError: there is no such layer, or the model does not hold its layers in one list.
         """
-        with self._hidden_states.of(layers):
+        with self._hidden_states.record(layers):
             yield
 
     @contextmanager

@@ -105,7 +105,7 @@ class HiddenStateRecording:
         self._static_recorders: dict[tuple[int, ...], Recorder] = {}
 
     @contextmanager
-    def of(self, layers: Sequence[int]) -> Iterator[None]:
+    def record(self, layers: Sequence[int]) -> Iterator[None]:
         """Record these layers within this context; with none, record nothing.
 
         Raises:

@@ -24,7 +24,7 @@ from tests.helpers.models import ARCHITECTURES, build, lm, prompt
     ],
 )
 def test_a_value_outside_its_range_is_named(values: dict, sentence: str) -> None:
-    """Guards against a law of nans, or of nothing, deep inside a generation."""
+    """Guards against a distribution of nans, or of nothing, deep inside a generation."""
     with pytest.raises(ValueError, match=sentence):
         Sampling(**values)
 
@@ -48,9 +48,9 @@ def test_the_law_is_that_of_transformers(rows: list[list[int]], temperature: flo
 
 def test_a_nucleus_is_the_fewest_tokens_that_reach_its_share() -> None:
     """Guards against an inclusive bound: a token is superfluous when those before it reach the share exactly."""
-    law = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64)
+    distribution = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64)
     for top_p, expected in [(0.5, [0, 1, 0, 0]), (0.51, [0, 2 / 3, 1 / 3, 0]), (0.75, [0, 2 / 3, 1 / 3, 0])]:
-        assert Sampling(1.0, top_p=top_p).probs(law.log()).tolist() == pytest.approx(expected)
+        assert Sampling(1.0, top_p=top_p).probs(distribution.log()).tolist() == pytest.approx(expected)
 
 
 def test_the_kth_token_s_equals_stay() -> None:
@@ -60,7 +60,7 @@ def test_the_kth_token_s_equals_stay() -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 3, 0.9)])
 def test_laws_are_at_least_single_precision(sampling: Sampling) -> None:
-    """Guards against laws in half precision, whose ratios are off by a percent."""
+    """Guards against distributions in half precision, whose ratios are off by a percent."""
     logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
     for given_type, expected in [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]:
         assert sampling.probs(logits.to(given_type)).dtype == expected
@@ -81,8 +81,8 @@ def test_the_coldest_distributions_hold_the_most_probable_token(
 ) -> None:
     """Guards against logits that overflow when they are divided: infinities make a distribution of NaN."""
     logits = torch.tensor([[1.0, 3.0, -2.0, 2.5], [-9.0, -torch.inf, -7.0, -8.0], [5e4, -5e4, 0.0, 4e4]], dtype=dtype)
-    law = Sampling(temperature, **narrowed).probs(logits)
-    assert law.tolist() == [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    distribution = Sampling(temperature, **narrowed).probs(logits)
+    assert distribution.tolist() == [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
     equals = Sampling(temperature).probs(torch.tensor([1.0, 1.0], dtype=dtype))
     assert equals.tolist() == [0.5, 0.5]
 
@@ -98,8 +98,8 @@ NOTHING = {
 @pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.9)], ids=str)
 def test_nothing_is_drawn_from_logits_that_are_not_finite(logits: list[float], sampling: Sampling) -> None:
     """Guards against the last token of the vocabulary, for ever."""
-    law = sampling.probs(torch.tensor([logits, [0.0, 0.0, 9e9]]))
-    assert Rng(0).draw(law).tolist() == [-1, 2]
+    distribution = sampling.probs(torch.tensor([logits, [0.0, 0.0, 9e9]]))
+    assert Rng(0).draw(distribution).tolist() == [-1, 2]
     with pytest.raises(SpecDecodeError, match=r"logits are NaN, infinite or all -inf here.*run it in another dtype"):
         checked_choice(-1)
     assert checked_choice(2) == 2
@@ -113,7 +113,7 @@ def test_the_most_probable_of_no_number_is_none() -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1)], ids=["greedy", "sampled"])
 def test_a_model_without_finite_logits_is_told_and_a_draft_without_them_costs_nothing(sampling: Sampling) -> None:
-    """Guards against a text of one token where float16 overflows, and against a draft's NaN in the target's law."""
+    """Guards against one token for ever where float16 overflows, and against a draft's NaN among the target's odds."""
     model = build(ARCHITECTURES["llama"])
     damaged = LM(model)
     with torch.no_grad():
@@ -145,9 +145,9 @@ class FixedRng(Rng):
 )
 def test_a_draw_inverts_the_cumulative_sum_exactly(monkeypatch: pytest.MonkeyPatch, uniform: float, index: int) -> None:
     """Guards against an interval closed at the wrong end: its edges are where a token of probability zero is drawn."""
-    law = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0], dtype=torch.float64)
+    distribution = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0], dtype=torch.float64)
     for scale in (1.0, 3.0):
-        assert int(FixedRng(monkeypatch, uniform).draw(law * scale)) == index
+        assert int(FixedRng(monkeypatch, uniform).draw(distribution * scale)) == index
 
 
 @pytest.mark.parametrize(("probability", "uniform", "heads"), [(0.25, 0.2499, True), (0.25, 0.25, False)])
@@ -162,30 +162,32 @@ def test_a_coin_falls_as_often_as_it_should(
 
 
 @given(
-    laws=st.lists(st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 0.3, 1.0]), min_size=6, max_size=6), min_size=1),
+    distributions=st.lists(st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 0.3, 1.0]), min_size=6, max_size=6), min_size=1),
     seed=st.integers(0, 2**32),
 )
-def test_what_has_no_probability_is_never_drawn(laws: list[list[float]], seed: int) -> None:
+def test_what_has_no_probability_is_never_drawn(distributions: list[list[float]], seed: int) -> None:
     """Guards against a token outside top-k, or a sibling drawn twice without replacement."""
-    law = torch.tensor([row if any(row) else [1.0] * 6 for row in laws])
-    drawn = Rng(seed).draw(law)
-    assert drawn.shape == law.shape[:-1]
-    assert (law.gather(-1, drawn.unsqueeze(-1)) > 0).all()
+    distribution = torch.tensor([row if any(row) else [1.0] * 6 for row in distributions])
+    drawn = Rng(seed).draw(distribution)
+    assert drawn.shape == distribution.shape[:-1]
+    assert (distribution.gather(-1, drawn.unsqueeze(-1)) > 0).all()
 
 
 def test_every_row_is_drawn_by_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against rows that share their randomness: siblings' branches would repeat each other."""
-    law = torch.full((3, 4), 0.25)
-    assert FixedRng(monkeypatch, 0.1, 0.9, 0.3).draw(law).tolist() == [0, 3, 1]
+    distribution = torch.full((3, 4), 0.25)
+    assert FixedRng(monkeypatch, 0.1, 0.9, 0.3).draw(distribution).tolist() == [0, 3, 1]
 
 
 def test_a_seed_fixes_the_randomness() -> None:
     """Guards against the global generator: a second generation, or other code, would move the first one's tokens."""
-    law = torch.full((64, 50), 0.02)
+    distribution = torch.full((64, 50), 0.02)
     first = Sampling(1.0, seed=3).rng()
     torch.manual_seed(99)
     second = Sampling(1.0, seed=3).rng()
-    assert torch.equal(first.draw(law), second.draw(law))
+    assert torch.equal(first.draw(distribution), second.draw(distribution))
     assert [first.coin(0.5) for _ in range(30)] == [second.coin(0.5) for _ in range(30)]
-    assert not torch.equal(Sampling(1.0, seed=4).rng().draw(law), Sampling(1.0, seed=3).rng().draw(law))
-    assert not torch.equal(Sampling(1.0).rng().draw(law), Sampling(1.0).rng().draw(law))
+    assert not torch.equal(
+        Sampling(1.0, seed=4).rng().draw(distribution), Sampling(1.0, seed=3).rng().draw(distribution)
+    )
+    assert not torch.equal(Sampling(1.0).rng().draw(distribution), Sampling(1.0).rng().draw(distribution))

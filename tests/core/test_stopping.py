@@ -232,7 +232,7 @@ def test_stop_strings_that_cannot_be_are_told(target: LM) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_log_probabilities_are_those_of_a_forward_over_the_text(temperature: float) -> None:
-    """Guards against the law at another node, one after temperature and top-k, and values beyond a stop."""
+    """Guards against the distribution at another node, one after temperature and top-k, and values beyond a stop."""
     target = lm("llama")
     sampling = Sampling(temperature, top_k=9, seed=1)
     whole = generate(target, prompt(), sampling=sampling, max_new_tokens=LENGTH).tokens

@@ -98,7 +98,7 @@ def test_sampling_repeats_with_torch_s_seed(decoder: SpecDecoder) -> None:
 
 
 def test_sampling_takes_transformers_defaults(monkeypatch: pytest.MonkeyPatch, decoder: SpecDecoder) -> None:
-    """Guards against another law than `do_sample=True` means there, where top_k is 50 unless it is set."""
+    """Guards against another distribution than `do_sample=True` means there, where top_k is 50 unless it is set."""
     seen: list[Sampling] = []
 
     def spied(target: LM, prompts: list[list[int]], sampling: Sampling, **settings: Any) -> list[Generation]:

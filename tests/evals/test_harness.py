@@ -228,8 +228,8 @@ def test_sampling_is_seeded_by_the_harness() -> None:
     assert sampled(1) == first
     assert len({*first, *sampled(2)}) == 4
     torch.manual_seed(1)
-    law = Sampling(3.0, 40, 0.9, seed=int(torch.randint(2**31, ())))
-    assert first[0] == written(TEXT[:60], 30, sampling=law)
+    sampling = Sampling(3.0, 40, 0.9, seed=int(torch.randint(2**31, ())))
+    assert first[0] == written(TEXT[:60], 30, sampling=sampling)
     with pytest.raises(ValueError, match="'num_beams', which nothing here decodes by"):
         harness().generate_until([asked("generate_until", "a", {"num_beams": 4})], disable_tqdm=True)
 

@@ -89,7 +89,7 @@ def make_arm(
         TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
     """
     spec = ArmSpec.from_entry(name, entry)
-    spec.check_draft(given=draft is not None)
+    spec.check_draft(has_draft=draft is not None)
     if draft is not None and spec.shares_vocabulary:
         check_vocabulary(target, draft)
     spec = spec.with_head_of(target.name)

@@ -184,9 +184,9 @@ class ArmSpec:
                 way_out = ", which finds it out: leave it out" if key == "k" else ": leave one of them out"
                 raise self.spelling.error(f"{self._option(key)} is of no use with {chosen}{way_out}")
 
-    def check_draft(self, *, given: bool) -> None:
+    def check_draft(self, *, has_draft: bool) -> None:
         """Raise ValueError if the arm needs a draft model and none is given."""
-        if self.needs_draft and not given:
+        if self.needs_draft and not has_draft:
             raise self.spelling.error(f"{self._chosen} needs a draft model: name one with {self.spelling.key('draft')}")
 
     def check_head(self, target: str, *, ships_head: bool) -> None:
@@ -351,7 +351,7 @@ def _read_and_choose(
         chosen["min_ngram"] = 2
     spec = _read("", chosen | dict(entry), known, spelling)
     spec.check_values()
-    spec.check_draft(given=spec.draft is not None)
+    spec.check_draft(has_draft=spec.draft is not None)
     return spec
 
 

@@ -80,13 +80,13 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         return
     with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         yield peak
-    held = most = 0
+    now = most = 0
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
     for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+            now += event.nbytes()
+            most = max(most, now)
     peak.append(most)
 
 
@@ -94,14 +94,14 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
 def _no_stderr() -> Iterator[None]:
     """Silence the profiler, which announces itself past Python in every run."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr_copy = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr_copy, 2)
+        os.close(stderr_copy)
 
 
 def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:

@@ -35,9 +35,9 @@ def own_losses(target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Floa
     slots, losses = target.new_slots(len(text)), []
     for start in range(0, len(text) - 1, _CHUNK):
         read = torch.tensor(text[start : min(start + _CHUNK, len(text) - 1)])
-        follow = torch.tensor(text[start + 1 : start + 1 + len(read)], device=target.device)
+        targets = torch.tensor(text[start + 1 : start + 1 + len(read)], device=target.device)
         logits = target.forward(slots, read, rows=len(read)).float()
-        losses.append(nn.functional.cross_entropy(logits, follow, reduction="none").cpu())
+        losses.append(nn.functional.cross_entropy(logits, targets, reduction="none").cpu())
     return torch.cat(losses)[len(prompt) - 1 :]
 
 

@@ -216,10 +216,10 @@ def _read_documents(plan: QualityPlan, work: _Work, pieces: Pieces, tell: Callab
     read, done = [], 0
     for name, tokens in work.texts.items():
 
-        def told(judged: int, name: str = name, done: int = done) -> None:
+        def tell_judged(judged: int, name: str = name, done: int = done) -> None:
             tell(done + judged, name)
 
-        read.append(pieces.get(name, Document, partial(_read_document, plan.preset, work, tokens, told)))
+        read.append(pieces.get(name, Document, partial(_read_document, plan.preset, work, tokens, tell_judged)))
         done += len(work.paths) * (len(tokens) - 1)
     return read
 
@@ -243,8 +243,8 @@ def _look_for_needles(
         name = f"needle {arm} {length} {depth}"
 
         def look(arm: str = arm, length: int = length, depth: float = depth) -> dict[str, Any]:
-            found = look_for(work.paths[arm], bury(work.target, haystack, length, depth))
-            return asdict(NeedleTrial(arm, length, depth, **asdict(found)))
+            outcome = look_for(work.paths[arm], bury(work.target, haystack, length, depth))
+            return asdict(NeedleTrial(arm, length, depth, **asdict(outcome)))
 
         tell(done, name)
         trials.append(pieces.get(name, NeedleTrial, look))

@@ -285,7 +285,7 @@ def by_task(run: RunFile) -> Figure | str:
     drawn, panels = panels_of(len(run.tasks), 3.6 * len(arms) + 10)
     styles = looks(run)
     for axes, (task, prompts) in zip(panels, run.tasks.items(), strict=True):
-        part = run.of(prompts)
+        part = run.with_prompts(prompts)
         speedups = _speedups(part)
         _floor(part, axes.axvspan, axes.axvline)
         for place, arm in enumerate(arms):

@@ -73,7 +73,7 @@ def by_part(run: RunFile) -> Grid:
         return Grid(columns, [])
     rows = []
     for (task, prompts), length in product(tasks.items(), run.lengths):
-        part = run.of(prompts).at(length)
+        part = run.with_prompts(prompts).at(length)
         for arm in part.arms:
             if part.arms[arm].rows:
                 about = [task, str(len(prompts)), str(length), label(part, arm)]

@@ -40,7 +40,9 @@ class CountersRun:
     peak_bytes: float | None = field(default=None, metadata=_LESS_IS_BETTER)
 
 
-SIGNS: dict[str, int] = {each.name: each.metadata["sign"] for kind in (Counters, CountersRun) for each in fields(kind)}
+SIGNS: dict[str, int] = {
+    counter.name: counter.metadata["sign"] for kind in (Counters, CountersRun) for counter in fields(kind)
+}
 """Of each counter: whether more of it is better (+1) or worse (-1)."""
 
 

@@ -199,7 +199,7 @@ class RunFile:
         arms = {arm: replace(record, rows=record.shorter.get(length, {})) for arm, record in self.arms.items()}
         return self._part(replace(self.header, max_new_tokens=length), arms)
 
-    def of(self, prompts: Collection[str]) -> RunFile:
+    def with_prompts(self, prompts: Collection[str]) -> RunFile:
         """Return the part of the run that is about some of its prompts.
 
         Wrong outputs, ties and the counters run stay those of the whole.

@@ -58,16 +58,16 @@ def run(program: str, limits: Limits = Limits()) -> str:
         limits: what it may use.
     """
     token = secrets.token_hex(16)
-    given = {"program": program, "token": token, "limits": asdict(limits)}
+    instructions = {"program": program, "token": token, "limits": asdict(limits)}
     with (
         tempfile.TemporaryDirectory(prefix="contained-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile("w+") as instructions,
+        tempfile.TemporaryFile("w+") as stdin,
     ):
-        json.dump(given, instructions)
-        instructions.seek(0)
+        json.dump(instructions, stdin)
+        stdin.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_INSIDE)],
-            stdin=instructions,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=os.path.realpath(folder),

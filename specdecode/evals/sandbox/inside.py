@@ -95,7 +95,7 @@ def guard(folder: str, changes: int) -> Callable[[str, tuple[Any, ...]], None]:
     """
     # Held here, where a program that puts other things under their names does not reach them.
     exact, text = type, str
-    own, library = f"{folder}/", tuple(f"{entry}/" for entry in sys.path)
+    working_folder, library = f"{folder}/", tuple(f"{entry}/" for entry in sys.path)
     left = [changes]
 
     def within(path: Any, *folders: str) -> bool:
@@ -109,12 +109,12 @@ def guard(folder: str, changes: int) -> Callable[[str, tuple[Any, ...]], None]:
             path, mode, flags = arguments
             if flags & ~_READ_ONLY == 0:
                 # Without a mode it is os.open(), which opens folders too, and what is beneath them after that.
-                return within(path, own, *library) if mode is not None else within(path, own)
+                return within(path, working_folder, *library) if mode is not None else within(path, working_folder)
             left[0] -= 1
-            return left[0] >= 0 and within(path, own)
+            return left[0] >= 0 and within(path, working_folder)
         if event in _CHANGES:
             left[0] -= 1
-            return left[0] >= 0 and all(within(path, own) for path in arguments[: _CHANGES[event]])
+            return left[0] >= 0 and all(within(path, working_folder) for path in arguments[: _CHANGES[event]])
         return event in _HARMLESS
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -131,9 +131,9 @@ def guard(folder: str, changes: int) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 def main() -> None:
-    given = json.load(sys.stdin)
+    instructions = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    program, token, limits = given["program"], given["token"], given["limits"]
+    program, token, limits = instructions["program"], instructions["token"], instructions["limits"]
     write, leave = os.write, os._exit
     for name in _SILENT:
         for module in (os, posix):

@@ -166,12 +166,12 @@ def test_a_task_is_told_by_its_own_prompts() -> None:
     """Guards against rows of a task that hold another's times, and against a floor of more prompts than it has."""
     run = kept(results())
     assert run.tasks == {"set/a": ["set/a/0"], "set/b": ["set/b/0", "set/b/1"]}
-    part = run.of(run.tasks["set/b"])
+    part = run.with_prompts(run.tasks["set/b"])
     assert list(part.header.outputs) == run.tasks["set/b"]
     for arm, record in part.arms.items():
         assert record.rows == {prompt_: run.arms[arm].rows[prompt_] for prompt_ in run.tasks["set/b"]}
         assert set(part.at(SHORTER[0]).arms[arm].rows) == set(run.tasks["set/b"])
-    one = run.of(["set/a/0"])
+    one = run.with_prompts(["set/a/0"])
     noise = results().blocks[0]
     ratio = abs(math.log(noise.runs["ar"].total_s / noise.last.total_s))
     assert one.header.floor == pytest.approx(max(ratio, run.header.floor))
@@ -187,7 +187,7 @@ def test_the_report_has_a_row_for_each_part() -> None:
     page = markdown(run, "title", "", [], None)
     assert "set/b" not in page
     assert "evictions" in markdown(run, "title", "", [], _no_history())
-    whole = kept(results()).of(["set/a/0"])
+    whole = kept(results()).with_prompts(["set/a/0"])
     arms = {arm: dataclasses.replace(record, shorter={}) for arm, record in whole.arms.items()}
     assert by_part(dataclasses.replace(whole, arms=arms)).rows == []
 

@@ -349,7 +349,7 @@ def test_tasks_have_their_own_speedups() -> None:
         for arm in ARMS:
             if arm != "ar":
                 ((speedup, place),) = found[arm]
-                assert speedup == pytest.approx(run().of(prompts).speedup(arm).value)
+                assert speedup == pytest.approx(run().with_prompts(prompts).speedup(arm).value)
                 assert names[round(place)].startswith(arm)
 
 
