@@ -13,8 +13,8 @@ import pytest
 import specdecode
 from specdecode import LM, FixedK, generate
 from tests.helpers.models import greedy, lm, prompt
+from tests.helpers.rooms import ROOMS
 from tests.helpers.root import ROOT
-from tests.test_layers import ROOMS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"

@@ -12,38 +12,10 @@ from pathlib import Path
 import pytest
 
 import specdecode
+from tests.helpers.rooms import ROOMS
 
 ROOT = Path(specdecode.__file__).parent
 
-# From the ground up: a room imports only from those that stand above it here, and a folder's own modules from each
-# other. A room is a folder, or a module by itself.
-ROOMS = [
-    "core",
-    "support",
-    "policies",
-    "controllers",
-    "backends",
-    "models",
-    "heads",
-    "drafters",
-    "decoding",
-    "bench/presets",
-    "bench/runs",
-    "bench/gate",
-    "bench/arms",
-    "evals",
-    "training",
-    "bench/report",
-    "bench/options",
-    "bench/plan",
-    "bench/measure",
-    "bench/quality",
-    "bench/summary",
-    "bench/worker",
-    "bench/plugin",
-    "cli",
-    "__main__",
-]
 WITHOUT_TORCH = ("bench/runs", "bench/gate")
 MAY_IMPORT_TRANSFORMERS = (
     "backends/grouped_attention.py",

@@ -58,6 +58,7 @@ from tests.helpers import models
 from tests.helpers.characters import save
 from tests.helpers.discovery import DRAFTERS, POLICIES, examples
 from tests.helpers.models import ARCHITECTURES, SERVED, VOCABULARY, build, greedy, lm, prompt
+from tests.helpers.replayed import replayed
 from tests.helpers.strategies import controllers
 
 LENGTH = 40
@@ -66,17 +67,6 @@ LENGTH = 40
 def on_the_cpu(name: str, **values: Any) -> PreTrainedModel:
     """In float32, wherever the other tests have their models."""
     return build(ARCHITECTURES[name] | values).float().cpu()
-
-
-def replayed(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """What a CUDA graph does, without one: the action is done on the way, and then leaves each result in the place of
-    the one before."""
-    results = action()
-
-    def again() -> tuple[torch.Tensor, ...]:
-        return tuple(result.copy_(new) for result, new in zip(results, action(), strict=True))
-
-    return again
 
 
 STATIC = {

@@ -11,8 +11,8 @@ import pytest
 from specdecode.bench.options import Options
 from specdecode.bench.plan import Plan, resolve
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
-from tests.bench.test_suites import run
 from tests.helpers.root import ROOT
+from tests.helpers.suites import run_pytest
 
 COUNTER = """
 import os, sys
@@ -44,7 +44,7 @@ def test_a_session_asks_once(judge: str, tmp_path: Path) -> None:
     baseline = tmp_path / "baseline.json"
     baseline.write_text(next((ROOT / "baselines").glob("*/smollm2*-quick.json")).read_text())
     value = str(baseline) if judge == "--baseline" else "HEAD"
-    done = run(
+    done = run_pytest(
         *("-p", "counter", "--benchmark", "--quality", "--collect-only", "--device", "cpu", f"{judge}={value}"),
         PYTHONPATH=str(tmp_path),
         COUNTS=str(tmp_path / "counts"),

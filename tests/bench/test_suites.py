@@ -20,18 +20,12 @@ from specdecode.evals.results import read
 from specdecode.support.files import slug
 from tests.helpers.characters import save
 from tests.helpers.root import ROOT
+from tests.helpers.suites import run_pytest
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save(tmp_path_factory.mktemp("model")))
-
-
-def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    # The model is so small that a second thread only costs.
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
 
 
 def one_arm(model: str) -> tuple[str, ...]:
@@ -43,7 +37,7 @@ def one_arm(model: str) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     file = tmp_path_factory.mktemp("run") / "made" / "run.json"
-    done = run(
+    done = run_pytest(
         *("--benchmark", f"--target={model}", "--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
         *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12", f"--benchmark-json={file}"),
     )
@@ -91,7 +85,7 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
 
 def test_only_what_is_selected_is_measured(model: str) -> None:
     """Guards against `-k` that hides rows of an experiment which still takes all its time."""
-    done = run(
+    done = run_pytest(
         *one_arm(model),
         *("--prompts", "prose:2", "--max-new-tokens", "6"),
     )
@@ -118,7 +112,7 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
         *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64", "--tolerance", "0.9"),
         *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12"),
     )
-    done = run(*arguments, GITHUB_STEP_SUMMARY=str(summary))
+    done = run_pytest(*arguments, GITHUB_STEP_SUMMARY=str(summary))
     assert done.returncode == 1, done.stdout + done.stderr
     failed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED")}
     names = {"linear-k5-counters", "retired-time", "retired-counters"}
@@ -127,12 +121,12 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
     assert "| NOT_JUDGED | linear-k3 | counters |" in summary.read_text()
     assert "| REGRESSED | linear-k5 | counters |" in summary.read_text()
     assert "| MISSING | retired | time |" in summary.read_text()
-    assert run(*arguments, "--gate=off").returncode == 0
+    assert run_pytest(*arguments, "--gate=off").returncode == 0
 
 
 def test_a_strict_gate_asks_for_a_baseline(model: str) -> None:
     """Guards against a strict run that passes because nothing was compared."""
-    done = run(*one_arm(model), "--prompts", "prose:1", "--max-new-tokens", "4", "--gate=strict")
+    done = run_pytest(*one_arm(model), "--prompts", "prose:1", "--max-new-tokens", "4", "--gate=strict")
     assert done.returncode == 1
     assert done.stdout.count("NO_BASELINE: lookup") >= 2
 
@@ -150,7 +144,7 @@ def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
         "    return verify.Acceptance([children[0][0]], [tokens[0], choices[1]])\n"
         "verify._walk_greedily = greedy_for_length\n"
     )
-    done = run(
+    done = run_pytest(
         *("-p", "fault", "--benchmark", "-k", "lookup and not hf or linear-k3", f"--target={model}"),
         *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
         *("--prompts", "prose:2", "--max-new-tokens", "12"),
@@ -197,7 +191,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     if signal_ is signal.SIGINT:
         assert "--resume" in said
         assert "Traceback" not in said
-    done = run(*arguments, "--resume")
+    done = run_pytest(*arguments, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming: {kept} of 12 blocks are there" in done.stderr
     assert json.loads(file.read_text())["specdecode"]["arms"].keys() == {
@@ -225,7 +219,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
 def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, arguments: list[str], reason: str) -> None:
     """Guards against a traceback for each arm."""
     given = [] if "--target=./nowhere" in arguments else [f"--target={model}"]
-    done = run("--benchmark", "-k", "lookup and not hf", "--device", "cpu", *given, *arguments)
+    done = run_pytest("--benchmark", "-k", "lookup and not hf", "--device", "cpu", *given, *arguments)
     assert done.returncode in (2, 4)
     assert reason in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -247,7 +241,7 @@ def test_a_run_that_could_keep_nothing_is_not_begun(tmp_path: Path, arguments: l
     """Guards against minutes of measuring by several processes at once, or by one whose results are thrown away."""
     file = tmp_path / "file"
     file.write_text("in the way")
-    done = run(*(argument.format(file=file) for argument in arguments))
+    done = run_pytest(*(argument.format(file=file) for argument in arguments))
     assert done.returncode == 2, done.stdout + done.stderr
     assert reason.format(file=file) in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -258,7 +252,7 @@ def test_a_summary_that_cannot_be_written_is_told_before(tmp_path: Path) -> None
     """Guards against a run that fails for want of its page, when all is measured."""
     page = tmp_path / "file" / "summary.md"
     page.parent.write_text("in the way")
-    done = run("--benchmark", GITHUB_STEP_SUMMARY=str(page))
+    done = run_pytest("--benchmark", GITHUB_STEP_SUMMARY=str(page))
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"{page} cannot be written: {page.parent} is no folder" in done.stdout + done.stderr
     assert "runs" not in done.stderr  # no progress
@@ -275,7 +269,7 @@ def test_results_that_are_a_file_are_told_before_a_model_is_loaded(tmp_path: Pat
     (tmp_path / "tests" / "test_none.py").touch()
     (tmp_path / "results").write_text("no folder")
     arguments = (f"--{suite}", f"--target={model}", "--device", "cpu", "--dtype", "float64")
-    done = run(*arguments, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = run_pytest(*arguments, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 2, done.stdout + done.stderr
     said = [line for line in (done.stdout + done.stderr).splitlines() if "cannot be written" in line]
     assert len(said) == 1
@@ -310,14 +304,14 @@ def test_a_run_outlives_a_full_disk_and_a_plain_terminal(model: str, tmp_path: P
     file, around = tmp_path / "run.json", {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "ascii"}
     file.write_text("the run before")
     arguments = (*one_arm(model), "--prompts", "prose:3", "--max-new-tokens", "5", f"--benchmark-json={file}")
-    done = run("-p", "full_disk", *arguments, **around)
+    done = run_pytest("-p", "full_disk", *arguments, **around)
     said = done.stdout + done.stderr
     assert done.returncode == 2, said
     assert f"{file} cannot be written: No space left on device; the same command with --resume keeps" in said
     assert "INTERNALERROR" not in said
     assert file.read_text() == "the run before"
     assert [path.name for path in tmp_path.glob("run.json*")] == ["run.json"]
-    done = run("-p", "open_file", *arguments, "--resume", **around)
+    done = run_pytest("-p", "open_file", *arguments, "--resume", **around)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming: 3 of 3 blocks are there" in done.stderr
     assert json.loads(file.read_text())["specdecode"]["arms"].keys() == {"ar", "lookup"}
@@ -332,7 +326,7 @@ def test_a_run_outlives_a_full_disk_and_a_plain_terminal(model: str, tmp_path: P
 
 def test_quality_shows_perplexities(model: str) -> None:
     """Guards against a suite that passes and shows nothing."""
-    done = run("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
+    done = run_pytest("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
     files = sorted((ROOT / "results").glob(f"quality-{slug(model)}-*"))
     try:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -351,6 +345,6 @@ def test_quality_shows_perplexities(model: str) -> None:
 
 def test_plain_pytest_leaves_the_suites_alone() -> None:
     """Guards against minutes of measuring in a run of the tests."""
-    done = run("--collect-only", "-q")
+    done = run_pytest("--collect-only", "-q")
     assert "tests/bench/test_suites.py" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith(("perf/", "quality/"))]

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import specdecode
-from specdecode import cli, generate, load
+from specdecode import generate, load
 from specdecode.bench.arms import parts
 from specdecode.bench.measure import roofline as measured_roofline
 from specdecode.cli import messages
 from tests.helpers.characters import save
+from tests.helpers.command_line import exit_code
 from tests.helpers.fake_clock import Cost, FakeClock, charged
 from tests.helpers.learnt import learnt
 from tests.helpers.models import ARCHITECTURES, build, continuation
@@ -28,14 +29,6 @@ from tests.helpers.spelling import CHARACTERS, pieces
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save(tmp_path_factory.mktemp("model")))
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of the command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["specdecode", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +53,7 @@ def test_generate_streams_the_models_own_text_and_ends_with_measures(
 ) -> None:
     """Guards against text that is lost or doubled between steps, and options that do not reach the decoder."""
     text = "the cat sat on the mat, the cat sat on"
-    code = run(
+    code = exit_code(
         monkeypatch, "generate", text, "--target", model, "--max-new-tokens", "40", "--dtype", "float64", *drafter
     )
     out, err = capfd.readouterr()
@@ -94,7 +87,7 @@ def test_drafting_as_long_as_pays_changes_no_text(
     arguments = ("generate", "the cat sat on the mat, the cat", "--target", model, "--dtype", "float64")
     texts = []
     for controller in ("fixed", "cost-aware"):
-        assert run(monkeypatch, *arguments, "--max-new-tokens", "40", "--controller", controller, *drafter) == 0
+        assert exit_code(monkeypatch, *arguments, "--max-new-tokens", "40", "--controller", controller, *drafter) == 0
         assert told.is_set() == (controller == "cost-aware")
         texts.append(capfd.readouterr().out)
     assert texts[0] == texts[1]
@@ -106,9 +99,9 @@ def test_a_draft_of_another_vocabulary_drafts_by_text(
 ) -> None:
     """Guards against a refusal where there is a way, and against one that is taken in silence."""
     arguments = ("generate", "the cat sat on", "--target", model, "--max-new-tokens", "20", "--dtype", "float64")
-    assert run(monkeypatch, *arguments, "--drafter", "none") == 0
+    assert exit_code(monkeypatch, *arguments, "--drafter", "none") == 0
     plain = capfd.readouterr().out
-    assert run(monkeypatch, *arguments, "--draft", other, *asked_for) == 0
+    assert exit_code(monkeypatch, *arguments, "--draft", other, *asked_for) == 0
     out, err = capfd.readouterr()
     assert out == plain
     assert "acceptance" in err.splitlines()[-1]
@@ -123,7 +116,7 @@ def test_a_bounded_cache_writes_on_beyond_the_context(
     texts = []
     for drafter in ("none", "lookup"):
         arguments = ("--target", model, "--policy", "sink-window", "--max-cache", "32", "--drafter", drafter)
-        assert run(monkeypatch, "generate", "a cat " * 500, *arguments, "--max-new-tokens", "60") == 0
+        assert exit_code(monkeypatch, "generate", "a cat " * 500, *arguments, "--max-new-tokens", "60") == 0
         out, err = capfd.readouterr()
         texts.append(out)
         assert re.search(
@@ -131,9 +124,9 @@ def test_a_bounded_cache_writes_on_beyond_the_context(
         )
     assert texts[0] == texts[1]
     arguments = ("--target", model, "--drafter", "self-streaming", "--max-cache", "20", "--max-new-tokens", "60")
-    assert run(monkeypatch, "generate", "a cat " * 10, *arguments) == 0
+    assert exit_code(monkeypatch, "generate", "a cat " * 10, *arguments) == 0
     streamed = capfd.readouterr().out
-    assert run(monkeypatch, "generate", "a cat " * 10, "--target", model, "--max-new-tokens", "60") == 0
+    assert exit_code(monkeypatch, "generate", "a cat " * 10, "--target", model, "--max-new-tokens", "60") == 0
     assert capfd.readouterr().out == streamed
 
 
@@ -145,7 +138,7 @@ def test_an_int8_target_writes_its_own_text(
     texts = {}
     for quantize in ((), ("--quantize", "int8")):
         for drafter in ("none", "lookup"):
-            assert run(monkeypatch, *arguments, "--drafter", drafter, *quantize) == 0
+            assert exit_code(monkeypatch, *arguments, "--drafter", drafter, *quantize) == 0
             texts[len(quantize), drafter] = capfd.readouterr().out
     assert texts[2, "none"] == texts[2, "lookup"] != texts[0, "lookup"]
 
@@ -157,7 +150,7 @@ def test_a_seed_makes_sampling_repeatable(
     texts = []
     for seed in ("1", "1", "2"):
         arguments = ("--target", model, "--temperature", "1.5", "--top-p", "0.95", "--seed", seed)
-        assert run(monkeypatch, "generate", "a cat", *arguments, "--max-new-tokens", "30") == 0
+        assert exit_code(monkeypatch, "generate", "a cat", *arguments, "--max-new-tokens", "30") == 0
         texts.append(capfd.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
@@ -174,7 +167,7 @@ def test_a_file_of_prompts_gives_a_line_of_json_for_each(
     expected = [loaded.decode(generate(loaded, loaded.encode(prompt), max_new_tokens=20).tokens) for prompt in prompts]
     for file, batch in ((plain, "1"), (lines, "3")):
         arguments = ("--prompts", str(file), "--batch", batch, "--logprobs", "--target", model, "--dtype", "float64")
-        assert run(monkeypatch, "generate", *arguments, "--max-new-tokens", "20") == 0
+        assert exit_code(monkeypatch, "generate", *arguments, "--max-new-tokens", "20") == 0
         out, err = capfd.readouterr()
         told = sorted((json.loads(line) for line in out.splitlines()), key=lambda row: row["index"])
         assert [row["prompt"] for row in told] == prompts
@@ -192,9 +185,9 @@ def test_special_tokens_are_no_text(
     every token has its name."""
     text = "and a much longer one than the others"
     arguments = ("generate", text, "--target", model, "--dtype", "float64", "--max-new-tokens", "20")
-    assert run(monkeypatch, *arguments) == 0
+    assert exit_code(monkeypatch, *arguments) == 0
     streamed = capfd.readouterr().out
-    assert run(monkeypatch, *arguments, "--json", "--logprobs") == 0
+    assert exit_code(monkeypatch, *arguments, "--json", "--logprobs") == 0
     row = json.loads(capfd.readouterr().out)
     named = "".join(token for token, _ in row["logprobs"])
     assert named.count("\0") > 0
@@ -226,12 +219,12 @@ def test_a_stop_string_reaches_the_decoder(
 ) -> None:
     """Guards against an option that is read and forgotten, in either form of output."""
     arguments = ("generate", "the cat sat", "--target", model, "--max-new-tokens", "30")
-    assert run(monkeypatch, *arguments) == 0
+    assert exit_code(monkeypatch, *arguments) == 0
     whole = capfd.readouterr().out
     expected = whole[: whole.index(whole[12:14]) + 2]
-    assert run(monkeypatch, *arguments, "--stop", "\0\0\0", "--stop", expected[-2:]) == 0
+    assert exit_code(monkeypatch, *arguments, "--stop", "\0\0\0", "--stop", expected[-2:]) == 0
     assert capfd.readouterr().out == expected + "\n"
-    assert run(monkeypatch, *arguments, "--stop", expected[-2:], "--json") == 0
+    assert exit_code(monkeypatch, *arguments, "--stop", expected[-2:], "--json") == 0
     row = json.loads(capfd.readouterr().out)
     assert (row["text"], row["finish_reason"], row["index"]) == (expected, "stop", 0)
 
@@ -246,9 +239,9 @@ def test_a_chat_is_put_into_the_model_s_template(
         "{% if add_generation_prompt %}[A] {% endif %}"
     )
     arguments = ("--target", str(folder), "--max-new-tokens", "12")
-    assert run(monkeypatch, "generate", "[user] who?~[A] ", *arguments) == 0
+    assert exit_code(monkeypatch, "generate", "[user] who?~[A] ", *arguments) == 0
     expected = capfd.readouterr().out
-    assert run(monkeypatch, "generate", "who?", "--chat", *arguments) == 0
+    assert exit_code(monkeypatch, "generate", "who?", "--chat", *arguments) == 0
     assert capfd.readouterr().out == expected
 
 
@@ -275,7 +268,7 @@ def test_a_file_without_prompts_is_told(
     file = tmp_path / "prompts.jsonl"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert run(monkeypatch, "generate", "--prompts", str(file)) == 2
+    assert exit_code(monkeypatch, "generate", "--prompts", str(file)) == 2
     assert f"specdecode: {reason.format(file=file)}" in " ".join(capfd.readouterr().err.split("\n"))
 
 
@@ -340,7 +333,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
 ) -> None:
     """Guards against tracebacks, silence, and an exit code that a script cannot tell from success."""
     arguments = [argument.format(model=model, other=other) for argument in arguments]
-    assert run(monkeypatch, *arguments) == 2
+    assert exit_code(monkeypatch, *arguments) == 2
     out, err = capfd.readouterr()
     told = [line for line in err.splitlines() if line.startswith("specdecode: ")]
     assert len(told) == 1
@@ -351,7 +344,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
 
 def test_an_unknown_option_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Guards against a misspelt option that is ignored."""
-    assert run(monkeypatch, "generate", "x", "--temprature", "1") == 2
+    assert exit_code(monkeypatch, "generate", "x", "--temprature", "1") == 2
     assert "--temprature" in capfd.readouterr().err
 
 
@@ -359,7 +352,7 @@ def test_fetch_says_that_a_model_is_usable(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
     """Guards against a check that does not load what it vouches for."""
-    assert run(monkeypatch, "fetch", model) == 0
+    assert exit_code(monkeypatch, "fetch", model) == 0
     assert "context 2,048" in capfd.readouterr().out
 
 
@@ -367,7 +360,7 @@ def test_doctor_tells_versions_device_and_bandwidth(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against a doctor that fails where something is missing, which is where it is needed."""
-    assert run(monkeypatch, "doctor") == 0
+    assert exit_code(monkeypatch, "doctor") == 0
     out = capfd.readouterr().out
     for part in ("torch", "transformers", "threads", "GB/s", "pytest --benchmark"):
         assert part in out
@@ -400,7 +393,9 @@ def test_doctor_tells_what_backends_make_of_the_memory(
             return target
 
         monkeypatch.setattr(specdecode, "load", charging)
-        assert run(monkeypatch, "doctor", "--roofline", str(tmp_path), "--device", "cpu", "--dtype", "float32") == 0
+        assert (
+            exit_code(monkeypatch, "doctor", "--roofline", str(tmp_path), "--device", "cpu", "--dtype", "float32") == 0
+        )
     out, err = capfd.readouterr()
     above, _, below = out.partition("\n\n")
     told = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in above.splitlines())
@@ -426,7 +421,7 @@ def test_doctor_tells_which_backends_cannot_be_had(
 ) -> None:
     """Guards against a fallback that is shown as the backend that it stands in for, and an option that is lost."""
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "packed", "eager"))
-    assert run(monkeypatch, "doctor", "--roofline", model, "--dtype", "float64") == 0
+    assert exit_code(monkeypatch, "doctor", "--roofline", model, "--dtype", "float64") == 0
     out = capfd.readouterr().out
     assert f"{model} in float64" in out
     below = out.partition("\n\n")[2]

@@ -28,9 +28,15 @@ from specdecode import (
 )
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.drafters.base import Drafter
-from tests.decoding.test_joint_distribution import PROMPT, distance, model, target_distribution
 from tests.helpers.discovery import DRAFTERS, POLICIES, examples
-from tests.helpers.enumeration import BranchRng, distribution_of
+from tests.helpers.enumeration import (
+    PROMPT,
+    BranchRng,
+    distance,
+    distribution_of,
+    enumerated_model,
+    target_distribution,
+)
 from tests.helpers.models import VOCABULARY, build, lm, prompt, small
 
 NAMES = ("llama", "gpt-neox", "gpt-2", "opt", "qwen2-window", "gemma3-window")
@@ -182,13 +188,13 @@ def test_the_distribution_of_a_batch_is_the_product_of_its_rows(
 ) -> None:
     """Guards against rows that share a coin, or a draft whose distribution is another row's. By enumeration of every
     random decision of both rows."""
-    sampling, draft = Sampling(0.8, top_k=2), model(1)
+    sampling, draft = Sampling(0.8, top_k=2), enumerated_model(1)
     prompts = [PROMPT, PROMPT[:-1]]
 
     def run(rng: BranchRng) -> tuple[tuple[int, ...], ...]:
         monkeypatch.setattr(Sampling, "rng", lambda self: rng)
         results = generate_batch(
-            model(0, layers=2),
+            enumerated_model(0, layers=2),
             prompts,
             drafter=lambda: ModelDrafter(draft, StaticTree((2,))),
             controller=lambda: FixedK(2),
@@ -206,7 +212,7 @@ def test_the_distribution_of_a_batch_is_the_product_of_its_rows(
     alone = distribution_of(
         lambda rng: (
             monkeypatch.setattr(Sampling, "rng", lambda self: rng),
-            tuple(generate(model(0, layers=2), prompts[1], sampling=sampling, max_new_tokens=2).tokens),
+            tuple(generate(enumerated_model(0, layers=2), prompts[1], sampling=sampling, max_new_tokens=2).tokens),
         )[1]
     )
     assert distance(second, alone) < 1e-9

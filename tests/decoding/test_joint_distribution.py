@@ -4,7 +4,6 @@ decision that it takes: the drafts drawn, the coins of the acceptance, and the t
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from specdecode import (
-    LM,
     AdaptiveK,
     BestFirstTree,
     Cascade,
@@ -36,18 +34,16 @@ from specdecode.drafters.base import Context, Drafter
 from specdecode.heads.bound import BoundHead, untrained
 from specdecode.policies.base import CachePolicy
 from tests.helpers.enumeration import BranchRng, distribution_of
-from tests.helpers.models import logits, small
+from tests.helpers.joint_distribution import (
+    PROMPT,
+    VOCABULARY,
+    distance,
+    enumerated_model,
+    target_distribution,
+)
 from tests.helpers.strategies import Moody
 
 pytestmark = pytest.mark.usefixtures("unchecked")
-
-VOCABULARY = 5
-PROMPT = (3, 1, 4, 1, 4, 1)
-
-
-@functools.cache
-def model(seed: int, vocabulary: int = VOCABULARY, layers: int = 1) -> LM:
-    return small(seed, vocab_size=vocabulary, num_hidden_layers=layers)
 
 
 def decoded_distribution(
@@ -63,7 +59,7 @@ def decoded_distribution(
     def run(rng: BranchRng) -> tuple[int, ...]:
         monkeypatch.setattr(Sampling, "rng", lambda self: rng)
         result = generate(
-            model(0, layers=2),
+            enumerated_model(0, layers=2),
             PROMPT,
             drafter=drafter,
             controller=controller(),
@@ -76,31 +72,8 @@ def decoded_distribution(
     return distribution_of(run)
 
 
-@functools.cache
-def target_distribution(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
-    """The same distribution from forwards without a cache."""
-
-    def next_distribution(text: tuple[int, ...]) -> list[float]:
-        return sampling.probs(logits(model(0, layers=2).model, PROMPT + text)[-1]).tolist()
-
-    distributions = {
-        text: next_distribution(text) for n in range(length) for text in itertools.product(range(VOCABULARY), repeat=n)
-    }
-    distribution = {}
-    for text in itertools.product(range(VOCABULARY), repeat=length):
-        weight = 1.0
-        for i, token in enumerate(text):
-            weight *= distributions[text[:i]][token]
-        distribution[text] = weight
-    return distribution
-
-
-def distance(distribution: dict[tuple[int, ...], float], other: dict[tuple[int, ...], float]) -> float:
-    return max(abs(distribution.get(text, 0.0) - other.get(text, 0.0)) for text in distribution.keys() | other.keys())
-
-
 def drafters() -> dict[str, Drafter]:
-    draft = model(1)
+    draft = enumerated_model(1)
     return {
         "none": NoDraft(),
         "lookup": PromptLookup(),
@@ -111,8 +84,8 @@ def drafters() -> dict[str, Drafter]:
         "wide-tree": ModelDrafter(draft, StaticTree((4,))),
         "best-first-tree": ModelDrafter(draft, BestFirstTree(nodes=4, threshold=0.01)),
         "replay": ReplayDrafter(ModelDrafter(draft, StaticTree((2, 1))), [*PROMPT, 0, 2, 4], acceptance=0.5),
-        "wider-vocabulary": ModelDrafter(model(1, VOCABULARY + 3), StaticTree((2, 1))),
-        "narrower-vocabulary": ModelDrafter(model(1, VOCABULARY - 1), StaticTree((2, 1))),
+        "wider-vocabulary": ModelDrafter(enumerated_model(1, VOCABULARY + 3), StaticTree((2, 1))),
+        "narrower-vocabulary": ModelDrafter(enumerated_model(1, VOCABULARY - 1), StaticTree((2, 1))),
         "head-chain": HeadDrafter(head()),
         "head-tree": HeadDrafter(head(), StaticTree((2, 1))),
     }
@@ -121,7 +94,7 @@ def drafters() -> dict[str, Drafter]:
 @functools.cache
 def head() -> BoundHead:
     """Of the target of `decoded_distribution`; it cannot propose all tokens."""
-    target = model(0, layers=2)
+    target = enumerated_model(0, layers=2)
     untrained_head = untrained(target)
     untrained_head.tokens = torch.tensor([4, 0, 3])
     return BoundHead(untrained_head, target)
@@ -199,7 +172,7 @@ def test_another_distribution_than_the_one_drawn_from_is_found_out(
     monkeypatch: pytest.MonkeyPatch, sampling: Sampling
 ) -> None:
     """Guards against an enumeration that any drafter passes."""
-    distribution = decoded_distribution(monkeypatch, WrongDistribution(ModelDrafter(model(1))), sampling, 2)
+    distribution = decoded_distribution(monkeypatch, WrongDistribution(ModelDrafter(enumerated_model(1))), sampling, 2)
     assert sum(distribution.values()) == pytest.approx(1.0, abs=1e-9)
     assert distance(distribution, target_distribution(sampling, 2)) > 1e-3
 
@@ -208,8 +181,10 @@ def test_a_seed_fixes_the_text() -> None:
     """Guards against randomness from anywhere but the generation's own generator."""
 
     def text(seed: int) -> list[int]:
-        drafter = ModelDrafter(model(1), StaticTree((2, 1)))
-        return generate(model(0), PROMPT, drafter=drafter, sampling=Sampling(1.0, seed=seed), max_new_tokens=24).tokens
+        drafter = ModelDrafter(enumerated_model(1), StaticTree((2, 1)))
+        return generate(
+            enumerated_model(0), PROMPT, drafter=drafter, sampling=Sampling(1.0, seed=seed), max_new_tokens=24
+        ).tokens
 
     assert text(5) == text(5)
     assert text(5) != text(6)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from specdecode import (
     Sampling,
     SpecDecodeError,
     StaticTree,
-    cli,
     generate,
 )
 from specdecode.controllers.base import FixedK
@@ -44,6 +42,7 @@ from specdecode.heads.formats import write_head
 from specdecode.policies import policy as named_policy
 from tests.helpers import models
 from tests.helpers.characters import save
+from tests.helpers.command_line import exit_code
 from tests.helpers.spelling import characters
 
 TEXT = "".join(chr(33 + 29 * i * i % 90) for i in range(700))
@@ -353,10 +352,7 @@ def test_the_command_runs_the_harness(
     def call(given: str) -> int:
         arguments = ["lm-eval", "--model_args", given, "--tasks", "read", "--limit", "1"]
         arguments += ["--include_path", str(tasks / "tasks"), "--output_path", str(tasks / "out.json")]
-        monkeypatch.setattr(sys, "argv", ["specdecode", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        return int(exit_.value.code or 0)
+        return exit_code(monkeypatch, *arguments)
 
     assert call(f"target={tasks / 'model'},backend=eager") == 0
     assert "byte_perplexity" in capsys.readouterr().out

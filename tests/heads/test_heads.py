@@ -57,11 +57,11 @@ from specdecode.heads.bound import BoundHead, fingerprint, output_rows, untraine
 from specdecode.heads.formats import read_head, write_head
 from specdecode.heads.module import Head
 from specdecode.models.recording import recorded_hidden_states
-from tests.backends.test_backends import replayed
-from tests.bench.report.test_recommend import arm, kept
-from tests.cli.test_cli import run
 from tests.helpers.characters import save
+from tests.helpers.command_line import exit_code
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, prompt, small
+from tests.helpers.replayed import replayed
+from tests.helpers.speed_runs import speed_arm, speed_run
 
 LENGTH = 36
 LAYERS = (0, 2)
@@ -604,13 +604,13 @@ def test_heads_from_the_command_line(
         "--max-new-tokens",
         "20",
     )
-    assert run(monkeypatch, *arguments, "--drafter", "none") == 0
+    assert exit_code(monkeypatch, *arguments, "--drafter", "none") == 0
     plain = capfd.readouterr().out
 
     def drafts(*options: str) -> bool:
         """Whether the head was used; and, in `depths`, whether for trees."""
         depths.clear()
-        assert run(monkeypatch, *arguments, *options) == 0
+        assert exit_code(monkeypatch, *arguments, *options) == 0
         assert capfd.readouterr().out == plain
         return bool(depths)
 
@@ -635,7 +635,7 @@ def test_heads_from_the_command_line(
         (("--draft", "layers:0", "--head", file), "--draft is of no use with --drafter lookup+head"),
         (("--head", "./nowhere.safetensors"), "cannot read the draft head nowhere.safetensors"),
     ):
-        assert run(monkeypatch, *arguments, *given) == 2
+        assert exit_code(monkeypatch, *arguments, *given) == 2
         assert reason in " ".join(capfd.readouterr().err.split())
 
 
@@ -674,7 +674,7 @@ def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, op
     """Guards against an arm whose options do not reach its head, and lines that are of another configuration."""
     options = {"drafter": "head", "head": file, **options}
     pasted: dict[str, Any] = {}
-    exec(code_snippet(kept(identity=("abacus", model, "", "float64"), arm=arm(1.0, options)), "arm"), pasted)
+    exec(code_snippet(speed_run(identity=("abacus", model, "", "float64"), arm=speed_arm(1.0, options)), "arm"), pasted)
     target = load(model, device="cpu", dtype="float64", backend="eager")
     made = make_arm("arm", options, target, None, "eager").run(target.encode("Once upon a time"), 100, ())
     result = pasted["result"]

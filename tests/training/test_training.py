@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import string
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from specdecode import LM, cli
+from specdecode import LM
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Sampling
 from specdecode.core.slots import Slots
@@ -28,6 +27,7 @@ from specdecode.training.shards import Shard, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Draw, Texts
 from specdecode.training.trainer import Settings, Trainer
 from tests.helpers.characters import save
+from tests.helpers.command_line import exit_code
 from tests.helpers.learnt import learnt
 from tests.helpers.models import lm
 from tests.helpers.spelling import characters
@@ -335,14 +335,6 @@ def test_a_shard_holds_what_the_target_says(target: LM, shards: list[Path]) -> N
     torch.testing.assert_close(shard.probs[:2], found, atol=1e-3, rtol=1e-3)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of the command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["specdecode", "train-head", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
 def test_the_command_writes_a_head_and_its_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], unchecked: None
 ) -> None:
@@ -350,7 +342,7 @@ def test_the_command_writes_a_head_and_its_card(
     model, out = save(tmp_path / "model"), tmp_path / "head.safetensors"
     recipe = ["--target", str(model), "--data", "prose", "--tokens", "5000", "--length", "40", "--vocabulary", "50"]
     recipe += ["--out", str(out), "--epochs", "2", "--batch", "32", "--ahead", "2"]
-    assert run(monkeypatch, *recipe) == 0
+    assert exit_code(monkeypatch, "train-head", *recipe) == 0
     assert f"the head is in {out}" in capfd.readouterr().out
     head, _, card = read_head(out)
     assert len(head.tokens) == 50
@@ -361,7 +353,7 @@ def test_the_command_writes_a_head_and_its_card(
     assert "specdecode train-head --target" in page
     assert "prose: pydoc_data.topics" in page
     # All of it is there, so that it is only put together again.
-    assert run(monkeypatch, *recipe) == 0
+    assert exit_code(monkeypatch, "train-head", *recipe) == 0
     assert read_head(out)[2]["epochs"] == card["epochs"]
 
 
@@ -387,7 +379,7 @@ def test_a_wrong_option_is_one_sentence(
     """Guards against a traceback, or an hour of work, in place of an answer."""
     model = save(tmp_path / "model")
     defaults = ("--target", str(model), "--out", str(tmp_path / "head.safetensors"), "--length", "40")
-    assert run(monkeypatch, *defaults, *arguments) == 2
+    assert exit_code(monkeypatch, "train-head", *defaults, *arguments) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("specdecode: ")
     assert message in error

@@ -10,8 +10,8 @@ import pytest
 from specdecode import load
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.snippet import code_snippet
-from tests.bench.report.test_recommend import LENGTH, arm, kept
 from tests.helpers.characters import save
+from tests.helpers.speed_runs import OUTPUT_TOKENS, speed_arm, speed_run
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_snippet_decodes_as_the_arm_did(model: str, options: dict[str, Any]) -> None:
     """Guards against a snippet that does not run as it is pasted, or that is of another configuration."""
     draft = "layers:0-2"
-    run = kept(identity=("abacus", model, draft, "float64"), arm=arm(1.0, options))
+    run = speed_run(identity=("abacus", model, draft, "float64"), arm=speed_arm(1.0, options))
     pasted: dict[str, Any] = {}
     exec(code_snippet(run, "arm"), pasted)
 
     target = load(model, device="cpu", dtype="float64", backend="eager")
     smaller = load(draft, target=target)
-    expected = make_arm("arm", options, target, smaller, "eager").run(target.encode("Once upon a time"), LENGTH, ())
+    expected = make_arm("arm", options, target, smaller, "eager").run(
+        target.encode("Once upon a time"), OUTPUT_TOKENS, ()
+    )
     result = pasted["result"]
     assert result.tokens == expected.tokens
     counts = ("draft_forwards", "drafted", "accepted", "peak_cache_bytes", "compressions")
@@ -63,12 +65,12 @@ def test_a_snippet_decodes_as_the_arm_did(model: str, options: dict[str, Any]) -
 @pytest.mark.usefixtures("unchecked")
 def test_the_snippet_of_a_cost_aware_arm_runs(model: str) -> None:
     """Guards against a controller without its costs."""
-    run = kept(
-        identity=("abacus", model, "", "float64"), arm=arm(1.0, {"drafter": "lookup", "controller": "cost-aware"})
+    run = speed_run(
+        identity=("abacus", model, "", "float64"), arm=speed_arm(1.0, {"drafter": "lookup", "controller": "cost-aware"})
     )
     pasted: dict[str, Any] = {}
     exec(code_snippet(run, "arm"), pasted)
-    assert len(pasted["result"].tokens) == LENGTH
+    assert len(pasted["result"].tokens) == OUTPUT_TOKENS
 
 
 HOSTILE = "x') or exit(3) #"
@@ -80,7 +82,9 @@ def test_what_a_hostile_file_says_is_a_literal(key: str) -> None:
     options = {"drafter": "model", "shape": "static", "policy": "sink-window", "sinks": 2} | {key: HOSTILE}
     if key == "head":
         options = {"drafter": "head", key: HOSTILE}
-    snippet = code_snippet(kept(identity=("abacus", HOSTILE, HOSTILE, "float32"), arm=arm(1.0, options)), "arm")
+    snippet = code_snippet(
+        speed_run(identity=("abacus", HOSTILE, HOSTILE, "float32"), arm=speed_arm(1.0, options)), "arm"
+    )
     assert "exit" in snippet
     called = {".".join(_path(node.func)) for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)}
     assert all(name == "policy" or name.startswith(("specdecode.", "target.")) for name in called)
@@ -93,7 +97,7 @@ def test_there_is_no_snippet_of_what_is_no_arm(key: str) -> None:
     if key == "ngram":
         options = {"drafter": "lookup", key: HOSTILE}
     with pytest.raises(ValueError, match=r"^run\.json has an arm that this version cannot decode: arm 'arm': "):
-        code_snippet(kept(arm=arm(1.0, options)), "arm")
+        code_snippet(speed_run(arm=speed_arm(1.0, options)), "arm")
 
 
 def _path(node: ast.expr) -> list[str]:

@@ -3,19 +3,18 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from specdecode import cli
 from specdecode.bench.gate.baselines import bless, find
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
+from tests.helpers.command_line import exit_code
 
 PROMPTS = [f"text/{i}" for i in range(8)]
 COUNTS = {
@@ -301,10 +300,7 @@ def test_a_file_that_cannot_be_judged_is_told_in_one_sentence(
     good.write_text(json.dumps(content({"linear": 2.0})))
     bad.write_text(_hostile(change))
     for files in ((good, bad), (bad, good)):
-        monkeypatch.setattr(sys, "argv", ["specdecode", "gate", *map(str, files)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        assert exit_.value.code == 2
+        assert exit_code(monkeypatch, "gate", *files) == 2
         told = capsys.readouterr().err
         assert told.startswith("specdecode: ")
         assert told.count("\n") == 1
@@ -345,10 +341,7 @@ def test_the_command_line_judges_from_the_files_alone(
     new.write_text(json.dumps(content({"linear": speedup})))
     old.write_text(json.dumps(content({"linear": 2.0})))
     for _ in range(2):  # the same slow code fails as often as it is judged
-        monkeypatch.setattr(sys, "argv", ["specdecode", "gate", str(new), str(old), *options])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        assert (exit_.value.code or 0) == code
+        assert exit_code(monkeypatch, "gate", new, old, *options) == code
         assert "linear" in capsys.readouterr().out
 
 

@@ -24,7 +24,7 @@ from specdecode.bench.presets import preset
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import speed_table
 from specdecode.bench.runs.counts import Counts, as_dict
-from specdecode.bench.runs.records import Header, Identity, RunFile
+from specdecode.bench.runs.records import RunFile
 from specdecode.controllers.base import Limit
 from specdecode.controllers.cost_aware import DraftCost
 from specdecode.heads import bound as fitting
@@ -32,6 +32,7 @@ from specdecode.heads.bound import fingerprint, untrained
 from specdecode.heads.formats import write_head
 from tests.helpers.characters import save
 from tests.helpers.models import ARCHITECTURES, build, lm, prompt, small
+from tests.helpers.speed_runs import run_of_results
 from tests.helpers.spelling import CHARACTERS
 
 LENGTH = 20
@@ -69,9 +70,7 @@ def calls() -> Calls:
 
 
 def kept(results: Results) -> RunFile:
-    """The results as a run."""
-    identity = Identity("abacus", "t", "d", "float32", "quick")
-    return RunFile(Path(), Header(identity, LENGTH, results.outputs(), results.floor), results.records())
+    return run_of_results(results, LENGTH)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -24,9 +23,9 @@ from specdecode.bench.report.captions import outputs
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import by_part
 from specdecode.bench.runs.counts import Counts
-from specdecode.bench.runs.file import parse, run_json
-from specdecode.bench.runs.records import Header, Identity, RunFile
+from specdecode.bench.runs.records import RunFile
 from tests.helpers.models import lm, prompt
+from tests.helpers.speed_runs import run_of_results
 
 LENGTH, SHORTER = 24, (7, 15)
 PROMPTS = {"set/a/0": list(prompt()), "set/b/0": list(prompt(9)), "set/b/1": list(prompt(13))}
@@ -45,12 +44,8 @@ def results() -> Results:
     return experiment(arms, PROMPTS, LENGTH)
 
 
-def kept(of: Results) -> RunFile:
-    """The results as they come back from the file."""
-    identity = Identity("abacus", "t", "d", "float32", "quick")
-    run = RunFile(Path(), Header(identity, LENGTH, of.outputs(), of.floor), of.records())
-    text = json.dumps({"specdecode": run_json(run), "datetime": "2026-01-01T00:00:00"})
-    return parse(text, Path("run.json"))
+def kept(results: Results) -> RunFile:
+    return run_of_results(results, LENGTH)
 
 
 # Shorter lengths.

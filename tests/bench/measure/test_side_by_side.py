@@ -28,9 +28,10 @@ from specdecode.bench.measure.side_by_side import (
 from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.worker import serve
-from tests.bench.test_suites import ROOT, run
 from tests.helpers.characters import save
+from tests.helpers.root import ROOT
 from tests.helpers.spelling import CHARACTERS
+from tests.helpers.suites import run_pytest
 
 LOGS = st.floats(-1, 1)
 
@@ -261,7 +262,7 @@ def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: 
     selected = "ar-time or (lookup and not aware) or novel or k8"
     options = ("-k", selected, f"--target={model}", "--device", "cpu", "--dtype", "float64")
     sizes = ("--draft", "layers:0-2", "--prompts", "prose:3", "--max-new-tokens", "24", "--against", "HEAD")
-    done = run("--benchmark", *options, *sizes, "--tolerance", "0.1", cwd=repository)
+    done = run_pytest("--benchmark", *options, *sizes, "--tolerance", "0.1", cwd=repository)
     assert done.returncode == 1, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
     failed = {line.split()[1].split("[")[1] for line in done.stdout.splitlines() if line.startswith("FAILED")}
@@ -285,7 +286,7 @@ def test_what_is_wrong_with_a_comparison_is_told_in_one_sentence(
     repository: Path, arguments: list[str], reason: str
 ) -> None:
     """Guards against a traceback, and a worktree that is left behind."""
-    done = run("--benchmark", "-k", "lookup", "--device", "cpu", *arguments, cwd=repository)
+    done = run_pytest("--benchmark", "-k", "lookup", "--device", "cpu", *arguments, cwd=repository)
     assert done.returncode == 2, done.stdout + done.stderr
     assert reason in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

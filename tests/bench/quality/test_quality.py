@@ -25,38 +25,17 @@ from specdecode.evals.results import (
     Answer,
     Document,
     NeedleTrial,
-    QualityHeader,
     QualityRun,
     Score,
-    TasksHeader,
     Trace,
     read,
     write,
 )
 from specdecode.evals.tasks import TASKS
 from tests.helpers.models import ARCHITECTURES, build, lm
+from tests.helpers.quality_runs import HEADER
 from tests.helpers.root import ROOT
 
-HEADER = QualityHeader(
-    target="t",
-    dtype="float32",
-    preset="quick",
-    texts="prose@5:3",
-    origins=["prose: here"],
-    tasks=TasksHeader(
-        problems={"gsm8k": 2, "humaneval": 10},
-        max_new_tokens=9,
-        arms=["full", "window-8"],
-        origins=["humaneval: here"],
-        missing={"gsm8k": "gsm8k is not at hand"},
-    ),
-    k=3,
-    window=None,
-    stride=None,
-    backend="eager",
-    synthetic=False,
-    versions={},
-)
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
     "window-8": {"policy": "sink-window", "cache": 8},

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,93 +20,21 @@ from specdecode.bench.quality.quality_tables import margins, markdown, title
 from specdecode.bench.quality.tradeoff import NO_COST, about_speed, against_speed, tradeoff
 from specdecode.bench.report.drawing import cache_looks, looks, rendered
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
-from specdecode.bench.runs.counts import RowCounts, RowSeconds
-from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.evals.margins import check_margins
-from specdecode.evals.results import Answer, Document, NeedleTrial, QualityRun, TasksHeader, Trace, write
-from tests.bench.quality.test_quality import HEADER
-from tests.bench.report.test_figures import call, content, kept, series, texts, unreadable
-from tests.bench.report.test_report import HOSTILE, Page
+from specdecode.evals.results import write
+from tests.helpers.command_line import exit_code
+from tests.helpers.pages import HOSTILE, Page
+from tests.helpers.print_figures import series, texts, unreadable
+from tests.helpers.quality_runs import ARMS, SPEEDS, quality_run, quality_speeds, whole_quality_run, whole_speeds
+from tests.helpers.speed_runs import content
 
 FORMATS = ("md", "html", "latex")
 WINDOW = {"policy": "sink-window"}
-ARMS: dict[str, dict[str, Any]] = {
-    "full": {"k": 7},
-    "sink-window-16": WINDOW | {"cache": 16},
-    "sink-window-8": WINDOW | {"cache": 8},
-    "key-norm-8": {"policy": "key-norm", "cache": 8},
-    "heavy-hitter-8": {"policy": "heavy-hitter", "cache": 8},
-    "int8": {"quantize": "int8"},
-    "int8-sink-window-8": {"quantize": "int8", "policy": "sink-window", "cache": 8},
-    "random-8": {"policy": "random", "cache": 8, "control": "sink-window-8"},
-    "no-sinks-8": {"policy": "sink-window", "cache": 8, "sinks": 0, "control": "sink-window-8"},
-}
-COSTS = dict(zip(ARMS, (0.0, 0.1, 0.3, 0.6, 0.2, 0.01, 0.4, 1.0, 2.0), strict=True))
-SPEEDS: dict[str, tuple[float, dict[str, Any]]] = {
-    "ar": (1.0, {}),
-    "ar-8": (1.1, WINDOW | {"cache": 8}),
-    "linear": (1.5, {"drafter": "model", "k": 3}),
-    "streaming-16": (1.8, {"drafter": "model", "k": 3, "policy": "sink-window", "cache": 16}),
-    "streaming-8": (1.7, {"drafter": "model", "k": 3, "policy": "sink-window", "cache": 8}),
-    "lookup-int8": (0.6, {"drafter": "lookup", "k": 3, "quantize": "int8"}),
-    "lookup-32": (1.2, {"drafter": "lookup", "k": 3, "policy": "sink-window", "cache": 32}),
-    "hf-generate": (0.9, {"peer": "generate"}),
-}
-
-
-def run_of(arms: dict[str, dict[str, Any]], documents: int = 5, **header: Any) -> QualityRun:
-    """Documents of twelve tokens; each arm costs its own, a little more in each document, behind the eighth token."""
-
-    def trace(arm: str, document: int) -> Trace:
-        behind = [0] * 8 + [1, 2, 3, 4] if "policy" in arms[arm] else [0] * 12
-        cost = COSTS.get(arm, 0.5) * (1 + 0.1 * document)
-        own = [cost if since or not any(behind) else 0.0 for since in behind]
-        return Trace([2.0 + each for each in own], [0.7 * each for each in own], [1, 0] * 6, behind)
-
-    read_ = [Document(f"prose/{i}", [2.0] * 12, {arm: trace(arm, i) for arm in arms}) for i in range(documents)]
-    sought = [
-        NeedleTrial(arm, length, depth, 2 * math.log(0.75) if depth else -20.0, [0, 0], bool(depth))
-        for arm in ("full", "sink-window-8")
-        for length in (8, 16)
-        for depth in (0.0, 1.0)
-        if arm in arms
-    ]
-    tasks = TasksHeader({"humaneval": 3}, max_new_tokens=9, arms=["full"], origins=["humaneval: here"], missing={})
-    answers = [
-        Answer(arm, "humaneval", f"humaneval/{i}", "it failed" * (arm == "full" and i == 0), 5, "text")
-        for i in range(3)
-        for arm in ("reference", "full")
-        if "full" in arms
-    ]
-    return QualityRun(dataclasses.replace(HEADER, **{"tasks": tasks} | header), arms, read_, sought, answers)
-
-
-def speeds_of(arms: dict[str, tuple[float, dict[str, Any]]], target: str = "t") -> RunFile:
-    records = {}
-    for arm, (speedup, options) in arms.items():
-        rows = {}
-        for place in range(3):
-            log = math.log(speedup) + (0.03 * place if arm != "ar" else 0.0)
-            seconds = {"total": math.exp(-log), "ttft": 0.1} | ({"last": 1.01} if arm == "ar" else {})
-            rows[f"prose/{place}"] = Row(log, RowCounts(runs=1, tokens=40, steps=20), RowSeconds(**seconds))
-        records[arm] = ArmRecord(rows, lossy="policy" in options or "quantize" in options, options=options)
-    header = Header(Identity("abacus", target, "d", "float32", "quick"), 40, dict.fromkeys(rows, "x"), 0.02)
-    return kept(RunFile(Path(), header, records))
-
-
-@cache
-def run() -> QualityRun:
-    return run_of(ARMS)
-
-
-@cache
-def speeds() -> RunFile:
-    return speeds_of(SPEEDS)
 
 
 @cache
 def drawn() -> dict[str, Figure | str]:
-    return draw(run(), speeds())
+    return draw(whole_quality_run(), whole_speeds())
 
 
 def panels(name: str) -> list[Axes]:
@@ -122,7 +49,7 @@ def panels(name: str) -> list[Axes]:
 def test_arms_are_joined_by_how_they_decode_their_target() -> None:
     """Guards against a cost that is another cache's, a draft that changes what decoding costs, and arms that go missing
     without a word."""
-    found = tradeoff(run(), speeds())
+    found = tradeoff(whole_quality_run(), whole_speeds())
     assert {point.arm: point.judged for point in found.points} == {
         "ar": None,
         "ar-8": "sink-window-8",
@@ -133,19 +60,19 @@ def test_arms_are_joined_by_how_they_decode_their_target() -> None:
         "hf-generate": None,
     }
     for point in found.points:
-        assert point.speedup == speeds().speedup(point.arm)
-        assert point.cost == (run().cost(point.judged, "nll") if point.judged else NO_COST)
+        assert point.speedup == whole_speeds().speedup(point.arm)
+        assert point.cost == (whole_quality_run().cost(point.judged, "nll") if point.judged else NO_COST)
     assert found.unjudged == ["lookup-32"]
     assert found.unmeasured == ["key-norm-8", "heavy-hitter-8", "int8-sink-window-8"]
-    told = " ".join(about_speed(run(), speeds()))
+    told = " ".join(about_speed(whole_quality_run(), whole_speeds()))
     assert "not judged: lookup-32." in told
     assert "not measured: key-norm-8, heavy-hitter-8, int8-sink-window-8." in told
 
 
 def test_a_cost_that_is_not_known_is_not_taken_for_none() -> None:
     """Guards against a lossy arm of an older file, or of texts shorter than its cache, that seems to lose nothing."""
-    older = {arm: dataclasses.replace(record, options={}) for arm, record in speeds().arms.items()}
-    found = tradeoff(run(), dataclasses.replace(speeds(), arms=older))
+    older = {arm: dataclasses.replace(record, options={}) for arm, record in whole_speeds().arms.items()}
+    found = tradeoff(whole_quality_run(), dataclasses.replace(whole_speeds(), arms=older))
     assert [point.arm for point in found.points] == ["ar", "linear", "hf-generate"]
     assert len(found.unjudged) == 5
     short = [
@@ -154,23 +81,26 @@ def test_a_cost_that_is_not_known_is_not_taken_for_none() -> None:
             arms=document.arms
             | {"sink-window-16": dataclasses.replace(document.arms["sink-window-16"], since=[0] * 12)},
         )
-        for document in run().documents
+        for document in whole_quality_run().documents
     ]
-    assert tradeoff(dataclasses.replace(run(), documents=short), speeds()).unjudged == ["streaming-16", "lookup-32"]
+    assert tradeoff(dataclasses.replace(whole_quality_run(), documents=short), whole_speeds()).unjudged == [
+        "streaming-16",
+        "lookup-32",
+    ]
     with pytest.raises(ValueError, match=r"quality was judged of t in float32, and speed was measured of u in float32"):
-        tradeoff(run(), speeds_of(SPEEDS, target="u"))
+        tradeoff(whole_quality_run(), quality_speeds(SPEEDS, target="u"))
 
 
 def test_the_table_has_speed_and_cost_side_by_side() -> None:
     """Guards against a row whose cells are of two arms."""
-    grid = against_speed(run(), speeds())
+    grid = against_speed(whole_quality_run(), whole_speeds())
     rows = {row[0]: row[1:] for row in grid.rows}
-    cost, kl = (run().cost("sink-window-8", measure) for measure in ("nll", "kl"))
-    ppl = f"{run().perplexity('sink-window-8'):.3f}"
+    cost, kl = (whole_quality_run().cost("sink-window-8", measure) for measure in ("nll", "kl"))
+    ppl = f"{whole_quality_run().perplexity('sink-window-8'):.3f}"
     for arm in ("ar-8", "streaming-8"):
-        assert rows[arm] == ["sink-window-8", f"{speeds().speedup(arm)}", f"{cost:.4f}", f"{kl:.4f}", ppl]
+        assert rows[arm] == ["sink-window-8", f"{whole_speeds().speedup(arm)}", f"{cost:.4f}", f"{kl:.4f}", ppl]
     assert rows["linear"][0] == "reference"
-    assert rows["linear"][-1] == f"{run().perplexity():.3f}"
+    assert rows["linear"][-1] == f"{whole_quality_run().perplexity():.3f}"
     assert {len(row) for row in grid.rows} == {len(grid.columns)}
 
 
@@ -181,12 +111,15 @@ def test_perplexity_is_drawn_by_cache_for_each_policy() -> None:
     """Guards against a line through caches of different policies, and a reference that is an arm's."""
     (axes,) = panels("ppl-by-cache")
     found = series(axes)
-    assert [y for _, y in found.pop("full cache")] == [run().perplexity()] * 2
+    assert [y for _, y in found.pop("full cache")] == [whole_quality_run().perplexity()] * 2
     told = {name: [(round(x), y) for x, y in points] for name, points in found.items()}
     assert told == {
-        "sink-window": [(0, run().perplexity("sink-window-8")), (1, run().perplexity("sink-window-16"))],
+        "sink-window": [
+            (0, whole_quality_run().perplexity("sink-window-8")),
+            (1, whole_quality_run().perplexity("sink-window-16")),
+        ],
         **{
-            arm.removesuffix("-8"): [(0, run().perplexity(arm))]
+            arm.removesuffix("-8"): [(0, whole_quality_run().perplexity(arm))]
             for arm in ("key-norm-8", "heavy-hitter-8", "int8-sink-window-8", "random-8", "no-sinks-8")
         },
     }
@@ -198,7 +131,7 @@ def test_divergence_is_drawn_for_every_arm() -> None:
     """Guards against a panel of another measure than its axis says, and an arm that is left out."""
     of = (("kl", "position"), ("kl", "since"), ("agrees", "position"))
     for axes, (measure, along) in zip(panels("divergence"), of, strict=True):
-        curves = {arm: run().curve(arm, measure, along) for arm in ARMS}
+        curves = {arm: whole_quality_run().curve(arm, measure, along) for arm in ARMS}
         assert series(axes) == {arm: curve for arm, curve in curves.items() if curve}
     assert "since" in panels("divergence")[1].get_xlabel()
     figure = drawn()["divergence"]
@@ -223,14 +156,14 @@ def test_cost_is_drawn_against_speed_with_both_intervals() -> None:
     """Guards against axes that are exchanged, an interval of the other measure, and a front that something beats."""
     (axes,) = panels("cost-against-speed")
     bars = {container.get_label(): container for container in axes.containers}
-    points = {point.arm: point for point in tradeoff(run(), speeds()).points}
+    points = {point.arm: point for point in tradeoff(whole_quality_run(), whole_speeds()).points}
     assert bars.keys() == points.keys()
     for arm, point in points.items():
         marks, _, (across, up) = bars[arm]
         assert series(axes)[arm] == [(point.speedup.value, point.cost.value)]
         assert sorted(x for x, _ in across.get_segments()[0]) == pytest.approx([point.speedup.low, point.speedup.high])
         assert sorted(y for _, y in up.get_segments()[0]) == pytest.approx([point.cost.low, point.cost.high])
-        assert marks.get_color() == looks(speeds())[arm].colour
+        assert marks.get_color() == looks(whole_speeds())[arm].colour
     (front,) = [line for line in axes.lines if len(line.get_xydata()) > 1]
     corners = [tuple(map(float, point)) for point in front.get_xydata()]
     for arm in ("linear", "streaming-16"):
@@ -241,7 +174,7 @@ def test_cost_is_drawn_against_speed_with_both_intervals() -> None:
 
 def test_intervals_without_end_are_not_drawn() -> None:
     """Guards against a figure of few documents that fails, or whose axis has no end."""
-    figure = draw(run_of(ARMS, documents=2), speeds())["cost-against-speed"]
+    figure = draw(quality_run(ARMS, documents=2), whole_speeds())["cost-against-speed"]
     assert isinstance(figure, Figure)
     (axes,) = figure.axes
     assert all(map(math.isfinite, (*axes.get_xlim(), *axes.get_ylim())))
@@ -251,14 +184,14 @@ def test_intervals_without_end_are_not_drawn() -> None:
 def test_what_a_run_lacks_is_told() -> None:
     """Guards against an empty figure, and a figure that is missing without a word."""
     plain = {arm: ARMS[arm] for arm in ("full", "int8")}
-    found = draw(dataclasses.replace(run_of(plain), needles=[]), speeds_of({"ar": SPEEDS["ar"]}))
+    found = draw(dataclasses.replace(quality_run(plain), needles=[]), quality_speeds({"ar": SPEEDS["ar"]}))
     assert {name: why for name, why in found.items() if isinstance(why, str)} == {
         "ppl-by-cache": "no arm has a bounded cache",
         "needles": "no needle was looked for",
         "cost-against-speed": "no lossy arm is in both runs",
     }
-    assert "--speed" in str(draw(run_of(plain))["cost-against-speed"])
-    assert draw(dataclasses.replace(run_of(plain), documents=[]))["divergence"] == "no document was read"
+    assert "--speed" in str(draw(quality_run(plain))["cost-against-speed"])
+    assert draw(dataclasses.replace(quality_run(plain), documents=[]))["divergence"] == "no document was read"
 
 
 # How it looks.
@@ -268,8 +201,13 @@ def test_what_a_run_lacks_is_told() -> None:
 def test_nothing_is_written_over_anything_else(count: int) -> None:
     """Guards against a legend in the axes, and tiles or names that cover each other."""
     seekers = list(ARMS)[:count]
-    sought = [dataclasses.replace(each, arm=arm) for arm in seekers for each in run().needles if each.arm == "full"]
-    figures = draw(dataclasses.replace(run(), needles=sought), speeds())
+    sought = [
+        dataclasses.replace(each, arm=arm)
+        for arm in seekers
+        for each in whole_quality_run().needles
+        if each.arm == "full"
+    ]
+    figures = draw(dataclasses.replace(whole_quality_run(), needles=sought), whole_speeds())
     for name, figure in figures.items():
         assert isinstance(figure, Figure), figure
         assert round(figure.get_figwidth() * 25.4) in (85, 175)
@@ -292,7 +230,7 @@ def test_a_policy_has_one_colour_in_every_run() -> None:
 def test_hostile_names_are_text_and_the_same_run_gives_the_same_bytes() -> None:
     """Guards against a name that is set as mathematics or fails the drawing, and figures that differ each time."""
     arms = {"full": {}, **{name: WINDOW | {"cache": place} for place, name in enumerate(HOSTILE, 9)}}
-    one, two = (draw(dataclasses.replace(run_of(arms), needles=run().needles)) for _ in range(2))
+    one, two = (draw(dataclasses.replace(quality_run(arms), needles=whole_quality_run().needles)) for _ in range(2))
     for name in ("ppl-by-cache", "divergence", "needles"):
         figures = [each for each in (one[name], two[name]) if isinstance(each, Figure)]
         assert len(figures) == 2
@@ -309,8 +247,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A run of quality with its margins, and one of speeds, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     quality, speed = Path("quality.json"), Path("speed.json")
-    quality.write_text(write(run()))
-    speed.write_text(content(speeds()))
+    quality.write_text(write(whole_quality_run()))
+    speed.write_text(content(whole_speeds()))
     limits = Path("baselines", "quality", "t-prose.json")
     limits.parent.mkdir(parents=True)
     limits.write_text(json.dumps({"margins": {"sink-window-8": {"nll": 0.01}, "int8": {"nll": 0.5}}}))
@@ -323,21 +261,21 @@ def test_a_report_tells_costs_speeds_and_margins(
 ) -> None:
     """Guards against a run of quality that is taken for one of speeds, and verdicts by no margin or another's."""
     quality, speed = files
-    assert call(monkeypatch, quality, speed, "--speed", speed, "--format", format_, "--out", "out") == 0
+    assert exit_code(monkeypatch, "report", quality, speed, "--speed", speed, "--format", format_, "--out", "out") == 0
     text = Path("out").read_text()
     text = Page(text).text if format_ == "html" else text.replace("$\\Delta$", "Δ")
     assert text.index("Quality of t in float32") < text.index("t with d, float32 on abacus")
     for told in (*ARMS, *SPEEDS, "FAIL", "PASS", "not measured: key-norm-8"):
         assert told in text
-    cost = run().cost("sink-window-8", "nll")
+    cost = whole_quality_run().cost("sink-window-8", "nll")
     assert f"{cost:.4f}" in text
     assert "McNemar p" in text
     assert "2/3" in text
-    assert f"{speeds().speedup('streaming-8')}" in text
+    assert f"{whole_speeds().speedup('streaming-8')}" in text
     assert "margin 0.01;" in text
     limits = Path("other.json")
     limits.write_text('{"margins": {"int8": {"kl": 0.25}}}')
-    assert call(monkeypatch, quality, "--baseline", limits, "--format", format_, "--out", "out") == 0
+    assert exit_code(monkeypatch, "report", quality, "--baseline", limits, "--format", format_, "--out", "out") == 0
     assert "margin 0.25;" in Path("out").read_text()
     assert "Quality against speed" not in Path("out").read_text()
 
@@ -347,7 +285,7 @@ def test_figures_are_written_and_those_that_are_missing_told(
 ) -> None:
     """Guards against a folder that must be searched for what is not there, and runs that overwrite each other."""
     quality, speed = files
-    assert call(monkeypatch, quality, "--figures", "figures") == 0
+    assert exit_code(monkeypatch, "report", quality, "--figures", "figures") == 0
     told = capsys.readouterr().out.splitlines()
     names = ["ppl-by-cache", "divergence", "needles"]
     assert told == [
@@ -356,7 +294,7 @@ def test_figures_are_written_and_those_that_are_missing_told(
     ]
     wanted = {f"{name}.{form}" for name in names for form in ("pdf", "png")}
     assert {path.name for path in Path("figures").iterdir()} == wanted
-    assert call(monkeypatch, quality, speed, "--speed", speed, "--figures", "both") == 0
+    assert exit_code(monkeypatch, "report", quality, speed, "--speed", speed, "--figures", "both") == 0
     assert Path("both", "quality", "cost-against-speed.pdf").exists()
     assert Path("both", "speed", "table1.tex").exists()
 
@@ -379,9 +317,9 @@ def test_what_is_wrong_is_told_in_one_sentence(
     said: str,
 ) -> None:
     """Guards against a traceback, and runs of different models that are compared."""
-    Path("other.json").write_text(content(speeds_of(SPEEDS, target="u")))
+    Path("other.json").write_text(content(quality_speeds(SPEEDS, target="u")))
     Path("cut.json").write_text(files[0].read_text()[:300])
-    assert call(monkeypatch, *arguments) == 2
+    assert exit_code(monkeypatch, "report", *arguments) == 2
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
@@ -402,9 +340,9 @@ def test_texts_of_quality_need_neither_torch_nor_matplotlib(files: tuple[Path, P
 
 def test_verdicts_that_are_not_as_they_have_to_be_come_first() -> None:
     """Guards against a broken margin that is told below the fold."""
-    judgements = check_margins(run(), {"sink-window-8": {"nll": 0.01}, "int8": {"nll": 0.5}})
-    page = markdown(run(), judgements)
-    assert page.startswith(f"## {title(run())}")
+    judgements = check_margins(whole_quality_run(), {"sink-window-8": {"nll": 0.01}, "int8": {"nll": 0.5}})
+    page = markdown(whole_quality_run(), judgements)
+    assert page.startswith(f"## {title(whole_quality_run())}")
     assert page.index("**sink-window-8** is FAIL") < page.index("| arm |")
     assert {row[0]: row[2] for row in margins(judgements).rows if row[1] == "ΔNLL" and row[2] != "not judged"} == {
         "sink-window-8": "FAIL",

@@ -25,9 +25,9 @@ from specdecode.bench.report.palette import COLOURS, PLAIN
 from specdecode.bench.report.speed_charts import styles
 from specdecode.bench.report.svg import linear_scale, log_scale, log_scale_with_zero, names
 from specdecode.evals.margins import check_margins
-from tests.bench.quality.test_quality_figures import ARMS, run, run_of, speeds, speeds_of
-from tests.bench.report.test_report import HOSTILE, Page
 from tests.helpers.browser import CHROMIUM, look_at
+from tests.helpers.pages import HOSTILE, Page
+from tests.helpers.quality_runs import ARMS, quality_run, quality_speeds, whole_quality_run, whole_speeds
 
 
 def ticks(chart: Element, axis: str) -> dict[float, float]:
@@ -59,8 +59,8 @@ def places(line: Element) -> list[tuple[float, float]]:
 
 def test_marks_and_intervals_stand_at_their_values() -> None:
     """Guards against axes that are exchanged or upside down, and an interval of the other measure."""
-    points = tradeoff(run(), speeds()).drawable
-    chart = cost_by_speed(points, {point.arm: point.arm for point in points}, styles(speeds()))
+    points = tradeoff(whole_quality_run(), whole_speeds()).drawable
+    chart = cost_by_speed(points, {point.arm: point.arm for point in points}, styles(whole_speeds()))
     across, up = ticks(chart, "x"), ticks(chart, "y")
     assert len(groups(chart)) == len(points) > 5
     for point, group in zip(points, groups(chart), strict=True):
@@ -72,7 +72,7 @@ def test_marks_and_intervals_stand_at_their_values() -> None:
             assert value_at(float(speed_line.attrib[end]), across) == pytest.approx(value, abs=0.005)
         for end, value in (("y1", point.cost.low), ("y2", point.cost.high)):
             assert value_at(float(cost_line.attrib[end]), up) == pytest.approx(value, abs=0.002)
-        assert group.attrib["class"] == styles(speeds())[point.arm].colour
+        assert group.attrib["class"] == styles(whole_speeds())[point.arm].colour
     (front,) = [line for line in chart.iter("polyline") if line.attrib["class"] == "front"]
     marks = {
         point.arm: (float(mark.attrib["cx"]), float(mark.attrib["cy"]))
@@ -84,20 +84,20 @@ def test_marks_and_intervals_stand_at_their_values() -> None:
 
 def test_intervals_without_end_are_not_drawn() -> None:
     """Guards against a chart of few documents that fails, or whose axis has no end."""
-    points = tradeoff(run_of(ARMS, documents=2), speeds()).drawable
-    chart = cost_by_speed(points, {point.arm: point.arm for point in points}, styles(speeds()))
+    points = tradeoff(quality_run(ARMS, documents=2), whole_speeds()).drawable
+    chart = cost_by_speed(points, {point.arm: point.arm for point in points}, styles(whole_speeds()))
     assert {len(list(group.iter("line"))) for group in groups(chart)} == {1, 2}
     assert "nan" not in str([element.attrib for element in chart.iter() if element is not chart])
-    assert not tradeoff(run_of({"full": {}}), speeds_of({"ar": (1.0, {})})).drawable
+    assert not tradeoff(quality_run({"full": {}}), quality_speeds({"ar": (1.0, {})})).drawable
 
 
 def test_curves_go_through_their_values() -> None:
     """Guards against a curve of another arm or measure, and a scale that bends where its ticks do not."""
-    tenth = dataclasses.replace(run().documents[0])
+    tenth = dataclasses.replace(whole_quality_run().documents[0])
     for arm, trace in tenth.arms.items():
         kl = [0.0, 0.01, 0.1, 1.0] * 3 if arm == "full" else [0.0] * 12
         tenth.arms[arm] = dataclasses.replace(trace, kl=kl)
-    one = dataclasses.replace(run_of(ARMS), documents=[tenth])
+    one = dataclasses.replace(quality_run(ARMS), documents=[tenth])
     by_position, _, agreement = (curve_chart(one, curve) for curve in CURVES)
     assert by_position is not None
     assert agreement is not None
@@ -107,31 +107,31 @@ def test_curves_go_through_their_values() -> None:
     assert [round(value_at(x, across), 1) for x, _ in places(full)] == list(range(1, 13))
     (first, *_), up = agreement.iter("polyline"), ticks(agreement, "y")
     assert [y for _, y in places(first)] == [up[1.0], up[0.0]] * 6
-    nothing = curve_chart(run_of({"full": {}}), CURVES[1])
+    nothing = curve_chart(quality_run({"full": {}}), CURVES[1])
     assert nothing is None
 
 
 def test_perplexity_is_drawn_by_cache_for_each_policy() -> None:
     """Guards against a line through caches of different policies, and a reference that is an arm's."""
-    chart = perplexity_by_cache(run())
+    chart = perplexity_by_cache(whole_quality_run())
     assert chart is not None
     logs = {math.log(value): place for value, place in ticks(chart, "y").items() if value > 5}
     full, *families = groups(chart)
     assert [value_at(y, logs) for _, y in places(full[0])] == pytest.approx(
-        [math.log(run().perplexity())] * 2, abs=0.01
+        [math.log(whole_quality_run().perplexity())] * 2, abs=0.01
     )
     found = [[value_at(y, logs) for _, y in places(family[0])] for family in families]
     arms = [["sink-window-8", "sink-window-16"]] + [
         [arm] for arm in ("key-norm-8", "heavy-hitter-8", "int8-sink-window-8", "random-8", "no-sinks-8")
     ]
     for values, same in zip(found, arms, strict=True):
-        assert values == pytest.approx([math.log(run().perplexity(arm)) for arm in same], abs=0.01)
-    assert perplexity_by_cache(run_of({"full": {}})) is None
+        assert values == pytest.approx([math.log(whole_quality_run().perplexity(arm)) for arm in same], abs=0.01)
+    assert perplexity_by_cache(quality_run({"full": {}})) is None
 
 
 def test_needles_have_a_tile_for_each_length_and_depth() -> None:
     """Guards against depths that are upside down, lengths in the place of depths, and pale tiles that are certain."""
-    chart = needle_tiles(run(), "full")
+    chart = needle_tiles(whole_quality_run(), "full")
     tiles = {(float(tile.attrib["x"]), float(tile.attrib["y"])): tile for tile in chart.iter("rect")}
     assert len(tiles) == 4
     top, bottom = sorted({y for _, y in tiles})
@@ -194,7 +194,7 @@ def test_names_cover_neither_marks_nor_each_other() -> None:
 
 def test_the_page_is_whole_by_itself() -> None:
     """Guards against charts that are left out, or that only eyes can read, and names that become elements."""
-    page = document("title", section(run(), check_margins(run(), {}), speeds()))
+    page = document("title", section(whole_quality_run(), check_margins(whole_quality_run(), {}), whole_speeds()))
     assert Page(page).drawings.keys() == {
         "Perplexity by cache size",
         *(curve.title for curve in CURVES),
@@ -206,7 +206,7 @@ def test_the_page_is_whole_by_itself() -> None:
         assert outside not in page
     for arm in ARMS:
         assert page.count(f">{arm}<") > 1
-    named = run_of({name: {} for name in HOSTILE}, target=HOSTILE[0])
+    named = quality_run({name: {} for name in HOSTILE}, target=HOSTILE[0])
     hostile = Page(document("title", section(named, check_margins(named, {}), None)))
     assert "script" not in hostile.tags
     assert set(HOSTILE) <= set(hostile.texts)
@@ -218,7 +218,7 @@ def test_the_page_is_whole_by_itself() -> None:
 def test_a_browser_shows_the_page(tmp_path: Path, scheme: str, width: int) -> None:
     """Guards against a page that scrolls sideways on a phone, is dark on dark, or asks for more."""
     arms = ARMS | {"a-very-long-name-" * 6: {"policy": "sink-window", "cache": 32}}
-    page = document("title", section(run_of(arms), check_margins(run_of(arms), {}), speeds()))
+    page = document("title", section(quality_run(arms), check_margins(quality_run(arms), {}), whole_speeds()))
     seen = look_at(page, scheme, width, tmp_path)
     assert seen["scroll"] <= width
     assert seen["drawings"] == page.count("<svg") > 10

@@ -16,7 +16,7 @@ from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.runs.records import ArmRecord, Row, RunFile
 from specdecode.bench.runs.statistics import Estimate
-from tests.bench.report.test_figures import run
+from tests.helpers.speed_runs import whole_sweep
 
 
 def unseen(run: RunFile) -> RunFile:
@@ -51,7 +51,7 @@ def test_a_page_makes_each_comparison_once(write: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(np.random, "default_rng", counted)
     monkeypatch.setattr(RunFile, "speedup", noted)
-    page = unseen(run())
+    page = unseen(whole_sweep())
     text = write(page, "title", "not judged", [], History([], "none"))
     assert len(text if isinstance(text, str) else document("title", text)) > 1000
     floors = len(page.tasks) * len(page.lengths)
@@ -61,7 +61,7 @@ def test_a_page_makes_each_comparison_once(write: Any, monkeypatch: pytest.Monke
 
 def test_measures_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against sums over all prompts for every cell of a table."""
-    page, sums = replace(run()), 0
+    page, sums = replace(whole_sweep()), 0
     counts = ArmRecord.counts
 
     def counted(record: ArmRecord, *arguments: Any) -> Any:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 import sys
 from collections import Counter
 from functools import cache
 from importlib.resources import files
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,106 +17,32 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from specdecode import cli
-from specdecode.bench.report.drawing import in_print, looks, rendered
+from specdecode.bench.report.drawing import looks, rendered
 from specdecode.bench.report.figures import draw
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex_table_1
 from specdecode.bench.report.palette import COLOURS, METHODS, PLAIN
 from specdecode.bench.report.speedup_model import modelled
-from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, as_dict
-from specdecode.bench.runs.file import parse, run_json
-from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
-
-LENGTHS = (10, 20, 40)
-PROMPTS = ("text/0", "text/1", "prose/0")
-MODEL, WINDOW = {"drafter": "model"}, {"policy": "sink-window"}
-ARMS: dict[str, dict[str, Any]] = {
-    "ar": {"against": "hf-generate"},
-    "ar-64": WINDOW | {"cache": 64},
-    "ar-128": WINDOW | {"cache": 128},
-    "linear-k2": MODEL | {"k": 2, "against": "hf-assisted"},
-    "linear-k4": MODEL | {"k": 4},
-    "streaming-k4-64": MODEL | WINDOW | {"k": 4, "cache": 64},
-    "streaming-k4-128": MODEL | WINDOW | {"k": 4, "cache": 128},
-    "tree": MODEL | {"shape": "static", "k": 3},
-    "linear-cost-aware": MODEL | {"controller": "cost-aware"},
-    "lookup": {"drafter": "lookup", "k": 3},
-    "lookup-int8": {"drafter": "lookup", "k": 3, "quantize": "int8"},
-    "replayed": MODEL | {"k": 3, "replay": 0.8},
-    "hf-generate": {"peer": "generate"},
-    "hf-assisted": {"peer": "assisted", "k": 2},
-}
-SPEEDUPS = dict(zip(ARMS, (1.0, 1.02, 1.01, 1.5, 1.7, 1.9, 1.8, 1.4, 1.65, 1.2, 0.7, 2.2, 0.9, 1.3), strict=True))
-
-
-def row(arm: str, options: dict[str, Any], length: int, place: int) -> Row:
-    """One arm on one prompt: sizes and speeds that differ by arm, length and prompt, all known."""
-    log = math.log(SPEEDUPS.get(arm, 1.5)) + (0.04 * place if arm != "ar" else 0.0)
-    total = length * math.exp(-log) * (1 + 0.1 * place)
-    peer, k, cache_ = "peer" in options, options.get("k", 0), options.get("cache", 0)
-    lossy = bool(cache_) or "quantize" in options
-    counts: dict[str, float] = {"runs": 1, "tokens": length, "steps": length // 2}
-    counts |= {"agreed": length * (cache_ / 256 if cache_ else 0.4) if lossy else length, "ngrams": 100}
-    counts["repeated"] = 60 if arm == "ar-64" else 10
-    seconds = {"total": total, "ttft": 0.1 * total}
-    histograms = {}
-    if not peer:
-        counts |= {"later_tokens": length - 3, "drafted": 3 * k, "accepted": 2 * k, "rejections": k}
-        counts |= {
-            "peak_cache_bytes": 1e6 * min(length, cache_ / 8 or length),
-            "compressions": 8 * length // (cache_ or 1e9),
-        }
-        seconds |= {"draft": 0.2 * total, "verify": 0.7 * total, "overhead": 0.1 * total}
-        seconds |= {"later_draft": 0.2 * total, "later_verify": 0.6 * total}
-        histograms = {"accepted": [4, *[3] * k], "depth": [0] * k + [4 + 3 * k]}
-    if arm == "ar":
-        seconds["last"] = total * math.exp(0.02)
-    return Row(log, RowCounts(**counts), RowSeconds(**seconds), Histograms(**histograms))
-
-
-def run_of(arms: dict[str, dict[str, Any]], prompts: tuple[str, ...] = PROMPTS, **header: Any) -> RunFile:
-    """A run as it comes back from its file."""
-    records = {}
-    for arm, options in arms.items():
-        rows = {length: {p: row(arm, options, length, i) for i, p in enumerate(prompts)} for length in LENGTHS}
-        records[arm] = ArmRecord(
-            rows.pop(LENGTHS[-1]),
-            synthetic="replay" in options,
-            against=options.get("against"),
-            lossy="policy" in options or "quantize" in options,
-            peer="peer" in options,
-            options=options,
-            shorter=rows,
-        )
-    identity = Identity("abacus", "t", "d", "float32", "sweep")
-    fields = {
-        "identity": identity,
-        "max_new_tokens": LENGTHS[-1],
-        "outputs": dict.fromkeys(prompts, "x"),
-        "floor": 0.03,
-    }
-    return kept(RunFile(Path(), Header(**fields | header), records))
-
-
-def kept(run: RunFile) -> RunFile:
-    return parse(content(run), Path("run.json"))
-
-
-def content(run: RunFile) -> str:
-    return json.dumps({"specdecode": run_json(run), "datetime": "2026-01-01T00:00:00"})
-
-
-@cache
-def run() -> RunFile:
-    return run_of(ARMS)
+from specdecode.bench.runs.counts import as_dict
+from tests.helpers.command_line import exit_code
+from tests.helpers.print_figures import series, texts, unreadable
+from tests.helpers.speed_runs import (
+    ARMS,
+    LENGTHS,
+    MODEL,
+    PROMPTS,
+    SPEEDUPS,
+    WINDOW,
+    content,
+    sweep,
+    whole_sweep,
+)
 
 
 @cache
 def drawn() -> dict[str, Figure | str]:
-    return draw(run())
+    return draw(whole_sweep())
 
 
 def panels(name: str) -> list[Axes]:
@@ -127,48 +51,8 @@ def panels(name: str) -> list[Axes]:
     return figure.axes
 
 
-def series(axes: Axes) -> dict[str, list[tuple[float, float]]]:
-    """What is drawn, point by point, under each label: lines, and the points of intervals."""
-    found = {str(line.get_label()): line for line in axes.lines}
-    found |= {str(container.get_label()): container[0] for container in axes.containers if container[0] in axes.lines}
-    return {
-        label: [(float(x), float(y)) for x, y in line.get_xydata()]
-        for label, line in found.items()
-        if not label.startswith("_")
-    }
-
-
 def titles(name: str) -> list[str]:
     return [axes.get_title() for axes in panels(name)]
-
-
-def texts(figure: Figure) -> list[Text]:
-    """All that can be read: of an axis the names of places that it reaches."""
-    unseen = {
-        tick.label1
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in axis.get_major_ticks()
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    }
-    found = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible()]
-    return [text for text in found if text.get_text() and text not in unseen]
-
-
-def unreadable(figure: Figure) -> list[str]:
-    """What is written over something else, or beyond the edge."""
-    with in_print():
-        figure.draw_without_rendering()
-        # Without the lines that lead to names.
-        boxes = {text: Text.get_window_extent(text) for text in texts(figure)}
-    page = figure.bbox.padded(1)
-    over = [
-        f"{one.get_text()!r} and {other.get_text()!r}"
-        for (one, box), (other, its) in combinations(boxes.items(), 2)
-        if box.padded(-1).overlaps(its.padded(-1))
-    ]
-    inside = {text: page.fully_containsx(box.x0) and page.fully_containsx(box.x1) for text, box in boxes.items()}
-    return over + [f"{text.get_text()!r} is cut" for text in boxes if not inside[text]]
 
 
 def legend(name: str) -> list[str]:
@@ -208,11 +92,11 @@ def test_the_comprehensive_chart_has_a_panel_for_each_length_and_measure() -> No
             assert found.keys() == ({"linear-k4"} if name == "acceptance_rate" else {"ar", "linear-k4"})
             x, y = zip(*found["linear-k4"], strict=True)
             assert [round(at) for at in x] == [0, 1, 2]
-            part = run().at(length)
+            part = whole_sweep().at(length)
             assert y == pytest.approx([unit * as_dict(part.measures(arm))[name] for arm in order])
     (bars,) = [of for of in axes[2].containers if of.get_label() == "linear-k4"]
     spread = [abs(high - low) / 2 for (_, low), (_, high) in bars[2][0].get_segments()]
-    assert spread == pytest.approx([run().measures(arm).throughput_std for arm in order])
+    assert spread == pytest.approx([whole_sweep().measures(arm).throughput_std for arm in order])
     assert legend("comprehensive") == ["ar", "linear-k4"]
 
 
@@ -223,7 +107,7 @@ def test_every_method_has_its_bar_with_interval_and_floor() -> None:
     bars = {bar.get_label(): bar for bar in axes.containers if bar.get_label() in ARMS}
     assert len(names) == len(bars) == len(ARMS) - 1
     for arm, (patch,) in bars.items():
-        assert patch.get_width() == pytest.approx(run().speedup(arm).value)
+        assert patch.get_width() == pytest.approx(whole_sweep().speedup(arm).value)
         assert bool(patch.get_hatch()) == arm.startswith("hf")
         place = round(patch.get_y() + patch.get_height() / 2)
         assert names[place].startswith(arm)
@@ -233,15 +117,17 @@ def test_every_method_has_its_bar_with_interval_and_floor() -> None:
         patch.get_width() for (patch,) in bars.values()
     )
     ends = [x for line in axes.collections for segment in line.get_segments() for x, _ in segment]
-    assert sorted(ends) == pytest.approx(sorted(end for of in map(run().speedup, bars) for end in (of.low, of.high)))
+    assert sorted(ends) == pytest.approx(
+        sorted(end for of in map(whole_sweep().speedup, bars) for end in (of.low, of.high))
+    )
     (band,) = [patch for patch in axes.patches if patch.get_label() == "A/A floor"]
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((math.exp(-0.03), math.exp(0.03)))
 
 
 def test_a_wrong_output_has_no_bar() -> None:
     """Guards against a wrong output that is drawn as a fast one, or that goes missing."""
-    arms = run().arms | {"tree": dataclasses.replace(run().arms["tree"], rows={}, shorter={}, bugs=3)}
-    figure = draw(dataclasses.replace(run(), arms=arms))["methods"]
+    arms = whole_sweep().arms | {"tree": dataclasses.replace(whole_sweep().arms["tree"], rows={}, shorter={}, bugs=3)}
+    figure = draw(dataclasses.replace(whole_sweep(), arms=arms))["methods"]
     assert isinstance(figure, Figure)
     (axes,) = figure.axes
     assert "tree" not in {bar.get_label() for bar in axes.containers}
@@ -251,11 +137,14 @@ def test_a_wrong_output_has_no_bar() -> None:
 
 def test_speedup_by_k_has_the_measurement_and_both_models() -> None:
     """Guards against a curve through other points than the table's, or a family whose arms differ in more than K."""
-    ((name, rows),) = modelled(run()).items()
+    ((name, rows),) = modelled(whole_sweep()).items()
     (axes,) = panels("speedup-by-k")
     assert axes.get_title() == name == "linear"
     found = series(axes)
-    assert found["measured"] == [(2, run().speedup("linear-k2").value), (4, run().speedup("linear-k4").value)]
+    assert found["measured"] == [
+        (2, whole_sweep().speedup("linear-k2").value),
+        (4, whole_sweep().speedup("linear-k4").value),
+    ]
     assert found["study"] == [(of.k, of.study) for of in rows]
     assert found["exact"] == [(of.k, of.exact) for of in rows]
     (bars,) = axes.containers
@@ -282,7 +171,7 @@ def test_every_draft_has_its_line_of_acceptance() -> None:
         "int8": {"lookup-int8"},
         "replay 0.8": {"replayed"},
     }
-    shares = run().arms["linear-k4"].acceptance_by_position()
+    shares = whole_sweep().arms["linear-k4"].acceptance_by_position()
     line = found["target as it is"]["linear-k4"]
     assert [at for at, _ in line] == [1, 2, 3, 4]
     assert [share for _, share in line] == pytest.approx([100 * share for share in shares])
@@ -302,15 +191,15 @@ def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
     marks = {str(line.get_label()): line for line in axes.lines}
     for arm in ARMS:
         ((speed, share),) = marks[arm].get_xydata()
-        measures = run().measures(arm)
+        measures = whole_sweep().measures(arm)
         assert (speed, share) == pytest.approx((measures.speedup, 100 * measures.agreement))
         assert (marks[arm].get_fillstyle() == "none") == (arm == "ar-64")
     assert "hollow: it loops" in legend("quality-against-speed")
     assert axes.get_ylabel() == "tokens before the output leaves ar's, %"
     arms = {arm: of for arm, of in ARMS.items() if arm not in ("replayed", "ar-64")}
-    figure = draw(run_of(arms))["quality-against-speed"]
+    figure = draw(sweep(arms))["quality-against-speed"]
     assert isinstance(figure, Figure)
-    fastest = [run_of(arms).speedup(arm).value for arm in ("linear-k4", "streaming-k4-128", "streaming-k4-64")]
+    fastest = [sweep(arms).speedup(arm).value for arm in ("linear-k4", "streaming-k4-128", "streaming-k4-64")]
     corners = [
         (fastest[0], 100),
         (fastest[0], 50),
@@ -330,7 +219,7 @@ def test_long_names_of_tasks_stay_above_their_own_panel() -> None:
     tasks = ("math_reasoning", "qa", "summarization", "translation", "extraction", "math_reasoning-2")
     prompts = tuple(f"spec-bench/{task}/1" for task in tasks)
     arms = {"ar": {}, "an-arm-with-a-long-name": {"drafter": "lookup"}}
-    figure = draw(run_of(arms, prompts))["by-task"]
+    figure = draw(sweep(arms, prompts))["by-task"]
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()
     page = figure.bbox
@@ -344,24 +233,24 @@ def test_tasks_have_their_own_speedups() -> None:
     """Guards against a panel of a task that shows the mean of all, or an arm on another's line."""
     assert titles("by-task") == ["text, 2 prompts", "prose, 1 prompt"]
     names = [label.get_text() for label in panels("by-task")[0].get_yticklabels()]
-    for axes, prompts in zip(panels("by-task"), run().tasks.values(), strict=True):
+    for axes, prompts in zip(panels("by-task"), whole_sweep().tasks.values(), strict=True):
         found = series(axes)
         for arm in ARMS:
             if arm != "ar":
                 ((speedup, place),) = found[arm]
-                assert speedup == pytest.approx(run().with_prompts(prompts).speedup(arm).value)
+                assert speedup == pytest.approx(whole_sweep().with_prompts(prompts).speedup(arm).value)
                 assert names[round(place)].startswith(arm)
 
 
 def test_what_a_run_lacks_is_told() -> None:
     """Guards against an empty figure, and a figure that is missing without a word."""
-    older = {arm: dataclasses.replace(record, options={}, shorter={}) for arm, record in run().arms.items()}
-    found = draw(dataclasses.replace(run(), arms=older))
+    older = {arm: dataclasses.replace(record, options={}, shorter={}) for arm, record in whole_sweep().arms.items()}
+    found = draw(dataclasses.replace(whole_sweep(), arms=older))
     assert "does not tell the settings" in str(found["speedup-by-k"])
     assert {name for name, figure in found.items() if isinstance(figure, Figure)} == {
         *("methods", "acceptance-by-position", "quality-against-speed", "by-task")
     }
-    alone = draw(run_of({"ar": ARMS["ar"]}, ("text/0",)))
+    alone = draw(sweep({"ar": ARMS["ar"]}, ("text/0",)))
     assert {name: figure for name, figure in alone.items() if isinstance(figure, str)} == {
         "comprehensive": "no arms differ in their cache alone",
         "methods": "no arm but ar has a time",
@@ -389,7 +278,7 @@ def test_nothing_is_written_over_anything_else(
 ) -> None:
     """Guards against a legend in the axes, lines whose names end together, names that cover each other or are cut."""
     monkeypatch.setitem(SPEEDUPS, "a-name-as-long-as-there-is-room-for", 2.5)
-    for name, figure in (drawn() if arms is ARMS else draw(run_of(arms))).items():
+    for name, figure in (drawn() if arms is ARMS else draw(sweep(arms))).items():
         if isinstance(figure, str):
             continue
         assert not unreadable(figure), name
@@ -404,9 +293,9 @@ def test_figures_are_as_wide_as_a_column_or_a_page() -> None:
 
 def test_a_method_has_one_look_in_every_run() -> None:
     """Guards against colours by place, which change when an arm is added."""
-    alone = looks(run_of({arm: ARMS[arm] for arm in ("lookup", "ar", "hf-assisted", "linear-k4")}))
+    alone = looks(sweep({arm: ARMS[arm] for arm in ("lookup", "ar", "hf-assisted", "linear-k4")}))
     for arm, look in alone.items():
-        assert look == looks(run())[arm]
+        assert look == looks(whole_sweep())[arm]
     assert {look.hue for arm, look in alone.items() if arm != "ar"} == {
         COLOURS[METHODS["linear"]],
         COLOURS[METHODS["lookup"]],
@@ -415,23 +304,23 @@ def test_a_method_has_one_look_in_every_run() -> None:
         for axes in panels(name):
             for line in axes.lines:
                 if (arm := str(line.get_label())) in ARMS:
-                    assert to_hex(line.get_color()) == looks(run())[arm].colour
+                    assert to_hex(line.get_color()) == looks(whole_sweep())[arm].colour
     bars = {bar.get_label(): to_hex(bar[0].get_edgecolor()) for bar in panels("methods")[0].containers if len(bar) == 1}
-    assert bars == {arm: looks(run())[arm].colour for arm in ARMS if arm != "ar"}
+    assert bars == {arm: looks(whole_sweep())[arm].colour for arm in ARMS if arm != "ar"}
 
 
 def test_cascades_of_the_same_drafters_have_one_look() -> None:
     """Guards against a colour for each arm where only K differs, and one for cascades of other drafters."""
     arms = {"ar": {}, "head": {"drafter": "head"}, "other": {"drafter": "lookup+model"}}
     cascades = {f"cascade-k{k}": {"drafter": "lookup+head", "k": k} for k in (2, 4)}
-    found = looks(run_of(arms | cascades))
+    found = looks(sweep(arms | cascades))
     assert found["cascade-k2"].hue == found["cascade-k4"].hue
     assert len({look.hue for look in found.values()}) == 4
 
 
 def test_methods_and_variants_can_be_told_apart_without_colour() -> None:
     """Guards against figures that say nothing in grey, and a bounded cache or a peer that looks like what it is not."""
-    shapes = {arm: (look.mark, look.fill, look.line) for arm, look in looks(run()).items()}
+    shapes = {arm: (look.mark, look.fill, look.line) for arm, look in looks(whole_sweep()).items()}
     different = [
         "ar",
         "linear-k4",
@@ -449,23 +338,23 @@ def test_methods_and_variants_can_be_told_apart_without_colour() -> None:
 
 def test_older_files_go_by_names_and_the_page_has_the_same_colours() -> None:
     """Guards against a method that changes its colour between the page and the figures, or with the age of the file."""
-    older = {arm: dataclasses.replace(record, options={}) for arm, record in run().arms.items()}
-    hues = {arm: look.hue for arm, look in looks(dataclasses.replace(run(), arms=older)).items()}
+    older = {arm: dataclasses.replace(record, options={}) for arm, record in whole_sweep().arms.items()}
+    hues = {arm: look.hue for arm, look in looks(dataclasses.replace(whole_sweep(), arms=older)).items()}
     known = [arm for arm in ARMS if arm not in ("tree", "replayed")]
-    assert {arm: hues[arm] for arm in known} == {arm: looks(run())[arm].hue for arm in known}
+    assert {arm: hues[arm] for arm in known} == {arm: looks(whole_sweep())[arm].hue for arm in known}
     assert hues["tree"] != hues["replayed"]
     assert not {hues["tree"], hues["replayed"]} & {hues[arm] for arm in known}
     style = files("specdecode.bench.report").joinpath("page.css").read_text().partition("@media")[0]
     assert re.findall(r"--c\d: (#\w+)", style) == list(COLOURS)
     assert f"--plain: {PLAIN}" in style
-    page = section(run(), "title", "", [])
+    page = section(whole_sweep(), "title", "", [])
     classes = {
         svg.findtext("title"): svg.get("class")
         for part in page
         for svg in part.iter("svg")
         if svg.get("class") != "plain"
     }
-    for arm, look in looks(run()).items():
+    for arm, look in looks(whole_sweep()).items():
         if look.hue != PLAIN:
             assert classes[f"Speedup of {arm} over ar"] == f"c{COLOURS.index(look.hue)}"
 
@@ -479,7 +368,7 @@ def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SPEEDUPS, name, speedup)
     few = {arm: ARMS[arm] for arm in ("ar", "ar-64", "ar-128", "linear-k4", "streaming-k4-64")}
     prompts = (*PROMPTS, *(f"{name}/0" for name in HOSTILE))
-    figures = draw(run_of(few | {name: MODEL | {"k": k} for k, name in enumerate(HOSTILE, 5)}, prompts))
+    figures = draw(sweep(few | {name: MODEL | {"k": k} for k, name in enumerate(HOSTILE, 5)}, prompts))
     for name, figure in figures.items():
         assert isinstance(figure, Figure), figure
         seen = {text.get_text() for text in texts(figure)}
@@ -493,7 +382,7 @@ def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_run_gives_the_same_bytes() -> None:
     """Guards against figures that differ in every commit: dates, or the order of a set."""
     few = {arm: ARMS[arm] for arm in ("ar", "linear-k4", "streaming-k4-64", "hf-generate")}
-    one, two = draw(run_of(few)), draw(run_of(few))
+    one, two = draw(sweep(few)), draw(sweep(few))
     for name, form in (("quality-against-speed", "pdf"), ("methods", "pdf"), ("methods", "png")):
         files_ = [rendered(figure, form, "title") for figure in (one[name], two[name]) if isinstance(figure, Figure)]
         assert files_[0] == files_[1]
@@ -503,22 +392,15 @@ def test_the_same_run_gives_the_same_bytes() -> None:
 # The command.
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["specdecode", "report", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
 def test_the_command_says_what_it_drew_and_why_not_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against a folder that must be searched for what is not there, and runs that overwrite each other."""
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    one.write_text(content(run_of({arm: ARMS[arm] for arm in ("ar", "linear-k2", "linear-k4")}, ("text/0",))))
-    two.write_text(content(run_of({"ar": {}}, ("text/0",))))
+    one.write_text(content(sweep({arm: ARMS[arm] for arm in ("ar", "linear-k2", "linear-k4")}, ("text/0",))))
+    two.write_text(content(sweep({"ar": {}}, ("text/0",))))
     folder = tmp_path / "figures"
-    assert call(monkeypatch, one, "--figures", folder) == 0
+    assert exit_code(monkeypatch, "report", one, "--figures", folder) == 0
     told = capsys.readouterr().out.splitlines()
     names = ["memory-by-length", "methods", "speedup-by-k", "acceptance-by-position"]
     assert told[0] == f"{folder}: table1.tex; as .pdf and .png {', '.join(names)}"
@@ -527,7 +409,7 @@ def test_the_command_says_what_it_drew_and_why_not_the_rest(
     assert told[1] == "  no comprehensive: no arms differ in their cache alone"
     assert len(told) == 1 + 4
     one.write_text(two.read_text())
-    assert call(monkeypatch, one, two, "--figures", folder / "both", "--out", tmp_path / "text.md") == 0
+    assert exit_code(monkeypatch, "report", one, two, "--figures", folder / "both", "--out", tmp_path / "text.md") == 0
     assert [len(list((folder / "both" / name).iterdir())) for name in ("one", "two")] == [3, 3]
     assert "## t with d" in (tmp_path / "text.md").read_text()
     two.write_text("no run")
@@ -542,17 +424,17 @@ def test_what_is_wrong_is_told_in_one_sentence(
     file, other = tmp_path / "run.json", tmp_path / "other" / "run.json"
     other.parent.mkdir()
     for path in (file, other):
-        path.write_text(content(run_of({"ar": {}}, ("text/0",))))
+        path.write_text(content(sweep({"ar": {}}, ("text/0",))))
     for arguments, said in (
         ([file, "--figures", file / "figures"], "run.json"),
         ([file, other, "--figures", tmp_path / "figures"], "several runs are named 'run'"),
     ):
-        assert call(monkeypatch, *arguments) == 2
+        assert exit_code(monkeypatch, "report", *arguments) == 2
         assert said in (told := capsys.readouterr().err)
         assert told.count("\n") == 1
     monkeypatch.delitem(sys.modules, "specdecode.bench.report.figures")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert call(monkeypatch, file, "--figures", tmp_path / "figures") == 2
+    assert exit_code(monkeypatch, "report", file, "--figures", tmp_path / "figures") == 2
     told = capsys.readouterr().err
     assert "figures need matplotlib" in told
     assert "specdecode[figures]" in told
@@ -561,10 +443,10 @@ def test_what_is_wrong_is_told_in_one_sentence(
 
 def test_table_1_has_every_method() -> None:
     """Guards against a method that the table leaves out, and a speed without its spread."""
-    table = latex_table_1(run())
+    table = latex_table_1(whole_sweep())
     rows = {line.split(" & ")[0]: line for line in table.splitlines() if " & " in line}
     assert rows.keys() == {"method", "replayed (synthetic)", *ARMS} - {"replayed"}
-    measures, speedup = run().measures("linear-k4"), run().speedup("linear-k4")
+    measures, speedup = whole_sweep().measures("linear-k4"), whole_sweep().speedup("linear-k4")
     throughput = f"{measures.throughput:.1f} ± {measures.throughput_std:.1f}"
     assert rows["linear-k4"].startswith(f"linear-k4 & {throughput} & {speedup} & ")
     assert rows["method"].count("&") == rows["linear-k4"].count("&") == 7

@@ -6,72 +6,29 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from specdecode import cli
 from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.measure import time_boxed
 from specdecode.bench.report.advice import sentences
 from specdecode.bench.report.recommend import Advice, Recommendation, is_hopeless, recommend
-from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
-from specdecode.bench.runs.file import parse, read, run_json
+from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.measures import CountersRun
-from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
+from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.evals.data import token_prompts
 from tests.helpers.characters import save
+from tests.helpers.command_line import exit_code
+from tests.helpers.speed_runs import speed_arm, speed_run
 
-LENGTH = 40
 LOOKUP, LINEAR = {"drafter": "lookup", "k": 5}, {"drafter": "model", "k": 5}
 TREE = {"drafter": "model", "shape": "best-first"}
 WINDOW, INT8 = {"policy": "sink-window", "cache": 64}, {"quantize": "int8"}
 PLAIN, ASSISTED = {"peer": "generate"}, {"peer": "assisted"}
 THROUGHPUT, LOSSY = "highest throughput", "highest throughput, if loss is acceptable"
-
-
-def arm(
-    speed: float | list[float],
-    options: dict[str, Any],
-    cache: float = 10e6,
-    weights: float = 100e6,
-    scatter: float = 0.005,
-    loops: Collection[int] = (),
-    evictions: int = 0,
-    prompts: int = 8,
-    **of_all: Any,
-) -> ArmRecord:
-    """One arm on texts of which some loop. Its speed on them is one, give or take a scatter, or one for each."""
-    speeds = [speed] * prompts if isinstance(speed, float) else speed
-    noise = np.random.default_rng(list(json.dumps(options).encode())).normal(0.0, scatter, len(speeds))
-    drafting = "drafter" in options
-    rows = {}
-    for i, each in enumerate(speeds):
-        log = math.log(each) + (noise[i] if options else 0.0)
-        counts: dict[str, float] = {"runs": 1, "tokens": LENGTH, "agreed": 30, "steps": 20, "ngrams": 10}
-        counts["repeated"] = 8 if i in loops else 1
-        histograms = {}
-        if "peer" not in options:
-            counts |= {"target_forwards": 20, "peak_cache_bytes": cache, "grown_bytes": 2e6, "compressions": evictions}
-            histograms = {"accepted": [10, 10], "depth": [0, 20]} if drafting else {"accepted": [20], "depth": [20]}
-        seconds = RowSeconds(total=math.exp(-log), ttft=0.1)
-        rows[f"text/{i}"] = Row(log, RowCounts(**counts), seconds, Histograms(**histograms))
-    lossy = "policy" in options or "quantize" in options
-    counted = CountersRun(weight_bytes=weights)
-    return ArmRecord(rows, lossy=lossy, peer="peer" in options, options=options, counters_run=counted, **of_all)
-
-
-def kept(
-    floor: float = 0.01, identity: tuple[str, ...] = ("abacus", "t", "d", "float32"), **arms: ArmRecord
-) -> RunFile:
-    """A run as it comes back from its file; names of arms with underscores in place of dashes."""
-    named = {"ar": arms.pop("ar", arm(1.0, {}))} | {name.replace("_", "-"): record for name, record in arms.items()}
-    outputs = dict.fromkeys(named["ar"].rows, "x")
-    header = Header(Identity(*identity, "quick"), LENGTH, outputs, floor, versions={"backend": "eager"})
-    return parse(json.dumps({"specdecode": run_json(RunFile(Path(), header, named))}), Path("run.json"))
 
 
 def of(advice: Advice, aim: str = THROUGHPUT) -> Recommendation:
@@ -84,7 +41,12 @@ def of(advice: Advice, aim: str = THROUGHPUT) -> Recommendation:
 
 def test_the_fastest_is_recommended_with_what_it_beats() -> None:
     """Guards against a slower arm, a peer's arm, or a figure that is another arm's."""
-    run = kept(lookup=arm(1.5, LOOKUP), linear=arm(2.0, LINEAR), hf_generate=arm(0.9, PLAIN), hf=arm(2.5, ASSISTED))
+    run = speed_run(
+        lookup=speed_arm(1.5, LOOKUP),
+        linear=speed_arm(2.0, LINEAR),
+        hf_generate=speed_arm(0.9, PLAIN),
+        hf=speed_arm(2.5, ASSISTED),
+    )
     found = of(recommend(run))
     assert found.arm == "linear"
     assert found.over["ar"].value == pytest.approx(2.0, rel=0.02)
@@ -98,11 +60,11 @@ def test_the_fastest_is_recommended_with_what_it_beats() -> None:
 
 def test_what_is_not_told_apart_is_named_and_the_simplest_of_it_recommended() -> None:
     """Guards against a draft model that somebody loads for a difference that is none."""
-    run = kept(
-        tree=arm(2.05, TREE, scatter=0.05),
-        linear=arm(2.03, LINEAR, scatter=0.05),
-        lookup=arm(2.0, LOOKUP, scatter=0.05),
-        slow=arm(1.2, LOOKUP | {"k": 1}),
+    run = speed_run(
+        tree=speed_arm(2.05, TREE, scatter=0.05),
+        linear=speed_arm(2.03, LINEAR, scatter=0.05),
+        lookup=speed_arm(2.0, LOOKUP, scatter=0.05),
+        slow=speed_arm(1.2, LOOKUP | {"k": 1}),
     )
     found = of(recommend(run))
     assert found.arm == "lookup"
@@ -116,7 +78,9 @@ def test_more_prompts_are_said_to_settle_what_they_do() -> None:
 
     def found(prompts: int) -> Recommendation:
         speeds = [1.15 * math.exp(0.2 * (-1) ** i) for i in range(prompts)]
-        return of(recommend(kept(ar=arm(1.0, {}, prompts=prompts), lookup=arm(speeds, LOOKUP, scatter=0.0))))
+        return of(
+            recommend(speed_run(ar=speed_arm(1.0, {}, prompts=prompts), lookup=speed_arm(speeds, LOOKUP, scatter=0.0)))
+        )
 
     few = found(6)
     assert (few.arm, few.tied.keys()) == ("ar", {"lookup"})
@@ -128,7 +92,7 @@ def test_more_prompts_are_said_to_settle_what_they_do() -> None:
 @pytest.mark.parametrize(("speed", "floor"), [(0.8, 0.01), (1.0, 0.01), (1.03, 0.05)])
 def test_plain_decoding_is_recommended_where_nothing_is_faster(speed: float, floor: float) -> None:
     """Guards against a draft that is recommended because there is one, and a gain that is the machine's noise."""
-    found = of(recommend(kept(floor, lookup=arm(speed, LOOKUP, scatter=0.001))))
+    found = of(recommend(speed_run(floor, lookup=speed_arm(speed, LOOKUP, scatter=0.001))))
     assert found.arm == "ar"
     assert "draft nothing" in found.reason
     assert ("lookup" in found.beats) == (speed < 0.9)
@@ -138,7 +102,7 @@ def test_plain_decoding_is_recommended_where_nothing_is_faster(speed: float, flo
 def test_an_arm_must_itself_be_shown_to_be_faster() -> None:
     """Guards against an arm that is recommended because another one beats plain decoding."""
     wild = [0.6, 4.0, 0.8, 3.5, 5.0, 0.7, 4.5, 0.9]
-    found = of(recommend(kept(wild=arm(wild, LOOKUP), steady=arm(1.3, LINEAR))))
+    found = of(recommend(speed_run(wild=speed_arm(wild, LOOKUP), steady=speed_arm(1.3, LINEAR))))
     assert found.arm == "steady"
     assert found.tied.keys() == {"wild"}
 
@@ -152,8 +116,8 @@ def test_the_best_of_many_equals_is_not_taken_for_better() -> None:
         arms = {}
         for k in range(1, 13):
             speeds = [math.exp(each) for each in random.normal(0.0, 0.1, 6)]
-            arms[f"k{k}"] = arm(speeds, LOOKUP | {"k": k}, scatter=0.0)
-        wrong += of(recommend(kept(0.0, ar=arm(1.0, {}, prompts=6), **arms))).arm != "ar"
+            arms[f"k{k}"] = speed_arm(speeds, LOOKUP | {"k": k}, scatter=0.0)
+        wrong += of(recommend(speed_run(0.0, ar=speed_arm(1.0, {}, prompts=6), **arms))).arm != "ar"
     assert wrong <= 3
 
 
@@ -162,13 +126,13 @@ def test_the_best_of_many_equals_is_not_taken_for_better() -> None:
 
 def test_memory_bound_takes_the_least_that_is_not_slower() -> None:
     """Guards against memory that is saved at the price of speed, a kilobyte that decides, and another arm's savings."""
-    run = kept(
-        ar=arm(1.0, {}, cache=20e6),
-        half=arm(1.0, WINDOW, cache=10e6),
-        slow=arm(0.8, WINDOW | INT8, cache=10e6, weights=50e6),
-        int8=arm(1.001, INT8, cache=20e6, weights=50e6),
-        lookup_int8=arm(1.5, LOOKUP | INT8, cache=20.4e6, weights=50e6),
-        lookup_half=arm(2.0, LOOKUP | WINDOW, cache=10e6),
+    run = speed_run(
+        ar=speed_arm(1.0, {}, cache=20e6),
+        half=speed_arm(1.0, WINDOW, cache=10e6),
+        slow=speed_arm(0.8, WINDOW | INT8, cache=10e6, weights=50e6),
+        int8=speed_arm(1.001, INT8, cache=20e6, weights=50e6),
+        lookup_int8=speed_arm(1.5, LOOKUP | INT8, cache=20.4e6, weights=50e6),
+        lookup_half=speed_arm(2.0, LOOKUP | WINDOW, cache=10e6),
     )
     found = of(recommend(run), "memory-bound")
     assert found.arm == "lookup-int8"
@@ -178,20 +142,20 @@ def test_memory_bound_takes_the_least_that_is_not_slower() -> None:
 
 def test_memory_of_a_draft_that_is_not_told_is_not_taken_for_nothing() -> None:
     """Guards against an arm that saves a cache and loads a model for it."""
-    drafting = arm(1.5, LINEAR | WINDOW, cache=1e6)
-    found = of(recommend(kept(linear=drafting, window=arm(1.0, WINDOW, cache=3e6))), "memory-bound")
+    drafting = speed_arm(1.5, LINEAR | WINDOW, cache=1e6)
+    found = of(recommend(speed_run(linear=drafting, window=speed_arm(1.0, WINDOW, cache=3e6))), "memory-bound")
     assert found.arm == "window"
-    found = of(recommend(kept(linear=drafting)), "memory-bound")
+    found = of(recommend(speed_run(linear=drafting)), "memory-bound")
     assert found.arm == "linear"
     assert "draft's own weights and KV come on top" in found.reason
     after_lookup = {**LINEAR, "drafter": "lookup+model"}
-    found = of(recommend(kept(cascade=arm(1.5, after_lookup | WINDOW, cache=1e6))), "memory-bound")
+    found = of(recommend(speed_run(cascade=speed_arm(1.5, after_lookup | WINDOW, cache=1e6))), "memory-bound")
     assert "draft's own weights and KV come on top" in found.reason
 
 
 def test_what_saves_nothing_is_not_recommended_for_memory() -> None:
     """Guards against loss for a thousandth of the memory, and noise that lets a slow arm pass for as fast."""
-    run = kept(0.5, tiny=arm(1.0, WINDOW, cache=9.5e6), slow=arm(0.9, INT8, weights=50e6))
+    run = speed_run(0.5, tiny=speed_arm(1.0, WINDOW, cache=9.5e6), slow=speed_arm(0.9, INT8, weights=50e6))
     found = of(recommend(run), "memory-bound")
     assert found.arm == "ar"
     assert "saves 1% of its 110.0 MB" in found.reason
@@ -199,11 +163,11 @@ def test_what_saves_nothing_is_not_recommended_for_memory() -> None:
 
 def test_balanced_is_the_best_with_half_the_cache() -> None:
     """Guards against balance that is speed alone, or memory alone."""
-    run = kept(
-        lookup=arm(2.0, LOOKUP),
-        window=arm(1.1, WINDOW, cache=5e6),
-        lookup_window=arm(1.6, LOOKUP | WINDOW, cache=5e6),
-        larger=arm(1.9, LOOKUP | WINDOW | {"cache": 128}, cache=6e6),
+    run = speed_run(
+        lookup=speed_arm(2.0, LOOKUP),
+        window=speed_arm(1.1, WINDOW, cache=5e6),
+        lookup_window=speed_arm(1.6, LOOKUP | WINDOW, cache=5e6),
+        larger=speed_arm(1.9, LOOKUP | WINDOW | {"cache": 128}, cache=6e6),
     )
     advice = recommend(run)
     found = of(advice, "balanced")
@@ -215,23 +179,23 @@ def test_balanced_is_the_best_with_half_the_cache() -> None:
 
 def test_without_a_small_cache_balance_is_speed() -> None:
     """Guards against no answer, or plain decoding, where all caches are whole."""
-    found = of(recommend(kept(lookup=arm(2.0, LOOKUP))), "balanced")
+    found = of(recommend(speed_run(lookup=speed_arm(2.0, LOOKUP))), "balanced")
     assert found.arm == "lookup"
     assert "speed alone decides" in found.reason
 
 
 def test_long_context_takes_a_bounded_cache_that_was_full() -> None:
     """Guards against a bound that was never reached, and a cache that grows."""
-    run = kept(
-        lookup=arm(3.0, LOOKUP),
-        roomy=arm(1.5, WINDOW | {"cache": 4096}, cache=10e6),
-        small=arm(1.1, WINDOW, cache=2e6, evictions=9),
+    run = speed_run(
+        lookup=speed_arm(3.0, LOOKUP),
+        roomy=speed_arm(1.5, WINDOW | {"cache": 4096}, cache=10e6),
+        small=speed_arm(1.1, WINDOW, cache=2e6, evictions=9),
     )
     found = of(recommend(run), "long context")
     assert found.arm == "small"
     assert "2.0 MB at 40 tokens" in found.reason
     assert "plain decoding's is 10.0 MB at 40, and it grows by 50.0 MB in a thousand tokens" in found.reason
-    assert of(recommend(kept(lookup=arm(3.0, LOOKUP))), "long context").arm is None
+    assert of(recommend(speed_run(lookup=speed_arm(3.0, LOOKUP))), "long context").arm is None
 
 
 # What is no evidence.
@@ -239,20 +203,20 @@ def test_long_context_takes_a_bounded_cache_that_was_full() -> None:
 
 def test_lossy_arms_stand_apart() -> None:
     """Guards against another text for the sake of speed that nobody was asked about."""
-    lossy = arm(2.0, LOOKUP | WINDOW, cache=2e6)
-    advice = recommend(kept(lookup=arm(1.5, LOOKUP), lossy=lossy))
+    lossy = speed_arm(2.0, LOOKUP | WINDOW, cache=2e6)
+    advice = recommend(speed_run(lookup=speed_arm(1.5, LOOKUP), lossy=lossy))
     assert of(advice).arm == "lookup"
     assert of(advice, LOSSY).arm == "lossy"
     assert "Of its tokens 75% come before it leaves ar's text" in of(advice, LOSSY).reason
     assert of(advice, LOSSY).beats["lookup"].value == pytest.approx(4 / 3, rel=0.02)
-    advice = recommend(kept(lookup=arm(2.0, LOOKUP), lossy=lossy))
+    advice = recommend(speed_run(lookup=speed_arm(2.0, LOOKUP), lossy=lossy))
     assert LOSSY not in [each.aim for each in advice.recommendations]
 
 
 def test_lossless_is_preferred_where_it_ties() -> None:
     """Guards against loss that buys nothing."""
-    small = arm(1.5, LOOKUP | {"k": 2}, cache=4e6)
-    assert of(recommend(kept(lossy=arm(1.5, WINDOW, cache=4e6), small=small)), "balanced").arm == "small"
+    small = speed_arm(1.5, LOOKUP | {"k": 2}, cache=4e6)
+    assert of(recommend(speed_run(lossy=speed_arm(1.5, WINDOW, cache=4e6), small=small)), "balanced").arm == "small"
 
 
 def test_a_speedup_from_loops_does_not_count() -> None:
@@ -260,12 +224,12 @@ def test_a_speedup_from_loops_does_not_count() -> None:
     cache, whose speed has nothing to do with the text, that is not counted either."""
     speeds = [5.0, 5.0, 5.0, 1.1, 1.1, 1.1, 1.1, 1.1]
     loops = [0, 1, 2]
-    run = kept(
-        ar=arm(1.0, {}, loops=loops),
-        lookup=arm(speeds, LOOKUP, loops=loops),
-        linear=arm(1.4, LINEAR, loops=loops),
-        window=arm(1.2, WINDOW, loops=range(8)),
-        hf=arm(speeds, ASSISTED, loops=loops),
+    run = speed_run(
+        ar=speed_arm(1.0, {}, loops=loops),
+        lookup=speed_arm(speeds, LOOKUP, loops=loops),
+        linear=speed_arm(1.4, LINEAR, loops=loops),
+        window=speed_arm(1.2, WINDOW, loops=range(8)),
+        hf=speed_arm(speeds, ASSISTED, loops=loops),
     )
     advice = recommend(run)
     found = of(advice)
@@ -275,7 +239,9 @@ def test_a_speedup_from_loops_does_not_count() -> None:
     assert found.over["hf"].value == pytest.approx(1.4 / 1.1, rel=0.02)
     assert "window" not in advice.left_out
     advice = recommend(
-        kept(lookup=arm(5.0, LOOKUP, loops=range(7)), hf=arm([5.0] * 6 + [1.0] * 2, ASSISTED, loops=range(6)))
+        speed_run(
+            lookup=speed_arm(5.0, LOOKUP, loops=range(7)), hf=speed_arm([5.0] * 6 + [1.0] * 2, ASSISTED, loops=range(6))
+        )
     )
     assert advice.left_out["lookup"].startswith("7 of its 8 text(s) loop")
     assert of(advice).arm == "ar"
@@ -285,16 +251,16 @@ def test_a_speedup_from_loops_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        (arm(3.0, LOOKUP, bugs=1), "1 wrong output(s)"),
-        (arm(3.0, LOOKUP | {"batch": 4}), "it decodes several prompts at once"),
-        (arm(3.0, LINEAR | {"replay": 0.9}, synthetic=True), "its acceptance was set and not found out"),
-        (arm(3.0, LOOKUP, prompts=1), "1 prompt(s) say nothing of others"),
+        (speed_arm(3.0, LOOKUP, bugs=1), "1 wrong output(s)"),
+        (speed_arm(3.0, LOOKUP | {"batch": 4}), "it decodes several prompts at once"),
+        (speed_arm(3.0, LINEAR | {"replay": 0.9}, synthetic=True), "its acceptance was set and not found out"),
+        (speed_arm(3.0, LOOKUP, prompts=1), "1 prompt(s) say nothing of others"),
     ],
     ids=["wrong", "batch", "synthetic", "one prompt"],
 )
 def test_what_shows_nothing_is_left_out_and_told(record: ArmRecord, why: str) -> None:
     """Guards against a wrong, an assumed or a lucky result that wins."""
-    advice = recommend(kept(best=record, lookup=arm(1.5, LOOKUP | {"k": 1})))
+    advice = recommend(speed_run(best=record, lookup=speed_arm(1.5, LOOKUP | {"k": 1})))
     assert advice.left_out["best"].startswith(why)
     assert {each.arm for each in advice.recommendations} == {"lookup", "ar", None}
 
@@ -303,10 +269,10 @@ def test_what_is_replayed_is_recommended_for_its_acceptance() -> None:
     """Guards against a hypothetical speed without its hypothesis, and an arm that wins by a better one."""
 
     def run(**arms: ArmRecord) -> Advice:
-        return recommend(kept(ar=arm(1.0, {}, synthetic=True), **arms))
+        return recommend(speed_run(ar=speed_arm(1.0, {}, synthetic=True), **arms))
 
     def replayed(speed: float, k: int, replay: float) -> ArmRecord:
-        return arm(speed, LINEAR | {"k": k, "replay": replay}, synthetic=True, loops=range(8))
+        return speed_arm(speed, LINEAR | {"k": k, "replay": replay}, synthetic=True, loops=range(8))
 
     advice = run(
         k3_a60=replayed(1.2, 3, 0.6),
@@ -314,7 +280,7 @@ def test_what_is_replayed_is_recommended_for_its_acceptance() -> None:
         k3_a80=replayed(1.5, 3, 0.8),
         k5_a80=replayed(2.0, 5, 0.8),
         k1_a90=replayed(1.0, 1, 0.9),
-        lookup=arm(4.0, LOOKUP, synthetic=True),
+        lookup=speed_arm(4.0, LOOKUP, synthetic=True),
     )
     found = [(each.arm, each.assumed) for each in advice.recommendations if each.aim == THROUGHPUT]
     assert found == [("k3-a60", 0.6), ("k5-a80", 0.8), ("ar", 0.9)]
@@ -327,15 +293,15 @@ def test_arms_are_given_up_once_they_are_shown_to_be_slow() -> None:
 
     def hopeless(record: ArmRecord) -> bool:
         prompts = len(record.rows)
-        return is_hopeless(kept(ar=arm(1.0, {}, prompts=prompts), other=record), "other")
+        return is_hopeless(speed_run(ar=speed_arm(1.0, {}, prompts=prompts), other=record), "other")
 
-    assert hopeless(arm(0.7, LINEAR, prompts=4))
-    assert hopeless(arm(1.5, LINEAR, bugs=1))
-    assert not hopeless(arm(0.7, LINEAR, prompts=2, scatter=0.0))
-    assert not hopeless(arm([0.4, 0.9, 0.6, 1.2], LINEAR))
-    assert not hopeless(arm(0.7, WINDOW, prompts=4))
-    assert not hopeless(arm(0.7, PLAIN, prompts=4))
-    assert not hopeless(arm(1.2, LINEAR, prompts=4))
+    assert hopeless(speed_arm(0.7, LINEAR, prompts=4))
+    assert hopeless(speed_arm(1.5, LINEAR, bugs=1))
+    assert not hopeless(speed_arm(0.7, LINEAR, prompts=2, scatter=0.0))
+    assert not hopeless(speed_arm([0.4, 0.9, 0.6, 1.2], LINEAR))
+    assert not hopeless(speed_arm(0.7, WINDOW, prompts=4))
+    assert not hopeless(speed_arm(0.7, PLAIN, prompts=4))
+    assert not hopeless(speed_arm(1.2, LINEAR, prompts=4))
 
 
 @pytest.fixture(scope="module")
@@ -344,13 +310,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 # The command.
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["specdecode", "recommend", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
 
 
 def written(folder: Path, run: RunFile) -> str:
@@ -363,12 +322,12 @@ def test_the_command_tells_each_aim_with_lines_to_copy(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Guards against lines that a terminal's width breaks, and an aim that is dropped."""
-    run = kept(
+    run = speed_run(
         identity=("abacus", "a long name " * 20, "", "float64"),
-        lookup=arm(1.5, LOOKUP),
-        window=arm(1.0, WINDOW, cache=2e6, evictions=3),
+        lookup=speed_arm(1.5, LOOKUP),
+        window=speed_arm(1.0, WINDOW, cache=2e6, evictions=3),
     )
-    assert call(monkeypatch, written(tmp_path, run)) == 0
+    assert exit_code(monkeypatch, "recommend", written(tmp_path, run)) == 0
     out = capfd.readouterr().out
     for aim, chosen in ((THROUGHPUT, "lookup"), ("memory-bound", "window"), ("balanced", "window")):
         assert f"\n{aim}: {chosen}\n" in out
@@ -380,9 +339,9 @@ def test_the_command_tells_each_aim_with_lines_to_copy(
 def test_programs_get_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Guards against JSON that no reader takes, as of an interval that is not known; and plain decoding, which is an
     answer, told as a failure."""
-    run = kept(ar=arm(1.0, {}, prompts=2), lookup=arm([1.0, 9.0], LOOKUP))
+    run = speed_run(ar=speed_arm(1.0, {}, prompts=2), lookup=speed_arm([1.0, 9.0], LOOKUP))
     file = written(tmp_path, run)
-    assert call(monkeypatch, file, file, "--json") == 0
+    assert exit_code(monkeypatch, "recommend", file, file, "--json") == 0
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -418,12 +377,12 @@ def test_what_is_wrong_is_told_in_one_sentence(
 ) -> None:
     """Guards against a traceback, and an option that is passed over in silence."""
     old = tmp_path / "old.json"
-    content = json.loads(json.dumps({"specdecode": run_json(kept(lookup=arm(2.0, LOOKUP)))}))
+    content = json.loads(json.dumps({"specdecode": run_json(speed_run(lookup=speed_arm(2.0, LOOKUP)))}))
     for record in content["specdecode"]["arms"].values():
         del record["options"]
     old.write_text(json.dumps(content))
-    files = {"OLD": str(old), "RUN": written(tmp_path, kept())}
-    assert call(monkeypatch, *(files.get(argument, argument) for argument in arguments)) == 2
+    files = {"OLD": str(old), "RUN": written(tmp_path, speed_run())}
+    assert exit_code(monkeypatch, "recommend", *(files.get(argument, argument) for argument in arguments)) == 2
     said = capfd.readouterr()
     assert said.out == ""
     assert reason in said.err
@@ -438,7 +397,7 @@ def test_a_file_needs_no_torch(tmp_path: Path) -> None:
         "except SystemExit: pass\n"
         "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", script, "recommend", written(tmp_path, kept(lookup=arm(2.0, LOOKUP)))]
+    command = [sys.executable, "-c", script, "recommend", written(tmp_path, speed_run(lookup=speed_arm(2.0, LOOKUP)))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "PromptLookup" in done.stdout
@@ -489,7 +448,20 @@ def test_a_time_boxed_run_measures_whole_prompts_of_all_sets(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str], minutes: str, prompts: int
 ) -> None:
     """Guards against a time box that is no bound, one prompt that decides, and a run that is gone when it was told."""
-    assert call(monkeypatch, *measuring, "--draft", "layers:0-2", "--budget-minutes", minutes, "--out", "r.json") == 0
+    assert (
+        exit_code(
+            monkeypatch,
+            "recommend",
+            *measuring,
+            "--draft",
+            "layers:0-2",
+            "--budget-minutes",
+            minutes,
+            "--out",
+            "r.json",
+        )
+        == 0
+    )
     told = capfd.readouterr()
     assert f"{prompts} prompts were measured; the run is in r.json" in told.err
     assert "Left out: universal: target and draft share a vocabulary" in told.out
@@ -499,7 +471,7 @@ def test_a_time_boxed_run_measures_whole_prompts_of_all_sets(
     assert run.arms.keys() == {"ar", "lookup", "linear", "ar-48", "hf-generate"}
     assert all(set(run.arms[name].rows) == set(run.header.outputs) for name in ("ar", "ar-48", "hf-generate"))
     assert run.lengths == [6, 12]
-    assert call(monkeypatch, "r.json") == 0
+    assert exit_code(monkeypatch, "recommend", "r.json") == 0
     assert capfd.readouterr().out.startswith(told.out.partition("Left out")[0])
 
 
@@ -507,7 +479,7 @@ def test_without_a_draft_the_rest_is_measured(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str]
 ) -> None:
     """Guards against a refusal of all for what one arm lacks, and a file in a place that nobody is told."""
-    assert call(monkeypatch, *measuring, "--budget-minutes", "0.0001") == 0
+    assert exit_code(monkeypatch, "recommend", *measuring, "--budget-minutes", "0.0001") == 0
     told = capfd.readouterr()
     assert "needs a draft model" in told.out
     (file,) = Path("results").glob("*/*-float64-own.json")
@@ -529,7 +501,7 @@ def test_an_interruption_keeps_what_is_finished(
         return measure(*arguments, **named)
 
     monkeypatch.setattr(time_boxed, "measure_block", interrupted)
-    assert call(monkeypatch, *measuring, "--out", "r.json") == (0 if finished else 130)
+    assert exit_code(monkeypatch, "recommend", *measuring, "--out", "r.json") == (0 if finished else 130)
     assert Path("r.json").exists() == (finished > 0)
     if finished:
         assert len(read(Path("r.json")).header.outputs) == finished
@@ -541,7 +513,7 @@ def test_hopeless_arms_are_measured_no_further(
 ) -> None:
     """Guards against time spent on what cannot win, and a run file that the rest does not fit into."""
     monkeypatch.setattr(time_boxed, "is_hopeless", lambda run, arm: arm == "lookup" and len(run.header.outputs) == 2)
-    assert call(monkeypatch, *measuring, "--out", "r.json") == 0
+    assert exit_code(monkeypatch, "recommend", *measuring, "--out", "r.json") == 0
     run = read(Path("r.json"))
     assert {name: len(record.rows) for name, record in run.arms.items()} == {
         "ar": 4,

@@ -10,19 +10,19 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from specdecode import cli
 from specdecode.bench.gate.history import history
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from tests.helpers.browser import CHROMIUM, look_at
+from tests.helpers.command_line import exit_code
+from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.root import ROOT
 
 FORMATS = ("md", "html", "latex")
@@ -84,45 +84,11 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         if old:
             Path("old.json").write_text(json.dumps(old))
             options += ["--baseline", "old.json"]
-        assert call(monkeypatch, "new.json", *options) == 0
+        assert exit_code(monkeypatch, "report", "new.json", *options) == 0
         assert capsys.readouterr().out == f"report written to out.{format_}\n"
         return Path(f"out.{format_}").read_text()
 
     return report
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["specdecode", "report", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
-class Page(HTMLParser):
-    """What a browser makes of a page: its elements, the texts in them, and each drawing's class by its title."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.drawings: dict[str, str] = {}
-        self._class = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag == "svg":
-            self._class = dict(attrs).get("class") or ""
-
-    def handle_data(self, data: str) -> None:
-        if self.tags[-1:] == ["title"] and "svg" in self.tags and data.strip():
-            self.drawings[data] = self._class
-        if self.tags and self.tags[-1] != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -234,9 +200,6 @@ def test_the_baseline_is_found_by_the_runs_identity(report: Any) -> None:
     text = report("md", content(SPEEDUPS))
     assert f"Judged by {file}, of 2026-01-02: the first." in text
     assert "| PASS | linear | time |" in text
-
-
-HOSTILE = ["<script>alert(1)</script>", "a|b`c`*d*[e](f)\\|", "50%_x&#y{}$\\~^", "[0]\nnew line", '"><img onerror=x>']
 
 
 def test_html_takes_hostile_names_for_text(report: Any) -> None:
@@ -398,11 +361,11 @@ def test_html_goes_beside_the_run_and_folders_are_made(
     """Guards against a page on the terminal, and a report that is lost for want of a folder."""
     run = tmp_path / "run.json"
     run.write_text(json.dumps(content(SPEEDUPS)))
-    assert call(monkeypatch, str(run), "--format", "html") == 0
+    assert exit_code(monkeypatch, "report", str(run), "--format", "html") == 0
     assert capsys.readouterr().out == f"report written to {tmp_path / 'run.html'}\n"
-    assert call(monkeypatch, str(run), "--out", str(tmp_path / "a" / "b" / "run.md")) == 0
+    assert exit_code(monkeypatch, "report", str(run), "--out", str(tmp_path / "a" / "b" / "run.md")) == 0
     assert (tmp_path / "a" / "b" / "run.md").read_text().startswith("## t with d")
-    assert call(monkeypatch, str(run), "--format", "latex") == 0
+    assert exit_code(monkeypatch, "report", str(run), "--format", "latex") == 0
     assert "\\begin{tabular}" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run.html", "run.json"]
 
@@ -415,7 +378,7 @@ def test_several_runs_are_told_one_after_the_other(
     for hardware in ("abacus", "calculator"):
         (tmp_path / hardware).write_text(json.dumps(content(SPEEDUPS, hardware=hardware)))
     runs = [str(tmp_path / "abacus"), str(tmp_path / "calculator")]
-    assert call(monkeypatch, *runs, "--format", format_, "--out", str(tmp_path / "out")) == 0
+    assert exit_code(monkeypatch, "report", *runs, "--format", format_, "--out", str(tmp_path / "out")) == 0
     text = (tmp_path / "out").read_text()
     assert 0 < text.index("on abacus, preset quick") < text.index("on calculator, preset quick")
     assert text.count("lookup") >= 4
@@ -432,7 +395,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
     if case != "not there":
         bad.write_text(good.read_text()[:300])
     options = {"bad baseline": (good, "--baseline", bad), "unwritable": (good, "--out", bad / "report.md")}
-    assert call(monkeypatch, *map(str, options.get(case, (bad,)))) == 2
+    assert exit_code(monkeypatch, "report", *map(str, options.get(case, (bad,)))) == 2
     told = capsys.readouterr().err
     assert told.startswith("specdecode: ")
     assert told.count("\n") == 1

@@ -1,0 +1,51 @@
+"""What is drawn in a figure for print, read back from it."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from specdecode.bench.report.drawing import in_print
+
+
+def series(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """What is drawn, point by point, under each label: lines, and the points of intervals."""
+    found = {str(line.get_label()): line for line in axes.lines}
+    found |= {str(container.get_label()): container[0] for container in axes.containers if container[0] in axes.lines}
+    return {
+        label: [(float(x), float(y)) for x, y in line.get_xydata()]
+        for label, line in found.items()
+        if not label.startswith("_")
+    }
+
+
+def texts(figure: Figure) -> list[Text]:
+    """All that can be read: of an axis the names of places that it reaches."""
+    unseen = {
+        tick.label1
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
+    found = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible()]
+    return [text for text in found if text.get_text() and text not in unseen]
+
+
+def unreadable(figure: Figure) -> list[str]:
+    """What is written over something else, or beyond the edge."""
+    with in_print():
+        figure.draw_without_rendering()
+        # Without the lines that lead to names.
+        boxes = {text: Text.get_window_extent(text) for text in texts(figure)}
+    page = figure.bbox.padded(1)
+    over = [
+        f"{one.get_text()!r} and {other.get_text()!r}"
+        for (one, box), (other, its) in combinations(boxes.items(), 2)
+        if box.padded(-1).overlaps(its.padded(-1))
+    ]
+    inside = {text: page.fully_containsx(box.x0) and page.fully_containsx(box.x1) for text, box in boxes.items()}
+    return over + [f"{text.get_text()!r} is cut" for text in boxes if not inside[text]]

@@ -1,0 +1,34 @@
+"""The rooms of the package: folders, and modules that stand alone.
+
+A room imports only from those above it in the list, and the modules of a folder from each other.
+"""
+
+from __future__ import annotations
+
+ROOMS = [
+    "core",
+    "support",
+    "policies",
+    "controllers",
+    "backends",
+    "models",
+    "heads",
+    "drafters",
+    "decoding",
+    "bench/presets",
+    "bench/runs",
+    "bench/gate",
+    "bench/arms",
+    "evals",
+    "training",
+    "bench/report",
+    "bench/options",
+    "bench/plan",
+    "bench/measure",
+    "bench/quality",
+    "bench/summary",
+    "bench/worker",
+    "bench/plugin",
+    "cli",
+    "__main__",
+]
