@@ -94,6 +94,13 @@ def test_transformers_is_known_in_few_places(file: str) -> None:
         assert file.startswith(MAY_IMPORT_TRANSFORMERS)
 
 
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.rglob("test_*.py")), ids=lambda file: file.stem)
+def test_test_files_share_helpers_alone(file: Path) -> None:
+    """Guards against tests that break, or run twice, when another test file changes."""
+    modules = [node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in modules if name.startswith("tests.") and not name.startswith("tests.helpers")]
+
+
 def test_its_types_are_told() -> None:
     """Guards against annotations that no checker reads where the package is installed."""
     assert (ROOT / "py.typed").is_file()

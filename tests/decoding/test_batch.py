@@ -29,14 +29,8 @@ from specdecode import (
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.drafters.base import Drafter
 from tests.helpers.discovery import DRAFTERS, POLICIES, examples
-from tests.helpers.enumeration import (
-    PROMPT,
-    BranchRng,
-    distance,
-    distribution_of,
-    enumerated_model,
-    target_distribution,
-)
+from tests.helpers.enumeration import BranchRng, distribution_of
+from tests.helpers.joint_distribution import PROMPT, distance, enumerated_model, target_distribution
 from tests.helpers.models import VOCABULARY, build, lm, prompt, small
 
 NAMES = ("llama", "gpt-neox", "gpt-2", "opt", "qwen2-window", "gemma3-window")
