@@ -53,7 +53,7 @@ def train_head(
     from specdecode import load
     from specdecode.training.recipe import Recipe
     from specdecode.training.recipe import train_head as train
-    from specdecode.training.trainer import Settings
+    from specdecode.training.trainer import TrainingSettings
 
     recipe = Recipe(
         data=tuple(part.strip() for part in data.split(",")),
@@ -63,7 +63,7 @@ def train_head(
         held_out=held_out,
         layers=tuple(map(int, numbers)),
         vocabulary=vocabulary,
-        settings=Settings(epochs, batch, ahead, rate, seed),
+        settings=TrainingSettings(epochs, batch, ahead, rate, seed),
     )
     model = load(target, device=device, dtype=dtype, backend="eager")
     with progress("shards") as tell:

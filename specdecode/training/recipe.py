@@ -21,7 +21,7 @@ from specdecode.support.git import git
 from specdecode.training.initial_head import frequent_tokens, initial_head
 from specdecode.training.shards import SHARD_TEXTS, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Texts
-from specdecode.training.trainer import Epoch, Settings, Trainer
+from specdecode.training.trainer import Epoch, Trainer, TrainingSettings
 
 # After each epoch, acceptance is measured on so many held-out documents of each data set ...
 _PROMPTS_PER_SET = 4
@@ -55,7 +55,7 @@ class Recipe:
     held_out: int = 20
     layers: tuple[int, ...] = ()
     vocabulary: int = 8192
-    settings: Settings = field(default_factory=Settings)
+    settings: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
         for name in ("tokens", "length", "held_out", "vocabulary"):

@@ -29,7 +29,7 @@ _GRADIENT_NORM_CLIP = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TrainingSettings:
     """Hold the settings of a training.
 
     Attributes:
@@ -91,7 +91,9 @@ class Trainer:
         ValueError: the checkpoint is of another training, or damaged.
     """
 
-    def __init__(self, target: LM, head: Head, shards: Sequence[Path], settings: Settings, checkpoint: Path) -> None:
+    def __init__(
+        self, target: LM, head: Head, shards: Sequence[Path], settings: TrainingSettings, checkpoint: Path
+    ) -> None:
         self.epochs: list[Epoch] = []
         self._target, self._settings, self._shards = target, settings, list(shards)
         self._checkpoint = checkpoint

@@ -25,7 +25,7 @@ from specdecode.training.loss import CrossEntropy, predict_ahead
 from specdecode.training.recipe import acceptance_lengths
 from specdecode.training.shards import Shard, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Draw, Texts
-from specdecode.training.trainer import Settings, Trainer
+from specdecode.training.trainer import Trainer, TrainingSettings
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
 from tests.helpers.learnt import learnt
@@ -61,7 +61,7 @@ def shards(target: LM, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return collect(target, texts, (0, 1), tmp_path_factory.mktemp("shards"), 2, {"texts": "own"})
 
 
-def trained(target: LM, shards: list[Path], checkpoint: Path, settings: Settings) -> Trainer:
+def trained(target: LM, shards: list[Path], checkpoint: Path, settings: TrainingSettings) -> Trainer:
     head = initial_head(target, (0, 1), frequent_tokens(shards, 64), read_shard(shards[0]).tokens[0])
     return Trainer(target, head, shards, settings, checkpoint)
 
@@ -148,7 +148,9 @@ def test_a_head_begins_as_the_last_layer(name: str, fits: bool) -> None:
 
 def test_loss_falls_and_acceptance_rises(target: LM, shards: list[Path], tmp_path: Path, unchecked: None) -> None:
     """Guards against a training that runs and teaches nothing, or teaches what drafting does not use."""
-    training = trained(target, shards, tmp_path / "checkpoint.pt", Settings(epochs=6, batch=16, ahead=3, rate=3e-3))
+    training = trained(
+        target, shards, tmp_path / "checkpoint.pt", TrainingSettings(epochs=6, batch=16, ahead=3, rate=3e-3)
+    )
     prompts = {"own/0": target.encode("The quick"), "own/1": target.encode("Pack my")}
     before = acceptance_lengths(target, training.head, prompts)
     training.run(lambda *_: None, lambda each: acceptance_lengths(target, each.head, prompts))
@@ -166,7 +168,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
     target: LM, shards: list[Path], tmp_path: Path, unchecked: None
 ) -> None:
     """Guards against an order, a moment or a rate that is lost with the process."""
-    settings = Settings(epochs=2, batch=32, ahead=2)
+    settings = TrainingSettings(epochs=2, batch=32, ahead=2)
     whole = trained(target, shards, tmp_path / "whole.pt", settings)
     whole.run(lambda *_: None, lambda _: {})
 
@@ -189,9 +191,11 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
 
 def test_a_checkpoint_of_another_training_is_not_gone_on_with(target: LM, shards: list[Path], tmp_path: Path) -> None:
     """Guards against a head that is half of one recipe and half of another."""
-    trained(target, shards, tmp_path / "c.pt", Settings(epochs=1, batch=64, ahead=1)).run(lambda *_: None, lambda _: {})
+    trained(target, shards, tmp_path / "c.pt", TrainingSettings(epochs=1, batch=64, ahead=1)).run(
+        lambda *_: None, lambda _: {}
+    )
     with pytest.raises(ValueError, match="training with other settings: remove it"):
-        trained(target, shards, tmp_path / "c.pt", Settings(epochs=2, batch=64, ahead=1))
+        trained(target, shards, tmp_path / "c.pt", TrainingSettings(epochs=2, batch=64, ahead=1))
 
 
 def test_the_first_documents_are_held_out(books: Path) -> None:

@@ -18,7 +18,7 @@ from specdecode.bench.arms.keys import (
     TYPES,
     typed,
 )
-from specdecode.bench.arms.spelling import COMMAND_LINE, MODEL_ARGS, Spelling, preset_spelling
+from specdecode.bench.arms.notation import COMMAND_LINE, MODEL_ARGS, Notation, preset_notation
 from specdecode.controllers.base import FixedK
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ArmSpec:
         peer: "generate", "assisted" or "prompt-lookup": transformers' own decoding.
         confidence: probability below which an assisted peer stops drafting.
         against: name of the peer's arm that does the same.
-        spelling: of the keys in error messages.
+        notation: of the keys in error messages.
 
     Raises:
         ValueError: an unknown kind, or keys that do not go together.
@@ -90,7 +90,7 @@ class ArmSpec:
     peer: str | None = None
     confidence: float | None = None
     against: str | None = None
-    spelling: Spelling = field(default_factory=Spelling, compare=False, repr=False)
+    notation: Notation = field(default_factory=Notation, compare=False, repr=False)
 
     @classmethod
     def from_entry(cls, name: str, entry: object, known: Collection[str] = PRESET_KEYS) -> ArmSpec:
@@ -115,7 +115,7 @@ class ArmSpec:
         Raises:
             ValueError: as `from_entry`, except for values.
         """
-        return _read(name, entry, known, preset_spelling(name))
+        return _read(name, entry, known, preset_notation(name))
 
     @classmethod
     def from_command_line(cls, options: Mapping[str, Any], *, ships_head: bool) -> ArmSpec:
@@ -158,21 +158,21 @@ class ArmSpec:
         self._check_kind("tree shape", self.shape, SHAPES)
         self._check_kind("controller", self.controller, CONTROLLERS)
         if len(self.drafters) > 1 and ("none" in self.drafters or len(set(self.drafters)) < len(self.drafters)):
-            raise self.spelling.error(f"{self._chosen} is no cascade: name different drafters, and not none")
+            raise self.notation.error(f"{self._chosen} is no cascade: name different drafters, and not none")
         self._check_use("drafter", self.drafters, DRAFTERS)
         self._check_use("shape", [self.shape], SHAPES)
         self._check_use("controller", [self.controller], CONTROLLERS)
         for key, part in (("cache", "policy"), ("confidence", "peer")):
             if getattr(self, key) is not None and getattr(self, part) is None:
-                raise self.spelling.error(f"{self._option(key)} is of no use without a {part}: leave it out")
+                raise self.notation.error(f"{self._option(key)} is of no use without a {part}: leave it out")
         if self.batch < 1 or (self.batch > 1 and self.replay is not None):
-            raise self.spelling.error(
+            raise self.notation.error(
                 f"batch is {self.batch}: it is 1 or more, and 1 for replayed drafts, which know one continuation"
             )
 
     def _check_kind(self, part: str, kind: str, known: Collection[str], or_else: str = "") -> None:
         if kind not in known:
-            raise self.spelling.error(f"no {part} is named {kind!r}: choose from {', '.join(known)}{or_else}")
+            raise self.notation.error(f"no {part} is named {kind!r}: choose from {', '.join(known)}{or_else}")
 
     def _check_use(self, part: str, kinds: Sequence[str], takes: Mapping[str, tuple[str, ...]]) -> None:
         """Raise ValueError for a key that other kinds of a part take, and not those that were chosen."""
@@ -180,20 +180,20 @@ class ArmSpec:
         for key in sorted(of_no_use):
             # Without a shape all drafts are chains.
             if getattr(self, key) not in (None, "chain"):
-                chosen = self.spelling.kind(part, "+".join(kinds))
+                chosen = self.notation.kind(part, "+".join(kinds))
                 way_out = ", which finds it out: leave it out" if key == "k" else ": leave one of them out"
-                raise self.spelling.error(f"{self._option(key)} is of no use with {chosen}{way_out}")
+                raise self.notation.error(f"{self._option(key)} is of no use with {chosen}{way_out}")
 
     def check_draft(self, *, has_draft: bool) -> None:
         """Raise ValueError if the arm needs a draft model and none is given."""
         if self.needs_draft and not has_draft:
-            raise self.spelling.error(f"{self._chosen} needs a draft model: name one with {self.spelling.key('draft')}")
+            raise self.notation.error(f"{self._chosen} needs a draft model: name one with {self.notation.key('draft')}")
 
     def check_head(self, target: str, *, ships_head: bool) -> None:
         """Raise ValueError if the arm needs a head, and neither names one nor has a target that comes with one."""
         if self.needs_shipped_head and not ships_head:
-            option, drafter = self.spelling.key("head"), self.spelling.key("drafter")
-            raise self.spelling.error(
+            option, drafter = self.notation.key("head"), self.notation.key("drafter")
+            raise self.notation.error(
                 f"no head comes with {target}: name the file of one with {option}, or choose another {drafter}"
             )
 
@@ -234,7 +234,7 @@ class ArmSpec:
         try:
             yield
         except ValueError as error:
-            raise self.spelling.error(error) from None
+            raise self.notation.error(error) from None
 
     # What it asks for.
 
@@ -312,12 +312,12 @@ class ArmSpec:
         return policy(self.policy, self.cache_tokens, **dict(self.settings)) if self.policy else KeepAll()
 
     def _option(self, key: str) -> str:
-        return self.spelling.key(key, getattr(self, key))
+        return self.notation.key(key, getattr(self, key))
 
     @property
     def _chosen(self) -> str:
         part, kind = ("drafter", self.drafter) if self.peer is None else ("peer", self.peer)
-        return self.spelling.kind(part, kind)
+        return self.notation.kind(part, kind)
 
 
 def drafter_kinds(entry: Mapping[str, Any]) -> list[str]:
@@ -330,7 +330,7 @@ def _without_none(**values: Any) -> dict[str, Any]:
 
 
 def _read_and_choose(
-    entry: Mapping[str, Any], known: Collection[str], spelling: Spelling, drafter_by_default: str
+    entry: Mapping[str, Any], known: Collection[str], notation: Notation, drafter_by_default: str
 ) -> ArmSpec:
     """Read a command's way to decode, and choose what drafts well where nothing is said.
 
@@ -349,27 +349,27 @@ def _read_and_choose(
     if kinds[0] == "lookup" and len(kinds) > 1 and entry.get("ngram") != 1:
         # A match of one token has little reason where another drafter can be asked.
         chosen["min_ngram"] = 2
-    spec = _read("", chosen | dict(entry), known, spelling)
+    spec = _read("", chosen | dict(entry), known, notation)
     spec.check_values()
     spec.check_draft(has_draft=spec.draft is not None)
     return spec
 
 
-def _read(name: str, entry: object, known: Collection[str], spelling: Spelling) -> ArmSpec:
+def _read(name: str, entry: object, known: Collection[str], notation: Notation) -> ArmSpec:
     if not isinstance(entry, Mapping):
-        raise spelling.error(f"its entry is {entry!r}: it must be a table of options")
+        raise notation.error(f"its entry is {entry!r}: it must be a table of options")
     if "peer" in entry and "peer" in known:
         if "policy" in entry:
-            raise spelling.error("it is transformers' own, which takes no policy: leave one of them out")
+            raise notation.error("it is transformers' own, which takes no policy: leave one of them out")
         known = ("peer", "quantize", "against", *PEERS.get(str(entry["peer"]), ()))
     others = [key for key in entry if key not in known]
     settings = [key for key in others if "policy" in entry and key not in TYPES and key.isidentifier()]
     if unknown := sorted(set(others) - set(settings)):
         keys = {"keys": ", ".join(unknown), "first": unknown[0], "known": ", ".join(known)}
-        raise spelling.error(spelling.unknown.format(**keys))
+        raise notation.error(notation.unknown.format(**keys))
     try:
         values = {key: typed(key, value) for key, value in entry.items()}
     except ValueError as error:
-        raise spelling.error(error) from None
+        raise notation.error(error) from None
     policy_settings = tuple((key, values.pop(key)) for key in settings)
-    return ArmSpec(name, settings=policy_settings, spelling=spelling, **values)
+    return ArmSpec(name, settings=policy_settings, notation=notation, **values)

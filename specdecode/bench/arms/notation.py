@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Spelling:
+class Notation:
     """How keys are written where an arm comes from.
 
     Attributes:
@@ -37,21 +37,21 @@ class Spelling:
         return ValueError(f"{self.arm}: {message}" if self.arm else str(message))
 
 
-def preset_spelling(arm: str) -> Spelling:
-    """Return the spelling of presets and run files. A draft model is not the arm's own there, but the session's."""
-    return Spelling(f"arm {arm!r}", renamed={"draft": "--draft"})
+def preset_notation(arm: str) -> Notation:
+    """Return the notation of presets and run files. A draft model is not the arm's own there, but the session's."""
+    return Notation(f"arm {arm!r}", renamed={"draft": "--draft"})
 
 
-COMMAND_LINE = Spelling(
+COMMAND_LINE = Notation(
     option="--{key}",
     choice="--{key} {value}",
     renamed={"shape": "tree", "cache": "max-cache", "draft_cache": "max-cache"},
 )
-"""The spelling of `specdecode generate`."""
+"""The notation of `specdecode generate`."""
 
-MODEL_ARGS = Spelling(
+MODEL_ARGS = Notation(
     option="{key}={value}",
     choice="{key}={value}",
     unknown="model_args has the unknown key {first!r}: choose from {known}",
 )
-"""The spelling of lm-eval's `--model_args`."""
+"""The notation of lm-eval's `--model_args`."""
