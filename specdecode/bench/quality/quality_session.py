@@ -74,6 +74,7 @@ class _Work:
         origins: of the documents.
         needles: which arm looks for a needle in a text of which length at which depth.
         problems: of all tasks.
+        questions: which problem is put to which arm, or to the reference.
         tasks: what the run's header says of the tasks; None if none are asked.
     """
 
@@ -85,6 +86,7 @@ class _Work:
     origins: list[str]
     needles: list[tuple[str, int, float]]
     problems: list[Problem]
+    questions: list[tuple[Problem, str]]
     tasks: TasksHeader | None
 
 
@@ -144,7 +146,7 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
     all_tokens = document_tokens + sum(length for _, length, _ in work.needles)
     with progress("tokens") as show:
         if plan.resume:
-            count = len(work.texts) + len(work.needles)
+            count = len(work.texts) + len(work.needles) + len(work.questions)
             show(0, 1, f"resuming: {len(pieces)} of {count} pieces are there")
         read = _read_documents(plan, work, pieces, lambda done, doing: show(done, all_tokens, doing))
         needles = _look_for_needles(
@@ -170,8 +172,10 @@ def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
     paths = {arm: make_decode_path(arm, entry, target, preset.k, backend) for arm, entry in installed.items()}
     grid = preset.needle
     needles = list(product([arm for arm in grid.arms if arm in paths], grid.lengths, grid.depths)) if grid else []
-    asked, tasks = _problems(preset, arms, target)
-    return _Work(arms, target, reference, paths, texts, origins, needles, asked, tasks)
+    all_problems, tasks = _problems(preset, arms, target)
+    asked = [arm for arm in paths if preset.tasks and arm in preset.tasks.arms]
+    questions = list(product(all_problems, [REFERENCE, *asked])) if asked else []
+    return _Work(arms, target, reference, paths, texts, origins, needles, all_problems, questions, tasks)
 
 
 def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple[list[Problem], TasksHeader | None]:
@@ -179,7 +183,7 @@ def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple
     grid = preset.tasks
     if grid is None or not set(grid.arms) & set(arms):
         return [], None
-    asked: list[Problem] = []
+    all_problems: list[Problem] = []
     origins, missing = [], {}
     for task, count in grid.problems.items():
         try:
@@ -187,9 +191,9 @@ def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple
         except NotAtHandError as error:
             missing[task] = str(error)
         else:
-            asked += of_task
+            all_problems += of_task
             origins.append(origin)
-    return asked, TasksHeader(**asdict(grid), origins=origins, missing=missing)
+    return all_problems, TasksHeader(**asdict(grid), origins=origins, missing=missing)
 
 
 def _header(plan: QualityPlan, work: _Work) -> QualityHeader:
@@ -256,23 +260,20 @@ def _look_for_needles(
 def _answers(plan: QualityPlan, work: _Work, pieces: Pieces) -> list[Answer]:
     """Return the answers to every problem: the reference's, and those of the arms that are asked."""
     grid = plan.preset.tasks
-    if grid is None or not work.problems:
+    if grid is None or not work.questions:
         return []
-    paths = {REFERENCE: work.reference} | {arm: path for arm, path in work.paths.items() if arm in grid.arms}
-    if len(paths) == 1:
-        return []
+    paths = {REFERENCE: work.reference, **work.paths}
     answers = []
-    questions = list(product(work.problems, paths))
     with progress("answers") as tell:
-        for number, (problem, arm) in enumerate(questions):
+        for number, (problem, arm) in enumerate(work.questions):
             name = f"{problem.id} {arm}"
-            tell(number, len(questions), name)
+            tell(number, len(work.questions), name)
 
             def ask(arm: str = arm, problem: Problem = problem) -> dict[str, Any]:
                 return asdict(answer(arm, paths[arm], problem, grid.max_new_tokens))
 
             answers.append(pieces.get(name, Answer, ask))
-            tell(number + 1, len(questions), name)
+            tell(number + 1, len(work.questions), name)
     return answers
 
 

@@ -398,7 +398,9 @@ def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("_no_hub")
-def test_answers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Guards against answers that are given twice, by another arm, or to another problem when a session goes on."""
     preset = tmp_path / "own.toml"
     preset.write_text(
@@ -428,7 +430,10 @@ def test_answers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(quality, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quality.measure(plan(tmp_path, **given), {"window"})
+    capfd.readouterr()
     again = quality.measure(plan(tmp_path, **given, resume=True), {"window"})
+    # One document and four answers.
+    assert "resuming: 3 of 5 pieces are there" in capfd.readouterr().err
     assert again.run == whole.run
     assert len(calls) == 3 + 2
     longer = quality.measure(plan(tmp_path, **given, max_new_tokens=9), {"window"})
