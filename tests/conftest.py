@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -14,6 +16,8 @@ import tests.helpers.fuzzing  # noqa: F401  registers a profile, which pytest's 
 
 # On a machine that was not set up for the tests they still tell something.
 _CHECKED = find_spec("beartype") is not None
+# Times, files and pages are tested here. Shapes are checked where the parts that compute them are tested.
+_UNCHECKED = [Path(__file__).parent / folder for folder in ("bench", "cli")]
 
 
 def pytest_report_header() -> str | None:
@@ -45,6 +49,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not (session.config.getoption("benchmark") or session.config.getoption("quality")):
         gc.collect()
         gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Check no shapes in folders where that takes time and finds nothing: in fixtures of modules neither."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", before or any(item.path.is_relative_to(part) for part in _UNCHECKED))
+    try:
+        return (yield)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -205,9 +205,9 @@ def test_a_text_is_whole_however_it_is_cut(
     taught.tokenizer.save_pretrained(tmp_path)
     arguments = ("generate", "so", "--target", str(tmp_path), "--dtype", "float64", "--max-new-tokens")
     for length, expected in ((3, " "), (4, " 日"), (5, " 日"), (6, " 日"), (7, " 日本"), (9, text)):
-        assert run(monkeypatch, *arguments, str(length)) == 0
+        assert exit_code(monkeypatch, *arguments, str(length)) == 0
         assert capfd.readouterr().out == expected + "\n"
-        assert run(monkeypatch, *arguments, str(length), "--json", "--logprobs") == 0
+        assert exit_code(monkeypatch, *arguments, str(length), "--json", "--logprobs") == 0
         row = json.loads(capfd.readouterr().out)
         assert (row["text"], row["tokens"]) == (expected, length)
         assert "".join(piece for piece, _ in row["logprobs"]) == expected

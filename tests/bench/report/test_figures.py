@@ -413,7 +413,7 @@ def test_the_command_says_what_it_drew_and_why_not_the_rest(
     assert [len(list((folder / "both" / name).iterdir())) for name in ("one", "two")] == [3, 3]
     assert "## t with d" in (tmp_path / "text.md").read_text()
     two.write_text("no run")
-    assert call(monkeypatch, two, one, "--figures", folder / "one") == 2
+    assert exit_code(monkeypatch, "report", two, one, "--figures", folder / "one") == 2
     assert [path.name for path in (folder / "one").iterdir()] == ["one"]
 
 

@@ -415,7 +415,7 @@ def test_files_that_are_no_runs_are_named_and_the_others_reported(
     other.write_text('{"name": "package", "version": 3}')
     empty.write_text("")
     files = map(str, (cut, a, other, gone, b, empty))
-    assert call(monkeypatch, *files, "--out", str(tmp_path / "report.md")) == 2
+    assert exit_code(monkeypatch, "report", *files, "--out", str(tmp_path / "report.md")) == 2
     told = capsys.readouterr()
     sentences = told.err.splitlines()
     assert [[file.name for file in (a, b, cut, other, gone, empty) if str(file) in line] for line in sentences] == [
@@ -429,12 +429,12 @@ def test_files_that_are_no_runs_are_named_and_the_others_reported(
     text = (tmp_path / "report.md").read_text()
     assert 0 < text.index("on abacus, preset quick") < text.index("on calculator, preset quick")
     # The page is named after the first that is a run.
-    assert call(monkeypatch, str(cut), str(a), "--format", "html") == 2
+    assert exit_code(monkeypatch, "report", str(cut), str(a), "--format", "html") == 2
     assert capsys.readouterr().out == f"report written to {tmp_path / 'a.html'}\n"
-    assert call(monkeypatch, str(cut), str(gone)) == 2
+    assert exit_code(monkeypatch, "report", str(cut), str(gone)) == 2
     assert capsys.readouterr().out == ""
     # What is wrong with all of them is said once.
-    assert call(monkeypatch, str(a), str(b), "--baseline", str(cut)) == 2
+    assert exit_code(monkeypatch, "report", str(a), str(b), "--baseline", str(cut)) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
