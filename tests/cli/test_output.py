@@ -16,14 +16,14 @@ from typing import Any, TextIO
 import pytest
 
 import specdecode
-from specdecode import cli
 from specdecode.bench.runs.file import run_json
 from specdecode.cli import generate
 from specdecode.cli.prompts import whole_text
-from tests.bench.report.test_recommend import LOOKUP, arm, kept
-from tests.bench.report.test_report import SPEEDUPS, content
+from tests.helpers.command_line import exit_code
 from tests.helpers.models import ARCHITECTURES, build
 from tests.helpers.root import ROOT
+from tests.helpers.run_contents import SPEEDUPS, run_content
+from tests.helpers.speed_runs import speed_arm, speed_run
 from tests.helpers.spelling import characters
 
 # Of them the ASCII of a plain terminal has three, and Windows' cp1252 seven.
@@ -39,9 +39,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, .
     shape = {"vocab_size": len(CHARACTERS), "eos_token_id": None, "initializer_range": 0.6}
     build(ARCHITECTURES["llama"] | shape).save_pretrained(model)
     characters(CHARACTERS).save_pretrained(model)
-    run.write_text(json.dumps(content(SPEEDUPS)))
-    identity = ("abacus", "модель", "d", "float32")
-    advised.write_text(json.dumps({"specdecode": run_json(kept(identity=identity, lookup=arm(1.5, LOOKUP)))}))
+    run.write_text(json.dumps(run_content(SPEEDUPS)))
+    lookup = speed_arm(1.5, {"drafter": "lookup", "k": 5})
+    run_of_lookup = speed_run(identity=("abacus", "модель", "d", "float32"), lookup=lookup)
+    advised.write_text(json.dumps({"specdecode": run_json(run_of_lookup)}))
     prompts.write_text('{"prompt": "日本"}\n{"prompt": "Äé"}\n')
     target = ("--target", str(model), "--device", "cpu", "--dtype", "float64", "--max-new-tokens", "40")
     return {
@@ -70,11 +71,9 @@ def call(commands: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) 
     def run(name: str, **streams: TextIO | None) -> int:
         for stream, replacement in streams.items():
             monkeypatch.setattr(sys, stream, replacement)
-        monkeypatch.setattr(sys, "argv", ["specdecode", *commands.get(name, (name,))])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
+        code = exit_code(monkeypatch, *commands.get(name, (name,)))
         opened.extend(getattr(sys, stream) for stream in streams)
-        return int(exit_.value.code or 0)
+        return code
 
     yield run
     for stream in opened:
@@ -257,12 +256,9 @@ def test_an_argument_that_is_no_text_is_told(
 ) -> None:
     """Guards against a traceback from inside a tokenizer, or from the message itself."""
     run = commands["report"][1]
-    monkeypatch.setattr(sys, "argv", ["specdecode", *(argument.format(run=run) for argument in arguments)])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
+    assert exit_code(monkeypatch, *(argument.format(run=run) for argument in arguments)) == 2
     err = capfd.readouterr().err
-    assert exit_.value.code == 2
     assert reason in err
     assert "Traceback" not in err
 
@@ -294,11 +290,8 @@ def test_a_file_is_known_to_be_unwritable_before_the_work(
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "taken.md").mkdir()
     names = {"file": tmp_path / "file", "folder": tmp_path, "run": commands["report"][1]}
-    monkeypatch.setattr(sys, "argv", ["specdecode", *(argument.format(**names) for argument in arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
+    assert exit_code(monkeypatch, *(argument.format(**names) for argument in arguments)) == 2
     err = capfd.readouterr().err
-    assert exit_.value.code == 2
     assert err.count("\n") == 1
     assert "cannot be written: " in err
     if "{file}" in arguments[-1]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import shutil
@@ -17,60 +16,14 @@ import pytest
 import yaml
 
 from specdecode.bench.gate.history import history
-from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
-from specdecode.bench.runs.file import read, run_json
-from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
+from specdecode.bench.runs.file import read
 from tests.helpers.browser import CHROMIUM, look_at
 from tests.helpers.command_line import exit_code
 from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.root import ROOT
+from tests.helpers.run_contents import IDENTITY, SPEEDUPS, run_content
 
 FORMATS = ("md", "html", "latex")
-PROMPTS = ("text/0", "text/1", "prose/0")
-IDENTITY = Identity("abacus-2-threads", "t", "d", "float32", "quick")
-SPEEDUPS = {"ar": 1.0, "linear": 2.0, "lookup": 1.3, "hf-generate": 0.9, "hf-assisted": 1.5}
-PEERS = {"ar": "hf-generate", "linear": "hf-assisted"}
-
-
-def content(
-    speedups: dict[str, float],
-    hardware: str = IDENTITY.hardware,
-    drafting: float = 0.3,
-    reason: str = "",
-    date: str = "2026-01-02",
-    **of_all: Any,
-) -> dict[str, Any]:
-    """A run file in which each arm has about one speedup; all but `ar` and transformers' arms draft three tokens."""
-    identity = Identity(hardware, "t", "d", "float32", "quick")
-    versions: dict[str, str | int] = {"torch": "2", "threads": 2}
-    around = {"before": {"load average": "0.1"}, "after": {"load average": "0.9"}}
-    header = Header(identity, 40, dict.fromkeys(PROMPTS, "x"), 0.01, 100.0, versions, around)
-    arms = {}
-    for arm, speedup in speedups.items():
-        rows = {}
-        for i, prompt in enumerate(PROMPTS):
-            log = math.log(speedup) + (0.02 * i if arm != "ar" else 0.0)
-            total = math.exp(-log)
-            counts: dict[str, float] = {"runs": 1, "tokens": 40, "steps": 20, "target_forwards": 20, "later_tokens": 30}
-            seconds = {"total": total, "ttft": 0.1 * total}
-            histograms = {}
-            if not arm.startswith("hf"):
-                parts = {"draft": drafting, "verify": 0.6, "overhead": 0.1}
-                seconds |= {name: share * total for name, share in parts.items()}
-                seconds |= {"later_draft": 0.2 * total, "later_verify": 0.5 * total}
-                histograms = {"accepted": [20], "depth": [20]}
-                if arm != "ar":
-                    counts |= {"drafted": 60, "accepted": 20}
-                    histograms = {"accepted": [8, 6, 4, 2], "depth": [0, 0, 0, 20]}
-            rows[prompt] = Row(log, RowCounts(**counts), RowSeconds(**seconds), Histograms(**histograms))
-        arms[arm] = ArmRecord(rows, against=PEERS.get(arm), peer=arm.startswith("hf"), **of_all)
-    run = RunFile(Path(), header, arms)
-    return {
-        "commit_info": {"id": "0123456789abcdef", "dirty": False},
-        "datetime": f"{date}T00:00:00",
-        "specdecode": {**run_json(run), "reason": reason},
-        "benchmarks": [],
-    }
 
 
 @pytest.fixture
@@ -94,7 +47,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.mark.parametrize("format_", FORMATS)
 def test_verdicts_come_before_speeds_and_failing_ones_first(report: Any, format_: str) -> None:
     """Guards against a regression that is told below the fold."""
-    text = report(format_, content(SPEEDUPS | {"lookup": 1.0}), content(SPEEDUPS))
+    text = report(format_, run_content(SPEEDUPS | {"lookup": 1.0}), run_content(SPEEDUPS))
     assert text.index("REGRESSED") < text.index("PASS") < text.index("tokens/s")
     assert "Judged by old.json" in text
 
@@ -102,7 +55,7 @@ def test_verdicts_come_before_speeds_and_failing_ones_first(report: Any, format_
 @pytest.mark.parametrize("format_", FORMATS)
 def test_every_arm_is_there_with_its_interval(report: Any, format_: str) -> None:
     """Guards against an arm that is dropped, or a speedup that is told without its uncertainty."""
-    text = report(format_, content(SPEEDUPS))
+    text = report(format_, run_content(SPEEDUPS))
     text = Page(text).text if format_ == "html" else text
     run = read(Path("new.json"))
     for arm in SPEEDUPS:
@@ -115,7 +68,7 @@ def test_every_arm_is_there_with_its_interval(report: Any, format_: str) -> None
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_slower_arm_is_told_with_what_made_it_slower(report: Any, format_: str) -> None:
     """Guards against a verdict that leaves its reader to search, and an HTML page that draws the blame of nothing."""
-    text = report(format_, content(SPEEDUPS | {"linear": 1.6}, drafting=0.5), content(SPEEDUPS))
+    text = report(format_, run_content(SPEEDUPS | {"linear": 1.6}, drafting=0.5), run_content(SPEEDUPS))
     if format_ == "html":
         page = Page(text)
         assert "Change of the time per token of linear, by cause" in page.drawings
@@ -133,14 +86,14 @@ def test_a_slower_arm_is_told_with_what_made_it_slower(report: Any, format_: str
 )
 def test_what_is_not_plain_is_marked(report: Any, format_: str, of_all: dict[str, Any], said: str) -> None:
     """Guards against a cost that is read as a speed, and a wrong output that is read as a fast one."""
-    text = report(format_, content(SPEEDUPS, **of_all))
+    text = report(format_, run_content(SPEEDUPS, **of_all))
     assert said in (Page(text).text if format_ == "html" else text)
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_what_a_lossy_arm_holds_and_how_long_it_writes_the_same_is_told(report: Any, format_: str) -> None:
     """Guards against memory that is saved in silence, and a text that differs without a word of how much."""
-    run = content(SPEEDUPS)
+    run = run_content(SPEEDUPS)
     linear = run["specdecode"]["arms"]["linear"]
     linear["lossy"], linear["rehearsal"] = True, {"weight_bytes": 163.64e6, "peak_bytes": 20.46e6}
     for row, agreed in zip(linear["rows"].values(), (40, 10, 25), strict=True):
@@ -156,10 +109,10 @@ def test_what_a_lossy_arm_holds_and_how_long_it_writes_the_same_is_told(report: 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_an_arm_that_is_never_right_has_no_figures(report: Any, format_: str) -> None:
     """Guards against "nan" in a table, and a report that fails on the run that needs it most."""
-    run = content(SPEEDUPS)
+    run = run_content(SPEEDUPS)
     linear = run["specdecode"]["arms"]["linear"]
     linear["rows"], linear["bugs"] = {}, 3
-    text = report(format_, run, content(SPEEDUPS))
+    text = report(format_, run, run_content(SPEEDUPS))
     text = Page(text).text if format_ == "html" else text
     assert "WRONG" in text
     assert "nan" not in text
@@ -168,7 +121,7 @@ def test_an_arm_that_is_never_right_has_no_figures(report: Any, format_: str) ->
 @pytest.mark.parametrize("format_", FORMATS)
 def test_another_machines_baseline_is_told_in_words(report: Any, format_: str) -> None:
     """Guards against times of two machines in one verdict."""
-    text = report(format_, content(SPEEDUPS), content(SPEEDUPS, hardware="calculator"))
+    text = report(format_, run_content(SPEEDUPS), run_content(SPEEDUPS, hardware="calculator"))
     text = Page(text).text if format_ == "html" else text.replace("\\_", "_")
     assert "WRONG_HARDWARE" in text
     assert "the baseline is of calculator and this is abacus-2-threads" in text
@@ -178,7 +131,7 @@ def test_another_machines_baseline_is_told_in_words(report: Any, format_: str) -
 @pytest.mark.parametrize("format_", FORMATS)
 def test_what_is_not_judged_is_no_pass(report: Any, format_: str) -> None:
     """Guards against counters that follow the clock, of which nothing is known, told as good."""
-    text = report(format_, content({"ar": 1.0}, timed=True), content({"ar": 1.0}))
+    text = report(format_, run_content({"ar": 1.0}, timed=True), run_content({"ar": 1.0}))
     text = Page(text).text if format_ == "html" else text.replace("\\_", "_")
     assert text.count("NOT_JUDGED") == 1
     assert "its time is judged" in text
@@ -187,7 +140,7 @@ def test_what_is_not_judged_is_no_pass(report: Any, format_: str) -> None:
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_run_without_a_baseline_says_so(report: Any, format_: str) -> None:
     """Guards against silence that is read as a pass."""
-    text = report(format_, content(SPEEDUPS))
+    text = report(format_, run_content(SPEEDUPS))
     assert "nothing was judged" in text
     assert "PASS" not in text
 
@@ -196,18 +149,18 @@ def test_the_baseline_is_found_by_the_runs_identity(report: Any) -> None:
     """Guards against a report that says less than the gate, which finds its baseline by itself."""
     file = Path("baselines") / IDENTITY.file
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(content(SPEEDUPS, reason="the first")))
-    text = report("md", content(SPEEDUPS))
+    file.write_text(json.dumps(run_content(SPEEDUPS, reason="the first")))
+    text = report("md", run_content(SPEEDUPS))
     assert f"Judged by {file}, of 2026-01-02: the first." in text
     assert "| PASS | linear | time |" in text
 
 
 def test_html_takes_hostile_names_for_text(report: Any) -> None:
     """Guards against a run file that brings its own elements into the page."""
-    run = content(SPEEDUPS | dict.fromkeys(HOSTILE, 1.5), reason=HOSTILE[0])
+    run = run_content(SPEEDUPS | dict.fromkeys(HOSTILE, 1.5), reason=HOSTILE[0])
     run["specdecode"]["versions"][HOSTILE[0]] = run["specdecode"]["conditions"]["after"]["load average"] = HOSTILE[0]
     run["specdecode"]["identity"]["target"] = HOSTILE[0]
-    text = report("html", run, content(SPEEDUPS, reason=HOSTILE[0]))
+    text = report("html", run, run_content(SPEEDUPS, reason=HOSTILE[0]))
     page = Page(text)
     assert not {"script", "img"} & set(page.tags)
     assert HOSTILE[0] in page.text
@@ -218,7 +171,7 @@ def test_html_takes_hostile_names_for_text(report: Any) -> None:
 
 def test_markdown_takes_hostile_names_for_text(report: Any) -> None:
     """Guards against a name that ends its cell, opens an element, or becomes a link."""
-    text = report("md", content(SPEEDUPS | dict.fromkeys(HOSTILE, 1.5)))
+    text = report("md", run_content(SPEEDUPS | dict.fromkeys(HOSTILE, 1.5)))
     assert "<" not in text
     assert "](" not in text
     assert "a\\|b\\`c\\`\\*d\\*[e]\\(f)\\\\\\|" in text
@@ -231,7 +184,7 @@ def test_markdown_takes_hostile_names_for_text(report: Any) -> None:
 
 def test_latex_takes_hostile_names_for_text(report: Any) -> None:
     """Guards against a table that does not compile, or a name that is a command."""
-    text = report("latex", content(SPEEDUPS | dict.fromkeys([*HOSTILE, "\\input{x}", "naïve τ 中"], 1.5)))
+    text = report("latex", run_content(SPEEDUPS | dict.fromkeys([*HOSTILE, "\\input{x}", "naïve τ 中"], 1.5)))
     assert "\n50\\%\\_x\\&\\#y\\{\\}\\$\\textbackslash{}\\textasciitilde{}\\textasciicircum{} & " in text
     assert "\n\\textbackslash{}input\\{x\\} & " in text
     assert "\n{}[0] new line & " in text  # a row's end takes what is in brackets for its argument
@@ -243,7 +196,7 @@ def test_latex_takes_hostile_names_for_text(report: Any) -> None:
 def test_latex_compiles(report: Any, tmp_path: Path) -> None:
     """Guards against what only TeX itself knows of."""
     arms = SPEEDUPS | dict.fromkeys([*HOSTILE, "naïve τ 中"], 1.5)
-    report("latex", content(arms), content(arms | {"linear": 3.0}))
+    report("latex", run_content(arms), run_content(arms | {"linear": 3.0}))
     packages = (tmp_path / "out.latex").read_text().splitlines()[0].removeprefix("% ")
     document = f"\\documentclass{{article}}{packages}\\begin{{document}}\\input{{out.latex}}\\end{{document}}"
     (tmp_path / "paper.tex").write_text(document)
@@ -255,7 +208,7 @@ def test_latex_compiles(report: Any, tmp_path: Path) -> None:
 
 def test_html_is_one_file_that_asks_for_no_other(report: Any) -> None:
     """Guards against a page that is empty offline, or tells others who reads it."""
-    text = report("html", content(SPEEDUPS), content(SPEEDUPS))
+    text = report("html", run_content(SPEEDUPS), run_content(SPEEDUPS))
     for outside in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link"):
         assert outside not in text
     assert '<html lang="en">' in text
@@ -264,7 +217,7 @@ def test_html_is_one_file_that_asks_for_no_other(report: Any) -> None:
 
 def test_every_drawing_has_a_name_and_a_method_one_colour(report: Any) -> None:
     """Guards against a plot that only eyes can read, and a colour that means another arm in the next plot."""
-    drawings = Page(report("html", content(SPEEDUPS))).drawings
+    drawings = Page(report("html", run_content(SPEEDUPS))).drawings
     for arm in SPEEDUPS:
         assert f"Speedup of {arm} over ar" in drawings
     assert {title for title in drawings if "Acceptance" in title} == {"Acceptance of linear", "Acceptance of lookup"}
@@ -285,13 +238,13 @@ def blessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git("init", "--quiet")
     file = Path("baselines") / IDENTITY.file
     file.parent.mkdir(parents=True)
-    other_format = content(SPEEDUPS)
+    other_format = run_content(SPEEDUPS)
     other_format["specdecode"]["format"] = 1
     before = file.with_name("before.json")
     for place, run in (
         (before, other_format),
-        (before, content(SPEEDUPS | {"linear": 1.7}, reason="the first", date="2026-01-01")),
-        (file, content(SPEEDUPS | {"linear": 1.9}, reason="packed linears", date="2026-02-01")),
+        (before, run_content(SPEEDUPS | {"linear": 1.7}, reason="the first", date="2026-01-01")),
+        (file, run_content(SPEEDUPS | {"linear": 1.9}, reason="packed linears", date="2026-02-01")),
     ):
         if place is file:
             git("mv", str(before), str(file))
@@ -313,7 +266,7 @@ def test_history_is_what_git_knows_of_the_baseline(blessed: Path) -> None:
 @pytest.mark.parametrize("format_", ["md", "html"])
 def test_history_is_in_the_report(blessed: Path, report: Any, format_: str) -> None:
     """Guards against a course of speedups without its reasons, and a run that is told twice once it is blessed."""
-    text = report(format_, content(SPEEDUPS, date="2026-03-01"))
+    text = report(format_, run_content(SPEEDUPS, date="2026-03-01"))
     for word in ("the first", "packed linears", "this run", "2026-01-01", "2026-03-01", "0123456789"):
         assert word in text
     assert ("Speedup of lookup over ar, run by run" in text) == (format_ == "html")
@@ -328,12 +281,12 @@ def test_without_git_there_is_no_history(
     """Guards against a report that needs a repository, or git."""
     assert history(tmp_path / "nothing.json").runs == []
     monkeypatch.setattr(shutil, "which", lambda program: None)
-    assert "No history: git knows no earlier" in report("md", content(SPEEDUPS))
+    assert "No history: git knows no earlier" in report("md", run_content(SPEEDUPS))
 
 
 def test_the_command_measures_the_same_again(report: Any) -> None:
     """Guards against a number that nobody can check."""
-    found = re.search(r"pytest --benchmark .*", Page(report("html", content(SPEEDUPS))).text)
+    found = re.search(r"pytest --benchmark .*", Page(report("html", run_content(SPEEDUPS))).text)
     assert found
     assert {
         *("--target=t", "--draft=d", "--dtype=float32", "--preset=quick", "--device=cpu"),
@@ -347,7 +300,7 @@ def test_the_command_measures_the_same_again(report: Any) -> None:
 )
 def test_the_command_has_the_options_that_made_another_experiment(preset: str, given: str, report: Any) -> None:
     """Guards against a command that measures hours for what a tiny run did in seconds."""
-    run = content(SPEEDUPS)
+    run = run_content(SPEEDUPS)
     run["specdecode"]["identity"]["preset"] = preset
     text = report("md", run)
     assert f" {given} " in text
@@ -360,7 +313,7 @@ def test_html_goes_beside_the_run_and_folders_are_made(
 ) -> None:
     """Guards against a page on the terminal, and a report that is lost for want of a folder."""
     run = tmp_path / "run.json"
-    run.write_text(json.dumps(content(SPEEDUPS)))
+    run.write_text(json.dumps(run_content(SPEEDUPS)))
     assert exit_code(monkeypatch, "report", str(run), "--format", "html") == 0
     assert capsys.readouterr().out == f"report written to {tmp_path / 'run.html'}\n"
     assert exit_code(monkeypatch, "report", str(run), "--out", str(tmp_path / "a" / "b" / "run.md")) == 0
@@ -376,7 +329,7 @@ def test_several_runs_are_told_one_after_the_other(
 ) -> None:
     """Guards against a report of several runs that has lost one, or two pages in one file."""
     for hardware in ("abacus", "calculator"):
-        (tmp_path / hardware).write_text(json.dumps(content(SPEEDUPS, hardware=hardware)))
+        (tmp_path / hardware).write_text(json.dumps(run_content(SPEEDUPS, hardware=hardware)))
     runs = [str(tmp_path / "abacus"), str(tmp_path / "calculator")]
     assert exit_code(monkeypatch, "report", *runs, "--format", format_, "--out", str(tmp_path / "out")) == 0
     text = (tmp_path / "out").read_text()
@@ -391,7 +344,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
 ) -> None:
     """Guards against a traceback, and a report on half a file."""
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
-    good.write_text(json.dumps(content(SPEEDUPS)))
+    good.write_text(json.dumps(run_content(SPEEDUPS)))
     if case != "not there":
         bad.write_text(good.read_text()[:300])
     options = {"bad baseline": (good, "--baseline", bad), "unwritable": (good, "--out", bad / "report.md")}
@@ -409,8 +362,8 @@ def test_files_that_are_no_runs_are_named_and_the_others_reported(
     that takes the rest for all."""
     names = ("a", "b", "cut", "other", "gone", "empty")
     a, b, cut, other, gone, empty = (tmp_path / f"{name}.json" for name in names)
-    a.write_text(json.dumps(content(SPEEDUPS, hardware="abacus")))
-    b.write_text(json.dumps(content(SPEEDUPS, hardware="calculator")))
+    a.write_text(json.dumps(run_content(SPEEDUPS, hardware="abacus")))
+    b.write_text(json.dumps(run_content(SPEEDUPS, hardware="calculator")))
     cut.write_text(a.read_text()[:300])
     other.write_text('{"name": "package", "version": 3}')
     empty.write_text("")
@@ -441,7 +394,7 @@ def test_files_that_are_no_runs_are_named_and_the_others_reported(
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     """Guards against seconds of loading, and a report that cannot be made where nothing can be measured."""
     run = tmp_path / "run.json"
-    run.write_text(json.dumps(content(SPEEDUPS)))
+    run.write_text(json.dumps(run_content(SPEEDUPS)))
     code = (
         "import sys; from specdecode import cli\n"
         "try: cli.main()\n"
@@ -459,7 +412,7 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
 )
 def test_a_browser_shows_the_page(blessed: Path, report: Any, tmp_path: Path, scheme: str, width: int) -> None:
     """Guards against a page that scrolls sideways on a phone, is dark on dark, squeezes names, or asks for more."""
-    page = report("html", content(SPEEDUPS | {"a-very-long-name-" * 6: 1.1, "linear": 1.5}, drafting=0.6))
+    page = report("html", run_content(SPEEDUPS | {"a-very-long-name-" * 6: 1.1, "linear": 1.5}, drafting=0.6))
     seen = look_at(page, scheme, width, tmp_path)
     assert seen["scroll"] <= width
     assert seen["arm"] > 120
