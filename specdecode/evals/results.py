@@ -408,14 +408,21 @@ def _header(entry: dict[str, Any]) -> QualityHeader:
     )
 
 
+def _task(name: str) -> str:
+    """Check the name of a task."""
+    if name not in TASKS:
+        raise ValueError(f"it has a task {name[:40]!r}, and there are {', '.join(TASKS)}")
+    return name
+
+
 def _tasks(entry: dict[str, Any]) -> TasksHeader:
     problems, missing = mapping(entry["problems"], "problems"), mapping(entry["missing"], "missing")
     return TasksHeader(
-        problems={task: count(problems, task) for task in problems},
+        problems={_task(task): count(problems, task) for task in problems},
         max_new_tokens=count(entry, "max_new_tokens", least=1),
         arms=texts(entry["arms"], "arms"),
         origins=texts(entry["origins"], "origins"),
-        missing={task: text(missing, task) for task in missing},
+        missing={_task(task): text(missing, task) for task in missing},
     )
 
 
@@ -485,4 +492,5 @@ def given_answer(entry: dict[str, Any]) -> Answer:
         ValueError: a value is wrong.
     """
     names = ("arm", "task", "problem", "wrong", "text")
+    _task(text(entry, "task"))
     return Answer(**{name: text(entry, name) for name in names}, tokens=count(entry, "tokens"))
