@@ -137,6 +137,7 @@ def test_prompts_come_by_either_name(unchecked: None) -> None:
             ({"input_ids": IDS[:0]}, r"input_ids has shape \(0, 14\)"),
             ({"input_ids": IDS.double()}, r"dtype torch.float64"),
             ({"input_ids": IDS[:, :0]}, "the prompt is empty"),
+            ({"input_ids": torch.tensor([[0, 0], [5, 6]])}, "prompt 0 of 2: the prompt is empty"),
             ({"input_ids": IDS, "attention_mask": MASK.tolist()}, "attention_mask is a list"),
             ({"input_ids": IDS, "attention_mask": MASK[:, :4]}, r"attention_mask is of shape \(1, 4\)"),
         ]:

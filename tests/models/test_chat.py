@@ -6,7 +6,7 @@ import pytest
 
 from specdecode import LM
 from tests.helpers.models import ARCHITECTURES, build
-from tests.helpers.spelling import characters
+from tests.helpers.spelling import characters, pieces
 
 END = characters().convert_tokens_to_ids("b")
 
@@ -31,3 +31,14 @@ def test_a_text_ends_at_what_the_checkpoint_and_the_tokenizer_declare(
     assert LM(model, tokenizer).stop_token_ids == alone  # a tokenizer that ends no text
     tokenizer.eos_token = "b"
     assert LM(model, tokenizer).stop_token_ids == with_tokenizer
+
+
+def test_a_chat_begins_once() -> None:
+    """Guards against two tokens that begin a text, one of the template's and one of the tokenizer's."""
+    tokenizer = pieces(["hello"])
+    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    target = LM(build(ARCHITECTURES["llama"] | {"vocab_size": len(tokenizer)}), tokenizer)
+    assert target.encode("hello").count(tokenizer.bos_token_id) == 1
+    chat = target.encode("hello", chat=True)
+    assert chat[0] == tokenizer.bos_token_id
+    assert chat.count(tokenizer.bos_token_id) == 1
