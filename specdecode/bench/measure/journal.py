@@ -61,7 +61,9 @@ class Journal:
 
     def _read(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         # What stands behind the last line break was cut off.
-        lines = read_text(self.path).split("\n")[:-1] or ["{}"]
+        lines = read_text(self.path).split("\n")[:-1]
+        if not lines:
+            raise ValueError(f"{self.path} is empty: it cannot be resumed; leave out --resume to start anew")
         objects = [self._object(line, number) for number, line in enumerate(lines, start=1)]
         before = objects[0]
         if changed := [name for name in values if before.get(name) != json.loads(json.dumps(values[name]))]:

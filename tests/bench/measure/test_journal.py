@@ -199,6 +199,17 @@ def test_a_line_that_is_no_block_is_told(tmp_path: Path) -> None:
         Journal(path, WHAT, resume=True).blocks()
 
 
+@pytest.mark.parametrize("content", [b"", b'{"run": 1'])
+def test_a_journal_without_a_line_is_told_to_be_empty(tmp_path: Path, content: bytes) -> None:
+    """Guards against a journal that a crash left empty, and that is told to be of another run."""
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.jsonl is empty: it cannot be resumed; leave out --resume"):
+        Journal(path, {"run": 1}, resume=True)
+    assert path.read_bytes() == content
+    assert Journal(path, {"run": 1}, resume=False).pieces == []
+
+
 def test_a_journal_on_a_full_disk_is_told(tmp_path: Path) -> None:
     """Guards against a traceback after hours, and blocks that were there and cannot be gone on with."""
     path = tmp_path / "run.jsonl"
