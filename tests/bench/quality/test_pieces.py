@@ -31,8 +31,8 @@ def test_damaged_pieces_are_refused_or_read_back(tmp_path: Path, file: Damage) -
     except (ValueError, TypeError):
         lines = [file.content]
     path.write_bytes(b"".join(line + b"\n" for line in [b"{}", *lines]))
-    begins = (f"{path} is not whole", f"{path} is damaged at", "line 2 of", "line 3 of", "line 4 of")
-    taken(lambda: _read_back(path), *begins)
+    lines = (f"line {number} of {path} is damaged" for number in range(2, 6))
+    taken(lambda: _read_back(path), f"{path} is not whole", f"{path} is damaged at", *lines)
 
 
 def _read_back(path: Path) -> None:
