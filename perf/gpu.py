@@ -28,8 +28,9 @@ from rich.console import Console
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.markdown import markdown_table
 from specdecode.bench.runs.file import read
+from specdecode.cli.output import standard_streams
 from specdecode.cli.report import Format, report
-from specdecode.support.files import write_whole
+from specdecode.support.files import check_writable, write_whole
 
 ROOT = Path(__file__).parents[1]
 TESTS = (
@@ -272,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory() as runs:
         try:
+            check_writable(options.output / "gpu.json")
             chosen = steps(options.device, options.tiny, Path(runs), options.steps)
         except ValueError as error:
             parser.error(str(error))
@@ -281,10 +283,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             sys.stderr.write(f"\nInterrupted. {options.output / 'gpu.json'} holds the steps that were finished.\n")
             return 130
+        except ValueError as error:  # a file that cannot be written any more, as on a full disk
+            sys.stderr.write(f"{error}\n")
+            return 2
     return int(any(outcome.outcome == "failed" for outcome in outcomes))
 
 
 if __name__ == "__main__":
     # Whoever ends this process must not leave a step behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

@@ -98,13 +98,16 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
 
 
 def test_what_cannot_be_begun_is_told_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against eight steps that all fail for want of a GPU, and a step that is misspelt and left out."""
+    """Guards against eight steps that all fail for want of a GPU or a folder, and a step that is misspelt and left
+    out."""
+    (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, reason in (
         ([], "finds no GPU here"),
         (["--device", "cpu", "--steps", "gpo"], "named 'gpo': choose"),
+        (["--device", "cpu", "--output", str(tmp_path / "file")], "cannot be written: "),
     ):
         with pytest.raises(SystemExit) as exit_:
             gpu.main(arguments)

@@ -54,13 +54,9 @@ def say(text: str, end: str = "\n") -> None:
         BrokenPipeError: nobody reads it any more.
         ValueError: it cannot be written for another reason.
     """
-    try:
+    with _output():
         sys.stdout.write(text + end)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise _unwritable(error) from None
 
 
 def say_json(value: Any) -> None:
@@ -71,10 +67,19 @@ def say_json(value: Any) -> None:
 
 def say_tables(*tables: RenderableType, **how: Any) -> None:
     """Write tables and texts, as rich's `Console.print`."""
-    console = Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH)
-    with console.capture() as rendered:
-        console.print(*tables, **how)
-    say(rendered.get(), end="")
+    with _output():
+        Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH).print(*tables, **how)
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Say in one sentence that the standard output cannot be written; a reader that went away is another matter."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritable(error) from None
 
 
 def _unwritable(error: OSError) -> ValueError:

@@ -186,17 +186,23 @@ def process(arguments: tuple[str | bytes, ...], stdout: Any, **environment: str)
     )
 
 
-def test_a_process_ends_as_it_says(commands: dict[str, tuple[str, ...]]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("name", ["report", "gate"])
+def test_a_process_ends_as_it_says(commands: dict[str, tuple[str, ...]], name: str, unbuffered: str) -> None:
     """Guards against what Python itself says of a stream when it ends, with exit code 120."""
     with open("/dev/full", "wb") as full:
-        done = process(commands["report"], full)
+        done = process(commands[name], full, PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
     assert done.stderr.startswith(b"specdecode: the standard output cannot be written")
     reading, writing = os.pipe()
     os.close(reading)
-    done = process(commands["report"], writing)
+    done = process(commands[name], writing, PYTHONUNBUFFERED=unbuffered)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_plain_locale_is_no_fault(commands: dict[str, tuple[str, ...]]) -> None:
+    """Guards against a report that only the tests' own encoding can write."""
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
     done = process(commands["report"], subprocess.PIPE, **ascii_only)
     assert (done.returncode, done.stderr) == (0, b"")
