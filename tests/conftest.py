@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tests.helpers.fuzzing  # noqa: F401  registers a profile, which pytest's option may name
+from specdecode.bench.command_line import value_of
 
 # On a machine that was not set up for the tests they still tell something.
 _CHECKED = find_spec("beartype") is not None
@@ -30,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     pytest reads this file even if only another suite is to run. That one measures what users run: unchecked, and with
     all threads.
     """
-    if config.getoption("benchmark") or config.getoption("quality"):
+    if value_of(config, "benchmark") or value_of(config, "quality"):
         return
     if _CHECKED:
         from tests.helpers import typecheck
@@ -39,14 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
     from tests.helpers import models
 
-    models.DEVICE = config.getoption("device") or models.DEVICE
+    models.DEVICE = value_of(config, "device") or models.DEVICE
     # The models are so small that a second thread only costs.
     torch.set_num_threads(1)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Each timed call collects garbage before it, and would look through all that is imported by now."""
-    if not (session.config.getoption("benchmark") or session.config.getoption("quality")):
+    if not (value_of(session.config, "benchmark") or value_of(session.config, "quality")):
         gc.collect()
         gc.freeze()
 

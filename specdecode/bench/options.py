@@ -1,8 +1,9 @@
-"""The options of a session, as the command line gives them."""
+"""The options of a session."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -11,7 +12,9 @@ class Options:
     """What `pytest --help` lists; None where the preset or the hardware decides.
 
     Attributes:
-        root: folder of the repository, with `baselines/` and `results/`.
+        root: folder of the repository, with `results/` in it.
+        baselines: folder of the baselines; below `root` if it is relative.
+        tolerances: share by which the time of an arm may be worse, where it differs from `tolerance`.
     """
 
     root: Path
@@ -29,5 +32,7 @@ class Options:
     resume: bool = False
     gate: str = "on"
     tolerance: float | None = None
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    baselines: str = "baselines"
     baseline: str | None = None
     against: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,9 @@ class Plan:
         against: the commit that the working tree is measured against, if there is one.
         baseline: the run to judge by; None with `against`, and where there is none for these models.
         compared_arms: the arms that the baseline or the other commit has.
+        baselines: folder of the baselines; below `root` if it is relative.
         tolerance: share by which a time may be worse.
+        tolerances: the same by arm, where it is another.
         gate: which verdicts fail the session: a key of `gate.verdicts.FAILING`.
     """
 
@@ -89,7 +91,9 @@ class Plan:
     against: str | None
     baseline: RunFile | None
     compared_arms: list[str]
+    baselines: Path
     tolerance: float
+    tolerances: Mapping[str, float]
     gate: str
 
     @property
@@ -159,6 +163,8 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
         against=options.against,
         baseline=old,
         compared_arms=compared,
+        baselines=Path(options.baselines),
+        tolerances=options.tolerances,
         tolerance=tolerance_of(options.tolerance, TOLERANCE if options.against is None else AGAINST_TOLERANCE),
         gate=options.gate,
     )
@@ -200,4 +206,4 @@ def _check_against(options: Options) -> None:
 def _baseline(options: Options, identity: Identity) -> RunFile | None:
     if options.baseline:
         return read(Path(options.baseline))
-    return find(identity, options.root / "baselines")
+    return find(identity, options.root / options.baselines)

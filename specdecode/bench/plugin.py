@@ -1,6 +1,7 @@
 """The pytest plugin: `--benchmark` measures every arm of a preset, and replays the times through pytest-benchmark.
 
-Importing it is cheap: torch is imported when a suite is collected, and a model loaded when its first test runs.
+Without `--benchmark` or `--quality` it does nothing. Importing it is cheap: torch is imported when a suite is
+collected, and a model loaded when its first test runs.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from functools import partial
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
 
-from specdecode.bench.options import Options
+from specdecode.bench.command_line import add_options, options_of, value_of
 from specdecode.support.files import check_writable, is_device, writing
 
 if TYPE_CHECKING:
@@ -27,7 +28,19 @@ if TYPE_CHECKING:
     from specdecode.bench.quality.quality_session import JudgedQualityRun
     from specdecode.models.lm import LM
 
-_SUITES = {"benchmark": "perf", "quality": "quality"}
+
+def _suite_folder(suite: str) -> Path:
+    """Return where a suite is: in the package, or in the checkout that the package is part of."""
+    package = Path(str(files("specdecode")))
+    installed = package / "suites" / suite
+    return installed if installed.is_dir() else package.parent / suite
+
+
+_ENTRY_POINT = "specdecode"
+"""Name of this plugin where it is installed: then pytest loads it before those of conftest.py files."""
+
+_SUITES = {"benchmark": _suite_folder("perf"), "quality": _suite_folder("quality")}
+"""Folders of the suites, by the options that run them."""
 
 _PAGE = "GITHUB_STEP_SUMMARY"
 """Environment variable: the file of a job's summary on GitHub."""
@@ -40,61 +53,18 @@ _QUALITY_RUN: pytest.StashKey[JudgedQualityRun] = pytest.StashKey()
 _ROWS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("specdecode")
-    defaults = Options(root=Path())
-    group.addoption("--benchmark", action="store_true", help="measure speed: run the suite in perf/")
-    group.addoption("--quality", action="store_true", help="measure quality: run the suite in quality/")
-    group.addoption(
-        "--preset",
-        default=defaults.preset,
-        help=f"arms, prompts and lengths: a name or a .toml file [{defaults.preset}]",
-    )
-    group.addoption(
-        "--target", default=defaults.target, help=f"target model, as specdecode.load takes it [{defaults.target}]"
-    )
-    group.addoption(
-        "--draft", default=None, help="draft model; 'layers:0-9,29' takes these layers of the target [a subset of them]"
-    )
-    group.addoption("--device", default=None, help="cpu, cuda, cuda:1 ... [the first GPU, else the CPU]")
-    group.addoption("--dtype", default=None, help="float32, float16, bfloat16 [float32 on a CPU, float16 on a GPU]")
-    group.addoption(
-        "--backend",
-        default=defaults.backend,
-        help=f"how our forwards run: eager, packed, compile, graph or auto, the fastest here [{defaults.backend}]",
-    )
-    group.addoption("--max-new-tokens", type=int, default=None, help="length of every output [as the preset says]")
-    group.addoption(
-        "--prompts",
-        default=None,
-        help="data sets as NAME[/CATEGORY][@TOKENS][:COUNT]: humaneval:4,spec-bench:13,spec-bench/qa:2,prose@20:all"
-        " [as the preset says]",
-    )
-    group.addoption(
-        "--eos",
-        action="store_true",
-        help="end outputs at the target's stop tokens [off: every output has the asked length]",
-    )
-    group.addoption(
-        "--tiny",
-        action="store_true",
-        help="rehearse the preset in seconds: the smallest models, texts and caches",
-    )
-    group.addoption("--repeats", type=int, default=None, help="blocks for each prompt [as the preset says]")
-    group.addoption("--resume", action="store_true", help="go on with the blocks that an interrupted run finished")
-    group.addoption(
-        "--gate",
-        default=defaults.gate,
-        choices=["on", "off", "strict"],
-        help=f"fail on REGRESSED and MISSING, on nothing, or on all but PASS and IMPROVED [{defaults.gate}]",
-    )
-    group.addoption(
-        "--tolerance", type=float, default=None, help="share by which a time may be worse [0.05; 0.02 with --against]"
-    )
-    group.addoption("--baseline", default=None, help="run file to judge by [the one for this hardware in baselines/]")
-    group.addoption(
-        "--against", default=None, help="measure the working tree and this commit side by side, and judge by that"
-    )
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add the options, if a conftest.py brings this plugin: then all others have added theirs."""
+    if not pluginmanager.has_plugin(_ENTRY_POINT):
+        add_options(parser)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(early_config: pytest.Config, parser: pytest.Parser) -> Iterator[None]:
+    """Add the options behind those of all other plugins and of conftest.py files, if the plugin is installed."""
+    yield
+    if early_config.pluginmanager.has_plugin(_ENTRY_POINT):
+        add_options(parser)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -103,17 +73,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
     This comes before the other plugins' turn: pytest-xdist would start its processes.
     """
-    chosen = [suite for option, suite in _SUITES.items() if config.getoption(option)]
+    chosen = [suite for option, suite in _SUITES.items() if value_of(config, option)]
     if not chosen:
         return
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        config.args = [str(config.rootpath / suite) for suite in chosen]
+        config.args = list(map(str, chosen))
     with _one_sentence():
         _check_processes(config)
-        if config.getoption("benchmark"):
+        if value_of(config, "benchmark"):
             _check_pytest_benchmark(config)
         # These are opened when all is measured, and one that cannot be written would cost the run.
-        if config.getoption("benchmark") and (option := config.getoption("benchmark_json", None)):
+        if value_of(config, "benchmark") and (option := config.getoption("benchmark_json", None)):
             file = Path(option if isinstance(option, os.PathLike) else option.name)
             check_writable(file)
             if not is_device(file):
@@ -192,7 +162,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out a suite that is not asked for: it takes minutes."""
     for option, suite in _SUITES.items():
-        if collection_path == config.rootpath / suite and not config.getoption(option):
+        if collection_path == suite and not value_of(config, option):
             return True
     return None
 
@@ -201,20 +171,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection(session: pytest.Session) -> None:
     """Resolve the options, once for all that follows."""
     config = session.config
-    if not any(config.getoption(option) for option in _SUITES):
+    if not any(value_of(config, option) for option in _SUITES):
         return
     from specdecode.bench.plan import resolve, resolve_setup
     from specdecode.bench.quality.plan import resolve_quality
 
-    names = [field.name for field in fields(Options) if field.name != "root"]
-    options = Options(root=config.rootpath, **{name: config.getoption(name) for name in names})
     with _one_sentence():
+        options = options_of(config)
         config.stash[_SETUP] = setup = resolve_setup(options)
         files: list[Path] = []
-        if config.getoption("benchmark"):
+        if value_of(config, "benchmark"):
             config.stash[_PLAN] = plan = resolve(options, setup)
             files += [plan.journal] if plan.against is None else []
-        if config.getoption("quality"):
+        if value_of(config, "quality"):
             config.stash[_QUALITY_PLAN] = quality_plan = resolve_quality(options, setup)
             files += [quality_plan.file, quality_plan.journal]
         for file in files:
@@ -224,7 +193,7 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a test for each arm and verdict of the plans."""
     config, wanted = metafunc.config, set(metafunc.fixturenames)
-    if config.getoption("quality") and "cost" in wanted:
+    if value_of(config, "quality") and {"cost", "quality_run"} <= wanted:
         from specdecode.evals.results import MEASURES
 
         preset = config.stash[_QUALITY_PLAN].preset
@@ -232,9 +201,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if preset.tasks is not None:
             costs += product(preset.tasks.arms, preset.tasks.problems)
         metafunc.parametrize("cost", costs, ids=["-".join(pair) for pair in costs])
-    if config.getoption("benchmark") and "arm" in wanted:
+    if value_of(config, "benchmark") and {"arm", "speed_run"} <= wanted:
         metafunc.parametrize("arm", list(config.stash[_PLAN].preset.arms))
-    elif config.getoption("benchmark") and "judged" in wanted:
+    elif value_of(config, "benchmark") and {"judged", "speed_run"} <= wanted:
         judged = [(arm, gate) for arm in config.stash[_PLAN].judged_arms for gate in ("time", "counters")]
         metafunc.parametrize("judged", judged, ids=["-".join(pair) for pair in judged])
 

@@ -15,15 +15,20 @@ def gate(
     new: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
     old: Annotated[Path, typer.Argument(help="run file to judge it by")],
     strict: Annotated[bool, typer.Option("--strict", help="fail on all but PASS and IMPROVED")] = False,
-    tolerance: Annotated[float | None, typer.Option(help="share by which a time may be worse  [default: 0.05]")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="share by which a time may be worse  [default: as pyproject.toml says, or 0.05]"),
+    ] = None,
 ) -> None:
     """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
-    from specdecode.bench.gate.baselines import TOLERANCE
+    from specdecode.bench.gate.project import read_project
     from specdecode.bench.gate.verdicts import FAILING, judge, tolerance_of
     from specdecode.bench.report.tables import verdict_table
     from specdecode.bench.runs.file import read
 
-    judgements = judge(read(new), read(old), tolerance_of(tolerance, TOLERANCE))
+    project = read_project(Path())
+    tolerance = tolerance_of(tolerance, project.tolerance)
+    judgements = judge(read(new), read(old), tolerance, tolerances=project.tolerances)
     say_tables(verdict_table(judgements))
     failing = FAILING["strict" if strict else "on"]
     failed = sum(judgement.verdict in failing for judgement in judgements)
@@ -35,9 +40,13 @@ def gate(
 def bless(
     run: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
     reason: Annotated[str, typer.Option(help="why this is what is to be expected from now on")],
-    baselines: Annotated[Path, typer.Option(help="folder of the baselines")] = Path("baselines"),
+    baselines: Annotated[
+        Path | None, typer.Option(help="folder of the baselines  [default: as pyproject.toml says, or baselines]")
+    ] = None,
 ) -> None:
     """Make a run the baseline of its hardware, models, type and preset."""
     from specdecode.bench.gate.baselines import bless as make_baseline
+    from specdecode.bench.gate.project import read_project
 
+    baselines = baselines or read_project(Path()).baselines
     say(f"blessed as {make_baseline(run, baselines, whole_text(reason, 'the reason'))}")

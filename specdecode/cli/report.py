@@ -146,6 +146,7 @@ def _told(run: RunFile | QualityRun, judge_by: Path | None, speeds: RunFile | No
 def _told_speed(run: RunFile, baseline: Path | None, format: Format) -> tuple[str, Any]:
     from specdecode.bench.gate.baselines import find
     from specdecode.bench.gate.history import history
+    from specdecode.bench.gate.project import read_project
     from specdecode.bench.gate.verdicts import judge
     from specdecode.bench.report.captions import judged_by, title
     from specdecode.bench.report.html import section
@@ -153,20 +154,22 @@ def _told_speed(run: RunFile, baseline: Path | None, format: Format) -> tuple[st
     from specdecode.bench.report.markdown import markdown
     from specdecode.bench.runs.file import read
 
-    own = Path("baselines") / run.header.identity.file
-    old = read(baseline) if baseline else find(run.header.identity, Path("baselines"))
+    project = read_project(Path())
+    own = project.baselines / run.header.identity.file
+    old = read(baseline) if baseline else find(run.header.identity, project.baselines)
     tell: Callable[..., Any] = {Format.md: markdown, Format.html: section, Format.latex: latex}[format]
-    judgements = judge(run, old) if old else []
+    judgements = judge(run, old, project.tolerance, tolerances=project.tolerances) if old else []
     return title(run), tell(run, title(run), judged_by(run, old, own), judgements, history(own))
 
 
 def _told_quality(run: QualityRun, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
+    from specdecode.bench.gate.project import read_project
     from specdecode.bench.quality.quality_page import section
     from specdecode.bench.quality.quality_tables import latex, markdown, title
     from specdecode.bench.runs.names import margins_file
     from specdecode.evals.margins import check_margins, read_margins
 
-    own = Path("baselines") / margins_file(run.header.target, run.header.texts)
+    own = read_project(Path()).baselines / margins_file(run.header.target, run.header.texts)
     checks = check_margins(run, read_margins(margins or own))
     if format is not Format.html:
         return title(run), (markdown if format is Format.md else latex)(run, checks, speed)

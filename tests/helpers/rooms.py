@@ -23,6 +23,7 @@ ROOMS = [
     "training",
     "bench/report",
     "bench/options",
+    "bench/command_line",
     "bench/plan",
     "bench/measure",
     "bench/quality",

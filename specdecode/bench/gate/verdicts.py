@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Literal
 
 from specdecode.bench.gate.baselines import TOLERANCE
@@ -83,6 +84,7 @@ def judge(
     tolerance: float = TOLERANCE,
     arms: Collection[str] | None = None,
     side_by_side: Callable[[str], Estimate] | None = None,
+    tolerances: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Judgement]:
     """Compare a run with its baseline, arm by arm: times where the hardware is the same, counters everywhere.
 
@@ -92,11 +94,13 @@ def judge(
         tolerance: share by which a time may be worse.
         arms: judge only these, of a run that measured a selection; all if None.
         side_by_side: if both were measured together, an arm's new speed over its old one, with the interval.
+        tolerances: the same as `tolerance`, by arm, where it is another.
     """
     judgements: list[Judgement] = []
     for arm in [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]:
         if arms is not None and arm not in arms:
             continue
+        allowed = tolerances.get(arm, tolerance)
         if incomparable := _incomparable(arm, new, old):
             judgements += incomparable
             continue
@@ -104,11 +108,11 @@ def judge(
             reason = "a peer: its time stands beside ours, and is not ours to gate"
             time = Judgement(arm, "time", Verdict.PASS, reason)
         elif side_by_side is None:
-            time = _judge_time(arm, new, old, tolerance)
+            time = _judge_time(arm, new, old, allowed)
         else:
             prompts = [prompt for prompt in new.arms[arm].rows if prompt in old.arms[arm].rows]
             cause = blame(new.arms[arm], old.arms[arm], prompts)
-            time = _time_judgement(arm, "speed over the other version's", side_by_side(arm), tolerance, cause)
+            time = _time_judgement(arm, "speed over the other version's", side_by_side(arm), allowed, cause)
         judgements += [time, _judge_counters(arm, new, old)]
     return judgements
 

@@ -116,7 +116,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
         run=run,
         durations={arm: results.durations(arm) for arm in run.arms},
         wrong={arm: results.wrong(arm) for arm in run.arms},
-        judged_by=judged_by(run, plan.baseline, Path("baselines") / plan.identity.file),
+        judged_by=judged_by(run, plan.baseline, plan.baselines / plan.identity.file),
         judgements=_judge(plan, run),
         journal=journal,
     )
@@ -137,7 +137,7 @@ def _judge(plan: Plan, run: RunFile) -> list[Judgement]:
     if plan.baseline is None:
         return []
     retired = {arm for arm in plan.baseline.arms if arm not in plan.preset.arms}
-    return judge(run, plan.baseline, plan.tolerance, retired | run.arms.keys())
+    return judge(run, plan.baseline, plan.tolerance, retired | run.arms.keys(), tolerances=plan.tolerances)
 
 
 def _measure_against(plan: Plan, ref: str, selected: Collection[str]) -> JudgedRun:
@@ -213,7 +213,8 @@ def _judge_against(
     """Judge by the other commit; `change` is an arm's new speed over its old one."""
     # An arm that the working tree's preset no longer has must not pass in silence.
     retired = {arm: ArmRecord({}) for arm in plan.compared_arms if arm not in plan.preset.arms}
-    judgements = judge(new, replace(old, arms=old.arms | retired), plan.tolerance, side_by_side=change)
+    old = replace(old, arms=old.arms | retired)
+    judgements = judge(new, old, plan.tolerance, side_by_side=change, tolerances=plan.tolerances)
     for arm, reason in unsupported.items():
         why = f"{ref} cannot make this arm: {reason}"
         judgements += [Judgement(arm, gate, Verdict.NO_BASELINE, why) for gate in ("time", "counters")]

@@ -62,5 +62,5 @@ def resolve_quality(options: Options, setup: Setup | None = None) -> QualityPlan
         tasks = replace(tasks, max_new_tokens=options.max_new_tokens)
     preset = replace(preset, texts=options.prompts or preset.texts, tasks=tasks)
     setup = setup or resolve_setup(options)
-    margins = options.root / "baselines" / margins_file(setup.identity.target, preset.texts)
+    margins = options.root / options.baselines / margins_file(setup.identity.target, preset.texts)
     return QualityPlan(options.root, setup, preset, options.resume, margins, read_margins(margins))

@@ -345,6 +345,40 @@ def test_the_command_line_judges_from_the_files_alone(
         assert "linear" in capsys.readouterr().out
 
 
+def test_a_repository_says_what_its_arms_may_lose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against one tolerance for a noisy arm and a steady one, and against files that are judged by another."""
+    monkeypatch.chdir(tmp_path)
+    new, old, settings = tmp_path / "new.json", tmp_path / "old.json", tmp_path / "pyproject.toml"
+    new.write_text(json.dumps(content({"noisy": 1.8, "steady": 2.0})))
+    old.write_text(json.dumps(content({"noisy": 2.0, "steady": 2.0})))
+    assert exit_code(monkeypatch, "gate", new, old) == 1
+    settings.write_text("[tool.specdecode.tolerances]\nnoisy = 0.2\n")
+    assert exit_code(monkeypatch, "gate", new, old) == 0
+    settings.write_text("[tool.specdecode.tolerances]\nsteady = 0.2\n")
+    assert exit_code(monkeypatch, "gate", new, old) == 1
+    settings.write_text("[tool.specdecode]\ntolerance = 0.2\n")
+    assert exit_code(monkeypatch, "gate", new, old) == 0
+    assert exit_code(monkeypatch, "gate", new, old, "--tolerance", "0.01") == 1
+    settings.write_text('[tool.specdecode]\nbaselines = "blessed"\n')
+    assert exit_code(monkeypatch, "bless", new, "--reason", "a test") == 0
+    assert list((tmp_path / "blessed").rglob("*.json"))
+    capsys.readouterr()
+    for wrong, reason in {
+        "[tool.specdecode]\ntolerance = 1.5\n": "tolerance is 1.5, which cannot be: it is from 0 to 1",
+        "[tool.specdecode]\ntarget = 3\n": "target is 3, which is no text",
+        "[tool.specdecode.tolerances]\nnoisy = true\n": "noisy is True, which is no number",
+        "[tool.specdecode]\neos = true\n": "tool.specdecode has no setting 'eos': choose from target",
+        "[tool\n": "pyproject.toml cannot be read",
+    }.items():
+        settings.write_text(wrong)
+        assert exit_code(monkeypatch, "gate", new, old) == 2
+        err = capsys.readouterr().err
+        assert reason in err
+        assert err.count("\n") == 1
+
+
 def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
     """Guards against a baseline that the next run does not find, or cannot be judged by."""
     run = tmp_path / "run.json"

@@ -1,0 +1,126 @@
+"""Add the suites' options to pytest, and read them: from the command line, then from `[tool.specdecode]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdecode.bench.options import Options
+
+PREFIX = "specdecode-"
+"""Of the form of each option that no other plugin has."""
+
+_DEFAULTS = Options(root=Path())
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One option of pytest.
+
+    Attributes:
+        name: without the dashes, as `Options` has it.
+        help: what it does; the default in brackets.
+        kind: what a value is; bool for a flag.
+        choices: the values that there are, if they are few.
+    """
+
+    name: str
+    help: str
+    kind: type = str
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def flag(self) -> str:
+        return self.name.replace("_", "-")
+
+
+_OPTIONS = (
+    _Option("benchmark", "measure speed: run the speed suite", bool),
+    _Option("quality", "measure quality: run the quality suite", bool),
+    _Option("preset", f"arms, prompts and lengths: a name or a .toml file [{_DEFAULTS.preset}]"),
+    _Option("target", f"target model, as specdecode.load takes it [{_DEFAULTS.target}]"),
+    _Option("draft", "draft model; 'layers:0-9,29' takes these layers of the target [a subset of them]"),
+    _Option("device", "cpu, cuda, cuda:1 ... [the first GPU, else the CPU]"),
+    _Option("dtype", "float32, float16, bfloat16 [float32 on a CPU, float16 on a GPU]"),
+    _Option(
+        "backend",
+        f"how our forwards run: eager, packed, compile, graph or auto, the fastest here [{_DEFAULTS.backend}]",
+    ),
+    _Option("max_new_tokens", "length of every output [as the preset says]", int),
+    _Option(
+        "prompts",
+        "data sets as NAME[/CATEGORY][@TOKENS][:COUNT]: humaneval:4,spec-bench:13,spec-bench/qa:2,prose@20:all"
+        " [as the preset says]",
+    ),
+    _Option("eos", "end outputs at the target's stop tokens [off: every output has the asked length]", bool),
+    _Option("tiny", "rehearse the preset in seconds: the smallest models, texts and caches", bool),
+    _Option("repeats", "blocks for each prompt [as the preset says]", int),
+    _Option("resume", "go on with the blocks that an interrupted run finished", bool),
+    _Option(
+        "gate",
+        f"fail on REGRESSED and MISSING, on nothing, or on all but PASS and IMPROVED [{_DEFAULTS.gate}]",
+        choices=("on", "off", "strict"),
+    ),
+    _Option("tolerance", "share by which a time may be worse [0.05; 0.02 with --against]", float),
+    _Option("baselines", "folder of the baselines [baselines]"),
+    _Option("baseline", "run file to judge by [the one for this hardware in the folder of the baselines]"),
+    _Option("against", "measure the working tree and this commit side by side, and judge by that"),
+)
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Add each option by its prefixed name, and by its short name unless another plugin has that.
+
+    Call it when the other plugins have added theirs.
+    """
+    group = parser.getgroup("specdecode")
+    free = _free_flags(parser, [option.flag for option in _OPTIONS])
+    for option in _OPTIONS:
+        names = [f"--{PREFIX}{option.flag}", *([f"--{option.flag}"] if option.flag in free else [])]
+        values: dict[str, Any] = {"action": "store_true"} if option.kind is bool else {"type": option.kind}
+        if option.choices:
+            values["choices"] = option.choices
+        group.addoption(*names, dest=_dest(option.name), default=None, help=option.help, **values)
+
+
+def _free_flags(parser: pytest.Parser, flags: Sequence[str]) -> set[str]:
+    """Return the flags that no plugin has taken."""
+
+    def unknown(*some: str) -> set[str]:
+        """Return those of some flags that the parser does not know. It refuses a value that a known one cannot have."""
+        try:
+            _, rest = parser.parse_known_and_unknown_args([f"--{flag}=" for flag in some])
+        except (pytest.UsageError, SystemExit):
+            return set()
+        return {argument.strip("-=") for argument in rest}
+
+    free = unknown(*flags)
+    # Mostly all are free. Otherwise each is asked for, as one that is refused hides the others.
+    return free if len(free) == len(flags) else {flag for flag in flags if unknown(flag)}
+
+
+def value_of(config: pytest.Config, name: str) -> Any:
+    """Return an option's value on the command line; None if it is not there."""
+    return config.getoption(_dest(name), None)
+
+
+def options_of(config: pytest.Config) -> Options:
+    """Resolve the options: the command line comes first, then the repository's settings, then the defaults.
+
+    Raises:
+        ValueError: a setting of the repository is wrong.
+    """
+    from specdecode.bench.gate.project import read_project  # numpy takes longer than all else of this plugin
+
+    project = read_project(config.rootpath)
+    values = {field.name: value_of(config, field.name) for field in fields(Options)}
+    given = {name: value for name, value in values.items() if value is not None}
+    return Options(**{"root": config.rootpath, "tolerances": project.tolerances, **project.options, **given})
+
+
+def _dest(name: str) -> str:
+    return f"specdecode_{name}"

@@ -1,0 +1,78 @@
+"""Read what a repository sets for all of its runs: `[tool.specdecode]` in its pyproject.toml."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from specdecode.bench.gate.baselines import TOLERANCE
+from specdecode.bench.gate.verdicts import tolerance_of
+from specdecode.support.checked import mapping, number, read_text, text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_TABLE = "tool.specdecode"
+_SETTINGS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
+    **dict.fromkeys(("target", "draft", "preset", "device", "dtype", "backend", "prompts", "baselines", "gate"), text),
+    "tolerance": partial(number, least=0.0, most=1.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """The settings of a repository. Options of the command line come before them.
+
+    Attributes:
+        options: values of options, by their names.
+        tolerances: by how much the time of an arm may be worse, as a share, where it differs from the others'.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tolerance(self) -> float:
+        """By how much the time of any other arm may be worse than a baseline's, as a share."""
+        return float(self.options.get("tolerance", TOLERANCE))
+
+    @property
+    def baselines(self) -> Path:
+        """The folder of the baselines."""
+        return Path(self.options.get("baselines", "baselines"))
+
+
+def read_project(root: Path) -> Project:
+    """Read the settings of the repository in a folder. Without a pyproject.toml, or such a table, there are none.
+
+    Raises:
+        ValueError: the file cannot be read, or a setting is unknown or of another kind; the sentence names it.
+    """
+    file = root / "pyproject.toml"
+    if not file.is_file():
+        return Project()
+    try:
+        table = tomllib.loads(read_text(file)).get("tool", {}).get("specdecode", {})
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    try:
+        return _project(mapping(table, _TABLE))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _project(table: Mapping[str, Any]) -> Project:
+    known = [*_SETTINGS, "tolerances"]
+    if unknown := [key for key in table if key not in known]:
+        raise ValueError(f"{_TABLE} has no setting {unknown[0]!r}: choose from {', '.join(known)}")
+    by_arm = mapping(table.get("tolerances", {}), "tolerances")
+    return Project(
+        options={key: read(table, key) for key, read in _SETTINGS.items() if key in table},
+        tolerances={arm: tolerance_of(number(by_arm, arm), 0.0) for arm in by_arm},
+    )

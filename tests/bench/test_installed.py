@@ -1,0 +1,107 @@
+"""The installed plugin, in repositories of other people: `pytest` in folders of its own, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Protocol
+
+import pytest
+
+from tests.helpers.root import ROOT
+from tests.helpers.suites import run_pytest
+
+SIZES = ("--tiny", "--prompts=prose:1", "--max-new-tokens=4", "--device=cpu", "--dtype=float32", "--backend=eager")
+LOOKUP = ("-k", "lookup and not hf and not aware")
+
+
+class Runs(Protocol):
+    def __call__(self, *arguments: str, **environment: str) -> CompletedProcess[str]: ...
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Run pytest in an empty folder, where the package is installed."""
+    packages = tmp_path_factory.mktemp("packages")
+    metadata = packages / "specdecode_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: specdecode-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[pytest11]\nspecdecode = specdecode.bench.plugin\n")
+    path = os.pathsep.join(map(str, (packages, ROOT)))
+
+    def run(*arguments: str, **environment: str) -> CompletedProcess[str]:
+        return run_pytest(*arguments, cwd=tmp_path, PYTHONPATH=path, **environment)
+
+    return run
+
+
+def test_the_suite_runs_in_an_empty_folder(elsewhere: Runs, tmp_path: Path) -> None:
+    """Guards against a suite that only its own checkout can run."""
+    done = elsewhere("--benchmark", *SIZES, *LOOKUP, "--benchmark-json=results/run.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lookup" in done.stdout
+    assert "No baseline" in done.stdout
+    assert [file.name for file in (tmp_path / "results").glob("[!.]*")] == ["run.json"]
+
+
+def test_other_plugins_keep_their_options(elsewhere: Runs, tmp_path: Path) -> None:
+    """Guards against a repository that cannot be tested any more because its own `--device` is taken."""
+    (tmp_path / "late.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--dtype', default='theirs')\n"
+    )
+    (tmp_path / "conftest.py").write_text(
+        "pytest_plugins = ['late']\ndef pytest_addoption(parser):\n    parser.addoption('--device', default='none')\n"
+    )
+    (tmp_path / "test_it.py").write_text(
+        "def test_it(pytestconfig):\n"
+        "    assert pytestconfig.getoption('device') == 'tpu'\n"
+        "    assert pytestconfig.getoption('dtype') == 'theirs'\n"
+    )
+    done = elsewhere("--device=tpu", "test_it.py", PYTHONSAFEPATH="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    free = [size for size in SIZES if not size.startswith(("--device", "--dtype"))]
+    done = elsewhere("--benchmark", *free, *LOOKUP, "--specdecode-device=cpu", "--specdecode-dtype=float64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "float64" in done.stdout
+    listed = elsewhere("--help").stdout
+    assert "--specdecode-device" in listed
+    assert "--specdecode-target=" in listed
+    assert " --target=" in listed
+
+
+def test_it_does_nothing_unless_it_is_asked(elsewhere: Runs, tmp_path: Path) -> None:
+    """Guards against seconds of loading in every session, and against tests left out for the name of their folder."""
+    (tmp_path / "perf").mkdir()
+    (tmp_path / "perf" / "test_own.py").write_text(
+        "import sys\ndef test_own():\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    for arguments in ((), ("-n", "2"), ("-p", "no:specdecode")):
+        done = elsewhere("-p", "no:jaxtyping", *arguments)  # whose plugin brings numpy
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "1 passed" in done.stdout
+
+
+def test_a_repository_has_its_settings(elsewhere: Runs, tmp_path: Path) -> None:
+    """Guards against options that everybody has to remember, and against a setting that is mistyped and ignored."""
+    settings = tmp_path / "pyproject.toml"
+    settings.write_text(
+        '[tool.specdecode]\ntarget = "shape:tiny"\nprompts = "prose:1"\nbaselines = "blessed"\ndevice = "cpu"\n'
+        'tolerance = 0.5\ndtype = "float64"\n[tool.specdecode.tolerances]\nlookup = 0.9\n'
+    )
+    done = elsewhere("--benchmark", "--max-new-tokens=4", "--dtype=float32", *LOOKUP)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "blessed/" in done.stdout
+    assert "float32" in done.stdout
+    settings.write_text('[tool.specdecode]\ntargett = "shape:tiny"\n')
+    done = elsewhere("--benchmark", *SIZES, *LOOKUP)
+    assert done.returncode == 2
+    assert "tool.specdecode has no setting 'targett': choose from target, draft" in done.stdout + done.stderr
+
+
+def test_the_suite_is_listed(elsewhere: Runs) -> None:
+    """Guards against a list of tests that loads a model first."""
+    done = elsewhere("--benchmark", "--collect-only", "-q", *SIZES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_speed.py::test_speed[lookup]" in done.stdout
+    assert "test_gate.py::test_gate[lookup-time]" in done.stdout
