@@ -53,7 +53,7 @@ def report(
     ] = None,
 ) -> None:
     """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history; or quality and what it costs.
-    With --figures what is written is told in place of the text, which then needs --out.
+    With --figures the figures are drawn, and a report is written only where --out names its file.
 
     A file that is no run, or that cannot be judged, is named, and the others are reported. Exit code 0: all were
     reported; 2: some were not."""
@@ -73,16 +73,16 @@ def report(
         raise ValueError("--speed is of no use without a run of `pytest --quality`: leave it out")
     if figures is not None:
         _draw(read_runs, speeds, {path: figures / path.stem if len(runs) > 1 else figures for path in runs})
-    told = []
+    reports = []
     for path, run in read_runs if figures is None or out is not None else ():
         with faults.noted():
-            told.append((path, *_told(run, baseline, speeds, format)))
-    if told:
+            reports.append((path, *_report_of(run, baseline, speeds, format)))
+    if reports:
         if format is Format.html:
-            text = document("; ".join(title for _, title, _ in told), *(about for _, _, about in told))
-            out = out or told[0][0].with_suffix(".html")
+            text = document("; ".join(title for _, title, _ in reports), *(about for _, _, about in reports))
+            out = out or reports[0][0].with_suffix(".html")
         else:
-            text = "\n".join(about for _, _, about in told)
+            text = "\n".join(about for _, _, about in reports)
         _write(text, out)
     if faults.sentences:
         raise typer.Exit(2)
@@ -127,23 +127,25 @@ def _write(text: str, out: Path | None) -> None:
         say(f"report written to {out}")
 
 
-def _told(run: RunFile | QualityRun, judge_by: Path | None, speeds: RunFile | None, format: Format) -> tuple[str, Any]:
-    """Return the title of a run, and what is told of it: elements of a page, or a text.
+def _report_of(
+    run: RunFile | QualityRun, judge_by: Path | None, speeds: RunFile | None, format: Format
+) -> tuple[str, Any]:
+    """Return the title of a run and its report: elements of a page, or a text.
 
     Args:
         run: of speeds or of quality.
         judge_by: a baseline or margins; None for the run's own.
         speeds: of the arms of a run of quality.
-        format: of what is told.
+        format: of the report.
     """
     from specdecode.evals.results import QualityRun
 
     if isinstance(run, QualityRun):
-        return _told_quality(run, judge_by, speeds, format)
-    return _told_speed(run, judge_by, format)
+        return _quality_report(run, judge_by, speeds, format)
+    return _speed_report(run, judge_by, format)
 
 
-def _told_speed(run: RunFile, baseline: Path | None, format: Format) -> tuple[str, Any]:
+def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[str, Any]:
     from specdecode.bench.gate.baselines import find
     from specdecode.bench.gate.history import history
     from specdecode.bench.gate.project import read_project
@@ -155,22 +157,22 @@ def _told_speed(run: RunFile, baseline: Path | None, format: Format) -> tuple[st
     from specdecode.bench.runs.file import read
 
     project = read_project(Path())
-    own = project.baselines / run.header.identity.file
+    own_baseline = project.baselines / run.header.identity.file
     old = read(baseline) if baseline else find(run.header.identity, project.baselines)
     tell: Callable[..., Any] = {Format.md: markdown, Format.html: section, Format.latex: latex}[format]
     judgements = judge(run, old, project.tolerance, tolerances=project.tolerances) if old else []
-    return title(run), tell(run, title(run), judged_by(run, old, own), judgements, history(own))
+    return title(run), tell(run, title(run), judged_by(run, old, own_baseline), judgements, history(own_baseline))
 
 
-def _told_quality(run: QualityRun, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
+def _quality_report(run: QualityRun, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
     from specdecode.bench.gate.project import read_project
     from specdecode.bench.quality.quality_page import section
     from specdecode.bench.quality.quality_tables import latex, markdown, title
     from specdecode.bench.runs.names import margins_file
     from specdecode.evals.margins import check_margins, read_margins
 
-    own = read_project(Path()).baselines / margins_file(run.header.target, run.header.texts)
-    checks = check_margins(run, read_margins(margins or own))
+    own_margins = read_project(Path()).baselines / margins_file(run.header.target, run.header.texts)
+    checks = check_margins(run, read_margins(margins or own_margins))
     if format is not Format.html:
         return title(run), (markdown if format is Format.md else latex)(run, checks, speed)
     return title(run), section(run, checks, speed)
@@ -193,16 +195,16 @@ def _draw(
         from specdecode.bench.report.figures import write
     except ImportError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'specdecode[figures]'") from error
-    if same := {own.name for own in folders.values() if [*folders.values()].count(own) > 1}:
+    if same := {folder.name for folder in folders.values() if [*folders.values()].count(folder) > 1}:
         raise ValueError(f"several runs are named {min(same)!r}, and so would be their folders: draw them one by one")
     for path, run in runs:
-        own = folders[path]
+        folder = folders[path]
         if isinstance(run, QualityRun):
-            missing, also = write_quality(run, own, speed), ""
+            missing, also = write_quality(run, folder, speed), ""
         else:
-            missing, also = write(run, own), "table1.tex; "
+            missing, also = write(run, folder), "table1.tex; "
         drawn = ", ".join(name for name in missing if not missing[name])
-        say(f"{own}: {also}as .pdf and .png {drawn}")
+        say(f"{folder}: {also}as .pdf and .png {drawn}")
         for name, reason in missing.items():
             if reason:
                 say(f"  no {name}: {reason}")
