@@ -114,51 +114,51 @@ class Settings:
     copies: int
 
     @classmethod
-    def resolve(cls, own: Any, configuration: Any, call: Mapping[str, Any]) -> Settings:
+    def resolve(cls, model_config: Any, configuration: Any, call: Mapping[str, Any]) -> Settings:
         """Resolve each setting from the most specific place that sets it. A None in the call unsets; elsewhere it says
         nothing.
 
         Args:
-            own: the model's GenerationConfig.
+            model_config: the model's GenerationConfig.
             configuration: the call's GenerationConfig, or None.
             call: settings by name.
 
         Raises:
             ValueError: a setting that is not honoured and not off, or is of another type; by its name.
         """
-        given: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         # Transformers keeps what else a checkpoint may have in its file, and does nothing with it.
-        fields = type(own)().to_dict()
-        for place in (own, configuration):
+        fields = type(model_config)().to_dict()
+        for place in (model_config, configuration):
             try:
                 values = {} if place is None else place.to_dict()
             except AttributeError:
                 raise ValueError(
                     f"generation_config is a {type(place).__name__}: give a GenerationConfig, or the settings by name"
                 ) from None
-            given |= {name: value for name, value in values.items() if value is not None and name in fields}
-        given |= call
-        for name, value in given.items():
+            merged |= {name: value for name, value in values.items() if value is not None and name in fields}
+        merged |= call
+        for name, value in merged.items():
             if name not in _HONOURED and name not in _WITHOUT_EFFECT and not _is_off(name, value):
                 raise ValueError(
                     f"{name} is {_shown(value)}, which is not honoured here and would change the output: unset it"
                 )
-        said = {
-            name: usual if name not in given else unset if given[name] is None else given[name]
+        resolved = {
+            name: usual if name not in merged else unset if merged[name] is None else merged[name]
             for name, (usual, unset) in _HONOURED.items()
         }
-        stops, strings = said["eos_token_id"], said["stop_strings"]
+        stops, strings = resolved["eos_token_id"], resolved["stop_strings"]
         settings = cls(
-            max_new_tokens=_whole_or_none("max_new_tokens", said["max_new_tokens"]),
-            max_length=_whole_or_none("max_length", said["max_length"]),
-            do_sample=_truth("do_sample", said["do_sample"]),
-            temperature=_number("temperature", said["temperature"]),
-            top_k=_whole("top_k", said["top_k"]),
-            top_p=_number("top_p", said["top_p"]),
+            max_new_tokens=_whole_or_none("max_new_tokens", resolved["max_new_tokens"]),
+            max_length=_whole_or_none("max_length", resolved["max_length"]),
+            do_sample=_truth("do_sample", resolved["do_sample"]),
+            temperature=_number("temperature", resolved["temperature"]),
+            top_k=_whole("top_k", resolved["top_k"]),
+            top_p=_number("top_p", resolved["top_p"]),
             stop_token_ids=None if stops is None else _tokens("eos_token_id", stops),
-            padding=_whole_or_none("pad_token_id", said["pad_token_id"]),
+            padding=_whole_or_none("pad_token_id", resolved["pad_token_id"]),
             stop_strings=() if strings is None else _strings("stop_strings", strings),
-            copies=_whole("num_return_sequences", said["num_return_sequences"]),
+            copies=_whole("num_return_sequences", resolved["num_return_sequences"]),
         )
         settings._check()
         return settings

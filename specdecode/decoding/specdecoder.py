@@ -113,8 +113,8 @@ class SpecDecoder:
                 streamer.end()
 
     def _check_tokenizer(self, tokenizer: Any) -> None:
-        own = self.target.tokenizer
-        if own is None or tokenizer is None or tokenizer is own or tokenizer.get_vocab() == own.get_vocab():
+        ours = self.target.tokenizer
+        if ours is None or tokenizer is None or tokenizer is ours or tokenizer.get_vocab() == ours.get_vocab():
             return
         raise ValueError(
             f"tokenizer is not that of {self.target.name}, by which stop_strings are read here: leave it out"
@@ -124,7 +124,7 @@ class SpecDecoder:
         self, ids: Int[Tensor, "rows n"], mask: Bool[Tensor, "rows n"], asked: Settings, new_tokens: int, streamer: Any
     ) -> Int[Tensor, "sequences length"]:
         ids, mask = ids.repeat_interleave(asked.copies, 0), mask.repeat_interleave(asked.copies, 0)
-        prompts = [row[own].tolist() for row, own in zip(ids, mask, strict=True)]
+        prompts = [row[is_text].tolist() for row, is_text in zip(ids, mask, strict=True)]
         sampling = asked.sampling()
         begun = False
 
@@ -169,13 +169,13 @@ def _prompts(inputs: Any, input_ids: Any) -> Int[Tensor, "rows n"]:
     return ids
 
 
-def _mask(ids: Int[Tensor, "rows n"], given: Any, asked: Settings) -> Bool[Tensor, "rows n"]:
+def _mask(ids: Int[Tensor, "rows n"], attention_mask: Any, asked: Settings) -> Bool[Tensor, "rows n"]:
     """Return which tokens are no padding; as transformers infers it, where the call does not say.
 
     Raises:
         ValueError: padding that is not on the left, or a mask of other values or of another shape.
     """
-    if given is None:
+    if attention_mask is None:
         padding = asked.padding
         if padding is None or padding in (asked.stop_token_ids or ()):
             return torch.ones_like(ids, dtype=torch.bool)
@@ -186,12 +186,16 @@ def _mask(ids: Int[Tensor, "rows n"], given: Any, asked: Settings) -> Bool[Tenso
                 " attention_mask if it is no padding"
             )
         return mask
-    if not isinstance(given, Tensor) or given.shape != ids.shape:
-        shape = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != ids.shape:
+        shape = (
+            f"of shape {tuple(attention_mask.shape)}"
+            if isinstance(attention_mask, Tensor)
+            else f"a {type(attention_mask).__name__}"
+        )
         raise ValueError(
             f"attention_mask is {shape}: it must be a tensor of the shape of input_ids, {tuple(ids.shape)}"
         )
-    mask = given.bool()
-    if (mask.to(given.dtype) != given).any() or (mask.long().diff(dim=1) < 0).any():
+    mask = attention_mask.bool()
+    if (mask.to(attention_mask.dtype) != attention_mask).any() or (mask.long().diff(dim=1) < 0).any():
         raise ValueError("attention_mask must be 0 for padding and 1 elsewhere, and padding must be on the left")
     return mask
