@@ -48,8 +48,11 @@ def train_head(
     numbers = (layers or "").split(",") if layers else []
     if not all(number.strip().isdigit() for number in numbers):
         raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
-    for file in (out, out.with_suffix(".md"), out.with_suffix("") / "shards.json"):
+    shards = out.with_suffix("")
+    for file in (out, out.with_suffix(".md")):
         check_writable(file)
+    if shards.exists():
+        check_writable(shards / "shards.json")
     from specdecode import load
     from specdecode.training.recipe import Recipe
     from specdecode.training.recipe import train_head as train

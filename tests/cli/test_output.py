@@ -274,6 +274,7 @@ def test_an_argument_that_is_no_text_is_told(
     [
         ("train-head", "--out", "{file}/head.safetensors"),
         ("train-head", "--out", "{folder}/taken.safetensors"),
+        ("train-head", "--out", "{folder}/blocked.safetensors"),
         ("recommend", "--target", "shape:tiny", "--out", "{file}/run.json"),
         ("recommend", "--target", "shape:tiny", "--out", "{folder}"),
         ("report", "{run}", "--figures", "{folder}/figures", "--out", "{file}/report.md"),
@@ -295,6 +296,7 @@ def test_a_file_is_known_to_be_unwritable_before_the_work(
     monkeypatch.setattr("specdecode.bench.plan.load", load)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "taken.md").mkdir()
+    (tmp_path / "blocked").write_text("where the shards go")
     names = {"file": tmp_path / "file", "folder": tmp_path, "run": commands["report"][1]}
     assert exit_code(monkeypatch, *(argument.format(**names) for argument in arguments)) == 2
     err = capfd.readouterr().err
