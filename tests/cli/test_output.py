@@ -304,4 +304,4 @@ def test_a_file_is_known_to_be_unwritable_before_the_work(
     assert "cannot be written: " in err
     if "{file}" in arguments[-1]:
         assert f"{tmp_path / 'file'} is no folder" in err
-    assert {path.name for path in tmp_path.iterdir()} <= {"file", "taken.md", "taken"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "taken.md", "blocked"}
