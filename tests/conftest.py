@@ -12,8 +12,10 @@ import jaxtyping
 import pytest
 import torch
 
-import tests.helpers.fuzzing  # noqa: F401  registers a profile, which pytest's option may name
 from specdecode.bench.command_line import value_of
+
+if find_spec("hypothesis"):  # not where only a suite is to run
+    import tests.helpers.fuzzing  # noqa: F401  registers profiles, which pytest's option may name
 
 # On a machine that was not set up for the tests they still tell something.
 _CHECKED = find_spec("beartype") is not None

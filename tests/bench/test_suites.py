@@ -44,6 +44,16 @@ def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subp
     return done, file
 
 
+def test_the_suites_need_no_package_of_the_tests(tmp_path: Path) -> None:
+    """Guards against a main job that runs only where the tests do: pytest reads their conftest.py for any suite."""
+    (tmp_path / "bare.py").write_text("import sys\nsys.modules |= dict.fromkeys(('hypothesis', 'beartype'))\n")
+    around = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    plugins = ("-p", "bare", "-p", "no:hypothesispytest", "-p", "no:xdist", "-p", "no:timeout")
+    for suite in ("--benchmark", "--quality"):
+        done = run_pytest(*plugins, suite, "--tiny", "--collect-only", "-q", **around)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_benchmark_ends_with_a_table(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     """Guards against a run that measures and does not say what."""
     done, _ = measured

@@ -248,9 +248,7 @@ def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: 
     model = save(tmp_path / "model")
     package = repository / "specdecode"
     verify = "            logits = target.forward_tree(sequence.slots, sequence.pending, tree)\n"
-    wait = (
-        "            while time.perf_counter() - done_at < 3 * (done_at - forward_started):\n                pass\n"
-    )
+    wait = "            while time.perf_counter() - done_at < 3 * (done_at - forward_started):\n                pass\n"
     edit(package / "decoding" / "generate.py", verify, f"{verify}            done_at = time.perf_counter()\n{wait}")
     edit(package / "bench" / "arms" / "keys.py", '    "none": (),\n', '    "none": (),\n    "novel": (),\n')
     edit(package / "bench" / "arms" / "parts.py", 'if kind == "lookup":', 'if kind in ("lookup", "novel"):')
