@@ -88,6 +88,15 @@ def test_judging_needs_neither_torch_nor_scipy() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_a_module_is_read_in_one_sitting(file: str) -> None:
+    """Guards against modules and functions that grow by a few lines each time."""
+    text = (ROOT / file).read_text()
+    assert text.count("\n") <= 450
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert not [node.name for node in functions if node.end_lineno and node.end_lineno - node.lineno >= 80]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_transformers_is_known_in_few_places(file: str) -> None:
     """Guards against a second caller of a Hugging Face forward, with its own idea of masks and positions."""
     if any(module[0] == "transformers" for module in imports(file)):

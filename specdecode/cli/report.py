@@ -112,8 +112,8 @@ class _Faults:
 def _read(path: Path) -> RunFile | QualityRun:
     """Read a run of speeds or of quality."""
     from specdecode.bench.runs.file import read
-    from specdecode.evals.results import is_run
-    from specdecode.evals.results import read as read_quality
+    from specdecode.evals.results_file import is_run
+    from specdecode.evals.results_file import read as read_quality
 
     return read_quality(path) if is_run(path) else read(path)
 

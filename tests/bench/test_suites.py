@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from specdecode.evals.results import read
+from specdecode.evals.results_file import read
 from specdecode.support.files import slug
 from tests.helpers.characters import save
 from tests.helpers.root import ROOT

@@ -20,7 +20,7 @@ from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.recommend import recommend
 from specdecode.bench.runs import file as run_file
-from specdecode.evals import results
+from specdecode.evals import results_file
 from specdecode.evals.margins import check_margins, read_margins
 from specdecode.support.checked import count, flag, mapping, number, parse_json
 from tests.helpers.damage import GONE, NO_SHRINKING, Damage, damaged, edited, taken
@@ -127,7 +127,7 @@ def test_what_cannot_be_in_a_run_of_quality_is_named(
     """Guards against the same in runs of the quality suite, of which tables and figures are made."""
     path.write_text(json.dumps(edited(QUALITY, [(("quality", *place), value)])))
     with pytest.raises(ValueError, match=rf"^\S*damaged\.json cannot be read: .*{reason}"):
-        results.read(path)
+        results_file.read(path)
 
 
 def test_without_times_of_plain_decoding_nothing_is_recommended(path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_damaged_run_is_refused_or_judged(path: Path, file: Damage, is_new: bo
 def test_a_damaged_run_of_quality_is_refused_or_judged(path: Path, file: Damage) -> None:
     """Guards against the same in runs of the quality suite."""
     path.write_bytes(file.content)
-    run = taken(lambda: results.read(path), f"{path} ")
+    run = taken(lambda: results_file.read(path), f"{path} ")
     if run is None:
         return
     checks = check_margins(run, {arm: {"nll": 0.1, "kl": 0.1} for arm in QUALITY["quality"]["arms"]})
@@ -182,7 +182,7 @@ def test_damaged_margins_are_refused_or_taken(path: Path, file: Damage) -> None:
     path.write_bytes(file.content)
     margins = taken(lambda: read_margins(path), f"{path} ")
     if margins is not None:
-        check_margins(results.read(DATA / "quality-run.json"), margins)
+        check_margins(results_file.read(DATA / "quality-run.json"), margins)
 
 
 def test_values_are_taken_or_named() -> None:

@@ -26,11 +26,8 @@ from specdecode.evals.results import (
     QualityHeader,
     QualityRun,
     TasksHeader,
-    document,
-    given_answer,
-    needle_trial,
-    write,
 )
+from specdecode.evals.results_file import document, given_answer, needle_trial, write
 from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
 from specdecode.support.checked import text

@@ -10,7 +10,8 @@ from hypothesis import given
 
 from specdecode.bench.measure.journal import Journal
 from specdecode.bench.quality.quality_session import Pieces
-from specdecode.evals.results import Answer, Document, NeedleTrial, QualityRun, read, write
+from specdecode.evals.results import Answer, Document, NeedleTrial, QualityRun
+from specdecode.evals.results_file import read, write
 from tests.helpers.damage import NO_SHRINKING, Damage, damaged, taken
 from tests.helpers.fuzzing import fuzzed
 from tests.helpers.root import ROOT

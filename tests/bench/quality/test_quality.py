@@ -28,9 +28,8 @@ from specdecode.evals.results import (
     QualityRun,
     Score,
     Trace,
-    read,
-    write,
 )
+from specdecode.evals.results_file import read, write
 from specdecode.evals.tasks import TASKS
 from tests.helpers.models import ARCHITECTURES, build, lm
 from tests.helpers.quality_runs import HEADER

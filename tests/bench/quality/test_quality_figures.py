@@ -21,7 +21,7 @@ from specdecode.bench.quality.tradeoff import NO_COST, about_speed, against_spee
 from specdecode.bench.report.drawing import cache_looks, looks, rendered
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
 from specdecode.evals.margins import check_margins
-from specdecode.evals.results import write
+from specdecode.evals.results_file import write
 from tests.helpers.command_line import exit_code
 from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.print_figures import series, texts, unreadable
