@@ -11,6 +11,8 @@ def test_speed(arm, speed_run, benchmark):
     """The arm's output is the baseline's, token by token; its times are played to pytest-benchmark."""
     if arm not in speed_run.durations:
         pytest.skip("the commit to compare with does not have this arm: see the verdicts")
+    if failure := speed_run.run.arms[arm].failure:
+        pytest.fail(failure, pytrace=False)
     benchmark.extra_info.update(as_dict(speed_run.run.measures(arm)))
     replay(benchmark, speed_run.durations[arm])
     wrong = speed_run.wrong[arm]

@@ -105,3 +105,46 @@ def test_the_suite_is_listed(elsewhere: Runs) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_speed.py::test_speed[lookup]" in done.stdout
     assert "test_gate.py::test_gate[lookup-time]" in done.stdout
+
+
+DECODER = """
+import time
+import specdecode
+
+def make(target, draft, device, dtype, wait=0.0, wrong=False):
+    model = specdecode.load(target, device=device, dtype=dtype, backend="eager")
+    def decode(prompt, count):
+        time.sleep(wait)
+        tokens = specdecode.generate(model, prompt, max_new_tokens=count).tokens
+        for token in tokens:
+            yield [model.vocab_size - 1 - token if wrong else token]
+    return decode
+"""
+
+
+def test_a_decoder_of_the_readers_own_is_gated(elsewhere: Runs, tmp_path: Path) -> None:
+    """Guards against a slowdown, or a wrong token, of somebody's own decoder that passes."""
+    (tmp_path / "decoder.py").write_text(DECODER)
+    sizes = [size for size in SIZES if size != "--tiny"]
+
+    def run(*arguments: str, **options: object) -> CompletedProcess[str]:
+        table = ", ".join(f"{key} = {str(value).lower()}" for key, value in options.items())
+        (tmp_path / "own.toml").write_text(
+            'prompts = "prose:1"\nmax_new_tokens = 4\nrepeats = 3\n[arms]\nar = {}\n'
+            f'mine = {{ call = "decoder:make", options = {{ {table} }} }}\n'
+        )
+        common = ("--target=shape:tiny", "--preset=own.toml", "--tolerance=0.6")
+        return elsewhere("--benchmark", *sizes, *common, *arguments)
+
+    done = run("--benchmark-json=first.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mine" in done.stdout
+    done = run("--baseline=first.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "REGRESSED" not in done.stdout
+    done = run("--baseline=first.json", wait=1.0)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "REGRESSED: mine time" in done.stdout
+    done = run(wrong=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "mine gave other tokens than autoregressive decoding" in done.stdout

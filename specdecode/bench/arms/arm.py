@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from specdecode.bench.arms.callables import callable_run, closer, code_of, make_decode
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.ours import our_run
 from specdecode.bench.arms.peers import peer_run
@@ -15,6 +16,10 @@ from specdecode.models.lm import LM
 from specdecode.models.loading import check_vocabulary
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,9 @@ class Arm:
         timed: how long it drafts depends on the clock, and so do its counts.
         options: the preset's entry that it was made of.
         stop_token_ids: those that end an output early.
+        foreign: it is the reader's own code.
+        code: a digest of that code.
+        close: to be called when all is measured.
     """
 
     name: str
@@ -48,6 +56,9 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     stop_token_ids: Sequence[int] = ()
     peer: bool = False
+    foreign: bool = False
+    code: str = ""
+    close: Callable[[], None] = _nothing
 
     @property
     def lossy(self) -> bool:
@@ -95,7 +106,11 @@ def make_arm(
     spec = spec.with_head_of(target.name)
     if spec.quantize is not None:
         target = target.quantized(spec.quantize)
-    if spec.peer is None:
+    close: Callable[[], None] = _nothing
+    if spec.call is not None:
+        decode = make_decode(spec, target, draft.name if draft else "")
+        run, close = callable_run(spec, decode, target, lengths, stop_token_ids), closer(spec, decode)
+    elif spec.peer is None:
         backend = spec.backend or backend
         target, draft = target.with_backend(backend), draft and draft.with_backend(backend)
         run = our_run(spec, target, draft, lengths, stop_token_ids)
@@ -113,4 +128,7 @@ def make_arm(
         options=dict(entry),
         stop_token_ids=stop_token_ids,
         peer=spec.peer is not None,
+        foreign=spec.call is not None,
+        code=code_of(spec.call) if spec.call else "",
+        close=close,
     )

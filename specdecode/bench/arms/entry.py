@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from specdecode.bench.arms.keys import (
+    CALL_KEYS,
     CONTROLLERS,
     DRAFTERS,
     MODEL_KEYS,
@@ -60,6 +61,9 @@ class ArmSpec:
         peer: "generate", "assisted" or "prompt-lookup": transformers' own decoding.
         confidence: probability below which an assisted peer stops drafting.
         against: name of the peer's arm that does the same.
+        call: "package.module:make", the maker of an arm from code (`bench.arms.callables`).
+        options: its keyword arguments.
+        limit_s: seconds that one output of it may take.
         notation: of the keys in error messages.
 
     Raises:
@@ -90,6 +94,9 @@ class ArmSpec:
     peer: str | None = None
     confidence: float | None = None
     against: str | None = None
+    call: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    limit_s: float | None = None
     notation: Notation = field(default_factory=Notation, compare=False, repr=False)
 
     @classmethod
@@ -150,6 +157,12 @@ class ArmSpec:
     def __post_init__(self) -> None:
         with self._named_errors():
             self.fixed_k()
+        if self.call is not None:
+            self._check_call(self.call)
+            return
+        for key in ("options", "limit_s"):
+            if getattr(self, key):
+                raise self.notation.error(f"{key} is of no use without a call: leave it out")
         if self.peer is not None:
             self._check_kind("peer", self.peer, PEERS)
             return
@@ -169,6 +182,13 @@ class ArmSpec:
             raise self.notation.error(
                 f"batch is {self.batch}: it is 1 or more, and 1 for replayed drafts, which know one continuation"
             )
+
+    def _check_call(self, call: str) -> None:
+        module, colon, name = call.partition(":")
+        if not (colon and all(part.isidentifier() for part in [*module.split("."), name])):
+            raise self.notation.error(f"call is {call!r}: write package.module:function")
+        if self.limit_s is not None and self.limit_s <= 0:
+            raise self.notation.error(f"limit_s is {self.limit_s:g}: give it some seconds")
 
     def _check_kind(self, part: str, kind: str, known: Collection[str], or_else: str = "") -> None:
         if kind not in known:
@@ -362,6 +382,8 @@ def _read(name: str, entry: object, known: Collection[str], notation: Notation) 
         if "policy" in entry:
             raise notation.error("it is transformers' own, which takes no policy: leave one of them out")
         known = ("peer", "quantize", "against", *PEERS.get(str(entry["peer"]), ()))
+    if "call" in entry and "call" in known:
+        known = CALL_KEYS
     others = [key for key in entry if key not in known]
     settings = [key for key in others if "policy" in entry and key not in TYPES and key.isidentifier()]
     if unknown := sorted(set(others) - set(settings)):

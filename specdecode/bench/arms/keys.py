@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 _STRING, _WHOLE, _NUMBER, _WHOLES = "a string", "a whole number", "a number", "a list of whole numbers"
+_TABLE = "a table of options"
 TYPES = {
     "draft": _STRING,
     "drafter": _STRING,
@@ -29,6 +30,9 @@ TYPES = {
     "peer": _STRING,
     "confidence": _NUMBER,
     "against": _STRING,
+    "call": _STRING,
+    "options": _TABLE,
+    "limit_s": _NUMBER,
 }
 PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 """The keys of a preset's arm."""
@@ -36,7 +40,11 @@ PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 POLICY_CACHE_TOKENS = 256
 """Tokens that a cache policy holds, where the arm does not say."""
 
-MODEL_KEYS = tuple(key for key in TYPES if key not in ("backend", "replay", "batch", "peer", "confidence", "against"))
+CALL_KEYS = ("call", "options", "limit_s")
+"""The keys of an arm from code."""
+
+_MEASURED_KEYS = ("backend", "replay", "batch", "peer", "confidence", "against", *CALL_KEYS)
+MODEL_KEYS = tuple(key for key in TYPES if key not in _MEASURED_KEYS)
 """The keys of a way to decode that is not measured."""
 
 # The parts of an arm, and the keys that each kind of them takes.
@@ -79,5 +87,6 @@ _IS_OF_TYPE: dict[str, Callable[[Any], bool]] = {
     _STRING: lambda value: isinstance(value, str),
     _WHOLE: lambda value: isinstance(value, int) and not isinstance(value, bool),
     _NUMBER: lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    _TABLE: lambda value: isinstance(value, dict),
     _WHOLES: lambda value: isinstance(value, list | tuple) and all(map(_IS_OF_TYPE[_WHOLE], value)),
 }

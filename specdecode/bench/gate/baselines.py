@@ -23,7 +23,8 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
 
     Raises:
         ValueError: no reason, or the run is none to expect anything by: changes that are not committed, a wrong
-            output, or a machine so unsteady that two runs of the same code differ by more than the gate's tolerance.
+            output, an arm that did not decode, or a machine so unsteady that two runs of the same code differ by more
+            than the gate's tolerance.
     """
     run = read(path)
     if not reason.strip():
@@ -33,6 +34,8 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
         raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
     if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
         raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
+    if failed := [name for name, arm in run.arms.items() if arm.failure]:
+        raise ValueError(f"{path} has arms that did not decode ({', '.join(failed)}): it is no baseline")
     if run.header.floor > math.log1p(TOLERANCE):
         raise ValueError(
             f"{path} was measured where two runs of the same code differ by {math.expm1(run.header.floor):.0%}: quiet"

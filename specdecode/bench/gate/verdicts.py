@@ -125,6 +125,8 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
         reason = "the run lacks this arm, and what it is compared with has it: measure it, or bless a run without it"
     elif arm not in old.arms:
         verdict, reason = Verdict.NO_BASELINE, "the baseline does not have this arm: bless a run that has it"
+    elif new.arms[arm].failure:
+        verdict, reason = Verdict.REGRESSED, new.arms[arm].failure
     elif wrong := new.arms[arm].bugs:
         verdict, reason = Verdict.REGRESSED, f"{wrong} wrong output(s): its times and counters are void"
     elif ours != theirs:

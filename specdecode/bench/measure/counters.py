@@ -105,11 +105,15 @@ def _no_stderr() -> Iterator[None]:
 
 
 def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
-    """Run the arm once, untimed, and count. A peer warms up only: its counts are not ours to keep.
+    """Run the arm once, untimed, and count. A peer or an arm from code warms up only: its counts are not ours to keep.
 
     Reads are counted as by `HostReads`, but for the backend "compile". Forwards over static shapes are those that
     `LM.forwards` counts.
     """
+    if arm.foreign:
+        # Its models, processes and kernels are its own.
+        arm.run(prompt, length, expected)
+        return CountersRun()
     target, forwards = arm.target, 0
 
     def count(*_: Any) -> None:

@@ -6,10 +6,12 @@ import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import Check, classify
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
@@ -69,11 +71,13 @@ class Results:
         arms: how each is compared and called, in the preset's order.
         blocks: in the order of measuring; an arm may be missing in some.
         counters_runs: by arm, what its untimed run counted.
+        failures: by arm from code, what it did in place of decoding. From then on it was not run.
     """
 
     arms: list[Arm]
     blocks: list[Block]
     counters_runs: dict[str, CountersRun]
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
@@ -114,6 +118,7 @@ class Results:
             counters_run=self.counters_runs.get(arm.name, CountersRun()),
             timed=arm.timed,
             options=arm.options,
+            failure=self.failures.get(arm.name, ""),
             shorter={length: _rows(arm.name, cuts) for length, cuts in shorter.items()},
         )
 
@@ -189,21 +194,46 @@ def experiment(
     warm = next(iter(prompts))
     length = min(max_new_tokens, COUNTERS_RUN_TOKENS)
     written = baseline.run(prompts[warm], length, ()).tokens
-    counters_runs = {}
-    for arm in arms:
-        tell(f"{arm.name} on {warm}, the counters run")
-        expected = arm.expected(prompts[warm], written, length)
-        counters_runs[arm.name] = counters_run(arm, prompts[warm], length, expected)
-
+    counters_runs: dict[str, CountersRun] = {}
+    failures: dict[str, str] = {}
     blocks = []
-    for prompt, repeat in planned:
-        if block := known.get((prompt, repeat)):
-            blocks.append(block)
-            continue
-        blocks.append(measure_block(arms, prompt, prompts[prompt], max_new_tokens, repeat, seed, tell))
-        keep(blocks[-1])
+    with closing(arms, failures):
+        for arm in arms:
+            tell(f"{arm.name} on {warm}, the counters run")
+            expected = arm.expected(prompts[warm], written, length)
+            with _noted(arm, failures):
+                counters_runs[arm.name] = counters_run(arm, prompts[warm], length, expected)
+        for prompt, repeat in planned:
+            if block := known.get((prompt, repeat)):
+                blocks.append(block)
+                continue
+            working = [arm for arm in arms if arm.name not in failures]
+            blocks.append(measure_block(working, prompt, prompts[prompt], max_new_tokens, repeat, seed, tell, failures))
+            keep(blocks[-1])
     progress(total, total, "done")
-    return Results(list(arms), blocks, counters_runs)
+    return Results(list(arms), blocks, counters_runs, failures)
+
+
+@contextmanager
+def closing(arms: Sequence[Arm], failures: dict[str, str]) -> Iterator[None]:
+    """Close the arms behind the block, whatever happens in it."""
+    try:
+        yield
+    finally:
+        for arm in arms:
+            with _noted(arm, failures):
+                arm.close()
+
+
+@contextmanager
+def _noted(arm: Arm, failures: dict[str, str] | None) -> Iterator[None]:
+    """Note that an arm from code failed, so that the others go on; raise where nobody takes notes."""
+    try:
+        yield
+    except ArmError as error:
+        if failures is None:
+            raise
+        failures[arm.name] = str(error)
 
 
 def measure_block(
@@ -214,6 +244,7 @@ def measure_block(
     repeat: int = 0,
     seed: int = 0,
     tell: Callable[[str], None] = lambda doing: None,
+    failures: dict[str, str] | None = None,
 ) -> Block:
     """Measure the arms, the baseline among them, on one prompt.
 
@@ -225,6 +256,8 @@ def measure_block(
         repeat: which block of this prompt it is, from 0.
         seed: of the order of arms.
         tell: told what is going on, run by run.
+        failures: takes what arms from code did in place of decoding; they are not in the block. If None, the first
+            ends the measuring.
     """
     baseline = next(arm for arm in arms if arm.name == BASELINE)
     others = [arm for arm in arms if arm is not baseline]
@@ -244,13 +277,16 @@ def measure_block(
     references_by_arm = {arm.name: references[arm.target, arm.policy] for arm in lossy}
     first = run(baseline, ())
     runs = {baseline.name: first}
-    runs |= {arm.name: run(arm, references_by_arm.get(arm.name, first.tokens)) for arm in order}
+    for arm in order:
+        with _noted(arm, failures):
+            runs[arm.name] = run(arm, references_by_arm.get(arm.name, first.tokens))
     last = run(baseline, ())
     checks = {
         arm.name: classify(
             arm.target, text, references_by_arm.get(arm.name, first.tokens), runs[arm.name].tokens, arm.policy
         )
         for arm in arms
+        if arm.name in runs
     }
     losses = {
         tokens: own_losses(baseline.target, text, tokens) for tokens in {tuple(run.tokens) for run in runs.values()}

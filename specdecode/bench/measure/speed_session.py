@@ -90,6 +90,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
         "arms": entries,
         "code": code(),
         "versions": versions,
+        "code of arms": {arm.name: arm.code for arm in arms if arm.foreign},
     }
     journal = Journal(plan.journal, experiment_values, plan.resume)
     finished = journal.blocks()

@@ -14,7 +14,7 @@ from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
-from specdecode.bench.measure.experiment import Block, Results, measure_block
+from specdecode.bench.measure.experiment import Block, Results, closing, measure_block
 from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.plan import Plan
 from specdecode.bench.report.recommend import is_hopeless
@@ -60,9 +60,10 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     before, bandwidth = conditions(target.device), roofline_throughput(target)
     versions = run_versions(plan.identity.target, target.with_backend(plan.setup.backend).backend.name)
     blocks: list[Block] = []
+    failures: dict[str, str] = {}
 
     def write() -> RunFile:
-        results = Results(arms, blocks, counters_runs)
+        results = Results(arms, blocks, counters_runs, failures)
         header = run_header(
             plan, results.outputs(), results.floor, roofline=bandwidth, versions=versions, before=before
         )
@@ -77,22 +78,30 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
 
         arms, counters_runs, left_out = _usable_arms(plan, target, draft, prompts[order[0]], tell)
         remaining_arms, last_block_s = list(arms), 0.0
-        try:
-            for prompt in order:
-                begun = time.monotonic()
-                if len(blocks) >= _LEAST_BLOCKS and begun - started + last_block_s > limit_s:
-                    break
-                blocks.append(
-                    measure_block(remaining_arms, prompt, prompts[prompt], plan.preset.max_new_tokens, tell=tell)
-                )
-                run = write()
-                remaining_arms = [
-                    arm for arm in remaining_arms if arm.name == BASELINE or not is_hopeless(run, arm.name)
-                ]
-                last_block_s = time.monotonic() - begun
-        except KeyboardInterrupt:
-            if not blocks:
-                raise
+        with closing(arms, failures):
+            try:
+                for prompt in order:
+                    begun = time.monotonic()
+                    if len(blocks) >= _LEAST_BLOCKS and begun - started + last_block_s > limit_s:
+                        break
+                    blocks.append(
+                        measure_block(
+                            remaining_arms,
+                            prompt,
+                            prompts[prompt],
+                            plan.preset.max_new_tokens,
+                            tell=tell,
+                            failures=failures,
+                        )
+                    )
+                    run = write()
+                    remaining_arms = [
+                        arm for arm in remaining_arms if arm.name == BASELINE or not is_hopeless(run, arm.name)
+                    ]
+                    last_block_s = time.monotonic() - begun
+            except KeyboardInterrupt:
+                if not blocks:
+                    raise
     return write(), left_out
 
 

@@ -201,6 +201,8 @@ def label(run: RunFile, arm: str) -> str:
 def outputs(run: RunFile, arm: str) -> str:
     """Say whether the arm wrote what the baseline did, or, where it is lossy, what it must."""
     record = run.arms[arm]
+    if record.failure:
+        return "FAILED"
     if record.bugs:
         return "WRONG"
     ties = f"{record.ties}/{record.counts().runs:.0f} ties" if record.ties else ""

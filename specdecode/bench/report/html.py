@@ -95,6 +95,8 @@ def _gate_tile(judgements: Sequence[Judgement]) -> Element:
 
 
 def _outputs_tile(run: RunFile) -> Element:
+    if failed := [arm for arm, record in run.arms.items() if record.failure]:
+        return tile("Outputs", "bad", "✗ FAILED", f"{', '.join(failed)} did not decode")
     if wrong := [arm for arm, record in run.arms.items() if record.bugs]:
         return tile("Outputs", "bad", "✗ WRONG", f"of {', '.join(wrong)}: their times are void")
     lossy = any(record.lossy for record in run.arms.values())
@@ -155,7 +157,7 @@ def _speeds(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
         for value in values:
             number, _, more = value.partition(" ")
             row.append(element("td", number, *([element("small", f" {more}")] if more else []), class_="figure"))
-        kind, sign = ("bad", "✗") if run.arms[arm].bugs else ("good", "✓")
+        kind, sign = ("bad", "✗") if run.arms[arm].bugs or run.arms[arm].failure else ("good", "✓")
         rows.append(element("tr", *row, element("td", element("span", f"{sign} {output}", class_=f"chip {kind}"))))
     table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows), class_="speeds")
     legend = (

@@ -51,6 +51,8 @@ def method(run: RunFile, arm: str) -> str:
     if not any(record.options for record in run.arms.values()):
         start = max((name for name in _NAMES if arm.startswith(name)), key=len, default="")
         return _NAMES.get(start, arm)
+    if "call" in options:
+        return arm
     if "peer" in options:
         return _PEERS.get(str(options["peer"]), arm)
     kinds = drafter_kinds(options)

@@ -115,8 +115,8 @@ def is_hopeless(run: RunFile, arm: str) -> bool:
     """
     arms, _ = _contestants(run)
     record = run.arms[arm]
-    if record.bugs or arm not in arms or "policy" in record.options:
-        return record.bugs > 0
+    if record.failure or record.bugs or arm not in arms or "policy" in record.options:
+        return bool(record.failure or record.bugs)
     return len(record.rows) >= _LEAST_TO_DROP and _Contest(run, arms).over(arm, BASELINE).high < 1.0
 
 
@@ -129,6 +129,10 @@ def _contestants(run: RunFile) -> tuple[list[str], dict[str, str]]:
         counted = len(_evidence(run, arm))
         if record.bugs:
             left_out[arm] = f"{record.bugs} wrong output(s)"
+        elif record.failure:
+            left_out[arm] = record.failure
+        elif "call" in record.options:
+            left_out[arm] = "it is decoded by code outside of this package"
         elif record.options.get("batch", 1) != 1:
             left_out[arm] = "it decodes several prompts at once, and here one is decoded"
         elif "replay" in record.options and not run.arms[BASELINE].synthetic:

@@ -55,6 +55,7 @@ def _arm_json(record: ArmRecord) -> dict[str, Any]:
         "timed": record.timed,
         "options": record.options,
         "shorter": {length: _rows_json(rows) for length, rows in record.shorter.items()},
+        **({"failure": record.failure} if record.failure else {}),
     }
 
 
@@ -135,6 +136,7 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
             _length(length): _rows(shorter, header)
             for length, shorter in mapping(entry.get("shorter", {}), "shorter").items()
         },
+        failure=text(entry, "failure") if "failure" in entry else "",
     )
 
 

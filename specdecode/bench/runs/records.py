@@ -110,6 +110,7 @@ class ArmRecord:
         timed: how long it drafted depended on the clock, and so did its counts.
         options: the preset's entry that it was made of; empty in older files.
         shorter: rows of the same runs cut at shorter lengths.
+        failure: what an arm from code did in place of decoding; the rows are of before.
     """
 
     rows: dict[str, Row]
@@ -123,6 +124,7 @@ class ArmRecord:
     timed: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     shorter: dict[int, dict[str, Row]] = field(default_factory=dict)
+    failure: str = ""
 
     def counts(self, prompts: Iterable[str] | None = None) -> RowCounts:
         """Sum the counts over prompts, all if None."""

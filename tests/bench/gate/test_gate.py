@@ -394,7 +394,13 @@ def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [("dirty", "not committed"), ("no commit", "not committed"), ("bug", "wrong outputs"), ("noise", "differ by")],
+    [
+        ("dirty", "not committed"),
+        ("no commit", "not committed"),
+        ("bug", "wrong outputs"),
+        ("failure", r"arms that did not decode \(linear\)"),
+        ("noise", "differ by"),
+    ],
 )
 def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change: str, reason: str) -> None:
     """Guards against a baseline of unknown code, of wrong tokens, or of noise."""
@@ -405,6 +411,8 @@ def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change
         del content_["commit_info"]
     if change == "bug":
         content_["specdecode"]["arms"]["linear"]["bugs"] = 1.0
+    if change == "failure":
+        content_["specdecode"]["arms"]["linear"]["failure"] = "arm 'linear': it raised KeyError"
     run = tmp_path / "run.json"
     run.write_text(json.dumps(content_))
     with pytest.raises(ValueError, match=reason):

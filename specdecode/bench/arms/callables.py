@@ -1,0 +1,283 @@
+"""Arms from code: decoding of any kind, that a function of the reader's own yields step by step."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from specdecode.backends.device import synchronise
+from specdecode.bench.arms.entry import ArmSpec
+from specdecode.bench.arms.run import Run
+from specdecode.bench.runs.counts import Counts, Histograms, Seconds
+from specdecode.core.errors import SpecDecodeError
+from specdecode.models.lm import LM
+
+_SHOWN_CHARACTERS = 60
+
+LIMIT_S = 600.0
+"""Seconds that one output of an arm from code may take, where its entry does not say."""
+
+
+class ArmError(SpecDecodeError):
+    """An arm from code did not decode: it raised, took too long, or yielded what is no output."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmStep:
+    """One step of an arm from code, with what it knows of it. A field is None where it does not know.
+
+    With all fields of all steps known, acceptance, blame and counters work as for this package's own arms.
+
+    Attributes:
+        tokens: the new tokens.
+        drafted: proposed tokens.
+        accepted: proposals among the new tokens.
+        draft_forwards: forwards of a draft model.
+        draft_s: seconds of drafting.
+        verify_s: seconds of the target's forward.
+        cache_bytes: bytes of KV that are held.
+    """
+
+    tokens: Sequence[int]
+    drafted: int | None = None
+    accepted: int | None = None
+    draft_forwards: int | None = None
+    draft_s: float | None = None
+    verify_s: float | None = None
+    cache_bytes: int | None = None
+
+
+Decode = Callable[[list[int], int], Iterator[Sequence[int] | ArmStep]]
+"""From prompt token ids and a number of new tokens to the new tokens, a list or an `ArmStep` a step."""
+
+
+def make_decode(spec: ArmSpec, target: LM, draft: str) -> Decode:
+    """Call the maker that an arm names: `make(target, draft, device, dtype, **options)`, all names.
+
+    Raises:
+        ValueError: there is no such maker, it raises, or it returns nothing to call.
+    """
+    assert spec.call is not None
+    module, _, name = spec.call.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m pytest` does, and `pytest` does not
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise spec.notation.error(f"{spec.call} cannot be imported: {error}") from error
+    dtype = str(target.dtype).removeprefix("torch.")
+    try:
+        decode = make(target.name, draft, str(target.device), dtype, **dict(spec.options))
+    except Exception as error:
+        raise spec.notation.error(f"{spec.call} raised {_told(error)}") from error
+    if not callable(decode):
+        raise spec.notation.error(f"{spec.call} returned a {type(decode).__name__}: return a function that decodes")
+    return decode  # type: ignore[no-any-return]
+
+
+def code_of(call: str) -> str:
+    """Return a digest of the module that a maker stands in, as far as there is a file of it."""
+    file = getattr(importlib.import_module(call.partition(":")[0]), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
+
+
+def closer(spec: ArmSpec, decode: Decode) -> Callable[[], None]:
+    """Return what calls the `close()` of a function from code, if it has one."""
+
+    def close() -> None:
+        with _arm_errors(spec):
+            getattr(decode, "close", lambda: None)()
+
+    return close
+
+
+def callable_run(
+    spec: ArmSpec, decode: Decode, target: LM, lengths: Sequence[int], stop_token_ids: Sequence[int]
+) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
+    """Return what decodes a prompt with a function from code, and times it. The arguments are those of `make_arm`.
+
+    Its stop tokens are not the function's business: an output is cut behind the first of them.
+    """
+
+    def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
+        synchronise(target.device)
+        steps: list[ArmStep] = []
+        times: list[float] = []
+        started = time.perf_counter()
+        with _arm_errors(spec), _limit(spec.limit_s or LIMIT_S):
+            for item in decode(list(prompt), max_new_tokens):
+                steps.append(_step(item, max_new_tokens - sum(len(step.tokens) for step in steps)))
+                times.append(time.perf_counter() - started)
+            synchronise(target.device)
+        total_s = time.perf_counter() - started
+        with _arm_errors(spec):
+            return _run(steps, times, total_s, max_new_tokens, lengths, stop_token_ids)
+
+    return run
+
+
+def _step(item: object, left: int) -> ArmStep:
+    """Take what a function yielded, as a step."""
+    step = item if isinstance(item, ArmStep) else ArmStep(item)  # type: ignore[arg-type]
+    tokens = step.tokens
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not all(type(token) is int for token in tokens):
+        raise _NoOutput(f"it yielded {_shown(item)}: yield a list of token ids, or an ArmStep")
+    if len(tokens) > left:
+        raise _NoOutput(f"it yielded {len(tokens) - left} token(s) more than it was asked for")
+    return step
+
+
+def _run(
+    steps: Sequence[ArmStep],
+    times: Sequence[float],
+    total_s: float,
+    max_new_tokens: int,
+    lengths: Sequence[int],
+    stop_token_ids: Sequence[int],
+) -> Run:
+    tokens = [token for step in steps for token in step.tokens]
+    end = next((place for place, token in enumerate(tokens, start=1) if token in stop_token_ids), None)
+    if len(tokens) < max_new_tokens and end is None:
+        raise _NoOutput(f"it yielded {len(tokens)} of {max_new_tokens} tokens")
+    whole = _until(steps, times, end or max_new_tokens, total_s)
+    cuts = [_until(steps, times, length, None) for length in lengths if length < len(whole.tokens)]
+    return Run(whole.tokens, whole.total_s, whole.ttft_s, whole.counts, whole.seconds, whole.histograms, cuts)
+
+
+def _until(steps: Sequence[ArmStep], times: Sequence[float], length: int, total_s: float | None) -> Run:
+    """Return the run as it was when so many tokens had come; the seconds of the last step where `total_s` is None."""
+    written, count = 0, 0
+    while written < length:
+        written += len(steps[count].tokens)
+        count += 1
+    steps, times = steps[:count], times[:count]
+    total_s = times[-1] if total_s is None else total_s
+    first = next(place for place, step in enumerate(steps) if step.tokens)
+    tokens = [token for step in steps for token in step.tokens][:length]
+    return Run(
+        tokens,
+        total_s,
+        times[first],
+        _counts(steps, len(tokens)),
+        _seconds(steps, total_s),
+        _histograms(steps),
+    )
+
+
+def _counts(steps: Sequence[ArmStep], length: int) -> Counts:
+    accepted, drafted = _known(steps, "accepted"), _known(steps, "drafted")
+    held = _known(steps, "cache_bytes")
+    return Counts(
+        steps=len(steps),
+        target_forwards=len(steps),
+        draft_forwards=_sum(_known(steps, "draft_forwards")),
+        drafted=_sum(drafted),
+        accepted=_sum(accepted),
+        rejections=None if accepted is None or drafted is None else sum(map(int.__lt__, accepted, drafted)),
+        cache_bytes=None if held is None else held[-1],
+        peak_cache_bytes=None if held is None else max(held),
+        grown_bytes=None if held is None else max(held) - held[0],
+        later_tokens=max(0, length - len(steps[0].tokens)),
+    )
+
+
+def _seconds(steps: Sequence[ArmStep], total_s: float) -> Seconds:
+    draft, verify = _known(steps, "draft_s"), _known(steps, "verify_s")
+    if draft is None or verify is None:
+        return Seconds()
+    return Seconds(
+        draft=sum(draft),
+        verify=sum(verify),
+        overhead=max(0.0, total_s - sum(draft) - sum(verify)),
+        later_draft=sum(draft[1:]),
+        later_verify=sum(verify[1:]),
+    )
+
+
+def _histograms(steps: Sequence[ArmStep]) -> Histograms:
+    accepted, drafted = _known(steps, "accepted"), _known(steps, "drafted")
+    if accepted is None or drafted is None:
+        return Histograms()
+    return Histograms(accepted=_histogram(accepted), depth=_histogram(drafted))
+
+
+def _histogram(values: Sequence[int]) -> list[int]:
+    return [values.count(value) for value in range(max(values) + 1)]
+
+
+def _known(steps: Sequence[ArmStep], name: str) -> list[Any] | None:
+    """Return a field of all steps; None if one of them does not know it."""
+    values = [getattr(step, name) for step in steps]
+    return None if None in values else values
+
+
+def _sum(values: list[Any] | None) -> float | None:
+    return None if values is None else sum(values)
+
+
+@contextmanager
+def _arm_errors(spec: ArmSpec) -> Iterator[None]:
+    """Say in one sentence what an arm from code did in place of decoding.
+
+    Raises:
+        ArmError: in place of any other exception.
+    """
+    try:
+        yield
+    except _LimitReached:
+        limit_s = spec.limit_s or LIMIT_S
+        raise ArmError(f"{spec.notation.arm}: it took longer than {limit_s:g} s, its limit_s") from None
+    except _NoOutput as error:
+        raise ArmError(f"{spec.notation.arm}: {error}") from error
+    except Exception as error:
+        raise ArmError(f"{spec.notation.arm}: it raised {_told(error)}") from error
+
+
+class _NoOutput(Exception):
+    """What was yielded is no output; the text says why."""
+
+
+class _LimitReached(BaseException):
+    """No Exception, so that the code that hangs does not catch it."""
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """Raise _LimitReached when the block takes longer. Code that never comes back to Python is not interrupted."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def reached(number: int, frame: FrameType | None) -> None:
+        raise _LimitReached
+
+    handler = signal.signal(signal.SIGALRM, reached)
+    # Somebody else's, such as pytest-timeout's, goes on behind the block.
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def _told(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _shown(item: object) -> str:
+    text = repr(item)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
