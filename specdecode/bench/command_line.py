@@ -118,8 +118,10 @@ def options_of(config: pytest.Config) -> Options:
 
     project = read_project(config.rootpath)
     values = {field.name: value_of(config, field.name) for field in fields(Options)}
-    given = {name: value for name, value in values.items() if value is not None}
-    return Options(**{"root": config.rootpath, "tolerances": project.tolerances, **project.options, **given})
+    from_command_line = {name: value for name, value in values.items() if value is not None}
+    return Options(
+        **{"root": config.rootpath, "tolerances": project.tolerances, **project.options, **from_command_line}
+    )
 
 
 def _dest(name: str) -> str:

@@ -177,7 +177,7 @@ def _until(steps: Sequence[ArmStep], times: Sequence[float], length: int, total_
 
 def _counts(steps: Sequence[ArmStep], length: int) -> Counts:
     accepted, drafted = _known(steps, "accepted"), _known(steps, "drafted")
-    held = _known(steps, "cache_bytes")
+    cache_bytes = _known(steps, "cache_bytes")
     return Counts(
         steps=len(steps),
         target_forwards=len(steps),
@@ -185,9 +185,9 @@ def _counts(steps: Sequence[ArmStep], length: int) -> Counts:
         drafted=_sum(drafted),
         accepted=_sum(accepted),
         rejections=None if accepted is None or drafted is None else sum(map(int.__lt__, accepted, drafted)),
-        cache_bytes=None if held is None else held[-1],
-        peak_cache_bytes=None if held is None else max(held),
-        grown_bytes=None if held is None else max(held) - held[0],
+        cache_bytes=None if cache_bytes is None else cache_bytes[-1],
+        peak_cache_bytes=None if cache_bytes is None else max(cache_bytes),
+        grown_bytes=None if cache_bytes is None else max(cache_bytes) - cache_bytes[0],
         later_tokens=max(0, length - len(steps[0].tokens)),
     )
 
