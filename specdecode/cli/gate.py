@@ -30,7 +30,7 @@ def gate(
     tolerance = tolerance_of(tolerance, project.tolerance)
     judgements = judge(read(new), read(old), tolerance, tolerances=project.tolerances)
     say_tables(verdict_table(judgements))
-    failing = FAILING["strict" if strict else "on"]
+    failing = FAILING["strict" if strict else project.gate]
     failed = sum(judgement.verdict in failing for judgement in judgements)
     say(f"{failed} of {len(judgements)} verdicts fail" if failed else f"{len(judgements)} verdicts, none fails")
     if failed:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from specdecode.bench.gate.baselines import TOLERANCE
-from specdecode.bench.gate.verdicts import tolerance_of
+from specdecode.bench.gate.verdicts import FAILING, tolerance_of
 from specdecode.support.checked import mapping, number, read_text, text
 
 if sys.version_info >= (3, 11):
@@ -19,9 +18,25 @@ else:
     import tomli as tomllib
 
 _TABLE = "tool.specdecode"
+
+
+def _gate(values: Mapping[str, Any], name: str) -> str:
+    """Take a setting of the gate."""
+    setting = text(values, name)
+    if setting not in FAILING:
+        raise ValueError(f"{name} is {setting!r}: choose from {', '.join(FAILING)}")
+    return setting
+
+
+def _share(values: Mapping[str, Any], name: str) -> float:
+    """Take a tolerance."""
+    return tolerance_of(number(values, name, 0.0, 1.0), 0.0)
+
+
 _SETTINGS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
-    **dict.fromkeys(("target", "draft", "preset", "device", "dtype", "backend", "prompts", "baselines", "gate"), text),
-    "tolerance": partial(number, least=0.0, most=1.0),
+    **dict.fromkeys(("target", "draft", "preset", "device", "dtype", "backend", "prompts", "baselines"), text),
+    "gate": _gate,
+    "tolerance": _share,
 }
 
 
@@ -41,6 +56,11 @@ class Project:
     def tolerance(self) -> float:
         """By how much the time of any other arm may be worse than a baseline's, as a share."""
         return float(self.options.get("tolerance", TOLERANCE))
+
+    @property
+    def gate(self) -> str:
+        """Which verdicts fail: a key of `gate.verdicts.FAILING`."""
+        return str(self.options.get("gate", "on"))
 
     @property
     def baselines(self) -> Path:
@@ -74,5 +94,5 @@ def _project(table: Mapping[str, Any]) -> Project:
     by_arm = mapping(table.get("tolerances", {}), "tolerances")
     return Project(
         options={key: read(table, key) for key, read in _SETTINGS.items() if key in table},
-        tolerances={arm: tolerance_of(number(by_arm, arm), 0.0) for arm in by_arm},
+        tolerances={arm: _share(by_arm, arm) for arm in by_arm},
     )

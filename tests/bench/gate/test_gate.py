@@ -361,6 +361,9 @@ def test_a_repository_says_what_its_arms_may_lose(
     settings.write_text("[tool.specdecode]\ntolerance = 0.2\n")
     assert exit_code(monkeypatch, "gate", new, old) == 0
     assert exit_code(monkeypatch, "gate", new, old, "--tolerance", "0.01") == 1
+    settings.write_text('[tool.specdecode]\ngate = "off"\n')
+    assert exit_code(monkeypatch, "gate", new, old) == 0
+    assert exit_code(monkeypatch, "gate", new, old, "--strict") == 1
     settings.write_text('[tool.specdecode]\nbaselines = "blessed"\n')
     assert exit_code(monkeypatch, "bless", new, "--reason", "a test") == 0
     assert list((tmp_path / "blessed").rglob("*.json"))
@@ -369,6 +372,8 @@ def test_a_repository_says_what_its_arms_may_lose(
         "[tool.specdecode]\ntolerance = 1.5\n": "tolerance is 1.5, which cannot be: it is from 0 to 1",
         "[tool.specdecode]\ntarget = 3\n": "target is 3, which is no text",
         "[tool.specdecode.tolerances]\nnoisy = true\n": "noisy is True, which is no number",
+        '[tool.specdecode]\ngate = "loose"\n': "gate is 'loose': choose from on, strict, off",
+        "[tool.specdecode.tolerances]\nnoisy = 1.5\n": "noisy is 1.5, which cannot be: it is from 0 to 1",
         "[tool.specdecode]\neos = true\n": "tool.specdecode has no setting 'eos': choose from target",
         "[tool\n": "pyproject.toml cannot be read",
     }.items():
