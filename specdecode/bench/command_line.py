@@ -12,7 +12,7 @@ import pytest
 from specdecode.bench.options import Options
 
 PREFIX = "specdecode-"
-"""Of the form of each option that no other plugin has."""
+"""Begins the second name of each option, which no other plugin takes."""
 
 _DEFAULTS = Options(root=Path())
 
@@ -91,7 +91,7 @@ def _free_flags(parser: pytest.Parser, flags: Sequence[str]) -> set[str]:
     """Return the flags that no plugin has taken."""
 
     def unknown(*some: str) -> set[str]:
-        """Return those of some flags that the parser does not know. It refuses a value that a known one cannot have."""
+        """Return which of these flags the parser does not know; none if it refuses the value of a known one."""
         try:
             _, rest = parser.parse_known_and_unknown_args([f"--{flag}=" for flag in some])
         except (pytest.UsageError, SystemExit):

@@ -80,14 +80,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = list(map(str, chosen))
     with _one_sentence():
         _check_processes(config)
+        # Files are opened when all is measured, and one that cannot be written would cost the run.
         if value_of(config, "benchmark"):
             _check_pytest_benchmark(config)
-        # These are opened when all is measured, and one that cannot be written would cost the run.
-        if value_of(config, "benchmark") and (option := config.getoption("benchmark_json", None)):
-            file = Path(option if isinstance(option, os.PathLike) else option.name)
-            check_writable(file)
-            if not is_device(file):
-                config.option.benchmark_json = _Unfinished(os.path.realpath(file))
+            _check_json(config)
         if page := os.environ.get(_PAGE):
             check_writable(Path(page))
 
@@ -115,6 +111,15 @@ def _check_pytest_benchmark(config: pytest.Config) -> None:
             raise ValueError(
                 f"--{option.replace('_', '-')} does not go with --benchmark: it {effect}; leave one of them out"
             )
+
+
+def _check_json(config: pytest.Config) -> None:
+    """Let pytest-benchmark's file have its name only when it is whole. Raise ValueError if it cannot be written."""
+    if option := config.getoption("benchmark_json", None):
+        file = Path(option if isinstance(option, os.PathLike) else option.name)
+        check_writable(file)
+        if not is_device(file):
+            config.option.benchmark_json = _Unfinished(os.path.realpath(file))
 
 
 class _Unfinished(type(Path())):  # type: ignore[misc]

@@ -145,12 +145,12 @@ class Generation:
     @property
     def accepted_lengths(self) -> list[int]:
         """Histogram: entry i counts the steps that accepted i proposals."""
-        return _histogram([step.accepted for step in self.steps])
+        return histogram([step.accepted for step in self.steps])
 
     @property
     def depths(self) -> list[int]:
         """Histogram: entry i counts the steps whose tree was i deep."""
-        return _histogram([step.depth for step in self.steps])
+        return histogram([step.depth for step in self.steps])
 
     @property
     def total_s(self) -> float:
@@ -204,7 +204,8 @@ class Generation:
         )
 
 
-def _histogram(lengths: list[int]) -> list[int]:
+def histogram(lengths: list[int]) -> list[int]:
+    """Return how often each length occurs: entry i counts the length i."""
     return [lengths.count(length) for length in range(max(lengths, default=0) + 1)]
 
 

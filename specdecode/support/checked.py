@@ -44,14 +44,14 @@ def parse_json(text: str, path: Path) -> Any:
 def mapping(value: Any, name: str) -> dict[str, Any]:
     """Take an object of JSON."""
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is {_shown(value)}, which is no object of names and values")
+        raise ValueError(f"{name} is {shown(value)}, which is no object of names and values")
     return value
 
 
 def items(value: Any, name: str) -> list[Any]:
     """Take a list."""
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {_shown(value)}, which is no list")
+        raise ValueError(f"{name} is {shown(value)}, which is no list")
     return value
 
 
@@ -59,9 +59,9 @@ def number(values: Any, name: Any, least: float = -MOST, most: float = MOST) -> 
     """Take a finite number within bounds from an object or a list."""
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise ValueError(f"{name} is {_shown(value)}, which is no number")
+        raise ValueError(f"{name} is {shown(value)}, which is no number")
     if not least <= value <= most:
-        raise ValueError(f"{name} is {_shown(value)}, which cannot be: it is from {least:g} to {most:g}")
+        raise ValueError(f"{name} is {shown(value)}, which cannot be: it is from {least:g} to {most:g}")
     return value
 
 
@@ -69,7 +69,7 @@ def count(values: Any, name: Any, least: int = 0) -> int:
     """Take a whole number."""
     value = number(values, name, least)
     if value != int(value):
-        raise ValueError(f"{name} is {_shown(values[name])}, which is no whole number")
+        raise ValueError(f"{name} is {shown(values[name])}, which is no whole number")
     return int(value)
 
 
@@ -92,7 +92,7 @@ def flag(values: Mapping[str, Any], name: str, default: bool | None = None) -> b
     """Take a true or false; the default where older files do not have it."""
     value = values[name] if default is None else values.get(name, default)
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is {_shown(value)}, which is neither true nor false")
+        raise ValueError(f"{name} is {shown(value)}, which is neither true nor false")
     return value
 
 
@@ -100,7 +100,7 @@ def text(values: Mapping[str, Any], name: str) -> str:
     """Take a text."""
     value = values[name]
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {_shown(value)}, which is no text")
+        raise ValueError(f"{name} is {shown(value)}, which is no text")
     return value
 
 
@@ -109,9 +109,10 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as it stands in a sentence: cut where it is long."""
     try:
-        shown = repr(value)
+        written = repr(value)
     except (ValueError, RecursionError):  # Python writes out no integer of thousands of digits
         return "too long to show"
-    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+    return written if len(written) <= _SHOWN_CHARACTERS else f"{written[:_SHOWN_CHARACTERS]}..."

@@ -1,4 +1,4 @@
-"""Arms from code: decoding of any kind, that a function of the reader's own yields step by step."""
+"""Time decoders from outside of this package: functions that yield new tokens step by step."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from specdecode.backends.device import synchronise
 from specdecode.bench.arms.entry import ArmSpec
-from specdecode.bench.arms.run import Run
+from specdecode.bench.arms.run import Run, timed_call
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds
 from specdecode.core.errors import SpecDecodeError
+from specdecode.core.result import histogram
 from specdecode.models.lm import LM
-
-_SHOWN_CHARACTERS = 60
+from specdecode.support.checked import shown
 
 LIMIT_S = 600.0
 """Seconds that one output of an arm from code may take, where its entry does not say."""
@@ -80,7 +79,7 @@ def make_decode(spec: ArmSpec, target: LM, draft: str) -> Decode:
     try:
         decode = make(target.name, draft, str(target.device), dtype, **dict(spec.options))
     except Exception as error:
-        raise spec.notation.error(f"{spec.call} raised {_told(error)}") from error
+        raise spec.notation.error(f"{spec.call} raised {_named(error)}") from error
     if not callable(decode):
         raise spec.notation.error(f"{spec.call} returned a {type(decode).__name__}: return a function that decodes")
     return decode  # type: ignore[no-any-return]
@@ -97,7 +96,8 @@ def closer(spec: ArmSpec, decode: Decode) -> Callable[[], None]:
 
     def close() -> None:
         with _arm_errors(spec):
-            getattr(decode, "close", lambda: None)()
+            if hasattr(decode, "close"):
+                decode.close()
 
     return close
 
@@ -111,17 +111,19 @@ def callable_run(
     """
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
-        synchronise(target.device)
         steps: list[ArmStep] = []
         times: list[float] = []
-        started = time.perf_counter()
-        with _arm_errors(spec), _limit(spec.limit_s or LIMIT_S):
+
+        def decode_all() -> None:
+            started, left = time.perf_counter(), max_new_tokens
             for item in decode(list(prompt), max_new_tokens):
-                steps.append(_step(item, max_new_tokens - sum(len(step.tokens) for step in steps)))
+                steps.append(_step(item, left))
+                left -= len(steps[-1].tokens)
                 times.append(time.perf_counter() - started)
-            synchronise(target.device)
-        total_s = time.perf_counter() - started
+
         with _arm_errors(spec):
+            with _limit(spec.limit_s or LIMIT_S):
+                _, total_s = timed_call(target, decode_all)
             return _run(steps, times, total_s, max_new_tokens, lengths, stop_token_ids)
 
     return run
@@ -132,7 +134,7 @@ def _step(item: object, left: int) -> ArmStep:
     step = item if isinstance(item, ArmStep) else ArmStep(item)  # type: ignore[arg-type]
     tokens = step.tokens
     if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not all(type(token) is int for token in tokens):
-        raise _NoOutput(f"it yielded {_shown(item)}: yield a list of token ids, or an ArmStep")
+        raise _NoOutput(f"it yielded {shown(item)}: yield a list of token ids, or an ArmStep")
     if len(tokens) > left:
         raise _NoOutput(f"it yielded {len(tokens) - left} token(s) more than it was asked for")
     return step
@@ -152,7 +154,7 @@ def _run(
         raise _NoOutput(f"it yielded {len(tokens)} of {max_new_tokens} tokens")
     whole = _until(steps, times, end or max_new_tokens, total_s)
     cuts = [_until(steps, times, length, None) for length in lengths if length < len(whole.tokens)]
-    return Run(whole.tokens, whole.total_s, whole.ttft_s, whole.counts, whole.seconds, whole.histograms, cuts)
+    return replace(whole, cuts=cuts)
 
 
 def _until(steps: Sequence[ArmStep], times: Sequence[float], length: int, total_s: float | None) -> Run:
@@ -209,11 +211,7 @@ def _histograms(steps: Sequence[ArmStep]) -> Histograms:
     accepted, drafted = _known(steps, "accepted"), _known(steps, "drafted")
     if accepted is None or drafted is None:
         return Histograms()
-    return Histograms(accepted=_histogram(accepted), depth=_histogram(drafted))
-
-
-def _histogram(values: Sequence[int]) -> list[int]:
-    return [values.count(value) for value in range(max(values) + 1)]
+    return Histograms(accepted=histogram(accepted), depth=histogram(drafted))
 
 
 def _known(steps: Sequence[ArmStep], name: str) -> list[Any] | None:
@@ -235,13 +233,12 @@ def _arm_errors(spec: ArmSpec) -> Iterator[None]:
     """
     try:
         yield
-    except _LimitReached:
-        limit_s = spec.limit_s or LIMIT_S
-        raise ArmError(f"{spec.notation.arm}: it took longer than {limit_s:g} s, its limit_s") from None
+    except _LimitReached as error:
+        raise ArmError(f"{spec.notation.arm}: it took longer than {error} s, its limit_s") from None
     except _NoOutput as error:
         raise ArmError(f"{spec.notation.arm}: {error}") from error
     except Exception as error:
-        raise ArmError(f"{spec.notation.arm}: it raised {_told(error)}") from error
+        raise ArmError(f"{spec.notation.arm}: it raised {_named(error)}") from error
 
 
 class _NoOutput(Exception):
@@ -249,7 +246,7 @@ class _NoOutput(Exception):
 
 
 class _LimitReached(BaseException):
-    """No Exception, so that the code that hangs does not catch it."""
+    """The time is over; the text says how many seconds. It is no Exception, so that code that hangs cannot catch it."""
 
 
 @contextmanager
@@ -260,7 +257,7 @@ def _limit(seconds: float) -> Iterator[None]:
         return
 
     def reached(number: int, frame: FrameType | None) -> None:
-        raise _LimitReached
+        raise _LimitReached(f"{seconds:g}")
 
     handler = signal.signal(signal.SIGALRM, reached)
     # Somebody else's, such as pytest-timeout's, goes on behind the block.
@@ -273,11 +270,7 @@ def _limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
-def _told(error: BaseException) -> str:
+def _named(error: BaseException) -> str:
+    """Return the kind of an exception, with the first line of its text."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _shown(item: object) -> str:
-    text = repr(item)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

@@ -160,8 +160,8 @@ class ArmSpec:
         if self.call is not None:
             self._check_call(self.call)
             return
-        for key in ("options", "limit_s"):
-            if getattr(self, key):
+        for key, unset in (("options", {}), ("limit_s", None)):
+            if getattr(self, key) != unset:
                 raise self.notation.error(f"{key} is of no use without a call: leave it out")
         if self.peer is not None:
             self._check_kind("peer", self.peer, PEERS)

@@ -216,7 +216,7 @@ def experiment(
 
 @contextmanager
 def closing(arms: Sequence[Arm], failures: dict[str, str]) -> Iterator[None]:
-    """Close the arms behind the block, whatever happens in it."""
+    """Close the arms after the block, whatever happens in it."""
     try:
         yield
     finally:

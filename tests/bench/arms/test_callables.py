@@ -211,6 +211,7 @@ def test_a_limit_of_time_leaves_others_alone(module: ModuleType) -> None:
         ({"call": "reader:make", "k": 3}, "it has unknown options: k; choose from call, options, limit_s"),
         ({"call": "reader:make", "limit_s": 0}, "limit_s is 0: give it some seconds"),
         ({"call": "reader:make", "options": 3}, "options is 3: it must be a table of options"),
+        ({"drafter": "lookup", "limit_s": 0}, "limit_s is of no use without a call: leave it out"),
         ({"drafter": "lookup", "limit_s": 3}, "limit_s is of no use without a call: leave it out"),
         ({"call": "no.such:make"}, "no.such:make cannot be imported: No module named 'no'"),
         ({"call": "reader:missing"}, "reader:missing cannot be imported: module 'reader' has no attribute 'missing'"),
