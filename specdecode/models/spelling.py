@@ -14,6 +14,8 @@ _CONTEXT = "abcdef"
 # How a byte is named in vocabularies that fall back to bytes.
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Half a surrogate pair, of which UTF-8 makes no character: Python waits for its third byte all the same.
+_HALF_PAIR = re.compile(rb"\xed[\xa0-\xbf]")
 
 
 class Spelling:
@@ -91,7 +93,10 @@ class Reader:
     def read(self, token: int) -> str:
         """Return the characters that a token completes."""
         spelled = None if token in self._unread else self._spelling(token)
-        return self._decoder.decode(spelled or b"")
+        text = self._decoder.decode(spelled or b"")
+        if _HALF_PAIR.match(self.pending):
+            text += self._decoder.decode(b"", final=True)
+        return text
 
 
 def _named_bytes() -> dict[str, int]:

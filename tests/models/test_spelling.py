@@ -37,6 +37,16 @@ def test_broken_characters_are_replaced_as_by_the_tokenizer(tokens: list[int]) -
     assert decoded in (text, text + "\N{REPLACEMENT CHARACTER}")
 
 
+def test_bytes_of_half_a_surrogate_pair_begin_no_character() -> None:
+    """Guards against bytes that are waited for at the end of a text, and left out, though no character can come."""
+    tokenizer = TOKENIZERS["byte-level"]
+    tokens = [tokenizer.convert_tokens_to_ids(name) for name in "íłĢ"]  # the bytes ED, A0 and 80
+    assert Spelling(tokenizer).text(tokens[:1]) == ""
+    for count in (2, 3):
+        assert Spelling(tokenizer).text(tokens[:count]) == "\N{REPLACEMENT CHARACTER}" * count
+        assert tokenizer.decode(tokens[:count]) == "\N{REPLACEMENT CHARACTER}" * count
+
+
 def test_a_character_stands_with_the_token_that_completes_it() -> None:
     """Guards against replacement characters in place of bytes of which the rest is still to come."""
     for name in ("byte-level", "byte-fallback"):
