@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from specdecode.backends import check as check_backend
+from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.gate.baselines import TOLERANCE, find
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
@@ -42,26 +43,14 @@ class Setup:
     device: torch.device
     backend: str
 
-    def load(self, name: str, target: LM | None = None) -> LM:
-        """Load a model on the backend "eager". Each arm decides for itself whether a draft serves it, and on which
-        backend it runs."""
-        return load(
-            name,
-            device=self.device,
-            dtype=self.identity.dtype,
-            target=target,
-            same_vocabulary=False,
-            backend="eager",
-        )
-
     def load_target(self) -> LM:
-        """Load the target."""
-        return self.load(self.identity.target)
+        """Load the target on the backend "eager"."""
+        return load(self.identity.target, device=self.device, dtype=self.identity.dtype, backend="eager")
 
-    def load_pair(self) -> tuple[LM, LM | None]:
-        """Load the target, and the draft if there is one."""
-        target = self.load_target()
-        return target, self.load(self.identity.draft, target) if self.identity.draft else None
+    @property
+    def names(self) -> ModelNames:
+        """The models, the device and the type by name."""
+        return ModelNames(self.identity.target, self.identity.draft, str(self.device), self.identity.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +101,10 @@ class Plan:
         return self.root / "results" / f"{self.identity.hardware}-{self.identity.file.stem}.blocks.jsonl"
 
     def entries(self, selected: Collection[str]) -> dict[str, dict[str, Any]]:
-        """The preset's entries of the selected arms, and of the arm that all others are compared with."""
-        return {arm: entry for arm, entry in self.preset.arms.items() if arm in {BASELINE, *selected}}
+        """The preset's entries of the selected arms, and of the arms that they are compared with."""
+        compared_with = {self.preset.baseline_of(arm) for arm in selected if arm in self.preset.arms}
+        wanted = {self.preset.baseline, *compared_with, *selected}
+        return {arm: entry for arm, entry in self.preset.arms.items() if arm in wanted}
 
 
 def resolve_setup(options: Options) -> Setup:
@@ -141,12 +132,15 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
     Args:
         options: the command line.
         setup: its models and device, if they are resolved already.
-        judged: look for a baseline, or for the arms of the other commit. Nothing judges a run that only recommends.
+        judged: look for a baseline, or for the arms of the other commit. Nothing judges a run that only recommends, and
+            its arms are all compared with plain decoding.
 
     Raises:
         ValueError: options that are wrong or do not go together, or a file that cannot be read.
     """
     chosen = preset(options.preset)
+    if not judged:
+        chosen = replace(chosen, arms={BASELINE: {}} | chosen.arms, baseline=BASELINE)
     setup = setup or resolve_setup(options)
     if options.against is not None:
         _check_against(options)
@@ -179,7 +173,7 @@ def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
     length = chosen.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
     # A head is trained for one target: another one is measured without, unless the preset names its file.
     headless = shipped_head(target) is None and not target.startswith("shape:")
-    return replace(
+    chosen = replace(
         chosen,
         arms={arm: entry for arm, entry in chosen.arms.items() if not (headless and _needs_shipped_head(entry))},
         prompts=options.prompts or chosen.prompts,
@@ -187,6 +181,8 @@ def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
         repeats=chosen.repeats if options.repeats is None else options.repeats,
         lengths=[shorter for shorter in chosen.lengths if shorter < length],
     )
+    chosen.check_baselines()
+    return chosen
 
 
 def _needs_shipped_head(entry: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from specdecode.bench.runs.names import BASELINE
 from specdecode.support.git import git
 
 if sys.version_info >= (3, 11):
@@ -31,6 +32,7 @@ class Preset:
         max_new_tokens: length of every output; stop tokens do not end it, unless options say so.
         repeats: blocks for each prompt.
         lengths: shorter lengths at which the same runs are cut.
+        baseline: the arm that all others are compared with, unless they name another.
     """
 
     arms: dict[str, dict[str, Any]]
@@ -38,6 +40,27 @@ class Preset:
     max_new_tokens: int
     repeats: int
     lengths: Sequence[int] = ()
+    baseline: str = BASELINE
+
+    def baseline_of(self, arm: str) -> str:
+        """Return the arm that an arm is compared with."""
+        return str(self.arms[arm].get("baseline", self.baseline))
+
+    def check_baselines(self) -> None:
+        """Raise ValueError if an arm is compared with one that is not there, or that itself names a baseline."""
+        if self.baseline not in self.arms:
+            raise ValueError(
+                f"the preset has no arm {self.baseline!r}, with which others are compared: add it, or name another arm"
+                " with baseline"
+            )
+        for arm in self.arms:
+            baseline = self.baseline_of(arm)
+            if baseline not in self.arms:
+                raise ValueError(f"arm {arm!r}: its baseline {baseline!r} is no arm of the preset")
+            if self.baseline_of(baseline) != self.baseline:
+                raise ValueError(
+                    f"arm {arm!r}: its baseline {baseline!r} has a baseline of its own: compare both with the same arm"
+                )
 
     def tiny(self) -> Preset:
         """Return the same arms in a size that takes seconds: one short prompt of each data set, and lengths and caches
@@ -54,6 +77,7 @@ class Preset:
             max_new_tokens=self.max_new_tokens // shrink,
             repeats=1,
             lengths=[length // shrink for length in self.lengths],
+            baseline=self.baseline,
         )
 
 

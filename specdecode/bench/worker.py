@@ -1,7 +1,7 @@
-"""One version of this package in a process of its own, measuring on demand: `python -m specdecode.bench.worker`.
+"""One version of a repository in a process of its own, measuring on demand: `python -m specdecode.bench.worker`.
 
 Requests come as JSON objects, one a line, on the standard input, and each is answered by one line on the standard
-output. Versions talk to each other through this, so the requests change only together with `side_by_side.PROTOCOL`.
+output. Versions talk to each other through this, so the requests change only together with `versions.PROTOCOL`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from specdecode.bench.arms.arm import Arm, make_arm
+from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.callables import ArmError, ModelNames, below
+from specdecode.bench.arms.models import Models, load_models
 from specdecode.bench.measure.bandwidth import roofline_throughput
-from specdecode.bench.measure.check import classify
+from specdecode.bench.measure.check import check
 from specdecode.bench.measure.counters import counters_run
 from specdecode.bench.measure.experiment import timed
 from specdecode.bench.measure.header import run_versions
-from specdecode.bench.measure.side_by_side import PROTOCOL
+from specdecode.bench.measure.versions import PROTOCOL
 from specdecode.bench.runs.counts import as_dict
 from specdecode.core.errors import SpecDecodeError
 from specdecode.evals.data import token_prompts
-from specdecode.models.lm import LM
-from specdecode.models.loading import load
+from specdecode.models.loading import choose_device, choose_dtype
 
 
 class Worker:
@@ -36,7 +38,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._target: LM | None = None
+        self._models: Models | None = None
         self._arms: dict[str, Arm] = {}
 
     def load(
@@ -49,69 +51,68 @@ class Worker:
         arms: dict[str, dict[str, Any]],
     ) -> dict[str, Any]:
         """Load the models and make the arms; say what this version is, and which arms it cannot make and why."""
-        self._target = load(target, device=device, dtype=dtype, backend="eager")
-        smaller = None
-        if draft:
-            smaller = load(
-                draft, device=device, dtype=dtype, target=self._target, same_vocabulary=False, backend="eager"
-            )
+        place = choose_device(device)
+        names = ModelNames(target, draft, str(place), str(choose_dtype(dtype, place)).removeprefix("torch."))
+        self._models = models = load_models(names, backend, arms.values())
         refused = {}
         for name, options in arms.items():
             try:
-                self._arms[name] = make_arm(name, options, self._target, smaller, backend)
+                self._arms[name] = models.arm(name, options)
             except (SpecDecodeError, ValueError) as error:
                 refused[name] = str(error)
-        chosen = self._target.with_backend(backend).backend
         return {
             "protocol": PROTOCOL,
-            "backend": str(chosen),
-            "versions": run_versions(target, chosen.name),
+            "backend": models.chosen_backend,
+            "versions": run_versions(target, models.backend_name),
             "refused": refused,
             "about": {
                 name: {
                     "synthetic": arm.synthetic,
                     "against": arm.against,
+                    "baseline": arm.baseline,
                     "lossy": arm.lossy,
                     "timed": arm.timed,
                     "peer": arm.peer,
+                    "outside": arm.foreign and not below(arm.options["call"], Path.cwd()),
                 }
                 for name, arm in self._arms.items()
             },
-            "pair": f"{self._target.name}{f' with {smaller.name}' if smaller else ''}",
-            "device": str(self._target.device),
+            "pair": str(models),
+            "device": names.device,
         }
 
     def unload(self) -> None:
         """Give the memory back."""
-        self._target, self._arms = None, {}
+        self._models, self._arms = None, {}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def prompts(self, spec: str) -> list[Any]:
         """Return token prompts by id, and their origins."""
-        return list(token_prompts(spec, self._loaded))
+        return list(token_prompts(spec, self._loaded.encoder))
 
     def roofline(self) -> float:
-        return roofline_throughput(self._loaded)
+        target = self._loaded.target
+        return roofline_throughput(target) if target is not None else 0.0
 
     def rehearse(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, float]:
         return as_dict(counters_run(self._arms[arm], prompt, length, expected))
 
     def expected(self, arm: str, prompt: list[int], tokens: list[int]) -> list[int]:
-        """Return what the arm must write, where `ar` wrote these tokens."""
+        """Return what the arm must write, where its baseline wrote these tokens."""
         return list(self._arms[arm].expected(prompt, tokens, len(tokens)))
 
     def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
         return timed(self._arms[arm], prompt, length, expected).as_json()
 
     def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int]) -> str:
-        return classify(self._arms[arm].target, prompt, expected, got, self._arms[arm].policy)
+        return check(self._arms[arm], prompt, expected, got)
 
     @property
-    def _loaded(self) -> LM:
-        assert self._target is not None
-        return self._target
+    def _loaded(self) -> Models:
+        assert self._models is not None
+        return self._models
 
 
 def serve(requests: Iterable[str]) -> Iterator[str]:
@@ -125,6 +126,8 @@ def serve(requests: Iterable[str]) -> Iterator[str]:
         except torch.OutOfMemoryError:
             worker.unload()
             answer = {"error": "its memory is too small", "memory": True}
+        except ArmError as error:
+            answer = {"error": str(error), "of_arm": True}
         except (SpecDecodeError, ValueError) as error:
             answer = {"error": str(error)}
         yield json.dumps(answer)

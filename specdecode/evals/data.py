@@ -15,6 +15,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
+from specdecode.models.chat import TextEncoder
 from specdecode.models.lm import LM
 from specdecode.support.files import read_lines
 
@@ -217,7 +218,7 @@ def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[
     return _first(texts, count, name), origin
 
 
-def token_prompts(specification: str, lm: LM) -> tuple[dict[str, list[int]], list[str]]:
+def token_prompts(specification: str, encoder: LM | TextEncoder) -> tuple[dict[str, list[int]], list[str]]:
     """Prompts in tokens, from a specification such as "humaneval:4,spec-bench/qa:4,prose@20:all".
 
     Each part is NAME[/CATEGORY][@TOKENS][:COUNT], one prompt without a COUNT. Questions (gsm8k, spec-bench, mt-bench)
@@ -233,7 +234,7 @@ def token_prompts(specification: str, lm: LM) -> tuple[dict[str, list[int]], lis
     """
     prompts: dict[str, list[int]] = {}
     origins: list[str] = []
-    has_template = lm.tokenizer is not None and bool(lm.tokenizer.chat_template)
+    has_template = encoder.tokenizer is not None and bool(encoder.tokenizer.chat_template)
     for part in specification.split(","):
         match = _PART.fullmatch(part)
         if match is None:
@@ -247,11 +248,13 @@ def token_prompts(specification: str, lm: LM) -> tuple[dict[str, list[int]], lis
         chat = asked and tokens is None and has_template
         if tokens is None:
             chosen, origin = samples(name, count)
-            prompts |= {sample.id: lm.encode(sample.text, chat=chat) for sample in chosen}
+            prompts |= {sample.id: encoder.encode(sample.text, chat=chat) for sample in chosen}
         else:
-            cut, origin = _cut(name, int(tokens), count, lm)
+            cut, origin = _cut(name, int(tokens), count, encoder)
             prompts |= cut
         manner = f", asked as {'chat' if chat else 'plain text'}" if asked else ""
+        if encoder.tokenizer is None:
+            manner += f", as bytes ({encoder.name} has no tokenizer)"
         origins.append(f"{part.partition(':')[0]}: {origin}{manner}")
     return prompts, origins
 
@@ -330,10 +333,10 @@ def _filled(text: object, column: str, place: str) -> str:
     return text
 
 
-def _cut(name: str, tokens: int, count: int | None, lm: LM) -> tuple[dict[str, list[int]], str]:
+def _cut(name: str, tokens: int, count: int | None, encoder: LM | TextEncoder) -> tuple[dict[str, list[int]], str]:
     """The first tokens of texts that have as many, by id."""
     texts, origin = _in_order(name, 0)
-    beginnings = ((sample, lm.encode(sample.text[: _CHARACTERS_PER_TOKEN * tokens])[:tokens]) for sample in texts)
+    beginnings = ((sample, encoder.encode(sample.text[: _CHARACTERS_PER_TOKEN * tokens])[:tokens]) for sample in texts)
     enough = islice((pair for pair in beginnings if len(pair[1]) == tokens), count)
     chosen = _first(list(enough), count, name, f" of at least {tokens} tokens")
     return {f"{sample.task}@{tokens}/{sample.id.rpartition('/')[2]}": cut for sample, cut in chosen}, origin

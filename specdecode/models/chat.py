@@ -1,8 +1,47 @@
-"""Where an answer begins and ends: the prompt of a chat, and the tokens that end a text."""
+"""Prompts as token ids: of texts, of chats, and the tokens that end a text."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """Make token ids of texts, with or without a tokenizer.
+
+    Attributes:
+        name: of the model, for messages.
+        tokenizer: of the model; None if it has none.
+        vocab_size: of the model, in tokens.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    vocab_size: int = _BYTES
+
+    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+        """Return the token ids of a text. Without a tokenizer these are its bytes: models of random weights take any
+        ids.
+
+        Args:
+            text: anything.
+            chat: treat the text as a user's message, in the model's chat template up to the beginning of the answer.
+
+        Raises:
+            ValueError: a chat with a model that has no template for one.
+        """
+        if chat:
+            if self.tokenizer is None or not self.tokenizer.chat_template:
+                raise ValueError(f"{self.name} has no chat template: give it a text to continue, without chat")
+            return chat_ids(self.tokenizer, text)
+        if self.tokenizer is None:
+            return [byte % self.vocab_size for byte in text.encode()]
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:

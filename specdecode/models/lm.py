@@ -18,7 +18,7 @@ from specdecode.backends.static import StaticInputs, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.tree import DraftTree
-from specdecode.models.chat import chat_ids, stop_token_ids
+from specdecode.models.chat import TextEncoder, stop_token_ids
 from specdecode.models.checks import context_length, sliding_window, unsupported_reason
 from specdecode.models.forwards import ForwardInput, run, static_logits, tree_input
 from specdecode.models.masks import MaskForm
@@ -105,24 +105,8 @@ class LM:
         return stop_token_ids(self.model, self.tokenizer)
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
-        """Return the token ids of a text. Without a tokenizer these are its bytes: models of random weights take any
-        ids.
-
-        Args:
-            text: anything.
-            chat: treat the text as a user's message, in the model's chat template up to the beginning of the answer.
-
-        Raises:
-            ValueError: a chat with a model that has no template for one.
-        """
-        if chat:
-            if self.tokenizer is None or not self.tokenizer.chat_template:
-                raise ValueError(f"{self.name} has no chat template: give it a text to continue, without chat")
-            return chat_ids(self.tokenizer, text)
-        if self.tokenizer is None:
-            return [byte % self.vocab_size for byte in text.encode()]
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
+        """Return the token ids of a text; see `TextEncoder.encode`."""
+        return TextEncoder(self.name, self.tokenizer, self.vocab_size).encode(text, chat=chat)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, including special tokens.

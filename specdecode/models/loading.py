@@ -12,6 +12,7 @@ from specdecode.backends import check as check_backend
 from specdecode.backends import prepare
 from specdecode.core.errors import ModelFileError, TokenizerMismatchError
 from specdecode.models.architectures import config_of
+from specdecode.models.chat import TextEncoder
 from specdecode.models.embedded import EMBEDDED, fetch
 from specdecode.models.lm import LM
 from specdecode.models.quantize import quantizer
@@ -85,6 +86,17 @@ def load(
     if target is not None and same_vocabulary:
         check_vocabulary(target, lm)
     return lm
+
+
+def load_encoder(name: str) -> TextEncoder:
+    """Load the tokenizer of a model alone. A name that stands for no model here has none, and prompts are bytes.
+
+    Raises:
+        ModelFileError: the tokenizer is damaged, or the embedded model cannot be fetched.
+    """
+    if name.startswith("shape:"):
+        return TextEncoder(name, vocab_size=config_of(name.removeprefix("shape:")).get_text_config().vocab_size)
+    return TextEncoder(name, _tokenizer(str(fetch()) if name == EMBEDDED else str(Path(name).expanduser())))
 
 
 def _layers(name: str, target: LM | None) -> LM:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdecode.bench.arms.callables import callable_run, closer, code_of, make_decode
+import torch
+
+from specdecode.bench.arms.callables import ModelNames, callable_run, closer, code_of, make_decode
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.ours import our_run
 from specdecode.bench.arms.peers import peer_run
@@ -29,10 +31,11 @@ class Arm:
     Attributes:
         name: in tables, test ids and baselines.
         run: from a prompt, the number of new tokens and the output that is expected (for replayed drafts) to a run.
-        target: the model that it decodes.
+        target: the model that it decodes; None for an arm from code in a run for which no model is loaded.
         synthetic: its acceptance is set and not found out.
         peer: it is transformers' own.
         against: the peer's arm that does the same with the same settings.
+        baseline: the arm that it is compared with; the run's baseline if None.
         policy: what stays in the target's cache.
         quantize: how the target's weights are quantised, if they are. With that, or a policy that does not keep
             everything, the arm is lossy: its output is not the baseline's but that of plain decoding of the same
@@ -47,9 +50,10 @@ class Arm:
 
     name: str
     run: Callable[[Sequence[int], int, Sequence[int]], Run]
-    target: LM
+    target: LM | None
     synthetic: bool = False
     against: str | None = None
+    baseline: str | None = None
     policy: CachePolicy = field(default_factory=KeepAll)
     quantize: str | None = None
     timed: bool = False
@@ -68,6 +72,7 @@ class Arm:
         """What the arm must write if it is asked for so many tokens, where the baseline wrote these."""
         if not self.lossy:
             return tokens
+        assert self.target is not None
         rules: dict[str, Any] = {"max_new_tokens": length, "stop_token_ids": self.stop_token_ids}
         return generate(self.target, prompt, policy=self.policy, **rules).tokens
 
@@ -75,11 +80,12 @@ class Arm:
 def make_arm(
     name: str,
     entry: Mapping[str, Any],
-    target: LM,
+    target: LM | None,
     draft: LM | None,
     backend: str = "auto",
     lengths: Sequence[int] = (),
     stop_token_ids: Sequence[int] = (),
+    model_names: ModelNames | None = None,
 ) -> Arm:
     """Return a preset's arm, ready to decode. Costs that a controller goes by are measured here.
 
@@ -87,11 +93,12 @@ def make_arm(
         name: of the arm.
         entry: its keys, which are the attributes of `ArmSpec`. With `quantize` the target's weights are quantised, and
             the draft's are not.
-        target: loaded with backend="eager": peers decode it as it is.
+        target: loaded with backend="eager": peers decode it as it is. None if all arms of the run are from code.
         draft: likewise.
         backend: of our own arms that name none.
         lengths: at which a run is cut, to tell what a shorter one would have been.
         stop_token_ids: those that end an output; none by default, so that every output has the asked length.
+        model_names: what the maker of an arm from code is told; the names of the loaded models if None.
 
     Raises:
         ModelFileError: a head that is not there, or is damaged.
@@ -100,17 +107,16 @@ def make_arm(
         TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
     """
     spec = ArmSpec.from_entry(name, entry)
+    if spec.call is not None:
+        return _arm_from_code(spec, entry, target, lengths, stop_token_ids, model_names or _names_of(target, draft))
+    assert target is not None
     spec.check_draft(has_draft=draft is not None)
     if draft is not None and spec.shares_vocabulary:
         check_vocabulary(target, draft)
     spec = spec.with_head_of(target.name)
     if spec.quantize is not None:
         target = target.quantized(spec.quantize)
-    close: Callable[[], None] = _nothing
-    if spec.call is not None:
-        decode = make_decode(spec, target, draft.name if draft else "")
-        run, close = callable_run(spec, decode, target, lengths, stop_token_ids), closer(spec, decode)
-    elif spec.peer is None:
+    if spec.peer is None:
         backend = spec.backend or backend
         target, draft = target.with_backend(backend), draft and draft.with_backend(backend)
         run = our_run(spec, target, draft, lengths, stop_token_ids)
@@ -122,13 +128,42 @@ def make_arm(
         target=target,
         synthetic=target.synthetic or spec.replay is not None,
         against=spec.against,
+        baseline=spec.baseline,
         policy=spec.cache_policy(),
         quantize=spec.quantize,
         timed=spec.controller == "cost-aware",
         options=dict(entry),
         stop_token_ids=stop_token_ids,
         peer=spec.peer is not None,
-        foreign=spec.call is not None,
-        code=code_of(spec.call) if spec.call else "",
-        close=close,
     )
+
+
+def _arm_from_code(
+    spec: ArmSpec,
+    entry: Mapping[str, Any],
+    target: LM | None,
+    lengths: Sequence[int],
+    stop_token_ids: Sequence[int],
+    names: ModelNames,
+) -> Arm:
+    """Return an arm that the reader's own code decodes. The arguments are those of `make_arm`."""
+    assert spec.call is not None
+    decode = make_decode(spec, names)
+    return Arm(
+        name=spec.name,
+        run=callable_run(spec, decode, torch.device(names.device), lengths, stop_token_ids),
+        target=target,
+        synthetic=target is not None and target.synthetic,
+        baseline=spec.baseline,
+        options=dict(entry),
+        stop_token_ids=stop_token_ids,
+        foreign=True,
+        code=code_of(spec.call),
+        close=closer(spec, decode),
+    )
+
+
+def _names_of(target: LM | None, draft: LM | None) -> ModelNames:
+    assert target is not None
+    dtype = str(target.dtype).removeprefix("torch.")
+    return ModelNames(target.name, draft.name if draft else "", str(target.device), dtype)

@@ -11,17 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.run import Run, timed_call
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds
 from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import histogram
-from specdecode.models.lm import LM
 from specdecode.support.checked import shown
 
 LIMIT_S = 600.0
@@ -61,8 +62,24 @@ Decode = Callable[[list[int], int], Iterator[Sequence[int] | ArmStep]]
 """From prompt token ids and a number of new tokens to the new tokens, a list or an `ArmStep` a step."""
 
 
-def make_decode(spec: ArmSpec, target: LM, draft: str) -> Decode:
-    """Call the maker that an arm names: `make(target, draft, device, dtype, **options)`, all names.
+@dataclass(frozen=True, slots=True)
+class ModelNames:
+    """What a session decodes, by name: a maker is called with these.
+
+    Attributes:
+        target, draft: of models, as they were given; the draft's is "" without one.
+        device: of the device, such as "cpu" or "cuda:0".
+        dtype: of the type of weights.
+    """
+
+    target: str
+    draft: str
+    device: str
+    dtype: str
+
+
+def make_decode(spec: ArmSpec, names: ModelNames) -> Decode:
+    """Call the maker that an arm names: `make(target, draft, device, dtype, **options)`.
 
     Raises:
         ValueError: there is no such maker, it raises, or it returns nothing to call.
@@ -75,9 +92,8 @@ def make_decode(spec: ArmSpec, target: LM, draft: str) -> Decode:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise spec.notation.error(f"{spec.call} cannot be imported: {error}") from error
-    dtype = str(target.dtype).removeprefix("torch.")
     try:
-        decode = make(target.name, draft, str(target.device), dtype, **dict(spec.options))
+        decode = make(*astuple(names), **dict(spec.options))
     except Exception as error:
         raise spec.notation.error(f"{spec.call} raised {_named(error)}") from error
     if not callable(decode):
@@ -87,8 +103,19 @@ def make_decode(spec: ArmSpec, target: LM, draft: str) -> Decode:
 
 def code_of(call: str) -> str:
     """Return a digest of the module that a maker stands in, as far as there is a file of it."""
+    file = _module_file(call)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else ""
+
+
+def below(call: str, folder: Path) -> bool:
+    """Return whether the module that a maker stands in is in a folder, or one below it."""
+    file = _module_file(call)
+    return file is not None and file.resolve().is_relative_to(folder.resolve())
+
+
+def _module_file(call: str) -> Path | None:
     file = getattr(importlib.import_module(call.partition(":")[0]), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
+    return Path(file) if file else None
 
 
 def closer(spec: ArmSpec, decode: Decode) -> Callable[[], None]:
@@ -103,7 +130,7 @@ def closer(spec: ArmSpec, decode: Decode) -> Callable[[], None]:
 
 
 def callable_run(
-    spec: ArmSpec, decode: Decode, target: LM, lengths: Sequence[int], stop_token_ids: Sequence[int]
+    spec: ArmSpec, decode: Decode, device: torch.device, lengths: Sequence[int], stop_token_ids: Sequence[int]
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
     """Return what decodes a prompt with a function from code, and times it. The arguments are those of `make_arm`.
 
@@ -123,7 +150,7 @@ def callable_run(
 
         with _arm_errors(spec):
             with _limit(spec.limit_s or LIMIT_S):
-                _, total_s = timed_call(target, decode_all)
+                _, total_s = timed_call(device, decode_all)
             return _run(steps, times, total_s, max_new_tokens, lengths, stop_token_ids)
 
     return run

@@ -61,6 +61,7 @@ class ArmSpec:
         peer: "generate", "assisted" or "prompt-lookup": transformers' own decoding.
         confidence: probability below which an assisted peer stops drafting.
         against: name of the peer's arm that does the same.
+        baseline: name of the arm that this one is compared with; the preset's baseline if None.
         call: "package.module:make", the maker of an arm from code (`bench.arms.callables`).
         options: its keyword arguments.
         limit_s: seconds that one output of it may take.
@@ -94,6 +95,7 @@ class ArmSpec:
     peer: str | None = None
     confidence: float | None = None
     against: str | None = None
+    baseline: str | None = None
     call: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     limit_s: float | None = None
@@ -381,7 +383,7 @@ def _read(name: str, entry: object, known: Collection[str], notation: Notation) 
     if "peer" in entry and "peer" in known:
         if "policy" in entry:
             raise notation.error("it is transformers' own, which takes no policy: leave one of them out")
-        known = ("peer", "quantize", "against", *PEERS.get(str(entry["peer"]), ()))
+        known = ("peer", "quantize", "against", "baseline", *PEERS.get(str(entry["peer"]), ()))
     if "call" in entry and "call" in known:
         known = CALL_KEYS
     others = [key for key in entry if key not in known]

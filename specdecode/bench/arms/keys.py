@@ -30,6 +30,7 @@ TYPES = {
     "peer": _STRING,
     "confidence": _NUMBER,
     "against": _STRING,
+    "baseline": _STRING,
     "call": _STRING,
     "options": _TABLE,
     "limit_s": _NUMBER,
@@ -40,7 +41,7 @@ PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 POLICY_CACHE_TOKENS = 256
 """Tokens that a cache policy holds, where the arm does not say."""
 
-CALL_KEYS = ("call", "options", "limit_s")
+CALL_KEYS = ("call", "options", "limit_s", "baseline")
 """The keys of an arm from code."""
 
 _MEASURED_KEYS = ("backend", "replay", "batch", "peer", "confidence", "against", *CALL_KEYS)

@@ -38,7 +38,7 @@ def our_run(
                 drafter = ReplayDrafter(drafter, [*prompt, *expected], spec.replay)
             return [generate(target, prompt, drafter=drafter, controller=make_controller(), **rules)]
 
-        return run_of(*timed_call(target, decode), lengths)
+        return run_of(*timed_call(target.device, decode), lengths)
 
     return run
 

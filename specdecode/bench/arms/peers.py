@@ -61,7 +61,7 @@ def peer_run(
         clock = _Clock()
         started = time.perf_counter()
         output, total = timed_call(
-            target,
+            target.device,
             lambda: target.model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),

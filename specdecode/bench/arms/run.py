@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from specdecode.backends.device import synchronise
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds, as_dict, from_dict
 from specdecode.core.result import Generation
-from specdecode.models.lm import LM
 from specdecode.support.checked import LEAST_SECONDS, counts, items, mapping, number
 
 
@@ -125,10 +126,10 @@ def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int]
     )
 
 
-def timed_call(target: LM, call: Callable[[], Any]) -> tuple[Any, float]:
+def timed_call(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
     """Call, and return the result and the seconds, with the device synchronised before and after."""
-    synchronise(target.device)
+    synchronise(device)
     started = time.perf_counter()
     result = call()
-    synchronise(target.device)
+    synchronise(device)
     return result, time.perf_counter() - started

@@ -14,7 +14,7 @@ from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.gate.blame import Blame, blame
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.measures import SIGNS
-from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
+from specdecode.bench.runs.names import PEER_BASELINE
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, mean_ratio
 
@@ -127,6 +127,8 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
         verdict, reason = Verdict.NO_BASELINE, "the baseline does not have this arm: bless a run that has it"
     elif new.arms[arm].failure:
         verdict, reason = Verdict.REGRESSED, new.arms[arm].failure
+    elif old.arms[arm].failure:
+        verdict, reason = Verdict.NO_BASELINE, f"what it is compared with did not decode: {old.arms[arm].failure}"
     elif wrong := new.arms[arm].bugs:
         verdict, reason = Verdict.REGRESSED, f"{wrong} wrong output(s): its times and counters are void"
     elif ours != theirs:
@@ -137,12 +139,13 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     return [Judgement(arm, "time", verdict, reason), Judgement(arm, "counters", verdict, reason)]
 
 
-def _yardstick(arm: str) -> str:
+def _yardstick(arm: str, run: RunFile) -> str:
     """Return what an arm's time is compared with in its own block.
 
-    That is `ar`; for `ar` itself it is transformers, which our code cannot slow down.
+    That is its baseline; for the run's baseline itself it is transformers, which our code cannot slow down.
     """
-    return PEER_BASELINE if arm == BASELINE else BASELINE
+    baseline = run.baseline_of(arm)
+    return PEER_BASELINE if arm == baseline else baseline
 
 
 def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judgement:
@@ -152,14 +155,20 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judge
         return Judgement(arm, "time", Verdict.WRONG_HARDWARE, reason)
     if other := _other_backend(new, old):
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, f"{other}: its times say nothing here")
-    over = _yardstick(arm)
+    over = _yardstick(arm, new)
+    if over == PEER_BASELINE and over not in new.arms:
+        reason = f"others are compared with it; its own time is judged where the preset has {over}"
+        return Judgement(arm, "time", Verdict.NOT_JUDGED, reason)
+    if _yardstick(arm, old) != over:
+        reason = f"it is compared with {over} and the baseline's with {_yardstick(arm, old)}: bless a run like this one"
+        return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
     after, before = new.log_speedups(arm, over), old.log_speedups(arm, over)
     shared = [prompt for prompt in after if prompt in before]
     if not shared or new.header.max_new_tokens != old.header.max_new_tokens:
         reason = f"run and baseline share no times over {over}: measure the same prompts and length"
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
     # Both runs carry noise of their own.
-    floor = math.hypot(new.header.floor, old.header.floor)
+    floor = math.hypot(new.floor_over(over), old.floor_over(over))
     change = mean_ratio([[after[prompt] - before[prompt]] for prompt in shared], floor)
     cause = _blame(arm, over, new, old, shared)
     return _time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
@@ -225,8 +234,8 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
         return Judgement(arm, "counters", Verdict.NOT_JUDGED, reason)
     same = [
         prompt
-        for prompt, output in new.header.outputs.items()
-        if old.header.outputs.get(prompt) == output and prompt in after.rows and prompt in before.rows
+        for prompt, output in new.outputs_of(arm).items()
+        if old.outputs_of(arm).get(prompt) == output and prompt in after.rows and prompt in before.rows
     ]
     if not same:
         reason = "run and baseline share no output: measure the same prompts and length"

@@ -114,6 +114,7 @@ def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequenc
         # Its models, processes and kernels are its own.
         arm.run(prompt, length, expected)
         return CountersRun()
+    assert arm.target is not None
     target, forwards = arm.target, 0
 
     def count(*_: Any) -> None:

@@ -42,4 +42,5 @@ def run_header(
         roofline=roofline,
         versions=dict(versions),
         conditions={"before": before, "after": conditions(plan.setup.device)},
+        baseline=plan.preset.baseline,
     )

@@ -138,26 +138,31 @@ def _owner(path: Path) -> str:
 
 
 def _entry(block: Block) -> dict[str, Any]:
+    last = {arm: run.as_json() for arm, run in block.last.items()}
     return {
         "prompt": block.prompt,
         "repeat": block.repeat,
         "runs": {arm: run.as_json() for arm, run in block.runs.items()},
-        "last": block.last.as_json(),
+        "last": last[BASELINE] if list(last) == [BASELINE] else last,
         "checks": block.checks,
     }
 
 
 def _block(entry: dict[str, Any]) -> Block:
-    checks = mapping(entry["checks"], "checks")
+    checks, last = mapping(entry["checks"], "checks"), mapping(entry["last"], "last")
+    if isinstance(last.get("tokens"), list):  # a run, and no table of arms
+        last = {BASELINE: last}
     block = Block(
         prompt=text(entry, "prompt"),
         repeat=count(entry, "repeat"),
         runs={arm: Run.from_json(mapping(run, arm)) for arm, run in mapping(entry["runs"], "runs").items()},
-        last=Run.from_json(mapping(entry["last"], "last")),
+        last={arm: Run.from_json(mapping(run, arm)) for arm, run in last.items()},
         checks=checks,
     )
-    if BASELINE not in block.runs or any(checks.get(arm) not in get_args(Check) for arm in block.runs):
-        raise ValueError(f"a run is not checked, or {BASELINE} is missing")
+    if not block.last or block.last.keys() - block.runs.keys():
+        raise ValueError("the two runs of a baseline are missing")
+    if any(checks.get(arm) not in get_args(Check) for arm in block.runs):
+        raise ValueError("a run is not checked")
     return block
 
 

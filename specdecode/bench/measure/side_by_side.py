@@ -1,193 +1,28 @@
-"""Two versions of this package side by side on one machine: a worker process for each, in turns."""
+"""Measure two versions of a repository side by side, in turns."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS
 from specdecode.bench.measure.experiment import row_of
-from specdecode.bench.runs.counts import from_dict
+from specdecode.bench.measure.versions import Versions, WorkerProcess
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, digest, lacks_our_counts
 from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor
-from specdecode.support.git import git
-
-PROTOCOL = 3
-"""Version of the requests to a worker and of its answers."""
-
-_WORKER = Path("specdecode") / "bench" / "worker.py"
-
-
-class WorkerProcess:
-    """A version of the package that measures on demand, in a process of its own (`bench.worker`).
-
-    Args:
-        name: of the version, for messages.
-        folder: of its source.
-        arguments: of its `load`.
-
-    Raises:
-        ValueError: the version cannot be measured; the sentence says why.
-    """
-
-    def __init__(self, name: str, folder: Path, arguments: Mapping[str, Any]) -> None:
-        if not (folder / _WORKER).exists():
-            raise ValueError(f"{name} cannot be measured side by side: it has no {_WORKER.as_posix()}")
-        self.name = name
-        self._arguments = dict(arguments)
-        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "specdecode.bench.worker"],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._words,
-            text=True,
-        )
-        self.about: dict[str, Any] = {}
-
-    def load(self) -> bool:
-        """Load the models; False if there is no memory for them."""
-        answer = self._answer("load", self._arguments)
-        if answer.get("memory"):
-            return False
-        self.about = self._value(answer, "load")
-        if self.about["protocol"] != PROTOCOL:
-            raise ValueError(f"{self.name} cannot be measured side by side: its worker is of another protocol")
-        return True
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Return the worker's answer to a request.
-
-        Raises:
-            ValueError: the worker refuses, or is dead; the sentence says which.
-        """
-        return self._value(self._answer(do, arguments), do)
-
-    def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-        """Time one run of an arm."""
-        return Run.from_json(self.ask("run", arm=arm, prompt=prompt, length=length, expected=expected))
-
-    def counters_run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
-        """Run the arm once, untimed, and count."""
-        counted = self.ask("rehearse", arm=arm, prompt=prompt, length=length, expected=expected)
-        return from_dict(CountersRun, counted)
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._words.close()
-
-    def _answer(self, do: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        except (OSError, json.JSONDecodeError):
-            code = self._process.wait()
-            self._words.seek(0)
-            words = self._words.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-            what = " ".join([do, str(arguments.get("arm", ""))]).strip()
-            raise ValueError(
-                f"the worker of {self.name} died while it was to {what} (exit code {code}); its last words: {words[-1]}"
-            ) from None
-        return answer
-
-    def _value(self, answer: dict[str, Any], do: str) -> Any:
-        if "error" in answer:
-            raise ValueError(f"{self.name} cannot {do}: {answer['error']}")
-        return answer["value"]
-
-
-class Versions:
-    """Two versions, and whose models are in memory: both, or each in its turn where there is no room for two.
-
-    Attributes:
-        new, old: the workers.
-        together: both versions' models are in memory.
-
-    Raises:
-        ValueError: a version cannot be loaded; the sentence says why.
-    """
-
-    def __init__(self, new: WorkerProcess, old: WorkerProcess) -> None:
-        self.new, self.old = new, old
-        self.together = False
-        self._loaded: WorkerProcess | None = None
-        self.use(new)
-        self.together = old.load()
-        self.use(old)
-
-    def use(self, worker: WorkerProcess) -> None:
-        """Make sure that the worker's models are in memory."""
-        if self.together or self._loaded is worker:
-            return
-        if self._loaded is not None:
-            self._loaded.ask("unload")
-        if not worker.load():
-            raise ValueError(f"{worker.name} cannot load its models: even alone they do not fit into memory")
-        self._loaded = worker
-
-
-@contextmanager
-def versions(root: Path, ref: str, arguments: Mapping[str, Any]) -> Iterator[Versions]:
-    """The working tree and another commit, as workers that have loaded their models.
-
-    Args:
-        root: of the repository.
-        ref: the commit.
-        arguments: of the workers' `load`.
-    """
-    with ExitStack() as stack:
-        folder = stack.enter_context(_worktree(root, ref))
-        workers = []
-        for name, source in (("the working tree", root), (ref, folder)):
-            workers.append(WorkerProcess(name, source, arguments))
-            stack.callback(workers[-1].close)
-        yield Versions(*workers)
-
-
-@contextmanager
-def _worktree(root: Path, ref: str) -> Iterator[Path]:
-    """The repository's files at another commit, in a folder that is gone afterwards.
-
-    Raises:
-        ValueError: no such commit, or no repository.
-    """
-    with tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
-        folder = Path(scratch) / "against"
-        try:
-            git("worktree", "add", "--detach", str(folder), ref, root=root)
-        except ValueError as error:
-            raise ValueError(f"--against {ref}: {error}") from None
-        try:
-            yield folder
-        finally:
-            git("worktree", "remove", "--force", str(folder), root=root)
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One version's two runs of an arm in a quartet, in order, and whether each wrote what its version's `ar` did."""
+    """One version's two runs of an arm in a quartet, in order, and whether each wrote what its baseline there did."""
 
     runs: tuple[Run, Run]
     checks: tuple[Check, Check]
@@ -238,21 +73,40 @@ class SideBySide:
     """What was measured of two versions.
 
     Attributes:
-        blocks: for each prompt and repeat, the quartets by arm, `ar` among them.
+        blocks: for each prompt and repeat, the quartets by arm, the baseline's among them.
         counters_runs: what the untimed runs counted, by version's name and arm.
+        failures: what arms from code did in place of decoding, by version's name and arm. From then on the arm was not
+            run.
+        baselines: what each arm is compared with in its version; the run's baseline is compared with itself.
     """
 
     blocks: list[dict[str, Quartet]]
     counters_runs: dict[tuple[str, str], CountersRun]
+    failures: dict[tuple[str, str], str]
+    baselines: dict[str, str]
+
+    @property
+    def baseline(self) -> str:
+        """The run's baseline."""
+        return next(arm for arm, own in self.baselines.items() if arm == own)
+
+    @property
+    def failed(self) -> set[str]:
+        """The arms that failed in one of the versions."""
+        return {arm for _, arm in self.failures}
+
+    def of(self, arm: str) -> list[Quartet]:
+        """Return the quartets of an arm."""
+        return [block[arm] for block in self.blocks if arm in block]
 
     def change(self, arm: str) -> Estimate:
         """Return the new speed over the old, with its interval."""
         logs = self._by_prompt(arm, lambda quartet: quartet.log_ratio)
         return mean_ratio(logs, self.floor(arm))
 
-    def floor(self, arm: str = BASELINE) -> float:
-        """Return the A/A floor of an arm's change, in logarithms."""
-        return noise_floor(self._by_prompt(arm, lambda quartet: quartet.noise))
+    def floor(self, arm: str | None = None) -> float:
+        """Return the A/A floor of an arm's change, of the baseline's if None, in logarithms."""
+        return noise_floor(self._by_prompt(arm or self.baseline, lambda quartet: quartet.noise))
 
     def record(self, version: Literal["new", "old"], name: str, arm: str, about: Mapping[str, Any]) -> ArmRecord:
         """Return one version's results of an arm, as they are kept.
@@ -261,39 +115,49 @@ class SideBySide:
             version: whose.
             name: of the version.
             arm: its name.
-            about: what the version says of the arm: "synthetic", "against", "lossy", "timed" and "peer".
+            about: what the version says of the arm: "synthetic", "against", "baseline", "lossy", "timed" and "peer".
         """
         entries: dict[str, list[tuple[float, Run, Run]]] = {}
         checks: list[Check] = []
         for block in self.blocks:
-            side, ar = getattr(block[arm], version), getattr(block[BASELINE], version)
+            if arm not in block:
+                continue
+            side, own, baseline = (getattr(block[name], version) for name in (arm, self.baselines[arm], self.baseline))
             checks += side.checks
             # A time from a wrong output is void.
             right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
-            entries.setdefault(block[arm].prompt, []).extend((ar.log_s - side.log_s, run, ar.runs[0]) for run in right)
-        rows = {prompt: row_of(*zip(*runs, strict=True)) for prompt, runs in entries.items() if runs}
+            log_speedup = baseline.log_s - side.log_s
+            entries.setdefault(block[arm].prompt, []).extend((log_speedup, run, own.runs[0]) for run in right)
+        rows = {}
+        for prompt, of_prompt in entries.items():
+            if of_prompt:
+                logs, runs, others = zip(*of_prompt, strict=True)
+                rows[prompt] = row_of(logs, runs, others)
         return ArmRecord(
             rows=rows,
             bugs=checks.count("bug"),
             ties=checks.count("tie"),
             synthetic=about["synthetic"],
             against=about["against"],
+            baseline=about.get("baseline"),
             lossy=about["lossy"],
             # Older versions do not say whose an arm is, and still older ones have none that follow the clock.
             peer=about.get("peer", lacks_our_counts(rows)),
-            counters_run=self.counters_runs[name, arm],
+            counters_run=self.counters_runs.get((name, arm), CountersRun()),
             timed=about.get("timed", False),
+            failure=self.failures.get((name, arm), ""),
+            outputs=self.outputs(version, arm) if arm in set(self.baselines.values()) - {self.baseline} else {},
         )
 
-    def outputs(self, version: Literal["new", "old"]) -> dict[str, str]:
-        """Return a digest of what the version's `ar` wrote, by prompt."""
-        quartets = [block[BASELINE] for block in self.blocks]
+    def outputs(self, version: Literal["new", "old"], arm: str | None = None) -> dict[str, str]:
+        """Return a digest of what an arm wrote in a version, the baseline if None, by prompt."""
+        quartets = self.of(arm or self.baseline)
         return {quartet.prompt: digest(getattr(quartet, version).runs[0].tokens) for quartet in quartets}
 
     def _by_prompt(self, arm: str, value: Callable[[Quartet], float]) -> list[list[float]]:
         values: dict[str, list[float]] = {}
-        for block in self.blocks:
-            values.setdefault(block[arm].prompt, []).append(value(block[arm]))
+        for quartet in self.of(arm):
+            values.setdefault(quartet.prompt, []).append(value(quartet))
         return list(values.values())
 
 
@@ -305,60 +169,114 @@ def measure_side_by_side(
     repeats: int,
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
     seed: int = 0,
+    baseline: str = BASELINE,
 ) -> SideBySide:
     """Run every arm on every prompt in both versions.
 
     Args:
         both: the versions.
-        arms: names, the baseline first; both versions have them.
+        arms: names; both versions have them.
         prompts: tokens by id.
         max_new_tokens: length of every output.
         repeats: quartets of each arm on each prompt. Where the versions are not in memory together, all arms of a block
             are run in one version before the other's turn.
         progress: told the number of runs done, of all runs, and what is going on.
         seed: of the order of arms within a block.
+        baseline: the arm that others are compared with in each version, unless they name another.
+
+    Raises:
+        ValueError: a version cannot run, or the baseline fails in it.
     """
-    measured = SideBySide([], {})
+    about = both.new.about["about"]
+    measured = SideBySide([], {}, {}, {arm: about[arm].get("baseline") or baseline for arm in arms})
     total, done = 4 * len(arms) * len(prompts) * repeats, 0
     new, old = both.new, both.old
-    others = [arm for arm in arms if arm != BASELINE]
     for number, prompt in enumerate([prompt for _ in range(repeats) for prompt in prompts]):
-        tokens = prompts[prompt]
         # In turns the next block begins with the version that this one ends with.
         new_first = number % 2 == 0 or not both.together
         turns = (new, old, old, new) if new_first else (old, new, new, old)
-        order = [BASELINE, *random.Random(f"{seed} {number}").sample(others, len(others))]
+        order = _order(measured, random.Random(f"{seed} {number}"))
         plan = [(worker, arm) for arm in order for worker in turns]
         if not both.together:
             plan = [(worker, arm) for worker in turns for arm in order]
-        runs: dict[tuple[str, str], list[Run]] = {}
-        expected: dict[tuple[str, str], list[int]] = {}
+        block = _BlockRuns(both, measured, prompts[prompt], max_new_tokens)
         for worker, arm in plan:
             progress(done, total, f"{arm} on {prompt}, {worker.name}")
             done += 1
-            both.use(worker)
-            key = (worker.name, arm)
-            correct: list[int] = []
-            if arm != BASELINE:
-                if key not in expected:
-                    written = expected[worker.name, BASELINE]
-                    expected[key] = worker.ask("expected", arm=arm, prompt=tokens, tokens=written)
-                correct = expected[key]
-            if key not in measured.counters_runs:
-                length = min(max_new_tokens, COUNTERS_RUN_TOKENS)
-                measured.counters_runs[key] = worker.counters_run(arm, tokens, length, correct)
-            elif arm == BASELINE and key not in runs:
-                worker.run(arm, tokens, 1, [])  # the prompt's own shapes: no timed run is their first
-            run = worker.run(arm, tokens, max_new_tokens, correct)
-            runs.setdefault(key, []).append(run)
-            if arm == BASELINE:
-                expected.setdefault(key, run.tokens)
-        sides = {key: _checked(both, key[1], tokens, expected[key], pair) for key, pair in runs.items()}
+            block.run(worker, arm)
         measured.blocks.append(
-            {arm: Quartet(prompt, sides[new.name, arm], sides[old.name, arm], new_first) for arm in arms}
+            {
+                arm: Quartet(prompt, block.side(new, arm), block.side(old, arm), new_first)
+                for arm in order
+                if arm not in measured.failed
+            }
         )
     progress(total, total, "done")
     return measured
+
+
+def _order(measured: SideBySide, chance: random.Random) -> list[str]:
+    """Order the arms that have not failed: the run's baseline, the other baselines, the rest shuffled."""
+    working = [arm for arm in measured.baselines if arm not in measured.failed]
+    baselines = [arm for arm in working if arm in measured.baselines.values()]
+    baselines.sort(key=lambda arm: arm != measured.baseline)
+    others = [arm for arm in working if arm not in baselines]
+    return [*baselines, *chance.sample(others, len(others))]
+
+
+class _BlockRuns:
+    """The runs of both versions on one prompt.
+
+    Args:
+        both: the versions.
+        measured: takes what the counters runs counted, and failures.
+        prompt: its tokens.
+        length: of every output.
+    """
+
+    def __init__(self, both: Versions, measured: SideBySide, prompt: list[int], length: int) -> None:
+        self._both, self._measured, self._prompt, self._length = both, measured, prompt, length
+        self._runs: dict[tuple[str, str], list[Run]] = {}
+        self._expected: dict[tuple[str, str], list[int]] = {}
+
+    def run(self, worker: WorkerProcess, arm: str) -> None:
+        """Run an arm once in a version, unless it has failed in one of them."""
+        measured, own = self._measured, self._measured.baselines[arm]
+        if arm in measured.failed:
+            return
+        self._both.use(worker)
+        try:
+            if own in measured.failed:
+                raise ArmError(f"arm {arm!r}: its baseline {own} did not decode")
+            self._run(worker, arm, own)
+        except ArmError as error:
+            if arm == measured.baseline:
+                raise ValueError(f"{worker.name}: {error}") from None
+            measured.failures[worker.name, arm] = str(error)
+
+    def _run(self, worker: WorkerProcess, arm: str, own: str) -> None:
+        key = (worker.name, arm)
+        correct: list[int] = []
+        if arm != own:
+            if key not in self._expected:
+                written = self._expected[worker.name, own]
+                self._expected[key] = worker.ask("expected", arm=arm, prompt=self._prompt, tokens=written)
+            correct = self._expected[key]
+        if key not in self._measured.counters_runs:
+            length = min(self._length, COUNTERS_RUN_TOKENS)
+            self._measured.counters_runs[key] = worker.counters_run(arm, self._prompt, length, correct)
+        elif arm in self._measured.baselines.values() and key not in self._runs:
+            worker.run(arm, self._prompt, 1, correct)  # the prompt's own shapes: no timed run is their first
+        run = worker.run(arm, self._prompt, self._length, correct)
+        self._runs.setdefault(key, []).append(run)
+        if arm == own:
+            self._expected.setdefault(key, run.tokens)
+
+    def side(self, worker: WorkerProcess, arm: str) -> Side:
+        """Return a version's two runs of an arm, checked."""
+        key = (worker.name, arm)
+        first, second = self._runs[key]
+        return _checked(self._both, arm, self._prompt, self._expected[key], (first, second))
 
 
 def _checked(both: Versions, arm: str, prompt: list[int], expected: list[int], runs: Sequence[Run]) -> Side:
@@ -371,26 +289,3 @@ def _checked(both: Versions, arm: str, prompt: list[int], expected: list[int], r
 
     first, second = runs
     return Side((first, second), (check(first.tokens), check(second.tokens)))
-
-
-def dependencies(root: Path, ref: str) -> list[str]:
-    """Return the packages that another commit pins otherwise: "NAME THEIRS -> OURS"."""
-    pins = []
-    for text in (_constraints(root, ref), _constraints(root, None)):
-        lines = [line.split(";")[0].strip().split("==") for line in text.splitlines() if "==" in line]
-        pins.append({name: version for name, version in lines})
-    theirs, ours = pins
-    return [
-        f"{name} {theirs.get(name, 'none')} -> {ours.get(name, 'none')}"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-    ]
-
-
-def _constraints(root: Path, ref: str | None) -> str:
-    try:
-        if ref is not None:
-            return git("show", f"{ref}:./constraints.txt", root=root)
-        return (root / "constraints.txt").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""

@@ -7,24 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.entry import ArmSpec
+from specdecode.bench.arms.models import load_models
 from specdecode.bench.gate.verdicts import Judgement, Verdict, judge
 from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.experiment import experiment
 from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.measure.journal import Journal, code
-from specdecode.bench.measure.side_by_side import (
-    SideBySide,
-    Versions,
-    WorkerProcess,
-    dependencies,
-    measure_side_by_side,
-    versions,
-)
+from specdecode.bench.measure.side_by_side import SideBySide, measure_side_by_side
+from specdecode.bench.measure.versions import Versions, WorkerProcess, dependencies, versions
 from specdecode.bench.plan import Plan
+from specdecode.bench.presets import Preset
 from specdecode.bench.report.captions import judged_by
-from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Header, RunFile
 from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.data import token_prompts
@@ -71,16 +65,12 @@ def measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
 
 def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     """Measure the working tree alone."""
-    target, draft = plan.setup.load_pair()
-    prompts, origins = token_prompts(plan.preset.prompts, target)
     entries = plan.entries(selected)
-    backend = target.with_backend(plan.setup.backend).backend
-    stop_token_ids = _stop_token_ids(plan, target)
-    arms = [
-        make_arm(arm, entry, target, draft, plan.setup.backend, plan.preset.lengths, stop_token_ids)
-        for arm, entry in entries.items()
-    ]
-    versions = run_versions(plan.identity.target, backend.name)
+    models = load_models(plan.setup.names, plan.setup.backend, entries.values())
+    prompts, origins = token_prompts(plan.preset.prompts, models.encoder)
+    stop_token_ids = _stop_token_ids(plan, models.target)
+    arms = [models.arm(arm, entry, plan.preset.lengths, stop_token_ids) for arm, entry in entries.items()]
+    versions = run_versions(plan.identity.target, models.backend_name)
     experiment_values = {
         "identity": plan.identity.file.as_posix(),
         "prompts": prompts,
@@ -94,7 +84,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     }
     journal = Journal(plan.journal, experiment_values, plan.resume)
     finished = journal.blocks()
-    before = conditions(target.device)
+    before = conditions(plan.setup.device)
     with progress() as show:
         if plan.resume:
             show(0, 1, f"resuming: {len(finished)} of {len(prompts) * plan.preset.repeats} blocks are there")
@@ -106,13 +96,13 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             progress=show,
             finished=finished,
             keep=journal.add_block,
+            baseline=plan.preset.baseline,
         )
-    header = run_header(
-        plan, results.outputs(), results.floor, roofline=roofline_throughput(target), versions=versions, before=before
-    )
+    roofline = roofline_throughput(models.target) if models.target is not None else 0.0
+    header = run_header(plan, results.outputs(), results.floor, roofline=roofline, versions=versions, before=before)
     run = RunFile(Path(), header, results.records())
     return JudgedRun(
-        title=_title(plan, f"{target.name}{f' with {draft.name}' if draft else ''}", target.device, backend, prompts),
+        title=_title(plan, str(models), plan.setup.device, models.chosen_backend, prompts),
         origins=origins,
         run=run,
         durations={arm: results.durations(arm) for arm in run.arms},
@@ -123,12 +113,12 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     )
 
 
-def _stop_token_ids(plan: Plan, target: LM) -> Sequence[int]:
+def _stop_token_ids(plan: Plan, target: LM | None) -> Sequence[int]:
     """Return the tokens that end an output."""
     if not plan.eos:
         return ()
-    if not target.stop_token_ids:
-        raise ValueError(f"{plan.identity.target} has no stop tokens: leave out --eos")
+    if target is None or not target.stop_token_ids:
+        raise ValueError(f"{plan.identity.target} has no stop tokens here: leave out --eos")
     return target.stop_token_ids
 
 
@@ -154,14 +144,20 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str]) -> JudgedR
     }
     before = conditions(plan.setup.device)
     with versions(plan.root, ref, worker_arguments) as both:
-        unsupported = _unsupported_arms(both, ref)
+        unsupported = _unsupported_arms(both, ref, plan.preset)
         arms = [arm for arm in entries if arm not in unsupported]
         both.use(both.new)
         prompts, origins = both.new.ask("prompts", spec=plan.preset.prompts)
         bandwidth = both.new.ask("roofline")
         with progress() as show:
             measured = measure_side_by_side(
-                both, arms, prompts, plan.preset.max_new_tokens, plan.preset.repeats, progress=show
+                both,
+                arms,
+                prompts,
+                plan.preset.max_new_tokens,
+                plan.preset.repeats,
+                progress=show,
+                baseline=plan.preset.baseline,
             )
         about = both.new.about
         header = run_header(
@@ -178,25 +174,30 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str]) -> JudgedR
         title=_title(plan, about["pair"], about["device"], about["backend"], prompts),
         origins=origins,
         run=new,
-        durations={arm: [run.total_s for block in measured.blocks for run in block[arm].new.runs] for arm in arms},
-        wrong={arm: [block[arm].prompt for block in measured.blocks if "bug" in block[arm].new.checks] for arm in arms},
-        judged_by=_judged_by_commit(plan, ref, both.together),
+        durations={arm: [run.total_s for quartet in measured.of(arm) for run in quartet.new.runs] for arm in arms},
+        wrong={arm: [quartet.prompt for quartet in measured.of(arm) if "bug" in quartet.new.checks] for arm in arms},
+        judged_by=_judged_by_commit(plan, ref, both, arms),
         judgements=_judge_against(plan, ref, new, old, unsupported, measured.change),
     )
 
 
-def _unsupported_arms(both: Versions, ref: str) -> dict[str, str]:
-    """Return the arms that the other commit cannot make, and why.
+def _unsupported_arms(both: Versions, ref: str, preset: Preset) -> dict[str, str]:
+    """Return the arms that the other commit cannot make or compare, and why.
 
     Raises:
         ValueError: the working tree cannot make an arm, or the other commit not the baseline arm.
     """
     if refused := both.new.about["refused"]:
         raise ValueError(next(iter(refused.values())))
-    unsupported: dict[str, str] = both.old.about["refused"]
-    if BASELINE in unsupported:
-        raise ValueError(f"{ref} cannot be compared: {unsupported[BASELINE]}")
-    return unsupported
+    refused_there: dict[str, str] = both.old.about["refused"]
+    if preset.baseline in refused_there:
+        raise ValueError(f"{ref} cannot be compared: {refused_there[preset.baseline]}")
+    dependent = {arm: preset.baseline_of(arm) for arm in both.new.about["about"]}
+    return refused_there | {
+        arm: refused_there[baseline]
+        for arm, baseline in dependent.items()
+        if baseline in refused_there and arm not in refused_there
+    }
 
 
 def _one_version(
@@ -222,10 +223,13 @@ def _judge_against(
     return judgements
 
 
-def _judged_by_commit(plan: Plan, ref: str, together: bool) -> str:
+def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str]) -> str:
     """Say in words what the verdicts compare with."""
     sentences = [f"Judged by {ref}, measured side by side with the working tree."]
-    if not together:
+    about = both.old.about["about"]
+    if same := [arm for arm in arms if about[arm].get("outside")]:
+        sentences.append(f"The code of {', '.join(same)} is not in this repository: both sides ran the same.")
+    if not both.together:
         sentences.append(
             "The models of both do not fit into memory together: they were loaded in turn, block by block."
         )
@@ -234,6 +238,6 @@ def _judged_by_commit(plan: Plan, ref: str, together: bool) -> str:
     return " ".join(sentences)
 
 
-def _title(plan: Plan, pair: str, device: object, backend: object, prompts: Sized) -> str:
-    where = f"{plan.identity.dtype} on {device}, backend {backend}"
+def _title(plan: Plan, pair: str, device: object, backend: str, prompts: Sized) -> str:
+    where = f"{plan.identity.dtype} on {device}{f', backend {backend}' if backend else ''}"
     return f"{pair}, {where}, {len(prompts)} prompts x {plan.preset.max_new_tokens} tokens"

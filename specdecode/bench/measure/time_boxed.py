@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-from specdecode.bench.arms.arm import Arm, make_arm
+from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.entry import drafter_kinds
+from specdecode.bench.arms.models import Models, load_models
 from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.experiment import Block, Results, closing, measure_block
@@ -24,7 +24,6 @@ from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
 from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
 from specdecode.evals.data import token_prompts
-from specdecode.models.lm import LM
 from specdecode.models.loading import check_vocabulary
 from specdecode.support.environment import conditions
 from specdecode.support.files import check_writable, write_whole
@@ -54,11 +53,14 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     if not minutes > 0:
         raise ValueError(f"the budget is {minutes} minutes: give it some time")
     check_writable(file)
-    target, draft = plan.setup.load_pair()
+    models = load_models(plan.setup.names, plan.setup.backend, plan.preset.arms.values())
+    target = models.target
+    if target is None:
+        raise ValueError("all arms of the preset are from code: there is no method of this package to recommend")
     prompts, _ = token_prompts(plan.preset.prompts, target)
     order = _in_turn(list(prompts))
     before, bandwidth = conditions(target.device), roofline_throughput(target)
-    versions = run_versions(plan.identity.target, target.with_backend(plan.setup.backend).backend.name)
+    versions = run_versions(plan.identity.target, models.backend_name)
     blocks: list[Block] = []
     failures: dict[str, str] = {}
 
@@ -76,7 +78,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
             whole = max(1, round(limit_s))
             show(min(round(time.monotonic() - started), whole - 1), whole, doing)
 
-        arms, counters_runs, left_out = _usable_arms(plan, target, draft, prompts[order[0]], tell)
+        arms, counters_runs, left_out = _usable_arms(plan, models, prompts[order[0]], tell)
         remaining_arms, last_block_s = list(arms), 0.0
         with closing(arms, failures):
             try:
@@ -121,19 +123,18 @@ def _in_turn(prompts: list[str]) -> list[str]:
 
 
 def _usable_arms(
-    plan: Plan, target: LM, draft: LM | None, prompt: Sequence[int], tell: Callable[[str], None]
+    plan: Plan, models: Models, prompt: Sequence[int], tell: Callable[[str], None]
 ) -> tuple[list[Arm], dict[str, CountersRun], dict[str, str]]:
     """Return the arms that these models and packages allow, their counters runs, and why others are left out."""
     arms, counters_runs, left_out = [], {}, {}
     length = min(plan.preset.max_new_tokens, COUNTERS_RUN_TOKENS)
     baseline_tokens: Sequence[int] = ()
-    entries: dict[str, dict[str, Any]] = {BASELINE: {}}
-    for name, entry in (entries | plan.preset.arms).items():
+    for name, entry in plan.preset.arms.items():
         tell(f"{name}, the counters run")
         try:
-            if "universal" in drafter_kinds(entry) and draft is not None and _same_vocabulary(target, draft):
+            if "universal" in drafter_kinds(entry) and _same_vocabulary(models):
                 raise ValueError("target and draft share a vocabulary, so no draft need go by text")
-            arm = make_arm(name, entry, target, draft, plan.setup.backend, plan.preset.lengths)
+            arm = models.arm(name, entry, plan.preset.lengths)
             baseline_tokens = baseline_tokens or arm.run(prompt, length, ()).tokens
             counters_runs[name] = counters_run(arm, prompt, length, arm.expected(prompt, baseline_tokens, length))
         except (SpecDecodeError, ValueError) as error:
@@ -145,9 +146,12 @@ def _usable_arms(
     return arms, counters_runs, left_out
 
 
-def _same_vocabulary(target: LM, draft: LM) -> bool:
+def _same_vocabulary(models: Models) -> bool:
+    """Return whether there is a draft model that shares the target's vocabulary."""
+    if models.target is None or models.draft is None:
+        return False
     try:
-        check_vocabulary(target, draft)
+        check_vocabulary(models.target, models.draft)
     except TokenizerMismatchError:
         return False
     return True

@@ -60,7 +60,7 @@ class RowCounts(Counts):
     Attributes:
         runs: how many.
         tokens: that they wrote.
-        agreed: tokens before an output leaves that of `ar`.
+        agreed: tokens before an output leaves that of the arm's baseline.
     """
 
     runs: float
@@ -91,7 +91,7 @@ class RowSeconds(Seconds):
     Attributes:
         total: of the whole runs.
         ttft: to the first committed tokens.
-        last: of `ar` alone, the total of its second run in each block.
+        last: of an arm that others are compared with, the total of its second run in each block.
     """
 
     total: float

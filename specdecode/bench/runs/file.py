@@ -49,6 +49,7 @@ def _arm_json(record: ArmRecord) -> dict[str, Any]:
         "ties": record.ties,
         "synthetic": record.synthetic,
         "against": record.against,
+        **({"baseline": record.baseline} if record.baseline else {}),
         "lossy": record.lossy,
         "peer": record.peer,
         "rehearsal": as_dict(record.counters_run),
@@ -56,6 +57,7 @@ def _arm_json(record: ArmRecord) -> dict[str, Any]:
         "options": record.options,
         "shorter": {length: _rows_json(rows) for length, rows in record.shorter.items()},
         **({"failure": record.failure} if record.failure else {}),
+        **({"outputs": record.outputs} if record.outputs else {}),
     }
 
 
@@ -95,8 +97,9 @@ def parse(content: str, path: Path) -> RunFile:
         raise ValueError(f"{path} is no run of `pytest --benchmark`: it has no {error}") from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be judged: {error}") from None
-    if BASELINE not in arms:
-        raise ValueError(f"{path} cannot be judged: it does not have {BASELINE}, which all else is compared with")
+    for baseline in (header.baseline, *(record.baseline for record in arms.values())):
+        if baseline is not None and baseline not in arms:
+            raise ValueError(f"{path} cannot be judged: it does not have {baseline}, with which others are compared")
     return RunFile(path, header, arms, commit, date, reason)
 
 
@@ -114,6 +117,8 @@ def _header(head: dict[str, Any]) -> Header:
             when: {name: str(value) for name, value in mapping(condition, when).items()}
             for when, condition in conditions.items()
         },
+        # Older files do not have it.
+        baseline=text(head, "baseline") if "baseline" in head else BASELINE,
     )
 
 
@@ -125,6 +130,7 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
         ties=count(entry, "ties"),
         synthetic=flag(entry, "synthetic"),
         against=None if entry["against"] is None else text(entry, "against"),
+        baseline=text(entry, "baseline") if "baseline" in entry else None,
         lossy=flag(entry, "lossy"),
         # Older files do not have the flag, and still older ones no options.
         peer=flag(entry, "peer", default="peer" in options or lacks_our_counts(rows)),
@@ -137,6 +143,7 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
             for length, shorter in mapping(entry.get("shorter", {}), "shorter").items()
         },
         failure=text(entry, "failure") if "failure" in entry else "",
+        outputs={prompt: str(output) for prompt, output in mapping(entry.get("outputs", {}), "outputs").items()},
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from specdecode.support.files import slug
 
 BASELINE = "ar"
-"""The arm that all others are compared with: autoregressive decoding by this package."""
+"""Autoregressive decoding by this package: other arms are compared with it, unless a preset says otherwise."""
 
 PEER_BASELINE = "hf-generate"
 """transformers' own autoregressive decoding, which this package's code cannot slow down."""

@@ -55,6 +55,7 @@ class Header:
         roofline: tokens per second at which the target's weights can be streamed once per token; 0 if not measured.
         versions: of Python, torch, transformers and so on, for information; and the source of the target's weights.
         conditions: of the device before and after: clocks, temperature, load.
+        baseline: the arm that others are compared with, unless they name another.
     """
 
     identity: Identity
@@ -64,6 +65,7 @@ class Header:
     roofline: float = 0.0
     versions: dict[str, str | int] = field(default_factory=dict)
     conditions: dict[str, dict[str, str]] = field(default_factory=dict)
+    baseline: str = BASELINE
 
     @property
     def warnings(self) -> list[str]:
@@ -84,7 +86,7 @@ class Row:
     """One arm on one prompt, summed over repeats whose outputs were right.
 
     Attributes:
-        log_speedup: over `ar` in the same block, mean of the repeats.
+        log_speedup: over the run's baseline in the same block, mean of the repeats.
         counts, seconds, histograms: sums over the repeats.
     """
 
@@ -104,6 +106,7 @@ class ArmRecord:
         ties: outputs that left the baseline's where the target is undecided within its rounding.
         synthetic: weights or acceptance are not real: only costs are.
         against: the peer's arm that does the same with the same settings.
+        baseline: the arm that it is compared with; the run's baseline if None.
         lossy: its outputs are not the baseline's, but were checked against a reference of their own.
         peer: it is transformers' own: nobody counts what its steps are made of.
         counters_run: what the untimed run counted; "rehearsal" in files.
@@ -111,6 +114,7 @@ class ArmRecord:
         options: the preset's entry that it was made of; empty in older files.
         shorter: rows of the same runs cut at shorter lengths.
         failure: what an arm from code did in place of decoding; the rows are of before.
+        outputs: for each prompt a digest of what it wrote, if other arms name it as their baseline.
     """
 
     rows: dict[str, Row]
@@ -118,6 +122,7 @@ class ArmRecord:
     ties: int = 0
     synthetic: bool = False
     against: str | None = None
+    baseline: str | None = None
     lossy: bool = False
     peer: bool = False
     counters_run: CountersRun = field(default_factory=CountersRun)
@@ -125,6 +130,7 @@ class ArmRecord:
     options: dict[str, Any] = field(default_factory=dict)
     shorter: dict[int, dict[str, Row]] = field(default_factory=dict)
     failure: str = ""
+    outputs: dict[str, str] = field(default_factory=dict)
 
     def counts(self, prompts: Iterable[str] | None = None) -> RowCounts:
         """Sum the counts over prompts, all if None."""
@@ -223,33 +229,61 @@ class RunFile:
 
     def _part(self, header: Header, arms: dict[str, ArmRecord]) -> RunFile:
         """Make a part of the run. It gets its own A/A floor where that is higher: fewer runs average out less noise."""
-        rows = arms[BASELINE].rows.values() if BASELINE in arms else ()
-        noise = [[math.log(row.seconds.total / row.seconds.last)] for row in rows if row.seconds.last is not None]
-        floor = max(header.floor, noise_floor(noise)) if noise else header.floor
-        return replace(self, header=replace(header, floor=floor), arms=arms)
+        part = replace(self, header=header, arms=arms)
+        return replace(part, header=replace(header, floor=max(header.floor, part._noise_of(self.header.baseline))))
 
-    def log_speedups(self, arm: str, over: str = BASELINE) -> dict[str, float]:
-        """Return log speedups of an arm over another in the same block, by prompt, where both outputs were right."""
+    def baseline_of(self, arm: str) -> str:
+        """Return the arm that an arm is compared with."""
+        return self.arms[arm].baseline or self.header.baseline
+
+    def outputs_of(self, arm: str) -> dict[str, str]:
+        """Return a digest of what an arm should have written, by prompt: its baseline's output."""
+        named = self.arms[arm].baseline
+        return self.header.outputs if named is None or named not in self.arms else self.arms[named].outputs
+
+    def floor_over(self, baseline: str) -> float:
+        """Return the A/A floor of what is compared with an arm, in logarithms. The run's own if it ran but once."""
+        if baseline == self.header.baseline:
+            return self.header.floor
+        return self._noise_of(baseline) or self.header.floor
+
+    def _noise_of(self, baseline: str) -> float:
+        """Compute the A/A floor from an arm's two runs of each block; 0 if it has no second ones."""
+        rows = self.arms[baseline].rows.values() if baseline in self.arms else ()
+        noise = [[math.log(row.seconds.total / row.seconds.last)] for row in rows if row.seconds.last is not None]
+        return noise_floor(noise) if noise else 0.0
+
+    def log_speedups(self, arm: str, over: str | None = None) -> dict[str, float]:
+        """Return log speedups of an arm over another in the same block, by prompt, where both outputs were right.
+
+        Args:
+            arm: its name.
+            over: the other arm; its baseline if None.
+        """
+        over = over or self.baseline_of(arm)
         rows, others = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
         return {prompt: rows[prompt].log_speedup - others[prompt].log_speedup for prompt in rows if prompt in others}
 
-    def speedup(self, arm: str, over: str = BASELINE) -> Estimate:
-        """Return the mean speedup of an arm over another, with its interval; nan if no block has both."""
+    def speedup(self, arm: str, over: str | None = None) -> Estimate:
+        """Return the mean speedup of an arm over another, its baseline if None, with its interval; nan if no block has
+        both."""
+        over = over or self.baseline_of(arm)
         logs = self.log_speedups(arm, over)
         if not logs:
             return _UNKNOWN
-        return mean_ratio([[log] for log in logs.values()], floor=0.0 if arm == over else self.header.floor)
+        return mean_ratio([[log] for log in logs.values()], floor=0.0 if arm == over else self.floor_over(over))
 
     def predicted_speedup(self, arm: str) -> float:
         """Return what the arm's acceptance and its forwards promise, without any overhead; nan for a peer.
 
-        tau * t / (d + v): tokens a step, times the seconds per token of `ar`, over the seconds that a step drafts and
-        verifies (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward per token and
-        one price for every width). The first step is left out on both sides: it carries the prompt.
+        tau * t / (d + v): tokens a step, times the seconds per token of its baseline, over the seconds that a step
+        drafts and verifies (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward per
+        token and one price for every width). The first step is left out on both sides: it carries the prompt.
         """
-        if arm == BASELINE or BASELINE not in self.arms:
+        over = self.baseline_of(arm)
+        if arm == over or over not in self.arms:
             return math.nan
-        record, baseline = self.arms[arm], self.arms[BASELINE]
+        record, baseline = self.arms[arm], self.arms[over]
         prompts = [prompt for prompt in record.rows if prompt in baseline.rows]
         spent, plainly = record.seconds(prompts), baseline.seconds(prompts)
         if spent.later_draft is None or spent.later_verify is None:

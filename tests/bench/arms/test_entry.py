@@ -226,7 +226,18 @@ def test_a_head_that_does_not_come_with_the_target_is_told() -> None:
 
 def test_lm_eval_takes_no_key_of_measuring() -> None:
     """Guards against a peer, or a set acceptance, in the place of a model that is judged."""
-    measuring = {"backend", "replay", "batch", "peer", "confidence", "against", "call", "options", "limit_s"}
+    measuring = {
+        "backend",
+        "replay",
+        "batch",
+        "peer",
+        "confidence",
+        "against",
+        "baseline",
+        "call",
+        "options",
+        "limit_s",
+    }
     assert {*PRESET_KEYS} - {*MODEL_KEYS} == measuring
     with pytest.raises(ValueError, match="model_args has the unknown key 'peer': choose from target, draft"):
         ArmSpec.from_model_args({"peer": "generate"}, ("target", *MODEL_KEYS))

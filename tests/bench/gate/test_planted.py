@@ -423,7 +423,11 @@ def jittered(results: Results, seed: int, scatter: float) -> RunFile:
         return dataclasses.replace(run, total_s=run.total_s * factor, ttft_s=run.ttft_s * factor, seconds=seconds)
 
     blocks = [
-        dataclasses.replace(block, runs={arm: again(run) for arm, run in block.runs.items()}, last=again(block.last))
+        dataclasses.replace(
+            block,
+            runs={arm: again(run) for arm, run in block.runs.items()},
+            last={arm: again(run) for arm, run in block.last.items()},
+        )
         for block in results.blocks
     ]
     return run_of(Results(results.arms, blocks, results.counters_runs))

@@ -15,16 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdecode.bench.arms.run import Run
-from specdecode.bench.measure.side_by_side import (
-    PROTOCOL,
-    Quartet,
-    Side,
-    SideBySide,
-    Versions,
-    WorkerProcess,
-    dependencies,
-    measure_side_by_side,
-)
+from specdecode.bench.measure.side_by_side import Quartet, Side, SideBySide, measure_side_by_side
+from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, dependencies
 from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.worker import serve
@@ -78,6 +70,7 @@ class Loaded(WorkerProcess):
 
     def __init__(self, machine: Machine, name: str, size: int = 1) -> None:
         self.machine, self.name, self.size = machine, name, size
+        self.about = {"about": {"ar": {}, "x": {}}}
 
     def load(self) -> bool:
         if len(self.machine.loaded) + self.size > self.machine.room:
@@ -171,8 +164,8 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("specdecode.bench.worker.load", full)
-    (answer,) = serve([json.dumps({**load, "arms": {}})])
+    monkeypatch.setattr("specdecode.bench.arms.models.load", full)
+    (answer,) = serve([json.dumps({**load, "arms": {"ar": {}}})])
     assert json.loads(answer)["memory"] is True
 
 
@@ -196,8 +189,8 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str | None, reason: str) -> None:
     """Guards against a run that hangs on a dead worker, or ends in a traceback."""
+    (tmp_path / "specdecode" / "bench").mkdir(parents=True)
     if source is not None:
-        (tmp_path / "specdecode" / "bench").mkdir(parents=True)
         for package in ("specdecode", "specdecode/bench"):
             (tmp_path / package / "__init__.py").touch()
         (tmp_path / "specdecode" / "bench" / "worker.py").write_text(source)

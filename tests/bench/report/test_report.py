@@ -131,9 +131,10 @@ def test_another_machines_baseline_is_told_in_words(report: Any, format_: str) -
 @pytest.mark.parametrize("format_", FORMATS)
 def test_what_is_not_judged_is_no_pass(report: Any, format_: str) -> None:
     """Guards against counters that follow the clock, of which nothing is known, told as good."""
-    text = report(format_, run_content({"ar": 1.0}, timed=True), run_content({"ar": 1.0}))
+    arms = {"ar": 1.0, "hf-generate": 0.9}
+    text = report(format_, run_content(arms, timed=True), run_content(arms))
     text = Page(text).text if format_ == "html" else text.replace("\\_", "_")
-    assert text.count("NOT_JUDGED") == 1
+    assert "NOT_JUDGED" in text
     assert "its time is judged" in text
 
 

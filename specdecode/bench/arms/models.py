@@ -1,0 +1,74 @@
+"""The models of a session, loaded once for all of its arms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specdecode.bench.arms.arm import Arm, make_arm
+from specdecode.bench.arms.callables import ModelNames
+from specdecode.models.chat import TextEncoder
+from specdecode.models.lm import LM
+from specdecode.models.loading import load, load_encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What the arms of a session decode.
+
+    Attributes:
+        names: of the models, their device and type.
+        backend: of our own arms that name none.
+        target: on the backend "eager"; None if all arms are from code, which load their own.
+        draft: likewise; None if there is none.
+        encoder: makes token ids of prompts.
+    """
+
+    names: ModelNames
+    backend: str
+    target: LM | None
+    draft: LM | None
+    encoder: LM | TextEncoder
+
+    def arm(
+        self,
+        name: str,
+        entry: Mapping[str, Any],
+        lengths: Sequence[int] = (),
+        stop_token_ids: Sequence[int] = (),
+    ) -> Arm:
+        """Make an arm of a preset's entry; see `make_arm`."""
+        return make_arm(
+            name, entry, self.target, self.draft, self.backend, lengths, stop_token_ids, model_names=self.names
+        )
+
+    @property
+    def chosen_backend(self) -> str:
+        """The target's backend in words; "" without a target."""
+        return "" if self.target is None else str(self.target.with_backend(self.backend).backend)
+
+    @property
+    def backend_name(self) -> str:
+        """The name of the target's backend; "eager" without a target."""
+        return "eager" if self.target is None else self.target.with_backend(self.backend).backend.name
+
+    def __str__(self) -> str:
+        if self.target is None:
+            return f"{self.names.target}{f' with {self.names.draft}' if self.names.draft else ''}, which arms load"
+        return f"{self.target.name}{f' with {self.draft.name}' if self.draft else ''}"
+
+
+def load_models(names: ModelNames, backend: str, entries: Iterable[Mapping[str, Any]]) -> Models:
+    """Load what the arms of these entries need: of arms from code alone, no model, but the target's tokenizer.
+
+    Raises:
+        ModelFileError, UnsupportedModelError: a model cannot be loaded.
+    """
+    if all("call" in entry for entry in entries):
+        return Models(names, backend, None, None, load_encoder(names.target))
+    where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}
+    target = load(names.target, **where)
+    # Each arm decides for itself whether a draft serves it.
+    draft = load(names.draft, target=target, same_vocabulary=False, **where) if names.draft else None
+    return Models(names, backend, target, draft, target)

@@ -1,0 +1,207 @@
+"""Two versions of a repository on one machine: a worker process for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from specdecode.bench.arms.callables import ArmError
+from specdecode.bench.arms.run import Run
+from specdecode.bench.runs.counts import from_dict
+from specdecode.bench.runs.measures import CountersRun
+from specdecode.support.git import git
+
+PROTOCOL = 3
+"""Version of the requests to a worker and of its answers."""
+
+_WORKER = Path("specdecode") / "bench" / "worker.py"
+
+
+class WorkerProcess:
+    """A version of a repository that measures on demand, in a process of its own (`bench.worker`).
+
+    The worker is the version's own where the repository is this package's, and else the installed one.
+
+    Args:
+        name: of the version, for messages.
+        folder: of its source.
+        arguments: of its `load`.
+
+    Raises:
+        ValueError: the version cannot be measured; the sentence says why.
+    """
+
+    def __init__(self, name: str, folder: Path, arguments: Mapping[str, Any]) -> None:
+        if (folder / "specdecode").is_dir() and not (folder / _WORKER).exists():
+            raise ValueError(f"{name} cannot be measured side by side: it has no {_WORKER.as_posix()}")
+        self.name = name
+        self._arguments = dict(arguments)
+        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        sources = [str(source) for source in (folder, folder / "src") if source.is_dir()]
+        paths = [*sources, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "specdecode.bench.worker"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            text=True,
+        )
+        self.about: dict[str, Any] = {}
+
+    def load(self) -> bool:
+        """Load the models; False if there is no memory for them."""
+        answer = self._answer("load", self._arguments)
+        if answer.get("memory"):
+            return False
+        self.about = self._value(answer, "load")
+        if self.about["protocol"] != PROTOCOL:
+            raise ValueError(f"{self.name} cannot be measured side by side: its worker is of another protocol")
+        return True
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Return the worker's answer to a request.
+
+        Raises:
+            ArmError: an arm from code does not decode.
+            ValueError: the worker refuses, or is dead; the sentence says which.
+        """
+        return self._value(self._answer(do, arguments), do)
+
+    def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        """Time one run of an arm."""
+        return Run.from_json(self.ask("run", arm=arm, prompt=prompt, length=length, expected=expected))
+
+    def counters_run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
+        """Run the arm once, untimed, and count."""
+        counted = self.ask("rehearse", arm=arm, prompt=prompt, length=length, expected=expected)
+        return from_dict(CountersRun, counted)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._words.close()
+
+    def _answer(self, do: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        except (OSError, json.JSONDecodeError):
+            code = self._process.wait()
+            self._words.seek(0)
+            words = self._words.read().decode(errors="replace").strip().splitlines() or ["nothing"]
+            what = " ".join([do, str(arguments.get("arm", ""))]).strip()
+            raise ValueError(
+                f"the worker of {self.name} died while it was to {what} (exit code {code}); its last words: {words[-1]}"
+            ) from None
+        return answer
+
+    def _value(self, answer: dict[str, Any], do: str) -> Any:
+        if answer.get("of_arm"):
+            raise ArmError(answer["error"])
+        if "error" in answer:
+            raise ValueError(f"{self.name} cannot {do}: {answer['error']}")
+        return answer["value"]
+
+
+class Versions:
+    """Two versions, and whose models are in memory: both, or each in its turn where there is no room for two.
+
+    Attributes:
+        new, old: the workers.
+        together: both versions' models are in memory.
+
+    Raises:
+        ValueError: a version cannot be loaded; the sentence says why.
+    """
+
+    def __init__(self, new: WorkerProcess, old: WorkerProcess) -> None:
+        self.new, self.old = new, old
+        self.together = False
+        self._loaded: WorkerProcess | None = None
+        self.use(new)
+        self.together = old.load()
+        self.use(old)
+
+    def use(self, worker: WorkerProcess) -> None:
+        """Make sure that the worker's models are in memory."""
+        if self.together or self._loaded is worker:
+            return
+        if self._loaded is not None:
+            self._loaded.ask("unload")
+        if not worker.load():
+            raise ValueError(f"{worker.name} cannot load its models: even alone they do not fit into memory")
+        self._loaded = worker
+
+
+@contextmanager
+def versions(root: Path, ref: str, arguments: Mapping[str, Any]) -> Iterator[Versions]:
+    """The working tree and another commit, as workers that have loaded their models.
+
+    Args:
+        root: of the repository.
+        ref: the commit.
+        arguments: of the workers' `load`.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(_worktree(root, ref))
+        workers = []
+        for name, source in (("the working tree", root), (ref, folder)):
+            workers.append(WorkerProcess(name, source, arguments))
+            stack.callback(workers[-1].close)
+        yield Versions(*workers)
+
+
+@contextmanager
+def _worktree(root: Path, ref: str) -> Iterator[Path]:
+    """The files at another commit of what is below a folder of a repository; they are gone afterwards.
+
+    Raises:
+        ValueError: no such commit, or no repository.
+    """
+    with tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
+        folder = Path(scratch) / "against"
+        try:
+            below = git("rev-parse", "--show-prefix", root=root).strip()
+            git("worktree", "add", "--detach", str(folder), ref, root=root)
+        except ValueError as error:
+            raise ValueError(f"--against {ref}: {error}") from None
+        try:
+            yield folder / below
+        finally:
+            git("worktree", "remove", "--force", str(folder), root=root)
+
+
+def dependencies(root: Path, ref: str) -> list[str]:
+    """Return the packages that another commit pins otherwise: "NAME THEIRS -> OURS"."""
+    pins = []
+    for text in (_constraints(root, ref), _constraints(root, None)):
+        lines = [line.split(";")[0].strip().split("==") for line in text.splitlines() if "==" in line]
+        pins.append({name: version for name, version in lines})
+    theirs, ours = pins
+    return [
+        f"{name} {theirs.get(name, 'none')} -> {ours.get(name, 'none')}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _constraints(root: Path, ref: str | None) -> str:
+    try:
+        if ref is not None:
+            return git("show", f"{ref}:./constraints.txt", root=root)
+        return (root / "constraints.txt").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
