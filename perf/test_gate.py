@@ -2,16 +2,17 @@
 
 import pytest
 
-from specdecode.bench.gate.verdicts import FAILING, Verdict
+from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
+from specdecode.bench.report.junit import record_properties, verdict_properties
 
 
-def test_gate(judged, speed_run, plan):
+def test_gate(judged, speed_run, plan, request):
     """The arm is no slower than its baseline, and its counters are no worse. What is not judged is skipped."""
-    verdict, reason = Verdict.NO_BASELINE, "there is no baseline for this hardware"
-    for judgement in speed_run.judgements:
-        if (judgement.arm, judgement.gate) == judged:
-            verdict, reason = judgement.verdict, judgement.reason
-    if verdict is Verdict.NOT_JUDGED:
-        pytest.skip(reason)
-    if verdict in FAILING[plan.gate]:
-        pytest.fail(f"{verdict.value}: {' '.join(judged)}: {reason}", pytrace=False)
+    unjudged = Judgement(*judged, Verdict.NO_BASELINE, "there is no baseline for this hardware")
+    by_name = {(judgement.arm, judgement.gate): judgement for judgement in speed_run.judgements}
+    judgement = by_name.get(judged, unjudged)
+    record_properties(request, verdict_properties(judgement))
+    if judgement.verdict is Verdict.NOT_JUDGED:
+        pytest.skip(judgement.reason)
+    if judgement.verdict in FAILING[plan.gate]:
+        pytest.fail(f"{judgement.verdict.value}: {' '.join(judged)}: {judgement.reason}", pytrace=False)

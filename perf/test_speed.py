@@ -3,17 +3,20 @@
 import pytest
 
 from specdecode.bench.measure.replay import clock, replay
+from specdecode.bench.report.junit import record_properties
 from specdecode.bench.runs.counts import as_dict
 
 
 @pytest.mark.benchmark(timer=clock, group="speed")
-def test_speed(arm, speed_run, benchmark):
+def test_speed(arm, speed_run, benchmark, request):
     """The arm's output is the baseline's, token by token; its times are played to pytest-benchmark."""
     if arm not in speed_run.durations:
         pytest.skip("the commit to compare with does not have this arm: see the verdicts")
     if failure := speed_run.run.arms[arm].failure:
         pytest.fail(failure, pytrace=False)
-    benchmark.extra_info.update(as_dict(speed_run.run.measures(arm)))
+    measures = as_dict(speed_run.run.measures(arm))
+    benchmark.extra_info.update(measures)
+    record_properties(request, measures)
     replay(benchmark, speed_run.durations[arm])
     wrong = speed_run.wrong[arm]
     assert not wrong, f"{arm} gave other tokens than autoregressive decoding on {', '.join(wrong)}: its times are void"

@@ -2,12 +2,15 @@
 
 import pytest
 
+from specdecode.bench.report.junit import quality_properties, record_properties
 from specdecode.evals.margins import Outcome
 
 
-def test_cost(cost, quality_run):
+def test_cost(cost, quality_run, request):
     """The whole interval of the cost lies within the margin; that of a negative control beyond it."""
     check = next(check for check in quality_run.checks if (check.arm, check.measure) == cost)
+    judged = quality_run.run.cost(*cost) if check.outcome else None
+    record_properties(request, quality_properties(check, judged))
     if check.outcome is None:
         pytest.skip(check.reason)
     if check.unexpected:

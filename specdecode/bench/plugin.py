@@ -294,25 +294,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for row in config.stash.get(_ROWS, []):
         terminalreporter.write_line(row)
     if (quality_run := config.stash.get(_QUALITY_RUN, None)) is not None:
-        from specdecode.bench.summary import quality_page, quality_text
+        from specdecode.bench.summary import quality_comment, quality_text
 
         text = quality_text(quality_run, terminalreporter.hasmarkup, encoding)
-        _show(terminalreporter, "quality", text, partial(quality_page, quality_run))
+        _show(terminalreporter, "quality", text, partial(quality_comment, quality_run))
     if (speed_run := config.stash.get(_SPEED_RUN, None)) is not None:
-        from specdecode.bench.summary import speed_page, speed_text
+        from specdecode.bench.summary import speed_comment, speed_text
 
         text = speed_text(speed_run, terminalreporter.hasmarkup, encoding)
-        _show(terminalreporter, "speed", text, partial(speed_page, speed_run))
+        file = str(config.getoption("benchmark_json", None) or "")
+        _show(terminalreporter, "speed", text, partial(speed_comment, speed_run, config.stash[_PLAN].gate, file))
 
 
-def _show(terminalreporter: pytest.TerminalReporter, title: str, text: str, make_page: Callable[[], str]) -> None:
+def _show(terminalreporter: pytest.TerminalReporter, title: str, text: str, make_comment: Callable[[], str]) -> None:
     terminalreporter.write_sep("=", title)
     terminalreporter.write(text)
     try:
-        page = make_page()
+        comment = make_comment()
         if file := os.environ.get(_PAGE):
             with writing(Path(file)), Path(file).open("a", encoding="utf-8") as summary:
-                summary.write(page)
+                summary.write(comment)
     except ValueError as error:
         # The run itself is kept elsewhere.
         terminalreporter.write_line(f"specdecode: {error}", red=True)

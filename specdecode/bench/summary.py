@@ -1,4 +1,4 @@
-"""What a session of the suites shows when it ends: tables for the terminal, and a page for a merge request."""
+"""What a session of the suites shows when it ends: tables for the terminal, and a comment for a merge request."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.console import Console
 from specdecode.bench.measure.speed_session import JudgedRun
 from specdecode.bench.quality import quality_tables
 from specdecode.bench.quality.quality_session import JudgedQualityRun
+from specdecode.bench.report.comment import comment
 from specdecode.bench.report.grid import rich_table
-from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import speed_table, verdict_table
 from specdecode.support.files import write_whole
 
@@ -32,9 +32,15 @@ def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
     return _rendered(show, colours, encoding)
 
 
-def speed_page(judged: JudgedRun) -> str:
-    """Return the verdicts and the speeds as Markdown."""
-    return markdown(judged.run, judged.title, judged.judged_by, judged.judgements)
+def speed_comment(judged: JudgedRun, gate: str, file: str) -> str:
+    """Return the verdicts and the speeds in few lines of Markdown.
+
+    Args:
+        judged: the run.
+        gate: setting of the gate, which decides what fails.
+        file: where the run is kept; "" if it is not.
+    """
+    return comment(judged.run, judged.title, judged.judged_by, judged.judgements, gate, file)
 
 
 def quality_text(judged: JudgedQualityRun, colours: bool, encoding: str) -> str:
@@ -57,11 +63,10 @@ def quality_text(judged: JudgedQualityRun, colours: bool, encoding: str) -> str:
     return _rendered(show, colours, encoding)
 
 
-def quality_page(judged: JudgedQualityRun) -> str:
-    """Write what the arms cost as Markdown beside the run, and return it."""
-    page = quality_tables.markdown(judged.run, judged.checks)
-    write_whole(judged.file.with_suffix(".md"), page)
-    return page
+def quality_comment(judged: JudgedQualityRun) -> str:
+    """Write what the arms cost as Markdown beside the run, and return it in few lines."""
+    write_whole(judged.file.with_suffix(".md"), quality_tables.markdown(judged.run, judged.checks))
+    return quality_tables.comment(judged.run, judged.checks, str(judged.file))
 
 
 def _draw_figures(judged: JudgedQualityRun) -> str:

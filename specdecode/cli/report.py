@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 class Format(str, enum.Enum):
     md = "md"
+    comment = "comment"
     html = "html"
     latex = "latex"
 
@@ -39,7 +40,9 @@ def report(
         Path | None,
         typer.Option(metavar="RUN", help="with a run of quality: what its arms gain, by this run of speeds"),
     ] = None,
-    format: Annotated[Format, typer.Option(help="Markdown, one HTML page, or LaTeX tables")] = Format.md,
+    format: Annotated[
+        Format, typer.Option(help="Markdown, a comment of few lines, one HTML page, or LaTeX tables")
+    ] = Format.md,
     out: Annotated[
         Path | None,
         typer.Option(help="file to write  [default: standard output; for HTML RUN.html beside the first run]"),
@@ -76,7 +79,7 @@ def report(
     reports = []
     for path, run in read_runs if figures is None or out is not None else ():
         with faults.noted():
-            reports.append((path, *_report_of(run, baseline, speeds, format)))
+            reports.append((path, *_report_of(path, run, baseline, speeds, format)))
     if reports:
         if format is Format.html:
             text = document("; ".join(title for _, title, _ in reports), *(about for _, _, about in reports))
@@ -128,11 +131,12 @@ def _write(text: str, out: Path | None) -> None:
 
 
 def _report_of(
-    run: RunFile | QualityRun, judge_by: Path | None, speeds: RunFile | None, format: Format
+    path: Path, run: RunFile | QualityRun, judge_by: Path | None, speeds: RunFile | None, format: Format
 ) -> tuple[str, Any]:
     """Return the title of a run and its report: elements of a page, or a text.
 
     Args:
+        path: the run's file.
         run: of speeds or of quality.
         judge_by: a baseline or margins; None for the run's own.
         speeds: of the arms of a run of quality.
@@ -141,7 +145,7 @@ def _report_of(
     from specdecode.evals.results import QualityRun
 
     if isinstance(run, QualityRun):
-        return _quality_report(run, judge_by, speeds, format)
+        return _quality_report(path, run, judge_by, speeds, format)
     return _speed_report(run, judge_by, format)
 
 
@@ -151,6 +155,7 @@ def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[
     from specdecode.bench.gate.project import read_project
     from specdecode.bench.gate.verdicts import judge
     from specdecode.bench.report.captions import judged_by, title
+    from specdecode.bench.report.comment import comment
     from specdecode.bench.report.html import section
     from specdecode.bench.report.latex import latex
     from specdecode.bench.report.markdown import markdown
@@ -159,20 +164,27 @@ def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[
     project = read_project(Path())
     own_baseline = project.baselines / run.header.identity.file
     old = read(baseline) if baseline else find(run.header.identity, project.baselines)
-    tell: Callable[..., Any] = {Format.md: markdown, Format.html: section, Format.latex: latex}[format]
     judgements = judge(run, old, project.tolerance, tolerances=project.tolerances) if old else []
-    return title(run), tell(run, title(run), judged_by(run, old, own_baseline), judgements, history(own_baseline))
+    about = (run, title(run), judged_by(run, old, own_baseline), judgements)
+    if format is Format.comment:
+        return title(run), comment(*about, project.gate, str(run.path))
+    tell: Callable[..., Any] = {Format.md: markdown, Format.html: section, Format.latex: latex}[format]
+    return title(run), tell(*about, history(own_baseline))
 
 
-def _quality_report(run: QualityRun, margins: Path | None, speed: RunFile | None, format: Format) -> tuple[str, Any]:
+def _quality_report(
+    path: Path, run: QualityRun, margins: Path | None, speed: RunFile | None, format: Format
+) -> tuple[str, Any]:
     from specdecode.bench.gate.project import read_project
     from specdecode.bench.quality.quality_page import section
-    from specdecode.bench.quality.quality_tables import latex, markdown, title
+    from specdecode.bench.quality.quality_tables import comment, latex, markdown, title
     from specdecode.bench.runs.names import margins_file
     from specdecode.evals.margins import check_margins, read_margins
 
     own_margins = read_project(Path()).baselines / margins_file(run.header.target, run.header.texts)
     checks = check_margins(run, read_margins(margins or own_margins))
+    if format is Format.comment:
+        return title(run), comment(run, checks, str(path))
     if format is not Format.html:
         return title(run), (markdown if format is Format.md else latex)(run, checks, speed)
     return title(run), section(run, checks, speed)

@@ -35,9 +35,14 @@ class Blame:
         total = sum(self.shares.values())
         return max(self.shares, key=lambda cause: math.copysign(1.0, total) * self.shares[cause])
 
+    @property
+    def changes(self) -> dict[str, float]:
+        """Return by how much each cause alone changes the time per token, as a share of it."""
+        return {cause: math.expm1(share) for cause, share in self.shares.items()}
+
     def __str__(self) -> str:
         total = math.expm1(sum(self.shares.values()))
-        parts = ", ".join(f"{cause} {math.expm1(share):+.1%}" for cause, share in self.shares.items())
+        parts = ", ".join(f"{cause} {change:+.1%}" for cause, change in self.changes.items())
         return f"time per token {total:+.1%}: {parts}; mostly {self.main}"
 
 

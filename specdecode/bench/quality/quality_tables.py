@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from specdecode.bench.quality.tradeoff import about_speed, against_speed
+from specdecode.bench.report.comment import cut_table, whole_report
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.latex import PACKAGES, latex_table
 from specdecode.bench.report.markdown import as_markdown, markdown_table
@@ -149,6 +151,27 @@ def markdown(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | No
         parts += ["### Quality against speed", markdown_table(against_speed(run, speed))]
         parts.append("\n".join(f"- {as_markdown(note)}" for note in about_speed(run, speed)))
     parts += ["### Margins", markdown_table(margins(checks))]
+    return "\n\n".join(parts) + "\n"
+
+
+def comment(run: QualityRun, checks: Sequence[MarginCheck], file: str = "") -> str:
+    """Write what a comment on a merge request has room for: outcomes that are not as expected, then costs.
+
+    Args:
+        run: what the comment is about.
+        checks: of its margins.
+        file: the run's file, from which the whole report is made; "" if it was not kept.
+    """
+    wrong, judged = [check for check in checks if check.unexpected], [check for check in checks if check.outcome]
+    counts = Counter(outcome(check) for check in checks)
+    told = f"{len(wrong)} of {len(judged)} outcomes are not as expected" if wrong else "No outcome is unexpected"
+    parts = [f"## {as_markdown(title(run))}"]
+    parts.append(f"**{told}**: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
+    if wrong:
+        parts.append(cut_table(margins(wrong), "outcomes"))
+    parts.append(cut_table(costs(run, checks), "arms"))
+    if file:
+        parts.append(whole_report(file))
     return "\n\n".join(parts) + "\n"
 
 

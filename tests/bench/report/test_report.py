@@ -402,7 +402,7 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
         "except SystemExit: pass\n"
         "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
-    for format_ in FORMATS:
+    for format_ in (*FORMATS, "comment"):
         command = [sys.executable, "-c", code, "report", str(run), "--format", format_]
         assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
 
@@ -437,3 +437,14 @@ def test_workflows_name_what_there_is(name: str) -> None:
     assert used <= known
     assert not [script for script in scripts if "${{" in script]
     assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_the_job_that_may_comment_runs_no_code_of_a_pull_request() -> None:
+    """Guards against a token that writes in the hands of whoever opens a pull request."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "gpu.yml").read_text())
+    job = workflow["jobs"]["comment"]
+    assert job["permissions"] == {"pull-requests": "write"}
+    assert [step["uses"].split("@")[0] for step in job["steps"] if "uses" in step] == ["actions/download-artifact"]
+    assert [name for name, other in workflow["jobs"].items() if "write" in str(other.get("permissions"))] == [
+        *("comment", "bless")
+    ]

@@ -1,0 +1,126 @@
+"""Write what a comment on a merge request has room for: the verdicts, then the speeds, in few lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
+from specdecode.bench.report.captions import cells, failing_first, label, notes, one_line, outputs
+from specdecode.bench.report.grid import Column, Grid
+from specdecode.bench.report.markdown import as_markdown, markdown_table
+from specdecode.bench.runs.names import BASELINE
+from specdecode.bench.runs.records import RunFile
+
+MOST_LINES = 60
+"""Lines of a comment, whatever the number of arms."""
+
+_MOST_ROWS = 18
+_MOST_NAMES = 5
+_MOST_CHARACTERS = 600  # of a reason: GitHub refuses comments of 65 536 characters
+
+
+def comment(
+    run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], gate: str = "on", file: str = ""
+) -> str:
+    """Write a comment in Markdown: failing verdicts in full, a table of speeds, and the rest in a sentence.
+
+    Args:
+        run: what the comment is about.
+        title: its first line.
+        judged_by: what the verdicts compare with.
+        judgements: the verdicts.
+        gate: setting of the gate, which decides what fails: a key of `FAILING`.
+        file: the run's file, from which the whole report is made; "" if it was not kept.
+    """
+    failing = [judged for judged in failing_first(judgements) if judged.verdict in FAILING[gate]]
+    shown = failing or [judged for judged in failing_first(judgements) if judged.verdict in FAILING["on"]]
+    parts = [f"## {as_markdown(title)}", _headline(run, judgements, len(failing), gate), as_markdown(judged_by)]
+    if shown:
+        parts.append(cut_table(_verdicts(shown), "verdicts"))
+    if rest := _rest([judged for judged in judgements if judged not in shown]):
+        parts.append(as_markdown(rest))
+    parts.append(cut_table(_speeds(run, judgements), "arms"))
+    _, floor, *_ = notes(run)
+    parts.append(" ".join(map(as_markdown, [floor, *(f"Beware: {warning}." for warning in run.header.warnings)])))
+    if file:
+        parts.append(whole_report(file))
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdicts(judgements: Sequence[Judgement]) -> Grid:
+    """Make one row for each verdict; an arm whose time and counters got the same for the same reason has one row."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for judged in judgements:
+        rows.setdefault((judged.verdict.value, judged.arm, judged.reason), []).append(judged.gate)
+    columns = [*(Column(name, figures=False) for name in ("verdict", "arm", "of")), Column("why", False, True)]
+    return Grid(columns, [[verdict, arm, ", ".join(of), why] for (verdict, arm, why), of in rows.items()])
+
+
+def cut_table(grid: Grid, what: str) -> str:
+    """Write the first rows of a table in Markdown, and how many more of what there are; cells are cut too."""
+    rows = [
+        [cell if len(cell) <= _MOST_CHARACTERS else f"{cell[:_MOST_CHARACTERS]}..." for cell in map(one_line, row)]
+        for row in grid.rows[:_MOST_ROWS]
+    ]
+    text = markdown_table(Grid(grid.columns, rows))
+    more = len(grid.rows) - len(rows)
+    return f"{text}\n\nand {more} more {what}." if more else text
+
+
+def whole_report(file: str) -> str:
+    """Say how all tables of a run are made."""
+    return f"All tables: `specdecode report {one_line(file).replace('`', '')} --format html`"
+
+
+def _headline(run: RunFile, judgements: Sequence[Judgement], failing: int, gate: str) -> str:
+    """Say whether the run passes, and count its verdicts."""
+    wrong = [arm for arm, record in run.arms.items() if record.bugs or record.failure]
+    faults = f" **Wrong outputs, or none:** {as_markdown(named(wrong))}." if wrong else ""
+    if not judgements:
+        return f"**Nothing was judged.**{faults}"
+    counts = Counter(judged.verdict.value for judged in failing_first(judgements))
+    fails = f"{failing} of {len(judgements)} verdicts fail" if failing else "No verdict fails"
+    setting = "" if gate == "on" else f" (gate: {gate})"
+    return f"**{fails}**{setting}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}.{faults}"
+
+
+def named(names: Sequence[str]) -> str:
+    """List the first names, and say how many more there are."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _rest(judgements: Sequence[Judgement]) -> str:
+    """Say in a line which arms have the verdicts that are in no table."""
+    gates: dict[Verdict, dict[str, list[str]]] = {}
+    for judged in failing_first(judgements):
+        gates.setdefault(judged.verdict, {}).setdefault(judged.arm, []).append(judged.gate)
+    passed = gates.pop(Verdict.PASS, {})
+    sentences = []
+    for verdict, by_arm in gates.items():
+        arms = [arm if len(kinds) > 1 else f"{arm} ({kinds[0]})" for arm, kinds in by_arm.items()]
+        sentences.append(f"{verdict.value}: {named(arms)}.")
+    if whole := sum(len(kinds) > 1 for kinds in passed.values()):
+        sentences.append(f"PASS in time and counters: {whole} arm{'s' if whole > 1 else ''}.")
+    return " ".join(sentences)
+
+
+def _speeds(run: RunFile, judgements: Sequence[Judgement]) -> Grid:
+    """Make one row for each arm, those whose verdicts matter most first: a cut loses what passes."""
+    changes = {judged.arm: judged.change for judged in judgements if judged.change is not None}
+    ranked = dict.fromkeys(judged.arm for judged in failing_first(judgements) if judged.verdict is not Verdict.PASS)
+    faulty = [arm for arm, record in run.arms.items() if record.bugs or record.failure]
+    if len(run.arms) > _MOST_ROWS:
+        order = [arm for arm in dict.fromkeys([BASELINE, *faulty, *ranked, *run.arms]) if arm in run.arms]
+    else:
+        order = list(run.arms)
+    columns = [Column("arm", figures=False), Column("tokens/s"), Column("speedup over ar")]
+    columns += [Column("new/old speed")] if changes else []
+    columns += [Column("τ"), Column("output", figures=False)]
+    rows = []
+    for arm in order:
+        throughput, speedup, tau = cells(run, arm, ["throughput", "speedup", "mean_acceptance_length"])
+        change = [f"{changes[arm]}" if arm in changes else ""] if changes else []
+        rows.append([label(run, arm), throughput, speedup, *change, tau, outputs(run, arm)])
+    return Grid(columns, rows)
