@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Protocol
 
 import pytest
 
+from specdecode.bench.runs.file import read
 from tests.helpers.root import ROOT
 from tests.helpers.suites import run_pytest
 
@@ -28,10 +30,10 @@ def elsewhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: specdecode-plugin\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text("[pytest11]\nspecdecode = specdecode.bench.plugin\n")
-    path = os.pathsep.join(map(str, (packages, ROOT)))
+    path = os.pathsep.join(map(str, (packages, ROOT, tmp_path / "src")))
 
     def run(*arguments: str, **environment: str) -> CompletedProcess[str]:
-        return run_pytest(*arguments, cwd=tmp_path, PYTHONPATH=path, **environment)
+        return run_pytest(*arguments, cwd=tmp_path, PYTHONPATH=path, HF_HUB_OFFLINE="1", **environment)
 
     return run
 
@@ -147,4 +149,57 @@ def test_a_decoder_of_the_readers_own_is_gated(elsewhere: Runs, tmp_path: Path) 
     assert "REGRESSED: mine time" in done.stdout
     done = run(wrong=True)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "mine gave other tokens than autoregressive decoding" in done.stdout
+    assert "mine gave other tokens than ar on" in done.stdout
+
+
+ENGINE = """
+import time
+
+def make(target, draft, device, dtype, kind):
+    def decode(prompt, count):
+        if kind == FAILING:
+            raise RuntimeError("no licence")
+        time.sleep(SECONDS * (0.5 if kind == "drafting" else 1.0))
+        yield [sum(prompt) % 7] * count
+    return decode
+"""
+
+ENGINE_PRESET = """
+prompts = "prose:2"
+max_new_tokens = 8
+repeats = 1
+baseline = "plain"
+[arms]
+"""
+
+
+def test_an_engine_is_gated_against_itself_and_its_last_commit(elsewhere: Runs, tmp_path: Path) -> None:
+    """Guards against a model of ours loaded for somebody's engine, and against a comparison of two commits that runs
+    the same code twice, or that an arm which fails in one of them ends."""
+    (tmp_path / "src" / "engine").mkdir(parents=True)
+    decoding = tmp_path / "src" / "engine" / "decoding.py"
+
+    def write(seconds: float, failing: str) -> None:
+        decoding.write_text(ENGINE.replace("SECONDS", str(seconds)).replace("FAILING", repr(failing)))
+
+    write(0.04, failing="none")
+    kinds = ("plain", "drafting", "copy")
+    arms = "".join(f'{kind} = {{ call = "engine.decoding:make", options = {{ kind = "{kind}" }} }}\n' for kind in kinds)
+    (tmp_path / "own.toml").write_text(ENGINE_PRESET + arms)
+    (tmp_path / "pyproject.toml").write_text('[tool.specdecode]\ntarget = "somebody/engine"\npreset = "own.toml"\n')
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "the engine")):
+        subprocess.run(["git", "-c", "user.name=N", "-c", "user.email=n@e", *command], cwd=tmp_path, check=True)
+    done = elsewhere("--benchmark", "--benchmark-json=run.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = read(tmp_path / "run.json")
+    assert 1.7 < run.speedup("drafting").value < 2.3
+    assert (run.header.baseline, run.header.roofline) == ("plain", 0.0)
+    assert "somebody/engine, which arms load" in done.stdout
+    assert "as bytes (somebody/engine has no tokenizer)" in done.stdout
+
+    write(0.08, failing="copy")
+    done = elsewhere("--benchmark", "--against=HEAD")
+    assert done.returncode == 1, done.stdout + done.stderr
+    for kind in ("plain", "drafting"):
+        assert f"REGRESSED: {kind} time" in done.stdout
+    assert "REGRESSED: copy time: arm 'copy': it raised RuntimeError: no licence" in done.stdout

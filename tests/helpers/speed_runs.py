@@ -150,5 +150,5 @@ def speed_run(
 def run_of_results(results: Results, max_new_tokens: int) -> RunFile:
     """Return the results of an experiment as they come back from the file."""
     identity = Identity("abacus", "t", "d", "float32", "quick")
-    header = Header(identity, max_new_tokens, results.outputs(), results.floor)
+    header = Header(identity, max_new_tokens, results.outputs(), results.floor, baseline=results.baseline)
     return read_back(RunFile(Path(), header, results.records()))

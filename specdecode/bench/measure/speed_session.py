@@ -36,7 +36,7 @@ class JudgedRun:
         origins: of the prompts.
         run: as it is kept and compared.
         durations: seconds of each run, by arm.
-        wrong: prompts on which an arm gave other tokens than autoregressive decoding, by arm.
+        wrong: prompts on which an arm gave other tokens than its baseline, by arm.
         judged_by: what the gate compared with, in words.
         judgements: its verdicts.
         journal: of the finished blocks, to be deleted once the run is kept; None for runs side by side.

@@ -33,8 +33,9 @@ MODEL = (
 """What a table of models does not say by itself."""
 
 LIMITS = (
-    "The speedup over ar of all tokens together as a product: how many fewer steps the acceptance length asks for, and"
-    " what drafting, verifying a draft and overhead leave of that. A factor of 0.80 costs a fifth of the speed."
+    "The speedup over the baseline, of all tokens together, as a product: how many fewer steps the acceptance length"
+    " asks for, and what drafting, verifying a draft and overhead leave of that. A factor of 0.80 costs a fifth of the"
+    " speed."
 )
 """What a table of limits does not say by itself."""
 
@@ -117,7 +118,7 @@ def _throughput(run: RunFile, arm: str) -> str:
     return " ± ".join(f"{value:.1f}" for value in (measures.throughput, measures.throughput_std) if value is not None)
 
 
-def _speedup(over: str) -> Cell:
+def _speedup(over: str | None = None) -> Cell:
     return lambda run, arm: f"{run.speedup(arm, over)}" if run.log_speedups(arm, over) else ""
 
 
@@ -127,7 +128,7 @@ def _megabytes(size: float) -> str:
 
 CELLS: dict[str, Cell] = {
     "throughput": _throughput,
-    "speedup": _speedup(over=BASELINE),
+    "speedup": _speedup(),
     "over_hf": _speedup(over=PEER_BASELINE),
     "predicted_speedup": _measure(lambda arm: arm.predicted_speedup, "{:.2f}".format),
     "ttft_s": _measure(lambda arm: arm.ttft_s, lambda seconds: f"{1e3 * seconds:.0f}"),
@@ -154,12 +155,20 @@ def cells(run: RunFile, arm: str, columns: Sequence[str]) -> list[str]:
 
 def notes(run: RunFile) -> list[str]:
     """Say what a table of speeds does not show by itself."""
+    baseline = run.header.baseline
+    plainly = ": autoregressive decoding by this package" if baseline == BASELINE else ""
     sentences = [
-        "Baseline ar: autoregressive decoding by this package. Intervals are 95 %.",
-        f"A/A floor: two runs of ar differ by up to {math.expm1(run.header.floor):.1%} in the mean.",
-        "Predicted: from acceptance and forwards, without overhead. Roofline: share of the speed at which memory can"
-        f" stream the weights, {run.header.roofline:.0f} tokens/s.",
+        f"Baseline {baseline}{plainly}. Intervals are 95 %.",
+        f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} in the mean.",
     ]
+    if others := {arm: record.baseline for arm, record in run.arms.items() if record.baseline}:
+        pairs = "; ".join(f"{arm} with {other}" for arm, other in others.items())
+        sentences.append(f"Compared with a baseline of their own: {pairs}.")
+    if run.header.roofline:
+        sentences.append(
+            "Predicted: from acceptance and forwards, without overhead. Roofline: share of the speed at which memory"
+            f" can stream the weights, {run.header.roofline:.0f} tokens/s."
+        )
     peers = {arm: record.against for arm, record in run.arms.items() if record.against}
     if compared := {arm: peer for arm, peer in peers.items() if run.log_speedups(arm, over=peer)}:
         ratios = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())

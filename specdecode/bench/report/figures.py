@@ -131,10 +131,10 @@ def comprehensive(run: RunFile) -> Figure | str:
 
 
 def methods(run: RunFile) -> Figure | str:
-    """Draw a bar for each arm: its speedup over `ar` with the interval; and the A/A floor."""
+    """Draw a bar for each arm: its speedup with the interval; and the A/A floor."""
     speedups = _speedups(run)
     if not speedups:
-        return "no arm but ar has a time"
+        return f"no arm but {run.header.baseline} has a time"
     wrong = [arm for arm, record in run.arms.items() if record.bugs and arm not in speedups]
     order = sorted(speedups, key=lambda arm: speedups[arm].value)
     drawn = figure(COLUMN, 4.0 * len(order + wrong) + 16)
@@ -152,7 +152,7 @@ def methods(run: RunFile) -> Figure | str:
     axes.set_yticks(range(len(order + wrong)), [_marked(run, arm) for arm in order + wrong])
     axes.set(xlim=(0, 1.22 * max(speedup.high for speedup in speedups.values())), ylim=(-0.7, len(order + wrong) - 0.3))
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("speedup over ar")
+    axes.set_xlabel(text(f"speedup over {run.compared_with}"))
     return drawn
 
 
@@ -179,7 +179,7 @@ def speedup_by_k(run: RunFile) -> Figure | str:
         )
         axes.set_title(text(f"{name} (synthetic)" if run.arms[first].synthetic else name))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    name_axes(panels, "K, proposals a step", "speedup over ar")
+    name_axes(panels, "K, proposals a step", text(f"speedup over {run.compared_with}"))
     mark = {"color": "0.2", "marker": "o", "linestyle": "none"}
     legend(drawn, {"measured, 95 % interval": mark, **predicted})
     return drawn
@@ -269,7 +269,7 @@ def quality_against_speed(run: RunFile) -> Figure | str:
         corners += [(corners[-1][0], points[arm][1]), points[arm]]
     (around,) = axes.plot(*zip(*corners, (corners[-1][0], 0.0), strict=True), zorder=1, **line)
     axes.set_xlim(left, right)
-    axes.set_xlabel("speedup over ar")
+    axes.set_xlabel(text(f"speedup over {run.compared_with}"))
     axes.set_ylabel("tokens before the output leaves ar's, %")
     hollow = {"hollow: it loops": {"color": "0.35", "marker": "o", "fillstyle": "none", "linestyle": "none"}}
     legend(drawn, entries | {"Pareto front": line} | (hollow if looping else {}))
@@ -278,7 +278,7 @@ def quality_against_speed(run: RunFile) -> Figure | str:
 
 
 def by_task(run: RunFile) -> Figure | str:
-    """Draw a panel for each task: the speedups over `ar` on its prompts, with their intervals and its own A/A floor."""
+    """Draw a panel for each task: the speedups on its prompts, with their intervals and its own A/A floor."""
     if len(run.tasks) < 2:
         return "the run has one task alone"
     arms = list(_speedups(run))[::-1]
@@ -296,7 +296,7 @@ def by_task(run: RunFile) -> Figure | str:
         # Titles stand side by side.
         axes.set_title((", " if len(", ".join(words)) <= _TITLE_LETTERS else ",\n").join(words))
         axes.set_yticks(range(len(arms)), [_marked(run, arm) for arm in arms])
-    name_axes(panels, "speedup over ar", "")
+    name_axes(panels, text(f"speedup over {run.compared_with}"), "")
     return drawn
 
 
@@ -319,8 +319,8 @@ def _right(run: RunFile) -> list[str]:
 
 
 def _speedups(run: RunFile) -> dict[str, Estimate]:
-    """Return the speedups of all arms but `ar` that have one."""
-    speedups = {arm: run.speedup(arm) for arm in run.arms if arm != BASELINE}
+    """Return the speedups of all arms but the run's baseline that have one."""
+    speedups = {arm: run.speedup(arm) for arm in run.arms if arm != run.header.baseline}
     return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
 
 
@@ -330,7 +330,7 @@ def _sides(ratios: Sequence[Estimate]) -> list[list[float]]:
 
 
 def _floor(run: RunFile, span: Callable[..., object], line: Callable[..., object]) -> None:
-    """Draw the band within which two runs of `ar` differ, and the line of no gain."""
+    """Draw the band within which two runs of the baseline differ, and the line of no gain."""
     floor = run.header.floor
     span(math.exp(-floor), math.exp(floor), color=BAND, linewidth=0, zorder=0.5, label="A/A floor")
     line(1, color="0.35", linewidth=0.8, zorder=0.6)

@@ -33,7 +33,6 @@ from specdecode.bench.report.tables import (
     surroundings,
     timeline,
 )
-from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate
 
@@ -73,12 +72,18 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[
     """Name the run, and put what a reader looks for first into tiles."""
     lead = [title.removeprefix(f"{models(run)}, "), *filter(None, [run.date, run.commit and f"commit {run.commit}"])]
     tiles = [_gate_tile(judgements), _outputs_tile(run)]
-    speedups = {arm: run.speedup(arm) for arm, record in run.arms.items() if arm != BASELINE and not record.bugs}
+    speedups = {
+        arm: run.speedup(arm) for arm, record in run.arms.items() if arm != run.header.baseline and not record.bugs
+    }
     speedups = {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
     if speedups:
         best = max(speedups, key=lambda arm: speedups[arm].value)
-        tiles.append(tile("Fastest", "", f"{speedups[best].value:.2f} times ar", label(run, best)))
-    tiles.append(tile("A/A floor", "", f"{math.expm1(run.header.floor):.1%}", "what two runs of ar differ by"))
+        tiles.append(tile("Fastest", "", f"{speedups[best].value:.2f} times {run.baseline_of(best)}", label(run, best)))
+    tiles.append(
+        tile(
+            "A/A floor", "", f"{math.expm1(run.header.floor):.1%}", f"what two runs of {run.header.baseline} differ by"
+        )
+    )
     return [
         element("header", element("h1", models(run)), element("p", " · ".join(lead), class_="lead")),
         element("dl", *tiles, class_="tiles"),
@@ -101,7 +106,7 @@ def _outputs_tile(run: RunFile) -> Element:
         return tile("Outputs", "bad", "✗ WRONG", f"of {', '.join(wrong)}: their times are void")
     lossy = any(record.lossy for record in run.arms.values())
     ties = sum(record.ties for record in run.arms.values())
-    whose = "ar's, a lossy arm's its own reference's" if lossy else "ar's"
+    whose = f"{run.compared_with}'s" + (", a lossy arm's its own reference's" if lossy else "")
     return tile("Outputs", "good", "✓ Right", f"every token is {whose}{f', but for {ties} ties' if ties else ''}")
 
 
@@ -152,7 +157,7 @@ def _speeds(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
     heads.insert(1, element("th", ruler(scale), class_="plot", scope="col"))
     rows = []
     for arm, (name, *values, output) in zip(run.arms, grid.rows, strict=True):
-        chart = interval(arm, speedups[arm], predicted[arm], floor, scale, looks[arm])
+        chart = interval(f"{arm} over {run.baseline_of(arm)}", speedups[arm], predicted[arm], floor, scale, looks[arm])
         row = [element("th", swatch(looks[arm]), name, scope="row", title=name), element("td", chart, class_="plot")]
         for value in values:
             number, _, more = value.partition(" ")
@@ -161,8 +166,9 @@ def _speeds(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
         rows.append(element("tr", *row, element("td", element("span", f"{sign} {output}", class_=f"chip {kind}"))))
     table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows), class_="speeds")
     legend = (
-        "Speedup over ar: dot and 95 % interval, on a logarithmic scale. The grey band is the A/A floor, within which"
-        " two runs of ar differ; the upright stroke is the predicted speedup. Hollow: transformers."
+        f"Speedup over {run.compared_with}: dot and 95 % interval, on a logarithmic scale. The grey band is the A/A"
+        f" floor, within which two runs of {run.header.baseline} differ; the upright stroke is the predicted speedup."
+        " Hollow: transformers."
     )
     return [element("h2", "Speed"), element("p", legend, class_="soft"), scrolling(table, "Speed of each arm")]
 
@@ -214,7 +220,10 @@ def _history(run: RunFile, past: History, looks: Mapping[str, Style]) -> list[El
         return parts
     runs = timeline(run, past)
     if len(runs) > 1:
-        legend = "Speedup over ar with 95 % intervals; the last mark is this run. A change is as tall in every plot."
+        legend = (
+            f"Speedup over {run.compared_with} with 95 % intervals; the last mark is this run. A change is as tall in"
+            " every plot."
+        )
         cards = element("div", *_courses(run, runs, looks), class_="cards")
         parts += [element("p", legend, class_="soft"), cards]
     return [*parts, scrolling(grid_table(past_speedups(run, past)), "Speedups of earlier runs")]
@@ -229,9 +238,12 @@ def _courses(run: RunFile, runs: Sequence[RunFile], looks: Mapping[str, Style]) 
     spans = (max(s.high for s in of_arm) / min(s.low for s in of_arm) for of_arm in known.values() if of_arm)
     least = math.log(max(spans))
     return [
-        card([swatch(looks[arm]), label(run, arm)], course(arm, runs, speedups[arm], least, looks[arm]))
+        card(
+            [swatch(looks[arm]), label(run, arm)],
+            course(f"{arm} over {run.baseline_of(arm)}", runs, speedups[arm], least, looks[arm]),
+        )
         for arm in run.arms
-        if known[arm] and arm != BASELINE
+        if known[arm] and arm != run.header.baseline
     ]
 
 

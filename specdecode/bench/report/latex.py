@@ -30,7 +30,7 @@ def latex(
     if (accepted := acceptance(run)).rows:
         parts.append(latex_table(accepted, f"Share of the proposals at a position that were accepted: {title}."))
     if (predicted := by_model(run)).rows:
-        parts.append(latex_table(predicted, f"Speedup over ar by the model: {title}. {MODEL}"))
+        parts.append(latex_table(predicted, f"Speedup over {run.compared_with} by the model: {title}. {MODEL}"))
     if (memories := memory(run)).rows:
         parts.append(latex_table(memories, f"Memory: {title}. {MEMORY}"))
     captions = (f"Measured with: {command(run)}", "Conditions around the run.")
@@ -51,8 +51,9 @@ def latex_table_1(run: RunFile) -> str:
     }
     rows = [[label(run, arm), *cells(run, arm, list(measured))] for arm in run.arms]
     caption = (
-        f"{title(run)}. Tokens/s: of all prompts, and the standard deviation between them; speedup: over ar, with its"
-        " 95 % interval; τ: tokens a step; KV: the most that was held of keys and values."
+        f"{title(run)}. Tokens/s: of all prompts, and the standard deviation between them; speedup: over"
+        f" {run.compared_with}, with its 95 % interval; τ: tokens a step; KV: the most that was held of keys and"
+        " values."
     )
     grid = Grid([Column("method", figures=False), *map(Column, measured.values())], rows)
     return f"{PACKAGES}\n\n{latex_table(grid, caption)}\n"

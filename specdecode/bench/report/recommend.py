@@ -91,7 +91,7 @@ def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice
         ValueError: an older file, which does not tell how its arms are made; or one without plain decoding.
     """
     records = run.arms.values()
-    if not run.arms[BASELINE].rows:
+    if BASELINE not in run.arms or not run.arms[BASELINE].rows:
         raise ValueError(f"{run.path} has no times of {BASELINE}, with which all else is compared: measure it again")
     if len(run.arms) > 1 and not any(record.options for arm, record in run.arms.items() if arm != BASELINE):
         raise ValueError(f"{run.path} does not tell how its arms are made, as older versions did not: measure it again")

@@ -70,15 +70,15 @@ def speedup_scale(run: RunFile, speedups: Mapping[str, Estimate], predicted: Map
 def ruler(scale: Scale) -> Element:
     """Draw the ticks of a scale of speedups."""
     ticks = [text(scale(tick), 14, f"{tick:g}", text_anchor="middle") for tick in scale.ticks]
-    return drawing(INTERVAL_WIDTH, 20, "Scale of the speedups over ar", "logarithmic", *ticks)
+    return drawing(INTERVAL_WIDTH, 20, "Scale of the speedups", "logarithmic", *ticks)
 
 
-def interval(arm: str, speedup: Estimate, predicted: float, floor: float, scale: Scale, style: Style) -> Element:
+def interval(name: str, speedup: Estimate, predicted: float, floor: float, scale: Scale, style: Style) -> Element:
     """Draw a speedup with its interval, the prediction, and the A/A floor.
 
     Args:
-        arm: its name.
-        speedup: over `ar`; nan if no output was right.
+        name: of the arm and its baseline.
+        speedup: over its baseline; nan if no output was right.
         predicted: the same without overhead; nan if it is not known.
         floor: the A/A floor, as a ratio.
         scale: of ratios.
@@ -98,7 +98,7 @@ def interval(arm: str, speedup: Estimate, predicted: float, floor: float, scale:
         parts += [line(low, height / 2, high, height / 2, "whisker"), mark(value, height / 2, style)]
     if math.isfinite(predicted):
         description += f"; predicted {predicted:.2f}"
-    return drawing(INTERVAL_WIDTH, height, f"Speedup of {arm} over ar", description, *parts, colour=style.colour)
+    return drawing(INTERVAL_WIDTH, height, f"Speedup of {name}", description, *parts, colour=style.colour)
 
 
 def acceptance(run: RunFile, arm: str, longest: int, style: Style) -> Element:
@@ -147,11 +147,11 @@ def acceptance(run: RunFile, arm: str, longest: int, style: Style) -> Element:
     return drawing(308, bottom + 32, f"Acceptance of {arm}", description, *parts, colour=style.colour)
 
 
-def course(arm: str, runs: Sequence[RunFile], speedups: Sequence[Estimate], least: float, style: Style) -> Element:
+def course(name: str, runs: Sequence[RunFile], speedups: Sequence[Estimate], least: float, style: Style) -> Element:
     """Draw an arm's speedup, run by run, with its intervals.
 
     Args:
-        arm: its name.
+        name: of the arm and its baseline.
         runs: the oldest first.
         speedups: in each of them; nan where it is not known.
         least: the logarithm that the scale spans at least.
@@ -173,4 +173,4 @@ def course(arm: str, runs: Sequence[RunFile], speedups: Sequence[Estimate], leas
         parts.append(text(right + 12, y(speedup.value) + 4, f"{speedup.value:.2f}", class_="value"))
     parts += [text(left - 8, 114, runs[0].date), text(right + 8, 114, runs[-1].date, text_anchor="end")]
     description = ", ".join(f"{runs[i].date} {runs[i].commit}: {speedup}" for i, speedup in known)
-    return drawing(300, 118, f"Speedup of {arm} over ar, run by run", description, *parts, colour=style.colour)
+    return drawing(300, 118, f"Speedup of {name}, run by run", description, *parts, colour=style.colour)

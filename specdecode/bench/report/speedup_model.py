@@ -77,7 +77,7 @@ def chain_speedup(acceptance: Real, depths: Sequence[int], draft: Real, verify: 
 
 @dataclass(frozen=True, slots=True)
 class Modelled:
-    """An arm's speedup over `ar`, by the models and as it is.
+    """An arm's speedup over its baseline, by the models and as it is.
 
     Attributes:
         arm: its name.
@@ -128,7 +128,7 @@ def _modelled(run: RunFile, arm: str) -> Modelled | None:
     record, k = run.arms[arm], run.arms[arm].options["k"]
     depths, counts = record.histograms().depth, record.counts()
     proposed = sum(depth * steps for depth, steps in enumerate(depths))
-    plain = _later_step_s(run.arms[BASELINE])
+    plain = _later_step_s(run.arms[run.baseline_of(arm)])
     step = _later_step_s(record)
     if not proposed or plain is None or step is None or counts.accepted is None or counts.rejections is None:
         return None

@@ -15,7 +15,7 @@ from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import cells, drafts, failing_first, label, notes, outputs, percent
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.speedup_model import modelled
-from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
+from specdecode.bench.runs.names import PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 
 
@@ -29,7 +29,7 @@ def speeds(run: RunFile) -> Grid:
     """Make one row for each arm: throughput, speedups with intervals, latency, acceptance, check of the output."""
     measured = {
         "throughput": Column("tokens/s"),
-        "speedup": Column("speedup over ar"),
+        "speedup": Column(f"speedup over {run.compared_with}"),
         "over_hf": Column(f"over {PEER_BASELINE}"),
         "predicted_speedup": Column("predicted", breaks=True),
         "ttft_s": Column("TTFT ms", breaks=True),
@@ -52,7 +52,7 @@ def by_part(run: RunFile) -> Grid:
     """Make one row for each arm, task and length of the output; none if there is one task and one length alone."""
     measured = {
         "throughput": Column("tokens/s"),
-        "speedup": Column("speedup over ar"),
+        "speedup": Column(f"speedup over {run.compared_with}"),
         "over_hf": Column(f"over {PEER_BASELINE}"),
         "ttft_s": Column("TTFT ms"),
         "tpot_s": Column("TPOT ms"),
@@ -102,11 +102,12 @@ def by_model(run: RunFile) -> Grid:
 
 
 def limits(run: RunFile) -> Grid:
-    """Make one row for each arm that drafts: its speedup over `ar`, split into factors by `blame`."""
+    """Make one row for each arm that drafts: its speedup over its baseline, split into factors by `blame`."""
     causes = ("acceptance length", *PARTS)
     columns = [Column("what limits it", figures=False), *map(Column, (*causes, "all"))]
-    baseline, rows = run.arms.get(BASELINE, ArmRecord({})), []
+    rows = []
     for arm, record in run.arms.items():
+        baseline = run.arms.get(run.baseline_of(arm), ArmRecord({}))
         prompts = [prompt for prompt in record.rows if prompt in baseline.rows]
         if drafts(record) and (split := blame(record, baseline, prompts)):
             shares = [*(split.shares[cause] for cause in causes), sum(split.shares.values())]
@@ -128,7 +129,7 @@ def memory(run: RunFile) -> Grid:
 
 
 def past_speedups(run: RunFile, past: History) -> Grid:
-    """Make one row for each run that was the baseline, and this one last: every arm's speedup over `ar`."""
+    """Make one row for each run that was the baseline, and this one last: every arm's speedup."""
     columns = [Column(name, figures=False) for name in ("date", "commit", "reason")]
     rows = [
         [then.date, then.commit, then.reason if then is not run else "this run"]

@@ -236,6 +236,12 @@ class RunFile:
         """Return the arm that an arm is compared with."""
         return self.arms[arm].baseline or self.header.baseline
 
+    @property
+    def compared_with(self) -> str:
+        """Return the arm that all arms are compared with; "its baseline" where they are not compared with the same."""
+        baselines = {self.baseline_of(arm) for arm in self.arms}
+        return self.header.baseline if baselines <= {self.header.baseline} else "its baseline"
+
     def outputs_of(self, arm: str) -> dict[str, str]:
         """Return a digest of what an arm should have written, by prompt: its baseline's output."""
         named = self.arms[arm].baseline

@@ -43,10 +43,10 @@ def test_a_page_makes_each_comparison_once(write: Any, monkeypatch: pytest.Monke
         bootstraps += 1
         return default_rng(*arguments)
 
-    def noted(part: RunFile, arm: str, over: str = "ar") -> Estimate:
+    def noted(part: RunFile, arm: str, over: str | None = None) -> Estimate:
         nonlocal asked
         asked += 1
-        comparisons.add((arm, over, tuple(part.header.outputs), part.header.max_new_tokens))
+        comparisons.add((arm, over or part.baseline_of(arm), tuple(part.header.outputs), part.header.max_new_tokens))
         return speedup(part, arm, over)
 
     monkeypatch.setattr(np.random, "default_rng", counted)
