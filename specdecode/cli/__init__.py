@@ -1,5 +1,5 @@
-"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `recommend`, `bless`, `train-head` and
-`lm-eval`."""
+"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `schema`, `recommend`, `bless`,
+`train-head` and `lm-eval`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from specdecode.cli import doctor, gate, generate, harness, recommend, report, train
+from specdecode.cli import doctor, gate, generate, harness, recommend, report, schema, train
 from specdecode.cli.messages import note
 from specdecode.cli.output import standard_streams
 from specdecode.core.errors import SpecDecodeError
@@ -26,6 +26,7 @@ app.command()(doctor.fetch)
 app.command()(doctor.doctor)
 app.command()(gate.gate)
 app.command()(report.report)
+app.command()(schema.schema)
 app.command()(recommend.recommend)
 # The options that --help lists are the harness's own.
 app.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)(harness.lm_eval)

@@ -29,9 +29,9 @@ class TasksHeader:
     """Which problems a run asked.
 
     Attributes:
-        problems: how many of each task.
-        max_new_tokens: after which an answer is cut.
-        arms: that were asked, beside the reference.
+        problems: number of problems of each task.
+        max_new_tokens: tokens after which an answer is cut.
+        arms: arms that were asked, beside the reference.
         origins: where the problems are from.
         missing: why a task was not asked, by its name.
     """
@@ -49,17 +49,17 @@ class QualityHeader:
 
     Attributes:
         target: the model, as it was given.
-        dtype: of its weights.
-        preset: its name.
+        dtype: type of its weights.
+        preset: name of the preset.
         texts: the data sets of the documents, as they were given.
         origins: where these documents are from.
         tasks: which problems were asked; None if none.
-        k: drafted tokens of a step.
-        window: tokens that were read with one cache; None for whole documents.
-        stride: tokens from one window to the next; None for half a window.
+        k: number of drafted tokens of a step.
+        window: number of tokens that were read with one cache; None for whole documents.
+        stride: number of tokens from one window to the next; None for half a window.
         backend: how the reference's forwards ran.
-        synthetic: the weights are random.
-        versions: of Python, torch, transformers and so on, and the source of the target's weights.
+        synthetic: whether the weights are random.
+        versions: versions of Python, torch, transformers and so on, and the source of the target's weights.
     """
 
     target: str
@@ -81,10 +81,10 @@ class Trace:
     """How an arm predicted a document, token by token: all but the first. See `evals.perplexity.TokenScores`.
 
     Attributes:
-        nll: -log p, in nats.
-        kl: KL(reference || arm), in nats.
+        nll: -log p of each token, in nats.
+        kl: KL(reference || arm) at each token, in nats.
         agrees: 1 where the most probable token is the reference's, else 0.
-        since: tokens read since the last eviction; 0 before the first.
+        since: number of tokens read since the last eviction; 0 before the first.
     """
 
     nll: list[float]
@@ -98,7 +98,7 @@ class Document:
     """One document as the reference and all arms predicted it.
 
     Attributes:
-        id: of the sample.
+        id: id of the sample.
         reference: -log p by the reference, in nats, of each token but the first.
         arms: the trace of each arm.
     """
@@ -110,7 +110,16 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class NeedleTrial:
-    """One needle that an arm looked for: where it was buried, and the `evals.needle.Retrieval`."""
+    """One needle that an arm looked for: where it was buried, and the `evals.needle.Retrieval`.
+
+    Attributes:
+        arm: name of the arm.
+        length: number of tokens of the text.
+        depth: where in the text the needle was buried, from 0 (the beginning) to 1.
+        logprob: log-probability of the answer, in nats.
+        ranks: of each token of the answer, its place among all tokens by probability; 0 is the most probable.
+        exact: whether greedy decoding writes the answer.
+    """
 
     arm: str
     length: int
@@ -147,7 +156,7 @@ class Answer:
         problem: id of its sample.
         wrong: why the answer is wrong; "" if it is right.
         tokens: number of tokens written.
-        text: the answer without its stop token.
+        text: text of the answer without its stop token.
     """
 
     arm: str
@@ -180,11 +189,11 @@ class QualityRun:
     """One run.
 
     Attributes:
-        header: what was judged and with what.
+        header: what was judged, and with what.
         arms: the preset's entries, by name.
-        documents: as they were predicted.
-        needles: as they were looked for.
-        answers: as they were given.
+        documents: the documents, as they were predicted.
+        needles: the needles, as they were looked for.
+        answers: the answers to problems of tasks.
     """
 
     header: QualityHeader

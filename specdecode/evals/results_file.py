@@ -34,15 +34,15 @@ from specdecode.support.checked import (
 )
 
 FORMAT = 1
-_KEY = "quality"
+KEY = "quality"
 
-# Rounding brings what cannot be negative, a -log p or a divergence, a little below nought.
-_LEAST_NATS = -0.01
+LEAST_NATS = -0.01
+"""Rounding brings what cannot be negative, a -log p or a divergence, a little below nought."""
 
 
 def write(run: QualityRun) -> str:
     """Return the run as JSON."""
-    return json.dumps({_KEY: {"format": FORMAT, **asdict(run)}}) + "\n"
+    return json.dumps({KEY: {"format": FORMAT, **asdict(run)}}) + "\n"
 
 
 def is_run(path: Path) -> bool:
@@ -51,7 +51,7 @@ def is_run(path: Path) -> bool:
         content = read_json(path)
     except ValueError:
         return False
-    return isinstance(content, dict) and _KEY in content
+    return isinstance(content, dict) and KEY in content
 
 
 def read(path: Path) -> QualityRun:
@@ -62,7 +62,7 @@ def read(path: Path) -> QualityRun:
     """
     content = read_json(path)
     try:
-        run = mapping(mapping(content, "the file")[_KEY], _KEY)
+        run = mapping(mapping(content, "the file")[KEY], KEY)
         if run["format"] != FORMAT:
             raise ValueError(f"its format is {run['format']!r}, and this version reads {FORMAT}: measure again")
         documents = [document(mapping(entry, "a document")) for entry in items(run["documents"], "documents")]
@@ -139,7 +139,7 @@ def document(entry: dict[str, Any]) -> Document:
 
 def _losses(entry: dict[str, Any], name: str) -> list[float]:
     """Take the loss of each token."""
-    losses = numbers(entry[name], name, _LEAST_NATS)
+    losses = numbers(entry[name], name, LEAST_NATS)
     if losses:
         number({f"the mean of {name}": fmean(losses)}, f"the mean of {name}", most=MOST_NATS)
     return losses
@@ -148,7 +148,7 @@ def _losses(entry: dict[str, Any], name: str) -> list[float]:
 def _trace(entry: dict[str, Any]) -> Trace:
     return Trace(
         nll=_losses(entry, "nll"),
-        kl=numbers(entry["kl"], "kl", _LEAST_NATS),
+        kl=numbers(entry["kl"], "kl", LEAST_NATS),
         agrees=counts(entry["agrees"], "agrees"),
         since=counts(entry["since"], "since"),
     )
@@ -167,7 +167,7 @@ def needle_trial(entry: dict[str, Any]) -> NeedleTrial:
         arm=text(entry, "arm"),
         length=count(entry, "length", least=1),
         depth=number(entry, "depth", 0.0, 1.0),
-        logprob=number(entry, "logprob", most=-_LEAST_NATS),
+        logprob=number(entry, "logprob", most=-LEAST_NATS),
         ranks=ranks,
         exact=flag(entry, "exact"),
     )

@@ -103,6 +103,10 @@ def is_device(file: Path) -> bool:
     return file.exists() and not file.is_file() and not file.is_dir()
 
 
+SLUG = r"^(?!.*--)([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"
+"""Regular expression of the texts that `slug` leaves as they are."""
+
+
 def slug(text: str) -> str:
     """Return the text as a file name: lower-case letters, digits, dots and dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")

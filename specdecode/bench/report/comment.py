@@ -9,7 +9,6 @@ from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
 from specdecode.bench.report.captions import cells, failing_first, label, notes, one_line, outputs
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.markdown import as_markdown, markdown_table
-from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
 
 MOST_LINES = 60
@@ -112,15 +111,17 @@ def _speeds(run: RunFile, judgements: Sequence[Judgement]) -> Grid:
     ranked = dict.fromkeys(judged.arm for judged in failing_first(judgements) if judged.verdict is not Verdict.PASS)
     faulty = [arm for arm, record in run.arms.items() if record.bugs or record.failure]
     if len(run.arms) > _MOST_ROWS:
-        order = [arm for arm in dict.fromkeys([BASELINE, *faulty, *ranked, *run.arms]) if arm in run.arms]
+        order = [arm for arm in dict.fromkeys([run.header.baseline, *faulty, *ranked, *run.arms]) if arm in run.arms]
     else:
         order = list(run.arms)
-    columns = [Column("arm", figures=False), Column("tokens/s"), Column("speedup over ar")]
+    columns = [Column("arm", figures=False), Column("tokens/s"), Column(f"speedup over {run.header.baseline}")]
     columns += [Column("new/old speed")] if changes else []
     columns += [Column("τ"), Column("output", figures=False)]
     rows = []
     for arm in order:
         throughput, speedup, tau = cells(run, arm, ["throughput", "speedup", "mean_acceptance_length"])
+        if speedup and run.baseline_of(arm) != run.header.baseline:
+            speedup += f" over {run.baseline_of(arm)}"
         change = [f"{changes[arm]}" if arm in changes else ""] if changes else []
         rows.append([label(run, arm), throughput, speedup, *change, tau, outputs(run, arm)])
     return Grid(columns, rows)

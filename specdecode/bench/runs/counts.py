@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from specdecode.support.checked import LEAST_SECONDS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -14,29 +15,34 @@ if TYPE_CHECKING:
     Values = TypeVar("Values", bound=DataclassInstance)
 
 
+# Others are divided by these. The key of the metadata is "least".
+_AT_LEAST_ONE = {"least": 1}
+_AT_LEAST_A_TICK = {"least": LEAST_SECONDS}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
     """Counts of one run. A field is None where nobody counted: a peer has steps alone, older files lack some.
 
     Attributes:
-        steps: target forwards that committed tokens.
-        target_forwards: of the target, prefill included.
-        draft_forwards: of the draft model.
-        drafted: proposed tokens.
-        accepted: proposals kept.
-        rejections: steps that rejected a proposal.
-        cache_bytes: of KV at the end.
-        peak_cache_bytes: of KV at most.
-        grown_bytes: by how much that is more than after the first step.
-        attended_bytes: of KV that was read, over all steps.
-        compressions: evictions carried out.
-        later_tokens: those after the first step, which carries the prompt.
-        ngrams: 4-grams of the output.
-        repeated: 4-grams that stood in the output before.
-        nll: negative log likelihood of the output, in nats.
+        steps: number of steps, target forwards that committed tokens.
+        target_forwards: number of forwards of the target, prefill included.
+        draft_forwards: number of forwards of the draft model.
+        drafted: number of proposed tokens.
+        accepted: number of proposals kept.
+        rejections: number of steps that rejected a proposal.
+        cache_bytes: bytes of KV at the end.
+        peak_cache_bytes: bytes of KV at most.
+        grown_bytes: bytes by which the most KV is more than after the first step.
+        attended_bytes: bytes of KV that were read, over all steps.
+        compressions: number of evictions carried out.
+        later_tokens: number of tokens after the first step, which carries the prompt.
+        ngrams: number of 4-grams of the output.
+        repeated: number of 4-grams that stood in the output before.
+        nll: negative log likelihood of the output under the target, in nats.
     """
 
-    steps: float
+    steps: float = field(metadata=_AT_LEAST_ONE)
     target_forwards: float | None = None
     draft_forwards: float | None = None
     drafted: float | None = None
@@ -58,13 +64,13 @@ class RowCounts(Counts):
     """Counts summed over runs.
 
     Attributes:
-        runs: how many.
-        tokens: that they wrote.
-        agreed: tokens before an output leaves that of the arm's baseline.
+        runs: number of runs.
+        tokens: number of tokens that they wrote.
+        agreed: number of tokens before an output leaves that of the arm's baseline.
     """
 
-    runs: float
-    tokens: float
+    runs: float = field(metadata=_AT_LEAST_ONE)
+    tokens: float = field(metadata=_AT_LEAST_ONE)
     agreed: float | None = None
 
 
@@ -73,8 +79,11 @@ class Seconds:
     """Seconds of the parts of one run; None for a peer, whose parts nobody times.
 
     Attributes:
-        draft, verify, overhead: make up the whole run.
-        later_draft, later_verify: after the first step, which carries the prompt.
+        draft: seconds of drafting. With those of verifying and of overhead they make up the whole run.
+        verify: seconds of the target's forwards, with the acceptance of what they verify.
+        overhead: seconds of the rest.
+        later_draft: seconds of drafting after the first step, which carries the prompt.
+        later_verify: seconds of verifying after the first step.
     """
 
     draft: float | None = None
@@ -89,14 +98,14 @@ class RowSeconds(Seconds):
     """Seconds summed over runs.
 
     Attributes:
-        total: of the whole runs.
-        ttft: to the first committed tokens.
-        last: of an arm that others are compared with, the total of its second run in each block.
+        total: seconds of the whole runs.
+        ttft: seconds to the first committed tokens.
+        last: seconds of the second run in each block, of an arm that others are compared with.
     """
 
-    total: float
-    ttft: float
-    last: float | None = None
+    total: float = field(metadata=_AT_LEAST_A_TICK)
+    ttft: float = field(metadata=_AT_LEAST_A_TICK)
+    last: float | None = field(default=None, metadata=_AT_LEAST_A_TICK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +113,12 @@ class Histograms:
     """Numbers of steps: entry n counts the steps with the value n. Empty for a peer.
 
     Attributes:
-        accepted: by accepted length.
-        depth: by depth of the tree.
+        accepted: number of steps by accepted length.
+        depth: number of steps by depth of the tree.
     """
 
-    accepted: list[int] = dataclasses.field(default_factory=list)
-    depth: list[int] = dataclasses.field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
 
 
 def total(kind: type[Values], parts: Iterable[Values]) -> Values:
@@ -131,12 +140,12 @@ def total_histograms(parts: Iterable[Histograms]) -> Histograms:
 def as_dict(values: DataclassInstance) -> dict[str, Any]:
     """Return the known fields by name, those of nested values among them."""
     known: dict[str, Any] = {}
-    for field in fields(values):
-        value = getattr(values, field.name)
+    for entry in fields(values):
+        value = getattr(values, entry.name)
         if is_dataclass(value) and not isinstance(value, type):
             known |= as_dict(value)
         elif value not in (None, []):
-            known[field.name] = value
+            known[entry.name] = value
     return known
 
 

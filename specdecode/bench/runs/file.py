@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile, lacks_our_counts
 from specdecode.support.checked import (
-    LEAST_SECONDS,
     MOST_NATS,
     count,
     counts,
@@ -29,8 +28,8 @@ from specdecode.support.files import slug
 FORMAT = 3
 KEY = "specdecode"
 
-# No run is faster or slower than another by more than this, in logarithms: what says so is damaged.
-_MOST_LOG = 20.0
+MOST_LOG = 20
+"""No run is faster or slower than another by more than this, in logarithms: what says so is damaged."""
 
 
 def run_json(run: RunFile) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def _header(head: dict[str, Any]) -> Header:
         Identity(**{field.name: _name(identity, field.name) for field in fields(Identity)}),
         max_new_tokens=count(head, "max_new_tokens", least=1),
         outputs={prompt: str(output) for prompt, output in mapping(head["outputs"], "outputs").items()},
-        floor=number(head, "floor", 0.0, _MOST_LOG),
+        floor=number(head, "floor", 0.0, MOST_LOG),
         roofline=number(head, "roofline", 0.0),
         versions=dict(mapping(head["versions"], "versions")),
         conditions={
@@ -168,15 +167,13 @@ def _rows(rows: Any, header: Header) -> dict[str, Row]:
 
 def _row(row: dict[str, Any]) -> Row:
     histograms = mapping(row["histograms"], "histograms")
-    sums = _sums(row, "counts", 1.0, {"runs", "tokens", "steps"})
+    sums = _sums(row, "counts", RowCounts)
     if "nll" in sums:
         number(sums, "nll", 0.0, MOST_NATS * sums["tokens"])
     return Row(
-        log_speedup=number(row, "log_speedup", -_MOST_LOG, _MOST_LOG),
+        log_speedup=number(row, "log_speedup", -MOST_LOG, MOST_LOG),
         counts=from_dict(RowCounts, sums),
-        seconds=from_dict(
-            RowSeconds, _sums(row, "seconds", LEAST_SECONDS, needed={"total", "ttft"}, divisors={"last"})
-        ),
+        seconds=from_dict(RowSeconds, _sums(row, "seconds", RowSeconds)),
         histograms=from_dict(
             Histograms,
             {name: counts(entries, name) for name, entries in histograms.items()},
@@ -184,20 +181,14 @@ def _row(row: dict[str, Any]) -> Row:
     )
 
 
-def _sums(
-    row: dict[str, Any], kind: str, least: float, needed: Set[str], divisors: Set[str] = frozenset()
-) -> dict[str, float]:
-    """Take sums of counts or of seconds, none of them negative.
-
-    Args:
-        row: of the file.
-        kind: key of the sums.
-        least: of the sums that others are divided by.
-        needed: these are divided by, and are there.
-        divisors: these are divided by, where they are there.
-    """
-    values = mapping(row[kind], kind)
-    return {name: number(values, name, least if name in needed | divisors else 0.0) for name in needed | values.keys()}
+def _sums(row: dict[str, Any], key: str, kind: type[RowCounts | RowSeconds]) -> dict[str, float]:
+    """Take sums of counts or of seconds, none of them less than its field says. Other versions' names are left out."""
+    values = mapping(row[key], key)
+    return {
+        field.name: number(values, field.name, field.metadata.get("least", 0.0))
+        for field in fields(kind)
+        if field.name in values or field.default is MISSING
+    }
 
 
 def _name(values: dict[str, Any], name: str) -> str:

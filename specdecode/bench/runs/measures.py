@@ -11,7 +11,18 @@ _LESS_IS_BETTER, _MORE_IS_BETTER = {"sign": -1}, {"sign": +1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Measures that do not depend on the clock; None where they are not known."""
+    """Measures that do not depend on the clock; None where they are not known.
+
+    Attributes:
+        target_forwards_per_token: forwards of the target per token of output.
+        draft_forwards_per_token: forwards of the draft model per token of output.
+        mean_acceptance_length: tokens of output per step (tau).
+        acceptance_rate: share of the proposed tokens that were kept, from 0 to 1.
+        cache_bytes: bytes of KV at the end of a run, the mean of the runs.
+        peak_cache_bytes: bytes of KV at most, the mean of the runs.
+        attended_bytes_per_step: bytes of KV that a step reads.
+        compressions: evictions of a run, the mean of the runs.
+    """
 
     target_forwards_per_token: float | None = field(default=None, metadata=_LESS_IS_BETTER)
     draft_forwards_per_token: float | None = field(default=None, metadata=_LESS_IS_BETTER)
@@ -30,8 +41,8 @@ class CountersRun:
     Attributes:
         host_syncs_per_step: times that Python waits for a tensor's content; None on the backend "compile".
         forwards_per_step: forwards of the target's modules, whoever calls them.
-        weight_bytes: of the target.
-        peak_bytes: the most memory held, above the loaded weights.
+        weight_bytes: bytes of the target's weights.
+        peak_bytes: bytes of memory held at most, above the loaded weights.
     """
 
     host_syncs_per_step: float | None = field(default=None, metadata=_LESS_IS_BETTER)
@@ -65,20 +76,28 @@ class Measures:
     """What tables show of an arm, and pytest-benchmark keeps; None where it is not known.
 
     Attributes:
-        throughput, throughput_std: tokens per second of all prompts; the standard deviation between them.
-        speedup, speedup_low, speedup_high: over `ar`, with the interval.
-        ttft_s, tpot_s: of a run, the median of the prompts.
+        throughput: tokens per second of all prompts.
+        throughput_std: standard deviation of the tokens per second between prompts.
+        speedup: ratio of speeds, over the arm's baseline.
+        speedup_low, speedup_high: ends of the speedup's interval, which covers the true value with 95 %.
+        ttft_s: seconds of a run to the first committed token, the median of the prompts.
+        tpot_s: seconds per token after the first, the median of the prompts.
         counters, counters_run: what does not depend on the clock.
-        predicted_speedup: see `RunFile.predicted_speedup`.
-        roofline_share: of the speed at which memory can stream the weights.
-        ties, bugs: outputs.
-        synthetic, lossy: 1 if the arm is, else 0.
-        agreement: the share of tokens before an output leaves that of `ar`.
+        predicted_speedup: ratio of speeds that acceptance and the costs of forwards promise, without overhead.
+        roofline_share: share of the speed at which memory can stream the weights.
+        ties: number of outputs that left the baseline's where the target is undecided within its rounding.
+        bugs: number of wrong outputs.
+        synthetic: 1 if weights or acceptance are not real, else 0.
+        lossy: 1 if the arm may write other tokens than its baseline, else 0.
+        agreement: share of tokens before an output leaves that of the baseline.
         self_ppl: perplexity of the output under the target itself.
-        repetition: the share of 4-grams that stood in the output before.
-        grown_bytes: of KV, since the first step.
-        draft_s_per_step, verify_s_per_step, overhead_s_per_step: seconds.
-        over_peer, over_peer_low, over_peer_high: speedup over the peer's arm that does the same, with the interval.
+        repetition: share of 4-grams that stood in the output before.
+        grown_bytes: bytes of KV at most beyond those after the first step, the mean of the runs.
+        draft_s_per_step: seconds of drafting a step.
+        verify_s_per_step: seconds of verifying a step.
+        overhead_s_per_step: seconds of the rest of a step.
+        over_peer: ratio of speeds, over the peer's arm that does the same.
+        over_peer_low, over_peer_high: ends of its interval, which covers the true value with 95 %.
     """
 
     throughput: float | None

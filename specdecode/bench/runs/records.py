@@ -25,9 +25,10 @@ class Identity:
 
     Attributes:
         hardware: the GPU's name, or the processor's model and threads: times mean something only on the same.
-        target, draft: names of models, as they were given.
-        dtype: of the weights.
-        preset: its name.
+        target: the model that decides, as it was named.
+        draft: the model that proposes, as it was named; empty without one.
+        dtype: type of the weights.
+        preset: name of the preset.
     """
 
     hardware: str
@@ -48,13 +49,13 @@ class Header:
     """What was measured, and where.
 
     Attributes:
-        identity: what runs must share.
-        max_new_tokens: length of every output, unless a stop token ended it.
+        identity: what runs must share to be compared.
+        max_new_tokens: tokens of every output, unless a stop token ended it.
         outputs: for each prompt, in order, a digest of what the baseline wrote.
-        floor: the A/A floor, in logarithms.
+        floor: the A/A floor, a natural logarithm: how far from 1 the mean ratio of two runs of the same code may lie.
         roofline: tokens per second at which the target's weights can be streamed once per token; 0 if not measured.
-        versions: of Python, torch, transformers and so on, for information; and the source of the target's weights.
-        conditions: of the device before and after: clocks, temperature, load.
+        versions: versions of Python, torch, transformers and so on; and the source of the target's weights.
+        conditions: state of the device before and after: clocks, temperature, load.
         baseline: the arm that others are compared with, unless they name another.
     """
 
@@ -86,8 +87,10 @@ class Row:
     """One arm on one prompt, summed over repeats whose outputs were right.
 
     Attributes:
-        log_speedup: over the run's baseline in the same block, mean of the repeats.
-        counts, seconds, histograms: sums over the repeats.
+        log_speedup: natural logarithm of the speedup over the run's baseline in the same block, mean of the repeats.
+        counts: sums of counts over the repeats.
+        seconds: sums of seconds over the repeats.
+        histograms: sums of histograms over the repeats.
     """
 
     log_speedup: float
@@ -101,18 +104,18 @@ class ArmRecord:
     """One arm's results.
 
     Attributes:
-        rows: by prompt.
-        bugs: outputs that were wrong; their times and counts are void, and not in the rows.
-        ties: outputs that left the baseline's where the target is undecided within its rounding.
-        synthetic: weights or acceptance are not real: only costs are.
-        against: the peer's arm that does the same with the same settings.
-        baseline: the arm that it is compared with; the run's baseline if None.
-        lossy: its outputs are not the baseline's, but were checked against a reference of their own.
-        peer: it is transformers' own: nobody counts what its steps are made of.
+        rows: results on each prompt, by its id.
+        bugs: number of outputs that were wrong; their times and counts are void, and not in the rows.
+        ties: number of outputs that left the baseline's where the target is undecided within its rounding.
+        synthetic: whether weights or acceptance are not real: only costs are.
+        against: the peer's arm that does the same with the same settings, if there is one.
+        baseline: the arm that it is compared with; where none is named, the run's baseline.
+        lossy: whether its outputs are not the baseline's, but were checked against a reference of their own.
+        peer: whether it is transformers' own: nobody counts what its steps are made of.
         counters_run: what the untimed run counted; "rehearsal" in files.
-        timed: how long it drafted depended on the clock, and so did its counts.
+        timed: whether the clock decided how long it drafted, and so its counts.
         options: the preset's entry that it was made of; empty in older files.
-        shorter: rows of the same runs cut at shorter lengths.
+        shorter: rows of the same runs cut at shorter lengths, by the length in tokens.
         failure: what an arm from code did in place of decoding; the rows are of before.
         outputs: for each prompt a digest of what it wrote, if other arms name it as their baseline.
     """

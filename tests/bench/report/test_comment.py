@@ -97,6 +97,16 @@ def test_wrong_outputs_are_told_without_a_baseline() -> None:
     assert "specdecode report" not in text
 
 
+def test_an_arms_own_baseline_is_named() -> None:
+    """Guards against a speedup that is read as one over another arm."""
+    new, _ = runs(SPEEDUPS, lookup={"baseline": "linear"})
+    rows = {line.split("|")[1].strip(): line for line in comment(new, "title", "", []).splitlines() if "|" in line}
+    assert "speedup over ar" in rows["arm"]
+    assert "0.65 [" in rows["lookup"]
+    assert "] over linear |" in rows["lookup"]
+    assert "over" not in rows["linear"]
+
+
 def test_in_a_cut_table_faulty_arms_come_first() -> None:
     """Guards against a table that loses just the arm that matters."""
     last = list(MANY)[-1]

@@ -1,0 +1,57 @@
+"""What makes judging cheap: what is not imported, and how often a bootstrap is drawn. No test asserts a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specdecode.bench.gate.verdicts import judge
+from specdecode.bench.runs.file import parse, read
+from tests.helpers.root import ROOT
+
+(BASELINE,) = (ROOT / "baselines").glob("*threads/*-quick.json")
+HEAVY = {"torch", "transformers", "scipy", "matplotlib", "datasets", "huggingface_hub", "pytest"}
+
+
+def test_the_gate_loads_nothing_heavy(tmp_path: Path) -> None:
+    """Guards against seconds of loading before each verdict."""
+    code = (
+        "import sys; from specdecode import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        f"print('loaded', *sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, "gate", str(BASELINE), str(BASELINE)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "30 verdicts, none fails" in done.stdout
+    assert done.stdout.splitlines()[-1] == "loaded"
+
+
+def test_each_time_is_bootstrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against judging that draws resamples for arms that it does not judge, or several times for one."""
+    content = json.loads(BASELINE.read_text())
+    faster: dict[str, Any] = copy.deepcopy(content)
+    for record in faster["specdecode"]["arms"].values():
+        for row in record["rows"].values():
+            row["log_speedup"] += random.random()  # a run that no other test has judged
+    bootstraps = 0
+    default_rng = np.random.default_rng
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal bootstraps
+        bootstraps += 1
+        return default_rng(*arguments)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    judgements = judge(parse(json.dumps(faster), Path("new.json")), read(BASELINE))
+    timed = [judged.arm for judged in judgements if judged.change is not None]
+    assert len(judgements) == 30
+    assert bootstraps == len(timed) == 11
