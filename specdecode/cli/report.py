@@ -168,8 +168,8 @@ def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[
     about = (run, title(run), judged_by(run, old, own_baseline), judgements)
     if format is Format.comment:
         return title(run), comment(*about, project.gate, str(run.path))
-    tell: Callable[..., Any] = {Format.md: markdown, Format.html: section, Format.latex: latex}[format]
-    return title(run), tell(*about, history(own_baseline))
+    tell: dict[Format, Callable[..., Any]] = {Format.md: markdown, Format.html: section, Format.latex: latex}
+    return title(run), tell[format](*about, history(own_baseline))
 
 
 def _quality_report(

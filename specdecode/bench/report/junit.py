@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def record_properties(request: pytest.FixtureRequest, properties: Mapping[str, object]) -> None:
-    """Add properties to a test's entry in the file of --junitxml; those that are None are not known, and left out.
+    """Add properties to a test's entry in the file of --junitxml, but for those that are None or not finite.
 
     With junit_family=xunit2, pytest's default, the test's entry must not have properties. Then they are the suite's,
     and their names begin with the test's.
     """
-    known = [(name, value) for name, value in properties.items() if value is not None]
+    known = [(name, value) for name, value in properties.items() if value not in (None, math.inf, -math.inf)]
     config = request.config
     if config.getoption("xmlpath", None) and config.getini("junit_family") == "xunit2":
         record = request.getfixturevalue("record_testsuite_property")

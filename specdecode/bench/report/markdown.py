@@ -22,37 +22,34 @@ from specdecode.bench.report.tables import (
 from specdecode.bench.runs.records import RunFile
 
 
-def markdown(
-    run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
-) -> str:
-    """Write a page for a merge request: verdicts first, then speeds.
+def markdown(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History) -> str:
+    """Write a page with all tables: verdicts first, then speeds.
 
     Args:
         run: what the page is about.
         title: its first line.
         judged_by: what the verdicts compare with.
         judgements: the verdicts.
-        past: history of the baseline; with it the page has all tables.
+        past: history of the baseline.
     """
     parts = [f"## {as_markdown(title)}", as_markdown(judged_by)]
     if judgements:
         parts.append(markdown_table(verdicts(judgements)))
     parts += [markdown_table(speeds(run)), "\n".join(f"- {as_markdown(note)}" for note in notes(run))]
-    if past is not None:
-        if (split := by_part(run)).rows:
-            parts += ["### By task and length", markdown_table(split)]
-        if (accepted := acceptance(run)).rows:
-            parts += ["### Acceptance", markdown_table(accepted)]
-        if (limited := limits(run)).rows:
-            parts += ["### What limits the speedup", markdown_table(limited), as_markdown(LIMITS)]
-        if (predicted := by_model(run)).rows:
-            parts += ["### By the model", markdown_table(predicted), as_markdown(MODEL)]
-        if (memories := memory(run)).rows:
-            parts += ["### Memory", markdown_table(memories), as_markdown(MEMORY)]
-        parts += ["### History", as_markdown(past.summary)]
-        if past.runs:
-            parts.append(markdown_table(past_speedups(run, past)))
-        parts += ["### Measured with", *map(markdown_table, surroundings(run)), f"    {one_line(command(run))}"]
+    if (split := by_part(run)).rows:
+        parts += ["### By task and length", markdown_table(split)]
+    if (accepted := acceptance(run)).rows:
+        parts += ["### Acceptance", markdown_table(accepted)]
+    if (limited := limits(run)).rows:
+        parts += ["### What limits the speedup", markdown_table(limited), as_markdown(LIMITS)]
+    if (predicted := by_model(run)).rows:
+        parts += ["### By the model", markdown_table(predicted), as_markdown(MODEL)]
+    if (memories := memory(run)).rows:
+        parts += ["### Memory", markdown_table(memories), as_markdown(MEMORY)]
+    parts += ["### History", as_markdown(past.summary)]
+    if past.runs:
+        parts.append(markdown_table(past_speedups(run, past)))
+    parts += ["### Measured with", *map(markdown_table, surroundings(run)), f"    {one_line(command(run))}"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -15,6 +15,7 @@ import pytest
 from specdecode import generate
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.callables import ArmError, ArmStep
+from specdecode.bench.gate.history import History
 from specdecode.bench.measure.experiment import experiment
 from specdecode.bench.report.captions import outputs
 from specdecode.bench.report.elements import document
@@ -155,7 +156,7 @@ def test_what_does_not_decode_is_told_and_the_others_go_on(name: str, module: Mo
     assert len(run.arms["plain"].rows) == 2
     assert sum(doing.startswith("mine on set/") for doing in told) == 2  # the counters run, and once more
     assert outputs(run, "mine") == "FAILED"
-    assert "FAILED" in markdown(run, "a title", "", [])
+    assert "FAILED" in markdown(run, "a title", "", [], History([], ""))
     assert "mine did not decode" in document("a title", section(run, "a title", "", []))
 
 

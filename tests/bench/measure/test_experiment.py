@@ -21,7 +21,7 @@ from specdecode.bench.measure.speed_session import measure
 from specdecode.bench.options import Options
 from specdecode.bench.plan import resolve
 from specdecode.bench.presets import preset
-from specdecode.bench.report.markdown import markdown
+from specdecode.bench.report.comment import comment
 from specdecode.bench.report.tables import speed_table
 from specdecode.bench.runs.counts import Counts, as_dict
 from specdecode.bench.runs.records import RunFile
@@ -319,7 +319,7 @@ def test_synthetic_rows_say_so_in_every_table() -> None:
     results = kept(experiment(arms, PROMPTS, max_new_tokens=4))
     table = io.StringIO()
     Console(file=table, width=130).print(speed_table(results))
-    for text in (table.getvalue(), markdown(results, "title", "no baseline", [])):
+    for text in (table.getvalue(), comment(results, "title", "no baseline", [])):
         assert text.count("(synthetic)") == 1
         assert "replayed (synthetic)" in text
     assert [results.measures(arm).synthetic for arm in entries] == [0.0, 0.0, 1.0]

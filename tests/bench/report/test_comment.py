@@ -141,3 +141,5 @@ def test_a_comment_on_quality_tells_what_is_unexpected() -> None:
     assert f"| {arm} | ΔNLL | FAIL | too much |" in text
     assert text.count("\n") <= MOST_LINES
     assert "**No outcome is unexpected**: 1 PASS." in quality_tables.comment(run, checks[1:])
+    unjudged = [MarginCheck(arm, "nll", None, Outcome.PASS, "no margin is set")]
+    assert "**Nothing was judged**: 1 not judged." in quality_tables.comment(run, unjudged)

@@ -10,8 +10,9 @@ import pytest
 
 from specdecode.bench.gate.blame import Blame
 from specdecode.bench.gate.verdicts import Judgement, Verdict
-from specdecode.bench.report.junit import verdict_properties
+from specdecode.bench.report.junit import quality_properties, verdict_properties
 from specdecode.bench.runs.statistics import Estimate
+from specdecode.evals.margins import MarginCheck, Outcome
 from tests.helpers.suites import run_pytest
 
 ONE_ARM = (
@@ -83,3 +84,14 @@ def test_a_verdicts_properties_hold_its_blame() -> None:
     assert told["blame_drafting"] == pytest.approx(0.105, abs=1e-3)
     counters = verdict_properties(Judgement("tree", "counters", Verdict.MISSING, "gone"))
     assert counters == {"arm": "tree", "gate": "counters", "verdict": "MISSING", "reason": "gone"}
+
+
+def test_an_outcomes_properties_hold_its_cost() -> None:
+    """Guards against a quality that can be trended only as passed and failed."""
+    check = MarginCheck("int8", "nll", Outcome.PASS, Outcome.PASS, "little")
+    told = quality_properties(check, Estimate(0.1, 0.05, 0.2))
+    assert told == {
+        **{"arm": "int8", "measure": "nll", "outcome": "PASS", "expected": "PASS", "reason": "little"},
+        **{"cost": 0.1, "cost_low": 0.05, "cost_high": 0.2},
+    }
+    assert "cost" not in quality_properties(check, None)
