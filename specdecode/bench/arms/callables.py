@@ -47,6 +47,8 @@ class ArmStep:
         draft_s: seconds of drafting.
         verify_s: seconds of the target's forward.
         cache_bytes: bytes of KV that are held.
+        at_s: seconds from the call until the tokens came; by default those until they are yielded. An engine that calls
+            back notes them as they come, and yields all steps in the end.
     """
 
     tokens: Sequence[int]
@@ -56,6 +58,7 @@ class ArmStep:
     draft_s: float | None = None
     verify_s: float | None = None
     cache_bytes: int | None = None
+    at_s: float | None = None
 
 
 Decode = Callable[[list[int], int], Iterator[Sequence[int] | ArmStep]]
@@ -144,9 +147,10 @@ def callable_run(
         def decode_all() -> None:
             started, left = time.perf_counter(), max_new_tokens
             for item in decode(list(prompt), max_new_tokens):
+                now = time.perf_counter() - started
                 steps.append(_step(item, left))
                 left -= len(steps[-1].tokens)
-                times.append(time.perf_counter() - started)
+                times.append(_came_at(steps[-1], times[-1] if times else 0.0, now))
 
         with _arm_errors(spec):
             with _limit(spec.limit_s or LIMIT_S):
@@ -165,6 +169,15 @@ def _step(item: object, left: int) -> ArmStep:
     if len(tokens) > left:
         raise _NoOutput(f"it yielded {len(tokens) - left} token(s) more than it was asked for")
     return step
+
+
+def _came_at(step: ArmStep, before: float, now: float) -> float:
+    """Return the seconds until a step's tokens came: from those of the step before until now."""
+    if step.at_s is None:
+        return now
+    if not before <= step.at_s <= now:
+        raise _NoOutput(f"at_s is {step.at_s:g}: a step comes after the one before it, and before it is yielded")
+    return step.at_s
 
 
 def _run(

@@ -58,7 +58,7 @@ class ArmSpec:
         backend: how forwards run.
         replay: acceptance, where it is set and not measured.
         batch: prompts that are decoded at once: the block's own and shorter beginnings of it.
-        peer: "generate", "assisted" or "prompt-lookup": transformers' own decoding.
+        peer: "generate", "generate-compiled", "assisted" or "prompt-lookup": transformers' own decoding.
         confidence: probability below which an assisted peer stops drafting.
         against: name of the peer's arm that does the same.
         baseline: name of the arm that this one is compared with; the preset's baseline if None.

@@ -65,6 +65,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
 CONTROLLERS: dict[str, tuple[str, ...]] = {"fixed": ("k",), "adaptive": (), "cost-aware": ()}
 PEERS: dict[str, tuple[str, ...]] = {
     "generate": (),
+    "generate-compiled": (),
     "assisted": ("k", "confidence"),
     "prompt-lookup": ("k", "ngram"),
 }

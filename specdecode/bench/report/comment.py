@@ -114,7 +114,7 @@ def _speeds(run: RunFile, judgements: Sequence[Judgement]) -> Grid:
         order = [arm for arm in dict.fromkeys([run.header.baseline, *faulty, *ranked, *run.arms]) if arm in run.arms]
     else:
         order = list(run.arms)
-    columns = [Column("arm", figures=False), Column("tokens/s"), Column(f"speedup over {run.header.baseline}")]
+    columns = [Column("arm", figures=False), Column("tokens/s"), Column(f"speedup over {run.compared_with}")]
     columns += [Column("new/old speed")] if changes else []
     columns += [Column("τ"), Column("output", figures=False)]
     rows = []

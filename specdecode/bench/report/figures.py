@@ -33,7 +33,6 @@ from specdecode.bench.report.latex import latex_table_1
 from specdecode.bench.report.palette import PLAIN, alike, method, settings, shared_name
 from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.measures import Counters, Measures
-from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate, pareto_front
 from specdecode.support.files import write_whole
@@ -92,8 +91,8 @@ def comprehensive(run: RunFile) -> Figure | str:
     series = [by_size for by_size in _by_cache(run) if len(by_size) > 1]
     if not series:
         return _lacking(run, "no arms differ in their cache alone")
-    if not any(BASELINE in by_size.values() for by_size in series):
-        series.insert(0, {math.inf: BASELINE})
+    if not any(run.header.baseline in by_size.values() for by_size in series):
+        series.insert(0, {math.inf: run.header.baseline})
     sizes = sorted({size for by_size in series for size in by_size})
     measures: dict[str, tuple[float, Callable[[Measures], float | None]]] = {
         "tokens/s": (1.0, lambda arm: arm.throughput),

@@ -33,7 +33,7 @@ POLICIES = {"sink-window": 0, "key-norm": 2, "heavy-hitter": 1, "random": 4, "sh
 """The cache policies, and the place of each one's colour where they are what is compared."""
 
 _SHAPES = {"chain": "linear", "static": "tree-static", "best-first": "tree-best-first"}
-_PEERS = {"generate": BASELINE, "assisted": "linear", "prompt-lookup": "lookup"}
+_PEERS = {"generate": BASELINE, "generate-compiled": BASELINE, "assisted": "linear", "prompt-lookup": "lookup"}
 # Older files do not tell how an arm decodes: there it goes by the names that the presets have always used.
 _NAMES = {
     **{name: name for name in (BASELINE, *METHODS)},

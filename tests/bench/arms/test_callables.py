@@ -42,9 +42,9 @@ def right(prompt: list[int], count: int) -> list[int]:
     return generate(lm("llama"), prompt, max_new_tokens=count).tokens
 
 
-def arm(decode: Any, module: ModuleType, **entry: Any) -> Any:
+def arm(decode: Any, module: ModuleType, lengths: tuple[int, ...] = (), **entry: Any) -> Any:
     module.make = lambda *names, **options: decode  # type: ignore[attr-defined]
-    return make_arm("mine", {"call": "reader:make", **entry}, lm("llama"), None)
+    return make_arm("mine", {"call": "reader:make", **entry}, lm("llama"), None, lengths=lengths)
 
 
 def test_a_function_decodes_as_an_arm(module: ModuleType) -> None:
@@ -105,6 +105,21 @@ def test_what_its_steps_know_is_counted(module: ModuleType) -> None:
     assert run.histograms.accepted == []
 
 
+def test_an_engine_that_calls_back_tells_when_tokens_came(module: ModuleType) -> None:
+    """Guards against a first token that came as late as the last, where an engine returns when all is done."""
+
+    def decode(prompt: list[int], count: int) -> Iterator[ArmStep]:
+        tokens = right(prompt, count)
+        time.sleep(0.05)
+        yield ArmStep(tokens[:4], at_s=0.01)
+        yield ArmStep(tokens[4:], at_s=0.03)
+
+    run = arm(decode, module, lengths=(4,)).run(prompt(), LENGTH, ())
+    assert run.ttft_s == 0.01
+    assert run.cuts[0].total_s == 0.01
+    assert run.total_s > 0.05
+
+
 def hang(prompt: list[int], count: int) -> Iterator[list[int]]:
     while True:
         time.sleep(0.01)
@@ -124,6 +139,10 @@ FAILING = {
     "hangs": (hang, "it took longer than 0.2 s, its limit_s"),
     "text": (lambda prompt, count: ["text"], "it yielded 'text': yield a list of token ids, or an ArmStep"),
     "floats": (lambda prompt, count: [[1.0]], "it yielded [1.0]: yield a list of token ids, or an ArmStep"),
+    "late": (
+        lambda prompt, count: [ArmStep(right(prompt, count), at_s=99.0)],
+        "at_s is 99: a step comes after the one before it, and before it is yielded",
+    ),
     "no-steps": (lambda prompt, count: 3, "it raised TypeError: 'int' object is not iterable"),
 }
 

@@ -1,0 +1,84 @@
+"""The examples: each is measured as its preset says, on a small model."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from specdecode.bench.arms.callables import ModelNames
+from specdecode.bench.arms.models import load_models
+from specdecode.bench.measure.experiment import Results, experiment
+from specdecode.bench.presets import preset
+from tests.helpers.learnt import learnt
+from tests.helpers.root import ROOT
+from tests.helpers.spelling import characters
+
+EXAMPLES = ROOT / "examples"
+TOKENS = 24  # longer than the counters run
+TEXT = "one two three one two three one two three one two three "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a small model that repeats a text, so that drafts of what stood before are accepted."""
+    folder = tmp_path_factory.mktemp("examples") / "model"
+    repeating = learnt(characters(), TEXT)
+    repeating.model.save_pretrained(folder)
+    characters().save_pretrained(folder)
+    return str(folder)
+
+
+def measured(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> Results:
+    """Measure the arms of an example on one short text."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    chosen = preset(str(EXAMPLES / f"{name}.toml"))
+    chosen.check_baselines()
+    models = load_models(ModelNames(target, "", "cpu", "float32"), "eager", chosen.arms.values())
+    arms = [models.arm(arm, entry) for arm, entry in chosen.arms.items()]
+    try:
+        return experiment(
+            arms, {"text/0": models.encoder.encode(TEXT)[: len(TEXT) // 2]}, TOKENS, baseline=chosen.baseline
+        )
+    finally:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+# PyTorch's own, as it gets ready to compile.
+@pytest.mark.filterwarnings("default:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "drafting"),
+    [("own_drafter", "bigrams"), ("candidate_generator", "candidates"), ("compiled_generate", None)],
+)
+def test_an_example_decodes_as_its_baseline(
+    name: str, drafting: str | None, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against examples that no version of the packages runs any more, or that draft nothing."""
+    results = measured(name, model, monkeypatch)
+    assert results.failures == {}
+    assert {check for block in results.blocks for check in block.checks.values()} == {"equal"}
+    if drafting is not None:
+        run = results.blocks[0].runs[drafting]
+        assert 1 <= run.counts.steps < TOKENS
+        assert run.ttft_s < run.total_s / 2
+
+
+@pytest.mark.skipif(find_spec("openvino_genai") is None, reason="needs openvino-genai: tox -e openvino")
+def test_an_engine_of_others_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an engine whose tokens, steps or prompts are not those that it was asked for."""
+    results = measured("openvino_lookup", "smollm2-135m", monkeypatch)
+    assert results.failures == {}
+    (block,) = results.blocks
+    assert block.checks == {"openvino": "equal", "openvino-lookup": "equal"}
+    assert block.runs["openvino"].counts.steps == TOKENS
+    assert block.runs["openvino-lookup"].counts.steps < TOKENS
+
+
+def test_every_example_has_its_preset() -> None:
+    """Guards against an example that the tests leave out."""
+    names = {file.stem for file in EXAMPLES.glob("*.py")}
+    assert names == {file.stem for file in EXAMPLES.glob("*.toml")}
+    assert names == {"own_drafter", "candidate_generator", "compiled_generate", "openvino_lookup"}
+    text = (EXAMPLES / "README.md").read_text()
+    assert all(f"{name}.toml" in text for name in names)
