@@ -118,8 +118,15 @@ def _throughput(run: RunFile, arm: str) -> str:
     return " ± ".join(f"{value:.1f}" for value in (measures.throughput, measures.throughput_std) if value is not None)
 
 
-def _speedup(over: str | None = None) -> Cell:
+def _speedup(over: str) -> Cell:
     return lambda run, arm: f"{run.speedup(arm, over)}" if run.log_speedups(arm, over) else ""
+
+
+def _own_speedup(run: RunFile, arm: str) -> str:
+    """Return the speedup over the arm's baseline, which is named where it is not the run's."""
+    baseline = run.baseline_of(arm)
+    speedup = _speedup(baseline)(run, arm)
+    return f"{speedup} over {baseline}" if speedup and baseline != run.header.baseline else speedup
 
 
 def _megabytes(size: float) -> str:
@@ -128,7 +135,7 @@ def _megabytes(size: float) -> str:
 
 CELLS: dict[str, Cell] = {
     "throughput": _throughput,
-    "speedup": _speedup(),
+    "speedup": _own_speedup,
     "over_hf": _speedup(over=PEER_BASELINE),
     "predicted_speedup": _measure(lambda arm: arm.predicted_speedup, "{:.2f}".format),
     "ttft_s": _measure(lambda arm: arm.ttft_s, lambda seconds: f"{1e3 * seconds:.0f}"),
@@ -161,9 +168,6 @@ def notes(run: RunFile) -> list[str]:
         f"Baseline {baseline}{plainly}. Intervals are 95 %.",
         f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} in the mean.",
     ]
-    if others := {arm: record.baseline for arm, record in run.arms.items() if record.baseline}:
-        pairs = "; ".join(f"{arm} with {other}" for arm, other in others.items())
-        sentences.append(f"Compared with a baseline of their own: {pairs}.")
     if run.header.roofline:
         sentences.append(
             "Predicted: from acceptance and forwards, without overhead. Roofline: share of the speed at which memory"

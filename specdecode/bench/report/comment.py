@@ -114,14 +114,12 @@ def _speeds(run: RunFile, judgements: Sequence[Judgement]) -> Grid:
         order = [arm for arm in dict.fromkeys([run.header.baseline, *faulty, *ranked, *run.arms]) if arm in run.arms]
     else:
         order = list(run.arms)
-    columns = [Column("arm", figures=False), Column("tokens/s"), Column(f"speedup over {run.compared_with}")]
+    columns = [Column("arm", figures=False), Column("tokens/s"), Column(f"speedup over {run.header.baseline}")]
     columns += [Column("new/old speed")] if changes else []
     columns += [Column("τ"), Column("output", figures=False)]
     rows = []
     for arm in order:
         throughput, speedup, tau = cells(run, arm, ["throughput", "speedup", "mean_acceptance_length"])
-        if speedup and run.baseline_of(arm) != run.header.baseline:
-            speedup += f" over {run.baseline_of(arm)}"
         change = [f"{changes[arm]}" if arm in changes else ""] if changes else []
         rows.append([label(run, arm), throughput, speedup, *change, tau, outputs(run, arm)])
     return Grid(columns, rows)

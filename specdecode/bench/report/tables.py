@@ -29,7 +29,7 @@ def speeds(run: RunFile) -> Grid:
     """Make one row for each arm: throughput, speedups with intervals, latency, acceptance, check of the output."""
     measured = {
         "throughput": Column("tokens/s"),
-        "speedup": Column(f"speedup over {run.compared_with}"),
+        "speedup": Column(f"speedup over {run.header.baseline}"),
         "over_hf": Column(f"over {PEER_BASELINE}"),
         "predicted_speedup": Column("predicted", breaks=True),
         "ttft_s": Column("TTFT ms", breaks=True),
@@ -52,7 +52,7 @@ def by_part(run: RunFile) -> Grid:
     """Make one row for each arm, task and length of the output; none if there is one task and one length alone."""
     measured = {
         "throughput": Column("tokens/s"),
-        "speedup": Column(f"speedup over {run.compared_with}"),
+        "speedup": Column(f"speedup over {run.header.baseline}"),
         "over_hf": Column(f"over {PEER_BASELINE}"),
         "ttft_s": Column("TTFT ms"),
         "tpot_s": Column("TPOT ms"),

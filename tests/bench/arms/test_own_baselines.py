@@ -12,6 +12,7 @@ import pytest
 
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.callables import ArmError, ModelNames
+from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Verdict, judge
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.presets import Preset, parse
@@ -89,9 +90,9 @@ def test_an_arm_is_compared_with_the_arm_that_it_names(arms: Arms) -> None:
     assert last["drafting"] == [None, None]
     # The engine sleeps, and so hardly differs from itself; plain decoding takes microseconds.
     assert run.floor_over("engine") < run.floor_over("plain") == run.header.floor
-    text = markdown(run, "a title", "", [])
-    assert "speedup over its baseline" in text
-    assert "Compared with a baseline of their own: drafting with engine." in text
+    text = markdown(run, "a title", "", [], History([], "none"))
+    assert "speedup over plain" in text
+    assert f"| {run.speedup('drafting')} over engine |" in text
 
 
 def test_outputs_are_checked_against_the_named_baseline(arms: Arms) -> None:
