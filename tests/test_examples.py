@@ -70,7 +70,7 @@ def test_an_engine_of_others_is_compared_with_itself(monkeypatch: pytest.MonkeyP
     results = measured("openvino_lookup", "smollm2-135m", monkeypatch)
     assert results.failures == {}
     (block,) = results.blocks
-    assert block.checks == {"openvino": "equal", "openvino-lookup": "equal"}
+    assert block.runs["openvino"].tokens == block.runs["openvino-lookup"].tokens  # on this text, which is not close
     assert block.runs["openvino"].counts.steps == TOKENS
     assert block.runs["openvino-lookup"].counts.steps < TOKENS
 

@@ -70,7 +70,7 @@ class Worker:
                     "synthetic": arm.synthetic,
                     "against": arm.against,
                     "baseline": arm.baseline,
-                    "lossy": arm.lossy,
+                    "lossy": arm.lossy or arm.unchecked,
                     "timed": arm.timed,
                     "peer": arm.peer,
                     "outside": arm.foreign and not below(arm.options["call"], Path.cwd()),

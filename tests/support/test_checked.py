@@ -70,7 +70,7 @@ ROW = (*LOOKUP, "rows", next(iter(WHOLE.arms["lookup"].rows)))
         ((*LOOKUP, "lossy"), "no", "lossy is 'no', which is neither true nor false"),
         ((*LOOKUP, "rehearsal"), {"weight_bytes": -1}, "weight_bytes is -1, which cannot be"),
         ((*LOOKUP, "shorter"), {"x": {}}, "shorter has 'x', which is no length"),
-        (("specdecode", "arms"), {}, "it does not have ar, which all else is compared with"),
+        (("specdecode", "arms"), {}, "it does not have ar, with which others are compared"),
         (("specdecode", "floor"), -3.0, "floor is -3.0, which cannot be"),
         (("specdecode", "format"), "3", "its format is '3', and this version reads 3"),
         (("specdecode", "identity", "hardware"), "../../etc", "hardware is '../../etc', which is no name"),

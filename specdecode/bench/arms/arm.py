@@ -44,6 +44,7 @@ class Arm:
         options: the preset's entry that it was made of.
         stop_token_ids: those that end an output early.
         foreign: it is the reader's own code.
+        unchecked: it is, and its outputs may differ from its baseline's.
         code: a digest of that code.
         close: to be called when all is measured.
     """
@@ -61,11 +62,13 @@ class Arm:
     stop_token_ids: Sequence[int] = ()
     peer: bool = False
     foreign: bool = False
+    unchecked: bool = False
     code: str = ""
     close: Callable[[], None] = _nothing
 
     @property
     def lossy(self) -> bool:
+        """Whether its outputs are not its baseline's, but have a reference of their own."""
         return self.policy.interval > 0 or self.quantize is not None
 
     def expected(self, prompt: Sequence[int], tokens: Sequence[int], length: int) -> Sequence[int]:
@@ -158,6 +161,7 @@ def _arm_from_code(
         options=dict(entry),
         stop_token_ids=stop_token_ids,
         foreign=True,
+        unchecked=spec.lossy,
         code=code_of(spec.call),
         close=closer(spec, decode),
     )

@@ -65,6 +65,7 @@ class ArmSpec:
         call: "package.module:make", the maker of an arm from code (`bench.arms.callables`).
         options: its keyword arguments.
         limit_s: seconds that one output of it may take.
+        lossy: its outputs may differ from its baseline's; how far they agree is told, and nothing is void.
         notation: of the keys in error messages.
 
     Raises:
@@ -99,6 +100,7 @@ class ArmSpec:
     call: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     limit_s: float | None = None
+    lossy: bool = False
     notation: Notation = field(default_factory=Notation, compare=False, repr=False)
 
     @classmethod
@@ -162,7 +164,7 @@ class ArmSpec:
         if self.call is not None:
             self._check_call(self.call)
             return
-        for key, unset in (("options", {}), ("limit_s", None)):
+        for key, unset in (("options", {}), ("limit_s", None), ("lossy", False)):
             if getattr(self, key) != unset:
                 raise self.notation.error(f"{key} is of no use without a call: leave it out")
         if self.peer is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 _STRING, _WHOLE, _NUMBER, _WHOLES = "a string", "a whole number", "a number", "a list of whole numbers"
-_TABLE = "a table of options"
+_TABLE, _FLAG = "a table of options", "true or false"
 TYPES = {
     "draft": _STRING,
     "drafter": _STRING,
@@ -34,6 +34,7 @@ TYPES = {
     "call": _STRING,
     "options": _TABLE,
     "limit_s": _NUMBER,
+    "lossy": _FLAG,
 }
 PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 """The keys of a preset's arm."""
@@ -41,7 +42,7 @@ PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 POLICY_CACHE_TOKENS = 256
 """Tokens that a cache policy holds, where the arm does not say."""
 
-CALL_KEYS = ("call", "options", "limit_s", "baseline")
+CALL_KEYS = ("call", "options", "limit_s", "lossy", "baseline")
 """The keys of an arm from code."""
 
 _MEASURED_KEYS = ("backend", "replay", "batch", "peer", "confidence", "against", *CALL_KEYS)
@@ -90,5 +91,6 @@ _IS_OF_TYPE: dict[str, Callable[[Any], bool]] = {
     _WHOLE: lambda value: isinstance(value, int) and not isinstance(value, bool),
     _NUMBER: lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     _TABLE: lambda value: isinstance(value, dict),
+    _FLAG: lambda value: isinstance(value, bool),
     _WHOLES: lambda value: isinstance(value, list | tuple) and all(map(_IS_OF_TYPE[_WHOLE], value)),
 }

@@ -20,6 +20,8 @@ _VERIFIED_ROWS = (2, 6, 16)
 
 def check(arm: Arm, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]) -> Check:
     """Check an arm's output. Where no model is loaded, nothing tells a tie from a wrong token: both are "bug"."""
+    if arm.unchecked:
+        return "equal"
     if arm.target is None:
         return "equal" if list(expected) == list(got) else "bug"
     return classify(arm.target, prompt, expected, got, arm.policy)

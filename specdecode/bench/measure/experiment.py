@@ -117,7 +117,7 @@ class Results:
             synthetic=arm.synthetic,
             against=arm.against if any(other.name == arm.against for other in self.arms) else None,
             baseline=arm.baseline,
-            lossy=arm.lossy,
+            lossy=arm.lossy or arm.unchecked,
             peer=arm.peer,
             counters_run=self.counters_runs.get(arm.name, CountersRun()),
             timed=arm.timed,

@@ -179,8 +179,8 @@ def notes(run: RunFile) -> list[str]:
         sentences.append(f"Against transformers, same draft and settings: {ratios}.")
     if any(record.lossy for record in run.arms.values()):
         sentences.append(
-            "Lossy: checked against plain decoding with the same cache and the same weights. The share is that of its"
-            " tokens that come before it leaves ar's output."
+            "Lossy: checked against plain decoding with the same cache and the same weights; from code that says so of"
+            " itself: not checked. The share is that of its tokens that come before it leaves its baseline's output."
         )
     bases = {arm: base for arm in run.arms if (base := plain(run, arm)) is not None}
     if bases := {arm: base for arm, base in bases.items() if run.log_speedups(arm, over=base)}:

@@ -192,6 +192,19 @@ def test_a_wrong_token_voids_its_times(module: ModuleType) -> None:
     assert (record.bugs, record.rows, record.failure) == (2, {}, "")
 
 
+def test_a_lossy_function_may_write_other_tokens(module: ModuleType) -> None:
+    """Guards against an engine that rounds otherwise and can never be timed, and against one that passes for exact."""
+
+    def decode(prompt: list[int], count: int) -> Iterator[list[int]]:
+        tokens = right(prompt, count)
+        yield [*tokens[: count // 2], *((token + 1) % 64 for token in tokens[count // 2 :])]
+
+    arms = [make_arm("ar", {}, lm("llama"), None, "eager"), arm(decode, module, lossy=True)]
+    run = run_of_results(experiment(arms, PROMPTS, LENGTH), LENGTH)
+    assert (run.arms["mine"].bugs, len(run.arms["mine"].rows), run.arms["mine"].lossy) == (0, 2, True)
+    assert outputs(run, "mine") == "lossy 50%"
+
+
 def _tensor(tokens: list[int]) -> Any:
     import torch
 
@@ -232,6 +245,8 @@ def test_a_limit_of_time_leaves_others_alone(module: ModuleType) -> None:
         ({"call": "reader:make", "limit_s": 0}, "limit_s is 0: give it some seconds"),
         ({"call": "reader:make", "options": 3}, "options is 3: it must be a table of options"),
         ({"drafter": "lookup", "limit_s": 0}, "limit_s is of no use without a call: leave it out"),
+        ({"drafter": "lookup", "lossy": True}, "lossy is of no use without a call: leave it out"),
+        ({"call": "reader:make", "lossy": 1}, "lossy is 1: it must be true or false"),
         ({"drafter": "lookup", "limit_s": 3}, "limit_s is of no use without a call: leave it out"),
         ({"call": "no.such:make"}, "no.such:make cannot be imported: No module named 'no'"),
         ({"call": "reader:missing"}, "reader:missing cannot be imported: module 'reader' has no attribute 'missing'"),
