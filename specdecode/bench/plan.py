@@ -24,6 +24,7 @@ from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
 from specdecode.models.loading import TINY, choose_device, choose_dtype, load
 from specdecode.support.environment import hardware
+from specdecode.support.git import commit_id
 
 _DRAFTS = {EMBEDDED: EMBEDDED_DRAFT, TINY: "layers:0-1"}
 """The drafts of targets that have one of their own."""
@@ -197,6 +198,10 @@ def _check_against(options: Options) -> None:
     ):
         if value:
             raise ValueError(f"{option} does not go with --against: {why}")
+    try:
+        commit_id(str(options.against), options.root)
+    except ValueError as error:
+        raise ValueError(f"--against {error}") from None
 
 
 def _baseline(options: Options, identity: Identity) -> RunFile | None:

@@ -1,5 +1,5 @@
 """The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `schema`, `recommend`, `bless`,
-`train-head` and `lm-eval`."""
+`bisect`, `train-head` and `lm-eval`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from specdecode.cli import doctor, gate, generate, harness, recommend, report, schema, train
+from specdecode.cli import bisect, doctor, gate, generate, harness, recommend, report, schema, train
 from specdecode.cli.messages import note
 from specdecode.cli.output import standard_streams
 from specdecode.core.errors import SpecDecodeError
@@ -31,6 +31,7 @@ app.command()(recommend.recommend)
 # The options that --help lists are the harness's own.
 app.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)(harness.lm_eval)
 app.command()(gate.bless)
+app.command()(bisect.bisect)
 app.command()(train.train_head)
 
 

@@ -24,3 +24,15 @@ def git(*arguments: str, root: Path = Path()) -> str:
     if done.returncode:
         raise ValueError((done.stderr.strip().splitlines() or ["git fails"])[-1])
     return done.stdout
+
+
+def commit_id(ref: str, root: Path = Path()) -> str:
+    """Return the id of the commit that a name means.
+
+    Raises:
+        ValueError: there is none, or no repository.
+    """
+    try:
+        return git("rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}", root=root).strip()
+    except ValueError as error:
+        raise ValueError(f"{ref}: no such commit ({error})") from None

@@ -52,15 +52,20 @@ class JudgedRun:
     journal: Journal | None = None
 
 
-def measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
+def measure(plan: Plan, selected: Collection[str], new: str | None = None) -> JudgedRun:
     """Measure the selected arms of the preset, and judge them by the baseline or by another commit.
+
+    Args:
+        plan: of the session.
+        selected: names of arms.
+        new: the commit to measure against the plan's; the working tree if None.
 
     Raises:
         ValueError, SpecDecodeError: an option is wrong, a model cannot be loaded or a file cannot be judged.
     """
     for arm, entry in plan.entries(selected).items():
         ArmSpec.from_entry(arm, entry)  # a wrong entry is an error before a model is loaded
-    return _measure(plan, selected) if plan.against is None else _measure_against(plan, plan.against, selected)
+    return _measure(plan, selected) if plan.against is None else _measure_against(plan, plan.against, selected, new)
 
 
 def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
@@ -131,8 +136,8 @@ def _judge(plan: Plan, run: RunFile) -> list[Judgement]:
     return judge(run, plan.baseline, plan.tolerance, retired | run.arms.keys(), tolerances=plan.tolerances)
 
 
-def _measure_against(plan: Plan, ref: str, selected: Collection[str]) -> JudgedRun:
-    """Measure the working tree and another commit side by side."""
+def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: str | None) -> JudgedRun:
+    """Measure the working tree, or a commit, and another commit side by side."""
     entries = plan.entries(selected)
     worker_arguments = {
         "target": plan.identity.target,
@@ -143,7 +148,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str]) -> JudgedR
         "arms": entries,
     }
     before = conditions(plan.setup.device)
-    with versions(plan.root, ref, worker_arguments) as both:
+    with versions(plan.root, new_ref, ref, worker_arguments) as both:
         unsupported = _unsupported_arms(both, ref, plan.preset)
         arms = [arm for arm in entries if arm not in unsupported]
         both.use(both.new)
@@ -185,7 +190,7 @@ def _unsupported_arms(both: Versions, ref: str, preset: Preset) -> dict[str, str
     """Return the arms that the other commit cannot make or compare, and why.
 
     Raises:
-        ValueError: the working tree cannot make an arm, or the other commit not the baseline arm.
+        ValueError: the new version cannot make an arm, or the other commit not the baseline arm.
     """
     if refused := both.new.about["refused"]:
         raise ValueError(next(iter(refused.values())))
@@ -225,7 +230,7 @@ def _judge_against(
 
 def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str]) -> str:
     """Say in words what the verdicts compare with."""
-    sentences = [f"Judged by {ref}, measured side by side with the working tree."]
+    sentences = [f"Judged by {ref}, measured side by side with {both.new.name}."]
     about = both.old.about["about"]
     if same := [arm for arm in arms if about[arm].get("outside")]:
         sentences.append(f"The code of {', '.join(same)} is not in this repository: both sides ran the same.")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,9 @@ from specdecode.support.git import git
 
 PROTOCOL = 3
 """Version of the requests to a worker and of its answers."""
+
+WORKING_TREE = "the working tree"
+"""Names the version that is no commit."""
 
 _WORKER = Path("specdecode") / "bench" / "worker.py"
 
@@ -147,19 +150,20 @@ class Versions:
 
 
 @contextmanager
-def versions(root: Path, ref: str, arguments: Mapping[str, Any]) -> Iterator[Versions]:
-    """The working tree and another commit, as workers that have loaded their models.
+def versions(root: Path, new: str | None, old: str, arguments: Mapping[str, Any]) -> Iterator[Versions]:
+    """Two commits, or the working tree and a commit, as workers that have loaded their models.
 
     Args:
         root: of the repository.
-        ref: the commit.
+        new: a commit; None for the working tree.
+        old: another commit.
         arguments: of the workers' `load`.
     """
     with ExitStack() as stack:
-        folder = stack.enter_context(_worktree(root, ref))
+        folders = [root if ref is None else stack.enter_context(_worktree(root, ref)) for ref in (new, old)]
         workers = []
-        for name, source in (("the working tree", root), (ref, folder)):
-            workers.append(WorkerProcess(name, source, arguments))
+        for ref, folder in zip((new, old), folders, strict=True):
+            workers.append(WorkerProcess(ref or WORKING_TREE, folder, arguments))
             stack.callback(workers[-1].close)
         yield Versions(*workers)
 
@@ -174,14 +178,15 @@ def _worktree(root: Path, ref: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
         folder = Path(scratch) / "against"
         try:
-            below = git("rev-parse", "--show-prefix", root=root).strip()
-            git("worktree", "add", "--detach", str(folder), ref, root=root)
-        except ValueError as error:
-            raise ValueError(f"--against {ref}: {error}") from None
-        try:
+            try:
+                below = git("rev-parse", "--show-prefix", root=root).strip()
+                git("worktree", "add", "--detach", str(folder), ref, root=root)
+            except ValueError as error:
+                raise ValueError(f"{ref} cannot be checked out: {error}") from None
             yield folder / below
         finally:
-            git("worktree", "remove", "--force", str(folder), root=root)
+            with suppress(ValueError):  # there is none, or it is gone
+                git("worktree", "remove", "--force", str(folder), root=root)
 
 
 def dependencies(root: Path, ref: str) -> list[str]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.worker import serve
 from tests.helpers.characters import save
-from tests.helpers.root import ROOT
+from tests.helpers.repository import edit, git, package_repository, slow_down_verification
 from tests.helpers.spelling import CHARACTERS
 from tests.helpers.suites import run_pytest
 
@@ -206,30 +205,12 @@ def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str
     assert "\n" not in str(error.value)
 
 
-def git(folder: Path, *arguments: str) -> None:
-    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of its own with this package in its one commit."""
     folder = tmp_path_factory.mktemp("repository")
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
-        if not name.startswith(("baselines/", "docs/")) and (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    git(folder, "init", "--quiet")
-    git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message", "before")
+    package_repository(folder)
     return folder
-
-
-def edit(file: Path, before: str, after: str) -> None:
-    text = file.read_text()
-    assert text.count(before) == 1, before
-    file.write_text(text.replace(before, after))
 
 
 def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: Path) -> None:
@@ -240,9 +221,7 @@ def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: 
     """
     model = save(tmp_path / "model")
     package = repository / "specdecode"
-    verify = "            logits = target.forward_tree(sequence.slots, sequence.pending, tree)\n"
-    wait = "            while time.perf_counter() - done_at < 3 * (done_at - forward_started):\n                pass\n"
-    edit(package / "decoding" / "generate.py", verify, f"{verify}            done_at = time.perf_counter()\n{wait}")
+    slow_down_verification(repository)
     edit(package / "bench" / "arms" / "keys.py", '    "none": (),\n', '    "none": (),\n    "novel": (),\n')
     edit(package / "bench" / "arms" / "parts.py", 'if kind == "lookup":', 'if kind in ("lookup", "novel"):')
     quick = package / "bench" / "presets" / "quick.toml"

@@ -1,0 +1,301 @@
+"""The search for the commit that made an arm slow: with verdicts that tests make up, and once with real ones."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdecode.bench.gate.verdicts import Judgement, Verdict
+from specdecode.bench.measure.bisect import Bisection, Commit, Measure, commits_between, conclusion
+from specdecode.bench.plan import Plan
+from specdecode.bench.runs.statistics import Estimate
+from tests.helpers.characters import save
+from tests.helpers.command_line import exit_code
+from tests.helpers.repository import commit, git, package_repository, slow_down_verification
+
+GOOD = Commit("good", "2026-01-01", "is fast")
+
+
+def commits(count: int) -> list[Commit]:
+    return [Commit(f"c{place}", "2026-01-02", f"change {place}") for place in range(count)]
+
+
+def judgement(verdict: Verdict, compared: bool = True) -> Judgement:
+    return Judgement("lookup", "time", verdict, "as measured", Estimate(0.9, 0.8, 1.0) if compared else None)
+
+
+def slow_from(
+    first: int, broken: Collection[int] = (), undecided: Collection[int] = (), log: list[tuple[int, int]] | None = None
+) -> Measure:
+    """Measure commits of which all from one on are slow; some cannot be measured, of some the runs never tell."""
+
+    def measure(name: str, repeats: int) -> Judgement:
+        place = int(name[1:])
+        if log is not None:
+            log.append((place, repeats))
+        if place in broken:
+            raise ValueError(f"{name} cannot load")
+        if place in undecided:
+            return judgement(Verdict.INCONCLUSIVE)
+        return judgement(Verdict.REGRESSED if place >= first else Verdict.PASS)
+
+    return measure
+
+
+def searched(count: int, measure: Measure, repeats: int = 1) -> Bisection:
+    bisection = Bisection(commits(count), repeats)
+    bisection.search(measure, lambda line: None)
+    return bisection
+
+
+@given(count=st.integers(1, 40), data=st.data())
+def test_the_first_slow_commit_is_named_in_as_few_steps_as_halving_takes(count: int, data: st.DataObject) -> None:
+    """Guards against a search that is off by one, or that measures every commit."""
+    first = data.draw(st.integers(0, count - 1))
+    bisection = searched(count, slow_from(first))
+    assert bisection.suspects == [commits(count)[first]]
+    assert bisection.finished
+    assert len(bisection.trials) <= 1 + math.ceil(math.log2(count))
+
+
+@given(count=st.integers(2, 20), data=st.data())
+def test_what_cannot_be_told_is_never_ruled_out(count: int, data: st.DataObject) -> None:
+    """Guards against a commit that is convicted because the guilty one before it could not be measured."""
+    first = data.draw(st.integers(0, count - 1))
+    places = st.sets(st.integers(0, count - 2))
+    broken, undecided = data.draw(places), data.draw(places)
+    bisection = searched(count, slow_from(first, broken, undecided))
+    suspects = [int(suspect.id[1:]) for suspect in bisection.suspects]
+    assert first in suspects
+    if not undecided:
+        # One is left, but for those in front of it that cannot be measured.
+        assert set(suspects) - broken <= {suspects[-1]}
+    else:
+        told = [place for place in suspects[:-1] if bisection.trials.get(place) and bisection.trials[place].judgement]
+        assert all(bisection.trials[place].verdict is Verdict.INCONCLUSIVE for place in told)
+
+
+def test_where_the_runs_cannot_tell_they_are_repeated_up_to_a_bound() -> None:
+    """Guards against an endless measurement, and against a drift that costs one at each commit."""
+    log: list[tuple[int, int]] = []
+    bisection = searched(40, slow_from(20, undecided=range(10, 30), log=log), repeats=2)
+    assert log[0] == (39, 2)
+    again = [repeats for place, repeats in log if place in range(10, 30)]
+    assert again == [2, 4, 8] * 3
+    assert len(bisection.suspects) > 1
+    assert "the runs can't tell which" in conclusion(bisection, GOOD, 0.97)
+
+
+def test_a_wrong_output_is_skipped_at_once() -> None:
+    """Guards against a commit that is called slow, or measured again, for what has no time."""
+    log: list[str] = []
+
+    def measure(name: str, repeats: int) -> Judgement:
+        log.append(name)
+        if name == "c1":
+            return judgement(Verdict.REGRESSED, compared=False)
+        return judgement(Verdict.REGRESSED if name == "c3" else Verdict.PASS)
+
+    bisection = searched(4, measure)
+    assert log == ["c3", "c1", "c0", "c2"]
+    assert bisection.trials[1].why_skipped == "as measured"
+    assert bisection.suspects == [commits(4)[3]]
+
+
+@pytest.fixture
+def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A repository with five commits, and a merged branch of two behind the second. Their ids, without the branch's."""
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init", "--quiet", "--initial-branch=trunk")
+    ids = [commit(tmp_path, f"trunk {place}") for place in range(2)]
+    git(tmp_path, "switch", "--quiet", "--create", "branch")
+    for place in range(2):
+        commit(tmp_path, f"branch {place}")
+    git(tmp_path, "switch", "--quiet", "trunk")
+    ids.append(commit(tmp_path, "trunk 2"))
+    git(tmp_path, "merge", "--quiet", "--no-edit", "branch")
+    ids.append(git(tmp_path, "rev-parse", "--short", "HEAD").strip())
+    return [*ids, commit(tmp_path, "trunk 4")]
+
+
+def test_only_first_parents_are_suspects(history: list[str]) -> None:
+    """Guards against half of a branch that was never meant to work by itself."""
+    first, later = commits_between(history[0], "trunk", Path())
+    assert [first.id, *(each.id for each in later)] == history
+    assert first.subject == "trunk 0"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Let measuring give what a test says, by the commit, in order; it returns the list of commits that are asked."""
+
+    def measured(say: Callable[[str], Verdict]) -> list[str]:
+        log: list[str] = []
+
+        def measure(plan: Plan, arms: list[str], new: str) -> Any:
+            log.append(new)
+            found = say(new)
+            assert (plan.tolerance, plan.tolerances) == (pytest.approx(0.05), {})
+            return SimpleNamespace(judgements=[Judgement(arms[0], "time", found, "so it is", Estimate(0.9, 0.8, 1.0))])
+
+        monkeypatch.setattr("specdecode.bench.measure.speed_session.measure", measure)
+        return log
+
+    return measured
+
+
+OPTIONS = ("-k", "lookup", "--below", "0.95", "--device", "cpu", "--target", "shape:tiny")
+
+
+def test_the_command_names_the_commit(
+    history: list[str], measured: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a search whose end nobody can check."""
+    log = measured(lambda new: Verdict.REGRESSED if history.index(new) >= 2 else Verdict.PASS)
+    assert exit_code(monkeypatch, "bisect", history[0], "HEAD", *OPTIONS) == 0
+    out, err = capsys.readouterr()
+    assert f"{history[2]} (" in out
+    assert "trunk 2) is the first that is slower than 0.95 of" in out
+    rows = [line.split()[1] for line in out.splitlines() if "│ 0.900 [0.800, 1.000] │" in line]
+    assert rows == sorted(log, key=history.index)
+    assert "step 1 of about 3" in err
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (Verdict.PASS, "is not slower than 0.95 of"),
+        (Verdict.IMPROVED, "There is nothing to find"),
+        (Verdict.INCONCLUSIVE, "The runs can't tell whether"),
+    ],
+)
+def test_a_bad_commit_that_is_not_slow_is_told(
+    verdict: Verdict,
+    said: str,
+    history: list[str],
+    measured: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards against a commit that is convicted of a slowdown that is not there."""
+    log = measured(lambda new: verdict)
+    assert exit_code(monkeypatch, "bisect", history[0], history[-1], *OPTIONS) == 1
+    assert set(log) == {history[-1]}
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_interrupt_shows_what_is_known(
+    history: list[str], measured: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against hours that are lost with a key."""
+
+    def say(new: str) -> Verdict:
+        if new != history[-1]:
+            raise KeyboardInterrupt
+        return Verdict.REGRESSED
+
+    measured(say)
+    assert exit_code(monkeypatch, "bisect", history[0], history[-1], *OPTIONS) == 130
+    out = capsys.readouterr().out
+    assert f"│ {history[-1]} │" in out
+    assert f"among {', '.join(history[1:])}: the search was not finished" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "HEAD"], "nowhere: no such commit"),
+        (["HEAD~2", "nowhere"], "nowhere: no such commit"),
+        (["HEAD", "HEAD~1"], "HEAD is no ancestor of HEAD~1"),
+        (["HEAD", "trunk"], "are the same commit"),
+        (["HEAD~1", "HEAD", "-k", "lokup"], "the preset has no arm 'lokup': choose from ar, "),
+        (["HEAD~1", "HEAD", "--below", "1.1"], "--below is 1.1"),
+        (["HEAD~1", "HEAD", "--below", "nan"], "--below is nan"),
+        (["HEAD~1", "HEAD", "--repeats", "0"], "repeats is 0"),
+        (["HEAD~1", "HEAD", "--preset", "nothing"], "no preset is named 'nothing'"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_sentence(
+    arguments: list[str],
+    said: str,
+    history: list[str],
+    measured: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards against a model that is loaded, and a traceback, for a typing error."""
+    log = measured(lambda new: Verdict.PASS)
+    assert exit_code(monkeypatch, "bisect", *OPTIONS, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert (out, err.count("\n"), log) == ("", 1, [])
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A repository of this package with three later commits: broken, whole again, and slow. And their ids."""
+    folder = tmp_path_factory.mktemp("repository")
+    ids = [package_repository(folder)]
+    package = folder / "specdecode" / "__init__.py"
+    whole = package.read_text()
+    package.write_text("import no_such_module\n" + whole)
+    ids.append(commit(folder, "broken"))
+    package.write_text(whole)
+    ids.append(commit(folder, "whole"))
+    slow_down_verification(folder)
+    return folder, [*ids, commit(folder, "slow")]
+
+
+def bisecting(folder: Path, good: str, *more: str) -> list[str]:
+    options = ["-k", "lookup", "--below", "0.5", "--device", "cpu", "--dtype", "float64", "--draft", "layers:0-2"]
+    sizes = ["--prompts", "prose@60:2", "--max-new-tokens", "16"]
+    return [sys.executable, "-m", "specdecode", "bisect", good, "HEAD", *options, *sizes, *more]
+
+
+def test_a_planted_slowdown_is_found_past_a_commit_that_cannot_be_measured(
+    repository: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Guards against commits that are in truth one, and against a search that a broken commit ends."""
+    folder, (good, broken, whole, slow) = repository
+    command = bisecting(folder, good, "--target", str(save(tmp_path / "model")))
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines() if line.startswith("│")]
+    verdicts = [(row[1], row[3]) for row in rows if row[1]]
+    assert verdicts == [(good, "good"), (broken, "skipped"), (whole, "PASS"), (slow, "REGRESSED")]
+    assert done.stdout.splitlines()[-1].startswith(f"{slow} (")
+    assert "slow) is the first that is slower than 0.5" in done.stdout
+    assert "no_such_module" in done.stdout
+    assert "mostly verifying" in done.stdout
+    assert git(folder, "worktree", "list").count("\n") == 1
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_an_interrupt_leaves_neither_worktree_nor_process(repository: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Guards against checkouts and workers that nobody ends."""
+    folder, (good, *_) = repository
+    command = bisecting(folder, good, "--target", str(save(tmp_path / "model")), "--repeats", "10000")
+    process = subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, stderr=subprocess.PIPE)
+    while git(folder, "worktree", "list").count("\n") < 3 and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert git(folder, "worktree", "list").count("\n") == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

@@ -1,0 +1,48 @@
+"""Git repositories that tests make."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from tests.helpers.root import ROOT
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git as somebody with a name, and return what it prints."""
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def commit(folder: Path, message: str) -> str:
+    """Commit all that is in the folder, even if nothing has changed, and return the commit's short id."""
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--allow-empty", "--message", message)
+    return git(folder, "rev-parse", "--short", "HEAD").strip()
+
+
+def package_repository(folder: Path) -> str:
+    """Make a repository with this package in its one commit, and return the commit's short id."""
+    for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
+        if not name.startswith(("baselines/", "docs/")) and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git(folder, "init", "--quiet")
+    return commit(folder, "before")
+
+
+def edit(file: Path, before: str, after: str) -> None:
+    """Replace what stands in a file once."""
+    text = file.read_text()
+    assert text.count(before) == 1, before
+    file.write_text(text.replace(before, after))
+
+
+def slow_down_verification(folder: Path) -> None:
+    """Let every verification in a repository of this package take four times as long."""
+    verify = "            logits = target.forward_tree(sequence.slots, sequence.pending, tree)\n"
+    wait = "            while time.perf_counter() - done_at < 3 * (done_at - forward_started):\n                pass\n"
+    generate = folder / "specdecode" / "decoding" / "generate.py"
+    edit(generate, verify, f"{verify}            done_at = time.perf_counter()\n{wait}")
