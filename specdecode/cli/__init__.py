@@ -1,5 +1,5 @@
-"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `report`, `schema`, `recommend`, `bless`,
-`bisect`, `train-head` and `lm-eval`."""
+"""The command line: `specdecode generate`, `fetch`, `doctor`, `gate`, `history`, `report`, `schema`, `recommend`,
+`bless`, `bisect`, `train-head` and `lm-eval`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from specdecode.cli import bisect, doctor, gate, generate, harness, recommend, report, schema, train
+from specdecode.cli import bisect, doctor, gate, generate, harness, history, recommend, report, schema, train
 from specdecode.cli.messages import note
 from specdecode.cli.output import standard_streams
 from specdecode.core.errors import SpecDecodeError
@@ -25,6 +25,7 @@ app.command()(generate.generate)
 app.command()(doctor.fetch)
 app.command()(doctor.doctor)
 app.command()(gate.gate)
+app.command()(history.history)
 app.command()(report.report)
 app.command()(schema.schema)
 app.command()(recommend.recommend)

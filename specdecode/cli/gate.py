@@ -22,13 +22,13 @@ def gate(
 ) -> None:
     """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
     from specdecode.bench.gate.project import read_project
-    from specdecode.bench.gate.verdicts import FAILING, judge, tolerance_of
+    from specdecode.bench.gate.verdicts import FAILING, judge_by_baseline, tolerance_of
     from specdecode.bench.report.tables import verdict_table
     from specdecode.bench.runs.file import read
 
     project = read_project(Path())
     tolerance = tolerance_of(tolerance, project.tolerance)
-    judgements = judge(read(new), read(old), tolerance, tolerances=project.tolerances)
+    judgements = judge_by_baseline(read(new), read(old), tolerance, tolerances=project.tolerances)
     say_tables(verdict_table(judgements))
     failing = FAILING["strict" if strict else project.gate]
     failed = sum(judgement.verdict in failing for judgement in judgements)

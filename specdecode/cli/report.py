@@ -153,7 +153,7 @@ def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[
     from specdecode.bench.gate.baselines import find
     from specdecode.bench.gate.history import history
     from specdecode.bench.gate.project import read_project
-    from specdecode.bench.gate.verdicts import judge
+    from specdecode.bench.gate.verdicts import judge_by_baseline
     from specdecode.bench.report.captions import judged_by, title
     from specdecode.bench.report.comment import comment
     from specdecode.bench.report.html import section
@@ -164,7 +164,7 @@ def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[
     project = read_project(Path())
     own_baseline = project.baselines / run.header.identity.file
     old = read(baseline) if baseline else find(run.header.identity, project.baselines)
-    judgements = judge(run, old, project.tolerance, tolerances=project.tolerances) if old else []
+    judgements = judge_by_baseline(run, old, project.tolerance, tolerances=project.tolerances) if old else []
     about = (run, title(run), judged_by(run, old, own_baseline), judgements)
     if format is Format.comment:
         return title(run), comment(*about, project.gate, str(run.path))

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from specdecode.bench.runs.file import KEY, read
+from specdecode.bench.runs.names import MARGINS
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.support.checked import read_json
 from specdecode.support.files import write_whole
@@ -47,6 +48,18 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
     file = baselines / run.header.identity.file
     write_whole(file, json.dumps(content, indent=1) + "\n")
     return file
+
+
+def all_of(baselines: Path) -> list[Path]:
+    """Return the files of all baselines in their folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(file for file in baselines.glob("*/*.json") if file.parent.name != MARGINS)
+    if not files:
+        raise ValueError(f"{baselines} has no baselines: bless a run first, or name the file of one")
+    return files
 
 
 def find(identity: Identity, baselines: Path) -> RunFile | None:

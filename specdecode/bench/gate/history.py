@@ -22,13 +22,25 @@ class History:
     runs: list[RunFile]
     summary: str
 
+    def until(self, run: RunFile) -> list[RunFile]:
+        """Return the runs that were the baseline, then this one, unless it is the last of them."""
+        known = bool(self.runs) and self.runs[-1].arms == run.arms
+        return [*(self.runs[:-1] if known else self.runs), run]
 
-def history(file: Path) -> History:
-    """Read the revisions of a baseline's file from git, through its renames, but for those that cannot be judged."""
+
+def history(file: Path, newest: int | None = None) -> History:
+    """Read the revisions of a baseline's file from git, through its renames, but for those that cannot be judged.
+
+    Args:
+        file: of the baseline, in its repository.
+        newest: read so many revisions at most, the last ones; all if None.
+    """
     # One record a revision: its short name, and on a line of its own the path that the file had then.
-    asked = ("--follow", "--no-merges", "--diff-filter=d", "--name-only", "--format=%x00%h", "--", str(file))
+    asked = ("--follow", "--no-merges", "--diff-filter=d", "--name-only", "--format=%x00%h")
+    count = () if newest is None else (f"--max-count={newest}",)
+    folder = file.parent
     try:
-        log = git("log", *asked)
+        log = git("log", *asked, *count, "--", file.name, root=folder) if folder.is_dir() else ""
     except ValueError:  # no repository, or no git
         log = ""
     if not log:
@@ -37,10 +49,11 @@ def history(file: Path) -> History:
     runs: list[RunFile] = []
     for revision, path in reversed(revisions):
         try:
-            runs.append(parse(git("show", f"{revision}:{path}"), Path(f"{revision}:{path}")))
+            runs.append(parse(git("show", f"{revision}:{path}", root=folder), Path(f"{revision}:{path}")))
         except ValueError:
             continue
-    summary = f"From git, {len(runs)} of {len(revisions)} revisions of {file}."
+    of = "the newest " if len(revisions) == newest else ""
+    summary = f"From git, {len(runs)} of {of}{len(revisions)} revisions of {file}."
     if left_out := len(revisions) - len(runs):
         summary += f" Left out: {left_out} of another format, or damaged."
     return History(runs, summary)

@@ -12,6 +12,8 @@ from typing import Literal
 
 from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.gate.blame import Blame, blame
+from specdecode.bench.gate.history import history
+from specdecode.bench.gate.series import MOST_EARLIER_VERSIONS, backend, past_noise, yardstick
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.measures import SIGNS
 from specdecode.bench.runs.names import PEER_BASELINE
@@ -58,6 +60,17 @@ def tolerance_of(tolerance: float | None, default: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class _Tolerance:
+    """By how much a time may be worse, as a share, and where that is from."""
+
+    share: float
+    from_history: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.share:.1%}, from its own history" if self.from_history else f"{self.share:.0%}"
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """One verdict.
 
@@ -78,6 +91,25 @@ class Judgement:
     blame: Blame | None = None
 
 
+def judge_by_baseline(
+    new: RunFile,
+    old: RunFile,
+    tolerance: float = TOLERANCE,
+    arms: Collection[str] | None = None,
+    tolerances: Mapping[str, float] = MappingProxyType({}),
+) -> list[Judgement]:
+    """Judge a run by a baseline on disk. An arm may lose what its speed moves by itself, as far as git knows that.
+
+    Args:
+        new: the run.
+        old: the baseline, as it was read from its file.
+        tolerance, arms, tolerances: see `judge`.
+    """
+    versions = history(old.path, newest=MOST_EARLIER_VERSIONS + 1).until(old)
+    noise = {arm: past_noise(arm, versions) for arm in old.arms if arm in new.arms}
+    return judge(new, old, tolerance, arms, tolerances=tolerances, noise=noise)
+
+
 def judge(
     new: RunFile,
     old: RunFile,
@@ -85,6 +117,7 @@ def judge(
     arms: Collection[str] | None = None,
     side_by_side: Callable[[str], Estimate] | None = None,
     tolerances: Mapping[str, float] = MappingProxyType({}),
+    noise: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Judgement]:
     """Compare a run with its baseline, arm by arm: times where the hardware is the same, counters everywhere.
 
@@ -95,12 +128,14 @@ def judge(
         arms: judge only these, of a run that measured a selection; all if None.
         side_by_side: if both were measured together, an arm's new speed over its old one, with the interval.
         tolerances: the same as `tolerance`, by arm, where it is another.
+        noise: by how much the time of an arm moves by itself, as a share: what it may lose is no less.
     """
     judgements: list[Judgement] = []
     for arm in [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]:
         if arms is not None and arm not in arms:
             continue
-        allowed = tolerances.get(arm, tolerance)
+        given, own_noise = tolerances.get(arm, tolerance), noise.get(arm, 0.0)
+        allowed = _Tolerance(max(given, own_noise), from_history=own_noise > given)
         if incomparable := _incomparable(arm, new, old):
             judgements += incomparable
             continue
@@ -139,28 +174,19 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     return [Judgement(arm, "time", verdict, reason), Judgement(arm, "counters", verdict, reason)]
 
 
-def _yardstick(arm: str, run: RunFile) -> str:
-    """Return what an arm's time is compared with in its own block.
-
-    That is its baseline; for the run's baseline itself it is transformers, which our code cannot slow down.
-    """
-    baseline = run.baseline_of(arm)
-    return PEER_BASELINE if arm == baseline else baseline
-
-
-def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judgement:
+def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: _Tolerance) -> Judgement:
     theirs, ours = old.header.identity.hardware, new.header.identity.hardware
     if theirs != ours:
         reason = f"the baseline is of {theirs} and this is {ours}: its times say nothing here"
         return Judgement(arm, "time", Verdict.WRONG_HARDWARE, reason)
     if other := _other_backend(new, old):
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, f"{other}: its times say nothing here")
-    over = _yardstick(arm, new)
+    over = yardstick(arm, new)
     if over == PEER_BASELINE and over not in new.arms:
         reason = f"others are compared with it; its own time is judged where the preset has {over}"
         return Judgement(arm, "time", Verdict.NOT_JUDGED, reason)
-    if _yardstick(arm, old) != over:
-        reason = f"it is compared with {over} and the baseline's with {_yardstick(arm, old)}: bless a run like this one"
+    if yardstick(arm, old) != over:
+        reason = f"it is compared with {over} and the baseline's with {yardstick(arm, old)}: bless a run like this one"
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
     after, before = new.log_speedups(arm, over), old.log_speedups(arm, over)
     shared = [prompt for prompt in after if prompt in before]
@@ -176,8 +202,7 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: float) -> Judge
 
 def _other_backend(new: RunFile, old: RunFile) -> str | None:
     """Say that the target's forwards ran on another backend, if they did."""
-    # Older baselines know no other than transformers' own.
-    ours, theirs = (run.header.versions.get("backend", "eager") for run in (new, old))
+    ours, theirs = backend(new), backend(old)
     return None if ours == theirs else f"the baseline ran on the backend {theirs} and this on {ours}"
 
 
@@ -200,23 +225,23 @@ def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) 
     return blame(new.arms[arm], old.arms[arm], prompts, units, faster)
 
 
-def _time_judgement(arm: str, what: str, change: Estimate, tolerance: float, cause: Blame | None) -> Judgement:
+def _time_judgement(arm: str, what: str, change: Estimate, tolerance: _Tolerance, cause: Blame | None) -> Judgement:
     """Judge a change of speed by its whole interval.
 
     Args:
         arm: its name.
         what: is compared, for the reason.
         change: new speed over old.
-        tolerance: share by which it may be worse.
+        tolerance: by how much it may be worse.
         cause: which part moved.
     """
-    reason = f"{what}: {change:.3f}, tolerance {tolerance:.0%}"
-    reason += f", sees slowdowns from {detectable_slowdown(change, tolerance):.1%}"
-    if change.high < 1 - tolerance:
+    reason = f"{what}: {change:.3f}, tolerance {tolerance}"
+    reason += f", sees slowdowns from {detectable_slowdown(change, tolerance.share):.1%}"
+    if change.high < 1 - tolerance.share:
         verdict = Verdict.REGRESSED
-    elif change.low > 1 + tolerance:
+    elif change.low > 1 + tolerance.share:
         verdict = Verdict.IMPROVED
-    elif change.low >= 1 - tolerance:
+    elif change.low >= 1 - tolerance.share:
         verdict = Verdict.PASS
     else:
         verdict = Verdict.INCONCLUSIVE

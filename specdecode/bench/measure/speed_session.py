@@ -9,7 +9,7 @@ from typing import Literal
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.models import load_models
-from specdecode.bench.gate.verdicts import Judgement, Verdict, judge
+from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_baseline
 from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.experiment import experiment
 from specdecode.bench.measure.header import run_header, run_versions
@@ -133,7 +133,8 @@ def _judge(plan: Plan, run: RunFile) -> list[Judgement]:
     if plan.baseline is None:
         return []
     retired = {arm for arm in plan.baseline.arms if arm not in plan.preset.arms}
-    return judge(run, plan.baseline, plan.tolerance, retired | run.arms.keys(), tolerances=plan.tolerances)
+    arms = retired | run.arms.keys()
+    return judge_by_baseline(run, plan.baseline, plan.tolerance, arms, plan.tolerances)
 
 
 def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: str | None) -> JudgedRun:

@@ -31,7 +31,6 @@ from specdecode.bench.report.tables import (
     past_speedups,
     speeds,
     surroundings,
-    timeline,
 )
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate
@@ -218,7 +217,7 @@ def _history(run: RunFile, past: History, looks: Mapping[str, Style]) -> list[El
     parts = [element("h2", "History"), element("p", past.summary, class_="soft")]
     if not past.runs:
         return parts
-    runs = timeline(run, past)
+    runs = past.until(run)
     if len(runs) > 1:
         legend = (
             f"Speedup over {run.compared_with} with 95 % intervals; the last mark is this run. A change is as tall in"

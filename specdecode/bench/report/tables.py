@@ -134,15 +134,9 @@ def past_speedups(run: RunFile, past: History) -> Grid:
     rows = [
         [then.date, then.commit, then.reason if then is not run else "this run"]
         + [f"{then.speedup(arm)}" if arm in then.arms and then.arms[arm].rows else "" for arm in run.arms]
-        for then in timeline(run, past)
+        for then in past.until(run)
     ]
     return Grid([*columns, *(Column(label(run, arm)) for arm in run.arms)], rows)
-
-
-def timeline(run: RunFile, past: History) -> list[RunFile]:
-    """Return the runs that were the baseline, then this one, unless it is the last of them."""
-    known = bool(past.runs) and past.runs[-1].arms == run.arms
-    return [*(past.runs[:-1] if known else past.runs), run]
 
 
 def surroundings(run: RunFile) -> list[Grid]:

@@ -15,8 +15,11 @@ PEER_BASELINE = "hf-generate"
 FLAGS = ("tiny", "eos")
 """Options that make another experiment of a preset: its name goes on with a dot and theirs."""
 
+MARGINS = "quality"
+"""The folder of quality margins, below that of the baselines."""
+
 
 def margins_file(target: str, texts: str) -> Path:
     """Where the quality margins of a target on the corpora of some texts are kept, below the folder of baselines."""
     corpora = sorted({sample.partition("@")[0].partition(":")[0] for sample in texts.split(",")})
-    return Path("quality") / f"{slug(target)}-{slug('-'.join(corpora))}.json"
+    return Path(MARGINS) / f"{slug(target)}-{slug('-'.join(corpora))}.json"

@@ -1,0 +1,212 @@
+"""Find where a speed has changed for good over many versions: at one of them, or in a drift over several.
+
+Each change is searched as the strongest of many shapes, and its probability under no change is that of the strongest
+shape in permuted series. So the number of shapes is accounted for, and noise need not be normal (Westfall and Young
+1993; for series of benchmarks Daly et al. 2020, "The Use of Change Point Detection to Identify Software Performance
+Regressions in a Continuous Integration System"). The shapes are
+
+- ramps from one level to another, a step among them: eight versions that lose 1 % each are one ramp, as in tests of
+  several contrasts for trends (Bretz and Hothorn 2002);
+- arcs, another level for a while: circular binary segmentation (Olshen et al. 2004). Without them a gain hides the loss
+  that takes it back.
+
+What lies before, within and behind a change is searched again, and the parts share its level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from specdecode.bench.gate.series import Series, series
+from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.statistics import COVERAGE, Estimate, student_t
+
+LEAST_VERSIONS = 6
+"""Fewer have too few permutations for any of them to be rare."""
+
+MOST_VERSIONS = 60
+"""How many versions are searched at most, the newest: the number of shapes grows with the square."""
+
+LEVEL = 1 - COVERAGE
+"""The probability of finding a change where there is none, in any arm."""
+
+Pairs = tuple[tuple[int, int], ...]
+"""Pairs of versions: of a change, the last before it and the first after it; of a part, the first and the one behind
+its last."""
+
+_SMALLEST_LOG_CHANGE = 1e-3  # nobody acts on less, and rounding is no change
+_BATCH, _MOST_BATCHES = 500, 20  # permutations
+_ENOUGH_STRONGER = 50  # permutations: it is not rare then, and more of them do not change that
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change.
+
+    Attributes:
+        start: the last version with the speed of before.
+        end: the first version with the speed of after: the next one if it is a step.
+        ratio: new speed over old, with its interval where it is.
+        p: the probability of such a change by chance in any of the series that were searched.
+    """
+
+    start: int
+    end: int
+    ratio: Estimate
+    p: float
+
+    @property
+    def slower(self) -> bool:
+        """Whether the speed is lower after it."""
+        return self.ratio.value < 1
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How an arm's speed went over the versions, and the changes in it."""
+
+    series: Series
+    changes: list[Change]
+
+    @property
+    def long_enough(self) -> bool:
+        """Whether a change could be found in so many versions."""
+        return len(self.series.logs) >= LEAST_VERSIONS
+
+    @property
+    def total(self) -> float:
+        """Return the ratio of speeds over all changes together."""
+        return math.prod(change.ratio.value for change in self.changes)
+
+
+def courses(runs: Sequence[RunFile], arm: str | None = None) -> dict[str, Course]:
+    """Find the changes in the speed of each arm that the newest version has, but for peers.
+
+    Args:
+        runs: versions of one baseline, the oldest first.
+        arm: look at this one alone; all if None.
+
+    Raises:
+        ValueError: the newest version does not have the arm.
+    """
+    ours = [name for name, record in runs[-1].arms.items() if not record.peer]
+    if arm is not None and arm not in ours:
+        raise ValueError(f"{runs[-1].path} has no arm {arm!r} of ours: choose from {', '.join(ours)}")
+    of_arms = {name: series(name, runs[-MOST_VERSIONS:]) for name in ours if arm in (None, name)}
+    searched = sum(len(of_arm.logs) >= LEAST_VERSIONS for of_arm in of_arms.values())
+    level = LEVEL / max(1, searched)
+    return {name: Course(of_arm, find_changes(of_arm.logs, level)) for name, of_arm in of_arms.items()}
+
+
+def find_changes(logs: Sequence[float], level: float = LEVEL) -> list[Change]:
+    """Find the changes in a series, in order.
+
+    Args:
+        logs: natural logarithms of speeds, of the oldest version first.
+        level: the probability of finding any in a series without: `LEVEL` divided by the number of series.
+    """
+    values = np.asarray(logs, dtype=float)
+    found = sorted(_search(values, 0, level))
+    sizes = _sizes(values, [(start, end) for start, end, _ in found])
+    return [
+        Change(start, end, ratio, p)
+        for (start, end, p), ratio in zip(found, sizes, strict=True)
+        if abs(math.log(ratio.value)) >= _SMALLEST_LOG_CHANGE
+    ]
+
+
+def _search(values: np.ndarray, first: int, level: float) -> Iterator[tuple[int, int, float]]:
+    """Yield start, end and p of each change in a part of a series that begins at a version."""
+    if len(values) < LEAST_VERSIONS or np.ptp(values) < _SMALLEST_LOG_CHANGE:
+        return
+    strongest, p = _strongest(values)
+    if p > level:
+        return
+    changes, parts = _shapes(len(values))[1][strongest]
+    for start, end in changes:
+        yield first + start, first + end, min(1.0, p * LEVEL / level)
+    for begin, stop in parts:
+        yield from _search(values[begin:stop], first + begin, level / len(parts))
+
+
+@lru_cache(maxsize=MOST_VERSIONS)
+def _shapes(count: int) -> tuple[np.ndarray, list[tuple[Pairs, Pairs]]]:
+    """Return the shapes of series of a length.
+
+    Returns:
+        The shapes, one a column, with mean 0 and length 1; and of each its changes and the parts around them.
+    """
+    columns: list[np.ndarray] = []
+    about: list[tuple[Pairs, Pairs]] = []
+    for start, end in combinations(range(count), 2):
+        columns.append(_ramp(count, start, end))
+        about.append((((start, end),), ((0, start + 1), (end, count))))
+    for begin, stop in combinations(range(1, count), 2):
+        columns.append(_ramp(count, begin - 1, begin) - _ramp(count, stop - 1, stop))
+        changes, edges = ((begin - 1, begin), (stop - 1, stop)), (0, begin, stop, count)
+        about.append((changes, tuple(pairwise(edges))))
+    shapes = np.stack(columns, axis=1)
+    shapes -= shapes.mean(0)
+    return shapes / np.linalg.norm(shapes, axis=0), about
+
+
+def _ramp(count: int, start: int, end: int) -> np.ndarray:
+    return np.clip((np.arange(count) - start) / (end - start), 0.0, 1.0)
+
+
+def _strongest(values: np.ndarray) -> tuple[int, float]:
+    """Return which shape explains most of a series, and how often one explains as much of a permuted one.
+
+    Permutations end early where many do (Besag and Clifford 1991).
+    """
+    shapes, _ = _shapes(len(values))
+    strengths = np.abs((values - values.mean()) @ shapes)
+    strongest = int(strengths.argmax())
+    asked = strengths[strongest] * (1 - 1e-9)  # the series itself is one of its permutations, but for rounding
+    chance, stronger, drawn = np.random.default_rng(0), 0, 0
+    while drawn < _BATCH * _MOST_BATCHES and stronger < _ENOUGH_STRONGER:
+        permuted = chance.permuted(np.tile(values - values.mean(), (_BATCH, 1)), axis=1)
+        stronger += int((np.abs(permuted @ shapes).max(1) >= asked).sum())
+        drawn += _BATCH
+    return strongest, (1 + stronger) / (1 + drawn)
+
+
+def _sizes(values: np.ndarray, changes: Sequence[tuple[int, int]]) -> list[Estimate]:
+    """Return the ratio of speeds over each change: least squares on all together."""
+    if not changes:
+        return []
+    count = len(values)
+    ramps = np.stack([_ramp(count, start, end) for start, end in changes], axis=1)
+    centred = values - values.mean()
+    logs, *_ = np.linalg.lstsq(ramps - ramps.mean(0), centred, rcond=None)
+    freedom = count - 1 - 3 * len(changes)  # of each change its size and two places were fitted
+    sizes = []
+    for number, log in enumerate(logs):
+        others = np.where(np.arange(len(changes)) == number, 0.0, logs)
+        low, high = _interval(centred - (ramps - ramps.mean(0)) @ others, freedom)
+        sizes.append(Estimate(math.exp(log), math.exp(min(low, log)), math.exp(max(high, log))))
+    return sizes
+
+
+def _interval(values: np.ndarray, freedom: int) -> tuple[float, float]:
+    """Return the sizes, in logarithms, with which a change anywhere fits a series nearly as well as the best one does.
+
+    That is the profile of the likelihood over the places: an interval at the chosen place would be too narrow.
+    """
+    if freedom < 1:
+        return -math.inf, math.inf
+    ramps = np.stack([_ramp(len(values), *place) for place in combinations(range(len(values)), 2)], axis=1)
+    ramps -= ramps.mean(0)
+    lengths = (ramps**2).sum(0)
+    logs = values @ ramps / lengths
+    left = (values**2).sum() - logs**2 * lengths
+    bound = left.min() * (1 + student_t((1 + COVERAGE) / 2, freedom) ** 2 / freedom)
+    near = left <= bound
+    halves = np.sqrt((bound - left[near]) / lengths[near])
+    return float((logs[near] - halves).min()), float((logs[near] + halves).max())

@@ -1,0 +1,84 @@
+"""Tables of a baseline's past: speeds by version, and where they changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from specdecode.bench.gate.drift import LEAST_VERSIONS, Change, Course
+from specdecode.bench.gate.series import yardstick
+from specdecode.bench.report.grid import Column, Grid
+from specdecode.bench.runs.records import RunFile
+
+_ARMS_ABREAST = 5
+
+
+def speeds_by_version(runs: Sequence[RunFile], courses: Mapping[str, Course]) -> list[Grid]:
+    """Make one row for each version, with the speedups of some arms; a table for every few arms.
+
+    Args:
+        runs: the versions, the oldest first.
+        courses: of the arms.
+    """
+    arms = [arm for arm, course in courses.items() if course.series.logs]
+    about = [Column("date", False), Column("commit", False), Column("reason", False, True)]
+    grids = []
+    for first in range(0, len(arms), _ARMS_ABREAST):
+        abreast = arms[first : first + _ARMS_ABREAST]
+        speeds = [dict(zip(courses[arm].series.versions, courses[arm].series.logs, strict=True)) for arm in abreast]
+        rows = [
+            [run.date, run.commit, run.reason]
+            + [f"{math.exp(logs[version]):.3f}" if version in logs else "" for logs in speeds]
+            for version, run in enumerate(runs)
+        ]
+        heads = [Column(f"{arm} over {yardstick(arm, runs[-1])}", True, True) for arm in abreast]
+        grids.append(Grid([*about, *heads], rows))
+    return grids
+
+
+def changes(runs: Sequence[RunFile], courses: Mapping[str, Course]) -> Grid:
+    """Make one row for each change: of which arm, by how much, where, and how likely it is by chance."""
+    columns = [Column("arm", False), Column("is", False), Column("by"), Column("since", False, True), Column("p")]
+    rows = [
+        [arm, "slower" if change.slower else "faster", _size(change), _place(runs, course, change), f"{change.p:.2g}"]
+        for arm, course in courses.items()
+        for change in course.changes
+    ]
+    return Grid(columns, rows)
+
+
+def remarks(courses: Mapping[str, Course]) -> list[str]:
+    """Say what a table of changes does not show: totals, and the arms without changes."""
+    sentences = [
+        f"{arm}: {course.total - 1:+.1%} in all." for arm, course in courses.items() if len(course.changes) > 1
+    ]
+    if any(course.changes for course in courses.values()):
+        sentences.append("p: how likely chance alone makes such a change in any of the arms. Intervals are 95 %.")
+    unchanged = [arm for arm, course in courses.items() if course.long_enough and not course.changes]
+    if unchanged:
+        sentences.append(f"No change found: {', '.join(unchanged)}.")
+    if short := [f"{arm} ({len(course.series.logs)})" for arm, course in courses.items() if not course.long_enough]:
+        sentences.append(
+            f"Too few versions like the newest to find a change ({LEAST_VERSIONS} at least): {', '.join(short)}."
+        )
+    return sentences
+
+
+def _size(change: Change) -> str:
+    ratio = change.ratio
+    interval = f" [{ratio.low - 1:+.1%}, {ratio.high - 1:+.1%}]" if ratio.bounded else ""
+    return f"{ratio.value - 1:+.1%}{interval}"
+
+
+def _place(runs: Sequence[RunFile], course: Course, change: Change) -> str:
+    """Name the commit of a step, or the first and the last commit of a drift."""
+    versions = course.series.versions
+    first, last = runs[versions[change.start + 1]], runs[versions[change.end]]
+    if change.end == change.start + 1:
+        return _version(last)
+    return f"{_version(first)}, in {change.end - change.start} versions until {_version(last)}"
+
+
+def _version(run: RunFile) -> str:
+    name = " of ".join(filter(None, [run.commit or "an unknown commit", run.date]))
+    return f"{name} ({run.reason})" if run.reason else name

@@ -1,0 +1,48 @@
+"""`specdecode history`: how the baselines' speeds went, and where they changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdecode.cli.output import say, say_tables
+
+
+def history(
+    baseline: Annotated[
+        Path | None, typer.Argument(help="file of a baseline  [default: all in the folder of the baselines]")
+    ] = None,
+    arm: Annotated[str | None, typer.Option("--arm", "-k", help="look at this arm alone  [default: all]")] = None,
+) -> None:
+    """Show the speedups of all versions of a baseline that git has, and find where an arm became slower or faster: at a
+    commit, or bit by bit, too little each time for the gate. Exit code 0: nothing became slower; 1: something did; 2: a
+    file cannot be judged."""
+    from specdecode.bench.gate.baselines import all_of
+    from specdecode.bench.gate.project import read_project
+
+    files = [baseline] if baseline is not None else all_of(read_project(Path()).baselines)
+    slower = [file for file in files if _is_slower(file, arm)]
+    if slower:
+        raise typer.Exit(1)
+
+
+def _is_slower(file: Path, arm: str | None) -> bool:
+    """Show one baseline's past, and return whether an arm became slower in it."""
+    from specdecode.bench.gate import history
+    from specdecode.bench.gate.drift import MOST_VERSIONS, courses
+    from specdecode.bench.report.grid import rich_table
+    from specdecode.bench.report.past import changes, remarks, speeds_by_version
+    from specdecode.bench.runs.file import read
+
+    newest = read(file)
+    past = history.history(file, newest=MOST_VERSIONS)
+    runs = past.until(newest)[-MOST_VERSIONS:]
+    by_arm = courses(runs, arm)
+    say(f"{file}\n{past.summary}")
+    say_tables(*map(rich_table, speeds_by_version(runs, by_arm)))
+    if (found := changes(runs, by_arm)).rows:
+        say_tables(rich_table(found))
+    say("\n".join(remarks(by_arm)))
+    return any(change.slower for course in by_arm.values() for change in course.changes)

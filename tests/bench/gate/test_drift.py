@@ -1,0 +1,94 @@
+"""Series of known content: how often a change is found where there is none, and where there is one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from specdecode.bench.gate.drift import LEVEL, Change, find_changes
+
+NOISE = 0.01
+Noise = Callable[[np.random.Generator, int], np.ndarray]
+
+
+def normal(chance: np.random.Generator, count: int) -> np.ndarray:
+    return chance.normal(0.0, NOISE, count)
+
+
+def outliers(chance: np.random.Generator, count: int) -> np.ndarray:
+    """Noise without a variance: one run in ten is far off."""
+    return NOISE * chance.standard_t(2, count)
+
+
+def drift(count: int, first: int, last: int, each: float) -> np.ndarray:
+    """A loss at each of the versions from the first to the last."""
+    return each * np.clip(np.arange(count) - first + 1, 0, last - first + 1)
+
+
+def found(signal: np.ndarray, series: int, noise: Noise = normal, arms: int = 1) -> list[list[Change]]:
+    """The changes that are found in so many series of a signal and noise."""
+    chance = np.random.default_rng(22)
+    return [find_changes(signal + noise(chance, len(signal)), LEVEL / arms) for _ in range(series)]
+
+
+@pytest.mark.parametrize("noise", [normal, outliers])
+@pytest.mark.parametrize("count", [6, 12, 30])
+def test_false_alarms_are_as_rare_as_is_told(noise: Noise, count: int) -> None:
+    """Guards against a search among so many shapes that one of them always fits the noise."""
+    alarms = sum(map(bool, found(np.zeros(count), 300, noise)))
+    most = 300 * LEVEL + 3 * math.sqrt(300 * LEVEL * (1 - LEVEL))
+    assert alarms <= most
+
+
+@pytest.mark.parametrize(
+    ("signal", "first", "last"),
+    [
+        (drift(20, 12, 12, -0.04), 12, 12),
+        (drift(20, 5, 12, -0.01), 5, 12),
+        (drift(9, 1, 8, -0.01), 1, 8),
+        (drift(30, 22, 29, -0.01), 22, 29),
+    ],
+    ids=["a step", "a drift", "all a drift", "a drift that goes on"],
+)
+def test_a_slowdown_is_found_where_it_is(signal: np.ndarray, first: int, last: int) -> None:
+    """Guards against a test without power, and against blame of other versions, or another loss, than it was.
+
+    There are twelve arms; the noise is as large as each loss of a drift, and a quarter of the step.
+    """
+    all_found = found(signal, 60, arms=12)
+    alone = [changes[0] for changes in all_found if len(changes) == 1]
+    assert len(alone) >= 54
+    right = [c for c in alone if abs(c.start + 1 - first) <= 3 and abs(c.end - last) <= 3]
+    assert len(right) >= 51
+    assert all(change.slower and change.p <= LEVEL for change in right)
+    size = math.exp(signal[-1])
+    assert np.mean([change.ratio.value for change in right]) == pytest.approx(size, abs=0.01)
+    covered = [change for change in right if change.ratio.low <= size <= change.ratio.high]
+    assert len(covered) >= 0.85 * len(right)  # what is found at all was larger by chance
+
+
+@pytest.mark.parametrize("loss", [-0.1, -0.04])
+def test_a_gain_does_not_hide_the_loss_behind_it(loss: float) -> None:
+    """Guards against a search for one step alone, which finds none where a gain is taken back."""
+    signal = drift(30, 10, 10, 0.1) + drift(30, 20, 20, loss)
+    right = 0
+    for gain, *losses in found(signal, 20, arms=12):
+        assert gain.start + 3 >= gain.end == 10
+        assert not gain.slower
+        right += [change.start < 20 <= change.end + 3 for change in losses if change.slower] == [True]
+    assert right >= 18
+
+
+def test_what_is_found_does_not_depend_on_chance() -> None:
+    """Guards against a gate that fails, and passes when it is started again."""
+    signal = drift(16, 5, 12, -0.006)
+    assert found(signal, 5) == found(signal, 5)
+
+
+@pytest.mark.parametrize("logs", [[0.0] * 20, [1e-12 * i for i in range(20)], [0.0, -0.5, -1.0]])
+def test_rounding_and_short_series_are_no_change(logs: list[float]) -> None:
+    """Guards against changes that nobody can see, and against a certainty that three versions cannot give."""
+    assert find_changes(logs) == []
