@@ -186,7 +186,8 @@ def _worktree(root: Path, ref: str) -> Iterator[Path]:
             yield folder / below
         finally:
             with suppress(ValueError):  # there is none, or it is gone
-                git("worktree", "remove", "--force", str(folder), root=root)
+                # Twice: git locks a checkout until it is whole, and an interrupt may come before.
+                git("worktree", "remove", "--force", "--force", str(folder), root=root)
 
 
 def dependencies(root: Path, ref: str) -> list[str]:

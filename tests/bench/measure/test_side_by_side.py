@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.side_by_side import Quartet, Side, SideBySide, measure_side_by_side
-from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, dependencies
+from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, _worktree, dependencies
 from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.worker import serve
 from tests.helpers.characters import save
-from tests.helpers.repository import edit, git, package_repository, slow_down_verification
+from tests.helpers.repository import commit, edit, git, package_repository, slow_down_verification
 from tests.helpers.spelling import CHARACTERS
 from tests.helpers.suites import run_pytest
 
@@ -261,6 +261,16 @@ def test_what_is_wrong_with_a_comparison_is_told_in_one_sentence(
     assert reason in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True).stdout.count(b"\n") == 1
+
+
+def test_a_checkout_that_was_cut_short_is_removed(tmp_path: Path) -> None:
+    """Guards against a checkout that is listed for ever: git keeps it locked until it is whole."""
+    git(tmp_path, "init", "--quiet")
+    commit(tmp_path, "first")
+    with _worktree(tmp_path, "HEAD") as folder:
+        git(tmp_path, "worktree", "lock", str(folder))
+        assert git(tmp_path, "worktree", "list").count("\n") == 2
+    assert git(tmp_path, "worktree", "list").count("\n") == 1
 
 
 def test_other_pins_are_told(repository: Path) -> None:
