@@ -10,7 +10,8 @@ Regressions in a Continuous Integration System"). The shapes are
 - arcs, another level for a while: circular binary segmentation (Olshen et al. 2004). Without them a gain hides the loss
   that takes it back.
 
-What lies before, within and behind a change is searched again, and the parts share its level.
+What lies before, within and behind a change is searched again, and the parts share its level. Noise is taken to be
+independent between versions.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ LEAST_VERSIONS = 6
 """Fewer have too few permutations for any of them to be rare."""
 
 MOST_VERSIONS = 60
-"""How many versions are searched at most, the newest: the number of shapes grows with the square."""
+"""How many versions are to be searched at most, the newest: the number of shapes grows with the square."""
 
 LEVEL = 1 - COVERAGE
-"""The probability of finding a change where there is none, in any arm."""
+"""The probability of finding a change where there is none, in any arm of a baseline."""
 
 Pairs = tuple[tuple[int, int], ...]
 """Pairs of versions: of a change, the last before it and the first after it; of a part, the first and the one behind
@@ -89,7 +90,7 @@ def courses(runs: Sequence[RunFile], arm: str | None = None) -> dict[str, Course
     """Find the changes in the speed of each arm that the newest version has, but for peers.
 
     Args:
-        runs: versions of one baseline, the oldest first.
+        runs: versions of one baseline, the oldest first; `MOST_VERSIONS` at most.
         arm: look at this one alone; all if None.
 
     Raises:
@@ -98,7 +99,7 @@ def courses(runs: Sequence[RunFile], arm: str | None = None) -> dict[str, Course
     ours = [name for name, record in runs[-1].arms.items() if not record.peer]
     if arm is not None and arm not in ours:
         raise ValueError(f"{runs[-1].path} has no arm {arm!r} of ours: choose from {', '.join(ours)}")
-    of_arms = {name: series(name, runs[-MOST_VERSIONS:]) for name in ours if arm in (None, name)}
+    of_arms = {name: series(name, runs) for name in ours if arm in (None, name)}
     searched = sum(len(of_arm.logs) >= LEAST_VERSIONS for of_arm in of_arms.values())
     level = LEVEL / max(1, searched)
     return {name: Course(of_arm, find_changes(of_arm.logs, level)) for name, of_arm in of_arms.items()}
