@@ -118,6 +118,8 @@ def test_a_wrong_output_is_skipped_at_once() -> None:
 def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A repository with five commits, and a merged branch of two behind the second. Their ids, without the branch's."""
     monkeypatch.chdir(tmp_path)
+    settings = 'target = "shape:tiny"\ntolerance = 0.2\ntolerances = { lookup = 0.3 }'
+    (tmp_path / "pyproject.toml").write_text(f"[tool.specdecode]\n{settings}\n")
     git(tmp_path, "init", "--quiet", "--initial-branch=trunk")
     ids = [commit(tmp_path, f"trunk {place}") for place in range(2)]
     git(tmp_path, "switch", "--quiet", "--create", "branch")
@@ -148,6 +150,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             log.append(new)
             found = say(new)
             assert (plan.tolerance, plan.tolerances) == (pytest.approx(0.05), {})
+            assert plan.identity.target == "shape:tiny"
             return SimpleNamespace(judgements=[Judgement(arms[0], "time", found, "so it is", Estimate(0.9, 0.8, 1.0))])
 
         monkeypatch.setattr("specdecode.bench.measure.speed_session.measure", measure)
@@ -156,7 +159,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     return measured
 
 
-OPTIONS = ("-k", "lookup", "--below", "0.95", "--device", "cpu", "--target", "shape:tiny")
+OPTIONS = ("-k", "lookup", "--below", "0.95", "--device", "cpu")
 
 
 def test_the_command_names_the_commit(
