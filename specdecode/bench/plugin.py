@@ -23,6 +23,7 @@ from specdecode.support.files import check_writable, is_device, writing
 
 if TYPE_CHECKING:
     from specdecode.bench.measure.speed_session import JudgedRun
+    from specdecode.bench.pair import Pair
     from specdecode.bench.plan import Plan, Setup
     from specdecode.bench.quality.plan import QualityPlan
     from specdecode.bench.quality.quality_session import JudgedQualityRun
@@ -157,11 +158,10 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
             " was measured",
             returncode=2,
         )
-    if _SPEED_RUN in config.stash:
-        if isinstance(file, _Unfinished) and os.path.exists(file):
-            os.replace(file, str(file))
-        if (journal := config.stash[_SPEED_RUN].journal) is not None:
-            journal.finish()
+    if isinstance(file, _Unfinished) and os.path.exists(file):
+        os.replace(file, str(file))
+    if _SPEED_RUN in config.stash and (journal := config.stash[_SPEED_RUN].journal) is not None:
+        journal.finish()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -172,27 +172,40 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection(session: pytest.Session) -> None:
-    """Resolve the options, once for all that follows."""
-    config = session.config
-    if not any(value_of(config, option) for option in _SUITES):
-        return
-    from specdecode.bench.plan import resolve, resolve_setup
-    from specdecode.bench.quality.plan import resolve_quality
+def _setup(config: pytest.Config) -> Setup:
+    """Return which models the suites run, resolved when it is first asked for."""
+    if _SETUP not in config.stash:
+        from specdecode.bench.plan import resolve_setup
 
-    with _one_sentence():
-        options = options_of(config)
-        config.stash[_SETUP] = setup = resolve_setup(options)
-        files: list[Path] = []
-        if value_of(config, "benchmark"):
-            config.stash[_PLAN] = plan = resolve(options, setup)
-            files += [plan.journal] if plan.against is None else []
-        if value_of(config, "quality"):
-            config.stash[_QUALITY_PLAN] = quality_plan = resolve_quality(options, setup)
-            files += [quality_plan.file, quality_plan.journal]
-        for file in files:
-            check_writable(file)
+        with _one_sentence():
+            config.stash[_SETUP] = resolve_setup(options_of(config))
+    return config.stash[_SETUP]
+
+
+def _plan(config: pytest.Config) -> Plan:
+    """Return the plan of the speed session, resolved when it is first asked for: other tests need no model."""
+    if _PLAN not in config.stash:
+        from specdecode.bench.plan import resolve
+
+        setup = _setup(config)
+        with _one_sentence():
+            config.stash[_PLAN] = plan = resolve(options_of(config), setup)
+            if plan.against is None:
+                check_writable(plan.journal)
+    return config.stash[_PLAN]
+
+
+def _quality_plan(config: pytest.Config) -> QualityPlan:
+    """Return the plan of the quality session, resolved when it is first asked for."""
+    if _QUALITY_PLAN not in config.stash:
+        from specdecode.bench.quality.plan import resolve_quality
+
+        setup = _setup(config)
+        with _one_sentence():
+            config.stash[_QUALITY_PLAN] = plan = resolve_quality(options_of(config), setup)
+            for file in (plan.file, plan.journal):
+                check_writable(file)
+    return config.stash[_QUALITY_PLAN]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -201,28 +214,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if value_of(config, "quality") and {"cost", "quality_run"} <= wanted:
         from specdecode.evals.results import MEASURES
 
-        preset = config.stash[_QUALITY_PLAN].preset
+        preset = _quality_plan(config).preset
         costs = [(arm, measure) for arm in preset.arms for measure in MEASURES]
         if preset.tasks is not None:
             costs += product(preset.tasks.arms, preset.tasks.problems)
         metafunc.parametrize("cost", costs, ids=["-".join(pair) for pair in costs])
     if value_of(config, "benchmark") and {"arm", "speed_run"} <= wanted:
-        metafunc.parametrize("arm", list(config.stash[_PLAN].preset.arms))
+        metafunc.parametrize("arm", list(_plan(config).preset.arms))
     elif value_of(config, "benchmark") and {"judged", "speed_run"} <= wanted:
-        judged = [(arm, gate) for arm in config.stash[_PLAN].judged_arms for gate in ("time", "counters")]
+        judged = [(arm, gate) for arm in _plan(config).judged_arms for gate in ("time", "counters")]
         metafunc.parametrize("judged", judged, ids=["-".join(pair) for pair in judged])
 
 
 @pytest.fixture(scope="session")
 def plan(request: pytest.FixtureRequest) -> Plan:
     """The plan of the speed session."""
-    return request.config.stash[_PLAN]
+    return _plan(request.config)
 
 
 @pytest.fixture(scope="session")
 def target(request: pytest.FixtureRequest) -> LM:
     """The target model of the command line, on its backend."""
-    setup = request.config.stash[_SETUP]
+    setup = _setup(request.config)
     with _one_sentence():
         return setup.load_target().with_backend(setup.backend)
 
@@ -236,7 +249,7 @@ def speed_run(request: pytest.FixtureRequest) -> JudgedRun:
     parameters = _parameters(request)
     selected = {values["arm"] if "arm" in values else values["judged"][0] for values in parameters}
     with _at_work(config):
-        config.stash[_SPEED_RUN] = measure(config.stash[_PLAN], selected)
+        config.stash[_SPEED_RUN] = measure(_plan(config), selected)
     return config.stash[_SPEED_RUN]
 
 
@@ -248,7 +261,7 @@ def quality_run(request: pytest.FixtureRequest) -> JudgedQualityRun:
     config = request.config
     selected = {values["cost"][0] for values in _parameters(request) if "cost" in values}
     with _at_work(config):
-        config.stash[_QUALITY_RUN] = measure(config.stash[_QUALITY_PLAN], selected)
+        config.stash[_QUALITY_RUN] = measure(_quality_plan(config), selected)
     return config.stash[_QUALITY_RUN]
 
 
@@ -269,6 +282,14 @@ def _at_work(config: pytest.Config) -> Iterator[None]:
         except KeyboardInterrupt:
             sys.stderr.write("\nInterrupted. The same command with --resume goes on with what is finished.\n")
             raise
+
+
+@pytest.fixture
+def paired(request: pytest.FixtureRequest) -> Pair:
+    """Compare two functions: `paired(new=..., old=...)`; see `bench.pair.Pair`. With `--benchmark` they are timed."""
+    from specdecode.bench.pair import Pair
+
+    return Pair(request, timed=bool(value_of(request.config, "benchmark")))
 
 
 @pytest.fixture(scope="session")
@@ -293,6 +314,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     encoding = sys.stdout.encoding or "utf-8"
     for row in config.stash.get(_ROWS, []):
         terminalreporter.write_line(row)
+    if "specdecode.bench.pair" in sys.modules:
+        from specdecode.bench.pair import pairs_comment, pairs_of, pairs_text
+
+        if pairs := pairs_of(config):
+            text = pairs_text(pairs, terminalreporter.hasmarkup, encoding)
+            _show(terminalreporter, "paired", text, partial(pairs_comment, pairs))
     if (quality_run := config.stash.get(_QUALITY_RUN, None)) is not None:
         from specdecode.bench.summary import quality_comment, quality_text
 
@@ -322,6 +349,8 @@ def _show(terminalreporter: pytest.TerminalReporter, title: str, text: str, make
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Add the versions and the device that times depend on, which pytest-benchmark does not record."""
+    if _PLAN not in config.stash:  # what other tests measure need not depend on PyTorch
+        return
     from specdecode.support.environment import environment
 
     machine_info["specdecode"] = environment()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-
 from rich.console import Console
 
 from specdecode.bench.measure.speed_session import JudgedRun
@@ -13,9 +10,8 @@ from specdecode.bench.quality.quality_session import JudgedQualityRun
 from specdecode.bench.report.comment import comment
 from specdecode.bench.report.grid import rich_table
 from specdecode.bench.report.tables import speed_table, verdict_table
+from specdecode.bench.report.terminal import rendered
 from specdecode.support.files import write_whole
-
-_TABLE_WIDTH = 145  # characters
 
 
 def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
@@ -29,7 +25,7 @@ def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
         if judged.judgements:
             console.print(verdict_table(judged.judgements))
 
-    return _rendered(show, colours, encoding)
+    return rendered(show, colours, encoding)
 
 
 def speed_comment(judged: JudgedRun, gate: str, file: str) -> str:
@@ -60,7 +56,7 @@ def quality_text(judged: JudgedQualityRun, colours: bool, encoding: str) -> str:
         for note in [*quality_tables.notes(run), where]:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
 
-    return _rendered(show, colours, encoding)
+    return rendered(show, colours, encoding)
 
 
 def quality_comment(judged: JudgedQualityRun) -> str:
@@ -81,12 +77,3 @@ def _draw_figures(judged: JudgedQualityRun) -> str:
     except ValueError as error:
         return f"There are no figures: {error}."
     return f"Figures are in {folder}: {', '.join(drawn)}."
-
-
-def _rendered(show: Callable[[Console], None], colours: bool, encoding: str) -> str:
-    """Return what is shown; characters that the encoding lacks become "?", and those of tables' frames others."""
-    content = io.BytesIO()
-    with io.TextIOWrapper(content, encoding, errors="replace", newline="\n") as text:
-        show(Console(file=text, width=_TABLE_WIDTH, force_terminal=colours))
-        text.flush()
-        return content.getvalue().decode(encoding)

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Protocol
 
 import pytest
 
 from specdecode.bench.runs.file import read
-from tests.helpers.root import ROOT
-from tests.helpers.suites import run_pytest
+from tests.helpers.elsewhere import Runs, commit, runs_in
 
 SIZES = ("--tiny", "--prompts=prose:1", "--max-new-tokens=4", "--device=cpu", "--dtype=float32", "--backend=eager")
 LOOKUP = ("-k", "lookup and not hf and not aware")
 
 
-class Runs(Protocol):
-    def __call__(self, *arguments: str, **environment: str) -> CompletedProcess[str]: ...
-
-
 @pytest.fixture
 def elsewhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Run pytest in an empty folder, where the package is installed."""
-    packages = tmp_path_factory.mktemp("packages")
-    metadata = packages / "specdecode_plugin-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: specdecode-plugin\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[pytest11]\nspecdecode = specdecode.bench.plugin\n")
-    path = os.pathsep.join(map(str, (packages, ROOT, tmp_path / "src")))
-
-    def run(*arguments: str, **environment: str) -> CompletedProcess[str]:
-        return run_pytest(*arguments, cwd=tmp_path, PYTHONPATH=path, HF_HUB_OFFLINE="1", **environment)
-
-    return run
+    return runs_in(tmp_path, tmp_path_factory.mktemp("packages"))
 
 
 def test_the_suite_runs_in_an_empty_folder(elsewhere: Runs, tmp_path: Path) -> None:
@@ -187,8 +168,7 @@ def test_an_engine_is_gated_against_itself_and_its_last_commit(elsewhere: Runs, 
     arms = "".join(f'{kind} = {{ call = "engine.decoding:make", options = {{ kind = "{kind}" }} }}\n' for kind in kinds)
     (tmp_path / "own.toml").write_text(ENGINE_PRESET + arms)
     (tmp_path / "pyproject.toml").write_text('[tool.specdecode]\ntarget = "somebody/engine"\npreset = "own.toml"\n')
-    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "the engine")):
-        subprocess.run(["git", "-c", "user.name=N", "-c", "user.email=n@e", *command], cwd=tmp_path, check=True)
+    commit(tmp_path)
     done = elsewhere("--benchmark", "--benchmark-json=run.json")
     assert done.returncode == 0, done.stdout + done.stderr
     run = read(tmp_path / "run.json")

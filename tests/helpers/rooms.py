@@ -27,6 +27,7 @@ ROOMS = [
     "bench/plan",
     "bench/measure",
     "bench/quality",
+    "bench/pair",
     "bench/summary",
     "bench/worker",
     "bench/plugin",

@@ -60,7 +60,7 @@ def tolerance_of(tolerance: float | None, default: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tolerance:
+class Tolerance:
     """By how much a time may be worse, as a share, and where that is from."""
 
     share: float
@@ -135,7 +135,7 @@ def judge(
         if arms is not None and arm not in arms:
             continue
         given, own_noise = tolerances.get(arm, tolerance), noise.get(arm, 0.0)
-        allowed = _Tolerance(max(given, own_noise), from_history=own_noise > given)
+        allowed = Tolerance(max(given, own_noise), from_history=own_noise > given)
         if incomparable := _incomparable(arm, new, old):
             judgements += incomparable
             continue
@@ -147,7 +147,7 @@ def judge(
         else:
             prompts = [prompt for prompt in new.arms[arm].rows if prompt in old.arms[arm].rows]
             cause = blame(new.arms[arm], old.arms[arm], prompts)
-            time = _time_judgement(arm, "speed over the other version's", side_by_side(arm), allowed, cause)
+            time = time_judgement(arm, "speed over the other version's", side_by_side(arm), allowed, cause)
         judgements += [time, _judge_counters(arm, new, old)]
     return judgements
 
@@ -174,7 +174,7 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     return [Judgement(arm, "time", verdict, reason), Judgement(arm, "counters", verdict, reason)]
 
 
-def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: _Tolerance) -> Judgement:
+def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> Judgement:
     theirs, ours = old.header.identity.hardware, new.header.identity.hardware
     if theirs != ours:
         reason = f"the baseline is of {theirs} and this is {ours}: its times say nothing here"
@@ -197,7 +197,7 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: _Tolerance) -> 
     floor = math.hypot(new.floor_over(over), old.floor_over(over))
     change = mean_ratio([[after[prompt] - before[prompt]] for prompt in shared], floor)
     cause = _blame(arm, over, new, old, shared)
-    return _time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
+    return time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
 
 
 def _other_backend(new: RunFile, old: RunFile) -> str | None:
@@ -225,7 +225,14 @@ def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) 
     return blame(new.arms[arm], old.arms[arm], prompts, units, faster)
 
 
-def _time_judgement(arm: str, what: str, change: Estimate, tolerance: _Tolerance, cause: Blame | None) -> Judgement:
+def time_judgement(
+    arm: str,
+    what: str,
+    change: Estimate,
+    tolerance: Tolerance,
+    cause: Blame | None = None,
+    longer: str = "more prompts or repeats",
+) -> Judgement:
     """Judge a change of speed by its whole interval.
 
     Args:
@@ -234,6 +241,7 @@ def _time_judgement(arm: str, what: str, change: Estimate, tolerance: _Tolerance
         change: new speed over old.
         tolerance: by how much it may be worse.
         cause: which part moved.
+        longer: what would narrow the interval.
     """
     reason = f"{what}: {change:.3f}, tolerance {tolerance}"
     reason += f", sees slowdowns from {detectable_slowdown(change, tolerance.share):.1%}"
@@ -245,7 +253,7 @@ def _time_judgement(arm: str, what: str, change: Estimate, tolerance: _Tolerance
         verdict = Verdict.PASS
     else:
         verdict = Verdict.INCONCLUSIVE
-        reason += "; more prompts or repeats would tell"
+        reason += f"; {longer} would tell"
     if cause is not None and verdict in (Verdict.REGRESSED, Verdict.IMPROVED):
         reason += f"; {cause}"
     return Judgement(arm, "time", verdict, reason, change, cause)

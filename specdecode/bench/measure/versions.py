@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from specdecode.bench.arms.run import Run
 from specdecode.bench.runs.counts import from_dict
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.support.git import git
+from specdecode.support.worktree import import_environment, worktree
 
 PROTOCOL = 3
 """Version of the requests to a worker and of its answers."""
@@ -47,12 +47,10 @@ class WorkerProcess:
         self.name = name
         self._arguments = dict(arguments)
         self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        sources = [str(source) for source in (folder, folder / "src") if source.is_dir()]
-        paths = [*sources, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "specdecode.bench.worker"],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=import_environment(folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
@@ -160,34 +158,12 @@ def versions(root: Path, new: str | None, old: str, arguments: Mapping[str, Any]
         arguments: of the workers' `load`.
     """
     with ExitStack() as stack:
-        folders = [root if ref is None else stack.enter_context(_worktree(root, ref)) for ref in (new, old)]
+        folders = [root if ref is None else stack.enter_context(worktree(root, ref)) for ref in (new, old)]
         workers = []
         for ref, folder in zip((new, old), folders, strict=True):
             workers.append(WorkerProcess(ref or WORKING_TREE, folder, arguments))
             stack.callback(workers[-1].close)
         yield Versions(*workers)
-
-
-@contextmanager
-def _worktree(root: Path, ref: str) -> Iterator[Path]:
-    """The files at another commit of what is below a folder of a repository; they are gone afterwards.
-
-    Raises:
-        ValueError: no such commit, or no repository.
-    """
-    with tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
-        folder = Path(scratch) / "against"
-        try:
-            try:
-                below = git("rev-parse", "--show-prefix", root=root).strip()
-                git("worktree", "add", "--detach", str(folder), ref, root=root)
-            except ValueError as error:
-                raise ValueError(f"{ref} cannot be checked out: {error}") from None
-            yield folder / below
-        finally:
-            with suppress(ValueError):  # there is none, or it is gone
-                # Twice: git locks a checkout until it is whole, and an interrupt may come before.
-                git("worktree", "remove", "--force", "--force", str(folder), root=root)
 
 
 def dependencies(root: Path, ref: str) -> list[str]:

@@ -16,6 +16,8 @@ COVERAGE = 0.95
 _POWER = 0.9
 _RESAMPLES = 10_000
 _MOST_CACHED_BOOTSTRAPS = 4096
+# By simulation with disturbances of up to three measurements: smaller or more batches cover the ratio too rarely.
+_LEAST_BATCH, _LEAST_BATCHES, _MOST_BATCHES = 3, 6, 30
 _NORMAL = NormalDist()
 # An interval that reaches beyond a tenth and ten times its centre says nothing.
 _WIDEST_LOG_RATIO = math.log(10)
@@ -76,6 +78,53 @@ def mean_ratio(logs: Sequence[Sequence[float]], floor: float = 0.0) -> Estimate:
     mean = bootstrap([float(np.mean(repeats)) for repeats in logs], [1.0] * len(logs))
     low, high = min(mean.low, mean.value - floor), max(mean.high, mean.value + floor)
     return Estimate(math.exp(mean.value), math.exp(low), math.exp(high))
+
+
+def robust_ratio(logs: Sequence[float], floor: float = 0.0) -> Estimate:
+    """Estimate a ratio from many paired measurements, so that a few disturbed ones do not decide.
+
+    A disturbance lasts: it spoils measurements that follow each other. So these are put into batches, and the median of
+    a batch is one value (as batch means are, Conway 1963). The estimate is the median of the means of all pairs of
+    values (Hodges and Lehmann 1963), its interval that of Wilcoxon's signed ranks: exact for noise that is as likely to
+    either side, as it is between equal code.
+
+    Args:
+        logs: logarithms of the ratios, in the order of measuring. Six at least for an interval with two ends.
+        floor: least half-width of the interval, in logarithms.
+    """
+    batches = min(_MOST_BATCHES, max(len(logs) // _LEAST_BATCH, min(len(logs), _LEAST_BATCHES)))
+    values = np.array([np.median(batch) for batch in np.array_split(np.array(logs), batches)])
+    first, second = np.triu_indices(len(values))
+    means = np.sort((values[first] + values[second]) / 2)
+    centre, outside = float(np.median(means)), _signed_ranks_outside(len(values))
+    if outside == 0:
+        return Estimate(math.exp(centre), 0.0, math.inf)
+    low, high = min(means[outside - 1], centre - floor), max(means[-outside], centre + floor)
+    return Estimate(math.exp(centre), math.exp(low), math.exp(high))
+
+
+def robust_floor(logs: Sequence[float]) -> float:
+    """Return the A/A floor of `robust_ratio`: how far from 1 it may find the ratio of equal code, in logarithms."""
+    interval = robust_ratio(logs)
+    return max(-math.log(interval.low), math.log(interval.high)) if interval.bounded and interval.low else math.inf
+
+
+@lru_cache
+def _signed_ranks_outside(count: int) -> int:
+    """Return how many of the sorted means of pairs lie outside of an interval, at either end.
+
+    That is the largest c for which the sum of positive signed ranks is below c with a probability of at most 2.5 %.
+    """
+    sums = [1]  # the ways to get each sum from the ranks so far
+    for rank in range(1, count + 1):
+        sums = [
+            (sums[total] if total < len(sums) else 0) + (sums[total - rank] if total >= rank else 0)
+            for total in range(len(sums) + rank)
+        ]
+    allowed, seen, outside = (1 - COVERAGE) / 2 * 2**count, 0, 0
+    while (seen := seen + sums[outside]) <= allowed:
+        outside += 1
+    return outside
 
 
 def simultaneous_ratio(logs: Sequence[float], comparisons: int, floor: float = 0.0) -> Estimate:

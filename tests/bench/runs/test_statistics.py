@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from specdecode.bench.runs.statistics import (
     detectable_slowdown,
     mean_ratio,
     noise_floor,
+    robust_floor,
+    robust_ratio,
     simultaneous_ratio,
     student_t,
 )
@@ -105,3 +109,65 @@ def test_an_interval_of_nothing_has_no_end() -> None:
     for logs in ([0.5], [-3.0, 4.0]):
         ratio = simultaneous_ratio(logs, 13)
         assert (ratio.low, ratio.high) == (0.0, math.inf)
+
+
+def bursty(seed: int, count: int, change: float = 0.0, disturbed: float = 0.2) -> list[float]:
+    """Logarithms of paired ratios with small noise, of which some that follow each other are far off to either side."""
+    chance = np.random.default_rng(seed)
+    noise = chance.normal(0, 0.01, count)
+    place = 0
+    while place < count:
+        length = int(chance.integers(1, 4))
+        if chance.random() < disturbed / 2:
+            noise[place : place + length] += chance.normal(0, 0.3)
+        place += length
+    return list(change + noise)
+
+
+@pytest.mark.parametrize("count", [6, 12, 40, 200])
+@pytest.mark.parametrize("disturbed", [0.0, 0.2])
+def test_a_robust_interval_covers_the_ratio_and_convicts_no_equal_code(count: int, disturbed: float) -> None:
+    """Guards against an interval that is too narrow where a neighbour takes the processor now and then."""
+    runs = 300
+    covered, convicted = 0, 0
+    for seed in range(runs):
+        change = robust_ratio(bursty(seed, count, math.log(0.9), disturbed))
+        covered += change.low <= 0.9 <= change.high
+        convicted += robust_ratio(bursty(seed, count, 0.0, disturbed)).high < 0.98
+    # 95 %, less a little for disturbances that outlast a batch, and three standard deviations of the simulation.
+    assert covered / runs > 0.94 - 3 * math.sqrt(0.95 * 0.05 / runs)
+    assert convicted == 0
+
+
+def test_a_robust_interval_sees_what_a_mean_does_not() -> None:
+    """Guards against three disturbed measurements of dozens that decide."""
+    runs = 100
+    values = [bursty(seed, 60, math.log(0.95)) for seed in range(runs)]
+    seen = sum(robust_ratio(logs).high < 0.98 for logs in values)
+    by_mean = sum(mean_ratio([[log] for log in logs]).high < 0.98 for logs in values)
+    assert seen >= 95
+    assert by_mean < 80
+
+
+@pytest.mark.parametrize("count", [6, 7, 11])  # values; the shortest has no batches
+def test_the_ends_of_a_robust_interval_are_wilcoxons(count: int) -> None:
+    """Guards against ranks that are off by one: all signs of the ranks are tried."""
+    sums = [
+        sum(rank for rank, positive in enumerate(signs, start=1) if positive)
+        for signs in product((False, True), repeat=count)
+    ]
+    outside = next(least for least in range(999) if sum(total <= least for total in sums) > 0.025 * len(sums))
+    values = [1.0 + 2.0**-place for place in range(count)]
+    means = sorted((a + b) / 2 for place, a in enumerate(values) for b in values[place:])
+    change = robust_ratio(values if count == 6 else [value for value in values for _ in range(3)])
+    assert math.log(change.low) == pytest.approx(means[outside - 1])
+    assert math.log(change.high) == pytest.approx(means[-outside])
+    assert math.log(change.value) == pytest.approx(statistics.median(means))
+
+
+def test_few_measurements_say_nothing() -> None:
+    """Guards against an interval of five values, which none of 95 % is."""
+    assert robust_ratio([0.1] * 5).high == math.inf
+    assert robust_floor([0.1] * 5) == math.inf
+    assert robust_floor([0.1] * 6) == pytest.approx(0.1)
+    assert robust_ratio([0.1] * 6, floor=0.3).low == pytest.approx(math.exp(-0.2))

@@ -1,0 +1,69 @@
+"""Count what the fixture `paired` says of equal functions, and of a planted slowdown: `python -m perf.paired`."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE
+from specdecode.bench.measure.paired import SECONDS, measure_paired, timer
+from specdecode.cli.output import say
+
+LOOPS = 2000
+"""Rounds of the function that is timed: some tens of microseconds."""
+
+
+def work(loops: int) -> Callable[[], int]:
+    """Return a function that does so many rounds."""
+
+    def run() -> int:
+        total = 0
+        for number in range(loops):
+            total += number
+        return total
+
+    return run
+
+
+def neighbour(seed: int) -> None:
+    """Take a core for 0.5 to 2 seconds at random, a fifth of the time."""
+    chance = random.Random(seed)
+    while True:
+        busy = chance.uniform(0.5, 2.0)
+        time.sleep(busy * chance.uniform(2.0, 6.0))
+        end = time.monotonic() + busy
+        while time.monotonic() < end:
+            pass
+
+
+def main() -> None:
+    """Print a line for each run, and a table of the verdicts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=20, help="of each kind [20]")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"that each takes [{SECONDS:g}]")
+    parser.add_argument("--slowdown", type=float, default=0.05, help="that is planted, as a share [0.05]")
+    parser.add_argument("--neighbour", action="store_true", help="another process takes a core a fifth of the time")
+    options = parser.parse_args()
+    other = multiprocessing.Process(target=neighbour, args=(0,), daemon=True)
+    if options.neighbour:
+        other.start()
+    verdicts: dict[str, Counter[str]] = {}
+    kinds = {"equal": LOOPS, f"{options.slowdown:.0%} slower": round(LOOPS * (1 + options.slowdown))}
+    for run in range(options.runs):
+        for kind, loops in kinds.items():
+            paired = measure_paired(kind, timer(work(loops)), timer(work(LOOPS)), options.seconds)
+            (judged,) = paired.judge(AGAINST_TOLERANCE)
+            say(f"{run + 1}/{options.runs} {kind}: {judged.verdict.value}: {judged.reason}")
+            verdicts.setdefault(kind, Counter())[judged.verdict.value] += 1
+    say("\n| new function | " + " | ".join(names := sorted(set().union(*verdicts.values()))) + " |")
+    say("|---|" + "--:|" * len(names))
+    for kind, counts in verdicts.items():
+        say(f"| {kind} | " + " | ".join(str(counts[name]) for name in names) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Run a test body in another commit too: a process in that commit's files times its function on demand."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+from specdecode.support.worktree import import_environment
+
+CHANNEL = "SPECDECODE_PAIRED_CHANNEL"
+"""Environment variable: the file descriptor by which the process of another commit is asked."""
+
+
+class OtherVersionError(ValueError):
+    """The other commit cannot run the test, or its value cannot be compared; the sentence says why."""
+
+
+class OtherVersion:
+    """A test that runs in another commit's files, and waits where it calls `paired`.
+
+    Args:
+        ref: of the commit, for messages.
+        folder: of its files; the test's own file is copied there, so that the body is the same.
+        root: of the working tree.
+        test: node id of the test, below the root.
+
+    Attributes:
+        value: what its function returned.
+        counters: of that.
+
+    Raises:
+        OtherVersionError: the test cannot run there, or its value cannot be sent; the sentence says why.
+    """
+
+    def __init__(self, ref: str, folder: Path, root: Path, test: str) -> None:
+        file, _, name = test.partition("::")
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / file, folder / file)
+        self._ref = ref
+        self._channel, theirs = Pipe()
+        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={folder}"]
+        with theirs:
+            self._process = subprocess.Popen(
+                [*command, f"{folder / file}::{name}"],
+                cwd=folder,
+                env={**import_environment(folder), CHANNEL: str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._words,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            self.value, self.counters = self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def time(self, loops: int) -> float:
+        """Time calls of its function together, in seconds."""
+        seconds: float = self._receive(loops)
+        return seconds
+
+    def _receive(self, loops: int | None = None) -> Any:
+        """Return what the process sends next, after asking it to time some calls, if any."""
+        try:
+            if loops is not None:
+                self._channel.send(loops)
+            kind, content = pickle.loads(self._channel.recv_bytes())
+        except (EOFError, OSError):
+            self._process.wait()
+            self._words.seek(0)
+            lines = self._words.read().decode(errors="replace").strip().splitlines()
+            errors = [line for line in lines if line.startswith("E  ")] or lines or ["it says nothing"]
+            raise OtherVersionError(
+                f"{self._ref} cannot run this test: {errors[-1].removeprefix('E').strip()}"
+            ) from None
+        except Exception as error:
+            raise OtherVersionError(f"the value of {self._ref} cannot be read here: {error}") from error
+        if kind == "error":
+            raise OtherVersionError(f"{self._ref} cannot run this test: {content}")
+        return content
+
+    def close(self) -> None:
+        """End the process."""
+        self._channel.close()
+        self._process.kill()
+        self._process.wait()
+        self._words.close()
+
+
+def answer(value: Any, counters: dict[str, float], time: Callable[[int], float]) -> None:
+    """In the process of another commit: send the function's value, then time calls as long as it is asked to."""
+    channel = Connection(int(os.environ[CHANNEL]))
+    try:
+        sent = pickle.dumps(("value", (value, counters)))
+    except Exception as error:
+        sent = pickle.dumps(("error", f"its value cannot be sent to be compared ({error})"))
+    channel.send_bytes(sent)
+    try:
+        while True:
+            channel.send_bytes(pickle.dumps(("value", time(channel.recv()))))
+    except (EOFError, OSError):
+        return  # the other side has measured enough

@@ -1,0 +1,19 @@
+"""Text for terminals."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+from rich.console import Console
+
+_TABLE_WIDTH = 145  # characters
+
+
+def rendered(show: Callable[[Console], None], colours: bool, encoding: str) -> str:
+    """Return what is shown; characters that the encoding lacks become "?", and those of tables' frames others."""
+    content = io.BytesIO()
+    with io.TextIOWrapper(content, encoding, errors="replace", newline="\n") as text:
+        show(Console(file=text, width=_TABLE_WIDTH, force_terminal=colours))
+        text.flush()
+        return content.getvalue().decode(encoding)

@@ -1,0 +1,40 @@
+"""Another commit of a repository beside the working tree: its files, and a Python that imports them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from specdecode.support.git import git
+
+
+@contextmanager
+def worktree(root: Path, ref: str) -> Iterator[Path]:
+    """The files at another commit of what is below a folder of a repository; they are gone afterwards.
+
+    Raises:
+        ValueError: no such commit, or no repository.
+    """
+    with tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
+        folder = Path(scratch) / "against"
+        try:
+            try:
+                below = git("rev-parse", "--show-prefix", root=root).strip()
+                git("worktree", "add", "--detach", str(folder), ref, root=root)
+            except ValueError as error:
+                raise ValueError(f"{ref} cannot be checked out: {error}") from None
+            yield folder / below
+        finally:
+            with suppress(ValueError):  # there is none, or it is gone
+                # Twice: git locks a checkout until it is whole, and an interrupt may come before.
+                git("worktree", "remove", "--force", "--force", str(folder), root=root)
+
+
+def import_environment(folder: Path) -> dict[str, str]:
+    """Return the environment of a process that imports a repository's packages from a folder, or from its `src`."""
+    sources = [str(source) for source in (folder, folder / "src") if source.is_dir()]
+    paths = [*sources, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,0 +1,107 @@
+"""Two functions timed in turns, on a clock that moves only when they run."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+
+import pytest
+
+from specdecode.bench.gate.verdicts import Verdict
+from specdecode.bench.measure.paired import LEAST_BLOCKS, Paired, PairedBlock, measure_paired, timer
+from tests.helpers.fake_clock import FakeClock
+
+
+class Machine:
+    """A clock, and functions that move it.
+
+    Attributes:
+        calls: their names, in order.
+        collecting: whether garbage could be collected in each of them.
+    """
+
+    def __init__(self, noise: float = 0.01) -> None:
+        self.clock = FakeClock(noise=noise)
+        self.calls: list[str] = []
+        self.collecting: list[bool] = []
+
+    def function(self, name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            self.calls.append(name)
+            self.collecting.append(gc.isenabled())
+            self.clock.advance(seconds)
+
+        return run
+
+    def measure(self, new: float, old: float, seconds: float) -> Paired:
+        times = [timer(self.function(name, s), self.clock) for name, s in (("n", new), ("o", old))]
+        return measure_paired("test", *times, seconds, self.clock)
+
+
+def test_functions_take_turns() -> None:
+    """Guards against one function that always runs first, and against time that is not over."""
+    machine = Machine(noise=0.0)
+    paired = machine.measure(0.5, 0.5, seconds=30.0)
+    assert paired.loops == 1
+    assert len(paired.blocks) == 15
+    trial, turns = machine.calls[:2], machine.calls[2:]
+    assert trial == ["n", "o"]
+    assert "".join(turns) == ("noon" + "onno") * 7 + "noon"
+    assert not any(machine.collecting[2:])
+    assert gc.isenabled()
+
+
+def test_slow_functions_are_timed_often_enough() -> None:
+    """Guards against a time limit that leaves too few blocks for an interval."""
+    paired = Machine().measure(10.0, 10.0, seconds=1.0)
+    assert len(paired.blocks) == LEAST_BLOCKS
+    assert paired.change.bounded
+
+
+def test_fast_functions_are_called_often_enough() -> None:
+    """Guards against times of a few ticks of the clock."""
+    paired = Machine().measure(1e-5, 2e-5, seconds=0.5)
+    assert paired.loops == 256
+    assert paired.new_s[0] == pytest.approx(1e-5, rel=0.05)
+    assert paired.old_s[0] == pytest.approx(2e-5, rel=0.05)
+    assert paired.change.low < 2.0 < paired.change.high
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict"),
+    [(1.0, Verdict.PASS), (1.05, Verdict.REGRESSED), (0.9, Verdict.IMPROVED), (1.02, Verdict.INCONCLUSIVE)],
+)
+def test_times_are_judged(new: float, verdict: Verdict) -> None:
+    """Guards against a verdict on the old function in place of the new one."""
+    paired = Machine(noise=0.02).measure(new * 0.01, 0.01, seconds=5.0)
+    (judged,) = paired.judge(0.02)
+    assert judged.verdict is verdict, judged.reason
+    assert "tolerance 2%" in judged.reason
+
+
+def test_a_drift_is_no_change() -> None:
+    """Guards against a machine that gets slower taken for a slower function, or for noise."""
+    block = PairedBlock((math.exp(0.0), math.exp(0.3)), (math.exp(0.1), math.exp(0.2)), new_first=True)
+    assert block.log_ratio == pytest.approx(0.0)
+    assert block.noise == pytest.approx(0.0)
+    block = PairedBlock((math.exp(0.1), math.exp(0.2)), (math.exp(0.0), math.exp(0.3)), new_first=False)
+    assert block.log_ratio == pytest.approx(0.0)
+    assert block.noise == pytest.approx(0.0)
+    assert PairedBlock((1.0, 1.0), (2.0, 2.0), new_first=True).log_ratio == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "verdict", "reason"),
+    [
+        ({"calls": 10.0}, {"calls": 10.0}, Verdict.PASS, "1 counters within 2%"),
+        ({"calls": 12.0, "b": 1.0}, {"calls": 10.0, "b": 2.0}, Verdict.REGRESSED, "calls 10 -> 12, b 2 -> 1"),
+        ({"calls": 8.0}, {"calls": 10.0}, Verdict.IMPROVED, "calls 10 -> 8"),
+        ({"new": 8.0}, {"calls": 10.0}, Verdict.MISSING, "the new function lacks calls"),
+    ],
+)  # fmt: skip
+def test_counters_are_judged(new: dict[str, float], old: dict[str, float], verdict: Verdict, reason: str) -> None:
+    """Guards against more work that hides behind a faster machine."""
+    paired = Paired("test", [PairedBlock((1.0, 1.0), (1.0, 1.0), new_first=True)] * 6, 1, new, old)
+    _, judged = paired.judge(0.02)
+    assert (judged.verdict, judged.reason, judged.gate) == (verdict, reason, "counters")

@@ -1,0 +1,119 @@
+"""The fixture `paired`, in a repository without a language model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.elsewhere import Runs, commit, runs_in
+from tests.helpers.root import ROOT
+
+TESTS = """
+import sys
+import pytest
+from sorting import total
+
+def test_equal(paired):
+    paired(new=lambda: total(300), old=lambda: total(300), seconds=0.3)
+    assert not {"torch", "transformers"} & set(sys.modules)
+
+def test_slower(paired):
+    paired(lambda: total(600), lambda: total(300), equal=lambda a, b: a > b, counters=lambda v: {"n": v}, seconds=0.3)
+
+def test_wrong(paired):
+    paired(new=lambda: total(301), old=lambda: total(300))
+
+def test_alone(paired):
+    paired(new=lambda: total(300), seconds=0.3)
+
+def test_twice(paired):
+    for _ in range(2):
+        paired(new=lambda: total(300), old=lambda: total(300), seconds=0.3)
+
+def test_raises(paired):
+    paired(new=lambda: total("many"), old=lambda: total(300))
+"""
+
+SORTING = "def total(count):\n    return sum(number for number in range(count))\n"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "sorting.py").write_text(SORTING)
+    (tmp_path / "test_sorting.py").write_text(TESTS)
+    return runs_in(tmp_path, tmp_path_factory.mktemp("packages"))
+
+
+NO_TORCH = ("-p", "no:jaxtyping")  # whose plugin brings it
+
+
+def test_without_benchmark_values_are_compared(elsewhere: Runs) -> None:
+    """Guards against an ordinary test run that takes minutes, and against unequal functions that pass in it."""
+    done = elsewhere(*NO_TORCH, "test_sorting.py")
+    assert "3 failed, 3 passed" in done.stdout, done.stdout + done.stderr
+    assert "the new function returns 45150 and the old function 44850: nothing was timed" in done.stdout
+    assert "paired was called before in this test: make it two tests" in done.stdout
+    assert "'str' object cannot be interpreted as an integer" in done.stdout
+    assert "speed over old" not in done.stdout
+
+
+def test_with_benchmark_they_are_timed_and_judged(elsewhere: Runs, tmp_path: Path) -> None:
+    """Guards against a slowdown that passes, against a language model that such a project must have, and against
+    figures that neither pytest-benchmark's file nor JUnit's holds."""
+    summary = tmp_path / "summary.md"
+    files = ("--benchmark-json=run.json", "--junitxml=junit.xml", "-o", "junit_family=xunit1")
+    done = elsewhere("--benchmark", *NO_TORCH, *files, "test_sorting.py", GITHUB_STEP_SUMMARY=str(summary))
+    assert "5 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert re.search(r"REGRESSED: test_slower time: .* tolerance 2%, sees slowdowns from", done.stdout)
+    assert "REGRESSED: test_slower counters: n 4.485e+04 -> 1.797e+05" in done.stdout
+    assert "paired has no old function: give it one, or run with --against REF" in done.stdout
+    kept = {
+        entry["name"]: entry["extra_info"] for entry in json.loads((tmp_path / "run.json").read_text())["benchmarks"]
+    }
+    assert kept["test_slower"]["time_verdict"] == "REGRESSED"
+    assert kept["test_slower"]["speed_low"] < kept["test_slower"]["speed"] < kept["test_slower"]["speed_high"] < 0.9
+    assert kept["test_slower"]["new_n"] > kept["test_slower"]["old_n"]
+    assert kept["test_equal"]["time_verdict"] in ("PASS", "INCONCLUSIVE")
+    assert 'name="time_verdict" value="REGRESSED"' in (tmp_path / "junit.xml").read_text()
+    assert "| REGRESSED | test_slower | time |" in summary.read_text()
+
+
+def test_against_a_commit_the_same_test_runs_in_both(elsewhere: Runs, tmp_path: Path) -> None:
+    """Guards against a commit that is compared with itself, and against processes and files that are left behind."""
+    commit(tmp_path)
+    (tmp_path / "src" / "sorting.py").write_text(
+        SORTING.replace("number for", "number + len('two') for") + "\nnewer = total\n"
+    )
+    (tmp_path / "test_sorting.py").write_text(
+        "import sorting\n\n"
+        "def test_total(paired):\n"
+        "    paired(new=lambda: sorting.total(300), equal=lambda new, old: new == old + 900, seconds=0.3)\n\n"
+        "def test_function(paired):\n"
+        "    paired(new=lambda: lambda: 3, equal=lambda new, old: True)\n\n"
+        "def test_newer(paired):\n"
+        "    paired(new=lambda: sorting.newer(300))\n"
+    )
+    done = elsewhere("--benchmark", *NO_TORCH, "--against=HEAD", "test_sorting.py")
+    assert "3 failed" in done.stdout, done.stdout + done.stderr
+    assert "REGRESSED: test_total time" in done.stdout
+    assert "HEAD cannot run this test: its value cannot be sent to be compared" in done.stdout
+    assert "HEAD cannot run this test: AttributeError: module 'sorting' has no attribute 'newer'" in done.stdout
+    assert list((tmp_path / ".git" / "worktrees").glob("*")) == []
+    done = elsewhere("--benchmark", *NO_TORCH, "--against=nowhere", "test_sorting.py")
+    assert done.returncode == 2
+    assert "--against nowhere: fatal: invalid reference: nowhere" in done.stdout
+
+
+def test_the_page_about_it_is_true(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Guards against an example that does not run."""
+    page = (ROOT / "docs" / "paired.md").read_text()
+    run = runs_in(tmp_path, tmp_path_factory.mktemp("packages"))
+    for number, example in enumerate(re.findall(r"```python\n(.*?)```", page, re.DOTALL)):
+        (tmp_path / f"test_example_{number}.py").write_text(example)
+    done = run(*NO_TORCH, "--benchmark", "--gate=off", ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout

@@ -1,0 +1,41 @@
+"""Other people's repositories, where the package is installed: pytest in folders of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Protocol
+
+from tests.helpers.root import ROOT
+from tests.helpers.suites import run_pytest
+
+
+class Runs(Protocol):
+    def __call__(self, *arguments: str, **environment: str) -> CompletedProcess[str]: ...
+
+
+def runs_in(folder: Path, packages: Path) -> Runs:
+    """Return what runs pytest in a folder, where the package and those in the folder's `src` are installed.
+
+    Args:
+        folder: of the repository.
+        packages: an empty folder, for the metadata of the installed plugin.
+    """
+    metadata = packages / "specdecode_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: specdecode-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[pytest11]\nspecdecode = specdecode.bench.plugin\n")
+    path = os.pathsep.join(map(str, (packages, ROOT, folder / "src")))
+
+    def run(*arguments: str, **environment: str) -> CompletedProcess[str]:
+        return run_pytest(*arguments, cwd=folder, PYTHONPATH=path, HF_HUB_OFFLINE="1", **environment)
+
+    return run
+
+
+def commit(folder: Path) -> None:
+    """Commit all files of a folder; make it a repository if it is none."""
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "a commit")):
+        subprocess.run(["git", "-c", "user.name=N", "-c", "user.email=n@e", *command], cwd=folder, check=True)
