@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE
-from specdecode.bench.measure.paired import SECONDS, measure_paired, timer
+from specdecode.bench.measure.paired import SECONDS, Side, measure_paired, timer
 from specdecode.cli.output import say
 
 LOOPS = 2000
@@ -55,7 +55,8 @@ def main() -> None:
     kinds = {"equal": LOOPS, f"{options.slowdown:.0%} slower": round(LOOPS * (1 + options.slowdown))}
     for run in range(options.runs):
         for kind, loops in kinds.items():
-            paired = measure_paired(kind, timer(work(loops)), timer(work(LOOPS)), options.seconds)
+            new, old = (Side(name, None, timer(work(count))) for name, count in (("new", loops), ("old", LOOPS)))
+            paired = measure_paired(kind, new, old, options.seconds)
             (judged,) = paired.judge(AGAINST_TOLERANCE)
             say(f"{run + 1}/{options.runs} {kind}: {judged.verdict.value}: {judged.reason}")
             verdicts.setdefault(kind, Counter())[judged.verdict.value] += 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import operator
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +18,29 @@ from rich.console import Console
 
 from specdecode.bench.command_line import options_of
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, FAILING, Judgement, tolerance_of
-from specdecode.bench.measure.paired import SECONDS, Paired, measure_paired, timer
+from specdecode.bench.measure.paired import LEAST_BLOCKS, SECONDS, Paired, Side, measure_paired, timer
 from specdecode.bench.measure.paired_version import CHANNEL, OtherVersion, OtherVersionError, answer
 from specdecode.bench.measure.replay import clock, replay
 from specdecode.bench.options import Options
-from specdecode.bench.report.grid import Column, Grid, rich_table
-from specdecode.bench.report.markdown import markdown_table
+from specdecode.bench.report.comment import cut_table
+from specdecode.bench.report.grid import rich_table
+from specdecode.bench.report.junit import record_properties, verdict_properties
+from specdecode.bench.report.tables import verdicts
 from specdecode.bench.report.terminal import rendered
 from specdecode.support.checked import shown
+from specdecode.support.progress import progress
 from specdecode.support.worktree import worktree
 
-Values = Mapping[str, float]
+_LONG_S = 20.0
+"""What takes longer shows its progress."""
 
-
-@dataclass(frozen=True, slots=True)
-class JudgedPair:
-    """What was measured in a test, and the verdicts."""
-
-    paired: Paired
-    judgements: Sequence[Judgement]
-
-
-_PAIRS: pytest.StashKey[list[JudgedPair]] = pytest.StashKey()
+_JUDGEMENTS: pytest.StashKey[list[Judgement]] = pytest.StashKey()
 _OTHER: pytest.StashKey[Path] = pytest.StashKey()
 
 
-def pairs_of(config: pytest.Config) -> list[JudgedPair]:
-    """Return what was measured in this session, in order."""
-    return config.stash.setdefault(_PAIRS, [])
+def judged_pairs(config: pytest.Config) -> list[Judgement]:
+    """Return the verdicts of this session, in order."""
+    return config.stash.setdefault(_JUDGEMENTS, [])
 
 
 class Pair:
@@ -63,12 +60,12 @@ class Pair:
         old: Callable[[], Any] | None = None,
         *,
         equal: Callable[[Any, Any], Any] = operator.eq,
-        counters: Callable[[Any], Values] = lambda value: {},
+        counters: Callable[[Any], Mapping[str, float]] = lambda value: {},
         seconds: float = SECONDS,
     ) -> Paired | None:
         """Check that both functions return the same. With `--benchmark`, time them in turns and judge.
 
-        With `--against REF` the new function is this test's in that commit: `old` is not asked.
+        With `--against REF` the old function is the new one of this test in that commit.
 
         Args:
             new: the function whose speed is judged.
@@ -80,43 +77,34 @@ class Pair:
         Returns:
             What was measured; None if nothing was.
         """
+        __tracebackhide__ = True  # of an exception in the test's functions
         if self._called:
             pytest.fail("paired was called before in this test: make it two tests", pytrace=False)
         self._called = True
-        value = new()
+        started = time.perf_counter()
+        ours = _called("the new function", new, counters)
         if CHANNEL in os.environ:
-            answer(value, dict(counters(value)), timer(new))
+            answer(ours)
             return None
+        # An interval needs so many calls of both, however long they take.
+        total_s = max(seconds, 4 * LEAST_BLOCKS * (time.perf_counter() - started))
         options = options_of(self._request.config)
         if self._timed and options.against is not None:
             with _told(), closing(self._other_version(options.root, options.against)) as other:
-                self._check(equal(value, other.value), value, other.value, options.against)
-                times = measure_paired(
-                    self._name,
-                    timer(new),
-                    other.time,
-                    seconds,
-                    new_counters=counters(value),
-                    old_counters=other.counters,
-                )
-            return self._judge(times, options)
-        if old is None:
-            if self._timed:
-                pytest.fail("paired has no old function: give it one, or run with --against REF", pytrace=False)
+                _check(ours, other.side, equal)
+                paired = self._measure(ours, other.side, seconds, total_s)
+        elif old is not None:
+            theirs = _called("the old function", old, counters)
+            _check(ours, theirs, equal)
+            if not self._timed:
+                return None
+            paired = self._measure(ours, theirs, seconds, total_s)
+        elif self._timed:
+            pytest.fail("paired has no old function: give it one, or run with --against REF", pytrace=False)
+        else:
             return None
-        old_value = old()
-        self._check(equal(value, old_value), value, old_value, "the old function")
-        if not self._timed:
-            return None
-        times = measure_paired(
-            self._name,
-            timer(new),
-            timer(old),
-            seconds,
-            new_counters=counters(value),
-            old_counters=counters(old_value),
-        )
-        return self._judge(times, options)
+        self._judge(paired, options)
+        return paired
 
     @property
     def _name(self) -> str:
@@ -132,34 +120,66 @@ class Pair:
             except ValueError as error:
                 pytest.exit(str(error), returncode=2)
             config.add_cleanup(files.close)
-        return OtherVersion(ref, config.stash[_OTHER], root, self._request.node.nodeid)
+        in_one_process = ["-n0"] if config.pluginmanager.hasplugin("xdist") else []
+        return OtherVersion(ref, config.stash[_OTHER], root, self._request.node.nodeid, in_one_process)
 
-    def _check(self, same: Any, value: Any, other: Any, whose: str) -> None:
-        if not bool(same):
-            pytest.fail(
-                f"the new function returns {shown(value)} and {whose} {shown(other)}: nothing was timed", pytrace=False
-            )
+    def _measure(self, new: Side, old: Side, seconds: float, total_s: float) -> Paired:
+        """Time both; show the progress of what takes long."""
+        if total_s < _LONG_S:
+            return measure_paired(self._name, new, old, seconds)
+        with ExitStack() as stack:
+            if capture := self._request.config.pluginmanager.getplugin("capturemanager"):
+                stack.enter_context(capture.global_and_fixture_disabled())
+            return measure_paired(self._name, new, old, seconds, progress=stack.enter_context(progress("seconds")))
 
-    def _judge(self, paired: Paired, options: Options) -> Paired:
+    def _judge(self, paired: Paired, options: Options) -> None:
         """Show what was measured in pytest-benchmark's table and file, and fail on a failing verdict."""
-        from specdecode.bench.report.junit import record_properties, verdict_properties
-
         tolerance = options.tolerances.get(self._name, tolerance_of(options.tolerance, AGAINST_TOLERANCE))
         judgements = paired.judge(tolerance)
-        pairs_of(self._request.config).append(JudgedPair(paired, judgements))
-        self._request.node.add_marker(pytest.mark.benchmark(timer=clock, group="paired"))
-        benchmark = self._request.getfixturevalue("benchmark")
-        benchmark.extra_info.update(_measures(paired), **{f"{j.gate}_verdict": j.verdict.value for j in judgements})
-        replay(benchmark, paired.new_s)
+        judged_pairs(self._request.config).extend(judgements)
+        self._replay(paired, judgements)
         for judged in judgements:
-            record_properties(
-                self._request,
-                {f"{judged.gate}_{name}": of_it for name, of_it in verdict_properties(judged).items()},
-            )
+            properties = verdict_properties(judged)
+            record_properties(self._request, {f"{judged.gate}_{name}": value for name, value in properties.items()})
         if failing := [judged for judged in judgements if judged.verdict in FAILING[options.gate]]:
             lines = [f"{judged.verdict.value}: {judged.arm} {judged.gate}: {judged.reason}" for judged in failing]
             pytest.fail("\n".join(lines), pytrace=False)
-        return paired
+
+    def _replay(self, paired: Paired, judgements: Sequence[Judgement]) -> None:
+        """Make two rows of pytest-benchmark's table, in a group of their own; the new function's has all measures."""
+        self._request.node.add_marker(pytest.mark.benchmark(timer=clock, group=self._name))
+        benchmark = self._request.getfixturevalue("benchmark")
+        old = copy.copy(benchmark)  # as a test has but one
+        old.extra_info = {}
+        benchmark.extra_info.update(_measures(paired), **{f"{j.gate}_verdict": j.verdict.value for j in judgements})
+        for row, side, times in ((benchmark, "new", paired.new_s), (old, "old", paired.old_s)):
+            row.name, row.fullname = f"{row.name} ({side})", f"{row.fullname} ({side})"
+            replay(row, times)
+
+
+def _called(name: str, function: Callable[[], Any], counters: Callable[[Any], Mapping[str, float]]) -> Side:
+    """Call a function once: what it returns, counts of that, and what times it."""
+    __tracebackhide__ = True
+    value = function()
+    counted = counters(value)
+    if not isinstance(counted, Mapping):
+        pytest.fail(f"counters returns {shown(counted)}: it is to return numbers by name", pytrace=False)
+    for counter, number in counted.items():
+        try:
+            usable = math.isfinite(number)
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
+            pytest.fail(f"counter {counter!r} is {shown(number)}, which is no finite number", pytrace=False)
+    return Side(name, value, timer(function), {str(counter): float(number) for counter, number in counted.items()})
+
+
+def _check(new: Side, old: Side, equal: Callable[[Any, Any], Any]) -> None:
+    """Fail the test if the functions return something else."""
+    __tracebackhide__ = True
+    if not bool(equal(new.value, old.value)):
+        values = f"{new.name} returns {shown(new.value)} and {old.name} {shown(old.value)}"
+        pytest.fail(f"{values}: nothing was timed", pytrace=False)
 
 
 @contextmanager
@@ -170,7 +190,7 @@ def _told() -> Iterator[None]:
         yield
     except OtherVersionError as error:
         reason = str(error)
-    if reason:
+    if reason:  # not within the handler: pytest would show what was handled, too
         pytest.fail(reason, pytrace=False)
 
 
@@ -185,43 +205,23 @@ def _measures(paired: Paired) -> dict[str, float]:
         "speed_high": change.high,
         "floor": paired.floor,
         "blocks": float(len(paired.blocks)),
-        "loops": float(paired.loops),
-        **{f"new_{name}": float(value) for name, value in paired.new_counters.items()},
-        **{f"old_{name}": float(value) for name, value in paired.old_counters.items()},
+        "new_loops": float(paired.loops[0]),
+        "old_loops": float(paired.loops[1]),
+        **{f"new_{name}": value for name, value in paired.new.counters.items()},
+        **{f"old_{name}": value for name, value in paired.old.counters.items()},
     }
 
 
-def _table(pairs: Sequence[JudgedPair]) -> Grid:
-    columns = [Column("verdict", figures=False), Column("test", figures=False), Column("of", figures=False)]
-    columns += [Column("new"), Column("old"), Column("speed over old"), Column("why", False, True)]
-    rows = []
-    for pair in pairs:
-        paired = pair.paired
-        times = [_duration(statistics.median(seconds)) for seconds in (paired.new_s, paired.old_s)]
-        for judged in pair.judgements:
-            measured = [*times, f"{paired.change:.3f}"] if judged.gate == "time" else ["", "", ""]
-            rows.append([judged.verdict.value, judged.arm, judged.gate, *measured, judged.reason])
-    return Grid(columns, rows)
-
-
-def _duration(seconds: float) -> str:
-    """Write seconds in a unit in which they are easily read."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def pairs_text(pairs: Sequence[JudgedPair], colours: bool, encoding: str) -> str:
+def pairs_text(judgements: Sequence[Judgement], colours: bool, encoding: str) -> str:
     """Return the verdicts of a session as text for a terminal of an encoding."""
 
     def show(console: Console) -> None:
-        console.print(rich_table(_table(pairs)))
-        console.print("New and old: the median time of a call. Intervals are 95 %.", highlight=False)
+        console.print(rich_table(verdicts(judgements, "test")))
+        console.print("Times are medians of a call, and intervals are 95 %.", highlight=False)
 
     return rendered(show, colours, encoding)
 
 
-def pairs_comment(pairs: Sequence[JudgedPair]) -> str:
-    """Return the verdicts of a session in Markdown."""
-    return f"## Paired functions\n\n{markdown_table(_table(pairs))}\n"
+def pairs_comment(judgements: Sequence[Judgement]) -> str:
+    """Return the verdicts of a session in Markdown, the failing ones first; of very many, some."""
+    return f"## Paired functions\n\n{cut_table(verdicts(judgements, 'test'), 'verdicts')}\n"

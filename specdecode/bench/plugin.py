@@ -172,6 +172,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Resolve the plans of the suites that will be collected: what is wrong is told before, and in one sentence."""
+    config = session.config
+    for option, resolve_plan in (("benchmark", _plan), ("quality", _quality_plan)):
+        if value_of(config, option) and _is_collected(config, _SUITES[option]):
+            resolve_plan(config)
+
+
+def _is_collected(config: pytest.Config, suite: Path) -> bool:
+    """Return whether the arguments name a suite, a part of it, or a folder above it."""
+    paths = [Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args]
+    return any(suite.is_relative_to(path) or path.is_relative_to(suite) for path in paths)
+
+
 def _setup(config: pytest.Config) -> Setup:
     """Return which models the suites run, resolved when it is first asked for."""
     if _SETUP not in config.stash:
@@ -315,9 +330,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for row in config.stash.get(_ROWS, []):
         terminalreporter.write_line(row)
     if "specdecode.bench.pair" in sys.modules:
-        from specdecode.bench.pair import pairs_comment, pairs_of, pairs_text
+        from specdecode.bench.pair import judged_pairs, pairs_comment, pairs_text
 
-        if pairs := pairs_of(config):
+        if pairs := judged_pairs(config):
             text = pairs_text(pairs, terminalreporter.hasmarkup, encoding)
             _show(terminalreporter, "paired", text, partial(pairs_comment, pairs))
     if (quality_run := config.stash.get(_QUALITY_RUN, None)) is not None:

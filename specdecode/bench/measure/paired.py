@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from types import MappingProxyType
 from typing import Any
 
 from specdecode.bench.gate.verdicts import COUNTER_TOLERANCE, Judgement, Verdict, time_judgement
+from specdecode.bench.report.captions import duration
 from specdecode.bench.runs.statistics import Estimate, robust_floor, robust_ratio
+from specdecode.support.checked import LEAST_SECONDS
 
 SECONDS = 5.0
 """How long two functions are timed, where the test does not say."""
@@ -58,21 +60,38 @@ class PairedBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class Side:
+    """One of two functions that are compared.
+
+    Attributes:
+        name: in sentences.
+        value: what it returned.
+        time: times its calls.
+        counters: by name, what does not depend on the clock; less is better.
+    """
+
+    name: str
+    value: Any
+    time: Timer
+    counters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Paired:
     """What was measured of two functions.
 
     Attributes:
         name: of the test.
+        new, old: the functions.
+        loops: calls of the new and of the old one in each of their times.
         blocks: in the order of measuring.
-        loops: calls of each of a block's four times.
-        new_counters, old_counters: by name, what does not depend on the clock; less is better.
     """
 
     name: str
+    new: Side
+    old: Side
+    loops: tuple[int, int]
     blocks: Sequence[PairedBlock]
-    loops: int
-    new_counters: Mapping[str, float] = field(default_factory=dict)
-    old_counters: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
@@ -100,38 +119,52 @@ class Paired:
         Args:
             tolerance: share by which the new function may be slower.
         """
-        what = "speed over the old function's"
+        new_s, old_s = (duration(statistics.median(seconds)) for seconds in (self.new_s, self.old_s))
+        what = f"{self.new.name} takes {new_s} and {self.old.name} {old_s}, speed over it"
         judgements = [time_judgement(self.name, what, self.change, tolerance, longer="more seconds")]
-        return [*judgements, self._judge_counters()] if self.new_counters or self.old_counters else judgements
+        return [*judgements, self._judge_counters()] if self.new.counters or self.old.counters else judgements
 
     def _judge_counters(self) -> Judgement:
-        new, old = self.new_counters, self.old_counters
+        new, old = self.new.counters, self.old.counters
         if lost := old.keys() - new.keys():
-            return Judgement(
-                self.name, "counters", Verdict.MISSING, f"the new function lacks {', '.join(sorted(lost))}"
-            )
+            reason = f"{self.new.name} lacks {', '.join(sorted(lost))}"
+            return Judgement(self.name, "counters", Verdict.MISSING, reason)
         moved = {
             f"{name} {old[name]:.4g} -> {new[name]:.4g}": new[name] - old[name]
             for name in new
             if name in old and abs(new[name] - old[name]) > COUNTER_TOLERANCE * abs(old[name])
         }
         if not moved:
-            reason = f"{len(new)} counters within {COUNTER_TOLERANCE:.0%}"
+            reason = f"{len(old)} counters within {COUNTER_TOLERANCE:.0%}"
             return Judgement(self.name, "counters", Verdict.PASS, reason)
         verdict = Verdict.REGRESSED if max(moved.values()) > 0 else Verdict.IMPROVED
         return Judgement(self.name, "counters", verdict, ", ".join(moved))
 
 
 def timer(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """Return what times calls of a function together, the device synchronised before and after."""
+    """Return what times calls of a function together.
+
+    Garbage is collected before now and then, and never within. A GPU's queue is empty before and after.
+    """
+    collected = -math.inf
 
     def seconds(loops: int) -> float:
-        _synchronise()
-        started = clock()
-        for _ in repeat(None, loops):
-            call()
-        _synchronise()
-        return clock() - started
+        nonlocal collected
+        if clock() - collected > _SECONDS_BETWEEN_COLLECTIONS:
+            gc.collect()
+            collected = clock()
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            _synchronise()
+            started = clock()
+            for _ in repeat(None, loops):
+                call()
+            _synchronise()
+            return clock() - started
+        finally:
+            if enabled:
+                gc.enable()
 
     return seconds
 
@@ -140,50 +173,51 @@ def _synchronise() -> None:
     """Wait for a GPU's queued work, if this process uses one by PyTorch."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        from specdecode.backends.device import synchronise  # imports PyTorch, which other projects do without
+
+        synchronise(torch.device("cuda"))
 
 
 def measure_paired(
     name: str,
-    new: Timer,
-    old: Timer,
+    new: Side,
+    old: Side,
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
-    new_counters: Mapping[str, float] = MappingProxyType({}),
-    old_counters: Mapping[str, float] = MappingProxyType({}),
+    progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
 ) -> Paired:
     """Time two functions in turns, which were called before.
 
     Args:
         name: of the test.
-        new, old: their timers.
+        new, old: the functions.
         seconds: for all blocks; the least number of blocks may take longer.
         clock: in seconds.
-        new_counters, old_counters: of the result.
+        progress: told the seconds that have passed, those of all blocks, and the test.
     """
-    loops = _loops(new, old)
+    loops = (_loops(new.time), _loops(old.time))
     blocks: list[PairedBlock] = []
-    started = collected = clock()
-    gc.collect()
-    gc.disable()
-    try:
-        while len(blocks) < LEAST_BLOCKS or clock() - started < seconds:
-            new_first = len(blocks) % 2 == 0
-            outer, inner = (new, old) if new_first else (old, new)
-            a_1, b_1, b_2, a_2 = (time_of(loops) / loops for time_of in (outer, inner, inner, outer))
-            pairs = ((a_1, a_2), (b_1, b_2))
-            blocks.append(PairedBlock(*(pairs if new_first else pairs[::-1]), new_first))
-            if clock() - collected > _SECONDS_BETWEEN_COLLECTIONS:
-                gc.collect()
-                collected = clock()
-    finally:
-        gc.enable()
-    return Paired(name, blocks, loops, new_counters, old_counters)
+    started, passed = clock(), 0.0
+    while len(blocks) < LEAST_BLOCKS or passed < seconds:
+        blocks.append(_block(new.time, old.time, loops, new_first=len(blocks) % 2 == 0))
+        passed = clock() - started
+        progress(round(passed), round(max(seconds, passed * LEAST_BLOCKS / len(blocks))), name)
+    return Paired(name, new, old, loops, blocks)
 
 
-def _loops(new: Timer, old: Timer) -> int:
-    """Return how many calls the clock can tell apart, of both functions."""
+def _block(new: Timer, old: Timer, loops: tuple[int, int], new_first: bool) -> PairedBlock:
+    """Time one block, each function with its own number of calls."""
+    sides = ((new, loops[0]), (old, loops[1]))
+    outer, inner = sides if new_first else sides[::-1]
+    a_1, b_1, b_2, a_2 = (max(time_of(calls), LEAST_SECONDS) / calls for time_of, calls in (outer, inner, inner, outer))
+    if new_first:
+        return PairedBlock((a_1, a_2), (b_1, b_2), new_first)
+    return PairedBlock((b_1, b_2), (a_1, a_2), new_first)
+
+
+def _loops(time_of: Timer) -> int:
+    """Return how many calls the clock can tell apart."""
     loops = 1
-    while loops < _MOST_LOOPS and min(new(loops), old(loops)) < _LEAST_SAMPLE_S:
+    while loops < _MOST_LOOPS and time_of(loops) < _LEAST_SAMPLE_S:
         loops *= 2
     return loops

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
+from specdecode.bench.measure.paired import Side
 from specdecode.support.worktree import import_environment
 
 CHANNEL = "SPECDECODE_PAIRED_CHANNEL"
 """Environment variable: the file descriptor by which the process of another commit is asked."""
+
+_LONGEST_END_S = 10.0
 
 
 class OtherVersionError(ValueError):
@@ -29,26 +34,25 @@ class OtherVersion:
 
     Args:
         ref: of the commit, for messages.
-        folder: of its files; the test's own file is copied there, so that the body is the same.
+        folder: of its files; the test's own file and its conftest.py files are copied there: the body is the same.
         root: of the working tree.
         test: node id of the test, below the root.
+        arguments: further ones for pytest.
 
     Attributes:
-        value: what its function returned.
-        counters: of that.
+        side: its function.
 
     Raises:
         OtherVersionError: the test cannot run there, or its value cannot be sent; the sentence says why.
     """
 
-    def __init__(self, ref: str, folder: Path, root: Path, test: str) -> None:
+    def __init__(self, ref: str, folder: Path, root: Path, test: str, arguments: Sequence[str] = ()) -> None:
         file, _, name = test.partition("::")
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / file, folder / file)
+        _copy_test(Path(file), root, folder)
         self._ref = ref
         self._channel, theirs = Pipe()
         self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={folder}"]
+        command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={folder}", *arguments]
         with theirs:
             self._process = subprocess.Popen(
                 [*command, f"{folder / file}::{name}"],
@@ -58,17 +62,14 @@ class OtherVersion:
                 stdin=subprocess.DEVNULL,
                 stdout=self._words,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # what the test starts ends with it
             )
         try:
-            self.value, self.counters = self._receive()
+            value, counters = self._receive()
         except BaseException:
             self.close()
             raise
-
-    def time(self, loops: int) -> float:
-        """Time calls of its function together, in seconds."""
-        seconds: float = self._receive(loops)
-        return seconds
+        self.side = Side(ref, value, self._receive, counters)
 
     def _receive(self, loops: int | None = None) -> Any:
         """Return what the process sends next, after asking it to time some calls, if any."""
@@ -91,23 +92,37 @@ class OtherVersion:
         return content
 
     def close(self) -> None:
-        """End the process."""
+        """Let the test end, with its fixtures; kill the process and those it started if they take too long."""
         self._channel.close()
-        self._process.kill()
-        self._process.wait()
-        self._words.close()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LONGEST_END_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._words.close()
 
 
-def answer(value: Any, counters: dict[str, float], time: Callable[[int], float]) -> None:
-    """In the process of another commit: send the function's value, then time calls as long as it is asked to."""
+def _copy_test(file: Path, root: Path, folder: Path) -> None:
+    """Copy a test's file from one folder to the same place in another, and each conftest.py that it has fixtures of."""
+    for copied in (file, *(above / "conftest.py" for above in file.parents)):
+        if (root / copied).is_file():
+            (folder / copied).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / copied, folder / copied)
+
+
+def answer(side: Side) -> None:
+    """In the process of another commit: send what its function returned, then time calls as long as it is asked to."""
     channel = Connection(int(os.environ[CHANNEL]))
     try:
-        sent = pickle.dumps(("value", (value, counters)))
+        sent = pickle.dumps(("value", (side.value, side.counters)))
     except Exception as error:
         sent = pickle.dumps(("error", f"its value cannot be sent to be compared ({error})"))
     channel.send_bytes(sent)
-    try:
-        while True:
-            channel.send_bytes(pickle.dumps(("value", time(channel.recv()))))
-    except (EOFError, OSError):
-        return  # the other side has measured enough
+    while True:
+        try:
+            loops = channel.recv()
+        except (EOFError, OSError):
+            return  # the other side has measured enough
+        channel.send_bytes(pickle.dumps(("value", side.time(loops))))

@@ -199,6 +199,14 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def duration(seconds: float) -> str:
+    """Write seconds in a unit in which they are easily read."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds / 1e-9:.4g} ns"
+
+
 def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
     """Sort verdicts as a reader wants to know them: the failing ones first."""
     order = [Verdict.REGRESSED, Verdict.MISSING, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE]

@@ -19,9 +19,9 @@ from specdecode.bench.runs.names import PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 
 
-def verdicts(judgements: Sequence[Judgement]) -> Grid:
-    """Make one row for each verdict, the failing ones first."""
-    columns = [*(Column(name, figures=False) for name in ("verdict", "arm", "of")), Column("why", False, True)]
+def verdicts(judgements: Sequence[Judgement], what: str = "arm") -> Grid:
+    """Make one row for each verdict on what has a name, the failing ones first."""
+    columns = [*(Column(name, figures=False) for name in ("verdict", what, "of")), Column("why", False, True)]
     return Grid(columns, [[j.verdict.value, j.arm, j.gate, j.reason] for j in failing_first(judgements)])
 
 

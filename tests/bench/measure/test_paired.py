@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from specdecode.bench.gate.verdicts import Verdict
-from specdecode.bench.measure.paired import LEAST_BLOCKS, Paired, PairedBlock, measure_paired, timer
+from specdecode.bench.measure.paired import LEAST_BLOCKS, Paired, PairedBlock, Side, measure_paired, timer
 from tests.helpers.fake_clock import FakeClock
 
 
@@ -35,15 +35,15 @@ class Machine:
         return run
 
     def measure(self, new: float, old: float, seconds: float) -> Paired:
-        times = [timer(self.function(name, s), self.clock) for name, s in (("n", new), ("o", old))]
-        return measure_paired("test", *times, seconds, self.clock)
+        sides = [Side(name, None, timer(self.function(name, s), self.clock)) for name, s in (("n", new), ("o", old))]
+        return measure_paired("test", *sides, seconds, self.clock)
 
 
 def test_functions_take_turns() -> None:
     """Guards against one function that always runs first, and against time that is not over."""
     machine = Machine(noise=0.0)
     paired = machine.measure(0.5, 0.5, seconds=30.0)
-    assert paired.loops == 1
+    assert paired.loops == (1, 1)
     assert len(paired.blocks) == 15
     trial, turns = machine.calls[:2], machine.calls[2:]
     assert trial == ["n", "o"]
@@ -62,7 +62,7 @@ def test_slow_functions_are_timed_often_enough() -> None:
 def test_fast_functions_are_called_often_enough() -> None:
     """Guards against times of a few ticks of the clock."""
     paired = Machine().measure(1e-5, 2e-5, seconds=0.5)
-    assert paired.loops == 256
+    assert paired.loops == (256, 128)
     assert paired.new_s[0] == pytest.approx(1e-5, rel=0.05)
     assert paired.old_s[0] == pytest.approx(2e-5, rel=0.05)
     assert paired.change.low < 2.0 < paired.change.high
@@ -97,11 +97,12 @@ def test_a_drift_is_no_change() -> None:
         ({"calls": 10.0}, {"calls": 10.0}, Verdict.PASS, "1 counters within 2%"),
         ({"calls": 12.0, "b": 1.0}, {"calls": 10.0, "b": 2.0}, Verdict.REGRESSED, "calls 10 -> 12, b 2 -> 1"),
         ({"calls": 8.0}, {"calls": 10.0}, Verdict.IMPROVED, "calls 10 -> 8"),
-        ({"new": 8.0}, {"calls": 10.0}, Verdict.MISSING, "the new function lacks calls"),
+        ({"new": 8.0}, {"calls": 10.0}, Verdict.MISSING, "new lacks calls"),
     ],
 )  # fmt: skip
 def test_counters_are_judged(new: dict[str, float], old: dict[str, float], verdict: Verdict, reason: str) -> None:
     """Guards against more work that hides behind a faster machine."""
-    paired = Paired("test", [PairedBlock((1.0, 1.0), (1.0, 1.0), new_first=True)] * 6, 1, new, old)
+    sides = (Side(name, None, lambda loops: 1.0, counts) for name, counts in (("new", new), ("old", old)))
+    paired = Paired("test", *sides, (1, 1), [PairedBlock((1.0, 1.0), (1.0, 1.0), new_first=True)] * 6)
     _, judged = paired.judge(0.02)
     assert (judged.verdict, judged.reason, judged.gate) == (verdict, reason, "counters")
