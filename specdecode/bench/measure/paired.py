@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
-from specdecode.bench.gate.verdicts import COUNTER_TOLERANCE, Judgement, Verdict, time_judgement
+from specdecode.bench.gate.verdicts import COUNTER_TOLERANCE, Judgement, Tolerance, Verdict, time_judgement
 from specdecode.bench.report.captions import duration
 from specdecode.bench.runs.statistics import Estimate, robust_floor, robust_ratio
 from specdecode.support.checked import LEAST_SECONDS
@@ -121,7 +121,7 @@ class Paired:
         """
         new_s, old_s = (duration(statistics.median(seconds)) for seconds in (self.new_s, self.old_s))
         what = f"{self.new.name} takes {new_s} and {self.old.name} {old_s}, speed over it"
-        judgements = [time_judgement(self.name, what, self.change, tolerance, longer="more seconds")]
+        judgements = [time_judgement(self.name, what, self.change, Tolerance(tolerance), longer="more seconds")]
         return [*judgements, self._judge_counters()] if self.new.counters or self.old.counters else judgements
 
     def _judge_counters(self) -> Judgement:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.side_by_side import Quartet, Side, SideBySide, measure_side_by_side
-from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, _worktree, dependencies
+from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, dependencies
 from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.worker import serve
+from specdecode.support.worktree import worktree
 from tests.helpers.characters import save
 from tests.helpers.repository import commit, edit, git, package_repository, slow_down_verification
 from tests.helpers.spelling import CHARACTERS
@@ -267,7 +268,7 @@ def test_a_checkout_that_was_cut_short_is_removed(tmp_path: Path) -> None:
     """Guards against a checkout that is listed for ever: git keeps it locked until it is whole."""
     git(tmp_path, "init", "--quiet")
     commit(tmp_path, "first")
-    with _worktree(tmp_path, "HEAD") as folder:
+    with worktree(tmp_path, "HEAD") as folder:
         git(tmp_path, "worktree", "lock", str(folder))
         assert git(tmp_path, "worktree", "list").count("\n") == 2
     assert git(tmp_path, "worktree", "list").count("\n") == 1
