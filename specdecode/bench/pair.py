@@ -118,7 +118,7 @@ class Pair:
             try:
                 config.stash[_OTHER] = files.enter_context(worktree(root, ref))
             except ValueError as error:
-                pytest.exit(str(error), returncode=2)
+                pytest.exit(f"--against {error}", returncode=2)
             config.add_cleanup(files.close)
         in_one_process = ["-n0"] if config.pluginmanager.hasplugin("xdist") else []
         return OtherVersion(ref, config.stash[_OTHER], root, self._request.node.nodeid, in_one_process)

@@ -112,7 +112,7 @@ def test_against_a_commit_the_same_test_runs_in_both(elsewhere: Runs, tmp_path: 
     assert list((tmp_path / ".git" / "worktrees").glob("*")) == []
     done = elsewhere("--benchmark", *NO_TORCH, "--against=nowhere", "test_sorting.py")
     assert done.returncode == 2
-    assert "--against nowhere cannot be compared: fatal: invalid reference: nowhere" in done.stdout
+    assert "--against nowhere cannot be checked out: fatal: invalid reference: nowhere" in done.stdout
 
 
 def test_the_page_about_it_is_true(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
