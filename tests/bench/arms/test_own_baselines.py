@@ -73,7 +73,7 @@ def run_of(results: Results) -> RunFile:
 
 def test_an_arm_is_compared_with_the_arm_that_it_names(arms: Arms) -> None:
     """Guards against an engine whose speculation is credited with, or charged for, what the engine itself does."""
-    three = arms(plain=(Decoder(), None), engine=(Decoder(wait=0.04), None), drafting=(Decoder(wait=0.02), "engine"))
+    three = arms(plain=(Decoder(), None), engine=(Decoder(wait=0.1), None), drafting=(Decoder(wait=0.05), "engine"))
     run = run_of(experiment(three, PROMPTS, LENGTH, baseline="plain"))
     assert run.header.baseline == "plain"
     assert {arm: run.baseline_of(arm) for arm in run.arms} == {
@@ -155,7 +155,7 @@ def test_the_gate_judges_an_arm_over_its_own_baseline(arms: Arms) -> None:
 
     def run(engine: float, drafting: float) -> RunFile:
         three = arms(
-            plain=(Decoder(wait=0.01), None),
+            plain=(Decoder(wait=0.02), None),
             engine=(Decoder(wait=engine), None),
             drafting=(Decoder(wait=drafting), "engine"),
         )
@@ -164,7 +164,7 @@ def test_the_gate_judges_an_arm_over_its_own_baseline(arms: Arms) -> None:
     def verdicts(new: RunFile, old: RunFile) -> dict[str, Verdict]:
         return {judged.arm: judged.verdict for judged in judge(new, old, tolerance=0.3) if judged.gate == "time"}
 
-    before, slower, hiding = run(0.02, 0.01), run(0.04, 0.02), run(0.01, 0.01)
+    before, slower, hiding = run(0.04, 0.02), run(0.08, 0.04), run(0.02, 0.02)
     judged = verdicts(slower, before)
     assert (judged["engine"], judged["drafting"]) == (Verdict.REGRESSED, Verdict.PASS)
     # Its own time can be told from the machine's only beside transformers.

@@ -1,0 +1,52 @@
+"""Count what `specdecode history` finds in simulated series of speeds: `python -m perf.drift`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy as np
+
+from specdecode.bench.gate.drift import LEVEL, find_changes
+from specdecode.cli.output import say
+
+NOISE = 0.01
+"""Of a version's speed, as a logarithm."""
+
+_ARMS = 12  # of a baseline, which share the level
+
+
+def losses(count: int, steps: int, each: float) -> np.ndarray:
+    """Return a series that loses a share at each of some versions, in its middle."""
+    place = np.arange(count) - (count - steps) // 2 + 1
+    return math.log1p(-each) * np.clip(place, 0, steps)
+
+
+def main() -> None:
+    """Print how often something is found without a change, and how often a slowdown is found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--series", type=int, default=300, help="of each kind [300]")
+    number = parser.parse_args().series
+    chance = np.random.default_rng(0)
+    say("| no change, one arm | 12 versions | 20 | 40 |\n|---|--:|--:|--:|")
+    for name in ("normal noise", "outliers (Student's t, two degrees of freedom)"):
+        shares = []
+        for count in (12, 20, 40):
+            noise = (
+                chance.normal(size=count) if name == "normal noise" else chance.standard_t(2, count)
+                for _ in range(number)
+            )
+            shares.append(sum(bool(find_changes(NOISE * series)) for series in noise) / number)
+        say(f"| {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    say("\n| a slowdown in one of twelve arms | 16 versions | 24 versions |\n|---|--:|--:|")
+    for steps, each in ((1, 0.01), (1, 0.02), (1, 0.03), (1, 0.04), (8, 0.005), (8, 0.01)):
+        shares = []
+        for count in (16, 24):
+            series = (losses(count, steps, each) + NOISE * chance.normal(size=count) for _ in range(number))
+            found = (find_changes(logs, LEVEL / _ARMS) for logs in series)
+            shares.append(sum(any(change.slower for change in changes) for changes in found) / number)
+        say(f"| {steps} of {each:.1%} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+
+
+if __name__ == "__main__":
+    main()
