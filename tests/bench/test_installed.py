@@ -160,7 +160,7 @@ def test_an_engine_is_gated_by_its_past(elsewhere: Runs, tmp_path: Path) -> None
     (tmp_path / "src" / "engine").mkdir(parents=True)
     decoding = tmp_path / "src" / "engine" / "decoding.py"
 
-    def write(draft_s: float = 0.02, verify_s: float = 0.04, failing: str = "none") -> None:
+    def write(draft_s: float = 0.04, verify_s: float = 0.08, failing: str = "none") -> None:
         text = ENGINE.replace("DRAFT_S", str(draft_s)).replace("VERIFY_S", str(verify_s))
         decoding.write_text(text.replace("FAILING", repr(failing)))
 
@@ -177,20 +177,20 @@ def test_an_engine_is_gated_by_its_past(elsewhere: Runs, tmp_path: Path) -> None
     assert "somebody/engine, which arms load" in done.stdout
     assert "as bytes (somebody/engine has no tokenizer)" in done.stdout
     run = read(tmp_path / "run.json")
-    assert 1.1 < run.speedup("drafting").value < 1.5  # 4 steps of 40 ms over 2 of 60 ms
+    assert 1.1 < run.speedup("drafting").value < 1.5  # 4 steps of 80 ms over 2 of 120 ms
     assert (run.header.baseline, run.header.roofline) == ("plain", 0.0)
     bless(tmp_path / "run.json", tmp_path / "baselines", "the first")
 
     done = elsewhere("--benchmark")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PASS" in done.stdout
-    write(draft_s=0.08)
+    write(draft_s=0.16)
     done = elsewhere("--benchmark")
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search("REGRESSED: drafting time: .*; mostly drafting", done.stdout)
     assert "REGRESSED: copy" not in done.stdout
 
-    write(verify_s=0.08, failing="copy")
+    write(verify_s=0.16, failing="copy")
     done = elsewhere("--benchmark", "--against=HEAD")
     assert done.returncode == 1, done.stdout + done.stderr
     for kind in ("plain", "drafting"):
