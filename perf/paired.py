@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import random
-import time
 from collections import Counter
 from collections.abc import Callable
 
+from perf.neighbour import neighbour
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE
 from specdecode.bench.measure.paired import SECONDS, Side, measure_paired, timer
 from specdecode.cli.output import say
@@ -29,17 +27,6 @@ def work(loops: int) -> Callable[[], int]:
     return run
 
 
-def neighbour(seed: int) -> None:
-    """Take a core for 0.5 to 2 seconds at random, a fifth of the time."""
-    chance = random.Random(seed)
-    while True:
-        busy = chance.uniform(0.5, 2.0)
-        time.sleep(busy * chance.uniform(2.0, 6.0))
-        end = time.monotonic() + busy
-        while time.monotonic() < end:
-            pass
-
-
 def main() -> None:
     """Print a line for each run, and a table of the verdicts."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -48,9 +35,11 @@ def main() -> None:
     parser.add_argument("--slowdown", type=float, default=0.05, help="that is planted, as a share [0.05]")
     parser.add_argument("--neighbour", action="store_true", help="another process takes a core a fifth of the time")
     options = parser.parse_args()
-    other = multiprocessing.Process(target=neighbour, args=(0,), daemon=True)
-    if options.neighbour:
-        other.start()
+    with neighbour(options.neighbour):
+        _print(options)
+
+
+def _print(options: argparse.Namespace) -> None:
     verdicts: dict[str, Counter[str]] = {}
     kinds = {"equal": LOOPS, f"{options.slowdown:.0%} slower": round(LOOPS * (1 + options.slowdown))}
     for run in range(options.runs):

@@ -73,6 +73,14 @@ def _no_worker_to_its_children() -> None:
         del os.environ[name]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_beside() -> Iterator[None]:
+    """Other tests run beside, and what they disturb would be measured again: as often as chance has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specdecode.bench.measure.steady.watch", lambda *pids: lambda: 0.0)
+        yield
+
+
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes unchecked, as a user runs the package: for the package's own checks, and where time counts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,19 @@ PREFIX = "specdecode-"
 _DEFAULTS = Options(root=Path())
 
 
+def share(text: str) -> float:
+    """Take a share, as 0.05 or as 5%.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number, percent = text.removesuffix("%"), text.endswith("%")
+    value = float(number) / (100 if percent else 1)
+    if not 0 < value < 1:
+        raise ValueError(f"{text} is no share above 0 and below 1")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class _Option:
     """One option of pytest.
@@ -24,13 +37,13 @@ class _Option:
     Attributes:
         name: without the dashes, as `Options` has it.
         help: what it does; the default in brackets.
-        kind: what a value is; bool for a flag.
+        kind: what a value is, or what takes it from text; bool for a flag.
         choices: the values that there are, if they are few.
     """
 
     name: str
     help: str
-    kind: type = str
+    kind: Callable[[str], Any] = str
     choices: tuple[str, ...] | None = None
 
     @property
@@ -59,6 +72,13 @@ _OPTIONS = (
     _Option("eos", "end outputs at the target's stop tokens [off: every output has the asked length]", bool),
     _Option("tiny", "rehearse the preset in seconds: the smallest models, texts and caches", bool),
     _Option("repeats", "blocks for each prompt [as the preset says]", int),
+    _Option(
+        "until",
+        "measure further repeats, of the arms alone whose verdicts are open, until the gate would see a slowdown of"
+        " SHARE, 5%% or 0.05 [off: the number of repeats is fixed]",
+        share,
+    ),
+    _Option("budget_minutes", "with --until: begin no further prompt after so many minutes [30]", float),
     _Option("resume", "go on with the blocks that an interrupted run finished", bool),
     _Option(
         "gate",

@@ -36,3 +36,5 @@ class Options:
     baselines: str = "baselines"
     baseline: str | None = None
     against: str | None = None
+    until: float | None = None
+    budget_minutes: float | None = None

@@ -205,6 +205,8 @@ def _measures(paired: Paired) -> dict[str, float]:
         "speed_high": change.high,
         "floor": paired.floor,
         "blocks": float(len(paired.blocks)),
+        "repeated": float(paired.repeated),
+        "disturbed": float(paired.disturbed),
         "new_loops": float(paired.loops[0]),
         "old_loops": float(paired.loops[1]),
         **{f"new_{name}": value for name, value in paired.new.counters.items()},

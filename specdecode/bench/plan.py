@@ -26,6 +26,9 @@ from specdecode.models.loading import TINY, choose_device, choose_dtype, load
 from specdecode.support.environment import hardware
 from specdecode.support.git import commit_id
 
+BUDGET_MINUTES = 30.0
+"""How long `--until` may take, where nobody says."""
+
 _DRAFTS = {EMBEDDED: EMBEDDED_DRAFT, TINY: "layers:0-1"}
 """The drafts of targets that have one of their own."""
 
@@ -71,6 +74,8 @@ class Plan:
         tolerance: share by which a time may be worse.
         tolerances: the same by arm, where it is another.
         gate: which verdicts fail the session: a key of `gate.verdicts.FAILING`.
+        until: the slowdown, as a share, that each verdict is to see; None for a fixed number of repeats.
+        budget_minutes: how long that may take.
     """
 
     root: Path
@@ -85,6 +90,8 @@ class Plan:
     tolerance: float
     tolerances: Mapping[str, float]
     gate: str
+    until: float | None = None
+    budget_minutes: float = BUDGET_MINUTES
 
     @property
     def identity(self) -> Identity:
@@ -162,7 +169,20 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
         tolerances=options.tolerances,
         tolerance=tolerance_of(options.tolerance, TOLERANCE if options.against is None else AGAINST_TOLERANCE),
         gate=options.gate,
+        until=options.until,
+        budget_minutes=_budget_minutes(options),
     )
+
+
+def _budget_minutes(options: Options) -> float:
+    """How long `--until` may take."""
+    if options.budget_minutes is None:
+        return BUDGET_MINUTES
+    if options.until is None:
+        raise ValueError("--budget-minutes says how long --until may take: give --until, too")
+    if not options.budget_minutes > 0:
+        raise ValueError(f"the budget is {options.budget_minutes} minutes: give it some time")
+    return options.budget_minutes
 
 
 def _with_options(chosen: Preset, options: Options, target: str) -> Preset:

@@ -46,7 +46,10 @@ def bless(
 ) -> None:
     """Make a run the baseline of its hardware, models, type and preset."""
     from specdecode.bench.gate.baselines import bless as make_baseline
+    from specdecode.bench.gate.baselines import ever_sees
     from specdecode.bench.gate.project import read_project
+    from specdecode.bench.runs.file import read
 
     baselines = baselines or read_project(Path()).baselines
-    say(f"blessed as {make_baseline(run, baselines, whole_text(reason, 'the reason'))}")
+    file = make_baseline(run, baselines, whole_text(reason, "the reason"))
+    say(f"blessed as {file}: a later run sees slowdowns from {ever_sees(read(file)):.1%} by it, at best")

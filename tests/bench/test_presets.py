@@ -10,7 +10,7 @@ import pytest
 
 from specdecode.bench.gate.history import History
 from specdecode.bench.measure import speed_session
-from specdecode.bench.measure.experiment import Block
+from specdecode.bench.measure.block import Block
 from specdecode.bench.measure.journal import Journal
 from specdecode.bench.measure.speed_session import measure
 from specdecode.bench.options import Options

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.helpers.root import ROOT
@@ -15,3 +17,36 @@ def run_pytest(*arguments: str, cwd: Path = ROOT, **environment: str) -> subproc
     # The model is so small that a second thread only costs.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+
+
+_IN_TURN = """
+import contextlib, io, json, os, sys
+import pytest, torch, transformers
+for arguments in json.loads(sys.argv[1]):
+    ours, theirs = os.pipe()
+    if os.fork() == 0:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = pytest.main([*json.loads(sys.argv[2]), *arguments])
+        os.write(theirs, json.dumps([code, said.getvalue()]).encode())
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as answer:
+        print(answer.read())
+    os.wait()
+"""
+
+
+def run_pytest_in_turn(*commands: Sequence[str]) -> list[tuple[int, str]]:
+    """Return the exit code and the output of several sessions, forked from one process that imports PyTorch once."""
+    # PyTorch brings modules that pytest would rewrite.
+    quietly = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_TURN, json.dumps(commands), json.dumps(quietly)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [(code, said) for code, said in map(json.loads, done.stdout.splitlines())]

@@ -12,7 +12,7 @@ import torch
 from specdecode.backends.device import synchronise
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds, as_dict, from_dict
 from specdecode.core.result import Generation
-from specdecode.support.checked import LEAST_SECONDS, counts, items, mapping, number
+from specdecode.support.checked import LEAST_SECONDS, count, counts, flag, items, mapping, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,10 @@ class Run:
         ttft_s: seconds to the first committed tokens.
         counts, seconds, histograms: of our own arms all; of a peer the steps alone.
         cuts: the run as it was at each of the shorter lengths that were asked for.
+        tries: how often it was measured, as other work disturbed it; this is the try that was disturbed least.
+        disturbed: whether other work disturbed this one too.
+        beside_s: seconds per token of the run's baseline right before and after this run, their geometric mean; None
+            where it is not known.
     """
 
     tokens: list[int]
@@ -34,6 +38,14 @@ class Run:
     seconds: Seconds = field(default_factory=Seconds)
     histograms: Histograms = field(default_factory=Histograms)
     cuts: list[Run] = field(default_factory=list)
+    tries: int = 1
+    disturbed: bool = False
+    beside_s: float | None = None
+
+    @property
+    def s_per_token(self) -> float:
+        """Return the seconds that a token took."""
+        return self.total_s / len(self.tokens)
 
     def at(self, length: int) -> Run | None:
         """Return the run as it was at a length; None where it was not cut there."""
@@ -49,6 +61,9 @@ class Run:
             "seconds": as_dict(self.seconds),
             "histograms": as_dict(self.histograms),
             "cuts": [cut.as_json() for cut in self.cuts],
+            **({"tries": self.tries} if self.tries > 1 else {}),
+            **({"disturbed": True} if self.disturbed else {}),
+            **({"beside_s": self.beside_s} if self.beside_s is not None else {}),
         }
 
     @classmethod
@@ -70,6 +85,9 @@ class Run:
             seconds=from_dict(Seconds, _positive(entry, "seconds")),
             histograms=from_dict(Histograms, {name: counts(value, name) for name, value in histograms.items()}),
             cuts=[cls.from_json(mapping(cut, "a cut")) for cut in items(entry["cuts"], "cuts")],
+            tries=count(entry, "tries", least=1) if "tries" in entry else 1,
+            disturbed=flag(entry, "disturbed", default=False),
+            beside_s=number(entry, "beside_s", LEAST_SECONDS) if "beside_s" in entry else None,
         )
 
 

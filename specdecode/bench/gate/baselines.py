@@ -9,11 +9,16 @@ from pathlib import Path
 from specdecode.bench.runs.file import KEY, read
 from specdecode.bench.runs.names import MARGINS
 from specdecode.bench.runs.records import Identity, RunFile
+from specdecode.bench.runs.statistics import Estimate, detectable_slowdown
 from specdecode.support.checked import read_json
 from specdecode.support.files import write_whole
 
 TOLERANCE = 0.05
 """By how much an arm may become slower, as a share, before the gate closes."""
+
+
+MOST_UNSEEN = 0.10
+"""The largest slowdown, as a share, that a baseline's own noise may hide."""
 
 
 def bless(path: Path, baselines: Path, reason: str) -> Path:
@@ -24,8 +29,8 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
 
     Raises:
         ValueError: no reason, or the run is none to expect anything by: changes that are not committed, a wrong
-            output, an arm that did not decode, or a machine so unsteady that two runs of the same code differ by more
-            than the gate's tolerance.
+            output, an arm that did not decode, or a machine so unsteady that no later run could see a slowdown of
+            `MOST_UNSEEN` by it.
     """
     run = read(path)
     if not reason.strip():
@@ -37,10 +42,10 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
         raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
     if failed := [name for name, arm in run.arms.items() if arm.failure]:
         raise ValueError(f"{path} has arms that did not decode ({', '.join(failed)}): it is no baseline")
-    if run.header.floor > math.log1p(TOLERANCE):
+    if (unseen := ever_sees(run)) > MOST_UNSEEN:
         raise ValueError(
-            f"{path} was measured where two runs of the same code differ by {math.expm1(run.header.floor):.0%}: quiet"
-            f" the machine or measure more prompts, until it is {TOLERANCE:.0%} at most"
+            f"{path} is so noisy that no later run would see a slowdown below {unseen:.0%} by it: measure more"
+            f" --repeats or prompts, or --until {MOST_UNSEEN:.0%}, or quiet the machine, until it is {MOST_UNSEEN:.0%}"
         )
     content[KEY]["reason"] = reason.strip()
     for private in ("node", "release"):  # a machine's name says nothing about its speed
@@ -48,6 +53,17 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
     file = baselines / run.header.identity.file
     write_whole(file, json.dumps(content, indent=1) + "\n")
     return file
+
+
+def ever_sees(run: RunFile, tolerance: float = TOLERANCE) -> float:
+    """Return the smallest slowdown, as a share, that a later run without any noise would detect by this one.
+
+    Args:
+        run: the baseline.
+        tolerance: share by which a time may be worse.
+    """
+    floor = run.header.floor
+    return detectable_slowdown(Estimate(1.0, math.exp(-floor), math.exp(floor)), tolerance)
 
 
 def all_of(baselines: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.measures import SIGNS
 from specdecode.bench.runs.names import PEER_BASELINE
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, mean_ratio
+from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, typical_ratio
 
 AGAINST_TOLERANCE = 0.02
 """By how much a time may be worse where both versions were measured side by side, which sees smaller changes."""
@@ -81,6 +81,7 @@ class Judgement:
         reason: one sentence with the figures.
         change: of a time: new speed over old, with its interval; None where none was compared.
         blame: of a time: which part moved; None for a peer.
+        sees: of a time: the smallest slowdown, as a share, that it would call REGRESSED nine times of ten.
     """
 
     arm: str
@@ -89,6 +90,7 @@ class Judgement:
     reason: str
     change: Estimate | None = None
     blame: Blame | None = None
+    sees: float | None = None
 
 
 def judge_by_baseline(
@@ -152,6 +154,22 @@ def judge(
     return judgements
 
 
+def open_arms(judgements: Collection[Judgement], until: float) -> set[str]:
+    """Return the arms whose times more repeats would tell apart.
+
+    Args:
+        judgements: of the run so far.
+        until: the slowdown, as a share, that is to be seen.
+    """
+    return {
+        judged.arm
+        for judged in judgements
+        if judged.verdict is Verdict.INCONCLUSIVE
+        and judged.change is not None
+        and (judged.sees is None or judged.sees > until)
+    }
+
+
 def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     """Say why neither time nor counters of the arm can be compared, if so."""
     ours, theirs = new.header.versions.get("weights"), old.header.versions.get("weights")
@@ -194,10 +212,15 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
         reason = f"run and baseline share no times over {over}: measure the same prompts and length"
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
     # Both runs carry noise of their own.
-    floor = math.hypot(new.floor_over(over), old.floor_over(over))
-    change = mean_ratio([[after[prompt] - before[prompt]] for prompt in shared], floor)
+    here, there = new.floor_over(over), old.floor_over(over)
+    floor = math.hypot(here, there)
+    change = typical_ratio(new.changes(arm, old, over), floor, new.tail(arm))
     cause = _blame(arm, over, new, old, shared)
-    return time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
+    judged = time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
+    if judged.verdict is not Verdict.INCONCLUSIVE:
+        return judged
+    noise = f"the A/A floor is {math.expm1(here):.1%} here and {math.expm1(there):.1%} in the baseline"
+    return replace(judged, reason=f"{judged.reason}; {noise}")
 
 
 def _other_backend(new: RunFile, old: RunFile) -> str | None:
@@ -243,8 +266,11 @@ def time_judgement(
         cause: which part moved.
         longer: what would narrow the interval.
     """
-    reason = f"{what}: {change:.3f}, tolerance {tolerance}"
-    reason += f", sees slowdowns from {detectable_slowdown(change, tolerance.share):.1%}"
+    sees = detectable_slowdown(change, tolerance.share)
+    if change.bounded and change.low:
+        reason = f"{what}: {change:.3f}, tolerance {tolerance}, sees slowdowns from {sees:.1%}"
+    else:
+        reason = f"{what}: {change.value:.3f}, of too few runs for an interval, tolerance {tolerance}"
     if change.high < 1 - tolerance.share:
         verdict = Verdict.REGRESSED
     elif change.low > 1 + tolerance.share:
@@ -256,7 +282,7 @@ def time_judgement(
         reason += f"; {longer} would tell"
     if cause is not None and verdict in (Verdict.REGRESSED, Verdict.IMPROVED):
         reason += f"; {cause}"
-    return Judgement(arm, "time", verdict, reason, change, cause)
+    return Judgement(arm, "time", verdict, reason, change, cause, sees)
 
 
 def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:

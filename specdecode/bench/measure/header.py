@@ -43,4 +43,5 @@ def run_header(
         versions=dict(versions),
         conditions={"before": before, "after": conditions(plan.setup.device)},
         baseline=plan.preset.baseline,
+        until=plan.until,
     )

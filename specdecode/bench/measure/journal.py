@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args
 from filelock import FileLock, Timeout
 
 from specdecode.bench.arms.run import Run
+from specdecode.bench.measure.block import Block
 from specdecode.bench.measure.check import Check
-from specdecode.bench.measure.experiment import Block
 from specdecode.bench.runs.names import BASELINE
 from specdecode.support.checked import count, mapping, read_text, text
 from specdecode.support.files import check_writable, write_whole, writing
@@ -145,6 +145,7 @@ def _entry(block: Block) -> dict[str, Any]:
         "runs": {arm: run.as_json() for arm, run in block.runs.items()},
         "last": last[BASELINE] if list(last) == [BASELINE] else last,
         "checks": block.checks,
+        **({"middle": block.middle.as_json()} if block.middle is not None else {}),
     }
 
 
@@ -158,6 +159,7 @@ def _block(entry: dict[str, Any]) -> Block:
         runs={arm: Run.from_json(mapping(run, arm)) for arm, run in mapping(entry["runs"], "runs").items()},
         last={arm: Run.from_json(mapping(run, arm)) for arm, run in last.items()},
         checks=checks,
+        middle=Run.from_json(mapping(entry["middle"], "middle")) if "middle" in entry else None,
     )
     if not block.last or block.last.keys() - block.runs.keys():
         raise ValueError("the two runs of a baseline are missing")

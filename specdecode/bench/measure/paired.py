@@ -8,11 +8,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any
 
 from specdecode.bench.gate.verdicts import COUNTER_TOLERANCE, Judgement, Tolerance, Verdict, time_judgement
+from specdecode.bench.measure.steady import Steady
 from specdecode.bench.report.captions import duration
 from specdecode.bench.runs.statistics import Estimate, robust_floor, robust_ratio
 from specdecode.support.checked import LEAST_SECONDS
@@ -24,8 +25,11 @@ LEAST_BLOCKS = 6
 """Blocks that are timed however long they take: an interval needs as many."""
 
 _LEAST_SAMPLE_S = 2e-3  # a clock's ticks, and what a loop costs, are nothing beside it
+_LONG_SAMPLE_S = 0.1
 _MOST_LOOPS = 1 << 20
+_ALIKE = 2.0  # times of a call whose ratio is below
 _SECONDS_BETWEEN_COLLECTIONS = 0.5
+_STRETCH_S = 0.2  # the system counts processor time in steps of a hundredth of a second
 
 Timer = Callable[[int], float]
 """From a number of calls to the seconds that they take together."""
@@ -68,12 +72,14 @@ class Side:
         value: what it returned.
         time: times its calls.
         counters: by name, what does not depend on the clock; less is better.
+        worker: id of the process that runs it; None if this one does.
     """
 
     name: str
     value: Any
     time: Timer
     counters: Mapping[str, float] = field(default_factory=dict)
+    worker: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,8 @@ class Paired:
         new, old: the functions.
         loops: calls of the new and of the old one in each of their times.
         blocks: in the order of measuring.
+        repeated: number of stretches that other work disturbed and that were measured again.
+        disturbed: number of those that it disturbed in each try, and that were kept.
     """
 
     name: str
@@ -92,6 +100,8 @@ class Paired:
     old: Side
     loops: tuple[int, int]
     blocks: Sequence[PairedBlock]
+    repeated: int = 0
+    disturbed: int = 0
 
     @property
     def floor(self) -> float:
@@ -121,8 +131,16 @@ class Paired:
         """
         new_s, old_s = (duration(statistics.median(seconds)) for seconds in (self.new_s, self.old_s))
         what = f"{self.new.name} takes {new_s} and {self.old.name} {old_s}, speed over it"
-        judgements = [time_judgement(self.name, what, self.change, Tolerance(tolerance), longer="more seconds")]
+        time = time_judgement(self.name, what, self.change, Tolerance(tolerance), longer="more seconds")
+        judgements = [replace(time, reason=f"{time.reason}{self._about_disturbances}")]
         return [*judgements, self._judge_counters()] if self.new.counters or self.old.counters else judgements
+
+    @property
+    def _about_disturbances(self) -> str:
+        if not self.repeated:
+            return ""
+        left = f", {self.disturbed} of them in vain" if self.disturbed else ""
+        return f"; other work disturbed {self.repeated} stretches, which were measured again{left}"
 
     def _judge_counters(self) -> Judgement:
         new, old = self.new.counters, self.old.counters
@@ -191,18 +209,31 @@ def measure_paired(
     Args:
         name: of the test.
         new, old: the functions.
-        seconds: for all blocks; the least number of blocks may take longer.
+        seconds: for all blocks; the least number of blocks may take longer. Stretches of them that other work disturbs
+            are measured again, for as many seconds at most.
         clock: in seconds.
         progress: told the seconds that have passed, those of all blocks, and the test.
     """
-    loops = (_loops(new.time), _loops(old.time))
+    loops = _loops(new.time, old.time)
     blocks: list[PairedBlock] = []
+
+    def stretch() -> list[PairedBlock]:
+        """Measure some blocks: what other work took is not known of a shorter time."""
+        begun, some = clock(), list[PairedBlock]()
+        while not some or clock() - begun < _STRETCH_S:
+            some.append(_block(new.time, old.time, loops, new_first=(len(blocks) + len(some)) % 2 == 0))
+        return some
+
+    steady = Steady([side.worker for side in (new, old) if side.worker is not None])
+    repeated = disturbed = 0
     started, passed = clock(), 0.0
     while len(blocks) < LEAST_BLOCKS or passed < seconds:
-        blocks.append(_block(new.time, old.time, loops, new_first=len(blocks) % 2 == 0))
-        passed = clock() - started
+        kept = steady.measure(stretch)
+        blocks += kept.value
+        repeated, disturbed = repeated + (kept.tries > 1), disturbed + kept.disturbed
+        passed = clock() - started - steady.again_s
         progress(round(passed), round(max(seconds, passed * LEAST_BLOCKS / len(blocks))), name)
-    return Paired(name, new, old, loops, blocks)
+    return Paired(name, new, old, loops, blocks, repeated, disturbed)
 
 
 def _block(new: Timer, old: Timer, loops: tuple[int, int], new_first: bool) -> PairedBlock:
@@ -215,9 +246,29 @@ def _block(new: Timer, old: Timer, loops: tuple[int, int], new_first: bool) -> P
     return PairedBlock((b_1, b_2), (a_1, a_2), new_first)
 
 
-def _loops(time_of: Timer) -> int:
-    """Return how many calls the clock can tell apart."""
-    loops = 1
-    while loops < _MOST_LOOPS and time_of(loops) < _LEAST_SAMPLE_S:
+def _loops(new: Timer, old: Timer) -> tuple[int, int]:
+    """Return how many calls of each the clock tells apart.
+
+    Functions that take about as long get the same number: a neighbour disturbs longer times more often.
+    """
+    new_s, old_s = _seconds_a_call(new), _seconds_a_call(old)
+    if max(new_s, old_s) < _ALIKE * min(new_s, old_s):
+        new_s = old_s = min(new_s, old_s)
+    return _calls(new_s), _calls(old_s)
+
+
+def _calls(seconds: float) -> int:
+    return min(_MOST_LOOPS, math.ceil(_LEAST_SAMPLE_S / seconds))
+
+
+def _seconds_a_call(time_of: Timer) -> float:
+    """Return the least time of a call in samples that grow until they are long enough."""
+    loops, least = 1, math.inf
+    while True:
+        # One may be disturbed, but not into what is long.
+        least = min(least, (seconds := max(time_of(loops), LEAST_SECONDS)) / loops)
+        if seconds < _LONG_SAMPLE_S:
+            least = min(least, max(time_of(loops), LEAST_SECONDS) / loops)
+        if least * loops >= _LEAST_SAMPLE_S or loops >= _MOST_LOOPS:
+            return least
         loops *= 2
-    return loops

@@ -69,7 +69,7 @@ class OtherVersion:
         except BaseException:
             self.close()
             raise
-        self.side = Side(ref, value, self._receive, counters)
+        self.side = Side(ref, value, self._receive, counters, self._process.pid)
 
     def _receive(self, loops: int | None = None) -> Any:
         """Return what the process sends next, after asking it to time some calls, if any."""

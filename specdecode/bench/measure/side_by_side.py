@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from specdecode.bench.arms.callables import ArmError
@@ -13,11 +14,13 @@ from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS
 from specdecode.bench.measure.experiment import row_of
+from specdecode.bench.measure.steady import Steady
+from specdecode.bench.measure.until import Until, rounds
 from specdecode.bench.measure.versions import Versions, WorkerProcess
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, digest, lacks_our_counts
-from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor
+from specdecode.bench.runs.statistics import TAIL, Estimate, noise_floor, tail_of_look, typical_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +81,14 @@ class SideBySide:
         failures: what arms from code did in place of decoding, by version's name and arm. From then on the arm was not
             run.
         baselines: what each arm is compared with in its version; the run's baseline is compared with itself.
+        looked: whether the verdicts were looked at after each repeat, to decide whether to go on.
     """
 
     blocks: list[dict[str, Quartet]]
     counters_runs: dict[tuple[str, str], CountersRun]
     failures: dict[tuple[str, str], str]
     baselines: dict[str, str]
+    looked: bool = False
 
     @property
     def baseline(self) -> str:
@@ -101,12 +106,14 @@ class SideBySide:
 
     def change(self, arm: str) -> Estimate:
         """Return the new speed over the old, with its interval."""
-        logs = self._by_prompt(arm, lambda quartet: quartet.log_ratio)
-        return mean_ratio(logs, self.floor(arm))
+        quartets = self.of(arm)
+        looks = max(Counter(quartet.prompt for quartet in quartets).values(), default=1)
+        tail = tail_of_look(looks) if self.looked else TAIL
+        return typical_ratio([quartet.log_ratio for quartet in quartets], self.floor(arm), tail)
 
     def floor(self, arm: str | None = None) -> float:
         """Return the A/A floor of an arm's change, of the baseline's if None, in logarithms."""
-        return noise_floor(self._by_prompt(arm or self.baseline, lambda quartet: quartet.noise))
+        return noise_floor([quartet.noise for quartet in self.of(arm or self.baseline)])
 
     def record(self, version: Literal["new", "old"], name: str, arm: str, about: Mapping[str, Any]) -> ArmRecord:
         """Return one version's results of an arm, as they are kept.
@@ -117,7 +124,8 @@ class SideBySide:
             arm: its name.
             about: what the version says of the arm: "synthetic", "against", "baseline", "lossy", "timed" and "peer".
         """
-        entries: dict[str, list[tuple[float, Run, Run]]] = {}
+        entries: dict[str, list[tuple[Run, Run]]] = {}
+        logs: dict[str, list[float]] = {}
         checks: list[Check] = []
         for block in self.blocks:
             if arm not in block:
@@ -126,13 +134,14 @@ class SideBySide:
             checks += side.checks
             # A time from a wrong output is void.
             right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
-            log_speedup = baseline.log_s - side.log_s
-            entries.setdefault(block[arm].prompt, []).extend((log_speedup, run, own.runs[0]) for run in right)
+            if right:
+                logs.setdefault(block[arm].prompt, []).append(baseline.log_s - side.log_s)
+                entries.setdefault(block[arm].prompt, []).extend((run, own.runs[0]) for run in right)
         rows = {}
         for prompt, of_prompt in entries.items():
-            if of_prompt:
-                logs, runs, others = zip(*of_prompt, strict=True)
-                rows[prompt] = row_of(logs, runs, others)
+            runs, others = zip(*of_prompt, strict=True)
+            rows[prompt] = row_of(logs[prompt], runs, others)
+        timed = [run for quartet in self.of(arm) for run in getattr(quartet, version).runs]
         return ArmRecord(
             rows=rows,
             bugs=checks.count("bug"),
@@ -146,6 +155,8 @@ class SideBySide:
             counters_run=self.counters_runs.get((name, arm), CountersRun()),
             timed=about.get("timed", False),
             failure=self.failures.get((name, arm), ""),
+            repeated=sum(run.tries > 1 for run in timed),
+            disturbed=sum(run.disturbed for run in timed),
             outputs=self.outputs(version, arm) if arm in set(self.baselines.values()) - {self.baseline} else {},
         )
 
@@ -153,12 +164,6 @@ class SideBySide:
         """Return a digest of what an arm wrote in a version, the baseline if None, by prompt."""
         quartets = self.of(arm or self.baseline)
         return {quartet.prompt: digest(getattr(quartet, version).runs[0].tokens) for quartet in quartets}
-
-    def _by_prompt(self, arm: str, value: Callable[[Quartet], float]) -> list[list[float]]:
-        values: dict[str, list[float]] = {}
-        for quartet in self.of(arm):
-            values.setdefault(quartet.prompt, []).append(value(quartet))
-        return list(values.values())
 
 
 def measure_side_by_side(
@@ -170,6 +175,7 @@ def measure_side_by_side(
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
     seed: int = 0,
     baseline: str = BASELINE,
+    until: Until[SideBySide] | None = None,
 ) -> SideBySide:
     """Run every arm on every prompt in both versions.
 
@@ -178,30 +184,37 @@ def measure_side_by_side(
         arms: names; both versions have them.
         prompts: tokens by id.
         max_new_tokens: length of every output.
-        repeats: quartets of each arm on each prompt. Where the versions are not in memory together, all arms of a block
-            are run in one version before the other's turn.
+        repeats: quartets of each arm on each prompt, at least. Where the versions are not in memory together, all arms
+            of a block are run in one version before the other's turn.
         progress: told the number of runs done, of all runs, and what is going on.
         seed: of the order of arms within a block.
         baseline: the arm that others are compared with in each version, unless they name another.
+        until: says which arms are measured in further repeats, and when to stop; None for no more repeats.
 
     Raises:
         ValueError: a version cannot run, or the baseline fails in it.
     """
     about = both.new.about["about"]
-    measured = SideBySide([], {}, {}, {arm: about[arm].get("baseline") or baseline for arm in arms})
+    baselines = {arm: about[arm].get("baseline") or baseline for arm in arms}
+    measured = SideBySide([], {}, {}, baselines, looked=until is not None)
     total, done = 4 * len(arms) * len(prompts) * repeats, 0
     new, old = both.new, both.old
-    for number, prompt in enumerate([prompt for _ in range(repeats) for prompt in prompts]):
+    steady = Steady((new.pid, old.pid))
+    for number, (prompt, repeat, chosen) in enumerate(rounds(measured, prompts, repeats, arms, until)):
         # In turns the next block begins with the version that this one ends with.
         new_first = number % 2 == 0 or not both.together
         turns = (new, old, old, new) if new_first else (old, new, new, old)
-        order = _order(measured, random.Random(f"{seed} {number}"))
+        order = _order(measured, chosen, random.Random(f"{seed} {number}"))
+        still_open = ""
+        if repeat >= repeats:
+            still_open = f"; still open: {', '.join(chosen)}"
+            total += 4 * len(order)
         plan = [(worker, arm) for arm in order for worker in turns]
         if not both.together:
             plan = [(worker, arm) for worker in turns for arm in order]
-        block = _BlockRuns(both, measured, prompts[prompt], max_new_tokens)
+        block = _BlockRuns(both, measured, prompts[prompt], max_new_tokens, steady)
         for worker, arm in plan:
-            progress(done, total, f"{arm} on {prompt}, {worker.name}")
+            progress(done, total, f"{arm} on {prompt}, {worker.name}{still_open}")
             done += 1
             block.run(worker, arm)
         measured.blocks.append(
@@ -215,9 +228,10 @@ def measure_side_by_side(
     return measured
 
 
-def _order(measured: SideBySide, chance: random.Random) -> list[str]:
-    """Order the arms that have not failed: the run's baseline, the other baselines, the rest shuffled."""
-    working = [arm for arm in measured.baselines if arm not in measured.failed]
+def _order(measured: SideBySide, chosen: Collection[str], chance: random.Random) -> list[str]:
+    """Order the chosen arms that have not failed: the run's baseline, the other baselines, the rest shuffled."""
+    needed = {measured.baseline, *chosen, *(measured.baselines[arm] for arm in chosen)}
+    working = [arm for arm in measured.baselines if arm in needed and arm not in measured.failed]
     baselines = [arm for arm in working if arm in measured.baselines.values()]
     baselines.sort(key=lambda arm: arm != measured.baseline)
     others = [arm for arm in working if arm not in baselines]
@@ -232,9 +246,11 @@ class _BlockRuns:
         measured: takes what the counters runs counted, and failures.
         prompt: its tokens.
         length: of every output.
+        steady: measures again what other work disturbed.
     """
 
-    def __init__(self, both: Versions, measured: SideBySide, prompt: list[int], length: int) -> None:
+    def __init__(self, both: Versions, measured: SideBySide, prompt: list[int], length: int, steady: Steady) -> None:
+        self._steady = steady
         self._both, self._measured, self._prompt, self._length = both, measured, prompt, length
         self._runs: dict[tuple[str, str], list[Run]] = {}
         self._expected: dict[tuple[str, str], list[int]] = {}
@@ -267,7 +283,8 @@ class _BlockRuns:
             self._measured.counters_runs[key] = worker.counters_run(arm, self._prompt, length, correct)
         elif arm in self._measured.baselines.values() and key not in self._runs:
             worker.run(arm, self._prompt, 1, correct)  # the prompt's own shapes: no timed run is their first
-        run = worker.run(arm, self._prompt, self._length, correct)
+        kept = self._steady.measure(lambda: worker.run(arm, self._prompt, self._length, correct))
+        run = replace(kept.value, tries=kept.tries, disturbed=kept.disturbed)
         self._runs.setdefault(key, []).append(run)
         if arm == own:
             self._expected.setdefault(key, run.tokens)

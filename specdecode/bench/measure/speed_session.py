@@ -9,12 +9,15 @@ from typing import Literal
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.models import load_models
-from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_baseline
+from specdecode.bench.gate.baselines import ever_sees
+from specdecode.bench.gate.series import yardstick
+from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_baseline, open_arms
 from specdecode.bench.measure.bandwidth import roofline_throughput
-from specdecode.bench.measure.experiment import experiment
+from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.measure.side_by_side import SideBySide, measure_side_by_side
+from specdecode.bench.measure.until import Until
 from specdecode.bench.measure.versions import Versions, WorkerProcess, dependencies, versions
 from specdecode.bench.plan import Plan
 from specdecode.bench.presets import Preset
@@ -90,6 +93,22 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     journal = Journal(plan.journal, experiment_values, plan.resume)
     finished = journal.blocks()
     before = conditions(plan.setup.device)
+    roofline = roofline_throughput(models.target) if models.target is not None else 0.0
+
+    def run_of(results: Results) -> RunFile:
+        header = run_header(plan, results.outputs(), results.floor, roofline=roofline, versions=versions, before=before)
+        return RunFile(Path(), header, results.records())
+
+    aim = plan.until or 0.0
+
+    def still_open(results: Results) -> set[str]:
+        run = run_of(results)
+        judgements = _judge(plan, run)
+        if not judgements:  # it is to become a baseline: all, as long as its own noise would hide that much
+            return set(run.arms) if ever_sees(run, plan.tolerance) > aim else set()
+        arms = open_arms(judgements, aim)
+        return arms | {yardstick(arm, run) for arm in arms}
+
     with progress() as show:
         if plan.resume:
             show(0, 1, f"resuming: {len(finished)} of {len(prompts) * plan.preset.repeats} blocks are there")
@@ -102,10 +121,9 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             finished=finished,
             keep=journal.add_block,
             baseline=plan.preset.baseline,
+            until=None if plan.until is None else Until(60 * plan.budget_minutes, still_open),
         )
-    roofline = roofline_throughput(models.target) if models.target is not None else 0.0
-    header = run_header(plan, results.outputs(), results.floor, roofline=roofline, versions=versions, before=before)
-    run = RunFile(Path(), header, results.records())
+    run = run_of(results)
     return JudgedRun(
         title=_title(plan, str(models), plan.setup.device, models.chosen_backend, prompts),
         origins=origins,
@@ -155,6 +173,27 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
         both.use(both.new)
         prompts, origins = both.new.ask("prompts", spec=plan.preset.prompts)
         bandwidth = both.new.ask("roofline")
+        about = both.new.about
+
+        def both_runs(measured: SideBySide) -> tuple[RunFile, RunFile]:
+            header = run_header(
+                plan,
+                measured.outputs("new"),
+                measured.floor(),
+                roofline=bandwidth,
+                versions=about["versions"],
+                before=before,
+            )
+            return (
+                _one_version(measured, "new", both.new, header, arms),
+                _one_version(measured, "old", both.old, header, arms),
+            )
+
+        aim = plan.until or 0.0
+
+        def still_open(measured: SideBySide) -> set[str]:
+            return open_arms(_judge_against(plan, ref, *both_runs(measured), unsupported, measured.change), aim)
+
         with progress() as show:
             measured = measure_side_by_side(
                 both,
@@ -164,18 +203,9 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 plan.preset.repeats,
                 progress=show,
                 baseline=plan.preset.baseline,
+                until=None if plan.until is None else Until(60 * plan.budget_minutes, still_open),
             )
-        about = both.new.about
-        header = run_header(
-            plan,
-            measured.outputs("new"),
-            measured.floor(),
-            roofline=bandwidth,
-            versions=about["versions"],
-            before=before,
-        )
-    new = _one_version(measured, "new", both.new, header, arms)
-    old = _one_version(measured, "old", both.old, header, arms)
+        new, old = both_runs(measured)
     return JudgedRun(
         title=_title(plan, about["pair"], about["device"], about["backend"], prompts),
         origins=origins,

@@ -13,9 +13,12 @@ from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.arms.models import Models, load_models
 from specdecode.bench.measure.bandwidth import roofline_throughput
+from specdecode.bench.measure.block import Block, closing, measure_block
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
-from specdecode.bench.measure.experiment import Block, Results, closing, measure_block
+from specdecode.bench.measure.drift import Drift
+from specdecode.bench.measure.experiment import Results
 from specdecode.bench.measure.header import run_header, run_versions
+from specdecode.bench.measure.steady import Steady
 from specdecode.bench.plan import Plan
 from specdecode.bench.report.recommend import is_hopeless
 from specdecode.bench.runs.file import run_json
@@ -63,6 +66,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     versions = run_versions(plan.identity.target, models.backend_name)
     blocks: list[Block] = []
     failures: dict[str, str] = {}
+    steady, drift = Steady(), Drift()
 
     def write() -> RunFile:
         results = Results(arms, blocks, counters_runs, failures)
@@ -94,8 +98,11 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
                             plan.preset.max_new_tokens,
                             tell=tell,
                             failures=failures,
+                            steady=steady,
+                            parts=drift.parts,
                         )
                     )
+                    drift.add(*blocks[-1].drift(BASELINE))
                     run = write()
                     remaining_arms = [
                         arm for arm in remaining_arms if arm.name == BASELINE or not is_hopeless(run, arm.name)

@@ -81,6 +81,11 @@ class WorkerProcess:
         """Time one run of an arm."""
         return Run.from_json(self.ask("run", arm=arm, prompt=prompt, length=length, expected=expected))
 
+    @property
+    def pid(self) -> int:
+        """The id of its process."""
+        return self._process.pid
+
     def counters_run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
         """Run the arm once, untimed, and count."""
         counted = self.ask("rehearse", arm=arm, prompt=prompt, length=length, expected=expected)

@@ -166,7 +166,8 @@ def notes(run: RunFile) -> list[str]:
     plainly = ": autoregressive decoding by this package" if baseline == BASELINE else ""
     sentences = [
         f"Baseline {baseline}{plainly}. Intervals are 95 %.",
-        f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} in the mean.",
+        f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} in the mean."
+        f"{_disturbances(run)}",
     ]
     if run.header.roofline:
         sentences.append(
@@ -193,6 +194,16 @@ def notes(run: RunFile) -> list[str]:
             " and what is fast there is fast at repeating."
         )
     return sentences + [f"Beware: {warning}." for warning in run.header.warnings]
+
+
+def _disturbances(run: RunFile) -> str:
+    repeated = sum(record.repeated for record in run.arms.values())
+    disturbed = sum(record.disturbed for record in run.arms.values())
+    if not repeated and not disturbed:
+        return ""
+    again = f"{repeated} timed run(s) were measured again, as other work disturbed them" if repeated else ""
+    left = f"{disturbed} stayed disturbed" if disturbed else ""
+    return f" {'; '.join(filter(None, (again, left)))}."
 
 
 def one_line(text: str) -> str:

@@ -17,6 +17,7 @@ from specdecode.support.checked import (
     count,
     counts,
     flag,
+    items,
     mapping,
     number,
     parse_json,
@@ -38,7 +39,8 @@ def run_json(run: RunFile) -> dict[str, Any]:
     All arms that were measured are there, also those whose tests were not selected: others are compared with them.
     """
     arms = {arm: _arm_json(record) for arm, record in run.arms.items()}
-    return {"format": FORMAT, **asdict(run.header), "arms": arms}
+    header = {name: value for name, value in asdict(run.header).items() if value is not None}
+    return {"format": FORMAT, **header, "arms": arms}
 
 
 def _arm_json(record: ArmRecord) -> dict[str, Any]:
@@ -57,6 +59,8 @@ def _arm_json(record: ArmRecord) -> dict[str, Any]:
         "shorter": {length: _rows_json(rows) for length, rows in record.shorter.items()},
         **({"failure": record.failure} if record.failure else {}),
         **({"outputs": record.outputs} if record.outputs else {}),
+        "repeated": record.repeated,
+        "disturbed": record.disturbed,
     }
 
 
@@ -64,6 +68,7 @@ def _rows_json(rows: Mapping[str, Row]) -> dict[str, Any]:
     return {
         prompt: {
             "log_speedup": row.log_speedup,
+            **({"logs": row.logs} if row.logs else {}),
             "counts": as_dict(row.counts),
             "seconds": as_dict(row.seconds),
             "histograms": as_dict(row.histograms),
@@ -118,6 +123,7 @@ def _header(head: dict[str, Any]) -> Header:
         },
         # Older files do not have it.
         baseline=text(head, "baseline") if "baseline" in head else BASELINE,
+        until=number(head, "until", 0.0, 1.0) if "until" in head else None,
     )
 
 
@@ -143,6 +149,8 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
         },
         failure=text(entry, "failure") if "failure" in entry else "",
         outputs={prompt: str(output) for prompt, output in mapping(entry.get("outputs", {}), "outputs").items()},
+        repeated=count(entry, "repeated") if "repeated" in entry else 0,
+        disturbed=count(entry, "disturbed") if "disturbed" in entry else 0,
     )
 
 
@@ -178,6 +186,7 @@ def _row(row: dict[str, Any]) -> Row:
             Histograms,
             {name: counts(entries, name) for name, entries in histograms.items()},
         ),
+        logs=[number({"logs": log}, "logs", -MOST_LOG, MOST_LOG) for log in items(row.get("logs", []), "logs")],
     )
 
 

@@ -12,11 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, ratio, total, total_histograms
 from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
 from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor
+from specdecode.bench.runs.statistics import TAIL, Estimate, mean_ratio, noise_floor, tail_of_look
 from specdecode.support.files import slug
+
+NOISE_OF_TWO = math.sqrt(0.75)
+"""By this the ratio of two runs varies less, if a third is compared with the mean of two, as an arm is with the runs of
+its baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,8 @@ class Header:
         versions: versions of Python, torch, transformers and so on; and the source of the target's weights.
         conditions: state of the device before and after: clocks, temperature, load.
         baseline: the arm that others are compared with, unless they name another.
+        until: the slowdown, as a share, that verdicts were to see: after each repeat they were looked at, and what was
+            clear was not measured again. None if the number of repeats was fixed.
     """
 
     identity: Identity
@@ -67,6 +75,7 @@ class Header:
     versions: dict[str, str | int] = field(default_factory=dict)
     conditions: dict[str, dict[str, str]] = field(default_factory=dict)
     baseline: str = BASELINE
+    until: float | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -91,12 +100,19 @@ class Row:
         counts: sums of counts over the repeats.
         seconds: sums of seconds over the repeats.
         histograms: sums of histograms over the repeats.
+        logs: what `log_speedup` is the mean of, one for each repeat; empty if there is but one, and in older files.
     """
 
     log_speedup: float
     counts: RowCounts
     seconds: RowSeconds
     histograms: Histograms = field(default_factory=Histograms)
+    logs: list[float] = field(default_factory=list)
+
+    @property
+    def repeats(self) -> list[float]:
+        """Return the logarithm of the speedup of each repeat, as far as they are known apart."""
+        return self.logs or [self.log_speedup]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +134,8 @@ class ArmRecord:
         shorter: rows of the same runs cut at shorter lengths, by the length in tokens.
         failure: what an arm from code did in place of decoding; the rows are of before.
         outputs: for each prompt a digest of what it wrote, if other arms name it as their baseline.
+        repeated: number of its runs that other work disturbed and that were measured again.
+        disturbed: number of its runs that other work disturbed in each try, and that are in the rows all the same.
     """
 
     rows: dict[str, Row]
@@ -134,6 +152,8 @@ class ArmRecord:
     shorter: dict[int, dict[str, Row]] = field(default_factory=dict)
     failure: str = ""
     outputs: dict[str, str] = field(default_factory=dict)
+    repeated: int = 0
+    disturbed: int = 0
 
     def counts(self, prompts: Iterable[str] | None = None) -> RowCounts:
         """Sum the counts over prompts, all if None."""
@@ -259,8 +279,13 @@ class RunFile:
     def _noise_of(self, baseline: str) -> float:
         """Compute the A/A floor from an arm's two runs of each block; 0 if it has no second ones."""
         rows = self.arms[baseline].rows.values() if baseline in self.arms else ()
-        noise = [[math.log(row.seconds.total / row.seconds.last)] for row in rows if row.seconds.last is not None]
-        return noise_floor(noise) if noise else 0.0
+        return noise_floor(
+            [
+                NOISE_OF_TWO * math.log(row.seconds.total / row.seconds.last)
+                for row in rows
+                if row.seconds.last is not None
+            ]
+        )
 
     def log_speedups(self, arm: str, over: str | None = None) -> dict[str, float]:
         """Return log speedups of an arm over another in the same block, by prompt, where both outputs were right.
@@ -272,6 +297,40 @@ class RunFile:
         over = over or self.baseline_of(arm)
         rows, others = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
         return {prompt: rows[prompt].log_speedup - others[prompt].log_speedup for prompt in rows if prompt in others}
+
+    def tail(self, arm: str) -> float:
+        """Return the tail of the intervals of an arm's changes: less where each repeat was looked at."""
+        if self.header.until is None:
+            return TAIL
+        return tail_of_look(max((len(row.repeats) for row in self.arms[arm].rows.values()), default=1))
+
+    def changes(self, arm: str, old: RunFile, over: str) -> list[float]:
+        """Return logarithms of an arm's speedup over that of an older run: one for each repeat of each prompt that both
+        measured. Where one has more repeats, some of these are averaged.
+
+        Args:
+            arm: its name; both have it.
+            old: the older run.
+            over: the arm that the speedups are over.
+        """
+        after, before = self._repeated_logs(arm, over), old._repeated_logs(arm, over)
+        changes: list[float] = []
+        for prompt in [prompt for prompt in after if prompt in before]:
+            count = min(len(after[prompt]), len(before[prompt]))
+            now, was = (
+                [statistics.fmean(part) for part in np.array_split(logs[prompt], count)] for logs in (after, before)
+            )
+            changes += [new - old for new, old in zip(now, was, strict=True)]
+        return changes
+
+    def _repeated_logs(self, arm: str, over: str) -> dict[str, list[float]]:
+        """Return log speedups of an arm over another by prompt, one for each repeat in which both were right."""
+        rows, others = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
+        return {
+            prompt: [log - other for log, other in zip(rows[prompt].repeats, others[prompt].repeats, strict=False)]
+            for prompt in rows
+            if prompt in others
+        }
 
     def speedup(self, arm: str, over: str | None = None) -> Estimate:
         """Return the mean speedup of an arm over another, its baseline if None, with its interval; nan if no block has

@@ -13,7 +13,7 @@ _FORMS = {
     Identity: Form(patterns=dict.fromkeys(("hardware", "dtype", "preset"), SLUG)),
     Header: Form(
         required=("roofline", "versions", "conditions"),
-        bounds={"floor": (0, MOST_LOG), "max_new_tokens": (1, MOST)},
+        bounds={"floor": (0, MOST_LOG), "max_new_tokens": (1, MOST), "until": (0, 1)},
     ),
     # Keys that came later are optional: files of before lack them.
     ArmRecord: Form(
@@ -21,7 +21,7 @@ _FORMS = {
         required=("bugs", "ties", "synthetic", "against", "lossy", "counters_run"),
         nullable=("against",),
     ),
-    Row: Form(required=("histograms",), bounds={"log_speedup": (-MOST_LOG, MOST_LOG)}),
+    Row: Form(required=("histograms",), bounds=dict.fromkeys(("log_speedup", "logs"), (-MOST_LOG, MOST_LOG))),
     Measures: Form(flat=True),
 }
 

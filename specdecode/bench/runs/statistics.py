@@ -13,14 +13,30 @@ import numpy as np
 COVERAGE = 0.95
 """The probability with which an interval covers the true value."""
 
+TAIL = (1 - COVERAGE) / 2
+"""The probability below an interval's low end, and above its high end."""
+
 _POWER = 0.9
 _RESAMPLES = 10_000
 _MOST_CACHED_BOOTSTRAPS = 4096
+_MOST_EXACT_RANKS = 50
 # By simulation with disturbances of up to three measurements: smaller or more batches cover the ratio too rarely.
 _LEAST_BATCH, _LEAST_BATCHES, _MOST_BATCHES = 3, 6, 30
 _NORMAL = NormalDist()
 # An interval that reaches beyond a tenth and ten times its centre says nothing.
 _WIDEST_LOG_RATIO = math.log(10)
+
+
+def tail_of_look(look: int) -> float:
+    """Return the tail of an interval that is looked at once more after each repeat, to decide whether to go on.
+
+    The tails of all looks together are no more than `TAIL` (a spending function, as in Lan and DeMets 1983): look k has
+    1 / k(k + 1) of it.
+
+    Args:
+        look: from 1.
+    """
+    return TAIL / (look * (look + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +57,7 @@ class Estimate:
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def bootstrap(sums: Sequence[float], weights: Sequence[float], tail: float = (1 - COVERAGE) / 2) -> Estimate:
+def bootstrap(sums: Sequence[float], weights: Sequence[float], tail: float = TAIL) -> Estimate:
     """Estimate a ratio of sums over clusters with the percentile bootstrap (Efron 1979).
 
     Measurements within a cluster resemble each other, so whole clusters are resampled: prompts or documents. The draws
@@ -80,48 +96,100 @@ def mean_ratio(logs: Sequence[Sequence[float]], floor: float = 0.0) -> Estimate:
     return Estimate(math.exp(mean.value), math.exp(low), math.exp(high))
 
 
-def robust_ratio(logs: Sequence[float], floor: float = 0.0) -> Estimate:
-    """Estimate a ratio from many paired measurements, so that a few disturbed ones do not decide.
+def typical_ratio(logs: Sequence[float], floor: float = 0.0, tail: float = TAIL) -> Estimate:
+    """Estimate the ratio that paired measurements have in common, so that a few disturbed ones do not decide.
 
-    A disturbance lasts: it spoils measurements that follow each other. So these are put into batches, and the median of
-    a batch is one value (as batch means are, Conway 1963). The estimate is the median of the means of all pairs of
-    values (Hodges and Lehmann 1963), its interval that of Wilcoxon's signed ranks: exact for noise that is as likely to
-    either side, as it is between equal code.
+    The estimate is the median of the means of all pairs of measurements (Hodges and Lehmann 1963), its interval that of
+    Wilcoxon's signed ranks: exact for noise that is as likely to either side, as it is between equal code. It needs six
+    measurements for 95 %; from fewer, interval and estimate are Student's (1908), for noise that is normal.
 
     Args:
-        logs: logarithms of the ratios, in the order of measuring. Six at least for an interval with two ends.
+        logs: logarithms of the ratios.
+        floor: least half-width of the interval, in logarithms.
+        tail: probability below the interval's low end, and above its high end.
+    """
+    values = np.array(logs, dtype=float)
+    outside = _signed_ranks_outside(len(values), tail)
+    if outside:
+        first, second = np.triu_indices(len(values))
+        means = np.sort((values[first] + values[second]) / 2)
+        centre, low, high = float(np.median(means)), float(means[outside - 1]), float(means[-outside])
+    else:
+        centre = float(np.mean(values))
+        half = _student_half(values, tail)
+        low, high = centre - half, centre + half
+    return _estimate(centre, min(low, centre - floor), max(high, centre + floor))
+
+
+def robust_ratio(logs: Sequence[float], floor: float = 0.0) -> Estimate:
+    """Estimate a ratio from many short paired measurements in a row.
+
+    A disturbance lasts: it spoils measurements that follow each other. So these are put into batches, and the median of
+    a batch is one value (as batch means are, Conway 1963) of which `typical_ratio` makes the estimate.
+
+    Args:
+        logs: logarithms of the ratios, in the order of measuring.
         floor: least half-width of the interval, in logarithms.
     """
+    return typical_ratio(_batch_medians(logs), floor)
+
+
+def _batch_medians(logs: Sequence[float]) -> list[float]:
     batches = min(_MOST_BATCHES, max(len(logs) // _LEAST_BATCH, min(len(logs), _LEAST_BATCHES)))
-    values = np.array([np.median(batch) for batch in np.array_split(np.array(logs), batches)])
-    first, second = np.triu_indices(len(values))
-    means = np.sort((values[first] + values[second]) / 2)
-    centre, outside = float(np.median(means)), _signed_ranks_outside(len(values))
-    if outside == 0:
-        return Estimate(math.exp(centre), 0.0, math.inf)
-    low, high = min(means[outside - 1], centre - floor), max(means[-outside], centre + floor)
-    return Estimate(math.exp(centre), math.exp(low), math.exp(high))
+    return [float(np.median(batch)) for batch in np.array_split(np.array(logs), batches)]
+
+
+def noise_floor(logs: Sequence[float]) -> float:
+    """Return the A/A floor: how far from 1 `typical_ratio` may find the ratio of equal code, in logarithms.
+
+    That is half of its interval, or what it found if that is more. Of fewer than six ratios it is the largest.
+
+    Args:
+        logs: logarithms of ratios between runs of the same code, that vary as those of the comparison do.
+    """
+    if not _signed_ranks_outside(len(logs), TAIL):
+        return max((abs(log) for log in logs), default=0.0)
+    found = typical_ratio(logs)
+    return max(abs(math.log(found.value)), math.log(found.high / found.low) / 2)
 
 
 def robust_floor(logs: Sequence[float]) -> float:
-    """Return the A/A floor of `robust_ratio`: how far from 1 it may find the ratio of equal code, in logarithms."""
-    interval = robust_ratio(logs)
-    return max(-math.log(interval.low), math.log(interval.high)) if interval.bounded and interval.low else math.inf
+    """Return the A/A floor of `robust_ratio`, in logarithms."""
+    return noise_floor(_batch_medians(logs))
+
+
+def _estimate(centre: float, low: float, high: float) -> Estimate:
+    """Make an estimate from logarithms; without ends where these are so far apart that it says nothing."""
+    if high - low > 2 * _WIDEST_LOG_RATIO:
+        return Estimate(math.exp(centre), 0.0, math.inf)
+    return Estimate(math.exp(centre), math.exp(low), math.exp(high))
+
+
+def _student_half(values: np.ndarray, tail: float) -> float:
+    """Return half of the interval of a mean by Student's t; infinite for one value."""
+    count = len(values)
+    if count < 2:
+        return math.inf
+    return student_t(1 - tail, count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
 
 
 @lru_cache
-def _signed_ranks_outside(count: int) -> int:
+def _signed_ranks_outside(count: int, tail: float) -> int:
     """Return how many of the sorted means of pairs lie outside of an interval, at either end.
 
-    That is the largest c for which the sum of positive signed ranks is below c with a probability of at most 2.5 %.
+    That is the largest c for which the sum of positive signed ranks is below c with a probability of at most `tail`.
+    For many values the sum is normal.
     """
+    if count > _MOST_EXACT_RANKS:
+        mean, variance = count * (count + 1) / 4, count * (count + 1) * (2 * count + 1) / 24
+        return math.floor(mean - _NORMAL.inv_cdf(1 - tail) * math.sqrt(variance))
     sums = [1]  # the ways to get each sum from the ranks so far
     for rank in range(1, count + 1):
         sums = [
             (sums[total] if total < len(sums) else 0) + (sums[total - rank] if total >= rank else 0)
             for total in range(len(sums) + rank)
         ]
-    allowed, seen, outside = (1 - COVERAGE) / 2 * 2**count, 0, 0
+    allowed, seen, outside = tail * 2**count, 0, 0
     while (seen := seen + sums[outside]) <= allowed:
         outside += 1
     return outside
@@ -138,14 +206,9 @@ def simultaneous_ratio(logs: Sequence[float], comparisons: int, floor: float = 0
         comparisons: number of intervals that are to hold together.
         floor: least half-width of the interval, as for `mean_ratio`.
     """
-    centre, count = float(np.mean(logs)), len(logs)
-    half = math.inf
-    if count > 1:
-        tail = (1 - COVERAGE) / (2 * comparisons)
-        half = max(floor, student_t(1 - tail, count - 1) * float(np.std(logs, ddof=1)) / math.sqrt(count))
-    if half > _WIDEST_LOG_RATIO:
-        return Estimate(math.exp(centre), 0.0, math.inf)
-    return Estimate(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
+    centre, tail = float(np.mean(logs)), TAIL / comparisons
+    half = max(floor, _student_half(np.array(logs, dtype=float), tail))
+    return _estimate(centre, centre - half, centre + half)
 
 
 def student_t(probability: float, freedom: int) -> float:
@@ -176,21 +239,13 @@ def detectable_slowdown(change: Estimate, tolerance: float) -> float:
     A slowdown is detected when the whole interval lies beyond the tolerance.
 
     Args:
-        change: new speed over old.
+        change: new speed over old. Without a bounded interval nothing is detected, but that all speed is gone.
         tolerance: share by which the new speed may be lower.
     """
+    if not change.bounded or not change.low:
+        return 1.0
     logs = Estimate(*map(math.log, (change.value, change.low, change.high)))
     return -math.expm1(math.log1p(-tolerance) - detectable(logs))
-
-
-def noise_floor(logs: Sequence[Sequence[float]]) -> float:
-    """Return the A/A floor: how far from 1 the mean ratio of two runs of the same code may lie, in logarithms.
-
-    Args:
-        logs: logarithms of the first run of a block over its second, a sequence of repeats for each prompt.
-    """
-    interval = mean_ratio(logs)
-    return max(abs(math.log(interval.low)), abs(math.log(interval.high)))
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from specdecode.bench.gate import verdicts
 from specdecode.bench.gate.verdicts import judge
 from specdecode.bench.runs.file import parse, read
+from specdecode.bench.runs.statistics import Estimate, typical_ratio
 from tests.helpers.root import ROOT
 
 (BASELINE,) = (ROOT / "baselines").glob("*threads/*-quick.json")
@@ -35,23 +37,24 @@ def test_the_gate_loads_nothing_heavy(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "loaded"
 
 
-def test_each_time_is_bootstrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against judging that draws resamples for arms that it does not judge, or several times for one."""
+def test_each_time_is_estimated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against judging that estimates for arms that it does not judge, several times for one, or by resampling,
+    which takes longer than all the rest."""
     content = json.loads(BASELINE.read_text())
     faster: dict[str, Any] = copy.deepcopy(content)
     for record in faster["specdecode"]["arms"].values():
         for row in record["rows"].values():
             row["log_speedup"] += random.random()  # a run that no other test has judged
-    bootstraps = 0
-    default_rng = np.random.default_rng
+    estimates = 0
 
-    def counted(*arguments: Any) -> Any:
-        nonlocal bootstraps
-        bootstraps += 1
-        return default_rng(*arguments)
+    def counted(*arguments: Any) -> Estimate:
+        nonlocal estimates
+        estimates += 1
+        return typical_ratio(*arguments)
 
-    monkeypatch.setattr(np.random, "default_rng", counted)
+    monkeypatch.setattr(verdicts, "typical_ratio", counted)
+    monkeypatch.setattr(np.random, "default_rng", None)
     judgements = judge(parse(json.dumps(faster), Path("new.json")), read(BASELINE))
     timed = [judged.arm for judged in judgements if judged.change is not None]
     assert len(judgements) == 30
-    assert bootstraps == len(timed) == 11
+    assert estimates == len(timed) == 11

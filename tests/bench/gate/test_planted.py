@@ -46,7 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "tree": {"drafter": "model", "k": 3, "shape": "static", "branching": [2, 2, 1]},
     "lookup": {"drafter": "lookup", "k": 4},
 }
-PROMPTS = {f"text/{length}": list(prompt(length)) for length in (6, 9, 12, 14)}
+PROMPTS = {f"text/{length}": list(prompt(length)) for length in range(6, 15)}
 TOKENS = 24
 IDENTITY = Identity("abacus-2-threads", "t", "d", "float64", "planted")
 LOOP = 0.0005

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import io
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,11 +86,11 @@ def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: 
     counted = {name for name, _, length in calls.order if 1 < length < LENGTH}
     assert counted == {"ar", "twice", "half", "liar"}
     timed = [(name, text) for name, text, length in calls.order if length == LENGTH]
-    blocks = [timed[i : i + 5] for i in range(0, len(timed), 5)]
+    blocks = [timed[i : i + 6] for i in range(0, len(timed), 6)]
     assert len(blocks) == 6
     for block in blocks:
-        assert block[0][0] == block[-1][0] == "ar"
-        assert {name for name, _ in block[1:-1]} == {"twice", "half", "liar"}
+        assert block[0][0] == block[2][0] == block[-1][0] == "ar"
+        assert {name for name, _ in (block[1], *block[3:-1])} == {"twice", "half", "liar"}
         assert len({length for _, length in block}) == 1
     assert len({tuple(name for name, _ in block) for block in blocks}) > 1
     assert not any(calls.collecting)
@@ -103,6 +105,31 @@ def test_speedups_are_paired_within_blocks(results: Results) -> None:
     assert run.speedup("twice", over="half").value == pytest.approx(4.0, rel=0.01)
     assert run.speedup("ar").value == 1.0
     assert results.floor > 0
+
+
+def test_an_arm_is_compared_with_the_baseline_beside_it(results: Results) -> None:
+    """Guards against a machine that gets slower within a block and makes the later arms look slower."""
+    for block in results.blocks:
+        beats = [block.runs["ar"], block.middle, block.last["ar"]]
+        times = [run.s_per_token for run in beats if run is not None]
+        assert times == sorted(times)  # the fake machine gets slower
+        for arm in ("twice", "half"):
+            means = [math.sqrt(first * second) for first, second in pairwise(times)]
+            assert any(block.runs[arm].beside_s == pytest.approx(mean, rel=1e-12) for mean in means)
+        assert block.noise("ar") == pytest.approx(math.log(times[0] * times[2] / times[1] ** 2) / 2)
+
+
+def test_a_baseline_that_is_wrong_in_between_is_wrong() -> None:
+    """Guards against a baseline's run that nobody checks because it is shown nowhere."""
+    calls = Calls()
+    right, lying = calls.arm("ar", 1.0), calls.arm("ar", 1.0, wrong=True)
+    timed = iter([right, lying, right])
+
+    def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        return (next(timed) if length == LENGTH else right).run(text, length, expected)
+
+    arms = [dataclasses.replace(right, run=run), calls.arm("one", 1.0), calls.arm("two", 1.0)]
+    assert experiment(arms, {"a": PROMPTS["a"]}, max_new_tokens=LENGTH).wrong("ar") == ["a"]
 
 
 def test_a_time_from_a_wrong_output_is_void(results: Results) -> None:

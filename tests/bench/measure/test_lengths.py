@@ -15,7 +15,8 @@ import torch
 from specdecode import FixedK, Generation, PromptLookup, SinkWindow, generate
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.run import Run
-from specdecode.bench.measure.experiment import Block, Results, experiment
+from specdecode.bench.measure.block import Block
+from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.journal import Journal
 from specdecode.bench.measure.output_stats import own_losses, repeated, with_output_stats
 from specdecode.bench.presets import preset
@@ -23,7 +24,7 @@ from specdecode.bench.report.captions import outputs
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import by_part
 from specdecode.bench.runs.counts import Counts
-from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.records import NOISE_OF_TWO, RunFile
 from tests.helpers.models import lm, prompt
 from tests.helpers.speed_runs import run_of_results
 
@@ -171,7 +172,7 @@ def test_a_task_is_told_by_its_own_prompts() -> None:
         assert set(part.at(SHORTER[0]).arms[arm].rows) == set(run.tasks["set/b"])
     one = run.with_prompts(["set/a/0"])
     noise = results().blocks[0]
-    ratio = abs(math.log(noise.runs["ar"].total_s / noise.last["ar"].total_s))
+    ratio = NOISE_OF_TWO * abs(math.log(noise.runs["ar"].total_s / noise.last["ar"].total_s))
     assert one.header.floor == pytest.approx(max(ratio, run.header.floor))
     assert one.speedup("lookup").high / one.speedup("lookup").low == pytest.approx(math.exp(2 * one.header.floor))
 

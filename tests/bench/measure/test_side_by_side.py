@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,8 @@ class Machine:
 
 class Loaded(WorkerProcess):
     """Stands for a worker process: answers at once, and does not load what does not fit."""
+
+    pid = os.getpid()
 
     def __init__(self, machine: Machine, name: str, size: int = 1) -> None:
         self.machine, self.name, self.size = machine, name, size

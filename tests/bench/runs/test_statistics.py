@@ -16,6 +16,8 @@ from specdecode.bench.runs.statistics import (
     robust_ratio,
     simultaneous_ratio,
     student_t,
+    tail_of_look,
+    typical_ratio,
 )
 
 
@@ -47,8 +49,34 @@ def test_no_interval_is_narrower_than_the_noise_floor() -> None:
 
 def test_the_floor_sees_a_drift_between_the_two_runs() -> None:
     """Guards against a floor of spread alone: a machine that slows down steadily shows none."""
-    assert noise_floor([[0.2], [0.2], [0.2]]) == pytest.approx(0.2)
-    assert noise_floor([[0.0], [0.0]]) == 0.0
+    assert noise_floor([0.2, 0.2, 0.2]) == pytest.approx(0.2)
+    assert noise_floor([0.0, 0.0]) == 0.0
+    assert noise_floor([-0.3]) == 0.3
+
+
+def test_the_floor_is_half_an_interval() -> None:
+    """Guards against a floor that counts the offset of what was found twice, as noise and as its place."""
+    noise = [0.02 * (-1) ** place for place in range(12)]
+    interval = typical_ratio(noise)
+    assert noise_floor(noise) == pytest.approx(math.log(interval.high / interval.low) / 2)
+
+
+def test_looks_that_are_paid_for_convict_no_equal_code() -> None:
+    """Guards against `--until`: who looks often enough finds something, unless each look pays for it."""
+    chance = np.random.default_rng(5)
+    paid, unpaid = 0, 0
+    for _ in range(200):
+        values: list[float] = []
+        found_paid = found_unpaid = False
+        for look in range(1, 11):
+            values += list(chance.normal(0, 0.05, 12))
+            found_paid |= typical_ratio(values, tail=tail_of_look(look)).low > 1
+            found_unpaid |= typical_ratio(values).low > 1
+            found_paid |= typical_ratio(values, tail=tail_of_look(look)).high < 1
+            found_unpaid |= typical_ratio(values).high < 1
+        paid, unpaid = paid + found_paid, unpaid + found_unpaid
+    assert paid / 200 <= 0.05
+    assert unpaid / 200 > 0.1
 
 
 def test_intervals_are_the_same_each_time() -> None:
@@ -166,8 +194,10 @@ def test_the_ends_of_a_robust_interval_are_wilcoxons(count: int) -> None:
 
 
 def test_few_measurements_say_nothing() -> None:
-    """Guards against an interval of five values, which none of 95 % is."""
-    assert robust_ratio([0.1] * 5).high == math.inf
-    assert robust_floor([0.1] * 5) == math.inf
+    """Guards against an interval of ranks of five values, which none of 95 % is; Student's is wider."""
+    five = [0.1, 0.12, 0.09, 0.11, 0.08]
+    half = 2.776 * float(np.std(five, ddof=1)) / math.sqrt(5)
+    assert math.log(typical_ratio(five).high) == pytest.approx(0.1 + half, rel=1e-3)
+    assert typical_ratio([0.1]).high == math.inf
     assert robust_floor([0.1] * 6) == pytest.approx(0.1)
     assert robust_ratio([0.1] * 6, floor=0.3).low == pytest.approx(math.exp(-0.2))

@@ -1,0 +1,174 @@
+"""Simulate what the gate says, on recorded traces of real machines: `python -m perf.power TRACE...`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from perf.traces import Trace
+from specdecode.bench.gate.verdicts import Tolerance, Verdict, time_judgement
+from specdecode.bench.measure.block import parted
+from specdecode.bench.measure.steady import Steady
+from specdecode.bench.runs.records import NOISE_OF_TWO
+from specdecode.bench.runs.statistics import Estimate, noise_floor, typical_ratio
+from specdecode.cli.output import say
+
+RUN = 10
+"""Stretches of a trace that a run of `ar` takes: 40 tokens."""
+
+
+class Machine:
+    """A recorded machine, from some moment on: it does work as fast as it did then, and starts again at the end.
+
+    Args:
+        trace: what was recorded.
+        seed: of the moment.
+    """
+
+    def __init__(self, trace: Trace, seed: int) -> None:
+        self._ends = [0.0, *np.cumsum(trace.seconds * trace.unit_s)]
+        self._taken = [0.0, *np.cumsum(trace.taken * trace.seconds * trace.unit_s)]
+        self._at = random.Random(seed).uniform(0, len(trace.seconds))
+
+    def clock(self) -> float:
+        """Return the seconds of work so far, from some moment on."""
+        return self._sum(self._ends)
+
+    def work(self, stretches: float) -> float:
+        """Do some work, and return the seconds that it takes."""
+        started = self.clock()
+        self._at += stretches
+        return self.clock() - started
+
+    def watch(self) -> Callable[[], float]:
+        """Begin to watch what others take, as `support.disturbance.watch` does."""
+        started, before = self.clock(), self._sum(self._taken)
+        return lambda: (self._sum(self._taken) - before) / (self.clock() - started)
+
+    def _sum(self, sums: list[float]) -> float:
+        rounds, place = divmod(self._at, len(sums) - 1)
+        whole = int(place)
+        return rounds * sums[-1] + sums[whole] + (place - whole) * (sums[whole + 1] - sums[whole])
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a simulated session measured of one arm.
+
+    Attributes:
+        logs: of its speedups.
+        noise: of the baseline's own.
+        seconds: that it took.
+    """
+
+    logs: list[float]
+    noise: list[float]
+    seconds: float
+
+
+def session(machine: Machine, others: int, blocks: int, slower: float, *, again: bool = True) -> Session:
+    """Simulate a session of the suite: blocks of `ar`, some other arms in two parts, and `ar` between and after them.
+
+    Args:
+        machine: that works.
+        others: number of arms; the last is looked at.
+        blocks: prompts times repeats.
+        slower: share of its time that the arm has become slower by.
+        again: measure again what other work disturbed.
+    """
+    steady = Steady(watch=machine.watch, clock=machine.clock)
+    costs = [0.5 + 0.7 * arm / others for arm in range(others)]
+    started, logs, noise = machine.clock(), [], []
+
+    def run(cost: float) -> float:
+        def once() -> float:
+            return machine.work(cost * RUN)
+
+        return math.log(steady.measure(once).value if again else once())
+
+    for block in range(blocks):
+        order = random.Random(block).sample(range(others), others)
+        beats, place, time = [run(1.0)], 0, 0.0
+        for part in parted(order, 2):
+            for arm in part:
+                seen = run(costs[arm] * (1 + slower if arm == others - 1 else 1.0))
+                if arm == others - 1:
+                    place, time = len(beats), seen
+            beats.append(run(1.0))
+        logs.append((beats[place - 1] + beats[place]) / 2 - time)
+        noise.append(beats[1] - (beats[0] + beats[2]) / 2 if len(beats) > 2 else NOISE_OF_TWO * (beats[0] - beats[1]))
+    return Session(logs, noise, machine.clock() - started)
+
+
+def by_baseline(trace: Trace, seed: int, others: int, blocks: int, slower: float, *, again: bool = True) -> Estimate:
+    """Simulate a session and its baseline, measured at another moment, and return the arm's new speed over its old."""
+    new = session(Machine(trace, 2 * seed), others, blocks, slower, again=again)
+    old = session(Machine(trace, 2 * seed + 1), others, blocks, 0.0, again=again)
+    floor = math.hypot(noise_floor(new.noise), noise_floor(old.noise))
+    return typical_ratio([now - was for now, was in zip(new.logs, old.logs, strict=True)], floor)
+
+
+def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: float, *, again: bool = True) -> Estimate:
+    """Simulate a session of two versions in turns, each arm's four runs in a row, and return the same."""
+    machine = Machine(trace, seed)
+    steady = Steady(watch=machine.watch, clock=machine.clock)
+    logs, noise = [], []
+    for block in range(blocks):
+        for arm in range(others + 1):
+            costs = [RUN * (1 + slower), RUN, RUN, RUN * (1 + slower)]
+            if block % 2:
+                costs = [RUN, RUN * (1 + slower), RUN * (1 + slower), RUN]
+            times = [math.log(steady.measure(lambda cost=cost: machine.work(cost)).value) for cost in costs]  # type: ignore[misc]
+            if arm == others:
+                sign = (-1) ** block
+                logs.append(sign * (times[1] + times[2] - times[0] - times[3]) / 2)
+                noise.append((times[3] - times[0] - 3 * (times[2] - times[1])) / math.sqrt(20))
+    return typical_ratio(logs, noise_floor(noise))
+
+
+def verdict(change: Estimate, tolerance: float) -> Verdict:
+    """Return the gate's verdict on a change."""
+    return time_judgement("arm", "speed", change, Tolerance(tolerance)).verdict
+
+
+KINDS = {
+    "by a baseline, 14 other arms, 12 blocks": (by_baseline, 14, 12),
+    "by a baseline, one arm, 60 blocks": (by_baseline, 1, 60),
+    "side by side, one arm, 24 blocks": (side_by_side, 1, 24),
+}
+
+
+def lines(trace: Trace, count: int) -> Iterator[str]:
+    """Yield lines of a table: how often the interval covers the truth, and what is REGRESSED."""
+    for name, (simulate, others, blocks) in KINDS.items():
+        equal = [simulate(trace, seed, others, blocks, 0.0) for seed in range(count)]
+        covered = sum(change.low <= 1 <= change.high for change in equal) / count
+        false = sum(verdict(change, 0.02) is Verdict.REGRESSED for change in equal)
+        cells = [f"{covered:.1%}", str(false)]
+        for slower, tolerance in ((0.05, 0.02), (0.03, 0.01)):
+            changes = [simulate(trace, seed, others, blocks, slower) for seed in range(count)]
+            cells.append(f"{sum(verdict(change, tolerance) is Verdict.REGRESSED for change in changes) / count:.0%}")
+        yield f"| {trace.about} | {name} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("traces", type=Path, nargs="+", help="recorded by python -m perf.traces")
+    parser.add_argument("--count", type=int, default=1000, help="comparisons of each kind [1000]")
+    options = parser.parse_args()
+    say("| machine | comparison | covered | REGRESSED though equal | 5 % slower, tolerance 2 % | 3 % slower, 1 % |")
+    say("|---|---|--:|--:|--:|--:|")
+    for file in options.traces:
+        for line in lines(Trace.read(file), options.count):
+            say(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Count what the gate says of equal code, and of a planted slowdown, run by run: `python -m perf.trials`.
+
+Each trial is a session of `pytest --benchmark` in a repository that is made for it, with one arm from code beside `ar`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+from perf.neighbour import neighbour
+from specdecode.bench.gate.baselines import bless
+from specdecode.cli.output import say
+
+ENGINE = """
+import time
+
+import specdecode
+from specdecode.bench.arms.callables import ArmStep
+
+SLOWER = {slower}
+
+
+def make(target, draft, device, dtype):
+    model = specdecode.load(target, device=device, dtype=dtype)
+
+    def decode(prompt, count):
+        came = []
+        started = step_started = time.perf_counter()
+
+        def note(tokens):
+            nonlocal step_started
+            end = time.perf_counter() + SLOWER * (time.perf_counter() - step_started)
+            while time.perf_counter() < end:
+                pass
+            step_started = time.perf_counter()
+            came.append(ArmStep(tokens, at_s=step_started - started))
+
+        specdecode.generate(model, prompt, drafter=specdecode.PromptLookup(), max_new_tokens=count, on_step=note)
+        yield from came
+
+    return decode
+"""
+PRESET = """
+prompts = "humaneval:6,prose:6"
+max_new_tokens = {tokens}
+repeats = 1
+
+[arms]
+ar = {{}}
+mine = {{ call = "engine:make" }}
+"""
+
+
+def git(folder: Path, *arguments: str) -> None:
+    """Run git in a folder."""
+    who = ("-c", "user.name=trials", "-c", "user.email=trials@example.org")
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def session(folder: Path, slower: float, *arguments: str) -> tuple[str, str, float]:
+    """Run one session, and return the verdict on the time of the arm, its reason and the minutes that it took."""
+    (folder / "engine.py").write_text(ENGINE.format(slower=slower))
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark", "--preset=own.toml", "-k", "mine"]
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, "--junitxml=junit.xml", "--benchmark-json=run.json", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    minutes = (time.monotonic() - started) / 60
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.stdout + done.stderr)
+    for test in ET.parse(folder / "junit.xml").iter("testcase"):
+        values = {one.attrib["name"]: one.attrib["value"] for one in test.iter("property")}
+        if "mine-time" in test.attrib["name"]:
+            return values["verdict"], values["reason"], minutes
+    raise SystemExit("no verdict on the time of the arm:\n" + done.stdout)
+
+
+def main() -> None:
+    """Print a line for each session, and a table of the verdicts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=("side-by-side", "by-baseline"))
+    parser.add_argument("--runs", type=int, nargs=2, default=(20, 10), help="of equal and of slower code [20 10]")
+    parser.add_argument("--slowdown", type=float, default=0.05, help="that is planted, as a share [0.05]")
+    parser.add_argument("--tolerance", default="0.02", help="of the gate [0.02]")
+    parser.add_argument("--tokens", type=int, default=16, help="of each output [16]")
+    parser.add_argument("--minutes", type=float, help="for each session [3, by a baseline 10]")
+    parser.add_argument("--neighbour", action="store_true", help="another process takes a core a fifth of the time")
+    options = parser.parse_args()
+    side_by_side = options.kind == "side-by-side"
+    minutes = options.minutes or (3.0 if side_by_side else 10.0)
+    limits = (f"--until={options.slowdown}", f"--budget-minutes={minutes}", f"--tolerance={options.tolerance}")
+    verdicts: dict[str, Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as name, neighbour(options.neighbour):
+        folder = Path(name)
+        (folder / "own.toml").write_text(PRESET.format(tokens=options.tokens))
+        (folder / "engine.py").write_text(ENGINE.format(slower=0.0))
+        (folder / ".gitignore").write_text("results\njunit.xml\nrun.json\n__pycache__\n")
+        git(folder, "init", "-q")
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", "equal")
+        if not side_by_side:
+            session(folder, 0.0, f"--until={options.slowdown / 2}", *limits[1:])
+            say(f"baseline: {bless(folder / 'run.json', folder / 'baselines', 'equal')}")
+        for label, slower, count in (
+            ("equal", 0.0, options.runs[0]),
+            (f"{options.slowdown:.0%} slower", options.slowdown, options.runs[1]),
+        ):
+            for run in range(count):
+                verdict, reason, took = session(folder, slower, *limits, *(["--against=HEAD"] if side_by_side else []))
+                say(f"{run + 1}/{count} {label}, {took:.1f} min: {verdict}: {reason}")
+                verdicts.setdefault(label, Counter())[verdict] += 1
+    names = sorted(set().union(*verdicts.values()))
+    say("\n| " + options.kind + " | " + " | ".join(names) + " |\n|---|" + "--:|" * len(names))
+    for label, counts in verdicts.items():
+        say(f"| {label} | " + " | ".join(str(counts[name]) for name in names) + " |")
+
+
+if __name__ == "__main__":
+    main()

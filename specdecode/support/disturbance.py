@@ -1,0 +1,65 @@
+"""Tell how much of the processors other work takes while something is timed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+try:
+    import psutil
+except ImportError:  # comes with the extra "benchmark"; without it nothing is known
+    psutil = None
+
+_CPU_STAT = Path("/sys/fs/cgroup/cpu.stat")
+_IDLE = ("idle", "iowait")
+_WITH_CHILDREN = 4  # a process's own times and those of children that have ended, user and system
+_COUNTED_TWICE = ("guest", "guest_nice")  # they are in "user" and "nice" too
+
+
+def watch(*others: int) -> Callable[[], float | None]:
+    """Begin to watch what other work takes from this process and from some others.
+
+    That is the time of all processors that neither these processes used nor was idle: other programs, the kernel, and
+    what a hypervisor gave to other machines ("steal"). Time in which a container's quota stopped processes counts too.
+    How long the processes' own work takes does not change it.
+
+    Args:
+        others: ids of processes that work for this one.
+
+    Returns:
+        A function that returns the share of the processors' time that was taken since, from 0 to 1; None where the
+        system does not tell.
+    """
+    before = _taken_s(others)
+    started = time.perf_counter()
+
+    def share() -> float | None:
+        after, passed = _taken_s(others), time.perf_counter() - started
+        if before is None or after is None or passed <= 0:
+            return None
+        return min(1.0, max(0.0, (after - before) / passed / (os.cpu_count() or 1)))
+
+    return share
+
+
+def _taken_s(others: Collection[int]) -> float | None:
+    """Return the processor seconds that were not the processes', from some moment on."""
+    if psutil is None:
+        return None
+    with suppress(psutil.Error, OSError):
+        everyone = psutil.cpu_times()._asdict()
+        busy = sum(seconds for name, seconds in everyone.items() if name not in (*_IDLE, *_COUNTED_TWICE))
+        own = [psutil.Process(pid).cpu_times() for pid in (os.getpid(), *others)]
+        return float(busy - sum(sum(times[:_WITH_CHILDREN]) for times in own) + _throttled_s())
+    return None
+
+
+def _throttled_s() -> float:
+    """Return the seconds for which a container's quota stopped its processes; 0 without one."""
+    with suppress(OSError, ValueError, KeyError):
+        counts = dict(line.split() for line in _CPU_STAT.read_text().splitlines())
+        return int(counts["throttled_usec"]) * 1e-6
+    return 0.0

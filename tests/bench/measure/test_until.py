@@ -1,0 +1,47 @@
+"""How long it is measured, and what."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+
+from specdecode.bench.measure.until import Until, rounds
+from tests.helpers.fake_clock import FakeClock
+
+ARMS = ["ar", "a", "b"]
+
+
+def planned(repeats: int, *answers: set[str], budget_s: float = 100.0) -> list[tuple[str, int, Collection[str]]]:
+    """What is measured of two prompts, each for ten seconds, if so many arms are open at one look after the other."""
+    clock, given, seen = FakeClock(noise=0.0), iter(answers), []
+    until = Until(budget_s, lambda measured: next(given, set()), clock, started=0.0)
+    for place in rounds(object(), ["p", "q"], repeats, ARMS, until):
+        seen.append(place)
+        clock.advance(10.0)
+    return seen
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_without_it_the_repeats_are_fixed(repeats: int) -> None:
+    """Guards against a run that goes on where nobody asked for it."""
+    assert list(rounds(object(), ["p", "q"], repeats, ARMS)) == [
+        (prompt, repeat, ARMS) for repeat in range(repeats) for prompt in "pq"
+    ]
+
+
+def test_what_is_clear_is_not_measured_again() -> None:
+    """Guards against time spent on arms whose verdict is clear, and against a run that ends while one is open."""
+    assert planned(1, {"a", "b"}, {"b"}) == [
+        *[(prompt, 0, ARMS) for prompt in "pq"],
+        *[(prompt, 1, {"a", "b"}) for prompt in "pq"],
+        *[(prompt, 2, {"b"}) for prompt in "pq"],
+    ]
+    assert len(planned(2)) == 4
+
+
+def test_the_time_is_bounded() -> None:
+    """Guards against an arm that stays open, and against a run of nothing."""
+    endless = [{"a"}] * 100
+    assert len(planned(1, *endless, budget_s=55.0)) == 6
+    assert len(planned(1, *endless, budget_s=5.0)) == 1

@@ -1,0 +1,87 @@
+"""What other work takes from the processors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import psutil
+import pytest
+
+from specdecode.support import disturbance
+from specdecode.support.disturbance import watch
+
+_SPIN = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+
+Everyone = namedtuple("Everyone", ["user", "nice", "system", "idle", "iowait", "steal", "guest"])
+Own = namedtuple("Own", ["user", "system", "children_user", "children_system", "iowait"])
+
+
+class Machine:
+    """A machine whose clocks stand still until they are set.
+
+    Attributes:
+        everyone, own, seconds: what the system tells of all processors and of this process, and the time.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, processors: int = 2) -> None:
+        self.everyone, self.own, self.seconds = Everyone(*[0.0] * 7), Own(*[0.0] * 5), 0.0
+        patch.setattr(disturbance.os, "cpu_count", lambda: processors)
+        patch.setattr(disturbance.time, "perf_counter", lambda: self.seconds)
+        patch.setattr(psutil, "cpu_times", lambda: self.everyone)
+        patch.setattr(psutil.Process, "cpu_times", lambda process: self.own)
+
+
+@pytest.mark.parametrize(
+    ("everyone", "own", "share"),
+    [
+        (Everyone(2, 0, 0, 0, 0, 0, 0), Own(2, 0, 0, 0, 0), 0.0),  # its own work
+        (Everyone(1, 0, 1, 0, 0, 0, 0), Own(0.5, 0.5, 0.5, 0.5, 0), 0.0),  # that of programs that it started
+        (Everyone(2, 0, 0, 0, 0, 0, 0), Own(1, 0, 0, 0, 0), 0.5),  # another program's
+        (Everyone(1, 0, 0, 0, 0, 1, 0), Own(1, 0, 0, 0, 0), 0.5),  # another machine's
+        (Everyone(1, 0, 0, 1, 0, 0, 0), Own(1, 0, 0, 0, 0), 0.0),  # nobody's
+        (Everyone(1, 0, 0, 0, 1, 0, 0), Own(1, 0, 0, 0, 0), 0.0),  # nobody's, who waits for a disk
+        (Everyone(2, 0, 0, 0, 0, 0, 1), Own(1, 0, 0, 0, 0), 0.5),  # a guest's, which is in "user" too
+    ],
+)  # fmt: skip
+def test_the_share_of_others(monkeypatch: pytest.MonkeyPatch, everyone: Everyone, own: Own, share: float) -> None:
+    """Guards against own work, or none, taken for a disturbance."""
+    machine = Machine(monkeypatch)
+    taken = watch()
+    machine.everyone, machine.own, machine.seconds = everyone, own, 1.0
+    assert taken() == pytest.approx(share)
+
+
+def test_a_quota_disturbs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards against a container that is stopped in silence."""
+    machine = Machine(monkeypatch)
+    counts = tmp_path / "cpu.stat"
+    counts.write_text("usage_usec 5\nthrottled_usec 1000000\n")
+    monkeypatch.setattr(disturbance, "_CPU_STAT", counts)
+    taken = watch()
+    counts.write_text("usage_usec 5\nthrottled_usec 1500000\n")
+    machine.seconds = 1.0
+    assert taken() == pytest.approx(0.25)
+
+
+def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a machine that tells nothing taken for a quiet one."""
+    monkeypatch.setattr(psutil, "cpu_times", lambda: (_ for _ in ()).throw(psutil.AccessDenied()))
+    assert watch()() is None
+    monkeypatch.setattr(disturbance, "psutil", None)
+    assert watch()() is None
+
+
+def test_a_process_that_works_for_this_one_is_no_other() -> None:
+    """Guards against workers that disturb themselves. Here the system is asked for real."""
+    with subprocess.Popen([sys.executable, "-c", _SPIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        other, worker = watch(), watch(process.pid)
+        assert process.stdout is not None
+        process.stdout.readline()
+        taken, of_worker = other(), worker()
+        process.communicate(b"\n")
+    assert taken is not None
+    assert of_worker is not None
+    assert taken > of_worker
