@@ -114,7 +114,7 @@ def main() -> None:
         git(folder, "commit", "-qm", "equal")
         if not side_by_side:
             session(folder, 0.0, f"--until={options.slowdown / 2}", *limits[1:])
-            say(f"baseline: {bless(folder / 'run.json', folder / 'baselines', 'equal')}")
+            say(f"baseline: {bless([folder / 'run.json'], folder / 'baselines', 'equal')}")
         for label, slower, count in (
             ("equal", 0.0, options.runs[0]),
             (f"{options.slowdown:.0%} slower", options.slowdown, options.runs[1]),

@@ -77,7 +77,7 @@ def _no_worker_to_its_children() -> None:
 def _nothing_beside() -> Iterator[None]:
     """Other tests run beside, and what they disturb would be measured again: as often as chance has it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specdecode.bench.measure.steady.watch", lambda *pids: lambda: 0.0)
+        patch.setattr("specdecode.bench.measure.steady.watch", lambda *pids, device=None: lambda: 0.0)
         yield
 
 

@@ -37,7 +37,8 @@ class CudaGraphs:
                 action()
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The outer context: a capture that fails leaves its own stream current (torch 2.11).
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
             result = action()
         torch.cuda.synchronize()
         CudaGraphs.count += 1

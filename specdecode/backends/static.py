@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from specdecode.core.slots import Slots, Storage
+from specdecode.core.transfer import moved
 
 # Rows of a forward: a token, drafts of usual lengths, and the largest tree with its root and what an accepted chain
 # leaves to read. Wider forwards, which read prompts, are no static ones.
@@ -270,7 +271,7 @@ def _empty_inputs(width: int, across: int, device: torch.device) -> StaticInputs
 
 
 def _on_device(inputs: StaticInputs, device: torch.device) -> StaticInputs:
-    return StaticInputs(*(getattr(inputs, field.name).to(device, non_blocking=True) for field in fields(inputs)))
+    return StaticInputs(*(moved(getattr(inputs, field.name), device) for field in fields(inputs)))
 
 
 def _span(length: int) -> int:

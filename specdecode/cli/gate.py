@@ -38,7 +38,12 @@ def gate(
 
 
 def bless(
-    run: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
+    run: Annotated[
+        list[Path],
+        typer.Argument(
+            help="run file, from pytest --benchmark --benchmark-json; runs on other machines of this hardware, too"
+        ),
+    ],
     reason: Annotated[str, typer.Option(help="why this is what is to be expected from now on")],
     baselines: Annotated[
         Path | None, typer.Option(help="folder of the baselines  [default: as pyproject.toml says, or baselines]")

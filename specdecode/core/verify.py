@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.core.sampling import Rng, checked_choice
+from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
 
 
@@ -46,7 +47,7 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
     """
     if target.ndim == 1:
         # One transfer carries everything that the host needs of a greedy step.
-        on_host = torch.cat([target, tree.tokens.to(target.device, non_blocking=True)]).tolist()
+        on_host = torch.cat([target, moved(tree.tokens, target.device)]).tolist()
         tree.set_host_tokens(on_host[len(target) :])
         return _walk_greedily(tree.host_tokens, tree.children(), on_host[: len(target)])
     return walk(tree.host_tokens, tree.children(), tree.probs, target, rng)

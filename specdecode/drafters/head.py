@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdecode.controllers.base import Limit
 from specdecode.core.slots import Slots
+from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
@@ -115,15 +116,15 @@ class HeadDrafter:
         """
         self.forwards += 1
         device = self._slots.device
-        positions = positions.to(device, non_blocking=True)
+        positions = moved(positions, device)
         self._slots.append(positions)
         before = torch.ones(len(positions), self._slots.length - visible.shape[1], dtype=torch.bool)
         return self.head.read(
-            tokens.to(device, non_blocking=True),
+            moved(tokens, device),
             state,
             positions,
             lambda keys, values: self._slots.update(keys, values, 0),
-            torch.cat([before, visible], 1).to(device, non_blocking=True),
+            moved(torch.cat([before, visible], 1), device),
         )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from specdecode.backends.static import StaticCacheView, StaticInputs
 from specdecode.core.slots import SlotBatch, Slots
+from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
 from specdecode.models.masks import MaskForm
 from specdecode.models.wrapped import execution_device
@@ -58,7 +59,7 @@ def tree_input(slots: Slots, pending: Sequence[int], tree: DraftTree) -> Forward
     visible[stem - 1 :, stem - 1 :] = tree.visibility
     # A token attends to its predecessors and itself, so their number is its position: a node's is its depth.
     positions = slots.length + visible.sum(1) - 1
-    tokens = torch.cat([tokens.to(tree.tokens.device, non_blocking=True), tree.tokens])
+    tokens = torch.cat([moved(tokens, tree.tokens.device), tree.tokens])
     return ForwardInput(tokens, positions, visible, len(tree) + 1)
 
 
@@ -97,7 +98,7 @@ def run(
 def _stacked(parts: Sequence[Int[Tensor, " _"]], size: int, device: torch.device) -> Int[Tensor, "rows n"]:
     """Stack one row for each sequence. Padding stands first, so that the last rows are those whose logits are
     wanted."""
-    return torch.stack([nn.functional.pad(part.to(device, non_blocking=True), (size - len(part), 0)) for part in parts])
+    return torch.stack([nn.functional.pad(moved(part, device), (size - len(part), 0)) for part in parts])
 
 
 def static_logits(

@@ -17,6 +17,7 @@ from specdecode.backends import Backend, prepare
 from specdecode.backends.static import StaticInputs, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import SlotBatch, Slots
+from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
 from specdecode.models.chat import TextEncoder, stop_token_ids
 from specdecode.models.checks import context_length, sliding_window, unsupported_reason
@@ -177,7 +178,7 @@ class LM:
         if visible is None:
             visible = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
         # Here and below: a blocking copy to the device would wait for all of its queued work.
-        positions = positions.to(self.device, non_blocking=True)
+        positions = moved(positions, self.device)
         slots.append(positions)
         self.forwards += 1
         recorder = self._hidden_states.recorder
@@ -326,7 +327,7 @@ class LM:
         """Run `forward_tree` for each sequence of a batch, in one forward."""
         self.forwards += 1
         inputs = [tree_input(*sequence) for sequence in zip(batch.rows, pending, trees, strict=True)]
-        batch.append([read.positions.to(self.device, non_blocking=True) for read in inputs])
+        batch.append([moved(read.positions, self.device) for read in inputs])
         return self._forward(batch, batch.rows, inputs)
 
     def _probe(self) -> None:

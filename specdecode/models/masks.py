@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdecode.backends.static import StaticInputs, visible_slots
 from specdecode.core.slots import Slots
+from specdecode.core.transfer import moved
 
 Mask = Tensor | dict[str, Tensor]
 """The 4-D additive mask of a forward, or one for each type of layers."""
@@ -45,7 +46,7 @@ class MaskForm:
         for row, slots, recent in zip(allowed, sequences, visible, strict=True):
             count, width = recent.shape
             row[size - count :, : slots.length] = True
-            row[size - count :, slots.length - width : slots.length] = recent.to(device, non_blocking=True)
+            row[size - count :, slots.length - width : slots.length] = moved(recent, device)
         if self.window is None:
             return self._as_taken(allowed, allowed)
         near = allowed.clone()

@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import psutil
@@ -19,30 +23,46 @@ _WITH_CHILDREN = 4  # a process's own times and those of children that have ende
 _COUNTED_TWICE = ("guest", "guest_nice")  # they are in "user" and "nice" too
 
 
-def watch(*others: int) -> Callable[[], float | None]:
+def watch(*others: int, device: torch.device | None = None) -> Callable[[], float | None]:
     """Begin to watch what other work takes from this process and from some others.
 
     That is the time of all processors that neither these processes used nor was idle: other programs, the kernel, and
     what a hypervisor gave to other machines ("steal"). Time in which a container's quota stopped processes counts too.
-    How long the processes' own work takes does not change it.
+    How long the processes' own work takes does not change it. Of a GPU it is the time for which heat or power held down
+    its clocks.
 
     Args:
         others: ids of processes that work for this one.
+        device: a GPU that they use.
 
     Returns:
-        A function that returns the share of the processors' time that was taken since, from 0 to 1; None where the
-        system does not tell.
+        A function that returns the share of the processors' time that was taken since, or that of the GPU's time if it
+        is more, from 0 to 1; None where the system does not tell.
     """
-    before = _taken_s(others)
+    before, throttled = _taken_s(others), _throttled_gpu_s(device)
     started = time.perf_counter()
 
     def share() -> float | None:
-        after, passed = _taken_s(others), time.perf_counter() - started
-        if before is None or after is None or passed <= 0:
-            return None
-        return min(1.0, max(0.0, (after - before) / passed / (os.cpu_count() or 1)))
+        passed = time.perf_counter() - started
+        shares = [
+            min(1.0, max(0.0, (after - since) / passed / parts))
+            for after, since, parts in (
+                (_taken_s(others), before, os.cpu_count() or 1),
+                (_throttled_gpu_s(device), throttled, 1),
+            )
+            if after is not None and since is not None and passed > 0
+        ]
+        return max(shares, default=None)
 
     return share
+
+
+def _throttled_gpu_s(device: torch.device | None) -> float | None:
+    if device is None or device.type != "cuda":
+        return None
+    from specdecode.support.environment import throttled_s  # imports PyTorch, which other projects do without
+
+    return throttled_s(device)
 
 
 def _taken_s(others: Collection[int]) -> float | None:

@@ -48,6 +48,22 @@ def conditions(device: torch.device) -> dict[str, str]:
     return values
 
 
+def throttled_s(device: torch.device) -> float | None:
+    """Return the seconds for which heat or power has held down the clocks of a GPU, from some moment on.
+
+    None where the driver does not tell.
+    """
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+    def question() -> dict[str, str]:
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        policies = (pynvml.NVML_PERF_POLICY_THERMAL, pynvml.NVML_PERF_POLICY_POWER)
+        return {"ns": str(sum(pynvml.nvmlDeviceGetViolationStatus(gpu, policy).violationTime for policy in policies))}
+
+    told = _ask_driver(question)
+    return int(told["ns"]) * 1e-9 if told else None
+
+
 def _ask_driver(question: Callable[[], dict[str, str]]) -> dict[str, str]:
     """Return the answer of the NVIDIA driver; nothing where there is no driver, or it fails."""
     try:

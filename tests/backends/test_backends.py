@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -492,6 +492,48 @@ def test_capturing_is_timed_apart_from_decoding(monkeypatch: pytest.MonkeyPatch)
     # No time of this process is as long: what was taken off is what was said to be captured.
     assert result.prefill_s < -50.0
     assert result.decode_s < -50.0
+
+
+def test_a_capture_that_fails_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a backend that gives way to another on the stream of a capture. Streams and graphs are stand-ins
+    that behave as torch 2.11's."""
+    current = ["default"]
+
+    @contextmanager
+    def stream(which: str) -> Iterator[None]:
+        before, current[0] = current[0], which
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(graph: object, pool: object) -> Iterator[None]:
+        current[0] = "capture"
+        yield
+        current[0] = "default"  # not reached when the body raises
+
+    stand_ins = {
+        "graph_pool_handle": lambda: 7,
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": stream,
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None, name=current[0]),
+        "CUDAGraph": SimpleNamespace,
+        "graph": graph,
+        "memory_reserved": lambda: 0,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = iter(range(3))
+
+    def action() -> tuple[torch.Tensor, ...]:
+        if next(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return ()
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaGraphs()(action)
+    assert current == ["default"]
 
 
 def test_a_step_attends_to_what_is_held(short_spans: None) -> None:

@@ -179,7 +179,7 @@ def test_an_engine_is_gated_by_its_past(elsewhere: Runs, tmp_path: Path) -> None
     run = read(tmp_path / "run.json")
     assert 1.1 < run.speedup("drafting").value < 1.5  # 4 steps of 80 ms over 2 of 120 ms
     assert (run.header.baseline, run.header.roofline) == ("plain", 0.0)
-    bless(tmp_path / "run.json", tmp_path / "baselines", "the first")
+    bless([tmp_path / "run.json"], tmp_path / "baselines", "the first")
 
     done = elsewhere("--benchmark")
     assert done.returncode == 0, done.stdout + done.stderr

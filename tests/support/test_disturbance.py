@@ -6,12 +6,16 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
+import pynvml
 import pytest
+import torch
 
 from specdecode.support import disturbance
 from specdecode.support.disturbance import watch
+from specdecode.support.environment import throttled_s
 
 _SPIN = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
 
@@ -72,6 +76,26 @@ def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch()() is None
     monkeypatch.setattr(disturbance, "psutil", None)
     assert watch()() is None
+
+
+def test_a_gpu_that_is_held_down_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against clocks that fell in a run and not in that which it is compared with. The driver is a stand-in."""
+    machine = Machine(monkeypatch)
+    violations = iter([0, 3 * 10**8, 0, 4 * 10**8])  # of heat and of power, before and after
+
+    class Gpu:
+        violationTime = property(lambda self: next(violations))
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="x"))
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetViolationStatus", lambda gpu, policy: Gpu())
+    taken = watch(device=torch.device("cuda"))
+    machine.seconds = 0.5
+    assert taken() == pytest.approx(0.2)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: (_ for _ in ()).throw(pynvml.NVMLError(1)))
+    assert throttled_s(torch.device("cuda")) is None
 
 
 def test_a_process_that_works_for_this_one_is_no_other() -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
-from specdecode.bench.runs.file import KEY, read
+from specdecode.bench.runs.file import KEY, read, run_json
 from specdecode.bench.runs.names import MARGINS
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.bench.runs.statistics import Estimate, detectable_slowdown
@@ -16,38 +20,46 @@ from specdecode.support.files import write_whole
 TOLERANCE = 0.05
 """By how much an arm may become slower, as a share, before the gate closes."""
 
-
 MOST_UNSEEN = 0.10
 """The largest slowdown, as a share, that a baseline's own noise may hide."""
 
 
-def bless(path: Path, baselines: Path, reason: str) -> Path:
+def bless(paths: Sequence[Path], baselines: Path, reason: str) -> Path:
     """Write a run to the baselines, with the reason in it.
+
+    Args:
+        paths: the run; and runs of the same on other machines of this hardware, by which times are judged too.
+        baselines: the folder.
+        reason: why this is what is to be expected.
 
     Returns:
         The baseline's file.
 
     Raises:
-        ValueError: no reason, or the run is none to expect anything by: changes that are not committed, a wrong
-            output, an arm that did not decode, or a machine so unsteady that no later run could see a slowdown of
-            `MOST_UNSEEN` by it.
+        ValueError: no reason, or a run is none to expect anything by: changes that are not committed, a wrong output,
+            an arm that did not decode, a run of something else than the first, or machines so unsteady or so different
+            that no later run could see a slowdown of `MOST_UNSEEN` by them.
     """
-    run = read(path)
     if not reason.strip():
         raise ValueError("the reason is empty: say why this run is what is to be expected")
-    content = read_json(path)
-    if content.get("commit_info", {}).get("dirty") is not False:
-        raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
-    if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
-        raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
-    if failed := [name for name, arm in run.arms.items() if arm.failure]:
-        raise ValueError(f"{path} has arms that did not decode ({', '.join(failed)}): it is no baseline")
+    runs = [read(path) for path in paths]
+    for run in runs:
+        _check(run)
+        if _subject(run) != _subject(runs[0]):
+            raise ValueError(
+                f"{run.path} is no run of the same as {paths[0]}: models, prompts and lengths must be equal"
+            )
+    run = replace(runs[0], together=runs[1:])
     if (unseen := ever_sees(run)) > MOST_UNSEEN:
         raise ValueError(
-            f"{path} is so noisy that no later run would see a slowdown below {unseen:.0%} by it: measure more"
-            f" --repeats or prompts, or --until {MOST_UNSEEN:.0%}, or quiet the machine, until it is {MOST_UNSEEN:.0%}"
+            f"{' and '.join(map(str, paths))}: no later run would see a slowdown below {unseen:.0%} by this: measure"
+            f" more --repeats or prompts, or --until {MOST_UNSEEN:.0%}, or quiet the machine, until it is"
+            f" {MOST_UNSEEN:.0%}"
         )
+    content = read_json(paths[0])
     content[KEY]["reason"] = reason.strip()
+    if runs[1:]:
+        content[KEY]["together"] = [{**run_json(other), "reason": reason.strip()} for other in runs[1:]]
     for private in ("node", "release"):  # a machine's name says nothing about its speed
         content.get("machine_info", {}).pop(private, None)
     file = baselines / run.header.identity.file
@@ -55,15 +67,40 @@ def bless(path: Path, baselines: Path, reason: str) -> Path:
     return file
 
 
+def _subject(run: RunFile) -> tuple[object, ...]:
+    """Return what runs must share to be blessed together."""
+    header = run.header
+    return header.identity.file, header.outputs, header.max_new_tokens, header.baseline, run.arms.keys()
+
+
+def _check(run: RunFile) -> None:
+    """Raise ValueError if nothing can be expected by a run."""
+    path, content = run.path, read_json(run.path)
+    if content.get("commit_info", {}).get("dirty") is not False:
+        raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
+    if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
+        raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
+    if failed := [name for name, arm in run.arms.items() if arm.failure]:
+        raise ValueError(f"{path} has arms that did not decode ({', '.join(failed)}): it is no baseline")
+
+
 def ever_sees(run: RunFile, tolerance: float = TOLERANCE) -> float:
     """Return the smallest slowdown, as a share, that a later run without any noise would detect by this one.
 
     Args:
-        run: the baseline.
+        run: the baseline, and those that were blessed together with it: by how much these differ hides as much.
         tolerance: share by which a time may be worse.
     """
-    floor = run.header.floor
+    runs = [run, *run.together]
+    floor = max(one.header.floor for one in runs) + max(map(partial(_spread, runs), run.arms), default=0.0)
     return detectable_slowdown(Estimate(1.0, math.exp(-floor), math.exp(floor)), tolerance)
+
+
+def _spread(runs: Sequence[RunFile], arm: str) -> float:
+    """Return by how much an arm's mean log speedup differs between runs."""
+    logs = [one.log_speedups(arm) for one in runs if arm in one.arms]
+    means = [fmean(of_run.values()) for of_run in logs if of_run]
+    return max(means, default=0.0) - min(means, default=0.0)
 
 
 def all_of(baselines: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from statistics import geometric_mean
 from types import MappingProxyType
 from typing import Literal
 
@@ -211,12 +212,20 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
     if not shared or new.header.max_new_tokens != old.header.max_new_tokens:
         reason = f"run and baseline share no times over {over}: measure the same prompts and length"
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
-    # Both runs carry noise of their own.
-    here, there = new.floor_over(over), old.floor_over(over)
-    floor = math.hypot(here, there)
-    change = typical_ratio(new.changes(arm, old, over), floor, new.tail(arm))
+    machines = [old, *(other for other in old.together if new.changes(arm, other, over))]
+    here, there = new.floor_over(over), max(one.floor_over(over) for one in machines)
+    # Both runs carry noise of their own. By how much machines differ is not known to be the code's: it must be slower
+    # than on each.
+    changes = [
+        typical_ratio(new.changes(arm, one, over), math.hypot(here, one.floor_over(over)), new.tail(arm))
+        for one in machines
+    ]
+    change = Estimate(
+        geometric_mean(one.value for one in changes), min(one.low for one in changes), max(one.high for one in changes)
+    )
     cause = _blame(arm, over, new, old, shared)
-    judged = time_judgement(arm, f"speedup over {over} against the baseline's", change, tolerance, cause)
+    whose = "the baseline's" if len(machines) == 1 else f"those on the baseline's {len(machines)} machines"
+    judged = time_judgement(arm, f"speedup over {over} against {whose}", change, tolerance, cause)
     if judged.verdict is not Verdict.INCONCLUSIVE:
         return judged
     noise = f"the A/A floor is {math.expm1(here):.1%} here and {math.expm1(there):.1%} in the baseline"

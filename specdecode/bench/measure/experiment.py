@@ -163,7 +163,8 @@ def experiment(
     """
     known = {(block.prompt, block.repeat): block for block in finished}
     results = Results(list(arms), [], {}, {}, baseline)
-    steady, drift = Steady(), Drift()
+    target = named(arms, baseline).target
+    steady, drift = Steady(device=None if target is None else target.device), Drift()
     done, total, still_open = 0, len(arms), ""
 
     def tell(doing: str) -> None:

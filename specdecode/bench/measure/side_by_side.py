@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import Check
@@ -199,7 +201,7 @@ def measure_side_by_side(
     measured = SideBySide([], {}, {}, baselines, looked=until is not None)
     total, done = 4 * len(arms) * len(prompts) * repeats, 0
     new, old = both.new, both.old
-    steady = Steady((new.pid, old.pid))
+    steady = Steady((new.pid, old.pid), torch.device(both.new.about.get("device", "cpu")))
     for number, (prompt, repeat, chosen) in enumerate(rounds(measured, prompts, repeats, arms, until)):
         # In turns the next block begins with the version that this one ends with.
         new_first = number % 2 == 0 or not both.together

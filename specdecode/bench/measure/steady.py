@@ -6,9 +6,12 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from specdecode.support.disturbance import watch
+
+if TYPE_CHECKING:
+    import torch
 
 MARGIN = 0.02
 """How much more of the processors' time than usual others take from a disturbed measurement, as a share."""
@@ -48,6 +51,7 @@ class Steady:
 
     Attributes:
         workers: ids of the processes that work for this one.
+        device: that they use.
         shares: of the processors' time that others took from the measurements that were kept.
         first_s, again_s: seconds of all first tries, and of the others.
         watch: begins to watch what others take; `support.disturbance.watch` if None.
@@ -55,6 +59,7 @@ class Steady:
     """
 
     workers: Collection[int] = ()
+    device: torch.device | None = None
     shares: list[float] = field(default_factory=list)
     first_s: float = 0.0
     again_s: float = 0.0
@@ -76,7 +81,7 @@ class Steady:
         return Steadied(value, tries, self._disturbed(taken))
 
     def _try(self, once: Callable[[], T]) -> tuple[T, float, float]:
-        share = watch(*self.workers) if self.watch is None else self.watch()
+        share = watch(*self.workers, device=self.device) if self.watch is None else self.watch()
         started = self.clock()
         value = once()
         return value, share() or 0.0, self.clock() - started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +91,26 @@ def parse(content: str, path: Path) -> RunFile:
     file = parse_json(content, path)
     try:
         head = mapping(mapping(file, "the file")[KEY], KEY)
-        if head["format"] != FORMAT:
-            raise ValueError(f"its format is {head['format']!r}, and this version reads {FORMAT}: measure again")
-        header = _header(head)
-        arms = {arm: _arm(mapping(entry, arm), header) for arm, entry in mapping(head["arms"], "arms").items()}
+        run = _run(head, path)
+        others = [_run(mapping(other, "together"), path) for other in items(head.get("together", []), "together")]
         commit = str((file.get("commit_info") or {}).get("id", ""))[:10]
         date, reason = str(file.get("datetime", ""))[:10], str(head.get("reason", ""))
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --benchmark`: it has no {error}") from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be judged: {error}") from None
+    return replace(run, commit=commit, date=date, reason=reason, together=others)
+
+
+def _run(head: dict[str, Any], path: Path) -> RunFile:
+    if head["format"] != FORMAT:
+        raise ValueError(f"its format is {head['format']!r}, and this version reads {FORMAT}: measure again")
+    header = _header(head)
+    arms = {arm: _arm(mapping(entry, arm), header) for arm, entry in mapping(head["arms"], "arms").items()}
     for baseline in (header.baseline, *(record.baseline for record in arms.values())):
         if baseline is not None and baseline not in arms:
-            raise ValueError(f"{path} cannot be judged: it does not have {baseline}, with which others are compared")
-    return RunFile(path, header, arms, commit, date, reason)
+            raise ValueError(f"it does not have {baseline}, with which others are compared")
+    return RunFile(path, header, arms)
 
 
 def _header(head: dict[str, Any]) -> Header:

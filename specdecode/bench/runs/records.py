@@ -200,6 +200,7 @@ class RunFile:
         header: what was measured.
         arms: by name, in the preset's order.
         commit, date, reason: of the code, of the run, and why it was blessed; empty where not known.
+        together: of a baseline, runs of the same on other machines of its hardware.
     """
 
     path: Path
@@ -208,6 +209,7 @@ class RunFile:
     commit: str = ""
     date: str = ""
     reason: str = ""
+    together: list[RunFile] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:

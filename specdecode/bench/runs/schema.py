@@ -43,6 +43,13 @@ def run_schema(baseline: bool = False) -> Schema:
             "type": "object",
             "additionalProperties": definitions.refer(ArmRecord),
         },
+        "together": {
+            "title": "Together",
+            "description": "Of a baseline: runs of the same on other machines of its hardware, by which times are"
+            " judged, too. Each is as this object is.",
+            "type": "array",
+            "items": {"$ref": f"#/properties/{KEY}"},
+        },
         "reason": {
             "title": "Reason",
             "description": "Why the run was blessed as the baseline. Runs that are no baseline have none.",

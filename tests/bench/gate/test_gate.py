@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specdecode.bench.gate.baselines import bless, find
+from specdecode.bench.gate.baselines import bless, ever_sees, find
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import read, run_json
@@ -388,7 +388,7 @@ def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
     """Guards against a baseline that the next run does not find, or cannot be judged by."""
     run = tmp_path / "run.json"
     run.write_text(json.dumps(content({"linear": 2.0}) | {"machine_info": {"node": "mine", "cpu": "abacus"}}))
-    file = bless(run, tmp_path / "baselines", "the first")
+    file = bless([run], tmp_path / "baselines", "the first")
     assert file == tmp_path / "baselines" / "abacus-2-threads" / "t+d-float32-quick.json"
     written = json.loads(file.read_text())
     assert written["specdecode"]["reason"] == "the first"
@@ -398,13 +398,43 @@ def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("speedup", "other", "verdict"),
+    [(2.0, 2.0, "PASS"), (1.8, 2.0, "REGRESSED"), (1.88, 1.96, "INCONCLUSIVE"), (1.8, 1.96, "REGRESSED")],
+)
+def test_machines_are_blessed_together(tmp_path: Path, speedup: float, other: float, verdict: str) -> None:
+    """Guards against a slowdown that is only another machine of the same name."""
+    for name, of_run in (("a.json", 2.0), ("b.json", other), ("new.json", speedup)):
+        (tmp_path / name).write_text(json.dumps(content({"linear": of_run})))
+    file = bless([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "baselines", "two machines")
+    assert len(read(file).together) == 1
+    new = read(tmp_path / "new.json")
+    (judged,) = (one for one in judge(new, read(file)) if (one.arm, one.gate) == ("linear", "time"))
+    assert judged.verdict.value == verdict
+    assert "those on the baseline's 2 machines" in judged.reason
+    assert ever_sees(read(file)) > ever_sees(read(tmp_path / "a.json")) - 1e-12
+
+
+def test_runs_of_other_things_are_not_blessed_together(tmp_path: Path) -> None:
+    """Guards against machines that are judged by each other's prompts."""
+    first, second = content({"linear": 2.0}), content({"linear": 2.0})
+    second["specdecode"]["max_new_tokens"] = 50
+    for name, run in (("a.json", first), ("b.json", second)):
+        (tmp_path / name).write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="no run of the same"):
+        bless([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "baselines", "because")
+    (tmp_path / "b.json").write_text(json.dumps(content({"linear": 1.7})))
+    with pytest.raises(ValueError, match="no later run would see"):
+        bless([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "baselines", "because")
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ("dirty", "not committed"),
         ("no commit", "not committed"),
         ("bug", "wrong outputs"),
         ("failure", r"arms that did not decode \(linear\)"),
-        ("noise", "so noisy that no later run would see a slowdown below 32% by it"),
+        ("noise", "no later run would see a slowdown below 32% by this"),
     ],
 )
 def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change: str, reason: str) -> None:
@@ -421,10 +451,10 @@ def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change
     run = tmp_path / "run.json"
     run.write_text(json.dumps(content_))
     with pytest.raises(ValueError, match=reason):
-        bless(run, tmp_path / "baselines", "because")
+        bless([run], tmp_path / "baselines", "because")
     assert not (tmp_path / "baselines").exists()
     with pytest.raises(ValueError, match="reason is empty"):
-        bless(run, tmp_path / "baselines", " ")
+        bless([run], tmp_path / "baselines", " ")
 
 
 def test_the_baselines_own_arm_is_judged_by_the_peer(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def commit_and_bless(speedups: Mapping[str, float], reason: str, **content: Any)
     run = run_content(SPEEDUPS | speedups, **content)
     run["commit_info"]["id"] = commit
     Path("run.json").write_text(json.dumps(run))
-    bless(Path("run.json"), Path("baselines"), reason)
+    bless([Path("run.json")], Path("baselines"), reason)
     git("add", "baselines")
     git("commit", "--quiet", "--message", f"bless: {reason}")
     return commit[:10]

@@ -107,7 +107,7 @@ def test_the_schema_has_the_keys_that_are_written_and_no_others() -> None:
     header, record = filled(Header), filled(ArmRecord)
     run = RunFile(Path(), header, {"arm": record})
     written = {
-        "specdecode": {**json.loads(json.dumps(run_json(run))), "reason": "why"},
+        "specdecode": {**json.loads(json.dumps(run_json(run))), "together": [], "reason": "why"},
         "benchmarks": [{"group": "speed", "extra_info": as_dict(filled(Measures))}],
     }
     quality = json.loads(write_quality(filled(QualityRun)))
