@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from specdecode.bench.gate.verdicts import Tolerance, Verdict, time_judgement
 from specdecode.bench.measure.block import parted
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.runs.records import NOISE_OF_TWO
-from specdecode.bench.runs.statistics import Estimate, noise_floor, typical_ratio
+from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor, typical_ratio
 from specdecode.cli.output import say
 
 RUN = 10
@@ -106,15 +108,41 @@ def session(machine: Machine, others: int, blocks: int, slower: float, *, again:
     return Session(logs, noise, machine.clock() - started)
 
 
-def by_baseline(trace: Trace, seed: int, others: int, blocks: int, slower: float, *, again: bool = True) -> Estimate:
+def mean_of_all(logs: Sequence[float], floor: float = 0.0) -> Estimate:
+    """Estimate by the mean and its bootstrap, in place of `typical_ratio`: to see what that gains."""
+    return mean_ratio([[log] for log in logs], floor)
+
+
+STATISTICS: dict[str, Callable[[Sequence[float], float], Estimate]] = {"typical": typical_ratio, "mean": mean_of_all}
+
+
+def by_baseline(
+    trace: Trace,
+    seed: int,
+    others: int,
+    blocks: int,
+    slower: float,
+    *,
+    again: bool = True,
+    statistic: Callable[[Sequence[float], float], Estimate] = typical_ratio,
+) -> Estimate:
     """Simulate a session and its baseline, measured at another moment, and return the arm's new speed over its old."""
     new = session(Machine(trace, 2 * seed), others, blocks, slower, again=again)
     old = session(Machine(trace, 2 * seed + 1), others, blocks, 0.0, again=again)
     floor = math.hypot(noise_floor(new.noise), noise_floor(old.noise))
-    return typical_ratio([now - was for now, was in zip(new.logs, old.logs, strict=True)], floor)
+    return statistic([now - was for now, was in zip(new.logs, old.logs, strict=True)], floor)
 
 
-def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: float, *, again: bool = True) -> Estimate:
+def side_by_side(
+    trace: Trace,
+    seed: int,
+    others: int,
+    blocks: int,
+    slower: float,
+    *,
+    again: bool = True,
+    statistic: Callable[[Sequence[float], float], Estimate] = typical_ratio,
+) -> Estimate:
     """Simulate a session of two versions in turns, each arm's four runs in a row, and return the same."""
     machine = Machine(trace, seed)
     steady = Steady(watch=machine.watch, clock=machine.clock)
@@ -124,12 +152,13 @@ def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: floa
             costs = [RUN * (1 + slower), RUN, RUN, RUN * (1 + slower)]
             if block % 2:
                 costs = [RUN, RUN * (1 + slower), RUN * (1 + slower), RUN]
-            times = [math.log(steady.measure(lambda cost=cost: machine.work(cost)).value) for cost in costs]  # type: ignore[misc]
+            runs = (partial(machine.work, cost) for cost in costs)
+            times = [math.log(steady.measure(run).value if again else run()) for run in runs]
             if arm == others:
                 sign = (-1) ** block
                 logs.append(sign * (times[1] + times[2] - times[0] - times[3]) / 2)
                 noise.append((times[3] - times[0] - 3 * (times[2] - times[1])) / math.sqrt(20))
-    return typical_ratio(logs, noise_floor(noise))
+    return statistic(logs, noise_floor(noise))
 
 
 def verdict(change: Estimate, tolerance: float) -> Verdict:
@@ -144,15 +173,16 @@ KINDS = {
 }
 
 
-def lines(trace: Trace, count: int) -> Iterator[str]:
-    """Yield lines of a table: how often the interval covers the truth, and what is REGRESSED."""
+def lines(trace: Trace, count: int, **how: Any) -> Iterator[str]:
+    """Yield lines of a table: how often the interval covers the truth, how wide it is, and what is REGRESSED."""
     for name, (simulate, others, blocks) in KINDS.items():
-        equal = [simulate(trace, seed, others, blocks, 0.0) for seed in range(count)]
+        equal = [simulate(trace, seed, others, blocks, 0.0, **how) for seed in range(count)]
         covered = sum(change.low <= 1 <= change.high for change in equal) / count
         false = sum(verdict(change, 0.02) is Verdict.REGRESSED for change in equal)
-        cells = [f"{covered:.1%}", str(false)]
+        half = float(np.median([math.log(change.high / change.low) / 2 for change in equal]))
+        cells = [f"{covered:.1%}", f"{half:.1%}", str(false)]
         for slower, tolerance in ((0.05, 0.02), (0.03, 0.01)):
-            changes = [simulate(trace, seed, others, blocks, slower) for seed in range(count)]
+            changes = [simulate(trace, seed, others, blocks, slower, **how) for seed in range(count)]
             cells.append(f"{sum(verdict(change, tolerance) is Verdict.REGRESSED for change in changes) / count:.0%}")
         yield f"| {trace.about} | {name} | " + " | ".join(cells) + " |"
 
@@ -162,11 +192,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", type=Path, nargs="+", help="recorded by python -m perf.traces")
     parser.add_argument("--count", type=int, default=1000, help="comparisons of each kind [1000]")
+    parser.add_argument("--statistic", choices=STATISTICS, default="typical", help="of the changes [typical]")
+    parser.add_argument("--once", action="store_true", help="measure nothing again")
     options = parser.parse_args()
-    say("| machine | comparison | covered | REGRESSED though equal | 5 % slower, tolerance 2 % | 3 % slower, 1 % |")
-    say("|---|---|--:|--:|--:|--:|")
+    how = {"statistic": STATISTICS[options.statistic], "again": not options.once}
+    columns = ("machine", "comparison", "covered", "half-width", "equal: REGRESSED", "5 %, tolerance 2 %", "3 %, 1 %")
+    say("| " + " | ".join(columns) + " |\n|---|---|" + "--:|" * (len(columns) - 2))
     for file in options.traces:
-        for line in lines(Trace.read(file), options.count):
+        for line in lines(Trace.read(file), options.count, **how):
             say(line)
 
 

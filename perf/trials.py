@@ -72,7 +72,7 @@ def session(folder: Path, slower: float, *arguments: str) -> tuple[str, str, flo
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     started = time.monotonic()
     done = subprocess.run(
-        [*command, "--junitxml=junit.xml", "--benchmark-json=run.json", *arguments],
+        [*command, "--junitxml=junit.xml", "-o", "junit_family=xunit1", "--benchmark-json=run.json", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,

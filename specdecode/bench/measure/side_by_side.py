@@ -132,8 +132,11 @@ class SideBySide:
         for block in self.blocks:
             if arm not in block:
                 continue
-            side, own, baseline = (getattr(block[name], version) for name in (arm, self.baselines[arm], self.baseline))
+            side: Side = getattr(block[arm], version)
             checks += side.checks
+            if self.baseline not in block:
+                continue  # a further repeat, which tells of the versions alone
+            own, baseline = (getattr(block[name], version) for name in (self.baselines[arm], self.baseline))
             # A time from a wrong output is void.
             right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
             if right:
@@ -202,11 +205,14 @@ def measure_side_by_side(
     total, done = 4 * len(arms) * len(prompts) * repeats, 0
     new, old = both.new, both.old
     steady = Steady((new.pid, old.pid), torch.device(both.new.about.get("device", "cpu")))
+    expected: dict[str, dict[tuple[str, str], list[int]]] = {prompt: {} for prompt in prompts}
     for number, (prompt, repeat, chosen) in enumerate(rounds(measured, prompts, repeats, arms, until)):
         # In turns the next block begins with the version that this one ends with.
         new_first = number % 2 == 0 or not both.together
         turns = (new, old, old, new) if new_first else (old, new, new, old)
-        order = _order(measured, chosen, random.Random(f"{seed} {number}"))
+        # In further repeats the versions are compared, and no arm with its baseline.
+        needed = {*chosen, *measured.baselines.values()} if repeat < repeats else set(chosen)
+        order = _order(measured, needed, random.Random(f"{seed} {number}"))
         still_open = ""
         if repeat >= repeats:
             still_open = f"; still open: {', '.join(chosen)}"
@@ -214,7 +220,7 @@ def measure_side_by_side(
         plan = [(worker, arm) for arm in order for worker in turns]
         if not both.together:
             plan = [(worker, arm) for worker in turns for arm in order]
-        block = _BlockRuns(both, measured, prompts[prompt], max_new_tokens, steady)
+        block = _BlockRuns(both, measured, prompts[prompt], max_new_tokens, steady, expected[prompt])
         for worker, arm in plan:
             progress(done, total, f"{arm} on {prompt}, {worker.name}{still_open}")
             done += 1
@@ -232,8 +238,7 @@ def measure_side_by_side(
 
 def _order(measured: SideBySide, chosen: Collection[str], chance: random.Random) -> list[str]:
     """Order the chosen arms that have not failed: the run's baseline, the other baselines, the rest shuffled."""
-    needed = {measured.baseline, *chosen, *(measured.baselines[arm] for arm in chosen)}
-    working = [arm for arm in measured.baselines if arm in needed and arm not in measured.failed]
+    working = [arm for arm in measured.baselines if arm in chosen and arm not in measured.failed]
     baselines = [arm for arm in working if arm in measured.baselines.values()]
     baselines.sort(key=lambda arm: arm != measured.baseline)
     others = [arm for arm in working if arm not in baselines]
@@ -249,13 +254,22 @@ class _BlockRuns:
         prompt: its tokens.
         length: of every output.
         steady: measures again what other work disturbed.
+        expected: by version's name and arm, what must be written; the first block of a prompt fills it in.
     """
 
-    def __init__(self, both: Versions, measured: SideBySide, prompt: list[int], length: int, steady: Steady) -> None:
+    def __init__(
+        self,
+        both: Versions,
+        measured: SideBySide,
+        prompt: list[int],
+        length: int,
+        steady: Steady,
+        expected: dict[tuple[str, str], list[int]],
+    ) -> None:
         self._steady = steady
         self._both, self._measured, self._prompt, self._length = both, measured, prompt, length
         self._runs: dict[tuple[str, str], list[Run]] = {}
-        self._expected: dict[tuple[str, str], list[int]] = {}
+        self._expected = expected
 
     def run(self, worker: WorkerProcess, arm: str) -> None:
         """Run an arm once in a version, unless it has failed in one of them."""

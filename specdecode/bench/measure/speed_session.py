@@ -106,7 +106,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
         judgements = _judge(plan, run)
         if not judgements:  # it is to become a baseline: all, as long as its own noise would hide that much
             return set(run.arms) if ever_sees(run, plan.tolerance) > aim else set()
-        arms = open_arms(judgements, aim)
+        arms = open_arms(judgements, aim) & set(selected)
         return arms | {yardstick(arm, run) for arm in arms}
 
     with progress() as show:
@@ -192,7 +192,8 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
         aim = plan.until or 0.0
 
         def still_open(measured: SideBySide) -> set[str]:
-            return open_arms(_judge_against(plan, ref, *both_runs(measured), unsupported, measured.change), aim)
+            judgements = _judge_against(plan, ref, *both_runs(measured), unsupported, measured.change)
+            return open_arms(judgements, aim) & set(selected)
 
         with progress() as show:
             measured = measure_side_by_side(

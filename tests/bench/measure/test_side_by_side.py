@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.side_by_side import Quartet, Side, SideBySide, measure_side_by_side
+from specdecode.bench.measure.until import Until
 from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, dependencies
 from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.measures import CountersRun
+from specdecode.bench.runs.statistics import tail_of_look, typical_ratio
 from specdecode.bench.worker import serve
 from specdecode.support.worktree import worktree
 from tests.helpers.characters import save
@@ -124,6 +126,21 @@ def test_versions_take_turns(room: int) -> None:
     about = {"synthetic": False, "against": None, "lossy": False, "timed": True, "peer": False}
     record = measured.record("new", "new", "x", about)
     assert (record.timed, record.peer) == (True, False)
+
+
+def test_further_repeats_are_of_what_is_open_alone() -> None:
+    """Guards against time spent on what is clear, the baseline among it, and against looks that are not paid for."""
+    machine, looks = Machine(2), iter([{"x"}, set()])
+    both = Versions(Loaded(machine, "new"), Loaded(machine, "old"))
+    until = Until(1e9, lambda measured: next(looks))
+    measured = measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 5, repeats=1, until=until)
+    assert [set(block) for block in measured.blocks] == [{"ar", "x"}, {"ar", "x"}, {"x"}, {"x"}]
+    assert [arm for _, arm, _ in machine.log].count("x") == 16
+    assert len(measured.of("x")) == 4
+    about = {"synthetic": False, "against": None, "lossy": False}
+    assert {row.counts.runs for row in measured.record("new", "new", "x", about).rows.values()} == {2}
+    logs = [quartet.log_ratio for quartet in measured.of("x")]
+    assert measured.change("x") == typical_ratio(logs, measured.floor("x"), tail_of_look(2))
 
 
 def test_a_model_that_does_not_fit_even_alone_is_told() -> None:
