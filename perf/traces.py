@@ -1,4 +1,4 @@
-"""Record how fast this machine decodes from moment to moment: `python -m perf.traces record FILE --minutes 5`."""
+"""Record how fast this machine decodes from moment to moment: `python -m perf.traces FILE.npz --minutes 5`."""
 
 from __future__ import annotations
 

@@ -79,6 +79,12 @@ _OPTIONS = (
         share,
     ),
     _Option("budget_minutes", "with --until: begin no further prompt after so many minutes [30]", float),
+    _Option(
+        "again",
+        "the most time to spend on measuring again what other work disturbed, as a share of the rest; 0 for none"
+        f" [{_DEFAULTS.again:g}]",
+        float,
+    ),
     _Option("resume", "go on with the blocks that an interrupted run finished", bool),
     _Option(
         "gate",

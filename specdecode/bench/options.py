@@ -38,3 +38,4 @@ class Options:
     against: str | None = None
     until: float | None = None
     budget_minutes: float | None = None
+    again: float = 1.0

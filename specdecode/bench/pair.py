@@ -125,12 +125,14 @@ class Pair:
 
     def _measure(self, new: Side, old: Side, seconds: float, total_s: float) -> Paired:
         """Time both; show the progress of what takes long."""
+        again = options_of(self._request.config).again
         if total_s < _LONG_S:
-            return measure_paired(self._name, new, old, seconds)
+            return measure_paired(self._name, new, old, seconds, again=again)
         with ExitStack() as stack:
             if capture := self._request.config.pluginmanager.getplugin("capturemanager"):
                 stack.enter_context(capture.global_and_fixture_disabled())
-            return measure_paired(self._name, new, old, seconds, progress=stack.enter_context(progress("seconds")))
+            show = stack.enter_context(progress("seconds"))
+            return measure_paired(self._name, new, old, seconds, progress=show, again=again)
 
     def _judge(self, paired: Paired, options: Options) -> None:
         """Show what was measured in pytest-benchmark's table and file, and fail on a failing verdict."""

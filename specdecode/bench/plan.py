@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,7 @@ class Plan:
         gate: which verdicts fail the session: a key of `gate.verdicts.FAILING`.
         until: the slowdown, as a share, that each verdict is to see; None for a fixed number of repeats.
         budget_minutes: how long that may take.
+        again: the most time spent on measuring again what other work disturbed, as a share of the rest.
     """
 
     root: Path
@@ -92,6 +94,7 @@ class Plan:
     gate: str
     until: float | None = None
     budget_minutes: float = BUDGET_MINUTES
+    again: float = 1.0
 
     @property
     def identity(self) -> Identity:
@@ -171,7 +174,19 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
         gate=options.gate,
         until=options.until,
         budget_minutes=_budget_minutes(options),
+        again=again_of(options),
     )
+
+
+def again_of(options: Options) -> float:
+    """Return the share of the time that may be spent on measuring again.
+
+    Raises:
+        ValueError: it is negative, or no number.
+    """
+    if not 0.0 <= options.again < math.inf:
+        raise ValueError(f"again is {options.again}: it is a share of the time, 0 or more")
+    return options.again
 
 
 def _budget_minutes(options: Options) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ _SETTINGS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
     **dict.fromkeys(("target", "draft", "preset", "device", "dtype", "backend", "prompts", "baselines"), text),
     "gate": _gate,
     "tolerance": _share,
+    "again": partial(number, least=0.0),
 }
 
 

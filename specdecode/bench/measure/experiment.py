@@ -142,6 +142,7 @@ def experiment(
     keep: Callable[[Block], None] = lambda block: None,
     baseline: str = BASELINE,
     until: Until[Results] | None = None,
+    again: float = 1.0,
 ) -> Results:
     """Measure the arms against their baselines, which must be among them.
 
@@ -157,6 +158,7 @@ def experiment(
         keep: given each block as soon as it is finished.
         baseline: the arm that others are compared with, unless they name another.
         until: says which arms are measured in further repeats, and when to stop; None for no more repeats.
+        again: the most time spent on measuring again what other work disturbed, as a share of the rest.
 
     Raises:
         ArmError: the baseline is an arm from code, and does not decode.
@@ -164,7 +166,7 @@ def experiment(
     known = {(block.prompt, block.repeat): block for block in finished}
     results = Results(list(arms), [], {}, {}, baseline)
     target = named(arms, baseline).target
-    steady, drift = Steady(device=None if target is None else target.device), Drift()
+    steady, drift = Steady(device=None if target is None else target.device, bound=again), Drift()
     done, total, still_open = 0, len(arms), ""
 
     def tell(doing: str) -> None:

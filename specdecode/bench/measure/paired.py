@@ -203,6 +203,7 @@ def measure_paired(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
+    again: float = 1.0,
 ) -> Paired:
     """Time two functions in turns, which were called before.
 
@@ -210,9 +211,10 @@ def measure_paired(
         name: of the test.
         new, old: the functions.
         seconds: for all blocks; the least number of blocks may take longer. Stretches of them that other work disturbs
-            are measured again, for as many seconds at most.
+            are measured again.
         clock: in seconds.
         progress: told the seconds that have passed, those of all blocks, and the test.
+        again: the most time spent on measuring again, as a share of the rest.
     """
     loops = _loops(new.time, old.time)
     blocks: list[PairedBlock] = []
@@ -224,7 +226,7 @@ def measure_paired(
             some.append(_block(new.time, old.time, loops, new_first=(len(blocks) + len(some)) % 2 == 0))
         return some
 
-    steady = Steady([side.worker for side in (new, old) if side.worker is not None])
+    steady = Steady([side.worker for side in (new, old) if side.worker is not None], bound=again)
     repeated = disturbed = 0
     started, passed = clock(), 0.0
     while len(blocks) < LEAST_BLOCKS or passed < seconds:

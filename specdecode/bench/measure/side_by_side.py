@@ -181,6 +181,7 @@ def measure_side_by_side(
     seed: int = 0,
     baseline: str = BASELINE,
     until: Until[SideBySide] | None = None,
+    again: float = 1.0,
 ) -> SideBySide:
     """Run every arm on every prompt in both versions.
 
@@ -195,6 +196,7 @@ def measure_side_by_side(
         seed: of the order of arms within a block.
         baseline: the arm that others are compared with in each version, unless they name another.
         until: says which arms are measured in further repeats, and when to stop; None for no more repeats.
+        again: the most time spent on measuring again what other work disturbed, as a share of the rest.
 
     Raises:
         ValueError: a version cannot run, or the baseline fails in it.
@@ -204,7 +206,7 @@ def measure_side_by_side(
     measured = SideBySide([], {}, {}, baselines, looked=until is not None)
     total, done = 4 * len(arms) * len(prompts) * repeats, 0
     new, old = both.new, both.old
-    steady = Steady((new.pid, old.pid), torch.device(both.new.about.get("device", "cpu")))
+    steady = Steady((new.pid, old.pid), torch.device(both.new.about.get("device", "cpu")), again)
     expected: dict[str, dict[tuple[str, str], list[int]]] = {prompt: {} for prompt in prompts}
     for number, (prompt, repeat, chosen) in enumerate(rounds(measured, prompts, repeats, arms, until)):
         # In turns the next block begins with the version that this one ends with.

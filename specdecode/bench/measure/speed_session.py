@@ -122,6 +122,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             keep=journal.add_block,
             baseline=plan.preset.baseline,
             until=None if plan.until is None else Until(60 * plan.budget_minutes, still_open),
+            again=plan.again,
         )
     run = run_of(results)
     return JudgedRun(
@@ -205,6 +206,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 progress=show,
                 baseline=plan.preset.baseline,
                 until=None if plan.until is None else Until(60 * plan.budget_minutes, still_open),
+                again=plan.again,
             )
         new, old = both_runs(measured)
     return JudgedRun(

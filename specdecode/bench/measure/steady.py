@@ -19,9 +19,6 @@ MARGIN = 0.02
 MOST_TRIES = 4
 """How often one thing is measured, the first time among them."""
 
-BOUND = 1.0
-"""The most seconds that are spent again, as a share of those of the first times."""
-
 # Nothing is what others usually take, until measurements say otherwise.
 _PRIOR = [0.0, 0.0, 0.0]
 
@@ -52,6 +49,7 @@ class Steady:
     Attributes:
         workers: ids of the processes that work for this one.
         device: that they use.
+        bound: the most seconds that are spent again, as a share of those of the first tries.
         shares: of the processors' time that others took from the measurements that were kept.
         first_s, again_s: seconds of all first tries, and of the others.
         watch: begins to watch what others take; `support.disturbance.watch` if None.
@@ -60,6 +58,7 @@ class Steady:
 
     workers: Collection[int] = ()
     device: torch.device | None = None
+    bound: float = 1.0
     shares: list[float] = field(default_factory=list)
     first_s: float = 0.0
     again_s: float = 0.0
@@ -71,7 +70,7 @@ class Steady:
         value, taken, seconds = self._try(once)
         self.first_s += seconds
         tries = 1
-        while self._disturbed(taken) and tries < MOST_TRIES and self.again_s + seconds <= BOUND * self.first_s:
+        while self._disturbed(taken) and tries < MOST_TRIES and self.again_s + seconds <= self.bound * self.first_s:
             other, other_taken, seconds = self._try(once)
             self.again_s += seconds
             tries += 1

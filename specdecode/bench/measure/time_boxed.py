@@ -66,7 +66,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     versions = run_versions(plan.identity.target, models.backend_name)
     blocks: list[Block] = []
     failures: dict[str, str] = {}
-    steady, drift = Steady(device=target.device), Drift()
+    steady, drift = Steady(device=target.device, bound=plan.again), Drift()
 
     def write() -> RunFile:
         results = Results(arms, blocks, counters_runs, failures)

@@ -263,7 +263,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
 
 def bisecting(folder: Path, good: str, *more: str) -> list[str]:
     options = ["-k", "lookup", "--below", "0.5", "--device", "cpu", "--dtype", "float64", "--draft", "layers:0-2"]
-    sizes = ["--prompts", "prose@60:2", "--max-new-tokens", "16"]
+    sizes = ["--prompts", "prose@60:6", "--max-new-tokens", "8"]
     return [sys.executable, "-m", "specdecode", "bisect", good, "HEAD", *options, *sizes, *more]
 
 
