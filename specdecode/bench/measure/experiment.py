@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from specdecode.bench.arms.arm import Arm
@@ -189,9 +189,7 @@ def experiment(
         for prompt, repeat, chosen in rounds(results, prompts, repeats, everything, until):
             block = known.get((prompt, repeat))
             if block is None:
-                # What others are compared with is measured, too.
-                needed = {baseline, *chosen} | {arm.baseline for arm in arms if arm.name in chosen}
-                working = [arm for arm in arms if arm.name in needed and arm.name not in results.failures]
+                working = _working(results, chosen)
                 if repeat >= repeats:
                     still_open = f"; still open: {', '.join(chosen)}"
                     total += len(working) + len(baselines_of(working, baseline))
@@ -213,3 +211,9 @@ def experiment(
             drift.add(*block.drift(baseline))
     progress(total, total, "done")
     return results
+
+
+def _working(results: Results, chosen: Collection[str]) -> list[Arm]:
+    """Return the chosen arms, and those that they are compared with, without those that have failed."""
+    needed = {results.baseline, *chosen} | {arm.baseline for arm in results.arms if arm.name in chosen}
+    return [arm for arm in results.arms if arm.name in needed and arm.name not in results.failures]
