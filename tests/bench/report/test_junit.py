@@ -13,6 +13,7 @@ from specdecode.bench.gate.verdicts import Judgement, Verdict
 from specdecode.bench.report.junit import quality_properties, verdict_properties
 from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.margins import MarginCheck, Outcome
+from tests.helpers.characters import save
 from tests.helpers.suites import run_pytest
 
 ONE_ARM = (
@@ -34,9 +35,15 @@ Properties = dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of its own: runs of one model write one journal, and another worker may run at the same time."""
+    return f"--target={save(tmp_path_factory.mktemp('models') / 'model')}"
+
+
+@pytest.fixture(scope="module")
+def baseline(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("baseline") / "run.json"
-    done = run_pytest(*ONE_ARM, f"--benchmark-json={file}")
+    done = run_pytest(*ONE_ARM, model, f"--benchmark-json={file}")
     assert done.returncode == 0, done.stdout + done.stderr
     return file
 
@@ -49,11 +56,11 @@ def properties(element: ET.Element) -> Properties:
 
 
 @pytest.mark.parametrize("family", ["xunit1", "xunit2"])
-def test_junit_has_the_measures_and_the_verdicts(family: str, baseline: Path, tmp_path: Path) -> None:
+def test_junit_has_the_measures_and_the_verdicts(family: str, model: str, baseline: Path, tmp_path: Path) -> None:
     """Guards against results that a CI system shows as passed and failed alone, and against XML that it refuses."""
     file, kept = tmp_path / "junit.xml", tmp_path / "run.json"
     done = run_pytest(
-        *(*ONE_ARM, f"--baseline={baseline}", f"--benchmark-json={kept}"),
+        *(*ONE_ARM, model, f"--baseline={baseline}", f"--benchmark-json={kept}"),
         *(f"--junitxml={file}", "-o", f"junit_family={family}"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
