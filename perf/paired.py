@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from perf.neighbour import neighbour
+from perf.verdicts import verdict_table
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE
 from specdecode.bench.measure.paired import SECONDS, Side, measure_paired, timer
 from specdecode.cli.output import say
@@ -49,10 +50,7 @@ def _print(options: argparse.Namespace) -> None:
             (judged,) = paired.judge(AGAINST_TOLERANCE)
             say(f"{run + 1}/{options.runs} {kind}: {judged.verdict.value}: {judged.reason}")
             verdicts.setdefault(kind, Counter())[judged.verdict.value] += 1
-    say("\n| new function | " + " | ".join(names := sorted(set().union(*verdicts.values()))) + " |")
-    say("|---|" + "--:|" * len(names))
-    for kind, counts in verdicts.items():
-        say(f"| {kind} | " + " | ".join(str(counts[name]) for name in names) + " |")
+    say("\n" + verdict_table("new function", verdicts))
 
 
 if __name__ == "__main__":

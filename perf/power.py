@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -61,20 +60,18 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a simulated session measured of one arm.
+    """What a simulated session measured of one arm: logarithms.
 
     Attributes:
         logs: of its speedups.
         noise: of the baseline's own.
-        seconds: that it took.
     """
 
     logs: list[float]
     noise: list[float]
-    seconds: float
 
 
-def session(machine: Machine, others: int, blocks: int, slower: float, *, again: bool = True) -> Session:
+def session(machine: Machine, others: int, blocks: int, slower: float, again: float) -> Session:
     """Simulate a session of the suite: blocks of `ar`, some other arms in two parts, and `ar` between and after them.
 
     Args:
@@ -82,17 +79,14 @@ def session(machine: Machine, others: int, blocks: int, slower: float, *, again:
         others: number of arms; the last is looked at.
         blocks: prompts times repeats.
         slower: share of its time that the arm has become slower by.
-        again: measure again what other work disturbed.
+        again: the most time spent on measuring again what other work disturbed, as a share of the rest.
     """
-    steady = Steady(watch=machine.watch, clock=machine.clock)
+    steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
     costs = [0.5 + 0.7 * arm / others for arm in range(others)]
-    started, logs, noise = machine.clock(), [], []
+    logs, noise = [], []
 
     def run(cost: float) -> float:
-        def once() -> float:
-            return machine.work(cost * RUN)
-
-        return math.log(steady.measure(once).value if again else once())
+        return math.log(steady.measure(partial(machine.work, cost * RUN)).value)
 
     for block in range(blocks):
         order = random.Random(block).sample(range(others), others)
@@ -105,60 +99,45 @@ def session(machine: Machine, others: int, blocks: int, slower: float, *, again:
             beats.append(run(1.0))
         logs.append((beats[place - 1] + beats[place]) / 2 - time)
         noise.append(beats[1] - (beats[0] + beats[2]) / 2 if len(beats) > 2 else NOISE_OF_TWO * (beats[0] - beats[1]))
-    return Session(logs, noise, machine.clock() - started)
+    return Session(logs, noise)
 
 
-def mean_of_all(logs: Sequence[float], floor: float = 0.0) -> Estimate:
-    """Estimate by the mean and its bootstrap, in place of `typical_ratio`: to see what that gains."""
-    return mean_ratio([[log] for log in logs], floor)
+Compared = tuple[list[float], float]
+"""Logarithms of an arm's new speed over its old one, and the A/A floor."""
 
 
-STATISTICS: dict[str, Callable[[Sequence[float], float], Estimate]] = {"typical": typical_ratio, "mean": mean_of_all}
-
-
-def by_baseline(
-    trace: Trace,
-    seed: int,
-    others: int,
-    blocks: int,
-    slower: float,
-    *,
-    again: bool = True,
-    statistic: Callable[[Sequence[float], float], Estimate] = typical_ratio,
-) -> Estimate:
-    """Simulate a session and its baseline, measured at another moment, and return the arm's new speed over its old."""
-    new = session(Machine(trace, 2 * seed), others, blocks, slower, again=again)
-    old = session(Machine(trace, 2 * seed + 1), others, blocks, 0.0, again=again)
+def by_baseline(trace: Trace, seed: int, others: int, blocks: int, slower: float, again: float = 1.0) -> Compared:
+    """Simulate a session and its baseline, measured at another moment."""
+    new = session(Machine(trace, 2 * seed), others, blocks, slower, again)
+    old = session(Machine(trace, 2 * seed + 1), others, blocks, 0.0, again)
     floor = math.hypot(noise_floor(new.noise), noise_floor(old.noise))
-    return statistic([now - was for now, was in zip(new.logs, old.logs, strict=True)], floor)
+    return [now - was for now, was in zip(new.logs, old.logs, strict=True)], floor
 
 
-def side_by_side(
-    trace: Trace,
-    seed: int,
-    others: int,
-    blocks: int,
-    slower: float,
-    *,
-    again: bool = True,
-    statistic: Callable[[Sequence[float], float], Estimate] = typical_ratio,
-) -> Estimate:
-    """Simulate a session of two versions in turns, each arm's four runs in a row, and return the same."""
+def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: float, again: float = 1.0) -> Compared:
+    """Simulate a session of two versions in turns, each arm's four runs in a row."""
     machine = Machine(trace, seed)
-    steady = Steady(watch=machine.watch, clock=machine.clock)
+    steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
     logs, noise = [], []
     for block in range(blocks):
         for arm in range(others + 1):
             costs = [RUN * (1 + slower), RUN, RUN, RUN * (1 + slower)]
             if block % 2:
                 costs = [RUN, RUN * (1 + slower), RUN * (1 + slower), RUN]
-            runs = (partial(machine.work, cost) for cost in costs)
-            times = [math.log(steady.measure(run).value if again else run()) for run in runs]
+            times = [math.log(steady.measure(partial(machine.work, cost)).value) for cost in costs]
             if arm == others:
                 sign = (-1) ** block
                 logs.append(sign * (times[1] + times[2] - times[0] - times[3]) / 2)
                 noise.append((times[3] - times[0] - 3 * (times[2] - times[1])) / math.sqrt(20))
-    return statistic(logs, noise_floor(noise))
+    return logs, noise_floor(noise)
+
+
+def mean_of_all(logs: Sequence[float], floor: float) -> Estimate:
+    """Estimate by the mean and its bootstrap, in place of `typical_ratio`: to see what that gains."""
+    return mean_ratio([[log] for log in logs], floor)
+
+
+STATISTICS: dict[str, Callable[[Sequence[float], float], Estimate]] = {"typical": typical_ratio, "mean": mean_of_all}
 
 
 def verdict(change: Estimate, tolerance: float) -> Verdict:
@@ -173,17 +152,22 @@ KINDS = {
 }
 
 
-def lines(trace: Trace, count: int, **how: Any) -> Iterator[str]:
+def lines(trace: Trace, count: int, statistic: str, again: float) -> Iterator[str]:
     """Yield lines of a table: how often the interval covers the truth, how wide it is, and what is REGRESSED."""
     for name, (simulate, others, blocks) in KINDS.items():
-        equal = [simulate(trace, seed, others, blocks, 0.0, **how) for seed in range(count)]
+
+        def changes(slower: float, simulate=simulate, others=others, blocks=blocks) -> list[Estimate]:
+            compared = (simulate(trace, seed, others, blocks, slower, again) for seed in range(count))
+            return [STATISTICS[statistic](logs, floor) for logs, floor in compared]
+
+        equal = changes(0.0)
         covered = sum(change.low <= 1 <= change.high for change in equal) / count
-        false = sum(verdict(change, 0.02) is Verdict.REGRESSED for change in equal)
         half = float(np.median([math.log(change.high / change.low) / 2 for change in equal]))
+        false = sum(verdict(change, 0.02) is Verdict.REGRESSED for change in equal)
         cells = [f"{covered:.1%}", f"{half:.1%}", str(false)]
         for slower, tolerance in ((0.05, 0.02), (0.03, 0.01)):
-            changes = [simulate(trace, seed, others, blocks, slower, **how) for seed in range(count)]
-            cells.append(f"{sum(verdict(change, tolerance) is Verdict.REGRESSED for change in changes) / count:.0%}")
+            seen = sum(verdict(change, tolerance) is Verdict.REGRESSED for change in changes(slower))
+            cells.append(f"{seen / count:.0%}")
         yield f"| {trace.about} | {name} | " + " | ".join(cells) + " |"
 
 
@@ -195,11 +179,10 @@ def main() -> None:
     parser.add_argument("--statistic", choices=STATISTICS, default="typical", help="of the changes [typical]")
     parser.add_argument("--once", action="store_true", help="measure nothing again")
     options = parser.parse_args()
-    how = {"statistic": STATISTICS[options.statistic], "again": not options.once}
     columns = ("machine", "comparison", "covered", "half-width", "equal: REGRESSED", "5 %, tolerance 2 %", "3 %, 1 %")
     say("| " + " | ".join(columns) + " |\n|---|---|" + "--:|" * (len(columns) - 2))
     for file in options.traces:
-        for line in lines(Trace.read(file), options.count, **how):
+        for line in lines(Trace.read(file), options.count, options.statistic, 0.0 if options.once else 1.0):
             say(line)
 
 

@@ -16,8 +16,10 @@ from collections import Counter
 from pathlib import Path
 
 from perf.neighbour import neighbour
+from perf.verdicts import verdict_table
 from specdecode.bench.gate.baselines import bless
 from specdecode.cli.output import say
+from specdecode.support.git import git
 
 ENGINE = """
 import time
@@ -57,12 +59,6 @@ repeats = 1
 ar = {{}}
 mine = {{ call = "engine:make" }}
 """
-
-
-def git(folder: Path, *arguments: str) -> None:
-    """Run git in a folder."""
-    who = ("-c", "user.name=trials", "-c", "user.email=trials@example.org")
-    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
 
 
 def session(folder: Path, slower: float, *arguments: str) -> tuple[str, str, float]:
@@ -109,9 +105,8 @@ def main() -> None:
         (folder / "own.toml").write_text(PRESET.format(tokens=options.tokens))
         (folder / "engine.py").write_text(ENGINE.format(slower=0.0))
         (folder / ".gitignore").write_text("results\njunit.xml\nrun.json\n__pycache__\n")
-        git(folder, "init", "-q")
-        git(folder, "add", "-A")
-        git(folder, "commit", "-qm", "equal")
+        for command in (["init"], ["add", "-A"], ["commit", "-m", "equal"]):
+            git("-c", "user.name=trials", "-c", "user.email=trials@example.org", *command, root=folder)
         if not side_by_side:
             session(folder, 0.0, f"--until={options.slowdown / 2}", *limits[1:])
             say(f"baseline: {bless([folder / 'run.json'], folder / 'baselines', 'equal')}")
@@ -123,10 +118,7 @@ def main() -> None:
                 verdict, reason, took = session(folder, slower, *limits, *(["--against=HEAD"] if side_by_side else []))
                 say(f"{run + 1}/{count} {label}, {took:.1f} min: {verdict}: {reason}")
                 verdicts.setdefault(label, Counter())[verdict] += 1
-    names = sorted(set().union(*verdicts.values()))
-    say("\n| " + options.kind + " | " + " | ".join(names) + " |\n|---|" + "--:|" * len(names))
-    for label, counts in verdicts.items():
-        say(f"| {label} | " + " | ".join(str(counts[name]) for name in names) + " |")
+    say("\n" + verdict_table(options.kind, verdicts))
 
 
 if __name__ == "__main__":

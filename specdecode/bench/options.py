@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,3 +40,14 @@ class Options:
     until: float | None = None
     budget_minutes: float | None = None
     again: float = 1.0
+
+
+def again_of(options: Options) -> float:
+    """Return the most time that is spent on measuring again, as a share of the rest.
+
+    Raises:
+        ValueError: it is negative, or no number.
+    """
+    if not 0.0 <= options.again < math.inf:
+        raise ValueError(f"again is {options.again}: it is a share of the time, 0 or more")
+    return options.again

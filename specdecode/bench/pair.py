@@ -21,7 +21,7 @@ from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, FAILING, Judgement
 from specdecode.bench.measure.paired import LEAST_BLOCKS, SECONDS, Paired, Side, measure_paired, timer
 from specdecode.bench.measure.paired_version import CHANNEL, OtherVersion, OtherVersionError, answer
 from specdecode.bench.measure.replay import clock, replay
-from specdecode.bench.options import Options
+from specdecode.bench.options import Options, again_of
 from specdecode.bench.report.comment import cut_table
 from specdecode.bench.report.grid import rich_table
 from specdecode.bench.report.junit import record_properties, verdict_properties
@@ -125,7 +125,7 @@ class Pair:
 
     def _measure(self, new: Side, old: Side, seconds: float, total_s: float) -> Paired:
         """Time both; show the progress of what takes long."""
-        again = options_of(self._request.config).again
+        again = again_of(options_of(self._request.config))
         if total_s < _LONG_S:
             return measure_paired(self._name, new, old, seconds, again=again)
         with ExitStack() as stack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.gate.baselines import TOLERANCE, find
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
-from specdecode.bench.options import Options
+from specdecode.bench.options import Options, again_of
 from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
 from specdecode.bench.runs.names import BASELINE, FLAGS
@@ -176,17 +175,6 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
         budget_minutes=_budget_minutes(options),
         again=again_of(options),
     )
-
-
-def again_of(options: Options) -> float:
-    """Return the share of the time that may be spent on measuring again.
-
-    Raises:
-        ValueError: it is negative, or no number.
-    """
-    if not 0.0 <= options.again < math.inf:
-        raise ValueError(f"again is {options.again}: it is a share of the time, 0 or more")
-    return options.again
 
 
 def _budget_minutes(options: Options) -> float:

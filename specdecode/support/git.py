@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,6 @@ def git(*arguments: str, root: Path = Path()) -> str:
 
     Raises:
         ValueError: git fails, or is not installed; the sentence is git's own last line.
-        KeyboardInterrupt: git was interrupted, as all programs are that a terminal runs.
     """
     program = shutil.which("git")
     if program is None:
@@ -23,8 +21,6 @@ def git(*arguments: str, root: Path = Path()) -> str:
     done = subprocess.run(
         command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
     )
-    if done.returncode == -signal.SIGINT:
-        raise KeyboardInterrupt
     if done.returncode:
         raise ValueError((done.stderr.strip().splitlines() or ["git fails"])[-1])
     return done.stdout

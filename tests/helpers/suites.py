@@ -27,11 +27,13 @@ import pytest, torch, transformers
 for arguments in json.loads(sys.argv[1]):
     ours, theirs = os.pipe()
     if os.fork() == 0:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = pytest.main([*json.loads(sys.argv[2]), *arguments])
-        os.write(theirs, json.dumps([code, said.getvalue()]).encode())
-        os._exit(0)
+        try:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                code = pytest.main([*json.loads(sys.argv[2]), *arguments])
+            os.write(theirs, json.dumps([code, said.getvalue()]).encode())
+        finally:
+            os._exit(0)
     os.close(theirs)
     with os.fdopen(ours) as answer:
         print(answer.read())

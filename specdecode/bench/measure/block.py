@@ -56,7 +56,7 @@ class Block:
         """
         if arm == baseline:
             return 0.0
-        runs = [self.runs[arm], self.last[arm]] if arm in self.last else [self.runs[arm]]
+        runs = self._runs_of(arm)
         beside = [run.beside_s for run in runs if run.beside_s is not None]
         if len(beside) < len(runs):  # cut at a shorter length
             return self.log_s(baseline) - self.log_s(arm)
@@ -64,8 +64,10 @@ class Block:
 
     def log_s(self, arm: str) -> float:
         """Return the logarithm of the seconds a token took, the mean of a baseline's two runs."""
-        runs = [self.runs[arm], self.last[arm]] if arm in self.last else [self.runs[arm]]
-        return statistics.fmean(math.log(run.s_per_token) for run in runs)
+        return statistics.fmean(math.log(run.s_per_token) for run in self._runs_of(arm))
+
+    def _runs_of(self, arm: str) -> list[Run]:
+        return [self.runs[arm], self.last[arm]] if arm in self.last else [self.runs[arm]]
 
     def change(self, baseline: str) -> float:
         """Return the logarithm of a baseline's first time per token over its last."""
@@ -232,8 +234,7 @@ class _Runs:
         is_baseline = arm.name == self._baseline
         with noted(arm, None if is_baseline else self._failures):
             expected = self._expected(arm)
-            kept = self._steady.measure(lambda: timed(arm, self._text, self._length, expected))
-            run = into[arm.name] = replace(kept.value, tries=kept.tries, disturbed=kept.disturbed)
+            run = into[arm.name] = steady_run(self._steady, lambda: timed(arm, self._text, self._length, expected))
             if is_baseline:
                 self.beats.append(run)
             else:
@@ -306,6 +307,12 @@ def _references(
 def _worse(*checks: Check) -> Check:
     """Return the worst of several checks."""
     return max(checks, key=get_args(Check).index)
+
+
+def steady_run(steady: Steady, once: Callable[[], Run]) -> Run:
+    """Measure a run until other work does not disturb it, and note in it how often that took."""
+    kept = steady.measure(once)
+    return replace(kept.value, tries=kept.tries, disturbed=kept.disturbed)
 
 
 def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:

@@ -6,13 +6,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
+from specdecode.bench.measure.block import steady_run
 from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS
 from specdecode.bench.measure.experiment import row_of
@@ -301,8 +302,7 @@ class _BlockRuns:
             self._measured.counters_runs[key] = worker.counters_run(arm, self._prompt, length, correct)
         elif arm in self._measured.baselines.values() and key not in self._runs:
             worker.run(arm, self._prompt, 1, correct)  # the prompt's own shapes: no timed run is their first
-        kept = self._steady.measure(lambda: worker.run(arm, self._prompt, self._length, correct))
-        run = replace(kept.value, tries=kept.tries, disturbed=kept.disturbed)
+        run = steady_run(self._steady, lambda: worker.run(arm, self._prompt, self._length, correct))
         self._runs.setdefault(key, []).append(run)
         if arm == own:
             self._expected.setdefault(key, run.tokens)

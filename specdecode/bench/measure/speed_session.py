@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.models import load_models
@@ -28,6 +28,8 @@ from specdecode.evals.data import token_prompts
 from specdecode.models.lm import LM
 from specdecode.support.environment import conditions
 from specdecode.support.progress import progress
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +101,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
         header = run_header(plan, results.outputs(), results.floor, roofline=roofline, versions=versions, before=before)
         return RunFile(Path(), header, results.records())
 
-    aim = plan.until or 0.0
-
-    def still_open(results: Results) -> set[str]:
+    def still_open(results: Results, aim: float) -> set[str]:
         run = run_of(results)
         judgements = _judge(plan, run)
         if not judgements:  # it is to become a baseline: all, as long as its own noise would hide that much
@@ -121,7 +121,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             finished=finished,
             keep=journal.add_block,
             baseline=plan.preset.baseline,
-            until=None if plan.until is None else Until(60 * plan.budget_minutes, still_open),
+            until=_until(plan, still_open),
             again=plan.again,
         )
     run = run_of(results)
@@ -135,6 +135,17 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
         judgements=_judge(plan, run),
         journal=journal,
     )
+
+
+def _until(plan: Plan, still_open: Callable[[T, float], set[str]]) -> Until[T] | None:
+    """Return when to stop measuring further repeats; None if their number is fixed.
+
+    Args:
+        plan: of the session.
+        still_open: takes what was measured and the slowdown that verdicts are to see, and returns the open arms.
+    """
+    aim = plan.until
+    return None if aim is None else Until(60 * plan.budget_minutes, lambda measured: still_open(measured, aim))
 
 
 def _stop_token_ids(plan: Plan, target: LM | None) -> Sequence[int]:
@@ -190,9 +201,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 _one_version(measured, "old", both.old, header, arms),
             )
 
-        aim = plan.until or 0.0
-
-        def still_open(measured: SideBySide) -> set[str]:
+        def still_open(measured: SideBySide, aim: float) -> set[str]:
             judgements = _judge_against(plan, ref, *both_runs(measured), unsupported, measured.change)
             return open_arms(judgements, aim) & set(selected)
 
@@ -205,7 +214,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 plan.preset.repeats,
                 progress=show,
                 baseline=plan.preset.baseline,
-                until=None if plan.until is None else Until(60 * plan.budget_minutes, still_open),
+                until=_until(plan, still_open),
                 again=plan.again,
             )
         new, old = both_runs(measured)

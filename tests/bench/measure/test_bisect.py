@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -302,7 +303,15 @@ def test_an_interrupt_leaves_neither_worktree_nor_process(repository: tuple[Path
     """Guards against checkouts and workers that nobody ends."""
     folder, (good, *_) = repository
     command = bisecting(folder, good, "--target", str(save(tmp_path / "model")), "--repeats", "10000")
-    process = subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        # A job in a shell's background ignores the signal, and its children with it.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     while git(folder, "worktree", "list").count("\n") < 3 and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)

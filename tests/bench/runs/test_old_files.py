@@ -52,9 +52,8 @@ def test_files_of_before_are_judged_as_before(name: str) -> None:
     old = read(path)
     for variant, content in variants(json.loads(path.read_text())).items():
         judgements = judge(parse(json.dumps(content), path), old)
-        for judged, (*verdict, reason) in zip(judgements, expected["verdicts"][variant], strict=True):
-            assert [judged.arm, judged.gate, judged.verdict.value] == verdict, variant
-            assert judged.reason.startswith(reason), variant
+        verdicts = [[judged.arm, judged.gate, judged.verdict.value, judged.reason] for judged in judgements]
+        assert verdicts == expected["verdicts"][variant], variant
     for arm in old.arms:
         assert as_dict(old.measures(arm)) == pytest.approx(expected["measures"][arm]), arm
 
