@@ -142,12 +142,20 @@ def options_of(config: pytest.Config) -> Options:
     """
     from specdecode.bench.gate.project import read_project  # numpy takes longer than all else of this plugin
 
-    project = read_project(config.rootpath)
+    root = root_of(config)
+    project = read_project(root)
     values = {field.name: value_of(config, field.name) for field in fields(Options)}
     from_command_line = {name: value for name, value in values.items() if value is not None}
-    return Options(
-        **{"root": config.rootpath, "tolerances": project.tolerances, **project.options, **from_command_line}
-    )
+    return Options(**{"root": root, "tolerances": project.tolerances, **project.options, **from_command_line})
+
+
+def root_of(config: pytest.Config) -> Path:
+    """Return the folder of the repository: pytest's own, if a file or an option of pytest says where that is.
+
+    Otherwise pytest goes by the paths on the command line, and takes the model's folder in "--target FOLDER" for one.
+    """
+    told = config.inipath is not None or config.getoption("rootdir", None) is not None
+    return config.rootpath if told else config.invocation_params.dir
 
 
 def _dest(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ class Preset:
     """What to measure.
 
     Attributes:
-        arms: for each arm's name, how it decodes; `bench.arms.entry.ArmSpec` reads it.
+        arms: for each arm's name, how it decodes; `bench.arms.entry.ArmSpec` reads it. In the file the `concurrency` of
+            an arm that a server decodes may be a list: an arm each.
         prompts: data sets and counts, as `evals.data.token_prompts` reads them.
         max_new_tokens: length of every output; stop tokens do not end it, unless options say so.
         repeats: blocks for each prompt.
@@ -104,9 +105,37 @@ def parse(text: str, name: str) -> Preset:
         ValueError: it is not a preset; the sentence says why.
     """
     try:
-        return Preset(**tomllib.loads(text))
+        read = Preset(**tomllib.loads(text))
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None
+    return replace(read, arms=_by_concurrency(read))
+
+
+def _by_concurrency(read: Preset) -> dict[str, dict[str, Any]]:
+    """Return the arms, with one for each number in the list of a `concurrency`.
+
+    The arm of one prompt at a time keeps the name, and the others have their number behind it: "ar-c4". Each is
+    compared with the arm of the same number of its baseline, where that has one.
+    """
+    lists = {
+        arm: entry["concurrency"]
+        for arm, entry in read.arms.items()
+        if isinstance(entry, dict) and isinstance(entry.get("concurrency"), list)
+    }
+    arms: dict[str, dict[str, Any]] = {}
+    for arm, entry in read.arms.items():
+        if arm not in lists:
+            arms[arm] = entry
+            continue
+        if not lists[arm]:
+            raise ValueError(f"arm {arm!r}: concurrency is []: name a number of prompts at least")
+        baseline = read.baseline_of(arm)
+        for number in lists[arm]:
+            at = {**entry, "concurrency": number}
+            if number != 1 and baseline != arm and number in lists.get(baseline, ()):
+                at["baseline"] = f"{baseline}-c{number}"
+            arms[arm if number == 1 else f"{arm}-c{number}"] = at
+    return arms
 
 
 def arms_at(root: Path, ref: str, preset: str) -> list[str]:

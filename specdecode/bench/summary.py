@@ -9,7 +9,7 @@ from specdecode.bench.quality import quality_tables
 from specdecode.bench.quality.quality_session import JudgedQualityRun
 from specdecode.bench.report.comment import comment
 from specdecode.bench.report.grid import rich_table
-from specdecode.bench.report.tables import speed_table, verdict_table
+from specdecode.bench.report.tables import load_table, speed_table, verdict_table
 from specdecode.bench.report.terminal import rendered
 from specdecode.support.files import write_whole
 
@@ -20,6 +20,8 @@ def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
     def show(console: Console) -> None:
         console.print(judged.title, highlight=False, soft_wrap=True)
         console.print(speed_table(judged.run))
+        if loads := load_table(judged.run):
+            console.print(loads)
         console.print(f"Prompts from {'; '.join(judged.origins)}.", highlight=False)
         console.print(judged.judged_by, highlight=False, soft_wrap=True)
         if judged.judgements:

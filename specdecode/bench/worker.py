@@ -73,7 +73,7 @@ class Worker:
                     "lossy": arm.lossy or arm.unchecked,
                     "timed": arm.timed,
                     "peer": arm.peer,
-                    "outside": arm.foreign and not below(arm.options["call"], Path.cwd()),
+                    "outside": "call" in arm.options and not below(arm.options["call"], Path.cwd()),
                 }
                 for name, arm in self._arms.items()
             },
@@ -83,6 +83,8 @@ class Worker:
 
     def unload(self) -> None:
         """Give the memory back."""
+        for arm in self._arms.values():
+            arm.close()
         self._models, self._arms = None, {}
         gc.collect()
         if torch.cuda.is_available():
@@ -106,8 +108,9 @@ class Worker:
     def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
         return timed(self._arms[arm], prompt, length, expected).as_json()
 
-    def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int]) -> str:
-        return check(self._arms[arm], prompt, expected, got)
+    def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int], baseline: str = "") -> str:
+        """Check an output. Older versions do not say what it is compared with."""
+        return check(self._arms[arm], prompt, expected, got, self._arms[baseline or arm])
 
     @property
     def _loaded(self) -> Models:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +43,32 @@ class TextEncoder:
         if self.tokenizer is None:
             return [byte % self.vocab_size for byte in text.encode()]
         ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Make text of token ids and token ids of text, as a server does that takes and sends text.
+
+    Attributes:
+        tokenizer: of the model; without one, ids are bytes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of a prompt. A token that the server puts before each text by itself is left out."""
+        if self.tokenizer is None:
+            return bytes(ids).decode(errors="replace")
+        starts = bool(ids) and ids[0] == self.tokenizer.bos_token_id
+        text: Any = self.tokenizer.decode(list(ids[1:] if starts else ids))
+        return str(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of an output."""
+        if self.tokenizer is None:
+            return list(text.encode())
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 

@@ -96,7 +96,16 @@ def load_encoder(name: str) -> TextEncoder:
     """
     if name.startswith("shape:"):
         return TextEncoder(name, vocab_size=config_of(name.removeprefix("shape:")).get_text_config().vocab_size)
-    return TextEncoder(name, _tokenizer(str(fetch()) if name == EMBEDDED else str(Path(name).expanduser())))
+    return TextEncoder(name, _tokenizer(source_of(name)))
+
+
+def source_of(name: str) -> str:
+    """Return where a model's files are: a folder, or the id on the hub.
+
+    Raises:
+        ModelFileError: the embedded model cannot be fetched.
+    """
+    return str(fetch()) if name == EMBEDDED else str(Path(name).expanduser())
 
 
 def _layers(name: str, target: LM | None) -> LM:

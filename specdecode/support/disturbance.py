@@ -26,10 +26,10 @@ _COUNTED_TWICE = ("guest", "guest_nice")  # they are in "user" and "nice" too
 def watch(*others: int, device: torch.device | None = None) -> Callable[[], float | None]:
     """Begin to watch what other work takes from this process and from some others.
 
-    That is the time of all processors that neither these processes used nor was idle: other programs, the kernel, and
-    what a hypervisor gave to other machines ("steal"). Time in which a container's quota stopped processes counts too.
-    How long the processes' own work takes does not change it. Of a GPU it is the time for which heat or power held down
-    its clocks.
+    That is the time of all processors that neither these processes and their children used nor was idle: other
+    programs, the kernel, and what a hypervisor gave to other machines ("steal"). Time in which a container's quota
+    stopped processes counts too. How long the processes' own work takes does not change it. Of a GPU it is the time for
+    which heat or power held down its clocks.
 
     Args:
         others: ids of processes that work for this one.
@@ -72,9 +72,15 @@ def _taken_s(others: Collection[int]) -> float | None:
     with suppress(psutil.Error, OSError):
         everyone = psutil.cpu_times()._asdict()
         busy = sum(seconds for name, seconds in everyone.items() if name not in (*_IDLE, *_COUNTED_TWICE))
-        own = [psutil.Process(pid).cpu_times() for pid in (os.getpid(), *others)]
+        processes = {one for pid in (os.getpid(), *others) for one in _family(psutil.Process(pid))}
+        own = [process.cpu_times() for process in processes]
         return float(busy - sum(sum(times[:_WITH_CHILDREN]) for times in own) + _throttled_s())
     return None
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process and all that it has started, and these in turn, as far as they live."""
+    return [process, *process.children(recursive=True)]
 
 
 def _throttled_s() -> float:

@@ -10,6 +10,7 @@ import pytest
 
 from specdecode.bench.gate.baselines import bless
 from specdecode.bench.runs.file import read
+from tests.helpers.characters import save
 from tests.helpers.elsewhere import Runs, commit, runs_in
 
 SIZES = ("--tiny", "--prompts=prose:1", "--max-new-tokens=4", "--device=cpu", "--dtype=float32", "--backend=eager")
@@ -21,13 +22,17 @@ def elsewhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs_in(tmp_path, tmp_path_factory.mktemp("packages"))
 
 
-def test_the_suite_runs_in_an_empty_folder(elsewhere: Runs, tmp_path: Path) -> None:
-    """Guards against a suite that only its own checkout can run."""
-    done = elsewhere("--benchmark", *SIZES, *LOOKUP, "--benchmark-json=results/run.json")
+def test_the_suite_runs_in_an_empty_folder(
+    elsewhere: Runs, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Guards against a suite that only its own checkout can run, or that takes the model's folder for its own."""
+    model = save(tmp_path_factory.mktemp("model"))
+    done = elsewhere("--benchmark", *SIZES, *LOOKUP, "--target", str(model), "--benchmark-json=results/run.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lookup" in done.stdout
     assert "No baseline" in done.stdout
     assert [file.name for file in (tmp_path / "results").glob("[!.]*")] == ["run.json"]
+    assert not (model / "results").exists()
 
 
 def test_other_plugins_keep_their_options(elsewhere: Runs, tmp_path: Path) -> None:

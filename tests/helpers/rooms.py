@@ -18,6 +18,7 @@ ROOMS = [
     "bench/runs",
     "bench/presets",
     "bench/gate",
+    "bench/servers",
     "bench/arms",
     "evals",
     "training",

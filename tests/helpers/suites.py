@@ -41,14 +41,14 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def run_pytest_in_turn(*commands: Sequence[str]) -> list[tuple[int, str]]:
+def run_pytest_in_turn(*commands: Sequence[str], cwd: Path = ROOT) -> list[tuple[int, str]]:
     """Return the exit code and the output of several sessions, forked from one process that imports PyTorch once."""
     # PyTorch brings modules that pytest would rewrite.
     quietly = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     done = subprocess.run(
         [sys.executable, "-c", _IN_TURN, json.dumps(commands), json.dumps(quietly)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,

@@ -17,7 +17,14 @@ from specdecode.support import disturbance
 from specdecode.support.disturbance import watch
 from specdecode.support.environment import throttled_s
 
-_SPIN = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+_SPIN = """import os, time
+print(os.getpid(), flush=True)
+input()
+while time.process_time() < 0.5: pass
+print(flush=True)
+input()
+"""
+_ORPHAN = """exec 3<&0; "$0" -c "$1" <&3 &"""
 
 Everyone = namedtuple("Everyone", ["user", "nice", "system", "idle", "iowait", "steal", "guest"])
 Own = namedtuple("Own", ["user", "system", "children_user", "children_system", "iowait"])
@@ -98,14 +105,21 @@ def test_a_gpu_that_is_held_down_is_disturbed(monkeypatch: pytest.MonkeyPatch) -
     assert throttled_s(torch.device("cuda")) is None
 
 
-def test_a_process_that_works_for_this_one_is_no_other() -> None:
+@pytest.mark.parametrize("child", [True, False], ids=["a child", "another process"])
+def test_a_process_that_works_for_this_one_is_no_other(child: bool) -> None:
     """Guards against workers that disturb themselves. Here the system is asked for real."""
-    with subprocess.Popen([sys.executable, "-c", _SPIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        other, worker = watch(), watch(process.pid)
+    # A process whose parent has ended is nobody's child.
+    command = [sys.executable, "-c", _SPIN] if child else ["sh", "-c", _ORPHAN, sys.executable, _SPIN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
+        assert process.stdin is not None
+        pid = int(process.stdout.readline())
+        other, worker = watch(), watch(pid)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
         process.stdout.readline()
         taken, of_worker = other(), worker()
         process.communicate(b"\n")
     assert taken is not None
     assert of_worker is not None
-    assert taken > of_worker
+    assert taken == pytest.approx(of_worker, abs=0.02) if child else taken > of_worker + 0.05

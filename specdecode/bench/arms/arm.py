@@ -13,6 +13,9 @@ from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.ours import our_run
 from specdecode.bench.arms.peers import peer_run
 from specdecode.bench.arms.run import Run
+from specdecode.bench.arms.servers import ServerArm
+from specdecode.bench.servers.server import Servers
+from specdecode.bench.servers.spec import ServerSpec
 from specdecode.decoding.generate import generate
 from specdecode.models.lm import LM
 from specdecode.models.loading import check_vocabulary
@@ -43,7 +46,8 @@ class Arm:
         timed: how long it drafts depends on the clock, and so do its counts.
         options: the preset's entry that it was made of.
         stop_token_ids: those that end an output early.
-        foreign: it is the reader's own code.
+        foreign: it is the reader's own code, or a server.
+        server: that decodes; None if none does.
         unchecked: it is, and its outputs may differ from its baseline's.
         code: a digest of that code.
         close: to be called when all is measured.
@@ -65,6 +69,7 @@ class Arm:
     unchecked: bool = False
     code: str = ""
     close: Callable[[], None] = _nothing
+    server: ServerArm | None = None
 
     @property
     def lossy(self) -> bool:
@@ -89,6 +94,7 @@ def make_arm(
     lengths: Sequence[int] = (),
     stop_token_ids: Sequence[int] = (),
     model_names: ModelNames | None = None,
+    servers: Servers | None = None,
 ) -> Arm:
     """Return a preset's arm, ready to decode. Costs that a controller goes by are measured here.
 
@@ -102,6 +108,7 @@ def make_arm(
         lengths: at which a run is cut, to tell what a shorter one would have been.
         stop_token_ids: those that end an output; none by default, so that every output has the asked length.
         model_names: what the maker of an arm from code is told; the names of the loaded models if None.
+        servers: those of the session; an arm that a server decodes needs them.
 
     Raises:
         ModelFileError: a head that is not there, or is damaged.
@@ -110,6 +117,9 @@ def make_arm(
         TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
     """
     spec = ArmSpec.from_entry(name, entry)
+    if spec.server is not None:
+        assert servers is not None
+        return _arm_of_server(spec, entry, target, lengths, servers)
     if spec.call is not None:
         return _arm_from_code(spec, entry, target, lengths, stop_token_ids, model_names or _names_of(target, draft))
     assert target is not None
@@ -164,6 +174,25 @@ def _arm_from_code(
         unchecked=spec.lossy,
         code=code_of(spec.call),
         close=closer(spec, decode),
+    )
+
+
+def _arm_of_server(
+    spec: ArmSpec, entry: Mapping[str, Any], target: LM | None, lengths: Sequence[int], servers: Servers
+) -> Arm:
+    """Return an arm that a server decodes. The arguments are those of `make_arm`."""
+    assert spec.server is not None
+    server = ServerArm(spec, servers.server(spec.name, ServerSpec.from_table(spec.server)), lengths)
+    return Arm(
+        name=spec.name,
+        run=server.run,
+        target=target,
+        baseline=spec.baseline,
+        options=dict(entry),
+        foreign=True,
+        unchecked=spec.lossy,
+        close=server.close,
+        server=server,
     )
 
 

@@ -15,11 +15,13 @@ from specdecode.bench.arms.keys import (
     PEERS,
     POLICY_CACHE_TOKENS,
     PRESET_KEYS,
+    SERVER_KEYS,
     SHAPES,
     TYPES,
     typed,
 )
 from specdecode.bench.arms.notation import COMMAND_LINE, MODEL_ARGS, Notation, preset_notation
+from specdecode.bench.servers.spec import ServerSpec
 from specdecode.controllers.base import FixedK
 
 if TYPE_CHECKING:
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
 
 # Most defaults are those of the classes that the keys are arguments of. This is another.
 _STATIC_TREE_BRANCHES = 2  # of every node, at as many depths as the draft is long
+
+_OTHERS_UNSET: dict[str, Any] = {"options": {}, "limit_s": None, "lossy": False, "concurrency": 1, "requests": None}
+"""What arms of this package do not say."""
+
+_OTHERS_KEYS: dict[str, tuple[str, ...]] = {"call": CALL_KEYS, "server": SERVER_KEYS}
+"""The keys of arms that something else decodes, by the key that says what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,9 @@ class ArmSpec:
         options: its keyword arguments.
         limit_s: seconds that one output of it may take.
         lossy: its outputs may differ from its baseline's; how far they agree is told, and nothing is void.
+        server: how a serving engine is reached or started that decodes (`bench.servers.spec`).
+        concurrency: prompts that a server decodes at a time.
+        requests: prompts of a run of it; twice the concurrency if None, or the prompt alone.
         notation: of the keys in error messages.
 
     Raises:
@@ -101,6 +112,9 @@ class ArmSpec:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     limit_s: float | None = None
     lossy: bool = False
+    server: Mapping[str, Any] | None = field(default=None, hash=False)
+    concurrency: int = 1
+    requests: int | None = None
     notation: Notation = field(default_factory=Notation, compare=False, repr=False)
 
     @classmethod
@@ -164,9 +178,12 @@ class ArmSpec:
         if self.call is not None:
             self._check_call(self.call)
             return
-        for key, unset in (("options", {}), ("limit_s", None), ("lossy", False)):
+        if self.server is not None:
+            self._check_server(self.server)
+            return
+        for key, unset in _OTHERS_UNSET.items():
             if getattr(self, key) != unset:
-                raise self.notation.error(f"{key} is of no use without a call: leave it out")
+                raise self.notation.error(f"{key} is of no use without a call or a server: leave it out")
         if self.peer is not None:
             self._check_kind("peer", self.peer, PEERS)
             return
@@ -191,6 +208,20 @@ class ArmSpec:
         module, colon, name = call.partition(":")
         if not (colon and all(part.isidentifier() for part in [*module.split("."), name])):
             raise self.notation.error(f"call is {call!r}: write package.module:function")
+        self._check_limit()
+
+    def _check_server(self, table: Mapping[str, Any]) -> None:
+        with self._named_errors():
+            ServerSpec.from_table(table)
+        self._check_limit()
+        if self.concurrency < 1:
+            raise self.notation.error(f"concurrency is {self.concurrency}: it is 1 or more")
+        if self.requests is not None and self.requests < self.concurrency:
+            raise self.notation.error(
+                f"requests is {self.requests}: a run has at least as many as are sent at a time, {self.concurrency}"
+            )
+
+    def _check_limit(self) -> None:
         if self.limit_s is not None and self.limit_s <= 0:
             raise self.notation.error(f"limit_s is {self.limit_s:g}: give it some seconds")
 
@@ -386,8 +417,9 @@ def _read(name: str, entry: object, known: Collection[str], notation: Notation) 
         if "policy" in entry:
             raise notation.error("it is transformers' own, which takes no policy: leave one of them out")
         known = ("peer", "quantize", "against", "baseline", *PEERS.get(str(entry["peer"]), ()))
-    if "call" in entry and "call" in known:
-        known = CALL_KEYS
+    for key, those in _OTHERS_KEYS.items():
+        if key in entry and key in known:
+            known = those
     others = [key for key in entry if key not in known]
     settings = [key for key in others if "policy" in entry and key not in TYPES and key.isidentifier()]
     if unknown := sorted(set(others) - set(settings)):

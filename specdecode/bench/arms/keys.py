@@ -35,6 +35,9 @@ TYPES = {
     "options": _TABLE,
     "limit_s": _NUMBER,
     "lossy": _FLAG,
+    "server": _TABLE,
+    "concurrency": _WHOLE,
+    "requests": _WHOLE,
 }
 PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 """The keys of a preset's arm."""
@@ -45,7 +48,10 @@ POLICY_CACHE_TOKENS = 256
 CALL_KEYS = ("call", "options", "limit_s", "lossy", "baseline")
 """The keys of an arm from code."""
 
-_MEASURED_KEYS = ("backend", "replay", "batch", "peer", "confidence", "against", *CALL_KEYS)
+SERVER_KEYS = ("server", "concurrency", "requests", "limit_s", "lossy", "baseline")
+"""The keys of an arm that a server decodes."""
+
+_MEASURED_KEYS = ("backend", "replay", "batch", "peer", "confidence", "against", *CALL_KEYS, *SERVER_KEYS)
 MODEL_KEYS = tuple(key for key in TYPES if key not in _MEASURED_KEYS)
 """The keys of a way to decode that is not measured."""
 

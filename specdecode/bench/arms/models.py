@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.callables import ModelNames
-from specdecode.models.chat import TextEncoder
+from specdecode.bench.servers.server import Servers
+from specdecode.models.chat import Codec, TextEncoder
 from specdecode.models.lm import LM
-from specdecode.models.loading import load, load_encoder
+from specdecode.models.loading import load, load_encoder, source_of
+
+SERVER_LOGS = Path("results") / "servers"
+"""Where servers that the suite starts print to, below the working folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,7 @@ class Models:
         target: on the backend "eager"; None if all arms are from code, which load their own.
         draft: likewise; None if there is none.
         encoder: makes token ids of prompts.
+        servers: those that arms name.
     """
 
     names: ModelNames
@@ -30,6 +36,7 @@ class Models:
     target: LM | None
     draft: LM | None
     encoder: LM | TextEncoder
+    servers: Servers
 
     def arm(
         self,
@@ -40,7 +47,15 @@ class Models:
     ) -> Arm:
         """Make an arm of a preset's entry; see `make_arm`."""
         return make_arm(
-            name, entry, self.target, self.draft, self.backend, lengths, stop_token_ids, model_names=self.names
+            name,
+            entry,
+            self.target,
+            self.draft,
+            self.backend,
+            lengths,
+            stop_token_ids,
+            model_names=self.names,
+            servers=self.servers,
         )
 
     @property
@@ -60,15 +75,21 @@ class Models:
 
 
 def load_models(names: ModelNames, backend: str, entries: Iterable[Mapping[str, Any]]) -> Models:
-    """Load what the arms of these entries need: of arms from code alone, no model, but the target's tokenizer.
+    """Load what the arms of these entries need: of arms from code and servers alone, no model, but its tokenizer.
 
     Raises:
         ModelFileError, UnsupportedModelError: a model cannot be loaded.
     """
-    if all("call" in entry for entry in entries):
-        return Models(names, backend, None, None, load_encoder(names.target))
+    if all("call" in entry or "server" in entry for entry in entries):
+        encoder = load_encoder(names.target)
+        return Models(names, backend, None, None, encoder, _servers(names, encoder))
     where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}
     target = load(names.target, **where)
     # Each arm decides for itself whether a draft serves it.
     draft = load(names.draft, target=target, same_vocabulary=False, **where) if names.draft else None
-    return Models(names, backend, target, draft, target)
+    return Models(names, backend, target, draft, target, _servers(names, target))
+
+
+def _servers(names: ModelNames, encoder: LM | TextEncoder) -> Servers:
+    values = {key: name and source_of(name) for key, name in (("target", names.target), ("draft", names.draft))}
+    return Servers(values, Codec(encoder.tokenizer), SERVER_LOGS)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from specdecode.backends.device import synchronise
-from specdecode.bench.runs.counts import Counts, Histograms, Seconds, as_dict, from_dict
+from specdecode.bench.runs.counts import Counts, Histograms, Latencies, Seconds, as_dict, from_dict, latencies_in
 from specdecode.core.result import Generation
 from specdecode.support.checked import LEAST_SECONDS, count, counts, flag, items, mapping, number
 
@@ -24,6 +24,7 @@ class Run:
         total_s: seconds of the whole call, the device synchronised. Of a batch, here and below, a prompt's share.
         ttft_s: seconds to the first committed tokens.
         counts, seconds, histograms: of our own arms all; of a peer the steps alone.
+        latencies: of a server's requests.
         cuts: the run as it was at each of the shorter lengths that were asked for.
         tries: how often it was measured, as other work disturbed it; this is the try that was disturbed least.
         disturbed: whether other work disturbed this one too.
@@ -37,6 +38,7 @@ class Run:
     counts: Counts
     seconds: Seconds = field(default_factory=Seconds)
     histograms: Histograms = field(default_factory=Histograms)
+    latencies: Latencies = field(default_factory=Latencies)
     cuts: list[Run] = field(default_factory=list)
     tries: int = 1
     disturbed: bool = False
@@ -61,6 +63,7 @@ class Run:
             "seconds": as_dict(self.seconds),
             "histograms": as_dict(self.histograms),
             "cuts": [cut.as_json() for cut in self.cuts],
+            **({"latencies": as_dict(self.latencies)} if self.latencies.ttft else {}),
             **({"tries": self.tries} if self.tries > 1 else {}),
             **({"disturbed": True} if self.disturbed else {}),
             **({"beside_s": self.beside_s} if self.beside_s is not None else {}),
@@ -84,6 +87,7 @@ class Run:
             counts=from_dict(Counts, _positive(entry, "counts")),
             seconds=from_dict(Seconds, _positive(entry, "seconds")),
             histograms=from_dict(Histograms, {name: counts(value, name) for name, value in histograms.items()}),
+            latencies=latencies_in(entry),
             cuts=[cls.from_json(mapping(cut, "a cut")) for cut in items(entry["cuts"], "cuts")],
             tries=count(entry, "tries", least=1) if "tries" in entry else 1,
             disturbed=flag(entry, "disturbed", default=False),

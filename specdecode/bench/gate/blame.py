@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from specdecode.bench.runs.counts import RowSeconds
 from specdecode.bench.runs.records import ArmRecord
 
-PARTS: dict[str, Callable[[RowSeconds], float | None]] = {
+Parts = Mapping[str, Callable[[RowSeconds], float | None]]
+
+PARTS: Parts = {
     "drafting": lambda seconds: seconds.draft,
     "verifying": lambda seconds: seconds.verify,
     "overhead": lambda seconds: seconds.overhead,
 }
 """The parts of a step, and their seconds."""
+
+_WHOLE: Parts = {"time a step": lambda seconds: seconds.total}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,8 @@ class Blame:
     Attributes:
         shares: logarithm of the factor by which each cause changed the time per token; their sum is the whole change.
             "acceptance length" is the number of steps that a token takes; "drafting", "verifying" and "overhead" are
-            the seconds of a step; "yardstick" is what the arm is compared with, where it is known to have moved.
+            the seconds of a step, or "time a step" where nobody times its parts; "yardstick" is what the arm is
+            compared with, where it is known to have moved.
     """
 
     shares: dict[str, float]
@@ -53,7 +58,7 @@ def blame(
     units: tuple[float, float] = (1.0, 1.0),
     yardstick: float = 0.0,
 ) -> Blame | None:
-    """Split the change of an arm's time per token; None for a peer, whose parts are not measured.
+    """Split the change of an arm's time per token; None for a peer, and in older files.
 
     The time per token is a sum over parts of (steps per token) x (seconds of the part per step). The change of its
     logarithm is split by the logarithmic mean Divisia index, which leaves no remainder and takes parts that are nought
@@ -68,26 +73,34 @@ def blame(
     """
     if not prompts or new.peer or old.peer:
         return None
-    after, before = (_s_per_token(record, prompts, unit) for record, unit in zip((new, old), units, strict=True))
-    if after is None or before is None:  # older files
+    records = list(zip((new, old), units, strict=True))
+    parts = next(
+        (parts for parts in (PARTS, _WHOLE) if all(_times(record, prompts, parts) for record, _ in records)), None
+    )
+    if parts is None:
         return None
+    after, before = (_s_per_token(record, prompts, parts, unit) for record, unit in records)
     steps = [record.counts(prompts).steps / record.counts(prompts).tokens for record in (new, old)]
     whole = _log_mean(sum(after.values()), sum(before.values()))
     fewer = math.log(steps[0] / steps[1])
     shares = {"acceptance length": 0.0}
-    for part in PARTS:
+    for part in parts:
         weight = _log_mean(after[part], before[part]) / whole
         shares["acceptance length"] += weight * fewer
         shares[part] = (after[part] - before[part]) / whole - weight * fewer
     return Blame(shares | {"yardstick": yardstick} if yardstick else shares)
 
 
-def _s_per_token(record: ArmRecord, prompts: Collection[str], unit: float) -> dict[str, float] | None:
-    """Return each part's seconds per token, in units; None where one is not known."""
+def _times(record: ArmRecord, prompts: Collection[str], parts: Parts) -> bool:
+    """Return whether all of these parts were timed."""
+    seconds = record.seconds(prompts)
+    return all(part(seconds) is not None for part in parts.values())
+
+
+def _s_per_token(record: ArmRecord, prompts: Collection[str], parts: Parts, unit: float) -> dict[str, float]:
+    """Return each part's seconds per token, in units."""
     seconds, tokens = record.seconds(prompts), record.counts(prompts).tokens
-    parts = {name: part(seconds) for name, part in PARTS.items()}
-    known = {name: value / tokens / unit for name, value in parts.items() if value is not None}
-    return known if len(known) == len(PARTS) else None
+    return {name: (part(seconds) or 0.0) / tokens / unit for name, part in parts.items()}
 
 
 def _log_mean(a: float, b: float) -> float:

@@ -253,12 +253,13 @@ class _Runs:
             if arm.name not in self.first:
                 continue
             first, later = self.first[arm.name], [self.last[arm.name]] if arm.name in self.last else []
+            own = named(self._arms, arm.baseline or self._baseline)
             if arm.name == self._baseline:
                 later = self.beats[1:]
             with noted(arm, self._failures):
                 checks[arm.name] = _worse(
-                    check(arm, self._text, self._expected(arm), first.tokens),
-                    *(check(arm, self._text, first.tokens, run.tokens) for run in later),
+                    check(arm, self._text, self._expected(arm), first.tokens, own),
+                    *(check(arm, self._text, first.tokens, run.tokens, arm) for run in later),
                 )
         return checks
 

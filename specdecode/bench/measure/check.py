@@ -18,12 +18,22 @@ Check = Literal["equal", "tie", "bug"]
 _VERIFIED_ROWS = (2, 6, 16)
 
 
-def check(arm: Arm, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]) -> Check:
-    """Check an arm's output. Where no model is loaded, nothing tells a tie from a wrong token: both are "bug"."""
-    if arm.unchecked:
+def check(arm: Arm, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int], baseline: Arm) -> Check:
+    """Check an arm's output against its baseline's.
+
+    Where neither a model is loaded nor servers tell log-probabilities, nothing tells a tie from a wrong token: both are
+    "bug".
+    """
+    if arm.server is not None and baseline.server is not None and arm.server.requests != baseline.server.requests:
+        # The prompt itself is the first of each.
+        shared = min(len(expected), len(got))
+        expected, got = expected[:shared], got[:shared]
+    if arm.unchecked or list(expected) == list(got):
         return "equal"
+    if arm.server is not None and baseline.server is not None:
+        return arm.server.classify(baseline.server, prompt, expected, got)
     if arm.target is None:
-        return "equal" if list(expected) == list(got) else "bug"
+        return "bug"
     return classify(arm.target, prompt, expected, got, arm.policy)
 
 

@@ -13,7 +13,7 @@ from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.drift import Drift
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.measure.until import Until, rounds
-from specdecode.bench.runs.counts import RowCounts, RowSeconds, as_dict, total, total_histograms
+from specdecode.bench.runs.counts import RowCounts, RowSeconds, all_latencies, as_dict, total, total_histograms
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Row, digest
@@ -118,7 +118,7 @@ def row_of(logs: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run], 
         last_s: seconds of the second runs of a baseline.
     """
     counts = [
-        RowCounts(runs=1, tokens=len(run.tokens), agreed=common_prefix(run.tokens, other.tokens), **as_dict(run.counts))
+        RowCounts(runs=1, tokens=len(run.tokens), agreed=_agreed(run, other), **as_dict(run.counts))
         for run, other in zip(runs, baseline, strict=True)
     ]
     seconds = [RowSeconds(total=run.total_s, ttft=run.ttft_s, **as_dict(run.seconds)) for run in runs]
@@ -127,8 +127,20 @@ def row_of(logs: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run], 
         counts=total(RowCounts, counts),
         seconds=replace(total(RowSeconds, seconds), last=last_s),
         histograms=total_histograms(run.histograms for run in runs),
+        latencies=all_latencies(run.latencies for run in runs),
         logs=list(logs) if len(logs) > 1 else [],
     )
+
+
+def _agreed(run: Run, baseline: Run) -> float:
+    """Return how many tokens come before a run's output leaves its baseline's.
+
+    Where a server decoded another number of prompts, the share of what they have in common stands for all.
+    """
+    agreed = common_prefix(run.tokens, baseline.tokens)
+    if len(run.latencies.ttft) == len(baseline.latencies.ttft):
+        return agreed
+    return agreed * len(run.tokens) / min(len(run.tokens), len(baseline.tokens))
 
 
 def experiment(
@@ -165,9 +177,8 @@ def experiment(
     """
     known = {(block.prompt, block.repeat): block for block in finished}
     results = Results(list(arms), [], {}, {}, baseline)
-    target = named(arms, baseline).target
-    steady, drift = Steady(device=None if target is None else target.device, bound=again), Drift()
-    done, total, still_open = 0, len(arms), ""
+    drift = Drift()
+    done, total, still_open = 0, len(arms) + len(_early_servers(arms)), ""
 
     def tell(doing: str) -> None:
         nonlocal done
@@ -175,16 +186,12 @@ def experiment(
         done += 1
 
     warm = next(iter(prompts))
-    length = min(max_new_tokens, COUNTERS_RUN_TOKENS)
     with closing(arms, results.failures):
-        written = named(arms, baseline).run(prompts[warm], length, ()).tokens
         total += repeats * len(prompts) * (len(arms) + len(baselines_of(arms, baseline)))
         total -= sum(len(block.runs) + len(block.last) for block in finished)
-        for arm in arms:
-            tell(f"{arm.name} on {warm}, the counters run")
-            expected = arm.expected(prompts[warm], written, length)
-            with noted(arm, None if arm.name == baseline else results.failures):
-                results.counters_runs[arm.name] = counters_run(arm, prompts[warm], length, expected)
+        _warm_up(results, warm, prompts[warm], min(max_new_tokens, COUNTERS_RUN_TOKENS), tell)
+        target = named(arms, baseline).target
+        steady = Steady(_workers(arms), None if target is None else target.device, again)
         everything = [arm.name for arm in arms]
         for prompt, repeat, chosen in rounds(results, prompts, repeats, everything, until):
             block = known.get((prompt, repeat))
@@ -211,6 +218,37 @@ def experiment(
             drift.add(*block.drift(baseline))
     progress(total, total, "done")
     return results
+
+
+def _early_servers(arms: Sequence[Arm]) -> list[Arm]:
+    """Return the arms whose servers start before all else; those that run alone start when they are needed."""
+    return [arm for arm in arms if arm.server is not None and not arm.server.alone]
+
+
+def _warm_up(results: Results, prompt: str, text: Sequence[int], length: int, tell: Callable[[str], None]) -> None:
+    """Start servers, and make the counters run of each arm on a prompt."""
+    baseline = results.baseline
+
+    def failures(arm: Arm) -> dict[str, str] | None:
+        return None if arm.name == baseline else results.failures
+
+    for arm in _early_servers(results.arms):
+        tell(f"{arm.name}, its server starts")
+        with noted(arm, failures(arm)):
+            assert arm.server is not None
+            arm.server.open()
+    written = named(results.arms, baseline).run(text, length, ()).tokens
+    for arm in results.arms:
+        if arm.name in results.failures:
+            continue
+        tell(f"{arm.name} on {prompt}, the counters run")
+        with noted(arm, failures(arm)):
+            results.counters_runs[arm.name] = counters_run(arm, text, length, arm.expected(text, written, length))
+
+
+def _workers(arms: Sequence[Arm]) -> set[int]:
+    """Return the ids of processes that decode for arms, and were not started here."""
+    return {pid for arm in arms if arm.server is not None for pid in arm.server.pids}
 
 
 def _working(results: Results, chosen: Collection[str]) -> list[Arm]:

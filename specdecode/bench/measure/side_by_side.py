@@ -311,15 +311,16 @@ class _BlockRuns:
         """Return a version's two runs of an arm, checked."""
         key = (worker.name, arm)
         first, second = self._runs[key]
-        return _checked(self._both, arm, self._prompt, self._expected[key], (first, second))
+        own = self._measured.baselines[arm]
+        return _checked(self._both, arm, own, self._prompt, self._expected[key], (first, second))
 
 
-def _checked(both: Versions, arm: str, prompt: list[int], expected: list[int], runs: Sequence[Run]) -> Side:
+def _checked(both: Versions, arm: str, own: str, prompt: list[int], expected: list[int], runs: Sequence[Run]) -> Side:
     def check(got: list[int]) -> Check:
         if got == expected:
             return "equal"
         both.use(both.new)
-        result: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got)
+        result: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got, baseline=own)
         return result
 
     first, second = runs

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.models import load_models
 from specdecode.bench.gate.baselines import ever_sees
@@ -98,7 +99,14 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     roofline = roofline_throughput(models.target) if models.target is not None else 0.0
 
     def run_of(results: Results) -> RunFile:
-        header = run_header(plan, results.outputs(), results.floor, roofline=roofline, versions=versions, before=before)
+        header = run_header(
+            plan,
+            results.outputs(),
+            results.floor,
+            roofline=roofline,
+            versions=versions | {f"server of {arm.name}": arm.server.about for arm in arms if arm.server is not None},
+            before=before,
+        )
         return RunFile(Path(), header, results.records())
 
     def still_open(results: Results, aim: float) -> set[str]:
@@ -127,7 +135,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     run = run_of(results)
     return JudgedRun(
         title=_title(plan, str(models), plan.setup.device, models.chosen_backend, prompts),
-        origins=origins,
+        origins=[*origins, *_texts_sent(arms)],
         run=run,
         durations={arm: results.durations(arm) for arm in run.arms},
         wrong={arm: results.wrong(arm) for arm in run.arms},
@@ -146,6 +154,12 @@ def _until(plan: Plan, still_open: Callable[[T, float], set[str]]) -> Until[T] |
     """
     aim = plan.until
     return None if aim is None else Until(60 * plan.budget_minutes, lambda measured: still_open(measured, aim))
+
+
+def _texts_sent(arms: Sequence[Arm]) -> list[str]:
+    """Say which servers get prompts as text: they make token ids of their own, and may make others."""
+    names = [arm.name for arm in arms if arm.server is not None and arm.server.takes_text]
+    return [f"as text to {', '.join(names)}, whose servers make token ids of them"] if names else []
 
 
 def _stop_token_ids(plan: Plan, target: LM | None) -> Sequence[int]:

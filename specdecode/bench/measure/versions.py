@@ -58,6 +58,11 @@ class WorkerProcess:
         )
         self.about: dict[str, Any] = {}
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a server of its arms runs while no other does."""
+        return any(entry.get("server", {}).get("alone") for entry in self._arguments.get("arms", {}).values())
+
     def load(self) -> bool:
         """Load the models; False if there is no memory for them."""
         answer = self._answer("load", self._arguments)
@@ -138,7 +143,7 @@ class Versions:
         self.together = False
         self._loaded: WorkerProcess | None = None
         self.use(new)
-        self.together = old.load()
+        self.together = not new.takes_turns and old.load()
         self.use(old)
 
     def use(self, worker: WorkerProcess) -> None:

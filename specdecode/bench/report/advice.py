@@ -11,8 +11,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from specdecode.bench.report.captions import cells, label, outputs, title
+from specdecode.bench.report.contest import Recommendation
 from specdecode.bench.report.grid import Column, Grid, rich_table
-from specdecode.bench.report.recommend import Advice, Recommendation
+from specdecode.bench.report.recommend import Advice
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
 from specdecode.bench.runs.records import RunFile
@@ -57,9 +58,17 @@ def _table(run: RunFile, advice: Advice) -> Grid:
         if arm is None:
             rows.append([aim, "-", *[""] * (len(heads) - 1)])
             continue
-        ratios = [f"{recommendation.over[other]}" if other in recommendation.over else "" for other in over]
+        ratios = [_over(recommendation, recommendation.plain if other == BASELINE else other) for other in over]
         rows.append([aim, label(run, arm), *ratios, *cells(run, arm, list(measured)), outputs(run, arm)])
     return Grid([*heads, Column("output", False)], rows)
+
+
+def _over(recommendation: Recommendation, other: str) -> str:
+    """Return the speed over another arm's, which is named where it is not the column's."""
+    if other not in recommendation.over:
+        return ""
+    named = "" if other in (BASELINE, PEER_BASELINE) else f" over {other}"
+    return f"{recommendation.over[other]}{named}"
 
 
 def _aim(recommendation: Recommendation) -> str:

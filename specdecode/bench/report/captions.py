@@ -34,8 +34,8 @@ MODEL = (
 
 LIMITS = (
     "The speedup over the baseline, of all tokens together, as a product: how many fewer steps the acceptance length"
-    " asks for, and what drafting, verifying a draft and overhead leave of that. A factor of 0.80 costs a fifth of the"
-    " speed."
+    " asks for, and what drafting, verifying a draft and overhead leave of that, or the time a step where nobody"
+    " timed these parts. A factor of 0.80 costs a fifth of the speed."
 )
 """What a table of limits does not say by itself."""
 
@@ -139,7 +139,9 @@ CELLS: dict[str, Cell] = {
     "over_hf": _speedup(over=PEER_BASELINE),
     "predicted_speedup": _measure(lambda arm: arm.predicted_speedup, "{:.2f}".format),
     "ttft_s": _measure(lambda arm: arm.ttft_s, lambda seconds: f"{1e3 * seconds:.0f}"),
+    "ttft_p95_s": _measure(lambda arm: arm.ttft_p95_s, lambda seconds: f"{1e3 * seconds:.0f}"),
     "tpot_s": _measure(lambda arm: arm.tpot_s, lambda seconds: f"{1e3 * seconds:.1f}"),
+    "tpot_p95_s": _measure(lambda arm: arm.tpot_p95_s, lambda seconds: f"{1e3 * seconds:.1f}"),
     "mean_acceptance_length": _measure(lambda arm: arm.counters.mean_acceptance_length, "{:.2f}".format),
     "acceptance_rate": _measure(lambda arm: arm.counters.acceptance_rate, "{:.0%}".format),
     "roofline_share": _measure(lambda arm: arm.roofline_share, "{:.0%}".format),
@@ -163,7 +165,10 @@ def cells(run: RunFile, arm: str, columns: Sequence[str]) -> list[str]:
 def notes(run: RunFile) -> list[str]:
     """Say what a table of speeds does not show by itself."""
     baseline = run.header.baseline
+    options = run.arms[baseline].options if baseline in run.arms else {}
     plainly = ": autoregressive decoding by this package" if baseline == BASELINE else ""
+    if {"server", "call"} & options.keys():
+        plainly = ", which a server decodes" if "server" in options else ", which code outside of this package decodes"
     sentences = [
         f"Baseline {baseline}{plainly}. Intervals are 95 %.",
         f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} in the mean."

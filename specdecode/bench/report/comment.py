@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
 from specdecode.bench.report.captions import cells, failing_first, label, notes, one_line, outputs
 from specdecode.bench.report.grid import Column, Grid
+from specdecode.bench.report.load import losses
 from specdecode.bench.report.markdown import as_markdown, markdown_table
 from specdecode.bench.runs.records import RunFile
 
@@ -40,6 +41,8 @@ def comment(
     if rest := _rest([judged for judged in judgements if judged not in shown]):
         parts.append(as_markdown(rest))
     parts.append(cut_table(_speeds(run, judgements), "arms"))
+    if lost := losses(run):
+        parts.append(as_markdown(f"By concurrency: {_first_of(lost)}"))
     _, floor, *_ = notes(run)
     parts.append(" ".join(map(as_markdown, [floor, *(f"Beware: {warning}." for warning in run.header.warnings)])))
     if file:
@@ -88,6 +91,12 @@ def named(names: Sequence[str]) -> str:
     """List the first names, and say how many more there are."""
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_of(sentences: Sequence[str]) -> str:
+    """Return the first sentences, and say of how many arms there are more."""
+    more = len(sentences) - _MOST_NAMES
+    return " ".join(sentences[:_MOST_NAMES]) + (f" And {more} more." if more > 0 else "")
 
 
 def _rest(judgements: Sequence[Judgement]) -> str:

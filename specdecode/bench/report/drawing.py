@@ -22,6 +22,7 @@ from matplotlib.transforms import Bbox
 from specdecode.bench.report.palette import COLOURS, PLAIN, alike, cache_traits, method, places
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
+from specdecode.bench.runs.statistics import Estimate
 from specdecode.support.files import write_whole
 
 COLUMN, PAGE = 85.0, 175.0
@@ -194,6 +195,11 @@ def _mixed(colour: str, share: float, grey: float) -> str:
 def figure(width: float, height: float) -> Figure:
     """Make an empty figure of a size in millimetres."""
     return Figure((width / 25.4, height / 25.4), layout="constrained")
+
+
+def sides(ratios: Sequence[Estimate]) -> list[list[float]]:
+    """Return how far intervals reach to either side, as matplotlib wants it."""
+    return [[ratio.value - ratio.low for ratio in ratios], [ratio.high - ratio.value for ratio in ratios]]
 
 
 def text(name: str) -> str:

@@ -27,9 +27,12 @@ from specdecode.bench.report.drawing import (
     lighter,
     looks,
     save,
+    sides,
     text,
 )
 from specdecode.bench.report.latex import latex_table_1
+from specdecode.bench.report.load import scales
+from specdecode.bench.report.load_figure import speedup_by_concurrency
 from specdecode.bench.report.palette import PLAIN, alike, method, settings, shared_name
 from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.measures import Counters, Measures
@@ -144,7 +147,7 @@ def methods(run: RunFile) -> Figure | str:
     for place, arm in enumerate(order):
         speedup = speedups[arm]
         axes.barh(place, speedup.value, 0.68, label=arm, linewidth=0.8, **styles[arm].bars)
-        axes.errorbar(speedup.value, place, xerr=_sides([speedup]), color="black", elinewidth=0.8, capsize=1.5)
+        axes.errorbar(speedup.value, place, xerr=sides([speedup]), color="black", elinewidth=0.8, capsize=1.5)
         axes.annotate(f"{speedup.value:.2f}", (speedup.high, place), **beside)
     for place, _ in enumerate(wrong, len(order)):
         axes.annotate("output WRONG", (0, place), **beside)
@@ -173,9 +176,7 @@ def speedup_by_k(run: RunFile) -> Figure | str:
         axes.plot(ks, [row.exact for row in rows], label="exact", **predicted["exact expectation"])
         measured = [row.measured for row in rows]
         values = [speedup.value for speedup in measured]
-        axes.errorbar(
-            ks, values, _sides(measured), label="measured", elinewidth=0.8, capsize=1.5, **styles[first].marks
-        )
+        axes.errorbar(ks, values, sides(measured), label="measured", elinewidth=0.8, capsize=1.5, **styles[first].marks)
         axes.set_title(text(f"{name} (synthetic)" if run.arms[first].synthetic else name))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     name_axes(panels, "K, proposals a step", text(f"speedup over {run.compared_with}"))
@@ -289,8 +290,8 @@ def by_task(run: RunFile) -> Figure | str:
         _floor(part, axes.axvspan, axes.axvline)
         for place, arm in enumerate(arms):
             if arm in speedups:
-                sides = _sides([speedups[arm]])
-                axes.errorbar(speedups[arm].value, place, xerr=sides, label=arm, elinewidth=0.8, **styles[arm].marks)
+                reach = sides([speedups[arm]])
+                axes.errorbar(speedups[arm].value, place, xerr=reach, label=arm, elinewidth=0.8, **styles[arm].marks)
         words = [*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]
         # Titles stand side by side.
         axes.set_title((", " if len(", ".join(words)) <= _TITLE_LETTERS else ",\n").join(words))
@@ -304,6 +305,7 @@ FIGURES: dict[str, Callable[[RunFile], Figure | str]] = {
     "comprehensive": comprehensive,
     "methods": methods,
     "speedup-by-k": speedup_by_k,
+    "speedup-by-concurrency": speedup_by_concurrency,
     "compressions-by-cache": compressions_by_cache,
     "acceptance-by-position": acceptance_by_position,
     "quality-against-speed": quality_against_speed,
@@ -318,14 +320,10 @@ def _right(run: RunFile) -> list[str]:
 
 
 def _speedups(run: RunFile) -> dict[str, Estimate]:
-    """Return the speedups of all arms but the run's baseline that have one."""
-    speedups = {arm: run.speedup(arm) for arm in run.arms if arm != run.header.baseline}
+    """Return the speedups of all arms that have one, but the run's baseline at any concurrency."""
+    arms = [arm for arm in run.arms if arm != run.header.baseline and not scales(run, arm)]
+    speedups = {arm: run.speedup(arm) for arm in arms}
     return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
-
-
-def _sides(ratios: Sequence[Estimate]) -> list[list[float]]:
-    """Return how far intervals reach to either side, as matplotlib wants it."""
-    return [[ratio.value - ratio.low for ratio in ratios], [ratio.high - ratio.value for ratio in ratios]]
 
 
 def _floor(run: RunFile, span: Callable[..., object], line: Callable[..., object]) -> None:

@@ -21,8 +21,18 @@ from specdecode.bench.report.captions import (
 )
 from specdecode.bench.report.elements import Element, element, grid_table, head_cell, scrolling, tile
 from specdecode.bench.report.grid import Grid
-from specdecode.bench.report.speed_charts import acceptance, blame_bars, course, interval, ruler, speedup_scale, styles
-from specdecode.bench.report.svg import Style, card, swatch
+from specdecode.bench.report.load import LOAD, by_concurrency, families, gains, losses, scales
+from specdecode.bench.report.speed_charts import (
+    acceptance,
+    blame_bars,
+    course,
+    interval,
+    load_curves,
+    ruler,
+    speedup_scale,
+    styles,
+)
+from specdecode.bench.report.svg import Style, card, legend, swatch
 from specdecode.bench.report.tables import (
     by_model,
     by_part,
@@ -57,6 +67,7 @@ def section(
         *_heading(run, title, judgements),
         *_verdicts(judged_by, judgements),
         *_speeds(run, looks),
+        *_by_concurrency(run, looks),
         *_parts(run),
         *_acceptance(run, looks),
         *_table("What limits the speedup", limits(run), LIMITS, "Speedups as products"),
@@ -72,7 +83,9 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[
     lead = [title.removeprefix(f"{models(run)}, "), *filter(None, [run.date, run.commit and f"commit {run.commit}"])]
     tiles = [_gate_tile(judgements), _outputs_tile(run)]
     speedups = {
-        arm: run.speedup(arm) for arm, record in run.arms.items() if arm != run.header.baseline and not record.bugs
+        arm: run.speedup(arm)
+        for arm, record in run.arms.items()
+        if arm != run.header.baseline and not record.bugs and not scales(run, arm)
     }
     speedups = {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
     if speedups:
@@ -170,6 +183,20 @@ def _speeds(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
         " Hollow: transformers."
     )
     return [element("h2", "Speed"), element("p", legend, class_="soft"), scrolling(table, "Speed of each arm")]
+
+
+def _by_concurrency(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
+    """Show speeds by concurrency, the speedups as a chart too; nothing where no arms differ in concurrency alone."""
+    parts = _table("By concurrency", by_concurrency(run), LOAD, "Speed by concurrency")
+    if curves := gains(run):
+        arms = families(run)
+        styles_ = {name: looks[next(iter(arms[name].values()))] for name in curves}
+        parts += [
+            element("ul", *(element("li", sentence) for sentence in losses(run)), class_="notes"),
+            legend(styles_),
+            element("div", card(["Speedup by concurrency"], load_curves(curves, styles_)), class_="cards"),
+        ]
+    return parts
 
 
 def _parts(run: RunFile) -> list[Element]:

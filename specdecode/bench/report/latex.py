@@ -8,6 +8,7 @@ from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import MEMORY, MODEL, cells, command, label, notes, one_line, title
 from specdecode.bench.report.grid import Column, Grid
+from specdecode.bench.report.load import LOAD, by_concurrency, losses
 from specdecode.bench.report.tables import acceptance, by_model, by_part, memory, speeds, surroundings, verdicts
 from specdecode.bench.runs.records import RunFile
 
@@ -25,6 +26,8 @@ def latex(
     parts.append(
         latex_table(speeds(run), " ".join([f"Speed: {title}.", *([] if judgements else [judged_by]), *notes(run)]))
     )
+    if (loads := by_concurrency(run)).rows:
+        parts.append(latex_table(loads, " ".join([f"By concurrency: {title}. {LOAD}", *losses(run)])))
     if (split := by_part(run)).rows:
         parts.append(latex_table(split, f"By task and length of the output: {title}."))
     if (accepted := acceptance(run)).rows:

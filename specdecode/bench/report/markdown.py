@@ -8,6 +8,7 @@ from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import LIMITS, MEMORY, MODEL, command, notes, one_line
 from specdecode.bench.report.grid import Grid
+from specdecode.bench.report.load import LOAD, by_concurrency, losses
 from specdecode.bench.report.tables import (
     acceptance,
     by_model,
@@ -36,6 +37,9 @@ def markdown(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judg
     if judgements:
         parts.append(markdown_table(verdicts(judgements)))
     parts += [markdown_table(speeds(run)), "\n".join(f"- {as_markdown(note)}" for note in notes(run))]
+    if (loads := by_concurrency(run)).rows:
+        parts += ["### By concurrency", markdown_table(loads), as_markdown(LOAD)]
+        parts += ["\n".join(f"- {as_markdown(sentence)}" for sentence in losses(run))]
     if (split := by_part(run)).rows:
         parts += ["### By task and length", markdown_table(split)]
     if (accepted := acceptance(run)).rows:
@@ -50,7 +54,7 @@ def markdown(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judg
     if past.runs:
         parts.append(markdown_table(past_speedups(run, past)))
     parts += ["### Measured with", *map(markdown_table, surroundings(run)), f"    {one_line(command(run))}"]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def markdown_table(grid: Grid) -> str:

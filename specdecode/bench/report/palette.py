@@ -45,14 +45,15 @@ _NAMES = {
 def method(run: RunFile, arm: str) -> str:
     """Return how the arm drafts: one of METHODS, several with a plus between them, or "ar".
 
-    A peer's is that of the method that does the same. An arm that is none of these goes by its own name.
+    A peer's is that of the method that does the same. An arm that is none of these goes by its own name; arms of a
+    server that differ in concurrency go by one.
     """
     options = run.arms[arm].options
     if not any(record.options for record in run.arms.values()):
         start = max((name for name in _NAMES if arm.startswith(name)), key=len, default="")
         return _NAMES.get(start, arm)
-    if "call" in options:
-        return arm
+    if "call" in options or "server" in options:
+        return base_name(run, arm)
     if "peer" in options:
         return _PEERS.get(str(options["peer"]), arm)
     kinds = drafter_kinds(options)
@@ -106,6 +107,19 @@ def cache_traits(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, CacheTraits
         place = None if policy is None else POLICIES.get(policy, len(COLOURS) - 1)
         traits[arm] = CacheTraits(policy, place, fade, "quantize" in entry, "control" in entry)
     return traits
+
+
+def concurrency(run: RunFile, arm: str) -> int:
+    """Return how many prompts the arm's server decodes at a time; 1 where no server decodes."""
+    options = run.arms[arm].options
+    number = options.get("concurrency", 1)
+    return number if "server" in options and isinstance(number, int) and number > 0 else 1
+
+
+def base_name(run: RunFile, arm: str) -> str:
+    """Return the arm's name without its concurrency: "ar" for "ar-c4"."""
+    number = concurrency(run, arm)
+    return arm.removesuffix(f"-c{number}") if number > 1 else arm
 
 
 def settings(record: ArmRecord, *but: str) -> str:

@@ -11,6 +11,7 @@ from specdecode.bench.report.palette import places
 from specdecode.bench.report.svg import (
     Scale,
     Style,
+    axes,
     drawing,
     line,
     linear_scale,
@@ -18,6 +19,7 @@ from specdecode.bench.report.svg import (
     mark,
     path,
     rectangle,
+    series,
     text,
 )
 from specdecode.bench.runs.records import RunFile
@@ -145,6 +147,34 @@ def acceptance(run: RunFile, arm: str, longest: int, style: Style) -> Element:
     by_position = ", ".join(f"{position}: {share:.0%}" for position, share in enumerate(shares, start=1))
     description = f"steps by accepted length: {by_length}; accepted by position: {by_position}"
     return drawing(308, bottom + 32, f"Acceptance of {arm}", description, *parts, colour=style.colour)
+
+
+def load_curves(curves: Mapping[str, Mapping[int, Estimate]], looks: Mapping[str, Style]) -> Element:
+    """Draw the speedup against concurrency, with its intervals: a line for each speculating arm.
+
+    Args:
+        curves: of each arm the speedups by concurrency; nan where one is not known.
+        looks: the style of each arm.
+    """
+    width, bottom, top = 300.0, 150.0, 10.0
+    numbers = sorted({number for speedups in curves.values() for number in speedups})
+    known = {name: {n: s for n, s in by.items() if math.isfinite(s.value)} for name, by in curves.items()}
+    ends = [end for speedups in known.values() for s in speedups.values() for end in (s.low, s.high)]
+    low, high = math.log2(numbers[0]), math.log2(numbers[-1])
+    x = Scale(math.log2, low - 0.06 * (high - low), high + 0.06 * (high - low), 44.0, width - 10.0, [])
+    y = log_scale([1.0, *ends], bottom, top, math.log(1.5))
+    parts = axes(x, y, [(x(number), str(number)) for number in numbers], "prompts at a time")
+    parts.append(line(x.start, y(1.0), x.end, y(1.0), "one"))
+    said = []
+    for place, (name, speedups) in enumerate(known.items()):
+        # Beside each other, so that no interval hides another.
+        beside = 4.0 * (place - (len(known) - 1) / 2)
+        points = {number: (x(number) + beside, y(speedup.value)) for number, speedup in speedups.items()}
+        whiskers = [line(points[n][0], y(s.low), points[n][0], y(s.high), "whisker") for n, s in speedups.items()]
+        marks = [mark(*point, looks[name]) for point in points.values()]
+        parts.append(series(looks[name], path(list(points.values())), *whiskers, *marks))
+        said += [f"{name} at {number}: {speedup}" for number, speedup in speedups.items()]
+    return drawing(width, bottom + 34, "Speedup by concurrency", "; ".join(said) or "none is known", *parts)
 
 
 def course(name: str, runs: Sequence[RunFile], speedups: Sequence[Estimate], least: float, style: Style) -> Element:

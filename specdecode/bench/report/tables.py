@@ -14,6 +14,7 @@ from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import cells, drafts, failing_first, label, notes, outputs, percent
 from specdecode.bench.report.grid import Column, Grid, rich_table
+from specdecode.bench.report.load import LOAD, by_concurrency, losses
 from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.names import PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
@@ -102,17 +103,24 @@ def by_model(run: RunFile) -> Grid:
 
 
 def limits(run: RunFile) -> Grid:
-    """Make one row for each arm that drafts: its speedup over its baseline, split into factors by `blame`."""
-    causes = ("acceptance length", *PARTS)
-    columns = [Column("what limits it", figures=False), *map(Column, (*causes, "all"))]
-    rows = []
+    """Make one row for each arm that drafts: its speedup over its baseline, split into factors by `blame`.
+
+    A step's time has a column of its own, for the arms whose parts of a step nobody timed.
+    """
+    splits = {}
     for arm, record in run.arms.items():
         baseline = run.arms.get(run.baseline_of(arm), ArmRecord({}))
         prompts = [prompt for prompt in record.rows if prompt in baseline.rows]
-        if drafts(record) and (split := blame(record, baseline, prompts)):
-            shares = [*(split.shares[cause] for cause in causes), sum(split.shares.values())]
-            rows.append([label(run, arm), *(f"{math.exp(-share):.2f}" for share in shares)])
-    return Grid(columns, rows)
+        proposes = drafts(record) or (record.counts().drafted or 0) > 0
+        if proposes and (split := blame(record, baseline, prompts)):
+            splits[arm] = split.shares
+    known = dict.fromkeys(chain.from_iterable(splits.values()))
+    causes = sorted(known, key=["acceptance length", *PARTS, *known].index)
+    rows = []
+    for arm, shares in splits.items():
+        factors = [f"{math.exp(-shares[cause]):.2f}" if cause in shares else "" for cause in causes]
+        rows.append([label(run, arm), *factors, f"{math.exp(-sum(shares.values())):.2f}"])
+    return Grid([Column("what limits it", figures=False), *map(Column, (*causes, "all"))], rows)
 
 
 def memory(run: RunFile) -> Grid:
@@ -155,6 +163,16 @@ def speed_table(run: RunFile) -> Table:
     """Make the table of speeds for a terminal."""
     table = rich_table(speeds(run))
     table.caption, table.caption_justify = Text("\n".join(notes(run))), "left"
+    return table
+
+
+def load_table(run: RunFile) -> Table | None:
+    """Make the table by concurrency for a terminal; None where no arms differ in it alone."""
+    grid = by_concurrency(run)
+    if not grid.rows:
+        return None
+    table = rich_table(grid)
+    table.caption, table.caption_justify = Text("\n".join([LOAD, *losses(run)])), "left"
     return table
 
 

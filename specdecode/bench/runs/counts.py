@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from specdecode.support.checked import LEAST_SECONDS
+from specdecode.support.checked import LEAST_SECONDS, mapping, numbers
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -119,6 +119,37 @@ class Histograms:
 
     accepted: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """Seconds of each request to a server. Empty where nobody asked one.
+
+    Attributes:
+        ttft: from the request to the first tokens.
+        tpot: per token after the first.
+    """
+
+    ttft: list[float] = field(default_factory=list)
+    tpot: list[float] = field(default_factory=list)
+
+
+def all_latencies(parts: Iterable[Latencies]) -> Latencies:
+    """Put latencies one behind the other."""
+    parts = list(parts)
+    return Latencies(
+        **{entry.name: [value for part in parts for value in getattr(part, entry.name)] for entry in fields(Latencies)}
+    )
+
+
+def latencies_in(entry: Mapping[str, Any]) -> Latencies:
+    """Take an entry's latencies, none of them negative; older ones have none.
+
+    Raises:
+        ValueError: a value cannot be.
+    """
+    values = mapping(entry.get("latencies", {}), "latencies")
+    return from_dict(Latencies, {name: numbers(value, name, 0.0) for name, value in values.items()})
 
 
 def total(kind: type[Values], parts: Iterable[Values]) -> Values:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, as_dict, from_dict
+from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, as_dict, from_dict, latencies_in
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile, lacks_our_counts
@@ -72,6 +72,7 @@ def _rows_json(rows: Mapping[str, Row]) -> dict[str, Any]:
             "counts": as_dict(row.counts),
             "seconds": as_dict(row.seconds),
             "histograms": as_dict(row.histograms),
+            **({"latencies": as_dict(row.latencies)} if row.latencies.ttft else {}),
         }
         for prompt, row in rows.items()
     }
@@ -192,6 +193,7 @@ def _row(row: dict[str, Any]) -> Row:
             Histograms,
             {name: counts(entries, name) for name, entries in histograms.items()},
         ),
+        latencies=latencies_in(row),
         logs=[number({"logs": log}, "logs", -MOST_LOG, MOST_LOG) for log in items(row.get("logs", []), "logs")],
     )
 

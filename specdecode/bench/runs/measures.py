@@ -98,6 +98,8 @@ class Measures:
         overhead_s_per_step: seconds of the rest of a step.
         over_peer: ratio of speeds, over the peer's arm that does the same.
         over_peer_low, over_peer_high: ends of its interval, which covers the true value with 95 %.
+        ttft_p95_s, tpot_p95_s: of a server's requests, the seconds to the first token and per token after it that 95 %
+            of them do not exceed.
     """
 
     throughput: float | None
@@ -125,3 +127,5 @@ class Measures:
     over_peer: float | None = None
     over_peer_low: float | None = None
     over_peer_high: float | None = None
+    ttft_p95_s: float | None = None
+    tpot_p95_s: float | None = None

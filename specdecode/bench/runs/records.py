@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, ratio, total, total_histograms
+from specdecode.bench.runs.counts import (
+    Histograms,
+    Latencies,
+    RowCounts,
+    RowSeconds,
+    all_latencies,
+    ratio,
+    total,
+    total_histograms,
+)
 from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.statistics import TAIL, Estimate, mean_ratio, noise_floor, tail_of_look
@@ -100,6 +109,7 @@ class Row:
         counts: sums of counts over the repeats.
         seconds: sums of seconds over the repeats.
         histograms: sums of histograms over the repeats.
+        latencies: of a server's requests, of all repeats.
         logs: what `log_speedup` is the mean of, one for each repeat; empty if there is but one, and in older files.
     """
 
@@ -107,6 +117,7 @@ class Row:
     counts: RowCounts
     seconds: RowSeconds
     histograms: Histograms = field(default_factory=Histograms)
+    latencies: Latencies = field(default_factory=Latencies)
     logs: list[float] = field(default_factory=list)
 
     @property
@@ -378,15 +389,17 @@ class RunFile:
         speedup = self.speedup(arm)
         over_peer = self.speedup(arm, over=record.against) if record.against else _UNKNOWN
         throughput, loss = ratio(counts.tokens, seconds.total), ratio(counts.nll, counts.tokens)
+        latencies = all_latencies(row.latencies for row in rows)
         return Measures(
             throughput=throughput,
             throughput_std=statistics.stdev(speeds) if len(speeds) > 1 else None,
             speedup=_known(speedup.value),
             speedup_low=_known(speedup.low),
             speedup_high=_known(speedup.high),
-            ttft_s=_median([ratio(row.seconds.ttft, row.counts.runs) for row in rows]),
+            ttft_s=_median(latencies.ttft or [ratio(row.seconds.ttft, row.counts.runs) for row in rows]),
             tpot_s=_median(
-                [ratio(row.seconds.total - row.seconds.ttft, row.counts.tokens - row.counts.runs) for row in rows]
+                latencies.tpot
+                or [ratio(row.seconds.total - row.seconds.ttft, row.counts.tokens - row.counts.runs) for row in rows]
             ),
             counters=counters_of(counts),
             counters_run=record.counters_run,
@@ -406,6 +419,8 @@ class RunFile:
             over_peer=_known(over_peer.value),
             over_peer_low=_known(over_peer.low),
             over_peer_high=_known(over_peer.high),
+            ttft_p95_s=_percentile_95(latencies.ttft),
+            tpot_p95_s=_percentile_95(latencies.tpot),
         )
 
 
@@ -419,6 +434,10 @@ def digest(tokens: Sequence[int]) -> str:
 
 def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _percentile_95(values: Sequence[float]) -> float | None:
+    return float(np.percentile(values, 95)) if values else None
 
 
 def _median(values: Sequence[float | None]) -> float | None:

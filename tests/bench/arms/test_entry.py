@@ -238,6 +238,9 @@ def test_lm_eval_takes_no_key_of_measuring() -> None:
         "options",
         "limit_s",
         "lossy",
+        "server",
+        "concurrency",
+        "requests",
     }
     assert {*PRESET_KEYS} - {*MODEL_KEYS} == measuring
     with pytest.raises(ValueError, match="model_args has the unknown key 'peer': choose from target, draft"):

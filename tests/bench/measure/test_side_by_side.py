@@ -72,6 +72,7 @@ class Loaded(WorkerProcess):
     """Stands for a worker process: answers at once, and does not load what does not fit."""
 
     pid = os.getpid()
+    takes_turns = False
 
     def __init__(self, machine: Machine, name: str, size: int = 1) -> None:
         self.machine, self.name, self.size = machine, name, size

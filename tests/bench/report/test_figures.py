@@ -255,6 +255,7 @@ def test_what_a_run_lacks_is_told() -> None:
         "comprehensive": "no arms differ in their cache alone",
         "methods": "no arm but ar has a time",
         "speedup-by-k": "no chains differ in K alone",
+        "speedup-by-concurrency": "no arms of servers that draft differ in concurrency alone",
         "compressions-by-cache": "no arms differ in the size of a bounded cache",
         "acceptance-by-position": "no arm has drafted 10 times, as far as it is known",
         "quality-against-speed": "no lossy arm was compared with ar's output",
@@ -368,7 +369,8 @@ def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SPEEDUPS, name, speedup)
     few = {arm: ARMS[arm] for arm in ("ar", "ar-64", "ar-128", "linear-k4", "streaming-k4-64")}
     prompts = (*PROMPTS, *(f"{name}/0" for name in HOSTILE))
-    figures = draw(sweep(few | {name: MODEL | {"k": k} for k, name in enumerate(HOSTILE, 5)}, prompts))
+    served = {"served$": {"server": {}}, "served$-c4": {"server": {}, "concurrency": 4}}
+    figures = draw(sweep(few | served | {name: MODEL | {"k": k} for k, name in enumerate(HOSTILE, 5)}, prompts))
     for name, figure in figures.items():
         assert isinstance(figure, Figure), figure
         seen = {text.get_text() for text in texts(figure)}
@@ -407,7 +409,7 @@ def test_the_command_says_what_it_drew_and_why_not_the_rest(
     files_ = {f"{name}.{form}" for name in names for form in ("pdf", "png")}
     assert {path.name for path in folder.iterdir()} == {"table1.tex", *files_}
     assert told[1] == "  no comprehensive: no arms differ in their cache alone"
-    assert len(told) == 1 + 4
+    assert len(told) == 1 + 5
     one.write_text(two.read_text())
     assert exit_code(monkeypatch, "report", one, two, "--figures", folder / "both", "--out", tmp_path / "text.md") == 0
     assert [len(list((folder / "both" / name).iterdir())) for name in ("one", "two")] == [3, 3]

@@ -15,7 +15,8 @@ import pytest
 from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.measure import time_boxed
 from specdecode.bench.report.advice import sentences
-from specdecode.bench.report.recommend import Advice, Recommendation, is_hopeless, recommend
+from specdecode.bench.report.contest import Recommendation
+from specdecode.bench.report.recommend import Advice, is_hopeless, recommend
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.records import ArmRecord, RunFile

@@ -1,0 +1,48 @@
+"""Write the entry of a preset that an arm of a server was made of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from specdecode.bench.runs.records import RunFile
+
+
+def server_entry(run: RunFile, arm: str) -> str:
+    """Return the arm's entry as TOML, with its command or url. All that comes from the file stands in it as a value.
+
+    Its baseline is left out: that is another arm, which a preset may lack.
+    """
+    identity, options = run.header.identity, run.arms[arm].options
+    lines = [f"[arms.{_key(arm)}]"]
+    lines += [
+        f"{_key(key)} = {_value(value)}" for key, value in options.items() if _is_told(value) and key != "baseline"
+    ]
+    command = options["server"].get("command") if isinstance(options["server"], Mapping) else None
+    for name, model in (("target", identity.target), ("draft", identity.draft)):
+        if f"{{{name}}}" in str(command):
+            lines.append(f"# {{{name}}} stands for {_value(model)}")
+    return "\n".join(lines) + "\n"
+
+
+def _is_told(value: Any) -> bool:
+    return value is not None
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else _value(name)
+
+
+def _value(value: Any) -> str:
+    """Write a value of JSON in TOML, which knows no null."""
+    if isinstance(value, Mapping):
+        pairs = (f"{_key(key)} = {_value(inner)}" for key, inner in value.items() if _is_told(inner))
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_value(inner) for inner in value if _is_told(inner))}]"
+    if isinstance(value, str):
+        # The escapes of JSON are those of TOML, which refuses one more letter.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,0 +1,181 @@
+"""Ask a server for outputs, one or several at a time, and take the times at which their tokens come."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx2
+
+from specdecode.bench.servers.engines import Engine, Request, Response
+from specdecode.bench.servers.errors import ServerError
+
+_SHORT_S = 10.0
+"""Seconds that an answer to a question about the server may take."""
+
+
+class Client:
+    """A connection to a server.
+
+    Args:
+        base_url: without path.
+        key: that the server asks for, if any.
+        proxies: go by the proxies that the environment names.
+    """
+
+    def __init__(self, base_url: str, key: str | None = None, *, proxies: bool = False) -> None:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._loop = asyncio.new_event_loop()
+        self._client = httpx2.AsyncClient(base_url=base_url, headers=headers, trust_env=proxies, timeout=None)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._loop.run_until_complete(self._client.aclose())
+        self._loop.close()
+
+    def answers(self, path: str) -> bool:
+        """Return whether a path answers well."""
+        try:
+            return self._get(path).is_success
+        except httpx2.HTTPError:
+            return False
+
+    def get(self, path: str) -> str:
+        """Return what a path answers.
+
+        Raises:
+            ServerError: it does not, or not well.
+        """
+        with _told_in_a_sentence():
+            response = self._get(path)
+        if not response.is_success:
+            raise ServerError(f"its server answers {path} with {response.status_code}{_reason(response.text)}")
+        return response.text
+
+    def _get(self, path: str) -> httpx2.Response:
+        return self._loop.run_until_complete(self._client.get(path, timeout=_SHORT_S))
+
+    def complete(
+        self, engine: Engine, requests: Sequence[Request], concurrency: int, limit_s: float
+    ) -> tuple[list[Response], float]:
+        """Send requests in a closed loop: so many at a time, and the next as soon as one is answered.
+
+        Args:
+            engine: whose words are used.
+            requests: in order.
+            concurrency: how many are on the way together.
+            limit_s: seconds that all of them may take.
+
+        Returns:
+            The responses in the order of the requests, and the seconds of all.
+
+        Raises:
+            ServerError: one of them is not answered as it should be.
+        """
+        return self._loop.run_until_complete(self._all(engine, requests, concurrency, limit_s))
+
+    async def _all(
+        self, engine: Engine, requests: Sequence[Request], concurrency: int, limit_s: float
+    ) -> tuple[list[Response], float]:
+        responses: list[Response] = [Response() for _ in requests]
+        left = iter(range(len(requests)))
+
+        async def client() -> None:
+            for place in left:
+                await self._one(engine, requests[place], responses[place])
+
+        started = time.perf_counter()
+        clients = [asyncio.ensure_future(client()) for _ in range(min(concurrency, len(requests)))]
+        try:
+            with _told_in_a_sentence(responses):
+                await asyncio.wait_for(asyncio.gather(*clients), limit_s)
+        except asyncio.TimeoutError:
+            raise ServerError(f"its server takes longer than {limit_s:g} s, its limit_s") from None
+        finally:
+            for one in clients:
+                one.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+        seconds = time.perf_counter() - started
+        for request, response in zip(requests, responses, strict=True):
+            _check(request, response)
+        return responses, seconds
+
+    async def _one(self, engine: Engine, request: Request, response: Response) -> None:
+        started = time.perf_counter()
+        async with self._events(engine.path, {**engine.body(request), **request.others}) as events:
+            async for event in events:
+                seconds = time.perf_counter() - started
+                piece = engine.piece(event, len(response.tokens))
+                if piece.model is not None and piece.model != request.model:
+                    raise ServerError(f"its server answers as {piece.model}, and was asked for {request.model}")
+                response.add(piece, seconds)
+
+    @asynccontextmanager
+    async def _events(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        async with self._client.stream("POST", path, json=body) as answer:
+            if not answer.is_success:
+                await answer.aread()
+                raise ServerError(f"its server answers with {answer.status_code}{_reason(answer.text)}")
+            if "text/event-stream" not in answer.headers.get("content-type", ""):
+                raise ServerError("its server does not stream its answer")
+            yield _read(httpx2.EventSource(answer))
+
+
+async def _read(events: httpx2.EventSource) -> AsyncIterator[dict[str, Any]]:
+    async for event in events:
+        if event.data == "[DONE]":
+            continue  # some send it, some do not: the output says itself that it has ended
+        try:
+            content = json.loads(event.data)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise ServerError(f"its server streams what is no JSON object: {event.data[:80]!r}")
+        if "error" in content:
+            raise ServerError(f"its server breaks off{_reason(event.data)}")
+        yield content
+
+
+def _check(request: Request, response: Response) -> None:
+    """Raise ServerError unless a response has the asked number of tokens, and says so itself."""
+    asked, sent = request.max_new_tokens, len(response.tokens)
+    if not response.finished:
+        raise ServerError(f"its server breaks its stream off after {sent or sum(response.sizes)} of {asked} tokens")
+    if response.count is not None and response.tokens and response.count != sent:
+        raise ServerError(f"its server counts {response.count} tokens, and sends {sent}")
+    if sent > asked or (response.count or 0) > asked:
+        raise ServerError(f"its server sends {max(sent, response.count or 0)} tokens, and was asked for {asked}")
+    if not response.sizes:
+        raise ServerError("its server sends an empty output")
+    count = sent if response.tokens else response.count
+    # Not every server can be told to go on behind a stop token.
+    if count is not None and count < asked and (response.tokens or response.finished != "stop"):
+        raise ServerError(f"its server ends after {count} of {asked} tokens ({response.finished})")
+
+
+@contextmanager
+def _told_in_a_sentence(responses: Sequence[Response] = ()) -> Iterator[None]:
+    """Raise ServerError in place of the errors of connections, and of answers that are not of the engine's form."""
+    try:
+        yield
+    except httpx2.HTTPError as error:
+        known = f" after {sum(sum(response.sizes) for response in responses)} tokens" if responses else ""
+        raise ServerError(f"its server breaks the connection{known} ({type(error).__name__})") from error
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ServerError(f"its server's answer is of another form than its engine's ({error!r})") from error
+
+
+def _reason(text: str) -> str:
+    """Return what a server says of an error, with a colon before it."""
+    try:
+        content = json.loads(text)
+        content = content.get("error", content)
+        said = content if isinstance(content, str) else content.get("message") or content.get("detail") or text
+    except (ValueError, AttributeError):
+        said = text
+    words = " ".join(str(said).split())
+    return f": {words[:200]}" if words else ""

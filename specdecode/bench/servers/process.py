@@ -1,0 +1,118 @@
+"""Start a server as a process, wait until it is ready, and end it whatever happens."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from specdecode.bench.servers.errors import ServerError
+from specdecode.bench.servers.keeper import GRACE_S
+from specdecode.support.files import writing
+
+_KEEPER = Path(__file__).with_name("keeper.py")
+_POLL_S = 0.1
+
+
+class ServerProcess:
+    """A server in a process group of its own (`keeper`), with its output in a file.
+
+    Args:
+        command: of the server, word by word.
+        environment: variables besides those of this process.
+        log: takes what the server prints.
+
+    Raises:
+        ValueError: the log cannot be written.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(f"{shlex.join(command)}\n", encoding="utf-8")
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-I", str(_KEEPER), str(log), *command],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def check(self, within_s: float = 0.0) -> None:
+        """Raise ServerError if the server has ended, or ends within some seconds."""
+        try:
+            self._keeper.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return
+        assert self._keeper.stdout is not None
+        how = self._keeper.stdout.read().strip() or "was killed"
+        raise ServerError(f"its server {how}; its last words: {self._last_words()} (all of them: {self.log})")
+
+    def wait(self, answers: Callable[[], bool], minutes: float) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            ServerError: it ends, or takes too long.
+        """
+        deadline = time.monotonic() + 60 * minutes
+        while not answers():
+            self.check()
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"its server is not ready after {minutes:g} minutes, its start_minutes; its last words:"
+                    f" {self._last_words()} (all of them: {self.log})"
+                )
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """End the server and all processes of its group."""
+        assert self._keeper.stdin is not None
+        with suppress(OSError):
+            self._keeper.stdin.close()
+        try:
+            self._keeper.wait(GRACE_S + 5)
+        except subprocess.TimeoutExpired:
+            self._keeper.kill()
+            self._keeper.wait()
+        assert self._keeper.stdout is not None
+        self._keeper.stdout.close()
+
+    def _last_words(self) -> str:
+        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+        return lines[-1].strip() if len(lines) > 1 else "none"
+
+
+def words_of(command: str, values: Mapping[str, object]) -> list[str]:
+    """Return the words of a command with its placeholders filled in. Other braces stay: options are often JSON."""
+    words = shlex.split(command)
+    for name, value in values.items():
+        words = [word.replace(f"{{{name}}}", str(value)) for word in words]
+    return words
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def listeners(port: int) -> Collection[int]:
+    """Return the ids of the processes that listen on a port of this machine, as far as this user may know."""
+    with suppress(psutil.Error, OSError):
+        return {
+            one.pid
+            for one in psutil.net_connections("tcp")
+            if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid is not None
+        }
+    return ()

@@ -1,0 +1,379 @@
+"""A serving engine that decodes prompts: started or found, spoken to in its own words, and what it counts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from specdecode.bench.servers.engines import ENGINES, OWNERS, Request, Response, Told
+from specdecode.bench.servers.errors import ServerError
+from specdecode.bench.servers.spec import ServerSpec
+
+if TYPE_CHECKING:  # these need packages of the extra "servers"
+    from specdecode.bench.servers.client import Client
+    from specdecode.bench.servers.metrics import Counted
+    from specdecode.bench.servers.process import ServerProcess
+
+_LOGPROBS = 5
+"""How many log-probabilities are asked for at each position."""
+
+_PROBE_TOKENS = 256
+"""Length of the prompt that shows whether a server keeps what it has read: more than the blocks that caches hold."""
+
+_PROBES = 3
+_REREAD = 0.5
+"""A prompt that is read again takes less than this share of the time of a new one, if the server has kept it."""
+
+_WARM_TOKENS = 8
+"""Length of the outputs that warm a server up for prompts of some lengths."""
+
+_SPELLING = 0.1
+"""By how much, as a share, the tokens of a text may be more or less than those that were generated."""
+
+_DYING_S = 1.5
+"""Seconds that a server may take to end after it broke a connection."""
+
+_SETTLE_S = 2.0
+"""Seconds that counters may lag behind the outputs."""
+
+
+class Codec(Protocol):
+    """Makes text of token ids, and token ids of text."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a server answered to requests that were sent together.
+
+    Attributes:
+        responses: in the order of the requests.
+        outputs: their token ids.
+        total_s: seconds of all.
+        steps: forwards of the target that committed tokens, by what is known.
+        told: what the engine tells of its speculation in all of them together.
+    """
+
+    responses: Sequence[Response]
+    outputs: Sequence[list[int]]
+    total_s: float
+    steps: float
+    told: Told | None
+
+
+class Server:
+    """A server of a session. It is started, or looked for, when it is first needed.
+
+    Args:
+        spec: how it is reached.
+        values: of the placeholders in its command, but for the port.
+        codec: of the target's tokenizer.
+        log: takes what a server prints that is started.
+        make_room: called before it is started.
+
+    Attributes:
+        about: the engine, its version and the model, once it has been reached.
+    """
+
+    def __init__(
+        self,
+        spec: ServerSpec,
+        values: Mapping[str, str],
+        codec: Codec,
+        log: Path,
+        make_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.spec = spec
+        self.about = ""
+        self._values, self._codec, self._log, self._make_room = values, codec, log, make_room
+        self._process: ServerProcess | None = None
+        self._client: Client | None = None
+        self._engine = ENGINES["openai"]
+        self._model = spec.model or ""
+        self._warm: set[tuple[int, ...]] = set()
+        self._checked = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has been started, or reached."""
+        return self._client is not None
+
+    @property
+    def pids(self) -> Collection[int]:
+        """The ids of the processes that work for it here, but for those that this process has started."""
+        if self.spec.url is None or not self.spec.loopback:
+            return ()
+        from specdecode.bench.servers.process import listeners
+
+        return listeners(urlsplit(self.spec.base_url(0)).port or 80)
+
+    def open(self) -> None:
+        """Start it, or reach it, and find out what it is.
+
+        Raises:
+            ServerError: it does not get ready, or does not answer as a server should.
+        """
+        if self.is_open:
+            return
+        try:
+            from specdecode.bench.servers.client import Client
+            from specdecode.bench.servers.process import ServerProcess, free_port, words_of
+        except ImportError as error:
+            raise ServerError(
+                f"a server needs the package {error.name}, which is not installed: pip install 'specdecode[servers]'"
+            ) from error
+        self._make_room()
+        spec, port = self.spec, free_port()
+        if spec.command is not None:
+            words = words_of(spec.command, {**self._values, "port": port})
+            self._process = ServerProcess(words, spec.environment, self._log)
+        self._client = Client(spec.base_url(port), spec.key, proxies=not spec.loopback)
+        try:
+            if self._process is not None:
+                self._process.wait(lambda: self._connection.answers(spec.ready), spec.start_minutes)
+            self._look()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End it, if it was started here, and all connections."""
+        if self._client is not None:
+            self._client.close()
+        if self._process is not None:
+            self._process.stop()
+        self._client = self._process = None
+        self._warm.clear()
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, concurrency: int, limit_s: float) -> Load:
+        """Decode prompts, so many at a time. Prompts of new lengths are decoded a little before.
+
+        Args:
+            prompts: token ids, in order.
+            max_new_tokens: tokens of each output.
+            concurrency: how many prompts are decoded together.
+            limit_s: seconds that all may take.
+
+        Raises:
+            ServerError: it does not decode them.
+        """
+        self.open()
+        if not self._checked:
+            self._check_prefix_cache(prompts[0], limit_s)
+            self._checked = True
+        shapes = (concurrency, *map(len, prompts))
+        if shapes not in self._warm:
+            self._complete(prompts, min(max_new_tokens, _WARM_TOKENS), concurrency, limit_s)
+            self._warm.add(shapes)
+        before = self._counted()
+        responses, total_s = self._complete(prompts, max_new_tokens, concurrency, limit_s)
+        outputs = [self._tokens(response) for response in responses]
+        told = _sum_of([response.told for response in responses])
+        if before is not None and told is None:
+            told = self._counted_since(before, sum(map(len, outputs))).told()
+        return Load(responses, outputs, total_s, self._steps(responses, outputs, told or Told()), told)
+
+    def logprobs(self, prompt: Sequence[int], length: int, limit_s: float) -> Response:
+        """Decode a prompt with the log-probabilities of the likeliest tokens; they are none if it does not tell them.
+
+        Raises:
+            ServerError: it does not decode it.
+        """
+        self.open()
+        responses, _ = self._ask([self._request(prompt, length, _LOGPROBS)], 1, limit_s)
+        return responses[0]
+
+    @property
+    def _connection(self) -> Client:
+        assert self._client is not None
+        return self._client
+
+    def _look(self) -> None:
+        """Find out the model, the engine and its version."""
+        spec = self.spec
+        try:
+            models = {str(one["id"]): one for one in json.loads(self._connection.get("/v1/models"))["data"]}
+        except (KeyError, TypeError, ValueError):
+            raise ServerError("its server does not tell its models at /v1/models as others do") from None
+        if spec.model is None and len(models) != 1:
+            raise ServerError(f"its server has {len(models)} models: name one with server.model")
+        self._model = spec.model or next(iter(models))
+        if self._model not in models:
+            raise ServerError(f"its server has no model {self._model}: it has {', '.join(models) or 'none'}")
+        owner = str(models[self._model].get("owned_by", ""))
+        self._engine = ENGINES[spec.engine or OWNERS.get(owner, "openai")]
+        self.about = " ".join(filter(None, [self._engine.name, self._version(), f"with {self._model}"]))
+
+    def _version(self) -> str:
+        if self._engine.version is None:
+            return ""
+        path, key = self._engine.version
+        return str(json.loads(self._connection.get(path)).get(key, ""))
+
+    def _tokens(self, response: Response) -> list[int]:
+        """Return the token ids of a response: those that were sent, or those of its text.
+
+        Raises:
+            ServerError: the server counts quite another number of them.
+        """
+        if response.tokens:
+            return response.tokens
+        tokens = self._codec.encode(response.text)
+        # The same text may be spelt in other tokens than those that were generated, but not in so many more.
+        if response.count is not None and abs(len(tokens) - response.count) > 2 + _SPELLING * response.count:
+            raise ServerError(
+                f"its server counts {response.count} tokens, and the text that it sends has {len(tokens)}"
+            )
+        return tokens
+
+    def _steps(self, responses: Sequence[Response], outputs: Sequence[list[int]], told: Told) -> float:
+        """Return how many forwards of the target committed tokens: as many as all that is known asks for.
+
+        The prompt's forward gives a token, and each further one a token more than what it accepts of a draft. Engines
+        count as accepted what is cut off at the end, so there may have been more. Tokens of several steps may come in
+        one event, so there were as many as there are events at least.
+        """
+        steps = 0.0 if self._engine.token_by_token else float(sum(len(response.sizes) for response in responses))
+        if told.accepted is not None:
+            steps = max(steps, sum(map(len, outputs)) - told.accepted)
+        return max(steps, len(responses) + (told.drafts or 0.0))
+
+    def _request(self, ids: Sequence[int], max_new_tokens: int, logprobs: int = 0) -> Request:
+        prompt = list(ids) if self.spec.prompt == "ids" else self._codec.decode(ids)
+        return Request(prompt, max_new_tokens, self._model, logprobs, self.spec.request)
+
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, concurrency: int, limit_s: float
+    ) -> tuple[list[Response], float]:
+        requests = [self._request(prompt, max_new_tokens) for prompt in prompts]
+        return self._ask(requests, concurrency, limit_s)
+
+    def _ask(self, requests: Sequence[Request], concurrency: int, limit_s: float) -> tuple[list[Response], float]:
+        try:
+            return self._connection.complete(self._engine, requests, concurrency, limit_s)
+        except ServerError:
+            if self._process is not None:
+                self._process.check(_DYING_S)  # that it has ended says more
+            raise
+
+    def _counted(self) -> Counted | None:
+        """Read the engine's counters; None if it has none."""
+        if not self._engine.metrics:
+            return None
+        from specdecode.bench.servers.metrics import counted
+
+        try:
+            return counted(self._connection.get("/metrics"), self._engine.metrics)
+        except ValueError as error:
+            raise ServerError(f"its server's counters cannot be read: {error}") from error
+
+    def _counted_since(self, before: Counted, sent: int) -> Counted:
+        """Return what the engine counted for outputs of so many tokens, and for nothing else."""
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            now = self._counted()
+            assert now is not None
+            since = now.since(before)
+            if since.generated >= sent or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        if since.generated > sent:
+            raise ServerError(
+                f"its server has generated {since.generated:g} tokens meanwhile, and was asked for {sent} here:"
+                " somebody else uses it"
+            )
+        if since.generated < sent:
+            raise ServerError(f"its server counts {since.generated:g} tokens at /metrics, and has sent {sent}")
+        return since
+
+    def _check_prefix_cache(self, prompt: Sequence[int], limit_s: float) -> None:
+        """Raise ServerError if a prompt that is repeated is not read again."""
+        if self.spec.prefix_cache:
+            return
+        text = (list(prompt) * (1 + _PROBE_TOKENS // len(prompt)))[: max(len(prompt), _PROBE_TOKENS)]
+
+        def first_token(ids: Sequence[int]) -> tuple[float, float | None]:
+            before = self._counted()
+            (response,), _ = self._complete([ids], 1, 1, limit_s)
+            cached: float | None = response.cached
+            if before is not None:
+                cached = self._counted_since(before, 1).cached
+            return response.times[0], cached
+
+        first_token(text)
+        _, cached = first_token(text)
+        if cached is None:
+            # Times tell: of the same, and of others that are as long.
+            again = statistics.median(first_token(text)[0] for _ in range(_PROBES))
+            others = [[*text[place:], *text[:place]] for place in range(1, 1 + _PROBES)]
+            kept = again < _REREAD * statistics.median(first_token(other)[0] for other in others)
+        else:
+            kept = cached > 0
+        if kept:
+            raise ServerError(
+                "its server keeps what it has read of earlier prompts, and a time would leave out the reading: turn"
+                " that off (vLLM: --no-enable-prefix-caching, SGLang: --disable-radix-cache), or set"
+                " server.prefix_cache = true"
+            )
+
+
+def _sum_of(told: Sequence[Told | None]) -> Told | None:
+    """Add up what an engine tells of several outputs; None if it tells nothing of one."""
+    known = [one for one in told if one is not None]
+    if not known or len(known) < len(told):
+        return None
+
+    def total(name: str) -> float | None:
+        values = [getattr(one, name) for one in known]
+        return None if None in values else sum(values)
+
+    longest = max(len(one.by_position) for one in known)
+    padded = [[*one.by_position, *[0.0] * (longest - len(one.by_position))] for one in known]
+    return replace(
+        known[0],
+        drafts=total("drafts"),
+        drafted=total("drafted"),
+        accepted=total("accepted"),
+        by_position=[sum(column) for column in zip(*padded, strict=True)],
+    )
+
+
+class Servers:
+    """The servers of a session: arms of the same table share one.
+
+    Args:
+        values: of the placeholders in commands, but for the port.
+        codec: of the target's tokenizer.
+        logs: folder of what servers print.
+    """
+
+    def __init__(self, values: Mapping[str, str], codec: Codec, logs: Path) -> None:
+        self._values, self._codec, self._logs = values, codec, logs
+        self._servers: dict[str, Server] = {}
+
+    def server(self, arm: str, spec: ServerSpec) -> Server:
+        """Return the server of an arm."""
+        key = repr(spec)
+        if key not in self._servers:
+
+            def make_room() -> None:
+                if spec.alone:
+                    self.close(lambda other: other.spec.alone)
+
+            self._servers[key] = Server(spec, self._values, self._codec, self._logs / f"{arm}.log", make_room)
+        return self._servers[key]
+
+    def close(self, which: Callable[[Server], bool] = lambda server: True) -> None:
+        """Close the servers, or some of them."""
+        for server in self._servers.values():
+            if which(server):
+                server.close()

@@ -1,0 +1,157 @@
+"""Read how a serving engine is reached: the table `server` of an arm."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from specdecode.bench.servers.engines import ENGINES
+from specdecode.support.checked import shown
+
+PLACEHOLDERS = ("target", "draft", "port")
+"""What a command may name in braces."""
+
+_PROMPTS = ("ids", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """How a server is reached, or started. A server has either a `url` or a `command`.
+
+    Attributes:
+        url: of a server that runs already, with or without "/v1" at the end.
+        command: starts a server. {target}, {draft} and {port} stand for the models of the session and a free port.
+        model: as requests name it; the server's only one if None.
+        ready: path that answers as soon as the server is ready.
+        environment: variables of the server's process, besides those of this one.
+        start_minutes: the most time until it is ready.
+        engine: "vllm", "sglang", "llama.cpp" or "openai", which is any other; found out if None.
+        prompt: "ids" sends token ids. "text" sends text, for servers that take no ids: the server makes its own token
+            ids of it, and the output's ids are made of its text where the server does not send them.
+        request: what each request says besides, such as {ignore_eos = true}. An engine of the name "openai" is sent no
+            more than the protocol has, and so may stop early.
+        prefix_cache: whether the server may keep what it has read of earlier prompts.
+        alone: it runs while no other such server does, as where two do not fit into memory.
+        api_key: the environment variable that holds the server's key.
+
+    Raises:
+        ValueError: keys that do not go together, or a value that cannot be.
+    """
+
+    url: str | None = None
+    command: str | None = None
+    model: str | None = None
+    ready: str = "/health"
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
+    start_minutes: float = 10.0
+    engine: str | None = None
+    prompt: str = "ids"
+    request: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    prefix_cache: bool = False
+    alone: bool = False
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.url is None) == (self.command is None):
+            raise ValueError("server needs a url or a command, and not both")
+        if self.url is not None:
+            parts = urlsplit(self.url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"server.url is {self.url!r}: write http://HOST:PORT/v1")
+            for key in ("ready", "environment", "start_minutes", "alone"):
+                if getattr(self, key) != _DEFAULTS[key]:
+                    raise ValueError(f"server.{key} is of no use with a url: the server runs already")
+        else:
+            _check_command(str(self.command))
+        if not self.ready.startswith("/"):
+            raise ValueError(f"server.ready is {self.ready!r}: write a path, as /health")
+        if not self.start_minutes > 0:
+            raise ValueError(f"server.start_minutes is {self.start_minutes}: give it some time")
+        for key, known in (("engine", tuple(ENGINES)), ("prompt", _PROMPTS)):
+            value = getattr(self, key)
+            if value is not None and value not in known:
+                raise ValueError(f"server.{key} is {value!r}: choose from {', '.join(known)}")
+        if self.api_key is not None and self.api_key not in os.environ:
+            raise ValueError(f"server.api_key names the environment variable {self.api_key}, which is not set")
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> ServerSpec:
+        """Read the table.
+
+        Raises:
+            ValueError: an unknown key, or a value that cannot be.
+        """
+        if unknown := sorted(table.keys() - _DEFAULTS.keys()):
+            raise ValueError(f"server has unknown keys: {', '.join(unknown)}; choose from {', '.join(_DEFAULTS)}")
+        for key, value in table.items():
+            if not _of_type(key, value):
+                raise ValueError(f"server.{key} is {shown(value)}: it must be {_KINDS[key]}")
+        return cls(**table)
+
+    def base_url(self, port: int) -> str:
+        """Return the address without path.
+
+        Args:
+            port: that the server listens on, if the suite starts it.
+        """
+        url = f"http://127.0.0.1:{port}" if self.url is None else self.url
+        return url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def key(self) -> str | None:
+        """The server's key, if it asks for one."""
+        return None if self.api_key is None else os.environ[self.api_key]
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the server is on this machine."""
+        if self.url is None:
+            return True
+        host = urlsplit(self.url).hostname or ""
+        if host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+
+def _check_command(command: str) -> None:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"server.command cannot be read: {error}") from None
+    if not words:
+        raise ValueError("server.command is empty")
+    if not any("{port}" in word for word in words):
+        raise ValueError("server.command names no {port}: the server is to listen on the port that it stands for")
+
+
+_DEFAULTS: dict[str, Any] = {
+    entry.name: {} if entry.name in ("environment", "request") else entry.default for entry in fields(ServerSpec)
+}
+_KINDS = {
+    **dict.fromkeys(_DEFAULTS, "a string"),
+    "environment": "a table of strings",
+    "request": "a table",
+    "start_minutes": "a number",
+    "prefix_cache": "true or false",
+    "alone": "true or false",
+}
+
+
+def _of_type(key: str, value: object) -> bool:
+    if _KINDS[key] == "true or false":
+        return isinstance(value, bool)
+    if _KINDS[key] == "a number":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if _KINDS[key] == "a table":
+        return isinstance(value, Mapping)
+    if _KINDS[key] == "a table of strings":
+        return isinstance(value, Mapping) and all(isinstance(part, str) for part in value.values())
+    return isinstance(value, str)

@@ -1,0 +1,157 @@
+"""A server that the suite starts: it ends with it, and its last words are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from specdecode.bench.servers.errors import ServerError
+from specdecode.bench.servers.process import words_of
+from specdecode.bench.servers.server import Server, Servers
+from specdecode.bench.servers.spec import ServerSpec
+from specdecode.models.chat import Codec
+from tests.helpers.root import ROOT
+
+FAKE = ROOT / "tests" / "helpers" / "fake_server.py"
+COMMAND = f"{sys.executable} {FAKE} --port {{port}}"
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Servers]:
+    """The servers of a session."""
+    servers = Servers({"target": "a folder", "draft": ""}, Codec(None), tmp_path)
+    yield servers
+    servers.close()
+
+
+def fakes(parent: int | None = None) -> list[psutil.Process]:
+    """Return the fake engines that run below a process."""
+    below = psutil.Process(parent).children(recursive=True)
+    return [one for one in below if str(FAKE) in one.cmdline() and "keeper.py" not in " ".join(one.cmdline())]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=10)[1]
+
+
+def test_a_server_is_started_asked_and_ended(servers: Servers, tmp_path: Path) -> None:
+    """Guards against a server that outlives its session, and against a log that nobody finds."""
+    server = servers.server("spec", ServerSpec(command=COMMAND))
+    assert not server.is_open
+    assert server.generate([[1, 2, 3]], 8, 1, 30).outputs
+    running = fakes()
+    assert len(running) == 1
+    assert (tmp_path / "spec.log").read_text().splitlines()[1] == "loading"
+    server.close()
+    assert gone(running)
+    assert server.generate([[1, 2, 3]], 8, 1, 30).outputs, "it is started again when it is needed again"
+
+
+def test_arms_of_the_same_table_share_a_server(servers: Servers) -> None:
+    """Guards against a server for each concurrency."""
+    spec = ServerSpec(command=COMMAND)
+    assert servers.server("ar", spec) is servers.server("ar-c4", ServerSpec(command=COMMAND))
+    assert servers.server("ar", spec) is not servers.server("spec", ServerSpec(command=f"{COMMAND} --k 3"))
+
+
+def test_servers_that_run_alone_make_room(servers: Servers) -> None:
+    """Guards against two models in a memory that holds one."""
+    one = servers.server("one", ServerSpec(command=COMMAND, alone=True))
+    two = servers.server("two", ServerSpec(command=f"{COMMAND} --k 3", alone=True))
+    beside = servers.server("beside", ServerSpec(command=f"{COMMAND} --k 2"))
+    beside.open()
+    one.open()
+    two.open()
+    assert (one.is_open, two.is_open, beside.is_open) == (False, True, True)
+    assert len(fakes()) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("ends at once", "its server ended with exit code 1; its last words: CUDA out of memory (all of them: "),
+        ("never ready", "its server is not ready after 0.02 minutes, its start_minutes; its last words: loading"),
+        ("die", "its server ended with exit code -9; its last words: loading"),
+    ],
+)
+def test_what_ends_a_server_is_told(servers: Servers, fault: str, said: str) -> None:
+    """Guards against a connection that was refused in place of the reason."""
+    minutes = 0.02 if fault == "never ready" else 1.0
+    spec = ServerSpec(command=f"{COMMAND} --after 3 --fault '{fault}'", start_minutes=minutes)
+    with pytest.raises(ServerError) as raised:
+        servers.server("spec", spec).generate([[1, 2, 3]], 8, 1, 30)
+    assert str(raised.value).startswith(said)
+
+
+def test_a_command_that_is_not_there_is_told(servers: Servers) -> None:
+    """Guards against a traceback of the process that keeps the server."""
+    with pytest.raises(ServerError, match="its server cannot be started: No such file or directory: no-such-program"):
+        servers.server("spec", ServerSpec(command="no-such-program --port {port}")).open()
+
+
+SUITE = f"""
+import signal, sys, time
+from pathlib import Path
+from specdecode.bench.servers.server import Server
+from specdecode.bench.servers.spec import ServerSpec
+from specdecode.models.chat import Codec
+# Of two processes, as engines are that have workers.
+command = "sh -c '{COMMAND} & {COMMAND.replace("{port}", "0")}; wait'"
+server = Server(ServerSpec(command=command), {{}}, Codec(None), Path(sys.argv[1]))
+try:
+    server.open()
+    print("open", flush=True)
+    time.sleep(60)
+finally:
+    server.close()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_of_a_server_outlives_the_suite(number: signal.Signals, tmp_path: Path) -> None:
+    """Guards against a server that holds the GPU after a run was cancelled."""
+    suite = subprocess.Popen(
+        [sys.executable, "-c", SUITE, str(tmp_path / "server.log")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert suite.stdout is not None
+    assert suite.stdout.readline() == "open\n"
+    deadline = time.monotonic() + 20
+    while len(running := fakes(suite.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    suite.send_signal(number)
+    assert gone(running)
+    suite.wait(30)
+    suite.stdout.close()
+
+
+def test_placeholders_are_filled_in_word_by_word() -> None:
+    """Guards against JSON whose braces are taken for placeholders, and a folder whose name has a space."""
+    command = """serve {target} --port {port} --config '{"model": "{draft}", "n": {"a": 1}}'"""
+    words = words_of(command, {"target": "a folder", "draft": "b", "port": 80})
+    assert words == ["serve", "a folder", "--port", "80", "--config", '{"model": "b", "n": {"a": 1}}']
+
+
+def test_nobody_else_is_asked_for_the_pids(servers: Servers) -> None:
+    """Guards against a server's own work that counts as that of others."""
+    server = servers.server("spec", ServerSpec(command=COMMAND))
+    server.open()
+    (running,) = fakes()
+    port = running.cmdline()[-1]
+    found = Server(ServerSpec(url=f"http://127.0.0.1:{port}/v1"), {}, Codec(None), Path("none.log"))
+    assert list(found.pids) == [running.pid]
+    assert not server.pids, "it is this process's own child"

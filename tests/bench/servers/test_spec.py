@@ -1,0 +1,96 @@
+"""The table `server` of an arm, and the list of concurrencies in a preset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from specdecode.bench.arms.entry import ArmSpec
+from specdecode.bench.presets import parse
+from specdecode.bench.servers.spec import ServerSpec
+
+URL = {"url": "http://127.0.0.1:8000/v1"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"server": {}}, "arm 'it': server needs a url or a command, and not both"),
+        ({"server": URL | {"command": "serve {port}"}}, "server needs a url or a command, and not both"),
+        ({"server": {"url": "localhost:8000"}}, "server.url is 'localhost:8000': write http://HOST:PORT/v1"),
+        ({"server": {"command": "serve"}}, r"server.command names no \{port\}"),
+        ({"server": {"command": "serve '{port}"}}, "server.command cannot be read: No closing quotation"),
+        ({"server": {"command": ""}}, "server.command is empty"),
+        ({"server": URL | {"ready": "/health2"}}, "server.ready is of no use with a url: the server runs already"),
+        ({"server": URL | {"alone": True}}, "server.alone is of no use with a url"),
+        ({"server": {"command": "serve {port}", "ready": "health"}}, "server.ready is 'health': write a path"),
+        ({"server": {"command": "serve {port}", "start_minutes": 0}}, "server.start_minutes is 0: give it some time"),
+        ({"server": URL | {"engine": "trt"}}, "server.engine is 'trt': choose from vllm, sglang, llama.cpp, openai"),
+        ({"server": URL | {"prompt": "chat"}}, "server.prompt is 'chat': choose from ids, text"),
+        ({"server": URL | {"models": "m"}}, "server has unknown keys: models; choose from url, command, model"),
+        ({"server": URL | {"model": 3}}, "server.model is 3: it must be a string"),
+        ({"server": URL | {"prefix_cache": 1}}, "server.prefix_cache is 1: it must be true or false"),
+        ({"server": URL | {"environment": {"A": 1}}}, "server.environment is .*: it must be a table of strings"),
+        ({"server": URL | {"api_key": "NO_SUCH_KEY"}}, "the environment variable NO_SUCH_KEY, which is not set"),
+        ({"server": "http://127.0.0.1"}, "server is 'http://127.0.0.1': it must be a table of options"),
+        ({"server": URL, "concurrency": 0}, "arm 'it': concurrency is 0: it is 1 or more"),
+        ({"server": URL, "concurrency": 4, "requests": 3}, "requests is 3: a run has at least as many as are sent"),
+        ({"server": URL, "limit_s": 0}, "arm 'it': limit_s is 0: give it some seconds"),
+        ({"server": URL, "k": 3}, "arm 'it': it has unknown options: k; choose from server, concurrency, requests"),
+        ({"concurrency": 4}, "arm 'it': concurrency is of no use without a call or a server"),
+    ],
+    ids=str,
+)
+def test_a_table_that_cannot_be_is_told(entry: Any, said: str) -> None:
+    """Guards against a server that is started, and fails after minutes."""
+    with pytest.raises(ValueError, match=said) as raised:
+        ArmSpec.from_entry("it", entry)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "base", "loopback"),
+    [
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000", True),
+        ("http://localhost:8000/", "http://localhost:8000", True),
+        ("http://[::1]:8000", "http://[::1]:8000", True),
+        ("https://models.example.org/a/v1/", "https://models.example.org/a", False),
+        ("http://10.0.0.7:80", "http://10.0.0.7:80", False),
+    ],
+)
+def test_an_address_is_read(url: str, base: str, loopback: bool) -> None:
+    """Guards against requests to /v1/v1, and a proxy between this machine and itself."""
+    spec = ServerSpec(url=url)
+    assert (spec.base_url(1), spec.loopback) == (base, loopback)
+
+
+def test_a_list_of_concurrencies_is_an_arm_each() -> None:
+    """Guards against a speedup over a twin that decodes another number of prompts."""
+    server = 'server = { url = "http://127.0.0.1:1" }'
+    preset = parse(
+        "prompts = 'prose:1'\nmax_new_tokens = 8\nrepeats = 1\n[arms]\n"
+        f"ar = {{ {server}, concurrency = [1, 4, 16] }}\n"
+        f"eagle = {{ {server}, concurrency = [1, 4] }}\n"
+        f"plain = {{ {server}, baseline = 'eagle', concurrency = [1, 4, 16] }}\n"
+        f"one = {{ {server}, concurrency = 4 }}\n",
+        "it",
+    )
+    found = {arm: (entry["concurrency"], entry.get("baseline")) for arm, entry in preset.arms.items()}
+    assert found == {
+        "ar": (1, None),
+        "ar-c4": (4, None),
+        "ar-c16": (16, None),
+        "eagle": (1, None),
+        "eagle-c4": (4, "ar-c4"),
+        "plain": (1, "eagle"),
+        "plain-c4": (4, "eagle-c4"),
+        "plain-c16": (16, "eagle"),
+        "one": (4, None),
+    }
+
+
+def test_an_empty_list_of_concurrencies_is_told() -> None:
+    """Guards against an arm that vanishes."""
+    with pytest.raises(ValueError, match=r"arm .ar.: concurrency is \[\]: name a number of prompts at least"):
+        parse("prompts = ''\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = { concurrency = [] }", "it")
