@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 
 import pytest
+import yaml
 
 from specdecode.bench.arms.callables import ModelNames
+from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.models import load_models
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.presets import preset
+from specdecode.bench.servers.process import words_of
 from tests.helpers.learnt import learnt
 from tests.helpers.root import ROOT
 from tests.helpers.spelling import characters
@@ -75,10 +79,36 @@ def test_an_engine_of_others_is_compared_with_itself(monkeypatch: pytest.MonkeyP
     assert block.runs["openvino-lookup"].counts.steps < TOKENS
 
 
+@pytest.mark.parametrize("name", ["vllm.toml", "vllm_upgrade/server.toml"])
+def test_the_presets_of_servers_are_read(name: str) -> None:
+    """Guards against a preset that fails only where there is a GPU."""
+    chosen = preset(str(EXAMPLES / name))
+    chosen.check_baselines()
+    specs = [ArmSpec.from_entry(arm, entry) for arm, entry in chosen.arms.items()]
+    assert all(spec.server is not None for spec in specs)
+    for spec in specs:
+        words = words_of(spec.server["command"], {"target": "T", "draft": "D", "port": 1})
+        assert not [word for word in words if word in ("{target}", "{draft}", "{port}")]
+        for word in words:
+            if word.startswith("{"):
+                assert json.loads(word)["num_speculative_tokens"] > 0
+        assert not words[0].startswith("./") or (EXAMPLES / name).with_name(words[0][2:]).exists()
+
+
+def test_the_workflow_of_an_upgrade_names_what_is_there() -> None:
+    """Guards against a workflow that runs on no pull request."""
+    folder = EXAMPLES / "vllm_upgrade"
+    workflow = yaml.safe_load((folder / "workflow.yml").read_text())
+    paths = workflow[True]["pull_request"]["paths"]  # YAML takes "on" for true
+    assert [path for path in paths if not (folder / path).exists()] == []
+    assert f"--preset {paths[-1]}" in str(workflow["jobs"])
+
+
 def test_every_example_has_its_preset() -> None:
     """Guards against an example that the tests leave out."""
     names = {file.stem for file in EXAMPLES.glob("*.py")}
-    assert names == {file.stem for file in EXAMPLES.glob("*.toml")}
     assert names == {"own_drafter", "candidate_generator", "compiled_generate", "openvino_lookup"}
+    names |= {"vllm"}  # tests/engines
+    assert names == {file.stem for file in EXAMPLES.glob("*.toml")}
     text = (EXAMPLES / "README.md").read_text()
     assert all(f"{name}.toml" in text for name in names)

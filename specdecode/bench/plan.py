@@ -152,6 +152,9 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
     if not judged:
         chosen = replace(chosen, arms={BASELINE: {}} | chosen.arms, baseline=BASELINE)
     setup = setup or resolve_setup(options)
+    if options.draft is None and all("server" in entry for entry in chosen.arms.values()):
+        # What a server drafts with, its command says.
+        setup = replace(setup, identity=replace(setup.identity, draft=""))
     if options.against is not None:
         _check_against(options)
     old = _baseline(options, setup.identity) if judged and options.against is None else None

@@ -24,6 +24,7 @@ def run_pytest(*arguments: str, cwd: Path = ROOT, **environment: str) -> subproc
 _IN_TURN = """
 import contextlib, io, json, os, sys
 import pytest, torch, transformers
+import specdecode.bench.measure.speed_session, specdecode.bench.report.html
 for arguments in json.loads(sys.argv[1]):
     ours, theirs = os.pipe()
     if os.fork() == 0:

@@ -20,7 +20,7 @@ class Run:
     """One output, its times and its counts: plain values, so that it travels as JSON.
 
     Attributes:
-        tokens: the new tokens.
+        tokens: the new tokens, of several outputs one behind the other.
         total_s: seconds of the whole call, the device synchronised. Of a batch, here and below, a prompt's share.
         ttft_s: seconds to the first committed tokens.
         counts, seconds, histograms: of our own arms all; of a peer the steps alone.
@@ -43,6 +43,12 @@ class Run:
     tries: int = 1
     disturbed: bool = False
     beside_s: float | None = None
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        """Return the outputs: several where a server decoded several prompts, all of one length."""
+        length = len(self.tokens) // max(1, len(self.latencies.ttft))
+        return [self.tokens[start : start + length] for start in range(0, len(self.tokens), length)]
 
     @property
     def s_per_token(self) -> float:

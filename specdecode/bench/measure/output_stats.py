@@ -43,7 +43,8 @@ def own_losses(target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Floa
 
 def with_output_stats(run: Run, losses: Float[Tensor, " n"] | None) -> Run:
     """Add the counts of what the output says of itself, to the run and to its cuts: 4-grams and their losses."""
-    again, ngrams = repeated(run.tokens)
-    nll = None if losses is None else losses[: len(run.tokens)].sum().item()
+    again, ngrams = map(sum, zip(*map(repeated, run.outputs), strict=True))
+    # The losses are those of a single output.
+    nll = None if losses is None or len(run.outputs) > 1 else losses[: len(run.tokens)].sum().item()
     counts = replace(run.counts, ngrams=ngrams, repeated=again, nll=nll)
     return replace(run, counts=counts, cuts=[with_output_stats(cut, losses) for cut in run.cuts])

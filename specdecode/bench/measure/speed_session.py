@@ -104,7 +104,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             results.outputs(),
             results.floor,
             roofline=roofline,
-            versions=versions | {f"server of {arm.name}": arm.server.about for arm in arms if arm.server is not None},
+            versions=versions | _server_versions(arms),
             before=before,
         )
         return RunFile(Path(), header, results.records())
@@ -154,6 +154,17 @@ def _until(plan: Plan, still_open: Callable[[T, float], set[str]]) -> Until[T] |
     """
     aim = plan.until
     return None if aim is None else Until(60 * plan.budget_minutes, lambda measured: still_open(measured, aim))
+
+
+def _server_versions(arms: Sequence[Arm]) -> dict[str, str | int]:
+    """Return the engine, the version and the model of each server, by the first of its arms."""
+    versions: dict[str, str | int] = {}
+    seen: list[object] = []
+    for arm in arms:
+        if arm.server is not None and arm.server.server not in seen:
+            seen.append(arm.server.server)
+            versions[f"server of {arm.name}"] = arm.server.about
+    return versions
 
 
 def _texts_sent(arms: Sequence[Arm]) -> list[str]:

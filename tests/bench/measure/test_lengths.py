@@ -23,7 +23,7 @@ from specdecode.bench.presets import preset
 from specdecode.bench.report.captions import outputs
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import by_part
-from specdecode.bench.runs.counts import Counts
+from specdecode.bench.runs.counts import Counts, Latencies
 from specdecode.bench.runs.records import NOISE_OF_TWO, RunFile
 from tests.helpers.models import lm, prompt
 from tests.helpers.speed_runs import run_of_results
@@ -230,6 +230,16 @@ def test_cuts_are_told_of_their_own_tokens() -> None:
     assert run.counts == Counts(steps=8, ngrams=5, repeated=1, nll=28.0)
     assert run.cuts[0].counts == Counts(steps=5, ngrams=2, repeated=1, nll=10.0)
     assert with_output_stats(cut, None).counts.nll is None
+
+
+def test_outputs_of_several_prompts_are_told_apart() -> None:
+    """Guards against a loop that is two outputs which are alike."""
+    tokens = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
+    two = Run(tokens, 1.0, 0.1, Counts(steps=12), latencies=Latencies(ttft=[0.1, 0.1]))
+    assert two.outputs == [tokens[:6], tokens[6:]]
+    counts = with_output_stats(two, torch.arange(12.0)).counts
+    assert (counts.repeated, counts.ngrams, counts.nll) == (0, 6, None)
+    assert with_output_stats(Run(tokens, 1.0, 0.1, Counts(steps=12)), None).counts.repeated == 3
 
 
 def test_looping_text_is_flagged() -> None:
