@@ -182,7 +182,12 @@ def _arm_of_server(
 ) -> Arm:
     """Return an arm that a server decodes. The arguments are those of `make_arm`."""
     assert spec.server is not None
-    server = ServerArm(spec, servers.server(spec.name, ServerSpec.from_table(spec.server)), lengths)
+    table = ServerSpec.from_table(spec.server)
+    try:
+        _ = table.key
+    except ValueError as error:
+        raise spec.notation.error(error) from None
+    server = ServerArm(spec, servers.server(spec.name, table), lengths)
     return Arm(
         name=spec.name,
         run=server.run,

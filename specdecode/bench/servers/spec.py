@@ -76,8 +76,6 @@ class ServerSpec:
             value = getattr(self, key)
             if value is not None and value not in known:
                 raise ValueError(f"server.{key} is {value!r}: choose from {', '.join(known)}")
-        if self.api_key is not None and self.api_key not in os.environ:
-            raise ValueError(f"server.api_key names the environment variable {self.api_key}, which is not set")
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> ServerSpec:
@@ -104,7 +102,13 @@ class ServerSpec:
 
     @property
     def key(self) -> str | None:
-        """The server's key, if it asks for one."""
+        """The server's key, if it asks for one.
+
+        Raises:
+            ValueError: the variable is not set.
+        """
+        if self.api_key is not None and self.api_key not in os.environ:
+            raise ValueError(f"server.api_key names the environment variable {self.api_key}, which is not set")
         return None if self.api_key is None else os.environ[self.api_key]
 
     @property

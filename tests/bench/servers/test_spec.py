@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.presets import parse
+from specdecode.bench.servers.server import Servers
 from specdecode.bench.servers.spec import ServerSpec
+from specdecode.models.chat import Codec
 
 URL = {"url": "http://127.0.0.1:8000/v1"}
 
@@ -32,7 +36,6 @@ URL = {"url": "http://127.0.0.1:8000/v1"}
         ({"server": URL | {"model": 3}}, "server.model is 3: it must be a string"),
         ({"server": URL | {"prefix_cache": 1}}, "server.prefix_cache is 1: it must be true or false"),
         ({"server": URL | {"environment": {"A": 1}}}, "server.environment is .*: it must be a table of strings"),
-        ({"server": URL | {"api_key": "NO_SUCH_KEY"}}, "the environment variable NO_SUCH_KEY, which is not set"),
         ({"server": "http://127.0.0.1"}, "server is 'http://127.0.0.1': it must be a table of options"),
         ({"server": URL, "concurrency": 0}, "arm 'it': concurrency is 0: it is 1 or more"),
         ({"server": URL, "concurrency": 4, "requests": 3}, "requests is 3: a run has at least as many as are sent"),
@@ -63,6 +66,22 @@ def test_an_address_is_read(url: str, base: str, loopback: bool) -> None:
     """Guards against requests to /v1/v1, and a proxy between this machine and itself."""
     spec = ServerSpec(url=url)
     assert (spec.base_url(1), spec.loopback) == (base, loopback)
+
+
+def test_a_key_is_looked_for_when_the_arm_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards against a run file that is read only where the server's key is, and a key that stands in it."""
+    entry = {"server": URL | {"api_key": "SERVER_KEY"}}
+    spec = ArmSpec.from_record("it", entry)
+    servers = Servers({}, Codec(None), tmp_path)
+    monkeypatch.delenv("SERVER_KEY", raising=False)
+    with pytest.raises(ValueError, match=r"server\.api_key names the environment variable SERVER_KEY, which"):
+        make_arm("it", entry, None, None, servers=servers)
+    monkeypatch.setenv("SERVER_KEY", "a secret")
+    arm = make_arm("it", entry, None, None, servers=servers)
+    assert arm.server is not None
+    assert arm.server.server.spec.key == "a secret"
+    assert "secret" not in repr(spec)
+    assert "secret" not in repr(arm.options)
 
 
 def test_a_list_of_concurrencies_is_an_arm_each() -> None:
