@@ -31,6 +31,7 @@ def environment() -> dict[str, str | int]:
         values["torchao"] = version("torchao")
     if torch.cuda.is_available():
         values |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+        values["cudnn attention"] = "on" if torch.backends.cuda.cudnn_sdp_enabled() else "off"
         values |= _ask_driver(lambda: {"driver": pynvml.nvmlSystemGetDriverVersion()})
     return values
 

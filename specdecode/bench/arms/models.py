@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.servers.server import Servers
@@ -83,6 +85,10 @@ def load_models(names: ModelNames, backend: str, entries: Iterable[Mapping[str, 
     if all("call" in entry or "server" in entry for entry in entries):
         encoder = load_encoder(names.target)
         return Models(names, backend, None, None, encoder, _servers(names, encoder))
+    if torch.device(names.device).type == "cuda":
+        # On Hopper cuDNN's attention comes first in 16 bit. It makes a plan for each new shape, which takes up to a
+        # second, in timed runs of whoever does not keep to few shapes: transformers' generate, too.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}
     target = load(names.target, **where)
     # Each arm decides for itself whether a draft serves it.

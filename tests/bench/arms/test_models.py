@@ -1,0 +1,50 @@
+"""The models of a session's arms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from specdecode.bench.arms import models
+from specdecode.bench.arms.callables import ModelNames
+from specdecode.bench.arms.models import load_models
+from specdecode.models.chat import TextEncoder
+from specdecode.support.environment import environment
+
+
+@pytest.fixture
+def cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stand in for a GPU, and put the switch back."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr("specdecode.support.environment.pynvml.nvmlInit", lambda: None)
+    monkeypatch.setattr("specdecode.support.environment.pynvml.nvmlSystemGetDriverVersion", lambda: "570")
+    monkeypatch.setattr("specdecode.support.environment.pynvml.nvmlShutdown", lambda: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize(
+    ("device", "arms", "attention"),
+    [
+        ("cuda:0", [{}], "off"),
+        ("cpu", [{}], "on"),
+        ("cuda:0", [{"call": "own:make"}], "on"),
+    ],
+)
+def test_no_attention_is_planned_anew_in_timed_runs(
+    device: str, arms: list[dict[str, Any]], attention: str, cudnn_attention: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against peers that are slow for the planning of each length, which makes our speedup look better than it
+    is. An engine of the reader's own keeps what it has."""
+    stand_in = SimpleNamespace(tokenizer=None)
+    monkeypatch.setattr(models, "load", lambda *arguments, **others: stand_in)
+    monkeypatch.setattr(models, "load_encoder", lambda name: TextEncoder(name))
+    load_models(ModelNames("target", "", device, "float16"), "auto", arms)
+    assert environment()["cudnn attention"] == attention
