@@ -230,7 +230,9 @@ class Handler(BaseHTTPRequestHandler):
         for token in new:
             # A second token stands behind each; where outputs part as a tie, as near as rounding.
             tie = self.engine.options.fault == "tie"
-            near, first = 0.01 if tie or self.engine.options.near else 2.0, -0.49 if tie else -0.5
+            near, first = 0.01 if tie or self.engine.options.near else 2.0, -0.5
+            if tie and place <= 2:
+                near = 0.03
             other = token - 1 if tie and place > 2 else token + 1
             likely.append({token: first, other % VOCABULARY: first - near})
             place += 1

@@ -17,9 +17,12 @@ from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.server import Load, Server
 from specdecode.drafters.base import common_prefix
 
-_LOGIT_STEP = 0.125
-"""Distance of neighbouring numbers from 16 to 32 in bfloat16: log-probabilities that differ by more differ by more than
-by rounding."""
+_MOST_ROUNDING = 0.2501
+"""Two steps of bfloat16 between 16 and 32, where logits often are, and float32's own rounding: a margin that moves by
+more does not move by rounding."""
+
+_LATER, _ROUNDING_TOKENS = (1, 2, 3), 16
+"""Where the texts begin, in tokens, that show how an engine rounds, and how long their outputs are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +98,10 @@ class ServerArm:
     ) -> Literal["tie", "bug"]:
         """Classify an output that is not its baseline's, by the log-probabilities that both servers tell.
 
-        Both decode the prompt again, the baseline twice. What their log-probabilities of the same tokens after the same
-        text differ by, before the outputs part, is rounding, up to a step of bfloat16. Where they part, the choice
-        between the two tokens is a tie if it is closer than rounding can move two log-probabilities.
+        A margin is by how much the log-probabilities of two tokens differ, which is what their logits differ by. Both
+        servers decode the prompt again, and some more of its later beginnings, the baseline twice. As long as they
+        write the same, they read the same, so what their margins differ by is rounding. Where the outputs part, the
+        choice is a tie if its margin is no more than that.
 
         Args:
             baseline: whose output is expected.
@@ -114,20 +118,25 @@ class ServerArm:
         if len(got) != len(expected) or parted == len(expected) or length == 0:
             return "bug"
         number, place = divmod(parted, length)
-        before = expected[number * length : parted]
-        limit_s = self.spec.limit_s or LIMIT_S
-        readings: list[Response] = []
-        for arm in (baseline, baseline, self):
-            with arm._errors():
-                readings.append(arm.server.logprobs(prompts[number], place + 1, limit_s))
+        before = list(expected[number * length : parted])
+        readings = self._readings(baseline, prompts[number], place + 1)
         margins = [
             abs(at[expected[parted]] - at[got[parted]])
             for one in readings
-            if one.tokens[:place] == list(before) and len(one.logprobs) > place
+            if one.tokens[:place] == before and len(one.logprobs) > place
             if {expected[parted], got[parted]} <= (at := one.logprobs[place]).keys()
         ]
-        rounding = min(_LOGIT_STEP, max(_differences(readings[0], readings[1:], before), default=0.0))
-        return "tie" if len(margins) == len(readings) and max(margins) <= 2 * rounding else "bug"
+        others = [self._readings(baseline, prompt[later:], _ROUNDING_TOKENS) for later in _LATER if later < len(prompt)]
+        rounding = max((change for some in (readings, *others) for change in _margin_changes(some)), default=0.0)
+        return "tie" if len(margins) == len(readings) and max(margins) <= min(_MOST_ROUNDING, rounding) else "bug"
+
+    def _readings(self, baseline: ServerArm, prompt: Sequence[int], length: int) -> list[Response]:
+        """Decode a prompt with log-probabilities, twice by the baseline and once by this arm."""
+        readings = []
+        for arm in (baseline, baseline, self):
+            with arm._errors():
+                readings.append(arm.server.logprobs(prompt, length, self.spec.limit_s or LIMIT_S))
+        return readings
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -138,14 +147,17 @@ class ServerArm:
             raise ArmError(f"{self.spec.notation.arm}: {error}") from error
 
 
-def _differences(one: Response, others: Sequence[Response], before: Sequence[int]) -> Iterator[float]:
-    """Yield how far the log-probabilities of the tokens are apart in two responses, as long as both are the same."""
+def _margin_changes(readings: Sequence[Response]) -> Iterator[float]:
+    """Yield what margins of the written tokens differ by between the first response and the others, while these write
+    the same."""
+    first, *others = readings
     for other in others:
-        same = min(common_prefix(one.tokens, before), common_prefix(other.tokens, before))
-        for place, token in enumerate(before[:same]):
-            ours, theirs = one.logprobs[place].get(token), other.logprobs[place].get(token)
-            if ours is not None and theirs is not None:
-                yield abs(ours - theirs)
+        for place in range(common_prefix(first.tokens, other.tokens)):
+            written = first.tokens[place]
+            ours, theirs = (dict(one.logprobs[place]) if one.logprobs else {} for one in (first, other))
+            if written in ours and written in theirs:
+                for token in ours.keys() & theirs.keys():
+                    yield abs(ours[written] - ours[token] - theirs[written] + theirs[token])
 
 
 def _run(load: Load, lengths: Sequence[int]) -> Run:
