@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             owner = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}.get(options.engine, "me")
             self._send(200, {"data": [{"id": name, "owned_by": owner} for name in options.models]})
-        elif self.path in ("/version", "/server_info", "/props"):
+        elif self.path in ("/version", "/server_info", "/props") and not options.secretive:
             self._send(200, {"version": "1.2.3", "build_info": "1.2.3"})
         elif self.path == "/metrics" and options.engine == "vllm":
             counts = {
@@ -304,6 +304,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--step-s", type=float, default=0.001, help="seconds a step")
     parser.add_argument("--read-s", type=float, default=0.0, help="seconds a token of the prompt")
     parser.add_argument("--crowd", type=float, default=0.0, help="share by which each other request slows a step")
+    parser.add_argument("--secretive", action="store_true", help="tells no version")
     parser.add_argument("--near", action="store_true", help="second tokens are nearly as likely")
     return parser.parse_args(arguments)
 

@@ -112,8 +112,9 @@ class ServerArm:
         Raises:
             ArmError: a server does not decode it.
         """
-        parted, shared = common_prefix(expected, got), min(self.requests, baseline.requests)
-        prompts = self.prompts(prompt)[: shared if self.requests == baseline.requests else 1]
+        # With another number of prompts they have the first output alone in common.
+        prompts = self.prompts(prompt) if self.requests == baseline.requests else [prompt]
+        parted = common_prefix(expected, got)
         length = len(expected) // len(prompts)
         if len(got) != len(expected) or parted == len(expected) or length == 0:
             return "bug"
@@ -154,7 +155,7 @@ def _margin_changes(readings: Sequence[Response]) -> Iterator[float]:
     for other in others:
         for place in range(common_prefix(first.tokens, other.tokens)):
             written = first.tokens[place]
-            ours, theirs = (dict(one.logprobs[place]) if one.logprobs else {} for one in (first, other))
+            ours, theirs = (one.logprobs[place] if place < len(one.logprobs) else {} for one in (first, other))
             if written in ours and written in theirs:
                 for token in ours.keys() & theirs.keys():
                     yield abs(ours[written] - ours[token] - theirs[written] + theirs[token])

@@ -178,8 +178,9 @@ class Server:
         responses, total_s = self._complete(prompts, max_new_tokens, concurrency, limit_s)
         outputs = [self._tokens(response) for response in responses]
         told = _sum_of([response.told for response in responses])
-        if before is not None and told is None:
-            told = self._counted_since(before, sum(map(len, outputs))).told()
+        if before is not None:
+            counted = self._counted_since(before, sum(map(len, outputs)))
+            told = counted.told() if told is None else told
         return Load(responses, outputs, total_s, self._steps(responses, outputs, told or Told()), told)
 
     def logprobs(self, prompt: Sequence[int], length: int, limit_s: float) -> Response:
@@ -217,7 +218,10 @@ class Server:
         if self._engine.version is None:
             return ""
         path, key = self._engine.version
-        return str(json.loads(self._connection.get(path)).get(key, ""))
+        try:
+            return str(json.loads(self._connection.get(path))[key])
+        except (ServerError, KeyError, TypeError, ValueError):
+            return ""  # it is told, and decides nothing
 
     def _tokens(self, response: Response) -> list[int]:
         """Return the token ids of a response: those that were sent, or those of its text.

@@ -163,6 +163,13 @@ def test_a_server_that_is_not_there_is_told(start: Start) -> None:
     assert failure(server) == "its server breaks the connection (ConnectError)"
 
 
+def test_a_version_that_is_not_told_is_left_out(start: Start) -> None:
+    """Guards against an engine that cannot be measured for the sake of a name."""
+    server = start("--secretive")
+    server.open()
+    assert server.about == "vllm with m"
+
+
 def test_the_model_is_the_one_that_is_named(start: Start) -> None:
     """Guards against an output of whichever model a server names first."""
     assert start("--models", "a", "b", model="a").generate([PROMPT], 4, 1, 30).outputs
