@@ -14,7 +14,7 @@ from specdecode.bench.runs.file import read
 from tests.helpers.characters import save
 from tests.helpers.elsewhere import commit
 from tests.helpers.root import ROOT
-from tests.helpers.suites import run_pytest_in_turn
+from tests.helpers.suites import ELSEWHERE, run_pytest_in_turn
 
 FAKE = f"{sys.executable} {ROOT / 'tests' / 'helpers' / 'fake_server.py'} --port {{port}} --step-s 0.002"
 
@@ -26,7 +26,7 @@ repeats = 2
 [arms]
 """
 
-PLUGIN = ("-p", "specdecode.bench.plugin", "--benchmark", "--specdecode-again=0")
+PLUGIN = (*ELSEWHERE, "--specdecode-again=0")
 
 Sessions = dict[str, tuple[int, str, Path]]
 """By name: the exit code, what was said, and the run file."""

@@ -10,7 +10,7 @@ import pytest
 
 from specdecode.bench.runs.file import read
 from specdecode.bench.runs.records import RunFile
-from tests.helpers.suites import run_pytest_in_turn
+from tests.helpers.suites import ELSEWHERE, run_pytest_in_turn
 
 PROGRAM = os.environ.get("SPECDECODE_TRANSFORMERS_SERVE")
 
@@ -40,7 +40,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, RunFile
     folder = tmp_path_factory.mktemp("serve")
     preset, file = folder / "serve.toml", folder / "run.json"
     preset.write_text(PRESET + arm("ar") + arm("again") + arm("lookup", prompt_lookup_num_tokens=5))
-    command = ["-p", "specdecode.bench.plugin", "--benchmark", "--specdecode-again=0", "--preset", str(preset)]
+    command = [*ELSEWHERE, "--specdecode-again=0", "--preset", str(preset)]
     ((code, said),) = run_pytest_in_turn([*command, f"--benchmark-json={file}"], cwd=folder)
     assert file.exists(), said
     return code, said, read(file)

@@ -27,7 +27,7 @@ from specdecode.drafters.base import common_prefix
 from specdecode.evals.data import token_prompts
 from specdecode.models.chat import Codec, TextEncoder
 from specdecode.models.embedded import fetch
-from tests.helpers.suites import run_pytest_in_turn
+from tests.helpers.suites import ELSEWHERE, run_pytest_in_turn
 
 PYTHON = os.environ.get("SPECDECODE_VLLM_PYTHON")
 
@@ -103,7 +103,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
         (folder / name).mkdir()
         preset = folder / name / "vllm.toml"
         preset.write_text(f'prompts = "{prompts}"\nmax_new_tokens = {TOKENS}\nrepeats = 1\n\n[arms]\n{arms}')
-        command = ["-p", "specdecode.bench.plugin", "--benchmark", "--specdecode-again=0", "--preset", str(preset)]
+        command = [*ELSEWHERE, "--specdecode-again=0", "--preset", str(preset)]
         command += [f"--benchmark-json={folder / name / 'run.json'}"]
         commands.append(command if name == "first" else [*command, f"--baseline={folder / 'first' / 'run.json'}"])
     done = run_pytest_in_turn(*commands, cwd=folder)

@@ -7,9 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from tests.helpers.root import ROOT
+
+# Where the package is installed, pytest finds the plugin by itself, and takes no second one.
+_INSTALLED = any(entry.name == "specdecode" for entry in entry_points(group="pytest11"))
+ELSEWHERE = ("--benchmark",) if _INSTALLED else ("-p", "specdecode.bench.plugin", "--benchmark")
+"""Arguments that start the speed suite in a folder that is not this repository's."""
 
 
 def run_pytest(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
