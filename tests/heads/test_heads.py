@@ -692,7 +692,10 @@ def test_a_target_of_random_weights_drafts_with_a_head_of_such(file: str) -> Non
     for entry in ({}, {"head": file, "shape": "static"}, {"controller": "cost-aware"}):
         made = make_arm("arm", {"drafter": "head", **entry}, target, None, "eager")
         assert made.synthetic
-        assert made.run(prompt(), 12, ()).counts.drafted > 0
+        run = made.run(prompt(), 12, ())
+        assert len(run.tokens) == 12
+        # By what forwards cost now, the cost-aware controller may find that drafting doesn't pay.
+        assert run.counts.drafted > 0 or made.timed
 
 
 def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
