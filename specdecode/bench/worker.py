@@ -73,6 +73,7 @@ class Worker:
                     "lossy": arm.lossy or arm.unchecked,
                     "timed": arm.timed,
                     "peer": arm.peer,
+                    "served": arm.server is not None,
                     "outside": "call" in arm.options and not below(arm.options["call"], Path.cwd()),
                 }
                 for name, arm in self._arms.items()
@@ -109,7 +110,7 @@ class Worker:
         return timed(self._arms[arm], prompt, length, expected).as_json()
 
     def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int], baseline: str = "") -> str:
-        """Check an output. Older versions do not say what it is compared with."""
+        """Check an output. What it is compared with matters to servers alone, and only of these it is said."""
         return check(self._arms[arm], prompt, expected, got, self._arms[baseline or arm])
 
     @property

@@ -320,7 +320,9 @@ def _checked(both: Versions, arm: str, own: str, prompt: list[int], expected: li
         if got == expected:
             return "equal"
         both.use(both.new)
-        result: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got, baseline=own)
+        # A worker of before there were servers doesn't know the argument.
+        of_servers = {"baseline": own} if both.new.about["about"][arm].get("served") else {}
+        result: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got, **of_servers)
         return result
 
     first, second = runs

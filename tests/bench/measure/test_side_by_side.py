@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,33 @@ def test_versions_take_turns(room: int) -> None:
     about = {"synthetic": False, "against": None, "lossy": False, "timed": True, "peer": False}
     record = measured.record("new", "new", "x", about)
     assert (record.timed, record.peer) == (True, False)
+
+
+class Undecided(Loaded):
+    """Writes another token in the last place of an arm, and takes down how it is asked to check that."""
+
+    def __init__(self, machine: Machine, name: str, served: dict[str, bool]) -> None:
+        super().__init__(machine, name)
+        self.about = {"about": {"ar": {}, "x": served}}
+        self.asked: list[dict[str, Any]] = []
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        if do == "check":
+            self.asked.append(arguments)
+        return super().ask(do, **arguments)
+
+    def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        run = super().run(arm, prompt, length, expected)
+        return run if arm == "ar" else replace(run, tokens=[*run.tokens[:-1], 8])
+
+
+@pytest.mark.parametrize(("served", "said"), [({}, {}), ({"served": True}, {"baseline": "ar"})])
+def test_a_worker_is_asked_in_words_that_it_knows(served: dict[str, bool], said: dict[str, str]) -> None:
+    """Guards against a commit of before there were servers that dies when it is to check an output."""
+    machine = Machine(2)
+    new = Undecided(machine, "new", served)
+    measure_side_by_side(Versions(new, Loaded(machine, "old")), ["ar", "x"], {"p": [1]}, 3, repeats=1)
+    assert new.asked == 2 * [{"arm": "x", "prompt": [1], "expected": [7, 7, 7], "got": [7, 7, 8], **said}]
 
 
 def test_further_repeats_are_of_what_is_open_alone() -> None:
