@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.servers import ServerArm
@@ -212,8 +214,6 @@ def test_the_engines_counters_are_those_of_a_replay(
     """Guards against acceptance that is read from the wrong counter, or of other requests than the timed one."""
     ours, log = logged
     arm = ServerArm(ArmSpec.from_entry("ours", {"server": {"command": OURS}}), ours)
-    from transformers import AutoTokenizer
-
     encoder = TextEncoder("smollm2-135m", AutoTokenizer.from_pretrained(fetch()))
     prompts, _ = token_prompts("prose@24:6,humaneval:4", encoder)
     rows = []
@@ -259,8 +259,6 @@ def test_no_worker_outlives_a_server_that_is_killed(logged: tuple[Server, Path])
 @contextmanager
 def killed(process: psutil.Process, after_s: float) -> Iterator[None]:
     """Kill a process while something goes on."""
-    import threading
-
     timer = threading.Timer(after_s, lambda: process.send_signal(signal.SIGKILL))
     timer.start()
     yield

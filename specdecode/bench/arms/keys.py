@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-_STRING, _WHOLE, _NUMBER, _WHOLES = "a string", "a whole number", "a number", "a list of whole numbers"
-_TABLE, _FLAG = "a table of options", "true or false"
+from specdecode.support.kinds import FLAG, NUMBER, OPTIONS, STRING, WHOLE, WHOLES, is_of
+
 TYPES = {
-    "draft": _STRING,
-    "drafter": _STRING,
-    "head": _STRING,
-    "ngram": _WHOLE,
-    "min_ngram": _WHOLE,
-    "branches": _WHOLE,
-    "draft_cache": _WHOLE,
-    "shape": _STRING,
-    "branching": _WHOLES,
-    "nodes": _WHOLE,
-    "threshold": _NUMBER,
-    "controller": _STRING,
-    "k": _WHOLE,
-    "policy": _STRING,
-    "cache": _WHOLE,
-    "quantize": _STRING,
-    "backend": _STRING,
-    "replay": _NUMBER,
-    "batch": _WHOLE,
-    "peer": _STRING,
-    "confidence": _NUMBER,
-    "against": _STRING,
-    "baseline": _STRING,
-    "call": _STRING,
-    "options": _TABLE,
-    "limit_s": _NUMBER,
-    "lossy": _FLAG,
-    "server": _TABLE,
-    "concurrency": _WHOLE,
-    "requests": _WHOLE,
+    "draft": STRING,
+    "drafter": STRING,
+    "head": STRING,
+    "ngram": WHOLE,
+    "min_ngram": WHOLE,
+    "branches": WHOLE,
+    "draft_cache": WHOLE,
+    "shape": STRING,
+    "branching": WHOLES,
+    "nodes": WHOLE,
+    "threshold": NUMBER,
+    "controller": STRING,
+    "k": WHOLE,
+    "policy": STRING,
+    "cache": WHOLE,
+    "quantize": STRING,
+    "backend": STRING,
+    "replay": NUMBER,
+    "batch": WHOLE,
+    "peer": STRING,
+    "confidence": NUMBER,
+    "against": STRING,
+    "baseline": STRING,
+    "call": STRING,
+    "options": OPTIONS,
+    "limit_s": NUMBER,
+    "lossy": FLAG,
+    "server": OPTIONS,
+    "concurrency": WHOLE,
+    "requests": WHOLE,
 }
 PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 """The keys of a preset's arm."""
@@ -84,19 +83,9 @@ def typed(key: str, value: Any) -> Any:
     Raises:
         ValueError: it has another type. A key that is none of an arm's is a policy's, whose values are numbers.
     """
-    kind = TYPES.get(key, _NUMBER)
-    if not _IS_OF_TYPE[kind](value):
+    kind = TYPES.get(key, NUMBER)
+    if not is_of(kind, value):
         raise ValueError(f"{key} is {value!r}: it must be {kind}")
-    if kind == _WHOLES:
+    if kind == WHOLES:
         return tuple(value)
-    return float(value) if kind == _NUMBER and key in TYPES else value
-
-
-_IS_OF_TYPE: dict[str, Callable[[Any], bool]] = {
-    _STRING: lambda value: isinstance(value, str),
-    _WHOLE: lambda value: isinstance(value, int) and not isinstance(value, bool),
-    _NUMBER: lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    _TABLE: lambda value: isinstance(value, dict),
-    _FLAG: lambda value: isinstance(value, bool),
-    _WHOLES: lambda value: isinstance(value, list | tuple) and all(map(_IS_OF_TYPE[_WHOLE], value)),
-}
+    return float(value) if kind == NUMBER and key in TYPES else value

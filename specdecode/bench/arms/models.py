@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Models:
         target: on the backend "eager"; None if all arms are from code, which load their own.
         draft: likewise; None if there is none.
         encoder: makes token ids of prompts.
-        servers: those that arms name.
+        servers: those that arms name; None if none does.
     """
 
     names: ModelNames
@@ -38,7 +38,7 @@ class Models:
     target: LM | None
     draft: LM | None
     encoder: LM | TextEncoder
-    servers: Servers
+    servers: Servers | None
 
     def arm(
         self,
@@ -76,7 +76,7 @@ class Models:
         return f"{self.target.name}{f' with {self.draft.name}' if self.draft else ''}"
 
 
-def load_models(names: ModelNames, backend: str, entries: Iterable[Mapping[str, Any]]) -> Models:
+def load_models(names: ModelNames, backend: str, entries: Collection[Mapping[str, Any]]) -> Models:
     """Load what the arms of these entries need: of arms from code and servers alone, no model, but its tokenizer.
 
     Raises:
@@ -84,7 +84,7 @@ def load_models(names: ModelNames, backend: str, entries: Iterable[Mapping[str, 
     """
     if all("call" in entry or "server" in entry for entry in entries):
         encoder = load_encoder(names.target)
-        return Models(names, backend, None, None, encoder, _servers(names, encoder))
+        return Models(names, backend, None, None, encoder, _servers(names, encoder, entries))
     if torch.device(names.device).type == "cuda":
         # On Hopper cuDNN's attention comes first in 16 bit. It makes a plan for each new shape, which takes up to a
         # second, in timed runs of whoever does not keep to few shapes: transformers' generate, too.
@@ -93,9 +93,11 @@ def load_models(names: ModelNames, backend: str, entries: Iterable[Mapping[str, 
     target = load(names.target, **where)
     # Each arm decides for itself whether a draft serves it.
     draft = load(names.draft, target=target, same_vocabulary=False, **where) if names.draft else None
-    return Models(names, backend, target, draft, target, _servers(names, target))
+    return Models(names, backend, target, draft, target, _servers(names, target, entries))
 
 
-def _servers(names: ModelNames, encoder: LM | TextEncoder) -> Servers:
+def _servers(names: ModelNames, encoder: LM | TextEncoder, entries: Collection[Mapping[str, Any]]) -> Servers | None:
+    if not any("server" in entry for entry in entries):
+        return None
     values = {key: name and source_of(name) for key, name in (("target", names.target), ("draft", names.draft))}
     return Servers(values, Codec(encoder.tokenizer), SERVER_LOGS)

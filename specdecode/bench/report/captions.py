@@ -268,5 +268,10 @@ def drafts(record: ArmRecord) -> bool:
     return len(record.histograms().depth) > 1
 
 
+def proposes(record: ArmRecord) -> bool:
+    """Return whether the arm proposes anything, also where the lengths of drafts are not known, as of servers."""
+    return drafts(record) or (record.counts().drafted or 0) > 0
+
+
 def percent(share: float) -> str:
     return f"{share:.0%}" if math.isfinite(share) else ""

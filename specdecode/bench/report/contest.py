@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.gate.baselines import TOLERANCE
-from specdecode.bench.report.captions import LOOPS, cells, drafts
+from specdecode.bench.report.captions import LOOPS, cells, proposes
 from specdecode.bench.report.server_entry import server_entry
 from specdecode.bench.runs.counts import ratio
 from specdecode.bench.runs.names import BASELINE
@@ -69,8 +69,7 @@ def evidence(run: RunFile, arm: str) -> dict[str, float]:
     """Return log speedups over the yardstick by prompt, without those of a draft that was good at repeating."""
     record = run.arms[arm]
     # Of the peers it is not known, but for their plain decoding. What is replayed is accepted as often anywhere.
-    proposes = drafts(record) or (record.counts().drafted or 0) > 0
-    drafting = proposes or record.options.get("peer", "generate") != "generate"
+    drafting = proposes(record) or record.options.get("peer", "generate") != "generate"
     matters = drafting and not record.synthetic and arm != yardstick(run)
     logs = run.log_speedups(arm, yardstick(run))
     return {prompt: log for prompt, log in logs.items() if not (matters and _loops(record.rows[prompt]))}

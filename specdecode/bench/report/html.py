@@ -43,7 +43,7 @@ from specdecode.bench.report.tables import (
     surroundings,
 )
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Estimate
+from specdecode.bench.runs.statistics import UNKNOWN
 
 _SIGNS = {
     Verdict.REGRESSED: ("bad", "✗"),
@@ -257,8 +257,7 @@ def _history(run: RunFile, past: History, looks: Mapping[str, Style]) -> list[El
 
 def _courses(run: RunFile, runs: Sequence[RunFile], looks: Mapping[str, Style]) -> list[Element]:
     """Make a card for each arm: its speedup, run by run."""
-    unknown = Estimate(math.nan, math.nan, math.nan)
-    speedups = {arm: [then.speedup(arm) if arm in then.arms else unknown for then in runs] for arm in run.arms}
+    speedups = {arm: [then.speedup(arm) if arm in then.arms else UNKNOWN for then in runs] for arm in run.arms}
     known = {arm: [s for s in of_arm if math.isfinite(s.value)] for arm, of_arm in speedups.items()}
     # One span for all, each around its own middle: a change is as tall in one plot as in the next.
     spans = (max(s.high for s in of_arm) / min(s.low for s in of_arm) for of_arm in known.values() if of_arm)

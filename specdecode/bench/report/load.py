@@ -8,7 +8,7 @@ from specdecode.bench.report.captions import cells
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.palette import base_name, concurrency, settings
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Estimate
+from specdecode.bench.runs.statistics import UNKNOWN, Estimate
 
 LOAD = (
     "Tokens/s are those of all prompts together. TTFT and TPOT are those of a single request: the median, and what 95 %"
@@ -16,8 +16,6 @@ LOAD = (
     " prompts at a time."
 )
 """What a table by concurrency does not say by itself."""
-
-_UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 def families(run: RunFile) -> dict[str, dict[int, str]]:
@@ -44,7 +42,7 @@ def gains(run: RunFile) -> dict[str, dict[int, Estimate]]:
     for name, arms in families(run).items():
         compared = {number: arm for number, arm in arms.items() if _is_compared(run, arm)}
         if compared:
-            found[name] = {number: run.speedup(arm) if number in compared else _UNKNOWN for number, arm in arms.items()}
+            found[name] = {number: run.speedup(arm) if number in compared else UNKNOWN for number, arm in arms.items()}
     return found
 
 

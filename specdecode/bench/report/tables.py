@@ -12,7 +12,7 @@ from rich.text import Text
 from specdecode.bench.gate.blame import PARTS, blame
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
-from specdecode.bench.report.captions import cells, drafts, failing_first, label, notes, outputs, percent
+from specdecode.bench.report.captions import cells, drafts, failing_first, label, notes, outputs, percent, proposes
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.load import LOAD, by_concurrency, losses
 from specdecode.bench.report.speedup_model import modelled
@@ -111,8 +111,7 @@ def limits(run: RunFile) -> Grid:
     for arm, record in run.arms.items():
         baseline = run.arms.get(run.baseline_of(arm), ArmRecord({}))
         prompts = [prompt for prompt in record.rows if prompt in baseline.rows]
-        proposes = drafts(record) or (record.counts().drafted or 0) > 0
-        if proposes and (split := blame(record, baseline, prompts)):
+        if proposes(record) and (split := blame(record, baseline, prompts)):
             splits[arm] = split.shares
     known = dict.fromkeys(chain.from_iterable(splits.values()))
     causes = sorted(known, key=["acceptance length", *PARTS, *known].index)

@@ -26,7 +26,7 @@ from specdecode.bench.runs.counts import (
 )
 from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
 from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.statistics import TAIL, Estimate, mean_ratio, noise_floor, tail_of_look
+from specdecode.bench.runs.statistics import TAIL, UNKNOWN, Estimate, mean_ratio, noise_floor, tail_of_look
 from specdecode.support.files import slug
 
 NOISE_OF_TWO = math.sqrt(0.75)
@@ -351,7 +351,7 @@ class RunFile:
         over = over or self.baseline_of(arm)
         logs = self.log_speedups(arm, over)
         if not logs:
-            return _UNKNOWN
+            return UNKNOWN
         return mean_ratio([[log] for log in logs.values()], floor=0.0 if arm == over else self.floor_over(over))
 
     def predicted_speedup(self, arm: str) -> float:
@@ -387,7 +387,7 @@ class RunFile:
         rows, counts, seconds = list(record.rows.values()), record.counts(), record.seconds()
         speeds = [row.counts.tokens / row.seconds.total for row in rows]
         speedup = self.speedup(arm)
-        over_peer = self.speedup(arm, over=record.against) if record.against else _UNKNOWN
+        over_peer = self.speedup(arm, over=record.against) if record.against else UNKNOWN
         throughput, loss = ratio(counts.tokens, seconds.total), ratio(counts.nll, counts.tokens)
         latencies = all_latencies(row.latencies for row in rows)
         return Measures(
@@ -422,9 +422,6 @@ class RunFile:
             ttft_p95_s=_percentile_95(latencies.ttft),
             tpot_p95_s=_percentile_95(latencies.tpot),
         )
-
-
-_UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 def digest(tokens: Sequence[int]) -> str:

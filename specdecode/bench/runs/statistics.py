@@ -57,6 +57,10 @@ class Estimate:
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+"""Of what nothing is known."""
+
+
 def bootstrap(sums: Sequence[float], weights: Sequence[float], tail: float = TAIL) -> Estimate:
     """Estimate a ratio of sums over clusters with the percentile bootstrap (Efron 1979).
 

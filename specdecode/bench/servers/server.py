@@ -6,14 +6,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from specdecode.bench.servers.engines import ENGINES, OWNERS, Request, Response, Told
 from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.spec import ServerSpec
+from specdecode.models.chat import Codec
 
 if TYPE_CHECKING:  # these need packages of the extra "servers"
     from specdecode.bench.servers.client import Client
@@ -41,14 +43,6 @@ _DYING_S = 1.5
 
 _SETTLE_S = 2.0
 """Seconds that counters may lag behind the outputs."""
-
-
-class Codec(Protocol):
-    """Makes text of token ids, and token ids of text."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,14 +334,11 @@ def _sum_of(told: Sequence[Told | None]) -> Told | None:
         values = [getattr(one, name) for one in known]
         return None if None in values else sum(values)
 
-    longest = max(len(one.by_position) for one in known)
-    padded = [[*one.by_position, *[0.0] * (longest - len(one.by_position))] for one in known]
-    return replace(
-        known[0],
+    return Told(
         drafts=total("drafts"),
         drafted=total("drafted"),
         accepted=total("accepted"),
-        by_position=[sum(column) for column in zip(*padded, strict=True)],
+        by_position=[sum(column) for column in zip_longest(*(one.by_position for one in known), fillvalue=0.0)],
     )
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from specdecode.bench.servers.engines import ENGINES
 from specdecode.support.checked import shown
+from specdecode.support.kinds import FLAG, NUMBER, STRING, STRINGS, TABLE, is_of
 
 PLACEHOLDERS = ("target", "draft", "port")
 """What a command may name in braces."""
@@ -87,7 +88,7 @@ class ServerSpec:
         if unknown := sorted(table.keys() - _DEFAULTS.keys()):
             raise ValueError(f"server has unknown keys: {', '.join(unknown)}; choose from {', '.join(_DEFAULTS)}")
         for key, value in table.items():
-            if not _of_type(key, value):
+            if not is_of(_KINDS[key], value):
                 raise ValueError(f"server.{key} is {shown(value)}: it must be {_KINDS[key]}")
         return cls(**table)
 
@@ -140,22 +141,10 @@ _DEFAULTS: dict[str, Any] = {
     entry.name: {} if entry.name in ("environment", "request") else entry.default for entry in fields(ServerSpec)
 }
 _KINDS = {
-    **dict.fromkeys(_DEFAULTS, "a string"),
-    "environment": "a table of strings",
-    "request": "a table",
-    "start_minutes": "a number",
-    "prefix_cache": "true or false",
-    "alone": "true or false",
+    **dict.fromkeys(_DEFAULTS, STRING),
+    "environment": STRINGS,
+    "request": TABLE,
+    "start_minutes": NUMBER,
+    "prefix_cache": FLAG,
+    "alone": FLAG,
 }
-
-
-def _of_type(key: str, value: object) -> bool:
-    if _KINDS[key] == "true or false":
-        return isinstance(value, bool)
-    if _KINDS[key] == "a number":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if _KINDS[key] == "a table":
-        return isinstance(value, Mapping)
-    if _KINDS[key] == "a table of strings":
-        return isinstance(value, Mapping) and all(isinstance(part, str) for part in value.values())
-    return isinstance(value, str)

@@ -132,6 +132,8 @@ def test_a_record_is_read_without_torch() -> None:
 
 # What is wrong, wherever it is written. What a preset says wrong is in `test_arm`.
 
+URL = {"url": "http://127.0.0.1:8000/v1"}
+
 
 @pytest.mark.parametrize(
     ("entry", "said"),
@@ -165,6 +167,28 @@ def test_a_record_is_read_without_torch() -> None:
         ({"drafter": "self-streaming", "draft_cache": 3}, "arm 'it': max_len is 3"),
         ({"backend": "fast"}, "arm 'it': no backend is named 'fast'"),
         (3, "arm 'it': its entry is 3: it must be a table of options"),
+        ({"server": {}}, "arm 'it': server needs a url or a command, and not both"),
+        ({"server": URL | {"command": "serve {port}"}}, "server needs a url or a command, and not both"),
+        ({"server": {"url": "localhost:8000"}}, "server.url is 'localhost:8000': write http://HOST:PORT/v1"),
+        ({"server": {"command": "serve"}}, r"server.command names no \{port\}"),
+        ({"server": {"command": "serve '{port}"}}, "server.command cannot be read: No closing quotation"),
+        ({"server": {"command": ""}}, "server.command is empty"),
+        ({"server": URL | {"ready": "/health2"}}, "server.ready is of no use with a url: the server runs already"),
+        ({"server": URL | {"alone": True}}, "server.alone is of no use with a url"),
+        ({"server": {"command": "serve {port}", "ready": "health"}}, "server.ready is 'health': write a path"),
+        ({"server": {"command": "serve {port}", "start_minutes": 0}}, "server.start_minutes is 0: give it some time"),
+        ({"server": URL | {"engine": "trt"}}, "server.engine is 'trt': choose from vllm, sglang, llama.cpp, openai"),
+        ({"server": URL | {"prompt": "chat"}}, "server.prompt is 'chat': choose from ids, text"),
+        ({"server": URL | {"models": "m"}}, "server has unknown keys: models; choose from url, command, model"),
+        ({"server": URL | {"model": 3}}, "server.model is 3: it must be a string"),
+        ({"server": URL | {"prefix_cache": 1}}, "server.prefix_cache is 1: it must be true or false"),
+        ({"server": URL | {"environment": {"A": 1}}}, "server.environment is .*: it must be a table of strings"),
+        ({"server": "http://127.0.0.1"}, "server is 'http://127.0.0.1': it must be a table of options"),
+        ({"server": URL, "concurrency": 0}, "arm 'it': concurrency is 0: it is 1 or more"),
+        ({"server": URL, "concurrency": 4, "requests": 3}, "requests is 3: a run has at least as many as are sent"),
+        ({"server": URL, "limit_s": 0}, "arm 'it': limit_s is 0: give it some seconds"),
+        ({"server": URL, "k": 3}, "arm 'it': it has unknown options: k; choose from server, concurrency, requests"),
+        ({"concurrency": 4}, "arm 'it': concurrency is of no use without a call or a server"),
     ],
     ids=str,
 )

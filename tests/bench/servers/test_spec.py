@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,41 +14,6 @@ from specdecode.bench.servers.spec import ServerSpec
 from specdecode.models.chat import Codec
 
 URL = {"url": "http://127.0.0.1:8000/v1"}
-
-
-@pytest.mark.parametrize(
-    ("entry", "said"),
-    [
-        ({"server": {}}, "arm 'it': server needs a url or a command, and not both"),
-        ({"server": URL | {"command": "serve {port}"}}, "server needs a url or a command, and not both"),
-        ({"server": {"url": "localhost:8000"}}, "server.url is 'localhost:8000': write http://HOST:PORT/v1"),
-        ({"server": {"command": "serve"}}, r"server.command names no \{port\}"),
-        ({"server": {"command": "serve '{port}"}}, "server.command cannot be read: No closing quotation"),
-        ({"server": {"command": ""}}, "server.command is empty"),
-        ({"server": URL | {"ready": "/health2"}}, "server.ready is of no use with a url: the server runs already"),
-        ({"server": URL | {"alone": True}}, "server.alone is of no use with a url"),
-        ({"server": {"command": "serve {port}", "ready": "health"}}, "server.ready is 'health': write a path"),
-        ({"server": {"command": "serve {port}", "start_minutes": 0}}, "server.start_minutes is 0: give it some time"),
-        ({"server": URL | {"engine": "trt"}}, "server.engine is 'trt': choose from vllm, sglang, llama.cpp, openai"),
-        ({"server": URL | {"prompt": "chat"}}, "server.prompt is 'chat': choose from ids, text"),
-        ({"server": URL | {"models": "m"}}, "server has unknown keys: models; choose from url, command, model"),
-        ({"server": URL | {"model": 3}}, "server.model is 3: it must be a string"),
-        ({"server": URL | {"prefix_cache": 1}}, "server.prefix_cache is 1: it must be true or false"),
-        ({"server": URL | {"environment": {"A": 1}}}, "server.environment is .*: it must be a table of strings"),
-        ({"server": "http://127.0.0.1"}, "server is 'http://127.0.0.1': it must be a table of options"),
-        ({"server": URL, "concurrency": 0}, "arm 'it': concurrency is 0: it is 1 or more"),
-        ({"server": URL, "concurrency": 4, "requests": 3}, "requests is 3: a run has at least as many as are sent"),
-        ({"server": URL, "limit_s": 0}, "arm 'it': limit_s is 0: give it some seconds"),
-        ({"server": URL, "k": 3}, "arm 'it': it has unknown options: k; choose from server, concurrency, requests"),
-        ({"concurrency": 4}, "arm 'it': concurrency is of no use without a call or a server"),
-    ],
-    ids=str,
-)
-def test_a_table_that_cannot_be_is_told(entry: Any, said: str) -> None:
-    """Guards against a server that is started, and fails after minutes."""
-    with pytest.raises(ValueError, match=said) as raised:
-        ArmSpec.from_entry("it", entry)
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
