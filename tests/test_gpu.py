@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ from perf import gpu
 from perf.gpu import SuiteStep
 from specdecode.bench.runs.file import read
 from tests.helpers.root import ROOT
+
+BLESSED = next((ROOT / "baselines").glob("*/*-quick.json"))
+
+
+def copied(file: Path) -> str:
+    """Return code that writes a run file."""
+    return f"import shutil; shutil.copy({str(BLESSED)!r}, {str(file)!r})"
 
 
 def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:
@@ -51,7 +59,6 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
 ) -> None:
     """Guards against a crash, or a process that hangs, that costs what was measured before it or what comes after; and
     against one that goes on behind it, on a GPU that others measure on."""
-    blessed = next((ROOT / "baselines").glob("*/*-quick.json"))
     lock = tmp_path / "lock"
     hang = (
         f"import fcntl, signal, subprocess, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX)\n"
@@ -61,9 +68,7 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
 
     def planted(device: str, tiny: bool, runs: Path, asked: list[str]) -> list[SuiteStep]:
         def measured(name: str) -> SuiteStep:
-            return SuiteStep(
-                name, ["-c", f"import shutil; shutil.copy({str(blessed)!r}, {str(runs / name)!r} + '.json')"], 2.0
-            )
+            return SuiteStep(name, ["-c", copied(runs / f"{name}.json")], 2.0)
 
         return [
             measured("before"),
@@ -86,7 +91,7 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
     assert outcomes["crash"]["failures"] == ["FAILED tests/test_a.py::test_b"]
     assert outcomes["hang"]["reason"].startswith("stopped after")
     assert outcomes["elsewhere"]["reason"] == "this machine has no such thing"
-    assert list(told["runs"].values()) == [json.loads(blessed.read_text())]
+    assert list(told["runs"].values()) == [json.loads(BLESSED.read_text())]
     assert "| hang | failed |" in (tmp_path / "out" / "report.md").read_text()
     assert "preset quick" in (tmp_path / "out" / "report.html").read_text()
     with lock.open() as held:
@@ -95,6 +100,32 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
     monkeypatch.setattr(gpu, "steps", lambda *given: planted(*given)[3:])
     assert gpu.main(arguments) == 0
     assert "1/2 elsewhere" in capsys.readouterr().out
+
+
+def test_an_interrupted_step_leaves_the_blocks_that_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against minutes of a GPU that nobody hears of, and steps that begin after all."""
+    interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(100)"
+
+    def planted(device: str, tiny: bool, runs: Path, asked: list[str]) -> list[SuiteStep]:
+        file = runs / "interrupted.unfinished.json"
+        return [
+            SuiteStep("interrupted", ["-c", f"{copied(file)}; {interrupt}"], 2.0),
+            SuiteStep("after", ["-c", "pass"], 2.0),
+        ]
+
+    monkeypatch.setattr(gpu, "steps", planted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert gpu.main(["--device", "cpu", "--output", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    told = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert [(step["step"], step["outcome"]) for step in told["steps"]] == [("interrupted", "interrupted")]
+    assert list(told["runs"].values()) == [json.loads(BLESSED.read_text())]
+    assert "preset quick" in (tmp_path / "out" / "report.html").read_text()
+    assert "gpu.json holds what was measured" in capsys.readouterr().err
 
 
 def test_what_cannot_be_begun_is_told_in_one_sentence(

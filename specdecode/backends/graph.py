@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of all captures on a device: libraries keep workspaces for each stream that they see."""
+    return torch.cuda.Stream(device)
 
 
 class CudaGraphs:
@@ -29,8 +36,8 @@ class CudaGraphs:
     def __call__(self, action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         """Wrap a callable so that it replays on the current contents of the same tensors. It is run twice first."""
         started, before = time.perf_counter(), torch.cuda.memory_reserved()
-        # What libraries set up at their first call must not be captured, and a capture needs a separate stream.
-        side_stream = torch.cuda.Stream()
+        # What libraries set up at their first call on a stream must not be captured, so both use the same one.
+        side_stream = _side_stream(torch.cuda.current_device())
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
             for _ in range(2):
@@ -38,7 +45,8 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         # The outer context: a capture that fails leaves its own stream current (torch 2.11).
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=side_stream)
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             result = action()
         torch.cuda.synchronize()
         CudaGraphs.count += 1

@@ -24,6 +24,8 @@ from specdecode.core.transfer import moved
 WIDTHS = (1, 2, 4, 8, 16, 32, 48, 72)
 # Slots that a forward attends to are rounded up to a multiple of this, and by a quarter at most.
 _SPAN_MULTIPLE = 256
+# A storage has at least so many slots: one that grows is captured anew.
+_LEAST_SLOTS = 1024
 # Unused storages that are kept for new slots.
 _IDLE_STORAGES = 4
 # Cached graphs for one storage: each of them takes memory.
@@ -107,16 +109,18 @@ class StaticRunner:
         self._forward = forward
         self._capture = capture
         self._idle: list[Storage] = []
+        self._made = 0
         self._graphs: weakref.WeakKeyDictionary[Storage, dict[tuple[int, ...], _CachedGraph]] = (
             weakref.WeakKeyDictionary()
         )
 
     def new_slots(self, capacity: int, device: torch.device) -> Slots:
         """Return slots of at least this capacity, in an idle storage if there is one: its graphs serve again."""
-        fitting = [storage for storage in self._idle if len(storage.positions) >= capacity]
-        storage = min(fitting, key=lambda storage: len(storage.positions), default=None)
-        if storage is None:
-            storage = Storage.empty(_span(capacity + WIDTHS[-1]), device)
+        # The largest, as most shapes were captured for it: what a forward attends to does not depend on its size.
+        storage = self._idle[0] if self._idle else None
+        if storage is None or len(storage.positions) < capacity:
+            storage = Storage.empty(_span(max(capacity, _LEAST_SLOTS) + WIDTHS[-1]), device)
+            storage.number = self._made = self._made + 1
         else:
             self._idle.remove(storage)
         slots = Slots(capacity, device, storage)
@@ -124,8 +128,10 @@ class StaticRunner:
         return slots
 
     def _put_back(self, storage: Storage) -> None:
-        if not storage.moves:
-            self._idle = [*self._idle, storage][-_IDLE_STORAGES:]
+        if not storage.shared:
+            # In one order, whichever came back first: so the next text finds them as this one did.
+            idle = sorted([*self._idle, storage], key=lambda idle: (-len(idle.positions), idle.number))
+            self._idle = idle[:_IDLE_STORAGES]
 
     def span(self, slots: Slots) -> int:
         """Return how many of these slots a forward attends to."""
@@ -226,6 +232,8 @@ class StaticRunner:
         graphs = self._graphs.setdefault(storage, {})
         key = (width, across, span, storage.moves, *kind)
         if key not in graphs:
+            for stale in [other for other in graphs if other[3] != storage.moves]:
+                del graphs[stale]
             if len(graphs) >= _GRAPHS_PER_STORAGE:
                 graphs.pop(next(iter(graphs)))
             inputs = _empty_inputs(width, across, slots.device)

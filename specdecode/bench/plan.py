@@ -17,7 +17,7 @@ from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
 from specdecode.bench.options import Options, again_of
 from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
-from specdecode.bench.runs.names import BASELINE, FLAGS
+from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.heads.bound import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
@@ -152,9 +152,11 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
     if not judged:
         chosen = replace(chosen, arms={BASELINE: {}} | chosen.arms, baseline=BASELINE)
     setup = setup or resolve_setup(options)
-    if options.draft is None and all("server" in entry for entry in chosen.arms.values()):
-        # What a server drafts with, its command says.
-        setup = replace(setup, identity=replace(setup.identity, draft=""))
+    if all("server" in entry for entry in chosen.arms.values()):
+        # What a server drafts with, and in which type it computes, its command says.
+        identity = setup.identity
+        draft, dtype = options.draft and identity.draft, options.dtype and identity.dtype
+        setup = replace(setup, identity=replace(identity, draft=draft or "", dtype=dtype or OWN_TYPE))
     if options.against is not None:
         _check_against(options)
     old = _baseline(options, setup.identity) if judged and options.against is None else None

@@ -126,6 +126,11 @@ def _check_json(config: pytest.Config) -> None:
 class _Unfinished(type(Path())):  # type: ignore[misc]
     """A path that is written under another name until it is whole."""
 
+    @property
+    def so_far(self) -> Path:
+        """Where the blocks that are finished stand until then, as a run file."""
+        return Path(str(self)).with_suffix(".unfinished.json")
+
     def __fspath__(self) -> str:
         return f"{self}.{os.getpid()}.tmp"
 
@@ -160,6 +165,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
         )
     if isinstance(file, _Unfinished) and os.path.exists(file):
         os.replace(file, str(file))
+        file.so_far.unlink(missing_ok=True)
     if _SPEED_RUN in config.stash and (journal := config.stash[_SPEED_RUN].journal) is not None:
         journal.finish()
 
@@ -263,8 +269,11 @@ def speed_run(request: pytest.FixtureRequest) -> JudgedRun:
     config = request.config
     parameters = _parameters(request)
     selected = {values["arm"] if "arm" in values else values["judged"][0] for values in parameters}
+    file = config.getoption("benchmark_json", None)
     with _at_work(config):
-        config.stash[_SPEED_RUN] = measure(_plan(config), selected)
+        config.stash[_SPEED_RUN] = measure(
+            _plan(config), selected, file=file.so_far if isinstance(file, _Unfinished) else None
+        )
     return config.stash[_SPEED_RUN]
 
 

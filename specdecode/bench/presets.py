@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_FOLDER = Path(str(files("specdecode.bench") / "presets"))
 _TINY_OUTPUT_TOKENS, _TINY_PROMPT_TOKENS = 12, 40
 # By how much caches shrink: the smallest of the presets then still holds the sinks and the deepest draft.
 _TINY_CACHE_DIVISOR = 8
@@ -82,19 +83,25 @@ class Preset:
         )
 
 
+def built_in() -> list[str]:
+    """Return the names of the package's presets."""
+    return sorted(file.stem for file in _FOLDER.glob("*.toml"))
+
+
 def preset(name: str) -> Preset:
     """Read a preset: one of the package by its name, or a TOML file by its path.
 
     Raises:
         ValueError: there is no such preset, or its content is not one.
     """
-    folder = Path(str(files("specdecode.bench") / "presets"))
-    known = sorted(file.stem for file in folder.glob("*.toml"))
-    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
-        raise ValueError(f"no preset is named {name!r}: choose from {', '.join(known)}, or name a .toml file") from None
+        if name.endswith(".toml"):
+            raise ValueError(f"there is no file {name}, which is to hold the preset") from None
+        names = ", ".join(built_in())
+        raise ValueError(f"no preset is named {name!r}: choose from {names}, or name a .toml file") from None
     return parse(text, name)
 
 
@@ -105,9 +112,16 @@ def parse(text: str, name: str) -> Preset:
         ValueError: it is not a preset; the sentence says why.
     """
     try:
-        read = Preset(**tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None
+    keys = {entry.name: entry for entry in fields(Preset)}
+    if unknown := sorted(content.keys() - keys):
+        raise ValueError(f"preset {name!r} has unknown keys: {', '.join(unknown)}; choose from {', '.join(keys)}")
+    required = [key for key, entry in keys.items() if entry.default is MISSING]
+    if lacking := [key for key in required if key not in content]:
+        raise ValueError(f"preset {name!r} lacks {', '.join(lacking)}")
+    read = Preset(**content)
     return replace(read, arms=_by_concurrency(read))
 
 

@@ -19,7 +19,7 @@ import torch
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.callables import ArmError, ModelNames, below
 from specdecode.bench.arms.models import Models, load_models
-from specdecode.bench.measure.bandwidth import roofline_throughput
+from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
 from specdecode.bench.measure.block import timed
 from specdecode.bench.measure.check import check
 from specdecode.bench.measure.counters import counters_run
@@ -40,6 +40,7 @@ class Worker:
     def __init__(self) -> None:
         self._models: Models | None = None
         self._arms: dict[str, Arm] = {}
+        self._typical_length = 0
 
     def load(
         self,
@@ -93,11 +94,14 @@ class Worker:
 
     def prompts(self, spec: str) -> list[Any]:
         """Return token prompts by id, and their origins."""
-        return list(token_prompts(spec, self._loaded.encoder))
+        prompts, origins = token_prompts(spec, self._loaded.encoder)
+        self._typical_length = typical_length(prompts)
+        return [prompts, origins]
 
     def roofline(self) -> float:
+        """Return the tokens per second that memory allows, with the prompts cached that were asked for."""
         target = self._loaded.target
-        return roofline_throughput(target) if target is not None else 0.0
+        return 0.0 if target is None else roofline_throughput(target, self._typical_length)
 
     def rehearse(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, float]:
         return as_dict(counters_run(self._arms[arm], prompt, length, expected))

@@ -94,7 +94,7 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
     kind = str(model.dtype).removeprefix("torch.")
     table.add_row("model", f"{model.name} in {kind}" + (", synthetic" if model.synthetic else ""))
     table.add_row(f"copy on {model.device}", _told_bandwidth(roofline.bandwidth))
-    table.add_row("read per token", f"{roofline.token_bytes / 1e6:.1f} MB of weights")
+    table.add_row("read per token", f"{roofline.token_bytes / 1e6:.1f} MB of weights, keys and values")
     table.add_row("roofline", f"{roofline.throughput:.1f} tokens/s")
     forwards = Table(box=None, pad_edge=False, header_style=None)
     forwards.add_column("backend")

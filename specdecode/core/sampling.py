@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.core.errors import SpecDecodeError
+from specdecode.core.transfer import moved
 
 
 class Rng:
@@ -35,8 +36,8 @@ class Rng:
         An entry of probability zero is never drawn: the cumulative sum does not rise there. A row without mass, or with
         NaN in it, gives -1.
         """
-        uniform = torch.rand(distribution.shape[:-1], generator=self._generator, dtype=torch.float64).to(
-            distribution.device
+        uniform = moved(
+            torch.rand(distribution.shape[:-1], generator=self._generator, dtype=torch.float64), distribution.device
         )
         cumulative = distribution.double().cumsum(-1)
         mass = cumulative[..., -1:]

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specdecode.core.transfer import moved, picked
+
 
 @dataclass(eq=False)
 class Storage:
@@ -19,12 +21,16 @@ class Storage:
         positions: [capacity] see `Slots`.
         keys, values: of each layer that was written.
         moves: how often other tensors replaced these, for more slots or for a batch.
+        shared: whether the tensors are rows of a batch's.
+        number: of those that one runner made.
     """
 
     positions: Int[Tensor, " capacity"]
     keys: dict[int, Float[Tensor, "1 heads capacity dim"]] = field(default_factory=dict)
     values: dict[int, Float[Tensor, "1 heads capacity width"]] = field(default_factory=dict)
     moves: int = 0
+    shared: bool = False
+    number: int = 0
 
     @staticmethod
     @torch.inference_mode()
@@ -144,6 +150,7 @@ class Slots:
             values[:, :, : self._written] = self._values[layer][:, :, : self._written]
         self._keys[layer], self._values[layer] = keys, values
         self.storage.moves += 1
+        self.storage.shared = True
 
     def filled_keys(self) -> list[Float[Tensor, "heads length dim"]]:
         """Return views of the filled slots' keys, layer by layer."""
@@ -177,7 +184,7 @@ class Slots:
     def attend(self, rows: Sequence[int]) -> None:
         """Add the attention weights of these rows of the last forward, the committed tokens, to `attention`."""
         assert self.weights is not None
-        received = self.weights[:, :, list(rows)].sum(2)
+        received = picked(self.weights, rows, dim=2).sum(2)
         if not self.attention.numel():
             self.attention = received.new_zeros(*received.shape[:2], self.capacity)
         self.attention[:, :, : self.length] += received
@@ -214,7 +221,7 @@ class Slots:
         in_place = next((i for i, slot in enumerate(indices) if slot != after + i), len(indices))
         moving = list(indices[in_place:])
         if moving:
-            source = torch.tensor(moving, device=self.positions.device)
+            source = moved(torch.tensor(moving), self.device)
             target = slice(after + in_place, after + len(indices))
             self.positions[target] = self.positions[source]
             for tensor in (*self._keys.values(), *self._values.values()):

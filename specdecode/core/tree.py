@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from specdecode.core.transfer import picked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,10 +111,18 @@ class DraftTree:
 
     def clip(self, depth: int) -> DraftTree:
         """Return the tree without the nodes deeper than ``depth``."""
-        kept = (self.depths[1:] <= depth).nonzero()[:, 0]
-        if len(kept) == len(self):
+        return self.subset([i for i, its_depth in enumerate(self.depths[1:].tolist()) if its_depth <= depth])
+
+    def subset(self, places: Sequence[int]) -> DraftTree:
+        """Return the tree of the proposals at these places, ascending, with all of their ancestors among them."""
+        if len(places) == len(self):
             return self
-        renumbered = torch.zeros(len(self) + 1, dtype=torch.long, device=self.parents.device)
-        renumbered[kept + 1] = torch.arange(1, len(kept) + 1, device=self.parents.device)
-        probs = None if self.probs is None else self.probs[kept]
-        return DraftTree(self.tokens[kept], renumbered[self.parents[kept]], probs)
+        parents, renumbered = self.parents.tolist(), {0: 0} | {place + 1: new for new, place in enumerate(places, 1)}
+        tree = DraftTree(
+            picked(self.tokens, places),
+            torch.tensor([renumbered[parents[place]] for place in places], dtype=torch.long),
+            None if self.probs is None else picked(self.probs, places),
+        )
+        if self._host_tokens:
+            tree.set_host_tokens([self._host_tokens[place] for place in places])
+        return tree

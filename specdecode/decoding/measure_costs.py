@@ -100,16 +100,22 @@ def forward_seconds(
     ]
 
 
+def cached_tokens(target: LM, most_rows: int) -> int:
+    """Return how many tokens are in the cache when forwards are timed: fewer in a short context, so that the most rows
+    fit."""
+    return max(min(_CACHED_TOKENS, target.context_length - most_rows), 1)
+
+
 class _Verifier:
     """Verify chains after the same cached tokens.
 
     Args:
-        most_rows: of the longest chain. In a short context fewer tokens are cached.
+        most_rows: of the longest chain.
     """
 
     def __init__(self, target: LM, most_rows: int) -> None:
         self._target = target
-        self._cached = max(min(_CACHED_TOKENS, target.context_length - most_rows), 1)
+        self._cached = cached_tokens(target, most_rows)
         self._tokens = _repeating_text(target, self._cached + most_rows)
         self._slots = target.new_slots(len(self._tokens))
         target.read(self._slots, self._tokens[: self._cached])

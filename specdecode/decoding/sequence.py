@@ -13,6 +13,7 @@ from specdecode.backends.graph import CudaGraphs
 from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
 from specdecode.core.result import Generation, Step
 from specdecode.core.sampling import most_probable
+from specdecode.core.transfer import moved, picked
 from specdecode.core.tree import DraftTree
 from specdecode.core.verify import accept
 from specdecode.decoding.request import Request
@@ -178,8 +179,8 @@ class SequenceState:
     def _append_logprobs(self, logits: Float[Tensor, "nodes V"], nodes: Sequence[int], emitted: Sequence[int]) -> None:
         if self.result.logprobs is None:
             return
-        logprobs = logits[list(nodes)].double().log_softmax(-1)
-        chosen = torch.tensor(emitted, device=logprobs.device)[:, None]
+        logprobs = picked(logits, nodes).double().log_softmax(-1)
+        chosen = moved(torch.tensor(emitted), logprobs.device)[:, None]
         self.result.logprobs += logprobs.gather(1, chosen)[:, 0].tolist()
 
     def _end_step(self, step: Step, emitted: list[int], ended_at: float) -> None:
@@ -200,7 +201,7 @@ class SequenceState:
             self.slots.attend(rows)
         if not self.layers:
             return
-        new = self.slots.hidden_states(self.layers)[list(rows)]
+        new = picked(self.slots.hidden_states(self.layers), rows)
         states, end = new[:0] if self._hidden_states is None else self._hidden_states, self._read + len(new)
         if end > len(states):
             wider = new.new_empty(max(end, 2 * len(states)), new.shape[1])

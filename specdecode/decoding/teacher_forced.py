@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.controllers.base import Controller, FixedK
+from specdecode.core.transfer import picked
 from specdecode.decoding.request import Request, check_tokens
 from specdecode.decoding.sequence import SequenceState
 from specdecode.drafters.base import Drafter
@@ -81,6 +82,6 @@ def teacher_forced(
         forward_started = time.perf_counter()
         with target.recording_for(policy, drafter.layers):
             logits = target.forward_tree(sequence.slots, sequence.pending, tree)
-        ahead = torch.tensor(tokens[place : place + tree.depth + 1], device=tree.parents.device)
+        ahead = torch.tensor(tokens[place : place + tree.depth + 1])
         nodes = sequence.commit(tree, logits, forward_started, forced=ahead[tree.depths])
-        yield ForcedStep(place, logits[nodes], evicted_at)
+        yield ForcedStep(place, picked(logits, nodes), evicted_at)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdecode.controllers.base import Limit
 from specdecode.core.slots import Slots
-from specdecode.core.transfer import moved
+from specdecode.core.transfer import moved, picked
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
@@ -91,7 +91,7 @@ class HeadDrafter:
         def read(level: Level, visible: Bool[Tensor, "rows read"], depth: int) -> Float[Tensor, "rows D"]:
             nonlocal state
             positions = torch.full((len(level),), len(self._read) - 1 + depth)
-            state = self._forward(self.head.tokens[level.tokens], state[list(level.rows)], positions, visible)
+            state = self._forward(self.head.tokens[level.tokens], picked(state, level.rows), positions, visible)
             return distributions()
 
         _, tree = grow_tree(self.shape, distributions(), limit, rng, read)

@@ -7,24 +7,34 @@ from collections.abc import Sequence
 import torch
 
 from specdecode.controllers.base import Limit
+from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.model import ModelDrafter
 from specdecode.models.lm import LM
+
+# So many tokens in a row tell a place in the text.
+_ALIGNED = 3
 
 
 class ReplayDrafter:
     """Pay for another drafter's proposals, then rewrite them to a set acceptance.
 
     From the root downwards, the first child becomes the token of the known continuation with the given probability;
-    all other children become wrong. The seed and the position alone decide whether a position is proposed right.
+    all other nodes become wrong. The seed and the position alone decide whether a position is proposed right.
     Results are synthetic: they show the cost of decoding at an acceptance, not the acceptance of a model.
+
+    Where rounding lets the target leave the known text, the drafter looks for its last tokens elsewhere in that text,
+    and goes on from there. Until it finds them, it proposes nothing right, but by chance.
 
     Args:
         inner: proposes the tree whose cost is paid.
         text: the prompt and its known continuation.
         acceptance: probability that a position is proposed right, given that those before it were.
         seed: of the choice.
+
+    Attributes:
+        lost: proposals that were made while the place in the text was not known.
 
     Raises:
         ValueError: an acceptance outside [0, 1].
@@ -37,6 +47,7 @@ class ReplayDrafter:
         self.text = list(text)
         self.acceptance = acceptance
         self.seed = seed
+        self.lost = 0
 
     @property
     def forwards(self) -> int:
@@ -48,22 +59,36 @@ class ReplayDrafter:
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         tree = self.inner.propose(context, limit)
-        children = tree.children()
-        tokens = tree.tokens.tolist()
+        start = self._place(context.tokens)
+        self.lost += start is None
+        known = [] if start is None else self.text[start : start + tree.depth]
+        children, tokens = tree.children(), [0] * len(tree)
+        level = [0]
         right: int | None = 0
         for depth in range(tree.depth):
-            place = len(context.tokens) + depth
-            if right is None or place >= len(self.text):
-                break
-            right_token = self.text[place]
-            siblings = children[right]
-            for node in siblings:
-                tokens[node - 1] = (right_token + 1) % context.vocab_size
-            right = None
-            if siblings and self._hits(place):
-                right = siblings[0]
-                tokens[right - 1] = right_token
-        return DraftTree(torch.tensor(tokens, dtype=torch.long), tree.parents)
+            token = known[depth] if depth < len(known) else None
+            level = [child for node in level for child in children[node]]
+            for node in level:
+                tokens[node - 1] = ((context.tokens[-1] if token is None else token) + 1) % context.vocab_size
+            siblings = [] if right is None or token is None else children[right]
+            right = siblings[0] if siblings and self._hits(len(context.tokens) + depth) else None
+            if right is not None and token is not None:
+                tokens[right - 1] = token
+        # In the tree itself: what is accepted stays in the drafter's cache, as if it had been right by itself.
+        tree.tokens.copy_(moved(torch.tensor(tokens, dtype=torch.long), tree.tokens.device))
+        replayed = DraftTree(tree.tokens, tree.parents)  # nothing was drawn
+        for one in (tree, replayed):
+            one.set_host_tokens(tokens)
+        return replayed
+
+    def _place(self, tokens: Sequence[int]) -> int | None:
+        """Return where the text goes on behind these tokens, nearest to where it should; None if nowhere."""
+        due, tail = len(tokens), list(tokens[-_ALIGNED:])
+        if self.text[due - len(tail) : due] == tail:
+            return due
+        places = range(len(tail), len(self.text) + 1)
+        found = [place for place in places if self.text[place - len(tail) : place] == tail]
+        return min(found, key=lambda place: abs(place - due), default=None)
 
     def _hits(self, place: int) -> bool:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng
+from specdecode.core.transfer import moved, picked
 from specdecode.core.tree import DraftTree
 
 
@@ -25,12 +27,14 @@ class Level:
         probs: [c, V] the distribution that each token was drawn from, given its earlier siblings; None if
             deterministic.
         scores: log-probability of each token's path under the draft; None if the shape does not use them.
+        host_tokens: the token ids on the host, where they are known there.
     """
 
     tokens: Int[Tensor, " c"]
     rows: Sequence[int]
     probs: Float[Tensor, "c V"] | None = None
     scores: Sequence[float] | None = None
+    host_tokens: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,11 +103,9 @@ def grow_tree(
     grown = DraftTree(
         torch.cat([level.tokens for level in levels]), torch.tensor(parents), torch.cat(probs) if probs else None
     )
-    chosen = shape.select(levels, limit)
-    if len(chosen) == len(grown):
-        return grown, grown
-    renumbered = {0: 0} | {node + 1: i for i, node in enumerate(chosen, start=1)}
-    return grown, DraftTree(grown.tokens[chosen], torch.tensor([renumbered[parents[node]] for node in chosen]))
+    if host_tokens := [token for level in levels for token in level.host_tokens]:
+        grown.set_host_tokens(host_tokens)
+    return grown, grown.subset(shape.select(levels, limit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,20 +193,23 @@ class BestFirstTree:
         parents = above[-1].scores if above else (0.0,)
         assert parents is not None
         scores = (
-            ranked.values.double() + torch.tensor(parents, dtype=torch.float64, device=distributions.device)[:, None]
+            ranked.values.double() + moved(torch.tensor(parents, dtype=torch.float64), ranked.values.device)[:, None]
         )
         best = scores.flatten().topk(min(room, scores.numel()))
-        places, values = best.indices.tolist(), best.values.tolist()
+        tokens = ranked.indices.flatten()[best.indices]
+        # One copy to the host for all.
+        values, places, host_tokens = torch.stack([best.values, best.indices.double(), tokens.double()]).tolist()
         # If the proposals so far fill the room, a candidate must be more probable than the last of them.
-        so_far = sorted((s for level in above for s in level.scores or ()), reverse=True)
-        floor = so_far[room - 1] if len(so_far) >= room else -torch.inf
-        cut = torch.tensor(self.threshold).log().item()
-        chosen = [(place, value) for place, value in zip(places, values, strict=True) if value >= cut and value > floor]
+        proposed = sorted((s for level in above for s in level.scores or ()), reverse=True)
+        floor = proposed[room - 1] if len(proposed) >= room else -math.inf
+        cut = math.log(self.threshold) if self.threshold else -math.inf
+        count = sum(value >= cut and value > floor for value in values)  # they descend
         width = ranked.indices.shape[1]
         return Level(
-            ranked.indices.flatten()[[place for place, _ in chosen]],
-            [place // width for place, _ in chosen],
-            scores=[value for _, value in chosen],
+            tokens[:count],
+            [int(place) // width for place in places[:count]],
+            scores=values[:count],
+            host_tokens=[int(token) for token in host_tokens[:count]],
         )
 
     def more(self, above: Sequence[Level], limit: Limit) -> bool:
@@ -236,5 +241,5 @@ def _continue(distributions: Float[Tensor, "rows V"], branches: int, room: int, 
     tokens = torch.stack(drawn, 1).flatten()[: len(rows)]
     probs = torch.stack(drawn_from, 1).flatten(0, 1)[: len(rows)]
     # A distribution over fewer tokens than were to be drawn runs out: draws from nothing are not proposals.
-    real = (probs.sum(1) > 0).tolist()
-    return Level(tokens[real], [row for row, keep in zip(rows, real, strict=True) if keep], probs[real])
+    real = [place for place, mass in enumerate(probs.sum(1).tolist()) if mass > 0]
+    return Level(picked(tokens, real), [rows[place] for place in real], picked(probs, real))

@@ -17,6 +17,11 @@ from specdecode.models.embedded import EMBEDDED, fetch
 from specdecode.models.lm import LM
 from specdecode.models.quantize import quantizer
 
+# Of the embedding's entries: each of the layers adds about 1.
+_EMBEDDING_SCALE = 10.0
+# Of the successor: the distribution stays flat, and trees grow wide.
+_LOGIT = 8.0
+
 TINY = "shape:tiny"
 """The smallest model, of random weights: for trying out a measurement."""
 
@@ -155,7 +160,25 @@ def _random(shape: str, dtype: torch.dtype, device: torch.device) -> PreTrainedM
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _make_decisive(model)
     return model
+
+
+@torch.no_grad()
+def _make_decisive(model: PreTrainedModel) -> None:
+    """Let random weights decide as clearly as trained ones: each token is followed by the one `hidden_size` ids on.
+
+    Left as they are, the two largest logits often lie within the rounding of 16 bits, and outputs differ at ties. The
+    embedding is scaled so that it outweighs all that the layers add, and the output embedding looks for its successor.
+    Shapes, and so costs, stay. A model that shares both embeddings repeats a token.
+    """
+    embedding: Any = model.get_input_embeddings().weight
+    output: Any = model.get_output_embeddings().weight
+    embedding.mul_(_EMBEDDING_SCALE / embedding.float().std())
+    if output is not embedding:
+        hidden = embedding.shape[1]
+        # The successor's logit is then near this number, as the last norm makes states of unit variance.
+        output.copy_(embedding.roll(hidden, 0) * (_LOGIT / (hidden * _EMBEDDING_SCALE)))
 
 
 def _existing(name: str) -> str:

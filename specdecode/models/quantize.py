@@ -97,8 +97,8 @@ def weight_bytes(model: nn.Module) -> int:
 
 def stored_bytes(tensor: Tensor) -> int:
     """Return the bytes that a tensor takes: for a quantised one those of its integers, scales and zero points, as its
-    `nbytes` are those of the tensor that it stands for."""
+    `nbytes` are those of the tensor that it stands for; for one that processes share those of this process's part."""
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes
-    parts, _ = tensor.__tensor_flatten__()
-    return sum(stored_bytes(getattr(tensor, part)) for part in parts)
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return sum(stored_bytes(part) for part in parts if isinstance(part, Tensor))

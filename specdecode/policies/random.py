@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdecode.core.slots import Slots
+from specdecode.core.transfer import moved
 from specdecode.policies.base import bounds
 
 
@@ -33,7 +34,7 @@ class Random:
     def keep(self, slots: Slots) -> Int[Tensor, " m"]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + slots.committed)
         chosen = torch.randperm(slots.length, generator=generator)[: self.keeps]
-        return chosen.sort().values.to(slots.device)
+        return moved(chosen.sort().values, slots.device)
 
 
 def examples() -> dict[str, Random]:

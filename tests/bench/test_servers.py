@@ -115,7 +115,7 @@ def test_a_server_that_dies_leaves_the_rest(sessions: Sessions) -> None:
     code, said, file = sessions["faults"]
     assert code == 1, said
     arms = read(file).arms
-    assert arms["spec"].failure.startswith("arm 'spec': its server ended with exit code -9; its last words: loading")
+    assert arms["spec"].failure.startswith("arm 'spec': its server ended with exit code -9; it said: loading")
     assert len(arms["spec"].rows) == 1, "what it had decoded is kept"
     assert not any(arms[other].failure for other in ("ar", "wrong", "tie"))
     assert len(arms["tie"].rows) == 2
@@ -132,7 +132,7 @@ def test_a_run_goes_on_where_its_baselines_server_died(sessions: Sessions) -> No
     """Guards against blocks that are lost with the server that all are compared with."""
     code, said, _ = sessions["dies"]
     assert code == 2, said
-    assert "arm 'ar': its server ended with exit code -9; its last words: loading" in said
+    assert "arm 'ar': its server ended with exit code -9; it said: loading" in said
     code, said, file = sessions["resumed"]
     assert code == 0, said
     assert re.search(r"resuming: [12] of 4 blocks are there", said)

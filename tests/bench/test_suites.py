@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from specdecode.bench.runs.file import read as read_run
 from specdecode.evals.results_file import read
 from specdecode.support.files import slug
 from tests.helpers.characters import save
@@ -195,6 +196,10 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     said = process.communicate()[0].decode()
     assert process.returncode == (2 if signal_ is signal.SIGINT else -signal.SIGKILL), said
     assert json.loads(file.read_text()) == "the run before"
+    so_far = read_run(file.with_suffix(".unfinished.json"))
+    assert 6 >= so_far.header.left > 0
+    assert 1 <= so_far.arms["lookup"].counts().runs == 8 - so_far.header.left
+    assert "was stopped" in so_far.header.warnings[0]
     (journal,) = journals
     kept = journal.read_text().count("\n") - 1
     assert kept >= 2
@@ -210,6 +215,8 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     }  # one selected, and its measure
     (lookup,) = (test for test in json.loads(file.read_text())["benchmarks"] if test["param"] == "lookup")
     assert lookup["stats"]["rounds"] == 8
+    assert read_run(file).header.left == 0
+    assert not file.with_suffix(".unfinished.json").exists()
     assert not journal.exists()
 
 

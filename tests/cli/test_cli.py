@@ -403,10 +403,13 @@ def test_doctor_tells_what_backends_make_of_the_memory(
     assert told["torch"] == torch.__version__
     assert told["model"] == f"{tmp_path} in float32"
     assert told["copy on cpu"] == "0.1 GB/s (read and written)"
-    assert told["read per token"] == f"{size / 1e6:.1f} MB of weights"
-    assert told["roofline"] == f"{1.3e8 / size:.1f} tokens/s"
+    config = loaded[0].model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    read = size + token * min(256, max(loaded[0].context_length - 32, 1))
+    assert told["read per token"] == f"{read / 1e6:.1f} MB of weights, keys and values"
+    assert told["roofline"] == f"{1.3e8 / read:.1f} tokens/s"
     sizes = [f"{of / 1e6:.1f}" for of in (size, size + 4 * 32 * 5000)]
-    shares = [f"{rate * size / 1.3e8:.0%}" for rate in (100, 50)]
+    shares = [f"{rate * read / 1.3e8:.0%}" for rate in (100, 50)]
     assert [re.split(r" {2,}", line.strip()) for line in below.splitlines()] == [
         ["backend", "weights MB", "1 row ms", "tokens/s", "of roofline", "8 rows", "16 rows", "32 rows"],
         ["eager", sizes[0], "10.00", "100.0", shares[0], "1.70x", "2.50x", widest[0]],

@@ -230,6 +230,26 @@ def test_a_replay_accepts_as_often_as_it_should(acceptance: float) -> None:
     assert result.draft_forwards > 0
 
 
+def test_a_replay_finds_its_text_again() -> None:
+    """Guards against an acceptance that collapses once rounding has made the target choose another token."""
+    known = [5, 8, 1, 3, 9, 4, 7, 2, 6, 8, 1, 3, 0, 10]
+    replay = ReplayDrafter(ModelDrafter(target()), known, acceptance=1.0)
+
+    def proposed(tokens: list[int]) -> list[int]:
+        return replay.propose(context(tokens), Limit(3)).tokens.tolist()
+
+    assert proposed(known[:4]) == [9, 4, 7]
+    wrong = [*known[:4], 2]
+    assert proposed(wrong) == [3, 3, 3]
+    assert proposed([*wrong, 9]) == [10, 10, 10]
+    assert replay.lost == 2
+    # Behind a token more than the text has, behind one less, and where the same tokens stand twice.
+    assert proposed([*wrong, 9, 4, 7]) == [2, 6, 8]
+    assert proposed([*known[:3], 9, 4, 7]) == [2, 6, 8]
+    assert proposed([*known[:9], 4, 8, 1, 3])[:2] == [0, 10]
+    assert replay.lost == 2
+
+
 def test_a_replay_s_choice_depends_on_the_position_alone() -> None:
     """Guards against runs of different shapes that are not comparable because their luck differs."""
     known = list(range(VOCABULARY)) * 6

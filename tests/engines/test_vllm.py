@@ -250,7 +250,7 @@ def test_no_worker_outlives_a_server_that_is_killed(logged: tuple[Server, Path])
         one for one in below if "api_server" in " ".join(one.cmdline()) and "keeper.py" not in " ".join(one.cmdline())
     ][:1]
     assert len(engine) >= 3, below
-    with killed(api, 0.7), pytest.raises(ServerError, match="its server ended with exit code -9; its last words: "):
+    with killed(api, 0.7), pytest.raises(ServerError, match="its server ended with exit code -9; it said: "):
         ours.generate(prompt, 400, 1, 120)
     ours.close()
     assert not psutil.wait_procs(below, timeout=20)[1]

@@ -42,7 +42,8 @@ class BranchRng(Rng):
         """From distributions of any array: tensors of one or more rows, or one row of fractions."""
         if distribution.ndim == 1:
             return torch.tensor(self._decide(distribution.tolist()))
-        return torch.tensor([self._decide(row) for row in distribution.tolist()], dtype=torch.long)
+        rows = [self._decide(row) for row in distribution.tolist()]
+        return torch.tensor(rows, dtype=torch.long, device=distribution.device)
 
     def next_prefix(self) -> list[int] | None:
         """The decisions of the run after this one in lexicographic order; None after the last."""

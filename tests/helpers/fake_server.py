@@ -25,6 +25,7 @@ FAULTS = (
     "die",  # in the middle of an output
     "never ready",
     "ends at once",
+    "fails",  # with errors that follow from each other
     "400",
     "500",
     "error in the stream",
@@ -332,6 +333,9 @@ def main() -> None:
     sys.stderr.write("loading\n")
     if options.fault == "ends at once":
         raise SystemExit("CUDA out of memory")
+    if options.fault == "fails":
+        sys.stderr.write("ValueError: memory is too small\n")
+        raise RuntimeError("the engine cannot start")
     serve(options)[0].serve_forever()
 
 

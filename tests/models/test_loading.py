@@ -85,6 +85,20 @@ def test_weights_on_a_cpu_are_not_those_of_a_mapped_file(folder: Path) -> None:
     assert all(map(torch.equal, before, target.model.parameters()))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_random_weights_decide_beyond_the_rounding_of_16_bits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against arms whose outputs part at ties, so that they are timed on different texts, and a replayed draft
+    that is wrong from there on."""
+    monkeypatch.setitem(SHAPES, "small", SHAPES["tiny"] | {"vocab_size": 3000, "tie_word_embeddings": tied})
+    step = 0 if tied else SHAPES["tiny"]["hidden_size"]
+    for dtype in ("float32", "bfloat16"):
+        target = load("shape:small", device="cpu", dtype=dtype)
+        written = generate(target, [5, 900, 7], max_new_tokens=60).tokens
+        assert written == [(7 + step * (place + 1)) % 3000 for place in range(60)]
+        top = target.forward(target.new_slots(3), torch.tensor([5, 900, 7])).float()[0].topk(2).values
+        assert top[0] - top[1] > 0.3 * top[0]
+
+
 def test_a_shape_is_random_weights_that_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against synthetic costs taken for measurements, and weights that differ from run to run."""
     monkeypatch.setitem(SHAPES, "tiny", ARCHITECTURES["llama"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -288,3 +289,23 @@ def test_a_quantised_model_is_not_quantised_again() -> None:
     """Guards against scales of scales."""
     with pytest.raises(UnsupportedModelError, match="is a Linear of Int8Tensor"):
         int8("llama").quantized("int8")
+
+
+_SHARED = """
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from specdecode.models.quantize import weight_bytes
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+layer = torch.nn.Linear(4, 8)
+layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.data, init_device_mesh("cpu", (1,)), [Shard(0)]))
+print(weight_bytes(layer))
+dist.destroy_process_group()
+"""
+
+
+def test_weights_that_processes_share_are_counted() -> None:
+    """Guards against a crash of all that counts bytes. (In a process of its own, as it joins a group of processes.)"""
+    done = subprocess.run([sys.executable, "-c", _SHARED], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str((4 * 8 + 8) * 4)], done.stderr

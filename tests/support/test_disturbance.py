@@ -122,4 +122,5 @@ def test_a_process_that_works_for_this_one_is_no_other(child: bool) -> None:
         process.communicate(b"\n")
     assert taken is not None
     assert of_worker is not None
-    assert taken == pytest.approx(of_worker, abs=0.02) if child else taken > of_worker + 0.05
+    # Half of the processors, or a quarter where others are busy, is what the process takes.
+    assert taken == pytest.approx(of_worker, abs=0.1) if child else taken > of_worker + 0.1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 
 from specdecode import LM
 from specdecode.bench.measure.bandwidth import roofline_throughput
-from specdecode.bench.measure.counters import HostReads, peak_memory
+from specdecode.bench.measure.counters import host_reads, peak_memory
 from specdecode.bench.runs.records import Header, Identity
 from specdecode.support.environment import conditions, cpu_name, environment, hardware
 from specdecode.support.files import slug
@@ -132,18 +133,34 @@ def test_the_machine_is_described() -> None:
 def test_reads_of_tensors_are_counted() -> None:
     """Guards against a synchronisation that no counter sees."""
     x = torch.arange(4)
-    with HostReads(torch.device("cpu")) as reads:
-        x + 1
-        assert reads.count == 0
-        for read in (x.tolist, x[0].item, lambda: int(x[1]), lambda: bool(x[2] > 0), x.nonzero, lambda: x[x > 1]):
-            before = reads.count
-            read()
-            assert reads.count == before + 1
-        x[:2], x[torch.tensor([0])]
-        assert reads.count == 6
-    with HostReads(torch.device("cuda")) as reads:
-        x.tolist()  # it is in host memory already
-    assert reads.count == 0
+
+    def reads(action: Callable[[], object]) -> int:
+        with host_reads(torch.device("cpu")) as counted:
+            action()
+        return counted[0]
+
+    for read in (x.tolist, x[0].item, lambda: int(x[1]), lambda: bool(x[2] > 0), x.nonzero, lambda: x[x > 1]):
+        assert reads(read) == 1
+    assert reads(lambda: (x + 1, x[:2], x[torch.tensor([0])])) == 0
+
+
+def test_a_gpu_tells_itself_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against waits that no list of functions has, and other warnings that are lost. The GPU is a stand-in."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def read() -> list[int]:
+        with host_reads(torch.device("cuda")) as counted:
+            for _ in range(3):
+                warnings.warn("called a synchronizing CUDA operation (Triggered internally)", UserWarning, stacklevel=1)
+            warnings.warn("another", UserWarning, stacklevel=1)
+            torch.arange(4).tolist()  # it is in host memory already
+        return counted
+
+    with pytest.warns(UserWarning, match="^another$") as others:
+        assert read() == [3]
+    assert len(others) == 1
+    assert modes == ["warn", "default"]
 
 
 def test_peak_memory_is_the_most_that_was_held_at_once(capfd: pytest.CaptureFixture[str]) -> None:
@@ -164,4 +181,8 @@ def test_the_roofline_counts_what_a_forward_reads(monkeypatch: pytest.MonkeyPatc
         target = LM(build(ARCHITECTURES["llama"] | {"tie_word_embeddings": ties}))
         embedding = target.model.get_input_embeddings().weight
         total = sum(parameter.nbytes for parameter in target.model.parameters())
-        assert roofline_throughput(target) == pytest.approx(1e9 / (total - (0 if ties else embedding.nbytes)))
+        weights = total - (0 if ties else embedding.nbytes)
+        assert roofline_throughput(target) == pytest.approx(1e9 / weights)
+        config = target.model.config
+        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * embedding.element_size()
+        assert roofline_throughput(target, 100) == pytest.approx(1e9 / (weights + 100 * token))

@@ -12,6 +12,7 @@ import torch
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.servers.server import Servers
+from specdecode.core.errors import ModelFileError
 from specdecode.models.chat import Codec, TextEncoder
 from specdecode.models.lm import LM
 from specdecode.models.loading import load, load_encoder, source_of
@@ -99,5 +100,10 @@ def load_models(names: ModelNames, backend: str, entries: Collection[Mapping[str
 def _servers(names: ModelNames, encoder: LM | TextEncoder, entries: Collection[Mapping[str, Any]]) -> Servers | None:
     if not any("server" in entry for entry in entries):
         return None
+    if encoder.tokenizer is None and not names.target.startswith("shape:"):
+        raise ModelFileError(
+            f"{names.target} has no tokenizer here, and a server would get bytes in place of its token ids: give the"
+            " folder of the model that it serves, or an id that the hub has"
+        )
     values = {key: name and source_of(name) for key, name in (("target", names.target), ("draft", names.draft))}
     return Servers(values, Codec(encoder.tokenizer), SERVER_LOGS)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from specdecode.backends.device import synchronise
+from specdecode.backends.graph import CudaGraphs
 from specdecode.bench.runs.counts import Counts, Histograms, Latencies, Seconds, as_dict, from_dict, latencies_in
 from specdecode.core.result import Generation
 from specdecode.support.checked import LEAST_SECONDS, count, counts, flag, items, mapping, number
@@ -155,9 +156,10 @@ def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int]
 
 
 def timed_call(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
-    """Call, and return the result and the seconds, with the device synchronised before and after."""
+    """Call, and return the result and the seconds, with the device synchronised before and after. Seconds of capturing
+    CUDA graphs are not among them."""
     synchronise(device)
-    started = time.perf_counter()
+    started, captured_s = time.perf_counter(), CudaGraphs.seconds
     result = call()
     synchronise(device)
-    return result, time.perf_counter() - started
+    return result, time.perf_counter() - started - (CudaGraphs.seconds - captured_s)

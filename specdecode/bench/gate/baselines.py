@@ -76,6 +76,8 @@ def _subject(run: RunFile) -> tuple[object, ...]:
 def _check(run: RunFile) -> None:
     """Raise ValueError if nothing can be expected by a run."""
     path, content = run.path, read_json(run.path)
+    if run.header.left:
+        raise ValueError(f"{path} is a run that was stopped: it is no baseline; the same command with --resume ends it")
     if content.get("commit_info", {}).get("dirty") is not False:
         raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
     if wrong := [name for name, arm in run.arms.items() if arm.bugs]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 
@@ -10,7 +12,8 @@ from specdecode.backends.device import synchronise
 from specdecode.models.lm import LM
 from specdecode.models.quantize import stored_bytes
 
-_COPY_BYTES = 2**28
+# Large enough that a cache and the start of a kernel do not count.
+_COPY_BYTES, _COPY_BYTES_ON_GPU = 2**28, 2**31
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -18,7 +21,10 @@ def copy_bandwidth(device: torch.device) -> float:
 
     Decoding a token streams all weights once, so this bounds the throughput of any backend.
     """
-    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+    size = _COPY_BYTES
+    if device.type == "cuda":
+        size = min(_COPY_BYTES_ON_GPU, torch.cuda.mem_get_info(device)[0] // 4)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = 0.0
     for _ in range(8):
@@ -26,24 +32,29 @@ def copy_bandwidth(device: torch.device) -> float:
         started = time.perf_counter()
         target.copy_(source)
         synchronise(device)
-        best = max(best, 2 * _COPY_BYTES / (time.perf_counter() - started))
+        best = max(best, 2 * size / (time.perf_counter() - started))
     return best
 
 
-def roofline_throughput(target: LM) -> float:
-    """Return the tokens per second of autoregressive decoding if nothing but streaming the weights took time."""
-    return copy_bandwidth(target.device) / token_bytes(target)
+def roofline_throughput(target: LM, cached: int = 0) -> float:
+    """Return the tokens per second of autoregressive decoding if nothing but streaming took time: of the weights, and
+    of the keys and values of so many tokens."""
+    return copy_bandwidth(target.device) / token_bytes(target, cached)
 
 
-def token_bytes(target: LM) -> int:
-    """Return the bytes of all weights that a forward reads, of a target on the backend "eager".
+def typical_length(prompts: Mapping[str, Sequence[int]]) -> int:
+    """Return the mean number of tokens of some prompts."""
+    return round(fmean(map(len, prompts.values())))
 
-    Left out are keys and values, which are few at the lengths measured here, and an embedding of which a forward reads
-    one row.
-    """
+
+def token_bytes(target: LM, cached: int = 0) -> int:
+    """Return the bytes that a forward reads, of a target on the backend "eager": all weights, but for an embedding of
+    which it reads one row; and the keys and values of so many cached tokens."""
     model = target.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     read = {id(parameter): parameter for parameter in model.parameters()}
     if head is not None and embedding.weight is not head.weight:
         read.pop(id(embedding.weight), None)
-    return sum(map(stored_bytes, read.values()))
+    slots = target.new_slots(1)
+    target.forward(slots, torch.zeros(1, dtype=torch.long))
+    return sum(map(stored_bytes, read.values())) + cached * slots.bytes_held

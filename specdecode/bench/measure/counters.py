@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -37,26 +38,49 @@ READS = frozenset(
 )
 """What makes Python wait for a tensor's content."""
 
+# In PyTorch's words.
+_WAITS = "called a synchronizing CUDA operation"
 
-class HostReads(TorchFunctionMode):
-    """Count where Python reads a tensor's content: on a GPU, each is a synchronisation of host and device.
 
-    On a GPU tensors in host memory are free to read and do not count; without one all tensors count, as it cannot be
-    told which would have been on it.
+@contextmanager
+def host_reads(device: torch.device) -> Iterator[list[int]]:
+    """Append how often Python waited for the content of a tensor within the context.
+
+    On a GPU PyTorch tells where it waits. Without one, each read of any tensor counts: it cannot be told which would
+    have been on a GPU.
+    """
+    counted: list[int] = []
+    if device.type != "cuda":
+        with _HostReads() as reads:
+            yield counted
+        counted.append(reads.count)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield counted
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    counted.append(sum(_WAITS in str(warning.message) for warning in caught))
+    for other in (warning for warning in caught if _WAITS not in str(warning.message)):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+
+
+class _HostReads(TorchFunctionMode):
+    """Count where Python reads a tensor's content.
 
     Attributes:
         count: reads so far.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device = device
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in READS or _selects_by_mask(func, args):
-            first = args[0] if args else None
-            self.count += isinstance(first, Tensor) and first.device.type == self.device.type
+            self.count += bool(args) and isinstance(args[0], Tensor)
         return func(*args, **(kwargs or {}))
 
 
@@ -107,8 +131,8 @@ def _no_stderr() -> Iterator[None]:
 def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
     """Run the arm once, untimed, and count. A peer or an arm from code warms up only: its counts are not ours to keep.
 
-    Reads are counted as by `HostReads`, but for the backend "compile". Forwards over static shapes are those that
-    `LM.forwards` counts.
+    Reads are counted by `host_reads`; not those of compiled code without a GPU. Forwards over static shapes are those
+    that `LM.forwards` counts.
     """
     if arm.foreign:
         # Its models, processes and kernels are its own.
@@ -125,9 +149,9 @@ def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequenc
     hook = target.model.register_forward_pre_hook(count) if target.static is None else None
     forwards_before = target.forwards
     # What is compiled would be compiled anew for a mode of functions, and could not be counted in it.
-    reads = nullcontext() if target.backend.name == "compile" else HostReads(target.device)
+    uncounted = target.backend.name == "compile" and target.device.type != "cuda"
     try:
-        with peak_memory(target.device) as peak, reads:
+        with peak_memory(target.device) as peak, nullcontext() if uncounted else host_reads(target.device) as reads:
             run = arm.run(prompt, length, expected)
     finally:
         if hook is not None:
@@ -135,7 +159,7 @@ def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequenc
     if arm.peer:
         return CountersRun()
     return CountersRun(
-        host_syncs_per_step=reads.count / run.counts.steps if isinstance(reads, HostReads) else None,
+        host_syncs_per_step=None if reads is None else reads[0] / run.counts.steps,
         forwards_per_step=(target.forwards - forwards_before if hook is None else forwards) / run.counts.steps,
         weight_bytes=float(target.weight_bytes),
         peak_bytes=float(peak[0]),

@@ -151,7 +151,7 @@ def experiment(
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
     finished: Sequence[Block] = (),
-    keep: Callable[[Block], None] = lambda block: None,
+    keep: Callable[[Results], None] = lambda results: None,
     baseline: str = BASELINE,
     until: Until[Results] | None = None,
     again: float = 1.0,
@@ -167,7 +167,7 @@ def experiment(
         seed: of the order of arms within a block.
         progress: told the number of runs done, of all runs, and what is going on.
         finished: blocks of an earlier run that was interrupted; they are not measured again.
-        keep: given each block as soon as it is finished.
+        keep: given the results so far as soon as another block, the last of them, is finished.
         baseline: the arm that others are compared with, unless they name another.
         until: says which arms are measured in further repeats, and when to stop; None for no more repeats.
         again: the most time spent on measuring again what other work disturbed, as a share of the rest.
@@ -213,8 +213,9 @@ def experiment(
                     steady,
                     drift.parts,
                 )
-                keep(block)
             results.blocks.append(block)
+            if block is not known.get((prompt, repeat)):
+                keep(results)
             drift.add(*block.drift(baseline))
     progress(total, total, "done")
     return results

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from specdecode.backends import BACKENDS
 from specdecode.bench.measure.bandwidth import copy_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
-from specdecode.decoding.measure_costs import forward_seconds
+from specdecode.decoding.measure_costs import cached_tokens, forward_seconds
 from specdecode.models.lm import LM
 
 WIDER = (8, 16, 32)
@@ -48,7 +48,7 @@ class Roofline:
 
     Attributes:
         bandwidth: bytes per second that a large copy reads and writes on the device.
-        token_bytes: of weights, which a forward reads.
+        token_bytes: that a forward reads: weights, and the keys and values that are cached.
         backends: by name, those that work here.
         missing: by name, why the others do not.
     """
@@ -96,4 +96,4 @@ def measure_roofline(target: LM, tell: Callable[[int, int, str], None]) -> Roofl
         kind: BackendForwards(variant.weight_bytes, by_rows)
         for (kind, variant), by_rows in zip(variants.items(), seconds, strict=True)
     }
-    return Roofline(bandwidth, token_bytes(target), backends, missing)
+    return Roofline(bandwidth, token_bytes(target, cached_tokens(target, WIDER[-1])), backends, missing)

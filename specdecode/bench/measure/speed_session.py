@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from specdecode.bench.arms.models import load_models
 from specdecode.bench.gate.baselines import ever_sees
 from specdecode.bench.gate.series import yardstick
 from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_baseline, open_arms
-from specdecode.bench.measure.bandwidth import roofline_throughput
+from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.measure.journal import Journal, code
@@ -22,12 +23,15 @@ from specdecode.bench.measure.until import Until
 from specdecode.bench.measure.versions import Versions, WorkerProcess, dependencies, versions
 from specdecode.bench.plan import Plan
 from specdecode.bench.presets import Preset
-from specdecode.bench.report.captions import judged_by
+from specdecode.bench.report.captions import judged_by, type_of
+from specdecode.bench.runs.file import KEY, run_json
+from specdecode.bench.runs.names import OWN_TYPE
 from specdecode.bench.runs.records import ArmRecord, Header, RunFile
 from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.data import token_prompts
 from specdecode.models.lm import LM
 from specdecode.support.environment import conditions
+from specdecode.support.files import write_whole
 from specdecode.support.progress import progress
 
 T = TypeVar("T")
@@ -58,23 +62,26 @@ class JudgedRun:
     journal: Journal | None = None
 
 
-def measure(plan: Plan, selected: Collection[str], new: str | None = None) -> JudgedRun:
+def measure(plan: Plan, selected: Collection[str], new: str | None = None, file: Path | None = None) -> JudgedRun:
     """Measure the selected arms of the preset, and judge them by the baseline or by another commit.
 
     Args:
         plan: of the session.
         selected: names of arms.
         new: the commit to measure against the plan's; the working tree if None.
+        file: of the run so far, written after each block; none is if None. A run against another commit has none.
 
     Raises:
         ValueError, SpecDecodeError: an option is wrong, a model cannot be loaded or a file cannot be judged.
     """
     for arm, entry in plan.entries(selected).items():
         ArmSpec.from_entry(arm, entry)  # a wrong entry is an error before a model is loaded
-    return _measure(plan, selected) if plan.against is None else _measure_against(plan, plan.against, selected, new)
+    if plan.against is not None:
+        return _measure_against(plan, plan.against, selected, new)
+    return _measure(plan, selected, file)
 
 
-def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
+def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> JudgedRun:
     """Measure the working tree alone."""
     entries = plan.entries(selected)
     models = load_models(plan.setup.names, plan.setup.backend, entries.values())
@@ -96,7 +103,9 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
     journal = Journal(plan.journal, experiment_values, plan.resume)
     finished = journal.blocks()
     before = conditions(plan.setup.device)
-    roofline = roofline_throughput(models.target) if models.target is not None else 0.0
+    roofline = 0.0 if models.target is None else roofline_throughput(models.target, typical_length(prompts))
+
+    blocks = len(prompts) * plan.preset.repeats
 
     def run_of(results: Results) -> RunFile:
         header = run_header(
@@ -107,7 +116,13 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             versions=versions | _server_versions(arms),
             before=before,
         )
+        header = replace(header, left=max(0, blocks - len(results.blocks)))
         return RunFile(Path(), header, results.records())
+
+    def keep(results: Results) -> None:
+        journal.add_block(results.blocks[-1])
+        if file is not None:
+            write_whole(file, json.dumps({KEY: run_json(run_of(results))}) + "\n")
 
     def still_open(results: Results, aim: float) -> set[str]:
         run = run_of(results)
@@ -119,7 +134,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
 
     with progress() as show:
         if plan.resume:
-            show(0, 1, f"resuming: {len(finished)} of {len(prompts) * plan.preset.repeats} blocks are there")
+            show(0, 1, f"resuming: {len(finished)} of {blocks} blocks are there")
         results = experiment(
             arms,
             prompts,
@@ -127,7 +142,7 @@ def _measure(plan: Plan, selected: Collection[str]) -> JudgedRun:
             plan.preset.repeats,
             progress=show,
             finished=finished,
-            keep=journal.add_block,
+            keep=keep,
             baseline=plan.preset.baseline,
             until=_until(plan, still_open),
             again=plan.again,
@@ -199,7 +214,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
         "target": plan.identity.target,
         "draft": plan.identity.draft,
         "device": str(plan.setup.device),
-        "dtype": plan.identity.dtype,
+        "dtype": None if plan.identity.dtype == OWN_TYPE else plan.identity.dtype,
         "backend": plan.setup.backend,
         "arms": entries,
     }
@@ -312,5 +327,5 @@ def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str])
 
 
 def _title(plan: Plan, pair: str, device: object, backend: str, prompts: Sized) -> str:
-    where = f"{plan.identity.dtype} on {device}{f', backend {backend}' if backend else ''}"
+    where = f"{type_of(plan.identity)} on {device}{f', backend {backend}' if backend else ''}"
     return f"{pair}, {where}, {len(prompts)} prompts x {plan.preset.max_new_tokens} tokens"

@@ -12,7 +12,7 @@ from pathlib import Path
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.arms.models import Models, load_models
-from specdecode.bench.measure.bandwidth import roofline_throughput
+from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
 from specdecode.bench.measure.block import Block, closing, measure_block
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.drift import Drift
@@ -62,7 +62,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
         raise ValueError("all arms of the preset are from code: there is no method of this package to recommend")
     prompts, _ = token_prompts(plan.preset.prompts, target)
     order = _in_turn(list(prompts))
-    before, bandwidth = conditions(target.device), roofline_throughput(target)
+    before, roofline = conditions(target.device), roofline_throughput(target, typical_length(prompts))
     versions = run_versions(plan.identity.target, models.backend_name)
     blocks: list[Block] = []
     failures: dict[str, str] = {}
@@ -70,9 +70,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
 
     def write() -> RunFile:
         results = Results(arms, blocks, counters_runs, failures)
-        header = run_header(
-            plan, results.outputs(), results.floor, roofline=bandwidth, versions=versions, before=before
-        )
+        header = run_header(plan, results.outputs(), results.floor, roofline=roofline, versions=versions, before=before)
         return _write(RunFile(file, header, results.records()))
 
     with progress("seconds") as show:

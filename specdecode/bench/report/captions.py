@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from specdecode.bench.gate.verdicts import Judgement, Verdict
+from specdecode.bench.presets import built_in
 from specdecode.bench.runs.measures import Measures
-from specdecode.bench.runs.names import BASELINE, FLAGS, PEER_BASELINE
-from specdecode.bench.runs.records import ArmRecord, RunFile
+from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, PEER_BASELINE
+from specdecode.bench.runs.records import ArmRecord, Identity, RunFile
 from specdecode.support.files import slug
 
 LOOPS = 0.5
@@ -48,7 +49,12 @@ def title(run: RunFile) -> str:
     """Name the models, and what the experiment is."""
     identity = run.header.identity
     size = f"{len(run.header.outputs)} prompts x {run.header.max_new_tokens} tokens"
-    return f"{models(run)}, {identity.dtype} on {identity.hardware}, preset {identity.preset}, {size}"
+    return f"{models(run)}, {type_of(identity)} on {identity.hardware}, preset {identity.preset}, {size}"
+
+
+def type_of(identity: Identity) -> str:
+    """Name the type of the weights."""
+    return "a type that its servers choose" if identity.dtype == OWN_TYPE else identity.dtype
 
 
 def models(run: RunFile) -> str:
@@ -86,12 +92,13 @@ def command(run: RunFile) -> str:
     sets = Counter(prompt.rpartition("/")[0] for prompt in header.outputs)
     repeats = max((row.counts.runs for record in run.arms.values() for row in record.rows.values()), default=1)
     flags = [flag for flag in FLAGS if flag in identity.preset.split(".")[1:]]
+    preset = identity.preset.removesuffix("".join(f".{flag}" for flag in flags))
     options = {
-        "preset": identity.preset.removesuffix("".join(f".{flag}" for flag in flags)),
+        "preset": preset if preset in built_in() else f"{preset}.toml",
         "target": identity.target,
         "draft": identity.draft,
         "device": "cuda" if slug(str(header.versions.get("gpu", ""))) == identity.hardware else "cpu",
-        "dtype": identity.dtype,
+        "dtype": "" if identity.dtype == OWN_TYPE else identity.dtype,
         "prompts": ",".join(f"{name}:{count}" for name, count in sets.items()),
         "max-new-tokens": str(header.max_new_tokens),
         "repeats": f"{repeats:.0f}",
@@ -170,19 +177,27 @@ def notes(run: RunFile) -> list[str]:
     if {"server", "call"} & options.keys():
         plainly = ", which a server decodes" if "server" in options else ", which code outside of this package decodes"
     sentences = [
-        f"Baseline {baseline}{plainly}. Intervals are 95 %.",
+        f"Baseline {baseline}{plainly}. {_intervals(run)}",
         f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} in the mean."
         f"{_disturbances(run)}",
     ]
     if run.header.roofline:
         sentences.append(
             "Predicted: from acceptance and forwards, without overhead. Roofline: share of the speed at which memory"
-            f" can stream the weights, {run.header.roofline:.0f} tokens/s."
+            " can stream the weights, and the keys and values of a prompt of mean length:"
+            f" {run.header.roofline:.0f} tokens/s."
         )
     peers = {arm: record.against for arm, record in run.arms.items() if record.against}
     if compared := {arm: peer for arm, peer in peers.items() if run.log_speedups(arm, over=peer)}:
         ratios = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())
         sentences.append(f"Against transformers, same draft and settings: {ratios}.")
+    replayed = {arm: record.ties for arm, record in run.arms.items() if "replay" in record.options and record.ties}
+    if replayed:
+        left = ", ".join(f"{arm} ({ties})" for arm, ties in replayed.items())
+        sentences.append(
+            f"Outputs that left the replayed text at a tie: {left}. Behind it fewer proposals may have been right than"
+            " were to be."
+        )
     if any(record.lossy for record in run.arms.values()):
         sentences.append(
             "Lossy: checked against plain decoding with the same cache and the same weights; from code that says so of"
@@ -199,6 +214,12 @@ def notes(run: RunFile) -> list[str]:
             " and what is fast there is fast at repeating."
         )
     return sentences + [f"Beware: {warning}." for warning in run.header.warnings]
+
+
+def _intervals(run: RunFile) -> str:
+    if len(run.header.outputs) == 1:
+        return "Intervals tell how times of its one prompt vary, and nothing of other prompts."
+    return "Intervals are 95 %."
 
 
 def _disturbances(run: RunFile) -> str:

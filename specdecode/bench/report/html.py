@@ -88,9 +88,11 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[
         if arm != run.header.baseline and not record.bugs and not scales(run, arm)
     }
     speedups = {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
-    if speedups:
-        best = max(speedups, key=lambda arm: speedups[arm].value)
-        tiles.append(tile("Fastest", "", f"{speedups[best].value:.2f} times {run.baseline_of(best)}", label(run, best)))
+    if faster := {arm: speedup for arm, speedup in speedups.items() if speedup.low > 1}:
+        best = max(faster, key=lambda arm: faster[arm].value)
+        tiles.append(tile("Fastest", "", f"{faster[best].value:.2f} times {run.baseline_of(best)}", label(run, best)))
+    elif speedups:
+        tiles.append(tile("Fastest", "", run.header.baseline, "no arm is faster beyond the noise"))
     tiles.append(
         tile(
             "A/A floor", "", f"{math.expm1(run.header.floor):.1%}", f"what two runs of {run.header.baseline} differ by"
@@ -223,6 +225,9 @@ def _acceptance(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
     for arm in drafting:
         length, rate = cells(run, arm, ["mean_acceptance_length", "acceptance_rate"])
         sentence = f"τ {length} tokens a step" + (f", {rate} of proposals accepted" if rate else "")
+        steps, drafted = run.arms[arm].counts().steps, sum(run.arms[arm].histograms().accepted)
+        if drafted < steps:
+            sentence += f"; of {steps:.0f} steps {drafted} verified a draft, and are shown"
         chart = acceptance(run, arm, longest, looks[arm])
         cards.append(card([swatch(looks[arm]), label(run, arm)], chart, sentence))
     return [

@@ -12,7 +12,17 @@ from rich.text import Text
 from specdecode.bench.gate.blame import PARTS, blame
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
-from specdecode.bench.report.captions import cells, drafts, failing_first, label, notes, outputs, percent, proposes
+from specdecode.bench.report.captions import (
+    cells,
+    drafts,
+    failing_first,
+    label,
+    notes,
+    one_line,
+    outputs,
+    percent,
+    proposes,
+)
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.load import LOAD, by_concurrency, losses
 from specdecode.bench.report.speedup_model import modelled
@@ -150,6 +160,13 @@ def surroundings(run: RunFile) -> list[Grid]:
     """Show what times depend on besides the code: hardware and versions, and what may change while a run lasts."""
     versions = [["hardware", run.header.identity.hardware]]
     versions += [[name, str(value)] for name, value in run.header.versions.items()]
+    reached: dict[str, str] = {}
+    for arm, record in run.arms.items():
+        table = record.options.get("server", {})
+        for how in ("command", "url"):
+            if how in table:
+                reached.setdefault(one_line(table[how]), f"{how} of {arm}")
+    versions += [[what, how] for how, what in reached.items()]
     grids = [Grid([Column("measured with", False), Column("", False, True)], versions)]
     if conditions := run.header.conditions:
         names = dict.fromkeys(name for condition in conditions.values() for name in condition)

@@ -26,6 +26,9 @@ from specdecode.support.checked import (
 )
 from specdecode.support.files import slug
 
+# pytest-benchmark's word for a folder that is no repository.
+_UNVERSIONED = "unversioned"
+
 FORMAT = 3
 KEY = "specdecode"
 
@@ -94,7 +97,7 @@ def parse(content: str, path: Path) -> RunFile:
         head = mapping(mapping(file, "the file")[KEY], KEY)
         run = _run(head, path)
         others = [_run(mapping(other, "together"), path) for other in items(head.get("together", []), "together")]
-        commit = str((file.get("commit_info") or {}).get("id", ""))[:10]
+        commit = str((file.get("commit_info") or {}).get("id", "")).removeprefix(_UNVERSIONED)[:10]
         date, reason = str(file.get("datetime", ""))[:10], str(head.get("reason", ""))
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --benchmark`: it has no {error}") from None
@@ -131,6 +134,7 @@ def _header(head: dict[str, Any]) -> Header:
         # Older files do not have it.
         baseline=text(head, "baseline") if "baseline" in head else BASELINE,
         until=number(head, "until", 0.0, 1.0) if "until" in head else None,
+        left=count(head, "left") if "left" in head else 0,
     )
 
 

@@ -12,6 +12,9 @@ BASELINE = "ar"
 PEER_BASELINE = "hf-generate"
 """transformers' own autoregressive decoding, which this package's code cannot slow down."""
 
+OWN_TYPE = "own"
+"""The type of a run whose servers say nothing of it, where the command line does not either."""
+
 FLAGS = ("tiny", "eos")
 """Options that make another experiment of a preset: its name goes on with a dot and theirs."""
 

@@ -74,6 +74,7 @@ class Header:
         baseline: the arm that others are compared with, unless they name another.
         until: the slowdown, as a share, that verdicts were to see: after each repeat they were looked at, and what was
             clear was not measured again. None if the number of repeats was fixed.
+        left: blocks that were still to be measured when the file was written. A run that was stopped has some.
     """
 
     identity: Identity
@@ -85,11 +86,12 @@ class Header:
     conditions: dict[str, dict[str, str]] = field(default_factory=dict)
     baseline: str = BASELINE
     until: float | None = None
+    left: int = 0
 
     @property
     def warnings(self) -> list[str]:
-        """Return what in the conditions speaks against the times, in sentences."""
-        sentences = []
+        """Return what speaks against the times, in sentences."""
+        sentences = [f"the run was stopped when {self.left} block(s) were left"] if self.left else []
         for when, condition in self.conditions.items():
             throttled = condition.get("clocks_throttle_reasons.active", "")
             # A hexadecimal number. Its lowest bit says that the GPU is idle, which it is before and after a run.

@@ -162,6 +162,9 @@ def _told_in_a_sentence(responses: Sequence[Response] = ()) -> Iterator[None]:
     """Raise ServerError in place of the errors of connections, and of answers that are not of the engine's form."""
     try:
         yield
+    except httpx2.ConnectError as error:
+        url = error.request.url
+        raise ServerError(f"nothing answers at {url.scheme}://{url.netloc.decode()}: does its server run?") from error
     except httpx2.HTTPError as error:
         known = f" after {sum(sum(response.sizes) for response in responses)} tokens" if responses else ""
         raise ServerError(f"its server breaks the connection{known} ({type(error).__name__})") from error

@@ -36,7 +36,7 @@ def main() -> None:
         try:
             server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words)
         except OSError as error:
-            sys.stdout.write(f"cannot be started: {error.strerror}: {command[0]}")
+            sys.stdout.write(f"cannot be started: {command[0]}: {error.strerror}")
             return
 
     def wait_for_the_end_of_input() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -20,6 +21,10 @@ from specdecode.support.files import writing
 
 _KEEPER = Path(__file__).with_name("keeper.py")
 _POLL_S = 0.1
+
+# An exception in Python's words, with what it is about.
+_ERROR = re.compile(r"\b\w*(Error|Exception): \S")
+_LAST_LINES, _MOST_WORDS = 2, 400
 
 
 class ServerProcess:
@@ -56,7 +61,7 @@ class ServerProcess:
             return
         assert self._keeper.stdout is not None
         how = self._keeper.stdout.read().strip() or "was killed"
-        raise ServerError(f"its server {how}; its last words: {self._last_words()} (all of them: {self.log})")
+        raise ServerError(f"its server {how}{self._last_words()}")
 
     def wait(self, answers: Callable[[], bool], minutes: float) -> None:
         """Wait until the server answers.
@@ -69,8 +74,7 @@ class ServerProcess:
             self.check()
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"its server is not ready after {minutes:g} minutes, its start_minutes; its last words:"
-                    f" {self._last_words()} (all of them: {self.log})"
+                    f"its server is not ready after {minutes:g} minutes, its start_minutes{self._last_words()}"
                 )
             time.sleep(_POLL_S)
 
@@ -88,8 +92,14 @@ class ServerProcess:
         self._keeper.stdout.close()
 
     def _last_words(self) -> str:
-        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-        return lines[-1].strip() if len(lines) > 1 else "none"
+        """Return what the server said of its end: the first error of the log, which later ones follow from, else its
+        last lines."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")[1:]
+        said = [line.strip() for line in lines if line.strip()]
+        if not said:
+            return ""
+        words = next(filter(_ERROR.search, said), None) or " / ".join(said[-_LAST_LINES:])
+        return f"; it said: {words[:_MOST_WORDS]} (all of it: {self.log})"
 
 
 def words_of(command: str, values: Mapping[str, object]) -> list[str]:

@@ -356,7 +356,13 @@ class Servers:
         self._servers: dict[str, Server] = {}
 
     def server(self, arm: str, spec: ServerSpec) -> Server:
-        """Return the server of an arm."""
+        """Return the server of an arm.
+
+        Raises:
+            ValueError: its command names a draft, and there is none.
+        """
+        if "{draft}" in (spec.command or "") and not self._values["draft"]:
+            raise ValueError(f"arm {arm!r}: server.command names {{draft}}: say with --draft which model that is")
         key = repr(spec)
         if key not in self._servers:
 

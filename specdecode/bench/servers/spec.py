@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,9 @@ from specdecode.support.kinds import FLAG, NUMBER, STRING, STRINGS, TABLE, is_of
 
 PLACEHOLDERS = ("target", "draft", "port")
 """What a command may name in braces."""
+
+# Braces around anything else may be an option's, which are often JSON.
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 _PROMPTS = ("ids", "text")
 
@@ -133,8 +137,13 @@ def _check_command(command: str) -> None:
         raise ValueError(f"server.command cannot be read: {error}") from None
     if not words:
         raise ValueError("server.command is empty")
-    if not any("{port}" in word for word in words):
+    named = set(_PLACEHOLDER.findall(command))
+    if "port" not in named:
         raise ValueError("server.command names no {port}: the server is to listen on the port that it stands for")
+    if unknown := sorted(named - set(PLACEHOLDERS)):
+        raise ValueError(
+            f"server.command names {{{unknown[0]}}}: only {{target}}, {{draft}} and {{port}} are filled in"
+        )
 
 
 _DEFAULTS: dict[str, Any] = {

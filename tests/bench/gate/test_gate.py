@@ -433,6 +433,7 @@ def test_runs_of_other_things_are_not_blessed_together(tmp_path: Path) -> None:
         ("dirty", "not committed"),
         ("no commit", "not committed"),
         ("bug", "wrong outputs"),
+        ("stopped", "is a run that was stopped"),
         ("failure", r"arms that did not decode \(linear\)"),
         ("noise", "no later run would see a slowdown below 32% by this"),
     ],
@@ -446,6 +447,8 @@ def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change
         del content_["commit_info"]
     if change == "bug":
         content_["specdecode"]["arms"]["linear"]["bugs"] = 1.0
+    if change == "stopped":
+        content_["specdecode"]["left"] = 2
     if change == "failure":
         content_["specdecode"]["arms"]["linear"]["failure"] = "arm 'linear': it raised KeyError"
     run = tmp_path / "run.json"

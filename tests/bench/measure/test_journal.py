@@ -57,7 +57,14 @@ class Interrupted:
     def experiment(self, path: Path, resume: bool = False) -> Results:
         arms = [Arm(name, self._run, lm("llama")) for name in ("ar", "other")]
         journal = Journal(path, WHAT, resume)
-        return experiment(arms, PROMPTS, 20, repeats=2, finished=journal.blocks(), keep=journal.add_block)
+        return experiment(
+            arms,
+            PROMPTS,
+            20,
+            repeats=2,
+            finished=journal.blocks(),
+            keep=lambda results: journal.add_block(results.blocks[-1]),
+        )
 
 
 @fuzzed(8)

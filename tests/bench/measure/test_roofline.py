@@ -43,9 +43,11 @@ def test_shares_and_multiples_are_those_of_the_machine(clock: FakeClock) -> None
         found = measure_roofline(target, silent)
     embedding = target.model.get_input_embeddings().weight.nbytes
     assert list(found.backends) == ["eager", "packed"]
-    assert found.token_bytes == target.weight_bytes
-    assert found.throughput == pytest.approx(1e6 / target.weight_bytes)
-    assert [of.weight_bytes for of in found.backends.values()] == [found.token_bytes, found.token_bytes + embedding]
+    cached = 256 * 2 * 4 * 2 * 8 * 4  # tokens; keys and values of so many layers, heads and numbers of 4 bytes
+    assert found.token_bytes == target.weight_bytes + cached
+    assert found.throughput == pytest.approx(1e6 / found.token_bytes)
+    weights = target.weight_bytes
+    assert [of.weight_bytes for of in found.backends.values()] == [weights, weights + embedding]
     assert found.share("eager") == pytest.approx(100 / found.throughput)
     assert found.share("packed") == pytest.approx(50 / found.throughput)
     assert found.backends["eager"].multiples == pytest.approx({8: 1.7, 16: 2.5, 32: 4.1})
@@ -72,8 +74,9 @@ def test_rounds_end_when_time_is_up(clock: FakeClock) -> None:
     told = []
     with charged(clock, {model: Cost(1.0, 0.0) for model in (target.model, target.with_backend("packed").model)}):
         measure_roofline(target, lambda *progress: told.append(progress))
-    # What is cached; first forwards, untimed; three rounds of eight seconds, the last begun before the twentieth.
-    assert clock() == pytest.approx(2 + 8 + 24)
+    # What is cached; first forwards, untimed; three rounds of eight seconds, the last begun before the twentieth; and a
+    # forward that shows how much a token keeps.
+    assert clock() == pytest.approx(2 + 8 + 24 + 1)
     assert [done for done, _, _ in told[-3:]] == [1, 2, 3]
     assert told[-1][:2] == (3, 3)
     assert "first forward of packed, rows 8" in [doing for _, _, doing in told]

@@ -285,6 +285,15 @@ def test_without_git_there_is_no_history(
     assert "No history: git knows no earlier" in report("md", run_content(SPEEDUPS))
 
 
+def test_a_replay_that_lost_its_text_is_told(report: Any) -> None:
+    """Guards against a speed at an acceptance of 0.8 that was another behind a tie."""
+    run = run_content(SPEEDUPS, options={"drafter": "model", "replay": 0.8})
+    assert "left the replayed text" not in report("md", run)
+    arm = next(arm for arm in SPEEDUPS if arm != "ar")
+    run["specdecode"]["arms"][arm]["ties"] = 2
+    assert f"Outputs that left the replayed text at a tie: {arm} (2)." in report("md", run)
+
+
 def test_the_command_measures_the_same_again(report: Any) -> None:
     """Guards against a number that nobody can check."""
     found = re.search(r"pytest --benchmark .*", Page(report("html", run_content(SPEEDUPS))).text)
@@ -297,7 +306,7 @@ def test_the_command_measures_the_same_again(report: Any) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "given"),
-    [("a.b", "--preset=a.b"), ("quick.tiny", "--preset=quick"), ("quick.tiny.eos", "--preset=quick")],
+    [("a.b", "--preset=a.b.toml"), ("quick.tiny", "--preset=quick"), ("quick.tiny.eos", "--preset=quick")],
 )
 def test_the_command_has_the_options_that_made_another_experiment(preset: str, given: str, report: Any) -> None:
     """Guards against a command that measures hours for what a tiny run did in seconds."""

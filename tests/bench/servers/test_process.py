@@ -1,4 +1,4 @@
-"""A server that the suite starts: it ends with it, and its last words are told."""
+"""A server that the suite starts: it ends with it, and what it said is told."""
 
 from __future__ import annotations
 
@@ -77,9 +77,10 @@ def test_servers_that_run_alone_make_room(servers: Servers) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("ends at once", "its server ended with exit code 1; its last words: CUDA out of memory (all of them: "),
-        ("never ready", "its server is not ready after 0.02 minutes, its start_minutes; its last words: loading"),
-        ("die", "its server ended with exit code -9; its last words: loading"),
+        ("fails", "its server ended with exit code 1; it said: ValueError: memory is too small (all of it: "),
+        ("ends at once", "its server ended with exit code 1; it said: loading / CUDA out of memory (all of it: "),
+        ("never ready", "its server is not ready after 0.02 minutes, its start_minutes; it said: loading (all of it: "),
+        ("die", "its server ended with exit code -9; it said: loading (all of it: "),
     ],
 )
 def test_what_ends_a_server_is_told(servers: Servers, fault: str, said: str) -> None:
@@ -93,7 +94,7 @@ def test_what_ends_a_server_is_told(servers: Servers, fault: str, said: str) -> 
 
 def test_a_command_that_is_not_there_is_told(servers: Servers) -> None:
     """Guards against a traceback of the process that keeps the server."""
-    with pytest.raises(ServerError, match="its server cannot be started: No such file or directory: no-such-program"):
+    with pytest.raises(ServerError, match=r"its server cannot be started: no-such-program: No such file or directory$"):
         servers.server("spec", ServerSpec(command="no-such-program --port {port}")).open()
 
 

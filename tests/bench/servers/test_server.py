@@ -118,7 +118,7 @@ SAID = {
     "no json": "its server streams what is no JSON object: '{half'",
     "hangs": "its server takes longer than 1 s, its limit_s",
 }
-HERE = {"die", "never ready", "ends at once"}  # of the process: test_process.py
+HERE = {"die", "never ready", "ends at once", "fails"}  # of the process: test_process.py
 CACHES = {"caches", "caches in silence"}
 HARMLESS = {"slow at first", "wrong tokens", "tie"}
 
@@ -158,9 +158,9 @@ def test_a_server_that_is_slow_at_first_is_warmed_up(start: Start) -> None:
 
 
 def test_a_server_that_is_not_there_is_told(start: Start) -> None:
-    """Guards against a traceback of the client."""
-    server = Server(ServerSpec(url="http://127.0.0.1:9"), {}, Codec(None), Path("none.log"))
-    assert failure(server) == "its server breaks the connection (ConnectError)"
+    """Guards against a traceback of the client, and against a sentence that does not say where nothing is."""
+    server = Server(ServerSpec(url="http://127.0.0.1:9/v1"), {}, Codec(None), Path("none.log"))
+    assert failure(server) == "nothing answers at http://127.0.0.1:9: does its server run?"
 
 
 def test_a_version_that_is_not_told_is_left_out(start: Start) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.entry import ArmSpec
-from specdecode.bench.presets import parse
+from specdecode.bench.presets import parse, preset
 from specdecode.bench.servers.server import Servers
 from specdecode.bench.servers.spec import ServerSpec
 from specdecode.models.chat import Codec
@@ -46,6 +47,38 @@ def test_a_key_is_looked_for_when_the_arm_is_made(monkeypatch: pytest.MonkeyPatc
     assert arm.server.server.spec.key == "a secret"
     assert "secret" not in repr(spec)
     assert "secret" not in repr(arm.options)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("serve {target} --port {port} --draft {draft}", "names {draft}: say with --draft which model that is"),
+        ("serve {model} --port {port}", r"names {model}: only {target}, {draft} and {port} are filled in"),
+    ],
+)
+def test_a_command_is_not_started_with_a_gap(command: str, reason: str, tmp_path: Path) -> None:
+    """Guards against a server that is told to draft with a model of no name."""
+    servers = Servers({"target": "a folder", "draft": ""}, Codec(None), tmp_path)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        make_arm("it", {"server": {"command": command}}, None, None, servers=servers)
+    options = command.replace("{draft}", "--options '{\"k\": {}}'").replace("{model}", "{target}")
+    assert make_arm("it", {"server": {"command": options}}, None, None, servers=servers).server is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("max_tokens = 3", "preset 'it.toml' has unknown keys: max_tokens; choose from arms, prompts, max_new_tokens"),
+        ("repeats = 3", "preset 'it.toml' lacks arms, prompts, max_new_tokens"),
+        ("repeats", "preset 'it.toml' cannot be read: "),
+    ],
+)
+def test_keys_of_a_preset_are_told(text: str, reason: str) -> None:
+    """Guards against the words of Python for what is wrong in a file."""
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse(text, "it.toml")
+    with pytest.raises(ValueError, match=r"there is no file nowhere\.toml"):
+        preset("nowhere.toml")
 
 
 def test_a_list_of_concurrencies_is_an_arm_each() -> None:

@@ -1,0 +1,199 @@
+"""The CUDA path, on a GPU or on the pretended one: `tox -e pretend`."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from specdecode import (
+    LM,
+    BestFirstTree,
+    FixedK,
+    Generation,
+    HeadDrafter,
+    ModelDrafter,
+    NoDraft,
+    PromptLookup,
+    Sampling,
+    SelfStreamingDrafter,
+    SinkWindow,
+    StaticTree,
+    generate,
+    generate_batch,
+)
+from specdecode.backends import prepare
+from specdecode.backends.graph import CudaGraphs
+from specdecode.bench.arms.arm import make_arm
+from specdecode.bench.measure.block import timed
+from specdecode.bench.measure.counters import host_reads
+from specdecode.decoding.teacher_forced import teacher_forced
+from specdecode.drafters.base import Drafter
+from specdecode.drafters.replay import ReplayDrafter
+from specdecode.heads.bound import BoundHead, untrained
+from specdecode.policies.heavy_hitter import HeavyHitter
+from tests.helpers import models
+from tests.helpers.models import ARCHITECTURES, build, prompt
+
+pytestmark = pytest.mark.skipif(
+    torch.device(models.DEVICE).type != "cuda", reason="there is no GPU here, nor a pretended one: tox -e pretend"
+)
+
+LENGTH = 40
+TREE = StaticTree((3, 2, 1))
+
+MAKERS: dict[str, Callable[[LM, LM], Drafter]] = {
+    "none": lambda target, draft: NoDraft(),
+    "lookup": lambda target, draft: PromptLookup(),
+    "lookup-tree": lambda target, draft: PromptLookup(branches=3),
+    "chain": lambda target, draft: ModelDrafter(draft),
+    "static-tree": lambda target, draft: ModelDrafter(draft, TREE),
+    "best-first-tree": lambda target, draft: ModelDrafter(draft, BestFirstTree(nodes=8, threshold=0.01)),
+    "self-streaming": lambda target, draft: SelfStreamingDrafter(target, 16),
+    "head-chain": lambda target, draft: HeadDrafter(BoundHead(untrained(target), target)),
+    "head-tree": lambda target, draft: HeadDrafter(BoundHead(untrained(target), target), TREE),
+    "replay": lambda target, draft: ReplayDrafter(ModelDrafter(draft), on_the_host(), 0.8),
+}
+
+READS = {"best-first-tree": 5}
+"""How often the host waits in a step of a drafter that looks at each level that it has drafted; others let it wait
+once."""
+
+
+@functools.cache
+def on_graphs(name: str = "llama") -> LM:
+    model = build(ARCHITECTURES[name])
+    return LM(model, name=name, backend=prepare("graph", model))
+
+
+@functools.cache
+def on_the_host(name: str = "llama") -> list[int]:
+    """The text that a copy of the model on the CPU goes on with, behind the prompt."""
+    plain = LM(build(ARCHITECTURES[name]).cpu(), name=name)
+    return [*prompt(), *generate(plain, prompt(), max_new_tokens=LENGTH).tokens]
+
+
+def decode(target: LM, drafter: Drafter) -> Generation:
+    return generate(target, prompt(), drafter=drafter, controller=FixedK(4), max_new_tokens=LENGTH)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_replayed_graphs_write_what_the_cpu_does_and_wait_once_a_step(name: str) -> None:
+    """Guards against results of a graph that another has overwritten, copies that have not arrived, tensors of two
+    devices in one operation, and a host that stands still, or captures, where it need not."""
+    target = on_graphs()
+    draft = target.subset([0, 2])
+    # The prompt is read by a graph as soon as the storage has seen one: so two runs capture.
+    for first in (True, True, False):
+        drafter = None
+        gc.collect()  # the storages of the run before are used again
+        captures, drafter = CudaGraphs.count, MAKERS[name](target, draft)
+        with host_reads(target.device) as reads:
+            result = decode(target, drafter)
+        assert result.tokens == on_the_host()[len(prompt()) :]
+        assert first or CudaGraphs.count == captures
+        assert first or reads[0] <= READS.get(name, 1) * len(result.steps)
+    assert captures
+    eager = LM(build(ARCHITECTURES["llama"]))
+    drafter = MAKERS[name](eager, eager.subset([0, 2]))
+    with host_reads(eager.device) as reads:
+        result = decode(eager, drafter)
+    assert result.tokens == on_the_host()[len(prompt()) :]
+    assert reads[0] <= READS.get(name, 1) * len(result.steps)
+
+
+@pytest.mark.parametrize("name", ["gpt-neox", "gemma3-window"])
+def test_other_architectures_replay_right(name: str) -> None:
+    """Guards against a window or a rotation that is captured as it was once."""
+    target = on_graphs(name)
+    assert target.backend.name == "graph"
+    for drafter in (NoDraft(), ModelDrafter(target.subset([0, 1]), TREE)):
+        assert decode(target, drafter).tokens == on_the_host(name)[len(prompt()) :]
+
+
+def test_policies_batches_and_samples_are_those_of_the_cpu() -> None:
+    """Guards against rules of a device in what tokens are chosen."""
+    target = on_graphs()
+    plain = LM(build(ARCHITECTURES["llama"]).cpu())
+    texts, length = [prompt(length) for length in (9, 14)], 24
+    for policy in (SinkWindow(24, sinks=2), HeavyHitter(24)):
+        rules = {"policy": policy, "max_new_tokens": length}
+        expected = generate(plain, prompt(), **rules).tokens
+        assert generate(target, prompt(), drafter=PromptLookup(), **rules).tokens == expected
+    batch = generate_batch(
+        target, texts, batch_size=2, drafter=lambda: ModelDrafter(target.subset([0, 2])), max_new_tokens=length
+    )
+    assert [result.tokens for result in batch] == [
+        generate(plain, text, max_new_tokens=length).tokens for text in texts
+    ]
+    sampling = Sampling(0.9, top_k=20, seed=5)
+    for make in (MAKERS["chain"], MAKERS["static-tree"], MAKERS["head-tree"]):
+        written = [
+            generate(
+                one, prompt(), drafter=make(one, one.subset([0, 2])), sampling=sampling, max_new_tokens=length
+            ).tokens
+            for one in (plain, target)
+        ]
+        assert written[0] == written[1]
+
+
+def test_teacher_forcing_reads_what_has_arrived() -> None:
+    """Guards against acceptance of tokens that are still on their way to the host."""
+    text = on_the_host()
+    counted = []
+    for target in (LM(build(ARCHITECTURES["llama"]).cpu()), on_graphs()):
+        steps = list(teacher_forced(target, text, len(prompt()), drafter=ModelDrafter(target.subset([0, 2]))))
+        counted.append([(step.place, len(step.logits)) for step in steps])
+    assert counted[0] == counted[1]
+
+
+def test_a_timed_run_captures_nothing() -> None:
+    """Guards against times of captures, and of runs whose texts grow beyond what was captured before."""
+    target = on_graphs()
+    draft = target.subset([0, 2])
+    entries = {
+        "chain": {"drafter": "model", "k": 3},
+        "tree": {"drafter": "model", "shape": "static", "branching": [2, 2]},
+        "streaming": {"drafter": "model", "k": 3, "policy": "sink-window", "cache": 24},
+    }
+    counts = []
+
+    def counted(run: Callable[..., object]) -> Callable[..., object]:
+        def noted(*given: object) -> object:
+            before = CudaGraphs.count
+            result = run(*given)
+            counts.append(CudaGraphs.count - before)
+            return result
+
+        return noted
+
+    for name, entry in entries.items():
+        arm = make_arm(name, entry, LM(build(ARCHITECTURES["llama"])), LM(draft.model), "graph")
+        object.__setattr__(arm, "run", counted(arm.run))
+        counts.clear()
+        timed(arm, prompt(), LENGTH, ())
+        assert counts[0] > 0
+        assert counts[-1] == 0, counts
+        assert len(counts) <= 3
+
+
+def test_a_model_that_cannot_be_captured_runs_all_the_same() -> None:
+    """Guards against `auto` that fails where it should give way, and a stream of a capture that stays."""
+    model = build(ARCHITECTURES["llama"])
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+
+    def reading(x: torch.Tensor) -> torch.Tensor:
+        if x.abs().sum().item() < 0:
+            raise AssertionError
+        return forward(x)
+
+    mlp.forward = reading
+    target = LM.on_backend(prepare("auto", model), model, name="reading")
+    assert target.backend.name == "eager"
+    assert "not graph" in target.backend.note
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert decode(target, PromptLookup()).tokens == on_the_host()[len(prompt()) :]
