@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from specdecode.core.slots import Slots, Storage
@@ -170,15 +170,7 @@ class StaticRunner:
             )
         width, across = self._width(count), max(self._width(recent), recent)
         graph = self._graph(slots, width, across, self._forward, self._capture)
-        graph.inputs.tokens[:count].copy_(tokens, non_blocking=True)
-        graph.inputs.positions[:count].copy_(positions, non_blocking=True)
-        graph.inputs.start.fill_(start)
-        graph.inputs.first.fill_(first)
-        graph.inputs.visible.zero_()
-        graph.inputs.visible[:count, :recent].copy_(visible, non_blocking=True)
-        # Padding must attend to a slot within every window: attention to none is NaN, and so are the keys written.
-        graph.inputs.visible[count:, 0] = True
-        graph.inputs.positions[count:] = 0
+        graph.fill(tokens, positions, start, first, visible)
         return tuple(output[:count].clone() for output in graph.run())
 
     def takes_chain(self, slots: Slots, count: int) -> bool:
@@ -189,7 +181,7 @@ class StaticRunner:
         """Read a token and then the model's own choices below `vocab_size`; return them. The last is not read."""
         assert self._capture is not None
         start = slots.length
-        slots.append(torch.arange(start, start + count, device=slots.device))
+        slots.append(torch.arange(start, start + count))
 
         def forwards(
             inputs: StaticInputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
@@ -203,9 +195,7 @@ class StaticRunner:
             return (torch.cat(chosen),)
 
         graph = self._graph(slots, 1, 1, forwards, self._capture, count, vocab_size)
-        graph.inputs.tokens.copy_(token, non_blocking=True)
-        graph.inputs.start.fill_(start)
-        graph.inputs.visible.fill_(True)
+        graph.fill(token, torch.tensor([start]), start, start, torch.ones(1, 1, dtype=torch.bool))
         return graph.run()[0].clone()
 
     def _graph(
@@ -236,10 +226,9 @@ class StaticRunner:
                 del graphs[stale]
             if len(graphs) >= _GRAPHS_PER_STORAGE:
                 graphs.pop(next(iter(graphs)))
-            inputs = _empty_inputs(width, across, slots.device)
             # The graph refers to the tensors and not to the storage, which it would otherwise keep alive.
             tensors = (storage.positions[:span], storage.keys, storage.values)
-            graphs[key] = _CachedGraph(inputs, lambda: forward(inputs, *tensors), capture)
+            graphs[key] = _CachedGraph(width, across, slots.device, lambda inputs: forward(inputs, *tensors), capture)
         return graphs[key]
 
     def _width(self, rows: int) -> int:
@@ -252,15 +241,55 @@ class StaticRunner:
 class _CachedGraph:
     """Hold the captured graph of a forward, with its input buffers.
 
-    Attributes:
-        inputs: the buffers.
+    What the host knows of the inputs is written to memory of the host, and copied to the device at once.
+
+    Args:
+        width: rows of the forward.
+        across: slots that the rows see in part.
+        device: of the buffers.
+        forward: over the buffers.
+        capture: captures it.
     """
 
-    def __init__(self, inputs: StaticInputs, forward: Callable[[], tuple[Tensor, ...]], capture: Capture) -> None:
-        self.inputs = inputs
-        self._forward = forward
+    def __init__(
+        self,
+        width: int,
+        across: int,
+        device: torch.device,
+        forward: Callable[[StaticInputs], tuple[Tensor, ...]],
+        capture: Capture,
+    ) -> None:
+        self._on_host = torch.zeros(8 * (width + 2) + width * across, dtype=torch.uint8)
+        self._on_device = moved(self._on_host, device).clone()
+        self._tokens = torch.zeros(width, dtype=torch.long, device=device)
+        self._host_inputs, inputs = (
+            _inputs_in(buffer, self._tokens, across) for buffer in (self._on_host, self._on_device)
+        )
+        self._forward = lambda: forward(inputs)
         self._capture = capture
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
+
+    def fill(
+        self,
+        tokens: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        start: int,
+        first: int,
+        visible: Bool[Tensor, "n s"],
+    ) -> None:
+        """Set the inputs; see `StaticInputs`. Rows beyond n, and slots beyond s, are padding."""
+        (count, recent), host = visible.shape, self._host_inputs
+        host.positions.zero_()
+        host.positions[:count] = positions
+        host.start.fill_(start)
+        host.first.fill_(first)
+        host.visible.zero_()
+        host.visible[:count, :recent] = visible
+        # Padding must attend to a slot within every window: attention to none is NaN, and so are the keys written.
+        host.visible[count:, 0] = True
+        # The copy has left the host's memory when it returns, as that is not pinned: the next may be written there.
+        self._on_device.copy_(self._on_host, non_blocking=True)
+        self._tokens[:count].copy_(tokens, non_blocking=True)
 
     def run(self) -> tuple[Tensor, ...]:
         """Return the outputs for the current contents of the buffers. They are valid until the next run."""
@@ -270,12 +299,11 @@ class _CachedGraph:
         return self._replay()
 
 
-def _empty_inputs(width: int, across: int, device: torch.device) -> StaticInputs:
-    def integers(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.long, device=device)
-
-    visible = torch.zeros(width, across, dtype=torch.bool, device=device)
-    return StaticInputs(integers(width), integers(width), integers(), integers(), visible)
+def _inputs_in(buffer: UInt8[Tensor, " bytes"], tokens: Int[Tensor, " W"], across: int) -> StaticInputs:
+    """Return the inputs that lie in a buffer, and the tokens, which may come from a draft on the device."""
+    width = len(tokens)
+    numbers, visible = buffer[: 8 * (width + 2)].view(torch.long), buffer[8 * (width + 2) :].view(torch.bool)
+    return StaticInputs(tokens, numbers[:width], numbers[width], numbers[width + 1], visible.view(width, across))
 
 
 def _on_device(inputs: StaticInputs, device: torch.device) -> StaticInputs:

@@ -94,12 +94,12 @@ class Slots:
 
     @torch.inference_mode()
     def append(self, positions: Int[Tensor, " n"]) -> None:
-        """Take the next n slots for tokens at these positions. The forward that follows writes them."""
+        """Take the next n slots for tokens at these positions, on any device. The forward that follows writes them."""
         if self.length + len(positions) > self.capacity:
             self.grow(max(self.length + len(positions), 2 * self.capacity))
         self._written = self.length
         self.length += len(positions)
-        self.positions[self._written : self.length] = positions
+        self.positions[self._written : self.length].copy_(positions, non_blocking=self.device.type != "cpu")
         if self.attention.numel():
             self.attention[:, :, self._written : self.length] = 0.0
 

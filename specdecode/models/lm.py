@@ -173,12 +173,11 @@ class LM:
             Logits of the last `rows` tokens.
         """
         count, start = len(tokens), slots.length
+        # On the host, which knows them: a static forward copies both to the device at once.
         if positions is None:
-            positions = torch.arange(start, start + count, device=self.device)
+            positions = torch.arange(start, start + count)
         if visible is None:
-            visible = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
-        # Here and below: a blocking copy to the device would wait for all of its queued work.
-        positions = moved(positions, self.device)
+            visible = torch.ones(count, count, dtype=torch.bool).tril()
         slots.append(positions)
         self.forwards += 1
         recorder = self._hidden_states.recorder

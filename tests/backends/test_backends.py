@@ -51,7 +51,7 @@ from specdecode.models.variants import shared_copy
 from tests.helpers import models
 from tests.helpers.characters import save
 from tests.helpers.discovery import DRAFTERS, POLICIES, examples
-from tests.helpers.models import ARCHITECTURES, SERVED, VOCABULARY, build, greedy, lm, prompt
+from tests.helpers.models import ARCHITECTURES, SERVED, VOCABULARY, build, greedy, lm, moved, prompt
 from tests.helpers.replayed import replayed
 from tests.helpers.strategies import controllers
 
@@ -60,7 +60,7 @@ LENGTH = 40
 
 def on_the_cpu(name: str, **values: Any) -> PreTrainedModel:
     """In float32, wherever the other tests have their models."""
-    return build(ARCHITECTURES[name] | values).float().cpu()
+    return moved(build(ARCHITECTURES[name] | values).float(), "cpu")
 
 
 STATIC = {

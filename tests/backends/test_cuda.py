@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -37,6 +38,7 @@ from specdecode.heads.bound import BoundHead, untrained
 from specdecode.policies.heavy_hitter import HeavyHitter
 from tests.helpers import models
 from tests.helpers.models import ARCHITECTURES, build, prompt
+from tests.helpers.pretended_tensors import DEVICE
 
 pytestmark = pytest.mark.skipif(
     torch.device(models.DEVICE).type != "cuda", reason="there is no GPU here, nor a pretended one: tox -e pretend"
@@ -61,6 +63,13 @@ MAKERS: dict[str, Callable[[LM, LM], Drafter]] = {
 READS = {"best-first-tree": 5}
 """How often the host waits in a step of a drafter that looks at each level that it has drafted; others let it wait
 once."""
+
+
+LAUNCHES = {"none": 10.1, "lookup": 10.1, "chain": 21, "static-tree": 40, "best-first-tree": 72, "head-chain": 350}
+"""How many kernels a step launches by themselves, beside its graphs, at most. The number of layers plays no part. A
+head is not captured yet."""
+
+PRETENDED = "tests.helpers.pretended" in sys.modules
 
 
 @functools.cache
@@ -103,6 +112,22 @@ def test_replayed_graphs_write_what_the_cpu_does_and_wait_once_a_step(name: str)
         result = decode(eager, drafter)
     assert result.tokens == on_the_host()[len(prompt()) :]
     assert reads[0] <= READS.get(name, 1) * len(result.steps)
+
+
+@pytest.mark.parametrize(("name", "most"), LAUNCHES.items())
+@pytest.mark.skipif(not PRETENDED, reason="a GPU does not say what was launched on it: tox -e pretend")
+def test_a_step_launches_few_kernels_beside_its_graphs(name: str, most: float) -> None:
+    """Guards against a GPU that waits for the host: each launch takes the host as long as a small kernel takes."""
+    target = on_graphs()
+    draft = target.subset([0])
+    for _ in range(3):
+        drafter = None
+        gc.collect()
+        drafter = MAKERS[name](target, draft)
+        DEVICE.launches.clear()
+        result = decode(target, drafter)
+    launches = sum(DEVICE.launches.values()) / len(result.steps)
+    assert 0.9 * most <= launches <= most, DEVICE.launches.most_common(20)
 
 
 @pytest.mark.parametrize("name", ["gpt-neox", "gemma3-window"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.helpers.models import ARCHITECTURES, build
+from tests.helpers.models import ARCHITECTURES, build, moved
 from tests.helpers.spelling import CHARACTERS, characters
 
 
 def save(folder: Path, name: str = "llama", texts: list[str] = CHARACTERS, seed: int = 2) -> Path:
     """Write the model and its tokenizer; prompts of a thousand characters fit its context."""
-    build(ARCHITECTURES[name] | {"max_position_embeddings": 2048, "eos_token_id": None}, seed).save_pretrained(folder)
+    values = ARCHITECTURES[name] | {"max_position_embeddings": 2048, "eos_token_id": None}
+    moved(build(values, seed), "cpu").save_pretrained(folder)
     characters(texts).save_pretrained(folder)
     return folder

@@ -113,7 +113,15 @@ def build(values: dict[str, Any], seed: int = SEED) -> PreTrainedModel:
     """A model of random weights, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config(values), dtype=torch.float64).eval().to(DEVICE)
+        model = AutoModelForCausalLM.from_config(config(values), dtype=torch.float64).eval()
+    return moved(model, DEVICE)
+
+
+def moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model on a device. A pretended one gets a tensor of its own for each name, also of those that were tied."""
+    model.to(device)
+    model.tie_weights()
+    return model
 
 
 @functools.cache
