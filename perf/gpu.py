@@ -33,9 +33,10 @@ from specdecode.cli.report import Format, report
 from specdecode.support.files import check_writable, write_whole
 
 ROOT = Path(__file__).parents[1]
+_SHORTEST = "core/test_slots"
 TESTS = (
     "backends/test_cuda",
-    "core/test_slots",
+    _SHORTEST,
     "decoding/test_specdecoder",
     "backends/test_backends",
     "decoding/test_batch",
@@ -115,7 +116,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
 
     no_torchao = "torchao is not installed" if find_spec("torchao") is None else ""
     too_slow = "compiling takes minutes on a CPU: ask for it with --steps" if tiny and not asked else ""
-    tests = [f"tests/{name}.py" for name in (TESTS[1:2] if tiny else TESTS)]
+    tests = [f"tests/{name}.py" for name in ([_SHORTEST] if tiny else TESTS)]
     side_by_side = ["-n", "4"] if find_spec("xdist") and not tiny else []
     unchecked = "shapes are not checked, as beartype is not installed" if find_spec("beartype") is None else ""
     alone = f"{tests[0]} alone" if tiny else ""

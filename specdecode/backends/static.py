@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from specdecode.core.slots import Slots, Storage
-from specdecode.core.transfer import moved
+from specdecode.core.transfer import moved, write
 
 # Rows of a forward: a token, drafts of usual lengths, and the largest tree with its root and what an accepted chain
 # leaves to read. Wider forwards, which read prompts, are no static ones.
@@ -288,8 +288,8 @@ class _CachedGraph:
         # Padding must attend to a slot within every window: attention to none is NaN, and so are the keys written.
         host.visible[count:, 0] = True
         # The copy has left the host's memory when it returns, as that is not pinned: the next may be written there.
-        self._on_device.copy_(self._on_host, non_blocking=True)
-        self._tokens[:count].copy_(tokens, non_blocking=True)
+        write(self._on_device, self._on_host)
+        write(self._tokens[:count], tokens)
 
     def run(self) -> tuple[Tensor, ...]:
         """Return the outputs for the current contents of the buffers. They are valid until the next run."""

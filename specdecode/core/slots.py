@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdecode.core.transfer import moved, picked
+from specdecode.core.transfer import moved, picked, write
 
 
 @dataclass(eq=False)
@@ -99,7 +99,7 @@ class Slots:
             self.grow(max(self.length + len(positions), 2 * self.capacity))
         self._written = self.length
         self.length += len(positions)
-        self.positions[self._written : self.length].copy_(positions, non_blocking=self.device.type != "cpu")
+        write(self.positions[self._written : self.length], positions)
         if self.attention.numel():
             self.attention[:, :, self._written : self.length] = 0.0
 

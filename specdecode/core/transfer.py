@@ -14,7 +14,16 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     A copy to a GPU does not wait for the GPU's queued work: what uses the copy is queued behind it. A copy to the host
     waits, as nothing else keeps the host from reading what has not arrived yet.
     """
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    return tensor.to(device, non_blocking=_need_not_wait(device))
+
+
+def write(target: Tensor, source: Tensor) -> None:
+    """Copy into a tensor, which may lie on another device. It waits where `moved` does."""
+    target.copy_(source, non_blocking=_need_not_wait(target.device))
+
+
+def _need_not_wait(to: torch.device) -> bool:
+    return to.type != "cpu"
 
 
 def picked(tensor: Tensor, indices: Sequence[int], dim: int = 0) -> Tensor:

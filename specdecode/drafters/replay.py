@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from specdecode.controllers.base import Limit
-from specdecode.core.transfer import moved
+from specdecode.core.transfer import write
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.model import ModelDrafter
@@ -75,7 +75,7 @@ class ReplayDrafter:
             if right is not None and token is not None:
                 tokens[right - 1] = token
         # In the tree itself: what is accepted stays in the drafter's cache, as if it had been right by itself.
-        tree.tokens.copy_(moved(torch.tensor(tokens, dtype=torch.long), tree.tokens.device))
+        write(tree.tokens, torch.tensor(tokens, dtype=torch.long))
         replayed = DraftTree(tree.tokens, tree.parents)  # nothing was drawn
         for one in (tree, replayed):
             one.set_host_tokens(tokens)

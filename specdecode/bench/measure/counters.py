@@ -20,7 +20,8 @@ from specdecode.bench.runs.measures import CountersRun
 COUNTERS_RUN_TOKENS = 16
 """Length of the counters run of each arm."""
 
-READS = frozenset(
+# What makes Python wait for a tensor's content.
+_READS = frozenset(
     {
         "tolist",
         "item",
@@ -36,8 +37,6 @@ READS = frozenset(
         "__contains__",
     }
 )
-"""What makes Python wait for a tensor's content."""
-
 # In PyTorch's words.
 _WAITS = "called a synchronizing CUDA operation"
 
@@ -79,7 +78,7 @@ class _HostReads(TorchFunctionMode):
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in READS or _selects_by_mask(func, args):
+        if getattr(func, "__name__", "") in _READS or _selects_by_mask(func, args):
             self.count += bool(args) and isinstance(args[0], Tensor)
         return func(*args, **(kwargs or {}))
 

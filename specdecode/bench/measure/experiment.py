@@ -214,7 +214,7 @@ def experiment(
                     drift.parts,
                 )
             results.blocks.append(block)
-            if block is not known.get((prompt, repeat)):
+            if (prompt, repeat) not in known:
                 keep(results)
             drift.add(*block.drift(baseline))
     progress(total, total, "done")
