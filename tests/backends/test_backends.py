@@ -67,6 +67,9 @@ STATIC = {
     "exact": Backend("exact", static=partial(StaticRunner, capture=None)),
     "rounded": Backend("rounded", static=partial(StaticRunner, capture=replayed)),
 }
+UNCAPTURED = {"falcon"}
+"""Whose forwards index by a list, which copies the list to the device: nothing may be copied to it in a capture."""
+
 if torch.device(models.DEVICE).type == "cuda":
     STATIC["graph"] = Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs()))
 
@@ -269,6 +272,7 @@ def test_static_shapes_change_no_token(
     """Guards against padding that is attended to or writes over what is held, keys in the wrong slots, a capture that
     is used for another shape or for slots that have moved, and masks that forget a window."""
     assume(policy == "keep-all" or name in SERVED)
+    assume(backend != "graph" or name not in UNCAPTURED)  # see test_cuda.py
     target = over_static_shapes(name, backend)
     drafters = list(examples(file, target).values())
     # Where sampling is not greedy a draft may change which of the equally lawful texts is drawn.

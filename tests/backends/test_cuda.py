@@ -31,11 +31,13 @@ from specdecode.backends.graph import CudaGraphs
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.block import timed
 from specdecode.bench.measure.counters import host_reads
+from specdecode.core.errors import UnsupportedModelError
 from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.replay import ReplayDrafter
 from specdecode.heads.bound import BoundHead, untrained
 from specdecode.policies.heavy_hitter import HeavyHitter
+from tests.backends.test_backends import UNCAPTURED
 from tests.helpers import models
 from tests.helpers.models import ARCHITECTURES, build, prompt
 from tests.helpers.pretended_tensors import DEVICE
@@ -203,6 +205,17 @@ def test_a_timed_run_captures_nothing() -> None:
         assert counts[0] > 0
         assert counts[-1] == 0, counts
         assert len(counts) <= 3
+
+
+def test_an_architecture_that_copies_in_its_forward_is_not_captured() -> None:
+    """Guards against an exception of ours that nobody needs any more, and one that `auto` does not know."""
+    for name in UNCAPTURED:
+        model = build(ARCHITECTURES[name])
+        with pytest.raises(UnsupportedModelError, match="cannot be decoded exactly: its forward does not take"):
+            LM(model, backend=prepare("graph", model))
+        target = LM.on_backend(prepare("auto", model), model, name=name)
+        assert target.backend.name == "eager"
+        assert decode(target, PromptLookup()).tokens == on_the_host(name)[len(prompt()) :]
 
 
 def test_a_model_that_cannot_be_captured_runs_all_the_same() -> None:

@@ -247,7 +247,7 @@ def test_log_probabilities_are_those_of_a_forward_over_the_text(temperature: flo
             logprobs=True,
         )
         laws = logits(target.model, [*prompt(), *result.tokens])[len(prompt()) - 1 : -1].log_softmax(-1)
-        expected = laws[range(len(result.tokens)), result.tokens]
+        expected = laws[range(len(result.tokens)), result.tokens].cpu()
         torch.testing.assert_close(torch.tensor(result.logprobs, dtype=torch.float64), expected, rtol=0, atol=1e-9)
     assert generate(target, prompt(), max_new_tokens=2).logprobs is None
 

@@ -202,7 +202,7 @@ def test_a_model_that_ignores_the_mask_is_found_out_by_its_logits(monkeypatch: p
 
     def causal(*, attention_mask: torch.Tensor, input_ids: torch.Tensor, **others: object) -> object:
         count, length = attention_mask.shape[-2:]
-        ignored = torch.full((count, length), torch.finfo(torch.float64).min, dtype=torch.float64)
+        ignored = attention_mask.new_full((count, length), torch.finfo(torch.float64).min)
         return forward(input_ids=input_ids, attention_mask=ignored.triu(length - count + 1)[None, None], **others)
 
     def either(*args: torch.Tensor, **kwargs: object) -> object:

@@ -176,7 +176,7 @@ def test_tokens_are_drawn_from_transformers_distribution(checkpoint: dict[str, A
     """Guards against a value of the checkpoint, or a default, that survives a None."""
     with configured(pad_token_id=0, **checkpoint) as decoder:
         ours, expected = distributions(decoder, {"max_new_tokens": 2, "do_sample": True} | call)
-    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(ours.cpu(), expected.cpu())
 
 
 def distributions(decoder: SpecDecoder, call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -254,7 +254,7 @@ def _dimensions(part: Any) -> int:
 def _indexed(tensor: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Return the view that numbers and slices take, and what else indexes it, by its dimensions."""
     parts = [
-        torch.as_tensor(part) if isinstance(part, list) else part
+        torch.as_tensor(part) if isinstance(part, (list, range)) else part
         for part in (index if isinstance(index, tuple) else (index,))
     ]
     tensors: list[torch.Tensor | None] = []
