@@ -51,7 +51,7 @@ from specdecode.models.variants import shared_copy
 from tests.helpers import models
 from tests.helpers.characters import save
 from tests.helpers.discovery import DRAFTERS, POLICIES, examples
-from tests.helpers.models import ARCHITECTURES, SERVED, VOCABULARY, build, greedy, lm, moved, prompt
+from tests.helpers.models import ARCHITECTURES, SERVED, UNCAPTURED, VOCABULARY, build, greedy, lm, moved, prompt
 from tests.helpers.replayed import replayed
 from tests.helpers.strategies import controllers
 
@@ -67,8 +67,6 @@ STATIC = {
     "exact": Backend("exact", static=partial(StaticRunner, capture=None)),
     "rounded": Backend("rounded", static=partial(StaticRunner, capture=replayed)),
 }
-UNCAPTURED = {"falcon"}
-"""Whose forwards index by a list, which copies the list to the device: nothing may be copied to it in a capture."""
 
 if torch.device(models.DEVICE).type == "cuda":
     STATIC["graph"] = Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs()))

@@ -37,9 +37,8 @@ from specdecode.drafters.base import Drafter
 from specdecode.drafters.replay import ReplayDrafter
 from specdecode.heads.bound import BoundHead, untrained
 from specdecode.policies.heavy_hitter import HeavyHitter
-from tests.backends.test_backends import UNCAPTURED
 from tests.helpers import models
-from tests.helpers.models import ARCHITECTURES, build, prompt
+from tests.helpers.models import ARCHITECTURES, UNCAPTURED, build, prompt
 from tests.helpers.pretended_tensors import DEVICE
 
 pytestmark = pytest.mark.skipif(

@@ -84,6 +84,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 # Those that every policy can serve, one of each kind of positions, groups of heads and windows.
 SERVED = ("llama", "gpt-neox", "qwen2", "qwen3", "gpt-2", "gemma3-window")
 
+# Whose forwards index by a list, which copies the list to the device: nothing may be copied to it in a capture.
+UNCAPTURED = {"falcon"}
+
 # What this design cannot serve, and a word of the reason that must be given.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": (_IDS | {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "takes no position_ids"),
