@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from specdecode.drafters.tree_shapes import Chain as Chain
     from specdecode.drafters.tree_shapes import StaticTree as StaticTree
     from specdecode.drafters.universal import UniversalDrafter as UniversalDrafter
-    from specdecode.heads.bound import load_head as load_head
+    from specdecode.heads.loading import load_head as load_head
     from specdecode.models.lm import LM as LM
     from specdecode.models.loading import load as load
     from specdecode.policies.heavy_hitter import HeavyHitter as HeavyHitter
@@ -76,7 +76,7 @@ _HOMES = {
     "generate": "decoding.generate",
     "generate_batch": "decoding.generate",
     "load": "models.loading",
-    "load_head": "heads.bound",
+    "load_head": "heads.loading",
     "measure_costs": "decoding.measure_costs",
 }
 __all__ = sorted(_HOMES)

@@ -23,6 +23,7 @@ MAY_IMPORT_TRANSFORMERS = (
     "bench/arms/",
     "evals/",
     "models/",
+    "heads/",
     "training/",
 )
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))

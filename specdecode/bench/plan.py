@@ -19,7 +19,7 @@ from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE
 from specdecode.bench.runs.records import Identity, RunFile
-from specdecode.heads.bound import shipped_head
+from specdecode.heads.loading import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
 from specdecode.models.loading import TINY, choose_device, choose_dtype, load

@@ -189,7 +189,7 @@ def _spec(target: str, options: Mapping[str, str | int | None], max_cache: int |
     Raises:
         ValueError: an option that cannot be, or options that do not go together.
     """
-    from specdecode.heads.bound import shipped_head
+    from specdecode.heads.loading import shipped_head
     from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 
     entry = {key: value for key, value in options.items() if value is not None}

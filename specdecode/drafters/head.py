@@ -43,7 +43,7 @@ class HeadDrafter:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return self.head.shape.layers
+        return self.head.layers
 
     @torch.inference_mode()
     def propose(self, context: Context, limit: Limit) -> DraftTree:
@@ -123,7 +123,7 @@ class HeadDrafter:
             moved(tokens, device),
             state,
             positions,
-            lambda keys, values: self._slots.update(keys, values, 0),
+            self._slots.update,
             moved(torch.cat([before, visible], 1), device),
         )
 

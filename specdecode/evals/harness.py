@@ -28,7 +28,7 @@ from specdecode.bench.arms.parts import controller_maker, drafter_maker
 from specdecode.core.sampling import Sampling
 from specdecode.decoding.generate import generate
 from specdecode.evals.quality_arms import decode_path
-from specdecode.heads.bound import shipped_head
+from specdecode.heads.loading import shipped_head
 from specdecode.models.embedded import EMBEDDED
 from specdecode.models.lm import LM
 from specdecode.models.loading import choose_device, load

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from specdecode.backends.packed import PackedLinear, pack
-from specdecode.core.errors import ModelFileError, UnsupportedModelError
-from specdecode.heads.formats import read_head
+from specdecode.core.errors import UnsupportedModelError
+from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.module import Head, HeadShape, Store, TargetFingerprint
 from specdecode.models.lm import LM
 
-# Tokens whose embeddings a fingerprint holds, and the least cosine similarity of all these of one target: that of 4-bit
-# weights to their originals is 0.99, and that of different models is near 0.
-_FINGERPRINT_TOKENS, _LEAST_SIMILARITY = 16, 0.95
+# Tokens whose embeddings a fingerprint holds.
+_FINGERPRINT_TOKENS = 16
 # Columns of an output embedding that are computed at once.
 _COLUMNS = 64
 
-_ADVICE = "train one for it with `specdecode train-head`"
+DraftHead: TypeAlias = Head | Eagle3Head
+"""A module that drafts from a target's hidden states, and from its own states after those."""
+
+ADVICE = "train one for it with `specdecode train-head`"
+"""What to do where no head fits a target."""
 
 
 class BoundHead:
-    """Bind a copy of a head to its target, whose embeddings it shares.
+    """Bind a copy of a head to its target. What the head lacks of embeddings, it shares with the target.
 
     The copy has the target's type and device. Its linear layers are packed if the target's are.
 
@@ -37,25 +38,30 @@ class BoundHead:
         target: whose hidden states it reads.
 
     Attributes:
-        shape: of the head.
+        layers: of the target, whose hidden states it reads.
         tokens: of the target's vocabulary that it can propose.
 
     Raises:
         UnsupportedModelError: the head does not fit the target's layers, embeddings or vocabulary.
     """
 
-    def __init__(self, head: Head, target: LM) -> None:
-        _check(head, target)
-        self.shape = head.shape
+    def __init__(self, head: DraftHead, target: LM) -> None:
+        check_fit(head, target)
+        self.layers: tuple[int, ...] = head.shape.layers
         self.tokens = head.tokens.to(target.device)
-        self._embedding = target.model.get_input_embeddings()
-        rows = nn.Linear(head.shape.hidden, len(head.tokens), bias=False, device="meta")
-        rows.weight = nn.Parameter(output_rows(target, head.tokens))
-        self._head = copy.deepcopy(head).to(target.device, target.dtype)
-        modules = nn.ModuleList([self._head, rows])
+        copied = copy.deepcopy(head).to(target.device, target.dtype)
+        embedding: nn.Module | None = copied.embed_tokens
+        self._embedding: nn.Module = target.model.get_input_embeddings() if embedding is None else embedding
+        rows: nn.Module | None = copied.lm_head
+        if rows is None:
+            rows = nn.Linear(head.shape.hidden, len(head.tokens), bias=False, device="meta")
+            rows.weight = nn.Parameter(output_rows(target, head.tokens))
+        modules = nn.ModuleList([copied, rows])
         modules.train(False).requires_grad_(False)
         if any(isinstance(module, PackedLinear) for module in target.model.modules()):
             pack(modules)
+        self._head: DraftHead = copied
+        # Packing puts another module in its place.
         self._rows = modules[1]
 
     def fused(self, hidden_states: Float[Tensor, "n F"]) -> Float[Tensor, "n H"]:
@@ -81,21 +87,22 @@ class BoundHead:
         return logits
 
 
-def _check(head: Head, target: LM) -> None:
+def check_fit(head: DraftHead, target: LM) -> None:
     """Raise UnsupportedModelError if the head does not fit the target."""
-    shape, target_is = head.shape, fingerprint(target)
-    config = target.model.config.get_text_config(decoder=True)
+    shape, target_is = head.shape, target_fingerprint(target)
+    total, width = target_sizes(target)
+    shares = head.embed_tokens is None or head.lm_head is None
     difference = ""
-    if config.hidden_size != shape.hidden or shape.layers[-1] >= target_is.layers:
-        difference = f"it has {target_is.layers} layers of width {config.hidden_size}"
-    elif target_is.rows.shape[1] != shape.hidden:
+    if width != shape.target_hidden or not -1 <= min(shape.layers) <= max(shape.layers) < total:
+        difference = f"it has {total} layers of width {width}"
+    elif shares and target_is.rows.shape[1] != shape.hidden:
         difference = f"it embeds tokens in width {target_is.rows.shape[1]}"
     elif not 0 <= head.tokens.min() <= head.tokens.max() < target_is.vocab_size:
         difference = f"it knows tokens 0 to {target_is.vocab_size - 1}"
     if difference:
         raise UnsupportedModelError(
-            f"a head over layers {', '.join(map(str, shape.layers))} of width {shape.hidden} that proposes tokens up to"
-            f" {int(head.tokens.max())} cannot draft for {target.name}, as {difference}: {_ADVICE}"
+            f"a head over layers {', '.join(map(str, shape.layers))} of width {shape.target_hidden} that proposes"
+            f" tokens up to {int(head.tokens.max())} cannot draft for {target.name}, as {difference}: {ADVICE}"
         )
 
 
@@ -120,7 +127,7 @@ def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
 
 
 @torch.no_grad()
-def fingerprint(target: LM) -> TargetFingerprint:
+def target_fingerprint(target: LM) -> TargetFingerprint:
     """Return the fingerprint of a target."""
     config = target.model.config.get_text_config(decoder=True)
     tokens = torch.linspace(0, target.vocab_size - 1, _FINGERPRINT_TOKENS).long()
@@ -128,45 +135,10 @@ def fingerprint(target: LM) -> TargetFingerprint:
     return TargetFingerprint(target.name, target.vocab_size, config.num_hidden_layers, tokens, rows)
 
 
-def shipped_head(name: str) -> Path | None:
-    """Return the file of the head that the package brings for a model of this name; None if it brings none."""
-    file = Path(__file__).parents[1] / "assets" / f"{name}-head.safetensors"
-    return file if file.exists() else None
-
-
-def load_head(name: str, target: LM) -> BoundHead:
-    """Load a trained head and bind it to its target.
-
-    Args:
-        name: a file of `specdecode train-head`, which ends in .safetensors, or a model that comes with a head.
-        target: the model that the head was trained for, in any type.
-
-    Raises:
-        ModelFileError: no head by that name, or a damaged file.
-        UnsupportedModelError: it was trained for another target.
-    """
-    file = Path(name).expanduser() if name.endswith(".safetensors") else shipped_head(name)
-    if file is None:
-        raise ModelFileError(
-            f"no head comes with the package for {name!r}: name the file of one, which ends in .safetensors, or"
-            f" {_ADVICE}"
-        )
-    head, trained_for, _ = read_head(file)
-    target_is = fingerprint(target)
-    difference = ""
-    if _sizes(trained_for) != _sizes(target_is) or trained_for.rows.shape != target_is.rows.shape:
-        difference = f"it has {_sizes(target_is)}, not {_sizes(trained_for)}"
-    elif cosine_similarity(trained_for.rows.flatten(), target_is.rows.flatten(), 0) < _LEAST_SIMILARITY:
-        difference = "its embeddings are others"
-    if difference:
-        raise UnsupportedModelError(
-            f"{file} is a head for {trained_for.target} and cannot draft for {target.name}, as {difference}: {_ADVICE}"
-        )
-    return BoundHead(head, target)
-
-
-def _sizes(target: TargetFingerprint) -> str:
-    return f"{target.layers} layers, {target.vocab_size} tokens and embeddings of width {target.rows.shape[1]}"
+def target_sizes(target: LM) -> tuple[int, int]:
+    """Return the number of a target's layers, and the width of its hidden states."""
+    config = target.model.config.get_text_config(decoder=True)
+    return config.num_hidden_layers, config.hidden_size
 
 
 def head_shape(target: LM, layers: Sequence[int]) -> HeadShape:
@@ -186,7 +158,7 @@ def head_shape(target: LM, layers: Sequence[int]) -> HeadShape:
 
 def untrained(target: LM, seed: int = 0) -> Head:
     """Return a head of random weights over a third of the tokens. It costs what a trained one does."""
-    total = fingerprint(target).layers
+    total = target_fingerprint(target).layers
     shape = head_shape(target, sorted({total // 4, total // 2, total - 1}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Appends the keys and values [b, heads, n, dim] of the tokens that are read; returns all that these may attend to."""
+Store = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Appends the keys and values [b, heads, n, dim] of the tokens that are read in one of the head's layers; returns all
+that these may attend to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class HeadShape:
         head_dim: width of an attention head, even.
         intermediate: width of the feed-forward part.
         theta: base of the rotary positions (Su et al. 2021).
+        target_hidden: width of the target's hidden states, which is that of the head's.
     """
 
     hidden: int
@@ -39,6 +41,10 @@ class HeadShape:
     head_dim: int
     intermediate: int
     theta: float = 10_000.0
+
+    @property
+    def target_hidden(self) -> int:
+        return self.hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,8 @@ class Head(nn.Module):
         self.up_proj = nn.Linear(width, shape.intermediate, bias=False)
         self.down_proj = nn.Linear(shape.intermediate, width, bias=False)
         self.norm = nn.RMSNorm(width, eps=1e-5)
+        # It shares both with its target.
+        self.embed_tokens = self.lm_head = None
 
     def fused(self, hidden_states: Float[Tensor, "*b n F"]) -> Float[Tensor, "*b n H"]:
         """Return the head's states for the target's hidden states. Each layer's are normalised first, since they grow
@@ -115,24 +123,24 @@ class Head(nn.Module):
             store: holds keys and values.
             visible: which of the s keys in the store each token attends to.
         """
-        x = self.join(torch.cat([_normed(self.embedding_norm, embedded), _normed(self.state_norm, state)], -1))
-        inputs = _normed(self.input_layernorm, x)
+        x = self.join(torch.cat([normed(self.embedding_norm, embedded), normed(self.state_norm, state)], -1))
+        inputs = normed(self.input_layernorm, x)
         queries, keys, values = (
             project(inputs).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        keys, values = store(self._rotated(keys, positions), values)
+        keys, values = store(self._rotated(keys, positions), values, 0)
         attended = scaled_dot_product_attention(
             self._rotated(queries, positions), keys, values, attn_mask=visible, enable_gqa=True
         )
         x = x + self.o_proj(attended.transpose(1, 2).flatten(-2))
-        inputs = _normed(self.post_attention_layernorm, x)
+        inputs = normed(self.post_attention_layernorm, x)
         states: Tensor = x + self.down_proj(silu(self.gate_proj(inputs)) * self.up_proj(inputs))
         return states
 
     def normed(self, state: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
         """Return the states normalised, as an output embedding takes them."""
-        return _normed(self.norm, state)
+        return normed(self.norm, state)
 
     def logits(self, state: Float[Tensor, "*b n H"], rows: Float[Tensor, "D H"]) -> Float[Tensor, "*b n D"]:
         """Return the logits of the tokens that it can propose, given the target's output embedding of these."""
@@ -148,6 +156,7 @@ class Head(nn.Module):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """Normalise in the type of `x`, which is 16 bit in autocast training: there are no kernels for mixed types."""
+    assert isinstance(norm, nn.RMSNorm)
     return rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)

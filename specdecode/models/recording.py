@@ -27,7 +27,8 @@ def recorded_hidden_states(
 
     Args:
         model: gets forward hooks, which are removed after the context.
-        layers: indices of decoder layers. The last layer's output is that before the model's final norm.
+        layers: indices of decoder layers; -1 for the input of the first one. The last layer's output is that before the
+            model's final norm.
 
     Raises:
         ValueError: there is no such layer, or the model does not hold its layers in one list.
@@ -43,7 +44,7 @@ def recorded_hidden_states(
 def _hooked(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor], list[RemovableHandle]]:
     """Hook layers of a model; return the list that each forward fills, and the handles of the hooks."""
     stack = decoder_layers(model)
-    if stack is None or not all(0 <= layer < len(stack) for layer in layers):
+    if stack is None or not all(-1 <= layer < len(stack) for layer in layers):
         total = "no list of layers" if stack is None else f"layers 0 to {len(stack) - 1}"
         raise ValueError(f"{type(model).__name__} has {total}: the outputs of {list(layers)} cannot be read")
     hidden_states = [torch.empty(0)] * len(layers)
@@ -54,7 +55,18 @@ def _hooked(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor]
 
         return hook
 
-    handles = [stack[layer].register_forward_hook(hook_for(place)) for place, layer in enumerate(layers)]
+    def input_hook_for(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, named: Any) -> None:
+            hidden_states[place] = inputs[0] if inputs else named["hidden_states"]
+
+        return hook
+
+    handles = [
+        stack[0].register_forward_pre_hook(input_hook_for(place), with_kwargs=True)
+        if layer == -1
+        else stack[layer].register_forward_hook(hook_for(place))
+        for place, layer in enumerate(layers)
+    ]
     return hidden_states, handles
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdecode.heads.bound import fingerprint, head_shape
+from specdecode.heads.bound import head_shape, target_fingerprint
 from specdecode.heads.module import Head
 from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
@@ -59,7 +59,7 @@ def initial_head(
 @torch.inference_mode()
 def _input_size(target: LM, text: Int[Tensor, " n"]) -> float:
     """Return the root mean square of the last layer's inputs, in the median over tokens: some tokens are outliers."""
-    layer_before_last = fingerprint(target).layers - 2
+    layer_before_last = target_fingerprint(target).layers - 2
     if layer_before_last < 0:
         return 1.0
     with recorded_hidden_states(target.model, [layer_before_last]) as hidden_states:

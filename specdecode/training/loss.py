@@ -49,7 +49,7 @@ def predict_ahead(
     keys: list[Tensor] = []
     values: list[Tensor] = []
 
-    def store(new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+    def store(new_keys: Tensor, new_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         keys.append(new_keys)
         values.append(new_values)
         return torch.cat(keys, 2), torch.cat(values, 2)

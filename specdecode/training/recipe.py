@@ -10,7 +10,7 @@ from typing import Any
 from specdecode.controllers.base import FixedK
 from specdecode.decoding.generate import generate
 from specdecode.drafters.head import HeadDrafter
-from specdecode.heads.bound import BoundHead, fingerprint
+from specdecode.heads.bound import BoundHead, target_fingerprint
 from specdecode.heads.formats import write_head
 from specdecode.heads.module import Head
 from specdecode.models.embedded import weights_of
@@ -86,7 +86,7 @@ def train_head(
         ValueError, SpecDecodeError: a data set that is not at hand, a layer that the target does not have, or a folder
             with the work of another training.
     """
-    total = fingerprint(target).layers
+    total = target_fingerprint(target).layers
     layers = recipe.layers or tuple(sorted({min(2, total - 1), total // 2, total - 1}))
     if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
         raise ValueError(f"layers is {list(layers)}: they are ascending, from 0 to {total - 1}")
@@ -128,7 +128,7 @@ def train_head(
         "commit": _commit(),
         "environment": environment(),
     }
-    write_whole(out, write_head(trainer.head, fingerprint(target), card))
+    write_whole(out, write_head(trainer.head, target_fingerprint(target), card))
     write_whole(out.with_suffix(".md"), _card(card, trainer.epochs))
     return card
 

@@ -37,7 +37,7 @@ from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.evals.harness import SpecDecodeLM
 from specdecode.evals.perplexity import negative_log_likelihoods
 from specdecode.evals.quality_arms import make_decode_path
-from specdecode.heads.bound import fingerprint, untrained
+from specdecode.heads.bound import target_fingerprint, untrained
 from specdecode.heads.formats import write_head
 from specdecode.policies import policy as named_policy
 from tests.helpers import models
@@ -204,7 +204,7 @@ def test_texts_are_drafted_by_a_head(
 ) -> None:
     """Guards against a head that the harness is given and does not use, or uses for other drafts than were asked."""
     file = tmp_path / "head.safetensors"
-    file.write_bytes(write_head(untrained(target()), fingerprint(target()), {}))
+    file.write_bytes(write_head(untrained(target()), target_fingerprint(target()), {}))
     model = harness(head=str(file), **way)
     drafter = model._make_drafter()
     parts = list(drafter.drafters) if isinstance(drafter, Cascade) else [drafter]

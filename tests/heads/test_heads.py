@@ -52,8 +52,8 @@ from specdecode.core.sampling import Rng
 from specdecode.decoding import generate as decoding
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
-from specdecode.heads import bound as fitting
-from specdecode.heads.bound import BoundHead, fingerprint, output_rows, untrained
+from specdecode.heads import loading
+from specdecode.heads.bound import BoundHead, output_rows, target_fingerprint, untrained
 from specdecode.heads.formats import read_head, write_head
 from specdecode.heads.module import Head
 from specdecode.models.recording import recorded_hidden_states
@@ -247,7 +247,7 @@ def distribution_after(path: Sequence[int], sampling: Sampling) -> Tensor:
             embedding(torch.tensor(text[1:], device=target().device)).cpu()[None],
             states[None],
             torch.arange(1, count + 1),
-            lambda keys, values: (keys, values),
+            lambda keys, values, layer: (keys, values),
             torch.ones(count, count, dtype=torch.bool).tril(),
         )[0]
         states = torch.cat([states, out[-1:]])
@@ -357,7 +357,11 @@ def taught() -> Head:
     states = torch.cat(outputs, -1)[:, :-2].cpu()
     rows = output_rows(model, head.tokens).cpu()
     count = states.shape[1]
-    reads = (torch.arange(1, count + 1), lambda keys, values: (keys, values), torch.ones(count, count).tril().bool())
+    reads = (
+        torch.arange(1, count + 1),
+        lambda keys, values, layer: (keys, values),
+        torch.ones(count, count).tril().bool(),
+    )
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
     for _ in range(120):
         first = head(embedded, head.fused(states), *reads)
@@ -400,7 +404,7 @@ def test_a_head_reads_the_text_once() -> None:
 
 def written(target: LM, folder: Path, head: Head | None = None) -> Path:
     file = folder / "head.safetensors"
-    file.write_bytes(write_head(head or untrained(target), fingerprint(target), {"seed": 7}))
+    file.write_bytes(write_head(head or untrained(target), target_fingerprint(target), {"seed": 7}))
     return file
 
 
@@ -507,7 +511,7 @@ def test_a_damaged_file_is_reported_in_a_sentence(tmp_path: Path) -> None:
             load_head(str(file), lm("llama"))
     with pytest.raises(ModelFileError, match=r"cannot read the draft head .*nowhere"):
         load_head(str(tmp_path / "nowhere.safetensors"), lm("llama"))
-    with pytest.raises(ModelFileError, match="no head comes with the package for 'llama': name the file"):
+    with pytest.raises(ModelFileError, match="no head comes with the package for 'llama': name the folder"):
         load_head("llama", lm("llama"))
 
 
@@ -593,7 +597,7 @@ def test_heads_from_the_command_line(
 
     monkeypatch.setattr(HeadDrafter, "propose", listening)
     shipped: dict[str, Path] = {}
-    monkeypatch.setattr(fitting, "shipped_head", shipped.get)
+    monkeypatch.setattr(loading, "shipped_head", shipped.get)
     arguments = (
         "generate",
         "the cat sat on the cat sat on",
@@ -682,7 +686,7 @@ def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, op
     # Tokens are the target's whatever the shape; how many are drafted is the shape's.
     assert 0 < result.drafted <= made.counts.drafted
     assert made.histograms.depth[1:] == depths(options, target, file, len(made.tokens))[1:]
-    with pytest.raises(ModelFileError, match="no head comes with the package for"):
+    with pytest.raises(ModelFileError, match="holds no EAGLE-3 head"):
         make_arm("arm", {"drafter": "head"}, target, None, "eager")
 
 

@@ -18,8 +18,9 @@ from specdecode import (
 )
 from specdecode.bench.measure.check import classify
 from specdecode.drafters.base import Drafter
-from specdecode.heads.bound import BoundHead, shipped_head, untrained
+from specdecode.heads.bound import BoundHead, untrained
 from specdecode.heads.formats import read_head
+from specdecode.heads.loading import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from tests.helpers.learnt import learnt
 from tests.helpers.models import continuation

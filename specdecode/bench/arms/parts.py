@@ -17,7 +17,8 @@ from specdecode.drafters.model import ModelDrafter
 from specdecode.drafters.none import NoDraft
 from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.universal import UniversalDrafter
-from specdecode.heads.bound import BoundHead, load_head, untrained
+from specdecode.heads.bound import BoundHead, untrained
+from specdecode.heads.loading import load_head
 from specdecode.models.lm import LM
 
 

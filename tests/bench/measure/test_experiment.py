@@ -29,8 +29,8 @@ from specdecode.bench.runs.counts import Counts, as_dict
 from specdecode.bench.runs.records import RunFile
 from specdecode.controllers.base import Limit
 from specdecode.controllers.cost_aware import DraftCost
-from specdecode.heads import bound as fitting
-from specdecode.heads.bound import fingerprint, untrained
+from specdecode.heads import loading
+from specdecode.heads.bound import target_fingerprint, untrained
 from specdecode.heads.formats import write_head
 from tests.helpers.characters import save
 from tests.helpers.models import ARCHITECTURES, build, lm, prompt, small
@@ -183,8 +183,8 @@ def headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
     """A target that comes with a head."""
     target = lm("llama")
     file = tmp_path / "head.safetensors"
-    file.write_bytes(write_head(untrained(target), fingerprint(target), {}))
-    monkeypatch.setattr(fitting, "shipped_head", {target.name: file}.get)
+    file.write_bytes(write_head(untrained(target), target_fingerprint(target), {}))
+    monkeypatch.setattr(loading, "shipped_head", {target.name: file}.get)
     return target
 
 

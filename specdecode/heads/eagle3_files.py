@@ -1,0 +1,268 @@
+"""Read and write EAGLE-3 heads: folders in the format of `speculators`, and folders of the original EAGLE-3 files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import LlamaConfig, Qwen3Config
+
+from specdecode.core.errors import ModelFileError, UnsupportedModelError
+from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
+from specdecode.heads.module import TargetFingerprint
+from specdecode.support.files import write_whole
+
+CONFIG, WEIGHTS, FINGERPRINT, CARD = "config.json", "model.safetensors", "fingerprint.json", "README.md"
+"""Names of a head's files in its folder. The last two are this package's own; others ignore them."""
+
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+"""Keys of a head's wiring that are true or false. A missing one is false, as `speculators` reads it."""
+
+# Draft length that an engine takes by default, and the version of the format that is written.
+_PROPOSED_TOKENS, _FORMAT_VERSION = 4, "0.9.0"
+_DECODERS: dict[str, type[LlamaConfig] | type[Qwen3Config]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+# In the order in which they are looked for.
+_WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin")
+_IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Files:
+    """Hold what a head's folder says, in the words of the `speculators` format.
+
+    Attributes:
+        folder: where the files are, for messages.
+        config: of `config.json`.
+        tensors: by name, in float32; "d2t" and "t2d" in int64 and bool.
+        fingerprint: of the target, if this package wrote the folder.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    fingerprint: TargetFingerprint | None = None
+
+    def rewired(self, **changes: Any) -> Eagle3Files:
+        """Return the same weights with other values in the config."""
+        return replace(self, config={**self.config, **changes})
+
+    @property
+    def tokens(self) -> Int[Tensor, " D"]:
+        """The ids of the target's vocabulary that the head can propose."""
+        count = self.config.get("draft_vocab_size") or self.config["transformer_layer_config"]["vocab_size"]
+        differences = self.tensors.get("d2t")
+        places = torch.arange(count)
+        return places if differences is None else places + differences
+
+    def layers(self, total: int) -> tuple[int, ...]:
+        """Return the layers of a target whose outputs the head reads; see `Eagle3Shape.layers`.
+
+        Args:
+            total: number of the target's layers. By default heads read three: near both ends, and in the middle.
+        """
+        ids = self.config.get(_IDS) or [2, total // 2, total - 3]
+        return tuple(number - 1 for number in ids)
+
+
+def read_eagle3(folder: Path) -> Eagle3Files:
+    """Read the folder of a head.
+
+    Raises:
+        ModelFileError: it holds no EAGLE-3 head, or damaged files.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        original = "speculators_model_type" not in config
+        if original:
+            config = _from_original(folder, config)
+        if config["speculators_model_type"] != "eagle3":
+            raise ModelFileError(
+                f"{folder} holds a draft of the type {config['speculators_model_type']!r}: EAGLE-3 heads can be read"
+            )
+        tensors = _read_tensors(folder)
+        if original:
+            tensors = {name.removeprefix("model.").replace("midlayer.", "layers.0."): x for name, x in tensors.items()}
+        fingerprint = _read_fingerprint(folder / FINGERPRINT)
+    except ModelFileError:
+        raise
+    except Exception as error:  # json, safetensors and pickle have their own each
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(f"cannot read the draft head {folder}: {first_line}") from error
+    return Eagle3Files(folder, config, tensors, fingerprint)
+
+
+def make_eagle3(files: Eagle3Files, layers: int, hidden: int) -> Eagle3Head:
+    """Return the head that a folder describes, in float32 on the CPU.
+
+    Args:
+        files: of the folder.
+        layers: number of the target's layers.
+        hidden: width of the target's hidden states.
+
+    Raises:
+        ModelFileError: the config and the tensors do not fit together.
+        UnsupportedModelError: a decoder layer of another kind than Llama's and Qwen3's with full attention.
+    """
+    config, tensors = files.config, dict(files.tensors)
+    for mapping in ("d2t", "t2d"):
+        tensors.pop(mapping, None)
+    try:
+        shape = Eagle3Shape(
+            decoder=_decoder(files),
+            layers=files.layers(layers),
+            target_hidden=config.get("target_hidden_size") or hidden,
+            own_embeddings="embed_tokens.weight" in tensors,
+            own_output="lm_head.weight" in tensors,
+            **{flag: bool(config.get(flag)) for flag in FLAGS},
+        )
+        head = Eagle3Head(shape, files.tokens)
+        missing, unexpected = head.load_state_dict(tensors, strict=False)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelFileError(f"the draft head {files.folder} does not fit its {CONFIG}: {reason}") from error
+    if missing or unexpected:
+        parts = [f"lacks {', '.join(missing)}"] * bool(missing)
+        parts += [f"has {', '.join(unexpected)} besides"] * bool(unexpected)
+        raise ModelFileError(f"the draft head {files.folder} does not fit its {CONFIG}: it {' and '.join(parts)}")
+    return head
+
+
+def check_tokens(files: Eagle3Files) -> None:
+    """Raise ModelFileError if a head's two maps between the vocabularies disagree, or name a token twice."""
+    tokens, proposed = files.tokens, files.tensors.get("t2d")
+    if len(tokens.unique()) < len(tokens):
+        raise ModelFileError(f"d2t of the draft head {files.folder} names a token twice: the file is damaged")
+    if proposed is not None and not torch.equal(proposed.nonzero()[:, 0], tokens.sort().values):
+        raise ModelFileError(
+            f"d2t and t2d of the draft head {files.folder} name other tokens: d2t holds the differences between the"
+            f" target's ids and the head's; see what it holds with `specdecode doctor --head {files.folder}`"
+        )
+
+
+def write_eagle3(
+    folder: Path,
+    head: Eagle3Head,
+    rows: Float[Tensor, "D H"] | None,
+    target: TargetFingerprint,
+    architectures: list[str],
+    card: str,
+) -> None:
+    """Write a head to a folder in the format of `speculators`, in 16 bit.
+
+    Args:
+        folder: is made if need be.
+        head: shares the target's embeddings.
+        rows: of the output embedding for the head's tokens. Without them a smaller folder is written, which this
+            package reads, and others do not.
+        target: of the head.
+        architectures: of the target's config.
+        card: says how the head was trained, in Markdown.
+    """
+    shape, vocab_size = head.shape, target.vocab_size
+    tokens, count = head.tokens.cpu(), len(head.tokens)
+    tensors = dict(head.state_dict())
+    if rows is not None:
+        tensors["lm_head.weight"] = rows
+    stored = {name: value.half().contiguous().cpu() for name, value in tensors.items()}
+    if count < vocab_size:
+        stored["d2t"] = tokens - torch.arange(count)
+        stored["t2d"] = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, tokens, True)
+    config = {
+        "architectures": ["Eagle3DraftModel"],
+        "draft_vocab_size": count,
+        "dtype": "float16",
+        _IDS: [layer + 1 for layer in shape.layers],
+        **{flag: getattr(shape, flag) for flag in FLAGS},
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": _PROPOSED_TOKENS}],
+            "verifier": {"architectures": architectures, "name_or_path": target.target},
+        },
+        "speculators_model_type": "eagle3",
+        "speculators_version": _FORMAT_VERSION,
+        "target_hidden_size": shape.target_hidden if shape.target_hidden != shape.hidden else None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": shape.decoder.to_diff_dict() | {"vocab_size": vocab_size},
+    }
+    rows_by_token = [[float(f"{x:.4g}") for x in row] for row in target.rows.tolist()]
+    fingerprint = {
+        "target": target.target,
+        "vocab_size": vocab_size,
+        "layers": target.layers,
+        "tokens": target.tokens.tolist(),
+        "rows": rows_by_token,
+    }
+    write_whole(folder / WEIGHTS, save(stored, {"format": "pt"}))
+    write_whole(folder / FINGERPRINT, json.dumps(fingerprint) + "\n")
+    write_whole(folder / CARD, card)
+    # Last, since a folder without it is no head.
+    write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ModelFileError(f"{folder} holds no weights: {' or '.join(_WEIGHT_FILES)} is expected there")
+    if file.name == WEIGHTS:
+        stored = load_file(file)
+    else:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    return {name: x.float() if x.is_floating_point() else x for name, x in stored.items()}
+
+
+def _from_original(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of original EAGLE-3 files in the words of the other format. Their sizes stand at its top."""
+    if "draft_vocab_size" not in config and "Eagle3" not in "".join(config.get("architectures") or ()):
+        raise ModelFileError(
+            f"{folder} holds no EAGLE-3 head: its {CONFIG} has neither a `speculators_model_type` nor a"
+            " `draft_vocab_size`"
+        )
+    own = config.get("eagle_config") or {}
+    named = {key: own.get(key, config.get(key)) for key in (*FLAGS, _IDS, "target_hidden_size")}
+    return {
+        "speculators_model_type": "eagle3",
+        "draft_vocab_size": config.get("draft_vocab_size"),
+        "transformer_layer_config": {**config, "model_type": config.get("model_type", "llama")},
+        **named,
+    }
+
+
+def _decoder(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
+    """Return the config of a head's decoder layers."""
+    given = dict(files.config["transformer_layer_config"])
+    kind = given.pop("model_type", "llama")
+    if kind not in _DECODERS:
+        raise UnsupportedModelError(
+            f"the draft head {files.folder} has decoder layers of {kind}: those of {' and '.join(_DECODERS)} are read"
+        )
+    decoder = _DECODERS[kind](**given)
+    other = [part for part in (getattr(decoder, "layer_types", None) or []) if part != "full_attention"]
+    partial = (decoder.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0
+    if other or partial or decoder.hidden_act != "silu":
+        reason = other[0] if other else "partial rotary positions" if partial else decoder.hidden_act
+        raise UnsupportedModelError(
+            f"the draft head {files.folder} has decoder layers with {reason}: full attention, whole rotary positions"
+            " and silu are read"
+        )
+    return decoder
+
+
+def _read_fingerprint(file: Path) -> TargetFingerprint | None:
+    if not file.is_file():
+        return None
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return TargetFingerprint(
+        stored["target"],
+        stored["vocab_size"],
+        stored["layers"],
+        torch.tensor(stored["tokens"]),
+        torch.tensor(stored["rows"]),
+    )

@@ -1,0 +1,95 @@
+"""Load a draft head by name: a file or folder, a hub id, or a model that comes with a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from torch.nn.functional import cosine_similarity
+
+from specdecode.core.errors import ModelFileError, UnsupportedModelError
+from specdecode.heads.bound import ADVICE, BoundHead, target_fingerprint, target_sizes
+from specdecode.heads.eagle3_files import CONFIG, check_tokens, make_eagle3, read_eagle3
+from specdecode.heads.formats import read_head
+from specdecode.heads.module import TargetFingerprint
+from specdecode.models.lm import LM
+
+# The least cosine similarity of the embeddings of one target in two types: that of 4-bit weights to their originals is
+# 0.99, and that of different models is near 0.
+_LEAST_SIMILARITY = 0.95
+_FILES = ["*.json", "*.safetensors", "pytorch_model.bin"]
+
+
+def shipped_head(name: str) -> Path | None:
+    """Return the file of the head that the package brings for a model of this name; None if it brings none."""
+    file = Path(__file__).parents[1] / "assets" / f"{name}-head.safetensors"
+    return file if file.exists() else None
+
+
+def load_head(name: str, target: LM) -> BoundHead:
+    """Load a trained head and bind it to its target.
+
+    Args:
+        name: a folder with an EAGLE-3 head, in the format of `speculators` or as the original files; the id of such a
+            folder on the hub; a file of this package, which ends in .safetensors; or a model that comes with a head.
+        target: the model that the head was trained for, in any type.
+
+    Raises:
+        ModelFileError: no head by that name, or damaged files.
+        UnsupportedModelError: it was trained for another target, or is of an architecture that cannot be read.
+    """
+    source = shipped_head(name) or Path(name).expanduser()
+    if source.suffix == ".safetensors":
+        head, fingerprint, _ = read_head(source)
+        check_fingerprint(source, fingerprint, target)
+        return BoundHead(head, target)
+    files = read_eagle3(find_folder(name))
+    check_tokens(files)
+    if files.fingerprint is not None:
+        check_fingerprint(files.folder, files.fingerprint, target)
+    return BoundHead(make_eagle3(files, *target_sizes(target)), target)
+
+
+def find_folder(name: str) -> Path:
+    """Return the folder of a head: this one, or what the hub has under this id.
+
+    Raises:
+        ModelFileError: it is neither.
+    """
+    folder = Path(name).expanduser()
+    if (folder / CONFIG).is_file():
+        return folder
+    if folder.exists() or name.count("/") != 1:
+        lacks = f"{folder} holds no {CONFIG}" if folder.is_dir() else f"no head comes with the package for {name!r}"
+        raise ModelFileError(f"{lacks}: name the folder or the file of a head, or {ADVICE}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES))
+    except Exception as error:  # many kinds: no network, no such repository, a gated one
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(
+            f"no draft head {name!r}: no folder of that name, and the hub said: {first_line}"
+        ) from error
+
+
+def check_fingerprint(source: Path, trained_for: TargetFingerprint, target: LM) -> None:
+    """Raise UnsupportedModelError if a head was trained for another target.
+
+    Args:
+        source: of the head, for the message.
+        trained_for: the fingerprint of its target.
+        target: that it is to draft for.
+    """
+    target_is = target_fingerprint(target)
+    difference = ""
+    if _sizes(trained_for) != _sizes(target_is) or trained_for.rows.shape != target_is.rows.shape:
+        difference = f"it has {_sizes(target_is)}, not {_sizes(trained_for)}"
+    elif cosine_similarity(trained_for.rows.flatten(), target_is.rows.flatten(), 0) < _LEAST_SIMILARITY:
+        difference = "its embeddings are others"
+    if difference:
+        raise UnsupportedModelError(
+            f"{source} is a head for {trained_for.target} and cannot draft for {target.name}, as {difference}: {ADVICE}"
+        )
+
+
+def _sizes(target: TargetFingerprint) -> str:
+    return f"{target.layers} layers, {target.vocab_size} tokens and embeddings of width {target.rows.shape[1]}"
