@@ -15,7 +15,7 @@ from specdecode.support.progress import progress
 
 
 def train_head(
-    out: Annotated[Path, typer.Option(help="file of the head, .safetensors; its card goes beside it")],
+    out: Annotated[Path, typer.Option(help="folder of the head, an EAGLE-3 head in the format of speculators")],
     target: Annotated[str, typer.Option(help="embedded model, hub id or local folder")] = "smollm2-135m",
     data: Annotated[
         str,
@@ -32,6 +32,12 @@ def train_head(
         str | None, typer.Option(help="of the target, whose outputs are read: 2,15,29  [default: first, middle, last]")
     ] = None,
     vocabulary: Annotated[int, typer.Option(help="tokens that the head can propose, the most frequent")] = 8192,
+    shared_output: Annotated[
+        bool,
+        typer.Option(
+            "--shared-output", help="leave out the output embedding, the target's: smaller, and for this package alone"
+        ),
+    ] = False,
     epochs: Annotated[int, typer.Option(help="times that all texts are read")] = 3,
     batch: Annotated[int, typer.Option(help="texts in a step")] = 2,
     ahead: Annotated[int, typer.Option(help="tokens that are predicted from each place")] = 4,
@@ -43,21 +49,19 @@ def train_head(
     ] = None,
 ) -> None:
     """Train a draft head for a target. What was interrupted goes on where it was when it is called again."""
-    if out.suffix != ".safetensors":
-        raise ValueError(f"out is {out}: a head is a .safetensors file")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {out}, which is a file: a head is a folder")
     numbers = (layers or "").split(",") if layers else []
     if not all(number.strip().isdigit() for number in numbers):
         raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
-    shards = out.with_suffix("")
-    for file in (out, out.with_suffix(".md")):
-        check_writable(file)
-    if shards.exists():
-        check_writable(shards / "shards.json")
+    check_writable(out / "config.json")
     from specdecode import load
-    from specdecode.training.recipe import Recipe
+    from specdecode.training.recipe import Recipe, work_folder
     from specdecode.training.recipe import train_head as train
     from specdecode.training.trainer import TrainingSettings
 
+    if work_folder(out).exists():
+        check_writable(work_folder(out) / "shards.json")
     recipe = Recipe(
         data=tuple(part.strip() for part in data.split(",")),
         tokens=tokens,
@@ -66,6 +70,7 @@ def train_head(
         held_out=held_out,
         layers=tuple(map(int, numbers)),
         vocabulary=vocabulary,
+        shared_output=shared_output,
         settings=TrainingSettings(epochs, batch, ahead, rate, seed),
     )
     model = load(target, device=device, dtype=dtype, backend="eager")
@@ -74,4 +79,4 @@ def train_head(
     for number, epoch in enumerate(card["epochs"], start=1):
         taus = ", ".join(f"{task} {tau:.2f}" for task, tau in epoch["acceptance"].items())
         say(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {taus}")
-    say(f"the head is in {out}, its card in {out.with_suffix('.md')}; the folder {out.with_suffix('')} can go")
+    say(f"the head and its card are in {out}; the folder {work_folder(out)} can go")

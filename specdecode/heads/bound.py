@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import LlamaConfig, Qwen3Config
 
 from specdecode.backends.packed import PackedLinear, pack
 from specdecode.core.errors import UnsupportedModelError
-from specdecode.heads.eagle3 import Eagle3Head
-from specdecode.heads.module import Head, HeadShape, Store, TargetFingerprint
+from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
+from specdecode.heads.module import Head, Store, TargetFingerprint
 from specdecode.models.lm import LM
 
 # Tokens whose embeddings a fingerprint holds.
@@ -141,25 +142,37 @@ def target_sizes(target: LM) -> tuple[int, int]:
     return config.num_hidden_layers, config.hidden_size
 
 
-def head_shape(target: LM, layers: Sequence[int]) -> HeadShape:
-    """Return the shape of a head over some layers of a target, with the proportions of the target's layers."""
+def head_shape(target: LM, layers: Sequence[int]) -> Eagle3Shape:
+    """Return the shape of a head over some layers of a target, with the proportions of the target's layers.
+
+    It normalises each layer's hidden states, since they grow from layer to layer, and shares the target's embeddings.
+    """
     config = target.model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
-    return HeadShape(
-        hidden=config.hidden_size,
-        layers=tuple(layers),
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+    rotary = getattr(config, "rope_parameters", None) or {}
+    whole = rotary.get("partial_rotary_factor", 1.0) == 1.0 and "rope_type" in rotary
+    kind = Qwen3Config if config.model_type == "qwen3" else LlamaConfig
+    decoder = kind(
+        vocab_size=target.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         # Rotary positions rotate pairs, so the width is even.
         head_dim=max((getattr(config, "head_dim", None) or config.hidden_size // heads) // 2, 1) * 2,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-5),
+        max_position_embeddings=target.context_length,
+        rope_parameters=dict(rotary) if whole else {"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=False,
     )
+    return Eagle3Shape(decoder, tuple(layers), config.hidden_size, fc_norm=True, own_output=False)
 
 
-def untrained(target: LM, seed: int = 0) -> Head:
+def untrained(target: LM, seed: int = 0) -> Eagle3Head:
     """Return a head of random weights over a third of the tokens. It costs what a trained one does."""
-    total = target_fingerprint(target).layers
+    total, _ = target_sizes(target)
     shape = head_shape(target, sorted({total // 4, total // 2, total - 1}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Head(shape, torch.arange(0, target.vocab_size, 3))
+        return Eagle3Head(shape, torch.arange(0, target.vocab_size, 3))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
 from specdecode.heads.module import TargetFingerprint
 from specdecode.support.files import write_whole
 
-CONFIG, WEIGHTS, FINGERPRINT, CARD = "config.json", "model.safetensors", "fingerprint.json", "README.md"
-"""Names of a head's files in its folder. The last two are this package's own; others ignore them."""
+CONFIG, WEIGHTS, PAGE, OWN = "config.json", "model.safetensors", "README.md", "specdecode.json"
+"""Names of a head's files in its folder. The last holds what this package adds; others ignore it."""
 
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 """Keys of a head's wiring that are true or false. A missing one is false, as `speculators` reads it."""
@@ -42,12 +42,14 @@ class Eagle3Files:
         config: of `config.json`.
         tensors: by name, in float32; "d2t" and "t2d" in int64 and bool.
         fingerprint: of the target, if this package wrote the folder.
+        card: says how the head was trained, as plain values, if this package wrote the folder.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     fingerprint: TargetFingerprint | None = None
+    card: Mapping[str, Any] | None = None
 
     def rewired(self, **changes: Any) -> Eagle3Files:
         """Return the same weights with other values in the config."""
@@ -89,13 +91,13 @@ def read_eagle3(folder: Path) -> Eagle3Files:
         tensors = _read_tensors(folder)
         if original:
             tensors = {name.removeprefix("model.").replace("midlayer.", "layers.0."): x for name, x in tensors.items()}
-        fingerprint = _read_fingerprint(folder / FINGERPRINT)
+        fingerprint, card = _read_own(folder / OWN)
     except ModelFileError:
         raise
     except Exception as error:  # json, safetensors and pickle have their own each
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(f"cannot read the draft head {folder}: {first_line}") from error
-    return Eagle3Files(folder, config, tensors, fingerprint)
+    return Eagle3Files(folder, config, tensors, fingerprint, card)
 
 
 def make_eagle3(files: Eagle3Files, layers: int, hidden: int) -> Eagle3Head:
@@ -151,60 +153,70 @@ def write_eagle3(
     head: Eagle3Head,
     rows: Float[Tensor, "D H"] | None,
     target: TargetFingerprint,
-    architectures: list[str],
-    card: str,
+    architectures: Sequence[str],
+    card: Mapping[str, Any],
+    page: str,
 ) -> None:
     """Write a head to a folder in the format of `speculators`, in 16 bit.
 
     Args:
         folder: is made if need be.
-        head: shares the target's embeddings.
-        rows: of the output embedding for the head's tokens. Without them a smaller folder is written, which this
-            package reads, and others do not.
+        head: to store.
+        rows: of the target's output embedding for the head's tokens, which a head that shares them needs in other
+            engines. Without them the folder is smaller, and this package alone reads it.
         target: of the head.
         architectures: of the target's config.
-        card: says how the head was trained, in Markdown.
+        card: says how the head was trained, as plain values.
+        page: says so in Markdown.
     """
-    shape, vocab_size = head.shape, target.vocab_size
     tokens, count = head.tokens.cpu(), len(head.tokens)
     tensors = dict(head.state_dict())
     if rows is not None:
         tensors["lm_head.weight"] = rows
     stored = {name: value.half().contiguous().cpu() for name, value in tensors.items()}
-    if count < vocab_size:
+    if count < target.vocab_size:
         stored["d2t"] = tokens - torch.arange(count)
-        stored["t2d"] = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, tokens, True)
+        stored["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, tokens, True)
+    verifier = {"architectures": list(architectures), "name_or_path": target.target}
     config = {
         "architectures": ["Eagle3DraftModel"],
         "draft_vocab_size": count,
         "dtype": "float16",
-        _IDS: [layer + 1 for layer in shape.layers],
-        **{flag: getattr(shape, flag) for flag in FLAGS},
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": _PROPOSED_TOKENS}],
-            "verifier": {"architectures": architectures, "name_or_path": target.target},
+            "verifier": verifier,
         },
         "speculators_model_type": "eagle3",
         "speculators_version": _FORMAT_VERSION,
-        "target_hidden_size": shape.target_hidden if shape.target_hidden != shape.hidden else None,
         "tie_word_embeddings": False,
-        "transformer_layer_config": shape.decoder.to_diff_dict() | {"vocab_size": vocab_size},
+        **describe(head.shape),
     }
-    rows_by_token = [[float(f"{x:.4g}") for x in row] for row in target.rows.tolist()]
     fingerprint = {
-        "target": target.target,
-        "vocab_size": vocab_size,
-        "layers": target.layers,
+        **asdict(target),
         "tokens": target.tokens.tolist(),
-        "rows": rows_by_token,
+        # Enough digits to tell targets apart.
+        "rows": [[float(f"{x:.4g}") for x in row] for row in target.rows.tolist()],
     }
     write_whole(folder / WEIGHTS, save(stored, {"format": "pt"}))
-    write_whole(folder / FINGERPRINT, json.dumps(fingerprint) + "\n")
-    write_whole(folder / CARD, card)
+    write_whole(folder / OWN, json.dumps({"fingerprint": fingerprint, "card": dict(card)}) + "\n")
+    write_whole(folder / PAGE, page)
     # Last, since a folder without it is no head.
     write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def describe(shape: Eagle3Shape) -> dict[str, Any]:
+    """Return a head's sizes and wiring as plain values, by the keys of the format."""
+    own_width = shape.target_hidden == shape.hidden
+    decoder = shape.decoder.to_diff_dict()
+    return {
+        _IDS: [layer + 1 for layer in shape.layers],
+        **{flag: getattr(shape, flag) for flag in FLAGS},
+        "target_hidden_size": None if own_width else shape.target_hidden,
+        # The version of the library that writes it would make two equal heads differ.
+        "transformer_layer_config": {key: decoder[key] for key in sorted(decoder) if key != "transformers_version"},
+    }
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -255,14 +267,10 @@ def _decoder(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
     return decoder
 
 
-def _read_fingerprint(file: Path) -> TargetFingerprint | None:
+def _read_own(file: Path) -> tuple[TargetFingerprint | None, dict[str, Any] | None]:
+    """Return the fingerprint and the card that this package stored beside a head."""
     if not file.is_file():
-        return None
+        return None, None
     stored = json.loads(file.read_text(encoding="utf-8"))
-    return TargetFingerprint(
-        stored["target"],
-        stored["vocab_size"],
-        stored["layers"],
-        torch.tensor(stored["tokens"]),
-        torch.tensor(stored["rows"]),
-    )
+    values = stored["fingerprint"] | {key: torch.tensor(stored["fingerprint"][key]) for key in ("tokens", "rows")}
+    return TargetFingerprint(**values), stored["card"]

@@ -1,15 +1,12 @@
-"""Read and write the files of draft heads."""
+"""Read the files of draft heads of the architecture in `module`, as this package once wrote them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from specdecode.core.errors import ModelFileError
 from specdecode.heads.module import Head, HeadShape, TargetFingerprint
@@ -20,21 +17,6 @@ FORMAT = 1
 _KEY = "specdecode-head"
 # Names in the file of the fingerprint's tensors.
 _TOKENS, _ROWS = "signature.tokens", "signature.rows"
-
-
-def write_head(head: Head, fingerprint: TargetFingerprint, card: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a head's file: weights in 16 bit, shape, fingerprint of the target, and card.
-
-    Args:
-        head: to store.
-        fingerprint: of its target.
-        card: plain values that say how it was trained.
-    """
-    tensors = {**head.state_dict(), _TOKENS: fingerprint.tokens, _ROWS: fingerprint.rows}
-    target = {"target": fingerprint.target, "vocab_size": fingerprint.vocab_size, "layers": fingerprint.layers}
-    metadata = {"format": FORMAT, "shape": asdict(head.shape), "signature": target, "card": dict(card)}
-    stored = {name: value.half() if value.is_floating_point() else value.int() for name, value in tensors.items()}
-    return save({name: value.contiguous() for name, value in stored.items()}, {_KEY: json.dumps(metadata)})
 
 
 def read_head(file: Path) -> tuple[Head, TargetFingerprint, dict[str, Any]]:

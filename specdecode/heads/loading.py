@@ -38,12 +38,13 @@ def load_head(name: str, target: LM) -> BoundHead:
         ModelFileError: no head by that name, or damaged files.
         UnsupportedModelError: it was trained for another target, or is of an architecture that cannot be read.
     """
-    source = shipped_head(name) or Path(name).expanduser()
-    if source.suffix == ".safetensors":
-        head, fingerprint, _ = read_head(source)
-        check_fingerprint(source, fingerprint, target)
+    source = str(shipped_head(name) or name)
+    if source.endswith(".safetensors"):
+        file = Path(source).expanduser()
+        head, fingerprint, _ = read_head(file)
+        check_fingerprint(file, fingerprint, target)
         return BoundHead(head, target)
-    files = read_eagle3(find_folder(name))
+    files = read_eagle3(find_folder(source))
     check_tokens(files)
     if files.fingerprint is not None:
         check_fingerprint(files.folder, files.fingerprint, target)

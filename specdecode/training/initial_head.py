@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdecode.heads.bound import head_shape, target_fingerprint
-from specdecode.heads.module import Head
+from specdecode.heads.bound import head_shape, target_sizes
+from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
 from specdecode.models.variants import decoder_layers
@@ -23,14 +23,14 @@ _INITIAL_DEVIATION = 0.02
 
 def initial_head(
     target: LM, layers: Sequence[int], tokens: Int[Tensor, " D"], text: Int[Tensor, " n"], seed: int = 0
-) -> Head:
+) -> Eagle3Head:
     """Return an untrained head that begins as the target's last layer, where the weights fit.
 
     It reads the last hidden states only, scaled to the size of that layer's inputs, and has the target's final norm.
 
     Args:
         target: loaded with backend="eager".
-        layers: whose hidden states it reads, ascending.
+        layers: whose hidden states it reads.
         tokens: that it can propose.
         text: shows the size of the inputs of the target's last layer.
         seed: of the random weights.
@@ -39,19 +39,29 @@ def initial_head(
     width = shape.hidden
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = Head(shape, tokens)
+        head = Eagle3Head(shape, tokens)
         with torch.no_grad():
-            head.fuse.weight.normal_(0.0, _INITIAL_DEVIATION)[:, -width:] += torch.eye(width)
-            scaled = _input_size(target, text) * torch.eye(width)
-            head.join.weight.normal_(0.0, _INITIAL_DEVIATION)[:, width:] += scaled
+            for weight in head.parameters():
+                if weight.dim() == 2:
+                    weight.normal_(0.0, _INITIAL_DEVIATION)
+            head.fc.weight[:, -width:] += _input_size(target, text) * torch.eye(width)
     weights = head.state_dict()
     # The names are those of Llama and its many relatives. Modules with other names keep random weights.
     target_weights = {f"norm.{name}": value for name, value in _final_norm(target, width)}
     if (stack := decoder_layers(target.model)) is not None:
-        target_weights |= {".".join(name.split(".")[-2:]): value for name, value in stack[-1].state_dict().items()}
+        target_weights |= {f"layers.0.{name}": value for name, value in stack[-1].state_dict().items()}
+    # In the target's layer, this norm is that of the hidden states. That of the embeddings has no counterpart.
+    hidden_norm = target_weights.pop("layers.0.input_layernorm.weight", None)
+    if hidden_norm is not None:
+        target_weights["layers.0.hidden_norm.weight"] = hidden_norm
     for name, value in target_weights.items():
-        if name in weights and weights[name].shape == value.shape:
+        if name not in weights:
+            continue
+        if weights[name].shape == value.shape:
             weights[name] = value.float().cpu()
+        elif weights[name].shape == (len(value), 2 * width) and value.shape[1:] == (width,):
+            # It reads the embedding first, and then what the target's layer reads.
+            weights[name][:, width:] = value.float().cpu()
     head.load_state_dict(weights)
     return head
 
@@ -59,7 +69,7 @@ def initial_head(
 @torch.inference_mode()
 def _input_size(target: LM, text: Int[Tensor, " n"]) -> float:
     """Return the root mean square of the last layer's inputs, in the median over tokens: some tokens are outliers."""
-    layer_before_last = target_fingerprint(target).layers - 2
+    layer_before_last = target_sizes(target)[0] - 2
     if layer_before_last < 0:
         return 1.0
     with recorded_hidden_states(target.model, [layer_before_last]) as hidden_states:

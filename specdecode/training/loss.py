@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from specdecode.heads.module import Head
+from specdecode.heads.bound import DraftHead
 from specdecode.training.shards import Shard
 
 
 def predict_ahead(
-    head: Head,
+    head: DraftHead,
     embedding: nn.Module,
     rows: Float[Tensor, "D H"],
     place: Int[Tensor, " V"],
@@ -46,13 +46,13 @@ def predict_ahead(
     probs = batch.probs[:, 1:].where(wanted >= 0, 0.0)
     length = embedded.shape[1]
     positions = torch.arange(1, length + 1, device=embedded.device)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    keys: dict[int, list[Tensor]] = {}
+    values: dict[int, list[Tensor]] = {}
 
     def store(new_keys: Tensor, new_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        keys.append(new_keys)
-        values.append(new_values)
-        return torch.cat(keys, 2), torch.cat(values, 2)
+        keys.setdefault(layer, []).append(new_keys)
+        values.setdefault(layer, []).append(new_values)
+        return torch.cat(keys[layer], 2), torch.cat(values[layer], 2)
 
     counts, losses, agreed = [], [], []
     for step in range(ahead):

@@ -10,13 +10,12 @@ from typing import Any
 from specdecode.controllers.base import FixedK
 from specdecode.decoding.generate import generate
 from specdecode.drafters.head import HeadDrafter
-from specdecode.heads.bound import BoundHead, target_fingerprint
-from specdecode.heads.formats import write_head
-from specdecode.heads.module import Head
+from specdecode.heads.bound import BoundHead, output_rows, target_fingerprint, target_sizes
+from specdecode.heads.eagle3 import Eagle3Head
+from specdecode.heads.eagle3_files import write_eagle3
 from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
 from specdecode.support.environment import environment
-from specdecode.support.files import write_whole
 from specdecode.support.git import git
 from specdecode.training.initial_head import frequent_tokens, initial_head
 from specdecode.training.shards import SHARD_TEXTS, collect, read_shard
@@ -42,6 +41,8 @@ class Recipe:
         layers: of the target, whose hidden states the head reads; by default one near the beginning, the middle one and
             the last.
         vocabulary: most tokens that the head can propose.
+        shared_output: the folder leaves out the output embedding, which is the target's: it is smaller, and this
+            package alone reads it.
         settings: of the training.
 
     Raises:
@@ -55,6 +56,7 @@ class Recipe:
     held_out: int = 20
     layers: tuple[int, ...] = ()
     vocabulary: int = 8192
+    shared_output: bool = False
     settings: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
@@ -68,14 +70,13 @@ def train_head(
 ) -> dict[str, Any]:
     """Collect shards, train, and write the head and its card. A run that was killed continues where it was.
 
-    A folder beside `out`, of the same name, holds the shards and the checkpoint. It can be removed when the head is
-    written.
+    The folder `work_folder(out)` holds the shards and the checkpoint. It can be removed when the head is written.
 
     Args:
         target: loaded with backend="eager".
         name: by which it was loaded.
         recipe: what the head is trained on, and how.
-        out: the file, .safetensors; the card is written beside it in Markdown.
+        out: the folder of the head, in the format of `speculators`.
         command: that repeats this run.
         tell: called with the number of finished shards, that of all, and what is being done.
 
@@ -86,11 +87,11 @@ def train_head(
         ValueError, SpecDecodeError: a data set that is not at hand, a layer that the target does not have, or a folder
             with the work of another training.
     """
-    total = target_fingerprint(target).layers
+    total, _ = target_sizes(target)
     layers = recipe.layers or tuple(sorted({min(2, total - 1), total // 2, total - 1}))
     if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
         raise ValueError(f"layers is {list(layers)}: they are ascending, from 0 to {total - 1}")
-    settings, work = recipe.settings, out.with_suffix("")
+    settings, work = recipe.settings, work_folder(out)
     # Raises now what would otherwise be found after long work.
     texts = Texts(target, recipe.data, recipe.length, own=recipe.own, held_out=recipe.held_out, seed=settings.seed)
     held_out = [document for documents in texts.held_out.values() for document in documents[:_PROMPTS_PER_SET]]
@@ -128,12 +129,19 @@ def train_head(
         "commit": _commit(),
         "environment": environment(),
     }
-    write_whole(out, write_head(trainer.head, target_fingerprint(target), card))
-    write_whole(out.with_suffix(".md"), _card(card, trainer.epochs))
+    rows = None if recipe.shared_output else output_rows(target, trainer.head.tokens)
+    architectures = target.model.config.architectures or [type(target.model).__name__]
+    page = _page(card, trainer.epochs)
+    write_eagle3(out, trainer.head, rows, target_fingerprint(target), architectures, card, page)
     return card
 
 
-def acceptance_lengths(target: LM, head: Head, prompts: Mapping[str, Sequence[int]]) -> dict[str, float]:
+def work_folder(out: Path) -> Path:
+    """Return the folder of a training's shards and checkpoint, beside that of its head."""
+    return out.with_name(f"{out.name}-work")
+
+
+def acceptance_lengths(target: LM, head: Eagle3Head, prompts: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Return the mean acceptance length by task, under greedy decoding with chains of four.
 
     Args:
@@ -168,7 +176,7 @@ def _line(epoch: Epoch, acceptance: dict[str, float]) -> str:
     return f"loss {losses}; same token {agreed}; tokens a step {tau}"
 
 
-def _card(card: dict[str, Any], epochs: list[Epoch]) -> str:
+def _page(card: dict[str, Any], epochs: list[Epoch]) -> str:
     """Return the card as a Markdown page."""
     settings = card["settings"]
     origins = "; ".join(f"{name}: {origin}" for name, origin in card["texts"].items())

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from specdecode.heads.bound import output_rows
-from specdecode.heads.module import Head
+from specdecode.heads.eagle3 import Eagle3Head
+from specdecode.heads.eagle3_files import describe
 from specdecode.models.lm import LM
 from specdecode.support.files import whole
 from specdecode.training.loss import predict_ahead
@@ -92,7 +93,7 @@ class Trainer:
     """
 
     def __init__(
-        self, target: LM, head: Head, shards: Sequence[Path], settings: TrainingSettings, checkpoint: Path
+        self, target: LM, head: Eagle3Head, shards: Sequence[Path], settings: TrainingSettings, checkpoint: Path
     ) -> None:
         self.epochs: list[Epoch] = []
         self._target, self._settings, self._shards = target, settings, list(shards)
@@ -113,7 +114,7 @@ class Trainer:
         self._identity = {
             "settings": asdict(settings),
             "shards": [file.name for file in shards],
-            "shape": asdict(head.shape),
+            "shape": describe(head.shape),
             "tokens": head.tokens.tolist(),
         }
         if checkpoint.exists():

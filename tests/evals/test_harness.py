@@ -37,12 +37,11 @@ from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.evals.harness import SpecDecodeLM
 from specdecode.evals.perplexity import negative_log_likelihoods
 from specdecode.evals.quality_arms import make_decode_path
-from specdecode.heads.bound import target_fingerprint, untrained
-from specdecode.heads.formats import write_head
 from specdecode.policies import policy as named_policy
 from tests.helpers import models
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
+from tests.helpers.heads import write_head
 from tests.helpers.spelling import characters
 
 TEXT = "".join(chr(33 + 29 * i * i % 90) for i in range(700))
@@ -203,9 +202,7 @@ def test_texts_are_drafted_by_a_head(
     tmp_path: Path, way: dict[str, Any], drafters: list[type], shape: TreeShape
 ) -> None:
     """Guards against a head that the harness is given and does not use, or uses for other drafts than were asked."""
-    file = tmp_path / "head.safetensors"
-    file.write_bytes(write_head(untrained(target()), target_fingerprint(target()), {}))
-    model = harness(head=str(file), **way)
+    model = harness(head=str(write_head(target(), tmp_path)), **way)
     drafter = model._make_drafter()
     parts = list(drafter.drafters) if isinstance(drafter, Cascade) else [drafter]
     assert [type(part) for part in parts] == drafters

@@ -53,12 +53,15 @@ from specdecode.decoding import generate as decoding
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads import loading
-from specdecode.heads.bound import BoundHead, output_rows, target_fingerprint, untrained
-from specdecode.heads.formats import read_head, write_head
-from specdecode.heads.module import Head
+from specdecode.heads.bound import BoundHead, output_rows, untrained
+from specdecode.heads.eagle3 import Eagle3Head
+from specdecode.heads.eagle3_files import describe, make_eagle3, read_eagle3
+from specdecode.heads.loading import shipped_head
+from specdecode.models.embedded import EMBEDDED
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
+from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, prompt, small
 from tests.helpers.replayed import replayed
 from tests.helpers.speed_runs import speed_arm, speed_run
@@ -214,7 +217,7 @@ def target() -> LM:
 
 
 @functools.cache
-def raw() -> Head:
+def raw() -> Eagle3Head:
     """Of sharp distributions, so that a small error shows; it cannot propose all tokens, nor in their order."""
     head = untrained(target(), seed=5).double()
     with torch.no_grad():
@@ -341,7 +344,7 @@ def test_without_hidden_states_nothing_is_proposed() -> None:
 
 
 @functools.cache
-def taught() -> Head:
+def taught() -> Eagle3Head:
     """A head that knows how the tiny llama goes on after the prompt, as far as it can propose the tokens."""
     model, text = lm("llama"), [*prompt(), *greedy("llama", LENGTH)]
     with torch.random.fork_rng(devices=[]):
@@ -402,19 +405,15 @@ def test_a_head_reads_the_text_once() -> None:
     assert sum(widths) <= len(prompt()) + LENGTH + 2 * len(result.steps)
 
 
-def written(target: LM, folder: Path, head: Head | None = None) -> Path:
-    file = folder / "head.safetensors"
-    file.write_bytes(write_head(head or untrained(target), target_fingerprint(target), {"seed": 7}))
-    return file
-
-
 def test_a_head_comes_back_from_its_file(tmp_path: Path) -> None:
     """Guards against weights that are lost or swapped on the way, and a card that nobody can read."""
-    file = written(lm("llama"), tmp_path, taught())
-    head, known, card = read_head(file)
-    assert card == {"seed": 7}
-    assert known.target == "llama"
-    assert head.shape == taught().shape
+    file = write_head(lm("llama"), tmp_path, taught(), shared_output=True)
+    files = read_eagle3(file)
+    assert files.card == {"seed": 7}
+    assert files.fingerprint is not None
+    assert files.fingerprint.target == "llama"
+    head = make_eagle3(files, 4, 32)
+    assert describe(head.shape) == describe(taught().shape)
     assert torch.equal(head.tokens, taught().tokens)
     for name, weight in taught().named_parameters():
         assert torch.equal(head.get_parameter(name), weight.half().float())
@@ -428,7 +427,7 @@ def test_a_head_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_a_head_knows_its_target_in_any_type(tmp_path: Path) -> None:
     """Guards against a head that is refused, or reads otherwise, where its target is of another type or backend."""
-    file = str(written(lm("llama"), tmp_path, taught()))
+    file = str(write_head(lm("llama"), tmp_path, taught()))
     plain = LM(build(ARCHITECTURES["llama"]).float().cpu(), name="elsewhere")
     packed = plain.with_backend("packed")
     targets = [plain, packed, LM(build(ARCHITECTURES["llama"]).bfloat16(), name="half")]
@@ -440,7 +439,7 @@ def test_a_head_knows_its_target_in_any_type(tmp_path: Path) -> None:
         result = generate(target, prompt(), drafter=HeadDrafter(head, StaticTree((2, 2))), max_new_tokens=LENGTH)
         assert result.accepted > 5
     assert isinstance(load_head(file, packed)._rows, PackedLinear)
-    assert isinstance(load_head(file, packed)._head.q_proj, PackedLinear)
+    assert isinstance(load_head(file, packed)._head.fc, PackedLinear)
     for tokens in (torch.tensor([5, 0, 60]), torch.arange(97)):
         own = plain.model.get_output_embeddings().weight[tokens]
         torch.testing.assert_close(output_rows(packed, tokens), own, rtol=0, atol=1e-6)
@@ -449,7 +448,7 @@ def test_a_head_knows_its_target_in_any_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (lambda: lm("llama", 5), "head.safetensors is a head for llama and cannot draft for llama, as its embeddings"),
+        (lambda: lm("llama", 5), "head is a head for llama and cannot draft for llama, as its embeddings"),
         (lambda: lm("llama").subset([0, 1]), r"for llama\[2 of 4 layers\], as it has 2 layers, 97 tokens"),
         (lambda: target(), "as it has 2 layers, 11 tokens and embeddings of width 8, not 4 layers, 97 tokens"),
     ],
@@ -457,7 +456,7 @@ def test_a_head_knows_its_target_in_any_type(tmp_path: Path) -> None:
 )
 def test_a_head_of_another_target_is_refused(other: functools.partial[LM], reason: str, tmp_path: Path) -> None:
     """Guards against a head that proposes noise, in silence, as it was trained for another model."""
-    file = written(lm("llama"), tmp_path)
+    file = write_head(lm("llama"), tmp_path)
     with pytest.raises(UnsupportedModelError, match=reason):
         load_head(str(file), other())
 
@@ -503,9 +502,10 @@ def test_a_head_that_cannot_be_bound_is_refused() -> None:
 
 def test_a_damaged_file_is_reported_in_a_sentence(tmp_path: Path) -> None:
     """Guards against a traceback from the depths, and a head that drafts with half of its weights."""
-    file = written(lm("llama"), tmp_path)
-    whole = file.read_bytes()
-    for damaged in (whole[:-100], whole[:50], b"", whole.replace(b"q_proj", b"q_prof"), whole.replace(b"96", b"9x")):
+    file, shipped = tmp_path / "head.safetensors", shipped_head(EMBEDDED)
+    assert shipped is not None
+    whole = shipped.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", whole.replace(b"q_proj", b"q_prof"), whole.replace(b"76", b"7x")):
         file.write_bytes(damaged)
         with pytest.raises(ModelFileError, match=r"cannot read the draft head .*head\.safetensors: "):
             load_head(str(file), lm("llama"))
@@ -580,7 +580,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def file(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(written(load(model, device="cpu", dtype="float64"), tmp_path_factory.mktemp("head")))
+    return str(write_head(load(model, device="cpu", dtype="float64"), tmp_path_factory.mktemp("head")))
 
 
 def test_heads_from_the_command_line(

@@ -30,9 +30,8 @@ from specdecode.bench.runs.records import RunFile
 from specdecode.controllers.base import Limit
 from specdecode.controllers.cost_aware import DraftCost
 from specdecode.heads import loading
-from specdecode.heads.bound import target_fingerprint, untrained
-from specdecode.heads.formats import write_head
 from tests.helpers.characters import save
+from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, lm, prompt, small
 from tests.helpers.speed_runs import run_of_results
 from tests.helpers.spelling import CHARACTERS
@@ -182,9 +181,7 @@ def test_a_choice_within_the_rounding_is_a_tie_and_no_more() -> None:
 def headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
     """A target that comes with a head."""
     target = lm("llama")
-    file = tmp_path / "head.safetensors"
-    file.write_bytes(write_head(untrained(target), target_fingerprint(target), {}))
-    monkeypatch.setattr(loading, "shipped_head", {target.name: file}.get)
+    monkeypatch.setattr(loading, "shipped_head", {target.name: write_head(target, tmp_path)}.get)
     return target
 
 
