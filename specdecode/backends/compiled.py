@@ -33,6 +33,8 @@ def compiled(forward: StaticForward) -> StaticForward:
             torch._dynamo.mark_dynamic(inputs.positions, 0)
             torch._dynamo.mark_dynamic(inputs.visible, 0)
             torch._dynamo.mark_dynamic(inputs.visible, 1)
+            if inputs.states is not None:
+                torch._dynamo.mark_dynamic(inputs.states, 0)
         # The compiler warns about its own code, and would fail where warnings are errors.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -76,6 +76,7 @@ class StaticInputs:
         start: slot of the first token; the others follow.
         first: first slot that some row does not attend to; all rows attend to those before it.
         visible: [W, S] which of the slots from `first` on each row attends to.
+        states: [W, F] that a draft head reads beside the tokens; None for a language model.
     """
 
     tokens: Int[Tensor, " W"]
@@ -83,13 +84,14 @@ class StaticInputs:
     start: Int[Tensor, ""]
     first: Int[Tensor, ""]
     visible: Bool[Tensor, "W S"]
+    states: Float[Tensor, "W F"] | None = None
 
 
 StaticForward = Callable[
     [StaticInputs, Int[Tensor, " span"], Mapping[int, Tensor], Mapping[int, Tensor]], tuple[Tensor, ...]
 ]
 """A forward over static shapes. Arguments: its inputs, the positions of the slots that it attends to, and the keys and
-values of each layer, which it writes. Returns the logits [W, V], and further outputs of its W rows."""
+values of each layer, which it writes. Returns tensors of its W rows; a language model's first one are its logits."""
 
 Capture = Callable[[Callable[[], tuple[Tensor, ...]]], Callable[[], tuple[Tensor, ...]]]
 """Wraps a callable so that it replays on the current contents of the same tensors. To capture it, the callable may be
@@ -148,6 +150,7 @@ class StaticRunner:
         tokens: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
         visible: Bool[Tensor, "n s"],
+        states: Float[Tensor, "n F"] | None = None,
     ) -> tuple[Shaped[Tensor, "n _"], ...]:
         """Run the forward of the tokens that take the last n slots.
 
@@ -156,26 +159,57 @@ class StaticRunner:
             tokens: on any device, as the other tensors.
             positions: of the tokens.
             visible: row i marks which of the last s slots token i attends to; it attends to all slots before those.
+            states: that a draft head reads beside the tokens.
 
         Returns:
-            The forward's outputs for the n tokens, their logits [n, V] first.
+            The forward's outputs for the n tokens.
         """
-        count, recent = visible.shape
-        start, first = slots.length - count, slots.length - recent
         if self._capture is None:
-            inputs = StaticInputs(tokens, positions, torch.tensor(start), torch.tensor(first), visible)
-            storage = slots.storage
+            start, first = (torch.tensor(slots.length - size) for size in visible.shape)
+            inputs, storage = StaticInputs(tokens, positions, start, first, visible, states), slots.storage
             return self._forward(
                 _on_device(inputs, slots.device), slots.positions[: slots.length], storage.keys, storage.values
             )
-        width, across = self._width(count), max(self._width(recent), recent)
-        graph = self._graph(slots, width, across, self._forward, self._capture)
-        graph.fill(tokens, positions, start, first, visible)
-        return tuple(output[:count].clone() for output in graph.run())
+        outputs = self.replay(slots, tokens, positions, visible, states)
+        return tuple(output[: len(tokens)].clone() for output in outputs)
 
-    def takes_chain(self, slots: Slots, count: int) -> bool:
-        """Return whether so many forwards, each over the choice of the one before it, can be captured as one graph."""
-        return self._capture is not None and bool(slots.storage.keys) and slots.length + count <= slots.capacity
+    def replay(
+        self,
+        slots: Slots,
+        tokens: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        visible: Bool[Tensor, "n s"],
+        states: Float[Tensor, "n F"] | None = None,
+        *,
+        forward: StaticForward | None = None,
+        ahead: int = 0,
+        kind: tuple[int, ...] = (),
+    ) -> tuple[Tensor, ...]:
+        """Replay the captured graph of a forward; capture it first if there is none for this shape and storage.
+
+        Args:
+            slots, tokens, positions, visible, states: see `run`.
+            forward: to capture; by default the runner's.
+            ahead: slots that are taken already behind those of the tokens. The forward writes them itself.
+            kind: distinguishes forwards of the same shape.
+
+        Returns:
+            The forward's outputs, padded. They are valid until the next replay.
+        """
+        assert self._capture is not None
+        count, recent = visible.shape
+        end = slots.length - ahead
+        width, across = self._width(count), max(self._width(recent), recent)
+        graph = self._graph(slots, width, across, forward or self._forward, self._capture, states, *kind)
+        graph.fill(tokens, positions, end - count, end - recent, visible, states)
+        return graph.run()
+
+    def takes_chain(self, slots: Slots, rows: int, count: int) -> bool:
+        """Return whether a forward over rows that are still to come and so many more, each over the choice of the one
+        before it, can be captured as one graph."""
+        if self._capture is None or rows > WIDTHS[-1] or not slots.storage.keys:
+            return False
+        return slots.length + max(self._width(rows), rows + count) <= slots.capacity
 
     def chain(self, slots: Slots, token: Int[Tensor, " 1"], count: int, vocab_size: int) -> Int[Tensor, " count"]:
         """Read a token and then the model's own choices below `vocab_size`; return them. The last is not read."""
@@ -194,9 +228,17 @@ class StaticRunner:
                 chosen.append(token)
             return (torch.cat(chosen),)
 
-        graph = self._graph(slots, 1, 1, forwards, self._capture, count, vocab_size)
-        graph.fill(token, torch.tensor([start]), start, start, torch.ones(1, 1, dtype=torch.bool))
-        return graph.run()[0].clone()
+        itself = torch.ones(1, 1, dtype=torch.bool)
+        outputs = self.replay(
+            slots,
+            token,
+            torch.tensor([start]),
+            itself,
+            forward=forwards,
+            ahead=count - 1,
+            kind=(count, vocab_size),
+        )
+        return outputs[0].clone()
 
     def _graph(
         self,
@@ -205,6 +247,7 @@ class StaticRunner:
         across: int,
         forward: StaticForward,
         capture: Capture,
+        states: Tensor | None,
         *kind: int,
     ) -> _CachedGraph:
         """Return the cached graph of a forward for a captured shape and storage; a new one is captured when first run.
@@ -215,6 +258,7 @@ class StaticRunner:
             across: slots that the rows see in part.
             forward: to capture.
             capture: captures it.
+            states: of the width and type that the forward reads.
             kind: distinguishes forwards of the same shape.
         """
         storage = slots.storage
@@ -228,7 +272,10 @@ class StaticRunner:
                 graphs.pop(next(iter(graphs)))
             # The graph refers to the tensors and not to the storage, which it would otherwise keep alive.
             tensors = (storage.positions[:span], storage.keys, storage.values)
-            graphs[key] = _CachedGraph(width, across, slots.device, lambda inputs: forward(inputs, *tensors), capture)
+            buffer = None if states is None else states.new_zeros(width, states.shape[1], device=slots.device)
+            graphs[key] = _CachedGraph(
+                width, across, slots.device, buffer, lambda inputs: forward(inputs, *tensors), capture
+            )
         return graphs[key]
 
     def _width(self, rows: int) -> int:
@@ -247,6 +294,7 @@ class _CachedGraph:
         width: rows of the forward.
         across: slots that the rows see in part.
         device: of the buffers.
+        states: buffer of the states that a draft head reads; None for a language model.
         forward: over the buffers.
         capture: captures it.
     """
@@ -256,14 +304,16 @@ class _CachedGraph:
         width: int,
         across: int,
         device: torch.device,
+        states: Float[Tensor, "W F"] | None,
         forward: Callable[[StaticInputs], tuple[Tensor, ...]],
         capture: Capture,
     ) -> None:
         self._on_host = torch.zeros(8 * (width + 2) + width * across, dtype=torch.uint8)
         self._on_device = moved(self._on_host, device).clone()
         self._tokens = torch.zeros(width, dtype=torch.long, device=device)
+        self._states = states
         self._host_inputs, inputs = (
-            _inputs_in(buffer, self._tokens, across) for buffer in (self._on_host, self._on_device)
+            _inputs_in(buffer, self._tokens, across, states) for buffer in (self._on_host, self._on_device)
         )
         self._forward = lambda: forward(inputs)
         self._capture = capture
@@ -276,6 +326,7 @@ class _CachedGraph:
         start: int,
         first: int,
         visible: Bool[Tensor, "n s"],
+        states: Float[Tensor, "n F"] | None = None,
     ) -> None:
         """Set the inputs; see `StaticInputs`. Rows beyond n, and slots beyond s, are padding."""
         (count, recent), host = visible.shape, self._host_inputs
@@ -290,6 +341,8 @@ class _CachedGraph:
         # The copy has left the host's memory when it returns, as that is not pinned: the next may be written there.
         write(self._on_device, self._on_host)
         write(self._tokens[:count], tokens)
+        if self._states is not None and states is not None:
+            write(self._states[:count], states)
 
     def run(self) -> tuple[Tensor, ...]:
         """Return the outputs for the current contents of the buffers. They are valid until the next run."""
@@ -299,15 +352,20 @@ class _CachedGraph:
         return self._replay()
 
 
-def _inputs_in(buffer: UInt8[Tensor, " bytes"], tokens: Int[Tensor, " W"], across: int) -> StaticInputs:
+def _inputs_in(
+    buffer: UInt8[Tensor, " bytes"], tokens: Int[Tensor, " W"], across: int, states: Float[Tensor, "W F"] | None
+) -> StaticInputs:
     """Return the inputs that lie in a buffer, and the tokens, which may come from a draft on the device."""
     width = len(tokens)
     numbers, visible = buffer[: 8 * (width + 2)].view(torch.long), buffer[8 * (width + 2) :].view(torch.bool)
-    return StaticInputs(tokens, numbers[:width], numbers[width], numbers[width + 1], visible.view(width, across))
+    return StaticInputs(
+        tokens, numbers[:width], numbers[width], numbers[width + 1], visible.view(width, across), states
+    )
 
 
 def _on_device(inputs: StaticInputs, device: torch.device) -> StaticInputs:
-    return StaticInputs(*(moved(getattr(inputs, field.name), device) for field in fields(inputs)))
+    tensors = [moved(tensor, device) for field in fields(inputs) if (tensor := getattr(inputs, field.name)) is not None]
+    return StaticInputs(*tensors)
 
 
 def _span(length: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 
 from specdecode.backends.packed import PackedLinear, pack
+from specdecode.backends.static import StaticCacheView, StaticInputs, visible_slots
 from specdecode.core.errors import UnsupportedModelError
+from specdecode.core.slots import Slots
+from specdecode.core.transfer import moved
 from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
 from specdecode.heads.module import Head, Store, TargetFingerprint
+from specdecode.models.forwards import ForwardInput
 from specdecode.models.lm import LM
 
 # Tokens whose embeddings a fingerprint holds.
@@ -64,28 +69,140 @@ class BoundHead:
         self._head: DraftHead = copied
         # Packing puts another module in its place.
         self._rows = modules[1]
+        # Over static shapes: the first forward of a proposal reads the target's states, the next ones the head's own.
+        static = target.backend.static
+        self._first, self._next = (
+            None if static is None else static(partial(self._static_read, fuse)) for fuse in (True, False)
+        )
 
-    def fused(self, hidden_states: Float[Tensor, "n F"]) -> Float[Tensor, "n H"]:
-        """Return the head's states for the target's hidden states."""
-        fused: Tensor = self._head.fused(hidden_states)
-        return fused
+    def new_slots(self, capacity: int) -> Slots:
+        """Return empty slots for a sequence."""
+        device = self.tokens.device
+        return Slots(capacity, device) if self._first is None else self._first.new_slots(capacity, device)
 
+    @torch.inference_mode()
     def read(
+        self, slots: Slots, inputs: ForwardInput, states: Float[Tensor, "n _"], *, fuse: bool = False
+    ) -> tuple[Float[Tensor, "rows H"], Float[Tensor, "rows D"]]:
+        """Read pairs of a token and the state at the token before it, and append their keys and values to the slots.
+
+        Args:
+            slots: grown by n.
+            inputs: the n tokens.
+            states: the head's own at the tokens before; with `fuse` the target's hidden states there.
+            fuse: the states are the target's.
+
+        Returns:
+            The head's states at the last `inputs.rows` tokens, and the logits of the D tokens that it can propose next.
+        """
+        tokens, positions, visible = inputs.tokens, inputs.positions, inputs.visible
+        slots.append(positions)
+        static = self._first if fuse else self._next
+        if static is not None and static.takes(slots, len(tokens)):
+            state, logits = static.run(slots, tokens, positions, visible, states)
+            return state[-inputs.rows :], logits[-inputs.rows :]
+        before = torch.ones(len(tokens), slots.length - visible.shape[1], dtype=torch.bool)
+        where, mask = moved(positions, slots.device), moved(torch.cat([before, visible], 1), slots.device)
+        state = self._states(moved(tokens, slots.device), states, where, slots.update, mask, fuse)[-inputs.rows :]
+        return state, self._logits(state)
+
+    @torch.inference_mode()
+    def continue_greedily(
+        self, slots: Slots, inputs: ForwardInput, hidden_states: Float[Tensor, "n F"], count: int
+    ) -> Int[Tensor, " count"]:
+        """Read tokens with the target's hidden states, and then the head's own choices, one by one. No forward waits
+        for the host.
+
+        Args:
+            slots: grown by n + count - 1: the last choice is not read.
+            inputs: the n tokens.
+            hidden_states: the target's at the tokens before.
+            count: of choices, at least 1.
+
+        Returns:
+            The choices, as ids of the target's vocabulary on the device.
+        """
+        tokens, positions, visible = inputs.tokens, inputs.positions, inputs.visible
+        last = int(positions[-1])
+        if self._first is not None and self._first.takes_chain(slots, len(tokens), count - 1):
+            slots.append(torch.cat([positions, torch.arange(last + 1, last + count)]))
+            chain = partial(self._chain, count)
+            reads = (slots, tokens, positions, visible, hidden_states)
+            return self._first.replay(*reads, forward=chain, ahead=count - 1, kind=(count,))[0].clone()
+        state, logits = self.read(slots, inputs, hidden_states, fuse=True)
+        chosen = [self.tokens[logits.argmax(-1)]]
+        for ahead in range(1, count):
+            own = torch.ones(1, ahead, dtype=torch.bool)
+            state, logits = self.read(slots, ForwardInput(chosen[-1], torch.tensor([last + ahead]), own, 1), state)
+            chosen.append(self.tokens[logits.argmax(-1)])
+        return torch.cat(chosen)
+
+    def _states(
         self,
         tokens: Int[Tensor, " n"],
-        state: Float[Tensor, "n H"],
+        states: Float[Tensor, "n _"],
         positions: Int[Tensor, " n"],
         store: Store,
         visible: Bool[Tensor, "n s"],
+        fuse: bool,
     ) -> Float[Tensor, "n H"]:
-        """Return the states at some tokens; see `Head.forward`."""
-        states: Tensor = self._head(self._embedding(tokens)[None], state[None], positions, store, visible)
-        return states[0]
+        own = self._head.fused(states) if fuse else states
+        read: Tensor = self._head(self._embedding(tokens)[None], own[None], positions, store, visible)
+        return read[0]
 
-    def logits(self, state: Float[Tensor, "n H"]) -> Float[Tensor, "n D"]:
-        """Return the logits of the tokens that it can propose."""
+    def _logits(self, state: Float[Tensor, "n H"]) -> Float[Tensor, "n D"]:
         logits: Tensor = self._rows(self._head.normed(state))
         return logits
+
+    def _static_states(
+        self,
+        fuse: bool,
+        inputs: StaticInputs,
+        positions: Tensor,
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+    ) -> Float[Tensor, "W H"]:
+        """Return the states of a forward over static shapes, all of it on the device."""
+        assert inputs.states is not None
+        span = len(positions)
+        places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
+        view = StaticCacheView(keys, values, places, span)
+        mask = visible_slots(inputs, span)
+        return self._states(inputs.tokens, inputs.states, inputs.positions, view.update, mask, fuse)
+
+    def _static_read(
+        self,
+        fuse: bool,
+        inputs: StaticInputs,
+        positions: Tensor,
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        state = self._static_states(fuse, inputs, positions, keys, values)
+        return state, self._logits(state)
+
+    def _chain(
+        self,
+        count: int,
+        inputs: StaticInputs,
+        positions: Tensor,
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+    ) -> tuple[Tensor]:
+        """Make `continue_greedily`'s choices over static shapes."""
+        states = self._static_states(True, inputs, positions, keys, values)
+        # The row of the last token: the padding behind it has position 0.
+        position, row = inputs.positions.max(0, keepdim=True)
+        state = states.index_select(0, row)
+        chosen: list[Tensor] = []
+        for ahead in range(count):
+            if ahead:
+                place = inputs.start + row[0] + ahead
+                itself = torch.ones(1, 1, dtype=torch.bool, device=place.device)
+                now = StaticInputs(chosen[-1], position + ahead, place, place, itself, state)
+                state = self._static_states(False, now, positions, keys, values)
+            chosen.append(self.tokens[self._logits(state).argmax(-1)])
+        return (torch.cat(chosen),)
 
 
 def check_fit(head: DraftHead, target: LM) -> None:

@@ -240,7 +240,7 @@ class LM:
         Returns:
             The choices, on the device.
         """
-        if self.static is not None and self.static.takes_chain(slots, count):
+        if self.static is not None and self.static.takes_chain(slots, 1, count - 1):
             self.forwards += count
             return self.static.chain(slots, token, count, vocab_size)
         chosen = []

@@ -58,6 +58,7 @@ from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import describe, make_eagle3, read_eagle3
 from specdecode.heads.loading import shipped_head
 from specdecode.models.embedded import EMBEDDED
+from specdecode.models.forwards import ForwardInput
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
@@ -405,6 +406,13 @@ def test_a_head_reads_the_text_once() -> None:
     assert sum(widths) <= len(prompt()) + LENGTH + 2 * len(result.steps)
 
 
+def logits_at(head: BoundHead, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The logits of a head that reads one token, with hidden states of ones before it."""
+    alone = ForwardInput(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool), rows=1)
+    states = torch.ones(1, width, dtype=dtype, device=head.tokens.device)
+    return head.read(head.new_slots(1), alone, states, fuse=True)[1]
+
+
 def test_a_head_comes_back_from_its_file(tmp_path: Path) -> None:
     """Guards against weights that are lost or swapped on the way, and a card that nobody can read."""
     file = write_head(lm("llama"), tmp_path, taught(), shared_output=True)
@@ -433,9 +441,7 @@ def test_a_head_knows_its_target_in_any_type(tmp_path: Path) -> None:
     targets = [plain, packed, LM(build(ARCHITECTURES["llama"]).bfloat16(), name="half")]
     for target in targets:
         head = load_head(file, target)
-        assert (
-            head.logits(head.fused(torch.zeros(1, 96, dtype=target.dtype, device=target.device))).dtype == target.dtype
-        )
+        assert logits_at(head, 96, target.dtype).dtype == target.dtype
         result = generate(target, prompt(), drafter=HeadDrafter(head, StaticTree((2, 2))), max_new_tokens=LENGTH)
         assert result.accepted > 5
     assert isinstance(load_head(file, packed)._rows, PackedLinear)
@@ -465,12 +471,11 @@ def test_a_bound_head_stays_what_it_was() -> None:
     """Guards against drafts of a head that is trained on while it is measured."""
     target, head = lm("llama"), untrained(lm("llama"))
     bound = BoundHead(head, target)
-    state = torch.ones(1, head.shape.hidden, dtype=torch.float64, device=target.device)
-    before = bound.logits(state).clone()
+    before = logits_at(bound, 96)
     with torch.no_grad():
         head.norm.weight.mul_(2.0)
-    assert torch.equal(bound.logits(state), before)
-    assert not torch.equal(BoundHead(head, target).logits(state), before)
+    assert torch.equal(logits_at(bound, 96), before)
+    assert not torch.equal(logits_at(BoundHead(head, target), 96), before)
 
 
 def test_rows_of_an_output_embedding_are_without_its_bias() -> None:
