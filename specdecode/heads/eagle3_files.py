@@ -22,6 +22,9 @@ from specdecode.support.files import write_whole
 CONFIG, WEIGHTS, PAGE, OWN = "config.json", "model.safetensors", "README.md", "specdecode.json"
 """Names of a head's files in its folder. The last holds what this package adds; others ignore it."""
 
+IDS = "eagle_aux_hidden_state_layer_ids"
+"""Key of the layers whose hidden states a head reads, counted from 1; 0 stands for the embeddings."""
+
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 """Keys of a head's wiring that are true or false. A missing one is false, as `speculators` reads it."""
 
@@ -30,7 +33,6 @@ _PROPOSED_TOKENS, _FORMAT_VERSION = 4, "0.9.0"
 _DECODERS: dict[str, type[LlamaConfig] | type[Qwen3Config]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 # In the order in which they are looked for.
 _WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin")
-_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Eagle3Files:
         Args:
             total: number of the target's layers. By default heads read three: near both ends, and in the middle.
         """
-        ids = self.config.get(_IDS) or [2, total // 2, total - 3]
+        ids = self.config.get(IDS) or [2, total // 2, total - 3]
         return tuple(number - 1 for number in ids)
 
 
@@ -211,7 +213,7 @@ def describe(shape: Eagle3Shape) -> dict[str, Any]:
     own_width = shape.target_hidden == shape.hidden
     decoder = shape.decoder.to_diff_dict()
     return {
-        _IDS: [layer + 1 for layer in shape.layers],
+        IDS: [layer + 1 for layer in shape.layers],
         **{flag: getattr(shape, flag) for flag in FLAGS},
         "target_hidden_size": None if own_width else shape.target_hidden,
         # The version of the library that writes it would make two equal heads differ.
@@ -238,7 +240,7 @@ def _from_original(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             " `draft_vocab_size`"
         )
     own = config.get("eagle_config") or {}
-    named = {key: own.get(key, config.get(key)) for key in (*FLAGS, _IDS, "target_hidden_size")}
+    named = {key: own.get(key, config.get(key)) for key in (*FLAGS, IDS, "target_hidden_size")}
     return {
         "speculators_model_type": "eagle3",
         "draft_vocab_size": config.get("draft_vocab_size"),

@@ -32,6 +32,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """Return a model's norm before its output layer; None if there is none beside its layers."""
+    norms = [module for name, module in model.base_model.named_children() if "norm" in name]
+    return norms[-1] if norms else None
+
+
 def layer_subset(model: PreTrainedModel, layers: Sequence[int], name: str) -> PreTrainedModel:
     """Return a model of some of the layers, sharing all parameters.
 

@@ -14,7 +14,7 @@ from specdecode.heads.bound import head_shape, target_sizes
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
-from specdecode.models.variants import decoder_layers
+from specdecode.models.variants import decoder_layers, final_norm
 from specdecode.training.shards import read_distributions
 
 # Standard deviation of initial weights that the target does not provide.
@@ -47,7 +47,8 @@ def initial_head(
             head.fc.weight[:, -width:] += _input_size(target, text) * torch.eye(width)
     weights = head.state_dict()
     # The names are those of Llama and its many relatives. Modules with other names keep random weights.
-    target_weights = {f"norm.{name}": value for name, value in _final_norm(target, width)}
+    norm = final_norm(target.model)
+    target_weights = {} if norm is None else {f"norm.{name}": value for name, value in norm.state_dict().items()}
     if (stack := decoder_layers(target.model)) is not None:
         target_weights |= {f"layers.0.{name}": value for name, value in stack[-1].state_dict().items()}
     # In the target's layer, this norm is that of the hidden states. That of the embeddings has no counterpart.
@@ -76,12 +77,6 @@ def _input_size(target: LM, text: Int[Tensor, " n"]) -> float:
         target.model(text[None].to(target.device), use_cache=False)
     size: float = hidden_states[0].float().square().mean(-1).sqrt().median().item()
     return size
-
-
-def _final_norm(target: LM, width: int) -> list[tuple[str, Tensor]]:
-    """Return the parameters of the target's final norm by name, as far as they have this width."""
-    norms = [module for name, module in target.model.base_model.named_children() if "norm" in name]
-    return [(name, value) for module in norms[-1:] for name, value in module.named_parameters() if len(value) == width]
 
 
 def frequent_tokens(shards: Sequence[Path], count: int) -> Int[Tensor, " D"]:

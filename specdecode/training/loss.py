@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from specdecode.heads.bound import DraftHead
+from specdecode.heads.module import visible_ahead
 from specdecode.training.shards import Shard
 
 
@@ -56,7 +57,7 @@ def predict_ahead(
 
     counts, losses, agreed = [], [], []
     for step in range(ahead):
-        state = head(embedded, state, positions, store, _visible(length, step, embedded.device))
+        state = head(embedded, state, positions, store, visible_ahead(length, step, embedded.device))
         logits = head.logits(state, rows).to(rows.dtype)
         # The first tokens of a text have too few tokens before them.
         counted = (positions > step).expand(wanted.shape[:2])
@@ -91,10 +92,3 @@ class CrossEntropy(torch.autograd.Function):
         weights = gradient[..., None] * probs
         slope = (logits - total).exp_().mul_(weights.sum(-1, keepdim=True)).scatter_add_(-1, chosen, -weights)
         return slope, None, None
-
-
-def _visible(length: int, step: int, device: torch.device) -> Bool[Tensor, "n s"]:
-    """Return which keys each token attends to, of those of all predictions so far, side by side."""
-    at = torch.arange(length, device=device)
-    distance = at[:, None] - at
-    return torch.cat([distance >= step, *(distance == step - earlier for earlier in range(1, step + 1))], 1)
