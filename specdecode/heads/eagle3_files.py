@@ -94,6 +94,9 @@ def read_eagle3(folder: Path) -> Eagle3Files:
         if original:
             tensors = {name.removeprefix("model.").replace("midlayer.", "layers.0."): x for name, x in tensors.items()}
         fingerprint, card = _read_own(folder / OWN)
+        count = config.get("draft_vocab_size")
+        if "d2t" in tensors and len(tensors["d2t"]) != count:
+            raise ModelFileError(f"d2t of the draft head {folder} is for {len(tensors['d2t'])} tokens, not for {count}")
     except ModelFileError:
         raise
     except Exception as error:  # json, safetensors and pickle have their own each
@@ -176,7 +179,7 @@ def write_eagle3(
     if rows is not None:
         tensors["lm_head.weight"] = rows
     stored = {name: value.half().contiguous().cpu() for name, value in tensors.items()}
-    if count < target.vocab_size:
+    if not torch.equal(tokens, torch.arange(target.vocab_size)):
         stored["d2t"] = tokens - torch.arange(count)
         stored["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, tokens, True)
     verifier = {"architectures": list(architectures), "name_or_path": target.target}

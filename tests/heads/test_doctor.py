@@ -30,7 +30,7 @@ from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
 from tests.helpers.models import ARCHITECTURES, build, continuation
 
-TEXTS, PROMPT, LENGTH, STEPS = 8, 10, 28, 120
+TEXTS, PROMPT, LENGTH, STEPS = 8, 10, 28, 100
 
 # A base of rotary positions that turns them much faster than the usual one, so that it matters in short texts.
 BASE = {"rope_type": "default", "rope_theta": 50.0}
@@ -53,9 +53,7 @@ def texts(name: str = "llama") -> list[tuple[list[int], list[int]]]:
     return [(prompt, continuation(target(name).model, prompt, LENGTH)) for prompt in prompts]
 
 
-def trained(
-    name: str = "llama", *, ids: tuple[int, ...] = (1, 3, 4), normed: bool = False, **wiring: Any
-) -> Eagle3Head:
+def trained(name: str = "llama", *, ids: tuple[int, ...], normed: bool = False, **wiring: Any) -> Eagle3Head:
     """A head that knows the target's texts, trained with this wiring."""
     model, written = target(name), texts(name)
     with torch.random.fork_rng(devices=[]):
@@ -95,9 +93,10 @@ def files(name: str = "llama", **wiring: Any) -> Eagle3Files:
         return read_eagle3(Path(folder))
 
 
-FIRST = {"norm_before_residual": True, "fc_norm": True}
-THIRD = {"norm_output": True, "ids": (1, 2, 3)}
-SECOND = {"norm_output": True, "norm_before_fc": True, "ids": (2, 2, 1)}
+FIRST = {"ids": (1, 2, 3), "norm_before_residual": True, "fc_norm": True}
+SECOND = {"ids": (2, 2, 1), "norm_output": True, "norm_before_fc": True}
+PLAIN = {"ids": (1, 2, 3)}
+NORMED = {"ids": (1, 3, 4), "normed": True}
 
 
 def changed(files: Eagle3Files, **tensors: Tensor) -> Eagle3Files:
@@ -114,18 +113,18 @@ def scrambled(files: Eagle3Files) -> Tensor:
 
 
 MUTATIONS: dict[str, tuple[dict[str, Any], Callable[[Eagle3Files], Eagle3Files], str]] = {
-    "ids shifted": ({**FIRST, "ids": (1, 2, 3)}, lambda f: f.rewired(**{IDS: [2, 3, 4]}), "auxiliary ids one lower"),
+    "ids shifted": (FIRST, lambda f: f.rewired(**{IDS: [2, 3, 4]}), "auxiliary ids one lower"),
     "ids shifted down": (
-        {**FIRST, "ids": (1, 2, 3)},
+        FIRST,
         lambda f: f.rewired(**{IDS: [0, 1, 2]}),
         "auxiliary ids one higher",
     ),
-    "ids unsorted": ({**FIRST, "ids": (1, 2, 3)}, lambda f: f.rewired(**{IDS: [3, 1, 2]}), "auxiliary ids sorted"),
+    "ids unsorted": (FIRST, lambda f: f.rewired(**{IDS: [3, 1, 2]}), "auxiliary ids sorted"),
     "ids not default": (SECOND, lambda f: f.rewired(**{IDS: [4, 1, 3]}), "auxiliary ids the default ones"),
     "residual": (FIRST, lambda f: f.rewired(norm_before_residual=False), "norm_before_residual on"),
-    "no residual": (THIRD, lambda f: f.rewired(norm_before_residual=True), "norm_before_residual off"),
-    "output": (THIRD, lambda f: f.rewired(norm_output=False), "norm_output on"),
-    "no output": (FIRST, lambda f: f.rewired(norm_output=True), "norm_output off"),
+    "no residual": (PLAIN, lambda f: f.rewired(norm_before_residual=True), "norm_before_residual off"),
+    "output": (SECOND, lambda f: f.rewired(norm_output=False), "norm_output on"),
+    "no output": (PLAIN, lambda f: f.rewired(norm_output=True), "norm_output off"),
     "fc_norm": (FIRST, lambda f: f.rewired(fc_norm=False), "fc_norm on"),
     "before fc": (SECOND, lambda f: f.rewired(norm_before_fc=False), "norm_before_fc on"),
     "no fc_norm": (SECOND, lambda f: f.rewired(fc_norm=True), "fc_norm off"),
@@ -142,7 +141,7 @@ MUTATIONS: dict[str, tuple[dict[str, Any], Callable[[Eagle3Files], Eagle3Files],
         "the target's head_dim",
     ),
     "embeddings": (FIRST, lambda f: changed(f, embed_tokens__weight=scrambled(f)), "the target's embeddings"),
-    "final norm": ({**FIRST, "normed": True}, lambda f: f, "hidden state 4 after the final norm"),
+    "final norm": (NORMED, lambda f: f, "hidden state 4 after the final norm"),
 }
 
 
