@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from specdecode.drafters.cascade import Cascade as Cascade
     from specdecode.drafters.head import HeadDrafter as HeadDrafter
     from specdecode.drafters.lookup import PromptLookup as PromptLookup
+    from specdecode.drafters.medusa import MedusaDrafter as MedusaDrafter
+    from specdecode.drafters.medusa import load_medusa as load_medusa
     from specdecode.drafters.model import ModelDrafter as ModelDrafter
     from specdecode.drafters.none import NoDraft as NoDraft
     from specdecode.drafters.replay import ReplayDrafter as ReplayDrafter
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from specdecode.drafters.tree_shapes import StaticTree as StaticTree
     from specdecode.drafters.universal import UniversalDrafter as UniversalDrafter
     from specdecode.heads.loading import load_head as load_head
+    from specdecode.heads.loading import load_mtp as load_mtp
     from specdecode.models.lm import LM as LM
     from specdecode.models.loading import load as load
     from specdecode.policies.heavy_hitter import HeavyHitter as HeavyHitter
@@ -59,6 +62,7 @@ _HOMES = {
     "KeepAll": "policies.keep_all",
     "KeyNorm": "policies.key_norm",
     "LM": "models.lm",
+    "MedusaDrafter": "drafters.medusa",
     "ModelDrafter": "drafters.model",
     "NoDraft": "drafters.none",
     "PromptLookup": "drafters.lookup",
@@ -77,6 +81,8 @@ _HOMES = {
     "generate_batch": "decoding.generate",
     "load": "models.loading",
     "load_head": "heads.loading",
+    "load_medusa": "drafters.medusa",
+    "load_mtp": "heads.loading",
     "measure_costs": "decoding.measure_costs",
 }
 __all__ = sorted(_HOMES)

@@ -30,6 +30,8 @@ class DrafterKind(str, enum.Enum):
     universal = "universal"
     self_streaming = "self-streaming"
     head = "head"
+    mtp = "mtp"
+    medusa = "medusa"
     cascade = "lookup+head"
 
 
@@ -59,7 +61,7 @@ _Drafter: TypeAlias = Annotated[
     ),
 ]
 _Head: TypeAlias = Annotated[
-    str | None, typer.Option(help="file of `specdecode train-head`  [default: what comes with the target]")
+    str | None, typer.Option(help="folder or hub id of a draft head  [default: what comes with the target]")
 ]
 _Controller: TypeAlias = Annotated[
     ControllerKind,

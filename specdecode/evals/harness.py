@@ -54,10 +54,10 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         options: how to decode, by the keys of a preset's arm (`ArmSpec`), and `draft`, the name of a draft model.
             Likelihoods depend on `policy`, `cache` and the policy's own settings (such as `sinks`), on `quantize`, and
             on `k` for how they are read, in steps of k + 1 tokens. All others change how fast texts are written and not
-            which: `drafter` ("none", "lookup", "head", "model", "universal", "self-streaming", or a cascade such as
-            "lookup+head") with `head`, `ngram`, `min_ngram`, `branches`, `draft_cache`, `shape`, `branching`, `nodes`
-            and `threshold`, and `controller`. Without a drafter it is "lookup+head" with `head`, "model" with `draft`,
-            and else "lookup".
+            which: `drafter` ("none", "lookup", "head", "mtp", "medusa", "model", "universal", "self-streaming", or a
+            cascade such as "lookup+head") with `head`, `ngram`, `min_ngram`, `branches`, `draft_cache`, `shape`,
+            `branching`, `nodes` and `threshold`, and `controller`. Without a drafter it is "lookup+head" with `head`,
+            "model" with `draft`, and else "lookup".
 
     Raises:
         ValueError: a key or a value that is not known, keys that do not go together, a target without a tokenizer, or

@@ -19,6 +19,7 @@ from specdecode.core.slots import Slots
 from specdecode.core.transfer import moved
 from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
 from specdecode.heads.module import Head, Store, TargetFingerprint
+from specdecode.heads.mtp import MtpHead
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.lm import LM
 
@@ -27,7 +28,7 @@ _FINGERPRINT_TOKENS = 16
 # Columns of an output embedding that are computed at once.
 _COLUMNS = 64
 
-DraftHead: TypeAlias = Head | Eagle3Head
+DraftHead: TypeAlias = Head | Eagle3Head | MtpHead
 """A module that drafts from a target's hidden states, and from its own states after those."""
 
 ADVICE = "train one for it with `specdecode train-head`"
@@ -42,6 +43,7 @@ class BoundHead:
     Args:
         head: is not changed, and may be trained further.
         target: whose hidden states it reads.
+        copied: False binds the head itself, which has the target's type and device already.
 
     Attributes:
         layers: of the target, whose hidden states it reads.
@@ -51,24 +53,22 @@ class BoundHead:
         UnsupportedModelError: the head does not fit the target's layers, embeddings or vocabulary.
     """
 
-    def __init__(self, head: DraftHead, target: LM) -> None:
+    def __init__(self, head: DraftHead, target: LM, *, copied: bool = True) -> None:
         check_fit(head, target)
         self.layers: tuple[int, ...] = head.shape.layers
         self.tokens = head.tokens.to(target.device)
-        copied = copy.deepcopy(head).to(target.device, target.dtype)
-        embedding: nn.Module | None = copied.embed_tokens
+        bound = copy.deepcopy(head).to(target.device, target.dtype) if copied else head
+        embedding: nn.Module | None = bound.embed_tokens
         self._embedding: nn.Module = target.model.get_input_embeddings() if embedding is None else embedding
-        rows: nn.Module | None = copied.lm_head
-        if rows is None:
-            rows = nn.Linear(head.shape.hidden, len(head.tokens), bias=False, device="meta")
-            rows.weight = nn.Parameter(output_rows(target, head.tokens))
-        modules = nn.ModuleList([copied, rows])
+        self._head: DraftHead = bound
+        rows: nn.Module | None = bound.lm_head
+        shared = _whole_output(target, self.tokens) if rows is None else None
+        modules = nn.ModuleList([bound, *([] if shared is not None else [rows or _output(target, head.tokens)])])
         modules.train(False).requires_grad_(False)
         if any(isinstance(module, PackedLinear) for module in target.model.modules()):
             pack(modules)
-        self._head: DraftHead = copied
         # Packing puts another module in its place.
-        self._rows = modules[1]
+        self._rows = modules[1] if shared is None else shared
         # Over static shapes: the first forward of a proposal reads the target's states, the next ones the head's own.
         static = target.backend.static
         self._first, self._next = (
@@ -222,6 +222,21 @@ def check_fit(head: DraftHead, target: LM) -> None:
             f"a head over layers {', '.join(map(str, shape.layers))} of width {shape.target_hidden} that proposes"
             f" tokens up to {int(head.tokens.max())} cannot draft for {target.name}, as {difference}: {ADVICE}"
         )
+
+
+def _whole_output(target: LM, tokens: Int[Tensor, " D"]) -> nn.Module | None:
+    """Return a target's output layer if it gives the logits of just these tokens, and no bias with them."""
+    layer = target.model.get_output_embeddings()
+    whole = len(tokens) == target.vocab_size and torch.equal(tokens, torch.arange(len(tokens), device=tokens.device))
+    return layer if whole and layer is not None and getattr(layer, "bias", None) is None else None
+
+
+def _output(target: LM, tokens: Int[Tensor, " D"]) -> nn.Linear:
+    """Return an output layer of a target's rows for some tokens."""
+    rows = output_rows(target, tokens)
+    layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(rows)
+    return layer
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from specdecode.heads.bound import ADVICE, BoundHead, target_fingerprint, target
 from specdecode.heads.eagle3_files import CONFIG, check_tokens, make_eagle3, read_eagle3
 from specdecode.heads.formats import read_head
 from specdecode.heads.module import TargetFingerprint
+from specdecode.heads.mtp import MtpHead
 from specdecode.models.lm import LM
 
 # The least cosine similarity of the embeddings of one target in two types: that of 4-bit weights to their originals is
@@ -49,6 +50,16 @@ def load_head(name: str, target: LM) -> BoundHead:
     if files.fingerprint is not None:
         check_fingerprint(files.folder, files.fingerprint, target)
     return BoundHead(make_eagle3(files, *target_sizes(target)), target)
+
+
+def load_mtp(target: LM) -> BoundHead:
+    """Load the MTP layer that ships with a target's checkpoint, and bind it to the target.
+
+    Raises:
+        UnsupportedModelError: the target has no MTP layers, or this version of transformers cannot load them.
+        ModelFileError: their weights are not there, or damaged.
+    """
+    return BoundHead(MtpHead(target.model), target, copied=False)
 
 
 def find_folder(name: str) -> Path:

@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from specdecode.heads.bound import DraftHead
+from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.module import visible_ahead
 from specdecode.training.shards import Shard
 
 
 def predict_ahead(
-    head: DraftHead,
+    head: Eagle3Head,
     embedding: nn.Module,
     rows: Float[Tensor, "D H"],
     place: Int[Tensor, " V"],

@@ -264,7 +264,10 @@ def test_chats_are_put_into_the_models_template(monkeypatch: pytest.MonkeyPatch)
         ({"drafter": "model"}, "drafter=model needs a draft model"),
         ({"drafter": "none", "draft": "layers:0"}, "draft=layers:0 is of no use with drafter=none"),
         ({"draft": "layers:0", "head": "h.safetensors"}, "draft=layers:0 is of no use with drafter=lookup.head"),
-        ({"drafter": "head"}, "no head comes with a/tiny: name the file of one with head=, or choose another drafter="),
+        (
+            {"drafter": "head"},
+            "no head comes with a/tiny: name the folder of one with head=, or choose another drafter=",
+        ),
         ({"head": "./nowhere.safetensors"}, "cannot read the draft head nowhere.safetensors"),
         ({"controller": "adaptive", "k": 3}, "k=3 is of no use with controller=adaptive"),
         ({"shape": "static"}, "shape=static is of no use with drafter=lookup"),

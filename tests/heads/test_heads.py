@@ -639,7 +639,7 @@ def test_heads_from_the_command_line(
     assert not drafts("--draft", "layers:0-2")
     shipped.clear()
     for given, reason in (
-        (("--drafter", "head"), f"no head comes with {model}: name the file of one with --head"),
+        (("--drafter", "head"), f"no head comes with {model}: name the folder of one with --head"),
         (("--drafter", "lookup", "--head", file), "--head is of no use with --drafter lookup"),
         (("--draft", "layers:0", "--head", file), "--draft is of no use with --drafter lookup+head"),
         (("--head", "./nowhere.safetensors"), "cannot read the draft head nowhere.safetensors"),

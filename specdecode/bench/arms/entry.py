@@ -46,9 +46,9 @@ class ArmSpec:
     Attributes:
         name: of the arm.
         draft: name of the draft model, where it is the arm's own.
-        drafter: "none", "lookup", "head", "model", "universal" or "self-streaming"; with a plus between them, as in
-            "lookup+head", a cascade.
-        head: file of a draft head, or the name of a target that comes with one.
+        drafter: "none", "lookup", "head", "mtp", "medusa", "model", "universal" or "self-streaming"; with a plus
+            between them, as in "lookup+head", a cascade.
+        head: folder, file or hub id of a draft head, or the name of a target that comes with one.
         ngram: tokens of the longest suffix that is looked up.
         min_ngram: tokens of the shortest one.
         branches: continuations that are looked up.
@@ -194,6 +194,8 @@ class ArmSpec:
         if len(self.drafters) > 1 and ("none" in self.drafters or len(set(self.drafters)) < len(self.drafters)):
             raise self.notation.error(f"{self._chosen} is no cascade: name different drafters, and not none")
         self._check_use("drafter", self.drafters, DRAFTERS)
+        if "medusa" in self.drafters and self.head is None:
+            raise self.notation.error(f"{self._chosen} needs heads: name their folder with {self.notation.key('head')}")
         self._check_use("shape", [self.shape], SHAPES)
         self._check_use("controller", [self.controller], CONTROLLERS)
         for key, part in (("cache", "policy"), ("confidence", "peer")):
@@ -249,7 +251,7 @@ class ArmSpec:
         if self.needs_shipped_head and not ships_head:
             option, drafter = self.notation.key("head"), self.notation.key("drafter")
             raise self.notation.error(
-                f"no head comes with {target}: name the file of one with {option}, or choose another {drafter}"
+                f"no head comes with {target}: name the folder of one with {option}, or choose another {drafter}"
             )
 
     def check_values(self) -> None:

@@ -59,6 +59,8 @@ DRAFTERS: dict[str, tuple[str, ...]] = {
     "none": (),
     "lookup": ("ngram", "min_ngram", "branches", "replay"),
     "head": ("head", "shape", "replay"),
+    "mtp": ("shape", "replay"),
+    "medusa": ("head", "shape", "replay"),
     "model": ("draft", "shape", "replay"),
     "universal": ("draft", "replay"),
     "self-streaming": ("draft_cache", "shape", "replay"),

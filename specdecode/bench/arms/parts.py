@@ -13,13 +13,17 @@ from specdecode.decoding.measure_costs import measure_costs
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.cascade import Cascade
 from specdecode.drafters.head import HeadDrafter
+from specdecode.drafters.medusa import MedusaDrafter, MedusaHeads, load_medusa
 from specdecode.drafters.model import ModelDrafter
 from specdecode.drafters.none import NoDraft
 from specdecode.drafters.self_streaming import SelfStreamingDrafter
 from specdecode.drafters.universal import UniversalDrafter
 from specdecode.heads.bound import BoundHead, untrained
-from specdecode.heads.loading import load_head
+from specdecode.heads.loading import load_head, load_mtp
 from specdecode.models.lm import LM
+
+# Medusa heads that a target of random weights gets.
+_DEPTH = 4
 
 
 def drafter_maker(spec: ArmSpec, target: LM, draft: LM | None = None) -> Callable[[], Drafter]:
@@ -52,6 +56,11 @@ def _maker(kind: str, spec: ArmSpec, target: LM, draft: LM | None) -> Callable[[
         file = spec.head or target.name
         head = BoundHead(untrained(target), target) if target.synthetic else load_head(file, target)
         return partial(HeadDrafter, head, spec.tree_shape())
+    if kind == "mtp":
+        return partial(HeadDrafter, load_mtp(target), spec.tree_shape())
+    if kind == "medusa":
+        heads = MedusaHeads(target, _DEPTH, 1) if target.synthetic else load_medusa(str(spec.head), target)
+        return partial(MedusaDrafter, heads, spec.tree_shape())
     if kind == "self-streaming":
         return partial(SelfStreamingDrafter, target, shape=spec.tree_shape(), **spec.self_streaming_arguments)
     if kind == "none":

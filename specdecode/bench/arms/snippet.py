@@ -59,6 +59,11 @@ def _drafter(kind: str, spec: ArmSpec) -> str:
         return _call("specdecode.ModelDrafter", "draft", *_shape(spec))
     if kind == "head":
         return _call("specdecode.HeadDrafter", "head", *_shape(spec))
+    if kind == "mtp":
+        return _call("specdecode.HeadDrafter", "specdecode.load_mtp(target)", *_shape(spec))
+    if kind == "medusa":
+        heads = _call("specdecode.load_medusa", repr(spec.head), "target")
+        return _call("specdecode.MedusaDrafter", heads, *_shape(spec))
     if kind == "universal":
         return _call("specdecode.UniversalDrafter", "target", "draft")
     if kind == "self-streaming":

@@ -20,7 +20,7 @@ LEAST_PROMPTS = 2
 """Prompts of which an arm's speed says something of others."""
 
 # From the simplest on: what has to be loaded, tuned and understood.
-_DRAFTERS = ("none", "lookup", "self-streaming", "head", "model", "universal")
+_DRAFTERS = ("none", "lookup", "self-streaming", "mtp", "head", "medusa", "model", "universal")
 _SHAPES = ("chain", "static", "best-first")
 _CONTROLLERS = ("fixed", "adaptive", "cost-aware")
 

@@ -56,7 +56,8 @@ def method(run: RunFile, arm: str) -> str:
         return base_name(run, arm)
     if "peer" in options:
         return _PEERS.get(str(options["peer"]), arm)
-    kinds = drafter_kinds(options)
+    # Whatever heads they are, all draft from the target's hidden states.
+    kinds = ["head" if kind in ("mtp", "medusa") else kind for kind in drafter_kinds(options)]
     if kinds == ["none"]:
         return BASELINE
     if kinds == ["model"]:

@@ -229,7 +229,7 @@ def _long_context(contest: Contest) -> Recommendation:
 
 def _draft_takes(record: ArmRecord) -> str:
     """Say what the figures of memory leave out; nothing if they leave out nothing."""
-    takes = {**dict.fromkeys(("head", "model", "universal"), "weights and KV"), "self-streaming": "KV"}
+    takes = {**dict.fromkeys(("head", "mtp", "medusa", "model", "universal"), "weights and KV"), "self-streaming": "KV"}
     what = next((takes[kind] for kind in drafter_kinds(record.options) if kind in takes), None)
     return f" The draft's own {what} come on top: the run does not tell them." if what else ""
 

@@ -240,7 +240,7 @@ def test_a_head_that_does_not_come_with_the_target_is_told() -> None:
     """Guards against a model that is loaded before its head is looked for."""
     spec = command(drafter="head")
     spec.check_head("m", ships_head=True)
-    with pytest.raises(ValueError, match="no head comes with m: name the file of one with --head, or choose another"):
+    with pytest.raises(ValueError, match="no head comes with m: name the folder of one with --head, or choose another"):
         spec.check_head("m", ships_head=False)
     command(drafter="head", head="h.safetensors").check_head("m", ships_head=False)
     assert spec.with_head_of("m").head == "m"

@@ -1,0 +1,122 @@
+"""The MTP layer that ships with a checkpoint, as a draft head (multi-token prediction, DeepSeek-V3, 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from specdecode.core.errors import ModelFileError, UnsupportedModelError
+from specdecode.heads.module import Store
+from specdecode.models.variants import final_norm
+
+
+@dataclass(frozen=True, slots=True)
+class MtpShape:
+    """Hold the sizes of an MTP layer.
+
+    Attributes:
+        hidden: width of the target's hidden states, and of the layer's.
+        layers: the target's last one, whose output the layer reads after the target's final norm.
+    """
+
+    hidden: int
+    layers: tuple[int, ...]
+
+    @property
+    def target_hidden(self) -> int:
+        return self.hidden
+
+
+class MtpHead(nn.Module):
+    """Predict what follows token i from its embedding and the target's normalised hidden state at token i - 1. Where
+    the target has not computed it, the layer's own normalised state takes its place.
+
+    The modules are transformers' own. Of a checkpoint with several MTP layers, the first is used at every depth.
+
+    Args:
+        target: with the weights of its MTP layers in its folder, or on the hub.
+
+    Raises:
+        UnsupportedModelError: the target has no MTP layers, or this version of transformers cannot load them.
+        ModelFileError: their weights are not there, or damaged.
+    """
+
+    tokens: Int[Tensor, " V"]
+
+    def __init__(self, target: Any) -> None:
+        super().__init__()
+        config = target.config.get_text_config(decoder=True)
+        norm = final_norm(target)
+        if not getattr(config, "num_mtp_layers", None) or norm is None:
+            raise UnsupportedModelError(
+                f"{config.name_or_path or config.model_type} comes with no MTP layers: draft with a model, a head or a"
+                " lookup"
+            )
+        layers = _load(target)
+        self.shape = MtpShape(config.hidden_size, (config.num_hidden_layers - 1,))
+        self.register_buffer("tokens", torch.arange(config.vocab_size), persistent=False)
+        self._rotary, self._layer = layers.rotary_emb, layers.layers[0]
+        # In a tuple, as it is a module of the target and none of these.
+        self._norm = (norm,)
+        # It shares both with its target.
+        self.embed_tokens = self.lm_head = None
+
+    def fused(self, hidden_states: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
+        """Return the target's hidden states, normalised."""
+        normed: Tensor = self._norm[0](hidden_states)
+        return normed
+
+    def forward(
+        self,
+        embedded: Float[Tensor, "b n H"],
+        state: Float[Tensor, "b n H"],
+        positions: Int[Tensor, " n"],
+        store: Store,
+        visible: Bool[Tensor, "n s"],
+    ) -> Float[Tensor, "b n H"]:
+        """Return the states at some tokens, as the next draft step reads them; see `Head.forward`."""
+        mask = torch.zeros(visible.shape, dtype=embedded.dtype, device=visible.device)
+        mask.masked_fill_(~visible, torch.finfo(embedded.dtype).min)
+        places = positions[None]
+        states: Tensor = self._layer(
+            embedded,
+            state,
+            position_embeddings=self._rotary(embedded, position_ids=places),
+            position_ids=places,
+            attention_mask=mask[None, None],
+            past_key_values=_Cache(store),
+        )
+        return states
+
+    def normed(self, state: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
+        """Return the states as the output layer takes them: the layer has normalised them."""
+        return state
+
+
+class _Cache:
+    """What a decoder layer of transformers calls on its cache."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self._store(keys, values, layer)
+
+
+def _load(target: Any) -> Any:
+    """Return transformers' module of a target's MTP layers."""
+    try:
+        from transformers.modeling_layers import MtpModel
+    except ImportError as error:
+        raise UnsupportedModelError(
+            "this version of transformers cannot load MTP layers: take 5.23 or a later one"
+        ) from error
+    try:
+        return MtpModel.from_pretrained(target, device_map={"": target.device})
+    except Exception as error:  # a file of the hub, a tensor that is missing, a family that has no such layers
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(f"cannot load the MTP layers of {target.config.name_or_path}: {first_line}") from error

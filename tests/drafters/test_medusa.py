@@ -1,0 +1,172 @@
+"""Medusa heads: what they propose, and their files."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import silu
+
+from specdecode import (
+    BestFirstTree,
+    Chain,
+    FixedK,
+    MedusaDrafter,
+    Sampling,
+    StaticTree,
+    UnsupportedModelError,
+    generate,
+    load_medusa,
+)
+from specdecode.bench.arms.arm import make_arm
+from specdecode.controllers.base import Limit
+from specdecode.core.errors import ModelFileError
+from specdecode.core.sampling import Rng
+from specdecode.drafters.base import Context
+from specdecode.drafters.medusa import MedusaHeads
+from specdecode.models.recording import recorded_hidden_states
+from tests.helpers.models import greedy, lm, prompt
+
+HEADS, BLOCKS, WIDTH, VOCABULARY = 3, 2, 32, 97
+
+
+def written(folder: Path, *, prefix: str = "", name: str = "medusa_lm_head.safetensors") -> dict[str, Tensor]:
+    """Write heads of random weights, under the names of published ones; return the weights."""
+    mixer = torch.Generator().manual_seed(5)
+    tensors: dict[str, Tensor] = {}
+    for head, block in product(range(HEADS), range(BLOCKS)):
+        tensors[f"{head}.{block}.linear.weight"] = 0.3 * torch.randn(WIDTH, WIDTH, generator=mixer)
+        tensors[f"{head}.{block}.linear.bias"] = torch.randn(WIDTH, generator=mixer)
+    for head in range(HEADS):
+        tensors[f"{head}.{BLOCKS}.weight"] = torch.randn(VOCABULARY, WIDTH, generator=mixer)
+    named = {f"{prefix}{key}": value for key, value in tensors.items()}
+    if name.endswith(".safetensors"):
+        save_file(named, folder / name)
+    else:
+        torch.save(named, folder / name)
+    config = {"medusa_num_heads": HEADS, "medusa_num_layers": BLOCKS, "base_model_name_or_path": "a/model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def by_hand(tensors: dict[str, Tensor], text: list[int]) -> list[Tensor]:
+    """The logits of each head at the token before the last."""
+    target = lm("llama")
+    with torch.inference_mode():
+        told = target.model(torch.tensor([text], device=target.device), output_hidden_states=True)
+    state = told.hidden_states[-1][0, -2].cpu()  # transformers has normalised the last ones
+    logits = []
+    for head in range(HEADS):
+        x = state
+        for block in range(BLOCKS):
+            name = f"{head}.{block}.linear"
+            x = x + silu(tensors[f"{name}.weight"].double() @ x + tensors[f"{name}.bias"].double())
+        logits.append(tensors[f"{head}.{BLOCKS}.weight"].double() @ x)
+    return logits
+
+
+def context(text: list[int], sampling: Sampling = Sampling()) -> Context:
+    target = lm("llama")
+    with recorded_hidden_states(target.model, [3]) as states, torch.inference_mode():
+        target.model(torch.tensor([text], device=target.device), use_cache=False)
+    return Context(text, VOCABULARY, sampling, Rng(0), states[0][0, :-1])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"), [("", "medusa_lm_head.safetensors"), ("medusa_head.", "medusa_lm_head.pt")], ids=["safe", "pt"]
+)
+def test_each_head_proposes_its_own_depth(prefix: str, name: str, tmp_path: Path) -> None:
+    """Guards against a head that is read one token off, a state before the final norm, and a tree that takes one
+    head's tokens for another's."""
+    logits = by_hand(written(tmp_path, prefix=prefix, name=name), [*prompt(11)])
+    heads = load_medusa(str(tmp_path), lm("llama"))
+    tree = MedusaDrafter(heads).propose(context([*prompt(11)]), Limit(5))
+    assert tree.tokens.tolist() == [int(each.argmax()) for each in logits]
+    assert len({*tree.tokens.tolist()}) > 1
+    tree = MedusaDrafter(heads, StaticTree((2, 1))).propose(context([*prompt(11)]), Limit(5))
+    second = int(logits[1].argmax())
+    assert tree.tokens.tolist() == [*logits[0].topk(2).indices.tolist(), second, second]
+    probs = [each.softmax(-1).tolist() for each in logits]
+    paths = [path for depth in (1, 2) for path in product(range(VOCABULARY), repeat=depth)]
+    paths.sort(key=lambda path: -prod(probs[at][token] for at, token in enumerate(path)))
+    tree = MedusaDrafter(heads, BestFirstTree(nodes=4, threshold=0.0)).propose(context([*prompt(11)]), Limit(2))
+    found: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+        found.append((*found[parent], token))
+    assert sorted(found[1:]) == sorted(paths[:4])
+    assert {len(path) for path in found} == {0, 1, 2}
+
+
+def test_a_sampled_chain_carries_what_it_was_drawn_from(tmp_path: Path) -> None:
+    """Guards against a distribution of another depth, with which sampling would be inexact."""
+    logits, sampling = by_hand(written(tmp_path), [*prompt(11)]), Sampling(3.0, top_k=20)
+    tree = MedusaDrafter(load_medusa(str(tmp_path), lm("llama"))).propose(context([*prompt(11)], sampling), Limit(3))
+    assert tree.probs is not None
+    torch.testing.assert_close(tree.probs.cpu(), torch.stack([sampling.probs(each[None])[0] for each in logits]))
+
+
+def test_drafts_change_no_token(tmp_path: Path) -> None:
+    """Guards against a draft that the target takes for its own, and a target that is changed by its heads."""
+    written(tmp_path)
+    target = lm("llama")
+    trained = [weight.requires_grad for weight in target.model.parameters()]
+    heads = load_medusa(str(tmp_path), target)
+    for shape in (Chain(), StaticTree((3, 2)), BestFirstTree(nodes=6, threshold=0.0)):
+        drafter = MedusaDrafter(heads, shape)
+        result = generate(target, prompt(), drafter=drafter, controller=FixedK(3), max_new_tokens=30)
+        assert result.tokens == greedy("llama", 30)
+        assert result.drafted > len(result.steps)
+    assert [weight.requires_grad for weight in target.model.parameters()] == trained
+
+
+def test_an_arm_drafts_with_them(tmp_path: Path) -> None:
+    """Guards against an entry that does not reach the heads, and one that names none."""
+    written(tmp_path)
+    entry: dict[str, Any] = {"drafter": "medusa", "head": str(tmp_path), "shape": "static", "branching": [2, 2]}
+    made = make_arm("arm", entry, lm("llama"), None, "eager").run(prompt(), 20, ())
+    assert made.tokens == greedy("llama", 20)
+    assert made.histograms.depth[2] > 5
+    with pytest.raises(ValueError, match="drafter 'medusa' needs heads: name their folder with head"):
+        make_arm("arm", {"drafter": "medusa"}, lm("llama"), None, "eager")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            lambda f: (f / "config.json").write_text("{}"),
+            "holds no Medusa heads: its config.json has no 'medusa_num_heads'",
+        ),
+        (lambda f: (f / "medusa_lm_head.safetensors").unlink(), "it holds no weights"),
+        (lambda f: (f / "medusa_lm_head.safetensors").write_bytes(b"half"), "cannot read the Medusa heads"),
+        (
+            lambda f: save_file(
+                {k: v for k, v in load_file(f / "medusa_lm_head.safetensors").items() if k != "1.0.linear.bias"},
+                f / "medusa_lm_head.safetensors",
+            ),
+            r"do not fit llama: blocks\.1\.0\.bias is None, not \(32,\)",
+        ),
+    ],
+)
+def test_damaged_heads_are_one_sentence(damage: Any, sentence: str, tmp_path: Path) -> None:
+    """Guards against a traceback, and heads that draft with half of their weights."""
+    written(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ModelFileError, match=sentence):
+        load_medusa(str(tmp_path), lm("llama"))
+    with pytest.raises(ModelFileError, match="no head comes with the package for 'nowhere'"):
+        load_medusa("nowhere", lm("llama"))
+
+
+def test_a_target_without_a_final_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against heads that read a state which they were not trained on."""
+    monkeypatch.setattr("specdecode.drafters.medusa.final_norm", lambda model: None)
+    with pytest.raises(UnsupportedModelError, match="llama has no final norm that can be found"):
+        MedusaHeads(lm("llama"), 1, 1)

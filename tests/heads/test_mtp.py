@@ -1,0 +1,194 @@
+"""MTP layers of a checkpoint as drafts, against transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
+
+from specdecode import (
+    LM,
+    BestFirstTree,
+    Chain,
+    FixedK,
+    HeadDrafter,
+    Sampling,
+    StaticTree,
+    UnsupportedModelError,
+    generate,
+    generate_batch,
+    load_mtp,
+)
+from specdecode.controllers.base import Limit
+from specdecode.core.errors import ModelFileError
+from specdecode.core.sampling import Rng
+from specdecode.drafters.base import Context
+from specdecode.drafters.tree_shapes import TreeShape
+from specdecode.heads.bound import BoundHead
+from specdecode.models.recording import recorded_hidden_states
+from tests.helpers.models import config, continuation, lm, prompt
+
+LAYERS, LENGTH = 3, 24
+SHAPES: tuple[TreeShape, ...] = (Chain(), StaticTree((3, 2, 1)), BestFirstTree(nodes=10, threshold=0.001))
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.4,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "glm4_moe": {"head_dim": 8},
+}
+
+
+def checkpoint(family: str, folder: Path) -> Path:
+    """A model with an MTP layer behind its last one, under the names of the family's own checkpoints."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        values = _COMMON | FAMILIES[family] | {"model_type": family}
+        model = AutoModelForCausalLM.from_config(config(values), dtype=torch.float64)
+        # Its last layer becomes the MTP layer of a model that has one layer less.
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        layer = f"model.layers.{LAYERS - 1}."
+        tensors |= {f"{layer}{norm}.weight": torch.rand(32).double() + 0.5 for norm in ("enorm", "hnorm")}
+        tensors[f"{layer}shared_head.norm.weight"] = torch.rand(32).double() + 0.5
+        tensors[f"{layer}eh_proj.weight"] = 0.3 * torch.randn(32, 64).double()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        text.replace(f'"num_hidden_layers": {LAYERS}', f'"num_hidden_layers": {LAYERS - 1}')
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LM:
+    folder = checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+    # Grouped products of experts are not made in float64.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    # Published checkpoints have their MTP layers where the class expects them, and this one where it is small.
+    model._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{LAYERS - 1}.*"}
+    return LM(model, name=request.param)
+
+
+@pytest.fixture(scope="module")
+def head(target: LM) -> BoundHead:
+    return load_mtp(target)
+
+
+def states_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
+    with torch.inference_mode():
+        output = model(torch.tensor([list(tokens)]), use_cache=False, output_hidden_states=True)
+    return output.hidden_states[-1]
+
+
+def reference(model: PreTrainedModel, text: Sequence[int], length: int) -> tuple[list[int], list[Tensor]]:
+    """The chain that transformers' own module drafts behind a text, one layer used again and again, and the logits."""
+    own, cache = MtpModel.from_pretrained(model), MtpCache(config=model.config.get_mtp_config())
+    tokens, states = torch.tensor([text[1:]]), states_of(model, text)[:, :-1]
+    positions, chosen, logits = torch.arange(1, len(text))[None], [], []
+    with torch.inference_mode():
+        for _ in range(length):
+            out = own.forward_layer(0, states, positions, cache, input_ids=tokens)
+            logits.append(own._project_to_logits(out[:, -1]))
+            tokens = logits[-1].argmax(-1)[None]
+            chosen.append(int(tokens))
+            states, positions = out[:, -1:], positions[:, -1:] + 1
+    return chosen, logits
+
+
+def context(target: LM, text: Sequence[int], sampling: Sampling = Sampling()) -> Context:
+    last = target.model.config.num_hidden_layers - 1
+    with torch.inference_mode(), recorded_hidden_states(target.model, [last]) as recorded:
+        target.model(torch.tensor([list(text)]), use_cache=False)
+    return Context(list(text), target.vocab_size, sampling, Rng(0), recorded[0][0, :-1])
+
+
+def test_it_drafts_what_transformers_does(target: LM, head: BoundHead) -> None:
+    """Guards against a state before the final norm, a position that is one off, and a state that is read again in
+    another form than the layer's own."""
+    text = prompt(11)
+    chosen, logits = reference(target.model, text, 4)
+    drafter = HeadDrafter(head)
+    for length in (5, 11):
+        tree = drafter.propose(context(target, text[:length]), Limit(4))
+    assert tree.tokens.tolist() == chosen
+    sampling = Sampling(1.0)
+    tree = drafter.propose(context(target, text, sampling), Limit(1))
+    assert tree.probs is not None
+    # The router of experts works in float32.
+    torch.testing.assert_close(tree.probs[0], sampling.probs(logits[0])[0], rtol=0, atol=1e-6)
+    assert logits[0].std() > 0.5
+    tree = HeadDrafter(head, StaticTree((2, 1))).propose(context(target, text), Limit(2))
+    assert tree.tokens[:2].tolist() == logits[0][0].topk(2).indices.tolist()
+    assert int(tree.tokens[2]) == chosen[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
+def test_its_drafts_change_no_token(target: LM, head: BoundHead, shape: TreeShape) -> None:
+    """Guards against a draft that the target takes for its own."""
+    plain = continuation(target.model, prompt(), LENGTH)
+    result = generate(target, prompt(), drafter=HeadDrafter(head, shape), controller=FixedK(3), max_new_tokens=LENGTH)
+    assert result.tokens == plain
+    assert result.drafted > len(result.steps)
+    assert result.rejections > 0
+
+
+def test_batches_and_samples_are_those_without_it(target: LM, head: BoundHead) -> None:
+    """Guards against states of another prompt."""
+    prompts = [list(prompt(14)), list(prompt(9))]
+    batch = generate_batch(target, prompts, batch_size=2, drafter=lambda: HeadDrafter(head), max_new_tokens=LENGTH)
+    assert [result.tokens for result in batch] == [
+        generate(target, text, max_new_tokens=LENGTH).tokens for text in prompts
+    ]
+
+
+def test_it_shares_the_target_s_weights(target: LM, head: BoundHead) -> None:
+    """Guards against a second copy of embeddings that are as wide as the vocabulary."""
+    assert head._rows is target.model.get_output_embeddings()
+    assert head._embedding is target.model.get_input_embeddings()
+
+
+def test_a_target_without_mtp_layers_is_refused(target: LM) -> None:
+    """Guards against an error from the depths of a loader."""
+    with pytest.raises(UnsupportedModelError, match="llama comes with no MTP layers: draft with"):
+        load_mtp(lm("llama"))
+    name = target.model.config.name_or_path
+    target.model.config.name_or_path = "/nowhere"
+    try:
+        with pytest.raises(ModelFileError, match="cannot load the MTP layers of /nowhere: "):
+            load_mtp(target)
+    finally:
+        target.model.config.name_or_path = name
