@@ -138,7 +138,8 @@ def load_medusa(name: str, target: LM) -> MedusaHeads:
     if wanted != given:
         other = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))[0]
         raise ModelFileError(
-            f"the Medusa heads {folder} do not fit {target.name}: {other} is {given.get(other)}, not {wanted.get(other)}"
+            f"the Medusa heads {folder} do not fit {target.name}: {other} is {given.get(other)}, not"
+            f" {wanted.get(other)}"
         )
     heads.load_state_dict(tensors)
     return heads

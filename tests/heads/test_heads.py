@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,10 @@ from specdecode.backends.static import StaticRunner
 from specdecode.bench import plan
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.snippet import code_snippet
+from specdecode.bench.gate.verdicts import Verdict, judge
+from specdecode.bench.measure.experiment import experiment
 from specdecode.bench.options import Options
+from specdecode.bench.runs.records import Header, Identity, RunFile
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng
@@ -721,3 +725,26 @@ def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, mo
 
     assert arms("without") == ["ar", "own"]
     assert arms("with") == arms("shape:pythia-70m") == ["ar", "ours", "own"]
+
+
+def test_a_head_that_drafts_worse_regresses(tmp_path: Path) -> None:
+    """Guards against a flag that is lost in a conversion, or a head that was trained anew and is worse: outputs stay
+    right, and no test but the gate's sees it."""
+    folder = write_head(lm("llama"), tmp_path, taught())
+    arms = {"ar": {}, "head": {"drafter": "head", "head": str(folder), "k": 3}}
+
+    def measured() -> RunFile:
+        made = [make_arm(name, entry, lm("llama"), None, "eager") for name, entry in arms.items()]
+        results = experiment(made, {"text/1": list(prompt())}, LENGTH, 1)
+        identity = Identity("a-machine", "llama", "", "float64", "heads")
+        return RunFile(Path("run"), Header(identity, LENGTH, results.outputs(), results.floor), results.records())
+
+    old = measured()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"norm_before_residual": True}))
+    [judgement] = [found for found in judge(measured(), old) if (found.arm, found.gate) == ("head", "counters")]
+    assert judgement.verdict is Verdict.REGRESSED
+    assert "mean_acceptance_length" in judgement.reason
+    assert "steps that accept at least " in judgement.reason
+    [same] = [found for found in judge(old, old) if (found.arm, found.gate) == ("head", "counters")]
+    assert same.verdict is Verdict.PASS
