@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -9,9 +10,6 @@ from rich.table import Table
 
 from specdecode.cli.output import say, say_tables
 from specdecode.support.progress import progress
-
-# Texts on which a head's wirings are told apart, and tokens of each that the target writes.
-_PROMPTS, _NEW_TOKENS = "humaneval:6,prose:6", 128
 
 
 def fetch(
@@ -44,38 +42,46 @@ def doctor(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="examine instead this EAGLE-3 head, a folder or a hub id: whether it is wired as it was trained",
+            help="print instead what is accepted of this EAGLE-3 head, a folder or hub id, as its config wires it and"
+            " with each likely mistake in it undone. Exit code 1: another wiring accepts more",
         ),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="of the head: embedded model, hub id or local folder")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help=f"that the target continues for the head  [default: {_PROMPTS}]")
+    target: Annotated[
+        str | None, typer.Option(help="of the head: a model, hub id or local folder  [default: smollm2-135m]")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="that the target continues, data sets and counts  [default: code:6,prose:6]")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="of each text  [default: 128]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="of the model: cpu, cuda ...  [default: the first GPU, else the CPU]")
+    ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]"),
+        typer.Option(help="of the model: float32, float16, bfloat16  [default: float32 on a CPU, else float16]"),
     ] = None,
 ) -> None:
-    """Print versions, device, copy bandwidth, and what can be used here; or examine a model or a draft head."""
-    of_head = {"--target": target, "--prompts": prompts}
-    of_both = {"--device": device, "--dtype": dtype}
+    """Print versions, device, copy bandwidth, and what can be used here."""
     if roofline is not None and head is not None:
-        raise ValueError("--roofline and --head are two examinations: ask for one at a time")
-    for options, needs in ((of_head, head), (of_both, roofline or head)):
-        for option, value in options.items():
-            if value is not None and needs is None:
-                raise ValueError(
-                    f"{option} is of no use without {'--head' if options is of_head else '--roofline'}: leave it out"
-                )
+        raise ValueError("--roofline and --head are two examinations: name one of them")
+    of_head = {"--target": target, "--prompts": prompts, "--max-new-tokens": max_new_tokens}
+    _check_use(of_head, "--head", head)
+    _check_use({"--device": device, "--dtype": dtype}, "--roofline or --head", roofline or head)
     if head is not None:
-        if target is None:
-            raise ValueError("--head asks for --target, the model that the head was trained for")
-        _examine_head(head, target, prompts or _PROMPTS, device, dtype)
+        from specdecode.cli.doctor_head import examine_head
+
+        examine_head(head, target, prompts, max_new_tokens, device, dtype)
     elif roofline is not None:
         _measure_roofline(roofline, device, dtype)
     else:
         _check_up()
+
+
+def _check_use(options: Mapping[str, object], needed: str, given: str | None) -> None:
+    """Raise ValueError if options are given without the one that they belong to."""
+    for option, value in options.items():
+        if value is not None and given is None:
+            raise ValueError(f"{option} is of no use without {needed}: leave it out")
 
 
 def _check_up() -> None:
@@ -136,53 +142,6 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
     say_tables(table, "", forwards, highlight=False)
     for backend, reason in roofline.missing.items():
         say(f"{backend} is not available: {reason}")
-
-
-def _examine_head(name: str, target_name: str, specification: str, device: str | None, dtype: str | None) -> None:
-    """Examine a head; exit with 1 if another wiring accepts more."""
-    from specdecode import generate, load
-    from specdecode.evals.data import token_prompts
-    from specdecode.heads.doctor import DEPTH, examine
-    from specdecode.heads.eagle3_files import read_eagle3
-    from specdecode.heads.loading import find_folder
-
-    if name.endswith(".safetensors"):
-        raise ValueError(f"{name} fixes its wiring itself: --head examines folders of EAGLE-3 heads")
-    files = read_eagle3(find_folder(name))
-    target = load(target_name, device=device, dtype=dtype)
-    prompts, _ = token_prompts(specification, target)
-    texts: list[tuple[list[int], list[int]]] = []
-    with progress("texts") as tell:
-        for prompt in prompts.values():
-            tell(len(texts), len(prompts), "the target writes texts")
-            texts.append((prompt, generate(target, prompt, max_new_tokens=_NEW_TOKENS).tokens))
-        tell(len(texts), len(prompts), "written")
-    with progress("wirings") as tell:
-        diagnosis = examine(files, target, texts, tell)
-    table = Table(box=None, pad_edge=False, header_style=None)
-    table.add_column("wiring")
-    for depth in range(1, DEPTH + 1):
-        table.add_column(f"accepted at {depth}", justify="right")
-    table.add_column("tokens a step", justify="right")
-    table.add_column("difference", justify="right")
-    for found in (diagnosis.own, *diagnosis.others):
-        table.add_row(
-            found.wiring.name or "as its files say",
-            *(f"{share:.0%}" for share in found.by_position),
-            f"{found.length:.2f}",
-            f"{found.length - diagnosis.own.length:+.2f}" if found.wiring.name else "",
-        )
-    say_tables(table, "", highlight=False)
-    better = diagnosis.better
-    if better is None:
-        say(f"{name} is wired as it was trained, as far as {len(texts)} texts tell: no other wiring accepts more")
-        return
-    say(
-        f"{name} is not wired as it was trained. To accept {better.length:.2f} tokens a step in place of"
-        f" {diagnosis.own.length:.2f} (p = {better.p:.1g} by a paired t-test over {len(texts)} texts):"
-        f" {better.wiring.change}"
-    )
-    raise typer.Exit(1)
 
 
 def _versions() -> Table:

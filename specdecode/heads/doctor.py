@@ -1,316 +1,312 @@
-"""Find out whether a head is wired as it was trained: whether another wiring of its weights accepts more.
+"""Find a miswired head: one whose config says another wiring than its weights were trained with.
 
-A head whose files say another wiring than the one that it was trained with drafts on, and accepts less in silence. Its
-proposals are compared with the target's own text at every place, read as in drafting: a proposal at depth d counts as
-accepted if it and all before it are the text's tokens.
+Such a head drafts without an error, and is accepted less. The doctor measures how much is accepted with each likely
+wiring of the same weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from statistics import fmean, stdev
 
 import torch
-from jaxtyping import Bool, Float, Int
-from scipy import stats
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from specdecode.core.errors import ModelFileError, UnsupportedModelError
-from specdecode.heads.bound import BoundHead, target_sizes
-from specdecode.heads.eagle3_files import FLAGS, IDS, Eagle3Files, make_eagle3
-from specdecode.heads.module import visible_ahead
-from specdecode.models.forwards import ForwardInput
+from specdecode.core.errors import ModelFileError, SpecDecodeError, UnsupportedModelError
+from specdecode.heads.bound import check_fit, output_rows, target_sizes
+from specdecode.heads.eagle3 import Eagle3Head
+from specdecode.heads.eagle3_files import Eagle3Files, check_tokens, describe, make_eagle3, read_eagle3
+from specdecode.heads.loading import check_fingerprint, find_folder, shipped_head
+from specdecode.heads.unrolled import unrolled
+from specdecode.heads.wirings import Wiring, likely_wirings
 from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
-from specdecode.models.variants import final_norm
 
-DEPTH = 4
-"""Tokens of a draft."""
+AHEAD = 4
+"""Tokens of the chains whose acceptance is measured."""
 
-# Chance of an alarm at a head that is wired as trained, over all wirings together.
-_FALSE_ALARMS = 0.01
-# Another wiring must accept so many more tokens a step, and this share more, to be worth a change.
-_LEAST_GAIN, _LEAST_SHARE = 0.05, 0.02
-# The tensors that a flag brings.
-_NORMS = {"norm_before_fc": "input_norm.", "fc_norm": "fc_norm."}
+Tell = Callable[[int, int, str], None]
+"""Takes how much is done, how much there is, and what is being done."""
 
-
-@dataclass(frozen=True, slots=True)
-class Wiring:
-    """Hold one way to wire a head's weights.
-
-    Attributes:
-        name: of what differs from the head's own files; empty for these.
-        change: what to change in the files, as the rest of a sentence.
-        files: of the head in this wiring.
-        normed: the last layer's hidden states are read after the target's final norm.
-    """
-
-    name: str
-    change: str
-    files: Eagle3Files
-    normed: bool = False
+# Texts and tokens of a text without which nothing is judged.
+_LEAST_TEXTS, _LEAST_TOKENS = 4, 16
+# All intervals together hold with this probability.
+_COVERAGE = 0.95
+# Gains below these do not count: tokens a step, and share of the mean acceptance length.
+_LEAST_GAIN, _LEAST_SHARE = 0.02, 0.02
+# A head whose best wiring commits fewer tokens a step was not trained for this target, or not at all.
+_LEAST_ACCEPTED = 1.1
 
 
 @dataclass(frozen=True, slots=True)
-class Acceptance:
-    """Hold what a wiring accepts.
+class GreedyText:
+    """Hold a text that a target has written greedily.
 
     Attributes:
-        wiring: that was measured.
-        lengths: of each text, the mean number of tokens committed a step.
-        by_position: for each depth, the share of the drafts accepted up to there that are accepted there too.
-        p: one-sided p-value of accepting more than the head's own wiring (paired t-test over the texts).
-    """
-
-    wiring: Wiring
-    lengths: Sequence[float]
-    by_position: Sequence[float]
-    p: float = 1.0
-
-    @property
-    def length(self) -> float:
-        """The mean acceptance length."""
-        return math.fsum(self.lengths) / len(self.lengths)
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """Hold what all wirings accept.
-
-    Attributes:
-        own: of the head's own files.
-        others: of each other wiring, the best first.
-    """
-
-    own: Acceptance
-    others: Sequence[Acceptance]
-
-    @property
-    def better(self) -> Acceptance | None:
-        """The best wiring that accepts significantly more than the head's own; None if none does.
-
-        All wirings together raise a false alarm in one of a hundred cases (Bonferroni).
-        """
-        for other in self.others:
-            gain = other.length - self.own.length
-            if gain >= max(_LEAST_GAIN, _LEAST_SHARE * self.own.length) and other.p * len(self.others) < _FALSE_ALARMS:
-                return other
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Hold a text of the target.
-
-    Attributes:
-        tokens: of prompt and continuation.
-        prompt: number of the prompt's tokens.
-        hidden_states: at each token, by layer.
+        tokens: of the prompt and its continuation.
+        given: number of tokens of the prompt.
     """
 
     tokens: Int[Tensor, " n"]
-    prompt: int
-    hidden_states: dict[int, Float[Tensor, "n hidden"]]
+    given: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Hold what is accepted with a wiring.
+
+    Attributes:
+        wiring: of the head.
+        by_position: share of the proposals at each position of a chain that are accepted, of those whose predecessors
+            are.
+        lengths: mean acceptance length of each text.
+        gain: by how much the mean acceptance length is above that of the config's wiring, in the mean over texts.
+        low: lower end of its interval.
+        high: upper end.
+        unusable: why the weights cannot be wired so, which accepts nothing; "" otherwise.
+    """
+
+    wiring: Wiring
+    by_position: tuple[float, ...]
+    lengths: tuple[float, ...]
+    gain: float
+    low: float
+    high: float
+    unusable: str = ""
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        return fmean(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """Hold what the doctor found.
+
+    Attributes:
+        measured: the config's wiring first, then the others.
+        better: the wiring that accepts significantly more than the config's, and most; None if there is none.
+        refusal: why `load_head` refuses the folder; "" if it does not.
+    """
+
+    measured: tuple[Measured, ...]
+    better: Measured | None
+    refusal: str
+
+    @property
+    def drafts(self) -> bool:
+        """Whether any wiring accepts as much as a trained head does."""
+        return max(each.mean_acceptance_length for each in self.measured) >= _LEAST_ACCEPTED
+
+
+def read_examined(name: str) -> Eagle3Files:
+    """Read the folder of a head, whether or not its config fits its weights.
+
+    Args:
+        name: as for `load_head`.
+
+    Raises:
+        ModelFileError: there is no such head, or it is not in a format whose wiring is in a config.
+    """
+    source = str(shipped_head(name) or name)
+    if source.endswith(".safetensors"):
+        raise ModelFileError(
+            f"{source} is a head in this package's own format, which has one wiring: name the folder of an EAGLE-3 head"
+        )
+    return read_eagle3(find_folder(source))
+
+
+def write_texts(
+    target: LM, prompts: Mapping[str, Sequence[int]], length: int, tell: Tell = lambda done, total, doing: None
+) -> list[GreedyText]:
+    """Let a target continue prompts greedily, up to a stop token.
+
+    Args:
+        target: of the head.
+        prompts: in tokens, by name.
+        length: most tokens of a continuation.
+        tell: called with the number of finished texts, that of all, and what is being done.
+
+    Raises:
+        ValueError: a prompt does not fit the context, or too few texts are long enough to judge by.
+    """
+    texts, stops = [], {*target.stop_token_ids}
+    for number, (name, prompt) in enumerate(prompts.items()):
+        tell(number, len(prompts), "texts of the target")
+        if len(prompt) + length > target.context_length:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens, and {length} more do not fit the context of {target.name}, which"
+                f" holds {target.context_length}: take shorter prompts"
+            )
+        slots = target.new_slots(len(prompt) + length)
+        if len(prompt) > 1:
+            target.read(slots, prompt[:-1])
+        chosen = target.continue_greedily(slots, torch.tensor(prompt[-1:]), length, target.vocab_size).tolist()
+        end = next((place for place, token in enumerate(chosen, 1) if token in stops), length)
+        if end >= _LEAST_TOKENS:
+            texts.append(GreedyText(torch.tensor([*prompt, *chosen[:end]]), len(prompt)))
+    if len(texts) < _LEAST_TEXTS:
+        raise ValueError(
+            f"{target.name} continues {len(texts)} of {len(prompts)} prompts by {_LEAST_TOKENS} tokens or more: to"
+            f" judge takes {_LEAST_TEXTS} such texts, so take more prompts, or others"
+        )
+    return texts
 
 
 def examine(
     files: Eagle3Files,
     target: LM,
-    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
-) -> Diagnosis:
-    """Measure what each wiring of a head accepts.
+    texts: Sequence[GreedyText],
+    tell: Tell = lambda done, total, doing: None,
+) -> Examination:
+    """Measure how much a target accepts of a head with each likely wiring, and judge.
+
+    From every place of the texts the head drafts a chain. Another wiring is better if it accepts significantly more:
+    intervals of the differences between texts by Student's t, which all hold together (Bonferroni), lie above zero.
+    Texts are the unit since the places of one depend on each other.
 
     Args:
         files: of the head.
-        target: of the head.
-        texts: prompts, and the target's greedy continuations of at least `DEPTH` + 1 tokens.
-        tell: called with the number of wirings done, of all, and the name of the next.
+        target: loaded with backend="eager".
+        texts: of `write_texts`.
+        tell: called with the number of measured wirings, that of all, and what is being done.
 
     Raises:
-        ValueError: fewer than two texts: nothing is significant.
+        ModelFileError: the head's weights fit no config that is near its own.
+        UnsupportedModelError: it is a head of another target, or of an architecture that cannot be read.
     """
-    if len(texts) < 2:
-        raise ValueError(f"{len(texts)} text(s): a comparison takes at least two")
-    total, _ = target_sizes(target)
-    own, *others = wirings(files, target)
-    needed = sorted({layer for wiring in (own, *others) for layer in wiring.files.layers(total)})
-    read = [_read(target, *text, [layer for layer in needed if -1 <= layer < total]) for text in texts]
-    measured = []
-    for number, wiring in enumerate((own, *others)):
-        tell(number, 1 + len(others), wiring.name or "as its files say")
-        if (acceptance := _measure(wiring, target, read)) is not None:
-            measured.append(acceptance)
-        elif wiring is own:
-            # It cannot draft at all, so that a step commits one token.
-            measured.append(Acceptance(own, [1.0] * len(read), [0.0] * DEPTH))
-    tell(1 + len(others), 1 + len(others), "done")
-    first, *rest = measured
-    compared = [replace(other, p=_p_value(other.lengths, first.lengths)) for other in rest]
-    return Diagnosis(first, tuple(sorted(compared, key=lambda other: -other.length)))
-
-
-def wirings(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
-    """Yield the wiring that a head's files say, and then those with one likely fault undone."""
-    own = _without_unused(files)
-    yield Wiring("", "", own)
+    if files.fingerprint is not None:
+        check_fingerprint(files.folder, files.fingerprint, target)
     total, width = target_sizes(target)
-    ids = [layer + 1 for layer in own.layers(total)]
-    for other, what in (
-        ([number - 1 for number in ids], "one lower"),
-        ([number + 1 for number in ids], "one higher"),
-        (sorted(ids), "sorted"),
-        ([2, total // 2, total - 3], "the default ones"),
-    ):
-        if other != ids and len(other) == len(ids) and all(0 <= number <= total for number in other):
-            yield _changed(own, f"auxiliary ids {what}", **{IDS: other})
-    for flag in FLAGS:
-        if (flipped := _flipped(files, flag)) is not None:
-            yield flipped
-    yield from _vocabularies(own)
-    yield from _positions(own, target)
-    if "embed_tokens.weight" in own.tensors and own.config["transformer_layer_config"].get("hidden_size") == width:
-        shared = _without(own, "embed_tokens.")
-        yield Wiring(
-            "the target's embeddings", "remove embed_tokens.weight, which is not what it was trained on", shared
-        )
-    if total in ids and final_norm(target.model) is not None:
-        change = (
-            f"read hidden state {total} after the target's final norm, which no key of {own.folder}/config.json says"
-        )
-        yield Wiring(f"hidden state {total} after the final norm", change, own, normed=True)
+    wirings = list(likely_wirings(files, target))
+    layers = {layer for wiring in wirings for layer in wiring.layers(total) if -1 <= layer < total}
+    hidden_states = _hidden_states(target, texts, sorted(layers))
+    if hidden_states[total].shape[-1] != width:
+        # As that of OPT, which projects them to the width of its embeddings.
+        wirings = [wiring for wiring in wirings if not wiring.final_norm]
+    accepted: dict[Wiring, list[Tensor]] = {}
+    reasons: dict[Wiring, SpecDecodeError] = {}
+    stated, *_ = wirings
+    for wiring, head in _built(wirings, target, reasons):
+        tell(wirings.index(wiring), len(wirings), f"{files.folder.name}: {wiring.name}")
+        read = torch.cat([hidden_states[layer] for layer in wiring.layers(total)], -1)
+        accepted[wiring] = _accepted_lengths(head, target, texts, read)
+    if not accepted:
+        raise reasons[stated]
+    if stated not in accepted:
+        nothing = [torch.zeros_like(lengths) for lengths in next(iter(accepted.values()))]
+        accepted = {stated: nothing, **accepted}
+    measured = _compare(accepted, str(reasons.get(stated, "")))
+    return Examination(measured, _better(measured), _refusal(files, target))
 
 
-def _changed(files: Eagle3Files, name: str, **changes: Any) -> Wiring:
-    told = " and ".join(
-        f"{key} to {value!r}".replace("True", "true").replace("False", "false") for key, value in changes.items()
-    )
-    return Wiring(name, f"set {told} in config.json", files.rewired(**changes))
-
-
-def _without(files: Eagle3Files, *prefixes: str) -> Eagle3Files:
-    kept = {name: tensor for name, tensor in files.tensors.items() if not name.startswith(prefixes)}
-    return replace(files, tensors=kept)
-
-
-def _without_unused(files: Eagle3Files) -> Eagle3Files:
-    """Return the files without norms that the config does not speak of: others load them so."""
-    return _without(files, *(prefix for flag, prefix in _NORMS.items() if not files.config.get(flag)))
-
-
-def _flipped(files: Eagle3Files, flag: str) -> Wiring | None:
-    """Return the wiring with a flag flipped; None if the weights do not allow it."""
-    on = not files.config.get(flag)
-    if flag in _NORMS and on and not any(name.startswith(_NORMS[flag]) for name in files.tensors):
-        return None
-    changes = {flag: on}
-    if flag in _NORMS and on:
-        changes |= {other: False for other in _NORMS if other != flag and files.config.get(other)}
-    return _changed(_without_unused(files.rewired(**changes)), f"{flag} {'on' if on else 'off'}", **changes)
-
-
-def _vocabularies(files: Eagle3Files) -> Iterator[Wiring]:
-    """Yield other readings of the map from the head's ids to the target's."""
-    if "d2t" not in files.tensors:
-        return
-    ids, proposed = files.tensors["d2t"], files.tensors.get("t2d")
-    places = torch.arange(len(ids))
-    readings = {
-        "d2t as ids": (ids, "store differences in d2t: it holds the target's ids"),
-        "d2t ignored": (places, "remove d2t and t2d: the head's ids are the target's"),
-    }
-    if proposed is not None and int(proposed.sum()) == len(ids):
-        readings["d2t from t2d"] = (proposed.nonzero()[:, 0], "make d2t anew from t2d")
-    for name, (tokens, change) in readings.items():
-        if not torch.equal(tokens, files.tokens):
-            yield Wiring(name, change, replace(files, tensors={**files.tensors, "d2t": tokens - places}))
-
-
-def _positions(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
-    """Yield the wirings with rotary positions and the width of attention heads as the target has them."""
-    own: dict[str, Any] = dict(files.config["transformer_layer_config"])
-    config = target.model.config.get_text_config(decoder=True)
-    rotary = own.pop("rope_parameters", None) or {"rope_type": "default", "rope_theta": own.pop("rope_theta", 10_000.0)}
-    theirs = dict(getattr(config, "rope_parameters", None) or {})
-    bases = {"the target's rotary positions": theirs, "rotary base 10000": {"rope_type": "default", "rope_theta": 1e4}}
-    for name, other in bases.items():
-        if "rope_theta" in other and {**rotary, **other} != rotary and other.get("partial_rotary_factor", 1.0) == 1.0:
-            yield _changed_decoder(files, name, rope_parameters=other)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries, keys = (len(files.tensors[f"layers.0.self_attn.{part}_proj.weight"]) for part in ("q", "k"))
-    current = own.get("head_dim") or own["hidden_size"] // own["num_attention_heads"]
-    if width != current and queries % width == 0 and keys % width == 0 and queries % keys == 0:
-        counts = {"num_attention_heads": queries // width, "num_key_value_heads": keys // width}
-        yield _changed_decoder(files, "the target's head_dim", head_dim=width, **counts)
-
-
-def _changed_decoder(files: Eagle3Files, name: str, **changes: Any) -> Wiring:
-    told = " and ".join(f"{key} to {value!r}" for key, value in changes.items())
-    # Older files say their rotary positions by other keys.
-    older = {"rope_theta", "rope_scaling"} if "rope_parameters" in changes else set()
-    decoder = {key: x for key, x in files.config["transformer_layer_config"].items() if key not in older} | changes
-    change = f"set {told} in the transformer_layer_config of config.json"
-    return Wiring(name, change, files.rewired(transformer_layer_config=decoder))
+def _built(
+    wirings: Sequence[Wiring], target: LM, reasons: dict[Wiring, SpecDecodeError]
+) -> Iterator[tuple[Wiring, Eagle3Head]]:
+    """Yield the wirings that the weights can be built with and that are not the same as one before, with the head on
+    the target's device. Only one head is in memory at a time. The reasons of the others are noted."""
+    total, width = target_sizes(target)
+    seen: list[tuple[object, ...]] = []
+    for wiring in wirings:
+        try:
+            head = make_eagle3(wiring.files, total, width)
+            check_fit(head, target)
+        except SpecDecodeError as error:
+            reasons[wiring] = error
+            continue
+        same = (describe(head.shape), head.shape.own_embeddings, wiring.layers(total), head.tokens.tolist())
+        if same not in seen:
+            seen.append(same)
+            yield wiring, head.to(target.device, target.dtype).train(False).requires_grad_(False)
 
 
 @torch.inference_mode()
-def _read(target: LM, prompt: Sequence[int], continuation: Sequence[int], layers: Sequence[int]) -> Text:
-    tokens = torch.tensor([*prompt, *continuation])
-    with recorded_hidden_states(target.model, layers) as states:
-        target.model(tokens[None].to(target.device), use_cache=False)
-    return Text(tokens, len(prompt), {layer: state[0] for layer, state in zip(layers, states, strict=True)})
+def _hidden_states(
+    target: LM, texts: Sequence[GreedyText], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "texts n _"]]:
+    """Return a target's hidden states for texts, after layers and, by the number of all layers, after its final norm.
 
-
-@torch.inference_mode()
-def _measure(wiring: Wiring, target: LM, texts: Sequence[Text]) -> Acceptance | None:
-    """Return what a wiring accepts; None if these weights cannot be wired so."""
-    try:
-        head = BoundHead(make_eagle3(wiring.files, *target_sizes(target)), target)
-    except (ModelFileError, UnsupportedModelError):
-        return None
-    norm = final_norm(target.model) if wiring.normed else None
-    last = max(head.layers)
-    accepted = []
+    Each text is read in one forward without a cache, and padded behind."""
+    total, _ = target_sizes(target)
+    of_texts = []
     for text in texts:
-        states = [text.hidden_states[layer] for layer in head.layers]
-        if norm is not None:
-            states = [norm(x) if layer == last else x for layer, x in zip(head.layers, states, strict=True)]
-        right = _right_ahead(head, text.tokens, torch.cat(states, -1))
-        # A draft begins at each token of the continuation behind which the text goes on long enough.
-        drafts = [right[depth, text.prompt + depth - 1 : right.shape[1] - DEPTH + 1 + depth] for depth in range(DEPTH)]
-        accepted.append(torch.stack(drafts).cumprod(0).double())
-    reached = [1.0, *torch.cat(accepted, 1).mean(1).tolist()]
-    by_position = [now / before if before else 0.0 for before, now in pairwise(reached)]
-    return Acceptance(wiring, [1.0 + kept.sum(0).mean().item() for kept in accepted], by_position)
+        with recorded_hidden_states(target.model, layers) as states:
+            final = target.model.base_model(text.tokens[None].to(target.device), use_cache=False).last_hidden_state
+        of_texts.append([state[0] for state in (*states, final)])
+    by_layer = zip([*layers, total], zip(*of_texts, strict=True), strict=True)
+    return {layer: pad_sequence(list(states), batch_first=True) for layer, states in by_layer}
 
 
 @torch.inference_mode()
-def _right_ahead(
-    head: BoundHead, tokens: Int[Tensor, " n"], hidden_states: Float[Tensor, "n F"]
-) -> Bool[Tensor, "depth places"]:
-    """Return whether the head's choice behind each token but the first and the last is the text's: after d of its own
-    states in a row, for each d below `DEPTH`."""
-    count = len(tokens) - 2
-    slots, positions = head.new_slots(DEPTH * count), torch.arange(1, count + 1)
-    wanted, right = tokens[2:].to(head.tokens.device), []
-    state = hidden_states[:count]
-    for step in range(DEPTH):
-        visible = visible_ahead(count, step, positions.device)
-        inputs = ForwardInput(tokens[1:-1], positions, visible, rows=count)
-        state, logits = head.read(slots, inputs, state, fuse=step == 0)
-        right.append((head.tokens[logits.argmax(-1)] == wanted).cpu())
-        state = pad(state[:-1], (0, 0, 1, 0))
-    return torch.stack(right)
+def _accepted_lengths(
+    head: Eagle3Head, target: LM, texts: Sequence[GreedyText], hidden_states: Float[Tensor, "texts n F"]
+) -> list[Int[Tensor, " places"]]:
+    """Return how many tokens of the chain that a head drafts from each place of a text are accepted, from the prompt's
+    last token on.
+
+    As the texts are the target's own, the proposals that are accepted are those that agree with them, and what follows
+    a wrong one does not matter.
+    """
+    embedding = head.embed_tokens if head.embed_tokens is not None else target.model.get_input_embeddings()
+    rows = head.lm_head.weight if head.lm_head is not None else output_rows(target, head.tokens)
+    tokens = pad_sequence([text.tokens for text in texts], batch_first=True).to(target.device)
+    agrees = []
+    for ahead, states in enumerate(unrolled(head, embedding(tokens[:, 1:-1]), hidden_states[:, :-2], AHEAD)):
+        # Pair i is that of token i + 1, and predicts token i + 2. The first that counts is of the prompt's last token.
+        counted = [(max(text.given - 2, 0) + ahead, len(text.tokens) - 2) for text in texts]
+        read = torch.cat([states[text, first:end] for text, (first, end) in enumerate(counted)])
+        wanted = torch.cat([tokens[text, first + 2 : end + 2] for text, (first, end) in enumerate(counted)])
+        agreed = head.tokens[head.logits(read, rows).argmax(-1)] == wanted
+        agrees.append(agreed.cpu().split([end - first for first, end in counted]))
+    # Chains from the last places of a text go beyond its end.
+    by_text = zip(*agrees, strict=True)
+    return [torch.stack([agreed[: len(chain[-1])] for agreed in chain]).cumprod(0).sum(0) for chain in by_text]
 
 
-def _p_value(lengths: Sequence[float], own: Sequence[float]) -> float:
-    """Return the one-sided p-value of accepting more, by a paired t-test over the texts."""
-    differences = [now - before for now, before in zip(lengths, own, strict=True)]
-    if max(differences) == min(differences):
-        return 0.0 if differences[0] > 0 else 1.0
-    return float(stats.ttest_1samp(differences, 0.0, alternative="greater").pvalue)
+def _compare(accepted: Mapping[Wiring, Sequence[Tensor]], unusable: str) -> tuple[Measured, ...]:
+    """Compare the lengths that are accepted with each wiring to those of the first one."""
+    lengths = {wiring: [1.0 + float(text.double().mean()) for text in texts] for wiring, texts in accepted.items()}
+    stated, *_ = lengths
+    measured = []
+    for wiring, texts in accepted.items():
+        everywhere = torch.cat(list(texts))
+        reached = [int((everywhere >= depth).sum()) for depth in range(AHEAD + 1)]
+        by_position = tuple(now / max(before, 1) for before, now in pairwise(reached))
+        gains = [new - old for new, old in zip(lengths[wiring], lengths[stated], strict=True)]
+        half = _student_half(gains, comparisons=max(len(accepted) - 1, 1))
+        gain = fmean(gains)
+        reason = unusable if wiring is stated else ""
+        measured.append(Measured(wiring, by_position, tuple(lengths[wiring]), gain, gain - half, gain + half, reason))
+    return tuple(measured)
+
+
+def _student_half(values: Sequence[float], comparisons: int) -> float:
+    """Return half the width of an interval of a mean, one of several that hold together."""
+    # Here, because it takes a second to import.
+    from scipy.stats import t
+
+    tail = (1 - _COVERAGE) / 2 / comparisons
+    return float(t.ppf(1 - tail, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def _better(measured: Sequence[Measured]) -> Measured | None:
+    """Return the wiring that accepts significantly and noticeably more than the first one, and most."""
+    stated, *others = measured
+    least = max(_LEAST_GAIN, _LEAST_SHARE * stated.mean_acceptance_length)
+    better = [other for other in others if other.low > 0 and other.gain >= least]
+    return max(better, key=lambda other: other.gain, default=None)
+
+
+def _refusal(files: Eagle3Files, target: LM) -> str:
+    """Return why `load_head` refuses a head; "" if it does not."""
+    try:
+        check_tokens(files)
+        check_fit(make_eagle3(files, *target_sizes(target)), target)
+    except (ModelFileError, UnsupportedModelError) as error:
+        return str(error)
+    return ""

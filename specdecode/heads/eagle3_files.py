@@ -69,10 +69,15 @@ class Eagle3Files:
         """Return the layers of a target whose outputs the head reads; see `Eagle3Shape.layers`.
 
         Args:
-            total: number of the target's layers. By default heads read three: near both ends, and in the middle.
+            total: number of the target's layers.
         """
-        ids = self.config.get(IDS) or [2, total // 2, total - 3]
-        return tuple(number - 1 for number in ids)
+        return tuple(number - 1 for number in self.config.get(IDS) or default_ids(total))
+
+
+def default_ids(total: int) -> list[int]:
+    """Return the ids of the layers that heads read by default, of a target of so many: near both ends, and in the
+    middle."""
+    return [2, total // 2, total - 3]
 
 
 def read_eagle3(folder: Path) -> Eagle3Files:
@@ -122,7 +127,7 @@ def make_eagle3(files: Eagle3Files, layers: int, hidden: int) -> Eagle3Head:
         tensors.pop(mapping, None)
     try:
         shape = Eagle3Shape(
-            decoder=_decoder(files),
+            decoder=decoder_config(files),
             layers=files.layers(layers),
             target_hidden=config.get("target_hidden_size") or hidden,
             own_embeddings="embed_tokens.weight" in tensors,
@@ -252,7 +257,7 @@ def _from_original(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _decoder(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
+def decoder_config(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
     """Return the config of a head's decoder layers."""
     given = dict(files.config["transformer_layer_config"])
     kind = given.pop("model_type", "llama")

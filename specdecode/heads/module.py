@@ -160,19 +160,3 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """Normalise in the type of `x`, which is 16 bit in autocast training: there are no kernels for mixed types."""
     assert isinstance(norm, nn.RMSNorm)
     return rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
-
-
-def visible_ahead(length: int, step: int, device: torch.device) -> Bool[Tensor, "n s"]:
-    """Return which keys each token attends to where all places of a text are drafted from at once.
-
-    The keys are those of the target's states, and then of the head's own after 1, 2, ... `step` tokens, side by side.
-    With s own states in a row, i - s + 1 to i, the head at token i attends to the target's up to i - s and to those.
-
-    Args:
-        length: n of the text.
-        step: s.
-        device: of the result.
-    """
-    at = torch.arange(length, device=device)
-    distance = at[:, None] - at
-    return torch.cat([distance >= step, *(distance == step - earlier for earlier in range(1, step + 1))], 1)

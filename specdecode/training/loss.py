@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from specdecode.heads.eagle3 import Eagle3Head
-from specdecode.heads.module import visible_ahead
+from specdecode.heads.unrolled import unrolled
 from specdecode.training.shards import Shard
 
 
@@ -22,11 +21,7 @@ def predict_ahead(
     batch: Shard,
     ahead: int,
 ) -> tuple[Float[Tensor, " ahead"], Float[Tensor, " ahead"], Float[Tensor, " ahead"]]:
-    """Let a head predict as it does in drafting: the first token from the target's hidden states, each later one from
-    its own states after those (training-time test, EAGLE-3, Li et al. 2025).
-
-    With s of its own states in a row, i - s + 1 to i, the head at token i attends to the hidden states up to i - s and
-    to those s states. The tokens are those of the text throughout.
+    """Let a head predict as it does in drafting; see `unrolled`.
 
     Args:
         head: predicts.
@@ -42,22 +37,12 @@ def predict_ahead(
         probable token.
     """
     embedded = embedding(batch.tokens[:, 1:]).to(rows.dtype)
-    state = head.fused(batch.hidden_states[:, :-1].to(rows.dtype))
+    hidden_states = batch.hidden_states[:, :-1].to(rows.dtype)
     wanted = place[batch.top[:, 1:]]
     probs = batch.probs[:, 1:].where(wanted >= 0, 0.0)
-    length = embedded.shape[1]
-    positions = torch.arange(1, length + 1, device=embedded.device)
-    keys: dict[int, list[Tensor]] = {}
-    values: dict[int, list[Tensor]] = {}
-
-    def store(new_keys: Tensor, new_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        keys.setdefault(layer, []).append(new_keys)
-        values.setdefault(layer, []).append(new_values)
-        return torch.cat(keys[layer], 2), torch.cat(values[layer], 2)
-
+    positions = torch.arange(1, embedded.shape[1] + 1, device=embedded.device)
     counts, losses, agreed = [], [], []
-    for step in range(ahead):
-        state = head(embedded, state, positions, store, visible_ahead(length, step, embedded.device))
+    for step, state in enumerate(unrolled(head, embedded, hidden_states, ahead)):
         logits = head.logits(state, rows).to(rows.dtype)
         # The first tokens of a text have too few tokens before them.
         counted = (positions > step).expand(wanted.shape[:2])
@@ -69,7 +54,6 @@ def predict_ahead(
         target_best = detached.gather(-1, wanted[..., :1].clamp_min(0))[..., 0]
         agrees = (target_best == detached.amax(-1)) & (wanted[..., 0] >= 0)
         agreed.append((agrees & counted).sum().double())
-        state = pad(state[:, :-1], (0, 0, 1, 0))
     return torch.stack(counts), torch.stack(losses), torch.stack(agreed)
 
 

@@ -1,0 +1,85 @@
+"""`specdecode doctor --head`: whether a head is wired as its weights were trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Table
+
+from specdecode.cli.output import say, say_tables
+from specdecode.support.progress import progress
+
+if TYPE_CHECKING:
+    from specdecode.heads.doctor import Examination, Measured
+
+_PROMPTS = "code:6,prose:6"
+_MAX_NEW_TOKENS = 128
+
+
+def examine_head(
+    name: str,
+    target: str | None,
+    prompts: str | None,
+    max_new_tokens: int | None,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    """Print what is accepted of a head with each likely wiring, and which is the right one. Exit code 1: not that of
+    its config."""
+    from specdecode import load
+    from specdecode.evals.data import token_prompts
+    from specdecode.heads.doctor import examine, read_examined, write_texts
+    from specdecode.models.embedded import EMBEDDED
+
+    length = _MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    if length < 1:
+        raise ValueError(f"--max-new-tokens is {length}: it is a number from 1")
+    files = read_examined(name)
+    model = load(target or EMBEDDED, device=device, dtype=dtype, backend="eager")
+    chosen, origins = token_prompts(prompts or _PROMPTS, model)
+    with progress("texts") as tell:
+        texts = write_texts(model.with_backend("auto"), chosen, length, tell)
+    with progress("wirings") as tell:
+        examination = examine(files, model, texts, tell)
+    say(f"{len(texts)} texts by {model.name}, after prompts from {'; '.join(origins)}")
+    say_tables(_table(examination), highlight=False)
+    sentence, right = _conclusion(examination)
+    say(sentence)
+    if not right:
+        raise typer.Exit(1)
+
+
+def _table(examination: Examination) -> Table:
+    first, *_ = examination.measured
+    table = Table(box=None, pad_edge=False, header_style=None)
+    table.add_column("wiring")
+    for column in (*(f"token {position}" for position, _ in enumerate(first.by_position, 1)), "tokens a step", "gain"):
+        table.add_column(column, justify="right")
+    for measured in examination.measured:
+        stated = measured is first
+        table.add_row(
+            measured.wiring.name,
+            *(f"{share:.0%}" for share in measured.by_position),
+            f"{measured.mean_acceptance_length:.2f}",
+            measured.unusable and "cannot be used" if stated else _gain(measured),
+        )
+    return table
+
+
+def _gain(measured: Measured) -> str:
+    return f"{measured.gain:+.2f} ({measured.low:+.2f} to {measured.high:+.2f})"
+
+
+def _conclusion(examination: Examination) -> tuple[str, bool]:
+    """Return what follows for the head's folder, and whether it is right as it is."""
+    stated, *_ = examination.measured
+    better = examination.better
+    if not examination.drafts:
+        return "with no wiring is a token in ten steps accepted: this is no trained head for this target", False
+    if better is not None:
+        gain = f"{better.mean_acceptance_length:.2f} tokens a step in place of {stated.mean_acceptance_length:.2f}"
+        return f"wired otherwise than trained: {better.wiring.remedy}, which brings {gain}", False
+    if examination.refusal:
+        return f"no other wiring accepts more, but the head cannot be loaded: {examination.refusal}", False
+    return "wired as trained: no other wiring accepts more", True
