@@ -33,8 +33,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """Return a model's norm before its output layer; None if there is none beside its layers."""
-    norms = [module for name, module in model.base_model.named_children() if "norm" in name]
+    """Return a model's norm before its output layer: the last one beside its layers; None if there is none."""
+    stack = decoder_layers(model)
+    beside = next(
+        ([*parent.children()] for parent in model.modules() if any(x is stack for x in parent.children())), []
+    )
+    norms = [module for module in beside if "norm" in type(module).__name__.lower()]
     return norms[-1] if norms else None
 
 
