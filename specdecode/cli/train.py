@@ -54,14 +54,16 @@ def train_head(
     numbers = (layers or "").split(",") if layers else []
     if not all(number.strip().isdigit() for number in numbers):
         raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
-    check_writable(out / "config.json")
     from specdecode import load
+    from specdecode.heads.eagle3_files import CONFIG, OWN, PAGE, WEIGHTS
     from specdecode.training.recipe import Recipe, work_folder
     from specdecode.training.recipe import train_head as train
     from specdecode.training.trainer import TrainingSettings
 
     if work_folder(out).exists():
         check_writable(work_folder(out) / "shards.json")
+    for name in (CONFIG, WEIGHTS, PAGE, OWN):
+        check_writable(out / name)
     recipe = Recipe(
         data=tuple(part.strip() for part in data.split(",")),
         tokens=tokens,

@@ -272,9 +272,9 @@ def test_an_argument_that_is_no_text_is_told(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("train-head", "--out", "{file}/head.safetensors"),
-        ("train-head", "--out", "{folder}/taken.safetensors"),
-        ("train-head", "--out", "{folder}/blocked.safetensors"),
+        ("train-head", "--out", "{file}/head"),
+        ("train-head", "--out", "{folder}/taken"),
+        ("train-head", "--out", "{folder}/blocked"),
         ("recommend", "--target", "shape:tiny", "--out", "{file}/run.json"),
         ("recommend", "--target", "shape:tiny", "--out", "{folder}"),
         ("report", "{run}", "--figures", "{folder}/figures", "--out", "{file}/report.md"),
@@ -295,8 +295,8 @@ def test_a_file_is_known_to_be_unwritable_before_the_work(
     monkeypatch.setattr(specdecode, "load", load)
     monkeypatch.setattr("specdecode.bench.plan.load", load)
     (tmp_path / "file").write_text("in the way")
-    (tmp_path / "taken.md").mkdir()
-    (tmp_path / "blocked").write_text("where the shards go")
+    (tmp_path / "taken" / "README.md").mkdir(parents=True)
+    (tmp_path / "blocked-work").write_text("where the shards go")
     names = {"file": tmp_path / "file", "folder": tmp_path, "run": commands["report"][1]}
     assert exit_code(monkeypatch, *(argument.format(**names) for argument in arguments)) == 2
     err = capfd.readouterr().err
@@ -304,4 +304,4 @@ def test_a_file_is_known_to_be_unwritable_before_the_work(
     assert "cannot be written: " in err
     if "{file}" in arguments[-1]:
         assert f"{tmp_path / 'file'} is no folder" in err
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "taken.md", "blocked"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "taken", "blocked-work"}
