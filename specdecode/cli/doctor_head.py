@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,7 +12,8 @@ from specdecode.cli.output import say, say_tables
 from specdecode.support.progress import progress
 
 if TYPE_CHECKING:
-    from specdecode.heads.doctor import Examination, Measured
+    from specdecode import LM
+    from specdecode.heads.doctor import Examination, GreedyText, Measured, Tell
 
 _PROMPTS = "code:6,prose:6"
 _MAX_NEW_TOKENS = 128
@@ -29,7 +31,7 @@ def examine_head(
     its config."""
     from specdecode import load
     from specdecode.evals.data import token_prompts
-    from specdecode.heads.doctor import examine, read_examined, write_texts
+    from specdecode.heads.doctor import examine, read_examined
     from specdecode.models.embedded import EMBEDDED
 
     length = _MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
@@ -48,6 +50,44 @@ def examine_head(
     say(sentence)
     if not right:
         raise typer.Exit(1)
+
+
+def write_texts(
+    target: LM, prompts: Mapping[str, Sequence[int]], length: int, tell: Tell = lambda done, total, doing: None
+) -> list[GreedyText]:
+    """Let a target continue prompts greedily, up to a stop token.
+
+    Args:
+        target: of the head.
+        prompts: in tokens, by name.
+        length: most tokens of a continuation.
+        tell: called with the number of finished texts, that of all, and what is being done.
+
+    Raises:
+        ValueError: a prompt does not fit the context, or too few texts are long enough to judge by.
+    """
+    import torch
+
+    from specdecode import generate
+    from specdecode.heads.doctor import LEAST_TEXTS, LEAST_TOKENS, GreedyText
+
+    texts = []
+    for number, (name, prompt) in enumerate(prompts.items()):
+        tell(number, len(prompts), "texts of the target")
+        if len(prompt) + length > target.context_length:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens, and {length} more do not fit the context of {target.name}, which"
+                f" holds {target.context_length}: take shorter prompts"
+            )
+        written = generate(target, prompt, max_new_tokens=length, stop_token_ids=target.stop_token_ids).tokens
+        if len(written) >= LEAST_TOKENS:
+            texts.append(GreedyText(torch.tensor([*prompt, *written]), len(prompt)))
+    if len(texts) < LEAST_TEXTS:
+        raise ValueError(
+            f"{target.name} continues {len(texts)} of {len(prompts)} prompts by {LEAST_TOKENS} tokens or more: to"
+            f" judge takes {LEAST_TEXTS} such texts, so take more prompts, or others"
+        )
+    return texts
 
 
 def _table(examination: Examination) -> Table:

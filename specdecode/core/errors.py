@@ -16,3 +16,8 @@ class TokenizerMismatchError(SpecDecodeError):
 
 class ModelFileError(SpecDecodeError):
     """A model's files are missing, damaged or cannot be fetched or stored."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of a library says, for a sentence of ours; its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

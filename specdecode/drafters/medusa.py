@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from specdecode.controllers.base import Limit
-from specdecode.core.errors import ModelFileError, UnsupportedModelError
+from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
@@ -125,8 +125,7 @@ def load_medusa(name: str, target: LM) -> MedusaHeads:
     except KeyError as error:
         raise ModelFileError(f"{folder} holds no Medusa heads: its config.json has no {error}") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(f"cannot read the Medusa heads {folder}: {first_line}") from error
+        raise ModelFileError(f"cannot read the Medusa heads {folder}: {first_line(error)}") from error
     heads = MedusaHeads(target, count, blocks)
     tensors = {}
     for name, value in stored.items():

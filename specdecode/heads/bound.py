@@ -243,7 +243,8 @@ def _output(target: LM, tokens: Int[Tensor, " D"]) -> nn.Linear:
 def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
     """Return the rows of a target's output embedding for some tokens, without the bias.
 
-    Packed and quantised layers have no plain weight to read, but any layer maps unit vectors to its columns.
+    Packed and quantised layers have no plain weight to read, but any layer maps unit vectors to its columns: V x H x H
+    products, which plain layers spare.
 
     Raises:
         UnsupportedModelError: the target has no output embedding.
@@ -251,9 +252,11 @@ def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
     layer = target.model.get_output_embeddings()
     if layer is None:
         raise UnsupportedModelError(f"{target.name} has no output embedding that a head could share")
+    chosen = tokens.to(target.device)
+    if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
+        return layer.weight.detach()[chosen]
     width = target.model.config.get_text_config(decoder=True).hidden_size
     options: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
-    chosen = tokens.to(target.device)
     bias = layer(torch.zeros(1, width, **options))[:, chosen]
     columns = [layer(units)[:, chosen] - bias for units in torch.eye(width, **options).split(_COLUMNS)]
     return torch.cat(columns).T.contiguous()

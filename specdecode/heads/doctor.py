@@ -30,11 +30,12 @@ from specdecode.models.recording import recorded_hidden_states
 AHEAD = 4
 """Tokens of the chains whose acceptance is measured."""
 
+LEAST_TEXTS, LEAST_TOKENS = 4, 16
+"""Texts, and tokens of a text, without which nothing is judged."""
+
 Tell = Callable[[int, int, str], None]
 """Takes how much is done, how much there is, and what is being done."""
 
-# Texts and tokens of a text without which nothing is judged.
-_LEAST_TEXTS, _LEAST_TOKENS = 4, 16
 # All intervals together hold with this probability.
 _COVERAGE = 0.95
 # Gains below these do not count: tokens a step, and share of the mean acceptance length.
@@ -121,43 +122,6 @@ def read_examined(name: str) -> Eagle3Files:
     return read_eagle3(find_folder(source))
 
 
-def write_texts(
-    target: LM, prompts: Mapping[str, Sequence[int]], length: int, tell: Tell = lambda done, total, doing: None
-) -> list[GreedyText]:
-    """Let a target continue prompts greedily, up to a stop token.
-
-    Args:
-        target: of the head.
-        prompts: in tokens, by name.
-        length: most tokens of a continuation.
-        tell: called with the number of finished texts, that of all, and what is being done.
-
-    Raises:
-        ValueError: a prompt does not fit the context, or too few texts are long enough to judge by.
-    """
-    texts, stops = [], {*target.stop_token_ids}
-    for number, (name, prompt) in enumerate(prompts.items()):
-        tell(number, len(prompts), "texts of the target")
-        if len(prompt) + length > target.context_length:
-            raise ValueError(
-                f"{name} has {len(prompt)} tokens, and {length} more do not fit the context of {target.name}, which"
-                f" holds {target.context_length}: take shorter prompts"
-            )
-        slots = target.new_slots(len(prompt) + length)
-        if len(prompt) > 1:
-            target.read(slots, prompt[:-1])
-        chosen = target.continue_greedily(slots, torch.tensor(prompt[-1:]), length, target.vocab_size).tolist()
-        end = next((place for place, token in enumerate(chosen, 1) if token in stops), length)
-        if end >= _LEAST_TOKENS:
-            texts.append(GreedyText(torch.tensor([*prompt, *chosen[:end]]), len(prompt)))
-    if len(texts) < _LEAST_TEXTS:
-        raise ValueError(
-            f"{target.name} continues {len(texts)} of {len(prompts)} prompts by {_LEAST_TOKENS} tokens or more: to"
-            f" judge takes {_LEAST_TEXTS} such texts, so take more prompts, or others"
-        )
-    return texts
-
-
 def examine(
     files: Eagle3Files,
     target: LM,
@@ -173,7 +137,7 @@ def examine(
     Args:
         files: of the head.
         target: loaded with backend="eager".
-        texts: of `write_texts`.
+        texts: that the target has written, `LEAST_TEXTS` or more.
         tell: called with the number of measured wirings, that of all, and what is being done.
 
     Raises:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
-from specdecode.core.errors import ModelFileError, UnsupportedModelError
+from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
 from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
 from specdecode.heads.module import TargetFingerprint
 from specdecode.support.files import write_whole
@@ -105,8 +105,7 @@ def read_eagle3(folder: Path) -> Eagle3Files:
     except ModelFileError:
         raise
     except Exception as error:  # json, safetensors and pickle have their own each
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(f"cannot read the draft head {folder}: {first_line}") from error
+        raise ModelFileError(f"cannot read the draft head {folder}: {first_line(error)}") from error
     return Eagle3Files(folder, config, tensors, fingerprint, card)
 
 

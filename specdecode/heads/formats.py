@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from specdecode.core.errors import ModelFileError
+from specdecode.core.errors import ModelFileError, first_line
 from specdecode.heads.module import Head, HeadShape, TargetFingerprint
 
 FORMAT = 1
@@ -38,7 +38,6 @@ def read_head(file: Path) -> tuple[Head, TargetFingerprint, dict[str, Any]]:
         head = Head(shape, tensors["tokens"])
         head.load_state_dict(tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(f"cannot read the draft head {file}: {first_line}") from error
+        raise ModelFileError(f"cannot read the draft head {file}: {first_line(error)}") from error
     card: dict[str, Any] = metadata["card"]
     return head, fingerprint, card

@@ -7,11 +7,12 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from torch.nn.functional import cosine_similarity
 
-from specdecode.core.errors import ModelFileError, UnsupportedModelError
+from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
 from specdecode.heads.bound import ADVICE, BoundHead, target_fingerprint, target_sizes
+from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import CONFIG, check_tokens, make_eagle3, read_eagle3
 from specdecode.heads.formats import read_head
-from specdecode.heads.module import TargetFingerprint
+from specdecode.heads.module import Head, TargetFingerprint
 from specdecode.heads.mtp import MtpHead
 from specdecode.models.lm import LM
 
@@ -40,16 +41,18 @@ def load_head(name: str, target: LM) -> BoundHead:
         UnsupportedModelError: it was trained for another target, or is of an architecture that cannot be read.
     """
     source = str(shipped_head(name) or name)
+    head: Head | Eagle3Head
     if source.endswith(".safetensors"):
         file = Path(source).expanduser()
         head, fingerprint, _ = read_head(file)
         check_fingerprint(file, fingerprint, target)
-        return BoundHead(head, target)
-    files = read_eagle3(find_folder(source))
-    check_tokens(files)
-    if files.fingerprint is not None:
-        check_fingerprint(files.folder, files.fingerprint, target)
-    return BoundHead(make_eagle3(files, *target_sizes(target)), target)
+    else:
+        files = read_eagle3(find_folder(source))
+        check_tokens(files)
+        if files.fingerprint is not None:
+            check_fingerprint(files.folder, files.fingerprint, target)
+        head = make_eagle3(files, *target_sizes(target))
+    return BoundHead(head.to(target.device, target.dtype), target, copied=False)
 
 
 def load_mtp(target: LM) -> BoundHead:
@@ -77,9 +80,8 @@ def find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # many kinds: no network, no such repository, a gated one
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
-            f"no draft head {name!r}: no folder of that name, and the hub said: {first_line}"
+            f"no draft head {name!r}: no folder of that name, and the hub said: {first_line(error)}"
         ) from error
 
 

@@ -142,11 +142,6 @@ class Head(nn.Module):
         """Return the states normalised, as an output embedding takes them."""
         return normed(self.norm, state)
 
-    def logits(self, state: Float[Tensor, "*b n H"], rows: Float[Tensor, "D H"]) -> Float[Tensor, "*b n D"]:
-        """Return the logits of the tokens that it can propose, given the target's output embedding of these."""
-        logits: Tensor = self.normed(state) @ rows.T
-        return logits
-
     def _rotated(self, x: Float[Tensor, "b heads n dim"], positions: Int[Tensor, " n"]) -> Tensor:
         half = self.shape.head_dim // 2
         frequencies = self.shape.theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)

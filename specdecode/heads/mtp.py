@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from specdecode.core.errors import ModelFileError, UnsupportedModelError
+from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
 from specdecode.heads.module import Store
 from specdecode.models.variants import final_norm
 
@@ -118,5 +118,6 @@ def _load(target: Any) -> Any:
     try:
         return MtpModel.from_pretrained(target, device_map={"": target.device})
     except Exception as error:  # a file of the hub, a tensor that is missing, a family that has no such layers
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(f"cannot load the MTP layers of {target.config.name_or_path}: {first_line}") from error
+        raise ModelFileError(
+            f"cannot load the MTP layers of {target.config.name_or_path}: {first_line(error)}"
+        ) from error

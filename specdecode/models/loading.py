@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from specdecode.backends import check as check_backend
 from specdecode.backends import prepare
-from specdecode.core.errors import ModelFileError, TokenizerMismatchError
+from specdecode.core.errors import ModelFileError, TokenizerMismatchError, first_line
 from specdecode.models.architectures import config_of
 from specdecode.models.chat import TextEncoder
 from specdecode.models.embedded import EMBEDDED, fetch
@@ -200,8 +200,7 @@ def _pretrained(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
             raise ValueError(f"{len(missing)} weights are missing, {missing[0]} for one")
     except Exception as error:
         origin = "the files there" if Path(source).is_dir() else "it is no local folder, and the hub"
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(f"cannot load {name!r}: {origin} gave no model ({first_line})") from error
+        raise ModelFileError(f"cannot load {name!r}: {origin} gave no model ({first_line(error)})") from error
     pretrained: PreTrainedModel = model
     return pretrained
 

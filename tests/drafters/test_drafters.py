@@ -35,6 +35,7 @@ from specdecode.heads.bound import BoundHead, untrained
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.discovery import DRAFTERS, examples
 from tests.helpers.models import logits, small
+from tests.helpers.trees import paths
 
 VOCABULARY = 11
 TEXT = [3, 8, 1, 3, 8, 9, 4, 1, 3, 8]
@@ -66,14 +67,6 @@ def context(tokens: list[int], sampling: Sampling = Sampling(), seed: int = 0, l
 
 def distribution_after(text: list[int], sampling: Sampling) -> torch.Tensor:
     return sampling.probs(logits(target().model, text)[-1])
-
-
-def paths(tree: DraftTree) -> list[list[int]]:
-    """The tokens from the root to each node."""
-    found: list[list[int]] = [[]]
-    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
-        found.append([*found[parent], token])
-    return found[1:]
 
 
 def read_twice(drafter: Drafter, sampling: Sampling, limit: Limit) -> DraftTree:

@@ -33,6 +33,7 @@ from specdecode.drafters.base import Context
 from specdecode.drafters.medusa import MedusaHeads
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.models import greedy, lm, prompt
+from tests.helpers.trees import paths
 
 HEADS, BLOCKS, WIDTH, VOCABULARY = 3, 2, 32, 97
 
@@ -94,14 +95,12 @@ def test_each_head_proposes_its_own_depth(prefix: str, name: str, tmp_path: Path
     second = int(logits[1].argmax())
     assert tree.tokens.tolist() == [*logits[0].topk(2).indices.tolist(), second, second]
     probs = [each.softmax(-1).tolist() for each in logits]
-    paths = [path for depth in (1, 2) for path in product(range(VOCABULARY), repeat=depth)]
-    paths.sort(key=lambda path: -prod(probs[at][token] for at, token in enumerate(path)))
+    expected = [path for depth in (1, 2) for path in product(range(VOCABULARY), repeat=depth)]
+    expected.sort(key=lambda path: -prod(probs[at][token] for at, token in enumerate(path)))
     tree = MedusaDrafter(heads, BestFirstTree(nodes=4, threshold=0.0)).propose(context([*prompt(11)]), Limit(2))
-    found: list[tuple[int, ...]] = [()]
-    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
-        found.append((*found[parent], token))
-    assert sorted(found[1:]) == sorted(paths[:4])
-    assert {len(path) for path in found} == {0, 1, 2}
+    found = [tuple(path) for path in paths(tree)]
+    assert sorted(found) == sorted(expected[:4])
+    assert {len(path) for path in found} == {1, 2}
 
 
 def test_a_sampled_chain_carries_what_it_was_drawn_from(tmp_path: Path) -> None:

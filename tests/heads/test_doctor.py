@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from specdecode import LM, FixedK, HeadDrafter, generate, load_head
+from specdecode.cli.doctor_head import write_texts
 from specdecode.core.errors import ModelFileError
 from specdecode.evals.data import token_prompts
 from specdecode.heads.bound import head_shape, untrained
@@ -27,7 +28,6 @@ from specdecode.heads.doctor import (
     _compare,
     _hidden_states,
     examine,
-    write_texts,
 )
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import CONFIG, IDS, WEIGHTS, Eagle3Files, read_eagle3

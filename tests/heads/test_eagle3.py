@@ -40,6 +40,7 @@ from specdecode.heads.eagle3_files import describe, make_eagle3, read_eagle3, wr
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, moved, prompt
+from tests.helpers.trees import paths
 
 LENGTH = 30
 SHAPES = (Chain(), StaticTree((3, 2, 1)), BestFirstTree(nodes=10, threshold=0.001))
@@ -150,13 +151,6 @@ def proposed(variant: Variant, text: Sequence[int], shape: TreeShape, sampling: 
         states = hidden_states(target, text[:length], variant.layers)[:-1]
         tree = drafter.propose(Context(text[:length], target.vocab_size, sampling, Rng(0), states), Limit(depth))
     return tree
-
-
-def paths(tree: DraftTree) -> list[list[int]]:
-    found: list[list[int]] = [[]]
-    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
-        found.append([*found[parent], token])
-    return found[1:]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -70,6 +70,7 @@ from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, prompt, small
 from tests.helpers.replayed import replayed
 from tests.helpers.speed_runs import speed_arm, speed_run
+from tests.helpers.trees import paths
 
 LENGTH = 36
 LAYERS = (0, 2)
@@ -270,13 +271,6 @@ def read_twice(shape: TreeShape, sampling: Sampling, limit: Limit) -> DraftTree:
     for length in (4, 8):
         drafter.propose(context(TEXT[:length], sampling), limit)
     return drafter.propose(context(TEXT, sampling), limit)
-
-
-def paths(tree: DraftTree) -> list[list[int]]:
-    found: list[list[int]] = [[]]
-    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
-        found.append([*found[parent], token])
-    return found[1:]
 
 
 def test_a_greedy_chain_is_the_head_s_own_continuation() -> None:

@@ -1,7 +1,7 @@
 """A serving engine that speaks as one does and decodes by a rule, with faults on demand: run as a script.
 
 `python fake_server.py --port PORT --engine vllm --k 3 --fault die ...`. The next token depends on the text so far, so
-that outputs are diverse, and every second draft of K tokens is kept as a whole.
+that outputs are diverse, and of a request's drafts of K tokens every second one is kept as a whole.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle
 from typing import Any
 
 VOCABULARY = 100
@@ -71,10 +72,12 @@ class Engine:
     def steps(self, prompt: Sequence[int], length: int) -> Iterator[list[int]]:
         """Yield the tokens of each step: one without a draft, else K + 1 and 1 in turns."""
         text, k, written = list(prompt), self.options.k, 0
+        # In turns within a request: counted over all, it would depend on how requests under way interleave.
+        turns = cycle((k, 0))
         while written < length:
             kept = 0
             if written and k:
-                kept = k if self.drafts % 2 == 0 else 0
+                kept = next(turns)
                 with self.lock:
                     self.drafts += 1
                     self.drafted += k

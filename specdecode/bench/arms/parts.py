@@ -22,8 +22,8 @@ from specdecode.heads.bound import BoundHead, untrained
 from specdecode.heads.loading import load_head, load_mtp
 from specdecode.models.lm import LM
 
-# Medusa heads that a target of random weights gets.
-_DEPTH = 4
+# Heads that a target of random weights gets.
+_MEDUSA_HEADS = 4
 
 
 def drafter_maker(spec: ArmSpec, target: LM, draft: LM | None = None) -> Callable[[], Drafter]:
@@ -59,7 +59,7 @@ def _maker(kind: str, spec: ArmSpec, target: LM, draft: LM | None) -> Callable[[
     if kind == "mtp":
         return partial(HeadDrafter, load_mtp(target), spec.tree_shape())
     if kind == "medusa":
-        heads = MedusaHeads(target, _DEPTH, 1) if target.synthetic else load_medusa(str(spec.head), target)
+        heads = MedusaHeads(target, _MEDUSA_HEADS, 1) if target.synthetic else load_medusa(str(spec.head), target)
         return partial(MedusaDrafter, heads, spec.tree_shape())
     if kind == "self-streaming":
         return partial(SelfStreamingDrafter, target, shape=spec.tree_shape(), **spec.self_streaming_arguments)
