@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,13 @@ def _load(target: Any) -> Any:
         raise UnsupportedModelError(
             "this version of transformers cannot load MTP layers: take 5.23 or a later one"
         ) from error
+    patterns = target._keys_to_ignore_on_load_unexpected or []
+    if any(re.search(r"layers\\\.\d", pattern) for pattern in patterns):
+        # transformers knows them by the number of a layer, and lists those of the published sizes alone.
+        config = target.config.get_text_config()
+        numbers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
+        patterns = [*patterns, *(rf"\.layers\.{number}\." for number in numbers)]
+        target._keys_to_ignore_on_load_unexpected = patterns
     try:
         return MtpModel.from_pretrained(target, device_map={"": target.device})
     except Exception as error:  # a file of the hub, a tensor that is missing, a family that has no such layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -32,29 +31,9 @@ from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context
 from specdecode.drafters.medusa import MedusaHeads
 from specdecode.models.recording import recorded_hidden_states
-from tests.helpers.models import greedy, lm, prompt
+from tests.helpers.heads import MEDUSA_BLOCKS, MEDUSA_HEADS, write_medusa
+from tests.helpers.models import VOCABULARY, greedy, lm, prompt
 from tests.helpers.trees import paths
-
-HEADS, BLOCKS, WIDTH, VOCABULARY = 3, 2, 32, 97
-
-
-def written(folder: Path, *, prefix: str = "", name: str = "medusa_lm_head.safetensors") -> dict[str, Tensor]:
-    """Write heads of random weights, under the names of published ones; return the weights."""
-    mixer = torch.Generator().manual_seed(5)
-    tensors: dict[str, Tensor] = {}
-    for head, block in product(range(HEADS), range(BLOCKS)):
-        tensors[f"{head}.{block}.linear.weight"] = 0.3 * torch.randn(WIDTH, WIDTH, generator=mixer)
-        tensors[f"{head}.{block}.linear.bias"] = torch.randn(WIDTH, generator=mixer)
-    for head in range(HEADS):
-        tensors[f"{head}.{BLOCKS}.weight"] = torch.randn(VOCABULARY, WIDTH, generator=mixer)
-    named = {f"{prefix}{key}": value for key, value in tensors.items()}
-    if name.endswith(".safetensors"):
-        save_file(named, folder / name)
-    else:
-        torch.save(named, folder / name)
-    config = {"medusa_num_heads": HEADS, "medusa_num_layers": BLOCKS, "base_model_name_or_path": "a/model"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return tensors
 
 
 def by_hand(tensors: dict[str, Tensor], text: list[int]) -> list[Tensor]:
@@ -64,12 +43,12 @@ def by_hand(tensors: dict[str, Tensor], text: list[int]) -> list[Tensor]:
         told = target.model(torch.tensor([text], device=target.device), output_hidden_states=True)
     state = told.hidden_states[-1][0, -2].cpu()  # transformers has normalised the last ones
     logits = []
-    for head in range(HEADS):
+    for head in range(MEDUSA_HEADS):
         x = state
-        for block in range(BLOCKS):
+        for block in range(MEDUSA_BLOCKS):
             name = f"{head}.{block}.linear"
             x = x + silu(tensors[f"{name}.weight"].double() @ x + tensors[f"{name}.bias"].double())
-        logits.append(tensors[f"{head}.{BLOCKS}.weight"].double() @ x)
+        logits.append(tensors[f"{head}.{MEDUSA_BLOCKS}.weight"].double() @ x)
     return logits
 
 
@@ -86,7 +65,7 @@ def context(text: list[int], sampling: Sampling = Sampling()) -> Context:
 def test_each_head_proposes_its_own_depth(prefix: str, name: str, tmp_path: Path) -> None:
     """Guards against a head that is read one token off, a state before the final norm, and a tree that takes one
     head's tokens for another's."""
-    logits = by_hand(written(tmp_path, prefix=prefix, name=name), [*prompt(11)])
+    logits = by_hand(write_medusa(tmp_path, prefix=prefix, name=name), [*prompt(11)])
     heads = load_medusa(str(tmp_path), lm("llama"))
     tree = MedusaDrafter(heads).propose(context([*prompt(11)]), Limit(5))
     assert tree.tokens.tolist() == [int(each.argmax()) for each in logits]
@@ -105,7 +84,7 @@ def test_each_head_proposes_its_own_depth(prefix: str, name: str, tmp_path: Path
 
 def test_a_sampled_chain_carries_what_it_was_drawn_from(tmp_path: Path) -> None:
     """Guards against a distribution of another depth, with which sampling would be inexact."""
-    logits, sampling = by_hand(written(tmp_path), [*prompt(11)]), Sampling(3.0, top_k=20)
+    logits, sampling = by_hand(write_medusa(tmp_path), [*prompt(11)]), Sampling(3.0, top_k=20)
     tree = MedusaDrafter(load_medusa(str(tmp_path), lm("llama"))).propose(context([*prompt(11)], sampling), Limit(3))
     assert tree.probs is not None
     torch.testing.assert_close(tree.probs.cpu(), torch.stack([sampling.probs(each[None])[0] for each in logits]))
@@ -113,7 +92,7 @@ def test_a_sampled_chain_carries_what_it_was_drawn_from(tmp_path: Path) -> None:
 
 def test_drafts_change_no_token(tmp_path: Path) -> None:
     """Guards against a draft that the target takes for its own, and a target that is changed by its heads."""
-    written(tmp_path)
+    write_medusa(tmp_path)
     target = lm("llama")
     trained = [weight.requires_grad for weight in target.model.parameters()]
     heads = load_medusa(str(tmp_path), target)
@@ -127,7 +106,7 @@ def test_drafts_change_no_token(tmp_path: Path) -> None:
 
 def test_an_arm_drafts_with_them(tmp_path: Path) -> None:
     """Guards against an entry that does not reach the heads, and one that names none."""
-    written(tmp_path)
+    write_medusa(tmp_path)
     entry: dict[str, Any] = {"drafter": "medusa", "head": str(tmp_path), "shape": "static", "branching": [2, 2]}
     made = make_arm("arm", entry, lm("llama"), None, "eager").run(prompt(), 20, ())
     assert made.tokens == greedy("llama", 20)
@@ -156,7 +135,7 @@ def test_an_arm_drafts_with_them(tmp_path: Path) -> None:
 )
 def test_damaged_heads_are_one_sentence(damage: Any, sentence: str, tmp_path: Path) -> None:
     """Guards against a traceback, and heads that draft with half of their weights."""
-    written(tmp_path)
+    write_medusa(tmp_path)
     damage(tmp_path)
     with pytest.raises(ModelFileError, match=sentence):
         load_medusa(str(tmp_path), lm("llama"))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import MtpCache
@@ -34,72 +31,18 @@ from specdecode.drafters.base import Context
 from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads.bound import BoundHead
 from specdecode.models.recording import recorded_hidden_states
-from tests.helpers.models import config, continuation, lm, prompt
+from tests.helpers.heads import MTP_FAMILIES, write_mtp
+from tests.helpers.models import continuation, lm, prompt
 
-LAYERS, LENGTH = 3, 24
+LENGTH = 24
 SHAPES: tuple[TreeShape, ...] = (Chain(), StaticTree((3, 2, 1)), BestFirstTree(nodes=10, threshold=0.001))
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-    "num_nextn_predict_layers": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-    },
-    "glm4_moe": {"head_dim": 8},
-}
 
-
-def checkpoint(family: str, folder: Path) -> Path:
-    """A model with an MTP layer behind its last one, under the names of the family's own checkpoints."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        values = _COMMON | FAMILIES[family] | {"model_type": family}
-        model = AutoModelForCausalLM.from_config(config(values), dtype=torch.float64)
-        # Its last layer becomes the MTP layer of a model that has one layer less.
-        model.save_pretrained(folder)
-        tensors = load_file(folder / "model.safetensors")
-        layer = f"model.layers.{LAYERS - 1}."
-        tensors |= {f"{layer}{norm}.weight": torch.rand(32).double() + 0.5 for norm in ("enorm", "hnorm")}
-        tensors[f"{layer}shared_head.norm.weight"] = torch.rand(32).double() + 0.5
-        tensors[f"{layer}eh_proj.weight"] = 0.3 * torch.randn(32, 64).double()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(
-        text.replace(f'"num_hidden_layers": {LAYERS}', f'"num_hidden_layers": {LAYERS - 1}')
-    )
-    return folder
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MTP_FAMILIES)
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LM:
-    folder = checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+    folder = write_mtp(request.param, tmp_path_factory.mktemp(request.param))
     # Grouped products of experts are not made in float64.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
-    # Published checkpoints have their MTP layers where the class expects them, and this one where it is small.
-    model._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{LAYERS - 1}.*"}
     return LM(model, name=request.param)
 
 

@@ -1,13 +1,58 @@
-"""Folders of draft heads, for what loads them by name."""
+"""Folders of draft heads and of checkpoints with MTP layers, for what loads them by name."""
 
 from __future__ import annotations
 
+import json
+from itertools import product
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from specdecode import LM
 from specdecode.heads.bound import output_rows, target_fingerprint, untrained
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import write_eagle3
+from tests.helpers.models import VOCABULARY, config
+from tests.helpers.spelling import characters
+
+MEDUSA_HEADS, MEDUSA_BLOCKS, WIDTH = 3, 2, 32
+MTP_LAYERS = 3
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": MTP_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.4,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MTP_FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "glm4_moe": {"head_dim": 8},
+}
 
 
 def write_head(target: LM, folder: Path, head: Eagle3Head | None = None, *, shared_output: bool = False) -> Path:
@@ -18,4 +63,50 @@ def write_head(target: LM, folder: Path, head: Eagle3Head | None = None, *, shar
     write_eagle3(
         folder, head, rows, target_fingerprint(target), [type(target.model).__name__], {"seed": 7}, "# A head\n"
     )
+    return folder
+
+
+def write_medusa(folder: Path, *, prefix: str = "", name: str = "medusa_lm_head.safetensors") -> dict[str, Tensor]:
+    """Write heads of random weights, under the names of published ones; return the weights."""
+    mixer = torch.Generator().manual_seed(5)
+    tensors: dict[str, Tensor] = {}
+    for head, block in product(range(MEDUSA_HEADS), range(MEDUSA_BLOCKS)):
+        tensors[f"{head}.{block}.linear.weight"] = 0.3 * torch.randn(WIDTH, WIDTH, generator=mixer)
+        tensors[f"{head}.{block}.linear.bias"] = torch.randn(WIDTH, generator=mixer)
+    for head in range(MEDUSA_HEADS):
+        tensors[f"{head}.{MEDUSA_BLOCKS}.weight"] = torch.randn(VOCABULARY, WIDTH, generator=mixer)
+    named = {f"{prefix}{key}": value for key, value in tensors.items()}
+    if name.endswith(".safetensors"):
+        save_file(named, folder / name)
+    else:
+        torch.save(named, folder / name)
+    config = {
+        "medusa_num_heads": MEDUSA_HEADS,
+        "medusa_num_layers": MEDUSA_BLOCKS,
+        "base_model_name_or_path": "a/model",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def write_mtp(family: str, folder: Path) -> Path:
+    """Write a model with an MTP layer behind its last one, under the names of the family's own checkpoints, and a
+    tokenizer; return its folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        values = _COMMON | MTP_FAMILIES[family] | {"model_type": family}
+        model = AutoModelForCausalLM.from_config(config(values), dtype=torch.float64)
+        # Its last layer becomes the MTP layer of a model that has one layer less.
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        layer = f"model.layers.{MTP_LAYERS - 1}."
+        tensors |= {f"{layer}{norm}.weight": torch.rand(32).double() + 0.5 for norm in ("enorm", "hnorm")}
+        tensors[f"{layer}shared_head.norm.weight"] = torch.rand(32).double() + 0.5
+        tensors[f"{layer}eh_proj.weight"] = 0.3 * torch.randn(32, 64).double()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        text.replace(f'"num_hidden_layers": {MTP_LAYERS}', f'"num_hidden_layers": {MTP_LAYERS - 1}')
+    )
+    characters().save_pretrained(folder)
     return folder
