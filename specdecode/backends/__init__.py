@@ -45,7 +45,7 @@ def check(kind: str, device: torch.device) -> None:
         raise ValueError("the backend graph captures CUDA graphs, which need a GPU: take compile, packed or eager")
 
 
-def prepare(kind: str, model: PreTrainedModel) -> Backend:
+def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[bool], bool] = bool) -> Backend:
     """Transform a model in place for a backend.
 
     For all but "eager", heads that share keys attend without copying them (see `backends.grouped_attention`).
@@ -56,6 +56,7 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
             layers on a CPU and captured on a GPU (`backends.compiled`); or "auto", the fastest for this model and
             device that needs no long preparation: packed on a CPU that gains from it, graph on a GPU, else eager.
         model: on its device, in its type.
+        agreed: what processes that decode together make of what each of them found by trying.
 
     Raises:
         ValueError: as `check`.
@@ -75,7 +76,7 @@ def prepare(kind: str, model: PreTrainedModel) -> Backend:
     if kind == "eager":
         return Backend()
     reason = packed.unsupported_reason(model)
-    if reason is None and kind == "auto" and not packed.is_worth_it(model):
+    if reason is None and kind == "auto" and not agreed(packed.is_worth_it(model)):
         reason = "packing its linear layers gains nothing on this processor"
     if reason is not None:
         return Backend(note="" if kind == "auto" else f"not packed: {reason}")

@@ -63,6 +63,11 @@ _OPTIONS = (
         "backend",
         f"how our forwards run: eager, packed, compile, graph or auto, the fastest here [{_DEFAULTS.backend}]",
     ),
+    _Option(
+        "tp",
+        "auto: the processes of torchrun share the target's weights, decode together and report once [one process]",
+        choices=("auto",),
+    ),
     _Option("max_new_tokens", "length of every output [as the preset says]", int),
     _Option(
         "prompts",

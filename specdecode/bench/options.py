@@ -25,6 +25,7 @@ class Options:
     device: str | None = None
     dtype: str | None = None
     backend: str = "auto"
+    tp: str | None = None
     max_new_tokens: int | None = None
     prompts: str | None = None
     eos: bool = False

@@ -18,13 +18,15 @@ from specdecode.bench.options import Options, again_of
 from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE
-from specdecode.bench.runs.records import Identity, RunFile
+from specdecode.bench.runs.records import Identity, RunFile, shared_by
 from specdecode.heads.loading import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
-from specdecode.models.loading import TINY, choose_device, choose_dtype, load
+from specdecode.models.loading import TINY, check_split, choose_device, choose_dtype, load
+from specdecode.models.tensor_parallel import use_own_gpu
 from specdecode.support.environment import hardware
 from specdecode.support.git import commit_id
+from specdecode.support.torchrun import processes, rank
 
 BUDGET_MINUTES = 30.0
 """How long `--until` may take, where nobody says."""
@@ -41,15 +43,18 @@ class Setup:
         identity: names of the hardware, the models, the type of their weights and the preset.
         device: of all models.
         backend: of our own forwards, by its name on the command line.
+        tp: "auto" if the processes of torchrun share the target's weights.
     """
 
     identity: Identity
     device: torch.device
     backend: str
+    tp: str | None = None
 
     def load_target(self) -> LM:
         """Load the target on the backend "eager"."""
-        return load(self.identity.target, device=self.device, dtype=self.identity.dtype, backend="eager")
+        how: dict[str, Any] = {"device": self.device, "dtype": self.identity.dtype, "backend": "eager"}
+        return load(self.identity.target, **how, tp=self.tp)
 
     @property
     def names(self) -> ModelNames:
@@ -108,7 +113,9 @@ class Plan:
     @property
     def journal(self) -> Path:
         """Where finished blocks are kept until the run is complete."""
-        return self.root / "results" / f"{self.identity.hardware}-{self.identity.file.stem}.blocks.jsonl"
+        # Of processes that decode together each has its own; the first one's is the one to resume.
+        process = f".{rank()}" if self.setup.tp and rank() else ""
+        return self.root / "results" / f"{self.identity.hardware}-{self.identity.file.stem}{process}.blocks.jsonl"
 
     def entries(self, selected: Collection[str]) -> dict[str, dict[str, Any]]:
         """The preset's entries of the selected arms, and of the arms that they are compared with."""
@@ -123,17 +130,21 @@ def resolve_setup(options: Options) -> Setup:
     Raises:
         ValueError: a device, a type or a backend that cannot be used.
     """
+    count = processes(options.tp)
+    if count > 1:
+        check_split(options.target, None, options.backend)
+        use_own_gpu()
     device = choose_device(options.device)
     check_backend(options.backend, device)
     target = TINY if options.tiny and options.target == EMBEDDED else options.target
     identity = Identity(
-        hardware=hardware(device),
+        hardware=shared_by(count, hardware(device)),
         target=target,
         draft=options.draft or _DRAFTS.get(target, ""),
         dtype=str(choose_dtype(options.dtype, device)).removeprefix("torch."),
         preset=".".join([Path(options.preset).stem, *(flag for flag in FLAGS if getattr(options, flag))]),
     )
-    return Setup(identity, device, options.backend)
+    return Setup(identity, device, options.backend, options.tp)
 
 
 def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True) -> Plan:
@@ -223,6 +234,7 @@ def _check_against(options: Options) -> None:
         ("--baseline", options.baseline, "it measures both versions anew"),
         ("--resume", options.resume, "it measures both versions anew"),
         ("--eos", options.eos, "outputs of one length are compared"),
+        ("--tp", options.tp, "both versions are measured by processes of their own"),
     ):
         if value:
             raise ValueError(f"{option} does not go with --against: {why}")

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
 
-from specdecode.bench.command_line import add_options, options_of, value_of
+from specdecode.bench.command_line import PREFIX, add_options, options_of, value_of
 from specdecode.support.files import check_writable, is_device, writing
+from specdecode.support.torchrun import rank
 
 if TYPE_CHECKING:
     from specdecode.bench.measure.speed_session import JudgedRun
@@ -61,8 +62,18 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_load_initial_conftests(early_config: pytest.Config, parser: pytest.Parser) -> Iterator[None]:
-    """Add the options behind those of all other plugins and of conftest.py files, if the plugin is installed."""
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Iterator[None]:
+    """Add the options behind those of all other plugins and of conftest.py files, if the plugin is installed.
+
+    This comes before pytest captures what is written: only now can a process that others report for be silent.
+    """
+    if rank() and any(argument.startswith(("--tp", f"--{PREFIX}tp")) for argument in args):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
     yield
     if early_config.pluginmanager.has_plugin(_ENTRY_POINT):
         add_options(parser)
@@ -79,6 +90,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = list(map(str, chosen))
+    if rank() and value_of(config, "tp"):
+        _write_no_files(config)
     with _one_sentence():
         _check_processes(config)
         # Files are opened when all is measured, and one that cannot be written would cost the run.
@@ -87,6 +100,14 @@ def pytest_configure(config: pytest.Config) -> None:
             _check_json(config)
         if page := os.environ.get(_PAGE):
             check_writable(Path(page))
+
+
+def _write_no_files(config: pytest.Config) -> None:
+    """Leave all files to the first of the processes that decode together."""
+    os.environ.pop(_PAGE, None)
+    for option in ("benchmark_json", "benchmark_save", "benchmark_autosave", "xmlpath"):
+        if hasattr(config.option, option):
+            setattr(config.option, option, None)
 
 
 def _check_processes(config: pytest.Config) -> None:

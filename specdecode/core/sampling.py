@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.core.errors import SpecDecodeError
+from specdecode.core.ranks import Ranks
 from specdecode.core.transfer import moved
 
 
@@ -19,12 +20,9 @@ class Rng:
     a test can put an enumeration of all outcomes in the place of this class.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int) -> None:
         self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
+        self._generator.manual_seed(seed)
 
     def coin(self, probability: float | Float[Tensor, ""]) -> bool:
         """Return True with this probability; anything from 1 up is certain."""
@@ -98,8 +96,12 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def rng(self) -> Rng:
-        return Rng(self.seed)
+    def rng(self, ranks: Ranks = Ranks()) -> Rng:
+        """Return the source of randomness of one generation; processes that decode together get the same."""
+        seed = self.seed
+        if seed is None:
+            seed = ranks.agreed(torch.Generator().seed())
+        return Rng(seed)
 
     def probs(self, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
         """Return the distribution that a token is drawn from: after temperature, then top_k, then top_p.

@@ -44,7 +44,8 @@ def measure_costs(target: LM, drafter: Drafter) -> Costs:
 
     A target is timed once, with the first of its drafters. The drafter remains as good as a fresh one. A cascade is
     priced as its last drafter: how often the earlier ones will propose is unknown. `CostAware` corrects prices by a
-    factor, so it can correct one that is too high, but not a price of 0.
+    factor, so it can correct one that is too high, but not a price of 0. Of processes that decode together the first
+    one's times count.
     """
     if isinstance(drafter, Cascade):
         return measure_costs(target, drafter.drafters[-1])
@@ -52,10 +53,10 @@ def measure_costs(target: LM, drafter: Drafter) -> Costs:
         [_forward_seconds[target]] = forward_seconds([target], _ROWS)
     proposer = _Proposer(target, drafter)
     sizes = _proposal_sizes(proposer)
-    seconds = _medians(target.device, {limit: partial(proposer.propose, limit) for limit in sizes})
+    seconds = _medians(target, {limit: partial(proposer.propose, limit) for limit in sizes})
     proposer.propose(Limit(1), _SKIPPED_TOKENS)
     one, many = _medians(
-        target.device, {tokens: partial(proposer.propose, Limit(1), tokens) for tokens in (1, _SKIPPED_TOKENS)}
+        target, {tokens: partial(proposer.propose, Limit(1), tokens) for tokens in (1, _SKIPPED_TOKENS)}
     ).values()
     return Costs(
         verify=_forward_seconds[target],
@@ -94,7 +95,7 @@ def forward_seconds(
                 verifier.verify(count)
                 actions[place, count] = partial(verifier.verify, count)
     activity = f"forwards in turns, rows {', '.join(map(str, rows))}"
-    medians = _medians(targets[0].device, actions, repeats, seconds, lambda done, total: tell(done, total, activity))
+    medians = _medians(targets[0], actions, repeats, seconds, lambda done, total: tell(done, total, activity))
     return [
         {count: medians[place, count] for count in rows if (place, count) in medians} for place in range(len(targets))
     ]
@@ -172,28 +173,28 @@ def _proposal_sizes(proposer: _Proposer) -> dict[Limit, int]:
 
 
 def _medians(
-    device: torch.device,
+    target: LM,
     actions: Mapping[_Key, Callable[[], object]],
     repeats: int = _ROUNDS,
     limit: float = _SECONDS,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[_Key, float]:
-    """Return the median seconds of each action with the device synchronised. The actions take turns, so that a busy
-    moment slows all of them."""
+    """Return the median seconds of each action with the target's device synchronised. The actions take turns, so that a
+    busy moment slows all of them."""
     taken: dict[_Key, list[float]] = {key: [] for key in actions}
     started = time.perf_counter()
     for done in range(1, repeats + 1):
         for key, action in actions.items():
-            synchronise(device)
+            synchronise(target.device)
             begun = time.perf_counter()
             action()
-            synchronise(device)
+            synchronise(target.device)
             taken[key].append(time.perf_counter() - begun)
-        late = time.perf_counter() - started > limit
+        late = target.ranks.agreed(time.perf_counter() - started > limit)
         tell(done, done if late else repeats)
         if late:
             break
-    return {key: statistics.median(seconds) for key, seconds in taken.items()}
+    return target.ranks.agreed({key: statistics.median(seconds) for key, seconds in taken.items()})
 
 
 def _repeating_text(target: LM, length: int) -> list[int]:

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.backends.graph import CudaGraphs
-from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
+from specdecode.controllers.adaptive import AdaptiveK
+from specdecode.controllers.base import MAX_DRAFT_NODES, FixedK, Limit
 from specdecode.core.result import Generation, Step
 from specdecode.core.sampling import most_probable
 from specdecode.core.transfer import moved, picked
@@ -23,6 +24,9 @@ from specdecode.policies.base import boundary
 
 # Slots allocated at the start for new tokens, at most. More are allocated by doubling.
 _NEW_TOKEN_SLOTS = 2048
+
+# Controllers that never look at a step's times, so that processes that decode together need not agree on them.
+_WITHOUT_CLOCK = (FixedK, AdaptiveK)
 
 
 class SequenceState:
@@ -40,7 +44,7 @@ class SequenceState:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._tokens = list(request.tokens)
-        self._rng = request.sampling.rng()
+        self._rng = request.sampling.rng(request.target.ranks)
         policy, length = request.policy, len(self._tokens)
         capacity = min(request.length_limit, length + _NEW_TOKEN_SLOTS)
         if policy.interval:
@@ -187,7 +191,8 @@ class SequenceState:
         """Store the step, update the times of the result, and inform the controller and the caller."""
         request, result = self._request, self.result
         result.steps.append(step)
-        request.controller.observe(step)
+        looks_at_times = not isinstance(request.controller, _WITHOUT_CLOCK)
+        request.controller.observe(request.target.ranks.agreed(step) if looks_at_times else step)
         result.capture_s = CudaGraphs.seconds - request.start.capture_s
         if len(result.steps) == 1:
             result.prefill_s = ended_at - request.start.at - result.capture_s

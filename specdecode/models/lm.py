@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdecode.backends import Backend, prepare
 from specdecode.backends.static import StaticInputs, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
+from specdecode.core.ranks import Ranks, ranks_of
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
@@ -48,6 +49,7 @@ class LM:
         backend: how forwards run.
         static: runs forwards over static shapes; None for a backend without.
         forwards: of the model so far, whoever called them.
+        ranks: the processes among which the weights are split; of one process by default.
         vocab_size: width of the logits.
         context_length: most tokens of prompt and output together.
 
@@ -77,6 +79,7 @@ class LM:
         if reason := unsupported_reason(model):
             raise UnsupportedModelError(f"{self.name} cannot be decoded exactly: {reason}")
         self.forwards = 0
+        self.ranks = ranks_of(model)
         self._variants: dict[str, LM] = {}
         self._records_attention = False
         self._hidden_states = HiddenStateRecording(model, backend.static and self._recording_runner)
@@ -373,7 +376,7 @@ class LM:
 
         Raises:
             UnsupportedModelError: it has weights that cannot be quantised.
-            ValueError: there is no such kind, or its package is not installed.
+            ValueError: there is no such kind, or its package is not installed; or processes share the weights.
         """
         if kind not in self._variants:
             model = self._shared_copy("quantised")
@@ -382,20 +385,21 @@ class LM:
             self._variants[kind] = LM(model, self.tokenizer, name=name, synthetic=self.synthetic)
         return self._variants[kind]
 
-    def with_backend(self, kind: str) -> LM:
+    def with_backend(self, kind: str, ranks: Ranks = Ranks()) -> LM:
         """Return this model with another backend, made once. All weights are shared, as far as the backend permits.
 
         Args:
             kind: as for `load`.
+            ranks: the processes of the target that this model drafts for.
 
         Raises:
-            ValueError: there is no such backend, or this model has one already.
+            ValueError: there is no such backend, or this model has one already, or processes share its weights.
         """
-        if kind == "eager":
+        if kind == "eager" or (kind == "auto" and self.ranks.group is not None):
             return self
         if kind not in self._variants:
             model = self._shared_copy("given another backend")
-            backend = prepare(kind, model)
+            backend = prepare(kind, model, ranks.agreed)
             settings: dict[str, Any] = {"name": self.name, "synthetic": self.synthetic}
             same = backend == self.backend
             self._variants[kind] = self if same else LM.on_backend(backend, model, self.tokenizer, **settings)
@@ -418,7 +422,10 @@ class LM:
             return LM(model, *arguments, **others, backend=Backend(note=f"not {backend.name}: {error}"))
 
     def _shared_copy(self, what: str) -> PreTrainedModel:
-        """Return a copy of the modules to transform; raise ValueError unless the backend is "eager"."""
+        """Return a copy of the modules to transform; raise ValueError unless the backend is "eager" and this process
+        holds all weights."""
+        if self.ranks.group is not None:
+            raise ValueError(f"{self.name} cannot be {what}: its weights are split among processes")
         if self.backend.name != "eager":
             raise ValueError(
                 f"{self.name} cannot be {what}: it runs on the backend {self.backend.name}, which lays out the weights"

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from specdecode.backends import Backend, prepare
 from specdecode.backends import check as check_backend
-from specdecode.backends import prepare
 from specdecode.core.errors import ModelFileError, TokenizerMismatchError, first_line
+from specdecode.core.ranks import ranks_of
 from specdecode.models.architectures import config_of
 from specdecode.models.chat import TextEncoder
 from specdecode.models.embedded import EMBEDDED, fetch
 from specdecode.models.lm import LM
 from specdecode.models.quantize import quantizer
+from specdecode.models.tensor_parallel import arguments, split, use_own_gpu
+from specdecode.support.torchrun import processes
 
 # Of the embedding's entries: each of the layers adds about 1.
 _EMBEDDING_SCALE = 10.0
@@ -35,6 +38,7 @@ def load(
     same_vocabulary: bool = True,
     quantize: str | None = None,
     backend: str = "auto",
+    tp: str | None = None,
 ) -> LM:
     """Load a causal language model.
 
@@ -50,13 +54,20 @@ def load(
         backend: runs the forwards (see `specdecode.backends`): "eager", as transformers does; "packed", with linear
             layers laid out for few rows on a CPU; "graph", captured as CUDA graphs; "compile"; "auto", the fastest here
             that needs no long preparation, named by `LM.backend`. "layers:" share the backend of their target.
+        tp: "auto" splits each weight among the processes of `torchrun` (tensor parallelism); every process must then
+            make the same calls. A draft is loaded whole in each of them.
 
     Raises:
         ModelFileError: there is no model of that name, or its files are damaged, or cannot be fetched or stored.
         UnsupportedModelError: the architecture cannot be decoded exactly, or not be quantised.
         TokenizerMismatchError: it does not share the vocabulary of `target`.
-        ValueError: an unknown dtype, device, backend or quantisation, or one whose package is not installed.
+        ValueError: an unknown dtype, device, backend or quantisation, or one whose package is not installed, or one
+            that split weights do not permit; or `tp` without `torchrun`.
     """
+    count = processes(tp)
+    if count > 1:
+        check_split(name, quantize, backend)
+        use_own_gpu()
     transform = quantizer(quantize) if quantize else None
     if name.startswith("layers:"):
         if quantize:
@@ -70,19 +81,21 @@ def load(
     check_backend(backend, chosen_device)
     tokenizer: PreTrainedTokenizerBase | None = None
     if name.startswith("shape:"):
-        model = _random(name.removeprefix("shape:"), chosen_dtype, chosen_device)
+        model = split(_random(name.removeprefix("shape:"), chosen_dtype, chosen_device), count)
     else:
         source = str(fetch()) if name == EMBEDDED else _existing(name)
-        model = _pretrained(name, source, chosen_dtype)
+        model = _pretrained(name, source, chosen_dtype, count)
         tokenizer = _tokenizer(source)
         if chosen_device.type == "cpu":
             _into_memory(model)
     if transform:
         transform(model)
-    # Only now, so that only the quantised weights need to fit on the device.
-    model.to(chosen_device)  # type: ignore[arg-type]
+    if count == 1:
+        # Only now, so that only the quantised weights need to fit on the device.
+        model.to(chosen_device)  # type: ignore[arg-type]
+    ranks = ranks_of(model) if target is None else target.ranks
     lm = LM.on_backend(
-        prepare(backend, model),
+        Backend(note=f"split among {count} processes") if count > 1 else prepare(backend, model, ranks.agreed),
         model,
         tokenizer,
         name=f"{name} ({quantize})" if quantize else name,
@@ -191,9 +204,20 @@ def _existing(name: str) -> str:
     return name
 
 
-def _pretrained(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
+def check_split(name: str, quantize: str | None, backend: str) -> None:
+    """Raise ValueError for what cannot be had of weights that processes share."""
+    if name.startswith("layers:"):
+        raise ValueError(f"{name!r} shares the weights of its target, which is split or not: leave out tp")
+    if quantize:
+        raise ValueError(f"quantize={quantize!r} is for weights that one process holds: leave out tp, or quantize")
+    if backend not in ("auto", "eager"):
+        raise ValueError(f"split weights run on the backend eager only, and {backend!r} is asked for: leave it out")
+
+
+def _pretrained(name: str, source: str, dtype: torch.dtype, count: int = 1) -> PreTrainedModel:
+    options = {"dtype": dtype, "output_loading_info": True, **arguments(count)}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
         model, report = loaded
         # transformers would leave these random, with only a warning.
         if missing := sorted(report["missing_keys"]):

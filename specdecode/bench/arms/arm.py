@@ -131,7 +131,7 @@ def make_arm(
         target = target.quantized(spec.quantize)
     if spec.peer is None:
         backend = spec.backend or backend
-        target, draft = target.with_backend(backend), draft and draft.with_backend(backend)
+        target, draft = target.with_backend(backend), draft and draft.with_backend(backend, target.ranks)
         run = our_run(spec, target, draft, lengths, stop_token_ids)
     else:
         run = peer_run(spec, target, draft, lengths, stop_token_ids)

@@ -77,13 +77,24 @@ class Models:
         return f"{self.target.name}{f' with {self.draft.name}' if self.draft else ''}"
 
 
-def load_models(names: ModelNames, backend: str, entries: Collection[Mapping[str, Any]]) -> Models:
+def load_models(
+    names: ModelNames, backend: str, entries: Collection[Mapping[str, Any]], tp: str | None = None
+) -> Models:
     """Load what the arms of these entries need: of arms from code and servers alone, no model, but its tokenizer.
+
+    Args:
+        names: of the models.
+        backend: of our own arms that name none.
+        entries: of the arms.
+        tp: "auto" if the processes of torchrun share the target's weights.
 
     Raises:
         ModelFileError, UnsupportedModelError: a model cannot be loaded.
+        ValueError: processes are to share the weights, and no arm decodes them here.
     """
     if all("call" in entry or "server" in entry for entry in entries):
+        if tp is not None:
+            raise ValueError("--tp is for models that this package decodes, and all arms here are from code or servers")
         encoder = load_encoder(names.target)
         return Models(names, backend, None, None, encoder, _servers(names, encoder, entries))
     if torch.device(names.device).type == "cuda":
@@ -91,7 +102,7 @@ def load_models(names: ModelNames, backend: str, entries: Collection[Mapping[str
         # second, in timed runs of whoever does not keep to few shapes: transformers' generate, too.
         torch.backends.cuda.enable_cudnn_sdp(False)
     where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}
-    target = load(names.target, **where)
+    target = load(names.target, **where, tp=tp)
     # Each arm decides for itself whether a draft serves it.
     draft = load(names.draft, target=target, same_vocabulary=False, **where) if names.draft else None
     return Models(names, backend, target, draft, target, _servers(names, target, entries))

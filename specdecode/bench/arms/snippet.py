@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.runs.records import RunFile
-from specdecode.support.files import slug
 
 
 def code_snippet(run: RunFile, arm: str) -> str:
@@ -18,17 +17,17 @@ def code_snippet(run: RunFile, arm: str) -> str:
     except ValueError as error:
         raise ValueError(f"{run.path} has an arm that this version cannot decode: {error}") from None
     identity = run.header.identity
-    on_gpu = slug(str(run.header.versions.get("gpu", ""))) == identity.hardware
     loading = {
-        "device": "cuda" if on_gpu else "cpu",
+        "device": "cuda" if run.header.on_gpu else "cpu",
         "dtype": identity.dtype,
         "backend": spec.backend or run.header.versions.get("backend", "auto"),
     }
     quantize = {} if spec.quantize is None else {"quantize": spec.quantize}
+    split = {"tp": "auto"} if run.header.processes > 1 else {}
     lines = ["import specdecode", ""]
     if spec.policy is not None:
         lines.insert(1, "from specdecode.policies import policy")
-    lines.append(f"target = {_call('specdecode.load', repr(identity.target), **loading, **quantize)}")
+    lines.append(f"target = {_call('specdecode.load', repr(identity.target), **loading, **quantize, **split)}")
     if spec.needs_draft:
         draft_target = "target"
         if quantize and identity.draft.startswith("layers:"):

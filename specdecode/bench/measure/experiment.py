@@ -18,6 +18,7 @@ from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, Row, digest
 from specdecode.bench.runs.statistics import noise_floor
+from specdecode.core.ranks import Ranks
 from specdecode.drafters.base import common_prefix
 
 
@@ -189,9 +190,10 @@ def experiment(
     with closing(arms, results.failures):
         total += repeats * len(prompts) * (len(arms) + len(baselines_of(arms, baseline)))
         total -= sum(len(block.runs) + len(block.last) for block in finished)
-        _warm_up(results, warm, prompts[warm], min(max_new_tokens, COUNTERS_RUN_TOKENS), tell)
         target = named(arms, baseline).target
-        steady = Steady(_workers(arms), None if target is None else target.device, again)
+        ranks = Ranks() if target is None else target.ranks
+        _warm_up(results, ranks, warm, prompts[warm], min(max_new_tokens, COUNTERS_RUN_TOKENS), tell)
+        steady = Steady(_workers(arms), None if target is None else target.device, again, agreed=ranks.agreed)
         everything = [arm.name for arm in arms]
         for prompt, repeat, chosen in rounds(results, prompts, repeats, everything, until):
             block = known.get((prompt, repeat))
@@ -226,7 +228,9 @@ def _early_servers(arms: Sequence[Arm]) -> list[Arm]:
     return [arm for arm in arms if arm.server is not None and not arm.server.alone]
 
 
-def _warm_up(results: Results, prompt: str, text: Sequence[int], length: int, tell: Callable[[str], None]) -> None:
+def _warm_up(
+    results: Results, ranks: Ranks, prompt: str, text: Sequence[int], length: int, tell: Callable[[str], None]
+) -> None:
     """Start servers, and make the counters run of each arm on a prompt."""
     baseline = results.baseline
 
@@ -244,7 +248,8 @@ def _warm_up(results: Results, prompt: str, text: Sequence[int], length: int, te
             continue
         tell(f"{arm.name} on {prompt}, the counters run")
         with noted(arm, failures(arm)):
-            results.counters_runs[arm.name] = counters_run(arm, text, length, arm.expected(text, written, length))
+            counted = counters_run(arm, text, length, arm.expected(text, written, length))
+            results.counters_runs[arm.name] = ranks.agreed(counted)
 
 
 def _workers(arms: Sequence[Arm]) -> set[int]:

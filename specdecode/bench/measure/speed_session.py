@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from specdecode.bench.runs.file import KEY, run_json
 from specdecode.bench.runs.names import OWN_TYPE
 from specdecode.bench.runs.records import ArmRecord, Header, RunFile
 from specdecode.bench.runs.statistics import Estimate
+from specdecode.core.ranks import Ranks
 from specdecode.evals.data import token_prompts
 from specdecode.models.lm import LM
 from specdecode.support.environment import conditions
@@ -84,11 +86,14 @@ def measure(plan: Plan, selected: Collection[str], new: str | None = None, file:
 def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> JudgedRun:
     """Measure the working tree alone."""
     entries = plan.entries(selected)
-    models = load_models(plan.setup.names, plan.setup.backend, entries.values())
+    models = load_models(plan.setup.names, plan.setup.backend, entries.values(), plan.setup.tp)
+    ranks = Ranks() if models.target is None else models.target.ranks
     prompts, origins = token_prompts(plan.preset.prompts, models.encoder)
     stop_token_ids = _stop_token_ids(plan, models.target)
     arms = [models.arm(arm, entry, plan.preset.lengths, stop_token_ids) for arm, entry in entries.items()]
     versions = run_versions(plan.identity.target, models.backend_name)
+    if ranks.count > 1:
+        versions["processes"] = ranks.count
     experiment_values = {
         "identity": plan.identity.file.as_posix(),
         "prompts": prompts,
@@ -101,7 +106,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         "code of arms": {arm.name: arm.code for arm in arms if arm.foreign},
     }
     journal = Journal(plan.journal, experiment_values, plan.resume)
-    finished = journal.blocks()
+    finished = ranks.agreed(journal.blocks())
     before = conditions(plan.setup.device)
     roofline = 0.0 if models.target is None else roofline_throughput(models.target, typical_length(prompts))
 
@@ -144,10 +149,11 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             finished=finished,
             keep=keep,
             baseline=plan.preset.baseline,
-            until=_until(plan, still_open),
+            until=_until(plan, still_open, ranks),
             again=plan.again,
         )
-    run = run_of(results)
+    # Its header tells of one process: how busy the machine was, and when.
+    run = ranks.agreed(run_of(results))
     return JudgedRun(
         title=_title(plan, str(models), plan.setup.device, models.chosen_backend, prompts),
         origins=[*origins, *_texts_sent(arms)],
@@ -160,15 +166,21 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     )
 
 
-def _until(plan: Plan, still_open: Callable[[T, float], set[str]]) -> Until[T] | None:
+def _until(plan: Plan, still_open: Callable[[T, float], set[str]], ranks: Ranks = Ranks()) -> Until[T] | None:
     """Return when to stop measuring further repeats; None if their number is fixed.
 
     Args:
         plan: of the session.
         still_open: takes what was measured and the slowdown that verdicts are to see, and returns the open arms.
+        ranks: the processes that measure together.
     """
-    aim = plan.until
-    return None if aim is None else Until(60 * plan.budget_minutes, lambda measured: still_open(measured, aim))
+
+    def clock() -> float:
+        return ranks.agreed(time.monotonic())
+
+    if (aim := plan.until) is None:
+        return None
+    return Until(60 * plan.budget_minutes, lambda measured: still_open(measured, aim), clock, clock())
 
 
 def _server_versions(arms: Sequence[Arm]) -> dict[str, str | int]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from specdecode.support.disturbance import watch
 
@@ -54,6 +54,7 @@ class Steady:
         first_s, again_s: seconds of all first tries, and of the others.
         watch: begins to watch what others take; `support.disturbance.watch` if None.
         clock: in seconds.
+        agreed: of processes that measure together, the first one's value; the value itself of one process.
     """
 
     workers: Collection[int] = ()
@@ -64,6 +65,7 @@ class Steady:
     again_s: float = 0.0
     watch: Callable[[], Callable[[], float | None]] | None = None
     clock: Callable[[], float] = time.perf_counter
+    agreed: Callable[[Any], Any] = field(default=lambda value: value)
 
     def measure(self, once: Callable[[], T]) -> Steadied[T]:
         """Measure until nothing disturbs it, as long as tries and time allow."""
@@ -83,7 +85,8 @@ class Steady:
         share = watch(*self.workers, device=self.device) if self.watch is None else self.watch()
         started = self.clock()
         value = once()
-        return value, share() or 0.0, self.clock() - started
+        measured: tuple[T, float, float] = self.agreed((value, share() or 0.0, self.clock() - started))
+        return measured
 
     def _disturbed(self, taken: float) -> bool:
         """Whether others took more than usual: than the lower quartile of the measurements so far."""

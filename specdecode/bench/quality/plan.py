@@ -56,6 +56,8 @@ def resolve_quality(options: Options, setup: Setup | None = None) -> QualityPlan
     Raises:
         ValueError: an option is wrong, or a file cannot be read.
     """
+    if options.tp is not None:
+        raise ValueError("--tp does not go with --quality: it is measured in one process")
     preset = quality_preset("tiny" if options.tiny else options.preset)
     tasks = preset.tasks
     if tasks is not None and options.max_new_tokens is not None:

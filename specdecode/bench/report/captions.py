@@ -13,7 +13,6 @@ from specdecode.bench.presets import built_in
 from specdecode.bench.runs.measures import Measures
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, Identity, RunFile
-from specdecode.support.files import slug
 
 LOOPS = 0.5
 """The share of 4-grams that stood in the output before from which on it is told to loop."""
@@ -97,14 +96,16 @@ def command(run: RunFile) -> str:
         "preset": preset if preset in built_in() else f"{preset}.toml",
         "target": identity.target,
         "draft": identity.draft,
-        "device": "cuda" if slug(str(header.versions.get("gpu", ""))) == identity.hardware else "cpu",
+        "device": "cuda" if header.on_gpu else "cpu",
         "dtype": "" if identity.dtype == OWN_TYPE else identity.dtype,
+        "tp": "auto" if header.processes > 1 else "",
         "prompts": ",".join(f"{name}:{count}" for name, count in sets.items()),
         "max-new-tokens": str(header.max_new_tokens),
         "repeats": f"{repeats:.0f}",
     }
     arguments = [f"--{option}={value}" for option, value in options.items() if value]
-    return shlex.join(["pytest", "--benchmark", *arguments, *(f"--{flag}" for flag in flags)])
+    processes = ["torchrun", f"--nproc-per-node={header.processes}", "-m"] if header.processes > 1 else []
+    return shlex.join([*processes, "pytest", "--benchmark", *arguments, *(f"--{flag}" for flag in flags)])
 
 
 Cell = Callable[[RunFile, str], str]

@@ -34,12 +34,18 @@ NOISE_OF_TWO = math.sqrt(0.75)
 its baseline."""
 
 
+def shared_by(processes: int, hardware: str) -> str:
+    """Return the name of hardware on which so many processes share a model, each on such a device."""
+    return hardware if processes == 1 else f"{hardware}-x{processes}"
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What runs must share to be compared.
 
     Attributes:
-        hardware: the GPU's name, or the processor's model and threads: times mean something only on the same.
+        hardware: the GPU's name, or the processor's model and threads, and how many processes share the weights if
+            several do: times mean something only on the same.
         target: the model that decides, as it was named.
         draft: the model that proposes, as it was named; empty without one.
         dtype: type of the weights.
@@ -87,6 +93,17 @@ class Header:
     baseline: str = BASELINE
     until: float | None = None
     left: int = 0
+
+    @property
+    def processes(self) -> int:
+        """Return among how many processes the target's weights were split."""
+        count = self.versions.get("processes")
+        return count if isinstance(count, int) else 1
+
+    @property
+    def on_gpu(self) -> bool:
+        """Return whether the models ran on a GPU."""
+        return self.identity.hardware == shared_by(self.processes, slug(str(self.versions.get("gpu", ""))))
 
     @property
     def warnings(self) -> list[str]:

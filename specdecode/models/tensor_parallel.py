@@ -1,0 +1,50 @@
+"""Tensor parallelism: each weight split among the processes that `torchrun` has started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from specdecode.core.errors import UnsupportedModelError, first_line
+from specdecode.support.torchrun import local_rank
+
+
+def use_own_gpu() -> None:
+    """Let "cuda" mean the GPU of this process, which `torchrun` numbers on each machine."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+
+
+def arguments(count: int) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that split a model by the plan of its architecture."""
+    return {"distributed_config": _config(count)} if count > 1 else {}
+
+
+def split(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """Return a loaded model with each weight split.
+
+    Raises:
+        UnsupportedModelError: transformers has no plan for the architecture, or cannot follow it.
+    """
+    if count == 1:
+        return model
+    kind: Any = type(model)
+    try:
+        config, _, mesh = kind.prepare_distribute_model(_config(count))
+        parts: PreTrainedModel = kind.maybe_distribute_model(model, config, mesh)
+    except (ValueError, AttributeError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"{kind.__name__} cannot be split among {count} processes: {first_line(error)}"
+        ) from error
+    return parts
+
+
+def _config(count: int) -> Any:
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return DistributedConfig(tp_size=count)
+    except (ImportError, TypeError) as error:
+        raise ValueError("this version of transformers cannot split weights: take 5.18 or a later one") from error

@@ -1,0 +1,36 @@
+"""The processes that `torchrun` starts to decode together."""
+
+from __future__ import annotations
+
+import os
+
+
+def rank() -> int:
+    """Return the number of this process among them; 0 for the first, which alone reports, and without `torchrun`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return the number of this process among those on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def processes(tp: str | None) -> int:
+    """Return among how many processes a model's weights are to be split; 1 if they are not.
+
+    Args:
+        tp: "auto" for all processes of `torchrun`; None for one.
+
+    Raises:
+        ValueError: another value, or `torchrun` did not start this process.
+    """
+    if tp is None:
+        return 1
+    if tp != "auto":
+        raise ValueError(f"tp is {tp!r}: 'auto' splits the weights among all processes of torchrun")
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "tp='auto' splits the weights among the processes of torchrun, and it did not start this one: run"
+            " torchrun --nproc-per-node 2 YOUR_SCRIPT"
+        )
+    return int(os.environ["WORLD_SIZE"])
