@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
+from configparser import ConfigParser
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.helpers.models import greedy, lm, prompt
 from tests.helpers.rooms import ROOMS
 from tests.helpers.root import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 # A file with its folder, or a folder; `...` and capitals stand for names that a reader fills in.
 PATHS = re.compile(r"(?<![\w./*-])(?:[a-z0-9_.-]+/)+(?:[\w.-]+\.(?:py|toml|md|css|ini|sh)|(?=`))")
@@ -70,6 +71,15 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             for title in re.findall(r"^#+ (.*)$", words(target), re.MULTILINE)
         }
         assert not heading or heading in anchors, f"{path}#{heading}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / ".pre-commit-config.yaml"], ids=lambda page: page.name)
+def test_every_environment_exists(page: Path) -> None:
+    """Guards against a command of tox that was renamed."""
+    tox = ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini")
+    named = {name for names in re.findall(r"tox (?:exec )?-e ([\w,-]+\w)", words(page)) for name in names.split(",")}
+    assert named <= {section.removeprefix("testenv:") for section in tox.sections()}
 
 
 def test_the_rooms_are_listed_in_their_order() -> None:
