@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import shlex
+import subprocess
+import sys
+import textwrap
 from configparser import ConfigParser
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import specdecode
-from specdecode import LM, FixedK, generate
+from specdecode import LM, FixedK, cli, generate
+from tests.helpers.characters import save
 from tests.helpers.models import greedy, lm, prompt
 from tests.helpers.rooms import ROOMS
 from tests.helpers.root import ROOT
+from tests.helpers.suites import ELSEWHERE
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -32,7 +45,7 @@ def words(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_exists(page: Path) -> None:
     """Guards against a reader who is sent to a file that has moved."""
-    paths = {path for path in PATHS.findall(words(page)) if not path.startswith(("results/", "./"))}
+    paths = {path for path in PATHS.findall(words(page)) if not path.startswith(("results/", "./", ".venv/", "__"))}
     places = (ROOT, ROOT / "specdecode", page.parent)
     assert not [path for path in sorted(paths) if not any((place / path).exists() for place in places)]
 
@@ -82,6 +95,64 @@ def test_every_environment_exists(page: Path) -> None:
     assert named <= {section.removeprefix("testenv:") for section in tox.sections()}
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", words(page), re.DOTALL)
+
+
+def commands(page: Path, program: str) -> list[list[str]]:
+    """The arguments of a program's commands on a page, without comments and what stands before and behind them."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words[words.index(program) + 1 :] for words in split if program in words]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_understood(page: Path) -> None:
+    """Guards against an option that was renamed, and an argument that is missing."""
+    group: Any = typer.main.get_command(cli.app)
+    for name, *arguments in commands(page, "specdecode"):
+        command = group.get_command(typer.Context(group), name)
+        assert command is not None, name
+        if name != "lm-eval":  # its options are the harness's own
+            # Parsed, and not run: what it names is not here. An option that there is not raises.
+            command.make_parser(typer.Context(command)).parse_args([*arguments])
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """Every option of pytest with the plugins that it has here."""
+    told = subprocess.run(
+        [sys.executable, "-m", "pytest", *ELSEWHERE, "--help"], capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", told.stdout))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_of_pytest_exists(page: Path, flags: set[str]) -> None:
+    """Guards against an option of the suites that was renamed."""
+    used = {word.split("=")[0] for words in commands(page, "pytest") for word in words if word.startswith("-")}
+    assert used <= flags
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_are_python_and_toml(page: Path) -> None:
+    """Guards against a slip of the pen in what a reader copies."""
+    for block in blocks(page, "python"):
+        # A line that opens a block may stand alone.
+        compile(textwrap.dedent(block) + (" ..." if block.rstrip().endswith(":") else ""), page.name, "exec")
+    for block in blocks(page, "toml"):
+        tomllib.loads(block)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/methods.md"])
+def test_snippets_run(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against an example that no longer does what it says. (The model is a smaller one.)"""
+    folder, names = str(save(tmp_path)), dict[str, object]()
+    for block in blocks(ROOT / page, "python"):
+        exec(block.replace("smollm2-135m", folder).replace("range(0, 30, 2)", "range(0, 4, 2)"), names)
+    assert page != "README.md" or "tokens a step" in capsys.readouterr().out
+
+
 def test_the_rooms_are_listed_in_their_order() -> None:
     """Guards against a page of rooms that are no longer those of the package."""
     assert re.findall(r"^\| `([\w/]+)` \|", words(ARCHITECTURE), re.MULTILINE) == ROOMS
@@ -89,8 +160,7 @@ def test_the_rooms_are_listed_in_their_order() -> None:
 
 def test_the_drafter_of_the_page_decodes() -> None:
     """Guards against an example that a reader copies and that does not run."""
-    blocks = re.findall(r"```python\n(.*?)```", words(ARCHITECTURE), re.DOTALL)
-    (code,) = [block for block in blocks if "class" in block]
+    (code,) = [block for block in blocks(ARCHITECTURE, "python") if "class" in block]
     names: dict[str, object] = {}
     exec(code, names)
     target: LM = lm("llama")
