@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if _CHECKED:
         from tests.helpers import typecheck
 
+        jaxtyping.jaxtyped = typecheck.some_calls  # what the hook puts on each function
         jaxtyping.install_import_hook("specdecode", f"{typecheck.__name__}.typechecker")
 
     from tests.helpers import models
@@ -45,6 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
     models.DEVICE = value_of(config, "device") or models.DEVICE
     # The models are so small that a second thread only costs.
     torch.set_num_threads(1)
+
+
+_LONG = ("test_pretended.py", "test_gpu.py", "test_bisect.py", "test_installed.py", "test_suites.py", "test_servers.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest: one of them at the end would run alone, and the other workers wait."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -56,7 +65,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Check no shapes in folders where that takes time and finds nothing: in fixtures of modules neither."""
+    """Check no shapes in folders where that takes time and finds nothing: in fixtures of modules neither.
+
+    Elsewhere each test counts anew which calls are checked.
+    """
+    if _CHECKED:
+        from tests.helpers import typecheck
+
+        typecheck.calls.clear()
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", before or any(item.path.is_relative_to(part) for part in _UNCHECKED))
     try:

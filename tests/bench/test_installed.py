@@ -67,7 +67,7 @@ def test_it_does_nothing_unless_it_is_asked(elsewhere: Runs, tmp_path: Path) -> 
         "import sys\ndef test_own():\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
     )
     for arguments in ((), ("-n", "2"), ("-p", "no:specdecode")):
-        done = elsewhere("-p", "no:jaxtyping", *arguments)  # whose plugin brings numpy
+        done = elsewhere("-p", "no:jaxtyping", *arguments, alone=True)  # whose plugin brings numpy
         assert done.returncode == 0, done.stdout + done.stderr
         assert "1 passed" in done.stdout
 

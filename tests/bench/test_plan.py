@@ -46,6 +46,7 @@ def test_a_session_asks_once(judge: str, tmp_path: Path) -> None:
     value = str(baseline) if judge == "--baseline" else "HEAD"
     done = run_pytest(
         *("-p", "counter", "--benchmark", "--quality", "--collect-only", "--device", "cpu", f"{judge}={value}"),
+        alone=True,
         PYTHONPATH=str(tmp_path),
         COUNTS=str(tmp_path / "counts"),
     )

@@ -51,7 +51,7 @@ def test_the_suites_need_no_package_of_the_tests(tmp_path: Path) -> None:
     around = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     plugins = ("-p", "bare", "-p", "no:hypothesispytest", "-p", "no:xdist", "-p", "no:timeout")
     for suite in ("--benchmark", "--quality"):
-        done = run_pytest(*plugins, suite, "--tiny", "--collect-only", "-q", **around)
+        done = run_pytest(*plugins, suite, "--tiny", "--collect-only", "-q", alone=True, **around)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

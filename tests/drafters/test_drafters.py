@@ -258,7 +258,7 @@ def test_a_replay_s_choice_depends_on_the_position_alone() -> None:
 @pytest.mark.parametrize("name", examples_of_target())
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLING], ids=["greedy", "sampling"])
 @given(data=st.data())
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_a_used_drafter_proposes_what_a_fresh_one_would(name: str, sampling: Sampling, data: st.DataObject) -> None:
     """Guards against state that outlives the text that it came from: a stale cache slot, a forgotten rollback, an index
     of another prompt. The text goes on along the proposal, away from it, starts anew, or is cut; it does so in place,

@@ -13,7 +13,7 @@ from tests.helpers.suites import run_pytest
 
 
 class Runs(Protocol):
-    def __call__(self, *arguments: str, **environment: str) -> CompletedProcess[str]: ...
+    def __call__(self, *arguments: str, alone: bool = False, **environment: str) -> CompletedProcess[str]: ...
 
 
 def runs_in(folder: Path, packages: Path) -> Runs:
@@ -29,8 +29,8 @@ def runs_in(folder: Path, packages: Path) -> Runs:
     (metadata / "entry_points.txt").write_text("[pytest11]\nspecdecode = specdecode.bench.plugin\n")
     path = os.pathsep.join(map(str, (packages, ROOT, folder / "src")))
 
-    def run(*arguments: str, **environment: str) -> CompletedProcess[str]:
-        return run_pytest(*arguments, cwd=folder, PYTHONPATH=path, HF_HUB_OFFLINE="1", **environment)
+    def run(*arguments: str, alone: bool = False, **environment: str) -> CompletedProcess[str]:
+        return run_pytest(*arguments, cwd=folder, alone=alone, PYTHONPATH=path, HF_HUB_OFFLINE="1", **environment)
 
     return run
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,46 +21,83 @@ ELSEWHERE = ("--benchmark",) if _INSTALLED else ("-p", "specdecode.bench.plugin"
 """Arguments that start the speed suite in a folder that is not this repository's."""
 
 
-def run_pytest(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+_SERVER = """
+import json, os, sys
+import pytest, torch, transformers
+import specdecode.bench.measure.speed_session, specdecode.bench.report.html
+for line in sys.stdin:
+    arguments, folder, variables, *files = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            for stream, file in zip((0, 1, 2), (os.devnull, *files)):
+                os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), stream)
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(variables)
+            sys.path[1:1] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(encoding=variables.get("PYTHONIOENCODING", "utf-8"))
+            code = int(pytest.main(arguments))
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """Start a process that has imported PyTorch, of which each session is a fork: importing takes longer than most."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    atexit.register(process.communicate)  # its input ends, and so does it
+    return process
+
+
+def run_pytest(
+    *arguments: str, cwd: Path = ROOT, alone: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a session of pytest.
+
+    Args:
+        arguments: of pytest.
+        cwd: where it starts.
+        alone: in an interpreter of its own, as what it imports matters; else in a fork of one that has imported PyTorch
+            and this package.
+        environment: further variables.
+    """
+    command = ["-p", "no:cacheprovider", *arguments]
     if "--benchmark" in arguments:  # other tests run beside, and each session would take twice as long
         command.append("--specdecode-again=0")
     # The model is so small that a second thread only costs.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
-
-
-_IN_TURN = """
-import contextlib, io, json, os, sys
-import pytest, torch, transformers
-import specdecode.bench.measure.speed_session, specdecode.bench.report.html
-for arguments in json.loads(sys.argv[1]):
-    ours, theirs = os.pipe()
-    if os.fork() == 0:
-        try:
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                code = pytest.main([*json.loads(sys.argv[2]), *arguments])
-            os.write(theirs, json.dumps([code, said.getvalue()]).encode())
-        finally:
-            os._exit(0)
-    os.close(theirs)
-    with os.fdopen(ours) as answer:
-        print(answer.read())
-    os.wait()
-"""
+    if alone or (cwd != ROOT and (cwd / "specdecode").exists()):
+        command = [sys.executable, "-m", "pytest", *command]
+        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        server = _server()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        # PyTorch brings modules that pytest would rewrite.
+        command += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        server.stdin.write(json.dumps([command, str(cwd), variables, str(out), str(err)]) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
 def run_pytest_in_turn(*commands: Sequence[str], cwd: Path = ROOT) -> list[tuple[int, str]]:
-    """Return the exit code and the output of several sessions, forked from one process that imports PyTorch once."""
-    # PyTorch brings modules that pytest would rewrite.
-    quietly = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    done = subprocess.run(
-        [sys.executable, "-c", _IN_TURN, json.dumps(commands), json.dumps(quietly)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [(code, said) for code, said in map(json.loads, done.stdout.splitlines())]
+    """Return the exit code and the output of several sessions, one after the other."""
+    sessions = [run_pytest(*command, cwd=cwd) for command in commands]
+    return [(session.returncode, session.stdout + session.stderr) for session in sessions]
