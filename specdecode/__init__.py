@@ -1,7 +1,7 @@
 """Speculative decoding for Hugging Face models: exact, measured, and gated in CI.
 
-Public names are loaded when they are first used, so that what needs no model (the command line's help, the pytest
-plugin) does not wait for torch.
+Public names are loaded when they are first used. So the command line's help and the pytest plugin do not wait for
+torch.
 """
 
 from importlib import import_module

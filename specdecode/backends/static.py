@@ -1,8 +1,8 @@
 """Forwards over static shapes, so that each is captured or compiled only once.
 
 In decoding, the rows of a forward and the slots that it attends to vary. Here both are rounded up to one of a few
-sizes. Tensors hold where keys are written and which slots a row attends to. So the same shapes occur again and again,
-and so do the addresses that a forward reads, as long as the slots keep their storage.
+sizes. Tensors hold where keys are written and which slots a row attends to. So the same shapes occur again and again.
+The same addresses do too, as long as the slots keep their storage.
 """
 
 from __future__ import annotations
@@ -205,8 +205,13 @@ class StaticRunner:
         return graph.run()
 
     def takes_chain(self, slots: Slots, rows: int, count: int) -> bool:
-        """Return whether a forward over rows that are still to come and so many more, each over the choice of the one
-        before it, can be captured as one graph."""
+        """Return whether a greedy chain can be captured as one graph.
+
+        Args:
+            slots: of the sequence.
+            rows: of the first forward, which are not in the slots yet.
+            count: of the forwards after it, each over the choice of the one before.
+        """
         if self._capture is None or rows > WIDTHS[-1] or not slots.storage.keys:
             return False
         return slots.length + max(self._width(rows), rows + count) <= slots.capacity

@@ -16,8 +16,8 @@ from specdecode.core.transfer import moved
 class Rng:
     """The source of all randomness of one generation: biased coins, and draws from a distribution.
 
-    Everything is decided by uniform numbers drawn on the CPU in float64, so a seed means the same on every device, and
-    a test can put an enumeration of all outcomes in the place of this class.
+    It draws uniform numbers on the CPU in float64, so a seed means the same on every device. A test replaces this class
+    by an enumeration of all outcomes.
     """
 
     def __init__(self, seed: int) -> None:

@@ -56,8 +56,8 @@ def generate(
         on_step: called after each step with the tokens that it committed.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, no tokens asked for, more than the model's
-            context holds, or stop strings for a target without a tokenizer.
+        ValueError: an empty prompt, a token outside the vocabulary, or no tokens asked for. More tokens than the
+            model's context holds. Stop strings for a target without a tokenizer.
     """
     stops = stops_of(target, stop_token_ids, stop)
     with target.recording_for(policy, drafter.layers):

@@ -42,8 +42,8 @@ class Request:
         start: the moment when the request was made, or replaced by a copy.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, no tokens asked for, more than the model's context
-            holds, or a bounded cache that does not fit the context or the drafts.
+        ValueError: an empty prompt, a token outside the vocabulary, or no tokens asked for. More tokens than the
+            model's context holds. A bounded cache that does not fit the context or the drafts.
         UnsupportedModelError: a policy that evicts, for a model whose keys cannot be re-rotated.
     """
 

@@ -69,8 +69,8 @@ class SpecDecoder:
         """Continue prompts as `model.generate` of transformers does: the same arguments and, in greedy decoding, the
         same tokens.
 
-        Settings are taken from the call, else from `generation_config`, else from the model's own, else they are
-        transformers' defaults; a None in the call unsets. Honoured are `max_new_tokens`, `max_length`, `do_sample`,
+        Settings come from the call, else from `generation_config`, else from the model's own, else from transformers'
+        defaults. A None in the call unsets. Supported are `max_new_tokens`, `max_length`, `do_sample`,
         `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings` and `num_return_sequences`.
         Sampling draws on torch's global generator, so `torch.manual_seed` repeats it.
 
@@ -89,8 +89,8 @@ class SpecDecoder:
             Prompts and continuations, padded on the right by `pad_token_id` (or the first `eos_token_id`).
 
         Raises:
-            ValueError: a setting that is not honoured and would change the tokens, or cannot be, by its name; padding
-                that is not on the left; or what `specdecode.generate` refuses.
+            ValueError: a setting that is impossible, or that would change the tokens and is not supported; it is named.
+                Padding that is not on the left. All that `specdecode.generate` refuses.
         """
         try:
             asked = Settings.resolve(self.target.model.generation_config, generation_config, settings)

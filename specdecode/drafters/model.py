@@ -21,8 +21,8 @@ from specdecode.policies.sink_window import SinkWindow
 class ModelDrafter:
     """Propose with a draft model, which keeps its own slots and never reads a token twice.
 
-    After a proposal the slots hold the text that the draft has read, as far as the policy keeps it, and then the nodes
-    of the tree. At the next proposal the nodes on the committed path stay, and only the tokens after them are read.
+    After a proposal the slots hold the text that the draft has read (what the policy keeps of it), then the nodes of
+    the tree. At the next proposal the nodes on the committed path stay, and only the tokens after them are read.
 
     Args:
         draft: shares the target's vocabulary (`specdecode.load(..., target=...)` checks it).

@@ -24,8 +24,8 @@ class ReplayDrafter:
     all other nodes become wrong. The seed and the position alone decide whether a position is proposed right.
     Results are synthetic: they show the cost of decoding at an acceptance, not the acceptance of a model.
 
-    Where rounding lets the target leave the known text, the drafter looks for its last tokens elsewhere in that text,
-    and goes on from there. Until it finds them, it proposes nothing right, but by chance.
+    Rounding may let the target leave the known text. Then the drafter looks for the last tokens elsewhere in that text,
+    and goes on from there. Until it finds them it is right by chance alone.
 
     Args:
         inner: proposes the tree whose cost is paid.

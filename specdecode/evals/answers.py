@@ -33,9 +33,10 @@ class Problem:
 
 
 def problems(task: str, count: int, lm: LM) -> tuple[list[Problem], str]:
-    """The first problems of a task in their seeded order, and their origin. Questions are asked as
-    `evals.data.token_prompts` does; a text to go on with ends with its last letter, as the white space behind that is
-    often part of a token that holds what comes then.
+    """Return the first problems of a task in their seeded order, and their origin.
+
+    Questions are asked as `evals.data.token_prompts` does. A text to continue ends with its last letter: white space
+    behind it is often part of the next token.
 
     Raises:
         NotAtHandError: the data set cannot be had here.

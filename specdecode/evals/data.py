@@ -222,9 +222,9 @@ def token_prompts(specification: str, encoder: LM | TextEncoder) -> tuple[dict[s
     """Prompts in tokens, from a specification such as "humaneval:4,spec-bench/qa:4,prose@20:all".
 
     Each part is NAME[/CATEGORY][@TOKENS][:COUNT], one prompt without a COUNT. Questions (gsm8k, spec-bench, mt-bench)
-    are put into the chat template of the model if it has one. With @TOKENS a prompt is the first tokens of a text that
-    has that many, of a document beyond its 800 characters too; it is always plain text, and its task is named with
-    them: prose@20/54.
+    are put into the chat template of the model if it has one. With @TOKENS a prompt has so many tokens: the first ones
+    of a text that is long enough, beyond the 800 characters of a document too. It is always plain text, and its task
+    is named with the number: prose@20/54.
 
     Returns:
         The tokens by sample id, in the order of the specification, and the origins of the texts.

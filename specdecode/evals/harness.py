@@ -1,8 +1,8 @@
 """lm-evaluation-harness over this package's decoding: the model "specdecode", which importing this registers there.
 
-What the harness asks the likelihood of is read through the decode path, evicting where decoding does (see
-`evals.perplexity`), and what it asks to be written is written by `generate`: so its tasks judge a cache policy, or INT8
-weights, as they decode. The harness's own models read a text in one forward, which does not touch the cache.
+Texts whose likelihood is asked for are read through the decode path, evicting where decoding does (see
+`evals.perplexity`). Texts that are asked for are written by `generate`. So tasks judge a cache policy, or INT8 weights,
+as they decode. The harness's own models read a text in one forward, which does not touch the cache.
 """
 
 from __future__ import annotations
@@ -52,16 +52,13 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         max_batch_size: says nothing.
         max_gen_toks: tokens that are written where a task does not say how many.
         options: how to decode, by the keys of a preset's arm (`ArmSpec`), and `draft`, the name of a draft model.
-            Likelihoods depend on `policy`, `cache` and the policy's own settings (such as `sinks`), on `quantize`, and
-            on `k` for how they are read, in steps of k + 1 tokens. All others change how fast texts are written and not
-            which: `drafter` ("none", "lookup", "head", "mtp", "medusa", "model", "universal", "self-streaming", or a
-            cascade such as "lookup+head") with `head`, `ngram`, `min_ngram`, `branches`, `draft_cache`, `shape`,
-            `branching`, `nodes` and `threshold`, and `controller`. Without a drafter it is "lookup+head" with `head`,
-            "model" with `draft`, and else "lookup".
+            Likelihoods depend on `policy`, `cache`, the policy's own settings and `quantize`. They are read in steps of
+            `k` + 1 tokens. The other keys decide how fast texts are written, and not which. Without a drafter it is
+            "lookup+head" with `head`, "model" with `draft`, and else "lookup".
 
     Raises:
-        ValueError: a key or a value that is not known, keys that do not go together, a target without a tokenizer, or
-            a draft model or a head that is missing; and all that `load` and `load_head` raise.
+        ValueError: an unknown key or value, keys that do not go together, a target without a tokenizer, or a missing
+            draft model or head. Errors of `load` and `load_head` pass through.
     """
 
     def __init__(
@@ -248,7 +245,6 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the harness's own command line. It takes models from its registry alone, so it is called from here, where
-    this one is registered; and it reads no arguments but those of the process."""
+    """Run the harness's own command line, with this model registered. It reads the arguments of the process alone."""
     sys.argv = ["lm-eval", "run", "--model", "specdecode", *arguments]
     cli_evaluate()

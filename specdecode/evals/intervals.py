@@ -16,9 +16,9 @@ _NORMAL = NormalDist()
 def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
     """Estimate the sum of one figure over the sum of another, with a bootstrap over documents: a mean over tokens.
 
-    Of few documents a percentile interval is too narrow. Its ends are taken further out, by as much as Student's t is
-    wider than the normal distribution and a sample's spread smaller than its population's (the expanded percentile
-    interval of Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
+    With few documents a percentile interval is too narrow, so its ends are moved outwards: by the ratio of Student's t
+    to the normal distribution, and of a population's spread to a sample's. This is the expanded percentile interval
+    (Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
 
     Args:
         above: of each document, the sum of what is averaged.

@@ -134,8 +134,10 @@ class Shuffled:
 
 
 def read_arm(name: str, entry: Mapping[str, Any], k: int) -> ArmSpec:
-    """Read an arm of a preset. Keys are `policy` with `cache` and its settings, `quantize` and `k`, as in `ArmSpec`;
-    "shuffled", a policy that is a sink window in any order; and `control`, the arm whose margin this one must break.
+    """Read an arm of a preset.
+
+    Its keys are those of `ArmSpec` for `policy` (with `cache` and its settings), `quantize` and `k`. There is one more
+    policy, "shuffled": a sink window in random order. `control` names the arm whose margin this one must break.
 
     Args:
         name: of the arm.

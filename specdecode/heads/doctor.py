@@ -172,8 +172,8 @@ def examine(
 def _built(
     wirings: Sequence[Wiring], target: LM, reasons: dict[Wiring, SpecDecodeError]
 ) -> Iterator[tuple[Wiring, Eagle3Head]]:
-    """Yield the wirings that the weights can be built with and that are not the same as one before, with the head on
-    the target's device. Only one head is in memory at a time. The reasons of the others are noted."""
+    """Yield the wirings that fit the weights and differ from all before, each with its head on the target's device.
+    Only one head is in memory at a time. Why the others do not fit is noted in `reasons`."""
     total, width = target_sizes(target)
     seen: list[tuple[object, ...]] = []
     for wiring in wirings:
@@ -210,11 +210,10 @@ def _hidden_states(
 def _accepted_lengths(
     head: Eagle3Head, target: LM, texts: Sequence[GreedyText], hidden_states: Float[Tensor, "texts n F"]
 ) -> list[Int[Tensor, " places"]]:
-    """Return how many tokens of the chain that a head drafts from each place of a text are accepted, from the prompt's
-    last token on.
+    """Return how many tokens of a head's chain are accepted, from each place of a text on, beginning with the prompt's
+    last token.
 
-    As the texts are the target's own, the proposals that are accepted are those that agree with them, and what follows
-    a wrong one does not matter.
+    The target has written the texts. So it accepts the proposals that agree with them, up to the first wrong one.
     """
     embedding = head.embed_tokens if head.embed_tokens is not None else target.model.get_input_embeddings()
     rows = head.lm_head.weight if head.lm_head is not None else output_rows(target, head.tokens)

@@ -32,8 +32,8 @@ def load_head(name: str, target: LM) -> BoundHead:
     """Load a trained head and bind it to its target.
 
     Args:
-        name: a folder with an EAGLE-3 head, in the format of `speculators` or as the original files; the id of such a
-            folder on the hub; a file of this package, which ends in .safetensors; or a model that comes with a head.
+        name: a folder with an EAGLE-3 head, in the format of `speculators` or as the original files, or its id on the
+            hub. A model that comes with a head may be named instead. So may a file of this package (.safetensors).
         target: the model that the head was trained for, in any type.
 
     Raises:

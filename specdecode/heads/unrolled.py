@@ -18,8 +18,8 @@ def unrolled(
     """Yield the states of a head that predicts as it does in drafting: the first token from the target's hidden states,
     each later one from its own states after those (training-time test, EAGLE-3, Li et al. 2025).
 
-    With s of its own states in a row, i - s + 1 to i, the head at token i attends to the hidden states up to i - s and
-    to those s states. The tokens are those of the text throughout.
+    At token i, after s of its own states (i - s + 1 to i), the head attends to these and to the target's hidden states
+    up to i - s. The tokens are always those of the text.
 
     Args:
         head: predicts.

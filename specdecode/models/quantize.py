@@ -96,8 +96,11 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Return the bytes that a tensor takes: for a quantised one those of its integers, scales and zero points, as its
-    `nbytes` are those of the tensor that it stands for; for one that processes share those of this process's part."""
+    """Return the bytes that a tensor takes.
+
+    A quantised tensor's `nbytes` are those of the tensor that it stands for. Here its integers, scales and zero points
+    are counted. Of a tensor that processes share, this process's part is.
+    """
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes
     parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])

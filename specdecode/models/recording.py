@@ -99,8 +99,8 @@ class HiddenStateRecording:
 
     Args:
         model: to record.
-        static_runner: returns a runner over static shapes for a model and the list of its hidden states, of which it
-            returns those of the first row after the logits; None for a backend without static shapes.
+        static_runner: takes a model and the list of its hidden states, and returns a runner over static shapes. The
+            runner returns the first row's hidden states after the logits. None for a backend without static shapes.
 
     Attributes:
         recorder: in use; None while nothing is recorded.

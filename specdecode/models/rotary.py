@@ -117,8 +117,8 @@ def rotations(decoder: SlotDecoder) -> list[Rotation | None]:
     re-rotated and stay as they are. Tokens decoded later take positions within the cache all the same.
 
     Raises:
-        UnsupportedModelError: the keys depend on their position in an unknown way; or the values depend on it, as in a
-            compressed cache that holds rotated components among them.
+        UnsupportedModelError: the keys depend on their position in an unknown way. Or the values do, as in a compressed
+            cache with rotated components.
     """
     model = decoder.model
     (before, values_before), (after, values_after) = (_kv_at(decoder, position) for position in _PROBED_POSITIONS)

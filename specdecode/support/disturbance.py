@@ -36,8 +36,8 @@ def watch(*others: int, device: torch.device | None = None) -> Callable[[], floa
         device: a GPU that they use.
 
     Returns:
-        A function that returns the share of the processors' time that was taken since, or that of the GPU's time if it
-        is more, from 0 to 1; None where the system does not tell.
+        A function that returns the share of the processors' time that was taken since then, from 0 to 1; or the share
+        of the GPU's time, if that is more. It returns None where the system does not tell.
     """
     before, throttled = _taken_s(others), _throttled_gpu_s(device)
     started = time.perf_counter()

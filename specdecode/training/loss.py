@@ -32,9 +32,9 @@ def predict_ahead(
         ahead: number of tokens predicted from each place.
 
     Returns:
-        For each token ahead: the number of predictions; the sum of their cross-entropies against the part of the
-        target's distribution that the head can propose; and at how many the head and the target agree on the most
-        probable token.
+        For each token ahead three numbers: of predictions; the sum of their cross-entropies against the target's
+        distribution over the tokens that the head can propose; and of predictions whose most probable token is the
+        target's.
     """
     embedded = embedding(batch.tokens[:, 1:]).to(rows.dtype)
     hidden_states = batch.hidden_states[:, :-1].to(rows.dtype)

@@ -84,8 +84,8 @@ def train_head(
         The card.
 
     Raises:
-        ValueError, SpecDecodeError: a data set that is not at hand, a layer that the target does not have, or a folder
-            with the work of another training.
+        ValueError, SpecDecodeError: a data set cannot be had, the target has no such layer, or the folder holds the
+            work of another training.
     """
     total, _ = target_sizes(target)
     layers = recipe.layers or tuple(sorted({min(2, total - 1), total // 2, total - 1}))

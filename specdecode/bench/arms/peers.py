@@ -27,8 +27,8 @@ _WARM_UP_TOKENS = 3  # the first is the prompt's, which is not compiled
 def peer_run(
     spec: ArmSpec, target: LM, draft: LM | None, lengths: Sequence[int], stop_token_ids: Sequence[int]
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
-    """Return what decodes a prompt by transformers, on the same modules and with the settings of the arm that it is
-    compared with, and times it. The arguments are those of `make_arm`."""
+    """Return a function that decodes a prompt by transformers, and times it. It uses the same modules, and the settings
+    of the arm that it is compared with. The arguments are those of `make_arm`."""
     # Its advice on the settings below would break into the progress of the run.
     transformers.logging.set_verbosity_error()
     settings: dict[str, Any] = {}

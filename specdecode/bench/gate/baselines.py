@@ -36,9 +36,9 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str) -> Path:
         The baseline's file.
 
     Raises:
-        ValueError: no reason, or a run is none to expect anything by: changes that are not committed, a wrong output,
-            an arm that did not decode, a run of something else than the first, or machines so unsteady or so different
-            that no later run could see a slowdown of `MOST_UNSEEN` by them.
+        ValueError: no reason. Or a run that nothing can be expected by: of uncommitted changes, with a wrong output or
+            an arm that did not decode, or of something else than the first run. Or machines so unsteady, or so
+            different, that later runs could not see a slowdown of `MOST_UNSEEN`.
     """
     if not reason.strip():
         raise ValueError("the reason is empty: say why this run is what is to be expected")

@@ -26,10 +26,9 @@ class Blame:
     """A change of the time per token, split into what caused it.
 
     Attributes:
-        shares: logarithm of the factor by which each cause changed the time per token; their sum is the whole change.
-            "acceptance length" is the number of steps that a token takes; "drafting", "verifying" and "overhead" are
-            the seconds of a step, or "time a step" where nobody times its parts; "yardstick" is what the arm is
-            compared with, where it is known to have moved.
+        shares: logarithm of the factor by which each cause changed the time per token. Their sum is the whole change.
+            "acceptance length": steps per token. "drafting", "verifying", "overhead": seconds of a step; "time a step"
+            where nobody times its parts. "yardstick": the arm's baseline, where it is known to have moved.
     """
 
     shares: dict[str, float]
@@ -60,9 +59,9 @@ def blame(
 ) -> Blame | None:
     """Split the change of an arm's time per token; None for a peer, and in older files.
 
-    The time per token is a sum over parts of (steps per token) x (seconds of the part per step). The change of its
-    logarithm is split by the logarithmic mean Divisia index, which leaves no remainder and takes parts that are nought
-    (Ang 2005, "The LMDI approach to decomposition analysis").
+    The time per token is a sum over parts of (steps per token) x (seconds of the part per step). The logarithmic mean
+    Divisia index splits the change of its logarithm. It leaves no remainder, and parts may be zero (Ang 2005, "The LMDI
+    approach to decomposition analysis").
 
     Args:
         new, old: the arm before and after.

@@ -1,9 +1,9 @@
 """Find where a speed has changed for good over many versions: at one of them, or in a drift over several.
 
-Each change is searched as the strongest of many shapes, and its probability under no change is that of the strongest
-shape in permuted series. So the number of shapes is accounted for, and noise need not be normal (Westfall and Young
-1993; for series of benchmarks Daly et al. 2020, "The Use of Change Point Detection to Identify Software Performance
-Regressions in a Continuous Integration System"). The shapes are
+A change is the strongest of many shapes. Its probability under no change comes from the strongest shapes of permuted
+series. So the number of shapes is accounted for, and noise need not be normal (Westfall and Young 1993). Series of
+benchmarks were searched like this by Daly et al. 2020, "The Use of Change Point Detection to Identify Software
+Performance Regressions in a Continuous Integration System". The shapes are
 
 - ramps from one level to another, a step among them: eight versions that lose 1 % each are one ramp, as in tests of
   several contrasts for trends (Bretz and Hothorn 2002);

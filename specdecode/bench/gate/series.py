@@ -51,8 +51,8 @@ def backend(run: RunFile) -> str:
 def series(arm: str, runs: Sequence[RunFile]) -> Series:
     """Collect an arm's speedups over its yardstick.
 
-    Versions of another hardware, backend or yardstick, with other weights, prompts or lengths, and those in which the
-    arm failed or wrote something wrong, are left out.
+    Left out are versions of another hardware, backend or yardstick, or with other weights, prompts or lengths. So are
+    those in which the arm failed or was wrong.
 
     Args:
         arm: its name; the newest version must have it.

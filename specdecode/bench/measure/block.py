@@ -42,8 +42,8 @@ class Block:
         runs: by arm, the first ones of baselines among them.
         last: by baseline, its last run.
         middle: of the runs of the run's baseline between the others, the one in the middle; None if there is none.
-        checks: by arm, whether the output is its baseline's ("equal"), or left it at a place where the target itself
-            is undecided within its rounding ("tie"), or is wrong ("bug": its time is void).
+        checks: by arm: "equal" to its baseline's output; "tie", if it left it where the target is undecided within its
+            rounding; or "bug", if it is wrong, which voids its time.
     """
 
     prompt: str

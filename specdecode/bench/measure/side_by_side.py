@@ -63,8 +63,8 @@ class Quartet:
     def noise(self) -> float:
         """Return the same statistic between equal versions: the cubic contrast (-1, 3, -3, 1) of the four runs.
 
-        It compares only runs of the same version with one another, is untouched by a linear drift, and, divided by the
-        root of 20, varies as much as `log_ratio` does: the A/A floor of this very comparison.
+        It compares only runs of the same version with one another, and a linear drift does not change it. Divided by
+        the root of 20 it varies as much as `log_ratio`. So it is the A/A floor of this comparison.
         """
         outer, inner = (self.new, self.old) if self.new_first else (self.old, self.new)
         return (_log_change(outer.runs) - 3 * _log_change(inner.runs)) / math.sqrt(20)

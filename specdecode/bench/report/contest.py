@@ -176,8 +176,8 @@ class Contest:
     def _settle(self, arm: str, tied: dict[str, Estimate]) -> str:
         """Say what would tell the arm from the fastest of those that it is not told apart from.
 
-        The number of prompts is the usual one for a paired comparison, (z s / d)^2 + z^2 / 2 (Guenther 1981), at which
-        a difference d, if it stays, is found every other time.
+        The number of prompts is that of a paired comparison, (z s / d)^2 + z^2 / 2 (Guenther 1981). With so many, a
+        difference d that persists is found every other time.
         """
         if not tied:
             return ""

@@ -41,11 +41,10 @@ class Advice:
 def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice:
     """Choose an arm for each aim; plain decoding where nothing is shown to be better.
 
-    The best of many arms, chosen by the same prompts that it is told by, looks better than it is. So among k arms every
-    interval is made as one of k - 1 that hold together (`simultaneous_ratio`). That is enough for all pairs, and for
-    whichever arm is chosen: where the bounds on what the truly best arm is over each of the others hold, none is
-    found to beat it (multiple comparisons with the best, Hsu 1984), and where those on what the others are over plain
-    decoding hold, nothing is found to beat it that does not.
+    The best of many arms looks better than it is, since the same prompts choose and judge it. So among k arms every
+    interval is one of k - 1 that hold together (`simultaneous_ratio`). This suffices for whichever arm is chosen. While
+    the bounds on the truly best arm over each other arm hold, no arm is found to beat it (multiple comparisons with the
+    best, Hsu 1984). While those over plain decoding hold, no arm is found to beat plain decoding that does not.
 
     A text that loops is no evidence for a draft that predicts it, so such prompts do not count for arms that draft.
 

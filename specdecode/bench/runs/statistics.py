@@ -128,8 +128,8 @@ def typical_ratio(logs: Sequence[float], floor: float = 0.0, tail: float = TAIL)
 def robust_ratio(logs: Sequence[float], floor: float = 0.0) -> Estimate:
     """Estimate a ratio from many short paired measurements in a row.
 
-    A disturbance lasts: it spoils measurements that follow each other. So these are put into batches, and the median of
-    a batch is one value (as batch means are, Conway 1963) of which `typical_ratio` makes the estimate.
+    A disturbance lasts: it spoils measurements that follow each other. So measurements are put into batches, and each
+    batch gives its median (after batch means, Conway 1963). `typical_ratio` estimates from these medians.
 
     Args:
         logs: logarithms of the ratios, in the order of measuring.

@@ -36,8 +36,8 @@ class ServerSpec:
         environment: variables of the server's process, besides those of this one.
         start_minutes: the most time until it is ready.
         engine: "vllm", "sglang", "llama.cpp" or "openai", which is any other; found out if None.
-        prompt: "ids" sends token ids. "text" sends text, for servers that take no ids: the server makes its own token
-            ids of it, and the output's ids are made of its text where the server does not send them.
+        prompt: "ids" sends token ids. "text" sends text, for servers that take no ids. Such a server makes ids of its
+            own. Where it sends none back, the output's ids are made of its text.
         request: what each request says besides, such as {ignore_eos = true}. An engine of the name "openai" is sent no
             more than the protocol has, and so may stop early.
         prefix_cache: whether the server may keep what it has read of earlier prompts.

@@ -1,6 +1,7 @@
-"""What stands around a contained program, in its own process. `contained.run` starts this file as a script, twice: the
-first time it takes from itself what only the kernel can take, the second time, without the means to do so, it sets
-limits, refuses what the program has no business with, and runs it.
+"""Contain a program from inside its own process. `contained.run` starts this file as a script, twice.
+
+The first time it gives up rights that only the kernel can take. The second time, without these rights, it sets limits,
+installs the hook that refuses what the program has no business with, and runs the program.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def limit(limits: dict[str, Any]) -> None:
 
 
 def guard(folder: str, changes: int) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that lets through what computes, reads Python's own library, or changes the folder, which is the
-    working one; and refuses everything else that Python tells of, known to this file or not.
+    """Return an audit hook. It lets a program compute, read Python's own library, and change files in its working
+    folder. It refuses every other event, known to this file or not.
 
     Args:
         folder: where files may be changed.
