@@ -20,6 +20,7 @@ import typer
 import specdecode
 from specdecode import LM, FixedK, cli, generate
 from tests.helpers.characters import save
+from tests.helpers.idioms import found
 from tests.helpers.models import greedy, lm, prompt
 from tests.helpers.rooms import ROOMS
 from tests.helpers.root import ROOT
@@ -93,6 +94,12 @@ def test_every_environment_exists(page: Path) -> None:
     tox.read(ROOT / "tox.ini")
     named = {name for names in re.findall(r"tox (?:exec )?-e ([\w,-]+\w)", words(page)) for name in names.split(",")}
     assert named <= {section.removeprefix("testenv:") for section in tox.sections()}
+
+
+def test_idioms_are_found() -> None:
+    """Guards against a check of words that finds nothing, as where a sentence goes on in the next line."""
+    places = found("One sentence.\n# It goes\n# by the clock, and is at hand.")
+    assert [(line, idiom) for line, idiom, _ in places] == [(2, "goes # by"), (3, "at hand")]
 
 
 def blocks(page: Path, language: str) -> list[str]:

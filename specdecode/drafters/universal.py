@@ -1,4 +1,4 @@
-"""A drafter that is a model of another vocabulary: proposals go by way of text."""
+"""A drafter that is a model of another vocabulary: it proposes text, retokenised for the target."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
         return list(datasets.load_dataset(**source.hub)), origin
     except Exception as error:
         raise NotAtHandError(
-            f"{name} is not at hand: put {source.file}.jsonl or .parquet into the folder that SPECDECODE_DATA names"
+            f"{name} is not available: put {source.file}.jsonl or .parquet into the folder that SPECDECODE_DATA names"
             f" ({folder or 'not set'}), or connect to the network for {origin} ({type(error).__name__})"
         ) from error
 
@@ -189,7 +189,7 @@ def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], 
         seed: of the order.
 
     Raises:
-        ValueError: an unknown name or category, a set that is not at hand, a row without a text, or more prompts than
+        ValueError: an unknown name or category, a set that is not available, a row without a text, or more prompts than
             there are.
     """
     texts, origin = _in_order(name, seed)
@@ -230,7 +230,7 @@ def token_prompts(specification: str, encoder: LM | TextEncoder) -> tuple[dict[s
         The tokens by sample id, in the order of the specification, and the origins of the texts.
 
     Raises:
-        ValueError: the specification is not of that form, or names what is not at hand.
+        ValueError: the specification is not of that form, or names a set that is not available.
     """
     prompts: dict[str, list[int]] = {}
     origins: list[str] = []

@@ -239,7 +239,7 @@ class QualityRun:
         return ratio_of_sums(sums, tokens) if sums else None
 
     def tasks(self, arm: str) -> list[str]:
-        """Return the tasks that an arm is to be asked, at hand or not."""
+        """Return the tasks that an arm is to be asked, available or not."""
         tasks = self.header.tasks
         return list(tasks.problems) if tasks and arm in tasks.arms else []
 

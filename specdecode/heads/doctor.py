@@ -66,7 +66,7 @@ class Measured:
         by_position: share of the proposals at each position of a chain that are accepted, of those whose predecessors
             are.
         lengths: mean acceptance length of each text.
-        gain: by how much the mean acceptance length is above that of the config's wiring, in the mean over texts.
+        gain: by how much the mean acceptance length is above that of the config's wiring, averaged over texts.
         low: lower end of its interval.
         high: upper end.
         unusable: why the weights cannot be wired so, which accepts nothing; "" otherwise.

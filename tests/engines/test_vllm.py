@@ -59,7 +59,7 @@ def lookup(length: int) -> str:
     return speculating(method="ngram", num_speculative_tokens=length, prompt_lookup_max=3, prompt_lookup_min=1)
 
 
-# The target is its own draft: there is no smaller model of its vocabulary at hand. All proposals are kept, but for
+# The target is its own draft: there is no smaller model of its vocabulary. All proposals are kept, but for
 # rounding.
 DRAFT = speculating(method="draft_model", model="{target}", num_speculative_tokens=3)
 

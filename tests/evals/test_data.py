@@ -169,7 +169,7 @@ def test_what_is_in_no_file_comes_from_the_hub(
 def test_without_file_and_network_both_ways_are_told(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Guards against a traceback of the library that looks for the hub."""
     hub(monkeypatch, unreachable)
-    told = rf"^{name} is not at hand: put {FILES[name][0]}.jsonl or .parquet into .* SPECDECODE_DATA .*network"
+    told = rf"^{name} is not available: put {FILES[name][0]}.jsonl or .parquet into .* SPECDECODE_DATA .*network"
     with pytest.raises(ValueError, match=told) as error:
         samples(name, 1)
     assert str(folder) in str(error.value)

@@ -271,7 +271,7 @@ def test_what_cannot_be_asked_is_told(folder: Path, monkeypatch: pytest.MonkeyPa
     assert not isinstance(found.value, NotAtHandError)
     monkeypatch.delenv("SPECDECODE_DATA")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(NotAtHandError, match="gsm8k is not at hand"):
+    with pytest.raises(NotAtHandError, match="gsm8k is not available"):
         problems("gsm8k", 1, target)
 
 

@@ -32,7 +32,7 @@ HEADER = QualityHeader(
         max_new_tokens=9,
         arms=["full", "window-8"],
         origins=["humaneval: here"],
-        missing={"gsm8k": "gsm8k is not at hand"},
+        missing={"gsm8k": "gsm8k is not available"},
     ),
     k=3,
     window=None,

@@ -96,7 +96,7 @@ def make_arm(
     model_names: ModelNames | None = None,
     servers: Servers | None = None,
 ) -> Arm:
-    """Return a preset's arm, ready to decode. Costs that a controller goes by are measured here.
+    """Return a preset's arm, ready to decode. Costs that a controller needs are measured here.
 
     Args:
         name: of the arm.

@@ -179,7 +179,7 @@ def notes(run: RunFile) -> list[str]:
         plainly = ", which a server decodes" if "server" in options else ", which code outside of this package decodes"
     sentences = [
         f"Baseline {baseline}{plainly}. {_intervals(run)}",
-        f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} in the mean."
+        f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} on average."
         f"{_disturbances(run)}",
     ]
     if run.header.roofline:

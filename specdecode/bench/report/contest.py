@@ -133,7 +133,7 @@ class Contest:
         return min(unbeaten, key=lambda arm: (_effort(self.run.arms[arm]), -self.speed(arm)))
 
     def no_slower(self) -> list[str]:
-        """Return the arms that in the mean are slower than plain decoding by `slack` at most.
+        """Return the arms that on average are slower than plain decoding by `slack` at most.
 
         An arm of whose speed too little is known for an interval is not among them.
         """
@@ -146,7 +146,7 @@ class Contest:
         return min(self.floor, math.log1p(TOLERANCE))
 
     def cache(self, arm: str) -> float:
-        """Return the most bytes of keys and values, in the mean of the prompts; nan if they are not known."""
+        """Return the most bytes of keys and values, averaged over the prompts; nan if they are not known."""
         size = self.run.arms[arm].counters().peak_cache_bytes
         return math.nan if size is None else size
 

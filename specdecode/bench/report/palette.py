@@ -34,7 +34,7 @@ POLICIES = {"sink-window": 0, "key-norm": 2, "heavy-hitter": 1, "random": 4, "sh
 
 _SHAPES = {"chain": "linear", "static": "tree-static", "best-first": "tree-best-first"}
 _PEERS = {"generate": BASELINE, "generate-compiled": BASELINE, "assisted": "linear", "prompt-lookup": "lookup"}
-# Older files do not tell how an arm decodes: there it goes by the names that the presets have always used.
+# Older files do not tell how an arm decodes: its method is inferred from the names that the presets have always used.
 _NAMES = {
     **{name: name for name in (BASELINE, *METHODS)},
     **{"streaming": "linear", "tree+streaming": "tree-static"},
@@ -45,8 +45,8 @@ _NAMES = {
 def method(run: RunFile, arm: str) -> str:
     """Return how the arm drafts: one of METHODS, several with a plus between them, or "ar".
 
-    A peer's is that of the method that does the same. An arm that is none of these goes by its own name; arms of a
-    server that differ in concurrency go by one.
+    A peer's is that of the method that does the same. An arm that is none of these is known by its own name; arms of a
+    server that differ in concurrency share one.
     """
     options = run.arms[arm].options
     if not any(record.options for record in run.arms.values()):

@@ -181,7 +181,7 @@ def _memory(contest: Contest) -> Recommendation:
     saved = plain - contest.memory(arm)
     reason = (
         f"Holds {contest.memory(arm) / 1e6:.1f} MB of weights and KV, {saved / 1e6:.1f} MB or {saved / plain:.0%} less"
-        f" than plain decoding, and in the mean is no slower than that, {noise}."
+        f" than plain decoding, and on average is no slower than that, {noise}."
         f"{_draft_takes(contest.run.arms[arm])}"
     )
     return contest.recommendation(aim, arm, reason, near)

@@ -24,7 +24,7 @@ class Client:
     Args:
         base_url: without path.
         key: that the server asks for, if any.
-        proxies: go by the proxies that the environment names.
+        proxies: use the proxies that the environment names.
     """
 
     def __init__(self, base_url: str, key: str | None = None, *, proxies: bool = False) -> None:

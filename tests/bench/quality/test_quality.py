@@ -148,13 +148,13 @@ def test_flips_are_counted_from_the_reference() -> None:
 
 def test_tasks_are_judged_by_margins_too() -> None:
     """Guards against a pass rate that nothing is said of, a handful of problems that pass for proof, and a task that
-    is not at hand and told as passed."""
+    is not available and told as passed."""
     margins = {"full": {"humaneval": 0.35}, "window-8": {"humaneval": 0.35, "gsm8k": 0.1}}
     found = {(each.arm, each.measure): each for each in check_margins(example(), margins)}
     assert found[("full", "humaneval")].outcome is Outcome.PASS
     assert found[("window-8", "humaneval")].outcome is Outcome.INCONCLUSIVE
     assert found[("window-8", "gsm8k")].outcome is None
-    assert found[("window-8", "gsm8k")].reason == "gsm8k is not at hand"
+    assert found[("window-8", "gsm8k")].reason == "gsm8k is not available"
     assert ("any-8", "humaneval") not in found
     assert "begins at 0." in found[("window-8", "humaneval")].reason
     strict = {(each.arm, each.measure): each.outcome for each in check_margins(example(), {"full": {"humaneval": 0.1}})}
@@ -243,7 +243,7 @@ def test_the_page_tells_costs_needles_and_what_is_not_as_expected() -> None:
     assert page.index("**window-8** is FAIL") < page.index("| arm |")
     assert "| window-16 | ΔNLL | not judged |" in page
     assert "| any-8 | ΔNLL | FAIL, as it has to |" in page
-    assert "GSM8K was not asked: gsm8k is not at hand." in page
+    assert "GSM8K was not asked: gsm8k is not available." in page
     for grid in (costs(run, check_margins(run, MARGINS)), retrieval(run), scores(run, check_margins(run, MARGINS))):
         assert {len(row) for row in grid.rows} == {len(grid.columns)}
     assert retrieval(run).rows[0] == ["full", "8", "1/1 (-1.0)", "1/1 (-1.0)"]
@@ -360,7 +360,7 @@ def plan(root: Path, **others: Any) -> QualityPlan:
 
 @pytest.fixture
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that GSM8K is not at hand, whoever runs the tests."""
+    """So that GSM8K is not available, whoever runs the tests."""
     monkeypatch.delenv("SPECDECODE_DATA", raising=False)
     monkeypatch.setitem(sys.modules, "datasets", None)
 

@@ -1,0 +1,46 @@
+"""Find idioms that readers stumble over: `python tests/helpers/idioms.py` names each place, and fails if there is one."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+INSTEAD = {
+    r"\b(goes|go|going) by\b": "use, follow, depend on",
+    r"\bat hand\b": "available, here",
+    r"\bin the mean\b": "on average",
+    r"\b(became|becomes|came) of\b": "say what happened",
+    r"\bby way of\b": "by, through",
+    r"\bin truth\b": "really; or leave it out",
+    r"\bmakes? of an?\b": "turn into",
+}
+"""What to say instead of an idiom, which is a regular expression."""
+
+
+def found(text: str) -> list[tuple[int, str, str]]:
+    """Return the line, the idiom and what to say instead, for each idiom of a text. One may stand across two lines."""
+    places = []
+    for idiom, instead in INSTEAD.items():
+        for match in re.finditer(idiom.replace(" ", r"[\s#]+"), text):
+            places.append((text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), instead))
+    return sorted(places)
+
+
+def main() -> int:
+    """Print what is found in the package, the documentation and the suites; return 1 if anything is."""
+    files = [*ROOT.glob("*.md")]
+    for folder, ending in (("specdecode", "py"), ("docs", "md"), ("examples", "md"), ("perf", "py"), ("quality", "py")):
+        files += (ROOT / folder).rglob(f"*.{ending}")
+    count = 0
+    for file in sorted(files):
+        for line, idiom, instead in found(file.read_text(encoding="utf-8")):
+            sys.stderr.write(f"{file.relative_to(ROOT)}:{line}: {idiom!r}: {instead}\n")
+            count += 1
+    return min(count, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
