@@ -157,7 +157,7 @@ def options_of(config: pytest.Config) -> Options:
 def root_of(config: pytest.Config) -> Path:
     """Return the folder of the repository: pytest's own, if a file or an option of pytest says where that is.
 
-    Otherwise pytest infers it from the paths on the command line, and takes the model's folder in "--target FOLDER" for one.
+    Otherwise pytest infers it from the paths on the command line, and counts the model's folder in "--target FOLDER".
     """
     told = config.inipath is not None or config.getoption("rootdir", None) is not None
     return config.rootpath if told else config.invocation_params.dir

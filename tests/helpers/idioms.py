@@ -1,4 +1,4 @@
-"""Find idioms that readers stumble over: `python tests/helpers/idioms.py` names each place, and fails if there is one."""
+"""Find idioms that readers stumble over. `python tests/helpers/idioms.py` lists them, and fails if there are any."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def found(text: str) -> list[tuple[int, str, str]]:
     places = []
     for idiom, instead in INSTEAD.items():
         for match in re.finditer(idiom.replace(" ", r"[\s#]+"), text):
-            places.append((text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), instead))
+            places.append(
+                (text.count("\n", 0, match.start()) + 1, " ".join(match[0].replace("#", " ").split()), instead)
+            )
     return sorted(places)
 
 
