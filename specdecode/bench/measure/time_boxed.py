@@ -138,7 +138,7 @@ def _usable_arms(
         tell(f"{name}, the counters run")
         try:
             if "universal" in drafter_kinds(entry) and _same_vocabulary(models):
-                raise ValueError("target and draft share a vocabulary, so no draft need draft by text")
+                raise ValueError("target and draft share a vocabulary, so the draft need not draft by text")
             arm = models.arm(name, entry, plan.preset.lengths)
             baseline_tokens = baseline_tokens or arm.run(prompt, length, ()).tokens
             counters_runs[name] = counters_run(arm, prompt, length, arm.expected(prompt, baseline_tokens, length))

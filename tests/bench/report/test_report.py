@@ -431,7 +431,7 @@ def test_a_browser_shows_the_page(blessed: Path, report: Any, tmp_path: Path, sc
     assert (ground < 150 < 600 < ink) if scheme == "dark" else (ink < 150 < 600 < ground)
 
 
-@pytest.mark.parametrize("name", ["tests.yml", "gpu.yml"])
+@pytest.mark.parametrize("name", ["tests.yml", "gpu.yml", "release.yml"])
 def test_workflows_name_what_there_is(name: str) -> None:
     """Guards against an environment that was renamed, and an input that is put into a script as it is."""
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
