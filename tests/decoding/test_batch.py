@@ -186,7 +186,7 @@ def test_the_distribution_of_a_batch_is_the_product_of_its_rows(
     prompts = [PROMPT, PROMPT[:-1]]
 
     def run(rng: BranchRng) -> tuple[tuple[int, ...], ...]:
-        monkeypatch.setattr(Sampling, "rng", lambda self: rng)
+        monkeypatch.setattr(Sampling, "rng", lambda self, *ranks: rng)
         results = generate_batch(
             enumerated_model(0, layers=2),
             prompts,
@@ -205,7 +205,7 @@ def test_the_distribution_of_a_batch_is_the_product_of_its_rows(
         second[tokens] = second.get(tokens, 0.0) + weight
     alone = distribution_of(
         lambda rng: (
-            monkeypatch.setattr(Sampling, "rng", lambda self: rng),
+            monkeypatch.setattr(Sampling, "rng", lambda self, *ranks: rng),
             tuple(generate(enumerated_model(0, layers=2), prompts[1], sampling=sampling, max_new_tokens=2).tokens),
         )[1]
     )

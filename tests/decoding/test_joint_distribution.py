@@ -57,7 +57,7 @@ def decoded_distribution(
     """One drafter for all branches: what it remembers of one must not tell on the next."""
 
     def run(rng: BranchRng) -> tuple[int, ...]:
-        monkeypatch.setattr(Sampling, "rng", lambda self: rng)
+        monkeypatch.setattr(Sampling, "rng", lambda self, *ranks: rng)
         result = generate(
             enumerated_model(0, layers=2),
             PROMPT,

@@ -149,7 +149,7 @@ def test_the_distribution_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPa
     accepted: list[int] = []
 
     def run(rng: BranchRng) -> tuple[int, ...]:
-        monkeypatch.setattr(Sampling, "rng", lambda self: rng)
+        monkeypatch.setattr(Sampling, "rng", lambda self, *ranks: rng)
         result = generate(target, prompt, drafter=drafter, sampling=sampling, max_new_tokens=length)
         accepted.append(result.steps[0].accepted)
         assert len(accepted) < 200  # had the draft drawn, there would be no end of it
