@@ -17,8 +17,8 @@ from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
 from specdecode.bench.options import Options, again_of
 from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
-from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE
-from specdecode.bench.runs.records import Identity, RunFile, shared_by
+from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, shared_by
+from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.heads.loading import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM

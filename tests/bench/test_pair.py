@@ -53,7 +53,7 @@ NO_TORCH = ("-p", "no:jaxtyping")  # whose plugin brings it
 
 def test_without_benchmark_values_are_compared(elsewhere: Runs) -> None:
     """Guards against an ordinary test run that takes minutes, and against unequal functions that pass in it."""
-    done = elsewhere(*NO_TORCH, "test_sorting.py")
+    done = elsewhere(*NO_TORCH, "test_sorting.py", alone=True)
     assert "3 failed, 3 passed" in done.stdout, done.stdout + done.stderr
     assert "the new function returns 45150 and the old function 44850: nothing was timed" in done.stdout
     assert "paired was called before in this test: make it two tests" in done.stdout
@@ -66,7 +66,7 @@ def test_with_benchmark_they_are_timed_and_judged(elsewhere: Runs, tmp_path: Pat
     figures that neither pytest-benchmark's file nor JUnit's holds."""
     summary = tmp_path / "summary.md"
     files = ("--benchmark-json=run.json", "--junitxml=junit.xml", "-o", "junit_family=xunit1")
-    done = elsewhere("--benchmark", *NO_TORCH, *files, "test_sorting.py", GITHUB_STEP_SUMMARY=str(summary))
+    done = elsewhere("--benchmark", *NO_TORCH, *files, "test_sorting.py", alone=True, GITHUB_STEP_SUMMARY=str(summary))
     assert "5 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert re.search(r"REGRESSED: test_slower time: .* tolerance 2%, sees slowdowns from", done.stdout)
     assert "REGRESSED: test_slower counters: n 4.485e+04 -> 4.05e+07" in done.stdout

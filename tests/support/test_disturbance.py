@@ -43,6 +43,7 @@ class Machine:
         patch.setattr(disturbance.time, "perf_counter", lambda: self.seconds)
         patch.setattr(psutil, "cpu_times", lambda: self.everyone)
         patch.setattr(psutil.Process, "cpu_times", lambda process: self.own)
+        patch.setattr(psutil.Process, "children", lambda process, recursive: [])
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from specdecode.bench.measure.steady import Steady
 from specdecode.bench.measure.until import Until, rounds
 from specdecode.bench.runs.counts import RowCounts, RowSeconds, all_latencies, as_dict, total, total_histograms
 from specdecode.bench.runs.measures import CountersRun
-from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.records import ArmRecord, Row, digest
+from specdecode.bench.runs.names import BASELINE, digest
+from specdecode.bench.runs.records import ArmRecord, Row
 from specdecode.bench.runs.statistics import noise_floor
 from specdecode.core.ranks import Ranks
 from specdecode.drafters.base import common_prefix

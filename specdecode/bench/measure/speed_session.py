@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.entry import ArmSpec
@@ -94,18 +94,8 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     versions = run_versions(plan.identity.target, models.backend_name)
     if ranks.count > 1:
         versions["processes"] = ranks.count
-    experiment_values = {
-        "identity": plan.identity.file.as_posix(),
-        "prompts": prompts,
-        "max_new_tokens": plan.preset.max_new_tokens,
-        "lengths": plan.preset.lengths,
-        "stop_token_ids": stop_token_ids,
-        "arms": entries,
-        "code": code(),
-        "versions": versions,
-        "code of arms": {arm.name: arm.code for arm in arms if arm.foreign},
-    }
-    journal = Journal(plan.journal, experiment_values, plan.resume)
+    same = _what_must_be_the_same(plan, prompts, stop_token_ids, arms) | {"arms": entries, "versions": versions}
+    journal = Journal(plan.journal, same, plan.resume)
     finished = ranks.agreed(journal.blocks())
     before = conditions(plan.setup.device)
     roofline = 0.0 if models.target is None else roofline_throughput(models.target, typical_length(prompts))
@@ -164,6 +154,21 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         judgements=_judge(plan, run),
         journal=journal,
     )
+
+
+def _what_must_be_the_same(
+    plan: Plan, prompts: Mapping[str, list[int]], stop_token_ids: Sequence[int], arms: Sequence[Arm]
+) -> dict[str, Any]:
+    """Return what must be the same for the blocks of an interrupted run to be used."""
+    return {
+        "identity": plan.identity.file.as_posix(),
+        "prompts": prompts,
+        "max_new_tokens": plan.preset.max_new_tokens,
+        "lengths": plan.preset.lengths,
+        "stop_token_ids": stop_token_ids,
+        "code": code(),
+        "code of arms": {arm.name: arm.code for arm in arms if arm.foreign},
+    }
 
 
 def _until(plan: Plan, still_open: Callable[[T, float], set[str]], ranks: Ranks = Ranks()) -> Until[T] | None:

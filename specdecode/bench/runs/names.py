@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from specdecode.support.files import slug
@@ -26,3 +28,13 @@ def margins_file(target: str, texts: str) -> Path:
     """Where the quality margins of a target on the corpora of some texts are kept, below the folder of baselines."""
     corpora = sorted({sample.partition("@")[0].partition(":")[0] for sample in texts.split(",")})
     return Path(MARGINS) / f"{slug(target)}-{slug('-'.join(corpora))}.json"
+
+
+def shared_by(processes: int, hardware: str) -> str:
+    """Return the name of hardware on which so many processes share a model, each on such a device."""
+    return hardware if processes == 1 else f"{hardware}-x{processes}"
+
+
+def digest(tokens: Sequence[int]) -> str:
+    """Return a short name for an output: equal for equal tokens."""
+    return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]

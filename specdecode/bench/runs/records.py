@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,18 +24,23 @@ from specdecode.bench.runs.counts import (
     total_histograms,
 )
 from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
-from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.statistics import TAIL, UNKNOWN, Estimate, mean_ratio, noise_floor, tail_of_look
+from specdecode.bench.runs.names import BASELINE, shared_by
+from specdecode.bench.runs.statistics import (
+    TAIL,
+    UNKNOWN,
+    Estimate,
+    known,
+    mean_ratio,
+    median,
+    noise_floor,
+    percentile_95,
+    tail_of_look,
+)
 from specdecode.support.files import slug
 
 NOISE_OF_TWO = math.sqrt(0.75)
 """By this the ratio of two runs varies less, if a third is compared with the mean of two, as an arm is with the runs of
 its baseline."""
-
-
-def shared_by(processes: int, hardware: str) -> str:
-    """Return the name of hardware on which so many processes share a model, each on such a device."""
-    return hardware if processes == 1 else f"{hardware}-x{processes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,17 +416,17 @@ class RunFile:
         return Measures(
             throughput=throughput,
             throughput_std=statistics.stdev(speeds) if len(speeds) > 1 else None,
-            speedup=_known(speedup.value),
-            speedup_low=_known(speedup.low),
-            speedup_high=_known(speedup.high),
-            ttft_s=_median(latencies.ttft or [ratio(row.seconds.ttft, row.counts.runs) for row in rows]),
-            tpot_s=_median(
+            speedup=known(speedup.value),
+            speedup_low=known(speedup.low),
+            speedup_high=known(speedup.high),
+            ttft_s=median(latencies.ttft or [ratio(row.seconds.ttft, row.counts.runs) for row in rows]),
+            tpot_s=median(
                 latencies.tpot
                 or [ratio(row.seconds.total - row.seconds.ttft, row.counts.tokens - row.counts.runs) for row in rows]
             ),
             counters=counters_of(counts),
             counters_run=record.counters_run,
-            predicted_speedup=_known(self.predicted_speedup(arm)),
+            predicted_speedup=known(self.predicted_speedup(arm)),
             roofline_share=ratio(throughput, self.header.roofline),
             ties=float(record.ties),
             bugs=float(record.bugs),
@@ -435,28 +439,9 @@ class RunFile:
             draft_s_per_step=ratio(seconds.draft, counts.steps),
             verify_s_per_step=ratio(seconds.verify, counts.steps),
             overhead_s_per_step=ratio(seconds.overhead, counts.steps),
-            over_peer=_known(over_peer.value),
-            over_peer_low=_known(over_peer.low),
-            over_peer_high=_known(over_peer.high),
-            ttft_p95_s=_percentile_95(latencies.ttft),
-            tpot_p95_s=_percentile_95(latencies.tpot),
+            over_peer=known(over_peer.value),
+            over_peer_low=known(over_peer.low),
+            over_peer_high=known(over_peer.high),
+            ttft_p95_s=percentile_95(latencies.ttft),
+            tpot_p95_s=percentile_95(latencies.tpot),
         )
-
-
-def digest(tokens: Sequence[int]) -> str:
-    """Return a short name for an output: equal for equal tokens."""
-    return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _percentile_95(values: Sequence[float]) -> float | None:
-    return float(np.percentile(values, 95)) if values else None
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    """Return the median; None if there is nothing, or one of them is not known."""
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known and len(known) == len(values) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -264,3 +265,19 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
             best = points[name][1]
             front.append(name)
     return front[::-1]
+
+
+def known(value: float) -> float | None:
+    """Return a number; None if it is infinite or nan."""
+    return value if math.isfinite(value) else None
+
+
+def percentile_95(values: Sequence[float]) -> float | None:
+    """Return what 95 % of the values lie below; None if there are none."""
+    return float(np.percentile(values, 95)) if values else None
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """Return the median; None if there are no values, or one of them is not known."""
+    numbers = [value for value in values if value is not None]
+    return statistics.median(numbers) if numbers and len(numbers) == len(values) else None
