@@ -187,20 +187,20 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
-    finished = 0
+    finished, unfinished = 0, file.with_suffix(".unfinished.json")
+    # A block is in the journal first, and in this file a moment later.
     while finished < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-        journals = list((ROOT / "results").glob(f"*{slug(model)}*.blocks.jsonl"))
-        finished = sum(journal.read_text().count("\n") - 1 for journal in journals)
+        finished = 8 - read_run(unfinished).header.left if unfinished.exists() else 0
     process.send_signal(signal_)
     said = process.communicate()[0].decode()
     assert process.returncode == (2 if signal_ is signal.SIGINT else -signal.SIGKILL), said
     assert json.loads(file.read_text()) == "the run before"
-    so_far = read_run(file.with_suffix(".unfinished.json"))
+    so_far = read_run(unfinished)
     assert 6 >= so_far.header.left > 0
     assert 1 <= so_far.arms["lookup"].counts().runs == 8 - so_far.header.left
     assert "was stopped" in so_far.header.warnings[0]
-    (journal,) = journals
+    (journal,) = (ROOT / "results").glob(f"*{slug(model)}*.blocks.jsonl")
     kept = journal.read_text().count("\n") - 1
     assert kept >= 2
     if signal_ is signal.SIGINT:
@@ -216,7 +216,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     (lookup,) = (test for test in json.loads(file.read_text())["benchmarks"] if test["param"] == "lookup")
     assert lookup["stats"]["rounds"] == 8
     assert read_run(file).header.left == 0
-    assert not file.with_suffix(".unfinished.json").exists()
+    assert not unfinished.exists()
     assert not journal.exists()
 
 
