@@ -22,11 +22,11 @@ from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.heads.loading import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
-from specdecode.models.loading import TINY, check_split, choose_device, choose_dtype, load
-from specdecode.models.tensor_parallel import use_own_gpu
+from specdecode.models.loading import TINY, choose_device, choose_dtype, load
+from specdecode.models.tensor_parallel import split_count
 from specdecode.support.environment import hardware
 from specdecode.support.git import commit_id
-from specdecode.support.torchrun import processes, rank
+from specdecode.support.torchrun import rank
 
 BUDGET_MINUTES = 30.0
 """How long `--until` may take, where nobody says."""
@@ -130,10 +130,7 @@ def resolve_setup(options: Options) -> Setup:
     Raises:
         ValueError: a device, a type or a backend that cannot be used.
     """
-    count = processes(options.tp)
-    if count > 1:
-        check_split(options.target, None, options.backend)
-        use_own_gpu()
+    count = split_count(options.tp, options.target, None, options.backend)
     device = choose_device(options.device)
     check_backend(options.backend, device)
     target = TINY if options.tiny and options.target == EMBEDDED else options.target

@@ -11,14 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from specdecode.backends import Backend, prepare
 from specdecode.backends import check as check_backend
 from specdecode.core.errors import ModelFileError, TokenizerMismatchError, first_line
-from specdecode.core.ranks import ranks_of
+from specdecode.core.ranks import Ranks
 from specdecode.models.architectures import config_of
 from specdecode.models.chat import TextEncoder
 from specdecode.models.embedded import EMBEDDED, fetch
 from specdecode.models.lm import LM
 from specdecode.models.quantize import quantizer
-from specdecode.models.tensor_parallel import arguments, split, use_own_gpu
-from specdecode.support.torchrun import processes
+from specdecode.models.tensor_parallel import arguments, split, split_count
 
 # Of the embedding's entries: each of the layers adds about 1.
 _EMBEDDING_SCALE = 10.0
@@ -63,10 +62,7 @@ def load(
         ValueError: an unknown dtype, device, backend or quantisation. One whose package is not installed, or that split
             weights do not permit. Or `tp` without `torchrun`.
     """
-    count = processes(tp)
-    if count > 1:
-        check_split(name, quantize, backend)
-        use_own_gpu()
+    count = split_count(tp, name, quantize, backend)
     transform = quantizer(quantize) if quantize else None
     if name.startswith("layers:"):
         if quantize:
@@ -92,7 +88,7 @@ def load(
     if count == 1:
         # Only now, so that only the quantised weights need to fit on the device.
         model.to(chosen_device)  # type: ignore[arg-type]
-    ranks = ranks_of(model) if target is None else target.ranks
+    ranks = Ranks() if target is None else target.ranks
     lm = LM.on_backend(
         Backend(note=f"split among {count} processes") if count > 1 else prepare(backend, model, ranks.agreed),
         model,
@@ -201,16 +197,6 @@ def _existing(name: str) -> str:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelFileError(f"no such folder: {name}")
     return name
-
-
-def check_split(name: str, quantize: str | None, backend: str) -> None:
-    """Raise ValueError for what cannot be had of weights that processes share."""
-    if name.startswith("layers:"):
-        raise ValueError(f"{name!r} shares the weights of its target, which is split or not: leave out tp")
-    if quantize:
-        raise ValueError(f"quantize={quantize!r} is for weights that one process holds: leave out tp, or quantize")
-    if backend not in ("auto", "eager"):
-        raise ValueError(f"split weights run on the backend eager only, and {backend!r} is asked for: leave it out")
 
 
 def _pretrained(name: str, source: str, dtype: torch.dtype, count: int = 1) -> PreTrainedModel:

@@ -8,13 +8,30 @@ import torch
 from transformers import PreTrainedModel
 
 from specdecode.core.errors import UnsupportedModelError, first_line
-from specdecode.support.torchrun import local_rank
+from specdecode.support.torchrun import local_rank, processes
 
 
-def use_own_gpu() -> None:
-    """Let "cuda" mean the GPU of this process, which `torchrun` numbers on each machine."""
+def split_count(tp: str | None, name: str, quantize: str | None, backend: str) -> int:
+    """Return among how many processes a model is to be split. If several, "cuda" is this process's own GPU from now on.
+
+    Args:
+        tp: as for `processes`; the others are the arguments of `load`.
+
+    Raises:
+        ValueError: as `processes`, or for what cannot be had of weights that processes share.
+    """
+    count = processes(tp)
+    if count == 1:
+        return 1
+    if name.startswith("layers:"):
+        raise ValueError(f"{name!r} shares the weights of its target, which is split or not: leave out tp")
+    if quantize:
+        raise ValueError(f"quantize={quantize!r} is for weights that one process holds: leave out tp, or quantize")
+    if backend not in ("auto", "eager"):
+        raise ValueError(f"split weights run on the backend eager only, and {backend!r} is asked for: leave it out")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
+    return count
 
 
 def arguments(count: int) -> dict[str, Any]:

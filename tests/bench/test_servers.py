@@ -26,7 +26,6 @@ repeats = 2
 [arms]
 """
 
-PLUGIN = (*ELSEWHERE, "--specdecode-again=0")
 
 Sessions = dict[str, tuple[int, str, Path]]
 """By name: the exit code, what was said, and the run file."""
@@ -61,7 +60,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
         (folder / name).mkdir()
         (folder / name / "server.toml").write_text(PRESET + arms)
         files[name] = folder / name / "run.json"
-        command = [*PLUGIN, f"--target={model}", "--preset", f"{folder / name / 'server.toml'}"]
+        command = [*ELSEWHERE, f"--target={model}", "--preset", f"{folder / name / 'server.toml'}"]
         command += [f"--benchmark-json={files[name]}"]
         commands.append([*command, f"--baseline={files['first']}"] if name in ("fewer", "faults") else command)
     files["resumed"] = files["dies"]
@@ -150,7 +149,7 @@ def test_each_version_starts_its_own_server(tmp_path: Path) -> None:
     (folder / ".gitignore").write_text("results")
     commit(folder)
     (folder / "serve.sh").write_text(command + "1")
-    arguments = [*PLUGIN, f"--target={model}", "--preset", "server.toml", "--against=HEAD"]
+    arguments = [*ELSEWHERE, f"--target={model}", "--preset", "server.toml", "--against=HEAD"]
     ((code, said),) = run_pytest_in_turn(arguments, cwd=folder)
     words = " ".join(said.replace("│", " ").split())
     assert code == 1, said

@@ -40,7 +40,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, RunFile
     folder = tmp_path_factory.mktemp("serve")
     preset, file = folder / "serve.toml", folder / "run.json"
     preset.write_text(PRESET + arm("ar") + arm("again") + arm("lookup", prompt_lookup_num_tokens=5))
-    command = [*ELSEWHERE, "--specdecode-again=0", "--preset", str(preset)]
+    command = [*ELSEWHERE, "--preset", str(preset)]
     ((code, said),) = run_pytest_in_turn([*command, f"--benchmark-json={file}"], cwd=folder)
     assert file.exists(), said
     return code, said, read(file)

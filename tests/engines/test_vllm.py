@@ -105,7 +105,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
         (folder / name).mkdir()
         preset = folder / name / "vllm.toml"
         preset.write_text(f'prompts = "{prompts}"\nmax_new_tokens = {TOKENS}\nrepeats = 1\n\n[arms]\n{arms}')
-        command = [*ELSEWHERE, "--specdecode-again=0", "--preset", str(preset)]
+        command = [*ELSEWHERE, "--preset", str(preset)]
         command += [f"--benchmark-json={folder / name / 'run.json'}"]
         commands.append(command if name == "first" else [*command, f"--baseline={folder / 'first' / 'run.json'}"])
     done = run_pytest_in_turn(*commands, cwd=folder)
