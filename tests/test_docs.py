@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 import textwrap
 from configparser import ConfigParser
 from contextlib import suppress
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,12 @@ import pytest
 import typer
 
 import specdecode
-from specdecode import LM, FixedK, cli, generate
+from specdecode import LM, FixedK, KeepAll, cli, generate
+from specdecode.bench.arms.keys import PRESET_KEYS
+from specdecode.bench.presets import Preset
+from specdecode.evals.quality_arms import QualityPreset
 from tests.helpers.characters import save
+from tests.helpers.discovery import POLICIES
 from tests.helpers.idioms import found
 from tests.helpers.models import greedy, lm, prompt
 from tests.helpers.rooms import ROOMS
@@ -158,6 +164,16 @@ def test_snippets_run(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for block in blocks(ROOT / page, "python"):
         exec(block.replace("smollm2-135m", folder).replace("range(0, 30, 2)", "range(0, 4, 2)"), names)
     assert page != "README.md" or "tokens a step" in capsys.readouterr().out
+
+
+def test_every_key_of_a_preset_is_listed() -> None:
+    """Guards against a key that only the code knows: of an arm, of a policy, of a preset."""
+    first_cells = re.findall(r"^\| (`.*?) \|", words(ROOT / "docs" / "presets.md"), re.MULTILINE)
+    listed = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    policies = [type(policy) for policy in POLICIES.values() if not isinstance(policy, KeepAll)]
+    settings = {name for policy in policies for name in inspect.signature(policy).parameters} - {"max_len"}
+    presets = {field.name for kind in (Preset, QualityPreset) for field in fields(kind)}
+    assert listed == {*PRESET_KEYS, *settings, *presets}
 
 
 def test_the_rooms_are_listed_in_their_order() -> None:
