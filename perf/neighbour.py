@@ -1,4 +1,4 @@
-"""Another program beside what is measured, of known size."""
+"""A program of known load beside a measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def neighbour(wanted: bool = True, seed: int = 0) -> Iterator[None]:
-    """While the block lasts, a process takes one core for 0.5 to 2 seconds at random, a fifth of the time."""
+    """Run a process within the context that uses one core for 0.5 to 2 seconds at random, a fifth of the time."""
     other = multiprocessing.Process(target=_take_a_core, args=(seed,), daemon=True)
     if wanted:
         other.start()

@@ -1,4 +1,4 @@
-"""Count what the fixture `paired` says of equal functions, and of a planted slowdown: `python -m perf.paired`."""
+"""Count the verdicts of the fixture `paired` on equal functions and on a planted slowdown: `python -m perf.paired`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from specdecode.bench.measure.paired import SECONDS, Side, measure_paired, timer
 from specdecode.cli.output import say
 
 LOOPS = 2000
-"""Rounds of the function that is timed: some tens of microseconds."""
+"""Rounds of the timed function, which take some tens of microseconds."""
 
 
 def work(loops: int) -> Callable[[], int]:
-    """Return a function that does so many rounds."""
+    """Return a function that does `loops` rounds."""
 
     def run() -> int:
         total = 0
@@ -31,10 +31,10 @@ def work(loops: int) -> Callable[[], int]:
 def main() -> None:
     """Print a line for each run, and a table of the verdicts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=20, help="of each kind [20]")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"that each takes [{SECONDS:g}]")
-    parser.add_argument("--slowdown", type=float, default=0.05, help="that is planted, as a share [0.05]")
-    parser.add_argument("--neighbour", action="store_true", help="another process takes a core a fifth of the time")
+    parser.add_argument("--runs", type=int, default=20, help="runs of each kind [20]")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"seconds of each run [{SECONDS:g}]")
+    parser.add_argument("--slowdown", type=float, default=0.05, help="planted slowdown, as a share [0.05]")
+    parser.add_argument("--neighbour", action="store_true", help="another process uses a core a fifth of the time")
     options = parser.parse_args()
     with neighbour(options.neighbour):
         _print(options)

@@ -1,4 +1,4 @@
-"""Simulate what the gate says, on recorded traces of real machines: `python -m perf.power TRACE...`."""
+"""Simulate the gate's verdicts on recorded traces of real machines: `python -m perf.power TRACE...`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor, 
 from specdecode.cli.output import say
 
 RUN = 10
-"""Stretches of a trace that a run of `ar` takes: 40 tokens."""
+"""Stretches of a trace in a run of `ar`: 40 tokens."""
 
 
 class Machine:
-    """A recorded machine, from some moment on: it does work as fast as it did then, and starts again at the end.
+    """A replay of a recorded machine: it works at the recorded speed. After the end of the trace it starts over.
 
     Args:
-        trace: what was recorded.
-        seed: of the moment.
+        trace: trace of the machine.
+        seed: seed of the moment at which the replay begins.
     """
 
     def __init__(self, trace: Trace, seed: int) -> None:
@@ -38,17 +38,17 @@ class Machine:
         self._at = random.Random(seed).uniform(0, len(trace.seconds))
 
     def clock(self) -> float:
-        """Return the seconds of work so far, from some moment on."""
+        """Return the seconds of work so far, counted from the start of the trace."""
         return self._sum(self._ends)
 
     def work(self, stretches: float) -> float:
-        """Do some work, and return the seconds that it takes."""
+        """Simulate the work of some stretches, and return its seconds."""
         started = self.clock()
         self._at += stretches
         return self.clock() - started
 
     def watch(self) -> Callable[[], float]:
-        """Begin to watch what others take, as `support.disturbance.watch` does."""
+        """Begin to measure the share of other work, as `support.disturbance.watch` does."""
         started, before = self.clock(), self._sum(self._taken)
         return lambda: (self._sum(self._taken) - before) / (self.clock() - started)
 
@@ -60,11 +60,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a simulated session measured of one arm: logarithms.
+    """The measurements of one arm in a simulated session.
 
     Attributes:
-        logs: of its speedups.
-        noise: of the baseline's own.
+        logs: logarithms of the arm's speedups, one for each block.
+        noise: logarithms of the baseline's speedups over itself.
     """
 
     logs: list[float]
@@ -72,14 +72,14 @@ class Session:
 
 
 def session(machine: Machine, others: int, blocks: int, slower: float, again: float) -> Session:
-    """Simulate a session of the suite: blocks of `ar`, some other arms in two parts, and `ar` between and after them.
+    """Simulate a session of the suite: blocks of `ar`, the other arms in two parts, and `ar` between and after them.
 
     Args:
-        machine: that works.
-        others: number of arms; the last is looked at.
-        blocks: prompts times repeats.
-        slower: share of its time that the arm has become slower by.
-        again: the most time spent on measuring again what other work disturbed, as a share of the rest.
+        machine: the replayed machine.
+        others: number of other arms; the last one is the observed arm.
+        blocks: number of blocks, prompts times repeats.
+        slower: slowdown of the observed arm, as a share of its time.
+        again: the most time for measuring disturbed runs again, as a share of the rest.
     """
     steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
     costs = [0.5 + 0.7 * arm / others for arm in range(others)]
@@ -103,11 +103,11 @@ def session(machine: Machine, others: int, blocks: int, slower: float, again: fl
 
 
 Compared = tuple[list[float], float]
-"""Logarithms of an arm's new speed over its old one, and the A/A floor."""
+"""Logarithms of an arm's new speed over its old speed, and the A/A floor."""
 
 
 def by_baseline(trace: Trace, seed: int, others: int, blocks: int, slower: float, again: float = 1.0) -> Compared:
-    """Simulate a session and its baseline, measured at another moment."""
+    """Simulate a session and its baseline, which begin at different moments of the trace."""
     new = session(Machine(trace, 2 * seed), others, blocks, slower, again)
     old = session(Machine(trace, 2 * seed + 1), others, blocks, 0.0, again)
     floor = math.hypot(noise_floor(new.noise), noise_floor(old.noise))
@@ -115,7 +115,7 @@ def by_baseline(trace: Trace, seed: int, others: int, blocks: int, slower: float
 
 
 def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: float, again: float = 1.0) -> Compared:
-    """Simulate a session of two versions in turns, each arm's four runs in a row."""
+    """Simulate a side-by-side session of two versions, with the four runs of an arm in a row."""
     machine = Machine(trace, seed)
     steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
     logs, noise = [], []
@@ -133,7 +133,7 @@ def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: floa
 
 
 def mean_of_all(logs: Sequence[float], floor: float) -> Estimate:
-    """Estimate by the mean and its bootstrap, in place of `typical_ratio`: to see what that gains."""
+    """Estimate a change by the mean and its bootstrap, to compare with `typical_ratio`."""
     return mean_ratio([[log] for log in logs], floor)
 
 
@@ -153,7 +153,7 @@ KINDS = {
 
 
 def lines(trace: Trace, count: int, statistic: str, again: float) -> Iterator[str]:
-    """Yield lines of a table: how often the interval covers the truth, how wide it is, and what is REGRESSED."""
+    """Yield rows of a table: the coverage of the interval, its half-width, and how often the verdict is REGRESSED."""
     for name, (simulate, others, blocks) in KINDS.items():
 
         def changes(slower: float, simulate=simulate, others=others, blocks=blocks) -> list[Estimate]:
@@ -172,12 +172,12 @@ def lines(trace: Trace, count: int, statistic: str, again: float) -> Iterator[st
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table of the verdicts on each trace."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", type=Path, nargs="+", help="recorded by python -m perf.traces")
     parser.add_argument("--count", type=int, default=1000, help="comparisons of each kind [1000]")
-    parser.add_argument("--statistic", choices=STATISTICS, default="typical", help="of the changes [typical]")
-    parser.add_argument("--once", action="store_true", help="measure nothing again")
+    parser.add_argument("--statistic", choices=STATISTICS, default="typical", help="estimate of a change [typical]")
+    parser.add_argument("--once", action="store_true", help="measure no disturbed run again")
     options = parser.parse_args()
     columns = ("machine", "comparison", "covered", "half-width", "equal: REGRESSED", "5 %, tolerance 2 %", "3 %, 1 %")
     say("| " + " | ".join(columns) + " |\n|---|---|" + "--:|" * (len(columns) - 2))

@@ -1,4 +1,4 @@
-"""The verdict on every arm of the preset and of the baseline: `pytest --benchmark --gate=on|off|strict`."""
+"""The verdicts on every arm of the preset and of the baseline: `pytest --benchmark --gate=on|off|strict`."""
 
 import pytest
 
@@ -7,7 +7,10 @@ from specdecode.bench.report.junit import record_properties, verdict_properties
 
 
 def test_gate(judged, speed_run, plan, request):
-    """The arm is no slower than its baseline, and its counters are no worse. What is not judged is skipped."""
+    """Guards against a slower arm and against worse counters, compared with the baseline's file or another commit.
+
+    An arm that is not judged is skipped.
+    """
     unjudged = Judgement(*judged, Verdict.NO_BASELINE, "there is no baseline for this hardware")
     by_name = {(judgement.arm, judgement.gate): judgement for judgement in speed_run.judgements}
     judgement = by_name.get(judged, unjudged)

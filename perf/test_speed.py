@@ -1,4 +1,4 @@
-"""Speed of every arm of the preset: `pytest --benchmark`."""
+"""The speed of every arm of the preset: `pytest --benchmark`."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from specdecode.bench.runs.counts import as_dict
 
 @pytest.mark.benchmark(timer=clock, group="speed")
 def test_speed(arm, speed_run, benchmark, request):
-    """The arm's output is the baseline's, token by token; its times are played to pytest-benchmark."""
+    """Guards against times of a wrong output. The arm's times are replayed through pytest-benchmark."""
     if arm not in speed_run.durations:
         pytest.skip("the commit to compare with does not have this arm: see the verdicts")
     if failure := speed_run.run.arms[arm].failure:

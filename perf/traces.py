@@ -1,4 +1,4 @@
-"""Record how fast this machine decodes from moment to moment: `python -m perf.traces FILE.npz --minutes 5`."""
+"""Record the speed of decoding on this machine over time: `python -m perf.traces FILE.npz --minutes 5`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from perf.neighbour import neighbour
 from specdecode.support.disturbance import watch
 
 TOKENS = 4
-"""Tokens of plain decoding whose time is one entry of a trace."""
+"""Tokens in a stretch of plain decoding. The time of each stretch is one entry of a trace."""
 
-_LENGTH = 320  # of each text: long enough that its first chunk, which carries the prompt, is a small part
+_LENGTH = 320  # new tokens of each text: enough that the first stretch, which includes the prompt, is a small part
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """How fast a machine was, and what others took from it.
+    """The speed of a machine over time, and the share of other work on it.
 
     Attributes:
-        seconds: that each stretch of equal work took, over what it takes in the median.
-        taken: share of the processors' time that other work took meanwhile (`support.disturbance`).
-        unit_s: what a stretch takes in the median.
-        about: the processor, and what ran beside.
+        seconds: seconds of each stretch of equal work, over the median of such stretches.
+        taken: share of the processors' time that other work used during each stretch (`support.disturbance`).
+        unit_s: median seconds of a stretch.
+        about: the processor, and the other programs during the recording.
     """
 
     seconds: np.ndarray
@@ -36,7 +36,7 @@ class Trace:
 
     @classmethod
     def read(cls, file: Path) -> Trace:
-        """Read a trace that `write` wrote."""
+        """Read a trace from a file of `write`."""
         with np.load(file) as arrays:
             return cls(
                 arrays["seconds"].astype(float),
@@ -46,13 +46,13 @@ class Trace:
             )
 
     def write(self, file: Path) -> None:
-        """Write a file of some kilobytes."""
+        """Write the trace to a file of some kilobytes."""
         short = {name: getattr(self, name).astype(np.float16) for name in ("seconds", "taken")}
         np.savez_compressed(file, **short, unit_s=self.unit_s, about=self.about)
 
 
 def record(minutes: float, about: str) -> Trace:
-    """Decode the embedded model for some minutes, and time every few tokens."""
+    """Decode with the embedded model for some minutes, and time every `TOKENS` tokens."""
     from specdecode import generate, load
     from specdecode.evals.data import token_prompts
     from specdecode.models.embedded import EMBEDDED
@@ -67,12 +67,12 @@ def record(minutes: float, about: str) -> Trace:
         rows.append(_Notes())
         generate(target, prompt, max_new_tokens=_LENGTH, on_step=rows[-1])
     seconds, taken = (np.array([getattr(row, name)[1:] for row in rows]) for name in ("seconds", "taken"))
-    typical = np.median(seconds, axis=0)  # longer contexts take longer
+    typical = np.median(seconds, axis=0)  # a median for each place, as longer contexts take longer
     return Trace((seconds / typical).ravel(), taken.ravel(), float(np.median(typical)), f"{cpu_name()}, {about}")
 
 
 class _Notes:
-    """Note what each stretch of a text took. The first carries the prompt."""
+    """The seconds and the shares of other work in the stretches of a text. The first stretch includes the prompt."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -92,11 +92,11 @@ class _Notes:
 
 
 def main() -> None:
-    """Record a trace."""
+    """Record a trace, and write it to the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="to write, .npz")
-    parser.add_argument("--minutes", type=float, default=5.0, help="[5]")
-    parser.add_argument("--neighbour", action="store_true", help="another process takes a core a fifth of the time")
+    parser.add_argument("file", type=Path, help="file to write, .npz")
+    parser.add_argument("--minutes", type=float, default=5.0, help="minutes to record [5]")
+    parser.add_argument("--neighbour", action="store_true", help="another process uses a core a fifth of the time")
     options = parser.parse_args()
     with neighbour(options.neighbour):
         trace = record(options.minutes, "a neighbour on one core a fifth of the time" if options.neighbour else "quiet")

@@ -1,6 +1,6 @@
-"""Count what the gate says of equal code, and of a planted slowdown, run by run: `python -m perf.trials`.
+"""Count the gate's verdicts on equal code and on a planted slowdown, run by run: `python -m perf.trials`.
 
-Each trial is a session of `pytest --benchmark` in a repository that is made for it, with one arm from code beside `ar`.
+Each trial is a session of `pytest --benchmark` in a temporary repository, with `ar` and one arm from code.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ mine = {{ call = "engine:make" }}
 
 
 def session(folder: Path, slower: float, *arguments: str) -> tuple[str, str, float]:
-    """Run one session, and return the verdict on the time of the arm, its reason and the minutes that it took."""
+    """Run one session. Return the verdict on the arm's time, the reason for it, and the session's minutes."""
     (folder / "engine.py").write_text(ENGINE.format(slower=slower))
     command = [sys.executable, "-m", "pytest", "-q", "--benchmark", "--preset=own.toml", "-k", "mine"]
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -89,12 +89,14 @@ def main() -> None:
     """Print a line for each session, and a table of the verdicts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("side-by-side", "by-baseline"))
-    parser.add_argument("--runs", type=int, nargs=2, default=(20, 10), help="of equal and of slower code [20 10]")
-    parser.add_argument("--slowdown", type=float, default=0.05, help="that is planted, as a share [0.05]")
-    parser.add_argument("--tolerance", default="0.02", help="of the gate [0.02]")
-    parser.add_argument("--tokens", type=int, default=16, help="of each output [16]")
-    parser.add_argument("--minutes", type=float, help="for each session [3, by a baseline 10]")
-    parser.add_argument("--neighbour", action="store_true", help="another process takes a core a fifth of the time")
+    parser.add_argument(
+        "--runs", type=int, nargs=2, default=(20, 10), help="sessions of equal and of slower code [20 10]"
+    )
+    parser.add_argument("--slowdown", type=float, default=0.05, help="planted slowdown, as a share [0.05]")
+    parser.add_argument("--tolerance", default="0.02", help="tolerance of the gate [0.02]")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of each output [16]")
+    parser.add_argument("--minutes", type=float, help="minutes of each session [side-by-side 3, by-baseline 10]")
+    parser.add_argument("--neighbour", action="store_true", help="another process uses a core a fifth of the time")
     options = parser.parse_args()
     side_by_side = options.kind == "side-by-side"
     minutes = options.minutes or (3.0 if side_by_side else 10.0)

@@ -1,4 +1,4 @@
-"""A table of how often each verdict was given."""
+"""A table with the counts of verdicts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 
 def verdict_table(corner: str, verdicts: Mapping[str, Counter[str]]) -> str:
-    """Return a table in Markdown: a row for each kind of code, a column for each verdict that there was.
+    """Return a table in Markdown: a row for each kind of code, a column for each verdict that was given.
 
     Args:
-        corner: what the rows are.
-        verdicts: how often each was given, by kind.
+        corner: heading of the column of kinds.
+        verdicts: counts of the verdicts, by kind of code.
     """
     names = sorted(set().union(*verdicts.values()))
     rows = [[corner, *names], *([kind, *(str(counts[name]) for name in names)] for kind, counts in verdicts.items())]

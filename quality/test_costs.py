@@ -1,4 +1,4 @@
-"""What every lossy part of the preset costs, beside its margin: `pytest --quality`."""
+"""The cost of every lossy part of the preset, checked against its margin: `pytest --quality`."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from specdecode.evals.margins import Outcome
 
 
 def test_cost(cost, quality_run, request):
-    """The whole interval of the cost lies within the margin; that of a negative control beyond it."""
+    """Guards against a cost whose interval is not within its margin, and a negative control that is not beyond it."""
     check = next(check for check in quality_run.checks if (check.arm, check.measure) == cost)
     judged = quality_run.run.cost(*cost) if check.outcome else None
     record_properties(request, quality_properties(check, judged))

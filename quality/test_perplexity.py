@@ -22,7 +22,7 @@ def documents(target):
 
 @pytest.mark.parametrize("width", list(_WAYS))
 def test_the_decode_path_gives_the_models_own_perplexity(target, documents, width, quality_rows):
-    """A wrong position, mask or slot in decoding changes the likelihood of real text long before it changes a token."""
+    """Guards against a wrong position, mask or slot: it changes a text's likelihood long before it changes a token."""
     path = DecodePath(target, drafter=_WAYS[width], controller=partial(FixedK, 5))
     losses = [negative_log_likelihoods(path, document) for document in documents]
     reference = []

@@ -1,7 +1,6 @@
 """Speculative decoding for Hugging Face models: exact, measured, and gated in CI.
 
-Public names are loaded when they are first used. So the command line's help and the pytest plugin do not wait for
-torch.
+Each public name is imported at its first use. So the command line's help and the pytest plugin do not wait for torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Every shape that the package declares is checked while it is tested."""
+"""The setup of all tests: every declared shape of the package is checked under test."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 from specdecode.bench.command_line import value_of
 
-if find_spec("hypothesis"):  # not where only a suite is to run
-    import tests.helpers.fuzzing  # noqa: F401  registers profiles, which pytest's option may name
+if find_spec("hypothesis"):  # it may be missing where only a suite is to run
+    import tests.helpers.fuzzing  # noqa: F401  registers profiles for pytest's option
 
-# On a machine that was not set up for the tests they still tell something.
+# Without beartype the tests still run, but check no shapes.
 _CHECKED = find_spec("beartype") is not None
-# Times, files and pages are tested here. Shapes are checked where the parts that compute them are tested.
+# These folders test times, files and pages. Shapes are checked in the tests of the parts that compute them.
 _UNCHECKED = [Path(__file__).parent / folder for folder in ("bench", "cli")]
 
 
@@ -28,23 +28,24 @@ def pytest_report_header() -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before the first import of what is to be checked; the package's plugin, which comes earlier, brings none of it.
+    """Install the shape checks before the first import of the package. The package's plugin, loaded earlier, imports no
+    checked module.
 
-    pytest reads this file even if only another suite is to run. That one measures what users run: unchecked, and with
-    all threads.
+    pytest reads this file even if only another suite is to run. That suite measures the package as users run it:
+    unchecked, and with all threads.
     """
     if value_of(config, "benchmark") or value_of(config, "quality"):
         return
     if _CHECKED:
         from tests.helpers import typecheck
 
-        jaxtyping.jaxtyped = typecheck.some_calls  # what the hook puts on each function
+        jaxtyping.jaxtyped = typecheck.some_calls  # the decorator that the hook applies
         jaxtyping.install_import_hook("specdecode", f"{typecheck.__name__}.typechecker")
 
     from tests.helpers import models
 
     models.DEVICE = value_of(config, "device") or models.DEVICE
-    # The models are so small that a second thread only costs.
+    # The models are so small that a second thread only costs time.
     torch.set_num_threads(1)
 
 
@@ -52,12 +53,12 @@ _LONG = ("test_pretended.py", "test_gpu.py", "test_bisect.py", "test_installed.p
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that take longest: one of them at the end would run alone, and the other workers wait."""
+    """Begin with the longest tests: at the end, one of them would run alone while the other workers wait."""
     items.sort(key=lambda item: item.path.name not in _LONG)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Each timed call collects garbage before it, and would look through all that is imported by now."""
+    """Freeze the garbage collector: each timed call collects garbage first, and would search all imported objects."""
     if not (value_of(session.config, "benchmark") or value_of(session.config, "quality")):
         gc.collect()
         gc.freeze()
@@ -65,7 +66,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Check no shapes in folders where that takes time and finds nothing: in fixtures of modules neither.
+    """Turn shape checks off in folders where they cost time and find nothing, also for fixtures of modules.
 
     Elsewhere each test counts anew which calls are checked.
     """
@@ -83,15 +84,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_worker_to_its_children() -> None:
-    """What tells a process that it is one of several that share the tests would be told to the suites that tests start
-    too, and they would measure nothing."""
+    """Remove the variables of pytest-xdist: a suite started by a test would take itself for a worker and measure
+    nothing.
+    """
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         del os.environ[name]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_beside() -> Iterator[None]:
-    """Other tests run beside, and what they disturb would be measured again: as often as chance has it."""
+    """Ignore other work on the machine: parallel tests would trigger repeats of measurements, at random."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specdecode.bench.measure.steady.watch", lambda *pids, device=None: lambda: 0.0)
         yield
@@ -99,5 +101,5 @@ def _nothing_beside() -> Iterator[None]:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes unchecked, as a user runs the package: for the package's own checks, and where time counts."""
+    """Turn shape checks off, as for users: for the package's own checks, and where time counts."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

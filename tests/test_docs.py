@@ -1,4 +1,4 @@
-"""What the documentation names exists."""
+"""Every name in the documentation exists."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def words(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_exists(page: Path) -> None:
-    """Guards against a reader who is sent to a file that has moved."""
+    """Guards against a page that sends readers to a file that has moved."""
     paths = {path for path in PATHS.findall(words(page)) if not path.startswith(("results/", "./", ".venv/", "__"))}
     places = (ROOT, ROOT / "specdecode", page.parent)
     assert not [path for path in sorted(paths) if not any((place / path).exists() for place in places)]
@@ -59,7 +59,7 @@ def test_every_path_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_dotted_name_exists(page: Path) -> None:
-    """Guards against names that a reader cannot import. In backticks a name may begin with a room."""
+    """Guards against names on a page that cannot be imported. In backticks a name may begin with a room."""
     names = set(DOTTED.findall(words(page)))
     rooms = {room.split("/")[0] for room in ROOMS}
     for name in re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*)?`", words(page)):
@@ -68,10 +68,13 @@ def test_every_dotted_name_exists(page: Path) -> None:
 
 
 def exists(name: str) -> bool:
-    """Whether it is a public name, a module (imported or not: packages of its own may lack) or a name in one."""
+    """Return whether this is a public name, a module or a name in a module.
+
+    A module need not be importable: its own dependencies may be missing.
+    """
     if name.removeprefix("specdecode.") in specdecode.__all__:
         return True
-    with suppress(ImportError):  # the name before the last is no package
+    with suppress(ImportError):  # the part before the last is no package
         if find_spec(name) is not None:
             return True
     with suppress(ImportError, AttributeError):
@@ -95,7 +98,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / ".pre-commit-config.yaml"], ids=lambda page: page.name)
 def test_every_environment_exists(page: Path) -> None:
-    """Guards against a command of tox that was renamed."""
+    """Guards against a page with a tox command that was renamed."""
     tox = ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini")
     named = {name for names in re.findall(r"tox (?:exec )?-e ([\w,-]+\w)", words(page)) for name in names.split(",")}
@@ -103,7 +106,7 @@ def test_every_environment_exists(page: Path) -> None:
 
 
 def test_idioms_are_found() -> None:
-    """Guards against a check of words that finds nothing, as where a sentence goes on in the next line."""
+    """Guards against an idiom check that misses one, for example across a line break."""
     places = found("One sentence.\n# It goes\n# by the clock, and is at hand.")
     assert [(line, idiom) for line, idiom, _ in places] == [(2, "goes by"), (3, "at hand")]
 
@@ -113,7 +116,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path, program: str) -> list[list[str]]:
-    """The arguments of a program's commands on a page, without comments and what stands before and behind them."""
+    """Return the arguments of a program's commands on a page, without comments and the rest of their lines."""
     lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
     split = [shlex.split(line, comments=True) for line in lines]
     return [words[words.index(program) + 1 :] for words in split if program in words]
@@ -121,19 +124,19 @@ def commands(page: Path, program: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page: Path) -> None:
-    """Guards against an option that was renamed, and an argument that is missing."""
+    """Guards against a page with a renamed option or a missing argument."""
     group: Any = typer.main.get_command(cli.app)
     for name, *arguments in commands(page, "specdecode"):
         command = group.get_command(typer.Context(group), name)
         assert command is not None, name
-        if name != "lm-eval":  # its options are the harness's own
-            # Parsed, and not run: what it names is not here. An option that there is not raises.
+        if name != "lm-eval":  # lm-eval passes its options to the harness
+            # Parse only: the named files are missing here. An unknown option raises.
             command.make_parser(typer.Context(command)).parse_args([*arguments])
 
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
-    """Every option of pytest with the plugins that it has here."""
+    """Return every option of pytest with the plugins that are installed here."""
     told = subprocess.run(
         [sys.executable, "-m", "pytest", *ELSEWHERE, "--help"], capture_output=True, text=True, check=True
     )
@@ -142,16 +145,16 @@ def flags() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_of_pytest_exists(page: Path, flags: set[str]) -> None:
-    """Guards against an option of the suites that was renamed."""
+    """Guards against a page with a renamed option of the suites."""
     used = {word.split("=")[0] for words in commands(page, "pytest") for word in words if word.startswith("-")}
     assert used <= flags
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_are_python_and_toml(page: Path) -> None:
-    """Guards against a slip of the pen in what a reader copies."""
+    """Guards against a syntax error in code that a reader copies."""
     for block in blocks(page, "python"):
-        # A line that opens a block may stand alone.
+        # A snippet may end with a line that opens a block.
         compile(textwrap.dedent(block) + (" ..." if block.rstrip().endswith(":") else ""), page.name, "exec")
     for block in blocks(page, "toml"):
         tomllib.loads(block)
@@ -159,7 +162,7 @@ def test_snippets_are_python_and_toml(page: Path) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/methods.md"])
 def test_snippets_run(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against an example that no longer does what it says. (The model is a smaller one.)"""
+    """Guards against an example that no longer works. The test uses a smaller model."""
     folder, names = str(save(tmp_path)), dict[str, object]()
     for block in blocks(ROOT / page, "python"):
         exec(block.replace("smollm2-135m", folder).replace("range(0, 30, 2)", "range(0, 4, 2)"), names)
@@ -167,7 +170,7 @@ def test_snippets_run(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_every_key_of_a_preset_is_listed() -> None:
-    """Guards against a key that only the code knows: of an arm, of a policy, of a preset."""
+    """Guards against an undocumented key of an arm, of a policy or of a preset."""
     first_cells = re.findall(r"^\| (`.*?) \|", words(ROOT / "docs" / "presets.md"), re.MULTILINE)
     listed = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
     policies = [type(policy) for policy in POLICIES.values() if not isinstance(policy, KeepAll)]
@@ -177,7 +180,7 @@ def test_every_key_of_a_preset_is_listed() -> None:
 
 
 def test_the_rooms_are_listed_in_their_order() -> None:
-    """Guards against a page of rooms that are no longer those of the package."""
+    """Guards against a page whose rooms differ from the package's."""
     assert re.findall(r"^\| `([\w/]+)` \|", words(ARCHITECTURE), re.MULTILINE) == ROOMS
 
 

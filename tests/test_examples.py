@@ -1,4 +1,4 @@
-"""The examples: each is measured as its preset says, on a small model."""
+"""The examples, each measured by its preset on a small model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.helpers.root import ROOT
 from tests.helpers.spelling import characters
 
 EXAMPLES = ROOT / "examples"
-TOKENS = 24  # longer than the counters run
+TOKENS = 24  # longer than in the counters run
 TEXT = "one two three one two three one two three one two three "
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a small model that repeats a text, so that drafts of what stood before are accepted."""
+    """Save a small model that repeats a text, so that drafts by lookup are accepted. Return its folder."""
     folder = tmp_path_factory.mktemp("examples") / "model"
     repeating = learnt(characters(), TEXT)
     repeating.model.save_pretrained(folder)
@@ -49,7 +49,7 @@ def measured(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> Results
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-# PyTorch's own, as it gets ready to compile.
+# PyTorch's own warning when it prepares to compile.
 @pytest.mark.filterwarnings("default:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "drafting"),
@@ -58,7 +58,7 @@ def measured(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> Results
 def test_an_example_decodes_as_its_baseline(
     name: str, drafting: str | None, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against examples that no version of the packages runs any more, or that draft nothing."""
+    """Guards against examples that no longer run with the installed packages, or that draft nothing."""
     results = measured(name, model, monkeypatch)
     assert results.failures == {}
     assert {check for block in results.blocks for check in block.checks.values()} == {"equal"}
@@ -70,17 +70,17 @@ def test_an_example_decodes_as_its_baseline(
 
 @pytest.mark.skipif(find_spec("openvino_genai") is None, reason="needs openvino-genai: tox -e openvino")
 def test_an_engine_of_others_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an engine whose tokens, steps or prompts are not those that it was asked for."""
+    """Guards against an engine whose tokens, steps or prompts differ from the requested ones."""
     results = measured("openvino_lookup", "smollm2-135m", monkeypatch)
     assert results.failures == {}
     (block,) = results.blocks
-    assert block.runs["openvino"].tokens == block.runs["openvino-lookup"].tokens  # on this text, which is not close
+    assert block.runs["openvino"].tokens == block.runs["openvino-lookup"].tokens  # this text has no near ties
     assert block.runs["openvino"].counts.steps == TOKENS
     assert block.runs["openvino-lookup"].counts.steps < TOKENS
 
 
 def test_the_preset_of_an_upgrade_is_read() -> None:
-    """Guards against a preset that fails only where there is a GPU."""
+    """Guards against a preset that fails only on a machine with a GPU."""
     folder = EXAMPLES / "vllm_upgrade"
     chosen = preset(str(folder / "server.toml"))
     chosen.check_baselines()
@@ -99,7 +99,7 @@ def test_the_workflow_of_an_upgrade_names_what_is_there() -> None:
     """Guards against a workflow that runs on no pull request."""
     folder = EXAMPLES / "vllm_upgrade"
     workflow = yaml.safe_load((folder / "workflow.yml").read_text())
-    paths = workflow[True]["pull_request"]["paths"]  # YAML takes "on" for true
+    paths = workflow[True]["pull_request"]["paths"]  # YAML reads "on" as true
     assert [path for path in paths if not (folder / path).exists()] == []
     assert f"--preset {paths[-1]}" in str(workflow["jobs"])
 
@@ -108,7 +108,7 @@ def test_every_example_has_its_preset() -> None:
     """Guards against an example that the tests leave out."""
     names = {file.stem for file in EXAMPLES.glob("*.py")}
     assert names == {"own_drafter", "candidate_generator", "compiled_generate", "openvino_lookup"}
-    names |= {"vllm"}  # tests/engines
+    names |= {"vllm"}  # tested in tests/engines
     assert names == {file.stem for file in EXAMPLES.glob("*.toml")}
     text = (EXAMPLES / "README.md").read_text()
     assert all(f"{name}.toml" in text for name in names)

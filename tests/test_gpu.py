@@ -27,8 +27,9 @@ def copied(file: Path) -> str:
 
 
 def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:
-    """Guards against minutes of a GPU that are lost because a step cannot even begin, and results that cannot be
-    blessed where they are brought to."""
+    """Guards against GPU time that is lost because a step cannot even begin, and results that cannot be blessed on
+    another machine.
+    """
     command = [sys.executable, "-m", "perf.gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
     names = ["environment", "tests", "gpu-streaming"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -57,8 +58,9 @@ def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:
 def test_a_step_that_fails_loses_nothing_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a crash, or a process that hangs, that costs what was measured before it or what comes after; and
-    against one that goes on behind it, on a GPU that others measure on."""
+    """Guards against a crashed or hanging step that loses the results of other steps, and against a process that keeps
+    running on the GPU behind later measurements.
+    """
     lock = tmp_path / "lock"
     hang = (
         f"import fcntl, signal, subprocess, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX)\n"
@@ -105,7 +107,7 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
 def test_an_interrupted_step_leaves_the_blocks_that_it_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against minutes of a GPU that nobody hears of, and steps that begin after all."""
+    """Guards against finished measurements that an interrupt loses, and later steps that still start."""
     interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(100)"
 
     def planted(device: str, tiny: bool, runs: Path, asked: list[str]) -> list[SuiteStep]:
@@ -131,8 +133,9 @@ def test_an_interrupted_step_leaves_the_blocks_that_it_finished(
 def test_what_cannot_be_begun_is_told_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against eight steps that all fail for want of a GPU or a folder, and a step that is misspelt and left
-    out."""
+    """Guards against eight failing steps because a GPU or a folder is missing, and a misspelt step that is silently
+    left out.
+    """
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, reason in (
@@ -147,16 +150,15 @@ def test_what_cannot_be_begun_is_told_in_one_sentence(
 
 
 def test_a_machine_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a step that fails for a package that its machine does not have, and against packages that are
-    fetched on a machine that measures."""
+    """Guards against a step that fails because a package is missing, and against packages that are downloaded on a
+    measuring machine.
+    """
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
     monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path))
     steps = {step.name: step for step in gpu.steps("cuda", False, tmp_path)}
     skipped = {name: step.skip for name, step in steps.items() if step.skip}
     assert skipped == {
         "quick": "smollm2-135m is not fetched yet: specdecode fetch",
-        "gpu-int8": "torchao is not installed",
-        "gpu-int8-compile": "torchao is not installed",
     }
     assert "--prompts=prose:6" in steps["quick"].arguments
     assert "--backend=graph" in steps["gpu"].arguments

@@ -1,4 +1,4 @@
-"""The shape of the package, read from its imports."""
+"""The structure of the package, read from its imports."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ ROOT = Path(specdecode.__file__).parent
 WITHOUT_TORCH = ("bench/runs", "bench/gate")
 MAY_IMPORT_TRANSFORMERS = (
     "backends/grouped_attention.py",
+    "backends/row_attention.py",
     "backends/__init__.py",
     "bench/arms/",
     "evals/",
@@ -30,7 +31,7 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
 
 def imports(file: str) -> Iterator[tuple[str, ...]]:
-    """Every module that a file imports, wherever in it, as a path of names; imported names count as modules."""
+    """Yield every module that a file imports, anywhere in it, as a path of names. Imported names count as modules."""
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
@@ -40,14 +41,14 @@ def imports(file: str) -> Iterator[tuple[str, ...]]:
 
 
 def room(file: str) -> str:
-    """The room of a file or of an imported path: the longest name in the list that it begins with."""
+    """Return the room of a file or of an imported path: the longest name in the list that it begins with."""
     path = file.removesuffix(".py")
     found = [name for name in ROOMS if path == name or path.startswith(f"{name}/")]
     return max(found, key=len, default="")
 
 
 def modules(file: str) -> Iterator[str]:
-    """The package's own modules that a file imports, as paths of files."""
+    """Yield the package's own modules that a file imports, as paths of files."""
     for path in imports(file):
         if path[0] != "specdecode":
             continue
@@ -55,16 +56,16 @@ def modules(file: str) -> Iterator[str]:
         candidates = ["/".join(inside), "/".join(inside[:-1])]
         found = [f"{name}{end}" for name in candidates if name for end in (".py", "/__init__.py")]
         known = [name for name in found if name in FILES]
-        # `from specdecode import name`: the whole package, so for what stands above all of it.
+        # `from specdecode import name` imports the whole package, so only the command line may.
         assert known or room(file) == "cli" or inside[-1] == "__version__", f"{file} imports {'.'.join(path)}"
         yield from known[:1]
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
 def test_imports_point_to_rooms_above(file: str) -> None:
-    """Guards against parts that can no longer be read, or replaced, by themselves."""
+    """Guards against parts that can no longer be read or replaced separately."""
     own = room(file)
-    if file.endswith("__init__.py") and not own:  # a folder of rooms
+    if file.endswith("__init__.py") and not own:  # the folder only holds rooms
         assert not list(modules(file))
         return
     assert own, f"{file} is in no room"
@@ -74,13 +75,13 @@ def test_imports_point_to_rooms_above(file: str) -> None:
 
 
 def test_no_module_imports_itself_on_a_detour() -> None:
-    """Guards against circles within a room."""
+    """Guards against circular imports within a room."""
     graph = {file: set(modules(file)) - {file} for file in FILES if file != "__init__.py"}
     assert tuple(TopologicalSorter(graph).static_order())
 
 
 def test_judging_needs_neither_torch_nor_scipy() -> None:
-    """Guards against seconds of loading, and gigabytes of packages, where a run file is only read and judged."""
+    """Guards against seconds of imports, and gigabytes of packages, to only read and judge a run file."""
     names = [f.removesuffix(".py").replace("/", ".") for f in FILES if room(f) in WITHOUT_TORCH and "__init__" not in f]
     imported = ", ".join(f"specdecode.{name}" for name in names)
     code = f"import sys, {imported}; sys.exit(bool({{'torch', 'scipy'}} & set(sys.modules)))"
@@ -99,7 +100,7 @@ def test_a_module_is_read_in_one_sitting(file: str) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_transformers_is_known_in_few_places(file: str) -> None:
-    """Guards against a second caller of a Hugging Face forward, with its own idea of masks and positions."""
+    """Guards against a second caller of Hugging Face forwards, with its own rules for masks and positions."""
     if any(module[0] == "transformers" for module in imports(file)):
         assert file.startswith(MAY_IMPORT_TRANSFORMERS)
 
@@ -112,12 +113,12 @@ def test_test_files_share_helpers_alone(file: Path) -> None:
 
 
 def test_its_types_are_told() -> None:
-    """Guards against annotations that no checker reads where the package is installed."""
+    """Guards against an installed package whose annotations no type checker reads."""
     assert (ROOT / "py.typed").is_file()
 
 
 def test_every_public_name_can_be_imported() -> None:
-    """Guards against a name that is promised at the top and has moved away below."""
+    """Guards against a public name at the top that no longer exists below."""
     for name in specdecode.__all__:
         assert getattr(specdecode, name).__name__ == name
     assert set(specdecode.__all__) <= set(dir(specdecode))

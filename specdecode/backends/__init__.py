@@ -1,4 +1,4 @@
-"""Backends run the forwards of a model: as transformers does, or closer to the hardware."""
+"""Backends run the forwards of a model: with transformers' own code, or closer to the hardware."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BACKENDS = ("auto", "eager", "packed", "compile", "graph")
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Describe how the forwards of one model run.
+    """The way in which the forwards of one model run.
 
     Attributes:
-        name: "eager" is transformers' own code, unchanged.
-        note: what was done to the model, or why nothing was, in words.
-        static: makes the runner of a forward over static shapes; None for a backend without static shapes.
-        chosen: by "auto", so that "eager" may replace it.
+        name: one of `BACKENDS`; "eager" is transformers' own code, unchanged.
+        note: a sentence on the changes to the model, or the reason why there are none.
+        static: builds the runner of a forward over static shapes; None for a backend without static shapes.
+        chosen: whether "auto" chose this backend, so that "eager" may replace it.
     """
 
     name: str = "eager"
@@ -38,25 +38,26 @@ class Backend:
 
 
 def check(kind: str, device: torch.device) -> None:
-    """Raise ValueError if there is no such backend, or if it needs another device. Call it before loading a model."""
+    """Raise ValueError for an unknown backend, or one that needs another device. Call it before loading a model."""
     if kind not in BACKENDS:
         raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
     if kind == "graph" and device.type != "cuda":
-        raise ValueError("the backend graph captures CUDA graphs, which need a GPU: take compile, packed or eager")
+        raise ValueError("the backend graph captures CUDA graphs, which need a GPU: use compile, packed or eager")
 
 
 def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[bool], bool] = bool) -> Backend:
     """Transform a model in place for a backend.
 
-    For all but "eager", heads that share keys attend without copying them (see `backends.grouped_attention`).
+    With every backend but "eager", heads that share keys attend without copying them (see
+    `backends.grouped_attention`).
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "graph", forwards
             captured as CUDA graphs (`backends.graph`); "compile", forwards compiled by `torch.compile`, with packed
             layers on a CPU and captured on a GPU (`backends.compiled`); or "auto", the fastest for this model and
             device that needs no long preparation: packed on a CPU that gains from it, graph on a GPU, else eager.
-        model: on its device, in its type.
-        agreed: what processes that decode together make of what each of them found by trying.
+        model: the model, on its device and in its type.
+        agreed: combines the trial results of all processes that decode together into one decision.
 
     Raises:
         ValueError: as `check`.

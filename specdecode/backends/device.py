@@ -6,6 +6,6 @@ import torch
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device's queued work."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

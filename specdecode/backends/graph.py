@@ -1,4 +1,4 @@
-"""CUDA graphs: all kernel launches of a forward are captured once, and then replayed by one launch."""
+"""CUDA graphs: the kernel launches of a forward are captured once, and then replayed by one launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @functools.cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """Return the stream of all captures on a device: libraries keep workspaces for each stream that they see."""
+    """Return the stream of all captures on a device. One stream is enough: libraries keep workspaces per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -21,9 +21,9 @@ class CudaGraphs:
     """Capture callables as CUDA graphs. The graphs share one memory pool, as they never run at the same time.
 
     Attributes:
-        count: graphs captured so far, for all models.
-        seconds: that capturing took.
-        reserved: bytes that the allocator took from the device while capturing.
+        count: number of graphs captured so far, for all models.
+        seconds: total time of these captures.
+        reserved: bytes that the allocator reserved on the device during these captures.
     """
 
     count: ClassVar[int] = 0
@@ -34,9 +34,9 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-        """Wrap a callable so that it replays on the current contents of the same tensors. It is run twice first."""
+        """Wrap a callable so that it replays on the current contents of the same tensors. It first runs twice."""
         started, before = time.perf_counter(), torch.cuda.memory_reserved()
-        # What libraries set up at their first call on a stream must not be captured, so both use the same one.
+        # Libraries set up at their first call on a stream, which must not be captured. So these runs use its stream.
         side_stream = _side_stream(torch.cuda.current_device())
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
@@ -44,7 +44,7 @@ class CudaGraphs:
                 action()
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        # The outer context: a capture that fails leaves its own stream current (torch 2.11).
+        # The outer context restores the current stream: a capture that fails leaves its own one current (torch 2.11).
         capture = torch.cuda.graph(graph, pool=self._pool, stream=side_stream)
         with torch.cuda.stream(torch.cuda.current_stream()), capture:
             result = action()

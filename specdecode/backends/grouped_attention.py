@@ -1,4 +1,4 @@
-"""Grouped-query attention of several rows without copying the keys and values that heads share."""
+"""Grouped-query attention over several rows, without copies of the keys and values that heads share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED = "grouped_sdpa"
-"""The name of `attend` among transformers' attention functions."""
+"""The name under which transformers knows `attend` as an attention function."""
 
 
 def group(model: PreTrainedModel) -> None:
-    """Make a model whose heads share keys and values attend by `attend`. Its configuration becomes a copy.
+    """Switch a model whose heads share keys and values to `attend`. The model gets its own copy of its configuration.
 
-    transformers repeats all keys and values for each head of a group if more than one row is masked. That is the case
-    when a draft is verified, so it copies the cache in every step.
+    transformers repeats all keys and values for each head of a group if more than one row is masked. Verifying a draft
+    masks several rows, so transformers would copy the cache in every step.
     """
     config = model.config.get_text_config(decoder=True)
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
@@ -33,7 +33,7 @@ def group(model: PreTrainedModel) -> None:
 
 
 def own_config(model: PreTrainedModel) -> PretrainedConfig:
-    """Give a model and all its modules a copy of its configuration, so that no other model changes with it."""
+    """Give a model and its modules their own copy of the configuration, so that changes reach no other model."""
     shared, copied = model.config, copy.deepcopy(model.config)
     text = copied.get_text_config(decoder=True)
     for module in model.modules():
@@ -50,10 +50,10 @@ def attend(
     attention_mask: Shaped[Tensor, "batch _ n length"] | None,
     **others: Any,
 ) -> tuple[Float[Tensor, "batch n heads width"], None]:
-    """Attend as transformers' SDPA does, with the query heads of a group as further rows of their shared key head.
+    """Attend like transformers' SDPA, with the query heads of a group as further rows of their shared key head.
 
     Returns:
-        The attended values, and no attention weights.
+        The attended values, and None in place of attention weights.
     """
     groups = query.shape[1] // key.shape[1]
     plain = attention_mask is None or attention_mask.shape[1] > 1 or others.get("position_bias") is not None

@@ -1,9 +1,9 @@
 """Packed linear layers: weights laid out for few rows on a CPU.
 
-PyTorch's `F.linear` passes float32 weights to the matrix library as they lie in memory. The library then lays them out
-again in every call with more than a row or two, so eight rows cost twice as much as one: that loses what speculation
-saves. oneMKL's packed matrices are laid out once (`cblas_sgemm_pack`, `cblas_sgemm_compute`; TorchInductor's freezing
-uses the same operators). One row is slightly dearer than before: its time is that of reading the weights, and plain
+PyTorch's `F.linear` passes float32 weights to the matrix library as they lie in memory. In every call with more than a
+row or two, the library then changes their layout again. So eight rows cost twice as much as one, which cancels the gain
+of speculation. oneMKL's packed matrices are laid out once (`cblas_sgemm_pack`, `cblas_sgemm_compute`; TorchInductor's
+freezing uses the same operators). One row becomes slightly slower: its time is the time to read the weights, and plain
 weights are read as fast.
 """
 
@@ -19,15 +19,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Rows that the layout is optimised for, a middling draft. It serves any number.
+# Rows for which the layout is optimised: a draft of medium length. Any number of rows can use it.
 _LAYOUT_ROWS = 16
-# The layout must be this much faster than the plain layers over so many rows to be worth its time and memory.
+# Over this many rows, packed layers must be faster by this factor to be worth the time and memory of packing.
 _TRIAL_ROWS, _LEAST_SPEEDUP = 8, 1.1
-# Bytes of weights of each shape that are tried: more than caches near a core hold, since decoding reads all weights
+# Bytes of weights of each shape in the trial. They exceed the caches near a core, because decoding reads all weights
 # from memory.
 _TRIAL_BYTES = 2**26
 
-# Layouts by weight: a model, subsets of its layers and other models of the same weights share them.
+# Layouts by weight. A model, subsets of its layers and other models with the same weights share them.
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -37,7 +37,7 @@ _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
     schema="(Tensor inputs, Tensor packed, Tensor weight, Tensor? bias) -> Tensor",
 )
 def _linear(inputs: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply in a form for the compiler: to oneMKL's own operator the number of rows is a constant."""
+    """Multiply, in a form for the compiler: for oneMKL's own operator the number of rows must be a constant."""
     output: Tensor = torch.ops.mkl._mkl_linear(inputs, packed, weight, bias, inputs.numel() // inputs.shape[-1])
     return output
 
@@ -48,10 +48,10 @@ def _(inputs: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 class PackedLinear(nn.Module):
-    """Hold a linear layer's weight in oneMKL's layout only.
+    """A linear layer that holds its weight in oneMKL's layout only.
 
     Args:
-        linear: with float32 weights on a CPU.
+        linear: the layer to pack, with float32 weights on a CPU.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -64,14 +64,13 @@ class PackedLinear(nn.Module):
                 reorder = torch.ops.mkl._mkl_reorder_linear_weight
                 _layouts[linear.weight] = reorder(linear.weight.detach().contiguous(), _LAYOUT_ROWS)
         self.packed: Tensor = _layouts[linear.weight]
-        # The operator reads only the shape of the original weight, as long as it is told that the layout is for the
-        # number of rows of its input.
+        # The operator reads only the shape of the original weight, if its last argument equals the rows of its input.
         self._shape = torch.empty(()).expand(self.out_features, self.in_features)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the layout that a product reads, as many as the weight has. (The library reserves up to four times
-        as many, but never touches the rest, so no memory is used for it.)"""
+        """Bytes of the layout that a product reads: the size of the weight. (The library reserves up to four times as
+        many bytes, but never touches the rest, so they occupy no memory.)"""
         return 4 * self.in_features * self.out_features
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
@@ -94,16 +93,16 @@ def unsupported_reason(model: nn.Module) -> str | None:
 
 
 def pack(model: nn.Module) -> tuple[int, int]:
-    """Replace all plain linear layers by packed ones.
+    """Replace all plain linear layers by packed layers.
 
     An output head that is tied to the embedding is packed too; the embedding stays beside it.
 
     Returns:
-        The number of packed layers, and the number of other matrices that stay as they are, apart from embeddings:
-        those of another type, or of another class.
+        The number of packed layers, and the number of unchanged matrices: those of another type or class, without
+        embeddings.
     """
     packed = left = 0
-    # Weights are released as soon as they are packed.
+    # Each weight is released as soon as it is packed.
     for module in [module for module in model.modules() if not _packable(module)]:
         for name, child in list(module.named_children()):
             if _packable(child):
@@ -116,8 +115,8 @@ def pack(model: nn.Module) -> tuple[int, int]:
 
 
 def is_worth_it(model: nn.Module) -> bool:
-    """Return whether packed layers are faster over eight rows by a tenth. It is tried with some layers of each shape,
-    in a moment: an output head gains another share than the layers below it, and may be a fifth of the model."""
+    """Return whether packed layers are faster over eight rows by a tenth. The short trial times some layers of each
+    shape: an output head may be a fifth of the model, and gains another share than the layers below it."""
     bytes_of: dict[tuple[int, int], int] = {}
     tried: dict[tuple[int, int], list[nn.Linear]] = {}
     for module in model.modules():
@@ -143,8 +142,8 @@ def is_worth_it(model: nn.Module) -> bool:
 
 @torch.inference_mode()
 def _seconds(*ways: Sequence[Callable[[], object]]) -> list[float]:
-    """Return the least time of a few for each way, all its actions together: other work on the machine only adds time.
-    The ways take turns, so that a busy moment slows all of them."""
+    """Return the least of several total times for each list of actions: other work on the machine only adds time. The
+    lists take turns, so that a busy moment slows all of them."""
     least = [math.inf] * len(ways)
     for _ in range(7):
         for way, actions in enumerate(ways):
@@ -156,7 +155,7 @@ def _seconds(*ways: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def _packable(module: nn.Module) -> bool:
-    # Subclasses of linear layers and of tensors may use the weight in other ways than the operator.
+    # Subclasses of linear layers and of tensors may use the weight differently from the operator.
     if type(module) is not nn.Linear:
         return False
     weight = module.weight

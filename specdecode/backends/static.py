@@ -1,8 +1,8 @@
-"""Forwards over static shapes, so that each is captured or compiled only once.
+"""Forwards over static shapes, so that each shape is captured or compiled only once.
 
-In decoding, the rows of a forward and the slots that it attends to vary. Here both are rounded up to one of a few
-sizes. Tensors hold where keys are written and which slots a row attends to. So the same shapes occur again and again.
-The same addresses do too, as long as the slots keep their storage.
+In decoding, the number of rows of a forward and the number of slots that it attends to vary. Here both are rounded up
+to one of a few sizes. Tensors hold the places where keys are written, and the slots that each row attends to. So the
+same shapes recur. The same addresses recur too, as long as the slots keep their storage.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor
 from specdecode.core.slots import Slots, Storage
 from specdecode.core.transfer import moved, write
 
-# Rows of a forward: a token, drafts of usual lengths, and the largest tree with its root and what an accepted chain
-# leaves to read. Wider forwards, which read prompts, are no static ones.
+# Rows of a forward: one token, drafts of usual lengths, and the largest tree with its root and the tokens of an
+# accepted chain that are still to be read. Wider forwards read prompts, and are not static.
 WIDTHS = (1, 2, 4, 8, 16, 32, 48, 72)
-# Slots that a forward attends to are rounded up to a multiple of this, and by a quarter at most.
+# The number of slots that a forward attends to is rounded up to a multiple of this, and by a quarter at most.
 _SPAN_MULTIPLE = 256
-# A storage has at least so many slots: one that grows is captured anew.
+# Least slots of a storage: a growing storage needs new captures.
 _LEAST_SLOTS = 1024
-# Unused storages that are kept for new slots.
+# Number of unused storages that are kept for new slots.
 _IDLE_STORAGES = 4
-# Cached graphs for one storage: each of them takes memory.
+# Most cached graphs of one storage: each occupies memory.
 _GRAPHS_PER_STORAGE = 64
 
 
 class StaticCacheView:
-    """Give a static forward its view of the slots, with the methods that a transformers model calls on its cache.
+    """A static forward's view of the slots, with the methods that a transformers model calls on its cache.
 
     Args:
-        keys: of all slots, by layer.
-        values: likewise.
+        keys: the keys of all slots, by layer.
+        values: the values of all slots, by layer.
         places: the slots to write.
         span: number of slots to attend to, from the first on.
     """
@@ -55,28 +55,28 @@ class StaticCacheView:
         self._places, self._span = places, span
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one layer's keys and values, and return those of all slots to attend to."""
+        """Write keys and values of one layer, and return its keys and values of all slots to attend to."""
         layer_keys, layer_values = self._keys[layer], self._values[layer]
         layer_keys.index_copy_(2, self._places, keys)
         layer_values.index_copy_(2, self._places, values)
         return layer_keys[:, :, : self._span], layer_values[:, :, : self._span]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Return 0: a number would be captured, and be right in one step only. Models that need it fail the probe."""
+        """Return 0: a captured length would be right in one step only. Models that need the length fail the probe."""
         return 0
 
 
 @dataclass(frozen=True, slots=True)
 class StaticInputs:
-    """Hold what changes from one static forward to the next, padded at the end to W rows and S slots.
+    """The inputs that change from one static forward to the next, padded at the end to W rows and S slots.
 
     Attributes:
         tokens: [W] token ids.
-        positions: [W] of the tokens.
-        start: slot of the first token; the others follow.
-        first: first slot that some row does not attend to; all rows attend to those before it.
-        visible: [W, S] which of the slots from `first` on each row attends to.
-        states: [W, F] that a draft head reads beside the tokens; None for a language model.
+        positions: [W] positions of the tokens.
+        start: slot of the first token; the other tokens take the slots after it.
+        first: first slot that some row does not attend to; all rows attend to all slots before it.
+        visible: [W, S] whether row i attends to slot `first` + j.
+        states: [W, F] hidden states that a draft head reads beside the tokens; None for a language model.
     """
 
     tokens: Int[Tensor, " W"]
@@ -91,20 +91,20 @@ StaticForward = Callable[
     [StaticInputs, Int[Tensor, " span"], Mapping[int, Tensor], Mapping[int, Tensor]], tuple[Tensor, ...]
 ]
 """A forward over static shapes. Arguments: its inputs, the positions of the slots that it attends to, and the keys and
-values of each layer, which it writes. Returns tensors of its W rows; a language model's first one are its logits."""
+values of each layer, which it writes. Returns tensors of W rows; the first tensor of a language model is its logits."""
 
 Capture = Callable[[Callable[[], tuple[Tensor, ...]]], Callable[[], tuple[Tensor, ...]]]
-"""Wraps a callable so that it replays on the current contents of the same tensors. To capture it, the callable may be
-run, so the tensors must have meaningful contents. The results are valid until the next replay."""
+"""A function that wraps a callable so that it replays on the current contents of the same tensors. Capturing may run
+the callable, so the tensors must have meaningful contents. The results are valid until the next replay."""
 
 
 class StaticRunner:
     """Run the forwards of one model over static shapes.
 
     Args:
-        forward: over static shapes.
-        capture: captures each shape once, with input buffers for it. None runs every forward directly, over shapes
-            that are not rounded.
+        forward: the forward over static shapes.
+        capture: captures each shape once, with its own input buffers. None runs every forward directly, without
+            rounding its shape.
     """
 
     def __init__(self, forward: StaticForward, capture: Capture | None = None) -> None:
@@ -117,8 +117,8 @@ class StaticRunner:
         )
 
     def new_slots(self, capacity: int, device: torch.device) -> Slots:
-        """Return slots of at least this capacity, in an idle storage if there is one: its graphs serve again."""
-        # The largest, as most shapes were captured for it: what a forward attends to does not depend on its size.
+        """Return slots of at least this capacity, in an idle storage if there is one, so that its graphs are reused."""
+        # The largest idle storage has the most captured shapes: its size does not change the span of a forward.
         storage = self._idle[0] if self._idle else None
         if storage is None or len(storage.positions) < capacity:
             storage = Storage.empty(_span(max(capacity, _LEAST_SLOTS) + WIDTHS[-1]), device)
@@ -131,16 +131,16 @@ class StaticRunner:
 
     def _put_back(self, storage: Storage) -> None:
         if not storage.shared:
-            # In one order, whichever came back first: so the next text finds them as this one did.
+            # A fixed order, whichever storage came back first: so the next text gets the same storages as this one.
             idle = sorted([*self._idle, storage], key=lambda idle: (-len(idle.positions), idle.number))
             self._idle = idle[:_IDLE_STORAGES]
 
     def span(self, slots: Slots) -> int:
-        """Return how many of these slots a forward attends to."""
+        """Return the number of these slots that a forward attends to."""
         return slots.length if self._capture is None else min(_span(slots.length), slots.capacity)
 
     def takes(self, slots: Slots, rows: int) -> bool:
-        """Return whether the forward of the last `rows` slots, already taken, can be a static one."""
+        """Return whether the forward of the last `rows` slots, which are already taken, can be static."""
         start = slots.length - rows
         return rows <= WIDTHS[-1] and bool(slots.storage.keys) and start + self._width(rows) <= slots.capacity
 
@@ -155,11 +155,11 @@ class StaticRunner:
         """Run the forward of the tokens that take the last n slots.
 
         Args:
-            slots: with the last n already taken.
-            tokens: on any device, as the other tensors.
-            positions: of the tokens.
-            visible: row i marks which of the last s slots token i attends to; it attends to all slots before those.
-            states: that a draft head reads beside the tokens.
+            slots: slots of the sequence, with the last n already taken.
+            tokens: token ids. All tensors may be on any device.
+            positions: positions of the tokens.
+            visible: row i marks the slots among the last s that token i attends to; it attends to all slots before.
+            states: hidden states that a draft head reads beside the tokens.
 
         Returns:
             The forward's outputs for the n tokens.
@@ -189,8 +189,8 @@ class StaticRunner:
 
         Args:
             slots, tokens, positions, visible, states: see `run`.
-            forward: to capture; by default the runner's.
-            ahead: slots that are taken already behind those of the tokens. The forward writes them itself.
+            forward: the forward to capture; by default the runner's.
+            ahead: number of slots already taken behind those of the tokens. The forward writes them itself.
             kind: distinguishes forwards of the same shape.
 
         Returns:
@@ -208,16 +208,17 @@ class StaticRunner:
         """Return whether a greedy chain can be captured as one graph.
 
         Args:
-            slots: of the sequence.
-            rows: of the first forward, which are not in the slots yet.
-            count: of the forwards after it, each over the choice of the one before.
+            slots: slots of the sequence.
+            rows: rows of the first forward, which are not in the slots yet.
+            count: number of forwards after it, each over the token that the forward before chose.
         """
         if self._capture is None or rows > WIDTHS[-1] or not slots.storage.keys:
             return False
         return slots.length + max(self._width(rows), rows + count) <= slots.capacity
 
     def chain(self, slots: Slots, token: Int[Tensor, " 1"], count: int, vocab_size: int) -> Int[Tensor, " count"]:
-        """Read a token and then the model's own choices below `vocab_size`; return them. The last is not read."""
+        """Read a token, then the model's own greedy choices below `vocab_size`. Return the choices; the last of them
+        is not read."""
         assert self._capture is not None
         start = slots.length
         slots.append(torch.arange(start, start + count))
@@ -255,15 +256,15 @@ class StaticRunner:
         states: Tensor | None,
         *kind: int,
     ) -> _CachedGraph:
-        """Return the cached graph of a forward for a captured shape and storage; a new one is captured when first run.
+        """Return the cached graph of a forward for a shape and a storage. A new graph is captured at its first run.
 
         Args:
-            slots: that the forward reads and writes.
+            slots: the slots that the forward reads and writes.
             width: rows of the forward.
-            across: slots that the rows see in part.
-            forward: to capture.
-            capture: captures it.
-            states: of the width and type that the forward reads.
+            across: number of slots that only some rows attend to.
+            forward: the forward to capture.
+            capture: captures the forward.
+            states: states of the width and type that the forward reads.
             kind: distinguishes forwards of the same shape.
         """
         storage = slots.storage
@@ -275,7 +276,7 @@ class StaticRunner:
                 del graphs[stale]
             if len(graphs) >= _GRAPHS_PER_STORAGE:
                 graphs.pop(next(iter(graphs)))
-            # The graph refers to the tensors and not to the storage, which it would otherwise keep alive.
+            # The graph refers to the tensors: a reference to the storage would keep it alive.
             tensors = (storage.positions[:span], storage.keys, storage.values)
             buffer = None if states is None else states.new_zeros(width, states.shape[1], device=slots.device)
             graphs[key] = _CachedGraph(
@@ -291,17 +292,17 @@ class StaticRunner:
 
 
 class _CachedGraph:
-    """Hold the captured graph of a forward, with its input buffers.
+    """The captured graph of a forward, with its input buffers.
 
-    What the host knows of the inputs is written to memory of the host, and copied to the device at once.
+    The inputs that come from the host are collected in host memory, and copied to the device together.
 
     Args:
         width: rows of the forward.
-        across: slots that the rows see in part.
-        device: of the buffers.
+        across: number of slots that only some rows attend to.
+        device: device of the buffers.
         states: buffer of the states that a draft head reads; None for a language model.
-        forward: over the buffers.
-        capture: captures it.
+        forward: the forward over the buffers.
+        capture: captures the forward.
     """
 
     def __init__(
@@ -341,9 +342,9 @@ class _CachedGraph:
         host.first.fill_(first)
         host.visible.zero_()
         host.visible[:count, :recent] = visible
-        # Padding must attend to a slot within every window: attention to none is NaN, and so are the keys written.
+        # Padding rows must attend to a slot within every window: without one, their attention and their keys are NaN.
         host.visible[count:, 0] = True
-        # The copy has left the host's memory when it returns, as that is not pinned: the next may be written there.
+        # The host memory is not pinned, so the copy has read all of it on return. Later inputs may overwrite it.
         write(self._on_device, self._on_host)
         write(self._tokens[:count], tokens)
         if self._states is not None and states is not None:
@@ -352,7 +353,7 @@ class _CachedGraph:
     def run(self) -> tuple[Tensor, ...]:
         """Return the outputs for the current contents of the buffers. They are valid until the next run."""
         if self._replay is None:
-            # Captured only now, with meaningful inputs: capturing writes keys and values.
+            # Capturing writes keys and values, so it waits until the inputs are meaningful.
             self._replay = self._capture(self._forward)
         return self._replay()
 
@@ -360,7 +361,7 @@ class _CachedGraph:
 def _inputs_in(
     buffer: UInt8[Tensor, " bytes"], tokens: Int[Tensor, " W"], across: int, states: Float[Tensor, "W F"] | None
 ) -> StaticInputs:
-    """Return the inputs that lie in a buffer, and the tokens, which may come from a draft on the device."""
+    """Return the inputs that lie in a buffer, with the tokens, which may come from a draft on the device."""
     width = len(tokens)
     numbers, visible = buffer[: 8 * (width + 2)].view(torch.long), buffer[8 * (width + 2) :].view(torch.bool)
     return StaticInputs(
@@ -380,7 +381,7 @@ def _span(length: int) -> int:
 
 
 def visible_slots(inputs: StaticInputs, span: int) -> Bool[Tensor, "W span"]:
-    """Return which of the first `span` slots each row attends to."""
+    """Return, for each row, a mask of the first `span` slots that it attends to."""
     recent = torch.arange(span, device=inputs.first.device) - inputs.first
     across = inputs.visible.shape[1]
     within = (recent >= 0) & (recent < across)

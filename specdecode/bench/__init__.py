@@ -1,1 +1,1 @@
-"""Speed as a regression test: ways to decode, measured in pairs."""
+"""Speed as a regression test: arms, which are ways to decode, measured against a baseline and gated."""

@@ -1,4 +1,4 @@
-"""Add the suites' options to pytest, and read them: from the command line, then from `[tool.specdecode]`."""
+"""The suites' options of pytest, read from the command line and from `[tool.specdecode]`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import pytest
 from specdecode.bench.options import Options
 
 PREFIX = "specdecode-"
-"""Begins the second name of each option, which no other plugin takes."""
+"""Prefix of each option's second name, which no other plugin uses."""
 
 _DEFAULTS = Options(root=Path())
 
 
 def share(text: str) -> float:
-    """Take a share, as 0.05 or as 5%.
+    """Parse a share, written as 0.05 or as 5%.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a share.
     """
     number, percent = text.removesuffix("%"), text.endswith("%")
     value = float(number) / (100 if percent else 1)
     if not 0 < value < 1:
-        raise ValueError(f"{text} is no share above 0 and below 1")
+        raise ValueError(f"{text} is not a share above 0 and below 1")
     return value
 
 
@@ -35,10 +35,10 @@ class _Option:
     """One option of pytest.
 
     Attributes:
-        name: without the dashes, as `Options` has it.
-        help: what it does; the default in brackets.
-        kind: what a value is, or what takes it from text; bool for a flag.
-        choices: the values that there are, if they are few.
+        name: name of the field in `Options`, without dashes.
+        help: help text, with the default in brackets.
+        kind: type of the value, or its parser; bool for a flag.
+        choices: the allowed values; None for any.
     """
 
     name: str
@@ -55,13 +55,13 @@ _OPTIONS = (
     _Option("benchmark", "measure speed: run the speed suite", bool),
     _Option("quality", "measure quality: run the quality suite", bool),
     _Option("preset", f"arms, prompts and lengths: a name or a .toml file [{_DEFAULTS.preset}]"),
-    _Option("target", f"target model, as specdecode.load takes it [{_DEFAULTS.target}]"),
-    _Option("draft", "draft model; 'layers:0-9,29' takes these layers of the target [a subset of them]"),
+    _Option("target", f"target model, a name or folder for specdecode.load [{_DEFAULTS.target}]"),
+    _Option("draft", "draft model; 'layers:0-9,29' uses these layers of the target [a subset of them]"),
     _Option("device", "cpu, cuda, cuda:1 ... [the first GPU, else the CPU]"),
     _Option("dtype", "float32, float16, bfloat16 [float32 on a CPU, float16 on a GPU]"),
     _Option(
         "backend",
-        f"how our forwards run: eager, packed, compile, graph or auto, the fastest here [{_DEFAULTS.backend}]",
+        f"backend of our arms: eager, packed, compile, graph or auto, the fastest here [{_DEFAULTS.backend}]",
     ),
     _Option(
         "tp",
@@ -74,39 +74,39 @@ _OPTIONS = (
         "data sets as NAME[/CATEGORY][@TOKENS][:COUNT]: humaneval:4,spec-bench:13,spec-bench/qa:2,prose@20:all"
         " [as the preset says]",
     ),
-    _Option("eos", "end outputs at the target's stop tokens [off: every output has the asked length]", bool),
-    _Option("tiny", "rehearse the preset in seconds: the smallest models, texts and caches", bool),
+    _Option("eos", "end outputs at the target's stop tokens [off: every output has the full length]", bool),
+    _Option("tiny", "rehearse the preset in seconds, with the smallest models, texts and caches", bool),
     _Option("repeats", "blocks for each prompt [as the preset says]", int),
     _Option(
         "until",
-        "measure further repeats, of the arms alone whose verdicts are open, until the gate would see a slowdown of"
-        " SHARE, 5%% or 0.05 [off: the number of repeats is fixed]",
+        "measure further repeats of the arms with open verdicts, until the gate would detect a slowdown of SHARE, 5%%"
+        " or 0.05 [off: the number of repeats is fixed]",
         share,
     ),
-    _Option("budget_minutes", "with --until: begin no further prompt after so many minutes [30]", float),
+    _Option("budget_minutes", "with --until: minutes after which no further prompt is begun [30]", float),
     _Option(
         "again",
-        "the most time to spend on measuring again what other work disturbed, as a share of the rest; 0 for none"
-        f" [{_DEFAULTS.again:g}]",
+        f"the most time for measuring disturbed runs again, as a share of the rest; 0 for none [{_DEFAULTS.again:g}]",
         float,
     ),
-    _Option("resume", "go on with the blocks that an interrupted run finished", bool),
+    _Option("resume", "continue an interrupted run from its finished blocks", bool),
     _Option(
         "gate",
-        f"fail on REGRESSED and MISSING, on nothing, or on all but PASS and IMPROVED [{_DEFAULTS.gate}]",
+        "on: fail on REGRESSED and MISSING; off: never fail; strict: fail on all but PASS and IMPROVED"
+        f" [{_DEFAULTS.gate}]",
         choices=("on", "off", "strict"),
     ),
     _Option("tolerance", "share by which a time may be worse [0.05; 0.02 with --against]", float),
     _Option("baselines", "folder of the baselines [baselines]"),
     _Option("baseline", "run file to judge by [the one for this hardware in the folder of the baselines]"),
-    _Option("against", "measure the working tree and this commit side by side, and judge by that"),
+    _Option("against", "measure the working tree and this commit side by side, and judge by the commit"),
 )
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Add each option by its prefixed name, and by its short name unless another plugin has that.
+    """Add each option by its prefixed name, and by its short name unless another plugin uses it.
 
-    Call it when the other plugins have added theirs.
+    Call this after the other plugins have added their options.
     """
     group = parser.getgroup("specdecode")
     free = _free_flags(parser, [option.flag for option in _OPTIONS])
@@ -119,10 +119,10 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def _free_flags(parser: pytest.Parser, flags: Sequence[str]) -> set[str]:
-    """Return the flags that no plugin has taken."""
+    """Return the flags that no plugin uses."""
 
     def unknown(*some: str) -> set[str]:
-        """Return which of these flags the parser does not know; none if it refuses the value of a known one."""
+        """Return the flags that the parser does not know; none if it rejects the value of a known flag."""
         try:
             _, rest = parser.parse_known_and_unknown_args([f"--{flag}=" for flag in some])
         except (pytest.UsageError, SystemExit):
@@ -130,22 +130,22 @@ def _free_flags(parser: pytest.Parser, flags: Sequence[str]) -> set[str]:
         return {argument.strip("-=") for argument in rest}
 
     free = unknown(*flags)
-    # Mostly all are free. Otherwise each is asked for, as one that is refused hides the others.
+    # Usually all flags are free. Otherwise each flag is tested alone, because one rejected flag hides the others.
     return free if len(free) == len(flags) else {flag for flag in flags if unknown(flag)}
 
 
 def value_of(config: pytest.Config, name: str) -> Any:
-    """Return an option's value on the command line; None if it is not there."""
+    """Return an option's value on the command line; None if the option is not given."""
     return config.getoption(_dest(name), None)
 
 
 def options_of(config: pytest.Config) -> Options:
-    """Resolve the options: the command line comes first, then the repository's settings, then the defaults.
+    """Return the options: from the command line first, then from the repository's settings, then the defaults.
 
     Raises:
         ValueError: a setting of the repository is wrong.
     """
-    from specdecode.bench.gate.project import read_project  # numpy takes longer than all else of this plugin
+    from specdecode.bench.gate.project import read_project  # imports numpy, which would slow down every pytest session
 
     root = root_of(config)
     project = read_project(root)
@@ -155,9 +155,10 @@ def options_of(config: pytest.Config) -> Options:
 
 
 def root_of(config: pytest.Config) -> Path:
-    """Return the folder of the repository: pytest's own, if a file or an option of pytest says where that is.
+    """Return the folder of the repository: pytest's rootdir if a configuration file or `--rootdir` sets it.
 
-    Otherwise pytest infers it from the paths on the command line, and counts the model's folder in "--target FOLDER".
+    Otherwise return the current folder. Pytest would infer its rootdir from the paths on the command line, including a
+    model's folder in "--target FOLDER".
     """
     told = config.inipath is not None or config.getoption("rootdir", None) is not None
     return config.rootpath if told else config.invocation_params.dir

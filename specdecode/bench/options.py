@@ -10,12 +10,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What `pytest --help` lists; None where the preset or the hardware decides.
+    """Values of the options in `pytest --help`. None leaves the choice to the preset or the hardware.
 
     Attributes:
-        root: folder of the repository, with `results/` in it.
-        baselines: folder of the baselines; below `root` if it is relative.
-        tolerances: share by which the time of an arm may be worse, where it differs from `tolerance`.
+        root: folder of the repository; `results/` is in it.
+        baselines: folder of the baselines; a relative path is relative to `root`.
+        tolerances: tolerances of single arms, by name, in place of `tolerance`.
     """
 
     root: Path
@@ -44,10 +44,10 @@ class Options:
 
 
 def again_of(options: Options) -> float:
-    """Return the most time that is spent on measuring again, as a share of the rest.
+    """Return the most time for measuring disturbed runs again, as a share of the rest.
 
     Raises:
-        ValueError: it is negative, or no number.
+        ValueError: the value is negative, infinite or not a number.
     """
     if not 0.0 <= options.again < math.inf:
         raise ValueError(f"again is {options.again}: it is a share of the time, 0 or more")

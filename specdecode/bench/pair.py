@@ -1,4 +1,4 @@
-"""The fixture `paired`: two functions of any project compared in a test, and gated with `--benchmark`."""
+"""The fixture `paired`: a test compares two functions of any project, and gates their speed with `--benchmark`."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from specdecode.support.progress import progress
 from specdecode.support.worktree import worktree
 
 _LONG_S = 20.0
-"""What takes longer shows its progress."""
+"""Seconds from which a measurement shows its progress."""
 
 _JUDGEMENTS: pytest.StashKey[list[Judgement]] = pytest.StashKey()
 _OTHER: pytest.StashKey[Path] = pytest.StashKey()
 
 
 def judged_pairs(config: pytest.Config) -> list[Judgement]:
-    """Return the verdicts of this session, in order."""
+    """Return the judgements of this session, in order."""
     return config.stash.setdefault(_JUDGEMENTS, [])
 
 
 class Pair:
-    """Compare a new function with an old one, once a test.
+    """A comparison of a new function with an old one. Each test can call it once.
 
     Args:
-        request: of the test.
-        timed: time them and judge; otherwise their values alone are compared.
+        request: request of the test.
+        timed: whether to time and judge the functions. Otherwise only their values are compared.
     """
 
     def __init__(self, request: pytest.FixtureRequest, timed: bool) -> None:
@@ -63,30 +63,31 @@ class Pair:
         counters: Callable[[Any], Mapping[str, float]] = lambda value: {},
         seconds: float = SECONDS,
     ) -> Paired | None:
-        """Check that both functions return the same. With `--benchmark`, time them in turns and judge.
+        """Check that both functions return equal values. With `--benchmark`, time them in turns and judge.
 
-        With `--against REF` the old function is the new one of this test in that commit.
+        With `--benchmark --against REF` the old function is the `new` of this test in commit REF.
 
         Args:
             new: the function whose speed is judged.
             old: the function that it is compared with.
-            equal: takes both values, and returns whether they are the same.
-            counters: takes a value, and returns by name what does not depend on the clock; less is better.
-            seconds: to time both for.
+            equal: called with both values; returns whether they are equal.
+            counters: called with a function's value; returns counts by name that do not depend on the clock. Lower is
+                better.
+            seconds: time for measuring both functions.
 
         Returns:
-            What was measured; None if nothing was.
+            The measurements; None if nothing was timed.
         """
-        __tracebackhide__ = True  # of an exception in the test's functions
+        __tracebackhide__ = True  # a traceback of the test's functions need not show this frame
         if self._called:
-            pytest.fail("paired was called before in this test: make it two tests", pytrace=False)
+            pytest.fail("paired was already called in this test: split the test in two", pytrace=False)
         self._called = True
         started = time.perf_counter()
         ours = _called("the new function", new, counters)
         if CHANNEL in os.environ:
             answer(ours)
             return None
-        # An interval needs so many calls of both, however long they take.
+        # The least number of blocks, which an interval needs, may take longer than the given seconds.
         total_s = max(seconds, 4 * LEAST_BLOCKS * (time.perf_counter() - started))
         options = options_of(self._request.config)
         if self._timed and options.against is not None:
@@ -111,7 +112,7 @@ class Pair:
         return str(self._request.node.name)
 
     def _other_version(self, root: Path, ref: str) -> OtherVersion:
-        """Start this test in another commit. Its files stay until the session ends."""
+        """Start this test in another commit. The commit's files stay until the session ends."""
         config = self._request.config
         if _OTHER not in config.stash:
             files = ExitStack()
@@ -124,7 +125,7 @@ class Pair:
         return OtherVersion(ref, config.stash[_OTHER], root, self._request.node.nodeid, in_one_process)
 
     def _measure(self, new: Side, old: Side, seconds: float, total_s: float) -> Paired:
-        """Time both; show the progress of what takes long."""
+        """Time both functions, and show the progress of a long measurement."""
         again = again_of(options_of(self._request.config))
         if total_s < _LONG_S:
             return measure_paired(self._name, new, old, seconds, again=again)
@@ -135,7 +136,7 @@ class Pair:
             return measure_paired(self._name, new, old, seconds, progress=show, again=again)
 
     def _judge(self, paired: Paired, options: Options) -> None:
-        """Show what was measured in pytest-benchmark's table and file, and fail on a failing verdict."""
+        """Add the measurements to pytest-benchmark's table and file, and fail the test on a failing verdict."""
         tolerance = options.tolerances.get(self._name, tolerance_of(options.tolerance, AGAINST_TOLERANCE))
         judgements = paired.judge(tolerance)
         judged_pairs(self._request.config).extend(judgements)
@@ -148,10 +149,10 @@ class Pair:
             pytest.fail("\n".join(lines), pytrace=False)
 
     def _replay(self, paired: Paired, judgements: Sequence[Judgement]) -> None:
-        """Make two rows of pytest-benchmark's table, in a group of their own; the new function's has all measures."""
+        """Add two rows to pytest-benchmark's table, in their own group. The new function's row has all measures."""
         self._request.node.add_marker(pytest.mark.benchmark(timer=clock, group=self._name))
         benchmark = self._request.getfixturevalue("benchmark")
-        old = copy.copy(benchmark)  # as a test has but one
+        old = copy.copy(benchmark)  # a test has only one fixture, and two rows need two
         old.extra_info = {}
         benchmark.extra_info.update(_measures(paired), **{f"{j.gate}_verdict": j.verdict.value for j in judgements})
         for row, side, times in ((benchmark, "new", paired.new_s), (old, "old", paired.old_s)):
@@ -160,24 +161,24 @@ class Pair:
 
 
 def _called(name: str, function: Callable[[], Any], counters: Callable[[Any], Mapping[str, float]]) -> Side:
-    """Call a function once: what it returns, counts of that, and what times it."""
+    """Call a function once, and return its side of the comparison: value, counters and timer."""
     __tracebackhide__ = True
     value = function()
     counted = counters(value)
     if not isinstance(counted, Mapping):
-        pytest.fail(f"counters returns {shown(counted)}: it is to return numbers by name", pytrace=False)
+        pytest.fail(f"counters returns {shown(counted)}: it must return numbers by name", pytrace=False)
     for counter, number in counted.items():
         try:
             usable = math.isfinite(number)
         except (TypeError, ValueError):
             usable = False
         if not usable:
-            pytest.fail(f"counter {counter!r} is {shown(number)}, which is no finite number", pytrace=False)
+            pytest.fail(f"counter {counter!r} is {shown(number)}, which is not a finite number", pytrace=False)
     return Side(name, value, timer(function), {str(counter): float(number) for counter, number in counted.items()})
 
 
 def _check(new: Side, old: Side, equal: Callable[[Any, Any], Any]) -> None:
-    """Fail the test if the functions return something else."""
+    """Fail the test if the functions' values are not equal."""
     __tracebackhide__ = True
     if not bool(equal(new.value, old.value)):
         values = f"{new.name} returns {shown(new.value)} and {old.name} {shown(old.value)}"
@@ -186,18 +187,21 @@ def _check(new: Side, old: Side, equal: Callable[[Any, Any], Any]) -> None:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Fail the test with one sentence where the other commit cannot run it."""
+    """Fail the test with one sentence if the other commit cannot run it."""
     reason = ""
     try:
         yield
     except OtherVersionError as error:
         reason = str(error)
-    if reason:  # not within the handler: pytest would show what was handled, too
+    if reason:  # outside the handler, as pytest would also show the handled exception
         pytest.fail(reason, pytrace=False)
 
 
 def _measures(paired: Paired) -> dict[str, float]:
-    """Return what pytest-benchmark's file keeps of a comparison: seconds a call, ratios, logarithms for the floor."""
+    """Return the measures of a comparison for pytest-benchmark's file: seconds a call, ratios, the floor in logarithms.
+
+    Counters follow by name.
+    """
     change = paired.change
     return {
         "new_s": statistics.median(paired.new_s),
@@ -217,7 +221,7 @@ def _measures(paired: Paired) -> dict[str, float]:
 
 
 def pairs_text(judgements: Sequence[Judgement], colours: bool, encoding: str) -> str:
-    """Return the verdicts of a session as text for a terminal of an encoding."""
+    """Return the verdicts of a session as text for a terminal with an encoding."""
 
     def show(console: Console) -> None:
         console.print(rich_table(verdicts(judgements, "test")))
@@ -227,5 +231,5 @@ def pairs_text(judgements: Sequence[Judgement], colours: bool, encoding: str) ->
 
 
 def pairs_comment(judgements: Sequence[Judgement]) -> str:
-    """Return the verdicts of a session in Markdown, the failing ones first; of very many, some."""
+    """Return the verdicts of a session in Markdown, failing ones first. A very long table is cut."""
     return f"## Paired functions\n\n{cut_table(verdicts(judgements, 'test'), 'verdicts')}\n"

@@ -1,4 +1,4 @@
-"""From options to a plan: each file, and the hardware, is asked once, before a model is loaded."""
+"""The plan of a speed session, made from options. Files and the hardware are read once, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from specdecode.support.git import commit_id
 from specdecode.support.torchrun import rank
 
 BUDGET_MINUTES = 30.0
-"""How long `--until` may take, where nobody says."""
+"""Default time budget of `--until`, in minutes."""
 
 _DRAFTS = {EMBEDDED: EMBEDDED_DRAFT, TINY: "layers:0-1"}
-"""The drafts of targets that have one of their own."""
+"""Default drafts of some targets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Which models a session runs, and where: what the speed suite and the quality suite share.
+    """The models and the device of a session, for the speed suite and the quality suite.
 
     Attributes:
         identity: names of the hardware, the models, the type of their weights and the preset.
-        device: of all models.
-        backend: of our own forwards, by its name on the command line.
+        device: device of all models.
+        backend: backend of our arms, by its name on the command line.
         tp: "auto" if the processes of torchrun share the target's weights.
     """
 
@@ -64,24 +64,24 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One session of `pytest --benchmark`, resolved.
+    """The resolved plan of one session of `pytest --benchmark`.
 
     Attributes:
         root: folder of the repository.
         setup: the models and the device.
-        preset: arms, prompts and lengths, with what the command line says otherwise.
+        preset: arms, prompts and lengths, as changed by the command line.
         eos: whether outputs end at the target's stop tokens.
-        resume: whether to go on with the blocks that an interrupted run finished.
-        against: the commit that the working tree is measured against, if there is one.
-        baseline: the run to judge by; None with `against`, and where there is none for these models.
-        compared_arms: the arms that the baseline or the other commit has.
-        baselines: folder of the baselines; below `root` if it is relative.
+        resume: whether to continue an interrupted run from its finished blocks.
+        against: the commit to measure the working tree against; None to judge by a baseline.
+        baseline: the run to judge by; None with `against`, and if there is no baseline for these models.
+        compared_arms: the arms of the baseline or of the other commit.
+        baselines: folder of the baselines; a relative path is relative to `root`.
         tolerance: share by which a time may be worse.
-        tolerances: the same by arm, where it is another.
-        gate: which verdicts fail the session: a key of `gate.verdicts.FAILING`.
-        until: the slowdown, as a share, that each verdict is to see; None for a fixed number of repeats.
-        budget_minutes: how long that may take.
-        again: the most time spent on measuring again what other work disturbed, as a share of the rest.
+        tolerances: tolerances of single arms, by name, in place of `tolerance`.
+        gate: the setting that decides which verdicts fail the session: a key of `gate.verdicts.FAILING`.
+        until: the slowdown, as a share, that each verdict must detect; None for a fixed number of repeats.
+        budget_minutes: time budget of `until`.
+        again: the most time for measuring disturbed runs again, as a share of the rest.
     """
 
     root: Path
@@ -102,33 +102,33 @@ class Plan:
 
     @property
     def identity(self) -> Identity:
-        """What makes runs comparable."""
+        """Names of the hardware, the models, their type and the preset. Runs of equal identity can be compared."""
         return self.setup.identity
 
     @property
     def judged_arms(self) -> list[str]:
-        """The preset's arms, and those that it is compared with: one that the run lacks must not pass in silence."""
+        """The preset's arms and the compared arms, so that an arm that the run lacks is reported as missing."""
         return list(dict.fromkeys([*self.preset.arms, *self.compared_arms]))
 
     @property
     def journal(self) -> Path:
-        """Where finished blocks are kept until the run is complete."""
-        # Of processes that decode together each has its own; the first one's is the one to resume.
+        """The path of the journal of finished blocks, until the run is complete."""
+        # Each of several processes that decode together has its own journal. A run resumes from the first one's.
         process = f".{rank()}" if self.setup.tp and rank() else ""
         return self.root / "results" / f"{self.identity.hardware}-{self.identity.file.stem}{process}.blocks.jsonl"
 
     def entries(self, selected: Collection[str]) -> dict[str, dict[str, Any]]:
-        """The preset's entries of the selected arms, and of the arms that they are compared with."""
+        """Return the preset's entries of the selected arms and of their baselines."""
         compared_with = {self.preset.baseline_of(arm) for arm in selected if arm in self.preset.arms}
         wanted = {self.preset.baseline, *compared_with, *selected}
         return {arm: entry for arm, entry in self.preset.arms.items() if arm in wanted}
 
 
 def resolve_setup(options: Options) -> Setup:
-    """Resolve which models run, and where.
+    """Return the models and the device that the options name.
 
     Raises:
-        ValueError: a device, a type or a backend that cannot be used.
+        ValueError: the device, the type or the backend cannot be used.
     """
     count = split_count(options.tp, options.target, None, options.backend)
     device = choose_device(options.device)
@@ -145,23 +145,23 @@ def resolve_setup(options: Options) -> Setup:
 
 
 def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True) -> Plan:
-    """Resolve the options of a speed session.
+    """Return the plan of a speed session.
 
     Args:
-        options: the command line.
-        setup: its models and device, if they are resolved already.
-        judged: look for a baseline, or for the arms of the other commit. Nothing judges a run that only recommends, and
-            its arms are all compared with plain decoding.
+        options: options of the command line.
+        setup: models and device, if already resolved.
+        judged: whether to read a baseline, or the arms of the other commit. False for a run that only recommends: it is
+            not judged, and all its arms are compared with plain decoding.
 
     Raises:
-        ValueError: options that are wrong or do not go together, or a file that cannot be read.
+        ValueError: options are wrong or exclude each other, or a file cannot be read.
     """
     chosen = preset(options.preset)
     if not judged:
         chosen = replace(chosen, arms={BASELINE: {}} | chosen.arms, baseline=BASELINE)
     setup = setup or resolve_setup(options)
     if all("server" in entry for entry in chosen.arms.values()):
-        # What a server drafts with, and in which type it computes, its command says.
+        # The command of a server chooses its draft and its type, unless options name them.
         identity = setup.identity
         draft, dtype = options.draft and identity.draft, options.dtype and identity.dtype
         setup = replace(setup, identity=replace(identity, draft=draft or "", dtype=dtype or OWN_TYPE))
@@ -191,24 +191,24 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
 
 
 def _budget_minutes(options: Options) -> float:
-    """How long `--until` may take."""
+    """Return the time budget of `--until`, in minutes."""
     if options.budget_minutes is None:
         return BUDGET_MINUTES
     if options.until is None:
-        raise ValueError("--budget-minutes says how long --until may take: give --until, too")
+        raise ValueError("--budget-minutes limits the time of --until: give --until, too")
     if not options.budget_minutes > 0:
-        raise ValueError(f"the budget is {options.budget_minutes} minutes: give it some time")
+        raise ValueError(f"the budget is {options.budget_minutes} minutes: give more than 0")
     return options.budget_minutes
 
 
 def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
-    """The preset with what the command line says otherwise, and without heads that the target does not have."""
+    """Return the preset as changed by the command line, without arms of heads that the target does not have."""
     if options.repeats is not None and options.repeats < 1:
-        raise ValueError(f"repeats is {options.repeats}: each prompt is measured once at least")
+        raise ValueError(f"repeats is {options.repeats}: give 1 or more")
     if options.tiny:
         chosen = chosen.tiny()
     length = chosen.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    # A head is trained for one target: another one is measured without, unless the preset names its file.
+    # A shipped head is trained for one target. Other targets lack these arms, unless the preset names a head's file.
     headless = shipped_head(target) is None and not target.startswith("shape:")
     chosen = replace(
         chosen,
@@ -230,8 +230,8 @@ def _check_against(options: Options) -> None:
     for option, value, why in (
         ("--baseline", options.baseline, "it measures both versions anew"),
         ("--resume", options.resume, "it measures both versions anew"),
-        ("--eos", options.eos, "outputs of one length are compared"),
-        ("--tp", options.tp, "both versions are measured by processes of their own"),
+        ("--eos", options.eos, "it compares outputs of one length"),
+        ("--tp", options.tp, "it measures each version in one process"),
     ):
         if value:
             raise ValueError(f"{option} does not go with --against: {why}")

@@ -1,7 +1,7 @@
 """The pytest plugin: `--benchmark` measures every arm of a preset, and replays the times through pytest-benchmark.
 
-Without `--benchmark` or `--quality` it does nothing. Importing it is cheap: torch is imported when a suite is
-collected, and a model loaded when its first test runs.
+Without `--benchmark` or `--quality` it measures nothing. Importing it is cheap: torch is imported when a suite is
+collected, and a model is loaded when the first test of a suite runs.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 
 
 def _suite_folder(suite: str) -> Path:
-    """Return where a suite is: in the package, or in the checkout that the package is part of."""
+    """Return the folder of a suite: in an installed package, or in the checkout that contains the package."""
     package = Path(str(files("specdecode")))
     installed = package / "suites" / suite
     return installed if installed.is_dir() else package.parent / suite
 
 
 _ENTRY_POINT = "specdecode"
-"""Name of this plugin where it is installed: then pytest loads it before those of conftest.py files."""
+"""Name of this plugin if it is installed. Pytest then loads it before the plugins of conftest.py files."""
 
 _SUITES = {"benchmark": _suite_folder("perf"), "quality": _suite_folder("quality")}
-"""Folders of the suites, by the options that run them."""
+"""Folders of the suites, by the option that runs each."""
 
 _PAGE = "GITHUB_STEP_SUMMARY"
-"""Environment variable: the file of a job's summary on GitHub."""
+"""Environment variable: the file for the summary of a job on GitHub."""
 
 _SETUP: pytest.StashKey[Setup] = pytest.StashKey()
 _PLAN: pytest.StashKey[Plan] = pytest.StashKey()
@@ -56,7 +56,7 @@ _ROWS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Add the options, if a conftest.py brings this plugin: then all others have added theirs."""
+    """Add the options, if a conftest.py loads this plugin. All other plugins have then added their options."""
     if not pluginmanager.has_plugin(_ENTRY_POINT):
         add_options(parser)
 
@@ -65,9 +65,9 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 def pytest_load_initial_conftests(
     early_config: pytest.Config, parser: pytest.Parser, args: list[str]
 ) -> Iterator[None]:
-    """Add the options behind those of all other plugins and of conftest.py files, if the plugin is installed.
+    """Add the options after those of all other plugins and conftest.py files, if this plugin is installed.
 
-    This comes before pytest captures what is written: only now can a process that others report for be silent.
+    With `--tp` only the first process reports. The others are silenced here, because pytest captures output later.
     """
     if rank() and any(argument.startswith(("--tp", f"--{PREFIX}tp")) for argument in args):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -81,9 +81,9 @@ def pytest_load_initial_conftests(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the suite by `--benchmark` and `--quality`, and refuse what would measure nothing or lose the run.
+    """Choose the suites by `--benchmark` and `--quality`. Reject options that would measure nothing or lose the run.
 
-    This comes before the other plugins' turn: pytest-xdist would start its processes.
+    This hook runs before those of other plugins, because pytest-xdist would start its processes.
     """
     chosen = [suite for option, suite in _SUITES.items() if value_of(config, option)]
     if not chosen:
@@ -94,7 +94,7 @@ def pytest_configure(config: pytest.Config) -> None:
         _write_no_files(config)
     with _one_sentence():
         _check_processes(config)
-        # Files are opened when all is measured, and one that cannot be written would cost the run.
+        # Files are opened after the measurement. A file that cannot be written would then lose the run.
         if value_of(config, "benchmark"):
             _check_pytest_benchmark(config)
             _check_json(config)
@@ -103,7 +103,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _write_no_files(config: pytest.Config) -> None:
-    """Leave all files to the first of the processes that decode together."""
+    """Write no files in this process: the first of the processes that decode together writes them."""
     os.environ.pop(_PAGE, None)
     for option in ("benchmark_json", "benchmark_save", "benchmark_autosave", "xmlpath"):
         if hasattr(config.option, option):
@@ -111,7 +111,7 @@ def _write_no_files(config: pytest.Config) -> None:
 
 
 def _check_processes(config: pytest.Config) -> None:
-    """Raise ValueError if pytest-xdist shares the tests among processes."""
+    """Raise ValueError if pytest-xdist distributes the tests over processes."""
     if config.getoption("numprocesses", None) or config.getoption("tx", None) or hasattr(config, "workerinput"):
         raise ValueError(
             "the suites measure in one process, and pytest-xdist would start several: leave out -n and --tx"
@@ -119,7 +119,7 @@ def _check_processes(config: pytest.Config) -> None:
 
 
 def _check_pytest_benchmark(config: pytest.Config) -> None:
-    """Raise ValueError if pytest-benchmark is switched off, wholly or for tests that the gate needs."""
+    """Raise ValueError if pytest-benchmark is switched off, or its options disable tests that the gate needs."""
     if not config.pluginmanager.hasplugin("benchmark"):
         raise ValueError(
             "--benchmark needs pytest-benchmark, which is switched off or not installed: leave out -p no:benchmark"
@@ -136,7 +136,7 @@ def _check_pytest_benchmark(config: pytest.Config) -> None:
 
 
 def _check_json(config: pytest.Config) -> None:
-    """Let pytest-benchmark's file have its name only when it is whole. Raise ValueError if it cannot be written."""
+    """Let pytest-benchmark write its file under a temporary name. Raise ValueError if it cannot be written."""
     if option := config.getoption("benchmark_json", None):
         file = Path(option if isinstance(option, os.PathLike) else option.name)
         check_writable(file)
@@ -145,11 +145,11 @@ def _check_json(config: pytest.Config) -> None:
 
 
 class _Unfinished(type(Path())):  # type: ignore[misc]
-    """A path that is written under another name until it is whole."""
+    """A path with a temporary name until the file is complete."""
 
     @property
     def so_far(self) -> Path:
-        """Where the blocks that are finished stand until then, as a run file."""
+        """The path of a run file with the finished blocks, until the run is complete."""
         return Path(str(self)).with_suffix(".unfinished.json")
 
     def __fspath__(self) -> str:
@@ -166,9 +166,9 @@ class _Unfinished(type(Path())):  # type: ignore[misc]
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Give pytest-benchmark's file its name once it is written, and remove the journal of finished blocks.
+    """Rename pytest-benchmark's complete file to its own name, and delete the journal of finished blocks.
 
-    Where a file cannot be written, as on a full disk, the journal stays.
+    If a file cannot be written, as on a full disk, keep the journal.
     """
     config = session.config
     file = config.getoption("benchmark_json", None)
@@ -192,7 +192,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out a suite that is not asked for: it takes minutes."""
+    """Leave out a suite without its option, because it takes minutes."""
     for option, suite in _SUITES.items():
         if collection_path == suite and not value_of(config, option):
             return True
@@ -201,7 +201,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
-    """Resolve the plans of the suites that will be collected: what is wrong is told before, and in one sentence."""
+    """Resolve the plans of the suites to be collected, so that a wrong option ends the session before collection."""
     config = session.config
     for option, resolve_plan in (("benchmark", _plan), ("quality", _quality_plan)):
         if value_of(config, option) and _is_collected(config, _SUITES[option]):
@@ -215,7 +215,7 @@ def _is_collected(config: pytest.Config, suite: Path) -> bool:
 
 
 def _setup(config: pytest.Config) -> Setup:
-    """Return which models the suites run, resolved when it is first asked for."""
+    """Return the suites' models and device. The first call resolves them."""
     if _SETUP not in config.stash:
         from specdecode.bench.plan import resolve_setup
 
@@ -225,7 +225,7 @@ def _setup(config: pytest.Config) -> Setup:
 
 
 def _plan(config: pytest.Config) -> Plan:
-    """Return the plan of the speed session, resolved when it is first asked for: other tests need no model."""
+    """Return the plan of the speed session. The first call resolves it, because other tests need no plan."""
     if _PLAN not in config.stash:
         from specdecode.bench.plan import resolve
 
@@ -238,7 +238,7 @@ def _plan(config: pytest.Config) -> Plan:
 
 
 def _quality_plan(config: pytest.Config) -> QualityPlan:
-    """Return the plan of the quality session, resolved when it is first asked for."""
+    """Return the plan of the quality session. The first call resolves it."""
     if _QUALITY_PLAN not in config.stash:
         from specdecode.bench.quality.plan import resolve_quality
 
@@ -251,7 +251,7 @@ def _quality_plan(config: pytest.Config) -> QualityPlan:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a test for each arm and verdict of the plans."""
+    """Create a test for each arm, verdict and cost of the plans."""
     config, wanted = metafunc.config, set(metafunc.fixturenames)
     if value_of(config, "quality") and {"cost", "quality_run"} <= wanted:
         from specdecode.evals.results import MEASURES
@@ -284,7 +284,7 @@ def target(request: pytest.FixtureRequest) -> LM:
 
 @pytest.fixture(scope="session")
 def speed_run(request: pytest.FixtureRequest) -> JudgedRun:
-    """The run of the arms whose tests were selected, and the verdicts on it."""
+    """The run of the arms of the selected tests, with the gate's judgements."""
     from specdecode.bench.measure.speed_session import measure
 
     config = request.config
@@ -300,7 +300,7 @@ def speed_run(request: pytest.FixtureRequest) -> JudgedRun:
 
 @pytest.fixture(scope="session")
 def quality_run(request: pytest.FixtureRequest) -> JudgedQualityRun:
-    """The run of the arms whose tests were selected, and what their margins say of it."""
+    """The run of the arms of the selected tests, with the checks of their margins."""
     from specdecode.bench.quality.quality_session import measure
 
     config = request.config
@@ -317,7 +317,7 @@ def _parameters(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 @contextmanager
 def _at_work(config: pytest.Config) -> Iterator[None]:
-    """Let a fixture work for minutes: show its progress, and say in a sentence what stops it."""
+    """Let a fixture run for minutes: show its progress, and report an error or an interruption in one sentence."""
     with ExitStack() as stack:
         if capture := config.pluginmanager.getplugin("capturemanager"):
             stack.enter_context(capture.global_and_fixture_disabled())
@@ -331,7 +331,7 @@ def _at_work(config: pytest.Config) -> Iterator[None]:
 
 @pytest.fixture
 def paired(request: pytest.FixtureRequest) -> Pair:
-    """Compare two functions: `paired(new=..., old=...)`; see `bench.pair.Pair`. With `--benchmark` they are timed."""
+    """Compare two functions: `paired(new=..., old=...)`, timed with `--benchmark`. See `bench.pair.Pair`."""
     from specdecode.bench.pair import Pair
 
     return Pair(request, timed=bool(value_of(request.config, "benchmark")))
@@ -339,13 +339,13 @@ def paired(request: pytest.FixtureRequest) -> Pair:
 
 @pytest.fixture(scope="session")
 def quality_rows(request: pytest.FixtureRequest) -> list[str]:
-    """Lines of results; they are shown when the session ends."""
+    """Lines of results, shown at the end of the session."""
     return request.config.stash.setdefault(_ROWS, [])
 
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """End the session with one sentence and exit code 2 where the input is wrong."""
+    """End the session with one sentence and exit code 2 if an input is wrong."""
     from specdecode.core.errors import SpecDecodeError
 
     try:
@@ -355,7 +355,7 @@ def _one_sentence() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show the tables of what was measured, and add them to the summary of a job on GitHub."""
+    """Show the tables of the session's results, and add comments to the summary of a job on GitHub."""
     encoding = sys.stdout.encoding or "utf-8"
     for row in config.stash.get(_ROWS, []):
         terminalreporter.write_line(row)
@@ -387,14 +387,14 @@ def _show(terminalreporter: pytest.TerminalReporter, title: str, text: str, make
             with writing(Path(file)), Path(file).open("a", encoding="utf-8") as summary:
                 summary.write(comment)
     except ValueError as error:
-        # The run itself is kept elsewhere.
+        # Without the summary no result is lost, as the run has a file of its own.
         terminalreporter.write_line(f"specdecode: {error}", red=True)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Add the versions and the device that times depend on, which pytest-benchmark does not record."""
-    if _PLAN not in config.stash:  # what other tests measure need not depend on PyTorch
+    """Add the versions and the device to pytest-benchmark's file. Times depend on them, and it does not record them."""
+    if _PLAN not in config.stash:  # other benchmarks need not depend on PyTorch
         return
     from specdecode.support.environment import environment
 
@@ -403,7 +403,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Add to pytest-benchmark's file what the gate needs to judge it."""
+    """Add the run to pytest-benchmark's file, for the gate."""
     from specdecode.bench.runs.file import run_json
 
     if (speed_run := config.stash.get(_SPEED_RUN, None)) is not None:

@@ -1,4 +1,4 @@
-"""Experiments by name: TOML files that list arms, prompts, lengths and repeats."""
+"""Presets: experiments by name, as TOML files with arms, prompts, lengths and repeats."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ else:
 
 _FOLDER = Path(str(files("specdecode.bench") / "presets"))
 _TINY_OUTPUT_TOKENS, _TINY_PROMPT_TOKENS = 12, 40
-# By how much caches shrink: the smallest of the presets then still holds the sinks and the deepest draft.
+# Divisor of cache sizes. The smallest cache of the presets then still holds the sinks and the deepest draft.
 _TINY_CACHE_DIVISOR = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What to measure.
+    """An experiment: arms, prompts, lengths and repeats.
 
     Attributes:
-        arms: for each arm's name, how it decodes; `bench.arms.entry.ArmSpec` reads it. In the file the `concurrency` of
-            an arm that a server decodes may be a list: an arm each.
-        prompts: data sets and counts, as `evals.data.token_prompts` reads them.
-        max_new_tokens: length of every output; stop tokens do not end it, unless options say so.
-        repeats: blocks for each prompt.
+        arms: entries of the arms by name, as read by `bench.arms.entry.ArmSpec`. In the file, the `concurrency` of a
+            server's arm may be a list, with one arm for each number.
+        prompts: data sets and counts, as read by `evals.data.token_prompts`.
+        max_new_tokens: length of every output; stop tokens end it only with `--eos`.
+        repeats: number of blocks for each prompt.
         lengths: shorter lengths at which the same runs are cut.
-        baseline: the arm that all others are compared with, unless they name another.
+        baseline: the baseline of arms that name no other.
     """
 
     arms: dict[str, dict[str, Any]]
@@ -45,11 +45,11 @@ class Preset:
     baseline: str = BASELINE
 
     def baseline_of(self, arm: str) -> str:
-        """Return the arm that an arm is compared with."""
+        """Return the baseline of an arm, by name."""
         return str(self.arms[arm].get("baseline", self.baseline))
 
     def check_baselines(self) -> None:
-        """Raise ValueError if an arm is compared with one that is not there, or that itself names a baseline."""
+        """Raise ValueError if an arm's baseline is not in the preset, or itself has another baseline."""
         if self.baseline not in self.arms:
             raise ValueError(
                 f"the preset has no arm {self.baseline!r}, with which others are compared: add it, or name another arm"
@@ -65,8 +65,10 @@ class Preset:
                 )
 
     def tiny(self) -> Preset:
-        """Return the same arms in a size that takes seconds: one short prompt of each data set, and lengths and caches
-        that are as much smaller."""
+        """Return the same arms in a size that takes seconds.
+
+        Each data set gives one short prompt. Lengths and caches are much smaller.
+        """
         shrink = max(1, self.max_new_tokens // _TINY_OUTPUT_TOKENS)
         caches = {"cache", "draft_cache"}
         names = [part.partition(":")[0] for part in self.prompts.split(",")]
@@ -92,24 +94,24 @@ def preset(name: str) -> Preset:
     """Read a preset: one of the package by its name, or a TOML file by its path.
 
     Raises:
-        ValueError: there is no such preset, or its content is not one.
+        ValueError: the preset does not exist, or its content is not a preset.
     """
     path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
         if name.endswith(".toml"):
-            raise ValueError(f"there is no file {name}, which is to hold the preset") from None
+            raise ValueError(f"there is no file {name} to read the preset from") from None
         names = ", ".join(built_in())
         raise ValueError(f"no preset is named {name!r}: choose from {names}, or name a .toml file") from None
     return parse(text, name)
 
 
 def parse(text: str, name: str) -> Preset:
-    """Read a preset from its text.
+    """Read a preset from the text of its file.
 
     Raises:
-        ValueError: it is not a preset; the sentence says why.
+        ValueError: the text is not a preset; the message gives the reason.
     """
     try:
         content = tomllib.loads(text)
@@ -126,10 +128,10 @@ def parse(text: str, name: str) -> Preset:
 
 
 def _by_concurrency(read: Preset) -> dict[str, dict[str, Any]]:
-    """Return the arms, with one for each number in the list of a `concurrency`.
+    """Return the arms, with a `concurrency` list replaced by an arm for each number.
 
-    The arm of one prompt at a time keeps the name, and the others have their number behind it: "ar-c4". Each is
-    compared with the arm of the same number of its baseline, where that has one.
+    The arm with one prompt at a time keeps its name. The others have the number in it, as in "ar-c4". The baseline of
+    each is its baseline's arm with the same number, if there is one.
     """
     lists = {
         arm: entry["concurrency"]
@@ -142,7 +144,7 @@ def _by_concurrency(read: Preset) -> dict[str, dict[str, Any]]:
             arms[arm] = entry
             continue
         if not lists[arm]:
-            raise ValueError(f"arm {arm!r}: concurrency is []: name a number of prompts at least")
+            raise ValueError(f"arm {arm!r}: concurrency is []: name at least one number of prompts")
         baseline = read.baseline_of(arm)
         for number in lists[arm]:
             at = {**entry, "concurrency": number}
@@ -153,7 +155,7 @@ def _by_concurrency(read: Preset) -> dict[str, dict[str, Any]]:
 
 
 def arms_at(root: Path, ref: str, preset: str) -> list[str]:
-    """Return the names of the preset's arms at another commit; none if the commit has no such preset."""
+    """Return the names of the preset's arms at another commit; [] if the commit lacks the preset."""
     path = preset if preset.endswith(".toml") else f"specdecode/bench/presets/{preset}.toml"
     try:
         return list(parse(git("show", f"{ref}:./{path}", root=root), preset).arms)

@@ -1,4 +1,4 @@
-"""What a session of the suites shows when it ends: tables for the terminal, and a comment for a merge request."""
+"""Results at the end of a suite's session: tables for the terminal, and a comment for a merge request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specdecode.support.files import write_whole
 
 
 def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
-    """Return the tables of speeds and verdicts, as text for a terminal of an encoding."""
+    """Return the tables of speeds and verdicts, as text for a terminal with an encoding."""
 
     def show(console: Console) -> None:
         console.print(judged.title, highlight=False, soft_wrap=True)
@@ -31,21 +31,21 @@ def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
 
 
 def speed_comment(judged: JudgedRun, gate: str, file: str) -> str:
-    """Return the verdicts and the speeds in few lines of Markdown.
+    """Return the verdicts and the speeds in a few lines of Markdown.
 
     Args:
-        judged: the run.
-        gate: setting of the gate, which decides what fails.
-        file: where the run is kept; "" if it is not.
+        judged: the judged run.
+        gate: setting of the gate, which decides which verdicts fail.
+        file: path of the run's file; "" if there is none.
     """
     return comment(judged.run, judged.title, judged.judged_by, judged.judgements, gate, file)
 
 
 def quality_text(judged: JudgedQualityRun, colours: bool, encoding: str) -> str:
-    """Return the tables of what the arms cost, as text for a terminal of an encoding; draw figures into a folder."""
+    """Draw the figures into a folder. Return the tables of the arms' costs, as text for a terminal with an encoding."""
     run = judged.run
     where = (
-        f"The run is in {judged.file}, a page of it in the .md beside it; margins are taken from"
+        f"The run is in {judged.file}, its page in the .md file beside it; the margins are from"
         f" {judged.margins_path}. {_draw_figures(judged)}"
     )
 
@@ -62,13 +62,13 @@ def quality_text(judged: JudgedQualityRun, colours: bool, encoding: str) -> str:
 
 
 def quality_comment(judged: JudgedQualityRun) -> str:
-    """Write what the arms cost as Markdown beside the run, and return it in few lines."""
+    """Write the arms' costs as Markdown beside the run's file. Return them in a few lines."""
     write_whole(judged.file.with_suffix(".md"), quality_tables.markdown(judged.run, judged.checks))
     return quality_tables.comment(judged.run, judged.checks, str(judged.file))
 
 
 def _draw_figures(judged: JudgedQualityRun) -> str:
-    """Draw the figures of a run, and say in a sentence where they are."""
+    """Draw the figures of a run. Return a sentence that names their folder, or the reason why there are none."""
     folder = judged.file.with_suffix("")
     try:
         from specdecode.bench.quality.quality_figures import write

@@ -1,7 +1,7 @@
-"""One version of a repository in a process of its own, measuring on demand: `python -m specdecode.bench.worker`.
+"""A process that measures one version of a repository on request: `python -m specdecode.bench.worker`.
 
-Requests come as JSON objects, one a line, on the standard input, and each is answered by one line on the standard
-output. Versions talk to each other through this, so the requests change only together with `versions.PROTOCOL`.
+Each line of the standard input is a request, a JSON object. Each is answered by one line on the standard output.
+Different versions use this protocol with each other, so a change of requests needs a new `versions.PROTOCOL`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from specdecode.models.loading import choose_device, choose_dtype
 
 
 class Worker:
-    """Serve requests on the models of one version and its arms of a preset: each method is a request.
+    """The models and arms of one version. Each public method is a request.
 
-    `WorkerProcess` of another version asks, so names, arguments and answers stay: "rehearse" asks for the counters run.
+    A `WorkerProcess` of another version sends the requests, so names, arguments and answers must not change: the
+    request for the counters run is still named "rehearse".
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Worker:
         backend: str,
         arms: dict[str, dict[str, Any]],
     ) -> dict[str, Any]:
-        """Load the models and make the arms; say what this version is, and which arms it cannot make and why."""
+        """Load the models and build the arms. Return facts about this version, and the reasons for arms it refuses."""
         place = choose_device(device)
         names = ModelNames(target, draft, str(place), str(choose_dtype(dtype, place)).removeprefix("torch."))
         self._models = models = load_models(names, backend, arms.values())
@@ -84,7 +85,7 @@ class Worker:
         }
 
     def unload(self) -> None:
-        """Give the memory back."""
+        """Close the arms, and free the memory of the models."""
         for arm in self._arms.values():
             arm.close()
         self._models, self._arms = None, {}
@@ -99,7 +100,7 @@ class Worker:
         return [prompts, origins]
 
     def roofline(self) -> float:
-        """Return the tokens per second that memory allows, with the prompts cached that were asked for."""
+        """Return the tokens per second that memory bandwidth allows, with a typical prompt in the cache."""
         target = self._loaded.target
         return 0.0 if target is None else roofline_throughput(target, self._typical_length)
 
@@ -107,14 +108,14 @@ class Worker:
         return as_dict(counters_run(self._arms[arm], prompt, length, expected))
 
     def expected(self, arm: str, prompt: list[int], tokens: list[int]) -> list[int]:
-        """Return what the arm must write, where its baseline wrote these tokens."""
+        """Return the tokens that the arm must write, given its baseline's tokens."""
         return list(self._arms[arm].expected(prompt, tokens, len(tokens)))
 
     def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
         return timed(self._arms[arm], prompt, length, expected).as_json()
 
     def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int], baseline: str = "") -> str:
-        """Check an output. What it is compared with matters to servers alone, and only of these it is said."""
+        """Return the check of an output. The baseline's name is given only for arms of servers, which need it."""
         return check(self._arms[arm], prompt, expected, got, self._arms[baseline or arm])
 
     @property
@@ -124,7 +125,7 @@ class Worker:
 
 
 def serve(requests: Iterable[str]) -> Iterator[str]:
-    """Answer requests, as long as there are any."""
+    """Yield the answer to each request, until there are no more."""
     worker = Worker()
     for line in requests:
         request = json.loads(line)
@@ -142,7 +143,7 @@ def serve(requests: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Keep the standard output for answers: what libraries print goes to the standard error."""
+    """Answer requests on the standard output. Redirect other output of the process to the standard error."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         for answer in serve(sys.stdin):

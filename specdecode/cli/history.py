@@ -1,4 +1,4 @@
-"""`specdecode history`: how the baselines' speeds went, and where they changed."""
+"""`specdecode history`: show the baselines' past speeds, and find their changes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def history(
     baseline: Annotated[
         Path | None, typer.Argument(help="file of a baseline  [default: all in the folder of the baselines]")
     ] = None,
-    arm: Annotated[str | None, typer.Option("--arm", "-k", help="look at this arm alone  [default: all]")] = None,
+    arm: Annotated[str | None, typer.Option("--arm", "-k", help="show this arm alone  [default: all]")] = None,
 ) -> None:
-    """Show the speedups of all versions of a baseline that git has, and find where an arm became slower or faster: at a
-    commit, or bit by bit, too little each time for the gate. Exit code 0: nothing became slower; 1: something did; 2: a
-    file cannot be judged."""
+    """Show the speedups of all versions of a baseline in git, and find where an arm became slower or faster: at one
+    commit, or in steps too small for the gate. Exit code 0: no arm became slower; 1: an arm did; 2: a file cannot be
+    judged."""
     from specdecode.bench.gate.baselines import all_of
     from specdecode.bench.gate.project import read_project
 
@@ -29,7 +29,7 @@ def history(
 
 
 def _is_slower(file: Path, arm: str | None) -> bool:
-    """Show one baseline's past, and return whether an arm became slower in it."""
+    """Show the past of one baseline, and return whether an arm became slower in it."""
     from specdecode.bench.gate import history
     from specdecode.bench.gate.drift import MOST_VERSIONS, courses
     from specdecode.bench.report.grid import rich_table

@@ -1,4 +1,4 @@
-"""What a command says beside its output."""
+"""Notes of a command on standard error, beside its output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def noted_if_slow(text: str) -> Iterator[None]:
-    """Say what is going on once it takes a second."""
+    """Write a note if the block takes longer than a second."""
     timer = threading.Timer(1.0, note, [text])
     timer.start()
     try:
@@ -20,6 +20,6 @@ def noted_if_slow(text: str) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Write a line on the standard error; where it cannot be written, go on without."""
+    """Write a line to standard error. A line that cannot be written is dropped."""
     with suppress(OSError):
         sys.stderr.write(text + "\n")

@@ -1,4 +1,4 @@
-"""What a command writes on the standard output."""
+"""Writing to standard output: texts, JSON and tables."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 _TABLE_WIDTH = 130
-"""Characters of a line where the output is no terminal."""
+"""Characters of a line where standard output is no terminal."""
 
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Let the standard streams take what the block writes, on any terminal, and end the block when all is written.
+    """Make the standard streams usable on any terminal for the block, and flush them at its end.
 
-    What a terminal cannot show is replaced. A reader that goes away, as `head` does, ends the program without a word,
-    with exit code 1.
+    Characters that a terminal cannot show are replaced. If the reader closes the pipe, as `head` does, the program ends
+    silently with exit code 1.
 
     Raises:
-        ValueError: the standard output cannot be written, as on a full disk.
+        ValueError: standard output cannot be written, for example because the disk is full.
     """
-    # Python has None where the caller closed a stream.
+    # A stream that the caller closed is None.
     sys.stdout, sys.stderr = (
         stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") for stream in (sys.stdout, sys.stderr)
     )
@@ -48,11 +48,11 @@ def standard_streams() -> Iterator[None]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Write a text at once.
+    """Write a text and flush it.
 
     Raises:
-        BrokenPipeError: nobody reads it any more.
-        ValueError: it cannot be written for another reason.
+        BrokenPipeError: the reader has closed the pipe.
+        ValueError: standard output cannot be written for another reason.
     """
     with _output():
         sys.stdout.write(text + end)
@@ -60,20 +60,20 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def say_json(value: Any) -> None:
-    """Write a line of JSON. What the encoding of the output lacks is escaped, so that nothing is lost."""
+    """Write a line of JSON. Characters that the encoding of the output lacks are escaped, so nothing is lost."""
     unicode = codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
     say(json.dumps(value, ensure_ascii=not unicode))
 
 
 def say_tables(*tables: RenderableType, **how: Any) -> None:
-    """Write tables and texts, as rich's `Console.print`."""
+    """Write tables and texts with rich's `Console.print`."""
     with _output():
         Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH).print(*tables, **how)
 
 
 @contextmanager
 def _output() -> Iterator[None]:
-    """Say in one sentence that the standard output cannot be written; a reader that went away is another matter."""
+    """Turn an OSError into a ValueError of one sentence, except for a closed pipe."""
     try:
         yield
     except BrokenPipeError:
@@ -87,11 +87,11 @@ def _unwritable(error: OSError) -> ValueError:
 
 
 def _flush(stream: Any) -> OSError | None:
-    """Write what is left in a stream; return why that failed."""
+    """Flush a stream; return the error if that fails."""
     try:
         stream.flush()
     except OSError as error:
-        # Python writes it once more when it ends, and would complain in words of its own.
+        # Python flushes again at exit. Without this, it would print an error of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return error
     return None

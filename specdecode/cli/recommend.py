@@ -1,4 +1,4 @@
-"""`specdecode recommend`: what to use."""
+"""`specdecode recommend`: recommend settings for a target, from measurements."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def recommend(
     runs: Annotated[
         list[Path] | None, typer.Argument(help="run files, from pytest --benchmark --benchmark-json or from here")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="measure this model first; named as for generate")] = None,
+    target: Annotated[str | None, typer.Option(help="measure this model first; a name as for generate")] = None,
     draft: Annotated[str | None, typer.Option(help="its draft model")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="how forwards run  [default: auto]")] = None,
-    preset: Annotated[str | None, typer.Option(help="what to measure  [default: recommend]")] = None,
+    preset: Annotated[str | None, typer.Option(help="preset to measure  [default: recommend]")] = None,
     prompts: Annotated[str | None, typer.Option(help="data sets and counts  [default: as the preset says]")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="length of every output  [default: as the preset says]")
     ] = None,
-    budget_minutes: Annotated[float | None, typer.Option(help="how long to measure  [default: 10]")] = None,
+    budget_minutes: Annotated[float | None, typer.Option(help="minutes of measuring  [default: 10]")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="run file of what is measured  [default: in results/, named as a baseline]")
+        Path | None, typer.Option(help="run file of the measurement  [default: in results/, named as a baseline]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="write it for programs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="write JSON, for programs")] = False,
 ) -> None:
-    """Tell what to use for throughput, memory, both and long texts, and why: by runs, or by what is measured now."""
+    """Recommend settings for throughput, memory, both and long texts, with reasons, from runs or a new measurement."""
     from specdecode.bench.report.advice import as_json as json_of
     from specdecode.bench.report.advice import rich_advice
     from specdecode.bench.report.recommend import recommend as advise
@@ -73,7 +73,7 @@ def recommend(
 def _measured(
     target: str, *, budget_minutes: float = 10.0, out: Path | None = None, **options: Any
 ) -> tuple[RunFile, Advice]:
-    """Measure a target, and recommend by that."""
+    """Measure a target, and return the run and its recommendation."""
     from specdecode.bench.measure.time_boxed import measure_within
     from specdecode.bench.options import Options
     from specdecode.bench.plan import resolve

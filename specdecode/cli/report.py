@@ -1,12 +1,15 @@
-"""`specdecode report`: what runs found."""
+"""`specdecode report`: report the results of runs."""
 
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from urllib.parse import quote
 
 import typer
 
@@ -15,6 +18,7 @@ from specdecode.cli.output import say
 from specdecode.support.files import check_writable, write_whole
 
 if TYPE_CHECKING:
+    from specdecode.bench.report.start_page import Entry
     from specdecode.bench.runs.records import RunFile
     from specdecode.evals.results import QualityRun
 
@@ -28,7 +32,10 @@ class Format(str, enum.Enum):
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="run files, from pytest --benchmark --benchmark-json or pytest --quality")
+        list[Path],
+        typer.Argument(
+            help="run files, from pytest --benchmark --benchmark-json or pytest --quality, or folders of run files"
+        ),
     ],
     baseline: Annotated[
         Path | None,
@@ -38,64 +45,68 @@ def report(
     ] = None,
     speed: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="with a run of quality: what its arms gain, by this run of speeds"),
+        typer.Option(metavar="RUN", help="with a run of quality: run of speeds that shows the gain of its arms"),
     ] = None,
     format: Annotated[
-        Format, typer.Option(help="Markdown, a comment of few lines, one HTML page, or LaTeX tables")
+        Format, typer.Option(help="Markdown, a short comment, one HTML page, or LaTeX tables")
     ] = Format.md,
     out: Annotated[
         Path | None,
-        typer.Option(help="file to write  [default: standard output; for HTML RUN.html beside the first run]"),
+        typer.Option(
+            help="file to write  [default: standard output; for HTML RUN.html beside the first run, or index.html in"
+            " the first folder]"
+        ),
     ] = None,
     figures: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="folder to draw into, as PDF and PNG; of several runs each into one of its own",
+            help="folder for figures, as PDF and PNG; with several runs, each has a folder of its own in it",
         ),
     ] = None,
 ) -> None:
-    """Tell what runs found, from the files alone: verdicts, speeds, acceptance, history; or quality and what it costs.
-    With --figures the figures are drawn, and a report is written only where --out names its file.
+    """Report the results of runs, from the files alone: verdicts, speeds, acceptance and history, or costs in quality.
+    With --figures, figures are drawn, and a report is written only if --out names its file.
+
+    Of a folder, all run files in it are reported. As HTML they get a start page with one row for each run, newest
+    first. The page of each run is written beside its file.
 
     A file that is no run, or that cannot be judged, is named, and the others are reported. Exit code 0: all were
     reported; 2: some were not."""
-    from specdecode.bench.report.elements import document
     from specdecode.bench.runs.file import read
     from specdecode.evals.results import QualityRun
 
     if out is not None:
         check_writable(out)
     faults = _Faults()
-    read_runs = []
-    for path in runs:
+    folders, files, read_runs = [path for path in runs if path.is_dir()], _files(runs, faults), []
+    for path in files:
         with faults.noted():
             read_runs.append((path, _read(path)))
     speeds = read(speed) if speed else None
     if speeds and read_runs and not any(isinstance(run, QualityRun) for _, run in read_runs):
         raise ValueError("--speed is of no use without a run of `pytest --quality`: leave it out")
     if figures is not None:
-        _draw(read_runs, speeds, {path: figures / path.stem if len(runs) > 1 else figures for path in runs})
+        _draw(read_runs, speeds, {path: figures / path.stem if len(files) > 1 else figures for path in files})
     reports = []
     for path, run in read_runs if figures is None or out is not None else ():
         with faults.noted():
-            reports.append((path, *_report_of(path, run, baseline, speeds, format)))
-    if reports:
-        if format is Format.html:
-            text = document("; ".join(title for _, title, _ in reports), *(about for _, _, about in reports))
-            out = out or reports[0][0].with_suffix(".html")
-        else:
-            text = "\n".join(about for _, _, about in reports)
-        _write(text, out)
+            reports.append(_report_of(path, run, baseline, speeds, format))
+    if reports and format is Format.html and folders:
+        _write_start_page(reports, out or folders[0] / "index.html", faults)
+    elif reports and format is Format.html:
+        _write(_page(*reports), out or reports[0].path.with_suffix(".html"))
+    elif reports:
+        _write("\n".join(report.content for report in reports), out)
     if faults.sentences:
         raise typer.Exit(2)
 
 
 class _Faults:
-    """What is wrong with some of the runs.
+    """The faults of the runs.
 
     Attributes:
-        sentences: that were told.
+        sentences: messages written so far.
     """
 
     def __init__(self) -> None:
@@ -103,13 +114,87 @@ class _Faults:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Tell what is wrong with a run, and go on with the next. A sentence of several runs is told once."""
+        """Turn a ValueError of the block into a note. A message that several runs share is written once."""
         try:
             yield
         except ValueError as error:
             if str(error) not in self.sentences:
                 note(f"specdecode: {error}")
             self.sentences.add(str(error))
+
+
+class _Report(NamedTuple):
+    """The report of a run.
+
+    Attributes:
+        path: file of the run.
+        title: models and settings.
+        content: elements of a page, or a text.
+        entry: returns the run's entry on a start page.
+    """
+
+    path: Path
+    title: str
+    content: Any
+    entry: Callable[[], Entry]
+
+
+def _files(paths: Sequence[Path], faults: _Faults) -> list[Path]:
+    """Return the run files: the named ones, and those in the named folders. Each is there once."""
+    files: list[Path] = []
+    for path in paths:
+        with faults.noted():
+            files += _runs_in(path) if path.is_dir() else [path]
+    return list(dict.fromkeys(files))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Return the run files in a folder, by name. Damaged files are among them, so that reading them names the damage.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from specdecode.bench.runs.file import KEY
+    from specdecode.evals.results_file import KEY as QUALITY_KEY
+    from specdecode.support.checked import read_json
+
+    def may_be_run(path: Path) -> bool:
+        try:
+            content = read_json(path)
+        except ValueError:
+            return True
+        return isinstance(content, dict) and not {KEY, QUALITY_KEY}.isdisjoint(content)
+
+    files = [path for path in sorted(folder.glob("*.json")) if may_be_run(path)]
+    if not files:
+        raise ValueError(f"{folder} has no run files: name a folder with files of pytest --benchmark-json or --quality")
+    return files
+
+
+def _page(*reports: _Report) -> str:
+    """Return the HTML page of one or several runs."""
+    from specdecode.bench.report.elements import document
+
+    return document("; ".join(report.title for report in reports), *(report.content for report in reports))
+
+
+def _write_start_page(reports: Sequence[_Report], out: Path, faults: _Faults) -> None:
+    """Write the page of each run beside its file, and the start page, which lists the newest runs first."""
+    from specdecode.bench.report.start_page import start_page
+
+    entries = []
+    for report in reports:
+        page = report.path.with_suffix(".html")
+        with faults.noted():
+            if page == out:
+                raise ValueError(f"{report.path}: its page would replace the start page {out}: name another by --out")
+            write_whole(page, _page(report))
+            entry = report.entry()
+            # Runs of one day are ordered by the times of their files.
+            entries.append((entry.date, report.path.stat().st_mtime, entry, quote(os.path.relpath(page, out.parent))))
+    entries.sort(key=lambda entry: entry[:2], reverse=True)
+    if entries:
+        _write(start_page([(entry, page) for _, _, entry, page in entries]), out)
 
 
 def _read(path: Path) -> RunFile | QualityRun:
@@ -122,7 +207,7 @@ def _read(path: Path) -> RunFile | QualityRun:
 
 
 def _write(text: str, out: Path | None) -> None:
-    """Write a report into a file, or on the standard output."""
+    """Write a report to a file, or to standard output."""
     if out is None:
         say(text, end="")
     else:
@@ -132,24 +217,24 @@ def _write(text: str, out: Path | None) -> None:
 
 def _report_of(
     path: Path, run: RunFile | QualityRun, judge_by: Path | None, speeds: RunFile | None, format: Format
-) -> tuple[str, Any]:
-    """Return the title of a run and its report: elements of a page, or a text.
+) -> _Report:
+    """Report a run.
 
     Args:
-        path: the run's file.
-        run: of speeds or of quality.
+        path: file of the run.
+        run: a run of speeds or of quality.
         judge_by: a baseline or margins; None for the run's own.
-        speeds: of the arms of a run of quality.
-        format: of the report.
+        speeds: run of speeds with the arms of a run of quality.
+        format: format of the report.
     """
     from specdecode.evals.results import QualityRun
 
     if isinstance(run, QualityRun):
         return _quality_report(path, run, judge_by, speeds, format)
-    return _speed_report(run, judge_by, format)
+    return _speed_report(path, run, judge_by, format)
 
 
-def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[str, Any]:
+def _speed_report(path: Path, run: RunFile, baseline: Path | None, format: Format) -> _Report:
     from specdecode.bench.gate.baselines import find
     from specdecode.bench.gate.history import history
     from specdecode.bench.gate.project import read_project
@@ -159,6 +244,7 @@ def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[
     from specdecode.bench.report.html import section
     from specdecode.bench.report.latex import latex
     from specdecode.bench.report.markdown import markdown
+    from specdecode.bench.report.start_page import speed_entry
     from specdecode.bench.runs.file import read
 
     project = read_project(Path())
@@ -167,16 +253,18 @@ def _speed_report(run: RunFile, baseline: Path | None, format: Format) -> tuple[
     judgements = judge_by_baseline(run, old, project.tolerance, tolerances=project.tolerances) if old else []
     about = (run, title(run), judged_by(run, old, own_baseline), judgements)
     if format is Format.comment:
-        return title(run), comment(*about, project.gate, str(run.path))
-    tell: dict[Format, Callable[..., Any]] = {Format.md: markdown, Format.html: section, Format.latex: latex}
-    return title(run), tell[format](*about, history(own_baseline))
+        content: Any = comment(*about, project.gate, str(run.path))
+    else:
+        write: dict[Format, Callable[..., Any]] = {Format.md: markdown, Format.html: section, Format.latex: latex}
+        content = write[format](*about, history(own_baseline))
+    return _Report(path, title(run), content, lambda: speed_entry(run, judgements))
 
 
 def _quality_report(
     path: Path, run: QualityRun, margins: Path | None, speed: RunFile | None, format: Format
-) -> tuple[str, Any]:
+) -> _Report:
     from specdecode.bench.gate.project import read_project
-    from specdecode.bench.quality.quality_page import section
+    from specdecode.bench.quality.quality_page import entry, section
     from specdecode.bench.quality.quality_tables import comment, latex, markdown, title
     from specdecode.bench.runs.names import margins_file
     from specdecode.evals.margins import check_margins, read_margins
@@ -184,21 +272,26 @@ def _quality_report(
     own_margins = read_project(Path()).baselines / margins_file(run.header.target, run.header.texts)
     checks = check_margins(run, read_margins(margins or own_margins))
     if format is Format.comment:
-        return title(run), comment(run, checks, str(path))
-    if format is not Format.html:
-        return title(run), (markdown if format is Format.md else latex)(run, checks, speed)
-    return title(run), section(run, checks, speed)
+        content: Any = comment(run, checks, str(path))
+    else:
+        write: dict[Format, Callable[..., Any]] = {Format.md: markdown, Format.html: section, Format.latex: latex}
+        content = write[format](run, checks, speed)
+    # Files of quality do not have the date of their run.
+    return _Report(path, title(run), content, lambda: entry(run, checks, f"{date.fromtimestamp(path.stat().st_mtime)}"))
 
 
 def _draw(
     runs: Sequence[tuple[Path, RunFile | QualityRun]], speed: RunFile | None, folders: Mapping[Path, Path]
 ) -> None:
-    """Draw each run, and say what was drawn and why other figures were not.
+    """Draw the figures of each run, and print their names and the reasons for missing ones.
 
     Args:
-        runs: by their files.
-        speed: for those of the quality suite.
-        folders: that are drawn into, by the files of runs.
+        runs: pairs of a file and its run.
+        speed: run of speeds, for runs of the quality suite.
+        folders: folder of the figures, by the run's file.
+
+    Raises:
+        ValueError: matplotlib is missing, or several runs would share a folder.
     """
     from specdecode.evals.results import QualityRun
 
@@ -208,7 +301,7 @@ def _draw(
     except ImportError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'specdecode[figures]'") from error
     if same := {folder.name for folder in folders.values() if [*folders.values()].count(folder) > 1}:
-        raise ValueError(f"several runs are named {min(same)!r}, and so would be their folders: draw them one by one")
+        raise ValueError(f"several runs are named {min(same)!r}, and would share a folder: draw them one by one")
     for path, run in runs:
         folder = folders[path]
         if isinstance(run, QualityRun):

@@ -1,4 +1,4 @@
-"""`specdecode schema`: what the files hold, for programs that read them."""
+"""`specdecode schema`: print the JSON Schemas of files, for programs that read them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Kind(str, enum.Enum):
 
 
 def schema(
-    kind: Annotated[Kind, typer.Argument(help="file: a run of speeds, one that was blessed, or a run of quality")],
+    kind: Annotated[Kind, typer.Argument(help="kind of file: a run of speeds, a blessed run, or a run of quality")],
 ) -> None:
     """Print the JSON Schema (2020-12) of a kind of file: each key with its meaning, unit and bounds."""
     from specdecode.bench.runs.schema import run_schema

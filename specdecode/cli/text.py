@@ -1,4 +1,4 @@
-"""Write tokens as text."""
+"""Stream tokens as text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 
 class TextStream:
-    """Write tokens as text as soon as they are whole characters, without special tokens such as those that end a turn.
+    """A stream that writes tokens as text as soon as they form whole characters.
+
+    Special tokens, for example those that end a turn, are left out.
 
     Args:
-        model: of the tokens, which stand behind others.
+        model: language model of the tokens, which continue earlier ones.
     """
 
     def __init__(self, model: LM) -> None:
@@ -25,5 +27,5 @@ class TextStream:
         say("".join(map(self._reader.read, tokens)), end="")
 
     def end(self) -> None:
-        """End the line. A character of which bytes are missing is left out."""
+        """End the line. A character with missing bytes is left out."""
         say("")

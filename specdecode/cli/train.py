@@ -21,34 +21,35 @@ def train_head(
         str,
         typer.Option(
             help="data sets with documents; chat, conversations that the target writes; ask, its answers to questions"
-            " about passages of the data sets. Repeat one for more of it"
+            " about passages of the data sets. Repeat a name for a larger share"
         ),
     ] = "code,prose,chat,ask",
-    tokens: Annotated[int, typer.Option(help="to train on")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(help="number of tokens to train on")] = 1_000_000,
     length: Annotated[int, typer.Option(help="tokens of a text")] = 256,
-    own: Annotated[float, typer.Option(help="share of the texts that the target writes on by itself")] = 0.5,
-    held_out: Annotated[int, typer.Option(help="documents of each data set that are left out, the first")] = 20,
+    own: Annotated[float, typer.Option(help="share of the texts that the target continues itself")] = 0.5,
+    held_out: Annotated[int, typer.Option(help="number of first documents of each data set to leave out")] = 20,
     layers: Annotated[
-        str | None, typer.Option(help="of the target, whose outputs are read: 2,15,29  [default: first, middle, last]")
+        str | None, typer.Option(help="target layers whose outputs are read: 2,15,29  [default: first, middle, last]")
     ] = None,
-    vocabulary: Annotated[int, typer.Option(help="tokens that the head can propose, the most frequent")] = 8192,
+    vocabulary: Annotated[int, typer.Option(help="number of most frequent tokens that the head can propose")] = 8192,
     shared_output: Annotated[
         bool,
         typer.Option(
-            "--shared-output", help="leave out the output embedding, the target's: smaller, and for this package alone"
+            "--shared-output", help="leave out the output embedding, the target's: smaller, for this package alone"
         ),
     ] = False,
-    epochs: Annotated[int, typer.Option(help="times that all texts are read")] = 3,
+    epochs: Annotated[int, typer.Option(help="number of passes over all texts")] = 3,
     batch: Annotated[int, typer.Option(help="texts in a step")] = 2,
     ahead: Annotated[int, typer.Option(help="tokens that are predicted from each place")] = 4,
-    rate: Annotated[float, typer.Option(help="of learning")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="of the texts and the training")] = 0,
+    rate: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="seed of the texts and the training")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="of the target: float32, bfloat16  [default: float32 on a CPU, else float16]")
+        str | None,
+        typer.Option(help="type of the target: float32, bfloat16  [default: float32 on a CPU, else float16]"),
     ] = None,
 ) -> None:
-    """Train a draft head for a target. What was interrupted goes on where it was when it is called again."""
+    """Train a draft head for a target. Repeat the command to continue an interrupted training."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is {out}, which is a file: a head is a folder")
     numbers = (layers or "").split(",") if layers else []
@@ -81,4 +82,4 @@ def train_head(
     for number, epoch in enumerate(card["epochs"], start=1):
         taus = ", ".join(f"{task} {tau:.2f}" for task, tau in epoch["acceptance"].items())
         say(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {taus}")
-    say(f"the head and its card are in {out}; the folder {work_folder(out)} can go")
+    say(f"the head and its card are in {out}; the folder {work_folder(out)} can be removed")

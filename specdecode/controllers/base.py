@@ -9,12 +9,12 @@ from typing import Protocol
 from specdecode.core.result import Step
 
 MAX_DRAFT_NODES = 64
-"""Most proposals in one step, unless a smaller limit is given: wider forwards are not cheap on any device known."""
+"""Default limit of proposals in one step: wider forwards are expensive on every tested device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Limit what a drafter may propose.
+    """The largest proposal that a drafter may make.
 
     Attributes:
         depth: most tokens on any path; 0 asks for no draft.
@@ -26,9 +26,9 @@ class Limit:
 
 
 class Controller(Protocol):
-    """Decide the limit of the next proposal from the steps so far.
+    """An object that decides the limit of the next proposal from the steps so far.
 
-    `limit` has no side effects: only `observe` changes it.
+    `limit` has no side effects: only `observe` changes its result.
     """
 
     def limit(self) -> Limit: ...
@@ -38,7 +38,7 @@ class Controller(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FixedK:
-    """Set the same limit in every step.
+    """A controller that sets the same limit in every step.
 
     Attributes:
         k: most tokens on a path, K in the literature.
@@ -63,7 +63,7 @@ class FixedK:
 
 
 def check_positive(name: str, value: int) -> None:
-    """Raise ValueError if a size of drafts is below 1."""
+    """Raise ValueError if a draft size is below 1."""
     if value < 1:
         raise ValueError(f"{name} is {value}: a draft needs at least 1 token (for none, use NoDraft)")
 

@@ -1,4 +1,4 @@
-"""A controller that drafts where it pays, by the costs measured on this machine."""
+"""A controller that drafts where drafting saves time, by the costs measured on this machine."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from specdecode.core.result import Step
 
 @dataclass(frozen=True, slots=True)
 class DraftCost:
-    """Hold the size of a proposal and its cost.
+    """The size and the cost of a proposal.
 
     Attributes:
-        nodes: proposed tokens.
-        seconds: taken to propose them.
+        nodes: number of proposed tokens.
+        seconds: time to propose them.
     """
 
     nodes: int
@@ -27,15 +27,16 @@ class DraftCost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Hold the costs of a step's parts, for one machine, target and drafter. `measure_costs` measures them.
+    """The costs of a step's parts, for one machine, target and drafter. `measure_costs` measures them.
 
     Attributes:
         verify: seconds of a target forward by its rows: the root and the proposals.
-        draft: proposals by their limit. There are several numbers of nodes where they make different trees.
-        catch_up: seconds that the draft takes to read a token that was committed without it.
+        draft: size and cost of proposals by their limit. Limits have several numbers of nodes where these give
+            different trees.
+        catch_up: seconds in which the draft reads one token that was committed without a proposal.
 
     Raises:
-        ValueError: nothing measured, or a value that is no duration.
+        ValueError: nothing was measured, or a value is no duration.
     """
 
     verify: Mapping[int, float]
@@ -68,7 +69,7 @@ class Costs:
 
 
 def _between(values: Mapping[int, float], at: int) -> float:
-    """Return the value at a place on the line through the two nearest measured places, at least 0."""
+    """Interpolate linearly between the two nearest measured places, or extrapolate; return at least 0."""
     if len(values) == 1:
         return next(iter(values.values()))
     places = sorted(values)
@@ -77,55 +78,56 @@ def _between(values: Mapping[int, float], at: int) -> float:
     return max(values[low] + (values[high] - values[low]) * (at - low) / (high - low), 0.0)
 
 
-# In plain steps: what a trial may lose at first, and what it may lose after gains.
+# The most that a trial may lose, in plain steps of time: at first, and after gains.
 _INITIAL_STAKE, _LARGEST_STAKE = 2.0, 12.0
-# Share of the stake that one step may risk, unless even the cheapest draft could lose more.
+# Share of the stake that one step may risk; more, up to the stake, where even the cheapest draft could lose more.
 _RISK_SHARE = 0.25
 # Share of all time that probing may cost.
 _PROBE_SHARE = 0.01
 
-# A trial begins as if this share of three earlier proposals had been accepted; and at every further depth as if three
-# had been accepted with the share of the depth above.
+# Prior of a trial: three proposals at depth 1, of which this share was accepted. At each further depth three proposals
+# with the acceptance of the depth above.
 _PRIOR_ACCEPTANCE, _PRIOR_WEIGHT = 0.8, 3.0
-# A draft is deeper than what was accepted in its trial by this many tokens at most: beyond it, acceptance is a guess.
+# Most tokens by which a draft is deeper than the longest accepted path of its trial: beyond, acceptance is a guess.
 _DEPTH_AHEAD = 6
-# With m nodes in place of n, (n / m) to this power times as many proposals are assumed to be rejected: a power law, as
-# in Sequoia (Chen et al. 2024).
+# With m nodes instead of n, the number of rejections is assumed to change by the factor (n / m) to this power: a power
+# law, as in Sequoia (Chen et al. 2024).
 _NODES_EXPONENT = 0.4
 
-# Standard errors, as shares: of the measured costs, and of the time of a step ...
+# Standard errors, as shares: of the measured costs, and of the time of a step.
 _COST_ERROR, _STEP_TIME_ERROR = 0.5, 0.1
-# ... and variances of the drift in each step: of drafting and verifying together, and of each by itself.
+# Variances of the drift in each step: of drafting and verifying together, and of each separately.
 _DRIFT, _DRIFT_APART = 3e-4, 3e-4
-# A plain step is made when the standard error of its time is a larger share than this.
+# A plain step follows when the standard error of its time is a larger share than this.
 _PLAIN_ERROR_LIMIT = 0.2
-# A draft must catch up with at least this many tokens before the step's time shows what one of them costs.
+# Least number of unread tokens at which the time of a step shows the cost of reading one.
 _LEGIBLE_TOKENS = 16
 
 
 class CostAware:
-    """Draft as deep and as wide as pays, and not at all where nothing pays.
+    """A controller that chooses the limit with the most tokens per second, or no draft where no draft saves time.
 
-    It takes the limit with the most tokens per second, E[emitted] / seconds. A step of depth d emits
-    1 + a1 + a1 a2 + ... + a1...ad tokens on average, where ai is the acceptance of a proposal at depth i whose parent
-    was accepted (Leviathan et al. 2023, section 3.3, with an acceptance for each depth). The acceptances are counted,
-    older steps less; an empty proposal does not count. The seconds are those of `costs`, corrected by the observed
-    times of the steps.
+    It maximises E[emitted] / seconds. A step of depth d emits 1 + a1 + a1 a2 + ... + a1...ad tokens on average. Here ai
+    is the acceptance of a proposal at depth i whose parent was accepted (Leviathan et al. 2023, section 3.3, with an
+    acceptance for each depth). The acceptances are counted with less weight for older steps; empty proposals do not
+    count. The seconds are those of `costs`, corrected by the observed times of the steps.
 
-    Speculation runs in trials, so that drafts make decoding slower than plain decoding by a few percent at most. Let
-    the time of a plain step be the unit. A trial has a stake of 2. Each of its steps adds (tokens - time), and no step
-    is taken that could lose more than the stake. So a trial loses 2 at most, whatever was expected. It ends when no
-    limit is expected to beat plain decoding. After n plain steps a probe, the cheapest draft that could pay, costs
-    c + r n: what the last trial lost, and the draft's reading of n tokens. It is made once
-    2^(f - 1) c + r n <= n / 100, where f counts the trials in a row that lost. So probes take at most 1 % of the time,
-    and half as much after each failure. A probe with an accepted proposal begins a new trial. If not even a draft that
-    is accepted whole could pay, there is no probe.
+    Speculation runs in trials, so that drafts make decoding slower than plain decoding by a few percent at most. The
+    unit of time is a plain step. A trial starts with a stake of 2. Each of its steps adds (tokens - time) to the stake,
+    and a step that could lose more than the stake is not allowed. So a trial loses 2 at most, even if the estimates are
+    wrong. It ends when no limit is expected to beat plain decoding.
 
-    A controller may serve one text after another, and keeps what it has learnt. In a batch each prompt has its own
+    Then come plain steps and, at times, a probe: the cheapest draft that could pay. After n plain steps a probe costs
+    c + r n: c is the loss of the last trial, r n the time in which the draft reads n tokens. A probe follows once
+    2^(f - 1) c + r n <= n / 100, where f is the number of lost trials in a row. So probes use at most 1 % of the time,
+    and half as much after each failure. A probe with an accepted proposal begins a new trial. There is no probe if even
+    a fully accepted draft could not pay.
+
+    A controller may serve one text after another, and keeps its estimates. In a batch each prompt has its own
     controller, which counts the whole time of shared forwards.
 
     Args:
-        costs: of this target and this drafter.
+        costs: costs of this target and this drafter.
         most: the largest depth.
 
     Raises:
@@ -146,21 +148,21 @@ class CostAware:
         }
         self._trial: _Trial | None = _Trial(self._options)
         self._failures = 0
-        self._lost = 0.0  # plain steps of time, by the last trial
+        self._lost = 0.0  # loss of the last trial, in plain steps of time
         self._waited = 0.0  # plain steps since then
-        self._unread = 1  # tokens that the draft has to catch up with: at first the prompt
-        self._catch_up = costs.catch_up / costs.verify_s(1)  # plain steps of time for one of them
+        self._unread = 1  # committed tokens that the draft has not read: at first the prompt
+        self._catch_up = costs.catch_up / costs.verify_s(1)  # plain steps of time to read one of them
         self._chosen: _Option | None = self._decide()
 
     def limit(self) -> Limit:
         return Limit(0) if self._chosen is None else self._chosen.limit
 
     def observe(self, step: Step) -> None:
-        # The first step of a text also reads the prompt, so its time says nothing about other steps.
+        # The first step of a text also reads the prompt, so its time is no measure of other steps.
         alone = step.rows == step.drafted + 1
         if self._chosen is not None and step.drafted:
             uncertain = self._learn(self._chosen, step, alone)
-            # All options are compared with a plain step, so its time must be known well.
+            # All options are compared with a plain step. So if its time is uncertain, the next step is plain.
             self._chosen = None if uncertain else self._decide()
         else:
             self._learn_plain(step, alone)
@@ -169,7 +171,7 @@ class CostAware:
     def _learn_plain(self, step: Step, alone: bool) -> None:
         if alone:
             self._pace.learn(step.total_s - step.draft_s, 0.0, self.costs.verify_s(1))
-            # An empty proposal takes time too.
+            # An empty proposal costs time too.
             proposing = step.draft_s / self._pace.plain_s
             self._waited -= proposing / _PROBE_SHARE
             if self._trial is not None:
@@ -181,7 +183,7 @@ class CostAware:
             self._unread = (self._unread if alone else step.rows - 1) + step.emitted
 
     def _learn(self, option: _Option, step: Step, alone: bool) -> bool:
-        """Learn from a step with a draft; return whether it leaves the time of a plain step uncertain."""
+        """Learn from a step with a draft; return whether the time of a plain step is now uncertain."""
         verify_s = self.costs.verify_s(step.drafted + 1)
         uncertain = False
         if alone and not self._unread:
@@ -222,7 +224,11 @@ class CostAware:
         return probe if probe is not None and allowance >= factor * (times[probe] - 1.0) else None
 
     def _end(self, loss: float) -> None:
-        """End a trial or a probe that lost so many plain steps of time."""
+        """End a trial or a probe.
+
+        Args:
+            loss: plain steps of time that it lost.
+        """
         self._trial = None
         self._failures = self._failures + 1 if loss > 0.0 else 1
         self._lost = loss
@@ -231,7 +237,7 @@ class CostAware:
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """Hold a limit and the seconds that it was measured to cost."""
+    """A limit with the measured seconds of its draft and of its verification."""
 
     limit: Limit
     draft_s: float
@@ -239,10 +245,10 @@ class _Option:
 
 
 class _Trial:
-    """Count the gains and acceptances of speculation while it pays.
+    """A series of steps with drafts, with its gains and acceptances.
 
     Attributes:
-        stake: plain steps of time that it may still lose.
+        stake: plain steps of time that the trial may still lose.
         gained: plain steps of time gained in all.
     """
 
@@ -254,11 +260,17 @@ class _Trial:
         self._levels = {nodes: _Levels(len(by_depth)) for nodes, by_depth in options.items()}
 
     def observe(self, step: Step, limit: Limit, gain: float) -> None:
-        """Count a step with a draft that gained so many plain steps of time."""
+        """Count a step with a draft.
+
+        Args:
+            step: the step.
+            limit: limit of its draft.
+            gain: plain steps of time that it gained.
+        """
         self.add(gain)
         self._deepest = max(self._deepest, step.accepted + _DEPTH_AHEAD)
         for nodes, levels in self._levels.items():
-            # A tree that did not fill its limit is the same under every limit that it fits in.
+            # A tree that did not fill its limit is the same tree under every limit that holds it.
             same = step.drafted < limit.nodes and step.drafted <= nodes
             levels.observe(step, limit, 1.0 if same else (limit.nodes / nodes) ** _NODES_EXPONENT)
 
@@ -267,11 +279,11 @@ class _Trial:
         self.stake = min(self.stake + gain, _LARGEST_STAKE)
 
     def best(self, drafting: float, verifying: float) -> _Option | None:
-        """Return the option with the most tokens for its time; None if plain decoding has more.
+        """Return the option with the most tokens per time; None if plain decoding is expected to be faster.
 
         Args:
             drafting: plain steps of time for a measured second of drafting.
-            verifying: the same for verifying.
+            verifying: plain steps of time for a measured second of verifying.
         """
         shallowest = [options[0] for options in self._options.values()]
         cheapest = min(drafting * option.draft_s + verifying * option.verify_s for option in shallowest) - 1.0
@@ -290,14 +302,20 @@ class _Trial:
 
 
 class _Levels:
-    """Estimate the acceptance of proposals by their depth."""
+    """Estimates of the acceptance of proposals, by depth."""
 
     def __init__(self, most: int) -> None:
         self._accepted = [_PRIOR_ACCEPTANCE * _PRIOR_WEIGHT] + [0.0] * (most - 1)
         self._decided = [_PRIOR_WEIGHT] + [0.0] * (most - 1)
 
     def observe(self, step: Step, limit: Limit, rejections: float) -> None:
-        """Count a step, its rejection as so many. Beyond the end of a draft nothing is accepted, up to its limit."""
+        """Count a step. A proposal that is missing below the limit counts as rejected.
+
+        Args:
+            step: the step.
+            limit: limit of its draft.
+            rejections: weight of its rejection.
+        """
         rejected = step.accepted < min(limit.depth, step.emitted)
         for level in range(len(self._decided)):
             accepted = float(level < step.accepted)
@@ -306,7 +324,7 @@ class _Levels:
             self._decided[level] = OBSERVATION_DECAY * self._decided[level] + decided
 
     def acceptances(self) -> Iterator[float]:
-        """Yield the acceptance at depth 1, 2, ...; a depth with few observations resembles the one above."""
+        """Yield the acceptance at depth 1, 2, ...; a depth with few observations resembles the depth above it."""
         above = self._accepted[0] / self._decided[0]
         for accepted, decided in zip(self._accepted, self._decided, strict=True):
             above = (accepted + _PRIOR_WEIGHT * above) / (decided + _PRIOR_WEIGHT)
@@ -314,11 +332,11 @@ class _Levels:
 
 
 class _Pace:
-    """Estimate how much longer steps take than measured: a factor on drafting, and one on verifying.
+    """Estimates of two factors on the measured costs: a factor on drafting, and a factor on verifying.
 
-    A Kalman filter (Kalman 1960) tracks the two factors, which drift, mostly together. It uses the times of whole
-    steps. On a GPU, queued draft work is waited for while verifying, so the host clock cannot separate the two. Steps
-    of different depth can, plain steps most of all.
+    A Kalman filter (Kalman 1960) tracks the factors, which drift, mostly together. It uses the times of whole steps: on
+    a GPU, verification waits for queued draft work, so the host clock cannot separate the two parts. Steps of different
+    depth can separate them, plain steps most of all.
     """
 
     def __init__(self, plain_s: float) -> None:
@@ -333,12 +351,12 @@ class _Pace:
 
     @property
     def plain_error(self) -> float:
-        """The standard error of `plain_s`, as a share of it."""
+        """Standard error of `plain_s`, as a share of it."""
         return math.sqrt(self._covariance[1][1]) / self._factors[1]
 
     @property
     def units(self) -> tuple[float, float]:
-        """Plain steps of time for a measured second of drafting, and for one of verifying."""
+        """Plain steps of time for a measured second of drafting, and for a measured second of verifying."""
         return self._factors[0] / self.plain_s, self._factors[1] / self.plain_s
 
     def learn(self, seconds: float, draft_s: float, verify_s: float) -> None:
@@ -347,7 +365,7 @@ class _Pace:
         for i, j in product((0, 1), repeat=2):
             covariance[i][j] += (_DRIFT + _DRIFT_APART * (i == j)) * factors[i] * factors[j]
         expected = factors[0] * draft_s + factors[1] * verify_s
-        # Now and then the machine is busy with something else, and a step takes ten times as long.
+        # Other work on the machine sometimes makes a step ten times as long.
         error = min(max(seconds - expected, -expected / 2), expected)
         projected = [row[0] * draft_s + row[1] * verify_s for row in covariance]
         variance = projected[0] * draft_s + projected[1] * verify_s + (_STEP_TIME_ERROR * expected) ** 2

@@ -1,1 +1,1 @@
-"""Pure values of decoding: trees, acceptance, sampling, stopping, slots, results. Nothing here knows transformers."""
+"""Pure values of decoding: trees, acceptance, sampling, stopping, slots, results. Nothing here imports transformers."""

@@ -1,23 +1,26 @@
-"""The errors that a caller can act on; everything else that is wrong with an input is a `ValueError`."""
+"""The errors that a caller can act on. Any other wrong input raises a `ValueError`."""
 
 
 class SpecDecodeError(Exception):
-    """Base of the package's own errors. Its text is one sentence: what is wrong, and the way out."""
+    """Base class of the package's own errors. The message is one sentence: the problem, and a way to solve it."""
 
 
 class UnsupportedModelError(SpecDecodeError):
-    """The architecture cannot be decoded exactly by this package; the sentence gives the reason."""
+    """This package cannot decode the architecture exactly. The message gives the reason."""
 
 
 class TokenizerMismatchError(SpecDecodeError):
-    """The draft cannot speak to the target: their vocabularies differ, or there is no text between them either; the
-    sentence names the first difference, or what is lost."""
+    """The draft cannot propose tokens for the target.
+
+    Their vocabularies differ, or text cannot be translated between them. The message names the first token that
+    differs, or the text that is lost.
+    """
 
 
 class ModelFileError(SpecDecodeError):
-    """A model's files are missing, damaged or cannot be fetched or stored."""
+    """A model's files are missing or damaged, or cannot be fetched or stored."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error of a library says, for a sentence of ours; its name if it says nothing."""
+    """Return the first line of an error's message, to quote it in another message; its class name if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Processes that decode one model together: each holds a part of every weight, and all make the same steps."""
+"""Processes that decode with one model together: each holds a part of every weight, and all make the same steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 class Ranks:
     """The processes that share a model's weights (tensor parallelism).
 
-    Every process runs the whole decoding loop. What they compute from tensors is the same in all of them, so they
-    choose the same tokens. What depends on a clock or on chance is not: there the first process decides.
+    Every process runs the whole decoding loop. All of them compute the same values from tensors, so they choose the
+    same tokens. Clocks and random seeds differ between processes: there the value of the first process counts.
 
     Attributes:
-        group: the processes, as PyTorch knows them; None for a model that one process holds.
+        group: PyTorch's group of these processes; None for a model that one process holds.
     """
 
     group: dist.ProcessGroup | None = None
@@ -31,7 +31,13 @@ class Ranks:
         return 1 if self.group is None else self.group.size()
 
     def agreed(self, value: T) -> T:
-        """Return the first process's value in all of them. Every process must call this at the same place."""
+        """Return the first process's value in every process.
+
+        All processes must call this at the same place in the program.
+
+        Args:
+            value: this process's value, which can be pickled.
+        """
         if self.group is None:
             return value
         values = [value]
@@ -40,6 +46,6 @@ class Ranks:
 
 
 def ranks_of(model: nn.Module) -> Ranks:
-    """Return the processes among which a model's weights are split."""
+    """Return the processes among which a model's weights are split; one process if they are not split."""
     split: Any = next((weight for weight in model.parameters() if isinstance(weight, DTensor)), None)
     return Ranks() if split is None else Ranks(split.device_mesh.get_group())

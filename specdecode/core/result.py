@@ -1,4 +1,4 @@
-"""The result of a generation: its tokens, and counters and times step by step."""
+"""The result of a generation: its tokens, and the counters and times of each step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Count and time one step: a proposal and the target forward over it.
+    """The counters and times of one step: a proposal and the target forward over it.
 
     Attributes:
-        drafted: proposed tokens.
-        depth: tokens on the longest path of the proposal.
-        rows: tokens that the target read: the root, the proposals and, in the first step, the end of the prompt.
-        accepted: proposals that were committed.
-        emitted: committed tokens: the accepted ones and the target's own, cut at a stop token or the length limit.
-        draft_forwards: forwards of the draft model.
-        draft_s: seconds spent proposing (host clock: on a GPU, `verify_s` includes waiting for queued draft work).
-        verify_s: seconds of the target's forward and the acceptance.
+        drafted: number of proposed tokens.
+        depth: number of tokens on the longest path of the proposal.
+        rows: number of tokens that the target read: the root, the proposals and, in the first step, the end of the
+            prompt.
+        accepted: number of proposed tokens that were committed.
+        emitted: number of committed tokens: the accepted tokens and the target's own token, cut at a stop token or the
+            length limit.
+        draft_forwards: number of forwards of the draft model.
+        draft_s: seconds of proposing, on the host clock. On a GPU, `verify_s` includes the wait for queued draft work.
+        verify_s: seconds of the target's forward and of the acceptance.
         total_s: seconds of the whole step.
         cache_bytes: bytes of KV in the target's slots at the end of the step.
-        peak_cache_bytes: the same before rejected proposals were dropped and anything was evicted.
+        peak_cache_bytes: bytes of KV in the target's slots before rejected proposals and evicted tokens were dropped.
         attended_bytes: bytes of KV that the target's forward attended to.
-        compressions: evictions by the cache policy at the end of the step.
+        compressions: number of evictions by the cache policy at the end of the step.
     """
 
     drafted: int
@@ -43,21 +45,26 @@ class Step:
 
 @dataclass(slots=True)
 class Generation:
-    """Hold the new tokens of one prompt, with the counters and times of their steps.
+    """The new tokens of one prompt, with the counters and times of their steps.
 
     Attributes:
-        tokens: the new token ids; a stop token that ended the generation is the last of them.
-        finish_reason: "length" or "stop".
-        steps: in order. The first one's target forward also reads the rest of the prompt.
-        prompt_tokens: length of the prompt.
-        prefill_forwards: target forwards over parts of a long prompt, before the first step.
-        prefill_forwards_s: seconds of those.
-        prefill_compressions: evictions by the cache policy before the first step.
+        tokens: the new token ids. If a stop token ended the generation, it is the last of them.
+        finish_reason: "length" at the length limit; "stop" after a stop token or a stop string.
+        steps: the steps in order. The target forward of the first step also reads the rest of the prompt.
+        prompt_tokens: number of tokens of the prompt.
+        prefill_forwards: number of target forwards over parts of a long prompt, before the first step.
+        prefill_forwards_s: seconds of these forwards.
+        prefill_compressions: number of evictions by the cache policy before the first step.
         prefill_s: seconds from the call to the first committed tokens.
-        decode_s: seconds from there to the end.
-        capture_s: seconds of capturing CUDA graphs, which are in none of the other times.
+        decode_s: seconds from the first committed tokens to the end.
+        capture_s: seconds of capturing CUDA graphs, which no other time includes.
         logprobs: natural logarithm of each new token's probability under the target's own distribution, before
             temperature, top-k and top-p; None unless requested.
+        target_forwards: number of forwards of the target: those before the first step, and one for each step.
+        draft_forwards: number of forwards of the draft model.
+        drafted: number of proposed tokens.
+        accepted: number of proposed tokens that were committed.
+        total_s: seconds of the whole call, without `capture_s`.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -90,12 +97,12 @@ class Generation:
 
     @property
     def rejections(self) -> int:
-        """Steps that rejected a proposal: for a tree, all proposals of one depth."""
+        """Number of steps that accepted fewer tokens than the depth of their tree."""
         return sum(step.accepted < step.depth for step in self.steps)
 
     @property
     def compressions(self) -> int:
-        """Evictions by the cache policy."""
+        """Number of evictions by the cache policy."""
         return self.prefill_compressions + sum(step.compressions for step in self.steps)
 
     @property
@@ -105,7 +112,7 @@ class Generation:
 
     @property
     def peak_cache_bytes(self) -> int:
-        """The most bytes of KV in the target's slots in any step, proposals included."""
+        """Largest number of bytes of KV in the target's slots in any step, proposals included."""
         return max((step.peak_cache_bytes for step in self.steps), default=0)
 
     @property
@@ -115,27 +122,30 @@ class Generation:
 
     @property
     def draft_s(self) -> float:
-        """Seconds spent proposing."""
+        """Seconds of proposing."""
         return sum(step.draft_s for step in self.steps)
 
     @property
     def verify_s(self) -> float:
-        """Seconds of the target's forwards, including those over the prompt, and of the acceptance."""
+        """Seconds of the target's forwards, including the forwards over the prompt, and of the acceptance."""
         return self.prefill_forwards_s + sum(step.verify_s for step in self.steps)
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over drafted tokens, 0 to 1; nan if nothing was drafted."""
+        """Accepted tokens over drafted tokens, from 0 to 1; nan if nothing was drafted."""
         return _ratio(self.accepted, self.drafted)
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens committed in a step (the literature's tau), at most depth + 1; nan without steps."""
+        """Committed tokens per step (tau in the literature), at most depth + 1; nan without steps."""
         return _ratio(len(self.tokens), len(self.steps))
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """For each depth from 1: of the trees that reach it, the share with a committed node there."""
+        """Acceptance at each depth, from depth 1: the share of trees with a committed proposal there.
+
+        Only trees that reach the depth count.
+        """
         deepest = max((step.depth for step in self.steps), default=0)
         return [
             _ratio(sum(s.accepted >= d for s in self.steps), sum(s.depth >= d for s in self.steps))
@@ -144,12 +154,12 @@ class Generation:
 
     @property
     def accepted_lengths(self) -> list[int]:
-        """Histogram: entry i counts the steps that accepted i proposals."""
+        """Histogram of accepted proposals: entry i is the number of steps that accepted i proposals."""
         return histogram([step.accepted for step in self.steps])
 
     @property
     def depths(self) -> list[int]:
-        """Histogram: entry i counts the steps whose tree was i deep."""
+        """Histogram of tree depths: entry i is the number of steps with a tree of depth i."""
         return histogram([step.depth for step in self.steps])
 
     @property
@@ -168,7 +178,7 @@ class Generation:
 
     @property
     def throughput(self) -> float:
-        """New tokens per second of the whole call."""
+        """New tokens per second of the whole call: n / total."""
         return _ratio(len(self.tokens), self.total_s)
 
     @property
@@ -177,15 +187,18 @@ class Generation:
         return _ratio(len(self.tokens) - 1, self.decode_s)
 
     def until(self, count: int) -> Generation:
-        """Return the first `count` tokens with the steps that committed them.
+        """Return the generation of the first `count` tokens, with the steps that committed them.
 
-        A shorter generation would be the same, except that it would not have drafted past its end.
+        A generation with this length limit would be the same, except that it would not draft past its end.
+
+        Args:
+            count: number of tokens to keep, from 1 to `len(tokens)`.
 
         Raises:
             ValueError: there are fewer tokens, or `count` is not positive.
         """
         if not 1 <= count <= len(self.tokens):
-            raise ValueError(f"{count} tokens were asked for, of a generation of {len(self.tokens)}")
+            raise ValueError(f"{count} tokens were asked for, but the generation has {len(self.tokens)}")
         steps: list[Step] = []
         left = count
         for step in self.steps:
@@ -205,7 +218,7 @@ class Generation:
 
 
 def histogram(lengths: list[int]) -> list[int]:
-    """Return how often each length occurs: entry i counts the length i."""
+    """Return the histogram of lengths: entry i is the number of times that the length i occurs."""
     return [lengths.count(length) for length in range(max(lengths, default=0) + 1)]
 
 

@@ -1,4 +1,4 @@
-"""Turn logits into the distribution that a token is drawn from; and hold the one source of randomness."""
+"""The distribution that a token is drawn from, computed from logits; and the only source of randomness."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from specdecode.core.transfer import moved
 class Rng:
     """The source of all randomness of one generation: biased coins, and draws from a distribution.
 
-    It draws uniform numbers on the CPU in float64, so a seed means the same on every device. A test replaces this class
-    by an enumeration of all outcomes.
+    It draws uniform numbers on the CPU in float64, so a seed gives the same numbers on every device. Tests replace this
+    class by an enumeration of all outcomes.
+
+    Args:
+        seed: seed of the generator.
     """
 
     def __init__(self, seed: int) -> None:
@@ -25,14 +28,19 @@ class Rng:
         self._generator.manual_seed(seed)
 
     def coin(self, probability: float | Float[Tensor, ""]) -> bool:
-        """Return True with this probability; anything from 1 up is certain."""
+        """Return True with this probability. A value of 1 or more always gives True."""
         return torch.rand((), generator=self._generator, dtype=torch.float64).item() < float(probability)
 
     def draw(self, distribution: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
-        """Draw one index from each row, by inversion of its cumulative sum; rows need not be normalised.
+        """Draw one index from each row, by inversion of the row's cumulative sum.
 
-        An entry of probability zero is never drawn: the cumulative sum does not rise there. A row without mass, or with
-        NaN in it, gives -1.
+        An entry of probability zero is never drawn, because the cumulative sum does not rise there.
+
+        Args:
+            distribution: rows that need not be normalised.
+
+        Returns:
+            The index for each row; -1 for a row that sums to zero or contains NaN.
         """
         uniform = moved(
             torch.rand(distribution.shape[:-1], generator=self._generator, dtype=torch.float64), distribution.device
@@ -40,21 +48,24 @@ class Rng:
         cumulative = distribution.double().cumsum(-1)
         mass = cumulative[..., -1:]
         drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * mass, right=True)
-        # A product that is rounded up to the whole mass points behind the last entry.
+        # If rounding raises the product to the whole mass, the index lies behind the last entry.
         return drawn.clamp(max=distribution.shape[-1] - 1).where(mass > 0, -1).squeeze(-1)
 
 
 def most_probable(logits: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
-    """Return the index of the largest entry of each row; -1 where a row has NaN in it, or nothing above -inf."""
+    """Return the index of the largest entry of each row; -1 for a row that contains NaN, or only -inf."""
     largest = logits.max(-1)
     return largest.indices.where(largest.values > -torch.inf, -1)
 
 
 def checked_choice(token: int) -> int:
-    """Return a token that was drawn, or is the most probable one.
+    """Return a chosen token unchanged, after a check that it is valid.
+
+    Args:
+        token: the result of `Rng.draw` or `most_probable`.
 
     Raises:
-        SpecDecodeError: it is -1, as its distribution has no mass or is not finite.
+        SpecDecodeError: the token is -1, because its distribution has no mass or is not finite.
     """
     if token < 0:
         raise SpecDecodeError(
@@ -66,17 +77,17 @@ def checked_choice(token: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen from the target's logits.
+    """The rule that chooses the next token from the target's logits.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy decoding.
-        top_k: keep the k most probable tokens (and any that tie with the last of them); 0 keeps all.
-        top_p: keep the fewest most probable tokens whose mass reaches this share (nucleus sampling, Holtzman et al.
-            2020); 1 keeps all. Applied after top_k.
-        seed: of the generator; None draws one.
+        temperature: divisor of the logits, 0 or above; 0 is greedy decoding.
+        top_k: number of most probable tokens to keep, with all ties of the last; 0 keeps all tokens.
+        top_p: probability mass above 0 and at most 1. The fewest most probable tokens that reach it are kept (nucleus
+            sampling, Holtzman et al. 2020); 1 keeps all tokens. Applied after top_k.
+        seed: seed of the random generator; None draws a seed.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value is outside its range.
     """
 
     temperature: float = 0.0
@@ -97,22 +108,33 @@ class Sampling:
         return self.temperature == 0.0
 
     def rng(self, ranks: Ranks = Ranks()) -> Rng:
-        """Return the source of randomness of one generation; processes that decode together get the same."""
+        """Return the source of randomness of one generation.
+
+        Args:
+            ranks: the processes that decode together. All of them get the same seed.
+        """
         seed = self.seed
         if seed is None:
             seed = ranks.agreed(torch.Generator().seed())
         return Rng(seed)
 
     def probs(self, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
-        """Return the distribution that a token is drawn from: after temperature, then top_k, then top_p.
+        """Return the distribution that a token is drawn from: temperature is applied first, then top_k, then top_p.
 
-        It is float32 at least. Under greedy decoding it is the plain softmax: not the distribution of the choice, which
-        is one-hot, but what a drafter ranks its proposals by.
+        Under greedy decoding the result is the plain softmax. A drafter ranks its proposals by it; the choice itself is
+        the most probable token.
+
+        Args:
+            logits: logits of a model, in any floating-point type.
+
+        Returns:
+            Probabilities, in float64 for float64 logits, else in float32.
         """
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self.greedy:
             return scores.softmax(-1)
-        # With the largest at zero, none overflows. What no temperature can be divided by is as good as greedy.
+        # With the largest score at zero, none overflows. A temperature below the least normal number is raised to it:
+        # sampling is as good as greedy there.
         largest = scores.amax(-1, keepdim=True)
         scores = (scores - largest) / max(self.temperature, torch.finfo(scores.dtype).tiny)
         if 0 < self.top_k < scores.shape[-1]:
@@ -121,7 +143,7 @@ class Sampling:
         if self.top_p < 1.0:
             ranked, order = scores.sort(descending=True)
             mass = ranked.softmax(-1)
-            # A token goes when the ones before it already reach top_p; the first one always stays.
+            # A token is dropped if the tokens before it already reach top_p. The first token always stays.
             beyond = (mass.cumsum(-1) - mass) >= self.top_p
             scores = scores.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
         return scores.softmax(-1)

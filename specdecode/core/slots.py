@@ -1,4 +1,4 @@
-"""The KV slots of one sequence, and of a batch of sequences side by side. Their one operation is `keep`."""
+"""The KV slots of one sequence, and of a batch of sequences. `keep` accepts a path or rolls back; `gather` evicts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from specdecode.core.transfer import moved, picked, write
 
 @dataclass(eq=False)
 class Storage:
-    """Hold the tensors of slots, which may serve one sequence after another: captured graphs keep their addresses.
+    """The tensors behind slots. One sequence after another may use them, as captured graphs need the same addresses.
 
     Attributes:
-        positions: [capacity] see `Slots`.
-        keys, values: of each layer that was written.
-        moves: how often other tensors replaced these, for more slots or for a batch.
-        shared: whether the tensors are rows of a batch's.
-        number: of those that one runner made.
+        positions: [capacity] position of each slot's token; see `Slots`.
+        keys: keys of each layer that was written.
+        values: values of each layer that was written.
+        moves: number of times that other tensors replaced these, for more slots or for a batch.
+        shared: whether the tensors are rows of a batch's tensors.
+        number: number of this storage among the storages of one runner.
     """
 
     positions: Int[Tensor, " capacity"]
@@ -39,23 +40,23 @@ class Storage:
 
 
 class Slots:
-    """Hold the keys and values of one sequence, layer by layer, and the position of each.
+    """The KV cache of one sequence: keys and values by layer, and the position of each token.
 
-    A transformers model takes it as its cache: it calls only `update`, `get_seq_length` and `is_initialized`. Slots
-    are allocated at the first write and grown by doubling. Those below `length` are filled.
+    A transformers model accepts the slots as its cache: it calls only `update`, `get_seq_length` and `is_initialized`.
+    Memory is allocated at the first write, and doubled when it is full. Slots below `length` are filled.
 
     Args:
-        capacity: slots to begin with.
-        device: of the tensors.
-        storage: of slots that are no longer used; by default a new one.
+        capacity: number of slots to begin with.
+        device: device of the tensors.
+        storage: the storage of unused slots, to use again; by default a new one.
 
     Attributes:
-        length: filled slots.
-        attention: [layers, heads, capacity] the attention that each slot received from committed tokens, if it is
-            counted (see `attend`); else empty.
+        length: number of filled slots.
+        attention: [layers, heads, capacity] the sum of the attention weights that each slot received from committed
+            tokens, if it is counted (see `attend`); else empty.
         weights: [layers, heads, n, length] the attention weights of the last forward's n tokens, if they are recorded.
         outputs: [n, hidden] the hidden states of the last forward by layer, if they are recorded.
-        evicted: committed tokens that are no longer in the slots.
+        evicted: number of committed tokens that are no longer in the slots.
     """
 
     def __init__(self, capacity: int, device: torch.device, storage: Storage | None = None) -> None:
@@ -70,7 +71,7 @@ class Slots:
 
     @property
     def positions(self) -> Int[Tensor, " capacity"]:
-        """The position of each slot's token; the first `length` are meaningful."""
+        """The position of each slot's token. Only the first `length` entries are valid."""
         return self.storage.positions
 
     @property
@@ -83,18 +84,22 @@ class Slots:
 
     @property
     def committed(self) -> int:
-        """Committed tokens: those in the slots, and those that were evicted."""
+        """Number of committed tokens, in the slots and evicted."""
         return self.length + self.evicted
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the filled slots' keys and values over all layers."""
+        """Bytes of the keys and values in the filled slots, over all layers."""
         tensors = (*self._keys.values(), *self._values.values())
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors) * self.length
 
     @torch.inference_mode()
     def append(self, positions: Int[Tensor, " n"]) -> None:
-        """Take the next n slots for tokens at these positions, on any device. The forward that follows writes them."""
+        """Reserve the next n slots. The next forward writes them.
+
+        Args:
+            positions: positions of the n tokens, on any device.
+        """
         if self.length + len(positions) > self.capacity:
             self.grow(max(self.length + len(positions), 2 * self.capacity))
         self._written = self.length
@@ -105,7 +110,7 @@ class Slots:
 
     @torch.inference_mode()
     def grow(self, capacity: int) -> None:
-        """Grow to this many slots."""
+        """Enlarge the storage to this many slots."""
         wider = torch.zeros(capacity, dtype=torch.long, device=self.positions.device)
         wider[: self.capacity] = self.positions
         self.storage.positions = wider
@@ -127,16 +132,23 @@ class Slots:
         *_: Any,
         **__: Any,
     ) -> tuple[Float[Tensor, "1 heads length dim"], Float[Tensor, "1 heads length width"]]:
-        """Write one layer's keys and values into the slots taken last; return all filled slots of that layer."""
+        """Write one layer's keys and values into the slots that were reserved last.
+
+        Returns:
+            The keys and the values of all filled slots of that layer.
+        """
         if layer not in self._keys:
-            # Zeros, since static forwards also multiply slots that were never written, by an attention of zero.
+            # Zeros, since static forwards also read slots that were never written, with an attention weight of zero.
             self._keys[layer] = keys.new_zeros(1, keys.shape[1], self.capacity, keys.shape[3])
             self._values[layer] = values.new_zeros(1, values.shape[1], self.capacity, values.shape[3])
         self.write(keys, values, layer)
         return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
 
     def write(self, keys: Float[Tensor, "1 heads n dim"], values: Float[Tensor, "1 heads n width"], layer: int) -> None:
-        """Write one layer's keys and values into the slots taken last. Of more tokens than slots, the last count."""
+        """Write one layer's keys and values into the slots that were reserved last.
+
+        If there are more tokens than slots, only the last ones are written: the first are padding.
+        """
         count = self.length - self._written
         self._keys[layer][:, :, self._written : self.length] = keys[:, :, keys.shape[2] - count :]
         self._values[layer][:, :, self._written : self.length] = values[:, :, values.shape[2] - count :]
@@ -144,7 +156,7 @@ class Slots:
     def move(
         self, layer: int, keys: Float[Tensor, "1 heads capacity dim"], values: Float[Tensor, "1 heads capacity width"]
     ) -> None:
-        """Copy one layer's keys and values into other tensors, and use those from now on."""
+        """Copy one layer's keys and values into other tensors, and use those tensors from now on."""
         if layer in self._keys:
             keys[:, :, : self._written] = self._keys[layer][:, :, : self._written]
             values[:, :, : self._written] = self._values[layer][:, :, : self._written]
@@ -162,11 +174,12 @@ class Slots:
 
     @torch.inference_mode()
     def gather(self, kept: Int[Tensor, "... m"]) -> None:
-        """Evict all slots but these, which move to the first m slots and take their positions.
+        """Evict all slots except the given ones, which move to the first m slots and get the positions of those slots.
 
         Args:
-            kept: ascending; the same slots for all heads and layers [m], or a selection for each head
-                [layers, heads, m]. With the latter, one slot may hold different tokens in different heads.
+            kept: slots that stay, ascending: one selection for all heads and layers [m], or one for each head
+                [layers, heads, m]. With a selection for each head, one slot may hold different tokens in different
+                heads.
         """
         count = kept.shape[-1]
         for tensors in (self._keys, self._values):
@@ -182,7 +195,11 @@ class Slots:
 
     @torch.inference_mode()
     def attend(self, rows: Sequence[int]) -> None:
-        """Add the attention weights of these rows of the last forward, the committed tokens, to `attention`."""
+        """Add the last forward's attention weights to `attention`.
+
+        Args:
+            rows: rows of the forward that belong to committed tokens.
+        """
         assert self.weights is not None
         received = picked(self.weights, rows, dim=2).sum(2)
         if not self.attention.numel():
@@ -190,11 +207,11 @@ class Slots:
         self.attention[:, :, : self.length] += received
 
     def hidden_states(self, layers: Sequence[int]) -> Float[Tensor, "n F"]:
-        """Return the recorded hidden states of these layers, concatenated."""
+        """Return the recorded hidden states of these layers, concatenated to F = len(layers) * hidden columns."""
         return torch.cat([self.outputs[layer] for layer in layers], -1)
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Return the number of slots filled before the current forward (transformers asks for it)."""
+        """Return the number of slots that were filled before the current forward. transformers calls this."""
         return self._written
 
     @property
@@ -204,14 +221,14 @@ class Slots:
 
     @torch.inference_mode()
     def keep(self, indices: Sequence[int], after: int = 0) -> None:
-        """Keep only these of the slots from `after` on, in this order; all slots below `after` stay.
+        """Keep only the given slots among those from `after` on. All slots below `after` stay.
 
-        Accepting a path, rolling back and evicting are all this operation. Slots that are already in place are not
-        copied: then only the length changes.
+        Accepting a path and rolling back are both this operation. Slots that are already in place are not copied: then
+        only the length changes.
 
         Args:
             indices: slots to keep, ascending, each in [after, length).
-            after: slots below this one are not touched.
+            after: first slot that may be dropped.
 
         Raises:
             ValueError: an index is out of range or out of order.
@@ -232,13 +249,13 @@ class Slots:
 
 
 class SlotBatch:
-    """Join the slots of several sequences, so that one forward reads and writes all of them.
+    """The slots of several sequences together, so that one forward reads and writes all of them.
 
-    Each sequence's keys and values become a row of shared tensors, and later operations on its slots work there, in
-    place. When a sequence leaves or joins, another batch is made.
+    Each sequence's keys and values become a row of shared tensors. Later operations on the sequence's slots change that
+    row in place. When a sequence leaves or joins, a new batch is needed.
 
     Args:
-        rows: the slots of the sequences, none of them in another batch that is still used.
+        rows: the slots of the sequences. None of them may be in another batch that is still used.
     """
 
     def __init__(self, rows: Sequence[Slots]) -> None:
@@ -250,17 +267,21 @@ class SlotBatch:
 
     @property
     def length(self) -> int:
-        """The filled slots of the longest sequence."""
+        """Number of filled slots of the longest sequence."""
         return max(slots.length for slots in self.rows)
 
     def append(self, positions: Sequence[Int[Tensor, " _"]]) -> None:
-        """Take the next slots of each sequence for tokens at these positions."""
+        """Reserve the next slots of each sequence.
+
+        Args:
+            positions: positions of the new tokens of each sequence.
+        """
         self._make_room(max(slots.length + len(new) for slots, new in zip(self.rows, positions, strict=True)))
         for slots, new in zip(self.rows, positions, strict=True):
             slots.append(new)
 
     def _make_room(self, needed: int) -> None:
-        """Give all sequences the same capacity, so that none outgrows the shared tensors."""
+        """Give all sequences the same capacity of at least `needed` slots, so that none outgrows the shared tensors."""
         capacity = max(slots.capacity for slots in self.rows)
         if needed > capacity:
             capacity = max(needed, 2 * capacity)
@@ -277,13 +298,14 @@ class SlotBatch:
         *_: Any,
         **__: Any,
     ) -> tuple[Float[Tensor, "rows heads length dim"], Float[Tensor, "rows heads length width"]]:
-        """Write one layer's keys and values, without those of the padding, which stands first.
+        """Write one layer's keys and values into the slots that were reserved last. Padding, which comes first, is left
+        out.
 
         Returns:
-            All filled slots of that layer, as many for each sequence as the longest has.
+            The layer's keys and values, with the number of filled slots of the longest sequence for each sequence.
         """
         if layer not in self._shared:
-            # Zeros, since slots that no sequence has written are multiplied too, by an attention of zero.
+            # Zeros, since forwards also read slots that no sequence has written, with an attention weight of zero.
             shape = (len(self.rows), keys.shape[1], self.rows[0].capacity)
             self._shared[layer] = (keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3]))
             for row, slots in enumerate(self.rows):
@@ -294,7 +316,7 @@ class SlotBatch:
         return shared_keys[:, :, : self.length], shared_values[:, :, : self.length]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Return the number of slots filled before the current forward, in the longest sequence."""
+        """Return the number of slots that were filled before the current forward, in the longest sequence."""
         return max(slots.get_seq_length() for slots in self.rows)
 
     @property

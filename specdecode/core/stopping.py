@@ -1,4 +1,4 @@
-"""When a text ends before its length limit."""
+"""Stop tokens and stop strings, which end a text before its length limit."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 
 
 class Stops:
-    """The tokens and the strings that end a text. Both look at committed tokens alone, so they end it at the same token
-    whatever was drafted.
+    """The tokens and the strings that end a text.
 
-    Strings are sought among bytes, as a character may be spread over several tokens. As in transformers' `generate`, a
-    string may begin in the prompt or end inside of a token, and a token that the tokenizer lacks is part of no string.
+    Both depend on committed tokens alone, so drafts do not change the end of a text. Strings are compared as bytes, as
+    a character may be spread over several tokens. As in transformers' `generate`, a stop string may begin in the prompt
+    or end inside a token. A token without text is part of no string.
 
     Args:
-        token_ids: any of these tokens ends the text.
-        strings: the text ends with the token that completes any of these in it.
-        spell: the bytes that a token adds to a text, None if it has no text; needed for strings.
+        token_ids: tokens that end the text.
+        strings: strings that end the text. The text ends with the token that completes a string.
+        spell: returns the bytes that a token adds to a text, or None for a token without text; needed for strings.
 
     Raises:
-        ValueError: an empty string, which is in every text; or strings without a way to make text of tokens.
+        ValueError: a string is empty, and so in every text; or there are strings, but no `spell`.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Stops:
         self._tokens = frozenset(token_ids)
         self._strings = tuple(string.encode(errors="surrogatepass") for string in strings)
         self._spell = spell
-        # A token that has text brings a byte at least.
+        # A token with text adds at least one byte, so a string spans at most as many tokens as it has bytes.
         self._most_tokens = max(map(len, self._strings), default=0)
 
     def find(self, before: Sequence[int], new: Sequence[int]) -> int | None:
-        """Return the index of the first new token that ends the text; None if it goes on.
+        """Return the index in `new` of the first token that ends the text; None if no token does.
 
         Args:
-            before: the text so far, with its prompt. It did not end there.
+            before: tokens of the prompt and of the text so far, which has not ended yet.
             new: the tokens that follow.
         """
         text = [*before[max(len(before) - self._most_tokens, 0) :], *new]
@@ -48,7 +48,8 @@ class Stops:
         )
 
     def _completes(self, text: Sequence[int], last: int) -> bool:
-        """Whether a token completes a string: no more of the text than the longest one takes is looked at."""
+        """Return whether a token completes a stop string. Only as many tokens are read as the longest string may
+        span."""
         if self._spell is None or not self._strings:
             return False
         end = self._spell(text[last])
@@ -61,5 +62,5 @@ class Stops:
                 break
             parts.append(part)
         begin = b"".join(reversed(parts))
-        # What was complete before this token has been found, or stands in the prompt.
+        # A string that is complete without this token was found before, or is inside the prompt.
         return any(string in (begin[len(begin) - min(len(begin), len(string) - 1) :] + end) for string in self._strings)

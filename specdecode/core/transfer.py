@@ -1,4 +1,4 @@
-"""Copies between the host and a device, without waiting where that need not be."""
+"""Copies between the host and a device, without waiting where that is safe."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on a device.
 
-    A copy to a GPU does not wait for the GPU's queued work: what uses the copy is queued behind it. A copy to the host
-    waits, as nothing else keeps the host from reading what has not arrived yet.
+    A copy to a GPU does not wait for the GPU's queued work, since later work on the copy is queued behind it. A copy to
+    the host waits: otherwise the host could read the values before they have arrived.
     """
     return tensor.to(device, non_blocking=_need_not_wait(device))
 
 
 def write(target: Tensor, source: Tensor) -> None:
-    """Copy into a tensor, which may lie on another device. It waits where `moved` does."""
+    """Copy `source` into `target`, which may be on another device. It waits in the same cases as `moved`."""
     target.copy_(source, non_blocking=_need_not_wait(target.device))
 
 
@@ -27,5 +27,5 @@ def _need_not_wait(to: torch.device) -> bool:
 
 
 def picked(tensor: Tensor, indices: Sequence[int], dim: int = 0) -> Tensor:
-    """Return the entries of a dimension at these indices, without waiting for a GPU: indexing by a list does."""
+    """Return the entries of a dimension at these indices. Unlike indexing by a list, this does not wait for a GPU."""
     return tensor.index_select(dim, moved(torch.tensor(indices, dtype=torch.long), tensor.device))

@@ -1,4 +1,4 @@
-"""The draft tree: what a drafter proposes and the target verifies. A chain is a tree, and so is no proposal at all."""
+"""The draft tree: the tokens that a drafter proposes. A chain is a tree, and so is an empty proposal."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from specdecode.core.transfer import picked
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DraftTree:
-    """Hold proposed tokens as a tree below the root, the last committed token.
+    """Proposed tokens as a tree below the root, the last committed token.
 
     The root is node 0, and ``tokens[i]`` is node i+1. Parents precede their children. Siblings are tried in the order
-    in which they stand.
+    of their numbers.
 
     Attributes:
         tokens: [N] the proposed token ids.
         parents: [N] the node that each proposal follows, ``0 <= parents[i] <= i``.
         probs: [N, V] the distribution that each token was drawn from, given its earlier siblings; None for
-            deterministic proposals, whose distribution is one-hot.
+            deterministic proposals, which have one-hot distributions.
 
     Raises:
-        ValueError: the shapes disagree, or a parent does not precede its child. Values are checked only where that
-            needs no device synchronisation.
+        ValueError: the shapes disagree, or a parent does not precede its child. The values of `parents` are checked
+            only on the CPU, where that needs no device synchronisation.
     """
 
     tokens: Int[Tensor, " N"]
@@ -58,24 +58,24 @@ class DraftTree:
 
     @property
     def host_tokens(self) -> list[int]:
-        """The tokens on the host. The first call waits for the device, unless `set_host_tokens` came before."""
+        """The tokens on the host. The first access waits for the device, unless `set_host_tokens` was called before."""
         if not self._host_tokens and len(self):
             self._host_tokens.extend(self.tokens.tolist())
         return self._host_tokens
 
     def set_host_tokens(self, tokens: list[int]) -> None:
-        """Store the tokens that were already copied to the host together with other values."""
+        """Store the tokens, if they were already copied to the host together with other values."""
         self._host_tokens[:] = tokens
 
     @staticmethod
     def empty() -> DraftTree:
-        """Return the tree without proposals: a step of autoregressive decoding."""
+        """Return the tree without proposals, which gives a step of autoregressive decoding."""
         none = torch.empty(0, dtype=torch.long)
         return DraftTree(none, none)
 
     @staticmethod
     def chain(tokens: Int[Tensor, " N"], probs: Float[Tensor, "N V"] | None = None) -> DraftTree:
-        """Return a tree in which each token follows the one before it."""
+        """Return the tree in which each token follows the token before it."""
         return DraftTree(tokens, torch.arange(len(tokens)), probs)
 
     @property
@@ -91,19 +91,19 @@ class DraftTree:
 
     @property
     def depths(self) -> Int[Tensor, " nodes"]:
-        """Distance of each node from the root, whose depth is 0."""
+        """Distance of each node from the root. The root has depth 0."""
         return self.visibility.sum(1) - 1
 
     @property
     def depth(self) -> int:
-        """The longest path from the root, in tokens."""
+        """Number of proposed tokens on the longest path from the root."""
         depths = [0]
         for parent in self.parents.tolist():
             depths.append(depths[parent] + 1)
         return max(depths)
 
     def children(self) -> list[list[int]]:
-        """Return the children of each node, in the order in which they are tried."""
+        """Return the children of each node, the root first, in the order in which they are tried."""
         children: list[list[int]] = [[] for _ in range(len(self) + 1)]
         for node, parent in enumerate(self.parents.tolist(), start=1):
             children[parent].append(node)
@@ -114,7 +114,11 @@ class DraftTree:
         return self.subset([i for i, its_depth in enumerate(self.depths[1:].tolist()) if its_depth <= depth])
 
     def subset(self, places: Sequence[int]) -> DraftTree:
-        """Return the tree of the proposals at these places, ascending, with all of their ancestors among them."""
+        """Return the tree of some proposals.
+
+        Args:
+            places: indices into `tokens`, ascending. All ancestors of a proposal must be among them.
+        """
         if len(places) == len(self):
             return self
         parents, renumbered = self.parents.tolist(), {0: 0} | {place + 1: new for new, place in enumerate(places, 1)}

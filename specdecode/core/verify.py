@@ -1,4 +1,4 @@
-"""Verification: which proposals are accepted, and the token after them. There is one acceptance rule."""
+"""Verification: the accepted proposals, and the token after them. There is one acceptance rule."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from specdecode.core.tree import DraftTree
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """Hold the result of verifying a tree: what the step may commit.
+    """The result of verifying a tree: the tokens that the step may commit.
 
     Attributes:
-        path: the accepted nodes, from a child of the root downwards; the root (node 0) is not listed.
-        next_token: the target's own token after them: the bonus if the path ends at a leaf, else the correction.
+        path: the accepted nodes, from a child of the root downwards. The root (node 0) is not listed.
+        next_token: the target's own token after the path: the bonus if the path ends at a leaf, else the correction.
         tokens: the accepted tokens and, last, `next_token`.
     """
 
@@ -37,16 +37,19 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
     """Verify a tree against the target's distributions at its root and at each node.
 
     Args:
-        tree: N proposals.
-        target: row i is the distribution of the token after node i. Where all are one-hot, as in greedy decoding, the
-            token of each row is enough.
-        rng: the randomness of this generation; one-hot distributions need none.
+        tree: the N proposals.
+        target: row i is the distribution of the token after node i, for N + 1 nodes. If all rows are one-hot, as in
+            greedy decoding, give the token of each row instead.
+        rng: the randomness of this generation; not used if `target` holds tokens.
+
+    Returns:
+        The accepted path and its tokens.
 
     Raises:
         SpecDecodeError: the target's logits are not finite where it must choose a token.
     """
     if target.ndim == 1:
-        # One transfer carries everything that the host needs of a greedy step.
+        # One transfer brings all values of a greedy step to the host.
         on_host = torch.cat([target, moved(tree.tokens, target.device)]).tolist()
         tree.set_host_tokens(on_host[len(target) :])
         return _walk_greedily(tree.host_tokens, tree.children(), on_host[: len(target)])
@@ -56,14 +59,28 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
 def walk(tokens: Sequence[int], children: Sequence[Sequence[int]], probs: Any, target: Any, rng: Any) -> Acceptance:
     """Apply the acceptance rule from the root downwards.
 
-    At a node, for each child in order: accept with probability min(1, p[x] / q[x]); otherwise p becomes
-    normalise(relu(p - q)). With no child left, the next token is drawn from the remaining p. This is speculative
-    sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023), extended to siblings by recursive rejection (Miao
-    et al. 2024; Jeon et al. 2024). It preserves the target's distribution if q is the distribution that the child was
-    really drawn from, given its earlier siblings. A deterministic proposal has a one-hot q.
+    Let p be the target's distribution at a node. Each child, a token x that was drawn from q, is tried in order: it is
+    accepted with probability min(1, p[x] / q[x]). If it is rejected, p becomes normalise(relu(p - q)). If all children
+    are rejected, or there are none, the next token is drawn from the current p. This is speculative sampling (Leviathan
+    et al. 2023, algorithm 1; Chen et al. 2023), extended to siblings by recursive rejection (Miao et al. 2024; Jeon et
+    al. 2024). It preserves the target's distribution if q is the distribution that the child was really drawn from,
+    given its earlier siblings. A deterministic proposal has a one-hot q.
 
-    The distributions may be any arrays, exact fractions included: the rule needs indexing, arithmetic, `clip` and
-    `sum` only.
+    The distributions may be any arrays, also of exact fractions: the rule uses only indexing, arithmetic, `clip` and
+    `sum`.
+
+    Args:
+        tokens: [N] the proposed tokens; node i + 1 proposes ``tokens[i]``.
+        children: the children of each of the N + 1 nodes, in the order in which they are tried.
+        probs: [N, V] q of each proposal; None if all proposals are deterministic.
+        target: [N + 1, V] p at each node.
+        rng: gives the coins and the draws, as `Rng` does.
+
+    Returns:
+        The accepted path and its tokens.
+
+    Raises:
+        SpecDecodeError: no token can be drawn, because p is not finite or has no mass.
     """
     path: list[int] = []
     node = 0
@@ -81,7 +98,7 @@ def walk(tokens: Sequence[int], children: Sequence[Sequence[int]], probs: Any, t
                 node = child
                 break
             residual = (p - q).clip(min=0)
-            # Nothing remains only where p and q differ by rounding alone: then p itself is still right.
+            # The residual is zero only if p and q differ by rounding alone. Then p itself is still right.
             p = residual / residual.sum() if residual.sum() > 0 else p
         else:
             return Acceptance(path, [*(tokens[i - 1] for i in path), checked_choice(int(rng.draw(p)))])

@@ -1,1 +1,1 @@
-"""The decoding loop, and what is built on it."""
+"""The decoding loop, and the functions that are built on it."""

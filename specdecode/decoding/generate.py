@@ -39,32 +39,41 @@ def generate(
     logprobs: bool = False,
     on_step: Callable[[list[int]], None] | None = None,
 ) -> Generation:
-    """Continue a prompt with the tokens of plain decoding of the target, or, when sampling, with their distribution.
+    """Continue a prompt by speculative decoding.
+
+    Greedy decoding gives the same tokens as plain decoding of the target. Sampling gives tokens with the same
+    distribution.
 
     Args:
-        target: decides.
+        target: the model that decides.
         prompt: token ids, at least one.
-        drafter: proposes; `NoDraft()` is autoregressive decoding.
-        controller: limits the drafts.
-        policy: evicts from the target's cache.
-        sampling: chooses tokens; greedy by default.
-        max_new_tokens: the length limit.
-        stop_token_ids: any of these tokens ends the text, and is its last token.
-        stop: any of these strings ends the text. The last token is the one that completes the string; it may bring
-            further characters after it.
+        drafter: proposes tokens; `NoDraft()` gives autoregressive decoding.
+        controller: sets the limit of each draft.
+        policy: chooses the tokens that stay in the target's cache. `KeepAll()` evicts nothing and is lossless.
+        sampling: the rule that chooses tokens; greedy by default.
+        max_new_tokens: largest number of new tokens.
+        stop_token_ids: tokens that end the text. Such a token is the last of the result.
+        stop: strings that end the text. The result ends with the token that completes the string, which may add further
+            characters after the string.
         logprobs: whether to return the log-probabilities of the new tokens.
-        on_step: called after each step with the tokens that it committed.
+        on_step: called after each step with the tokens that the step committed.
+
+    Returns:
+        The new tokens, with the counters and times of the steps.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, or no tokens asked for. More tokens than the
-            model's context holds. Stop strings for a target without a tokenizer.
+        ValueError: the prompt is empty, or a token is outside the vocabulary. `max_new_tokens` is below 1. The model's
+            context cannot hold the prompt and the new tokens. A cache limit of the policy does not fit the context or
+            the drafts. There are stop strings, but the target has no tokenizer.
+        UnsupportedModelError: the policy evicts, but the target's keys cannot be re-rotated.
+        SpecDecodeError: the target's logits are not finite where it must choose a token.
     """
     stops = stops_of(target, stop_token_ids, stop)
     with target.recording_for(policy, drafter.layers):
         sequence = SequenceState(
             Request(target, prompt, drafter, controller, policy, sampling, max_new_tokens, stops, logprobs, on_step)
         )
-        # The first step's forward reads the rest of the prompt, so that a short prompt costs no forward of its own.
+        # The forward of the first step reads the rest of the prompt, so that a short prompt needs no extra forward.
         sequence.prefill(but=PREFILL_CHUNK)
         while not sequence.finished:
             tree = sequence.propose()
@@ -91,33 +100,36 @@ def generate_batch(
     on_step: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[int, Generation], None] | None = None,
 ) -> list[Generation]:
-    """Continue several prompts with shared target forwards; each gets the tokens that `generate` gives it alone.
+    """Continue several prompts with shared target forwards. Each prompt gets the tokens that `generate` gives it alone.
 
-    A finished prompt leaves the batch, and the next one takes its place. Each prompt has its own proposals and its own
-    acceptance, so each keeps its own pace.
+    A finished prompt leaves the batch, and the next prompt joins. Proposals and acceptance of each prompt are separate,
+    so the prompts advance at different speeds.
 
     Args:
-        target: decides.
-        prompts: token ids of each.
-        batch_size: the most prompts that are decoded at once.
-        drafter: makes the drafter of one prompt, since drafters have state.
-        controller: makes the controller of one prompt.
-        policy: evicts from the target's cache, for each prompt.
-        sampling: chooses tokens. With a seed, prompt i is sampled as by `generate` with the seed `seed + i`.
-        max_new_tokens: the length limit of each.
+        target: the model that decides.
+        prompts: token ids of each prompt.
+        batch_size: largest number of prompts that are decoded at once, at least 1.
+        drafter: returns a new drafter for one prompt, since drafters have state.
+        controller: returns a new controller for one prompt.
+        policy: chooses the tokens that stay in the target's cache, for each prompt.
+        sampling: the rule that chooses tokens. With a seed, prompt i is sampled as in `generate` with the seed
+            `seed + i`.
+        max_new_tokens: largest number of new tokens of each prompt.
         stop_token_ids: as in `generate`.
         stop: as in `generate`.
         logprobs: as in `generate`.
-        on_step: called with a prompt's index and the tokens that a step of it committed.
-        on_finish: called with a prompt's index and its result, as soon as it is finished.
+        on_step: called after each step of a prompt with the prompt's index and the tokens that the step committed.
+        on_finish: called with a prompt's index and its result, as soon as the prompt is finished.
 
     Returns:
-        A result for each prompt, in their order. A shared forward counts in each of its prompts. A prompt's times
-        include waiting for the others of its batch, but not the time before it joins.
+        One result for each prompt, in the order of the prompts. A shared forward counts in each of its prompts. A
+            prompt's times include waiting for the other prompts of its batch, but not the time before it joins.
 
     Raises:
-        ValueError: a batch below 1, or anything that `generate` refuses, with the prompt's index, before anything is
-            decoded.
+        ValueError: `batch_size` is below 1, or `generate` would refuse an argument or a prompt, whose index is in the
+            message. No prompt is decoded then.
+        UnsupportedModelError: as `generate`.
+        SpecDecodeError: as `generate`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: at least 1 prompt must be decoded at once")
@@ -151,17 +163,18 @@ def _decode_batches(
     drafter: Callable[[], Drafter],
     on_finish: Callable[[int, Generation], None] | None,
 ) -> list[Generation]:
-    """Decode checked requests of one policy, at most `batch_size` at once; see `generate_batch`."""
+    """Decode checked requests that share one policy, at most `batch_size` at once; see `generate_batch`."""
     results: list[Generation] = []
     live: dict[int, SequenceState] = {}
     batch: SlotBatch | None = None
     with target.recording_for(requests[0].policy if requests else KeepAll()):
         while live or len(results) < len(requests):
             while len(live) < batch_size and len(results) < len(requests):
-                # A drafter may have a cache, so none is made before it is needed. The request's times start here.
+                # A drafter may have a cache, so it is created only when its request joins. The request's times start
+                # here.
                 joining = SequenceState(replace(requests[len(results)], drafter=drafter()))
                 with target.recording_outputs(joining.layers):
-                    # What is left of one prompt would be padding for the others.
+                    # Read all tokens but one: a longer remainder would be padding in the rows of the other prompts.
                     joining.prefill(but=1)
                 live[len(results)] = joining
                 results.append(joining.result)
@@ -176,13 +189,13 @@ def _decode_batches(
 
 
 def _batch_of(sequences: Sequence[SequenceState], last: SlotBatch | None) -> SlotBatch:
-    """Return the batch of these sequences: the last one if its sequences are the same."""
+    """Return the batch of these sequences, which is the last batch if its sequences are the same."""
     slots = [sequence.slots for sequence in sequences]
     return last if last is not None and last.rows == slots else SlotBatch(slots)
 
 
 def _step(target: LM, batch: SlotBatch, sequences: Sequence[SequenceState]) -> None:
-    """Decode one step of every sequence of a batch."""
+    """Make one step of every sequence of a batch."""
     trees = [sequence.propose() for sequence in sequences]
     forward_started = time.perf_counter()
     with target.recording_outputs(sorted({layer for sequence in sequences for layer in sequence.layers})):

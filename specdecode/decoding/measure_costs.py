@@ -1,4 +1,4 @@
-"""Measure what the parts of a step cost on this machine."""
+"""Measurement of the seconds that the parts of a step need on this machine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.cascade import Cascade
 from specdecode.models.lm import LM
 
-# A target is timed over these rows, with so many tokens in its cache.
+# Numbers of rows for which a target is timed, and the number of tokens in its cache at that time.
 _ROWS = (1, 2, 4, 8, 16, 32, MAX_DRAFT_NODES + 1)
 _CACHED_TOKENS = 256
-# A drafter is timed at these depths and, if it proposes trees, with these numbers of nodes ...
+# Depths at which a drafter is timed, and numbers of nodes, if it proposes trees.
 _DEPTHS = (1, 2, 4, 8)
 _NODES = (MAX_DRAFT_NODES, 32, 12, 4)
-# ... and when it has to catch up with so many tokens.
+# Number of unread tokens with which a drafter is timed, to find the seconds that it needs to read one.
 _SKIPPED_TOKENS = 32
-# Period of the text in tokens: it repeats itself, so that lookups find something.
+# Period of the text in tokens. The text repeats, so that lookups find a match.
 _PERIOD = 16
-# Rounds of timing after the warm-up; no further round begins after so many seconds.
+# Largest number of rounds of timing after the warm-up, and the seconds after which no further round begins.
 _ROUNDS, _SECONDS = 5, 1.0
 
 _Key = TypeVar("_Key")
@@ -40,12 +40,20 @@ _forward_seconds: WeakKeyDictionary[LM, dict[int, float]] = WeakKeyDictionary()
 
 @torch.inference_mode()
 def measure_costs(target: LM, drafter: Drafter) -> Costs:
-    """Time target forwards and proposals as they occur in decoding. Returns medians; takes a second or two.
+    """Time target forwards and proposals under the conditions of decoding. This needs a second or two.
 
-    A target is timed once, with the first of its drafters. The drafter remains as good as a fresh one. A cascade is
-    priced as its last drafter: how often the earlier ones will propose is unknown. `CostAware` corrects prices by a
-    factor, so it can correct one that is too high, but not a price of 0. Of processes that decode together the first
-    one's times count.
+    A target is timed once, with its first drafter. Afterwards the drafter still proposes as a fresh one does. If
+    several processes decode together, the times of the first process count.
+
+    A cascade gets the costs of its last drafter, because the share of proposals by the earlier drafters is unknown.
+    `CostAware` corrects costs by a factor. So it can correct a cost that is too high, but not a cost of 0.
+
+    Args:
+        target: the model whose forwards are timed.
+        drafter: the drafter whose proposals are timed.
+
+    Returns:
+        The median seconds of forwards, of proposals, and of reading one token that the draft has missed.
     """
     if isinstance(drafter, Cascade):
         return measure_costs(target, drafter.drafters[-1])
@@ -74,17 +82,18 @@ def forward_seconds(
     seconds: float = _SECONDS,
     tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
 ) -> list[dict[int, float]]:
-    """Time each target's forwards and the acceptance of greedy decoding.
+    """Time the verification of greedy drafts: a forward of each target, and the choice of the tokens.
 
     Args:
-        targets: on one device. They take turns, so that they can be compared although the machine's speed drifts.
-        rows: of the forwards, ascending. Those that do not fit a target's context are left out for it.
-        repeats: rounds, each over all targets and rows.
-        seconds: after so many, no further round begins.
-        tell: called with the rounds done, their number, and what is being done.
+        targets: models on one device. They take turns, so that drifts of the machine's speed affect all of them.
+        rows: numbers of rows of the forwards, ascending. Numbers that exceed a target's context are left out for it.
+        repeats: largest number of rounds, each over all targets and numbers of rows.
+        seconds: time after which no further round begins.
+        tell: called with the number of finished rounds, the number of all rounds, and a description of the current
+            work.
 
     Returns:
-        For each target, the median seconds of a forward by its rows.
+        For each target, the median seconds of a forward by its number of rows.
     """
     verifiers = [_Verifier(target, rows[-1]) for target in targets]
     actions: dict[tuple[int, int], Callable[[], object]] = {}
@@ -102,16 +111,21 @@ def forward_seconds(
 
 
 def cached_tokens(target: LM, most_rows: int) -> int:
-    """Return how many tokens are in the cache when forwards are timed: fewer in a short context, so that the most rows
-    fit."""
+    """Return the number of tokens in the cache when forwards are timed.
+
+    Args:
+        target: the model.
+        most_rows: the largest number of rows. In a short context there are fewer cached tokens, so that the rows fit.
+    """
     return max(min(_CACHED_TOKENS, target.context_length - most_rows), 1)
 
 
 class _Verifier:
-    """Verify chains after the same cached tokens.
+    """A target that verifies chains of different lengths after the same cached tokens.
 
     Args:
-        most_rows: of the longest chain.
+        target: the model.
+        most_rows: number of rows of the longest chain, its root included.
     """
 
     def __init__(self, target: LM, most_rows: int) -> None:
@@ -132,7 +146,7 @@ class _Verifier:
 
 
 class _Proposer:
-    """Let a drafter propose for a text that grows between its proposals."""
+    """A drafter that proposes for a text, which grows between the proposals."""
 
     def __init__(self, target: LM, drafter: Drafter) -> None:
         self._target, self._drafter = target, drafter
@@ -142,7 +156,8 @@ class _Proposer:
         self._hidden_states = self._read(drafter.layers) if drafter.layers else None
 
     def _read(self, layers: tuple[int, ...]) -> Tensor:
-        """Return the target's hidden states of the beginning of the text. They are repeated for the rest, as it is."""
+        """Return the target's hidden states for the beginning of the text. They are repeated for the rest, because the
+        text repeats too."""
         tokens = self._tokens[: self._target.context_length]
         slots = self._target.new_slots(len(tokens))
         with self._target.recording_outputs(layers):
@@ -150,7 +165,12 @@ class _Proposer:
         return slots.hidden_states(layers)
 
     def propose(self, limit: Limit, tokens: int = 1) -> DraftTree:
-        """Return a proposal after so many further tokens of the text."""
+        """Extend the text and return the drafter's proposal after it.
+
+        Args:
+            limit: limit of the proposal.
+            tokens: number of tokens by which the text grows first.
+        """
         self._tokens = _repeating_text(self._target, len(self._tokens) + tokens)
         if self._hidden_states is not None and len(self._hidden_states) < len(self._tokens):
             self._hidden_states = self._hidden_states.repeat(2, 1)
@@ -159,12 +179,12 @@ class _Proposer:
 
 
 def _proposal_sizes(proposer: _Proposer) -> dict[Limit, int]:
-    """Return the limits to time, and the nodes proposed under each. Limits of nodes that make the same trees count
-    once."""
+    """Return the limits to time, each with its number of proposed nodes. Of several node limits that give trees of the
+    same sizes, only one is timed."""
     distinct: dict[tuple[int, ...], dict[Limit, int]] = {}
     for nodes in _NODES:
         trees = {Limit(depth, nodes): proposer.propose(Limit(depth, nodes)) for depth in _DEPTHS}
-        # A drafter that proposes nothing for this text may propose for others: assume a chain.
+        # A drafter that proposes nothing for this text may propose for other texts: assume a chain.
         sizes = {limit: len(tree) or limit.depth for limit, tree in trees.items()}
         distinct.setdefault(tuple(sizes.values()), sizes)
         if all(tree.depth == len(tree) for tree in trees.values()):
@@ -179,8 +199,17 @@ def _medians(
     limit: float = _SECONDS,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[_Key, float]:
-    """Return the median seconds of each action with the target's device synchronised. The actions take turns, so that a
-    busy moment slows all of them."""
+    """Return the median seconds of each action, with the target's device synchronised.
+
+    The actions take turns, so that other work on the machine slows all of them.
+
+    Args:
+        target: the model whose device is synchronised.
+        actions: calls to time.
+        repeats: largest number of rounds, each with one call of every action.
+        limit: seconds after which no further round begins.
+        tell: called with the number of finished rounds and the number of all rounds.
+    """
     taken: dict[_Key, list[float]] = {key: [] for key in actions}
     started = time.perf_counter()
     for done in range(1, repeats + 1):

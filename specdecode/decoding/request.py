@@ -1,4 +1,4 @@
-"""A request: one prompt and how to decode it, checked when it is made."""
+"""A request: one prompt and the arguments of its decoding, checked on construction."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from specdecode.policies.keep_all import KeepAll
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Mark the moment from which a request is timed.
+    """The moment from which a request is timed.
 
     Attributes:
-        at: on the host clock, in seconds.
-        capture_s: seconds that capturing CUDA graphs had taken by then, in this process.
+        at: time on the host clock (`time.perf_counter`), in seconds.
+        capture_s: seconds of all captures of CUDA graphs in this process before that moment.
     """
 
     at: float = field(default_factory=time.perf_counter)
@@ -35,16 +35,16 @@ class Start:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """Hold one prompt and everything that decides how it is decoded. See `generate` for the fields.
+    """One prompt and all arguments of its decoding. See `generate` for the other fields.
 
     Attributes:
         tokens: the prompt as a list.
-        start: the moment when the request was made, or replaced by a copy.
+        start: the moment when the request, or this copy of it, was created.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, or no tokens asked for. More tokens than the
-            model's context holds. A bounded cache that does not fit the context or the drafts.
-        UnsupportedModelError: a policy that evicts, for a model whose keys cannot be re-rotated.
+        ValueError: the prompt is empty, or a token is outside the vocabulary. `max_new_tokens` is below 1. The model's
+            context cannot hold the prompt and the new tokens. A bounded cache does not fit the context or the drafts.
+        UnsupportedModelError: the policy evicts, but the model's keys cannot be re-rotated.
     """
 
     target: LM
@@ -74,7 +74,7 @@ class Request:
 
     @property
     def length_limit(self) -> int:
-        """Tokens of the prompt and the longest continuation together."""
+        """Number of tokens of the prompt and the longest continuation together."""
         return len(self.tokens) + self.max_new_tokens
 
     def _check_context(self) -> None:
@@ -91,31 +91,47 @@ class Request:
             )
 
     def _check_bounded_cache(self) -> None:
-        """Check that the cache fits the model's context, as positions are counted within the cache."""
+        """Check that the cache fits the model's context: positions are counted within the cache, not within the
+        text."""
         target, policy = self.target, self.policy
         capacity = policy.keeps + policy.interval
         if capacity > target.context_length:
             raise ValueError(
                 f"the cache of {capacity} tokens exceeds the context of {target.name}, {target.context_length} tokens:"
-                " take a smaller max_len"
+                " use a smaller max_len"
             )
         depth = self.controller.limit().depth
         if capacity < policy.pinned + depth:
             raise ValueError(
                 f"the cache of {capacity} tokens is too small for {policy.pinned} that always stay and a draft of"
-                f" {depth}: take a larger max_len or a smaller K"
+                f" {depth}: use a larger max_len or a smaller K"
             )
         _ = target.rerotation  # raises if the keys of this architecture cannot be re-rotated
 
 
 def stops_of(target: LM, token_ids: Sequence[int], strings: str | Sequence[str]) -> Stops:
-    """Return the stops for these tokens and strings, which the target's tokenizer spells."""
+    """Return the stops for tokens and strings.
+
+    Args:
+        target: the model whose tokenizer gives the bytes of each token.
+        token_ids: tokens that end the text.
+        strings: one string, or several, that end the text.
+
+    Raises:
+        ValueError: as `Stops`.
+    """
     spell = target.spelling if strings and target.tokenizer is not None else None
     return Stops(token_ids, (strings,) if isinstance(strings, str) else strings, spell)
 
 
 def check_tokens(target: LM, tokens: Sequence[int], what: str) -> None:
-    """Raise ValueError if a token is outside the target's vocabulary; the message calls the tokens `what`."""
+    """Raise ValueError if a token is outside the target's vocabulary.
+
+    Args:
+        target: the model.
+        tokens: token ids to check.
+        what: name of the tokens in the message.
+    """
     outside = next((token for token in tokens if not 0 <= token < target.vocab_size), None)
     if outside is not None:
         raise ValueError(f"token {outside} of the {what} is outside the vocabulary (0 to {target.vocab_size - 1})")

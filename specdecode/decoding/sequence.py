@@ -1,4 +1,4 @@
-"""The state of one sequence that is being decoded: everything in the loop but the target's forward."""
+"""The state of one sequence during decoding: all parts of the loop except the target's forward."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ from specdecode.drafters.base import Context
 from specdecode.models.lm import PREFILL_CHUNK
 from specdecode.policies.base import boundary
 
-# Slots allocated at the start for new tokens, at most. More are allocated by doubling.
+# Largest number of slots that are allocated at the start for new tokens. Later growth doubles the slots.
 _NEW_TOKEN_SLOTS = 2048
 
-# Controllers that never look at a step's times, so that processes that decode together need not agree on them.
+# Controllers that ignore the times of a step. With them, processes that decode together need not agree on the times.
 _WITHOUT_CLOCK = (FixedK, AdaptiveK)
 
 
 class SequenceState:
-    """Decode one request step by step. The caller runs the target's forwards, which sequences may share.
+    """The decoding state of one request, which advances step by step.
 
-    A step is `propose`, the forward over `pending` and the tree, and `commit`.
+    A step is a call of `propose`, the target's forward over `pending` and the tree, and a call of `commit`. The caller
+    runs the forward, which several sequences may share.
+
+    Args:
+        request: the request to decode.
 
     Attributes:
-        slots: of the target. They hold every committed token but the pending ones.
-        finished: a stop or the length limit was reached.
-        evicted_at: tokens that had been read when the policy evicted last; None before it first does.
+        slots: slots of the target. They hold all committed tokens except the pending and the evicted tokens.
+        finished: whether a stop or the length limit was reached.
+        evicted_at: number of tokens that the target had read at the last eviction; None before the first eviction.
         result: the generation so far.
     """
 
@@ -50,24 +54,28 @@ class SequenceState:
         if policy.interval:
             capacity = policy.keeps + policy.interval
         self.slots = request.target.new_slots(capacity + MAX_DRAFT_NODES)
-        self._read = 0  # tokens that the target has read; the others are pending, the root at least
-        self._hidden_states: Tensor | None = None  # [capacity, F] of the tokens read, for the drafter
+        self._read = 0  # number of tokens that the target has read; at least the root is still pending
+        self._hidden_states: Tensor | None = None  # [capacity, F] states at the tokens read so far, for the drafter
         self.evicted_at: int | None = None
         self.finished = False
         self.result = Generation(prompt_tokens=length, logprobs=[] if request.logprobs else None)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers of the target whose hidden states the drafter reads."""
+        """The target's layers whose hidden states the drafter reads."""
         return self._request.drafter.layers
 
     @property
     def pending(self) -> list[int]:
-        """Committed tokens that the slots lack; the last is the root."""
+        """Committed tokens that the target has not read yet. The last is the root."""
         return self._tokens[self._read :]
 
     def prefill(self, but: int) -> None:
-        """Read the prompt up to its last `but` tokens, and further where the policy evicts within those."""
+        """Read the prompt except its last tokens, in chunks. If the policy evicts within those, read up to there too.
+
+        Args:
+            but: largest number of tokens at the end of the prompt to leave for the first step, at least 1.
+        """
         started = time.perf_counter()
         while (left := len(self._tokens) - self._read) > min(but, ahead := self._boundary() - self._read):
             chunk = min(PREFILL_CHUNK, ahead, left - 1)
@@ -79,13 +87,13 @@ class SequenceState:
         self.result.prefill_forwards_s = time.perf_counter() - started
 
     def propose(self) -> DraftTree:
-        """Return the tree that the next forward of the target is to verify."""
+        """Return the tree for the next forward of the target to verify."""
         request = self._request
         self._step_started = time.perf_counter()
         self._forwards_before = request.drafter.forwards
         limit = request.controller.limit()
-        # The target adds a token of its own, so the last token wanted need not be drafted. And no step may pass the
-        # length at which the policy evicts, or the tokens would depend on what was accepted.
+        # The target adds its own token, so the last token of the limit need not be drafted. No step may pass the length
+        # at which the policy evicts: otherwise the output would depend on the accepted drafts.
         length = len(self._tokens)
         depth = min(limit.depth, request.length_limit - length - 1, self._boundary() - length)
         tree = DraftTree.empty()
@@ -103,16 +111,17 @@ class SequenceState:
         forward_started: float,
         forced: Int[Tensor, " nodes"] | None = None,
     ) -> list[int]:
-        """Commit what the target's forward over the pending tokens and the tree confirms, and end the step.
+        """Commit the accepted tokens of the tree and the target's own token, and end the step.
 
         Args:
             tree: the proposal.
-            logits: at its root and nodes.
-            forward_started: when the forward began, on the host clock.
-            forced: under teacher forcing, the token after the root and after each node, in place of the target's.
+            logits: the target's logits at the root and at each node of the tree.
+            forward_started: start of the target's forward on the host clock, in seconds.
+            forced: under teacher forcing, the token of the known text after the root and after each node. It replaces
+                the target's choice.
 
         Returns:
-            The nodes whose logits decided the committed tokens.
+            The nodes whose logits decided the committed tokens, one for each token; 0 is the root.
         """
         request, slots, stem = self._request, self.slots, len(self.pending)
         peak_bytes = slots.bytes_held
@@ -150,8 +159,8 @@ class SequenceState:
         return decided_at
 
     def _context(self) -> Context:
-        """Return what the drafter is told. How much of the prompt was read before the first step must not matter: then
-        the hidden states are left out."""
+        """Return the drafter's input. In the first step it has no hidden states: the part of the prompt that was read
+        before must not change the proposal."""
         states = self._hidden_states if self.result.steps else None
         return Context(
             self._tokens,
@@ -162,13 +171,19 @@ class SequenceState:
         )
 
     def _keep_accepted(self, path: Sequence[int], stem: int, nodes: int) -> None:
-        """Record and keep the slots of the pending tokens and the accepted path, of a forward over both."""
+        """Keep the slots of the accepted path, and record its rows and those of the pending tokens.
+
+        Args:
+            path: accepted nodes.
+            stem: number of pending tokens of the forward.
+            nodes: number of nodes of the tree.
+        """
         self._record([*range(stem), *(stem - 1 + node for node in path)])
         root = self.slots.length - nodes - 1
         self.slots.keep([root + node for node in path], after=root + 1)
 
     def _append(self, tokens: Sequence[int]) -> list[int]:
-        """Commit tokens up to the first that stops; return those committed."""
+        """Commit tokens up to the first one that ends the text. Return the committed tokens."""
         emitted = list(tokens)
         stop = self._request.stops.find(self._tokens, emitted)
         if stop is not None:
@@ -188,7 +203,7 @@ class SequenceState:
         self.result.logprobs += logprobs.gather(1, chosen)[:, 0].tolist()
 
     def _end_step(self, step: Step, emitted: list[int], ended_at: float) -> None:
-        """Store the step, update the times of the result, and inform the controller and the caller."""
+        """Store the step, update the times of the result, and call the controller and `on_step`."""
         request, result = self._request, self.result
         result.steps.append(step)
         looks_at_times = not isinstance(request.controller, _WITHOUT_CLOCK)
@@ -201,7 +216,11 @@ class SequenceState:
         result.decode_s = time.perf_counter() - request.start.at - result.prefill_s - result.capture_s
 
     def _record(self, rows: Sequence[int]) -> None:
-        """Record the committed rows of the last forward: attention for the policy, hidden states for the drafter."""
+        """Record attention for the policy and hidden states for the drafter, from the last forward.
+
+        Args:
+            rows: rows of the forward that belong to committed tokens.
+        """
         if self._request.policy.reads_attention:
             self.slots.attend(rows)
         if not self.layers:
@@ -215,12 +234,12 @@ class SequenceState:
         states[self._read : end] = new
 
     def _evict(self) -> bool:
-        """Let the policy evict if it is its turn; return whether it did."""
+        """Evict at a boundary of the policy. Return whether an eviction took place."""
         evicts = self._request.target.evict(self.slots, self._request.policy)
         if evicts:
             self.evicted_at = self._read
         return evicts
 
     def _boundary(self) -> int:
-        """Return the next committed length, beyond the present one, at which the policy evicts."""
+        """Return the next committed length at which the policy evicts, beyond the present length."""
         return boundary(self._request.policy, self.slots.committed + 1, self.slots.length + 1)

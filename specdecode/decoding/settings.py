@@ -1,4 +1,4 @@
-"""The settings of transformers' `generate`: resolved as it resolves them, or refused by name."""
+"""The settings of transformers' `generate`: resolved by the same rules, or refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdecode.core.sampling import Sampling
 
-# The settings that are honoured: what transformers takes where nobody says anything, and where a call says None.
+# The honoured settings. For each, the value that transformers uses if it is not set, and if the call sets it to None.
 _HONOURED: dict[str, tuple[Any, Any]] = {
     "max_new_tokens": (None, None),
     "max_length": (None, None),
@@ -29,8 +29,8 @@ _HONOURED: dict[str, tuple[Any, Any]] = {
 }
 _DEFAULT_NEW_TOKENS = 20
 
-# Settings that say nothing about the tokens here, whatever their value: they tune beam search, encoders, transformers'
-# own assistants, or how its forwards run.
+# Settings that do not change the tokens here, whatever their value: they tune beam search, encoders, transformers' own
+# assistants, or the execution of its forwards.
 _WITHOUT_EFFECT = {
     "_from_model_config",
     "assistant_confidence_threshold",
@@ -49,7 +49,7 @@ _WITHOUT_EFFECT = {
     "target_lookbehind",
     "transformers_version",
 }
-# The values at which other settings leave the tokens alone; those that are not named here do so at None only.
+# Values of other settings that do not change the tokens. A setting that is not listed must be None.
 _OFF: dict[str, Any] = {
     "begin_suppress_tokens": [],
     "cache_implementation": "hybrid",  # the usual cache to transformers, as files of Gemma 2 and 3 say
@@ -89,17 +89,19 @@ _OFF: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the settings of a call come to.
+    """The resolved settings of a call.
 
     Attributes:
-        max_new_tokens: the length limit; None where `max_length` says it, or nobody.
-        max_length: the limit of prompt and output together; None where nobody says.
-        do_sample: whether tokens are drawn.
-        temperature, top_k, top_p: as in `Sampling`.
-        stop_token_ids: any of these ends a text; None where nothing was said, which pads nothing either.
-        padding: fills up texts that are shorter than others.
-        stop_strings: any of these ends a text.
-        copies: texts for each prompt.
+        max_new_tokens: largest number of new tokens; None if it is not set, so that `max_length` or a default counts.
+        max_length: largest number of tokens of prompt and output together; None if it is not set.
+        do_sample: whether tokens are sampled.
+        temperature: as in `Sampling`.
+        top_k: as in `Sampling`.
+        top_p: as in `Sampling`.
+        stop_token_ids: tokens that end a text; None if they are not set.
+        padding: token that fills up texts that are shorter than others; None if it is not set.
+        stop_strings: strings that end a text.
+        copies: number of texts for each prompt.
     """
 
     max_new_tokens: int | None
@@ -115,19 +117,21 @@ class Settings:
 
     @classmethod
     def resolve(cls, model_config: Any, configuration: Any, call: Mapping[str, Any]) -> Settings:
-        """Resolve each setting from the most specific place that sets it. A None in the call unsets; elsewhere it says
-        nothing.
+        """Resolve each setting: the call counts first, then its configuration, then the model's configuration.
+
+        A None in the call unsets a setting. A None in a configuration is ignored.
 
         Args:
             model_config: the model's GenerationConfig.
             configuration: the call's GenerationConfig, or None.
-            call: settings by name.
+            call: settings of the call by name.
 
         Raises:
-            ValueError: a setting that is not honoured and not off, or is of another type; by its name.
+            ValueError: a setting would change the tokens and is not honoured, or its value is of the wrong type or
+                impossible. The message names the setting.
         """
         merged: dict[str, Any] = {}
-        # Transformers keeps what else a checkpoint may have in its file, and does nothing with it.
+        # transformers keeps unknown keys of a checkpoint's file, and ignores them.
         fields = type(model_config)().to_dict()
         for place in (model_config, configuration):
             try:
@@ -174,20 +178,26 @@ class Settings:
             raise ValueError("temperature is 0.0 and do_sample is set: for greedy decoding set do_sample=False")
 
     def sampling(self) -> Sampling:
-        """Return how tokens are chosen, with a seed from torch's global generator, where transformers' users set it.
+        """Return the rule that chooses tokens.
+
+        The seed is drawn from torch's global generator, because users of transformers seed that one.
 
         Raises:
-            ValueError: a value outside its range.
+            ValueError: a value is outside its range.
         """
         if not self.do_sample:
             return Sampling()
         return Sampling(self.temperature, self.top_k, self.top_p, int(torch.randint(2**62, ())))
 
     def new_tokens(self, width: int, context_length: int) -> int:
-        """Return the length limit behind prompts of some width, padding included.
+        """Return the largest number of new tokens.
+
+        Args:
+            width: number of tokens of the prompts, padding included.
+            context_length: largest number of tokens of prompt and output together that the model allows.
 
         Raises:
-            ValueError: the prompts are as long as `max_length`.
+            ValueError: the prompts have `max_length` tokens or more.
         """
         if self.max_new_tokens is not None:
             return self.max_new_tokens
@@ -200,17 +210,17 @@ class Settings:
 
     @property
     def filler(self) -> int:
-        """The token that fills up the shorter texts."""
+        """The token that fills up shorter texts: the padding token, else the first stop token, else 0."""
         return next((token for token in (self.padding, *(self.stop_token_ids or ())) if token is not None), 0)
 
 
 def _is_off(name: str, value: Any) -> bool:
-    # A comparison of tensors or arrays is no truth value; they are settings of their own, and on.
+    # Comparing tensors or arrays gives no single truth value. A setting with such a value counts as set.
     return value is None or (name in _OFF and isinstance(value, Number | str | list) and value == _OFF[name])
 
 
 def _shown(value: Any) -> str:
-    """A value in a sentence: tensors by their shape, long ones cut."""
+    """Return a value as text for a message: the shape of a tensor, or the shortened representation of other values."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return " ".join(reprlib.repr(value).split())
@@ -242,7 +252,7 @@ def _truth(name: str, value: Any) -> bool:
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:
-    """Token ids from one, or from several in a list, a tensor or an array."""
+    """Return token ids, given one id, or several ids in a list, a tensor or an array."""
     try:
         return (operator.index(value),)
     except TypeError:

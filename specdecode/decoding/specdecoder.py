@@ -1,4 +1,4 @@
-"""Speculative decoding where transformers' `model.generate(...)` is called."""
+"""Speculative decoding with the interface of transformers' `model.generate(...)`."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from specdecode.policies.keep_all import KeepAll
 
 
 class SpecDecoder:
-    """A target with a way to speculate, to be called as a transformers model is: `generate(input_ids, ...)`.
+    """A target with a way to speculate, with the method of a transformers model: `generate(input_ids, ...)`.
 
     Args:
-        target: decides.
-        drafter: makes the drafter of one prompt, as `lambda: ModelDrafter(draft)` does.
-        controller: makes the controller of one prompt.
-        policy: what stays in the target's cache.
+        target: the model that decides.
+        drafter: returns a new drafter for one prompt, for example `lambda: ModelDrafter(draft)`.
+        controller: returns a new controller for one prompt.
+        policy: chooses the tokens that stay in the target's cache.
 
     Attributes:
-        results: what the last call did, for each sequence that it returned.
+        results: the tokens, counters and times of the last call, for each sequence that it returned.
 
     Raises:
-        ValueError: a drafter in the place of what makes one: each prompt of a batch needs its own.
+        ValueError: a drafter or controller was given, in place of a callable that returns one for each prompt.
     """
 
     def __init__(
@@ -66,31 +66,36 @@ class SpecDecoder:
         tokenizer: Any = None,
         **settings: Any,
     ) -> Int[Tensor, "sequences length"]:
-        """Continue prompts as `model.generate` of transformers does: the same arguments and, in greedy decoding, the
+        """Continue prompts like `model.generate` of transformers: with the same arguments and, in greedy decoding, the
         same tokens.
 
-        Settings come from the call, else from `generation_config`, else from the model's own, else from transformers'
-        defaults. A None in the call unsets. Supported are `max_new_tokens`, `max_length`, `do_sample`,
+        A setting of the call counts first, then `generation_config`, then the model's configuration, then the default
+        of transformers. A None in the call unsets a setting. Supported are `max_new_tokens`, `max_length`, `do_sample`,
         `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings` and `num_return_sequences`.
-        Sampling draws on torch's global generator, so `torch.manual_seed` repeats it.
+        Sampling takes its seed from torch's global generator, so `torch.manual_seed` makes it repeatable.
 
         Args:
             inputs: [rows, n] prompts, padded on the left if they differ in length.
             generation_config: a transformers GenerationConfig.
-            input_ids: the same as `inputs`, by the name that tokenizers give it.
-            attention_mask: [rows, n]; 0 marks padding. Without it, tokens that are `pad_token_id` are padding, unless
-                that also ends a text.
-            streamer: given the prompt, then the tokens of each step, of a single sequence. It is told the end whatever
-                happens, as somebody may wait for it.
-            tokenizer: needed by transformers for `stop_strings`; here they are read with the target's own.
+            input_ids: another name of `inputs`, which tokenizers use. Give one of the two.
+            attention_mask: [rows, n] 1 for tokens and 0 for padding. Without it, tokens equal to `pad_token_id` are
+                padding, unless that token also ends a text.
+            streamer: receives the prompt and then the tokens of each step, for a single sequence. Its `end` is called
+                even after an error, as another thread may wait for it.
+            tokenizer: transformers needs it for `stop_strings`. Here the target's tokenizer is used, and this one must
+                have the same vocabulary.
             settings: fields of a GenerationConfig.
 
         Returns:
-            Prompts and continuations, padded on the right by `pad_token_id` (or the first `eos_token_id`).
+            [rows * num_return_sequences, length] prompts and continuations, padded on the right by `pad_token_id` (or
+                the first `eos_token_id`).
 
         Raises:
-            ValueError: a setting that is impossible, or that would change the tokens and is not supported; it is named.
-                Padding that is not on the left. All that `specdecode.generate` refuses.
+            ValueError: a setting is impossible, or would change the tokens and is not supported; the message names it.
+                The prompts are missing, or no matrix of ids. Padding is not on the left. Or `specdecode.generate` would
+                refuse a prompt or an argument.
+            UnsupportedModelError: as `specdecode.generate`.
+            SpecDecodeError: as `specdecode.generate`.
         """
         try:
             asked = Settings.resolve(self.target.model.generation_config, generation_config, settings)
@@ -101,7 +106,7 @@ class SpecDecoder:
                 raise ValueError(f"a streamer writes one sequence, and {rows} are asked for")
             if asked.stop_strings and rows > 1 and asked.stop_token_ids is None:
                 raise ValueError(
-                    "stop_strings of several sequences need an eos_token_id, as transformers writes on behind a stop"
+                    "stop_strings of several sequences need an eos_token_id, as transformers continues after a stop"
                     " string without one: give an eos_token_id, or decode the prompts one by one"
                 )
             if asked.stop_strings:
@@ -117,7 +122,7 @@ class SpecDecoder:
         if ours is None or tokenizer is None or tokenizer is ours or tokenizer.get_vocab() == ours.get_vocab():
             return
         raise ValueError(
-            f"tokenizer is not that of {self.target.name}, by which stop_strings are read here: leave it out"
+            f"tokenizer is not that of {self.target.name}, which is used for stop_strings here: leave it out"
         )
 
     def _continue(
@@ -131,7 +136,7 @@ class SpecDecoder:
         def stream(_: int, tokens: list[int]) -> None:
             nonlocal begun
             if not begun:
-                # Not before the first step: a call that is refused writes nothing.
+                # Only now, after the first step, so that a refused call writes nothing.
                 streamer.put(ids.cpu())
                 begun = True
             streamer.put(torch.tensor(tokens))
@@ -170,10 +175,10 @@ def _prompts(inputs: Any, input_ids: Any) -> Int[Tensor, "rows n"]:
 
 
 def _mask(ids: Int[Tensor, "rows n"], attention_mask: Any, asked: Settings) -> Bool[Tensor, "rows n"]:
-    """Return which tokens are no padding; as transformers infers it, where the call does not say.
+    """Return the mask of the tokens that are no padding. Without `attention_mask`, infer it as transformers does.
 
     Raises:
-        ValueError: padding that is not on the left, or a mask of other values or of another shape.
+        ValueError: padding is not on the left, or `attention_mask` has other values or another shape.
     """
     if attention_mask is None:
         padding = asked.padding

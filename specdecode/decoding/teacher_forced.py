@@ -1,4 +1,4 @@
-"""Teacher forcing: decode a known text through the loop of `generate`."""
+"""Teacher forcing: decoding of a known text through the loop of `generate`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from specdecode.policies.keep_all import KeepAll
 
 @dataclass(frozen=True, slots=True)
 class ForcedStep:
-    """Hold the logits of one step over a known text.
+    """The logits of one step over a known text.
 
     Attributes:
         place: index in the text of the first token that the step committed.
-        logits: [n, V] at each of its n committed tokens, from which that token would have been chosen.
-        evicted_at: tokens that had been read when the policy evicted last; None before it first does.
+        logits: [n, V] the target's logits for the n committed tokens: row i predicts token i.
+        evicted_at: number of tokens that the target had read at the last eviction; None before the first eviction.
     """
 
     place: int
@@ -46,25 +46,26 @@ def teacher_forced(
     controller: Controller = FixedK(5),
     policy: CachePolicy = KeepAll(),
 ) -> Iterator[ForcedStep]:
-    """Decode a known text step by step, committing its own tokens in place of the target's choices.
+    """Decode a known text step by step, and commit the tokens of the text in place of the target's choices.
 
-    Proposals are accepted as far as the text agrees. So the text is judged through the steps, slots and evictions of
-    `generate`. Texts may be decoded alternately, step by step, with the same target too.
+    Proposals are accepted as far as they agree with the text. So the text passes through the steps, slots and evictions
+    of `generate`. Several texts may be decoded in turns with the same target.
 
     Args:
-        target: reads.
+        target: the model that reads the text.
         text: token ids.
-        start: length of the prompt, the part of the text that is read but not judged.
-        drafter: proposes.
-        controller: limits the drafts.
-        policy: evicts from the target's cache.
+        start: number of tokens of the prompt, the part of the text that gets no logits.
+        drafter: proposes tokens.
+        controller: sets the limit of each draft.
+        policy: chooses the tokens that stay in the target's cache.
 
     Yields:
-        One step after another; together they cover the text from `start` on.
+        The steps in order. Together they cover the text from `start` on.
 
     Raises:
-        ValueError: `start` leaves no prompt or no tokens to judge, or `Request` refuses such a prompt and as many new
+        ValueError: `start` leaves no prompt or no tokens after it, or `Request` refuses the prompt or the number of new
             tokens.
+        UnsupportedModelError: as `Request`.
     """
     tokens = [int(token) for token in text]
     if not 1 <= start < len(tokens):

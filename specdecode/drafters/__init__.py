@@ -1,1 +1,1 @@
-"""Drafters propose. Each has a file; its `examples()` gives configured instances to tests and benchmarks."""
+"""Drafters, which propose tokens. Each has its own file with `examples()`: instances for tests and benchmarks."""

@@ -1,4 +1,4 @@
-"""The interface of a drafter, and its input."""
+"""The interface of drafters, and their input."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from specdecode.core.tree import DraftTree
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Hold the input of a proposal.
+    """The input of a proposal.
 
     Attributes:
-        tokens: prompt and committed tokens; the last is the root.
-        vocab_size: of the target. Proposals lie below it, and `DraftTree.probs` has this width.
-        sampling: of the target's tokens; a drafter that samples draws by the same rules.
+        tokens: tokens of the prompt and all committed tokens. The last is the root.
+        vocab_size: size V of the target's vocabulary. Proposed ids are below it, and `DraftTree.probs` has this width.
+        sampling: the rule that chooses the target's tokens. A drafter that samples uses the same rule.
         rng: the randomness of this generation.
-        hidden_states: the target's hidden states after the drafter's `layers`, concatenated, at each token that the
-            target has read (F = len(layers) * hidden). None if there are no such layers, and before the first step,
-            which may read the rest of the prompt. They stay for the whole text, whatever a policy evicts from the
-            target's cache, in the target's type: 7 kB a token for three layers of SmolLM2-135M in float32.
+        hidden_states: [read, F] the target's hidden states after the drafter's `layers`, concatenated, at each token
+            that the target has read (F = len(layers) * hidden). None without such layers, and in the first step, when
+            the target may not have read the whole prompt. They are in the target's type, and stay for the whole text,
+            even if a policy evicts from the target's cache: 7 kB per token for three layers of SmolLM2-135M in float32.
     """
 
     tokens: Sequence[int]
@@ -37,14 +37,15 @@ class Context:
 
 
 class Drafter(Protocol):
-    """Propose continuations.
+    """An object that proposes continuations.
 
-    A drafter may keep state (a cache, an index). It compares the tokens of that state with the context's and keeps
-    what belongs to their longest common prefix. So a used drafter proposes what a fresh one would.
+    A drafter may keep state (a cache, an index). It compares the tokens of that state with the tokens of the context,
+    and keeps the part for their longest common prefix. So a used drafter and a fresh one propose the same tree.
 
     Attributes:
-        forwards: forwards of a draft model since the drafter was made.
-        layers: of the target, whose hidden states it reads as `Context.hidden_states`; () for most drafters.
+        forwards: number of forwards of a draft model since the drafter was created.
+        layers: the target's layers whose hidden states the drafter reads as `Context.hidden_states`; () for most
+            drafters.
     """
 
     @property
@@ -54,12 +55,17 @@ class Drafter(Protocol):
     def layers(self) -> tuple[int, ...]: ...
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
-        """Return a tree within the limit; the empty tree if there is nothing to propose."""
+        """Return a tree within the limit, or the empty tree if there is nothing to propose.
+
+        Args:
+            context: the text so far, and the rules of the proposal.
+            limit: largest depth and number of nodes of the tree.
+        """
         ...
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
+    """Return the length of the longest common prefix of two texts."""
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:
         return shorter

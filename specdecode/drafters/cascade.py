@@ -11,25 +11,25 @@ from specdecode.models.lm import LM
 
 
 class Cascade:
-    """Ask one drafter after another, and take the first proposal that is not empty.
+    """A drafter that asks several drafters in turn, and uses the first proposal that is not empty.
 
-    A drafter that costs nothing comes before one that costs forwards, as a lookup before a head (SuffixDecoding,
-    Oliaro et al. 2024, falls back on a head likewise). The text alone decides which of them proposes, so each one's
-    `probs` remain exact. A drafter that was not asked for some steps later reads what it missed.
+    Put a drafter without forwards before one with forwards, such as a lookup before a head (SuffixDecoding, Oliaro et
+    al. 2024, uses a head as a fallback too). The choice of the drafter depends on the text alone, so its `probs` remain
+    exact. A drafter that was not asked in some steps reads the missed tokens when it is asked again.
 
     Args:
-        drafters: in the order in which they are asked.
+        drafters: two drafters or more, in the order in which they are asked.
 
     Raises:
-        ValueError: fewer than two, or two that read different layers of the target.
+        ValueError: there are fewer than two drafters, or two of them read different layers of the target.
     """
 
     def __init__(self, *drafters: Drafter) -> None:
         if len(drafters) < 2:
-            raise ValueError(f"a cascade of {len(drafters)} drafters: it takes two or more")
+            raise ValueError(f"a cascade of {len(drafters)} drafters: give two or more")
         layers = {drafter.layers for drafter in drafters if drafter.layers}
         if len(layers) > 1:
-            raise ValueError(f"drafters that read different layers of the target: {sorted(layers)}")
+            raise ValueError(f"the drafters of a cascade may not read different layers of the target: {sorted(layers)}")
         self.drafters = drafters
         self.layers = layers.pop() if layers else ()
 

@@ -1,4 +1,4 @@
-"""A drafter that is a head on the target's hidden states."""
+"""A drafter with a head on the target's hidden states."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from specdecode.models.lm import LM, PREFILL_CHUNK
 
 
 class HeadDrafter:
-    """Propose with a head on the target's hidden states after some layers (EAGLE-3, Li et al. 2025).
+    """A drafter with a head on the target's hidden states after some layers (EAGLE-3, Li et al. 2025).
 
     The head reads pairs: the embedding of a token, and the target's hidden states at the token before it. So there is
-    no pair for the first token. Proposed tokens have no hidden states of the target yet: the head's own state takes
-    their place. Only pairs with the target's hidden states stay in its slots; an accepted node is read again with them.
+    no pair for the first token. The target has no hidden states for proposed tokens yet, so the head's own state is
+    used there. Only pairs with the target's hidden states stay in the head's slots: an accepted node is read again with
+    the target's hidden states.
 
-    In the first step it proposes nothing, since the target has not yet read the whole prompt.
+    In the first step it proposes nothing, since the target may not have read the whole prompt.
 
     Args:
-        head: of `load_head`.
-        shape: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
+        head: the result of `load_head` or `load_mtp`.
+        shape: shape of the trees: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
+
+    Attributes:
+        forwards: number of forwards of the head so far.
+        layers: the target's layers whose hidden states the head reads.
     """
 
     def __init__(self, head: BoundHead, shape: TreeShape = Chain()) -> None:
@@ -35,7 +40,7 @@ class HeadDrafter:
         self.shape = shape
         self.forwards = 0
         self._slots = head.new_slots(256)
-        # Tokens read. Slot i holds the pair of token i + 1.
+        # The tokens read so far. Slot i holds the pair of token i + 1.
         self._read: list[int] = []
 
     @property
@@ -66,8 +71,14 @@ class HeadDrafter:
     def _tree(
         self, state: Float[Tensor, "1 H"], logits: Float[Tensor, "1 D"], context: Context, limit: Limit
     ) -> DraftTree:
-        """Grow a tree over the D tokens that the head can propose. All other tokens have probability 0, as if their
-        logits were minus infinity."""
+        """Grow a tree from the D tokens that the head can propose. All other tokens have probability 0.
+
+        Args:
+            state: the head's state at the root.
+            logits: the head's logits of the token after the root.
+            context: the input of the proposal.
+            limit: largest depth and number of nodes of the tree.
+        """
         rng = None if context.sampling.greedy else context.rng
 
         def read(level: Level, visible: Bool[Tensor, "rows read"], depth: int) -> Float[Tensor, "rows D"]:

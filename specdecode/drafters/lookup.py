@@ -1,4 +1,4 @@
-"""A drafter that copies from earlier in the text."""
+"""A drafter that copies tokens from an earlier place of the text."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from specdecode.models.lm import LM
 
 
 class PromptLookup:
-    """Propose what followed the last tokens when they last occurred (prompt lookup decoding, Saxena 2023).
+    """A drafter that proposes the tokens after an earlier occurrence of the last tokens (prompt lookup decoding, Saxena
+    2023).
 
-    It matches the longest suffix of `min_ngram` to `max_ngram` tokens that occurred before, at its most recent place.
-    A copy that reaches the end of the text continues with its own beginning, so a repeating text is continued at full
-    length.
+    It looks for the longest suffix of the text, of `min_ngram` to `max_ngram` tokens, that occurred before, and copies
+    from its most recent occurrence. A copy that reaches the end of the text continues with its own beginning. So a
+    repeating text is continued at full length.
 
     Args:
-        max_ngram: longest suffix to look for.
-        branches: different continuations to propose as one tree, most recent first, within the limit.
-        min_ngram: shortest suffix to look for. Above 1, it proposes less often and more reliably: for a `Cascade`, or
-            where rows are expensive.
+        max_ngram: longest suffix to look for, in tokens.
+        branches: largest number of different continuations in the tree, most recent first, within the limit.
+        min_ngram: shortest suffix to look for, in tokens. A value above 1 gives fewer and more reliable proposals, for
+            a `Cascade`, or where rows are expensive.
 
     Raises:
-        ValueError: an argument below 1, or a shortest suffix above the longest.
+        ValueError: an argument is below 1, or `min_ngram` is above `max_ngram`.
     """
 
     forwards = 0
@@ -37,7 +38,7 @@ class PromptLookup:
         if max_ngram < 1:
             raise ValueError(f"max_ngram is {max_ngram}: at least 1 token must be matched")
         if not 1 <= min_ngram <= max_ngram:
-            raise ValueError(f"min_ngram is {min_ngram}: from 1 to max_ngram, {max_ngram}")
+            raise ValueError(f"min_ngram is {min_ngram}: it must be from 1 to max_ngram, {max_ngram}")
         if branches < 1:
             raise ValueError(f"branches is {branches}: at least 1 continuation must be proposed")
         self.max_ngram = max_ngram
@@ -49,7 +50,7 @@ class PromptLookup:
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         tokens = list(context.tokens)
         self._index(tokens)
-        # The tree is a trie: continuations with a common beginning share its nodes.
+        # The tree is a trie: continuations with a common beginning share nodes.
         nodes: dict[tuple[int, int], int] = {}
         branches = 0
         for place in self._matches(tokens):
@@ -71,13 +72,15 @@ class PromptLookup:
         )
 
     def _matches(self, tokens: list[int]) -> Iterator[int]:
-        """Yield the places after earlier occurrences of the text's end: longest match first, then most recent."""
+        """Yield the places after earlier occurrences of the end of the text: the longest match first, and of several
+        matches of one length the most recent first."""
         for size in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
-            # The last place is the end of the text itself.
+            # The last place is the end of the text itself, so it is left out.
             yield from reversed(self._places[tuple(tokens[-size:])][:-1])
 
     def _index(self, tokens: list[int]) -> None:
-        """Index the places after every n-gram, ascending. Only tokens added since the last call are read."""
+        """Index the places after each n-gram, ascending. If the text only grew since the last call, only its new tokens
+        are read."""
         indexed = common_prefix(self._indexed, tokens)
         if indexed < len(self._indexed):
             self._places.clear()

@@ -1,4 +1,4 @@
-"""A drafter of Medusa heads: one for each depth, all on the target's last hidden state (Cai et al. 2024)."""
+"""A drafter with Medusa heads: one for each depth, all on the target's last hidden state (Cai et al. 2024)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ _KEY = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(?:linear\.)?(weight|bias)")
 
 
 class MedusaHeads(nn.Module):
-    """Predict tokens behind the root, each from the target's normalised hidden state at the token before the root.
+    """Medusa heads, which predict the tokens after the root.
 
-    Head d, from 0, predicts the token at depth d + 1: residual blocks x + SiLU(Linear(x)), and an output layer.
+    Each head reads the target's normalised hidden state at the token before the root. Head d, from 0, predicts the
+    token at depth d + 1. It has residual blocks x + SiLU(Linear(x)), and an output layer.
 
     Args:
-        target: whose hidden states they read.
+        target: the model whose hidden states the heads read.
         heads: number of heads.
-        blocks: of each head.
+        blocks: number of residual blocks of each head.
+
+    Attributes:
+        layers: the target's last layer, whose hidden states the heads read.
 
     Raises:
         UnsupportedModelError: the target has no final norm beside its layers.
@@ -51,14 +55,19 @@ class MedusaHeads(nn.Module):
                 f"{target.name} has no final norm that can be found: draft without Medusa heads"
             )
         self.layers = (total - 1,)
-        # In a tuple, as it is a module of the target and none of these.
+        # In a tuple, so that PyTorch does not register the target's norm as a part of the heads.
         self._norm = (norm,)
         self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(width, width) for _ in range(blocks)) for _ in range(heads))
         self.outputs = nn.ModuleList(nn.Linear(width, target.vocab_size, bias=False) for _ in range(heads))
         self.to(target.device, target.dtype).requires_grad_(False)
 
     def forward(self, state: Float[Tensor, "1 H"], depth: int) -> Float[Tensor, "1 V"]:
-        """Return the logits of the token at a depth, from 1, given the target's last hidden state."""
+        """Return the logits of the token at a depth.
+
+        Args:
+            state: the target's hidden state after its last layer, before the final norm, at the token before the root.
+            depth: depth of the token below the root, from 1.
+        """
         x: Tensor = self._norm[0](state)
         blocks = self.blocks[depth - 1]
         assert isinstance(blocks, nn.ModuleList)
@@ -69,13 +78,18 @@ class MedusaHeads(nn.Module):
 
 
 class MedusaDrafter:
-    """Propose with Medusa heads. A tree's paths are products of what the heads say, whatever stands before on them.
+    """A drafter with Medusa heads.
 
-    In the first step it proposes nothing, since the target has not yet read the whole prompt.
+    The distribution at a depth does not depend on the proposed tokens above it. So the probability of a path in a tree
+    is a product of the probabilities that the heads give. In the first step it proposes nothing, since the target may
+    not have read the whole prompt.
 
     Args:
-        heads: of `load_medusa`.
-        shape: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
+        heads: the result of `load_medusa`.
+        shape: shape of the trees: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
+
+    Attributes:
+        forwards: number of predictions by a head so far.
     """
 
     def __init__(self, heads: MedusaHeads, shape: TreeShape = Chain()) -> None:
@@ -111,10 +125,14 @@ def load_medusa(name: str, target: LM) -> MedusaHeads:
 
     Args:
         name: a folder with `config.json` and the weights, or its id on the hub.
-        target: the model that they were trained for.
+        target: the model that the heads were trained for.
+
+    Returns:
+        The heads, in the target's type and on its device.
 
     Raises:
-        ModelFileError: no such folder, damaged files, or heads of another width or vocabulary.
+        ModelFileError: there is no such folder, its files are damaged, or its heads are for another width or
+            vocabulary.
         UnsupportedModelError: the target has no final norm beside its layers.
     """
     folder = find_folder(name)

@@ -19,27 +19,31 @@ from specdecode.policies.sink_window import SinkWindow
 
 
 class ModelDrafter:
-    """Propose with a draft model, which keeps its own slots and never reads a token twice.
+    """A drafter with a draft model, which has its own KV slots.
 
-    After a proposal the slots hold the text that the draft has read (what the policy keeps of it), then the nodes of
-    the tree. At the next proposal the nodes on the committed path stay, and only the tokens after them are read.
+    After a proposal the slots hold the text that the draft has read (after evictions, only the kept tokens), and then
+    the nodes of the tree. At the next proposal the nodes on the committed path stay, and only the tokens after them are
+    read.
 
     Args:
-        draft: shares the target's vocabulary (`specdecode.load(..., target=...)` checks it).
-        shape: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
-        policy: evicts from the draft's own cache. The length of the text alone decides when, so that a fresh drafter
-            and a used one propose the same.
+        draft: a model with the target's vocabulary (`specdecode.load(..., target=...)` checks it).
+        shape: shape of the trees: `Chain()`, `StaticTree(...)` or `BestFirstTree(...)`.
+        policy: chooses the tokens that stay in the draft's own cache. Evictions depend on the length of the text alone,
+            so that a fresh drafter and a used one propose the same tree.
+
+    Attributes:
+        forwards: number of forwards of the draft so far.
 
     Raises:
-        ValueError: a policy that chooses by attention, which is not recorded while drafting.
-        UnsupportedModelError: the policy cannot serve the draft's architecture.
+        ValueError: the policy chooses by attention, which is not recorded during drafting.
+        UnsupportedModelError: the policy evicts, but the draft's keys cannot be re-rotated.
     """
 
     layers = ()
 
     def __init__(self, draft: LM, shape: TreeShape = Chain(), policy: CachePolicy = KeepAll()) -> None:
         if policy.reads_attention:
-            raise ValueError("a draft's cache cannot be kept by attention: take a policy that chooses by place or key")
+            raise ValueError("a draft's cache cannot be kept by attention: use a policy that chooses by place or key")
         if policy.interval:
             _ = draft.rerotation  # raises if the keys of this architecture cannot be re-rotated
         self.draft = draft
@@ -75,7 +79,7 @@ class ModelDrafter:
         return proposed
 
     def _chain(self, logits: Float[Tensor, "1 V"], context: Context, length: int) -> Int[Tensor, " length"]:
-        """Return the draft's own greedy continuation, made on the device without distributions."""
+        """Return the draft's greedy continuation of `length` tokens, computed on the device without distributions."""
         first = logits[:, : context.vocab_size].argmax(-1)
         if length <= 1:
             return first[:length]
@@ -94,15 +98,16 @@ class ModelDrafter:
         )
 
     def _distributions(self, logits: Float[Tensor, "rows W"], context: Context) -> Float[Tensor, "rows V"]:
-        """Return the draft's distributions over the target's vocabulary, which may be padded to another width."""
+        """Return the draft's distributions over the target's vocabulary. The width W of the draft's logits may differ,
+        as vocabularies are padded to round sizes."""
         distributions = context.sampling.probs(logits[:, : context.vocab_size])
         return torch.nn.functional.pad(distributions, (0, context.vocab_size - distributions.shape[1]))
 
     def _synchronise(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Keep the slots that hold a prefix of the text, tree nodes included.
+        """Keep only the slots that hold a prefix of the text. Nodes of the last tree may be part of it.
 
         Returns:
-            The tokens still to read: the root at least, since its logits are needed.
+            The tokens that the draft has yet to read. The root is always among them, since its logits are needed.
         """
         shared = min(common_prefix(self._read, tokens), len(tokens) - 1)
         if shared < self._evicted_at():
@@ -113,7 +118,7 @@ class ModelDrafter:
         if shared == len(self._read) > 0:
             grown, children = self._grown.host_tokens, self._grown.children()
             in_slots = self._slots.length - start
-            # Tokens beyond the next eviction are read again, after it.
+            # Tokens after the next eviction must be read after it, so their nodes do not stay.
             last = min(len(tokens) - 1, boundary(self.policy, shared, start))
             node: int | None = 0
             for token in tokens[shared:last]:
@@ -127,7 +132,8 @@ class ModelDrafter:
         return tokens[shared + len(path) :]
 
     def _evicted_at(self) -> int:
-        """Return the length of the text at the last eviction, which left `policy.keeps` tokens; 0 if there was none."""
+        """Return the length of the text at the last eviction, which left `policy.keeps` tokens; 0 before any
+        eviction."""
         return self._slots.evicted + self.policy.keeps if self._slots.evicted else 0
 
 

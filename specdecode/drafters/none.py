@@ -12,7 +12,7 @@ from specdecode.models.lm import LM
 
 @dataclass(frozen=True, slots=True)
 class NoDraft:
-    """Propose the empty tree: autoregressive decoding is speculation without proposals."""
+    """A drafter that proposes the empty tree, which gives autoregressive decoding."""
 
     @property
     def forwards(self) -> int:

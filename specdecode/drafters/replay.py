@@ -1,4 +1,4 @@
-"""A drafter of set acceptance: it measures costs where trained weights are not available."""
+"""A drafter with a given acceptance, to measure costs where trained weights are not available."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.model import ModelDrafter
 from specdecode.models.lm import LM
 
-# So many tokens in a row tell a place in the text.
+# Number of consecutive tokens that identify a place in the text.
 _ALIGNED = 3
 
 
 class ReplayDrafter:
-    """Pay for another drafter's proposals, then rewrite them to a set acceptance.
+    """A drafter that runs another drafter, and rewrites its proposals to a given acceptance.
 
-    From the root downwards, the first child becomes the token of the known continuation with the given probability;
-    all other nodes become wrong. The seed and the position alone decide whether a position is proposed right.
-    Results are synthetic: they show the cost of decoding at an acceptance, not the acceptance of a model.
+    From the root downwards, the first child becomes the token of the known continuation with the given probability. All
+    other nodes become wrong tokens. Only the seed and the position decide whether a position is right. Results are
+    synthetic: they show the cost of decoding at an acceptance, not the acceptance of a model.
 
-    Rounding may let the target leave the known text. Then the drafter looks for the last tokens elsewhere in that text,
-    and goes on from there. Until it finds them it is right by chance alone.
+    Rounding may let the target depart from the known text. Then the drafter looks for the last tokens elsewhere in the
+    known text, and continues there. Until it finds them, its proposals are right by chance only.
 
     Args:
-        inner: proposes the tree whose cost is paid.
-        text: the prompt and its known continuation.
-        acceptance: probability that a position is proposed right, given that those before it were.
-        seed: of the choice.
+        inner: the drafter that proposes the trees, at its full cost.
+        text: tokens of the prompt and its known continuation.
+        acceptance: probability that a position is right, given that the positions before it are right.
+        seed: seed of the choice of right positions.
 
     Attributes:
-        lost: proposals that were made while the place in the text was not known.
+        lost: number of proposals that were made at an unknown place in the text.
 
     Raises:
-        ValueError: an acceptance outside [0, 1].
+        ValueError: the acceptance is outside [0, 1].
     """
 
     def __init__(self, inner: Drafter, text: Sequence[int], acceptance: float, seed: int = 0) -> None:
@@ -74,7 +74,7 @@ class ReplayDrafter:
             right = siblings[0] if siblings and self._hits(len(context.tokens) + depth) else None
             if right is not None and token is not None:
                 tokens[right - 1] = token
-        # In the tree itself: what is accepted stays in the drafter's cache, as if it had been right by itself.
+        # The inner drafter's own tree is rewritten, so that accepted nodes stay in its cache as after a right proposal.
         write(tree.tokens, torch.tensor(tokens, dtype=torch.long))
         replayed = DraftTree(tree.tokens, tree.parents)  # nothing was drawn
         for one in (tree, replayed):
@@ -82,7 +82,10 @@ class ReplayDrafter:
         return replayed
 
     def _place(self, tokens: Sequence[int]) -> int | None:
-        """Return where the text goes on behind these tokens, nearest to where it should; None if nowhere."""
+        """Return the place in the known text that follows the last of these tokens; None if they do not occur in it.
+
+        Of several places, the one nearest to `len(tokens)` counts.
+        """
         due, tail = len(tokens), list(tokens[-_ALIGNED:])
         if self.text[due - len(tail) : due] == tail:
             return due

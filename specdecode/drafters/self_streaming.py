@@ -12,19 +12,19 @@ from specdecode.policies.sink_window import SinkWindow
 
 
 class SelfStreamingDrafter:
-    """Draft with the target and a short cache of attention sinks and recent tokens.
+    """A drafter that is the target with a short cache of attention sinks and recent tokens.
 
-    The target verifies with the full cache, so decoding is lossless. It pays where the context is so long that reading
-    the full cache takes most of a forward (MagicDec, Chen et al. 2024).
+    The target verifies with the full cache, so decoding is lossless. This saves time for contexts so long that reading
+    the full cache is most of a forward (MagicDec, Chen et al. 2024).
 
     Args:
-        target: drafts for itself.
-        max_len: most tokens in the draft's cache.
-        sinks: tokens at the start that always stay in it.
-        shape: of the draft.
+        target: the target, which is also the draft.
+        max_len: largest number of tokens in the draft's cache.
+        sinks: number of tokens at the start of the text that always stay in the draft's cache.
+        shape: shape of the trees.
 
     Raises:
-        ValueError: no room for a window.
+        ValueError: `max_len` leaves no room for recent tokens.
         UnsupportedModelError: the keys of this architecture cannot be re-rotated.
     """
 

@@ -1,4 +1,4 @@
-"""Shapes of draft trees: which continuations of which nodes are proposed."""
+"""Shapes of draft trees: the rules that choose the continuations of each node."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from specdecode.core.tree import DraftTree
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Level:
-    """Hold the proposals of one depth.
+    """The proposals of one depth.
 
     Attributes:
         tokens: [c] token ids.
-        rows: for each token, the row of the level above (at first the root) that it continues.
+        rows: for each token, its parent's row in the level above; the root is the only row above the first level.
         probs: [c, V] the distribution that each token was drawn from, given its earlier siblings; None if
             deterministic.
-        scores: log-probability of each token's path under the draft; None if the shape does not use them.
-        host_tokens: the token ids on the host, where they are known there.
+        scores: natural logarithm of the probability of each token's path under the draft; None if the shape does not
+            use it.
+        host_tokens: the token ids on the host, if they were copied there; else empty.
     """
 
     tokens: Int[Tensor, " c"]
@@ -41,41 +42,47 @@ class Level:
 
 
 class TreeShape(Protocol):
-    """Grow a tree level by level. Every level but the last costs one draft forward over its nodes."""
+    """A rule that grows a tree level by level. Every level except the last costs one draft forward over its nodes."""
 
     def grow(
         self, distributions: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None
     ) -> Level:
-        """Return the next level, given the levels above and the draft's distribution at each node of the last of them.
+        """Return the next level. An empty level ends the tree.
 
-        `rng` is None under greedy decoding. An empty level ends the tree.
+        Args:
+            distributions: the draft's distribution at each node of the last level, or at the root.
+            above: the levels so far.
+            limit: largest depth and number of nodes of the tree.
+            rng: the randomness of this generation; None under greedy decoding.
         """
         ...
 
     def more(self, above: Sequence[Level], limit: Limit) -> bool:
-        """Return whether another level may follow. It is called before the forward over the last one."""
+        """Return whether another level may follow. It is called before the forward over the last level so far."""
         ...
 
     def select(self, levels: Sequence[Level], limit: Limit) -> list[int]:
-        """Return the nodes to propose, numbered from 0 through all levels, ancestors included."""
+        """Return the nodes to propose, ascending, with their ancestors. Nodes are numbered from 0 through all
+        levels."""
         ...
 
 
 Read = Callable[[Level, Bool[Tensor, "rows read"], int], Float[Tensor, "rows V"]]
-"""Runs a forward of the draft over a level. Arguments: the level; which of the nodes read so far, and of the level's
-own at the end, each of its nodes sees; and its depth. Returns the draft's distributions at its nodes."""
+"""A function that runs a forward of the draft over a level, and returns the draft's distributions at its nodes. Its
+arguments are the level, a mask and the level's depth. Row i of the mask marks the nodes that node i of the level sees:
+first the nodes of the levels above, then the nodes of this level."""
 
 
 def grow_tree(
     shape: TreeShape, distributions: Float[Tensor, "1 V"], limit: Limit, rng: Rng | None, read: Read
 ) -> tuple[DraftTree, DraftTree]:
-    """Grow a draft tree level by level, with a forward of the draft over each level but the last.
+    """Grow a draft tree level by level, with a forward of the draft over each level except the last.
 
     Args:
-        shape: of the tree.
+        shape: shape of the tree.
         distributions: the draft's distribution at the root.
-        limit: the most that may be proposed.
-        rng: None under greedy decoding.
+        limit: largest depth and number of nodes of the proposal.
+        rng: the randomness of this generation; None under greedy decoding.
         read: runs a forward of the draft.
 
     Returns:
@@ -84,14 +91,14 @@ def grow_tree(
     levels: list[Level] = []
     parents: list[int] = []
     above = [0]
-    # Row i: which of the nodes read so far node i of the level above sees; the root sees none.
+    # Row i marks the nodes that node i of the level above sees, among all nodes read so far. The root sees none.
     visible = torch.ones(1, 0, dtype=torch.bool)
     while len(levels) < limit.depth and shape.more(levels, limit):
         if levels:
             visible = torch.cat([visible[list(levels[-1].rows)], torch.eye(len(above), dtype=torch.bool)], 1)
             distributions = read(levels[-1], visible, len(levels))
         level = shape.grow(distributions, levels, limit, rng)
-        del distributions  # as wide as the vocabulary: never those of two levels at once
+        del distributions  # they are as wide as the vocabulary: free them before the next level's are computed
         if not len(level):
             break
         parents += [above[row] for row in level.rows]
@@ -110,17 +117,17 @@ def grow_tree(
 
 @dataclass(frozen=True, slots=True)
 class StaticTree:
-    """Grow a fixed number of continuations at each depth, level by level until `nodes` are proposed.
+    """A tree with a fixed number of continuations of each node at a depth, filled level by level up to `nodes`.
 
-    Under greedy decoding the continuations are the draft's most probable tokens. With sampling they are drawn from its
-    distribution without replacement, and `probs` holds the distribution that each was drawn from.
+    Under greedy decoding the continuations are the draft's most probable tokens. With sampling they are drawn from the
+    draft's distribution without replacement, and `probs` holds the distribution that each was drawn from.
 
     Attributes:
-        branching: continuations of every node, depth by depth; its length is the tree's depth.
-        nodes: most proposals in all.
+        branching: number of continuations of each node, by depth. Its length is the tree's depth.
+        nodes: largest number of proposals in the tree.
 
     Raises:
-        ValueError: no level, or a number below 1.
+        ValueError: `branching` is empty, or a number is below 1.
     """
 
     branching: tuple[int, ...]
@@ -147,7 +154,7 @@ class StaticTree:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Grow one continuation a level, as deep as the limit allows."""
+    """A tree with one continuation at each depth, as deep as the limit allows."""
 
     def grow(
         self, distributions: Float[Tensor, "rows V"], above: Sequence[Level], limit: Limit, rng: Rng | None
@@ -163,17 +170,17 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class BestFirstTree:
-    """Grow the `nodes` most probable paths under the draft, none below `threshold` (as in EAGLE-2, Li et al. 2024).
+    """A tree of the most probable paths under the draft (as in EAGLE-2, Li et al. 2024).
 
-    Proposals are the most probable tokens, not draws, so they have no `probs`: to prune a drawn sibling by its
-    probability would falsify the distribution that it was drawn from.
+    Proposals are the most probable tokens, not draws, so they have no `probs`. Pruning drawn tokens by probability
+    would change the distribution that they were drawn from.
 
     Attributes:
-        nodes: most proposals in all.
-        threshold: least probability of a path under the draft.
+        nodes: largest number of proposals in the tree.
+        threshold: least probability of a path under the draft, from 0 to below 1.
 
     Raises:
-        ValueError: nodes below 1 or a threshold outside [0, 1).
+        ValueError: `nodes` is below 1, or `threshold` is outside [0, 1).
     """
 
     nodes: int = 32
@@ -197,9 +204,9 @@ class BestFirstTree:
         )
         best = scores.flatten().topk(min(room, scores.numel()))
         tokens = ranked.indices.flatten()[best.indices]
-        # One copy to the host for all.
+        # One copy brings all values to the host.
         values, places, host_tokens = torch.stack([best.values, best.indices.double(), tokens.double()]).tolist()
-        # If the proposals so far fill the room, a candidate must be more probable than the last of them.
+        # If the proposals so far fill the room, a candidate must be more probable than the least probable of them.
         proposed = sorted((s for level in above for s in level.scores or ()), reverse=True)
         floor = proposed[room - 1] if len(proposed) >= room else -math.inf
         cut = math.log(self.threshold) if self.threshold else -math.inf
@@ -217,14 +224,20 @@ class BestFirstTree:
 
     def select(self, levels: Sequence[Level], limit: Limit) -> list[int]:
         scores = [score for level in levels for score in level.scores or ()]
-        # The sort is stable: of equal paths the shorter comes first, so no node is chosen before its ancestors.
+        # The sort is stable: of equally probable paths the shorter one comes first. So no node precedes its ancestors.
         best = sorted(range(len(scores)), key=lambda node: -scores[node])[: min(self.nodes, limit.nodes)]
         return sorted(best)
 
 
 def _continue(distributions: Float[Tensor, "rows V"], branches: int, room: int, rng: Rng | None) -> Level:
-    """Return `branches` continuations of every row, at most `room` in all: the most probable tokens, or draws without
-    replacement."""
+    """Return a level with continuations of each row: the most probable tokens, or draws without replacement.
+
+    Args:
+        distributions: the draft's distribution at each row.
+        branches: number of continuations of each row.
+        room: largest number of continuations of all rows together. The last rows are cut.
+        rng: the source of the draws; None takes the most probable tokens.
+    """
     branches = min(branches, distributions.shape[1])
     rows = [row for row in range(len(distributions)) for _ in range(branches)][: max(room, 0)]
     if rng is None:
@@ -240,6 +253,6 @@ def _continue(distributions: Float[Tensor, "rows V"], branches: int, room: int, 
         left = left / mass.where(mass > 0, 1.0)
     tokens = torch.stack(drawn, 1).flatten()[: len(rows)]
     probs = torch.stack(drawn_from, 1).flatten(0, 1)[: len(rows)]
-    # A distribution over fewer tokens than were to be drawn runs out: draws from nothing are not proposals.
+    # A distribution over fewer tokens than `branches` has no mass left for the last draws. These are no proposals.
     real = [place for place, mass in enumerate(probs.sum(1).tolist()) if mass > 0]
     return Level(picked(tokens, real), [rows[place] for place in real], picked(probs, real))

@@ -1,4 +1,4 @@
-"""A drafter that is a model of another vocabulary: it proposes text, retokenised for the target."""
+"""A drafter with a draft model of another vocabulary: its text is retokenised for the target."""
 
 from __future__ import annotations
 
@@ -18,46 +18,49 @@ from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 
-# Target tokens that are translated at once: few enough to do so in every step, and enough that it hardly matters that
-# no token of the draft reaches across the end of a block.
+# Number of target tokens in a block, which is translated as a whole. It is small enough to translate one block in each
+# step. It is large enough that the ends of blocks, which no draft token can cross, hardly matter.
 _BLOCK_TOKENS = 256
-# Translated blocks that are cached.
+# Number of translated blocks in the cache.
 _CACHED_BLOCKS = 1024
-# Tokens put before a text when it is tokenized: enough for a word that it may continue.
+# Number of tokens put before a text when it is tokenized: enough for a word that the text may continue.
 _PRECEDING_TOKENS = 8
-# What the bytes of a broken character decode to.
+# The decoded form of a broken character's bytes.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-# Text put before a text that has no other: a tokenizer may treat the start of a text specially, and a newline merges
-# least with what follows.
+# Text put before a text without preceding text: a tokenizer may treat the start of a text specially. A newline is least
+# likely to merge with the following text.
 _ANCHOR = "\n"
 _PROBE = "It 's  A B ,\nis n't it ?"
 
 
 class UniversalDrafter:
-    """Propose the target's tokens for the text that a draft model of any vocabulary writes.
+    """A drafter with a draft model of any vocabulary: it proposes the target's tokens for the draft's text.
 
-    (Universal assisted decoding, as transformers calls it; Timor et al. 2025, "Accelerating LLM Inference with Lossless
-    Speculative Decoding Algorithms for Heterogeneous Vocabularies".)
+    transformers calls this universal assisted decoding. It is a method of Timor et al. 2025, "Accelerating LLM
+    Inference with Lossless Speculative Decoding Algorithms for Heterogeneous Vocabularies".
 
-    The draft decodes greedily, whatever the sampling: the probability of a text is spread over all its tokenizations,
-    and cannot be computed. So the proposal is a deterministic chain, whose distributions are one-hot: a token x is
-    accepted with the target's probability of x. That is exact, greedy or sampled, whatever the draft writes.
+    The draft decodes greedily, even if the target samples: the probability of a text is spread over all its
+    tokenizations, and cannot be computed. So the proposal is a deterministic chain with one-hot distributions, and a
+    token x is accepted with the target's probability of x. This is exact for greedy decoding and for sampling.
 
-    The number of draft tokens is the limit times the text's ratio of draft tokens to target tokens, and one more: if
-    the draft stops within a word, the target's tokens for the part may differ from those for the word.
+    The number of draft tokens is the limit times the text's ratio of draft tokens to target tokens, plus one. The
+    additional token is needed because the draft may stop within a word: the target's tokens for a part of a word may
+    differ from its tokens for the word.
 
-    Special tokens are matched by name: a name that both tokenizers have is that token in both, other names are plain
-    text. But each tokenizer's opening tokens are replaced by the other's, and so is the token that ends a text. If the
-    context ends within a character, the draft's text must begin with the bytes of that character.
+    A special token is matched by its name. A name in both tokenizers is the same special token in both; other names are
+    plain text. The opening tokens of one tokenizer are replaced by the other's opening tokens, and so is the token that
+    ends a text. If the context ends within a character, the draft's text must begin with the bytes of this character
+    that the context has.
 
     Args:
-        target: with its tokenizer.
-        draft: with its tokenizer (load it without `target=`, which compares vocabularies).
-        policy: evicts from the draft's own cache.
+        target: the target, with its tokenizer.
+        draft: the draft model, with its tokenizer. Load it without `target=`, which compares vocabularies.
+        policy: chooses the tokens that stay in the draft's own cache.
 
     Raises:
-        TokenizerMismatchError: one of the tokenizers is missing, or does not give back the text that it is given.
-        ValueError, UnsupportedModelError: as `ModelDrafter`.
+        TokenizerMismatchError: a tokenizer is missing, or changes a text that is encoded and decoded again.
+        ValueError: as `ModelDrafter`.
+        UnsupportedModelError: as `ModelDrafter`.
     """
 
     layers = ()
@@ -90,19 +93,19 @@ class UniversalDrafter:
         if tuple(proposed[: len(incomplete)]) != incomplete:
             return DraftTree.empty()
         proposed = proposed[len(incomplete) :][:depth]
-        # A tokenizer may have tokens for which the model has no row.
+        # A tokenizer may have tokens without a row in the model's output.
         rowless = (place for place, token in enumerate(proposed) if token >= context.vocab_size)
         return DraftTree.chain(torch.tensor(proposed[: next(rowless, depth)], dtype=torch.long))
 
     def _context(self, tokens: tuple[int, ...]) -> tuple[list[int], int]:
         """Translate the target's tokens into the draft's.
 
-        The text is cut into blocks, and a step translates only the last one anew. The tokens alone decide where the
-        blocks end, so the translation does not depend on which blocks are cached.
+        The text is cut into blocks, and a step translates only the last block again. The ends of the blocks depend on
+        the tokens alone, so the translation does not depend on the cache.
 
         Returns:
-            The draft's tokens, and how many of the target's tokens they stand for. The others, at the end, only begin a
-            character.
+            The draft's tokens, and the number of target tokens that they stand for. The remaining target tokens are the
+                beginning of a character.
         """
         translation: list[int] = []
         translated = 0
@@ -119,8 +122,12 @@ class UniversalDrafter:
     def _translate(self, tokens: tuple[int, ...], preceding: tuple[int, ...]) -> tuple[int, list[int]]:
         """Translate the target's tokens as far as they are complete characters.
 
+        Args:
+            tokens: target tokens of one block.
+            preceding: draft tokens of the text before the block.
+
         Returns:
-            How many tokens those are, and the draft's tokens for them after its preceding ones.
+            The number of translated target tokens, and the draft's tokens for them.
         """
         complete = self._target.complete(tokens)
         text = self._target.decode(tokens[:complete], first=not preceding)
@@ -128,22 +135,25 @@ class UniversalDrafter:
 
 
 class _TokenCodec:
-    """Decode a model's tokens to text, and encode text as its tokens, in the middle of a text too.
+    """A translator between text and a model's tokens, also in the middle of a text.
+
+    Args:
+        lm: the model.
 
     Attributes:
-        size: number of tokens. Rows of the model beyond it mean nothing.
+        size: number of tokens of the tokenizer. Further rows of the model's output have no meaning.
         opening: tokens that the tokenizer puts before every text.
-        end: name of the token that ends a text, if there is one.
+        end: name of the token that ends a text; None if there is none.
 
     Raises:
-        TokenizerMismatchError: there is no tokenizer, or text is lost in it.
+        TokenizerMismatchError: there is no tokenizer, or it changes a text that is encoded and decoded again.
     """
 
     def __init__(self, lm: LM) -> None:
         if lm.tokenizer is None:
             raise TokenizerMismatchError(
-                f"{lm.name} has no tokenizer, and models of different vocabularies meet in text alone: load it with its"
-                " tokenizer, or choose a pair of one vocabulary"
+                f"{lm.name} has no tokenizer, but models of different vocabularies can exchange only text: load it with"
+                " its tokenizer, or choose a pair with one vocabulary"
             )
         self._tokenizer = lm.tokenizer
         self._spelling = lm.spelling
@@ -152,8 +162,8 @@ class _TokenCodec:
         round_trip = self.decode(self.encode(_PROBE, probe), first=False)
         if round_trip != _PROBE:
             raise TokenizerMismatchError(
-                f"{lm.name} can neither draft by text nor be drafted for: its tokenizer makes {round_trip!r} of"
-                f" {_PROBE!r}; choose a pair of one vocabulary, or a drafter without a model"
+                f"{lm.name} can neither draft by text nor be drafted for: its tokenizer returns {round_trip!r} for"
+                f" {_PROBE!r}; choose a pair with one vocabulary, or a drafter without a model"
             )
         self.size = len(lm.tokenizer)
         opened = lm.encode(_PROBE)
@@ -161,12 +171,13 @@ class _TokenCodec:
         self.end = lm.tokenizer.special_tokens_map.get("eos_token")
 
     def without_opening(self, tokens: Sequence[int]) -> list[int]:
-        """Return the tokens after the tokenizer's opening tokens, if they begin with those."""
+        """Return the tokens without the tokenizer's opening tokens, if they begin with these."""
         opened = list(tokens[: len(self.opening)]) == self.opening
         return list(tokens[len(self.opening) if opened else 0 :])
 
     def complete(self, tokens: Sequence[int]) -> int:
-        """Return how many of the tokens are complete characters: up to three bytes may begin another."""
+        """Return the number of tokens up to the last complete character. Up to three bytes after it may begin
+        another."""
         reader = self._spelling.reader()
         complete = 0
         for place, token in enumerate(tokens, start=1):
@@ -176,15 +187,24 @@ class _TokenCodec:
         return complete
 
     def decode(self, tokens: Sequence[int], *, first: bool) -> str:
-        """Return the text of tokens. If they are the first of a text, the space that the tokenizer adds is left out."""
+        """Return the text of tokens.
+
+        Args:
+            tokens: token ids.
+            first: whether the tokens begin a text. Then the space that the tokenizer adds is left out.
+        """
         text = self._spelling.text(tokens)
         return text.removeprefix(self._leading_space) if first else text
 
     def encode(self, text: str, preceding: Sequence[int]) -> list[int]:
-        """Return the tokens of a text after other tokens; with none, the text is a beginning.
+        """Return the tokens of a text after other tokens.
 
-        The text is tokenized together with the preceding one, so that words and spaces are cut as the model has learnt
-        them. It is tokenized alone only if it continues a word that is already tokenized.
+        The text is tokenized together with the preceding text, so that words and spaces are cut as in training. It is
+        tokenized alone only if it continues a word that is already tokenized.
+
+        Args:
+            text: the text to encode.
+            preceding: tokens before the text; empty if it is the beginning.
         """
         for before in (self.decode(preceding, first=True), _ANCHOR) if preceding else ():
             tokens, both = self._tokenize(before), self._tokenize(before + text)
@@ -198,7 +218,7 @@ class _TokenCodec:
 
 
 def _with_end_of(sink: _TokenCodec, source: _TokenCodec, text: str) -> str:
-    """Return a text of the source in which the token that ends a text has the sink's name."""
+    """Return a text of the source, with the name of its end token replaced by the sink's name of the end token."""
     return text.replace(source.end, sink.end) if source.end and sink.end else text
 
 

@@ -1,1 +1,1 @@
-"""Text to decode, and what decoding costs in quality."""
+"""Texts to decode, and measurements of the quality of decoding."""

@@ -1,4 +1,4 @@
-"""A model is asked the problems of a task, one way to decode after the other."""
+"""Answers of a model to the problems of a task, with one decode path after another."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Problem:
     """One problem of a task.
 
     Attributes:
-        task: of TASKS.
-        id: of its sample.
+        task: name in TASKS.
+        id: id of the sample.
         prompt: token ids.
-        row: of the data set, with what its answers are marked by.
+        row: row of the data set, with the fields by which answers are marked.
     """
 
     task: str
@@ -35,12 +35,12 @@ class Problem:
 def problems(task: str, count: int, lm: LM) -> tuple[list[Problem], str]:
     """Return the first problems of a task in their seeded order, and their origin.
 
-    Questions are asked as `evals.data.token_prompts` does. A text to continue ends with its last letter: white space
-    behind it is often part of the next token.
+    Questions become prompts as in `evals.data.token_prompts`. White space at the end of a text to continue is removed:
+    it is often part of the next token.
 
     Raises:
-        NotAtHandError: the data set cannot be had here.
-        ValueError: no such task, more problems than there are, or a row without what is needed.
+        NotAtHandError: the data set is not available.
+        ValueError: there is no such task, the task has fewer problems, or a row lacks a field.
     """
     if task not in TASKS:
         raise ValueError(f"no task is named {task!r}: choose from {', '.join(TASKS)}")
@@ -59,15 +59,15 @@ def problems(task: str, count: int, lm: LM) -> tuple[list[Problem], str]:
 
 
 def answer(arm: str, path: DecodePath, problem: Problem, max_new_tokens: int) -> Answer:
-    """Decode greedily, and mark what was written.
+    """Decode an answer greedily, and mark it.
 
-    Drafts are copied from the text, so that steps are as wide as decoding's; which tokens come does not depend on them.
+    Prompt lookup drafts, so that steps are as wide as in normal decoding. The tokens do not depend on the drafts.
 
     Args:
-        arm: its name.
-        path: its way to decode; all but the drafter, as the text is not known.
-        problem: that is asked.
-        max_new_tokens: after which an answer is cut, and marked as it is.
+        arm: name of the arm.
+        path: the arm's decode path. Its drafter is not used, because it needs a known text.
+        problem: problem to answer.
+        max_new_tokens: tokens after which an answer is cut. A cut answer is marked too.
 
     Raises:
         ValueError: the model's context does not hold the problem and its answer.
@@ -97,9 +97,9 @@ def _continue(path: DecodePath, prompt: list[int], max_new_tokens: int, stop: tu
 
 
 def _text(lm: LM, tokens: list[int]) -> str:
-    """What tokens say to a reader."""
+    """Return tokens as text, without stop tokens and special tokens."""
     written = [token for token in tokens if token not in lm.stop_token_ids]
     if lm.tokenizer is None:
-        # A model without a tokenizer, for rehearsals, reads bytes: so it writes them.
+        # A model without a tokenizer, for rehearsals, reads and writes bytes.
         return bytes(token % 256 for token in written).decode("latin-1")
     return lm.spelling.text(written, special=False)

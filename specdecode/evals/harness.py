@@ -1,8 +1,8 @@
-"""lm-evaluation-harness over this package's decoding: the model "specdecode", which importing this registers there.
+"""The model "specdecode" for lm-evaluation-harness. Importing this module registers it.
 
-Texts whose likelihood is asked for are read through the decode path, evicting where decoding does (see
-`evals.perplexity`). Texts that are asked for are written by `generate`. So tasks judge a cache policy, or INT8 weights,
-as they decode. The harness's own models read a text in one forward, which does not touch the cache.
+Likelihoods are computed through the decode path, with its evictions (see `evals.perplexity`). Continuations are written
+by `generate`. So tasks judge a cache policy, or INT8 weights, as they decode. The harness's own models read a text in
+one forward, which does not use the cache.
 """
 
 from __future__ import annotations
@@ -40,24 +40,25 @@ _KEYS = ("target", *MODEL_KEYS, "backend", "dtype", "device", "max_gen_toks")
 class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
     """A model of the harness. Its arguments are the keys of `--model_args`.
 
-    A context that is too long loses its beginning, as with the harness's own models; with a cache policy none is.
+    A context that is too long loses its beginning, as with the harness's own models. With a cache policy, no context is
+    too long.
 
     Args:
-        target: decides; a name as `load` takes it, or a loaded one with backend="eager", for which `dtype` and `device`
-            say nothing.
-        backend: how forwards run.
-        dtype: of the weights.
+        target: name of the target, as for `load`; or a target loaded with backend="eager", for which `dtype` and
+            `device` have no effect.
+        backend: backend of the forwards.
+        dtype: type of the weights.
         device: by default the first GPU, or the CPU if there is none.
-        batch_size: 1, as texts are decoded one by one.
-        max_batch_size: says nothing.
-        max_gen_toks: tokens that are written where a task does not say how many.
-        options: how to decode, by the keys of a preset's arm (`ArmSpec`), and `draft`, the name of a draft model.
-            Likelihoods depend on `policy`, `cache`, the policy's own settings and `quantize`. They are read in steps of
-            `k` + 1 tokens. The other keys decide how fast texts are written, and not which. Without a drafter it is
-            "lookup+head" with `head`, "model" with `draft`, and else "lookup".
+        batch_size: only 1, because texts are decoded one by one.
+        max_batch_size: has no effect.
+        max_gen_toks: length limit of continuations for tasks that do not set one.
+        options: settings of decoding, by the keys of a preset's arm (`ArmSpec`), and `draft`, the name of a draft
+            model. Likelihoods depend on `policy`, `cache`, the policy's own settings and `quantize`. They are computed
+            in steps of `k` + 1 tokens. The other keys change the speed, not the texts. The default of `drafter` is
+            "lookup+head" with `head`, "model" with `draft`, and otherwise "lookup".
 
     Raises:
-        ValueError: an unknown key or value, keys that do not go together, a target without a tokenizer, or a missing
+        ValueError: an unknown key or value, keys that exclude each other, a target without a tokenizer, or a missing
             draft model or head. Errors of `load` and `load_head` pass through.
     """
 
@@ -79,7 +80,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         spec.check_head(name, ships_head=shipped_head(name) is not None)
         if str(batch_size) != "1":
             raise ValueError(f"batch_size is {batch_size}: texts are decoded one by one, so leave it out")
-        # The harness's command line asks for this one where none is named.
+        # The harness's command line passes this device where none is named.
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None
         if not isinstance(target, LM):
@@ -103,12 +104,12 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Tokens that context and continuation may have together; beyond them a cache policy is asked for."""
+        """Most tokens of context and continuation together; longer texts need a cache policy."""
         return self._path.lm.context_length
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the target, as a file name: the harness keeps prompts by it."""
+        """Name of the target as a file name, under which the harness stores prompts."""
         return self._path.lm.name.replace("/", "__")
 
     @property
@@ -118,7 +119,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has no context."""
+        """The token before a text without context."""
         first = self.tokenizer.bos_token_id
         return self._special(self.tokenizer.eos_token_id if first is None else first)
 
@@ -128,15 +129,19 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return token ids; by default with the special tokens that the tokenizer adds, unless the text begins with
-        one."""
+        """Return token ids. By default they include the tokenizer's special tokens, unless the text begins with the
+        beginning-of-text token."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
         ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as the model was taught to read it."""
+        """Return a conversation in the model's chat template.
+
+        Raises:
+            ValueError: the model has no chat template.
+        """
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self._path.lm.name} has no chat template: leave --apply_chat_template out")
         conversation: str = self.tokenizer.apply_chat_template(
@@ -153,7 +158,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """Return each continuation's log p after its context, in nats, and whether greedy decoding writes it."""
+        """Return the log p of each continuation after its context, in nats, and whether greedy decoding writes it."""
         answers = []
         for texts, context, continuation in tqdm(requests, "loglikelihood", disable=disable_tqdm):
             answer = self._log_likelihood([*context, *continuation], len(continuation))
@@ -163,7 +168,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _log_likelihood(self, tokens: list[int], count: int) -> tuple[float, bool]:
-        """Return the log p of the last tokens, so many, and whether greedy decoding writes them."""
+        """Return the log p of the last `count` tokens, in nats, and whether greedy decoding writes them."""
         if self._keeps_all:
             tokens = tokens[-self.max_length :]
         total, greedy = 0.0, True
@@ -175,13 +180,13 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         return total, greedy
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log p of whole texts, in nats. A text that does not fit the context is read in the harness's
-        windows; with a cache policy every text is read in one."""
+        """Return the log p of whole texts, in nats. A text longer than the context is read in the harness's windows.
+        With a cache policy, every text is read in one window."""
         totals = []
         for request in tqdm(requests, "loglikelihood_rolling", disable=disable_tqdm):
             (text,) = request.args
             tokens = self.tok_encode(text)
-            # One token less than the context holds: the one before the text stands there too.
+            # One token less than the context holds, because of the token before the text.
             size = self.max_length - 1 if self._keeps_all else max(len(tokens), 1)
             windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, size, 1))
             answers = self._loglikelihood_tokens([(None, *window) for window in windows], disable_tqdm=True)
@@ -190,7 +195,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what follows each context, up to the length limit or a stop string, which is left out."""
+        """Return the continuation of each context, up to the length limit or a stop string, which is left out."""
         continuations = []
         for request in tqdm(requests, "generate_until", disable=disable_tqdm):
             context, gen_kwargs = request.args
@@ -206,11 +211,11 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
             temperature if sampled else 0.0,
             rules.pop("top_k", 0),
             rules.pop("top_p", 1.0),
-            # From the generator that the harness's --seed sets.
+            # From torch's generator, which the harness's --seed sets.
             seed=int(torch.randint(2**31, ())),
         )
         if rules:
-            raise ValueError(f"generation_kwargs has {min(rules)!r}, which nothing here decodes by: leave it out")
+            raise ValueError(f"generation_kwargs has {min(rules)!r}, which this model does not support: leave it out")
         tokens = self.tok_encode(context)
         if self._keeps_all:
             tokens, limit = maybe_truncate(tokens, limit, self.max_length)
@@ -222,8 +227,8 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
         return cut
 
     def _write(self, context: list[int], limit: int, sampling: Sampling, stop: list[str]) -> list[int]:
-        """Continue a context up to a stop string that stands in the continuation alone, as the harness understands it:
-        one that begins in the context ends nothing."""
+        """Continue a context up to a stop string that lies entirely in the continuation. As in the harness, a stop
+        string that begins in the context does not count."""
         lm, written = self._path.lm, list[int]()
         while True:
             made = generate(
@@ -232,7 +237,7 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
                 drafter=self._make_drafter(),
                 controller=self._make_controller(),
                 policy=self._path.policy,
-                # Not the random numbers that the text begins with.
+                # A new seed: the same seed would repeat the random numbers of the text's beginning.
                 sampling=replace(sampling, seed=(sampling.seed or 0) + len(written)),
                 max_new_tokens=limit - len(written),
                 stop_token_ids=lm.stop_token_ids,
@@ -245,6 +250,6 @@ class SpecDecodeLM(TemplateLM):  # type: ignore[misc]
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the harness's own command line, with this model registered. It reads the arguments of the process alone."""
+    """Run the harness's own command line with this model. It reads only `sys.argv`, which is therefore replaced."""
     sys.argv = ["lm-eval", "run", "--model", "specdecode", *arguments]
     cli_evaluate()

@@ -1,4 +1,4 @@
-"""Estimate costs in quality from a sample of documents or tasks, with intervals that few of them allow."""
+"""Estimate costs in quality from documents or tasks, with intervals that are valid for small samples."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from statistics import NormalDist
 
 from specdecode.bench.runs.statistics import COVERAGE, Estimate, bootstrap, student_t
 
-# Of fewer the interval's ends lie beyond every resample, and what is left of it covers far less than it says.
+# With fewer documents the interval's ends lie beyond every resample, and the interval covers far less than it states.
 _LEAST_DOCUMENTS = 5
 _NORMAL = NormalDist()
 
 
 def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
-    """Estimate the sum of one figure over the sum of another, with a bootstrap over documents: a mean over tokens.
+    """Estimate a mean over tokens as a ratio of two sums over documents, with a bootstrap over documents.
 
     With few documents a percentile interval is too narrow, so its ends are moved outwards: by the ratio of Student's t
     to the normal distribution, and of a population's spread to a sample's. This is the expanded percentile interval
     (Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
 
     Args:
-        above: of each document, the sum of what is averaged.
-        below: of each document, what it is divided by: its tokens.
+        above: numerator of each document: the sum of the averaged quantity.
+        below: denominator of each document: its number of tokens.
 
     Returns:
-        The ratio; of fewer than five documents with an interval without end.
+        The ratio with its interval; the interval is infinite with fewer than five documents.
 
     Raises:
-        ValueError: no documents, or lists that are not of one length.
+        ValueError: no documents, or lists of different lengths.
     """
     if not above or len(above) != len(below):
         raise ValueError(
-            f"{len(above)} and {len(below)} documents cannot be compared: give one figure of each for each"
+            f"{len(above)} and {len(below)} documents cannot be compared: give both figures of every document"
         )
     count = len(above)
     if count < _LEAST_DOCUMENTS:
@@ -42,20 +42,20 @@ def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
 
 
 def wilson(passed: int, count: int) -> Estimate:
-    """Estimate the share of tasks that are solved, with the score interval (Wilson 1927).
+    """Estimate the share of solved tasks, with the score interval (Wilson 1927).
 
-    Unlike a bootstrap it has a width where none or all of a few tasks are solved.
+    Unlike a bootstrap interval, it has a width even if none or all of a few tasks are solved.
 
     Args:
         passed: number of solved tasks.
         count: number of tasks, 1 or more.
 
     Raises:
-        ValueError: no tasks, or more passed than there are.
+        ValueError: no tasks, or more solved tasks than tasks.
     """
     if not 0 <= passed <= count or not count:
         raise ValueError(f"{passed} of {count} tasks are no share: give at least one task, and no more than all")
-    # Here, because it takes a second to import.
+    # Imported here, because the import needs a second.
     from scipy.stats import binomtest
 
     interval = binomtest(passed, count).proportion_ci(confidence_level=COVERAGE, method="wilson")
@@ -63,19 +63,19 @@ def wilson(passed: int, count: int) -> Estimate:
 
 
 def paired_loss(lost: int, won: int, count: int) -> Estimate:
-    """Estimate by how much the share of solved tasks is smaller than the reference's.
+    """Estimate the difference between the reference's share of solved tasks and the arm's share.
 
     The interval is the score interval for paired proportions (Tango 1998, "Equivalence test and confidence interval for
-    the difference in proportions for the paired-sample design"). Unlike a bootstrap it has a width where nothing
-    flipped: of n such tasks, up to 3.84 / (n + 3.84).
+    the difference in proportions for the paired-sample design"). Unlike a bootstrap interval, it has a width even if no
+    task is lost or won: with n tasks it ends at 3.84 / (n + 3.84).
 
     Args:
-        lost: tasks that were solved by the reference only.
-        won: tasks that the reference did not solve.
-        count: all tasks.
+        lost: number of tasks that only the reference solved.
+        won: number of tasks that only the arm solved.
+        count: number of all tasks.
 
     Raises:
-        ValueError: counts that cannot be.
+        ValueError: impossible counts.
     """
     if min(lost, won) < 0 or lost + won > count or not count:
         raise ValueError(f"{lost} tasks lost and {won} won of {count}: counts are 0 or more, and no more than all")
@@ -101,11 +101,11 @@ def paired_loss(lost: int, won: int, count: int) -> Estimate:
 def mcnemar(lost: int, won: int) -> float:
     """Return the exact two-sided p-value of McNemar's test (1947).
 
-    It is the probability of flips at least as uneven as these if tasks are lost as easily as won.
+    It is the probability of counts at least as uneven as these if a task is lost and won with equal probability.
 
     Args:
-        lost: tasks that were solved by the reference only.
-        won: tasks that the reference did not solve.
+        lost: number of tasks that only the reference solved.
+        won: number of tasks that only the arm solved.
 
     Raises:
         ValueError: a count below 0.
@@ -114,7 +114,7 @@ def mcnemar(lost: int, won: int) -> float:
         raise ValueError(f"{lost} tasks lost and {won} won: counts are 0 or more")
     if not lost + won:
         return 1.0
-    # Here, because it takes a second to import.
+    # Imported here, because the import needs a second.
     from scipy.stats import binomtest
 
     return float(binomtest(lost, lost + won).pvalue)

@@ -1,4 +1,4 @@
-"""Margins of quality: how much an arm may cost, and tests of non-inferiority against that."""
+"""Margins of quality: the cost that each arm may have, and tests of non-inferiority against it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specdecode.support.checked import mapping, number, read_json
 
 
 class Outcome(str, enum.Enum):
-    """What a test of non-inferiority says."""
+    """The outcome of a test of non-inferiority."""
 
     PASS = "PASS"
     FAIL = "FAIL"
@@ -35,13 +35,13 @@ def non_inferior(cost: Estimate, margin: float) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class MarginCheck:
-    """Whether an arm keeps a margin.
+    """The test of one arm against one margin.
 
     Attributes:
-        arm: its name.
+        arm: name of the arm.
         measure: one of JUDGED.
-        outcome: of the test; None where there is no margin, or nothing to test.
-        expected: FAIL of a negative control, PASS of all others.
+        outcome: outcome of the test; None if there is no margin or no measurement.
+        expected: expected outcome: FAIL for a negative control, PASS for all other arms.
         reason: one sentence with the figures.
     """
 
@@ -53,20 +53,20 @@ class MarginCheck:
 
     @property
     def unexpected(self) -> bool:
-        """A lossy part is beyond its margin, or a negative control within it; or it was measured too coarsely."""
+        """Whether a lossy part exceeds its margin, a negative control keeps it, or the measurement is too coarse."""
         return self.outcome not in (None, self.expected)
 
 
 def check_margins(run: QualityRun, margins: Mapping[str, Mapping[str, float]]) -> list[MarginCheck]:
     """Test every arm and measure for non-inferiority.
 
-    A negative control is tested by the margin of the arm that it names, and has to fail: a measurement in which it
-    passes could not have seen a fault of that arm either.
+    A negative control is tested against the margin of the arm that it names, and must fail. If it passes, the
+    measurement could not detect a fault of that arm either.
 
     Args:
-        run: that is tested.
-        margins: for each arm, how much more than the reference it may cost by each measure: in nats a token, or as a
-            share of a task's problems.
+        run: the run to test.
+        margins: for each arm and measure, the largest cost relative to the reference: in nats per token, or as a share
+            of a task's problems.
     """
     checks = []
     for arm, entry in run.arms.items():
@@ -81,7 +81,7 @@ def check_margins(run: QualityRun, margins: Mapping[str, Mapping[str, float]]) -
 def _outcome(run: QualityRun, arm: str, measure: str, margin: float | None) -> tuple[Outcome | None, str]:
     """Return the outcome of one test, and its reason."""
     if arm not in run.judged_arms:
-        return None, "not read: INT8 needs torchao"
+        return None, "not read: this model or device does not allow its weights"
     cost, tasks = run.cost(arm, measure), run.header.tasks
     if cost is None and measure in TASKS and tasks is not None:
         return None, tasks.missing.get(measure, "no problem of it was asked")
@@ -92,19 +92,19 @@ def _outcome(run: QualityRun, arm: str, measure: str, margin: float | None) -> t
     if run.header.synthetic:
         return None, f"{figures}: random weights have no quality to lose"
     limit = "no margin is set" if margin is None else f"margin {margin:g}"
-    reason = f"{figures}, {limit}; what can be told from none begins at {detectable(cost):.4f}"
+    reason = f"{figures}, {limit}; the least detectable cost is {detectable(cost):.4f}"
     return None if margin is None else non_inferior(cost, margin), reason
 
 
-# A margin is above nought.
+# Least margin: a margin is above 0.
 _LEAST_MARGIN = 1e-9
 
 
 def read_margins(path: Path) -> dict[str, dict[str, float]]:
-    """Read the margins of a file, by arm and measure; none, if there is no such file.
+    """Read the margins of a file, by arm and measure. Without the file there are no margins.
 
     Raises:
-        ValueError: it is damaged, or has margins of something else.
+        ValueError: the file is damaged, or has a margin of an unknown measure.
     """
     if not path.exists():
         return {}
@@ -115,7 +115,7 @@ def read_margins(path: Path) -> dict[str, dict[str, float]]:
     try:
         return {arm: _margins(mapping(limits, arm)) for arm, limits in margins.items()}
     except ValueError as error:
-        raise ValueError(f"{path} has a margin that cannot be: {error}") from None
+        raise ValueError(f"{path} has an impossible margin: {error}") from None
 
 
 def _margins(limits: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Measure retrieval with a needle in a haystack: a number in a long text, asked for at its end."""
+"""Measure retrieval with a needle in a haystack: a number in a long text, and a question about it at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specdecode.models.lm import LM
 _NEEDLE = "The pass key is {0}. Remember it: {0} is the pass key."
 _QUESTION = "What is the pass key? The pass key is"
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+")
-# What is longer is a table or a program.
+# Longer sentences are tables or programs.
 _LONGEST_SENTENCE_CHARACTERS = 300
 
 
@@ -25,9 +25,9 @@ class Needle:
     """One text with a needle in it.
 
     Attributes:
-        length: tokens that were asked for; prompt and answer have a sentence less at most.
+        length: requested tokens; prompt and answer together are shorter by at most a sentence.
         depth: share of the text before the needle.
-        prompt: token ids, up to where the answer begins.
+        prompt: token ids up to the beginning of the answer.
         answer: token ids of the number.
     """
 
@@ -39,11 +39,11 @@ class Needle:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """How one way to decode answered.
+    """The result of one decode path for one needle.
 
     Attributes:
-        logprob: of the answer, in nats.
-        ranks: for each of its tokens, how many others were more probable at its place.
+        logprob: log-probability of the answer, in nats.
+        ranks: for each token of the answer, the number of tokens that were more probable at its place.
         exact: whether greedy decoding writes the answer.
     """
 
@@ -56,14 +56,14 @@ def bury(lm: LM, texts: Sequence[str], length: int, depth: float, seed: int = 0)
     """Put a needle between the sentences of texts.
 
     Args:
-        lm: in whose tokens lengths are counted.
-        texts: to hide it in; their sentences are taken one after the other, from one that the seed chooses.
-        length: tokens of the prompt and the answer.
+        lm: model whose tokens are counted.
+        texts: source of the sentences, which are taken in order; the seed chooses the first.
+        length: tokens of prompt and answer together.
         depth: share of the sentences before the needle, from 0 to 1.
-        seed: of the number and of the first sentence.
+        seed: seed of the number and of the first sentence.
 
     Raises:
-        ValueError: a depth outside [0, 1], or a length that has no room for the needle or that the texts do not fill.
+        ValueError: a depth outside [0, 1], a length too small for the needle, or a length that the texts do not fill.
     """
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth is {depth}: a share of the text is from 0 to 1")
@@ -85,19 +85,19 @@ def bury(lm: LM, texts: Sequence[str], length: int, depth: float, seed: int = 0)
             break
         hay.append(sentence)
     if room >= 0 or not hay:
-        raise ValueError(f"no needle can be buried in {length} tokens of these texts: ask for fewer, or for more")
+        raise ValueError(f"no needle can be put into {length} tokens of these texts: choose another length")
     place = round(depth * len(hay))
     question = " ".join([*hay[:place], needle, *hay[place:], _QUESTION])
     prompt, whole = lm.encode(question), lm.encode(f"{question} {number}")
-    # Where the number's first token takes letters of the question, the answer begins with it.
+    # The first token of the number may include letters of the question. The answer begins with that token.
     start = common_prefix(prompt, whole)
     return Needle(length, depth, whole[:start], whole[start:])
 
 
 def look_for(path: DecodePath, needle: Needle) -> Retrieval:
-    """Read the prompt as any prompt is read, and decode the answer, teacher-forced.
+    """Read the prompt as usual, and decode the answer with teacher forcing.
 
-    Greedy decoding writes the answer if and only if each of its tokens is the most probable one after those before it.
+    Greedy decoding writes the answer if and only if each token of the answer is the most probable at its place.
     """
     steps = path.forced_steps([*needle.prompt, *needle.answer], len(needle.prompt))
     log_probs = torch.cat([step.logits.double().log_softmax(-1) for step in steps])

@@ -1,6 +1,6 @@
 """Measure perplexity and divergence through the decode path: the steps, slots and evictions that decoding uses.
 
-A prefill reads a text without its cache, and would show nothing of what a cache policy or a wrong slot does.
+A prefill reads a text in one forward, and would not show the effects of a cache policy or of a wrong slot.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from specdecode.policies.keep_all import KeepAll
 
 
 class OracleDrafter:
-    """Propose how a known text continues, as a drafter would that is always right.
+    """A drafter that knows the text, so its proposals are always right.
 
     Args:
         text: token ids.
-        branches: siblings at each depth. The last one is right; 1 makes a chain.
+        branches: number of siblings at each depth, of which the last is right; 1 gives a chain.
     """
 
     forwards = 0
@@ -38,25 +38,25 @@ class OracleDrafter:
         self.branches = branches
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
-        """Return the next tokens of the text, each behind its wrong siblings, which are then rejected."""
+        """Return the next tokens of the text, each behind its wrong siblings, which verification rejects."""
         place = len(context.tokens)
         continuation = self.text[place : place + min(limit.depth, limit.nodes // self.branches)]
         wrong = range(1 - self.branches, 0)
         tokens = [(token + offset) % context.vocab_size for token in continuation for offset in (*wrong, 0)]
-        # The right one is the last of its depth, and the siblings of the next depth follow it.
+        # The right token is the last at its depth, and the parent of all tokens of the next depth.
         parents = [i // self.branches * self.branches for i in range(len(tokens))]
         return DraftTree(torch.tensor(tokens, dtype=torch.long), torch.tensor(parents, dtype=torch.long))
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePath:
-    """A way to decode.
+    """The settings of decoding: a target with its cache policy, drafter and controller.
 
     Attributes:
         lm: the target.
-        policy: what stays in its cache.
-        drafter: makes the drafter of one text, from that text; by default one that proposes it.
-        controller: makes the controller of one text; K + 1 is the width of a step.
+        policy: chooses the tokens that stay in the target's cache.
+        drafter: creates the drafter of a text from that text; by default a drafter that proposes the text itself.
+        controller: creates the controller of a text; K + 1 is the width of a step.
     """
 
     lm: LM
@@ -65,34 +65,34 @@ class DecodePath:
     controller: Callable[[], Controller] = lambda: FixedK(5)
 
     def forced_steps(self, text: Sequence[int], start: int = 1) -> Iterator[ForcedStep]:
-        """Decode a text, teacher-forced, with a cache that is empty at first; arguments as for `teacher_forced`."""
+        """Decode a text with teacher forcing, from an empty cache; arguments as for `teacher_forced`."""
         return teacher_forced(
             self.lm, text, start, drafter=self.drafter(text), controller=self.controller(), policy=self.policy
         )
 
 
 def windows(length: int, size: int | None = None, stride: int | None = None) -> list[tuple[int, int, int]]:
-    """Return the windows through which a document is read, each with a cache of its own.
+    """Return the windows in which a document is read, each with its own cache.
 
-    The first window begins with the document, and each other one `stride` tokens after the one before it. A window
-    scores the tokens that none before it has scored. So every token but the document's first is scored once, and behind
-    the first window with at least `size - stride` tokens before it.
+    The first window begins with the document, and each later window `stride` tokens after the previous one. A window
+    scores the tokens that no earlier window scored. So every token but the document's first is scored once. Behind the
+    first window, each scored token has at least `size - stride` tokens before it in its window.
 
     Args:
         length: tokens of the document.
-        size: tokens of a window; by default all of them.
-        stride: from one window to the next; by default half a window.
+        size: tokens of a window; by default the whole document.
+        stride: tokens from the beginning of a window to the beginning of the next; by default half a window.
 
     Returns:
-        For each window where it begins, the first token that it scores, and where it ends.
+        For each window: its beginning, the first token that it scores, and its end.
 
     Raises:
-        ValueError: fewer than 2 tokens, or a stride that leaves a token without one before it.
+        ValueError: fewer than 2 tokens, or a stride that leaves a token without a token before it.
     """
     size = length if size is None else size
     stride = max(size // 2, 1) if stride is None else stride
     if length < 2 or size < 2:
-        raise ValueError(f"{length} tokens are read in windows of {size}: a token is judged by those before it")
+        raise ValueError(f"{length} tokens cannot be read in windows of {size}: both numbers are at least 2")
     if not 1 <= stride < size:
         raise ValueError(f"stride is {stride}: it is from 1 to {size - 1} in windows of {size} tokens")
     spans, scored = [], 1
@@ -107,13 +107,13 @@ def windows(length: int, size: int | None = None, stride: int | None = None) -> 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """How one way to decode predicted the tokens of a document, all but the first.
+    """The predictions of one decode path for all tokens of a document but the first.
 
     Attributes:
         nll: [n] -log p of each token, in nats.
         kl: [n] KL(reference || this) of the distribution that predicted the token, in nats.
         agrees: [n] whether both distributions have the same most probable token.
-        since: [n] tokens that were read since the last eviction, the one before this included; 0 before the first.
+        since: [n] number of tokens read between the last eviction and this token; 0 before the first eviction.
     """
 
     nll: Float[Tensor, " n"]
@@ -125,16 +125,16 @@ class TokenScores:
 def negative_log_likelihoods(
     path: DecodePath, tokens: Sequence[int], size: int | None = None, stride: int | None = None
 ) -> Float[Tensor, " n"]:
-    """Compute -log p of each token of a document after the first, in nats, teacher-forced.
+    """Compute -log p of each token of a document after the first, in nats, with teacher forcing.
 
     Args:
-        path: the way to decode.
-        tokens: the document.
-        size: of `windows`.
-        stride: likewise.
+        path: the decode path.
+        tokens: token ids of the document.
+        size: tokens of a window, see `windows`.
+        stride: tokens from one window to the next, see `windows`.
 
     Raises:
-        ValueError: windows that cannot be, or that the model's context does not hold.
+        ValueError: impossible windows, or windows longer than the model's context.
     """
     losses = []
     for begin, first, end in windows(len(tokens), size, stride):
@@ -153,24 +153,24 @@ def compare(
     stride: int | None = None,
     tell: Callable[[int], None] = lambda scored: None,
 ) -> tuple[Float[Tensor, " n"], dict[str, TokenScores]]:
-    """Read a document in several ways, and compare their distributions with a reference's, token by token.
+    """Read a document with several decode paths, and compare their distributions with a reference's, token by token.
 
-    All ways go through the document side by side; the one that is furthest behind takes the next step. So the
-    distributions of a step or two of the reference are held at any time, and those of one step of each other way.
+    All paths read the document side by side, and the path that is furthest behind takes the next step. So memory holds
+    the distributions of only a step or two of the reference, and of one step of each other path.
 
     Args:
-        reference: what the others are compared with: usually the full cache.
-        paths: ways to decode, by name; at least one.
-        tokens: the document.
-        size: of `windows`.
-        stride: likewise.
-        tell: called after each step with how many tokens all ways have scored together.
+        reference: decode path to compare with, usually with the full cache.
+        paths: decode paths by name; at least one.
+        tokens: token ids of the document.
+        size: tokens of a window, see `windows`.
+        stride: tokens from one window to the next, see `windows`.
+        tell: called after each step with the number of tokens that all paths have scored in sum.
 
     Returns:
-        -log p of each token by the reference, in nats, and the scores of each way, by name.
+        -log p of each token by the reference, in nats, and the scores of each path, by name.
 
     Raises:
-        ValueError: windows that cannot be, or that a model's context does not hold; or vocabularies that differ.
+        ValueError: impossible windows, windows longer than a model's context, or different vocabularies.
     """
     vocab_size = reference.lm.vocab_size
     if other := next((name for name, path in paths.items() if path.lm.vocab_size != vocab_size), None):
@@ -212,21 +212,21 @@ def perplexity(losses: Sequence[Float[Tensor, " _"]]) -> float:
 
 
 class _ReferenceScores:
-    """The reference's distributions, read when they are asked for, and held until all ways have used them.
+    """The reference's distributions, computed on request, and held until all paths have used them.
 
     Attributes:
-        losses: -log p of the tokens that it has scored so far.
+        losses: -log p of the tokens scored so far, a tensor for each step.
     """
 
     def __init__(self, steps: Iterator[ForcedStep], start: int, text: Sequence[int]) -> None:
         self._steps = steps
         self._text = text
         self._first = start
-        self._rows: list[Tensor] = []  # one a token, from the first on
+        self._rows: list[Tensor] = []  # a row for each token, from `_first` on
         self.losses: list[Tensor] = []
 
     def log_probs(self, place: int, count: int) -> Float[Tensor, "count V"]:
-        """Return log p of every token of the vocabulary at so many places of the text."""
+        """Return log p of every token of the vocabulary, at `count` places of the text from `place` on."""
         while self._first + len(self._rows) < place + count:
             step = next(self._steps)
             rows = _log_probs(step.logits)
@@ -235,7 +235,7 @@ class _ReferenceScores:
         return torch.stack(self._rows[place - self._first : place - self._first + count])
 
     def forget(self, place: int) -> None:
-        """Drop what lies before this place."""
+        """Drop the distributions before this place."""
         del self._rows[: place - self._first]
         self._first = place
 
@@ -253,7 +253,7 @@ def _compared(step: ForcedStep, reference: Float[Tensor, "n V"], text: Sequence[
 
 
 def _log_probs(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-    """Return log p in double precision, whatever the model's type: what is compared lies close together."""
+    """Return log p in double precision, whatever the model's type: the compared values differ very little."""
     return logits.double().log_softmax(-1)
 
 

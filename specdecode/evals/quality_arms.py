@@ -1,4 +1,4 @@
-"""What the quality suite judges, by name: TOML files of texts and of ways to decode."""
+"""Presets of the quality suite, by name: TOML files with texts and decode paths."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _SHUFFLED = "shuffled"
 
 @dataclass(frozen=True, slots=True)
 class NeedleGrid:
-    """The needles that are buried.
+    """The needles of a preset.
 
     Attributes:
-        corpus: data set in whose documents.
+        corpus: data set whose documents hide the needles.
         lengths: tokens of the texts.
         depths: shares of a text before the needle.
-        arms: that look for them.
+        arms: arms that look for the needles.
     """
 
     corpus: str
@@ -47,12 +47,12 @@ class NeedleGrid:
 
 @dataclass(frozen=True, slots=True)
 class TaskGrid:
-    """The problems that are asked.
+    """The task problems of a preset.
 
     Attributes:
-        problems: how many of each task, by its name in `evals.tasks`.
-        max_new_tokens: after which an answer is cut.
-        arms: that are asked, beside the reference.
+        problems: number of problems by task name in `evals.tasks`.
+        max_new_tokens: tokens after which an answer is cut.
+        arms: arms that answer, beside the reference.
     """
 
     problems: dict[str, int]
@@ -62,16 +62,16 @@ class TaskGrid:
 
 @dataclass(frozen=True, slots=True)
 class QualityPreset:
-    """What to judge.
+    """The texts, arms and trials of a quality run.
 
     Attributes:
-        texts: data sets, as `evals.data.token_prompts` reads them.
-        k: tokens drafted in a step, by the reference and by all arms that do not say otherwise.
-        arms: for each arm's name, how it decodes; `read_arm` knows the keys.
-        needle: what is buried; nothing, if it is None.
-        tasks: which problems are asked; none, if it is None.
-        window: tokens that are read with one cache, see `evals.perplexity.windows`; None: a whole document.
-        stride: from one window to the next.
+        texts: data sets, in the notation of `evals.data.token_prompts`.
+        k: tokens drafted in a step, by the reference and by all arms without a `k` of their own.
+        arms: settings of each arm, by name, with the keys of `read_arm`.
+        needle: needles to look for; None for none.
+        tasks: problems to solve; None for none.
+        window: tokens that are read with one cache, see `evals.perplexity.windows`; None for a whole document.
+        stride: tokens from one window to the next.
     """
 
     texts: str
@@ -84,10 +84,10 @@ class QualityPreset:
 
 
 def quality_preset(name: str) -> QualityPreset:
-    """A preset of the package by name, or of a TOML file by path.
+    """Return a preset: one of the package by its name, or one of a TOML file by its path.
 
     Raises:
-        ValueError: no such preset, or not one by its content.
+        ValueError: there is no such preset, or its content is not valid.
     """
     folder = Path(str(files("specdecode.evals") / "presets"))
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
@@ -115,11 +115,10 @@ def quality_preset(name: str) -> QualityPreset:
 
 
 class Shuffled:
-    """A window whose slots are put in any order: a negative control, for a model whose keys are rotated by their
-    positions.
+    """A policy that puts the slots of a window in random order: a negative control for models with rotary positions.
 
     Args:
-        window: chooses the slots that stay.
+        window: policy that chooses the slots that stay.
     """
 
     def __init__(self, window: CachePolicy) -> None:
@@ -136,16 +135,17 @@ class Shuffled:
 def read_arm(name: str, entry: Mapping[str, Any], k: int) -> ArmSpec:
     """Read an arm of a preset.
 
-    Its keys are those of `ArmSpec` for `policy` (with `cache` and its settings), `quantize` and `k`. There is one more
-    policy, "shuffled": a sink window in random order. `control` names the arm whose margin this one must break.
+    Its keys are those of `ArmSpec` for `policy` (with `cache` and the policy's settings), `quantize` and `k`. One
+    further policy is "shuffled": a sink window in random order. `control` names the arm whose margin this arm must
+    exceed.
 
     Args:
-        name: of the arm.
-        entry: its keys.
-        k: where the entry has none.
+        name: name of the arm.
+        entry: keys and values of the arm.
+        k: draft length if the entry has none.
 
     Raises:
-        ValueError: a key or a value that cannot be, or a package that is missing.
+        ValueError: an impossible key or value, or a missing package.
     """
     options = {"k": k, **entry}
     options.pop("control", None)
@@ -155,14 +155,14 @@ def read_arm(name: str, entry: Mapping[str, Any], k: int) -> ArmSpec:
 
 
 def make_decode_path(name: str, entry: Mapping[str, Any], target: LM, k: int, backend: str = "auto") -> DecodePath:
-    """Return the way to decode of a preset's arm.
+    """Return the decode path of a preset's arm.
 
     Args:
-        name: of the arm.
-        entry: its keys, as `read_arm` knows them.
-        target: loaded with backend="eager".
-        k: where the entry has none.
-        backend: how forwards run.
+        name: name of the arm.
+        entry: keys and values of the arm, see `read_arm`.
+        target: the target, loaded with backend="eager".
+        k: draft length if the entry has none.
+        backend: backend of the forwards.
 
     Raises:
         UnsupportedModelError: the target cannot be quantised.
@@ -173,12 +173,12 @@ def make_decode_path(name: str, entry: Mapping[str, Any], target: LM, k: int, ba
 
 
 def decode_path(spec: ArmSpec, target: LM, backend: str) -> DecodePath:
-    """Return the way to decode that a spec names, to be judged: texts are known, so nothing drafts.
+    """Return the decode path of a spec, for known texts: the spec's drafter is not used.
 
     Args:
-        spec: with its policy, its quantisation and its draft length.
-        target: loaded with backend="eager".
-        backend: how forwards run.
+        spec: settings, of which policy, quantisation and draft length are used.
+        target: the target, loaded with backend="eager".
+        backend: backend of the forwards.
 
     Raises:
         UnsupportedModelError: the target cannot be quantised.

@@ -1,4 +1,4 @@
-"""A run of the quality suite: plain values, and what they come to."""
+"""A run of the quality suite: plain values, and the measures computed from them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from specdecode.evals.intervals import paired_loss, ratio_of_sums
 from specdecode.evals.tasks import TASKS
 
 MEASURES = {"nll": "ΔNLL", "kl": "KL"}
-"""Costs in nats a token: how much less probable the text is than by the reference, and KL(reference || arm)."""
+"""Costs in nats per token: the loss of log-probability of the text against the reference, and KL(reference || arm)."""
 
 JUDGED = MEASURES | {name: task.label for name, task in TASKS.items()}
-"""All that has margins: of a task it is how many fewer of its problems are solved than by the reference, as a share."""
+"""All measures with margins. The cost of a task is the share of its problems that is lost against the reference."""
 
 REFERENCE = "reference"
-"""The name under which the reference answers."""
+"""The name of the reference among the arms of answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class TasksHeader:
-    """Which problems a run asked.
+    """The task problems of a run.
 
     Attributes:
         problems: number of problems of each task.
         max_new_tokens: tokens after which an answer is cut.
-        arms: arms that were asked, beside the reference.
-        origins: where the problems are from.
-        missing: why a task was not asked, by its name.
+        arms: arms that answered, beside the reference.
+        origins: origins of the problems.
+        missing: reason why a task was left out, by task name.
     """
 
     problems: dict[str, int]
@@ -45,19 +45,19 @@ class TasksHeader:
 
 @dataclass(frozen=True, slots=True)
 class QualityHeader:
-    """What was judged, and with what.
+    """The target, the texts and the settings of a run.
 
     Attributes:
-        target: the model, as it was given.
-        dtype: type of its weights.
+        target: name of the target, as it was given.
+        dtype: type of the weights.
         preset: name of the preset.
-        texts: the data sets of the documents, as they were given.
-        origins: where these documents are from.
-        tasks: which problems were asked; None if none.
+        texts: data sets of the documents, as they were given.
+        origins: origins of the documents.
+        tasks: problems of the run; None if there were none.
         k: number of drafted tokens of a step.
         window: number of tokens that were read with one cache; None for whole documents.
         stride: number of tokens from one window to the next; None for half a window.
-        backend: how the reference's forwards ran.
+        backend: backend of the reference's forwards.
         synthetic: whether the weights are random.
         versions: versions of Python, torch, transformers and so on, and the source of the target's weights.
     """
@@ -78,7 +78,7 @@ class QualityHeader:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """How an arm predicted a document, token by token: all but the first. See `evals.perplexity.TokenScores`.
+    """An arm's predictions of all tokens of a document but the first. See `evals.perplexity.TokenScores`.
 
     Attributes:
         nll: -log p of each token, in nats.
@@ -95,7 +95,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document as the reference and all arms predicted it.
+    """One document, with the predictions of the reference and of all arms.
 
     Attributes:
         id: id of the sample.
@@ -110,14 +110,14 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class NeedleTrial:
-    """One needle that an arm looked for: where it was buried, and the `evals.needle.Retrieval`.
+    """One needle that an arm looked for: its place, and the `evals.needle.Retrieval`.
 
     Attributes:
         arm: name of the arm.
         length: number of tokens of the text.
-        depth: where in the text the needle was buried, from 0 (the beginning) to 1.
+        depth: place of the needle in the text, from 0 (the beginning) to 1.
         logprob: log-probability of the answer, in nats.
-        ranks: of each token of the answer, its place among all tokens by probability; 0 is the most probable.
+        ranks: rank of each token of the answer among all tokens by probability; 0 is the most probable.
         exact: whether greedy decoding writes the answer.
     """
 
@@ -134,10 +134,10 @@ class NeedleCell:
     """The needles that an arm looked for at one length and depth.
 
     Attributes:
-        count: all of them.
-        found: those that greedy decoding writes.
-        logprob: of the answer, in nats, on average.
-        token_probability: the probability of the answer's tokens, a geometric mean over each answer.
+        count: number of needles.
+        found: number of needles whose answer greedy decoding writes.
+        logprob: mean log-probability of the answers, in nats.
+        token_probability: mean over answers of the geometric mean of their tokens' probabilities.
     """
 
     count: int
@@ -151,10 +151,10 @@ class Answer:
     """The answer of an arm, or of the reference, to a problem.
 
     Attributes:
-        arm: its name, or REFERENCE.
+        arm: name of the arm, or REFERENCE.
         task: one of TASKS.
-        problem: id of its sample.
-        wrong: why the answer is wrong; "" if it is right.
+        problem: id of the problem's sample.
+        wrong: reason why the answer is wrong; "" if it is right.
         tokens: number of tokens written.
         text: text of the answer without its stop token.
     """
@@ -169,13 +169,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How many problems of a task an arm solved.
+    """The numbers of problems of a task that an arm solved.
 
     Attributes:
-        count: all problems.
-        passed: those that the arm solved.
-        lost: those that the reference solved, and the arm did not.
-        won: those that the arm solved, and the reference did not.
+        count: number of problems.
+        passed: number of problems that the arm solved.
+        lost: number of problems that the reference solved, and the arm did not.
+        won: number of problems that the arm solved, and the reference did not.
     """
 
     count: int
@@ -186,14 +186,14 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class QualityRun:
-    """One run.
+    """One run of the quality suite.
 
     Attributes:
-        header: what was judged, and with what.
+        header: target, texts and settings of the run.
         arms: the preset's entries, by name.
-        documents: the documents, as they were predicted.
-        needles: the needles, as they were looked for.
-        answers: the answers to problems of tasks.
+        documents: documents with their predictions.
+        needles: trials with needles.
+        answers: answers to problems of tasks.
     """
 
     header: QualityHeader
@@ -204,7 +204,7 @@ class QualityRun:
 
     @property
     def judged_arms(self) -> list[str]:
-        """The arms that read the documents: all, unless a package was missing."""
+        """The arms that read the documents. An arm is left out if a package was missing."""
         return [arm for arm in self.arms if all(arm in document.arms for document in self.documents)]
 
     def traces(self, arm: str) -> list[tuple[Document, Trace]]:
@@ -212,21 +212,21 @@ class QualityRun:
         return [(document, document.arms[arm]) for document in self.documents]
 
     def concerned(self, arm: str) -> Iterator[tuple[Document, Trace, np.ndarray]]:
-        """Yield every document, its trace, and a mask of the tokens at which the arm can cost anything.
+        """Yield every document, its trace, and a mask of the tokens at which the arm can have a cost.
 
-        With a cache policy these are the tokens behind the first eviction, otherwise all. The tokens before it would
-        make every cost as small as the documents are short.
+        With a cache policy these are the tokens after the first eviction, otherwise all tokens. The tokens before the
+        first eviction would dilute the cost, most of all in short documents.
         """
         for document, trace in self.traces(arm):
             since = np.array(trace.since)
             yield document, trace, since > 0 if "policy" in self.arms[arm] else since >= 0
 
     def tokens(self, arm: str) -> int:
-        """Return the number of tokens at which the arm can cost anything."""
+        """Return the number of tokens at which the arm can have a cost."""
         return sum(int(mask.sum()) for _, _, mask in self.concerned(arm))
 
     def cost(self, arm: str, measure: str) -> Estimate | None:
-        """Estimate one of JUDGED, over documents or problems; None where nothing was evicted or asked."""
+        """Estimate one of JUDGED, over documents or problems; None without evictions or answers."""
         if measure in TASKS:
             score = self.score(arm, measure)
             return paired_loss(score.lost, score.won, score.count) if score else None
@@ -239,12 +239,12 @@ class QualityRun:
         return ratio_of_sums(sums, tokens) if sums else None
 
     def tasks(self, arm: str) -> list[str]:
-        """Return the tasks that an arm is to be asked, available or not."""
+        """Return the tasks that the preset gives to an arm, whether available or not."""
         tasks = self.header.tasks
         return list(tasks.problems) if tasks and arm in tasks.arms else []
 
     def score(self, arm: str, task: str) -> Score | None:
-        """Count the problems of a task that an arm, or the reference, solved; None if it was not asked."""
+        """Count the problems of a task that an arm, or the reference, solved; None without answers."""
         solved: dict[str, dict[str, bool]] = {arm: {}, REFERENCE: {}}
         for answer in self.answers:
             if answer.task == task and answer.arm in solved:
@@ -257,19 +257,19 @@ class QualityRun:
         return Score(len(by_arm), sum(by_arm.values()), lost, won)
 
     def perplexity(self, arm: str | None = None) -> float:
-        """Compute exp(sum of NLL / number of tokens) over all documents; the reference's, if no arm is named."""
+        """Compute exp(sum of NLL / number of tokens) over all documents, for the reference if no arm is named."""
         losses = [document.reference for document in self.documents]
         if arm is not None:
             losses = [trace.nll for _, trace in self.traces(arm)]
         return math.exp(float(np.concatenate(losses).mean()))
 
     def divergence(self, arm: str, share: float) -> float:
-        """Return the KL, in nats, below which this share of the tokens concerned lies; nan if there are none."""
+        """Return a quantile of the KL over the concerned tokens, in nats; nan if there are none."""
         divergences = np.concatenate([np.array(trace.kl)[mask] for _, trace, mask in self.concerned(arm)])
         return float(np.quantile(divergences, share)) if len(divergences) else math.nan
 
     def agreement(self, arm: str) -> float:
-        """Return the share of the tokens concerned whose most probable token is the reference's; nan if none are."""
+        """Return the share of the concerned tokens with the reference's most probable token; nan if there are none."""
         agreements = np.concatenate([np.array(trace.agrees)[mask] for _, trace, mask in self.concerned(arm)])
         return float(agreements.mean()) if len(agreements) else math.nan
 
@@ -277,13 +277,13 @@ class QualityRun:
         """Average a measure in bins of equal width.
 
         Args:
-            arm: its name.
+            arm: name of the arm.
             measure: "kl" or "agrees".
             along: "position" in the document, or distance "since" the last eviction.
-            bins: the most of them.
+            bins: most bins.
 
         Returns:
-            The middle of each bin that has tokens, and the mean there.
+            The middle and the mean of each bin that has tokens.
         """
         traces = [trace for _, trace in self.traces(arm)]
         values = np.concatenate([np.array(getattr(trace, measure), dtype=float) for trace in traces])
@@ -302,7 +302,7 @@ class QualityRun:
         ]
 
     def by_cache(self) -> dict[str, list[str]]:
-        """Group the arms that differ only in the size of a bounded cache, the smallest first, by their shared name."""
+        """Group the arms that differ only in the size of a bounded cache, by their shared name, the smallest first."""
         groups: dict[str, list[str]] = {}
         bounded = [arm for arm in self.judged_arms if "cache" in self.arms[arm]]
         for arm in sorted(bounded, key=lambda arm: self.arms[arm]["cache"]):
@@ -315,7 +315,7 @@ class QualityRun:
         return named
 
     def needle_cells(self, arm: str) -> dict[tuple[int, float], NeedleCell]:
-        """Sum up the needles that an arm looked for, by length and depth."""
+        """Summarise the needles that an arm looked for, by length and depth."""
         trials: dict[tuple[int, float], list[NeedleTrial]] = {}
         for trial in self.needles:
             if trial.arm == arm:

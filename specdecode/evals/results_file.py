@@ -1,4 +1,4 @@
-"""Files of the quality suite's runs: JSON, read back and checked value by value."""
+"""Files of the quality suite's runs: JSON that is checked value by value when it is read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FORMAT = 1
 KEY = "quality"
 
 LEAST_NATS = -0.01
-"""Rounding brings what cannot be negative, a -log p or a divergence, a little below nought."""
+"""Least value of a -log p or a divergence: rounding brings values that cannot be negative a little below 0."""
 
 
 def write(run: QualityRun) -> str:
@@ -55,10 +55,10 @@ def is_run(path: Path) -> bool:
 
 
 def read(path: Path) -> QualityRun:
-    """Read a run from its file, checked entry by entry.
+    """Read a run from its file, and check every entry.
 
     Raises:
-        ValueError: it is not there, not whole, or no run of this version.
+        ValueError: the file is missing or damaged, or no run of this version.
     """
     content = read_json(path)
     try:
@@ -73,7 +73,7 @@ def read(path: Path) -> QualityRun:
             {arm: _arm(mapping(entry, arm)) for arm, entry in mapping(run["arms"], "arms").items()},
             documents,
             [needle_trial(mapping(entry, "a needle")) for entry in items(run["needles"], "needles")],
-            _answers(items(run.get("answers", []), "answers")),  # older files do not have them
+            _answers(items(run.get("answers", []), "answers")),  # older files have no answers
         )
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --quality`: it has no {error}") from None
@@ -82,7 +82,7 @@ def read(path: Path) -> QualityRun:
 
 
 def _arm(entry: dict[str, Any]) -> dict[str, Any]:
-    """Check what tables and figures ask of an arm's entry."""
+    """Check the values of an arm's entry that tables and figures use."""
     if "cache" in entry:
         count(entry, "cache", least=1)
     for name in ("policy", "quantize", "control"):
@@ -92,7 +92,7 @@ def _arm(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _header(entry: dict[str, Any]) -> QualityHeader:
-    tasks = entry.get("tasks")  # older files do not have them
+    tasks = entry.get("tasks")  # older files have no tasks
     return QualityHeader(
         **{name: text(entry, name) for name in ("target", "dtype", "preset", "texts", "backend")},
         origins=texts(entry["origins"], "origins"),
@@ -108,7 +108,7 @@ def _header(entry: dict[str, Any]) -> QualityHeader:
 def _task(name: str) -> str:
     """Check the name of a task."""
     if name not in TASKS:
-        raise ValueError(f"it has a task {name[:40]!r}, and there are {', '.join(TASKS)}")
+        raise ValueError(f"it has an unknown task {name[:40]!r}: known are {', '.join(TASKS)}")
     return name
 
 
@@ -127,7 +127,7 @@ def document(entry: dict[str, Any]) -> Document:
     """Read a document from its plain values.
 
     Raises:
-        ValueError: a value is wrong, or an arm judged more tokens than another, or fewer.
+        ValueError: a value is wrong, or an arm has another number of tokens than the reference.
     """
     reference = _losses(entry, "reference")
     arms = {arm: _trace(mapping(trace, arm)) for arm, trace in mapping(entry["arms"], "arms").items()}
@@ -138,7 +138,7 @@ def document(entry: dict[str, Any]) -> Document:
 
 
 def _losses(entry: dict[str, Any], name: str) -> list[float]:
-    """Take the loss of each token."""
+    """Return the losses of all tokens."""
     losses = numbers(entry[name], name, LEAST_NATS)
     if losses:
         number({f"the mean of {name}": fmean(losses)}, f"the mean of {name}", most=MOST_NATS)
@@ -155,7 +155,7 @@ def _trace(entry: dict[str, Any]) -> Trace:
 
 
 def needle_trial(entry: dict[str, Any]) -> NeedleTrial:
-    """Read a needle that was looked for from its plain values.
+    """Read the trial of a needle from its plain values.
 
     Raises:
         ValueError: a value is wrong.

@@ -1,4 +1,4 @@
-"""The JSON Schema of the quality suite's files, made of the dataclasses that they hold."""
+"""The JSON Schema of the quality suite's files, built from the dataclasses in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from specdecode.support.json_schema import DIALECT, Definitions, Form, Schema, f
 _COUNT, _NATS = (1, MOST), (LEAST_NATS, MOST)
 _FORMS = {
     TasksHeader: Form(bounds={"max_new_tokens": _COUNT}),
-    # Files of before have no tasks.
+    # Older files have no tasks.
     QualityHeader: Form(
         optional=("tasks",),
         nullable=("tasks", "window", "stride"),
@@ -32,7 +32,7 @@ def quality_schema() -> Schema:
         "$schema": DIALECT,
         "$id": f"specdecode:quality:{FORMAT}",
         "title": f"Quality run of specdecode, format {FORMAT}",
-        "description": "What `pytest --quality` writes.",
+        "description": "A run that `pytest --quality` writes.",
         "type": "object",
         "required": [KEY],
         "properties": {KEY: run},

@@ -1,5 +1,5 @@
-"""Tasks with answers that are right or wrong: GSM8K by the number that an answer ends with, HumanEval by the tests of
-the problem. Nothing here needs a model; `evals.answers` asks one."""
+"""Tasks whose answers are right or wrong: GSM8K by the last number of an answer, HumanEval by the tests of the problem.
+This module needs no model; `evals.answers` produces the answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from specdecode.evals.sandbox.contained import run
 
-# Numbers as they are typeset: other minus signs, spaces that do not break, full-width digits, a fraction's slash.
+# Typeset characters and their ASCII forms: minus signs, non-breaking spaces, full-width digits, the fraction slash.
 _TYPESET = str.maketrans(
     "\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FULLWIDTH HYPHEN-MINUS}"
     "\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}\N{FIGURE SPACE}"
@@ -19,7 +19,7 @@ _TYPESET = str.maketrans(
     "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19",
     "-----    ,.'/0123456789",
 )
-# And as LaTeX sets them: 1{,}234, 1\,234, 1,\!234, \$5 and \frac{3}{4}.
+# LaTeX forms of numbers: 1{,}234, 1\,234, 1,\!234, \$5 and \frac{3}{4}.
 _LATEX = (
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\!"), ""),
@@ -27,8 +27,8 @@ _LATEX = (
     (re.compile(r"\\\$"), "$"),
     (re.compile(r"\\[dt]?frac\{([\d.]+)\}\{(\d+)\}"), r"\1/\2"),
 )
-# A sign stands at the beginning of a number: in "7-3" there is none. One separator throughout sets the thousands apart.
-# A comma that does not is a decimal point, as on the European continent, unless it stands in a list such as 1,2,3.
+# A minus behind a digit, a letter or a closing bracket is no sign: "7-3" has none. A number uses one thousands
+# separator throughout. Any other comma is a decimal point, as in continental Europe, except in a list such as 1,2,3.
 _NUMBER = re.compile(
     r"""
     (?P<sign>(?<![\w)}\]])-)?
@@ -45,11 +45,11 @@ _NUMBER = re.compile(
     """,
     flags=re.ASCII | re.VERBOSE | re.IGNORECASE,
 )
-# What comes after a function at the beginning of a line (Chen et al. 2021, "Evaluating Large Language Models Trained on
-# Code"), and the end of a block of code in Markdown.
+# Strings that end a function, at the beginning of a line (Chen et al. 2021, "Evaluating Large Language Models Trained
+# on Code"), and the end of a block of code in Markdown.
 _AFTER_A_FUNCTION = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 _END_OF_FUNCTION = re.compile("|".join(map(re.escape, _AFTER_A_FUNCTION)))
-# A block of code that an answer opens with, and its end.
+# The start of a block of code at the beginning of an answer, and its end.
 _OPENING_FENCE = re.compile(r"\s*```[^\n`]*(?:\n|\Z)")
 _CLOSING_FENCE = re.compile(r"^```", flags=re.MULTILINE)
 
@@ -59,12 +59,12 @@ class Task:
     """One kind of problem.
 
     Attributes:
-        label: in tables.
-        fields: of a row of its data set, that are needed to mark an answer.
-        continued: the one of them that an answer goes on with; "" if the problem is a question.
+        label: name in tables.
+        fields: fields of a data set's row that are needed to mark an answer.
+        continued: the field that an answer continues; "" if the problem is a question.
         stop: strings that end an answer.
-        go_on: gives the strings that end an answer of which `stop` ended the opening alone; none if it ended all.
-        mark: tells from a row and an answer why it is wrong; "" if it is right.
+        go_on: returns the strings that end the rest of an answer if `stop` ended it too early; else no strings.
+        mark: returns, from a row and an answer, the reason why the answer is wrong; "" if it is right.
     """
 
     label: str
@@ -76,7 +76,7 @@ class Task:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number of a text: of "it is $1,250.00." 1250; None if there is none."""
+    """Return the last number of a text, for example 1250 for "it is $1,250.00."; None if there is none."""
     text = text.translate(_TYPESET)
     for written, plain in _LATEX:
         text = written.sub(plain, text)
@@ -89,15 +89,17 @@ def last_number(text: str) -> Decimal | None:
     if last["divisor"] is None:
         return value
     divisor = Decimal(last["divisor"])
-    # In 1/2/3 and 1/0 there is no fraction.
+    # 1/2/3 and 1/0 are no fractions.
     return value / divisor if divisor and not text[: last.start()].endswith("/") else divisor
 
 
 def wrong_number(row: Mapping[str, Any], answer: str) -> str:
-    """GSM8K's exact match: why the last number of an answer is not the one behind #### in the row's; "" if it is.
+    """Return why an answer fails GSM8K's exact match; "" if it passes.
+
+    An answer passes if its last number equals the number behind #### in the row's answer.
 
     Raises:
-        ValueError: there is no number in the row.
+        ValueError: the row has no such number.
     """
     expected, last = last_number(row["answer"].rpartition("####")[2]), last_number(answer)
     if expected is None:
@@ -108,21 +110,25 @@ def wrong_number(row: Mapping[str, Any], answer: str) -> str:
 
 
 def completion(answer: str) -> str:
-    """Return the function's own part of what a model wrote after its beginning, in a fence or without one."""
+    """Return the part of an answer that belongs to the function to complete, inside a code fence or without one."""
     return _END_OF_FUNCTION.split(_unfenced(answer), maxsplit=1)[0]
 
 
 def unfinished(answer: str) -> tuple[str, ...]:
-    """Return the strings that end an answer that was ended too early: where it only opens a fence, or begins the
-    function, or what stands before it, anew."""
+    """Return the strings that end the rest of an answer that was ended too early; none if it is finished.
+
+    It was ended too early if it only opens a code fence, or repeats the function's head or the lines before it.
+    """
     if _OPENING_FENCE.match(answer):
         return ("\n```",)
     return () if re.search(r"^[ \t]+\S", completion(answer), flags=re.MULTILINE) else _AFTER_A_FUNCTION
 
 
 def program(row: Mapping[str, Any], answer: str) -> str:
-    """Return a HumanEval problem with its completion, and its tests, which it runs. An answer that writes the function
-    anew stands behind the problem, whose imports and helpers it may use."""
+    """Return a program that completes a HumanEval problem and runs its tests.
+
+    An answer that repeats the whole function follows the problem, so that it may use the problem's imports and helpers.
+    """
     code = _unfenced(answer)
     head = re.search(rf"^def {re.escape(row['entry_point'])}\b", code, flags=re.MULTILINE)
     if head and not code.lstrip("\n")[:1].isspace():
@@ -133,13 +139,13 @@ def program(row: Mapping[str, Any], answer: str) -> str:
 
 
 def _unfenced(answer: str) -> str:
-    """Return the block of code that an answer opens with; all of the answer if it opens with none."""
+    """Return the block of code at the beginning of an answer; the whole answer if it begins with none."""
     fence = _OPENING_FENCE.match(answer)
     return answer if fence is None else _CLOSING_FENCE.split(answer[fence.end() :], maxsplit=1)[0]
 
 
 def _whole(beginning: str) -> str:
-    """Return the beginning of a function as code that runs: one with a docstring is some already."""
+    """Return the beginning of a function as valid code. A beginning with a docstring is valid already."""
     try:
         compile(beginning, "beginning", "exec")
     except SyntaxError:
@@ -148,7 +154,7 @@ def _whole(beginning: str) -> str:
 
 
 def failure(row: Mapping[str, Any], answer: str) -> str:
-    """HumanEval's pass@1: why a completion fails the tests of its problem, in a contained process; "" if it passes."""
+    """Return why an answer fails HumanEval's pass@1, its problem's tests in a contained process; "" if it passes."""
     return run(program(row, answer))
 
 
@@ -156,4 +162,4 @@ TASKS = {
     "gsm8k": Task("GSM8K", ("answer",), "", (), lambda _: (), wrong_number),
     "humaneval": Task("HumanEval", ("prompt", "test", "entry_point"), "prompt", _AFTER_A_FUNCTION, unfinished, failure),
 }
-"""By the name of their data set."""
+"""All tasks, by the name of their data set."""

@@ -1,1 +1,1 @@
-"""Draft heads: the module, its file format, and a head bound to its target."""
+"""Draft heads: their modules, their file formats, and heads that are bound to a target."""

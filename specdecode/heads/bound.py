@@ -1,4 +1,4 @@
-"""A draft head bound to its target, and the fingerprint of a target."""
+"""A draft head that is bound to its target, and the fingerprint of a target."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from specdecode.heads.mtp import MtpHead
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.lm import LM
 
-# Tokens whose embeddings a fingerprint holds.
+# Number of tokens whose embeddings a fingerprint holds.
 _FINGERPRINT_TOKENS = 16
-# Columns of an output embedding that are computed at once.
+# Number of columns of an output embedding that are computed at once.
 _COLUMNS = 64
 
 DraftHead: TypeAlias = Head | Eagle3Head | MtpHead
-"""A module that drafts from a target's hidden states, and from its own states after those."""
+"""A module that drafts from a target's hidden states and, behind them, from its own states."""
 
 ADVICE = "train one for it with `specdecode train-head`"
-"""What to do where no head fits a target."""
+"""Advice of messages where no head fits a target."""
 
 
 class BoundHead:
-    """Bind a copy of a head to its target. What the head lacks of embeddings, it shares with the target.
+    """A copy of a head that is bound to its target. It shares the target's embeddings if it has none of its own.
 
     The copy has the target's type and device. Its linear layers are packed if the target's are.
 
     Args:
-        head: is not changed, and may be trained further.
-        target: whose hidden states it reads.
-        copied: False binds the head itself, which has the target's type and device already.
+        head: the head, which is not changed and may be trained further.
+        target: the model whose hidden states the head reads.
+        copied: False binds the head itself, which must already have the target's type and device.
 
     Attributes:
-        layers: of the target, whose hidden states it reads.
-        tokens: of the target's vocabulary that it can propose.
+        layers: the target's layers whose hidden states the head reads.
+        tokens: the D token ids of the target's vocabulary that the head can propose.
 
     Raises:
         UnsupportedModelError: the head does not fit the target's layers, embeddings or vocabulary.
@@ -67,16 +67,17 @@ class BoundHead:
         modules.train(False).requires_grad_(False)
         if any(isinstance(module, PackedLinear) for module in target.model.modules()):
             pack(modules)
-        # Packing puts another module in its place.
+        # Packing replaces the module, so it is read from the list.
         self._rows = modules[1] if shared is None else shared
-        # Over static shapes: the first forward of a proposal reads the target's states, the next ones the head's own.
+        # Two runners over static shapes: the first forward of a proposal reads the target's hidden states, and the next
+        # forwards read the head's own states.
         static = target.backend.static
         self._first, self._next = (
             None if static is None else static(partial(self._static_read, fuse)) for fuse in (True, False)
         )
 
     def new_slots(self, capacity: int) -> Slots:
-        """Return empty slots for a sequence."""
+        """Return empty slots for a sequence, with room for `capacity` tokens at first."""
         device = self.tokens.device
         return Slots(capacity, device) if self._first is None else self._first.new_slots(capacity, device)
 
@@ -87,13 +88,14 @@ class BoundHead:
         """Read pairs of a token and the state at the token before it, and append their keys and values to the slots.
 
         Args:
-            slots: grown by n.
+            slots: slots of the head. They grow by n.
             inputs: the n tokens.
-            states: the head's own at the tokens before; with `fuse` the target's hidden states there.
-            fuse: the states are the target's.
+            states: the state at the token before each: the head's own, or with `fuse` the target's hidden states.
+            fuse: whether the states are the target's hidden states.
 
         Returns:
-            The head's states at the last `inputs.rows` tokens, and the logits of the D tokens that it can propose next.
+            The head's states at the last `inputs.rows` tokens, and the logits there of the D tokens that the head can
+                propose.
         """
         tokens, positions, visible = inputs.tokens, inputs.positions, inputs.visible
         slots.append(positions)
@@ -110,17 +112,17 @@ class BoundHead:
     def continue_greedily(
         self, slots: Slots, inputs: ForwardInput, hidden_states: Float[Tensor, "n F"], count: int
     ) -> Int[Tensor, " count"]:
-        """Read tokens with the target's hidden states, and then the head's own choices, one by one. No forward waits
-        for the host.
+        """Read tokens with the target's hidden states, and continue with the head's most probable tokens. No forward
+        waits for the host.
 
         Args:
-            slots: grown by n + count - 1: the last choice is not read.
+            slots: slots of the head. They grow by n + count - 1: the last new token is not read.
             inputs: the n tokens.
-            hidden_states: the target's at the tokens before.
-            count: of choices, at least 1.
+            hidden_states: the target's hidden states at the token before each of these.
+            count: number of new tokens, at least 1.
 
         Returns:
-            The choices, as ids of the target's vocabulary on the device.
+            The new tokens, as ids of the target's vocabulary on the device.
         """
         tokens, positions, visible = inputs.tokens, inputs.positions, inputs.visible
         last = int(positions[-1])
@@ -162,7 +164,7 @@ class BoundHead:
         keys: Mapping[int, Tensor],
         values: Mapping[int, Tensor],
     ) -> Float[Tensor, "W H"]:
-        """Return the states of a forward over static shapes, all of it on the device."""
+        """Return the states of a forward over static shapes, computed completely on the device."""
         assert inputs.states is not None
         span = len(positions)
         places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
@@ -189,9 +191,9 @@ class BoundHead:
         keys: Mapping[int, Tensor],
         values: Mapping[int, Tensor],
     ) -> tuple[Tensor]:
-        """Make `continue_greedily`'s choices over static shapes."""
+        """Return the tokens of `continue_greedily`, computed over static shapes."""
         states = self._static_states(True, inputs, positions, keys, values)
-        # The row of the last token: the padding behind it has position 0.
+        # The last token has the largest position: the padding behind it has position 0.
         position, row = inputs.positions.max(0, keepdim=True)
         state = states.index_select(0, row)
         chosen: list[Tensor] = []
@@ -206,7 +208,7 @@ class BoundHead:
 
 
 def check_fit(head: DraftHead, target: LM) -> None:
-    """Raise UnsupportedModelError if the head does not fit the target."""
+    """Raise UnsupportedModelError if a head does not fit a target's layers, embeddings or vocabulary."""
     shape, target_is = head.shape, target_fingerprint(target)
     total, width = target_sizes(target)
     shares = head.embed_tokens is None or head.lm_head is None
@@ -225,14 +227,14 @@ def check_fit(head: DraftHead, target: LM) -> None:
 
 
 def _whole_output(target: LM, tokens: Int[Tensor, " D"]) -> nn.Module | None:
-    """Return a target's output layer if it gives the logits of just these tokens, and no bias with them."""
+    """Return a target's output layer if it has no bias and gives the logits of exactly these tokens; else None."""
     layer = target.model.get_output_embeddings()
     whole = len(tokens) == target.vocab_size and torch.equal(tokens, torch.arange(len(tokens), device=tokens.device))
     return layer if whole and layer is not None and getattr(layer, "bias", None) is None else None
 
 
 def _output(target: LM, tokens: Int[Tensor, " D"]) -> nn.Linear:
-    """Return an output layer of a target's rows for some tokens."""
+    """Return an output layer with the rows of a target's output embedding for some tokens."""
     rows = output_rows(target, tokens)
     layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(rows)
@@ -243,8 +245,8 @@ def _output(target: LM, tokens: Int[Tensor, " D"]) -> nn.Linear:
 def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
     """Return the rows of a target's output embedding for some tokens, without the bias.
 
-    Packed and quantised layers have no plain weight to read, but any layer maps unit vectors to its columns: V x H x H
-    products, which plain layers spare.
+    Packed and quantised layers have no plain weight to read. Their columns are computed, as the outputs for unit
+    vectors. This needs V x H x H multiplications, so plain layers are read directly.
 
     Raises:
         UnsupportedModelError: the target has no output embedding.
@@ -278,9 +280,14 @@ def target_sizes(target: LM) -> tuple[int, int]:
 
 
 def head_shape(target: LM, layers: Sequence[int]) -> Eagle3Shape:
-    """Return the shape of a head over some layers of a target, with the proportions of the target's layers.
+    """Return the shape of a head over some layers of a target, with the sizes of the target's own layers.
 
-    It normalises each layer's hidden states, since they grow from layer to layer, and shares the target's embeddings.
+    The head normalises each layer's hidden states, since they grow from layer to layer. It shares the target's
+    embeddings.
+
+    Args:
+        target: the target.
+        layers: the target's layers whose hidden states the head reads.
     """
     config = target.model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
@@ -294,7 +301,7 @@ def head_shape(target: LM, layers: Sequence[int]) -> Eagle3Shape:
         num_hidden_layers=1,
         num_attention_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        # Rotary positions rotate pairs, so the width is even.
+        # The width must be even, since rotary positions rotate pairs.
         head_dim=max((getattr(config, "head_dim", None) or config.hidden_size // heads) // 2, 1) * 2,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-5),
         max_position_embeddings=target.context_length,
@@ -305,7 +312,8 @@ def head_shape(target: LM, layers: Sequence[int]) -> Eagle3Shape:
 
 
 def untrained(target: LM, seed: int = 0) -> Eagle3Head:
-    """Return a head of random weights over a third of the tokens. It costs what a trained one does."""
+    """Return a head with random weights that can propose a third of the tokens. It has the same costs as a trained
+    head."""
     total, _ = target_sizes(target)
     shape = head_shape(target, sorted({total // 4, total // 2, total - 1}))
     with torch.random.fork_rng(devices=[]):

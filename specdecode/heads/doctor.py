@@ -1,7 +1,7 @@
-"""Find a miswired head: one whose config says another wiring than its weights were trained with.
+"""Detection of miswired heads. The config of a miswired head gives another wiring than the weights were trained with.
 
-Such a head drafts without an error, and is accepted less. The doctor measures how much is accepted with each likely
-wiring of the same weights.
+Such a head drafts without an error, but its proposals are accepted less often. The doctor measures the acceptance with
+each likely wiring of the same weights.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
 
 AHEAD = 4
-"""Tokens of the chains whose acceptance is measured."""
+"""Length of the chains whose acceptance is measured, in tokens."""
 
 LEAST_TEXTS, LEAST_TOKENS = 4, 16
-"""Texts, and tokens of a text, without which nothing is judged."""
+"""Least number of texts, and least number of tokens of a text, for a judgement."""
 
 Tell = Callable[[int, int, str], None]
-"""Takes how much is done, how much there is, and what is being done."""
+"""A function that reports progress. Its arguments are the finished part, the whole, and a description of the current
+work."""
 
-# All intervals together hold with this probability.
+# Probability that all intervals together contain the true values.
 _COVERAGE = 0.95
-# Gains below these do not count: tokens a step, and share of the mean acceptance length.
+# Least gains that count: in tokens per step, and as a share of the mean acceptance length.
 _LEAST_GAIN, _LEAST_SHARE = 0.02, 0.02
-# A head whose best wiring commits fewer tokens a step was not trained for this target, or not at all.
+# Least tokens per step with the best wiring. With fewer, the head was not trained for this target, or not at all.
 _LEAST_ACCEPTED = 1.1
 
 
 @dataclass(frozen=True, slots=True)
 class GreedyText:
-    """Hold a text that a target has written greedily.
+    """A text that a target has written greedily.
 
     Attributes:
-        tokens: of the prompt and its continuation.
+        tokens: tokens of the prompt and its continuation.
         given: number of tokens of the prompt.
     """
 
@@ -59,17 +60,18 @@ class GreedyText:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Hold what is accepted with a wiring.
+    """The measured acceptance with a wiring.
 
     Attributes:
-        wiring: of the head.
-        by_position: share of the proposals at each position of a chain that are accepted, of those whose predecessors
-            are.
+        wiring: the wiring of the head.
+        by_position: acceptance at each position of a chain: the share of accepted proposals among those with accepted
+            predecessors.
         lengths: mean acceptance length of each text.
-        gain: by how much the mean acceptance length is above that of the config's wiring, averaged over texts.
-        low: lower end of its interval.
-        high: upper end.
-        unusable: why the weights cannot be wired so, which accepts nothing; "" otherwise.
+        gain: difference between the mean acceptance length and that of the config's wiring, averaged over texts.
+        low: lower end of the gain's interval.
+        high: upper end of the gain's interval.
+        unusable: the reason why the weights cannot be wired in this way; "" otherwise. An unusable wiring has no
+            accepted proposals.
     """
 
     wiring: Wiring
@@ -87,12 +89,13 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """Hold what the doctor found.
+    """The result of an examination.
 
     Attributes:
-        measured: the config's wiring first, then the others.
-        better: the wiring that accepts significantly more than the config's, and most; None if there is none.
-        refusal: why `load_head` refuses the folder; "" if it does not.
+        measured: the acceptance with each wiring, the config's wiring first.
+        better: the wiring with the highest acceptance of those significantly better than the config's; None if there is
+            none.
+        refusal: the reason why `load_head` refuses the folder; "" if it does not.
     """
 
     measured: tuple[Measured, ...]
@@ -101,18 +104,18 @@ class Examination:
 
     @property
     def drafts(self) -> bool:
-        """Whether any wiring accepts as much as a trained head does."""
+        """Whether the acceptance with any wiring is as high as for a trained head."""
         return max(each.mean_acceptance_length for each in self.measured) >= _LEAST_ACCEPTED
 
 
 def read_examined(name: str) -> Eagle3Files:
-    """Read the folder of a head, whether or not its config fits its weights.
+    """Read the folder of a head, even if its config does not fit its weights.
 
     Args:
         name: as for `load_head`.
 
     Raises:
-        ModelFileError: there is no such head, or it is not in a format whose wiring is in a config.
+        ModelFileError: there is no such head, or its format has no config with a wiring.
     """
     source = str(shipped_head(name) or name)
     if source.endswith(".safetensors"):
@@ -128,21 +131,26 @@ def examine(
     texts: Sequence[GreedyText],
     tell: Tell = lambda done, total, doing: None,
 ) -> Examination:
-    """Measure how much a target accepts of a head with each likely wiring, and judge.
+    """Measure the acceptance of a head with each likely wiring, and judge.
 
-    From every place of the texts the head drafts a chain. Another wiring is better if it accepts significantly more:
-    intervals of the differences between texts by Student's t, which all hold together (Bonferroni), lie above zero.
-    Texts are the unit since the places of one depend on each other.
+    The head drafts a chain from each place of the texts. Another wiring is better if its acceptance is significantly
+    higher: the interval of its mean gain over the texts lies above zero. The intervals are by Student's t, with the
+    Bonferroni correction for the number of wirings. The unit is a text, since places within a text depend on each
+    other.
 
     Args:
-        files: of the head.
-        target: loaded with backend="eager".
-        texts: that the target has written, `LEAST_TEXTS` or more.
-        tell: called with the number of measured wirings, that of all, and what is being done.
+        files: files of the head.
+        target: the target, loaded with backend="eager".
+        texts: texts that the target has written, at least `LEAST_TEXTS`.
+        tell: called with the number of measured wirings, the number of all wirings, and a description of the current
+            work.
+
+    Returns:
+        The acceptance with each wiring, and the judgement.
 
     Raises:
-        ModelFileError: the head's weights fit no config that is near its own.
-        UnsupportedModelError: it is a head of another target, or of an architecture that cannot be read.
+        ModelFileError: no likely wiring fits the head's weights.
+        UnsupportedModelError: the head is for another target, or its architecture cannot be read.
     """
     if files.fingerprint is not None:
         check_fingerprint(files.folder, files.fingerprint, target)
@@ -151,7 +159,7 @@ def examine(
     layers = {layer for wiring in wirings for layer in wiring.layers(total) if -1 <= layer < total}
     hidden_states = _hidden_states(target, texts, sorted(layers))
     if hidden_states[total].shape[-1] != width:
-        # As that of OPT, which projects them to the width of its embeddings.
+        # OPT projects the states after its final norm to the width of its embeddings, which a head cannot read.
         wirings = [wiring for wiring in wirings if not wiring.final_norm]
     accepted: dict[Wiring, list[Tensor]] = {}
     reasons: dict[Wiring, SpecDecodeError] = {}
@@ -172,8 +180,15 @@ def examine(
 def _built(
     wirings: Sequence[Wiring], target: LM, reasons: dict[Wiring, SpecDecodeError]
 ) -> Iterator[tuple[Wiring, Eagle3Head]]:
-    """Yield the wirings that fit the weights and differ from all before, each with its head on the target's device.
-    Only one head is in memory at a time. Why the others do not fit is noted in `reasons`."""
+    """Yield the wirings that fit the weights, each with its head on the target's device.
+
+    A wiring that equals an earlier one is left out. Only one head is in memory at a time.
+
+    Args:
+        wirings: wirings to build.
+        target: the target.
+        reasons: receives the error of each wiring that does not fit.
+    """
     total, width = target_sizes(target)
     seen: list[tuple[object, ...]] = []
     for wiring in wirings:
@@ -193,9 +208,11 @@ def _built(
 def _hidden_states(
     target: LM, texts: Sequence[GreedyText], layers: Sequence[int]
 ) -> dict[int, Float[Tensor, "texts n _"]]:
-    """Return a target's hidden states for texts, after layers and, by the number of all layers, after its final norm.
+    """Return a target's hidden states for texts, by layer. The key of the states after the final norm is the number of
+    all layers.
 
-    Each text is read in one forward without a cache, and padded behind."""
+    Each text is read in one forward without a cache. Shorter texts are padded at the end.
+    """
     total, _ = target_sizes(target)
     of_texts = []
     for text in texts:
@@ -210,29 +227,35 @@ def _hidden_states(
 def _accepted_lengths(
     head: Eagle3Head, target: LM, texts: Sequence[GreedyText], hidden_states: Float[Tensor, "texts n F"]
 ) -> list[Int[Tensor, " places"]]:
-    """Return how many tokens of a head's chain are accepted, from each place of a text on, beginning with the prompt's
-    last token.
+    """Return the number of accepted tokens of a head's chain at each place of each text, from the prompt's last token
+    on.
 
-    The target has written the texts. So it accepts the proposals that agree with them, up to the first wrong one.
+    The target has written the texts. So it accepts the proposals that agree with the text, up to the first wrong one.
     """
     embedding = head.embed_tokens if head.embed_tokens is not None else target.model.get_input_embeddings()
     rows = head.lm_head.weight if head.lm_head is not None else output_rows(target, head.tokens)
     tokens = pad_sequence([text.tokens for text in texts], batch_first=True).to(target.device)
     agrees = []
     for ahead, states in enumerate(unrolled(head, embedding(tokens[:, 1:-1]), hidden_states[:, :-2], AHEAD)):
-        # Pair i is that of token i + 1, and predicts token i + 2. The first that counts is of the prompt's last token.
+        # Pair i belongs to token i + 1, and predicts token i + 2. The first pair that counts is that of the prompt's
+        # last token.
         counted = [(max(text.given - 2, 0) + ahead, len(text.tokens) - 2) for text in texts]
         read = torch.cat([states[text, first:end] for text, (first, end) in enumerate(counted)])
         wanted = torch.cat([tokens[text, first + 2 : end + 2] for text, (first, end) in enumerate(counted)])
         agreed = head.tokens[head.logits(read, rows).argmax(-1)] == wanted
         agrees.append(agreed.cpu().split([end - first for first, end in counted]))
-    # Chains from the last places of a text go beyond its end.
+    # Chains from the last places of a text would pass its end, so these places are left out.
     by_text = zip(*agrees, strict=True)
     return [torch.stack([agreed[: len(chain[-1])] for agreed in chain]).cumprod(0).sum(0) for chain in by_text]
 
 
 def _compare(accepted: Mapping[Wiring, Sequence[Tensor]], unusable: str) -> tuple[Measured, ...]:
-    """Compare the lengths that are accepted with each wiring to those of the first one."""
+    """Compare the accepted lengths of each wiring with those of the first wiring.
+
+    Args:
+        accepted: for each wiring, the number of accepted tokens at each place of each text.
+        unusable: the reason why the first wiring is unusable, or "".
+    """
     lengths = {wiring: [1.0 + float(text.double().mean()) for text in texts] for wiring, texts in accepted.items()}
     stated, *_ = lengths
     measured = []
@@ -249,8 +272,13 @@ def _compare(accepted: Mapping[Wiring, Sequence[Tensor]], unusable: str) -> tupl
 
 
 def _student_half(values: Sequence[float], comparisons: int) -> float:
-    """Return half the width of an interval of a mean, one of several that hold together."""
-    # Here, because it takes a second to import.
+    """Return half the width of a mean's confidence interval, by Student's t.
+
+    Args:
+        values: values whose mean is estimated.
+        comparisons: number of intervals that hold together (Bonferroni correction).
+    """
+    # Imported here, because the import needs a second.
     from scipy.stats import t
 
     tail = (1 - _COVERAGE) / 2 / comparisons
@@ -258,7 +286,7 @@ def _student_half(values: Sequence[float], comparisons: int) -> float:
 
 
 def _better(measured: Sequence[Measured]) -> Measured | None:
-    """Return the wiring that accepts significantly and noticeably more than the first one, and most."""
+    """Return the wiring with the largest gain over the first wiring, if the gain is significant and large enough."""
     stated, *others = measured
     least = max(_LEAST_GAIN, _LEAST_SHARE * stated.mean_acceptance_length)
     better = [other for other in others if other.low > 0 and other.gain >= least]
@@ -266,7 +294,7 @@ def _better(measured: Sequence[Measured]) -> Measured | None:
 
 
 def _refusal(files: Eagle3Files, target: LM) -> str:
-    """Return why `load_head` refuses a head; "" if it does not."""
+    """Return the reason why `load_head` refuses a head; "" if it does not."""
     try:
         check_tokens(files)
         check_fit(make_eagle3(files, *target_sizes(target)), target)

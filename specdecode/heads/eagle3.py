@@ -1,6 +1,6 @@
 """The module of an EAGLE-3 head (Li et al. 2025), in every variant that the `speculators` format has.
 
-Its parameters have the names of that format, so that a file's tensors are its state.
+Its parameters have the names of that format, so that a file's tensors can be loaded directly.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from specdecode.heads.module import Store, normed
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Shape:
-    """Hold the sizes of a head, and its wiring: how its parts are connected.
+    """The sizes of a head, and its wiring: the connections of its parts.
 
     Attributes:
-        decoder: the sizes of its decoder layers, their positions and norms, and the target's vocabulary.
-        layers: of the target, whose outputs the head reads; -1 stands for the embeddings. The format counts from 1:
-            its `eagle_aux_hidden_state_layer_ids` are one higher.
+        decoder: configuration of the head's decoder layers: their sizes, positions and norms, and the target's
+            vocabulary.
+        layers: the target's layers whose outputs the head reads; -1 stands for the embeddings. The format counts from
+            1: its `eagle_aux_hidden_state_layer_ids` are one higher.
         target_hidden: width of the target's hidden states.
-        norm_before_residual: the first layer adds to the normalised state, not to the state.
-        norm_before_fc: one norm over the concatenated hidden states.
-        fc_norm: a norm for each layer's hidden states.
-        norm_output: the next draft step reads the normalised state.
-        own_embeddings: it has embeddings of its own; otherwise it shares the target's.
-        own_output: it has an output embedding of its own; otherwise it shares the target's.
+        norm_before_residual: whether the first layer's residual is the normalised state, not the state itself.
+        norm_before_fc: whether one norm is applied to the concatenated hidden states before `fc`.
+        fc_norm: whether each layer's hidden states have their own norm before `fc`.
+        norm_output: whether the next draft step reads the normalised state.
+        own_embeddings: whether the head has its own embeddings; otherwise it shares the target's.
+        own_output: whether the head has its own output embedding; otherwise it shares the target's.
     """
 
     decoder: LlamaConfig | Qwen3Config
@@ -53,12 +54,13 @@ class Eagle3Shape:
 
 
 class Eagle3Head(nn.Module):
-    """Predict what follows token i from its embedding and the target's hidden states at token i - 1. Where the target
-    has not computed these, the head's own state at token i - 1 takes their place.
+    """A head that predicts token i + 1 from the embedding of token i and the target's hidden states at token i - 1.
+
+    If the target has not computed these hidden states, the head's own state at token i - 1 replaces them.
 
     Args:
-        shape: its sizes and wiring.
-        tokens: the D ids of the target's vocabulary that it can propose.
+        shape: sizes and wiring of the head.
+        tokens: the D token ids of the target's vocabulary that the head can propose.
     """
 
     tokens: Int[Tensor, " D"]
@@ -77,7 +79,7 @@ class Eagle3Head(nn.Module):
         self.layers = nn.ModuleList(_DecoderLayer(decoder, layer) for layer in range(decoder.num_hidden_layers))
         self.norm = nn.RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, len(tokens), bias=False) if shape.own_output else None
-        # Qwen3's rotary positions are the same.
+        # Qwen3 has the same rotary positions.
         self._rotary = _Rotary(decoder)  # type: ignore[arg-type]
 
     def fused(self, hidden_states: Float[Tensor, "*b n F"]) -> Float[Tensor, "*b n H"]:
@@ -98,7 +100,7 @@ class Eagle3Head(nn.Module):
         store: Store,
         visible: Bool[Tensor, "n s"],
     ) -> Float[Tensor, "b n H"]:
-        """Return the states at some tokens, as the next draft step reads them; see `Head.forward`."""
+        """Return the states at some tokens, which the next draft step reads; see `Head.forward`."""
         tables = self._rotary(embedded, positions[None])
         x = state
         for layer in self.layers:
@@ -113,17 +115,22 @@ class Eagle3Head(nn.Module):
         return normed(self.norm, x) if self.shape.norm_output else x
 
     def normed(self, state: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
-        """Return the states normalised, as an output embedding takes them."""
+        """Return the normalised states, which are the input of an output embedding."""
         return state if self.shape.norm_output else normed(self.norm, state)
 
     def logits(self, state: Float[Tensor, "*b n H"], rows: Float[Tensor, "D H"]) -> Float[Tensor, "*b n D"]:
-        """Return the logits of the tokens that it can propose, given an output embedding of these."""
+        """Return the logits of the D tokens that the head can propose.
+
+        Args:
+            state: states of the head.
+            rows: output embedding of these tokens.
+        """
         logits: Tensor = self.normed(state) @ rows.T
         return logits
 
 
 class _DecoderLayer(nn.Module):
-    """A decoder layer of Llama or Qwen3. The first one of a head reads an embedding and a state, side by side."""
+    """A decoder layer of Llama or Qwen3. The first layer of a head reads an embedding and a state, concatenated."""
 
     def __init__(self, config: LlamaConfig | Qwen3Config, number: int) -> None:
         super().__init__()
@@ -185,8 +192,8 @@ class _FeedForward(nn.Module):
 
 
 class _Rotary(LlamaRotaryEmbedding):
-    """Tables of rotary positions whose frequencies stay in float32, whatever the head's type: 16 bits do not hold the
-    angles of long texts."""
+    """Tables of rotary positions. The frequencies stay in float32, even in a head of another type: 16 bits are too few
+    for the angles of long texts."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Rotary:
         before = {name: buffer.float() for name, buffer in self.named_buffers()}
@@ -197,7 +204,7 @@ class _Rotary(LlamaRotaryEmbedding):
 
 
 def _rotated(x: Float[Tensor, "b heads n dim"], cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first halves of heads with the second ones (Su et al. 2021)."""
+    """Rotate each component of an attention head's first half with its partner in the second half (Su et al. 2021)."""
     cos, sin = (table[:, None].to(x.dtype) for table in (cos, sin))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin

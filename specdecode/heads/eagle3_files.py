@@ -1,4 +1,4 @@
-"""Read and write EAGLE-3 heads: folders in the format of `speculators`, and folders of the original EAGLE-3 files."""
+"""Files of EAGLE-3 heads: folders in the format of `speculators`, and folders of the original EAGLE-3 files."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from specdecode.heads.module import TargetFingerprint
 from specdecode.support.files import write_whole
 
 CONFIG, WEIGHTS, PAGE, OWN = "config.json", "model.safetensors", "README.md", "specdecode.json"
-"""Names of a head's files in its folder. The last holds what this package adds; others ignore it."""
+"""Names of a head's files in its folder. The last file holds data of this package, which other engines ignore."""
 
 IDS = "eagle_aux_hidden_state_layer_ids"
-"""Key of the layers whose hidden states a head reads, counted from 1; 0 stands for the embeddings."""
+"""Key of the target's layers whose hidden states a head reads, counted from 1; 0 stands for the embeddings."""
 
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-"""Keys of a head's wiring that are true or false. A missing one is false, as `speculators` reads it."""
+"""Keys of a head's wiring that are true or false. A missing key means false, as in `speculators`."""
 
-# Draft length that an engine takes by default, and the version of the format that is written.
+# Default draft length of engines that read the folder, and the version of the written format.
 _PROPOSED_TOKENS, _FORMAT_VERSION = 4, "0.9.0"
 _DECODERS: dict[str, type[LlamaConfig] | type[Qwen3Config]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-# In the order in which they are looked for.
+# Names of files with weights, in order of preference.
 _WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin")
 
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Files:
-    """Hold what a head's folder says, in the words of the `speculators` format.
+    """The contents of a head's folder, with the keys and names of the `speculators` format.
 
     Attributes:
-        folder: where the files are, for messages.
-        config: of `config.json`.
-        tensors: by name, in float32; "d2t" and "t2d" in int64 and bool.
-        fingerprint: of the target, if this package wrote the folder.
-        card: says how the head was trained, as plain values, if this package wrote the folder.
+        folder: the folder, for messages.
+        config: the values of `config.json`.
+        tensors: the tensors by name: "d2t" in int64, "t2d" in bool, and the others in float32.
+        fingerprint: fingerprint of the target, if this package wrote the folder.
+        card: the record of the head's training, as plain values, if this package wrote the folder.
     """
 
     folder: Path
@@ -54,19 +54,19 @@ class Eagle3Files:
     card: Mapping[str, Any] | None = None
 
     def rewired(self, **changes: Any) -> Eagle3Files:
-        """Return the same weights with other values in the config."""
+        """Return the same weights with changed values in the config."""
         return replace(self, config={**self.config, **changes})
 
     @property
     def tokens(self) -> Int[Tensor, " D"]:
-        """The ids of the target's vocabulary that the head can propose."""
+        """The D token ids of the target's vocabulary that the head can propose."""
         count = self.config.get("draft_vocab_size") or self.config["transformer_layer_config"]["vocab_size"]
         differences = self.tensors.get("d2t")
         places = torch.arange(count)
         return places if differences is None else places + differences
 
     def layers(self, total: int) -> tuple[int, ...]:
-        """Return the layers of a target whose outputs the head reads; see `Eagle3Shape.layers`.
+        """Return the target's layers whose outputs the head reads; see `Eagle3Shape.layers`.
 
         Args:
             total: number of the target's layers.
@@ -75,8 +75,11 @@ class Eagle3Files:
 
 
 def default_ids(total: int) -> list[int]:
-    """Return the ids of the layers that heads read by default, of a target of so many: near both ends, and in the
-    middle."""
+    """Return the default ids of the layers that a head reads, counted from 1: near both ends and in the middle.
+
+    Args:
+        total: number of the target's layers.
+    """
     return [2, total // 2, total - 3]
 
 
@@ -84,7 +87,7 @@ def read_eagle3(folder: Path) -> Eagle3Files:
     """Read the folder of a head.
 
     Raises:
-        ModelFileError: it holds no EAGLE-3 head, or damaged files.
+        ModelFileError: the folder holds no EAGLE-3 head, or its files are damaged.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -104,22 +107,22 @@ def read_eagle3(folder: Path) -> Eagle3Files:
             raise ModelFileError(f"d2t of the draft head {folder} is for {len(tensors['d2t'])} tokens, not for {count}")
     except ModelFileError:
         raise
-    except Exception as error:  # json, safetensors and pickle have their own each
+    except Exception as error:  # json, safetensors and pickle raise different errors
         raise ModelFileError(f"cannot read the draft head {folder}: {first_line(error)}") from error
     return Eagle3Files(folder, config, tensors, fingerprint, card)
 
 
 def make_eagle3(files: Eagle3Files, layers: int, hidden: int) -> Eagle3Head:
-    """Return the head that a folder describes, in float32 on the CPU.
+    """Return the head of a folder, in float32 on the CPU.
 
     Args:
-        files: of the folder.
+        files: contents of the folder.
         layers: number of the target's layers.
         hidden: width of the target's hidden states.
 
     Raises:
         ModelFileError: the config and the tensors do not fit together.
-        UnsupportedModelError: a decoder layer of another kind than Llama's and Qwen3's with full attention.
+        UnsupportedModelError: the decoder layers are not those of Llama or Qwen3 with full attention.
     """
     config, tensors = files.config, dict(files.tensors)
     for mapping in ("d2t", "t2d"):
@@ -146,14 +149,14 @@ def make_eagle3(files: Eagle3Files, layers: int, hidden: int) -> Eagle3Head:
 
 
 def check_tokens(files: Eagle3Files) -> None:
-    """Raise ModelFileError if a head's two maps between the vocabularies disagree, or name a token twice."""
+    """Raise ModelFileError if a head's maps between the two vocabularies disagree, or a map names a token twice."""
     tokens, proposed = files.tokens, files.tensors.get("t2d")
     if len(tokens.unique()) < len(tokens):
         raise ModelFileError(f"d2t of the draft head {files.folder} names a token twice: the file is damaged")
     if proposed is not None and not torch.equal(proposed.nonzero()[:, 0], tokens.sort().values):
         raise ModelFileError(
-            f"d2t and t2d of the draft head {files.folder} name other tokens: d2t holds the differences between the"
-            f" target's ids and the head's; see what it holds with `specdecode doctor --head {files.folder}`"
+            f"d2t and t2d of the draft head {files.folder} name different tokens: d2t must hold the differences between"
+            f" the target's ids and the head's; check the head with `specdecode doctor --head {files.folder}`"
         )
 
 
@@ -166,17 +169,17 @@ def write_eagle3(
     card: Mapping[str, Any],
     page: str,
 ) -> None:
-    """Write a head to a folder in the format of `speculators`, in 16 bit.
+    """Write a head to a folder in the format of `speculators`, in float16.
 
     Args:
-        folder: is made if need be.
-        head: to store.
-        rows: of the target's output embedding for the head's tokens, which a head that shares them needs in other
-            engines. Without them the folder is smaller, and this package alone reads it.
-        target: of the head.
-        architectures: of the target's config.
-        card: says how the head was trained, as plain values.
-        page: says so in Markdown.
+        folder: the folder, which is created if it does not exist.
+        head: the head to store.
+        rows: rows of the target's output embedding for the head's tokens. A head that shares them needs them in other
+            engines. Without them the folder is smaller, but only this package can use the head.
+        target: fingerprint of the head's target.
+        architectures: `architectures` of the target's config.
+        card: the record of the head's training, as plain values.
+        page: the model card in Markdown, for people.
     """
     tokens, count = head.tokens.cpu(), len(head.tokens)
     tensors = dict(head.state_dict())
@@ -211,19 +214,19 @@ def write_eagle3(
     write_whole(folder / WEIGHTS, save(stored, {"format": "pt"}))
     write_whole(folder / OWN, json.dumps({"fingerprint": fingerprint, "card": dict(card)}) + "\n")
     write_whole(folder / PAGE, page)
-    # Last, since a folder without it is no head.
+    # Written last, since a folder without the config counts as incomplete.
     write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def describe(shape: Eagle3Shape) -> dict[str, Any]:
-    """Return a head's sizes and wiring as plain values, by the keys of the format."""
+    """Return a head's sizes and wiring as plain values, with the keys of the `speculators` format."""
     own_width = shape.target_hidden == shape.hidden
     decoder = shape.decoder.to_diff_dict()
     return {
         IDS: [layer + 1 for layer in shape.layers],
         **{flag: getattr(shape, flag) for flag in FLAGS},
         "target_hidden_size": None if own_width else shape.target_hidden,
-        # The version of the library that writes it would make two equal heads differ.
+        # Without the version of the library, which would make two equal heads differ.
         "transformer_layer_config": {key: decoder[key] for key in sorted(decoder) if key != "transformers_version"},
     }
 
@@ -240,7 +243,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _from_original(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of original EAGLE-3 files in the words of the other format. Their sizes stand at its top."""
+    """Return the config of original EAGLE-3 files with the keys of the `speculators` format. In original files, the
+    sizes of the decoder layers are at the top level."""
     if "draft_vocab_size" not in config and "Eagle3" not in "".join(config.get("architectures") or ()):
         raise ModelFileError(
             f"{folder} holds no EAGLE-3 head: its {CONFIG} has neither a `speculators_model_type` nor a"
@@ -257,7 +261,11 @@ def _from_original(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder_config(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
-    """Return the config of a head's decoder layers."""
+    """Return the config of a head's decoder layers.
+
+    Raises:
+        UnsupportedModelError: the decoder layers are of a kind that cannot be read.
+    """
     given = dict(files.config["transformer_layer_config"])
     kind = given.pop("model_type", "llama")
     if kind not in _DECODERS:
@@ -277,7 +285,7 @@ def decoder_config(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
 
 
 def _read_own(file: Path) -> tuple[TargetFingerprint | None, dict[str, Any] | None]:
-    """Return the fingerprint and the card that this package stored beside a head."""
+    """Return the fingerprint and the card that this package stored with a head; (None, None) without its file."""
     if not file.is_file():
         return None, None
     stored = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Read the files of draft heads of the architecture in `module`, as this package once wrote them."""
+"""Reading of head files in this package's own format, which earlier versions wrote. The heads are those of `module`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ FORMAT = 1
 """Version of the head file format."""
 
 _KEY = "specdecode-head"
-# Names in the file of the fingerprint's tensors.
+# Names of the fingerprint's tensors in the file.
 _TOKENS, _ROWS = "signature.tokens", "signature.rows"
 
 
 def read_head(file: Path) -> tuple[Head, TargetFingerprint, dict[str, Any]]:
-    """Read a head in float32 to the CPU, with the fingerprint of its target and its card.
+    """Read a head file.
+
+    Returns:
+        The head in float32 on the CPU, the fingerprint of its target, and the record of its training (its card).
 
     Raises:
-        ModelFileError: the file is not there, is damaged, or holds no head of this version.
+        ModelFileError: the file is missing or damaged, or holds no head of this format version.
     """
     try:
         with safe_open(file, framework="pt") as opened:

@@ -1,4 +1,4 @@
-"""Load a draft head by name: a file or folder, a hub id, or a model that comes with a head."""
+"""Loading of a draft head by name: a file or folder, a hub id, or a model with a head in this package."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from specdecode.heads.module import Head, TargetFingerprint
 from specdecode.heads.mtp import MtpHead
 from specdecode.models.lm import LM
 
-# The least cosine similarity of the embeddings of one target in two types: that of 4-bit weights to their originals is
-# 0.99, and that of different models is near 0.
+# Least cosine similarity of the embeddings of one target in two types. The similarity of 4-bit weights to their
+# originals is 0.99, and the similarity of different models is near 0.
 _LEAST_SIMILARITY = 0.95
 _FILES = ["*.json", "*.safetensors", "pytorch_model.bin"]
 
 
 def shipped_head(name: str) -> Path | None:
-    """Return the file of the head that the package brings for a model of this name; None if it brings none."""
+    """Return the file of the head that this package contains for a model of this name; None if there is none."""
     file = Path(__file__).parents[1] / "assets" / f"{name}-head.safetensors"
     return file if file.exists() else None
 
@@ -32,13 +32,17 @@ def load_head(name: str, target: LM) -> BoundHead:
     """Load a trained head and bind it to its target.
 
     Args:
-        name: a folder with an EAGLE-3 head, in the format of `speculators` or as the original files, or its id on the
-            hub. A model that comes with a head may be named instead. So may a file of this package (.safetensors).
+        name: a folder with an EAGLE-3 head, in the format of `speculators` or as the original files, or the id of such
+            a folder on the hub. Or the name of a model with a head in this package, such as "smollm2-135m". Or a head
+            file in this package's own format (.safetensors).
         target: the model that the head was trained for, in any type.
 
+    Returns:
+        The head for `HeadDrafter`, in the target's type and on its device.
+
     Raises:
-        ModelFileError: no head by that name, or damaged files.
-        UnsupportedModelError: it was trained for another target, or is of an architecture that cannot be read.
+        ModelFileError: there is no head of that name, or its files are damaged.
+        UnsupportedModelError: the head was trained for another target, or its architecture cannot be read.
     """
     source = str(shipped_head(name) or name)
     head: Head | Eagle3Head
@@ -56,20 +60,30 @@ def load_head(name: str, target: LM) -> BoundHead:
 
 
 def load_mtp(target: LM) -> BoundHead:
-    """Load the MTP layer that ships with a target's checkpoint, and bind it to the target.
+    """Load the MTP layer of a target's checkpoint, and bind it to the target (multi-token prediction, DeepSeek-V3,
+    2024).
+
+    Args:
+        target: a model whose checkpoint has MTP layers.
+
+    Returns:
+        The MTP layer as a head for `HeadDrafter`.
 
     Raises:
         UnsupportedModelError: the target has no MTP layers, or this version of transformers cannot load them.
-        ModelFileError: their weights are not there, or damaged.
+        ModelFileError: the weights of the MTP layers are missing or damaged.
     """
     return BoundHead(MtpHead(target.model), target, copied=False)
 
 
 def find_folder(name: str) -> Path:
-    """Return the folder of a head: this one, or what the hub has under this id.
+    """Return the folder of a head: a local folder, or a download from the hub.
+
+    Args:
+        name: a folder, or an id on the hub.
 
     Raises:
-        ModelFileError: it is neither.
+        ModelFileError: the name is neither a folder of a head, nor an id on the hub that can be fetched.
     """
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
@@ -79,7 +93,7 @@ def find_folder(name: str) -> Path:
         raise ModelFileError(f"{lacks}: name the folder or the file of a head, or {ADVICE}")
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
-    except Exception as error:  # many kinds: no network, no such repository, a gated one
+    except Exception as error:  # no network, no such repository, or a gated one: each is another error
         raise ModelFileError(
             f"no draft head {name!r}: no folder of that name, and the hub said: {first_line(error)}"
         ) from error
@@ -89,16 +103,16 @@ def check_fingerprint(source: Path, trained_for: TargetFingerprint, target: LM) 
     """Raise UnsupportedModelError if a head was trained for another target.
 
     Args:
-        source: of the head, for the message.
-        trained_for: the fingerprint of its target.
-        target: that it is to draft for.
+        source: file or folder of the head, for the message.
+        trained_for: the fingerprint of the target that the head was trained for.
+        target: the target that the head is to draft for.
     """
     target_is = target_fingerprint(target)
     difference = ""
     if _sizes(trained_for) != _sizes(target_is) or trained_for.rows.shape != target_is.rows.shape:
         difference = f"it has {_sizes(target_is)}, not {_sizes(trained_for)}"
     elif cosine_similarity(trained_for.rows.flatten(), target_is.rows.flatten(), 0) < _LEAST_SIMILARITY:
-        difference = "its embeddings are others"
+        difference = "its embeddings differ"
     if difference:
         raise UnsupportedModelError(
             f"{source} is a head for {trained_for.target} and cannot draft for {target.name}, as {difference}: {ADVICE}"

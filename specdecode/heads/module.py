@@ -15,23 +15,24 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 Store = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""Appends the keys and values [b, heads, n, dim] of the tokens that are read in one of the head's layers; returns all
-that these may attend to."""
+"""A function that stores the keys and values, each [b, heads, n, dim], of the tokens that are read. Its arguments are
+the keys, the values and the number of the head's layer. It returns all keys and values that these tokens may attend
+to."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """Hold the sizes of a head.
+    """The sizes of a head.
 
     Attributes:
-        hidden: width H of the target's hidden states.
-        layers: of the target, ascending, whose hidden states the head reads.
-        heads: attention heads of queries.
-        kv_heads: attention heads of keys and values.
-        head_dim: width of an attention head, even.
+        hidden: width H of the head's states and of the target's hidden states.
+        layers: the target's layers whose hidden states the head reads, ascending.
+        heads: number of attention heads of the queries.
+        kv_heads: number of attention heads of the keys and values.
+        head_dim: width of an attention head, an even number.
         intermediate: width of the feed-forward part.
         theta: base of the rotary positions (Su et al. 2021).
-        target_hidden: width of the target's hidden states, which is that of the head's.
+        target_hidden: width of the target's hidden states, equal to `hidden`.
     """
 
     hidden: int
@@ -49,14 +50,14 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class TargetFingerprint:
-    """Identify the target of a head, whatever the type of its weights. A head's file stores it.
+    """The values that identify the target of a head, for any type of the target's weights. A head's file stores them.
 
     Attributes:
-        target: its name.
-        vocab_size: width of its logits.
-        layers: number of its layers.
-        tokens: some of its vocabulary.
-        rows: its embeddings of these tokens.
+        target: name of the target.
+        vocab_size: width of the target's logits.
+        layers: number of the target's layers.
+        tokens: some token ids of the target's vocabulary.
+        rows: the target's embeddings of these tokens.
     """
 
     target: str
@@ -67,12 +68,13 @@ class TargetFingerprint:
 
 
 class Head(nn.Module):
-    """Predict what follows token i from its embedding and the target's hidden states at token i - 1. Where the target
-    has not computed these, the head's own state at token i - 1 takes their place.
+    """A head that predicts token i + 1 from the embedding of token i and the target's hidden states at token i - 1.
+
+    If the target has not computed these hidden states, the head's own state at token i - 1 replaces them.
 
     Args:
-        shape: its sizes.
-        tokens: the D ids of the target's vocabulary that it can propose.
+        shape: sizes of the head.
+        tokens: the D token ids of the target's vocabulary that the head can propose.
     """
 
     tokens: Int[Tensor, " D"]
@@ -96,12 +98,12 @@ class Head(nn.Module):
         self.up_proj = nn.Linear(width, shape.intermediate, bias=False)
         self.down_proj = nn.Linear(shape.intermediate, width, bias=False)
         self.norm = nn.RMSNorm(width, eps=1e-5)
-        # It shares both with its target.
+        # The head shares both with its target.
         self.embed_tokens = self.lm_head = None
 
     def fused(self, hidden_states: Float[Tensor, "*b n F"]) -> Float[Tensor, "*b n H"]:
-        """Return the head's states for the target's hidden states. Each layer's are normalised first, since they grow
-        from layer to layer."""
+        """Return the head's states for the target's hidden states, concatenated to F columns. Each layer's hidden
+        states are normalised first, since they grow from layer to layer."""
         layers = hidden_states.unflatten(-1, (len(self.shape.layers), self.shape.hidden))
         fused: Tensor = self.fuse(rms_norm(layers, (self.shape.hidden,), eps=1e-5).flatten(-2))
         return fused
@@ -114,14 +116,15 @@ class Head(nn.Module):
         store: Store,
         visible: Bool[Tensor, "n s"],
     ) -> Float[Tensor, "b n H"]:
-        """Return the states at some tokens.
+        """Return the head's states at some tokens.
 
         Args:
             embedded: the target's embeddings of the tokens.
-            state: at the token before each: the `fused` hidden states, or the result of this function there.
-            positions: of the tokens.
-            store: holds keys and values.
-            visible: which of the s keys in the store each token attends to.
+            state: for each token, the state at the token before it: the `fused` hidden states, or this function's
+                result there.
+            positions: positions of the tokens.
+            store: stores the keys and values.
+            visible: row i marks the keys that token i attends to, among the s keys in the store.
         """
         x = self.join(torch.cat([normed(self.embedding_norm, embedded), normed(self.state_norm, state)], -1))
         inputs = normed(self.input_layernorm, x)
@@ -139,7 +142,7 @@ class Head(nn.Module):
         return states
 
     def normed(self, state: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
-        """Return the states normalised, as an output embedding takes them."""
+        """Return the normalised states, which are the input of an output embedding."""
         return normed(self.norm, state)
 
     def _rotated(self, x: Float[Tensor, "b heads n dim"], positions: Int[Tensor, " n"]) -> Tensor:
@@ -152,6 +155,7 @@ class Head(nn.Module):
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """Normalise in the type of `x`, which is 16 bit in autocast training: there are no kernels for mixed types."""
+    """Apply an RMS norm in the type of `x`. In autocast training `x` has 16 bits, and there are no kernels for mixed
+    types."""
     assert isinstance(norm, nn.RMSNorm)
     return rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)

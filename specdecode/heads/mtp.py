@@ -1,4 +1,4 @@
-"""The MTP layer that ships with a checkpoint, as a draft head (multi-token prediction, DeepSeek-V3, 2024)."""
+"""The MTP layer of a checkpoint as a draft head (multi-token prediction, DeepSeek-V3, 2024)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from specdecode.models.variants import final_norm
 
 @dataclass(frozen=True, slots=True)
 class MtpShape:
-    """Hold the sizes of an MTP layer.
+    """The sizes of an MTP layer.
 
     Attributes:
-        hidden: width of the target's hidden states, and of the layer's.
-        layers: the target's last one, whose output the layer reads after the target's final norm.
+        hidden: width of the target's hidden states and of the layer's states.
+        layers: the target's last layer. The MTP layer reads its output after the target's final norm.
     """
 
     hidden: int
@@ -33,17 +33,18 @@ class MtpShape:
 
 
 class MtpHead(nn.Module):
-    """Predict what follows token i from its embedding and the target's normalised hidden state at token i - 1. Where
-    the target has not computed it, the layer's own normalised state takes its place.
+    """A head that predicts token i + 1 from the embedding of token i and the target's normalised hidden state at token
+    i - 1.
 
-    The modules are transformers' own. Of a checkpoint with several MTP layers, the first is used at every depth.
+    If the target has not computed this hidden state, the layer's own normalised state replaces it. The modules are
+    transformers' own. If a checkpoint has several MTP layers, the first is used at every depth.
 
     Args:
-        target: with the weights of its MTP layers in its folder, or on the hub.
+        target: the target's model. The weights of its MTP layers must be in its folder or on the hub.
 
     Raises:
         UnsupportedModelError: the target has no MTP layers, or this version of transformers cannot load them.
-        ModelFileError: their weights are not there, or damaged.
+        ModelFileError: the weights of the MTP layers are missing or damaged.
     """
 
     tokens: Int[Tensor, " V"]
@@ -61,13 +62,13 @@ class MtpHead(nn.Module):
         self.shape = MtpShape(config.hidden_size, (config.num_hidden_layers - 1,))
         self.register_buffer("tokens", torch.arange(config.vocab_size), persistent=False)
         self._rotary, self._layer = layers.rotary_emb, layers.layers[0]
-        # In a tuple, as it is a module of the target and none of these.
+        # In a tuple, so that PyTorch does not register the target's norm as a part of this head.
         self._norm = (norm,)
-        # It shares both with its target.
+        # The head shares both with its target.
         self.embed_tokens = self.lm_head = None
 
     def fused(self, hidden_states: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
-        """Return the target's hidden states, normalised."""
+        """Return the target's hidden states after its final norm."""
         normed: Tensor = self._norm[0](hidden_states)
         return normed
 
@@ -79,7 +80,7 @@ class MtpHead(nn.Module):
         store: Store,
         visible: Bool[Tensor, "n s"],
     ) -> Float[Tensor, "b n H"]:
-        """Return the states at some tokens, as the next draft step reads them; see `Head.forward`."""
+        """Return the states at some tokens, which the next draft step reads; see `Head.forward`."""
         mask = torch.zeros(visible.shape, dtype=embedded.dtype, device=visible.device)
         mask.masked_fill_(~visible, torch.finfo(embedded.dtype).min)
         places = positions[None]
@@ -94,12 +95,12 @@ class MtpHead(nn.Module):
         return states
 
     def normed(self, state: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
-        """Return the states as the output layer takes them: the layer has normalised them."""
+        """Return the states unchanged, as the MTP layer has normalised them for the output layer."""
         return state
 
 
 class _Cache:
-    """What a decoder layer of transformers calls on its cache."""
+    """A cache for transformers' decoder layers, with the only method that they call."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -109,23 +110,28 @@ class _Cache:
 
 
 def _load(target: Any) -> Any:
-    """Return transformers' module of a target's MTP layers."""
+    """Return transformers' module with a target's MTP layers.
+
+    Raises:
+        UnsupportedModelError: this version of transformers cannot load them.
+        ModelFileError: the weights are missing or damaged.
+    """
     try:
         from transformers.modeling_layers import MtpModel
     except ImportError as error:
         raise UnsupportedModelError(
-            "this version of transformers cannot load MTP layers: take 5.23 or a later one"
+            "this version of transformers cannot load MTP layers: install 5.23 or later"
         ) from error
     patterns = target._keys_to_ignore_on_load_unexpected or []
     if any(re.search(r"layers\\\.\d", pattern) for pattern in patterns):
-        # transformers knows them by the number of a layer, and lists those of the published sizes alone.
+        # transformers finds the MTP layers by their numbers, and lists only the numbers in models of published sizes.
         config = target.config.get_text_config()
         numbers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
         patterns = [*patterns, *(rf"\.layers\.{number}\." for number in numbers)]
         target._keys_to_ignore_on_load_unexpected = patterns
     try:
         return MtpModel.from_pretrained(target, device_map={"": target.device})
-    except Exception as error:  # a file of the hub, a tensor that is missing, a family that has no such layers
+    except Exception as error:  # no file on the hub, a missing tensor, or a family without such layers
         raise ModelFileError(
             f"cannot load the MTP layers of {target.config.name_or_path}: {first_line(error)}"
         ) from error

@@ -1,4 +1,4 @@
-"""Let a head predict several tokens ahead at all places of a text at once."""
+"""Predictions of a head several tokens ahead, at all places of a text at once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from specdecode.heads.eagle3 import Eagle3Head
 def unrolled(
     head: Eagle3Head, embedded: Float[Tensor, "b n H"], hidden_states: Float[Tensor, "b n F"], ahead: int
 ) -> Iterator[Float[Tensor, "b n H"]]:
-    """Yield the states of a head that predicts as it does in drafting: the first token from the target's hidden states,
-    each later one from its own states after those (training-time test, EAGLE-3, Li et al. 2025).
+    """Yield the states of a head that predicts as in drafting (training-time test, EAGLE-3, Li et al. 2025).
 
-    At token i, after s of its own states (i - s + 1 to i), the head attends to these and to the target's hidden states
-    up to i - s. The tokens are always those of the text.
+    The first prediction uses the target's hidden states, and each later one the head's own states. In prediction s,
+    from 0, the head at token i attends to its own s states (i - s + 1 to i), and to the target's hidden states up to i
+    - s. The tokens are always those of the text.
 
     Args:
-        head: predicts.
-        embedded: the tokens of the texts, from the second one on.
-        hidden_states: the target's at the token before each.
-        ahead: number of tokens predicted from each place.
+        head: the head that predicts.
+        embedded: embeddings of the tokens of b texts, from the second token on.
+        hidden_states: the target's hidden states at the token before each of these.
+        ahead: number of tokens that are predicted from each place.
+
+    Yields:
+        The head's states at all places, for one prediction after another.
     """
     state = head.fused(hidden_states)
     length = embedded.shape[1]
@@ -45,7 +48,7 @@ def unrolled(
 
 
 def _visible(length: int, step: int, device: torch.device) -> Bool[Tensor, "n s"]:
-    """Return which keys each token attends to, of those of all predictions so far, side by side."""
+    """Return the mask of the keys that each token attends to. The keys of all predictions so far are concatenated."""
     at = torch.arange(length, device=device)
     distance = at[:, None] - at
     return torch.cat([distance >= step, *(distance == step - earlier for earlier in range(1, step + 1))], 1)

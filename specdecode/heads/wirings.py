@@ -1,4 +1,5 @@
-"""The wirings that a head's weights may have been trained with: as its config says, and each likely mistake undone."""
+"""The wirings that may fit a head's weights: the wiring of its config, and that wiring with one likely mistake
+undone."""
 
 from __future__ import annotations
 
@@ -23,23 +24,23 @@ from specdecode.heads.eagle3_files import (
 from specdecode.models.lm import LM
 
 _DECODER = "transformer_layer_config"
-# The base that a config without one stands for.
+# The rotary base of a config that gives none.
 _DEFAULT_THETA = 10_000.0
-# Of the same as `rope_parameters`, in older files.
+# Keys that older files have in place of `rope_parameters`.
 _OLDER_ROPE_KEYS = ("rope_theta", "rope_scaling")
 _NORM_FLAGS = {"norm_before_fc": "input_norm.", "fc_norm": "fc_norm."}
-"""Flags of norms before `fc`, with the beginnings of their tensors' names."""
+"""Flags of norms before `fc`, each with the prefix of its tensors' names."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wiring:
-    """Hold a way to connect the weights of a head.
+    """A way to connect the weights of a head.
 
     Attributes:
-        name: for tables.
-        remedy: what to change in the head's folder; "" for the wiring of its config.
+        name: name of the wiring, for tables.
+        remedy: the change in the head's folder that gives this wiring; "" for the wiring of the head's config.
         files: the weights, and a config of this wiring.
-        final_norm: the outputs of the target's last layer are read after its final norm.
+        final_norm: whether the output of the target's last layer is read after the target's final norm.
     """
 
     name: str
@@ -48,19 +49,23 @@ class Wiring:
     final_norm: bool = False
 
     def layers(self, total: int) -> tuple[int, ...]:
-        """Return the layers of a target that are read. Its number of layers stands for its final norm."""
+        """Return the target's layers that the head reads. The number `total` stands for the output of the final norm.
+
+        Args:
+            total: number of the target's layers.
+        """
         layers = self.files.layers(total)
         return tuple(total if self.final_norm and layer == total - 1 else layer for layer in layers)
 
 
 def likely_wirings(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
-    """Yield the wiring that a head's config says, and then those with one likely mistake undone.
+    """Yield the wiring of a head's config, and then wirings with one likely mistake undone.
 
-    Some cannot be built of the weights, and some are the same as others.
+    Some of them cannot be built from the weights, and some may be equal.
 
     Args:
-        files: of the head.
-        target: of the head.
+        files: files of the head.
+        target: target of the head.
     """
     stated = Wiring(f"as {CONFIG} says", "", _without_unread_norms(files))
     total, _ = target_sizes(target)
@@ -73,7 +78,7 @@ def likely_wirings(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
     try:
         decoder_config(files)
     except (SpecDecodeError, KeyError, TypeError, ValueError):
-        return  # no wiring of it can be built
+        return  # the config's decoder layers cannot be built, so no variant of them can
     yield from _other_positions(stated.files, target)
     yield from _other_heads(stated.files, target)
     yield from _shared_embeddings(stated.files, target)
@@ -120,14 +125,14 @@ def _other_flags(files: Eagle3Files) -> Iterator[Wiring]:
 
 
 def _without_unread_norms(files: Eagle3Files) -> Eagle3Files:
-    """Return a head without the norms before `fc` that its config does not name."""
+    """Return the files of a head, without the norms before `fc` that its config does not use."""
     unread = tuple(prefix for flag, prefix in _NORM_FLAGS.items() if not files.config.get(flag))
     return replace(files, tensors={name: x for name, x in files.tensors.items() if not name.startswith(unread)})
 
 
 def _other_tokens(files: Eagle3Files) -> Iterator[Wiring]:
-    """Yield other readings of the maps between the vocabularies."""
-    # Where the output embedding is the target's, other ids are another vocabulary, and no mistake.
+    """Yield wirings with another reading of the maps between the two vocabularies."""
+    # If the output embedding is the target's, other ids would give another vocabulary, which is no mistake.
     own_output = "lm_head.weight" in files.tensors
     differences = files.tensors.get("d2t")
     marked = files.tensors.get("t2d", torch.empty(0)).nonzero()[:, 0]
@@ -156,12 +161,13 @@ def _agree(files: Eagle3Files) -> bool:
 
 
 def _other_positions(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
-    """Yield other rotary positions: the target's, with and without its scaling, and those without any scaling."""
+    """Yield wirings with other rotary positions: the target's, and unscaled ones with the base of the target, of the
+    config, or of configs by default."""
     stated = dict(decoder_config(files).rope_parameters or {})
     of_target = dict(getattr(_config(target), "rope_parameters", None) or {})
     if "rope_type" not in of_target:
         of_target = dict(of_target.get("full_attention") or {})
-    # Heads rotate whole dimensions, whatever the target does.
+    # Heads rotate all components of a key, even if the target rotates only some.
     of_target.pop("partial_rotary_factor", None)
     bases = [parameters.get("rope_theta") for parameters in (of_target, stated)]
     unscaled = [{"rope_type": "default", "rope_theta": base} for base in (*bases, _DEFAULT_THETA) if base]
@@ -173,7 +179,7 @@ def _other_positions(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
 
 
 def _other_heads(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
-    """Yield attention heads of the target's width, where the projections can be cut into such."""
+    """Yield a wiring with attention heads of the target's width, if the projections can be divided into such heads."""
     config = _config(target)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rows = [len(files.tensors.get(f"layers.0.self_attn.{name}_proj.weight", ())) for name in "qk"]
@@ -203,7 +209,7 @@ def _changed(files: Eagle3Files, name: str, changes: Mapping[str, Any]) -> Wirin
 
 
 def _decoder_changed(files: Eagle3Files, name: str, changes: Mapping[str, Any]) -> Wiring:
-    """Return a wiring with changes in the config of the decoder layers."""
+    """Return the wiring with some changes in the config of the decoder layers."""
     decoder = {**files.config[_DECODER], **changes}
     older = [key for key in _OLDER_ROPE_KEYS if "rope_parameters" in changes and decoder.pop(key, None) is not None]
     wiring = _changed(files, name, changes)

@@ -1,1 +1,1 @@
-"""Hugging Face causal LMs: load and wrap them, and check that they can be decoded exactly."""
+"""Hugging Face causal LMs: loading, wrapping, and the check that they can be decoded exactly."""

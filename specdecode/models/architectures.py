@@ -1,4 +1,4 @@
-"""Architectures by name, for models of random weights. Sizes are those of the published configurations."""
+"""Architectures by name, for models with random weights. The sizes are from the published configurations."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
-    "tiny": _pythia(64, 4, 4),  # not published: for trying out what the others measure
+    "tiny": _pythia(64, 4, 4),  # not published: to try out a measurement
 }
 
 
 def config_of(shape: str) -> PretrainedConfig:
-    """Return the configuration of an architecture; raise ModelFileError if there is none of that name."""
+    """Return the configuration of an architecture; raise ModelFileError if the name is unknown."""
     if shape not in SHAPES:
         raise ModelFileError(f"no shape is named {shape!r}: choose from {', '.join(SHAPES)}")
     config: PretrainedConfig = AutoConfig.for_model(**SHAPES[shape])

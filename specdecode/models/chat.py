@@ -1,4 +1,4 @@
-"""Prompts as token ids: of texts, of chats, and the tokens that end a text."""
+"""Prompts of texts and chats as token ids, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """Make token ids of texts, with or without a tokenizer.
+    """A converter from texts to token ids, with or without a tokenizer.
 
     Attributes:
-        name: of the model, for messages.
-        tokenizer: of the model; None if it has none.
-        vocab_size: of the model, in tokens.
+        name: name of the model, for messages.
+        tokenizer: the model's tokenizer; None if it has none.
+        vocab_size: size of the model's vocabulary, in tokens.
     """
 
     name: str
@@ -26,15 +26,16 @@ class TextEncoder:
     vocab_size: int = _BYTES
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
-        """Return the token ids of a text. Without a tokenizer these are its bytes: models of random weights take any
-        ids.
+        """Return the token ids of a text. Without a tokenizer these are the text's bytes in UTF-8, modulo the
+        vocabulary size: models with random weights accept any ids.
 
         Args:
-            text: anything.
-            chat: treat the text as a user's message, in the model's chat template up to the beginning of the answer.
+            text: the text to encode.
+            chat: whether the text is a user's message. Then it is put into the model's chat template, up to the
+                beginning of the answer.
 
         Raises:
-            ValueError: a chat with a model that has no template for one.
+            ValueError: `chat` is set, but the model has no chat template.
         """
         if chat:
             if self.tokenizer is None or not self.tokenizer.chat_template:
@@ -48,16 +49,16 @@ class TextEncoder:
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Make text of token ids and token ids of text, as a server does that takes and sends text.
+    """A converter between token ids and the text that a server receives and sends.
 
     Attributes:
-        tokenizer: of the model; without one, ids are bytes.
+        tokenizer: the model's tokenizer; None if ids are bytes.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of a prompt. A token that the server puts before each text by itself is left out."""
+        """Return the text of a prompt, without the opening token that the server adds to each text itself."""
         if self.tokenizer is None:
             return bytes(ids).decode(errors="replace")
         starts = bool(ids) and ids[0] == self.tokenizer.bos_token_id
@@ -82,10 +83,10 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Return the tokens that end a text: those that the model's generation_config declares, and the tokenizer's own.
+    """Return the tokens that end a text, of the model's generation_config and of the tokenizer.
 
-    The latter may be all that ends the turns of a chat: a model that is trained on further for chats often keeps the
-    generation_config of the model that it was.
+    The tokenizer's token may be the only one that ends a turn of a chat: a model that is fine-tuned for chats often
+    keeps the generation_config of its base model.
     """
     declared = getattr(model.generation_config, "eos_token_id", None)
     ends = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)

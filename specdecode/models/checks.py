@@ -1,4 +1,4 @@
-"""Checks of a model's configuration and signature, before any forward."""
+"""Checks of a model's configuration, modules and signature, before any forward."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import sys
 from transformers import PretrainedConfig, PreTrainedModel
 
 from specdecode.backends.grouped_attention import GROUPED
+from specdecode.backends.row_attention import BY_ROWS
 from specdecode.models.wrapped import unloaded_reason
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Return the number of positions that a model may use without changing the rotation of cached keys."""
+    """Return the largest number of positions with which the rotation of cached keys stays valid."""
     limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Beyond this length all positions are rotated by other factors, and cached keys would be wrong.
+        # In longer texts the rotation of all positions uses other factors, so cached keys would be wrong.
         limit = min(limit, rope.get("original_max_position_embeddings") or limit)
     return int(limit)
 
@@ -32,7 +33,8 @@ def sliding_window(config: PretrainedConfig) -> int | None:
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Return why the configuration alone rules the model out; None if it does not."""
+    """Return the reason why a model cannot be decoded exactly, by its weights or configuration; None if none is
+    found."""
     if unloaded := unloaded_reason(model):
         return unloaded
     config = model.config.get_text_config(decoder=True)
@@ -45,25 +47,23 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
         return "its ALiBi biases are taken from cache slots, not from the given positions"
     if getattr(config, "keep_window_size", None):
-        return (
-            "of a long text it attends to the strongest tokens only, and which of two equal ones depends on their slots"
-        )
+        return "in a long text it attends only to the strongest tokens, and its choice of equal ones depends on slots"
     implementation = config._attn_implementation
-    if implementation not in ("eager", "sdpa", GROUPED):
+    if implementation not in ("eager", "sdpa", GROUPED, BY_ROWS):
         return f"attention {implementation!r} takes no 4-D mask; load it with attn_implementation='sdpa'"
     return None
 
 
 def missing_arguments(model: PreTrainedModel) -> str | None:
-    """Return which arguments a model's forward lacks for decoding through slots; None if it has all."""
+    """Return a message on the arguments that a model's forward lacks for decoding through slots; None if it has all."""
     parameters = inspect.signature(type(model).forward).parameters
     missing = [name for name in ("position_ids", "past_key_values") if name not in parameters]
     return f"its forward takes no {' and no '.join(missing)}" if missing else None
 
 
 def mixed_rows_reason(model: PreTrainedModel) -> str | None:
-    """Return which layers compute a token's outputs from the other tokens of a forward too; None if there are none."""
-    # By name, as bitsandbytes need not be installed.
+    """Return a message if some layers compute a token's outputs also from other tokens of the forward; else None."""
+    # Compared by name, as bitsandbytes may not be installed.
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         return (
             "the 8-bit layers of bitsandbytes choose their outliers among all tokens of a forward, so a token's logits"

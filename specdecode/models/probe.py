@@ -1,4 +1,4 @@
-"""The probe: a tree through the slots must give the logits of sequential forwards without them."""
+"""The probe of a model: a tree forward through the slots must give the logits of sequential forwards without slots."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from specdecode.core.tree import DraftTree
 from specdecode.models.checks import missing_arguments, mixed_rows_reason
 from specdecode.models.forwards import SlotDecoder
 from specdecode.models.masks import MaskForm
+from specdecode.models.quantized_linear import rounding
 from specdecode.models.wrapped import execution_device
 
-# Sliding window while a model is probed, in positions: narrower than the probe is long.
+# Width of the sliding window during the probe, in positions. It is less than the length of the probe.
 _PROBE_WINDOW = 4
-# Largest error of a tree forward, in standard deviations of the logits: far above rounding, far below the error of a
-# wrong mask or position. Parts of a model may compute in float32 whatever its type.
+# Largest error of a tree forward, in standard deviations of the logits. It is far above rounding, and far below the
+# error of a wrong mask or position. The bound for float64 is loose, since parts of a model may compute in float32.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.25}
 
 
 def exact_mask_form(form: MaskForm, config: PretrainedConfig, check: Callable[[MaskForm], None]) -> MaskForm:
-    """Return the form of masks with which a model with windows decodes exactly: by type of layers, or one for all.
+    """Return the form of masks with which a model with a sliding window decodes exactly.
+
+    The two forms are one mask for each type of layers, and one mask for all layers.
 
     Args:
-        form: to try first.
-        config: of the model. Its window is narrowed meanwhile: only a window narrower than the probe is long shows how
-            the model's code treats it.
-        check: raises UnsupportedModelError unless the model decodes exactly with a form.
+        form: the form to try first.
+        config: the model's configuration. Its window is narrowed during the check: only a window below the length of
+            the probe shows how the model's code uses it.
+        check: raises UnsupportedModelError unless the model decodes exactly with the given form.
 
     Raises:
-        UnsupportedModelError: neither form will do.
+        UnsupportedModelError: the model decodes exactly with neither form.
     """
     with _narrow_window(config) as window:
         try:
@@ -46,7 +49,7 @@ def exact_mask_form(form: MaskForm, config: PretrainedConfig, check: Callable[[M
 
 @contextmanager
 def _narrow_window(config: PretrainedConfig) -> Iterator[int]:
-    """Narrow the window of a configuration within this context, and yield its width."""
+    """Narrow the sliding window of a configuration within this context, and yield the narrow width in positions."""
     window = config.sliding_window
     config.sliding_window = narrow = min(window, _PROBE_WINDOW)
     try:
@@ -57,10 +60,10 @@ def _narrow_window(config: PretrainedConfig) -> Iterator[int]:
 
 @torch.inference_mode()
 def check_tree_decoding(decoder: SlotDecoder) -> None:
-    """Compare a short tree through the slots with sequential forwards without them.
+    """Compare a short tree forward through the slots with sequential forwards without slots.
 
     Raises:
-        UnsupportedModelError: the logits differ, or the forward fails; the sentence gives the reason.
+        UnsupportedModelError: the logits differ, or a forward fails. The message gives the reason.
     """
     try:
         reason = _difference(decoder)
@@ -78,16 +81,16 @@ def check_tree_decoding(decoder: SlotDecoder) -> None:
 
 
 def _difference(decoder: SlotDecoder) -> str | None:
-    """Return how the logits through the slots differ from the sequential ones; None if they agree."""
+    """Return a message if the logits through the slots differ from the sequential logits; None if they agree."""
     model, vocab_size = decoder.model, decoder.vocab_size
     stem = [(11 * i + 3) % vocab_size for i in range(5)]
     nodes = [(7 * i + 5) % vocab_size for i in range(11)]
     after = vocab_size // 2
-    # Eight siblings, so that slot and position lie far apart in the branch below the last of them.
+    # Eight siblings, so that slot and position differ much in the branch below the last sibling.
     tree = DraftTree(torch.tensor(nodes), torch.tensor([0] * 8 + [8, 8, 9]))
     accepted = [8, 9, 11]
     slots = decoder.new_slots(len(stem))
-    # With static shapes, the first forward is an ordinary one; the others are static.
+    # On a backend with static shapes, the first forward is an ordinary one, and the others are static.
     decoder.forward(slots, torch.tensor(stem[:-1]))
     at_nodes = decoder.forward_tree(slots, stem[-1:], tree)
     slots.keep([len(stem) - 1 + node for node in accepted], after=len(stem))
@@ -99,14 +102,14 @@ def _difference(decoder: SlotDecoder) -> str | None:
         sequential = sequential[len(stem) - 1 :][: len(through_slots)].double()
         if not sequential.isfinite().all():
             return (
-                "a plain forward of it gives logits that are NaN or infinite: its weights are damaged, or too large for"
+                "a plain forward gives logits that are NaN or infinite: its weights are damaged, or too large for"
                 f" {str(model.dtype).removeprefix('torch.')}; load it again, or in another dtype"
             )
         error = ((through_slots.double() - sequential).abs().max() / sequential.std()).item()
-        if not error <= _TOLERANCE[model.dtype]:
+        if not error <= _TOLERANCE[rounding(model)]:
             return (
                 "a tree through its cache gives other logits than the same tokens in sequence (off by"
                 f" {error:.2g} standard deviations), as happens where positions are taken from cache slots"
-                " (ALiBi), a layer ignores the given mask, or the code does not do what the configuration says"
+                " (ALiBi), a layer ignores the given mask, or the code does not follow the configuration"
             )
     return None

@@ -1,77 +1,78 @@
-"""Quantisation: a transform of a loaded module to 8-bit weights, before it decodes anything."""
+"""Quantisation: a transform of a loaded module to 8-bit or 4-bit weights, before any decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
 
 from specdecode.backends.packed import PackedLinear
+from specdecode.backends.row_attention import by_rows
 from specdecode.core.errors import UnsupportedModelError
+from specdecode.models.quantized_linear import GROUP, Int4Linear, Int8Linear
+
+KINDS = ("int8", "int4")
+"""Weights of 8 bits and of 4 bits."""
+
+COARSE = "int4-coarse"
+"""Weights of 4 bits with one grid for each output channel: a negative control of "int4"."""
 
 
-def quantizer(kind: str) -> Callable[[nn.Module], None]:
+def quantizer(kind: str, device: torch.device | None = None) -> Callable[[nn.Module], None]:
     """Return the transform that quantises a model's weights in place. Call it before loading the model.
 
-    "int8" is torchao's weight-only INT8. A weight is an integer from -128 to 127 times the scale of its output channel,
-    which is the largest magnitude there over 127.5; so the error is half a scale at most. A linear layer takes one byte
-    per weight and five bytes per channel: a scale in float32, and a zero point that is always 0. All linear layers are
-    quantised, including an untied output head. A head that is tied to the embedding stays as it is: its integers would
-    be stored in addition to the embedding, of which a forward reads only some rows.
+    All linear layers are quantised, including an untied output head (`models.quantized_linear`). A head that is tied to
+    the embedding stays unquantised: its integers would need memory in addition to the embedding, of which a forward
+    reads only some rows.
 
-    Run eagerly, each forward first writes all integers of a layer out in the type of the activations, and then
-    multiplies with those. That moves more bytes than an unquantised layer, so it may be slower, on a CPU and on a GPU:
-    the gain is memory. Fewer bytes move only where a compiler fuses the conversion into the product. Eagerly torchao
-    calls no kernel of its own for this, nor `torch._weight_int8pack_mm`.
+    The transform raises UnsupportedModelError if a matrix that is no embedding belongs to no plain linear layer (GPT-2,
+    Falcon, mixtures of experts), or if 4-bit groups do not fit it. Otherwise that matrix would silently stay
+    unquantised.
 
-    The transform raises UnsupportedModelError if any matrix other than an embedding belongs to no plain linear layer
-    (GPT-2, Falcon, mixtures of experts): it would silently stay unquantised.
+    Args:
+        kind: "int8" or "int4"; or "int4-coarse", a negative control.
+        device: the device that will decode; None if it is a CPU.
 
     Raises:
-        ValueError: there is no such kind, or torchao is not installed.
+        ValueError: the kind is unknown, or the device cannot multiply with it.
     """
-    if kind != "int8":
-        raise ValueError(f"quantize is {kind!r}: weights are quantised to 'int8' only")
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise ValueError(f"INT8 weights need torchao ({error}): pip install torchao") from error
-    # By default torchao changes the compiler's settings for the whole process.
-    config = Int8WeightOnlyConfig(set_inductor_config=False)
+    if kind not in (*KINDS, COARSE):
+        raise ValueError(f"quantize is {kind!r}: choose from {', '.join(KINDS)}")
+    if kind != "int8" and device is not None and device.type != "cpu":
+        raise ValueError(f"quantize is {kind!r}, and only a CPU multiplies with 4-bit weights: use 'int8' on {device}")
+
+    def quantised(linear: nn.Linear) -> nn.Module:
+        if kind == "int8":
+            return Int8Linear(linear)
+        return Int4Linear(linear, linear.in_features if kind == COARSE else GROUP)
 
     def transform(model: nn.Module) -> None:
-        layers = _linear_layers(model)
-        for layer in layers:
-            # torchao takes no float64. Scales are float32 in any case, and the products stay in the activations' type.
-            if layer.weight.dtype == torch.float64:
-                layer.weight = nn.Parameter(layer.weight.float())
-        quantize_(model, config, filter_fn=lambda module, name: module in layers)
-        for layer in layers:
-            if layer.weight.dtype == torch.float16:
-                _scale_activations_by_128(layer.weight)
+        layers = _linear_layers(model, 1 if kind == "int8" else GROUP)
+        made: dict[nn.Module, nn.Module] = {}
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and child in layers:
+                    made.setdefault(child, quantised(child))
+                    setattr(parent, name, made[child])
+        if isinstance(model, PreTrainedModel) and (device is None or device.type == "cpu"):
+            by_rows(model)
 
     return transform
 
 
-def _scale_activations_by_128(weight: Any) -> None:
-    """Divide activations by 128 and multiply scales by 128, so that products stay within float16.
+def _linear_layers(model: nn.Module, group: int) -> set[nn.Linear]:
+    """Return the layers to quantise. All matrices must belong to them, except embeddings and heads tied to an
+    embedding.
 
-    torchao multiplies activations by the integers first and by the scale last. Between the two, a real model exceeds
-    65,504, the largest float16 (SmolLM2-135M by a factor of 8). Scaled like this, the integers act as weights of at
-    most 1.
-    """
-    weight.act_pre_scale = torch.tensor(1 / 128, dtype=weight.dtype, device=weight.device)
-    weight.scale.mul_(128)
-
-
-def _linear_layers(model: nn.Module) -> set[nn.Linear]:
-    """Return the layers to quantise. All matrices must belong to them, except embeddings and heads tied to one.
+    Args:
+        model: the model.
+        group: inputs that share a grid: the number of inputs must be a multiple.
 
     Raises:
-        UnsupportedModelError: another module has a matrix.
+        UnsupportedModelError: another module has a matrix, or a layer has another number of inputs.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     layers = set()
@@ -79,27 +80,32 @@ def _linear_layers(model: nn.Module) -> set[nn.Linear]:
         matrices = [weight for weight in module.parameters(recurse=False) if weight.dim() > 1]
         if all(id(weight) in embeddings for weight in matrices):
             continue
-        # A subclass may use its weight in other ways, which integers do not support.
+        # A subclass may use its weight in a way that integers do not support.
         if type(module) is not nn.Linear or is_traceable_wrapper_subclass(module.weight):
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be quantised: {name} is a {type(module).__name__} of"
-                f" {type(matrices[0]).__name__}, and INT8 is for plain linear layers in floating point"
+                f" {type(matrices[0]).__name__}, and integers are for plain linear layers in floating point"
+            )
+        if module.in_features % group:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be quantised to 4 bits: {name} has {module.in_features} inputs, no"
+                f" multiple of {group}; use 'int8'"
             )
         layers.add(module)
     return layers
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's weights as they are stored, packed layouts included."""
+    """Return the bytes of a model's stored weights, packed layouts included."""
     packed = sum(module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear))
     return sum(map(stored_bytes, model.parameters())) + packed
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Return the bytes that a tensor takes.
+    """Return the bytes that a tensor occupies.
 
-    A quantised tensor's `nbytes` are those of the tensor that it stands for. Here its integers, scales and zero points
-    are counted. Of a tensor that processes share, this process's part is.
+    For a quantised tensor these are the bytes of its integers, scales and zero points. (Its `nbytes` would be the bytes
+    of the unquantised tensor.) Of a tensor that is split among processes, only the part of this process counts.
     """
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes

@@ -1,4 +1,4 @@
-"""Record what a forward computes on the way: attention weights, and the hidden states of selected layers."""
+"""Recording of attention weights and of the hidden states of selected layers during a forward."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from specdecode.models.variants import decoder_layers, shared_copy
 def recorded_hidden_states(
     model: PreTrainedModel, layers: Sequence[int]
 ) -> Iterator[list[Float[Tensor, "rows n hidden"]]]:
-    """Record hidden states within this context: after each forward, the list holds those of the layers, in their order.
+    """Record hidden states within this context.
 
     Args:
-        model: gets forward hooks, which are removed after the context.
-        layers: indices of decoder layers; -1 for the input of the first one. The last layer's output is that before the
-            model's final norm.
+        model: the model. It gets forward hooks, which are removed after the context.
+        layers: indices of decoder layers; -1 for the input of the first layer. The last layer's hidden states are
+            recorded before the model's final norm.
+
+    Yields:
+        A list that each forward fills with the hidden states of the layers, in the order of `layers`.
 
     Raises:
         ValueError: there is no such layer, or the model does not hold its layers in one list.
@@ -42,7 +45,7 @@ def recorded_hidden_states(
 
 
 def _hooked(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor], list[RemovableHandle]]:
-    """Hook layers of a model; return the list that each forward fills, and the handles of the hooks."""
+    """Hook layers of a model. Return the list that each forward fills, and the handles of the hooks."""
     stack = decoder_layers(model)
     if stack is None or not all(-1 <= layer < len(stack) for layer in layers):
         total = "no list of layers" if stack is None else f"layers 0 to {len(stack) - 1}"
@@ -72,14 +75,14 @@ def _hooked(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Recorder:
-    """Hold a model whose hidden states are recorded.
+    """A model with hooks that record its hidden states.
 
     Attributes:
-        layers: whose hidden states are recorded.
-        model: runs the forwards.
-        hidden_states: [rows, n, hidden] of each layer, of the last forward.
-        static: runs forwards over static shapes, whose outputs are the logits and the hidden states; None if the
-            backend has none.
+        layers: the layers whose hidden states are recorded.
+        model: the model that runs the forwards.
+        hidden_states: [rows, n, hidden] the hidden states of each layer in the last forward.
+        static: runner of forwards over static shapes, which returns the logits and the hidden states; None for a
+            backend without static shapes.
     """
 
     layers: tuple[int, ...]
@@ -95,15 +98,15 @@ class Recorder:
 
 
 class HiddenStateRecording:
-    """Switch the recording of a model's hidden states on and off.
+    """A switch for the recording of a model's hidden states.
 
     Args:
-        model: to record.
-        static_runner: takes a model and the list of its hidden states, and returns a runner over static shapes. The
-            runner returns the first row's hidden states after the logits. None for a backend without static shapes.
+        model: the model to record.
+        static_runner: builds a runner over static shapes from a model and the list of its hidden states. The runner
+            returns the first row's hidden states after the logits. None for a backend without static shapes.
 
     Attributes:
-        recorder: in use; None while nothing is recorded.
+        recorder: the recorder in use; None if nothing is recorded.
     """
 
     def __init__(
@@ -118,7 +121,10 @@ class HiddenStateRecording:
 
     @contextmanager
     def record(self, layers: Sequence[int]) -> Iterator[None]:
-        """Record these layers within this context; with none, record nothing.
+        """Record the hidden states of these layers within this context. Without layers, record nothing.
+
+        Args:
+            layers: as for `recorded_hidden_states`.
 
         Raises:
             ValueError: as `recorded_hidden_states`.
@@ -139,11 +145,11 @@ class HiddenStateRecording:
             self.recorder = outer
 
     def _static_recorder(self, layers: tuple[int, ...]) -> Recorder:
-        """Return the recorder of layers over static shapes, which is made once.
+        """Return the recorder of layers over static shapes, which is built once for these layers.
 
-        Compiled and captured code lives as long as the model, and so do its hooks. They are those of a copy of the
-        modules with the same weights: PyTorch reuses compiled code without checking for hooks, so plain decoding must
-        have code of other modules.
+        Compiled and captured code lives as long as the model, and so do its hooks. The hooks are on a copy of the
+        modules with the same weights. PyTorch reuses compiled code without a check for hooks, so plain decoding needs
+        the code of other modules.
         """
         if layers not in self._static_recorders:
             assert self._static_runner is not None
@@ -157,18 +163,18 @@ class HiddenStateRecording:
 def store_attention(
     sequences: Sequence[Slots], inputs: Sequence[ForwardInput], attentions: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
-    """Store the attention weights of a forward in the slots of its sequences, at least in float32.
+    """Store the attention weights of a forward in the slots of its sequences, in float32 or float64.
 
     Args:
-        sequences: of the forward.
-        inputs: of each.
-        attentions: [rows, heads, n, length] of each layer, with padding first.
-        dtype: of the model.
+        sequences: slots of the sequences of the forward.
+        inputs: input of each sequence.
+        attentions: [rows, heads, n, length] attention weights of each layer, with the padding first.
+        dtype: type of the model.
     """
     for row, (slots, read) in enumerate(zip(sequences, inputs, strict=True)):
         slots.weights = torch.stack(
             [
-                # Query heads that share a key head: its slots receive the attention of all of them.
+                # Several query heads may share a key head, whose slots receive the attention of all of them.
                 weights[row, :, weights.shape[2] - len(read.tokens) :, : slots.length]
                 .unflatten(0, (keys.shape[0], -1))
                 .sum(1)

@@ -1,8 +1,8 @@
-"""KV re-rotation: after an eviction, rotate the keys that stay to their new positions in the cache.
+"""KV re-rotation: after an eviction, the keys that stay are rotated to their new positions in the cache.
 
 Rotary positions (Su et al. 2021) rotate each pair of a key's components by an angle that grows with the position.
-Cached keys are rotated already. So a key is rotated back and then on to its new position, with the angles of the
-model's own rotary module: the result is the key that the model would have written there.
+Cached keys are rotated already. So a key is rotated back by its old angles, and then forward by the angles of its new
+position. Both come from the model's own rotary module. The result is the key that the model would have written there.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
 from specdecode.models.forwards import SlotDecoder
 
-# Positions of one token whose keys show how a layer rotates: far enough apart for every frequency to show.
+# Two positions of one token, whose keys show the rotation of a layer. They are far enough apart for every frequency to
+# have an effect.
 _PROBED_POSITIONS = (3, 41)
-# Largest error of a re-rotated key, in standard deviations of the key's components. Parts of transformers compute in
-# float32 whatever the model's type.
+# Largest error of a re-rotated key, in standard deviations of the key's components. The bound for float64 is loose,
+# since parts of transformers compute in float32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# Layouts of a rotary module's output, shown for two pairs (0 and 1), and how to take one value for each pair.
+# Layouts of a rotary module's output, written for two pairs (0 and 1), with a function that gives one value per pair.
 _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "0 1 0 1": lambda output: output[..., : output.shape[-1] // 2],
     "0 0 1 1": lambda output: output[..., ::2],
@@ -37,15 +38,16 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Describe how one layer rotates its keys.
+    """The way in which one layer rotates its keys.
 
     Attributes:
-        module: returns cosines and sines of positions.
-        arguments: of the module, after the positions: the type of layer, if it takes one.
-        adjacent: components are paired with their neighbours (0 with 1); otherwise with those half the width away.
-        layout: of the pairs' cosines in the module's output.
-        last: if only some components of a key are rotated, they are the last ones; otherwise the first.
-        backwards: the pairs rotate the other way.
+        module: rotary module, which returns cosines and sines for positions.
+        arguments: arguments of the module after the positions: the type of layer, if the module needs it.
+        adjacent: whether components are paired with their neighbours (0 with 1); otherwise with the components half the
+            rotated width away.
+        layout: key of `_LAYOUTS`: the layout of the module's output.
+        last: whether the last components are rotated, if a part of the key is rotated; otherwise the first components.
+        backwards: whether the pairs rotate in the opposite direction.
     """
 
     module: nn.Module
@@ -58,17 +60,17 @@ class Rotation:
     def table(
         self, like: Tensor, positions: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n pairs"], Float[Tensor, "n pairs"]]:
-        """Return cosine and sine of each pair's angle at these positions, scaled as the model scales them.
+        """Return cosine and sine of each pair's angle at these positions, in float64, with the model's own scaling.
 
         Args:
-            like: a tensor of the type and device that the module returns.
-            positions: any.
+            like: a tensor with the type and device of the module's output.
+            positions: positions of tokens.
         """
         output = self.module(like, positions[None], *self.arguments)
         # Some modules return complex numbers.
         cos, sin = (output.real, output.imag) if isinstance(output, Tensor) else output
         by_pair = _LAYOUTS[self.layout]
-        # A key may be re-rotated a thousand times: only the rounding of the result may add up.
+        # In float64, since a key may be re-rotated a thousand times: only the rounding of the stored keys may add up.
         cos, sin = by_pair(cos)[0].double(), by_pair(sin)[0].double()
         return cos, -sin if self.backwards else sin
 
@@ -78,12 +80,15 @@ class Rotation:
         before: tuple[Tensor, Tensor],
         after: tuple[Tensor, Tensor],
     ) -> Float[Tensor, "heads n dim"]:
-        """Rotate keys back by the angles of `before`, and on by those of `after`.
+        """Rotate keys back by the angles of `before`, and then forward by the angles of `after`.
 
         Args:
-            keys: rotated.
-            before: cosines and sines, each [n, pairs] or, by head, [heads, n, pairs].
-            after: likewise.
+            keys: rotated keys.
+            before: cosines and sines of the old positions, each [n, pairs] or, by head, [heads, n, pairs].
+            after: cosines and sines of the new positions, likewise.
+
+        Returns:
+            The keys at the new positions, in the type of `keys`.
         """
         width = 2 * before[0].shape[-1]
         start = keys.shape[-1] - width if self.last else 0
@@ -99,7 +104,7 @@ class Rotation:
         return torch.cat([keys[..., :start], rerotated.to(keys.dtype), keys[..., start + width :]], dim=-1)
 
     def _pairs(self, components: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views of the first and of the second components of the pairs."""
+        """Return views of the first components and of the second components of all pairs."""
         if self.adjacent:
             return components[..., ::2], components[..., 1::2]
         half = components.shape[-1] // 2
@@ -108,17 +113,20 @@ class Rotation:
 
 @torch.inference_mode()
 def rotations(decoder: SlotDecoder) -> list[Rotation | None]:
-    """Find out how each layer of a model rotates its keys; None for a layer whose keys ignore their position.
+    """Return the rotation of each layer's keys; None for a layer whose keys do not depend on the position.
 
-    One token alone, at two positions, has keys that differ by the rotation only, in every layer. So each candidate is
-    tried on these keys.
+    If a single token is run alone at two positions, its keys differ only by the rotation, in every layer. So each
+    possible rotation is tried on these keys.
 
     A model without a rotary module, but with an embedding of positions, has None in every layer: its keys cannot be
-    re-rotated and stay as they are. Tokens decoded later take positions within the cache all the same.
+    re-rotated and stay unchanged. Later tokens still get positions within the cache.
+
+    Args:
+        decoder: the model.
 
     Raises:
-        UnsupportedModelError: the keys depend on their position in an unknown way. Or the values do, as in a compressed
-            cache with rotated components.
+        UnsupportedModelError: the keys depend on the position in an unknown way. Or the values depend on it, as in a
+            compressed cache with rotated components.
     """
     model = decoder.model
     (before, values_before), (after, values_after) = (_kv_at(decoder, position) for position in _PROBED_POSITIONS)
@@ -128,8 +136,8 @@ def rotations(decoder: SlotDecoder) -> list[Rotation | None]:
     for layer, (old, new) in enumerate(zip(values_before, values_after, strict=True)):
         if not _explains(None, old, new):
             raise UnsupportedModelError(
-                f"a cache policy cannot serve this {model.config.model_type} model: what its layer {layer} stores as"
-                " values depends on the position, so it cannot be re-rotated"
+                f"a cache policy cannot serve this {model.config.model_type} model: the values of its layer"
+                f" {layer} depend on the position, so they cannot be re-rotated"
             )
     by_layer: list[Rotation | None] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -146,21 +154,21 @@ def rotations(decoder: SlotDecoder) -> list[Rotation | None]:
 def _kv_at(
     decoder: SlotDecoder, position: int
 ) -> tuple[list[Float[Tensor, "heads 1 dim"]], list[Float[Tensor, "heads 1 width"]]]:
-    """Return keys and values by layer of one token that is alone, at a position."""
+    """Return the keys and values of each layer for a single token at a position."""
     slots = decoder.new_slots(1)
     decoder.forward(slots, torch.tensor([decoder.vocab_size // 3]), positions=torch.tensor([position]))
-    # Copies, since the next slots may have the same storage.
+    # Copies, since the next slots may use the same storage.
     return [keys.clone() for keys in slots.filled_keys()], [values.clone() for values in slots.filled_values()]
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
-    """Yield every rotation that one of the model's rotary modules may stand for."""
+    """Yield all rotations that are possible with the model's rotary modules."""
     types = sorted(set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()))
     for module in model.modules():
         buffers = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
         if not buffers:
             continue
-        # A module for several types of layers takes one as an argument.
+        # A module for several types of layers needs the type as an argument.
         kinds: list[tuple[str, ...]] = [(kind,) for kind in types if f"{kind}_inv_freq" in buffers]
         for arguments in kinds or [()]:
             either = (False, True)
@@ -169,7 +177,13 @@ def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
 
 
 def _explains(rotation: Rotation | None, old: Tensor, new: Tensor) -> bool:
-    """Return whether a rotation takes the tensor at the first probed position to that at the second."""
+    """Return whether a rotation turns a tensor of the first probed position into that of the second.
+
+    Args:
+        rotation: the rotation to try; None for no rotation.
+        old: keys or values at the first probed position.
+        new: keys or values at the second probed position.
+    """
     if rotation is not None:
         tables = [rotation.table(old, torch.tensor([position], device=old.device)) for position in _PROBED_POSITIONS]
         if 2 * tables[0][0].shape[-1] > old.shape[-1]:
@@ -180,7 +194,7 @@ def _explains(rotation: Rotation | None, old: Tensor, new: Tensor) -> bool:
 
 
 def _embeds_positions(model: PreTrainedModel) -> bool:
-    """Return whether there is an embedding with a row for each position; some have a few more rows."""
+    """Return whether a model has an embedding with one row for each position. Up to 8 further rows are allowed."""
     words = model.get_input_embeddings()
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -188,13 +202,13 @@ def _embeds_positions(model: PreTrainedModel) -> bool:
 
 
 class KeyRerotation:
-    """Evict slots of one model, and re-rotate the keys that stay to their new positions.
+    """The eviction of slots of one model, with re-rotation of the keys that stay.
 
-    The angles are computed in double precision, but the keys stay in the model's type: in 16 bit each re-rotation
+    The angles are computed in double precision, but the keys stay in the model's type. In 16 bits, each re-rotation
     rounds them once more.
 
     Args:
-        rotations: of the model's layers.
+        rotations: rotation of each layer's keys; None for a layer without one.
     """
 
     def __init__(self, rotations: Sequence[Rotation | None]) -> None:
@@ -202,13 +216,13 @@ class KeyRerotation:
 
     @torch.inference_mode()
     def evict(self, slots: Slots, kept: Int[Tensor, "... m"]) -> None:
-        """Keep these slots; their tokens take the positions 0, 1, 2, ... in the cache.
+        """Evict all slots except the given ones. Their tokens get the positions 0, 1, 2, ... in the cache.
 
-        Before and after, each slot's position is its number.
+        The position of each slot must be its number. This is also true afterwards.
 
         Args:
-            slots: hold committed tokens only.
-            kept: ascending; the same slots for all heads and layers [m], or a selection for each head
+            slots: slots that hold committed tokens only.
+            kept: slots that stay, ascending: one selection for all heads and layers [m], or one for each head
                 [layers, heads, m].
         """
         length = slots.length

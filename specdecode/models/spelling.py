@@ -1,4 +1,4 @@
-"""The text that single tokens add to a text."""
+"""The bytes and characters that single tokens add to a text."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# What tokens are decoded behind: a tokenizer may drop the space that a text begins with.
+# Text before the token that is decoded: a tokenizer may drop the space at the start of a text.
 _CONTEXT = "abcdef"
-# How a byte is named in vocabularies that fall back to bytes.
+# Name of a byte's token in vocabularies that fall back to bytes.
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# Half a surrogate pair, of which UTF-8 makes no character: Python waits for its third byte all the same.
+# The first bytes of half a surrogate pair, which is no character in UTF-8. Python's decoder still waits for a third
+# byte.
 _HALF_PAIR = re.compile(rb"\xed[\xa0-\xbf]")
 
 
 class Spelling:
-    """The bytes that each token of a tokenizer adds to a text, behind other tokens.
+    """The bytes that each token of a tokenizer adds to a text, after other tokens.
 
-    A decoded slice of tokens is no slice of the decoded text: a character may be spread over several tokens, and the
-    space before a first word is dropped. Bytes have no such seams: those of the tokens, joined, are the text's.
+    Decoding a slice of the tokens does not give a slice of the decoded text: a character may be spread over several
+    tokens, and the space before a first word is dropped. With bytes this problem does not occur: the joined bytes of
+    all tokens are the bytes of the text.
+
+    Args:
+        tokenizer: the tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -41,20 +46,29 @@ class Spelling:
         return self._known[token]
 
     def text(self, tokens: Sequence[int], *, special: bool = True) -> str:
-        """Return the text that tokens add; without a character at its end of which bytes are missing.
+        """Return the text that tokens add to a text. An incomplete character at its end is left out.
 
         Args:
-            tokens: that stand behind others.
-            special: whether to include special tokens, such as those that end a turn of a chat.
+            tokens: token ids, which follow other tokens.
+            special: whether to include special tokens, such as the end of a turn of a chat.
         """
         return "".join(self.pieces(tokens, special=special))
 
     def pieces(self, tokens: Sequence[int], *, special: bool = True) -> Iterator[str]:
-        """Yield the text that each token adds; a character spread over several stands with the last of them."""
+        """Yield the text that each token adds. A character that is spread over several tokens counts to the last one.
+
+        Args:
+            tokens: token ids, which follow other tokens.
+            special: whether to include special tokens.
+        """
         return map(self.reader(special=special).read, tokens)
 
     def reader(self, *, special: bool = True) -> Reader:
-        """Return what reads tokens one by one, as they come."""
+        """Return a reader that decodes tokens one by one.
+
+        Args:
+            special: whether to include special tokens.
+        """
         return Reader(self, frozenset() if special else frozenset(self._special))
 
     def _spell(self, token: int) -> bytes | None:
@@ -64,7 +78,7 @@ class Spelling:
         text: str = self._tokenizer.convert_tokens_to_string([*self._context, name])[self._start :]
         if _INCOMPLETE not in text:
             return text.encode()
-        # A part of a character, of which only the token's name says which.
+        # The token is a part of a character. Only its name shows the bytes.
         if byte := _BYTE.fullmatch(name):
             return bytes.fromhex(byte[1])
         if all(character in _NAMED_BYTES for character in name):
@@ -73,11 +87,11 @@ class Spelling:
 
 
 class Reader:
-    """Reads a text token by token.
+    """A decoder that reads a text token by token.
 
     Args:
-        spelling: of its tokenizer.
-        unread: tokens that have no text for a reader.
+        spelling: the bytes of the tokenizer's tokens.
+        unread: tokens that are left out of the text.
     """
 
     def __init__(self, spelling: Spelling, unread: frozenset[int]) -> None:
@@ -87,7 +101,7 @@ class Reader:
 
     @property
     def pending(self) -> bytes:
-        """The bytes read of a character of which others are still to come."""
+        """The first bytes of an incomplete character at the end of the text so far."""
         return self._decoder.getstate()[0]
 
     def read(self, token: int) -> str:
@@ -100,8 +114,8 @@ class Reader:
 
 
 def _named_bytes() -> dict[str, int]:
-    """Return the byte behind each character of a byte-level token's name, as GPT-2 named them: printed bytes by
-    themselves, the others by characters from 256 on."""
+    """Return the byte for each character in the names of byte-level tokens, as in GPT-2. A printable byte is named by
+    its own character, and the other bytes by the characters from 256 on."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}

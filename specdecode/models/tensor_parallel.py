@@ -1,4 +1,4 @@
-"""Tensor parallelism: each weight split among the processes that `torchrun` has started."""
+"""Tensor parallelism: each weight is split among the processes that `torchrun` has started."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from specdecode.support.torchrun import local_rank, processes
 
 
 def split_count(tp: str | None, name: str, quantize: str | None, backend: str) -> int:
-    """Return among how many processes a model is to be split. If several, "cuda" is this process's own GPU from now on.
+    """Return the number of processes among which a model is split. For several processes, make "cuda" this process's
+    own GPU.
 
     Args:
-        tp: as for `processes`; the others are the arguments of `load`.
+        tp: as for `processes`.
+        name: as for `load`.
+        quantize: as for `load`.
+        backend: as for `load`.
 
     Raises:
-        ValueError: as `processes`, or for what cannot be had of weights that processes share.
+        ValueError: as `processes`, or an argument is not possible with split weights.
     """
     count = processes(tp)
     if count == 1:
         return 1
     if name.startswith("layers:"):
-        raise ValueError(f"{name!r} shares the weights of its target, which is split or not: leave out tp")
+        raise ValueError(f"{name!r} shares the weights of its target, split or not: leave out tp")
     if quantize:
         raise ValueError(f"quantize={quantize!r} is for weights that one process holds: leave out tp, or quantize")
     if backend not in ("auto", "eager"):
@@ -35,15 +39,16 @@ def split_count(tp: str | None, name: str, quantize: str | None, backend: str) -
 
 
 def arguments(count: int) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that split a model by the plan of its architecture."""
+    """Return the arguments of `from_pretrained` that split a model among `count` processes, by the plan of its
+    architecture."""
     return {"distributed_config": _config(count)} if count > 1 else {}
 
 
 def split(model: PreTrainedModel, count: int) -> PreTrainedModel:
-    """Return a loaded model with each weight split.
+    """Return a loaded model with each weight split among `count` processes.
 
     Raises:
-        UnsupportedModelError: transformers has no plan for the architecture, or cannot follow it.
+        UnsupportedModelError: transformers has no plan for the architecture, or cannot apply it.
     """
     if count == 1:
         return model
@@ -64,4 +69,4 @@ def _config(count: int) -> Any:
 
         return DistributedConfig(tp_size=count)
     except (ImportError, TypeError) as error:
-        raise ValueError("this version of transformers cannot split weights: take 5.18 or a later one") from error
+        raise ValueError("this version of transformers cannot split weights: install 5.18 or later") from error

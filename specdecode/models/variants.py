@@ -1,4 +1,4 @@
-"""Variants of a model that share its parameters: copies of its modules, and subsets of its layers."""
+"""Variants of a model that share its parameters: copies of the modules, and subsets of the layers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from specdecode.models.wrapped import rebind
 
 
 def shared_copy(module: Any) -> Any:
-    """Return a copy of the module objects that shares every parameter and buffer.
+    """Return a copy of a module and its submodules that shares all parameters and buffers.
 
-    A parameter that is later replaced in one of the two stays in the other, and so do hooks.
+    A parameter that is later replaced in the copy stays in the original, and vice versa. The same holds for hooks.
     """
     copied = copy.copy(module)
     rebind(copied, module)
@@ -27,13 +27,13 @@ def shared_copy(module: Any) -> Any:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """Return a model's list of decoder layers; None if it does not hold them in one list."""
+    """Return a model's list of decoder layers; None if the model does not hold them in one list."""
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """Return a model's norm before its output layer: the last one beside its layers; None if there is none."""
+    """Return a model's norm before its output layer: the last norm beside the list of layers; None if there is none."""
     stack = decoder_layers(model)
     beside = next(
         ([*parent.children()] for parent in model.modules() if any(x is stack for x in parent.children())), []
@@ -43,15 +43,15 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 
 
 def layer_subset(model: PreTrainedModel, layers: Sequence[int], name: str) -> PreTrainedModel:
-    """Return a model of some of the layers, sharing all parameters.
+    """Return a model with some of the layers, which shares all parameters.
 
     Args:
-        model: is not changed.
+        model: the original model, which is not changed.
         layers: indices of the layers that stay, ascending.
-        name: of the model, for messages.
+        name: name of the model, for messages.
 
     Raises:
-        ValueError: no layers, out of range, or out of order; or the model does not hold its layers in one list.
+        ValueError: `layers` is empty, out of range or out of order, or the model does not hold its layers in one list.
     """
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:

@@ -1,4 +1,4 @@
-"""Models as other libraries hand them over: compiled by PyTorch, dispatched or offloaded by accelerate."""
+"""Models that other libraries have wrapped: compiled by PyTorch, or dispatched or offloaded by accelerate."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """Return the model inside of `torch.compile(model)`, which has neither its class nor its signature.
+    """Return the model inside `torch.compile(model)`, whose wrapper has another class and signature.
 
-    Its forwards then run as they are: what compiles them here is the backend "compile".
+    The forwards of the returned model are not compiled. Use the backend "compile" for that.
     """
     inside: PreTrainedModel = model._modules.get("_orig_mod", model)
     return inside
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:
-    """Return the device of a model's forwards. Offloaded weights are on the device "meta" between them."""
+    """Return the device of a model's forwards. Between forwards, offloaded weights are on the device "meta"."""
     device: torch.device = model.device
     if device.type != "meta":
         return device
@@ -30,7 +30,7 @@ def execution_device(model: PreTrainedModel) -> torch.device:
 
 
 def unloaded_reason(model: PreTrainedModel) -> str | None:
-    """Return what is said of weights that nobody loads; None if there are none."""
+    """Return a message if some of a model's weights were never loaded; None if all are loaded."""
     name = next((name for name, weights in model.named_parameters() if weights.is_meta), None)
     if name is None or any(_execution_device(module) is not None for module in model.modules()):
         return None
@@ -38,9 +38,14 @@ def unloaded_reason(model: PreTrainedModel) -> str | None:
 
 
 def rebind(copied: nn.Module, module: nn.Module) -> None:
-    """Bind what a module's own attributes call to a copy of it: wrapped forwards run the module that was wrapped."""
+    """Bind the methods in a copied module's attributes to the copy. Otherwise a wrapped forward would run the original.
+
+    Args:
+        copied: the copy of the module.
+        module: the original module.
+    """
     for name, value in list(vars(copied).items()):
-        # A compiled method is compiled for the module that it was taken from.
+        # A compiled method belongs to its original module, so the method before compilation is bound.
         function = getattr(value, "_torchdynamo_orig_callable", value)
         if isinstance(function, MethodType) and function.__self__ is module:
             setattr(copied, name, MethodType(function.__func__, copied))
@@ -50,7 +55,7 @@ def rebind(copied: nn.Module, module: nn.Module) -> None:
 
 
 def _execution_device(module: nn.Module) -> Any:
-    """The device on which accelerate runs a module, if it is hooked."""
+    """Return the device on which accelerate's hook runs a module; None without such a hook."""
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))
     return next((device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None), None)

@@ -1,5 +1,5 @@
-"""Cache policies evict. Each has a file, by whose name it is known; its `examples()` gives configured instances to
-tests."""
+"""Cache policies choose the tokens to evict. Each policy is a file, whose name is the policy's name. Its `examples()`
+returns configured instances for tests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def policy(name: str, max_len: int, /, **settings: Any) -> CachePolicy:
     """Return a policy by its name. Equal arguments give the same object, so that equal arms can be recognised.
 
     Args:
-        name: of the file, with dashes: "sink-window".
+        name: name of the policy's file, with dashes: "sink-window".
         max_len: most committed tokens in the cache.
         settings: other arguments of the policy; by default its own defaults.
 
     Raises:
-        ValueError: no such policy or setting of it, or a cache that is too small for it.
+        ValueError: no such policy or setting, or the cache is too small for the policy.
     """
     files = [module.name for module in iter_modules(__path__) if module.name not in ("base", "keep_all")]
     names = [file.replace("_", "-") for file in files]

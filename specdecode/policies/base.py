@@ -12,20 +12,20 @@ from specdecode.core.slots import Slots
 
 
 class CachePolicy(Protocol):
-    """Choose the slots that stay.
+    """A rule that chooses the slots that stay in the cache.
 
     A policy evicts when the committed length is a multiple of `interval` and more than `keeps` tokens are in the cache.
-    It then leaves at most `keeps` tokens, so there are never more than `keeps + interval`. Steps end at these
-    boundaries, so the tokens do not depend on what was drafted and accepted.
+    At most `keeps` tokens then stay, so the cache never holds more than `keeps + interval`. Steps end at these
+    boundaries, so the output tokens do not depend on drafts and acceptance.
 
-    The tokens that stay take the positions 0, 1, 2, ... within the cache, and later tokens follow them. So decoding
-    needs neither more memory nor more positions, however long the text.
+    The tokens that stay take the positions 0, 1, 2, ... within the cache, and later tokens follow them. So memory and
+    positions are bounded, however long the text is.
 
     Attributes:
-        interval: committed tokens between evictions; 0 means never.
+        interval: committed tokens between evictions; 0 means no eviction.
         keeps: most tokens that an eviction leaves.
-        pinned: of these, the tokens at the start that always stay.
-        reads_attention: the policy chooses by `Slots.attention`, which must then be counted.
+        pinned: number of these tokens that always stay, at the start of the text.
+        reads_attention: whether the policy chooses by `Slots.attention`, which must then be counted.
     """
 
     @property
@@ -41,7 +41,7 @@ class CachePolicy(Protocol):
     def reads_attention(self) -> bool: ...
 
     def keep(self, slots: Slots) -> Int[Tensor, "... m"]:
-        """Return the filled slots that stay, ascending: the same for all heads and layers [m], or a selection for each
+        """Return the filled slots that stay, ascending: one selection for all heads and layers [m], or one for each
         head [layers, heads, m]."""
         ...
 
@@ -50,9 +50,9 @@ def boundary(policy: CachePolicy, committed: int, cached: int) -> int:
     """Return the next committed length at which the policy evicts.
 
     Args:
-        policy: evicts.
-        committed: tokens so far; this length itself may be the boundary.
-        cached: those of them that are in the cache.
+        policy: the cache policy.
+        committed: number of committed tokens so far; this length itself may be the boundary.
+        cached: number of committed tokens in the cache.
     """
     if policy.interval == 0:
         return sys.maxsize
@@ -65,12 +65,12 @@ def bounds(max_len: int, trigger: float, interval: int | None, pinned: int) -> t
 
     Args:
         max_len: most tokens in the cache.
-        trigger: share of it beyond which tokens are evicted.
+        trigger: share of `max_len` beyond which tokens are evicted.
         interval: tokens between evictions; if None, as many as fit above the trigger.
-        pinned: tokens that always stay.
+        pinned: number of tokens that always stay.
 
     Raises:
-        ValueError: an argument is impossible, or they do not fit together.
+        ValueError: an argument is impossible, or the arguments do not fit together.
     """
     if not 0.0 < trigger <= 1.0:
         raise ValueError(f"trigger is {trigger}: a share of the cache is above 0 and at most 1")
@@ -81,10 +81,10 @@ def bounds(max_len: int, trigger: float, interval: int | None, pinned: int) -> t
         interval = max(max_len - most, 1)
     keeps = min(most, max_len - interval)
     if pinned < 0:
-        raise ValueError(f"sinks is {pinned}: as many tokens as stay at the start, 0 or more")
+        raise ValueError(f"sinks is {pinned}: it is a number of tokens, 0 or more")
     if keeps <= pinned:
         raise ValueError(
             f"max_len is {max_len}: with {interval} tokens between evictions and a trigger of {trigger} that leaves"
-            f" room for {max(keeps, 0)} tokens, of which {pinned} always stay; take a larger one"
+            f" room for {max(keeps, 0)} tokens, of which {pinned} always stay; choose a larger max_len"
         )
     return keeps, interval

@@ -11,13 +11,14 @@ from specdecode.policies.base import bounds
 
 
 class HeavyHitter:
-    """Keep, for each head, the keys that received the most attention, and the recent ones (H2O, Zhang et al. 2023).
+    """A policy that keeps, for each head, the keys with the most attention and the recent keys (H2O, Zhang et al.
+    2023).
 
     Only the attention of committed tokens counts: a rejected proposal leaves no trace.
 
     Args:
         max_len: most committed tokens in the cache.
-        recent: number of latest tokens that always stay; by default half of those that stay, as in H2O.
+        recent: number of latest tokens that always stay; by default half of the tokens that stay, as in H2O.
         trigger: share of `max_len` beyond which tokens are evicted.
         interval: tokens between evictions; by default as many as fit above the trigger.
 

@@ -13,7 +13,7 @@ from specdecode.core.slots import Slots
 
 @dataclass(frozen=True, slots=True)
 class KeepAll:
-    """Keep all slots."""
+    """A policy that keeps all slots."""
 
     interval: int = 0
     keeps: int = 0

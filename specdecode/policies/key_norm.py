@@ -11,8 +11,8 @@ from specdecode.policies.base import bounds
 
 
 class KeyNorm:
-    """Keep, for each head, the keys of the smallest L2 norm, which receive the most attention (Devoto et al. 2024, "A
-    Simple and Effective L2 Norm-Based Strategy for KV Cache Compression").
+    """A policy that keeps, for each head, the keys of the smallest L2 norm, which receive the most attention (Devoto et
+    al. 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression").
 
     Args:
         max_len: most committed tokens in the cache.

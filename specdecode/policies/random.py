@@ -12,7 +12,7 @@ from specdecode.policies.base import bounds
 
 
 class Random:
-    """Keep random tokens: the negative control of every measurement of quality.
+    """A policy that keeps random tokens: the negative control of every quality measurement.
 
     Args:
         max_len: most committed tokens in the cache.

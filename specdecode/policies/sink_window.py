@@ -11,7 +11,7 @@ from specdecode.policies.base import bounds
 
 
 class SinkWindow:
-    """Keep attention sinks and a window over the latest tokens (StreamingLLM, Xiao et al. 2024).
+    """A policy that keeps attention sinks and a window over the latest tokens (StreamingLLM, Xiao et al. 2024).
 
     Args:
         max_len: most committed tokens in the cache.

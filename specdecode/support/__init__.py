@@ -1,1 +1,1 @@
-"""What every other room may use: files, git, progress, and a description of the machine."""
+"""Helpers that every other room may use: files, git, progress, and a description of the machine."""

@@ -1,6 +1,6 @@
-"""Read values from files that may be cut off, edited by hand, or somebody else's: each is checked as it is taken.
+"""Read values from files that may be cut off, edited by hand, or foreign. Each value is checked when it is read.
 
-Every function raises ValueError with the name of the value, the value, and what is wrong with it.
+Every function raises ValueError with the name of the value, the value, and its fault.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 MOST = 1e15
-"""Bound of counts, bytes and seconds. Sums and ratios of numbers within it stay finite."""
+"""Bound of counts, bytes and seconds. Sums and ratios of numbers within this bound stay finite."""
 
 LEAST_SECONDS = 1e-9
-"""The shortest time that a clock tells."""
+"""The shortest time that a clock resolves."""
 
 MOST_NATS = 700.0
-"""Bound of a mean loss per token: its exponential, the perplexity, stays finite."""
+"""Bound of a mean loss per token, in nats. Its exponential, the perplexity, stays finite."""
 
 _SHOWN_CHARACTERS = 60
 
@@ -33,40 +33,40 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, path: Path) -> Any:
-    """Parse the JSON text of a file; the path is for the message."""
+    """Parse the JSON text of a file; the message names the path."""
     try:
         return json.loads(text)
-    # Braces within braces, thousands of levels deep, exhaust the parser's stack.
+    # Objects nested thousands of levels deep exhaust the parser's stack.
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not whole: it is no JSON; measure again") from None
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:
-    """Take an object of JSON."""
+    """Return a value that must be a JSON object."""
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {shown(value)}, which is no object of names and values")
     return value
 
 
 def items(value: Any, name: str) -> list[Any]:
-    """Take a list."""
+    """Return a value that must be a list."""
     if not isinstance(value, list):
         raise ValueError(f"{name} is {shown(value)}, which is no list")
     return value
 
 
 def number(values: Any, name: Any, least: float = -MOST, most: float = MOST) -> float:
-    """Take a finite number within bounds from an object or a list."""
+    """Return an entry of an object or a list that must be a finite number within bounds."""
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise ValueError(f"{name} is {shown(value)}, which is no number")
     if not least <= value <= most:
-        raise ValueError(f"{name} is {shown(value)}, which cannot be: it is from {least:g} to {most:g}")
+        raise ValueError(f"{name} is {shown(value)}, which is out of range: it is from {least:g} to {most:g}")
     return value
 
 
 def count(values: Any, name: Any, least: int = 0) -> int:
-    """Take a whole number."""
+    """Return an entry that must be a whole number."""
     value = number(values, name, least)
     if value != int(value):
         raise ValueError(f"{name} is {shown(values[name])}, which is no whole number")
@@ -74,22 +74,22 @@ def count(values: Any, name: Any, least: int = 0) -> int:
 
 
 def numbers(value: Any, name: str, least: float = -MOST, most: float = MOST) -> list[float]:
-    """Take a list of numbers."""
+    """Return a value that must be a list of numbers."""
     return [number({name: entry}, name, least, most) for entry in items(value, name)]
 
 
 def counts(value: Any, name: str) -> list[int]:
-    """Take a list of whole numbers."""
+    """Return a value that must be a list of whole numbers."""
     return [count({name: entry}, name) for entry in items(value, name)]
 
 
 def texts(value: Any, name: str) -> list[str]:
-    """Take a list of texts."""
+    """Return a value that must be a list of texts."""
     return [text({name: entry}, name) for entry in items(value, name)]
 
 
 def flag(values: Mapping[str, Any], name: str, default: bool | None = None) -> bool:
-    """Take a true or false; the default where older files do not have it."""
+    """Return an entry that must be true or false; the default where an older file lacks the entry."""
     value = values[name] if default is None else values.get(name, default)
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {shown(value)}, which is neither true nor false")
@@ -97,7 +97,7 @@ def flag(values: Mapping[str, Any], name: str, default: bool | None = None) -> b
 
 
 def text(values: Mapping[str, Any], name: str) -> str:
-    """Take a text."""
+    """Return an entry that must be a text."""
     value = values[name]
     if not isinstance(value, str):
         raise ValueError(f"{name} is {shown(value)}, which is no text")
@@ -110,9 +110,9 @@ def read_json(path: Path) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it stands in a sentence: cut where it is long."""
+    """Return a value as text for a message, cut if it is long."""
     try:
         written = repr(value)
-    except (ValueError, RecursionError):  # Python writes out no integer of thousands of digits
+    except (ValueError, RecursionError):  # Python refuses to print integers of thousands of digits
         return "too long to show"
     return written if len(written) <= _SHOWN_CHARACTERS else f"{written[:_SHOWN_CHARACTERS]}..."

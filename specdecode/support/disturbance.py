@@ -1,4 +1,4 @@
-"""Tell how much of the processors other work takes while something is timed."""
+"""Measure the share of the processors that other work uses during a timing."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
 
 try:
     import psutil
-except ImportError:  # comes with the extra "benchmark"; without it nothing is known
+except ImportError:  # part of the extra "benchmark"; without psutil the share is unknown
     psutil = None
 
 _CPU_STAT = Path("/sys/fs/cgroup/cpu.stat")
 _IDLE = ("idle", "iowait")
-_WITH_CHILDREN = 4  # a process's own times and those of children that have ended, user and system
-_COUNTED_TWICE = ("guest", "guest_nice")  # they are in "user" and "nice" too
+_WITH_CHILDREN = 4  # first fields: user and system time of the process, and of its ended children
+_COUNTED_TWICE = ("guest", "guest_nice")  # "user" and "nice" contain them
 
 
 def watch(*others: int, device: torch.device | None = None) -> Callable[[], float | None]:
-    """Begin to watch what other work takes from this process and from some others.
+    """Begin to measure the processor time that other work uses.
 
-    That is the time of all processors that neither these processes and their children used nor was idle: other
-    programs, the kernel, and what a hypervisor gave to other machines ("steal"). Time in which a container's quota
-    stopped processes counts too. How long the processes' own work takes does not change it. Of a GPU it is the time for
-    which heat or power held down its clocks.
+    Other work is all time of all processors that was not idle and not used by these processes and their children:
+    other programs, the kernel, and time that a hypervisor gave to other machines ("steal"). Time in which a container's
+    quota stopped processes counts too. The duration of the processes' own work has no effect on the result. For a GPU,
+    the time is counted in which heat or power held down its clocks.
 
     Args:
-        others: ids of processes that work for this one.
-        device: a GPU that they use.
+        others: ids of further processes that work for this process.
+        device: a GPU that these processes use.
 
     Returns:
-        A function that returns the share of the processors' time that was taken since then, from 0 to 1; or the share
-        of the GPU's time, if that is more. It returns None where the system does not tell.
+        A function that returns the share of the processors' time that other work used since this call, from 0 to 1; or
+        the share of the GPU's time, if that is larger. It returns None where the system does not report these times.
     """
     before, throttled = _taken_s(others), _throttled_gpu_s(device)
     started = time.perf_counter()
@@ -60,13 +60,13 @@ def watch(*others: int, device: torch.device | None = None) -> Callable[[], floa
 def _throttled_gpu_s(device: torch.device | None) -> float | None:
     if device is None or device.type != "cuda":
         return None
-    from specdecode.support.environment import throttled_s  # imports PyTorch, which other projects do without
+    from specdecode.support.environment import throttled_s  # imports PyTorch, which other projects may lack
 
     return throttled_s(device)
 
 
 def _taken_s(others: Collection[int]) -> float | None:
-    """Return the processor seconds that were not the processes', from some moment on."""
+    """Return the processor seconds of other work since a fixed moment; None where they are unknown."""
     if psutil is None:
         return None
     with suppress(psutil.Error, OSError):
@@ -79,12 +79,12 @@ def _taken_s(others: Collection[int]) -> float | None:
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:
-    """Return a process and all that it has started, and these in turn, as far as they live."""
+    """Return a process and all its living descendants."""
     return [process, *process.children(recursive=True)]
 
 
 def _throttled_s() -> float:
-    """Return the seconds for which a container's quota stopped its processes; 0 without one."""
+    """Return the seconds for which a container's quota stopped its processes; 0 without a quota."""
     with suppress(OSError, ValueError, KeyError):
         counts = dict(line.split() for line in _CPU_STAT.read_text().splitlines())
         return int(counts["throttled_usec"]) * 1e-6

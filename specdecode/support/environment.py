@@ -1,12 +1,11 @@
-"""Describe what a time depends on besides the code: versions, hardware and its state."""
+"""Describe the conditions of a measurement besides the code: versions, hardware, and the state of the hardware."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ _NVML_ERRORS = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError)
 
 
 def environment() -> dict[str, str | int]:
-    """Return versions and hardware, as plain values."""
+    """Return versions and names of the hardware, as plain values."""
     values: dict[str, str | int] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -27,8 +26,6 @@ def environment() -> dict[str, str | int]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
     }
-    with suppress(PackageNotFoundError):
-        values["torchao"] = version("torchao")
     if torch.cuda.is_available():
         values |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
         values["cudnn attention"] = "on" if torch.backends.cuda.cudnn_sdp_enabled() else "off"
@@ -37,10 +34,10 @@ def environment() -> dict[str, str | int]:
 
 
 def conditions(device: torch.device) -> dict[str, str]:
-    """Return what may change while a run lasts: the load of the processor, and the state of a GPU.
+    """Return the conditions that may change during a run: the load of the processor, and the state of a GPU.
 
-    The state is clocks, temperature, throttling, power and processes, in the words and units of `nvidia-smi`. It is
-    left out where the driver does not answer.
+    The state consists of clocks, temperature, throttling, power and processes, with the names and units of
+    `nvidia-smi`. It is left out where the driver does not answer.
     """
     values = {"load average": f"{os.getloadavg()[0]:.2f}"}
     if device.type == "cuda":
@@ -50,9 +47,10 @@ def conditions(device: torch.device) -> dict[str, str]:
 
 
 def throttled_s(device: torch.device) -> float | None:
-    """Return the seconds for which heat or power has held down the clocks of a GPU, from some moment on.
+    """Return the seconds for which heat or power held down the clocks of a GPU, since a fixed moment.
 
-    None where the driver does not tell.
+    Returns:
+        The seconds; None where the driver does not report them.
     """
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
@@ -66,7 +64,7 @@ def throttled_s(device: torch.device) -> float | None:
 
 
 def _ask_driver(question: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Return the answer of the NVIDIA driver; nothing where there is no driver, or it fails."""
+    """Return the answer of the NVIDIA driver; an empty dict where there is no driver, or it fails."""
     try:
         pynvml.nvmlInit()
         try:
@@ -78,10 +76,10 @@ def _ask_driver(question: Callable[[], dict[str, str]]) -> dict[str, str]:
 
 
 def _gpu_state(gpu: Any) -> dict[str, str]:
-    """Query the state of a GPU; "[N/A]" for what it does not tell.
+    """Query the state of a GPU; "[N/A]" for values that it does not report.
 
     Args:
-        gpu: its NVML handle.
+        gpu: NVML handle of the GPU.
     """
     queries: dict[str, Callable[[], str]] = {
         "clocks.sm": lambda: f"{pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)} MHz",
@@ -107,7 +105,7 @@ def _process(process: Any) -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """Return what times are tied to, as a file name: the GPU's name, or the processor's model and threads."""
+    """Return the hardware of a measurement as a file name: the GPU's name, or the processor's model and threads."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -116,9 +114,9 @@ def hardware(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """Return the processor's model, as the system names it."""
-    # Not by py-cpuinfo: it runs five programs for a fifth of a second, and names ARM's processors otherwise than the
-    # files of baselines do. It comes as two packages of one module, of which pytest-benchmark brings either.
+    """Return the processor's model under the system's name."""
+    # py-cpuinfo is not used: it runs five programs for a fifth of a second, and its names of ARM processors differ from
+    # those of the baseline files. Two packages provide its module, and pytest-benchmark installs either of them.
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

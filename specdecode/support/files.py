@@ -1,4 +1,4 @@
-"""Write files that are there whole or not at all, and make names for them."""
+"""Write files completely or not at all, read text files, and build file names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from uuid import uuid4
 
 _PROBE_BYTES = 4096
-"""What a check writes: a full disk still takes empty files."""
+"""Bytes that a check writes: even a full disk accepts empty files."""
 
 
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Say in one sentence that a file cannot be written, where the block fails to.
+    """Turn an OSError of the block into one sentence: the file cannot be written, and why.
 
     Raises:
         ValueError: in place of the OSError.
@@ -34,13 +34,14 @@ def writing(file: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Give a temporary path beside a file, move it onto the file when the block ends well, and delete it otherwise.
+    """Yield a temporary path beside a file. It replaces the file if the block succeeds, and is deleted otherwise.
 
-    Each call has a path of its own, so that two processes may write the same file at once. Missing folders are made. A
-    link stays, and what it points to is written. A device or a pipe, such as /dev/stdout, is given itself.
+    Each call has its own path, so that two processes may write the same file at the same time. Missing folders are
+    created. A link stays, and the file that it points to is written. For a device or a pipe, such as /dev/stdout, the
+    path itself is yielded.
 
     Raises:
-        ValueError: the file cannot be written; the sentence says why.
+        ValueError: the file cannot be written; the message says why.
     """
     with writing(file):
         if is_device(file):
@@ -57,10 +58,10 @@ def whole(file: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all. What UTF-8 cannot hold (lone surrogates) becomes "?".
+    """Write a file completely or not at all. Characters that UTF-8 cannot hold (lone surrogates) become "?".
 
     Raises:
-        ValueError: it cannot be written; the sentence says why.
+        ValueError: the file cannot be written; the message says why.
     """
     with whole(file) as scratch:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
@@ -69,20 +70,20 @@ def write_whole(file: Path, content: str | bytes) -> None:
 def read_lines(file: Path) -> list[str]:
     """Read the lines of a text file in UTF-8, with or without a byte-order mark.
 
-    A line ends at a newline alone. Unicode knows other ends of lines, and a text may hold them.
+    Only a newline ends a line. Unicode has other line ends, which a text may contain.
 
     Raises:
-        OSError: it cannot be read.
-        UnicodeDecodeError: it is no text in UTF-8.
+        OSError: the file cannot be read.
+        UnicodeDecodeError: the file is no text in UTF-8.
     """
     return [line.removesuffix("\r") for line in file.read_bytes().decode("utf-8-sig").split("\n")]
 
 
 def check_writable(file: Path) -> None:
-    """Check, before minutes of work, that a file can be written. Missing folders are made; the file stays as it is.
+    """Check, before minutes of work, that a file can be written. Missing folders are created; the file is unchanged.
 
     Raises:
-        ValueError: it cannot be written; the sentence says why.
+        ValueError: the file cannot be written; the message says why.
     """
     with writing(file):
         if file.is_dir():
@@ -93,18 +94,18 @@ def check_writable(file: Path) -> None:
             return
         place = Path(os.path.realpath(file))
         place.parent.mkdir(parents=True, exist_ok=True)
-        # Under a temporary name first, as `whole` writes: so it is the folder that must take a new file.
+        # `whole` writes a new file first, so the folder must accept a new file.
         with tempfile.TemporaryFile(dir=place.parent) as probe:
             probe.write(b"\0" * _PROBE_BYTES)
 
 
 def is_device(file: Path) -> bool:
-    """Whether it is a device or a pipe: a file that is moved onto it would take its place."""
+    """Return whether a path is a device or a pipe. Moving a file onto it would replace it."""
     return file.exists() and not file.is_file() and not file.is_dir()
 
 
 SLUG = r"^(?!.*--)([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"
-"""Regular expression of the texts that `slug` leaves as they are."""
+"""Regular expression of the texts that `slug` leaves unchanged."""
 
 
 def slug(text: str) -> str:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def git(*arguments: str, root: Path = Path()) -> str:
-    """Return what git prints.
+    """Return the standard output of a git command.
 
     Raises:
-        ValueError: git fails, or is not installed; the sentence is git's own last line.
+        ValueError: git fails, with the last line of its error output, or git is not installed.
     """
     program = shutil.which("git")
     if program is None:
         raise ValueError("git is not installed")
-    # Names of files as they are, and not quoted.
+    # Without this setting, git quotes file names with special characters.
     command = [program, "-c", "core.quotePath=false", *arguments]
     done = subprocess.run(
         command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
@@ -27,10 +27,10 @@ def git(*arguments: str, root: Path = Path()) -> str:
 
 
 def commit_id(ref: str, root: Path = Path()) -> str:
-    """Return the id of the commit that a name means.
+    """Return the id of the commit that a reference names.
 
     Raises:
-        ValueError: there is none, or no repository.
+        ValueError: there is no such commit, or no repository.
     """
     try:
         return git("rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}", root=root).strip()

@@ -1,4 +1,4 @@
-"""Describe what dataclasses hold in JSON Schema (draft 2020-12), by their fields and their docstrings."""
+"""Describe dataclasses in JSON Schema (draft 2020-12), from their fields and their docstrings."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a dataclass stands in a file, where its fields do not tell.
+    """The properties of a dataclass in a file that its fields do not show.
 
     Attributes:
-        keys: keys in the file, by the names of fields, where they differ.
+        keys: key in the file by field name, where they differ.
         required: fields with a default that are in every file.
         optional: fields without a default that older files lack.
-        bounds: least and greatest value of numbers, by field; from 0 to `checked.MOST` where nothing is said.
+        bounds: least and greatest value of numbers, by field; by default from 0 to `checked.MOST`.
         patterns: regular expressions that texts match, by field.
-        nullable: fields whose None is null in the file; others that are None are left out.
-        flat: fields of nested dataclasses stand among its own.
+        nullable: fields whose None is null in the file; other fields that are None are left out.
+        flat: whether the fields of nested dataclasses stand among the fields of this class.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Definitions:
     """Schemas of dataclasses that refer to each other.
 
     Attributes:
-        schemas: by the names of the classes, for "$defs".
+        schemas: schemas by class name, for "$defs".
     """
 
     def __init__(self, forms: Mapping[type, Form] = MappingProxyType({})) -> None:
@@ -52,14 +52,14 @@ class Definitions:
         self.schemas: dict[str, Schema] = {}
 
     def refer(self, kind: type) -> Schema:
-        """Return a reference to the schema of a dataclass, and define it."""
+        """Return a reference to the schema of a dataclass. Define the schema if it is new."""
         if kind.__name__ not in self.schemas:
-            self.schemas[kind.__name__] = {}  # for those that refer to themselves
+            self.schemas[kind.__name__] = {}  # ends the recursion of classes that refer to themselves
             self.schemas[kind.__name__] = self.object(kind)
         return {"$ref": f"#/$defs/{kind.__name__}"}
 
     def object(self, kind: type) -> Schema:
-        """Return the schema of the object that a dataclass is in a file. It may have further keys."""
+        """Return the schema of a dataclass as an object in a file. The object may have further keys."""
         summary, _, _ = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")
         properties, required = self._properties(kind)
         schema: Schema = {"title": title(kind.__name__), "description": " ".join(summary.split()), "type": "object"}
@@ -83,7 +83,7 @@ class Definitions:
         return properties, required
 
     def _value(self, hint: Any, entry: Field[Any], form: Form) -> Schema:
-        """Return the schema of a field's value, by its type."""
+        """Return the schema of a field's value, from its type."""
         origin, arguments = get_origin(hint), get_args(hint)
         if origin in (Union, types.UnionType):
             return {"anyOf": [self._value(argument, entry, form) for argument in arguments]}
@@ -114,7 +114,7 @@ def format_entry(version: int) -> Schema:
 
 
 def attribute_docs(kind: type) -> dict[str, str]:
-    """Return what the docstrings of a class and its bases say of each field."""
+    """Return the descriptions of fields from the docstrings of a class and its bases, by field name."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         _, _, section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
@@ -125,7 +125,7 @@ def attribute_docs(kind: type) -> dict[str, str]:
 
 
 def title(name: str) -> str:
-    """Make words of a key, or of the name of a class."""
+    """Turn a key or a class name into words."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").lower()
     return words[:1].upper() + words[1:]
 
@@ -135,7 +135,7 @@ def _has_default(entry: Field[Any]) -> bool:
 
 
 def _known(hint: Any) -> Any:
-    """Take None out of an optional type."""
+    """Return an optional type without None; any other type unchanged."""
     known = [argument for argument in get_args(hint) if argument is not type(None)]
     return known[0] if len(known) == 1 and type(None) in get_args(hint) else hint
 

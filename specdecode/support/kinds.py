@@ -1,4 +1,4 @@
-"""What a value of a table in TOML or JSON is, in words, and whether it is."""
+"""Kinds of values in TOML and JSON tables: their names in words, and tests of values."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ _IS_OF_KIND: dict[str, Callable[[Any], bool]] = {
 
 
 def is_of(kind: str, value: object) -> bool:
-    """Return whether a value is of a kind: one of the names above."""
+    """Return whether a value is of a kind, which is one of the names above."""
     return _IS_OF_KIND[kind](value)

@@ -15,10 +15,13 @@ _LOG_INTERVAL_S = 15.0
 
 @contextmanager
 def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar on a terminal, and a line now and then elsewhere.
+    """Show a bar on a terminal, and a line from time to time elsewhere.
+
+    Args:
+        unit: name of the counted units, in the plural.
 
     Yields:
-        A function to call with how much is done, how much there is, and what is being done.
+        A function to call with the number of finished units, the number of all units, and a name of the current work.
     """
     console = Console(file=sys.stderr)
     if not console.is_terminal:
@@ -43,7 +46,7 @@ def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
 def _log(unit: str) -> Callable[[int, int, str], None]:
     started = time.monotonic()
     written = 0.0
-    # The rest takes as long as the work since `begun`: what a resumed session found finished took no time.
+    # Remaining time is estimated from the work since `begun`: units that a resumed session found finished took none.
     last_total, begun, begun_at = 0, 0, started
 
     def tell(done: int, total: int, doing: str) -> None:
@@ -55,7 +58,7 @@ def _log(unit: str) -> Callable[[int, int, str], None]:
             return
         written = now
         left = f"{(now - begun_at) / (done - begun) * (total - done):.0f} s left" if done > begun else "starting"
-        # A log that takes no more, as on a full disk, does not end the work.
+        # A log that cannot be written, for example on a full disk, must not end the work.
         with suppress(OSError):
             sys.stderr.write(f"{done}/{total} {unit}, {now - started:.0f} s, {left}: {doing}\n")
 

@@ -6,20 +6,20 @@ import os
 
 
 def rank() -> int:
-    """Return the number of this process among them; 0 for the first, which alone reports, and without `torchrun`."""
+    """Return the number of this process among all processes; 0 without `torchrun`. Only process 0 reports."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Return the number of this process among those on its machine."""
+    """Return the number of this process among the processes on its machine; 0 without `torchrun`."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def processes(tp: str | None) -> int:
-    """Return among how many processes a model's weights are to be split; 1 if they are not.
+    """Return the number of processes among which a model's weights are split; 1 without splitting.
 
     Args:
-        tp: "auto" for all processes of `torchrun`; None for one.
+        tp: "auto" for all processes of `torchrun`; None for one process.
 
     Raises:
         ValueError: another value, or `torchrun` did not start this process.

@@ -13,7 +13,14 @@ from specdecode.support.git import git
 
 @contextmanager
 def worktree(root: Path, ref: str) -> Iterator[Path]:
-    """The files at another commit of what is below a folder of a repository; they are gone afterwards.
+    """Check out another commit in a temporary folder, and remove it after the block.
+
+    Args:
+        root: a folder of the repository.
+        ref: the commit.
+
+    Yields:
+        The folder that corresponds to `root` in the other commit.
 
     Raises:
         ValueError: no such commit, or no repository.
@@ -28,13 +35,13 @@ def worktree(root: Path, ref: str) -> Iterator[Path]:
                 raise ValueError(f"{ref} cannot be checked out: {error}") from None
             yield folder / below
         finally:
-            with suppress(ValueError):  # there is none, or it is gone
-                # Twice: git locks a checkout until it is whole, and an interrupt may come before.
+            with suppress(ValueError):  # there is no checkout, or it was removed
+                # --force twice: git locks a checkout until it is complete, and an interrupt may come before that.
                 git("worktree", "remove", "--force", "--force", str(folder), root=root)
 
 
 def import_environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a process that imports a repository's packages from a folder, or from its `src`."""
+    """Return environment variables with which a process imports packages from a folder, and from its `src`."""
     sources = [str(source) for source in (folder, folder / "src") if source.is_dir()]
     paths = [*sources, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

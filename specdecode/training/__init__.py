@@ -1,1 +1,1 @@
-"""Training of draft heads: texts, shards of the target's hidden states, and the trainer."""
+"""Training of draft heads: texts, shards with the target's hidden states, and the trainer."""

@@ -1,4 +1,4 @@
-"""An untrained head that begins as the target's last layer, and the tokens that it can propose."""
+"""An untrained head that starts as a copy of the target's last layer, and the tokens that it can propose."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ _INITIAL_DEVIATION = 0.02
 def initial_head(
     target: LM, layers: Sequence[int], tokens: Int[Tensor, " D"], text: Int[Tensor, " n"], seed: int = 0
 ) -> Eagle3Head:
-    """Return an untrained head that begins as the target's last layer, where the weights fit.
+    """Return an untrained head that starts as a copy of the target's last layer, where the weights fit.
 
-    It reads the last hidden states only, scaled to the size of that layer's inputs, and has the target's final norm.
+    At first the head reads only the hidden states of the last selected layer, scaled to the size of the inputs of the
+    target's last layer. Its norm is the target's final norm.
 
     Args:
-        target: loaded with backend="eager".
-        layers: whose hidden states it reads.
-        tokens: that it can propose.
-        text: shows the size of the inputs of the target's last layer.
-        seed: of the random weights.
+        target: the target, loaded with backend="eager".
+        layers: numbers of the target's layers whose hidden states the head reads.
+        tokens: token ids that the head can propose.
+        text: token ids of a text, from which the size of the last layer's inputs is measured.
+        seed: seed of the random weights.
     """
     shape = head_shape(target, layers)
     width = shape.hidden
@@ -46,12 +47,12 @@ def initial_head(
                     weight.normal_(0.0, _INITIAL_DEVIATION)
             head.fc.weight[:, -width:] += _input_size(target, text) * torch.eye(width)
     weights = head.state_dict()
-    # The names are those of Llama and its many relatives. Modules with other names keep random weights.
+    # Llama and its many relatives use these names. Modules with other names keep random weights.
     norm = final_norm(target.model)
     target_weights = {} if norm is None else {f"norm.{name}": value for name, value in norm.state_dict().items()}
     if (stack := decoder_layers(target.model)) is not None:
         target_weights |= {f"layers.0.{name}": value for name, value in stack[-1].state_dict().items()}
-    # In the target's layer, this norm is that of the hidden states. That of the embeddings has no counterpart.
+    # The layer's input norm becomes the head's norm of hidden states. The head's norm of embeddings has no counterpart.
     hidden_norm = target_weights.pop("layers.0.input_layernorm.weight", None)
     if hidden_norm is not None:
         target_weights["layers.0.hidden_norm.weight"] = hidden_norm
@@ -61,7 +62,7 @@ def initial_head(
         if weights[name].shape == value.shape:
             weights[name] = value.float().cpu()
         elif weights[name].shape == (len(value), 2 * width) and value.shape[1:] == (width,):
-            # It reads the embedding first, and then what the target's layer reads.
+            # The head reads the embedding first, then the inputs of the target's layer.
             weights[name][:, width:] = value.float().cpu()
     head.load_state_dict(weights)
     return head
@@ -69,7 +70,7 @@ def initial_head(
 
 @torch.inference_mode()
 def _input_size(target: LM, text: Int[Tensor, " n"]) -> float:
-    """Return the root mean square of the last layer's inputs, in the median over tokens: some tokens are outliers."""
+    """Return the root mean square of the last layer's inputs, as a median over tokens: some tokens are outliers."""
     layer_before_last = target_sizes(target)[0] - 2
     if layer_before_last < 0:
         return 1.0
@@ -82,7 +83,7 @@ def _input_size(target: LM, text: Int[Tensor, " n"]) -> float:
 def frequent_tokens(shards: Sequence[Path], count: int) -> Int[Tensor, " D"]:
     """Return the tokens with the largest expected frequency in the texts of the shards, ascending.
 
-    There are fewer than `count` if the target expects no others.
+    The result has fewer than `count` tokens if the target expects no others.
     """
     frequencies = torch.zeros(0)
     for file in shards:

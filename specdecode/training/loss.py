@@ -1,4 +1,4 @@
-"""The loss of a head: cross-entropies of several tokens ahead, predicted as the head does in drafting."""
+"""The loss of a head: cross-entropies of several tokens ahead, predicted as in drafting."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def predict_ahead(
     batch: Shard,
     ahead: int,
 ) -> tuple[Float[Tensor, " ahead"], Float[Tensor, " ahead"], Float[Tensor, " ahead"]]:
-    """Let a head predict as it does in drafting; see `unrolled`.
+    """Let a head predict tokens as in drafting, and compute its loss; see `unrolled`.
 
     Args:
-        head: predicts.
-        embedding: of the target.
-        rows: of the target's output embedding, for the head's tokens.
-        place: of each token of the vocabulary among the head's tokens; -1 for all others.
-        batch: texts.
+        head: the head.
+        embedding: embedding of the target.
+        rows: rows of the target's output embedding, for the head's tokens.
+        place: index of each token of the vocabulary among the head's tokens; -1 for all others.
+        batch: texts with the target's hidden states and distributions.
         ahead: number of tokens predicted from each place.
 
     Returns:
-        For each token ahead three numbers: of predictions; the sum of their cross-entropies against the target's
-        distribution over the tokens that the head can propose; and of predictions whose most probable token is the
-        target's.
+        Three numbers for each token ahead: the number of predictions; the sum of their cross-entropies, in nats,
+        against the target's distribution over the head's tokens; and the number of predictions whose most probable
+        token is the target's.
     """
     embedded = embedding(batch.tokens[:, 1:]).to(rows.dtype)
     hidden_states = batch.hidden_states[:, :-1].to(rows.dtype)
@@ -44,7 +44,7 @@ def predict_ahead(
     counts, losses, agreed = [], [], []
     for step, state in enumerate(unrolled(head, embedded, hidden_states, ahead)):
         logits = head.logits(state, rows).to(rows.dtype)
-        # The first tokens of a text have too few tokens before them.
+        # The first tokens of a text have too few tokens before them for a prediction so far ahead.
         counted = (positions > step).expand(wanted.shape[:2])
         entropy: Tensor = CrossEntropy.apply(logits, wanted, probs)  # type: ignore[no-untyped-call]
         counts.append(counted.sum().double())
@@ -58,8 +58,8 @@ def predict_ahead(
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Compute the cross-entropy of distributions [..., D], given by logits, against the probabilities [..., k] of a few
-    tokens (-1 for none). The derivative differs from the distribution only at those tokens, so one pass over it does.
+    """The cross-entropy of distributions [..., D], given by logits, against the probabilities [..., k] of a few tokens
+    (-1 for none). The derivative differs from the distribution only at these tokens, so one pass over D is enough.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The recipe of a draft head, and the training run that carries it out: `specdecode train-head`."""
+"""The recipe of a draft head, and its training: `specdecode train-head`."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from specdecode.training.shards import SHARD_TEXTS, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Texts
 from specdecode.training.trainer import Epoch, Trainer, TrainingSettings
 
-# After each epoch, acceptance is measured on so many held-out documents of each data set ...
+# Held-out documents of each data set on which acceptance is measured after each epoch.
 _PROMPTS_PER_SET = 4
-# ... with prompts of so many tokens, so many new tokens, and chains of this length.
+# Tokens of their prompts, new tokens, and length of the draft chains.
 _PROMPT_TOKENS, _NEW_TOKENS, _DRAFT_LENGTH = 64, 64, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Hold what a head is trained on, and how.
+    """The texts, the layers and the settings of a head's training.
 
     Attributes:
         data: data sets with documents, see `evals.data`, and "chat" and "ask", see `training.texts`.
-        tokens: to train on, rounded up to whole shards.
-        length: of a text, in tokens.
+        tokens: number of tokens to train on, rounded up to whole shards.
+        length: tokens of a text.
         own: share of the corpus texts that the target continues itself.
-        held_out: documents of each data set that are left out, the first in their order.
-        layers: of the target, whose hidden states the head reads; by default one near the beginning, the middle one and
-            the last.
+        held_out: number of documents of each data set that are left out, the first in their order.
+        layers: layers of the target whose hidden states the head reads; by default one near the beginning, the middle
+            one and the last.
         vocabulary: most tokens that the head can propose.
-        shared_output: the folder leaves out the output embedding, which is the target's: it is smaller, and this
-            package alone reads it.
-        settings: of the training.
+        shared_output: whether the folder leaves out the output embedding, which is the target's. The folder is then
+            smaller, and only this package can read it.
+        settings: settings of the training.
 
     Raises:
         ValueError: a number below 1.
@@ -68,23 +68,23 @@ class Recipe:
 def train_head(
     target: LM, name: str, recipe: Recipe, out: Path, command: str, tell: Callable[[int, int, str], None]
 ) -> dict[str, Any]:
-    """Collect shards, train, and write the head and its card. A run that was killed continues where it was.
+    """Collect shards, train, and write the head and its card. A killed run continues from its last checkpoint.
 
     The folder `work_folder(out)` holds the shards and the checkpoint. It can be removed when the head is written.
 
     Args:
-        target: loaded with backend="eager".
-        name: by which it was loaded.
-        recipe: what the head is trained on, and how.
+        target: the target, loaded with backend="eager".
+        name: name under which the target was loaded.
+        recipe: texts, layers and settings of the training.
         out: the folder of the head, in the format of `speculators`.
-        command: that repeats this run.
-        tell: called with the number of finished shards, that of all, and what is being done.
+        command: command that repeats this run.
+        tell: called with the number of finished shards, the number of all shards, and a name of the current work.
 
     Returns:
         The card.
 
     Raises:
-        ValueError, SpecDecodeError: a data set cannot be had, the target has no such layer, or the folder holds the
+        ValueError, SpecDecodeError: a data set is not available, the target has no such layer, or the folder holds the
             work of another training.
     """
     total, _ = target_sizes(target)
@@ -92,7 +92,7 @@ def train_head(
     if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
         raise ValueError(f"layers is {list(layers)}: they are ascending, from 0 to {total - 1}")
     settings, work = recipe.settings, work_folder(out)
-    # Raises now what would otherwise be found after long work.
+    # Faults of the data sets raise here, before long work.
     texts = Texts(target, recipe.data, recipe.length, own=recipe.own, held_out=recipe.held_out, seed=settings.seed)
     held_out = [document for documents in texts.held_out.values() for document in documents[:_PROMPTS_PER_SET]]
     prompts = {document.id: target.encode(document.text)[:_PROMPT_TOKENS] for document in held_out}
@@ -137,7 +137,7 @@ def train_head(
 
 
 def work_folder(out: Path) -> Path:
-    """Return the folder of a training's shards and checkpoint, beside that of its head."""
+    """Return the folder of a training's shards and checkpoint, beside the folder of its head."""
     return out.with_name(f"{out.name}-work")
 
 
@@ -145,9 +145,9 @@ def acceptance_lengths(target: LM, head: Eagle3Head, prompts: Mapping[str, Seque
     """Return the mean acceptance length by task, under greedy decoding with chains of four.
 
     Args:
-        target: verifies.
-        head: drafts.
-        prompts: by id, "TASK/NUMBER".
+        target: model that verifies.
+        head: head that drafts.
+        prompts: token ids by prompt id, "TASK/NUMBER".
     """
     bound = BoundHead(head, target)
     steps: dict[str, int] = {}

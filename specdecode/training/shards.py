@@ -1,4 +1,4 @@
-"""Shards on disk: texts with the target's hidden states and distributions, all that the training of a head reads."""
+"""Shards on disk: texts with the target's hidden states and distributions, the only input of a head's training."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from specdecode.models.recording import recorded_hidden_states
 from specdecode.support.files import write_whole
 from specdecode.training.texts import Texts
 
-# Most probable tokens of the target's distribution that are kept: others are too improbable to matter for a draft.
+# Most probable tokens of the target's distribution that are stored: others are too improbable to matter for a draft.
 _TOP_TOKENS = 16
-# Texts in a shard, and in one forward of the target.
+# Texts of a shard, and texts of one forward of the target.
 SHARD_TEXTS = 256
 _BATCH_TEXTS = 8
-# Tokens whose logits are summed at a time: their rows, as wide as the vocabulary, stay in the processor's cache.
+# Tokens whose logits are summed together: so few rows, each as wide as the vocabulary, fit in the processor's cache.
 _SUMMED_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Hold texts of one length with the target's hidden states and distributions.
+    """Texts of one length with the target's hidden states and distributions.
 
     Attributes:
-        tokens: of the texts.
-        hidden_states: of each token after the selected layers, concatenated, in 16 bit. Each layer's are divided by
-            their root mean square, as a head does anyway, so that 16 bits hold their outliers.
-        top: the k most probable next tokens by the target.
-        probs: their probabilities.
+        tokens: token ids of the texts.
+        hidden_states: hidden states of each token after the selected layers, concatenated, in 16 bits. The states of
+            each layer are divided by their root mean square, as a head does anyway, so that 16 bits hold the outliers.
+        top: the target's k most probable next tokens at each place.
+        probs: probabilities of these tokens.
     """
 
     tokens: Int[Tensor, "texts n"]
@@ -57,16 +57,16 @@ def collect(
     what: dict[str, Any],
     tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
 ) -> list[Path]:
-    """Make the shards that a folder lacks. Existing ones stay, so a killed run loses one at most.
+    """Create the shards that a folder lacks. Existing shards stay, so a killed run loses one shard at most.
 
     Args:
-        target: loaded with backend="eager".
-        texts: to draw from.
-        layers: of the target, whose hidden states are stored.
-        folder: of the shards.
+        target: the target, loaded with backend="eager".
+        texts: source of the texts.
+        layers: layers of the target whose hidden states are stored.
+        folder: folder of the shards.
         shards: number of shards in all.
-        what: everything that decides their contents, as plain values.
-        tell: called with the number of finished shards, that of all, and what is being done.
+        what: all settings that decide the contents of the shards, as plain values.
+        tell: called with the number of finished shards, the number of all shards, and a name of the current work.
 
     Returns:
         The files of the shards.
@@ -95,18 +95,18 @@ def read_shard(file: Path) -> Shard:
     """Read a shard of `collect`.
 
     Raises:
-        ModelFileError: it is damaged.
+        ModelFileError: the file is damaged.
     """
     tokens, hidden_states, top, probs = _read(file, "tokens", "features", "top", "probs")
     return Shard(tokens.long(), hidden_states, top.long(), probs.float())
 
 
 def read_distributions(file: Path) -> tuple[Int[Tensor, "texts n k"], Float[Tensor, "texts n k"]]:
-    """Read the most probable tokens of a shard and their probabilities, without its hidden states, which take most of
-    its bytes.
+    """Read the most probable tokens of a shard and their probabilities, without its hidden states. The hidden states
+    are most of its bytes.
 
     Raises:
-        ModelFileError: it is damaged.
+        ModelFileError: the file is damaged.
     """
     top, probs = _read(file, "top", "probs")
     return top.long(), probs.float()
@@ -117,7 +117,7 @@ def _read(file: Path, *names: str) -> list[Tensor]:
         with safe_open(file, framework="pt") as opened:
             return [opened.get_tensor(name) for name in names]
     except Exception as error:
-        raise ModelFileError(f"{file} is damaged: remove it, and it is made again") from error
+        raise ModelFileError(f"{file} is damaged: remove it, and run again to create it anew") from error
 
 
 def _tensors(shard: Shard) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def _tensors(shard: Shard) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _shard(target: LM, texts: Sequence[Sequence[int]], layers: Sequence[int]) -> Shard:
-    """Read whole texts, each in one forward without a cache, since nothing is decoded."""
+    """Run the target over whole texts, without a cache because nothing is decoded; return their shard."""
     tokens = torch.tensor(texts)
     hidden_states, top, probs = [], [], []
     for batch in tokens.split(_BATCH_TEXTS):

@@ -1,4 +1,4 @@
-"""Texts to train a draft head on: passages of corpora, and continuations that the target writes."""
+"""Texts for the training of a draft head: passages of corpora, and continuations that the target writes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from specdecode.evals.data import NAMES, Sample, documents
 from specdecode.models.lm import LM
 
 CHAT = "chat"
-"""Conversations that the target writes itself, question and answer, from the beginning of its chat template (Xu et al.
-2024, "Magpie")."""
+"""Conversations whose question and answer the target writes, from the beginning of its chat template (Xu et al. 2024,
+"Magpie")."""
 
 ASK = "ask"
-"""Questions about passages of the corpora, in the target's chat template, with its answers: many real answers repeat
-the words of the question."""
+"""Questions about passages of the corpora, in the target's chat template, with the target's answers. Many real answers
+repeat words of the question."""
 
 _QUESTIONS = (
     "Summarize the following text.",
@@ -39,24 +39,24 @@ _QUESTIONS = (
 
 # Tokens of a passage that the target continues.
 _PROMPT_TOKENS = 32
-# Low enough for the model's text to stay meaningful, high enough for texts to differ.
+# Low enough for meaningful texts, high enough for different texts.
 _TEMPERATURE = 0.8
 
 
 class Texts:
-    """Draw texts of one length by number: the same number gives the same texts.
+    """A source of texts of one length, drawn by number: the same number gives the same texts.
 
     Args:
-        target: whose tokens the texts consist of, and which continues them.
-        parts: data sets with documents, see `evals.data`, and CHAT and ASK. All have the same share; one that is named
-            twice has two shares.
-        length: of every text, in tokens.
+        target: model that tokenises the texts and continues some of them.
+        parts: data sets with documents, see `evals.data`, and CHAT and ASK. All have the same share; a name given twice
+            has two shares.
+        length: tokens of every text.
         own: share of the corpus texts that the target continues from the 33rd token on.
-        held_out: documents of each data set that are left out, the first in their order.
-        seed: of the draws.
+        held_out: number of documents of each data set that are left out, the first in their order.
+        seed: seed of the draws.
 
     Attributes:
-        origins: of the data sets, by name.
+        origins: origin of each data set, by name.
         held_out: the documents that are left out, by data set.
 
     Raises:
@@ -84,13 +84,13 @@ class Texts:
         around = len(self._opening) + max(map(len, self._questions), default=0) + len(self._closing)
         if ASK in parts and length // 2 < around + _PROMPT_TOKENS:
             raise ValueError(
-                f"length is {length}: a question about a passage fills half of a text, and takes"
-                f" {around + _PROMPT_TOKENS} tokens at least"
+                f"length is {length}: a question about a passage fills half of a text, and needs at least"
+                f" {around + _PROMPT_TOKENS} tokens"
             )
         self.origins: dict[str, str] = {}
         self.held_out: dict[str, list[Sample]] = {}
         self._corpora: dict[str, list[list[int]]] = {}
-        # Cumulative lengths of each corpus' documents: passages are drawn in proportion to length.
+        # Cumulative lengths of the documents of each corpus: passages are drawn in proportion to length.
         self._ends: dict[str, list[int]] = {}
         for part in sorted({*parts} - {CHAT, ASK}):
             in_order, self.origins[part] = documents(part)
@@ -99,17 +99,17 @@ class Texts:
             self._corpora[part] = [tokens for tokens in encoded if len(tokens) >= length]
             if not self._corpora[part]:
                 raise ValueError(
-                    f"{part} has no documents of {length} tokens beyond the {held_out} that are held out: take a"
-                    " smaller length, hold out fewer, or take another data set"
+                    f"{part} has no documents of {length} tokens beyond the {held_out} that are held out: use a"
+                    " smaller length, hold out fewer, or use another data set"
                 )
             self._ends[part] = list(accumulate(map(len, self._corpora[part])))
 
     def draw(self, number: int, count: int) -> list[list[int]]:
-        """Return `count` texts. The next number continues where this one ends."""
+        """Return `count` texts. The texts of the next number follow these."""
         rng = random.Random(f"{self._seed}/{number}")
         corpora = sorted(self._corpora)
         complete: list[list[int]] = []
-        # Texts that the target is to continue, by kind: all beginnings of a kind have one length.
+        # Beginnings of texts that the target continues, by kind: all beginnings of a kind have the same length.
         begun: dict[str, list[list[int]]] = {}
         for place in range(number * count, (number + 1) * count):
             part = self._parts[place % len(self._parts)]
@@ -128,24 +128,24 @@ class Texts:
         return complete
 
     def _passage(self, corpus: str, rng: random.Random) -> list[int]:
-        """Return a passage of a text's length from anywhere in a corpus."""
+        """Return a passage with the length of a text, from a random place in a corpus."""
         [document] = rng.choices(self._corpora[corpus], cum_weights=self._ends[corpus])
         start = rng.randrange(len(document) - self._length + 1)
         return document[start : start + self._length]
 
     def _question(self, passage: Sequence[int], rng: random.Random) -> list[int]:
-        """Return a question about as much of a passage as fills half of a text."""
+        """Return a question about the beginning of a passage. Both together fill half of a text."""
         question = [*self._opening, *rng.choice(self._questions)]
         return [*question, *passage[: self._length // 2 - len(question) - len(self._closing)], *self._closing]
 
     @torch.inference_mode()
     def _continued(self, begun: Sequence[Sequence[int]], number: int) -> list[list[int]]:
-        """Let the target continue texts to the full length, by sampling: greedy text soon repeats itself, and
-        repetitions teach nothing. Tokens that end a text are tokens like others. Transformers' own decoding does it, as
-        all rows have one length."""
+        """Let the target continue texts to the full length by sampling. Greedy text soon repeats itself, and a head
+        learns nothing from repetitions. End-of-text tokens do not stop a text. transformers decodes here: all rows have
+        the same length."""
         model = self._target.model
         ids = torch.tensor(begun, device=self._target.device)
-        # Transformers takes unset fields from the model's configuration.
+        # transformers fills unset fields from the model's configuration.
         usual, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
         configuration = GenerationConfig(
             max_new_tokens=self._length - ids.shape[1], pad_token_id=0, eos_token_id=None, do_sample=False
@@ -165,8 +165,8 @@ class Texts:
 
 
 class Draw(LogitsProcessor):
-    """Leave one token to choose from in each row, drawn as in sampling. (Transformers draws a random number for every
-    token of the vocabulary, which takes half of the time of writing.)"""
+    """A processor that samples one token per row, and excludes all others. (The sampling of transformers draws a random
+    number for every token of the vocabulary, which needs half of the decoding time.)"""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling, self._rng = sampling, sampling.rng()
@@ -178,6 +178,6 @@ class Draw(LogitsProcessor):
 
 
 def _chat_frame(target: LM) -> tuple[list[int], list[int]]:
-    """Return the chat template's tokens before and after a user's message: those that two messages share."""
+    """Return the chat template's tokens before and after a user's message: the tokens that two messages share."""
     one, other = (target.encode(question, chat=True) for question in ("A", "5"))
     return one[: common_prefix(one, other)], one[len(one) - common_prefix(one[::-1], other[::-1]) :]

@@ -21,24 +21,24 @@ from specdecode.support.files import whole
 from specdecode.training.loss import predict_ahead
 from specdecode.training.shards import SHARD_TEXTS, Shard, read_shard
 
-# Share of all steps in which the learning rate rises, and the share of its peak that is left at the end.
+# Share of all steps in which the learning rate rises, and final learning rate as a share of its peak.
 _WARMUP_SHARE, _FINAL_RATE_SHARE = 0.03, 0.05
-# Weight of a later prediction relative to the one before it, which must be right for it to matter (EAGLE-3).
+# Weight of a prediction relative to the previous prediction, which must be right for this one to count (EAGLE-3).
 _LATER_PREDICTION_WEIGHT = 0.8
-# A text of an unusual kind must not undo what was learnt.
+# Clips the gradient, so that one unusual text cannot undo earlier learning.
 _GRADIENT_NORM_CLIP = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """Hold the settings of a training.
+    """The settings of a training.
 
     Attributes:
-        epochs: times that all texts are read.
+        epochs: number of passes over all texts.
         batch: texts in a step.
-        ahead: tokens that are predicted from each place, the later ones from the head's own states.
+        ahead: number of tokens predicted from each place, the later ones from the head's own states.
         rate: peak of the learning rate.
-        seed: of the initial weights and of the order of texts.
+        seed: seed of the initial weights and of the order of texts.
 
     Raises:
         ValueError: a number that is too small.
@@ -60,13 +60,13 @@ class TrainingSettings:
 
 @dataclass(slots=True)
 class Epoch:
-    """Hold the measures of one epoch.
+    """The measures of one epoch.
 
     Attributes:
-        losses: for each token ahead, in nats, the mean cross-entropy of the head's distribution against the part of the
-            target's that the head can propose.
-        agreements: for each token ahead, the share of places where both have the same most probable token.
-        acceptance: mean acceptance length on texts that were not trained on, by task.
+        losses: mean cross-entropy for each token ahead, in nats: of the head's distribution against the target's,
+            restricted to the tokens that the head can propose.
+        agreements: share of places, for each token ahead, where head and target have the same most probable token.
+        acceptance: mean acceptance length on held-out texts, by task.
     """
 
     losses: list[float]
@@ -75,18 +75,18 @@ class Epoch:
 
 
 class Trainer:
-    """Train a head, and keep its state in a checkpoint.
+    """The training of a head, with its state in a checkpoint.
 
     Args:
-        target: whose embeddings serve; it is not trained.
-        head: to train.
-        shards: of `collect`.
-        settings: of the training.
-        checkpoint: the file that keeps the state after each shard. If it exists, the training continues from it.
+        target: the target, whose embeddings the head uses. The target is not trained.
+        head: the head to train.
+        shards: files of the shards, from `collect`.
+        settings: settings of the training.
+        checkpoint: file of the state, written after each shard. If it exists, the training continues from it.
 
     Attributes:
-        head: as trained so far, on the target's device.
-        epochs: that are finished.
+        head: the head in its current state, on the target's device.
+        epochs: measures of the finished epochs.
 
     Raises:
         ValueError: the checkpoint is of another training, or damaged.
@@ -101,7 +101,7 @@ class Trainer:
         self.head = head.to(target.device)
         self._embedding = target.model.get_input_embeddings()
         self._rows = output_rows(target, head.tokens).float()
-        # A token's place among those that the head can propose; -1 for all others.
+        # Index of each token among the head's tokens; -1 for all others.
         self._place = torch.full((target.vocab_size,), -1, device=target.device)
         self._place[head.tokens] = torch.arange(len(head.tokens), device=target.device)
         total = settings.epochs * len(shards) * -(-SHARD_TEXTS // settings.batch)
@@ -124,7 +124,8 @@ class Trainer:
         """Train to the end.
 
         Args:
-            on_shard: called with the number of shards read, of all that will be read, and the losses in the last one.
+            on_shard: called with the number of shards read, the number of all shards to read, and the losses of the
+                last shard as text.
             on_epoch: called after each epoch; returns the `acceptance` of the epoch.
         """
         total = self._settings.epochs * len(self._shards)
@@ -143,7 +144,7 @@ class Trainer:
             self._save()
 
     def _train_on(self, shard: Shard) -> list[float]:
-        """Train on all texts of a shard once; return the mean losses."""
+        """Train on all texts of a shard once; return the mean loss for each token ahead."""
         before = self._sums.clone()
         mixer = torch.Generator().manual_seed(len(self.epochs) * len(self._shards) + self._shards_done)
         for texts in torch.randperm(len(shard.tokens), generator=mixer).split(self._settings.batch):
@@ -164,7 +165,8 @@ class Trainer:
         return means
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """Return the context of 16-bit products if the target has 16-bit weights: a device fast at one is at both."""
+        """Return a context with 16-bit products if the target has 16-bit weights, else an empty context. A device that
+        is fast with 16-bit weights is fast with 16-bit products."""
         if self._target.dtype not in (torch.bfloat16, torch.float16):
             return nullcontext()
         return torch.autocast(self._target.device.type, torch.bfloat16)
@@ -186,7 +188,7 @@ class Trainer:
         try:
             state = torch.load(self._checkpoint, map_location=self._target.device, weights_only=True)
         except Exception as error:
-            raise ValueError(f"{self._checkpoint} is damaged: remove it, and the training starts anew") from error
+            raise ValueError(f"{self._checkpoint} is damaged: remove it to start the training anew") from error
         if changed := [name for name in self._identity if state["what"][name] != self._identity[name]]:
             raise ValueError(
                 f"{self._checkpoint} is of a training with other {', '.join(changed)}: remove it to start anew, or"

@@ -1,4 +1,4 @@
-"""Whatever runs a forward: the tokens are the same, or rounding alone makes them others."""
+"""Every backend of a forward: the tokens are the same, or differ by rounding alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LENGTH = 40
 
 
 def on_the_cpu(name: str, **values: Any) -> PreTrainedModel:
-    """In float32, wherever the other tests have their models."""
+    """Build a model in float32 on the CPU, whatever device the other tests use."""
     return moved(build(ARCHITECTURES[name] | values).float(), "cpu")
 
 
@@ -81,13 +81,13 @@ def over_static_shapes(name: str, backend: str) -> LM:
 
 @pytest.fixture
 def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that short texts outgrow them."""
+    """Shorten the spans of keys, so that short texts outgrow them."""
     monkeypatch.setattr(shapes, "_SPAN_MULTIPLE", 16)
 
 
 @functools.cache
 def alone(name: str, policy: str, temperature: float) -> Generation:
-    """Plain decoding by transformers' own forwards."""
+    """Decode plainly, with transformers' own forwards."""
     sampling = Sampling(temperature, seed=3)
     return generate(lm(name), prompt(), policy=POLICIES[policy], sampling=sampling, max_new_tokens=LENGTH)
 
@@ -100,8 +100,9 @@ def eager(name: str) -> LM:
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 65, 300])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_is_the_layer(rows: int, bias: bool) -> None:
-    """Guards against a layout that holds for the number of rows it was made for and no other, and against a layer that
-    needs the weight which it replaced."""
+    """Guards against a packed layer that is right for only one number of rows, and against one that still reads the
+    original weight.
+    """
     torch.manual_seed(rows)
     plain = nn.Linear(48, 80, bias)
     packed = PackedLinear(plain)
@@ -117,8 +118,9 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-neox", "gemma3-window", "phi3"])
 def test_packed_decoding_is_its_own_plain_decoding(name: str) -> None:
-    """Guards against a step that decides otherwise than the packed model itself, row by row, for any other reason than
-    rounding, and against decoding that is not packed at all."""
+    """Guards against a packed model whose speculative tokens differ from its plain ones by more than rounding, and
+    against a model that is not packed at all.
+    """
     target = eager(name).with_backend("packed")
     assert target.backend.name == "packed"
     assert sum(isinstance(module, PackedLinear) for module in target.model.modules()) > 8
@@ -133,8 +135,9 @@ def test_packed_decoding_is_its_own_plain_decoding(name: str) -> None:
 
 
 def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a draft of the target's layers, or an arm, that holds its own copy of the weights; against weights
-    held twice after loading; and against bytes that are not counted."""
+    """Guards against a second packed copy of the weights for a draft or an arm, against plain weights that stay in
+    memory, and against weight bytes that are not counted.
+    """
     plain = eager("llama")
     target = plain.with_backend("packed")
     assert target is plain.with_backend("packed")
@@ -160,18 +163,19 @@ def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.M
 
     monkeypatch.setattr(packing, "PackedLinear", Watched)
     backend = prepare("packed", model)
-    # The last is the head, tied; beside it only those of one module may still be there.
+    # The last weight is the tied head. Besides it, only the weights of one module may still be in memory.
     assert held[-1] < 5 < held[0] - 20, "the plain weights must not wait for the last of them to be packed"
     gc.collect()
-    # The head is tied to the embedding, which stays; and is packed beside it.
+    # The head is tied to the embedding, which stays. The head is packed as a further copy.
     assert [weight() is None for weight in weights] == [True] * (len(weights) - 1) + [False]
     embedding = model.get_input_embeddings().weight
     assert LM(model, backend=backend).weight_bytes == before + embedding.nbytes
 
 
 def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a backend that was asked for and silently is another, and against packing half a model in
-    silence."""
+    """Guards against a requested backend that is silently replaced by another, and against a model that is only half
+    packed without a note.
+    """
     double = prepare("packed", on_the_cpu("llama").double())
     assert double.name == "eager"
     assert str(double) == "eager (not packed: it has no plain linear layers in float32 on a CPU)"
@@ -187,7 +191,7 @@ def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (2**26, {}, "eager"),
         (2**26, {"all": 1.15}, "packed"),
-        # As wide as the vocabulary: one layer of each shape is tried, but a head is one of 29.
+        # The head is as wide as the vocabulary. One layer of each shape is timed, but only one of 29 layers is a head.
         (1, {VOCABULARY: 2.0, "all": 0.95}, "eager"),
         (1, {VOCABULARY: 4.0, "all": 1.02}, "packed"),
     ],
@@ -195,8 +199,9 @@ def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_packs_where_that_gains(
     tried: int, gains: dict[int | str, float], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against time and memory spent on a layout that is no faster, against none where it is, and against a
-    judgement by a few layers that are unlike the rest."""
+    """Guards against `auto` that packs where packing is no faster, that doesn't pack where it is faster, or that judges
+    by a few untypical layers.
+    """
 
     def seconds(plain: list[Callable[[], object]], packed: list[Callable[[], object]]) -> list[float]:
         width = plain[0].func.out_features
@@ -211,8 +216,9 @@ def test_auto_packs_where_that_gains(
 
 
 def test_backends_that_cannot_be(tmp_path: Path) -> None:
-    """Guards against a spelling that is taken for another backend, and weights that are quantised where they no longer
-    are."""
+    """Guards against a misspelt backend that is accepted as another one, and against quantising weights that packing
+    has removed.
+    """
     folder = str(save(tmp_path / "model"))
     with pytest.raises(ValueError, match="no backend is named 'packd': choose from auto, eager, packed"):
         load(folder, device="cpu", backend="packd")
@@ -229,7 +235,9 @@ def test_backends_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_peers_decode_the_plain_model() -> None:
-    """Guards against transformers' own decoding measured with our layers, and against our arms without them."""
+    """Guards against transformers' own decoding timed with our packed layers, and against our arms timed
+    without them.
+    """
     plain = eager("llama")
     packed = plain.with_backend("packed")
     for entry, expected in (({"drafter": "lookup"}, packed), ({"drafter": "lookup", "backend": "eager"}, plain)):
@@ -267,13 +275,14 @@ def test_static_shapes_change_no_token(
     temperature: float,
     short_spans: None,
 ) -> None:
-    """Guards against padding that is attended to or writes over what is held, keys in the wrong slots, a capture that
-    is used for another shape or for slots that have moved, and masks that forget a window."""
+    """Guards against wrong tokens over static shapes: padding that is attended to or overwrites kept keys, keys in
+    wrong slots, a capture used for another shape or for slots that have moved, and masks without the window.
+    """
     assume(policy == "keep-all" or name in SERVED)
-    assume(backend != "graph" or name not in UNCAPTURED)  # see test_cuda.py
+    assume(backend != "graph" or name not in UNCAPTURED)  # test_cuda.py tests this case
     target = over_static_shapes(name, backend)
     drafters = list(examples(file, target).values())
-    # Where sampling is not greedy a draft may change which of the equally lawful texts is drawn.
+    # When sampling, a draft may change which text is drawn, though not the distribution.
     drafter = drafters[which % len(drafters)] if temperature == 0.0 else NoDraft()
     result = generate(
         target,
@@ -289,7 +298,7 @@ def test_static_shapes_change_no_token(
 
 
 def counted(captured: list[int]) -> Capture:
-    """Notes every capture."""
+    """Return a capture that counts its calls."""
 
     def replay(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
         captured.append(1)
@@ -299,8 +308,9 @@ def counted(captured: list[int]) -> Capture:
 
 
 def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against seconds of capturing in every text, for slots that have the storage of earlier ones; against a
-    capture that is used for slots which have moved; and against captures without end."""
+    """Guards against seconds of capturing for every text though its slots reuse an earlier storage, against a capture
+    used for slots that have moved, and against captures without end.
+    """
     captured: list[int] = []
     backend = Backend("counted", static=partial(StaticRunner, capture=counted(captured)))
     target = LM(lm("llama").model, backend=backend)
@@ -317,7 +327,7 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         gc.collect()
         assert decode() == expected
         counts.append(len(captured))
-    # The storages of target and draft may change places once more before each has seen all.
+    # Target and draft may swap storages once more before each storage has seen every shape.
     assert counts[2:] == counts[2:3] * 4
 
     slots = target.new_slots(8)
@@ -340,11 +350,13 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])
 def test_a_captured_chain_is_the_chain(name: str, short_spans: None) -> None:
-    """Guards against a draft that is worse where it is captured: that would change no token, and nobody would see."""
+    """Guards against a captured draft that proposes worse tokens: the output would stay right, and only the speed would
+    fall.
+    """
     text = list(prompt(20))
     chains = []
     for target in (lm(name), over_static_shapes(name, "rounded")):
-        for _ in range(2):  # the second time with the storage of the first
+        for _ in range(2):  # the second pass reuses the storage of the first
             slots = target.new_slots(64)
             target.read(slots, text)
             for count in (1, 4, 9):
@@ -360,7 +372,7 @@ def test_a_captured_chain_is_the_chain(name: str, short_spans: None) -> None:
 
 
 def test_a_storage_in_a_batch_is_not_used_again() -> None:
-    """Guards against two texts that write over each other's keys."""
+    """Guards against two texts of a batch that overwrite each other's keys."""
     target = over_static_shapes("qwen3", "rounded")
     texts = [list(prompt(length)) for length in (9, 14, 23)]
     expected = [generate(lm("qwen3"), text, max_new_tokens=LENGTH).tokens for text in texts]
@@ -398,17 +410,22 @@ for dtype, compiler in (("double", "eager"), ("float", "inductor")):
 
 
 def test_a_compiled_model_is_compiled_twice_and_no_more(pytestconfig: pytest.Config) -> None:
-    """Guards against a compilation, which takes as long as thousands of tokens, whenever the text or the draft grows;
-    and against one that decides otherwise. (In a process whose shapes are not checked: checks cannot be compiled.)"""
+    """Guards against a compilation, as long as thousands of tokens, each time the text or the draft grows, and against
+    a compiled model with other tokens.
+
+    It runs in a process without shape checks, because checks cannot be compiled.
+    """
     command = [sys.executable, "-c", _COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
-    # Two for the target and two for the draft, which are of packed layers in float32.
+    # Two compilations each for the target and the draft. In float32 both have packed layers.
     told = [f"compile {[4] * 6}", f"compile (15 packed linear layers) {[8] * 6}"]
     assert done.stdout.splitlines() == [f"{each} {[True] * 5}" for each in told], done.stderr
 
 
 def test_capturing_is_timed_apart_from_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a first token that seems to take seconds, and against captures that nobody hears of."""
+    """Guards against seconds of capturing counted as time to the first token, and against captures that no record
+    shows.
+    """
     done = []
 
     class Graph:
@@ -452,13 +469,15 @@ def test_capturing_is_timed_apart_from_decoding(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(LM, "_forward", slow)
     result = generate(lm("llama"), prompt(), max_new_tokens=3)
     assert result.capture_s == 300.0
-    # No time of this process is as long: what was taken off is what was said to be captured.
+    # No real time here is so long: the subtracted time is the reported capture time.
     assert result.prefill_s < -50.0
     assert result.decode_s < -50.0
 
 
 def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
-    """Guards against attention to all that was allocated, and against bytes that are not counted as they are read."""
+    """Guards against attention over all allocated slots instead of the used span, and against read bytes that are
+    counted wrongly.
+    """
     read: dict[str, int] = {}
     for backend in ("eager", "exact", "rounded"):
         target = lm("llama") if backend == "eager" else over_static_shapes("llama", backend)
@@ -471,7 +490,7 @@ def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
         slot = result.cache_bytes // (len(prompt()) + LENGTH - 1)
         read[backend] = result.attended_bytes // slot
         if backend == "rounded":
-            # The first forward over new slots is none over static shapes.
+            # The first forward over new slots does not use static shapes.
             assert {32, 48} <= set(spans[1:]) <= {16, 32, 48, 64}
         else:
             assert sum(spans) == read[backend]
@@ -480,8 +499,9 @@ def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-window", "gpt-neox"])
 def test_heads_that_share_keys_attend_without_copies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a cache that is copied in every step, against another model that changes with this one, and
-    against attention to the wrong head's keys."""
+    """Guards against a cache that is copied in every step, against a change to other models of the same class, and
+    against attention to the keys of the wrong head.
+    """
     plain = lm(name)
     grouped = build(ARCHITECTURES[name])
     implementation = plain.model.config._attn_implementation
@@ -510,8 +530,9 @@ def test_heads_that_share_keys_attend_without_copies(name: str, monkeypatch: pyt
 
 
 def test_a_backend_that_auto_chose_gives_way() -> None:
-    """Guards against a model that cannot be loaded for the sake of a backend that nobody asked for, and against one
-    that was asked for and silently is another."""
+    """Guards against a model that fails to load because of a backend that only `auto` chose, and against a requested
+    backend that is silently replaced.
+    """
 
     def broken(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -524,6 +545,6 @@ def test_a_backend_that_auto_chose_gives_way() -> None:
     assert generate(target, prompt(), max_new_tokens=LENGTH).tokens == greedy("llama", LENGTH)
     with pytest.raises(UnsupportedModelError, match="stream is capturing"):
         LM.on_backend(replace(backend, chosen=False), build(ARCHITECTURES["llama"]))
-    # What nothing can be done for is the same model, not another one with the same weights.
+    # A backend with nothing to change returns the same model, not another with the same weights.
     plain = LM(on_the_cpu("llama").double())
     assert plain.with_backend("auto") is plain

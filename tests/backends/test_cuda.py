@@ -1,4 +1,4 @@
-"""The CUDA path, on a GPU or on the pretended one: `tox -e pretend`."""
+"""The CUDA path, on a GPU or on the pretended device: `tox -e pretend`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TREE = StaticTree((3, 2, 1))
 
 @functools.cache
 def head_of(target: LM) -> BoundHead:
-    """A head that is bound once, as graphs are captured for the storage of its slots."""
+    """Bind the target's head only once, as graphs are captured for the storage of its slots."""
     return BoundHead(untrained(target), target)
 
 
@@ -69,8 +69,7 @@ MAKERS: dict[str, Callable[[LM, LM], Drafter]] = {
 }
 
 READS = {"best-first-tree": 5}
-"""How often the host waits in a step of a drafter that looks at each level that it has drafted; others let it wait
-once."""
+"""The waits of the host in a step, for drafters that read each drafted level. All others wait once."""
 
 
 LAUNCHES = {
@@ -82,7 +81,7 @@ LAUNCHES = {
     "head-chain": 23,
     "head-tree": 49,
 }
-"""How many kernels a step launches by themselves, beside its graphs, at most. The number of layers plays no part."""
+"""The most kernels that a step launches outside its graphs. The number is the same for any number of layers."""
 
 PRETENDED = "tests.helpers.pretended" in sys.modules
 
@@ -95,7 +94,7 @@ def on_graphs(name: str = "llama") -> LM:
 
 @functools.cache
 def on_the_host(name: str = "llama") -> list[int]:
-    """The text that a copy of the model on the CPU goes on with, behind the prompt."""
+    """Return the prompt and its continuation by a copy of the model on the CPU."""
     plain = LM(build(ARCHITECTURES[name]).cpu(), name=name)
     return [*prompt(), *generate(plain, prompt(), max_new_tokens=LENGTH).tokens]
 
@@ -106,14 +105,15 @@ def decode(target: LM, drafter: Drafter) -> Generation:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_replayed_graphs_write_what_the_cpu_does_and_wait_once_a_step(name: str) -> None:
-    """Guards against results of a graph that another has overwritten, copies that have not arrived, tensors of two
-    devices in one operation, and a host that stands still, or captures, where it need not."""
+    """Guards against wrong tokens: from results that another graph has overwritten, from copies that have not arrived,
+    or from tensors of two devices. Also against a host that waits or captures more than necessary.
+    """
     target = on_graphs()
     draft = target.subset([0, 2])
-    # The prompt is read by a graph as soon as the storage has seen one: so two runs capture.
+    # A prompt is read by a graph only if its storage has seen one before: so the first two runs capture.
     for first in (True, True, False):
         drafter = None
-        gc.collect()  # the storages of the run before are used again
+        gc.collect()  # frees the storages of the previous run for reuse
         captures, drafter = CudaGraphs.count, MAKERS[name](target, draft)
         with host_reads(target.device) as reads:
             result = decode(target, drafter)
@@ -132,7 +132,9 @@ def test_replayed_graphs_write_what_the_cpu_does_and_wait_once_a_step(name: str)
 @pytest.mark.parametrize(("name", "most"), LAUNCHES.items())
 @pytest.mark.skipif(not PRETENDED, reason="a GPU does not say what was launched on it: tox -e pretend")
 def test_a_step_launches_few_kernels_beside_its_graphs(name: str, most: float) -> None:
-    """Guards against a GPU that waits for the host: each launch takes the host as long as a small kernel takes."""
+    """Guards against a GPU that idles because the host launches many kernels: a launch takes as long as a small
+    kernel.
+    """
     target = on_graphs()
     draft = target.subset([0])
     for _ in range(3):
@@ -147,7 +149,7 @@ def test_a_step_launches_few_kernels_beside_its_graphs(name: str, most: float) -
 
 @pytest.mark.parametrize("name", ["gpt-neox", "gemma3-window"])
 def test_other_architectures_replay_right(name: str) -> None:
-    """Guards against a window or a rotation that is captured as it was once."""
+    """Guards against wrong tokens because a captured window or rotation stays as it was at the capture."""
     target = on_graphs(name)
     assert target.backend.name == "graph"
     for drafter in (NoDraft(), ModelDrafter(target.subset([0, 1]), TREE)):
@@ -155,7 +157,7 @@ def test_other_architectures_replay_right(name: str) -> None:
 
 
 def test_policies_batches_and_samples_are_those_of_the_cpu() -> None:
-    """Guards against rules of a device in what tokens are chosen."""
+    """Guards against policies, batches or sampling that choose other tokens on a GPU than on the CPU."""
     target = on_graphs()
     plain = LM(build(ARCHITECTURES["llama"]).cpu())
     texts, length = [prompt(length) for length in (9, 14)], 24
@@ -181,7 +183,7 @@ def test_policies_batches_and_samples_are_those_of_the_cpu() -> None:
 
 
 def test_teacher_forcing_reads_what_has_arrived() -> None:
-    """Guards against acceptance of tokens that are still on their way to the host."""
+    """Guards against accepting garbage because the tokens are still on their way to the host."""
     text = on_the_host()
     counted = []
     for target in (LM(build(ARCHITECTURES["llama"]).cpu()), on_graphs()):
@@ -191,7 +193,7 @@ def test_teacher_forcing_reads_what_has_arrived() -> None:
 
 
 def test_a_timed_run_captures_nothing() -> None:
-    """Guards against times of captures, and of runs whose texts grow beyond what was captured before."""
+    """Guards against captures inside timed runs, also where a text grows beyond the captured shapes."""
     target = on_graphs()
     draft = target.subset([0, 2])
     entries = {
@@ -221,7 +223,9 @@ def test_a_timed_run_captures_nothing() -> None:
 
 
 def test_an_architecture_that_copies_in_its_forward_is_not_captured() -> None:
-    """Guards against an exception of ours that nobody needs any more, and one that `auto` does not know."""
+    """Guards against an exception for an architecture that no longer needs it, and against `auto` that fails on such an
+    architecture.
+    """
     for name in UNCAPTURED:
         model = build(ARCHITECTURES[name])
         with pytest.raises(UnsupportedModelError, match="cannot be decoded exactly: its forward does not take"):
@@ -232,7 +236,9 @@ def test_an_architecture_that_copies_in_its_forward_is_not_captured() -> None:
 
 
 def test_a_model_that_cannot_be_captured_runs_all_the_same() -> None:
-    """Guards against `auto` that fails where it should give way, and a stream of a capture that stays."""
+    """Guards against `auto` that fails instead of falling back to eager, and against a capture's stream that stays
+    current.
+    """
     model = build(ARCHITECTURES["llama"])
     mlp = model.model.layers[1].mlp
     forward = mlp.forward

@@ -1,4 +1,4 @@
-"""The installed plugin, in repositories of other people: `pytest` in folders of its own, in processes of their own."""
+"""The installed plugin in users' repositories: `pytest` in folders of its own, in processes of their own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def elsewhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_the_suite_runs_in_an_empty_folder(
     elsewhere: Runs, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Guards against a suite that only its own checkout can run, or that takes the model's folder for its own."""
+    """Guards against a suite that runs only in its own checkout, or that writes results into the model's folder."""
     model = save(tmp_path_factory.mktemp("model"))
     done = elsewhere("--benchmark", *SIZES, *LOOKUP, "--target", str(model), "--benchmark-json=results/run.json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +36,7 @@ def test_the_suite_runs_in_an_empty_folder(
 
 
 def test_other_plugins_keep_their_options(elsewhere: Runs, tmp_path: Path) -> None:
-    """Guards against a repository that cannot be tested any more because its own `--device` is taken."""
+    """Guards against a repository whose tests fail because this plugin takes its `--device` option."""
     (tmp_path / "late.py").write_text(
         "def pytest_addoption(parser):\n    parser.addoption('--dtype', default='theirs')\n"
     )
@@ -61,19 +61,21 @@ def test_other_plugins_keep_their_options(elsewhere: Runs, tmp_path: Path) -> No
 
 
 def test_it_does_nothing_unless_it_is_asked(elsewhere: Runs, tmp_path: Path) -> None:
-    """Guards against seconds of loading in every session, and against tests left out for the name of their folder."""
+    """Guards against seconds of imports in every session, and against a user's tests skipped because of their folder's
+    name.
+    """
     (tmp_path / "perf").mkdir()
     (tmp_path / "perf" / "test_own.py").write_text(
         "import sys\ndef test_own():\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
     )
     for arguments in ((), ("-n", "2"), ("-p", "no:specdecode")):
-        done = elsewhere("-p", "no:jaxtyping", *arguments, alone=True)  # whose plugin brings numpy
+        done = elsewhere("-p", "no:jaxtyping", *arguments, alone=True)  # jaxtyping's plugin imports numpy
         assert done.returncode == 0, done.stdout + done.stderr
         assert "1 passed" in done.stdout
 
 
 def test_a_repository_has_its_settings(elsewhere: Runs, tmp_path: Path) -> None:
-    """Guards against options that everybody has to remember, and against a setting that is mistyped and ignored."""
+    """Guards against options that every user has to type, and against a mistyped setting that is ignored."""
     settings = tmp_path / "pyproject.toml"
     settings.write_text(
         '[tool.specdecode]\ntarget = "shape:tiny"\nprompts = "prose:1"\nbaselines = "blessed"\ndevice = "cpu"\n'
@@ -90,7 +92,7 @@ def test_a_repository_has_its_settings(elsewhere: Runs, tmp_path: Path) -> None:
 
 
 def test_the_suite_is_listed(elsewhere: Runs) -> None:
-    """Guards against a list of tests that loads a model first."""
+    """Guards against a list of tests that first loads a model."""
     done = elsewhere("--benchmark", "--collect-only", "-q", *SIZES)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_speed.py::test_speed[lookup]" in done.stdout
@@ -111,7 +113,7 @@ def make(target, draft, device, dtype, wrong):
 
 
 def test_a_decoder_of_the_readers_own_is_checked(elsewhere: Runs, tmp_path: Path) -> None:
-    """Guards against a wrong token of somebody's own decoder that passes."""
+    """Guards against a user's own decoder that passes with a wrong token."""
     (tmp_path / "decoder.py").write_text(DECODER)
     sizes = [size for size in SIZES if size != "--tiny"]
 
@@ -159,9 +161,12 @@ baseline = "plain"
 
 
 def test_an_engine_is_gated_by_its_past(elsewhere: Runs, tmp_path: Path) -> None:
-    """Guards against a model of ours loaded for somebody's engine, against a slowdown that passes or is blamed on
-    another part, and against a comparison of two commits that runs the same code twice, or that an arm which fails in
-    one of them ends."""
+    """Guards against our model loaded for a user's engine, and against a slowdown that passes or is blamed on another
+    part.
+
+    Also against a comparison of two commits that runs the same code twice, or that stops when an arm fails in one of
+    them.
+    """
     (tmp_path / "src" / "engine").mkdir(parents=True)
     decoding = tmp_path / "src" / "engine" / "decoding.py"
 

@@ -48,7 +48,7 @@ def elsewhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs_in(tmp_path, tmp_path_factory.mktemp("packages"))
 
 
-NO_TORCH = ("-p", "no:jaxtyping")  # whose plugin brings it
+NO_TORCH = ("-p", "no:jaxtyping")  # jaxtyping's plugin imports torch
 
 
 def test_without_benchmark_values_are_compared(elsewhere: Runs) -> None:
@@ -56,14 +56,15 @@ def test_without_benchmark_values_are_compared(elsewhere: Runs) -> None:
     done = elsewhere(*NO_TORCH, "test_sorting.py", alone=True)
     assert "3 failed, 3 passed" in done.stdout, done.stdout + done.stderr
     assert "the new function returns 45150 and the old function 44850: nothing was timed" in done.stdout
-    assert "paired was called before in this test: make it two tests" in done.stdout
+    assert "paired was already called in this test: split the test in two" in done.stdout
     assert "'str' object cannot be interpreted as an integer" in done.stdout
     assert "sees slowdowns" not in done.stdout
 
 
 def test_with_benchmark_they_are_timed_and_judged(elsewhere: Runs, tmp_path: Path) -> None:
-    """Guards against a slowdown that passes, against a language model that such a project must have, and against
-    figures that neither pytest-benchmark's file nor JUnit's holds."""
+    """Guards against a slowdown that passes, against a project that must have a language model, and against numbers
+    missing from pytest-benchmark's file or from JUnit's.
+    """
     summary = tmp_path / "summary.md"
     files = ("--benchmark-json=run.json", "--junitxml=junit.xml", "-o", "junit_family=xunit1")
     done = elsewhere("--benchmark", *NO_TORCH, *files, "test_sorting.py", alone=True, GITHUB_STEP_SUMMARY=str(summary))
@@ -107,7 +108,7 @@ def test_against_a_commit_the_same_test_runs_in_both(elsewhere: Runs, tmp_path: 
     done = elsewhere("--benchmark", *NO_TORCH, "--against=HEAD", "test_sorting.py")
     assert "3 failed" in done.stdout, done.stdout + done.stderr
     assert "REGRESSED: test_total time" in done.stdout
-    assert "HEAD cannot run this test: its value cannot be sent to be compared" in done.stdout
+    assert "HEAD cannot run this test: its value cannot be sent for the comparison" in done.stdout
     assert "HEAD cannot run this test: AttributeError: module 'sorting' has no attribute 'newer'" in done.stdout
     assert list((tmp_path / ".git" / "worktrees").glob("*")) == []
     done = elsewhere("--benchmark", *NO_TORCH, "--against=nowhere", "test_sorting.py")
@@ -116,7 +117,7 @@ def test_against_a_commit_the_same_test_runs_in_both(elsewhere: Runs, tmp_path: 
 
 
 def test_the_page_about_it_is_true(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Guards against an example that does not run."""
+    """Guards against an example on the page that does not run."""
     page = (ROOT / "docs" / "paired.md").read_text()
     run = runs_in(tmp_path, tmp_path_factory.mktemp("packages"))
     for number, example in enumerate(re.findall(r"```python\n(.*?)```", page, re.DOTALL)):

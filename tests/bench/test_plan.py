@@ -1,4 +1,4 @@
-"""Options are resolved once, and what is wrong with them is told before anything is loaded."""
+"""Options are resolved once, and wrong ones are reported before anything is loaded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ sys.addaudithook(audit)
 
 @pytest.mark.parametrize("judge", ["--baseline", "--against"])
 def test_a_session_asks_once(judge: str, tmp_path: Path) -> None:
-    """Guards against options that each hook of pytest resolves anew."""
+    """Guards against options that each hook of pytest resolves again."""
     (tmp_path / "counter.py").write_text(COUNTER)
     baseline = tmp_path / "baseline.json"
     baseline.write_text(next((ROOT / "baselines").glob("*/smollm2*-quick.json")).read_text())
@@ -77,13 +77,13 @@ def plan(root: Path, **given: Any) -> Plan:
     ],
 )
 def test_what_is_wrong_is_told_before_a_model_is_loaded(tmp_path: Path, given: dict[str, Any], reason: str) -> None:
-    """Guards against a minute of loading before a misspelt option is told."""
+    """Guards against a minute of loading before a misspelt option is reported."""
     with pytest.raises(ValueError, match=reason):
         plan(tmp_path, **given)
 
 
 def test_arms_that_only_the_baseline_has_are_judged(tmp_path: Path) -> None:
-    """Guards against an arm that is taken out of a preset together with its regression."""
+    """Guards against a regression that passes because its arm was removed from the preset."""
     baseline = next((ROOT / "baselines").glob("*/smollm2*-quick.json"))
     preset = tmp_path / "own.toml"
     preset.write_text('prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = {}\nnew = {}\n')
@@ -96,7 +96,7 @@ def test_arms_that_only_the_baseline_has_are_judged(tmp_path: Path) -> None:
 
 
 def test_what_only_recommends_reads_no_baseline(tmp_path: Path) -> None:
-    """Guards against a recommendation that a damaged baseline stops."""
+    """Guards against a recommendation that fails because of a damaged baseline."""
     file = tmp_path / "baselines" / plan(tmp_path).identity.file
     file.parent.mkdir(parents=True)
     file.write_text("{")
@@ -107,7 +107,7 @@ def test_what_only_recommends_reads_no_baseline(tmp_path: Path) -> None:
 
 
 def test_a_quality_session_is_planned_before_a_model_is_loaded(tmp_path: Path) -> None:
-    """Guards against margins of another target, and options that the quality suite does not see."""
+    """Guards against margins of another target, and options that the quality suite ignores."""
 
     def quality(**given: Any) -> QualityPlan:
         return resolve_quality(Options(**{"root": tmp_path, "device": "cpu", "tiny": True} | given))

@@ -1,4 +1,4 @@
-"""What the gate says on machines that were recorded."""
+"""Verdicts of the gate on recorded machines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("machine", TRACES)
 @pytest.mark.parametrize(("simulate", "others", "blocks"), [(by_baseline, 4, 12), (side_by_side, 1, 12)])
 def test_equal_code_is_not_convicted(machine: str, simulate: Callable[..., Compared], others: int, blocks: int) -> None:
-    """Guards against a gate that closes because a neighbour took the processor."""
+    """Guards against a gate that fails because other work took the processor."""
     changes = [typical_ratio(*simulate(TRACES[machine], seed, others, blocks, 0.0)) for seed in range(COUNT)]
     covered = sum(change.low <= 1 <= change.high for change in changes) / COUNT
     assert covered > 0.95 - 3 * (0.95 * 0.05 / COUNT) ** 0.5
@@ -30,7 +30,7 @@ def test_equal_code_is_not_convicted(machine: str, simulate: Callable[..., Compa
 
 
 def test_measuring_again_narrows_what_a_neighbour_widens() -> None:
-    """Guards against a rule that costs time and finds nothing."""
+    """Guards against repeats that cost time and do not narrow the interval."""
     trace = TRACES["epyc-neighbour"]
 
     def width(again: float) -> float:
@@ -42,7 +42,7 @@ def test_measuring_again_narrows_what_a_neighbour_widens() -> None:
 
 @pytest.mark.parametrize("machine", TRACES)
 def test_a_slowdown_is_seen_from_where_it_says(machine: str) -> None:
-    """Guards against a promise that the gate does not keep on a real machine."""
+    """Guards against a stated detectable slowdown that the gate misses on a real machine."""
     trace = TRACES[machine]
     equal = [typical_ratio(*side_by_side(trace, seed, 0, 60, 0.0)) for seed in range(COUNT)]
     promised = float(np.median([detectable_slowdown(change, 0.02) for change in equal]))

@@ -1,4 +1,4 @@
-"""The presets, each rehearsed to its end on the smallest models and told from the file alone."""
+"""The presets, each rehearsed to its end on the smallest models and reported from the file alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(name: str, root: Path, **given: Any) -> Plan:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_runs_to_its_end_and_is_told(name: str, tmp_path: Path) -> None:
-    """Guards against a grid that fails after an hour, or that the report cannot tell."""
+    """Guards against a grid that fails after an hour, or that the report cannot show."""
     asked = plan(name, tmp_path)
     arms = set(asked.preset.arms)
     judged = measure(asked, arms)
@@ -54,7 +54,7 @@ def test_a_preset_runs_to_its_end_and_is_told(name: str, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_preset_of_lengths_and_caches_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an interruption that costs what was measured before it."""
+    """Guards against an interruption that loses the earlier measurements."""
     arms = {"ar", "ar-128", "linear-k3"}
     asked = plan("sweep", tmp_path)
 

@@ -28,7 +28,7 @@ repeats = 2
 
 
 Sessions = dict[str, tuple[int, str, Path]]
-"""By name: the exit code, what was said, and the run file."""
+"""The exit code, the output and the run file, by the session's name."""
 
 
 def arm(name: str, options: str, rest: str = "") -> str:
@@ -37,9 +37,9 @@ def arm(name: str, options: str, rest: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
-    """Sessions one after the other: the first is the baseline of the others."""
+    """Run sessions one after the other. The first is the baseline of the others."""
     folder = tmp_path_factory.mktemp("servers")
-    model = save(folder / "model")  # for its tokenizer
+    model = save(folder / "model")  # the arms use its tokenizer
     load = ", concurrency = [1, 2]"
     presets = {
         "first": arm("ar", "", load) + arm("spec", "--k 3", load),
@@ -53,7 +53,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
             ]
         ),
     }
-    # Its baseline dies in the second block, once.
+    # The server of its baseline arm dies once, in the second block.
     presets["dies"] = arm("ar", f"--fault die --after 9 --once {folder / 'dead'}") + arm("spec", "--k 3")
     commands, files = [], {}
     for name, arms in presets.items():
@@ -70,14 +70,16 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
 
 
 def test_a_preset_of_servers_is_measured(sessions: Sessions) -> None:
-    """Guards against a server that is timed and not checked, or not compared with its twin."""
+    """Guards against a server that is timed but not checked, or not compared with its baseline of the same
+    concurrency.
+    """
     code, said, file = sessions["first"]
     assert code == 0, said
     run = read(file)
     assert list(run.arms) == ["ar", "ar-c2", "spec", "spec-c2"]
     assert [record.baseline for record in run.arms.values()] == [None, None, None, "ar-c2"]
     assert {(record.bugs, record.ties) for record in run.arms.values()} == {(0, 0)}
-    # 16 tokens in 7 steps and not in 16, each of the same time.
+    # 16 tokens in 7 steps instead of 16, all of the same duration.
     assert 1.1 < run.speedup("spec").value < 16 / 7 * 1.5
     assert run.measures("spec").counters.mean_acceptance_length == pytest.approx(16 / 7)
     measures = run.measures("spec-c2")
@@ -90,7 +92,7 @@ def test_a_preset_of_servers_is_measured(sessions: Sessions) -> None:
 
 
 def test_a_second_run_passes_by_the_first(sessions: Sessions) -> None:
-    """Guards against counters of a server that are never twice the same."""
+    """Guards against a server's counters that differ in each run."""
     judgements = judge(read(sessions["resumed"][2]), read(sessions["first"][2]), arms=["ar", "spec"])
     counters = {judged.arm: judged for judged in judgements if judged.gate == "counters"}
     assert {arm: judged.verdict for arm, judged in counters.items()} == {"ar": Verdict.PASS, "spec": Verdict.PASS}
@@ -98,7 +100,7 @@ def test_a_second_run_passes_by_the_first(sessions: Sessions) -> None:
 
 
 def test_lost_acceptance_is_blamed(sessions: Sessions) -> None:
-    """Guards against a slower server of which nobody says why."""
+    """Guards against a slower server without a cause."""
     code, said, file = sessions["fewer"]
     assert code == 1, said
     assert "mean_acceptance_length 2.286 -> " in " ".join(said.replace("│", " ").split())
@@ -121,14 +123,14 @@ def test_a_server_that_dies_leaves_the_rest(sessions: Sessions) -> None:
 
 
 def test_a_wrong_output_is_told_from_a_tie(sessions: Sessions) -> None:
-    """Guards against a wrong token that passes for rounding, and rounding that fails a server."""
+    """Guards against a wrong token that passes as rounding, and rounding that fails a server."""
     arms = read(sessions["faults"][2]).arms
     assert (arms["wrong"].bugs, arms["wrong"].ties) == (4, 0)
     assert (arms["tie"].bugs, arms["tie"].ties) == (0, 4)
 
 
 def test_a_run_goes_on_where_its_baselines_server_died(sessions: Sessions) -> None:
-    """Guards against blocks that are lost with the server that all are compared with."""
+    """Guards against finished blocks that are lost when the baseline's server dies."""
     code, said, _ = sessions["dies"]
     assert code == 2, said
     assert "arm 'ar': its server ended with exit code -9; it said: loading" in said
@@ -139,7 +141,7 @@ def test_a_run_goes_on_where_its_baselines_server_died(sessions: Sessions) -> No
 
 
 def test_each_version_starts_its_own_server(tmp_path: Path) -> None:
-    """Guards against two versions of an engine of which one is measured twice: by --against a commit's own command."""
+    """Guards against `--against` that starts the same version of an engine for both commits."""
     folder, model = tmp_path / "repository", save(tmp_path / "model")
     folder.mkdir()
     command = f"{FAKE.replace('{port}', '$1')} --k "

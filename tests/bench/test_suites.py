@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def one_arm(model: str) -> tuple[str, ...]:
-    """The arguments that measure `lookup`, and `ar` beside it."""
+    """Return the arguments that measure `lookup`, and `ar` beside it."""
     selected = ("--benchmark", "-k", "lookup and not hf and not aware")
     return (*selected, f"--target={model}", "--device", "cpu", "--dtype", "float64")
 
@@ -46,7 +46,9 @@ def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subp
 
 
 def test_the_suites_need_no_package_of_the_tests(tmp_path: Path) -> None:
-    """Guards against a main job that runs only where the tests do: pytest reads their conftest.py for any suite."""
+    """Guards against suites that run only where the tests' packages are installed: pytest reads tests/conftest.py for
+    any suite.
+    """
     (tmp_path / "bare.py").write_text("import sys\nsys.modules |= dict.fromkeys(('hypothesis', 'beartype'))\n")
     around = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     plugins = ("-p", "bare", "-p", "no:hypothesispytest", "-p", "no:xdist", "-p", "no:timeout")
@@ -56,7 +58,7 @@ def test_the_suites_need_no_package_of_the_tests(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_ends_with_a_table(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """Guards against a run that measures and does not say what."""
+    """Guards against a run that measures and prints no results."""
     done, _ = measured
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {cells[1]: cells for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] == "│"}
@@ -70,7 +72,7 @@ def test_the_benchmark_ends_with_a_table(measured: tuple[subprocess.CompletedPro
 
 
 def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """Guards against times that were not the measured ones, and measures that pytest-benchmark could not store."""
+    """Guards against other times than the measured ones, and measures that pytest-benchmark cannot store."""
     found = json.loads(measured[1].read_text())
     tests = {test["param"]: test for test in found["benchmarks"]}
     linear, baseline = tests["linear-k5"], tests["ar"]
@@ -89,19 +91,19 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
     assert 0 < measures["acceptance_rate"] <= 1
     assert 1 <= measures["mean_acceptance_length"] <= 6
     assert baseline["extra_info"]["speedup"] == 1.0
-    # The two texts of prose are longer than one chunk of a prefill.
+    # The two prose texts are longer than one prefill chunk.
     assert baseline["extra_info"]["target_forwards_per_token"] == pytest.approx((36 + 2) / 36)
     assert found["machine_info"]["specdecode"]["torch"]
 
 
 def test_only_what_is_selected_is_measured(model: str) -> None:
-    """Guards against `-k` that hides rows of an experiment which still takes all its time."""
+    """Guards against `-k` that hides rows but still measures all arms."""
     done = run_pytest(
         *one_arm(model),
         *("--prompts", "prose:2", "--max-new-tokens", "6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout  # its speed and two verdicts
+    assert "3 passed" in done.stdout  # the arm's speed and two verdicts
     assert "8/8 runs" in done.stderr  # two counters runs, and two blocks of three
     assert "No baseline for this hardware" in done.stdout
 
@@ -109,7 +111,7 @@ def test_only_what_is_selected_is_measured(model: str) -> None:
 def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
     model: str, measured: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
 ) -> None:
-    """Guards against verdicts that are shown and fail nothing, or that the summary and the exit code tell otherwise."""
+    """Guards against verdicts that are shown and fail nothing, and against a summary that contradicts the exit code."""
     content = json.loads(measured[1].read_text())
     arms = content["specdecode"]["arms"]
     for row in arms["linear-k5"]["rows"].values():
@@ -143,7 +145,7 @@ def test_a_strict_gate_asks_for_a_baseline(model: str) -> None:
 
 
 def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
-    """Guards against a suite that times an arm and does not look at what it wrote."""
+    """Guards against a suite that times an arm and does not check its output."""
     fault = tmp_path / "fault.py"
     fault.write_text(
         "import specdecode.core.verify as verify\n"
@@ -168,7 +170,7 @@ def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: signal.Signals) -> None:
-    """Guards against minutes of measuring lost to a full disk or an impatient finger, and against half a file."""
+    """Guards against minutes of measuring lost by Ctrl-C or a kill, and against half a file."""
     file = tmp_path / "run.json"
     file.write_text(json.dumps("the run before"))
     arguments = (
@@ -183,12 +185,12 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # Tests that a shell has started in the background ignore it, and would hand that on.
+        # Tests in a shell's background ignore the signal, and their children would inherit that.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     finished, unfinished = 0, file.with_suffix(".unfinished.json")
-    # A block is in the journal first, and in this file a moment later.
+    # A block is in the journal first, and a moment later in this file.
     while finished < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
         finished = 8 - read_run(unfinished).header.left if unfinished.exists() else 0
@@ -212,7 +214,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     assert json.loads(file.read_text())["specdecode"]["arms"].keys() == {
         "ar",
         "lookup",
-    }  # one selected, and its measure
+    }  # the selected arm and its baseline
     (lookup,) = (test for test in json.loads(file.read_text())["benchmarks"] if test["param"] == "lookup")
     assert lookup["stats"]["rounds"] == 8
     assert read_run(file).header.left == 0
@@ -221,8 +223,9 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
 
 
 def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, tmp_path: Path) -> None:
-    """Guards against a traceback for each arm, and against minutes of measuring by several processes at once, or by one
-    whose results are thrown away."""
+    """Guards against a traceback for each arm, and against minutes of measuring by several processes at once or by one
+    whose results are thrown away.
+    """
     file = tmp_path / "file"
     file.write_text("in the way")
     target = f"--target={model}"
@@ -256,7 +259,7 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, tmp_path: 
 
 
 def test_a_summary_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:
-    """Guards against a run that fails for want of its page, when all is measured."""
+    """Guards against a run that fails at the end because its summary page cannot be written."""
     page = tmp_path / "file" / "summary.md"
     page.parent.write_text("in the way")
     done = run_pytest("--benchmark", GITHUB_STEP_SUMMARY=str(page))
@@ -267,7 +270,7 @@ def test_a_summary_that_cannot_be_written_is_told_before(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("suite", ["benchmark", "quality"])
 def test_results_that_are_a_file_are_told_before_a_model_is_loaded(tmp_path: Path, model: str, suite: str) -> None:
-    """Guards against an error for each arm, after the models are loaded."""
+    """Guards against an error for each arm after the models are loaded."""
     for name in ("conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("perf", "quality"):
@@ -304,8 +307,9 @@ session.BenchmarkSession.save_json = save
 
 
 def test_a_run_outlives_a_full_disk_and_a_plain_terminal(model: str, tmp_path: Path) -> None:
-    """Guards against minutes lost with the file that they were for; and a table on one line of escapes, which pytest
-    makes of characters that a terminal lacks. pytest-benchmark 5.2 gives its file open."""
+    """Guards against measurements lost because their file cannot be written, and against a table printed as one line of
+    escapes where the terminal lacks a character. pytest-benchmark 5.2 passes its file opened.
+    """
     for name, source in (("full_disk", FULL_DISK), ("open_file", OPEN_FILE)):
         (tmp_path / f"{name}.py").write_text(source)
     file, around = tmp_path / "run.json", {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "ascii"}
@@ -328,11 +332,11 @@ def test_a_run_outlives_a_full_disk_and_a_plain_terminal(model: str, tmp_path: P
         "lookup",
     ]
     assert "\\u" not in done.stdout
-    assert "?" in done.stdout  # such as the sign of the mean acceptance length
+    assert "?" in done.stdout  # such as the symbol of the mean acceptance length
 
 
 def test_quality_shows_perplexities(model: str) -> None:
-    """Guards against a suite that passes and shows nothing."""
+    """Guards against a suite that passes and prints no results."""
     done = run_pytest("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
     files = sorted((ROOT / "results").glob(f"quality-{slug(model)}-*"))
     try:
@@ -351,7 +355,7 @@ def test_quality_shows_perplexities(model: str) -> None:
 
 
 def test_plain_pytest_leaves_the_suites_alone() -> None:
-    """Guards against minutes of measuring in a run of the tests."""
+    """Guards against minutes of measuring in an ordinary run of the tests."""
     done = run_pytest("--collect-only", "-q")
     assert "tests/bench/test_suites.py" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith(("perf/", "quality/"))]

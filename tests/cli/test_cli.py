@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of another vocabulary."""
+    """Save a model of another vocabulary."""
     return str(save(tmp_path_factory.mktemp("other"), texts=CHARACTERS[::-1], seed=3))
 
 
@@ -71,7 +71,7 @@ def test_generate_streams_the_models_own_text_and_ends_with_measures(
 def test_drafting_as_long_as_pays_changes_no_text(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str, drafter: tuple[str, ...]
 ) -> None:
-    """Guards against a controller that does not reach the decoder, and a silence while costs are being measured."""
+    """Guards against a controller that does not reach the decoder, and a silent wait while costs are measured."""
     told, measure = threading.Event(), specdecode.measure_costs
 
     def patient(*of: object) -> specdecode.Costs:
@@ -97,7 +97,7 @@ def test_drafting_as_long_as_pays_changes_no_text(
 def test_a_draft_of_another_vocabulary_drafts_by_text(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str, other: str, asked_for: tuple[str]
 ) -> None:
-    """Guards against a refusal where there is a way, and against one that is taken in silence."""
+    """Guards against refusing a draft of another vocabulary, and against drafting by text without a note."""
     arguments = ("generate", "the cat sat on", "--target", model, "--max-new-tokens", "20", "--dtype", "float64")
     assert exit_code(monkeypatch, *arguments, "--drafter", "none") == 0
     plain = capfd.readouterr().out
@@ -112,7 +112,7 @@ def test_a_draft_of_another_vocabulary_drafts_by_text(
 def test_a_bounded_cache_writes_on_beyond_the_context(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
-    """Guards against options of the cache that do not reach the decoder."""
+    """Guards against cache options that do not reach the decoder."""
     texts = []
     for drafter in ("none", "lookup"):
         arguments = ("--target", model, "--policy", "sink-window", "--max-cache", "32", "--drafter", drafter)
@@ -133,7 +133,9 @@ def test_a_bounded_cache_writes_on_beyond_the_context(
 def test_an_int8_target_writes_its_own_text(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
-    """Guards against an option that does not reach the target, and one that reaches the tokens of a draft."""
+    """Guards against `--quantize` that does not reach the target, or that changes the output depending on the
+    drafter.
+    """
     arguments = ("generate", "a cat sat", "--target", model, "--dtype", "float64", "--max-new-tokens", "60")
     texts = {}
     for quantize in ((), ("--quantize", "int8")):
@@ -146,7 +148,7 @@ def test_an_int8_target_writes_its_own_text(
 def test_a_seed_makes_sampling_repeatable(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
-    """Guards against a sampling option that is read and forgotten."""
+    """Guards against a sampling option that is accepted and has no effect."""
     texts = []
     for seed in ("1", "1", "2"):
         arguments = ("--target", model, "--temperature", "1.5", "--top-p", "0.95", "--seed", seed)
@@ -158,7 +160,7 @@ def test_a_seed_makes_sampling_repeatable(
 def test_a_file_of_prompts_gives_a_line_of_json_for_each(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str, tmp_path: Path
 ) -> None:
-    """Guards against prompts that are lost, mixed up or cut, and text that no program can read."""
+    """Guards against prompts that are lost, mixed up or cut, and output that no program can read."""
     prompts = ["the cat sat", 'a "quoted" prompt, a quoted prompt', "a third", "and a much longer one than the others"]
     plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     plain.write_text("\n".join(prompts) + "\n\n")
@@ -182,7 +184,8 @@ def test_special_tokens_are_no_text(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
     """Guards against an answer that ends with <|im_end|> in JSON and without it on the screen. Among log-probabilities
-    every token has its name."""
+    every token has its name.
+    """
     text = "and a much longer one than the others"
     arguments = ("generate", text, "--target", model, "--dtype", "float64", "--max-new-tokens", "20")
     assert exit_code(monkeypatch, *arguments) == 0
@@ -197,8 +200,9 @@ def test_special_tokens_are_no_text(
 def test_a_text_is_whole_however_it_is_cut(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Guards against replacement characters in place of a character that is cut, or of whole ones before it; against a
-    first space that is lost; and against a stream that says something else."""
+    """Guards against replacement characters where a character spans tokens or before it, against a lost first space,
+    and against a stream that differs from the whole text.
+    """
     text = " 日本 the end"
     taught = learnt(pieces(["so", "the", "end"]), "so" + text)
     taught.model.save_pretrained(tmp_path)
@@ -217,7 +221,7 @@ def test_a_text_is_whole_however_it_is_cut(
 def test_a_stop_string_reaches_the_decoder(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
-    """Guards against an option that is read and forgotten, in either form of output."""
+    """Guards against `--stop` that is accepted and has no effect, in either form of output."""
     arguments = ("generate", "the cat sat", "--target", model, "--max-new-tokens", "30")
     assert exit_code(monkeypatch, *arguments) == 0
     whole = capfd.readouterr().out
@@ -232,7 +236,7 @@ def test_a_stop_string_reaches_the_decoder(
 def test_a_chat_is_put_into_the_model_s_template(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Guards against a question that a chat model is to continue instead of answering it."""
+    """Guards against a chat model that continues a question instead of answering it."""
     folder = save(tmp_path)
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}~{% endfor %}"
@@ -248,7 +252,7 @@ def test_a_chat_is_put_into_the_model_s_template(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("\n \n", "{file} has no prompts: give one a line"),
+        ("\n \n", "{file} has no prompts: write one per line"),
         ('{"prompt": "a"}\nnot json\n', "line 2 of {file} is no JSON object with a field prompt"),
         ('{"text": "a"}\n', "line 1 of {file} is no JSON object with a field prompt"),
         ('{"prompt": 3}\n', "line 1 of {file} is no JSON object with a field prompt"),
@@ -264,7 +268,7 @@ def test_a_file_without_prompts_is_told(
     content: str | bytes | None,
     reason: str,
 ) -> None:
-    """Guards against an error in line 900 that is found after an hour, and names no line."""
+    """Guards against an error in line 900 that is found after an hour, without the line's number."""
     file = tmp_path / "prompts.jsonl"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -312,7 +316,7 @@ def test_a_file_without_prompts_is_told(
         (["generate", "x", "--policy", "amnesia"], "no cache policy is named 'amnesia'"),
         (["generate", "x", "--policy", "sink-window", "--max-cache", "4"], "max_len is 4"),
         (["generate", "x", "--max-cache", "64"], "--max-cache is of no use without --policy"),
-        (["generate", "x", "--quantize", "int4"], "quantize is 'int4'"),
+        (["generate", "x", "--quantize", "int3"], "quantize is 'int3'"),
         (["doctor", "--roofline", "./nowhere"], "no such folder: ./nowhere"),
         (["doctor", "--roofline", "shape:nothing"], "no shape is named 'nothing'"),
         (["doctor", "--roofline", "{model}", "--device", "tpu9"], "device 'tpu9'"),
@@ -351,7 +355,7 @@ def test_an_unknown_option_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pyte
 def test_fetch_says_that_a_model_is_usable(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
-    """Guards against a check that does not load what it vouches for."""
+    """Guards against `fetch` that reports a model as usable without loading it."""
     assert exit_code(monkeypatch, "fetch", model) == 0
     assert "context 2,048" in capfd.readouterr().out
 
@@ -359,7 +363,7 @@ def test_fetch_says_that_a_model_is_usable(
 def test_doctor_tells_versions_device_and_bandwidth(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a doctor that fails where something is missing, which is where it is needed."""
+    """Guards against a doctor that fails where a package is missing, which is where it is needed."""
     assert exit_code(monkeypatch, "doctor") == 0
     out = capfd.readouterr().out
     for part in ("torch", "transformers", "threads", "GB/s", "pytest --benchmark"):
@@ -376,12 +380,13 @@ def test_doctor_tells_what_backends_make_of_the_memory(
     context: int,
     widest: list[str],
 ) -> None:
-    """Guards against a number in the wrong column, row or unit; and against positions that the model does not have."""
+    """Guards against a number in the wrong column, row or unit, and against positions beyond the model's context."""
     values = {"tie_word_embeddings": True, "vocab_size": 5000, "max_position_embeddings": context}
     build(ARCHITECTURES["llama"] | values).save_pretrained(tmp_path)
     clock, loaded = FakeClock(noise=0.0), []
     monkeypatch.setattr(time, "perf_counter", clock)
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "eager", "packed"))
+    monkeypatch.setattr(measured_roofline, "KINDS", ())
     monkeypatch.setattr(measured_roofline, "copy_bandwidth", lambda device: 1.3e8)
     with ExitStack() as stack:
 
@@ -411,7 +416,7 @@ def test_doctor_tells_what_backends_make_of_the_memory(
     sizes = [f"{of / 1e6:.1f}" for of in (size, size + 4 * 32 * 5000)]
     shares = [f"{rate * read / 1.3e8:.0%}" for rate in (100, 50)]
     assert [re.split(r" {2,}", line.strip()) for line in below.splitlines()] == [
-        ["backend", "weights MB", "1 row ms", "tokens/s", "of roofline", "8 rows", "16 rows", "32 rows"],
+        ["backend or weights", "weights MB", "1 row ms", "tokens/s", "of roofline", "8 rows", "16 rows", "32 rows"],
         ["eager", sizes[0], "10.00", "100.0", shares[0], "1.70x", "2.50x", widest[0]],
         ["packed", sizes[1], "20.00", "50.0", shares[1], "1.07x", "1.15x", widest[1]],
     ]
@@ -422,15 +427,16 @@ def test_doctor_tells_what_backends_make_of_the_memory(
 def test_doctor_tells_which_backends_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
-    """Guards against a fallback that is shown as the backend that it stands in for, and an option that is lost."""
+    """Guards against a fallback shown under the name of the missing backend, and an option that is ignored."""
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "packed", "eager"))
+    monkeypatch.setattr(measured_roofline, "KINDS", ())
     assert exit_code(monkeypatch, "doctor", "--roofline", model, "--dtype", "float64") == 0
     out = capfd.readouterr().out
     assert f"{model} in float64" in out
     below = out.partition("\n\n")[2]
     assert [line.split()[0] for line in below.splitlines()] == ["backend", "eager", "packed"]
     assert below.endswith("packed is not available: it has no plain linear layers in float32 on a CPU\n")
-    # Real times, of which no more can be said; but the share is of the roofline, if a busy machine rounds it to nought.
+    # Real times cannot be checked further. The share is of the roofline, and a busy machine may round it to zero.
     [roofline] = [float(line.split()[1]) for line in out.splitlines() if line.startswith("roofline")]
     _, weights, milliseconds, throughput, share, *multiples = below.splitlines()[1].split()
     assert all(float(value.rstrip("x")) > 0 for value in (weights, milliseconds, throughput, *multiples))

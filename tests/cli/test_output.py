@@ -1,4 +1,4 @@
-"""Where the output goes: terminals that lack characters, full disks, readers that go away, closed streams."""
+"""Output streams: terminals that lack characters, full disks, readers that go away, closed streams."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.helpers.run_contents import SPEEDUPS, run_content
 from tests.helpers.speed_runs import speed_arm, speed_run
 from tests.helpers.spelling import characters
 
-# Of them the ASCII of a plain terminal has three, and Windows' cp1252 seven.
+# A plain terminal's ASCII has three of them, and Windows' cp1252 seven.
 CHARACTERS = ["\0", *"ab Äéß§τ日本语🙂Ж"]
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, ...]]:
-    """A command line of each way to write, by name."""
+    """Return a command line for each way to write, by name."""
     folder = tmp_path_factory.mktemp("output")
     model, prompts = folder / "модель", folder / "prompts.jsonl"
     run, advised = folder / "run.json", folder / "advised.json"
@@ -82,7 +82,7 @@ def call(commands: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) 
 
 
 def output(call: Call, name: str, encoding: str) -> str:
-    """What a command writes on a terminal of an encoding."""
+    """Return the output of a command on a terminal with an encoding."""
     written = io.BytesIO()
     assert call(name, stdout=io.TextIOWrapper(written, encoding)) == 0
     return written.getvalue().decode(encoding)
@@ -93,10 +93,10 @@ def output(call: Call, name: str, encoding: str) -> str:
 def test_what_a_terminal_cannot_show_is_replaced(
     call: Call, capfd: pytest.CaptureFixture[str], name: str, encoding: str
 ) -> None:
-    """Guards against an answer that is lost for one of its characters, and told as a fault of the input."""
+    """Guards against an answer lost because of one of its characters, and reported as a wrong input."""
     everywhere, here = output(call, name, "utf-8"), output(call, name, encoding)
     assert "specdecode: " not in capfd.readouterr().err
-    if name in ("recommend", "gate"):  # tables with frames of other characters
+    if name in ("recommend", "gate"):  # tables, whose frames use other characters
         assert here.count("\n") == everywhere.count("\n")
         assert "??" not in here.replace("?" * len("модель"), "")
     else:
@@ -107,7 +107,7 @@ def test_what_a_terminal_cannot_show_is_replaced(
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("name", ["json", "prompts", "recommend-json"])
 def test_json_loses_nothing_on_any_terminal(call: Call, name: str, encoding: str) -> None:
-    """Guards against programs that read question marks."""
+    """Guards against programs that read question marks in JSON."""
 
     def told(encoding: str) -> list[Any]:
         lines = [json.loads(line) for line in output(call, name, encoding).split("\n")[:-1]]
@@ -120,7 +120,7 @@ def test_json_loses_nothing_on_any_terminal(call: Call, name: str, encoding: str
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_is_told_in_one_sentence(call: Call, capfd: pytest.CaptureFixture[str], name: str) -> None:
-    """Guards against a traceback, and against success where nothing was kept."""
+    """Guards against a traceback, and against exit code 0 where nothing was written."""
     assert call(name, stdout=os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")) == 2
     err = capfd.readouterr().err
     assert err.count("specdecode: the standard output cannot be written: No space left on device\n") == 1
@@ -129,7 +129,7 @@ def test_a_full_disk_is_told_in_one_sentence(call: Call, capfd: pytest.CaptureFi
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reader_may_go_away(call: Call, capfd: pytest.CaptureFixture[str], name: str) -> None:
-    """Guards against a traceback behind `| head -1`."""
+    """Guards against a traceback in `specdecode ... | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
     assert call(name, stdout=os.fdopen(writing, "w", encoding="utf-8")) == 1
@@ -140,13 +140,13 @@ def test_a_reader_may_go_away(call: Call, capfd: pytest.CaptureFixture[str], nam
 
 @pytest.mark.parametrize("name", ["generate", "prompts", "report", "recommend", "gate"])
 def test_a_closed_output_is_as_good_as_none(call: Call, capfd: pytest.CaptureFixture[str], name: str) -> None:
-    """Guards against AttributeError: Python has no stream where the shell closed one, as `>&-` does."""
+    """Guards against an AttributeError: Python has no stream where the shell closed it with `>&-`."""
     assert call(name, stdout=None) == 0
     assert call(name, stdout=None, stderr=None) == 0
 
 
 def with_log(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, log: TextIO) -> Callable[..., Any]:
-    """A load after which the standard error is a log."""
+    """Return a load function that replaces the standard error by a log."""
 
     def loaded(*arguments: Any) -> Any:
         model = load(*arguments)
@@ -165,9 +165,9 @@ class FullLog(io.StringIO):
 
 @pytest.mark.parametrize("name", ["generate", "prompts"])
 def test_an_answer_needs_no_log(call: Call, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Guards against an answer that is lost because its measures or its progress cannot be told."""
+    """Guards against an answer that is lost because its measures or its progress cannot be printed."""
     written, log = io.BytesIO(), FullLog()
-    # Loading has a bar of transformers', which ends where it cannot be drawn.
+    # Replace the stream after loading: transformers' own progress bar fails where it cannot be drawn.
     monkeypatch.setattr(generate, "_load", with_log(generate._load, monkeypatch, log))
     assert call(name, stdout=io.TextIOWrapper(written, "utf-8")) == 0
     assert written.getvalue().count(b"\n") == (2 if name == "prompts" else 1)
@@ -175,7 +175,7 @@ def test_an_answer_needs_no_log(call: Call, monkeypatch: pytest.MonkeyPatch, nam
 
 
 def process(arguments: tuple[str | bytes, ...], stdout: Any, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a command as a process of its own, from a shell of a locale."""
+    """Run a command as a process of its own, under a locale."""
     return subprocess.run(
         [sys.executable, "-m", "specdecode", *arguments],
         cwd=ROOT,
@@ -189,7 +189,7 @@ def process(arguments: tuple[str | bytes, ...], stdout: Any, **environment: str)
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("name", ["report", "gate"])
 def test_a_process_ends_as_it_says(commands: dict[str, tuple[str, ...]], name: str, unbuffered: str) -> None:
-    """Guards against what Python itself says of a stream when it ends, with exit code 120."""
+    """Guards against exit code 120 and Python's own message about a stream that it cannot flush."""
     with open("/dev/full", "wb") as full:
         done = process(commands[name], full, PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
@@ -211,7 +211,7 @@ def test_a_plain_locale_is_no_fault(commands: dict[str, tuple[str, ...]]) -> Non
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_what_a_library_has_not_yet_written_is_not_lost_in_silence(unbuffered: str) -> None:
-    """Guards against a program that ends well, or with Python's own words, while its last lines go nowhere."""
+    """Guards against exit code 0, or Python's own message, for a program whose last lines are lost."""
     code = "import sys; from specdecode import cli; cli.app = lambda: sys.stdout.write('the last line'); cli.main()"
     command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
@@ -225,7 +225,7 @@ def test_what_a_library_has_not_yet_written_is_not_lost_in_silence(unbuffered: s
 
 
 def test_texts_of_the_command_line_are_in_utf_8() -> None:
-    """Guards against a plain locale that makes halves of surrogate pairs of any other character."""
+    """Guards against a plain locale in which every non-ASCII character becomes surrogates."""
     assert whole_text("plain τ", "the prompt") == "plain τ"
     assert whole_text("Привет".encode().decode("ascii", "surrogateescape"), "the prompt") == "Привет"
     for broken in (b"caf\xe9".decode("utf-8", "surrogateescape"), "half \ud800"):
@@ -287,7 +287,7 @@ def test_a_file_is_known_to_be_unwritable_before_the_work(
     tmp_path: Path,
     arguments: tuple[str, ...],
 ) -> None:
-    """Guards against minutes, or hours, that end with nothing."""
+    """Guards against minutes or hours of work whose result cannot be written."""
 
     def load(*of: object, **options: object) -> None:
         raise AssertionError("a model was loaded")

@@ -1,4 +1,4 @@
-"""Files of prompts: a line each, however the lines end."""
+"""Files of prompts: one prompt a line, however the lines end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WHOLE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
     ],
 )
 def test_a_line_ends_at_a_newline_alone(tmp_path: Path, name: str, content: bytes, prompts: list[str]) -> None:
-    """Guards against a prompt that is cut at a character that Unicode calls an end of line, and a mark read as text."""
+    """Guards against a prompt that is cut at a Unicode line separator, and a byte order mark that is read as text."""
     (tmp_path / name).write_bytes(content)
     assert read_prompts(tmp_path / name) == prompts
 
@@ -48,7 +48,7 @@ def test_a_line_ends_at_a_newline_alone(tmp_path: Path, name: str, content: byte
     ],
 )
 def test_what_is_no_prompt_is_told_with_its_line(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
-    """Guards against a traceback from deep inside a tokenizer."""
+    """Guards against a traceback from inside a tokenizer."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=reason):
         read_prompts(tmp_path / name)
@@ -59,14 +59,14 @@ def test_what_is_no_prompt_is_told_with_its_line(tmp_path: Path, name: str, cont
 def test_what_json_holds_reads_back(
     tmp_path_factory: pytest.TempPathFactory, prompts: list[str], ascii_only: bool
 ) -> None:
-    """Guards against lines of our own output, or of anybody's JSON, that are read otherwise than they were written."""
+    """Guards against JSON lines, our own or others', that are read differently from how they were written."""
     file = tmp_path_factory.getbasetemp() / "prompts.jsonl"
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=ascii_only) for prompt in prompts]
     file.write_bytes("".join(f"{line}\n" for line in lines).encode())
     assert read_prompts(file) == prompts
 
 
-# What separates, marks and escapes, somewhere; and anything else.
+# Separators, marks and escapes anywhere, and any other text.
 TRICKY = st.sampled_from(
     [*'a {}[]":,\\\t\r\n\x00\x0b\x0c\x1c\x1e\x85\u2028\u2029\ufeff\ud800', "\\ud83d", "\r\n", '{"prompt":"a']
 )
@@ -79,7 +79,7 @@ CONTENTS = PIECES.map(lambda text: text.encode(errors="surrogatepass")) | st.bin
 def test_any_file_is_read_line_by_line_or_refused_in_a_sentence(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
 ) -> None:
-    """Guards against a traceback, a line that is passed over, and a prompt that no tokenizer takes."""
+    """Guards against a traceback, a line that is skipped, and a prompt that no tokenizer accepts."""
     file = tmp_path_factory.getbasetemp() / name
     file.write_bytes(content)
     prompts = taken(lambda: read_prompts(file), f"{file} ", "line ")

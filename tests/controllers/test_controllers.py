@@ -1,4 +1,4 @@
-"""How long to draft: first on machines that exist only as numbers, against every fixed K; then in real decoding."""
+"""The draft length: first on simulated machines, against every fixed K, then in real decoding."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def always(rate: float) -> AcceptanceModel:
 
 @functools.cache
 def wider(rate: float) -> AcceptanceModel:
-    """A tree's: the more nodes at a depth, the rarer that none of them is right."""
+    """Return a tree's acceptance: the more nodes at a depth, the rarer that none of them is right."""
     return lambda place, depth, nodes: 1 - (1 - rate) * nodes**-0.5 if rate else 0.0
 
 
 @functools.cache
 def in_turns(period: int) -> AcceptanceModel:
-    """A draft that is as good as the target and useless by turns."""
+    """Return a draft that is alternately as good as the target and useless."""
     return lambda place, depth, nodes: 0.95 * (place // period % 2)
 
 
@@ -93,7 +93,7 @@ def plain(machine: Machine, tokens: int) -> list[float]:
 
 @functools.cache
 def best(machine: Machine, acceptance: AcceptanceModel, tokens: int, proposes: float = 1.0) -> list[float]:
-    """The seconds of the best fixed K and number of nodes, or of plain decoding if that is better."""
+    """Return the seconds of the best fixed K and number of nodes, or of plain decoding if that is faster."""
     limits = [Limit(k, nodes) for k in KS for nodes in ((4, 12, 32, 64) if machine.tree else (64,))]
     fixed = [
         seconds(machine, functools.partial(FixedK, limit.depth, limit.nodes), acceptance, tokens, proposes=proposes)
@@ -103,7 +103,7 @@ def best(machine: Machine, acceptance: AcceptanceModel, tokens: int, proposes: f
 
 
 def over(others: list[float], own: list[float]) -> list[float]:
-    """Speedups, seed by seed."""
+    """Return the speedups, seed by seed."""
     return [other / mine for other, mine in zip(others, own, strict=True)]
 
 
@@ -124,7 +124,9 @@ def steps(accepted: int, depth: int, count: int, emitted: int | None = None) -> 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.7, 0.8, 0.9, 0.97])
 def test_an_adaptive_k_is_where_a_draft_holds_with_probability_one_half(rate: float) -> None:
-    """Guards against an estimate that counts what was never decided, behind the first rejection or the draft's end."""
+    """Guards against a wrong K because the estimate counts tokens without a verdict, behind the first rejection or the
+    draft's end.
+    """
     expected = min(max(math.floor(math.log(0.5) / math.log(rate)), 1), 16)
     runs = [decode(MACHINES["GPU"], AdaptiveK(), always(rate), 1000, seed) for seed in SEEDS]
     settled = [limit.depth for run in runs for limit in run.limits[len(run.limits) // 4 :]]
@@ -133,14 +135,16 @@ def test_an_adaptive_k_is_where_a_draft_holds_with_probability_one_half(rate: fl
 
 
 def test_an_adaptive_k_follows_a_change() -> None:
-    """Guards against a memory that never fades: what a text was like a thousand tokens ago would decide for ever."""
+    """Guards against a K that stays fixed because old tokens of a text count for ever."""
     for before, after, low, high in ((0.95, 0.2, 1, 2), (0.2, 0.95, 8, 16)):
         runs = [decode(MACHINES["GPU"], AdaptiveK(), from_then_on(1000, before, after), 1400, seed) for seed in SEEDS]
         assert low <= statistics.median(run.limits[-1].depth for run in runs) <= high
 
 
 def test_an_adaptive_k_stays_within_its_bounds() -> None:
-    """Guards against a K of nought, which would be an end of drafting that nothing could undo, and of no end."""
+    """Guards against a K that falls to 0, which would end drafting for ever, and against one that grows without
+    bound.
+    """
     controller = AdaptiveK(most=9, nodes=12)
     assert controller.limit() == Limit(5, 12)
     for step in steps(0, 5, 20_000):
@@ -152,7 +156,7 @@ def test_an_adaptive_k_stays_within_its_bounds() -> None:
 
 
 def test_an_end_of_the_text_is_no_rejection() -> None:
-    """Guards against drafts that get shorter because texts end, or because nothing was proposed."""
+    """Guards against shorter drafts because a text ended, or because nothing was proposed."""
     for step in (*steps(2, 8, 1, emitted=2), *steps(0, 0, 1)):
         controller = AdaptiveK()
         for _ in range(50):
@@ -166,8 +170,9 @@ def test_an_end_of_the_text_is_no_rejection() -> None:
 @pytest.mark.parametrize("rate", [0.4, 0.7, 0.9])
 @pytest.mark.parametrize("name", MACHINES)
 def test_what_pays_is_found(name: str, rate: float) -> None:
-    """Guards against a controller that is beaten by a K found by hand: by an estimate that is off, by trying out too
-    long, by costs left out, or by a false end of speculation."""
+    """Guards against a controller that is slower than the best fixed K: by a wrong estimate, by trying too long, by
+    missing costs, or by giving up speculation wrongly.
+    """
     speeds = over_best(MACHINES[name], MACHINES[name].costs(), always(rate), 512)
     assert statistics.fmean(speeds) >= 0.95
     assert min(speeds) >= 0.75
@@ -176,8 +181,9 @@ def test_what_pays_is_found(name: str, rate: float) -> None:
 @pytest.mark.parametrize("rate", [0.2, 0.6])
 @pytest.mark.parametrize("name", TREES)
 def test_a_tree_s_size_is_found(name: str, rate: float) -> None:
-    """Guards against nodes that are never tried, or always paid for. There are many to choose from here, with the
-    depths, and the best are told from the next best only in a long text."""
+    """Guards against tree sizes that are never tried, or nodes that cost more than they gain. There are many sizes and
+    depths, and only a long text shows the best.
+    """
     speeds = over_best(TREES[name], TREES[name].costs(), wider(rate), 512)
     assert statistics.fmean(speeds) >= 0.9
     assert min(speeds) >= 0.75
@@ -186,8 +192,9 @@ def test_a_tree_s_size_is_found(name: str, rate: float) -> None:
 @pytest.mark.parametrize("draft", [0.5, 2.0])
 @pytest.mark.parametrize("name", ["GPU", "GPU, dear draft", "GPU, queued draft", "CPU", "CPU, lookup"])
 def test_costs_that_are_wrong_at_the_start_are_corrected(name: str, draft: float) -> None:
-    """Guards against trust in a measurement of a busy moment, of drafting or, the other way round, of verifying; where
-    a draft is dear, only plain steps tell the two apart."""
+    """Guards against a controller that never corrects costs measured in a busy moment, of drafting or of verifying.
+    Where a draft is dear, only plain steps tell the two apart.
+    """
     for rate in (0.0, 0.7):
         for costs in (MACHINES[name].costs(draft=draft), MACHINES[name].costs(verify=1 / draft)):
             speeds = over_best(MACHINES[name], costs, always(rate), 512)
@@ -203,8 +210,9 @@ def test_costs_that_are_wrong_at_the_start_are_corrected(name: str, draft: float
 )
 @pytest.mark.parametrize("name", [*MACHINES, *TREES])
 def test_nothing_is_slower_than_plain_decoding(name: str, acceptance: AcceptanceModel) -> None:
-    """Guards against a useless draft that is paid for, its reading of the prompt included: at the start, where it is
-    tried out, and later, where it is tried again, also by one that is useful just long enough to be trusted."""
+    """Guards against a useless draft that slows decoding: by reading the prompt, by the first trial, by later trials,
+    or by being useful just long enough to be trusted.
+    """
     machine = (MACHINES | TREES)[name]
     for tokens in (128, 512):
         speeds = over(plain(machine, tokens), seconds(machine, lambda: CostAware(machine.costs()), acceptance, tokens))
@@ -215,7 +223,7 @@ def test_nothing_is_slower_than_plain_decoding(name: str, acceptance: Acceptance
 
 
 def test_a_machine_that_becomes_busy_changes_nothing() -> None:
-    """Guards against times that are compared with those of a quieter moment: all that is drafted would look slow."""
+    """Guards against drafting that looks slow because its times are compared with those of a quieter moment."""
     for name in ("GPU, dear draft", "CPU"):
         machine = MACHINES[name]
         for pace in (lambda now: 1.0 + now // 60 % 2, lambda now: 1.0 + now / 100):
@@ -227,7 +235,7 @@ def test_a_machine_that_becomes_busy_changes_nothing() -> None:
 
 
 def test_one_slow_step_does_not_end_speculation() -> None:
-    """Guards against a pause of the system that is taken for the price of a draft."""
+    """Guards against a pause of the system taken for the cost of a draft."""
     machine = MACHINES["GPU, dear draft"]
     for seed in SEEDS:
         controller = CostAware(machine.costs())
@@ -250,8 +258,9 @@ def test_a_draft_that_becomes_useful_is_found_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["GPU", "GPU, dear draft", "CPU", "CPU, lookup"])
 def test_a_trial_that_gained_is_no_failure(name: str) -> None:
-    """Guards against failures that count for ever, and against a trial that counts as one for what it gave back of its
-    gains at its end: the next probe would be thousands of tokens away."""
+    """Guards against failures that count for ever, and against a trial that gained and still counts as a failure
+    because of its end. The next probe would be thousands of tokens away.
+    """
     machine = replace(MACHINES[name], noise=0.0, reading=0.0)
 
     def useful_for_a_while(at: int, depth: int, nodes: float) -> float:
@@ -264,7 +273,7 @@ def test_a_trial_that_gained_is_no_failure(name: str) -> None:
 
 
 def test_a_draft_that_becomes_useless_costs_no_more_than_some_steps() -> None:
-    """Guards against all that was gained being lost again before an average of the past says so."""
+    """Guards against losing all earlier gains before a slow average shows that the draft has become useless."""
     for name in ("GPU, dear draft", "CPU, dear draft"):
         machine = MACHINES[name]
         for seed in SEEDS:
@@ -276,8 +285,9 @@ def test_a_draft_that_becomes_useless_costs_no_more_than_some_steps() -> None:
 
 
 def test_probes_become_rarer_and_cost_little() -> None:
-    """Guards against trying again at a steady pace, and against a price of trying that leaves out what the draft has to
-    read: where that alone takes more than 1 % of the time, a text is not tried again."""
+    """Guards against probes at a constant rate, and against a probe's cost without the draft's reading. Where reading
+    alone takes more than 1 % of the time, a text gets no further probe.
+    """
     for reading in (0.0, 0.004, 0.02):
         machine = replace(MACHINES["GPU, dear draft"], reading=reading, noise=0.0)
         run = decode(machine, CostAware(machine.costs()), always(0.0), 4000, seed=0, prompt=1)
@@ -290,7 +300,7 @@ def test_probes_become_rarer_and_cost_little() -> None:
 
 @pytest.mark.parametrize("reading", [0.009, 0.05])
 def test_a_probe_costs_what_reading_turns_out_to_cost(reading: float) -> None:
-    """Guards against a price of catching up that is measured once and believed for ever."""
+    """Guards against a cost of catching up that is measured once and never corrected."""
     machine = replace(MACHINES["GPU, dear draft"], reading=reading)
     unaware = replace(machine, reading=0.0).costs()
     for seed in SEEDS:
@@ -299,7 +309,7 @@ def test_a_probe_costs_what_reading_turns_out_to_cost(reading: float) -> None:
 
 
 def test_a_probe_waits_for_what_a_prompt_takes_to_read() -> None:
-    """Guards against a probe that is priced by the text before, and reads the prompt of a new one all the same."""
+    """Guards against a probe whose cost leaves out the reading of a new prompt."""
     machine = replace(MACHINES["GPU, dear draft"], reading=0.004, noise=0.0)
     controller = CostAware(machine.costs())
     decode(machine, controller, always(0.0), 100, seed=0, prompt=1)
@@ -309,8 +319,9 @@ def test_a_probe_waits_for_what_a_prompt_takes_to_read() -> None:
 
 
 def test_a_prompt_does_not_tell_what_reading_costs() -> None:
-    """Guards against the target's reading of a prompt taken for the draft's reading of what it has missed, where a
-    probe is a text's first step: no other would ever be made."""
+    """Guards against the target's prefill counted as the draft's catching up, where a probe is a text's first step: no
+    further probe would ever be made.
+    """
     machine = replace(MACHINES["GPU, dear draft"], reading=0.0, noise=0.0)
     controller = CostAware(machine.costs())
     decode(machine, controller, always(0.0), 100, seed=0)
@@ -325,8 +336,9 @@ def test_a_prompt_does_not_tell_what_reading_costs() -> None:
 @pytest.mark.parametrize("reading", [0.1, 0.0])
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_a_draft_that_could_not_pay_if_it_were_perfect_is_never_asked(rate: float, reading: float) -> None:
-    """Guards against the reading of a prompt, a trial and probes for what costs alone rule out, and against the step of
-    a prompt taken for a plain one, beside which any draft would look cheap."""
+    """Guards against paying for a prompt's reading, a trial or probes where the costs alone rule the draft out. Also
+    against counting the prefill step as a plain one, beside which any draft looks cheap.
+    """
     machine = Machine(row=0.15, draft=0.95, reading=reading)
     controller = CostAware(machine.costs())
     for seed in range(5):
@@ -338,14 +350,14 @@ def test_a_draft_that_could_not_pay_if_it_were_perfect_is_never_asked(rate: floa
 @pytest.mark.parametrize("proposes", [0.05, 0.4])
 @pytest.mark.parametrize("name", ["GPU, lookup", "CPU, lookup"])
 def test_rare_proposals_are_used(name: str, proposes: float, rate: float) -> None:
-    """Guards against steps in which nothing was found taken for drafts that were rejected."""
+    """Guards against steps without a proposal counted as rejected drafts."""
     speeds = over_best(MACHINES[name], MACHINES[name].costs(), always(rate), 512, proposes)
     assert statistics.fmean(speeds) >= 0.95
     assert min(speeds) >= 0.85
 
 
 def test_empty_proposals_say_nothing_of_acceptance() -> None:
-    """Guards against a lookup that is no longer asked when a text begins to repeat itself."""
+    """Guards against a lookup that is no longer used when a text begins to repeat itself."""
     machine = MACHINES["GPU, lookup"]
     controller = CostAware(machine.costs())
     decode(machine, controller, always(0.8), 200, seed=1)
@@ -357,7 +369,7 @@ def test_empty_proposals_say_nothing_of_acceptance() -> None:
 
 
 def test_asking_in_vain_is_paid_for() -> None:
-    """Guards against a search that takes long and finds nothing: no draft is rejected, and yet all is slower."""
+    """Guards against a slow search that finds nothing and is kept, because no draft is ever rejected."""
     machine = replace(MACHINES["CPU, lookup"], asking=0.2)
     for seed in SEEDS:
         run = decode(machine, CostAware(machine.costs()), always(0.9), 1000, seed, proposes=0.0)
@@ -366,7 +378,7 @@ def test_asking_in_vain_is_paid_for() -> None:
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_draft_that_ends_before_its_limit_is_not_believed_to_go_on(depth: int) -> None:
-    """Guards against tokens expected at depths that the drafter never reaches: nothing is rejected there either."""
+    """Guards against tokens expected at depths that the drafter never reaches, where nothing is rejected either."""
     machine = replace(MACHINES["CPU, dear draft"], depth=depth, reading=0.0, draft=0.4)
     speeds = over_best(machine, machine.costs(), always(0.6), 1024)
     assert statistics.fmean(speeds) >= 0.95
@@ -375,8 +387,9 @@ def test_a_draft_that_ends_before_its_limit_is_not_believed_to_go_on(depth: int)
 
 
 def test_the_prompt_s_step_is_not_taken_for_a_slow_one() -> None:
-    """Guards against the time of reading a prompt charged to its first draft, or to plain decoding: of short texts it
-    is most of the time."""
+    """Guards against the prefill time charged to the first draft, or to plain decoding: in short texts it is most of
+    the time.
+    """
     machine = Machine(row=0.05, draft=0.4)
     shares = []
     for first in SEEDS:
@@ -388,7 +401,9 @@ def test_the_prompt_s_step_is_not_taken_for_a_slow_one() -> None:
 
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_a_limit_may_be_asked_for_at_any_time(name: str) -> None:
-    """Guards against a controller that changes when it is looked at, and against one that knows what another saw."""
+    """Guards against a controller that changes when its limit is read, and against one that shares state with
+    another.
+    """
     controller, other = CONTROLLERS[name](), CONTROLLERS[name]()
     first = controller.limit()
     for step in (*steps(0, first.depth, 8), *steps(0, 0, 8)):
@@ -401,7 +416,9 @@ def test_a_limit_may_be_asked_for_at_any_time(name: str) -> None:
 
 
 def test_costs_lie_on_lines_between_the_measured_ones() -> None:
-    """Guards against a row that costs what the next measured one does, and a price below nought beyond the last."""
+    """Guards against costs that are not interpolated between measured sizes, and a negative cost beyond the
+    last size.
+    """
     costs = Costs({1: 1.0, 5: 2.0, 9: 1.0}, {Limit(1, 8): DraftCost(1, 0.5), Limit(4, 8): DraftCost(7, 2.0)})
     assert [costs.verify_s(rows) for rows in (1, 3, 5, 7, 9, 13, 20)] == [1.0, 1.5, 2.0, 1.5, 1.0, 0.0, 0.0]
     drafts = [DraftCost(1, 0.5), DraftCost(3, 1.0), DraftCost(5, 1.5), DraftCost(7, 2.0), DraftCost(9, 2.5)]
@@ -428,7 +445,7 @@ DRAFTS = {Limit(1): DraftCost(1, 0.1)}
     ],
 )
 def test_what_cannot_be_is_reported(make: Callable[[], object], reason: str) -> None:
-    """Guards against a division by nought in the middle of a text."""
+    """Guards against a division by zero in the middle of a text."""
     with pytest.raises(ValueError, match=reason):
         make()
 
@@ -447,8 +464,9 @@ TARGET, DRAFT = Cost(forward=0.010, row=0.0005), Cost(forward=0.001, row=0.0001)
 
 
 def test_costs_are_those_of_the_machine(clock: FakeClock) -> None:
-    """Guards against prices of something else than a step: of a forward that reads the text again, of a target without
-    a cache, of a proposal that finds its cache already at the end of the text."""
+    """Guards against costs of other work than a step: of a forward that reads the text again, of a target without a
+    cache, of a proposal whose cache is already at the end of the text.
+    """
     target, draft = small(), small(seed=7)
     with charged(clock, {target.model: TARGET, draft.model: DRAFT}):
         costs = measure_costs(target, ModelDrafter(draft))
@@ -457,12 +475,12 @@ def test_costs_are_those_of_the_machine(clock: FakeClock) -> None:
     assert costs.draft.keys() == {Limit(depth) for depth in (1, 2, 4, 8)}
     for limit, proposal in costs.draft.items():
         assert proposal.nodes == limit.depth
-        # A forward a level, and perhaps another token to read in the first.
+        # One forward per level, with perhaps one more token to read in the first.
         assert proposal.seconds == pytest.approx(0.0011 * limit.depth, abs=0.00011)
 
 
 class Queue:
-    """The work that a device has still to do: a clock that stands still until it is waited for."""
+    """The queued work of a device: a clock that stands still until the host waits for it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -474,8 +492,9 @@ class Queue:
 def test_queued_work_is_waited_for_and_slow_work_measured_once(
     clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against the time that a GPU takes to be told what to do, against work that is paid for by what comes after
-    it, and against minutes of measuring where one forward takes seconds."""
+    """Guards against costs that are only a GPU's launch time, against work that is charged to the next measurement, and
+    against minutes of measuring where one forward takes seconds.
+    """
     target, draft, queue, rows = small(), small(seed=7), Queue(), []
 
     def wait(device: object) -> None:
@@ -490,13 +509,14 @@ def test_queued_work_is_waited_for_and_slow_work_measured_once(
         costs = measure_costs(target, ModelDrafter(draft))
     assert costs.verify == pytest.approx({rows: 2.0 + 0.1 * rows for rows in (1, 2, 4, 8, 16, 32, 65)})
     assert costs.draft[Limit(1)].seconds == pytest.approx(1.1, abs=0.11)
-    # To be warm, and once more.
+    # Once to warm up, and once measured.
     assert [rows.count(each) for each in costs.verify] == [2] * 7
 
 
 def test_first_times_and_busy_moments_are_no_costs(clock: FakeClock) -> None:
-    """Guards against the price of a kernel that is compiled, and against a moment at which a machine is busier or
-    quieter than it is most of the time."""
+    """Guards against costs that include the compilation of a kernel, and against those of an unusually busy or quiet
+    moment.
+    """
     target, draft, seen, measured = small(), small(seed=7), set[tuple[object, int]](), 0
 
     def disturb(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -507,7 +527,7 @@ def test_first_times_and_busy_moments_are_no_costs(clock: FakeClock) -> None:
             seen.add((module, rows))
             clock.advance(10.0)
         elif module is target.model:
-            # Of the seven numbers of rows, five times each.
+            # Seven numbers of rows, five times each.
             clock.pace = 2.0 if measured < 6 or measured >= 30 else 0.5 if 14 <= measured < 17 else 1.0
             measured += 1
 
@@ -522,14 +542,14 @@ def test_first_times_and_busy_moments_are_no_costs(clock: FakeClock) -> None:
 
 
 def test_what_costs_less_than_the_noise_costs_nothing(clock: FakeClock) -> None:
-    """Guards against a duration below nought, which no costs can hold."""
+    """Guards against a negative duration, which raises an error in the costs."""
     target, draft = small(), small(seed=7)
     with charged(clock, {target.model: TARGET, draft.model: Cost(0.001, -1e-6)}):
         assert measure_costs(target, ModelDrafter(draft)).catch_up == 0.0
 
 
 def test_a_drafter_is_measured_on_a_text_that_goes_on_and_repeats_itself() -> None:
-    """Guards against the price of a proposal that was made before, and of a search that finds nothing."""
+    """Guards against the cost of a cached proposal, and of a search that finds nothing."""
     lookup, seen = PromptLookup(), []
 
     class Listening:
@@ -548,13 +568,14 @@ def test_a_drafter_is_measured_on_a_text_that_goes_on_and_repeats_itself() -> No
 
 
 def test_a_drafter_that_finds_nothing_is_taken_to_propose_chains() -> None:
-    """Guards against a verification that costs nothing, in a text in which there is something to find."""
+    """Guards against verification without a cost in a later text where the drafter does find proposals."""
     assert all(proposal.nodes == limit.depth for limit, proposal in measure_costs(small(), NoDraft()).draft.items())
 
 
 def test_a_cascade_is_priced_as_its_last_drafter(clock: FakeClock) -> None:
-    """Guards against drafts that are free wherever the measured text is one that a lookup finds: none of them is then
-    too long."""
+    """Guards against drafts without a cost because a lookup answers on the measured text: no draft would then be too
+    long.
+    """
     target, draft = small(), small(seed=7)
     with charged(clock, {target.model: TARGET, draft.model: DRAFT}):
         alone = measure_costs(target, ModelDrafter(draft))
@@ -567,7 +588,7 @@ def test_a_cascade_is_priced_as_its_last_drafter(clock: FakeClock) -> None:
 
 
 def test_trees_are_priced_by_their_nodes(clock: FakeClock) -> None:
-    """Guards against a tree that is priced as a chain, and against the same tree measured over and over."""
+    """Guards against a tree that is priced as a chain, and against the same tree measured again and again."""
     target, draft = small(), small(seed=7)
     drafter = ModelDrafter(draft, StaticTree((2, 2, 1), nodes=10))
     with charged(clock, {target.model: TARGET, draft.model: DRAFT}):
@@ -582,8 +603,9 @@ def test_trees_are_priced_by_their_nodes(clock: FakeClock) -> None:
 
 
 def test_a_target_is_measured_once_and_then_let_go() -> None:
-    """Guards against seconds for every drafter of the same target, and against models that stay in memory for the sake
-    of their prices."""
+    """Guards against seconds of measuring for every drafter of the same target, and against models kept in memory by
+    their costs.
+    """
     target, rows = small(), []
     first = measure_costs(target, NoDraft())
     hook = target.model.register_forward_pre_hook(lambda *_: rows.append(1))
@@ -597,7 +619,7 @@ def test_a_target_is_measured_once_and_then_let_go() -> None:
 
 
 def test_a_measured_drafter_proposes_what_a_fresh_one_would() -> None:
-    """Guards against what is left of the text that a drafter was measured with."""
+    """Guards against a drafter that still holds the text on which it was measured."""
     target = small(num_hidden_layers=2)
     for make in (PromptLookup, lambda: ModelDrafter(target.subset([0]), StaticTree((2, 2)))):
         used = make()
@@ -609,7 +631,7 @@ def test_a_measured_drafter_proposes_what_a_fresh_one_would() -> None:
 
 @pytest.mark.parametrize("name", ["gpt-2", "opt"])
 def test_a_short_context_can_be_measured(name: str) -> None:
-    """Guards against positions that the model does not have."""
+    """Guards against a measurement at positions beyond the model's context."""
     size = {"gpt-2": "n_positions", "opt": "max_position_embeddings"}[name]
     target = LM(build(ARCHITECTURES[name] | {size: 20}))
     costs = measure_costs(target, ModelDrafter(target.subset([0])))
@@ -620,7 +642,7 @@ def test_a_short_context_can_be_measured(name: str) -> None:
 
 @pytest.mark.parametrize("shape", [Chain(), StaticTree((2, 2, 1))], ids=str)
 def test_decoding_is_as_fast_as_the_draft_lets_it_be(clock: FakeClock, shape: TreeShape) -> None:
-    """Guards against a simulator that is not what decoding is: rows, depths and times as steps really tell them."""
+    """Guards against a simulator that differs from real decoding in rows, depths or times of steps."""
     target, equal, other = (small(seed, initializer_range=1.0) for seed in (2, 2, 7))
     with charged(clock, {target.model: TARGET, equal.model: DRAFT, other.model: DRAFT}):
 

@@ -24,7 +24,7 @@ from tests.helpers.models import ARCHITECTURES, build, lm, prompt
     ],
 )
 def test_a_value_outside_its_range_is_named(values: dict, sentence: str) -> None:
-    """Guards against a distribution of nans, or of nothing, deep inside a generation."""
+    """Guards against a distribution of NaN, or without mass, deep inside a generation."""
     with pytest.raises(ValueError, match=sentence):
         Sampling(**values)
 
@@ -36,7 +36,7 @@ def test_a_value_outside_its_range_is_named(values: dict, sentence: str) -> None
     top_p=st.floats(0.01, 1.0),
 )
 def test_the_law_is_that_of_transformers(rows: list[list[int]], temperature: float, top_k: int, top_p: float) -> None:
-    """Guards against the filters in another order, a nucleus that stops one token early, and rows mixed up."""
+    """Guards against the filters in another order, a nucleus that stops one token early, and rows that are mixed up."""
     logits = torch.tensor(rows, dtype=torch.float64) * 0.7
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
@@ -47,14 +47,14 @@ def test_the_law_is_that_of_transformers(rows: list[list[int]], temperature: flo
 
 
 def test_a_nucleus_is_the_fewest_tokens_that_reach_its_share() -> None:
-    """Guards against an inclusive bound: a token is superfluous when those before it reach the share exactly."""
+    """Guards against one token too many in a nucleus whose earlier tokens reach the share exactly."""
     distribution = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64)
     for top_p, expected in [(0.5, [0, 1, 0, 0]), (0.51, [0, 2 / 3, 1 / 3, 0]), (0.75, [0, 2 / 3, 1 / 3, 0])]:
         assert Sampling(1.0, top_p=top_p).probs(distribution.log()).tolist() == pytest.approx(expected)
 
 
 def test_the_kth_token_s_equals_stay() -> None:
-    """Guards against a choice among equals that differs between devices, and so between target and draft."""
+    """Guards against a choice among equal tokens that differs between devices, and so between target and draft."""
     assert Sampling(1.0, top_k=2).probs(torch.tensor([1.0, 3.0, 1.0, 0.0])).gt(0).tolist() == [True, True, True, False]
 
 
@@ -79,7 +79,7 @@ def test_greedy_ranks_by_the_plain_softmax() -> None:
 def test_the_coldest_distributions_hold_the_most_probable_token(
     temperature: float, narrowed: dict, dtype: torch.dtype
 ) -> None:
-    """Guards against logits that overflow when they are divided: infinities make a distribution of NaN."""
+    """Guards against logits that overflow when divided by a tiny temperature: infinities give a distribution of NaN."""
     logits = torch.tensor([[1.0, 3.0, -2.0, 2.5], [-9.0, -torch.inf, -7.0, -8.0], [5e4, -5e4, 0.0, 4e4]], dtype=dtype)
     distribution = Sampling(temperature, **narrowed).probs(logits)
     assert distribution.tolist() == [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
@@ -97,7 +97,7 @@ NOTHING = {
 @pytest.mark.parametrize("logits", NOTHING.values(), ids=NOTHING)
 @pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.9)], ids=str)
 def test_nothing_is_drawn_from_logits_that_are_not_finite(logits: list[float], sampling: Sampling) -> None:
-    """Guards against the last token of the vocabulary, for ever."""
+    """Guards against NaN logits that silently decode to the last token of the vocabulary for ever."""
     distribution = sampling.probs(torch.tensor([logits, [0.0, 0.0, 9e9]]))
     assert Rng(0).draw(distribution).tolist() == [-1, 2]
     with pytest.raises(SpecDecodeError, match=r"logits are NaN, infinite or all -inf here.*run it in another dtype"):
@@ -106,14 +106,18 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(logits: list[float], s
 
 
 def test_the_most_probable_of_no_number_is_none() -> None:
-    """Guards against the first token for NaN, which is the largest to PyTorch. An infinity is the largest to all."""
+    """Guards against greedy decoding of NaN logits to the first token, because PyTorch ranks NaN highest. An infinity
+    ranks highest everywhere.
+    """
     rows = torch.tensor([*NOTHING.values(), [1.0, 2.0, 2.0]])
     assert most_probable(rows).tolist() == [-1, 1, -1, 1]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1)], ids=["greedy", "sampled"])
 def test_a_model_without_finite_logits_is_told_and_a_draft_without_them_costs_nothing(sampling: Sampling) -> None:
-    """Guards against one token for ever where float16 overflows, and against a draft's NaN among the target's odds."""
+    """Guards against one token repeated for ever where float16 overflows, and against a draft's NaN in the target's
+    distribution.
+    """
     model = build(ARCHITECTURES["llama"])
     damaged = LM(model)
     with torch.no_grad():
@@ -132,7 +136,7 @@ def test_a_model_without_finite_logits_is_told_and_a_draft_without_them_costs_no
 
 
 class FixedRng(Rng):
-    """Uniform numbers by dictation."""
+    """A generator with given uniform numbers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *uniform: float) -> None:
         super().__init__(0)
@@ -144,7 +148,7 @@ class FixedRng(Rng):
     ("uniform", "index"), [(0.0, 1), (0.2499, 1), (0.25, 3), (0.4999, 3), (0.5, 4), (1 - 2**-53, 4)]
 )
 def test_a_draw_inverts_the_cumulative_sum_exactly(monkeypatch: pytest.MonkeyPatch, uniform: float, index: int) -> None:
-    """Guards against an interval closed at the wrong end: its edges are where a token of probability zero is drawn."""
+    """Guards against an interval that is closed at the wrong end, where a token of probability zero is drawn."""
     distribution = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0], dtype=torch.float64)
     for scale in (1.0, 3.0):
         assert int(FixedRng(monkeypatch, uniform).draw(distribution * scale)) == index
@@ -154,7 +158,7 @@ def test_a_draw_inverts_the_cumulative_sum_exactly(monkeypatch: pytest.MonkeyPat
 def test_a_coin_falls_as_often_as_it_should(
     monkeypatch: pytest.MonkeyPatch, probability: float, uniform: float, heads: bool
 ) -> None:
-    """Guards against a coin of probability zero that can be won, and one of certainty that can be lost."""
+    """Guards against a coin of probability zero that can win, and one of probability one that can lose."""
     assert FixedRng(monkeypatch, uniform).coin(probability) is heads
     assert FixedRng(monkeypatch, uniform).coin(torch.tensor(probability)) is heads
     assert FixedRng(monkeypatch, 0.0).coin(0.0) is False
@@ -174,13 +178,15 @@ def test_what_has_no_probability_is_never_drawn(distributions: list[list[float]]
 
 
 def test_every_row_is_drawn_by_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against rows that share their randomness: siblings' branches would repeat each other."""
+    """Guards against rows that share one random number: siblings' branches would repeat each other."""
     distribution = torch.full((3, 4), 0.25)
     assert FixedRng(monkeypatch, 0.1, 0.9, 0.3).draw(distribution).tolist() == [0, 3, 1]
 
 
 def test_a_seed_fixes_the_randomness() -> None:
-    """Guards against the global generator: a second generation, or other code, would move the first one's tokens."""
+    """Guards against use of the global generator: a second generation, or other code, would change the first one's
+    tokens.
+    """
     distribution = torch.full((64, 50), 0.02)
     first = Sampling(1.0, seed=3).rng()
     torch.manual_seed(99)

@@ -27,14 +27,14 @@ def model(layers: int) -> LM:
 class SlotsAndList(RuleBasedStateMachine):
     """Slots behind a real model, beside a plain list of (token, position).
 
-    What the model says through the slots must be what it says about the list, read from scratch.
+    The model's logits through the slots must equal its logits on the list, read from scratch.
     """
 
     layers = 2
 
     @initialize(capacity=st.integers(0, 4))
     def begin(self, capacity: int) -> None:
-        """Room for a few tokens only, so that most runs outgrow it more than once."""
+        """Start with room for only a few tokens, so that most runs outgrow it more than once."""
         self.lm = model(self.layers)
         self.slots = self.lm.new_slots(capacity)
         self.held: list[tuple[int, int]] = []
@@ -57,11 +57,11 @@ class SlotsAndList(RuleBasedStateMachine):
 
     @rule(stem=texts, tree=trees(max_nodes=7, tokens=WIDTH), data=st.data())
     def accept_a_path_of_a_tree(self, stem: list[int], tree: DraftTree, data: st.DataObject) -> None:
-        """Verify a tree behind some pending tokens, look at all its branches, and keep one of them, or part of it."""
+        """Verify a tree behind some pending tokens, check all its branches, and keep one of them, or part of it."""
         root, start = self.slots.length + len(stem) - 1, self.next_position
         if start == self.slots.length:
             seen = self.lm.forward_tree(self.slots, stem, tree)
-        else:  # Something was evicted: positions are not what the number of slots would make them.
+        else:  # After an eviction, positions no longer follow from the number of slots.
             seen = self.forward_tree_at(start, stem, tree)
         added = [(token, start + i) for i, token in enumerate(stem)]
         deepest = start + len(stem) - 1
@@ -89,7 +89,7 @@ class SlotsAndList(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1))
     def roll_back(self, share: float) -> None:
-        """To any prefix, nothing included."""
+        """Roll back to any prefix, the empty one included."""
         length = round(share * len(self.held))
         self.slots.keep([], after=length)
         del self.held[length:]
@@ -110,15 +110,18 @@ class SlotsAndList(RuleBasedStateMachine):
 
 
 class SlotsAndListWithEviction(SlotsAndList):
-    """Eviction from the middle is compared at one layer: in deeper ones the keys and values of the tokens that stay
-    were made while they still saw the evicted ones, and no fresh forward reproduces that (nor should it)."""
+    """Slots with eviction from the middle, compared at one layer.
+
+    In deeper layers the kept tokens' keys and values were computed while they still saw the evicted tokens. No fresh
+    forward reproduces that, nor should it.
+    """
 
     layers = 1
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
-        """Any slots, from anywhere. Those that stay keep their positions."""
+        """Evict any slots. The others keep their positions."""
         stay = sorted(data.draw(st.sets(st.integers(0, len(self.held) - 1))))
         self.slots.keep(stay)
         self.held = [self.held[slot] for slot in stay]
@@ -132,7 +135,7 @@ TestSlotsWithEviction.settings = some
 
 
 def filled(length: int, capacity: int) -> Slots:
-    """Slots of one layer, one head and width 1, whose keys are 0, 1, 2 … and values their negatives."""
+    """Return slots of one layer, one head and width 1, whose keys are 0, 1, 2 … and values their negatives."""
     slots = Slots(capacity, torch.device("cpu"))
     slots.append(torch.arange(length) * 10)
     keys = torch.arange(length, dtype=torch.float64)[None, None, :, None]
@@ -141,7 +144,9 @@ def filled(length: int, capacity: int) -> Slots:
 
 
 def contents(slots: Slots) -> tuple[list[float], list[float], list[int]]:
-    """Keys, values and positions, without a look inside: an update of no tokens returns what a layer holds."""
+    """Return keys, values and positions through the public interface: an update of no tokens returns a layer's
+    content.
+    """
     slots.append(torch.zeros(0, dtype=torch.long))
     nothing = torch.zeros(1, 1, 0, 1, dtype=torch.float64)
     keys, values = slots.update(nothing, nothing, 0)
@@ -149,7 +154,9 @@ def contents(slots: Slots) -> tuple[list[float], list[float], list[int]]:
 
 
 def test_a_gather_moves_keys_values_and_positions_alike() -> None:
-    """Guards against keys that move without their values or positions, and a gather that reads what it has written."""
+    """Guards against keys that move without their values or positions, and a gather that reads slots it has
+    overwritten.
+    """
     slots = filled(8, 8)
     slots.keep([3, 5, 6], after=2)
     expected = [0.0, 1.0, 3.0, 5.0, 6.0]
@@ -173,7 +180,7 @@ def test_keeping_a_prefix_moves_nothing() -> None:
 
 @torch.inference_mode()
 def test_slots_grow_by_doubling_and_lose_nothing() -> None:
-    """Guards against an allocation for each token, and against growth that forgets what was held."""
+    """Guards against an allocation for each token, and against growth that loses the earlier content."""
     slots = filled(3, 3)
     capacities = []
     for position in range(3, 20):
@@ -187,14 +194,14 @@ def test_slots_grow_by_doubling_and_lose_nothing() -> None:
 
 
 def test_a_long_text_takes_what_it_needs_at_once() -> None:
-    """Guards against a growth to twice the capacity where more than that is appended."""
+    """Guards against slots that only double where more than twice the capacity is appended."""
     slots = Slots(2, torch.device("cpu"))
     slots.append(torch.arange(50))
     assert slots.capacity == slots.length == 50
 
 
 def test_the_cache_tells_a_model_the_length_before_its_forward() -> None:
-    """Guards against positions counted twice by models that ask their cache how far they are."""
+    """Guards against positions counted twice by models that read the length from their cache."""
     slots = filled(5, 8)
     assert slots.get_seq_length() == 0
     slots.append(torch.tensor([50, 60]))
@@ -207,7 +214,7 @@ def test_the_cache_tells_a_model_the_length_before_its_forward() -> None:
     ids=str,
 )
 def test_slots_that_cannot_be_kept_are_named(indices: list[int], after: int) -> None:
-    """Guards against a gather out of order or from slots that hold nothing, and against any of it done by halves."""
+    """Guards against a gather out of order or from empty slots, and against one that fails halfway through."""
     slots = filled(4, 8)
     with pytest.raises(ValueError, match=rf"must ascend within \[{after}, 4\), got \[") as error:
         slots.keep(indices, after=after)

@@ -1,4 +1,4 @@
-"""Stop strings, and the log-probabilities of what was written."""
+"""Stop strings, and the log-probabilities of the output tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> LM:
 
 
 class Known:
-    """Proposes the text that is coming, so that stops fall inside of blocks."""
+    """A drafter that proposes the coming text, so that stops fall inside blocks."""
 
     forwards = 0
     layers = ()
@@ -64,7 +64,7 @@ def drafters(target: LM, text: list[int]) -> list[Drafter]:
 @pytest.mark.parametrize("place", [0, 6, LENGTH - 3])
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_stop_string_ends_the_text_where_it_is_complete(target: LM, place: int, size: int) -> None:
-    """Guards against a string that is only seen if it ends a step, or if a step holds all of it."""
+    """Guards against a stop string that is missed unless it ends a step, or lies within one step."""
     start = target.encode("once upon a")
     whole = generate(target, start, max_new_tokens=LENGTH)
     text = target.decode(whole.tokens)
@@ -78,7 +78,9 @@ def test_a_stop_string_ends_the_text_where_it_is_complete(target: LM, place: int
 
 
 def test_the_first_of_several_strings_ends_the_text(target: LM) -> None:
-    """Guards against the order of the strings deciding, and a string that the prompt holds stopping anything."""
+    """Guards against an end that depends on the order of the strings, and against a string in the prompt that stops the
+    text.
+    """
     start = target.encode("the end")
     whole = generate(target, start, max_new_tokens=LENGTH).tokens
     text = target.decode(whole)
@@ -90,7 +92,7 @@ def test_the_first_of_several_strings_ends_the_text(target: LM) -> None:
 
 
 def test_stop_strings_end_the_texts_of_a_batch_and_of_a_bounded_cache(target: LM) -> None:
-    """Guards against a stop that only one of the ways to decode knows."""
+    """Guards against a stop string that has no effect in a batch or with a bounded cache."""
     starts, policy = [target.encode("alpha"), target.encode("a longer beginning")], SinkWindow(16)
     whole = [generate(target, start, policy=policy, max_new_tokens=LENGTH).tokens for start in starts]
     string = target.decode(whole[0])[16:18]
@@ -102,12 +104,12 @@ def test_stop_strings_end_the_texts_of_a_batch_and_of_a_bounded_cache(target: LM
 
 
 def a_byte(token: int) -> bytes | None:
-    """The spelling of a tokenizer of bytes, which has no token beyond them."""
+    """Return the spelling of a token by a tokenizer of 256 bytes, or None for a larger token."""
     return bytes([token]) if token < 256 else None
 
 
 def test_a_character_of_several_tokens_is_found() -> None:
-    """Guards against a search that gives up where a token is only a part of a character."""
+    """Guards against a stop string that is missed because a token is only a part of a character."""
     data = "so: \N{EURO SIGN}\N{PILE OF POO}!".encode()
     stops = Stops([], ["\N{PILE OF POO}"], a_byte)
     assert stops.find([], list(data)) == len(data) - 2
@@ -124,7 +126,7 @@ def test_only_new_tokens_end_a_text() -> None:
 
 
 def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there() -> None:
-    """Guards against a search that begins with the new text, as with a mark of which the prompt has the first part."""
+    """Guards against a missed stop string, such as a mark, whose first part is in the prompt."""
     stops = Stops([], ["###", "."], a_byte)
     assert stops.find(list(b"1.##"), list(b"#2")) == 0
     assert stops.find(list(b"1.###"), list(b"2")) is None
@@ -132,21 +134,21 @@ def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there() -> None:
 
 
 def test_a_token_without_text_is_no_part_of_a_string() -> None:
-    """Guards against a string put together over a token that the tokenizer lacks, as transformers does not."""
+    """Guards against a stop string matched across a token that the tokenizer lacks, unlike in transformers."""
     stops = Stops([], ["ab"], a_byte)
     assert stops.find([97, 300], [98]) is None
     assert stops.find([300, 97], [98]) == 0
 
 
 def test_the_search_costs_the_same_behind_a_long_text() -> None:
-    """Guards against a text that is decoded anew at each step."""
+    """Guards against decoding the whole text again at each step."""
     read: list[int] = []
     stops = Stops([], ["end of it"], lambda token: read.append(token) or a_byte(token))
     assert stops.find(list(b"no end " * 10_000), list(b"of it")) == 4
     assert len(read) <= 5 * len("end of it")
 
 
-# Tokenizers, with texts that they cut in several ways.
+# Tokenizers, with texts that they split in several ways.
 TOKENIZERS = {
     "byte-level": byte_pairs(
         "the end of the end, \n\nand then 日本語", 290, {"eos_token": "</s>", "pad_token": "<|é|>"}
@@ -160,7 +162,7 @@ TEXTS = ["the end\n\n", " then 日本語。", "é👋🏽 the", "</s>", "."]
 
 @st.composite
 def stopped_texts(draw: st.DrawFn) -> tuple[str, list[int], int, list[str]]:
-    """A tokenizer's name, tokens with any broken characters among them, the end of the prompt, and stop strings."""
+    """Draw a tokenizer's name, tokens with some broken characters, the end of the prompt, and stop strings."""
     name = draw(st.sampled_from(sorted(TOKENIZERS)))
     tokenizer = TOKENIZERS[name]
     known = st.sampled_from([tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS])
@@ -181,14 +183,15 @@ def stopped_texts(draw: st.DrawFn) -> tuple[str, list[int], int, list[str]]:
 @fuzzed(60)
 @given(stopped_texts(), st.integers(1, 5))
 def test_texts_end_where_transformers_ends_them(case: tuple[str, list[int], int, list[str]], width: int) -> None:
-    """Guards against decoded slices: half characters, dropped spaces, broken bytes before a character, strings across
-    the end of the prompt, of a step, or of a token."""
+    """Guards against another end than transformers': at half characters, dropped spaces, broken bytes before a
+    character, or strings across the end of the prompt, of a step, or of a token.
+    """
     name, tokens, start, strings = case
     stops = Stops([], strings, Spelling(TOKENIZERS[name]))
     try:
         criteria = StopStringCriteria(TOKENIZERS[name], strings)
     except ValueError:
-        expected = None  # the strings are such that no token can end them
+        expected = None  # no token can end these strings
     else:
         ended = (criteria(torch.tensor([tokens[:end]]), None).item() for end in range(start + 1, len(tokens) + 1))
         expected = next((start + i for i, end in enumerate(ended) if end), None)
@@ -203,13 +206,13 @@ def test_texts_end_where_transformers_ends_them(case: tuple[str, list[int], int,
 
 @pytest.mark.parametrize("name", ["byte-fallback", "SentencePiece"])
 def test_a_decoder_stops_at_a_word_that_begins_the_output(name: str) -> None:
-    """Guards against the space that a tokenizer drops from a text that begins with it."""
+    """Guards against a missed stop string at the start of the output, where the tokenizer drops the first space."""
     tokenizer = TOKENIZERS[name]
     the = tokenizer.convert_tokens_to_ids("▁the")
     model = build(ARCHITECTURES["llama"] | {"vocab_size": len(tokenizer), "eos_token_id": None})
     with torch.no_grad():
         model.lm_head.weight.zero_()
-        model.lm_head.weight[the] = 1.0  # or less than nothing, by the sign of the hidden states' sum
+        model.lm_head.weight[the] = 1.0  # negative, if the hidden states' sum is
     start = next(
         [token] for token in range(len(tokenizer)) if generate(LM(model), [token], max_new_tokens=1).tokens == [the]
     )
@@ -220,7 +223,7 @@ def test_a_decoder_stops_at_a_word_that_begins_the_output(name: str) -> None:
 
 
 def test_stop_strings_that_cannot_be_are_told(target: LM) -> None:
-    """Guards against a text that ends before it begins, and one that never ends because nobody can read it."""
+    """Guards against a text that ends before it begins, and one that never ends because the target has no tokenizer."""
     with pytest.raises(ValueError, match="a stop string is empty"):
         generate(target, [1], stop=["a", ""])
     mute = LM(build(ARCHITECTURES["llama"]), name="mute")
@@ -232,7 +235,7 @@ def test_stop_strings_that_cannot_be_are_told(target: LM) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_log_probabilities_are_those_of_a_forward_over_the_text(temperature: float) -> None:
-    """Guards against the distribution at another node, one after temperature and top-k, and values beyond a stop."""
+    """Guards against log-probabilities of another node, after temperature and top-k, or beyond a stop."""
     target = lm("llama")
     sampling = Sampling(temperature, top_k=9, seed=1)
     whole = generate(target, prompt(), sampling=sampling, max_new_tokens=LENGTH).tokens
@@ -253,7 +256,7 @@ def test_log_probabilities_are_those_of_a_forward_over_the_text(temperature: flo
 
 
 def test_log_probabilities_of_half_precision_are_whole() -> None:
-    """Guards against sums over a vocabulary in sixteen bits."""
+    """Guards against inexact sums over a vocabulary in sixteen bits."""
     target = LM(build(ARCHITECTURES["llama"]).bfloat16())
     result = generate(target, prompt(), max_new_tokens=8, logprobs=True)
     assert result.logprobs is not None
@@ -261,7 +264,7 @@ def test_log_probabilities_of_half_precision_are_whole() -> None:
 
 
 def test_a_stop_string_given_alone_is_one_string(target: LM, tmp_path: Path) -> None:
-    """Guards against a string that is taken for a list of its characters."""
+    """Guards against a string that is read as a list of its characters."""
     start = target.encode("once")
     text = target.decode(generate(target, start, max_new_tokens=LENGTH).tokens)
     string = text[10:14]

@@ -1,4 +1,4 @@
-"""Copies that nobody waits for."""
+"""Copies without a wait."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tests.helpers.root import ROOT
 @pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False), ("cuda:1", False), ("mps", False)])
 @pytest.mark.usefixtures("unchecked")
 def test_a_copy_to_the_host_is_waited_for(device: str, waits: bool) -> None:
-    """Guards against a host that reads what has not arrived: proposals of a draft on a GPU that a target on the
-    processor judges."""
+    """Guards against wrong tokens because the host reads a copy before it has arrived: a draft's proposals on a GPU,
+    judged by a target on the CPU.
+    """
     asked: dict[str, Any] = {}
     written: dict[str, Any] = {}
 
@@ -41,7 +42,7 @@ def test_a_copy_to_the_host_is_waited_for(device: str, waits: bool) -> None:
 
 
 def test_no_other_copy_goes_unwaited_for() -> None:
-    """Guards against the same in another place."""
+    """Guards against a copy without a wait anywhere else in the package."""
     package = ROOT / specdecode.__name__
     found = [str(file.relative_to(package)) for file in package.rglob("*.py") if "non_blocking" in file.read_text()]
     assert found == ["core/transfer.py"]

@@ -11,7 +11,7 @@ from tests.helpers.strategies import trees
 
 
 def ancestry(tree: DraftTree, node: int) -> list[int]:
-    """The nodes from this one up to the root, both included, walked one by one."""
+    """Return the nodes from this one up to the root, both included, walked one by one."""
     path = [node]
     while path[-1]:
         path.append(int(tree.parents[path[-1] - 1]))
@@ -31,14 +31,14 @@ def test_a_node_sees_itself_and_its_ancestors_only(tree: DraftTree) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9, 16, 17, 64])
 def test_a_chain_of_any_length_is_as_deep_as_it_is_long(length: int) -> None:
-    """Guards against one squaring too few in the visibility: the end of a chain would lose sight of the root."""
+    """Guards against one squaring too few in the visibility: the end of a chain would not see the root."""
     chain = DraftTree.chain(torch.arange(length))
     assert torch.equal(chain.visibility, torch.ones(length + 1, length + 1, dtype=torch.bool).tril())
     assert chain.depth == len(chain) == length
 
 
 def test_the_empty_tree_is_its_root() -> None:
-    """Guards against a maximum or a matrix power over nothing: autoregressive decoding is the empty tree."""
+    """Guards against a maximum or a matrix power over nothing: autoregressive decoding uses the empty tree."""
     empty = DraftTree.empty()
     assert len(empty) == empty.depth == 0
     assert empty.visibility.tolist() == [[True]]
@@ -48,7 +48,7 @@ def test_the_empty_tree_is_its_root() -> None:
 
 @given(trees())
 def test_children_stand_in_the_order_in_which_they_were_proposed(tree: DraftTree) -> None:
-    """Guards against reordered siblings: the distribution that a sibling was drawn from holds in one order only."""
+    """Guards against reordered siblings: the distribution of each sibling holds only in the order of drawing."""
     assert tree.children() == [
         [node for node in range(1, len(tree) + 1) if tree.parents[node - 1] == parent]
         for parent in range(len(tree) + 1)
@@ -57,8 +57,9 @@ def test_children_stand_in_the_order_in_which_they_were_proposed(tree: DraftTree
 
 @given(trees(), st.integers(0, 6))
 def test_clipping_keeps_every_path_down_to_the_depth(tree: DraftTree, depth: int) -> None:
-    """Guards against parents that are not renumbered when a node before them goes, and distributions that lose their
-    node."""
+    """Guards against parents that are not renumbered when an earlier node is removed, and distributions that lose their
+    node.
+    """
     distributions = torch.rand(len(tree), 5, dtype=torch.float64)
     clipped = DraftTree(tree.tokens, tree.parents, distributions).clip(depth)
 
@@ -73,7 +74,9 @@ def test_clipping_keeps_every_path_down_to_the_depth(tree: DraftTree, depth: int
 
 
 def test_declared_shapes_are_checked_in_these_tests() -> None:
-    """Guards against an import hook that comes too late: annotations would be decoration, and no test would tell."""
+    """Guards against an import hook that comes too late: no annotation would be checked, and no other test would show
+    it.
+    """
     with pytest.raises(TypeCheckError, match="parameter 'probs'"):
         DraftTree(torch.tensor([5, 6]), torch.tensor([0, 1]), torch.zeros(3, 4))
     with pytest.raises(TypeCheckError, match="Drafter"):
@@ -94,7 +97,7 @@ def test_declared_shapes_are_checked_in_these_tests() -> None:
     ],
 )
 def test_what_is_no_tree_is_refused(tokens: list, parents: list, probs: list | None, sentence: str) -> None:
-    """Guards against a malformed proposal that decodes to nonsense instead of naming its fault."""
+    """Guards against a malformed proposal that decodes to nonsense instead of raising an error."""
     distribution = None if probs is None else torch.tensor(probs)
     with pytest.raises(ValueError, match=sentence):
         DraftTree(torch.tensor(tokens), torch.tensor(parents), distribution)

@@ -1,5 +1,8 @@
-"""The acceptance rule is proven, not sampled: distributions are fractions, every random decision is enumerated, and the
-distribution of the text that comes out must equal the target's to the last digit."""
+"""The acceptance rule, proven by enumeration and not by sampling.
+
+Distributions are fractions, and every random decision is enumerated. The distribution of the output text must equal the
+target's exactly.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def arbitrary_distribution(model: Model, path: Path) -> Distribution:
 
 @dataclass
 class Draft:
-    """A tree under growth: each node's token, parent, path, and the distribution that is handed over for it."""
+    """A growing tree: each node's token, parent, path, and the distribution that is passed on for it."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -70,7 +73,7 @@ class Draft:
         return [[node for node in nodes if self.parents[node - 1] == parent] for parent in range(len(self.paths))]
 
 
-# How the children of one node come about: (draft, node, distribution of the draft model there, how many, rng).
+# Adds the children of one node: (draft, node, distribution of the draft model there, number of children, rng).
 Siblings = Callable[[Draft, int, Distribution, int, BranchRng], None]
 
 
@@ -94,14 +97,14 @@ def most_probable(draft: Draft, node: int, q: Distribution, count: int, rng: Bra
 
 
 def first_distribution_for_all(draft: Draft, node: int, q: Distribution, count: int, rng: BranchRng) -> None:
-    """Wrong: drawn without replacement, but handed over as if each had been drawn from the whole distribution."""
+    """Wrong: draw without replacement, but pass the whole distribution on for each sibling."""
     before = len(draft.distributions)
     without_replacement(draft, node, q, count, rng)
     draft.distributions[before:] = [q] * (len(draft.distributions) - before)
 
 
 def narrowed_distributions_for_all(draft: Draft, node: int, q: Distribution, count: int, rng: BranchRng) -> None:
-    """Wrong: drawn independently, but handed over as if without replacement."""
+    """Wrong: draw independently, but pass on the distributions of drawing without replacement."""
     for _ in range(count):
         token = int(rng.draw(q))
         distribution = q.copy()
@@ -112,7 +115,7 @@ def narrowed_distributions_for_all(draft: Draft, node: int, q: Distribution, cou
 
 
 def distribution_before_top_k(draft: Draft, node: int, q: Distribution, count: int, rng: BranchRng) -> None:
-    """Wrong: drawn from the two most probable tokens, but handed over with the distribution before that cut."""
+    """Wrong: draw from the two most probable tokens, but pass on the distribution before that cut."""
     narrowed = q.copy()
     narrowed[np.argsort(-q)[2:]] = Fraction(0)
     for _ in range(count):
@@ -120,7 +123,7 @@ def distribution_before_top_k(draft: Draft, node: int, q: Distribution, count: i
 
 
 def certain_but_with_a_distribution(draft: Draft, node: int, q: Distribution, count: int, rng: BranchRng) -> None:
-    """Wrong: the most probable tokens, not drawn at all, but handed over as if drawn."""
+    """Wrong: take the most probable tokens without a draw, but pass on distributions as if drawn."""
     before = len(draft.distributions)
     most_probable(draft, node, q, count, rng)
     draft.distributions[before:] = [q] * (len(draft.distributions) - before)
@@ -135,8 +138,9 @@ def emitted_distribution(
     *,
     without_probs: bool = False,
 ) -> dict[Path, Fraction]:
-    """The distribution of the first tokens that come out: drafted level by level, verified, and completed by the
-    target."""
+    """Return the distribution of the first output tokens: drafted level by level, verified, and completed by the
+    target.
+    """
 
     def run(rng: BranchRng) -> Path:
         draft = Draft()
@@ -180,9 +184,10 @@ SHAPES = {
 @pytest.mark.parametrize("siblings", [independent, without_replacement, most_probable], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("branching", SHAPES.values(), ids=SHAPES.keys())
 def test_the_target_s_distribution_is_left_untouched(branching: tuple[int, ...], siblings: Siblings) -> None:
-    """Guards against any flaw of the rule: a residual not renormalised, one that starts anew for each sibling, a bonus
-    drawn from a residual, a distribution taken from another node. Draft and target disagree on what is possible at
-    all."""
+    """Guards against any flaw of the rule: a residual that is not renormalised or restarts for each sibling, a bonus
+    token drawn from a residual, or a distribution of another node. Draft and target disagree on which tokens are
+    possible.
+    """
     target, model = Model("target", 3), Model("draft", 3)
     length = min(len(branching) + 1, 3)
     assert emitted_distribution(target, model, siblings, branching, length) == target_distribution(target, length)
@@ -190,7 +195,7 @@ def test_the_target_s_distribution_is_left_untouched(branching: tuple[int, ...],
 
 @pytest.mark.parametrize("siblings", [independent, without_replacement, most_probable], ids=lambda f: f.__name__)
 def test_a_larger_vocabulary_changes_nothing(siblings: Siblings) -> None:
-    """Guards against a proof that holds only where three siblings are all there can be."""
+    """Guards against a proof that holds only where three siblings are the whole vocabulary."""
     target, model = Model("target", 4, impossible=0.0), Model("draft", 4, impossible=0.0)
     assert emitted_distribution(target, model, siblings, (3,), 2) == target_distribution(target, 2)
 
@@ -198,8 +203,9 @@ def test_a_larger_vocabulary_changes_nothing(siblings: Siblings) -> None:
 @pytest.mark.parametrize("siblings", [independent, without_replacement], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("branching", [(1, 1), (3,), (2, 1)], ids=str)
 def test_a_drawn_proposal_may_go_without_its_distribution(branching: tuple[int, ...], siblings: Siblings) -> None:
-    """Guards against the belief that only top-k trees may be handed over without distributions. Whatever the tree, a
-    one-hot distribution accepts the target's own choice and nothing else; a distribution only lets more be accepted."""
+    """Guards against the belief that only top-k trees may omit their distributions. In any tree, a one-hot distribution
+    accepts the target's own choice and nothing else. A distribution only raises acceptance.
+    """
     target, model = Model("target", 3), Model("draft", 3)
     assert emitted_distribution(target, model, siblings, branching, 2, without_probs=True) == target_distribution(
         target, 2
@@ -218,8 +224,7 @@ def test_a_drawn_proposal_may_go_without_its_distribution(branching: tuple[int, 
 )
 @pytest.mark.parametrize("branching", [(2,), (2, 1)], ids=str)
 def test_a_distribution_that_was_not_drawn_from_is_found_out(branching: tuple[int, ...], siblings: Siblings) -> None:
-    """Guards against a proof that proves everything: handed another distribution than the one drawn from, it must
-    fail."""
+    """Guards against a proof that passes anything: with another distribution than the one drawn from, it must fail."""
     target, model = Model("target", 4, impossible=0.0), Model("draft", 4, impossible=0.0)
     distribution, wrong = target_distribution(target, 2), emitted_distribution(target, model, siblings, branching, 2)
     assert sum(wrong.values()) == 1
@@ -227,7 +232,7 @@ def test_a_distribution_that_was_not_drawn_from_is_found_out(branching: tuple[in
 
 
 def test_the_draft_s_own_distribution_is_always_accepted() -> None:
-    """Guards against a ratio turned upside down, and proposals turned away where draft and target agree."""
+    """Guards against an inverted ratio, and proposals rejected where draft and target agree."""
     model = Model("both", 3)
 
     def accepted(rng: BranchRng) -> int:
@@ -243,15 +248,16 @@ def test_the_draft_s_own_distribution_is_always_accepted() -> None:
 @given(tree=trees(min_nodes=0, max_nodes=14, tokens=3), choices=st.data())
 @settings(max_examples=200)
 def test_following_the_argmax_is_the_rule_for_certain_targets(tree: DraftTree, choices: st.DataObject) -> None:
-    """Guards against a fast path of its own mind: another sibling of two with the same token, a path that goes on
-    below a rejected node, or a bonus from the wrong node."""
+    """Guards against a fast path that differs from the rule: another sibling of two with the same token, a path below a
+    rejected node, or a bonus from the wrong node.
+    """
     size = len(tree) + 1
     token = st.integers(0, 2)
     argmax = torch.tensor(choices.draw(st.lists(token, min_size=size, max_size=size)))
     distributions = torch.nn.functional.one_hot(argmax, 3).double()
     fast = accept(tree, argmax, Rng(0))
     assert fast == accept(tree, distributions, Rng(0))
-    # A distribution that came with the proposals makes no difference to a target that is certain.
+    # To a target that is certain, the proposals' distributions make no difference.
     drawn = torch.rand(len(tree), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
     drawn /= drawn.sum(-1, keepdim=True)
     assert fast == accept(DraftTree(tree.tokens, tree.parents, drawn), distributions, Rng(0))
@@ -259,7 +265,7 @@ def test_following_the_argmax_is_the_rule_for_certain_targets(tree: DraftTree, c
 
 
 def test_the_path_leads_from_the_root_to_the_last_accepted_node() -> None:
-    """Guards against nodes listed by token or by depth: the slots to keep are found by them."""
+    """Guards against a path listed by token or by depth instead of by node: wrong slots would be kept."""
     tree = DraftTree(torch.tensor([4, 7, 1, 7, 2]), torch.tensor([0, 0, 2, 2, 4]))
     acceptance = accept(tree, torch.tensor([7, 0, 7, 0, 2, 9]), Rng(0))
     assert acceptance.path == [2, 4, 5]
@@ -267,7 +273,7 @@ def test_the_path_leads_from_the_root_to_the_last_accepted_node() -> None:
 
 
 def test_equal_distributions_up_to_rounding_still_give_a_token() -> None:
-    """Guards against a division by zero where p and q differ by rounding alone and the proposal is turned away."""
+    """Guards against a division by zero where p and q differ by rounding alone and the proposal is rejected."""
     p = torch.tensor([0.0, 0.5, 0.5, 0.0], dtype=torch.float64)
     tree = DraftTree(torch.tensor([1]), torch.tensor([0]), torch.stack([p * (1 + 2**-50)]))
 

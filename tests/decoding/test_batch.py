@@ -1,4 +1,4 @@
-"""Several prompts in one forward: each gets what it gets alone, down to the steps."""
+"""Several prompts in one forward: each gets the same output as alone, down to the steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAMES = ("llama", "gpt-neox", "gpt-2", "opt", "qwen2-window", "gemma3-window")
 
 
 def texts(lengths: list[int]) -> list[list[int]]:
-    """Prompts that have nothing in common but their vocabulary."""
+    """Return prompts that share nothing but their vocabulary."""
     return [[(token + 5 * place) % VOCABULARY for token in prompt(n)] for place, n in enumerate(lengths)]
 
 
@@ -76,8 +76,9 @@ def test_each_prompt_gets_what_it_gets_alone(
     temperature: float,
     count: int,
 ) -> None:
-    """Guards against padding that is attended to or stored, a row that reads another's slots, and a prompt whose pace
-    or randomness depends on who decodes beside it."""
+    """Guards against padding that is attended to or stored, a row that reads another's slots, and a prompt whose steps
+    or randomness depend on the other prompts.
+    """
     make, prompts = drafter_of(name, file, which), texts(lengths)
     make_controller = functools.partial(FixedK, k) if k else AdaptiveK
     together = generate_batch(
@@ -107,8 +108,9 @@ def test_each_prompt_gets_what_it_gets_alone(
 
 
 def test_rows_leave_and_join_in_the_middle() -> None:
-    """Guards against a batch of which every row happens to end at the same step: here the texts end at different stop
-    tokens, drafts are accepted in part, and new prompts take the places of the finished."""
+    """Guards against errors that hide while all rows end at the same step. Here the texts end at different stop tokens,
+    drafts are accepted in part, and new prompts replace the finished ones.
+    """
     target, prompts = lm("llama"), texts([9, 30, 2, 17, 14, 25])
     whole = [generate(target, text, max_new_tokens=40).tokens for text in prompts]
     stops = [tokens[5 + 6 * place] for place, tokens in enumerate(whole)]
@@ -138,7 +140,7 @@ def test_a_forward_is_shared() -> None:
         lambda module, args, kwargs, output: forwards.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     generate_batch(target, prompts, max_new_tokens=10)
-    # A forward for each prompt but its last token, and ten for all.
+    # One forward for each prompt without its last token, and ten shared ones.
     assert forwards == [(1, 5), (1, 8), (1, 11), (1, 2), *[(4, 1)] * 10]
 
 
@@ -153,7 +155,7 @@ _SHAPE = {
 
 
 def test_slots_of_a_batch_grow_together() -> None:
-    """Guards against a row that outgrows the shared tensors and goes on in its own, which no forward reads."""
+    """Guards against a row that outgrows the shared tensors and continues in its own, which no forward reads."""
     target = lm("llama")
     rows = [target.new_slots(2), target.new_slots(40)]
     own = texts([5, 9])
@@ -170,7 +172,7 @@ def test_slots_of_a_batch_grow_together() -> None:
 
 
 def test_what_no_row_has_written_does_not_reach_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against uninitialised memory: an attention of zero times nan is nan."""
+    """Guards against uninitialised memory in a result: attention of zero times NaN is NaN."""
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
     results = generate_batch(lm("llama"), texts([1, 20, 7]), drafter=PromptLookup, max_new_tokens=12)
     for text, result in zip(texts([1, 20, 7]), results, strict=True):
@@ -180,8 +182,9 @@ def test_what_no_row_has_written_does_not_reach_a_result(monkeypatch: pytest.Mon
 def test_the_distribution_of_a_batch_is_the_product_of_its_rows(
     monkeypatch: pytest.MonkeyPatch, unchecked: None
 ) -> None:
-    """Guards against rows that share a coin, or a draft whose distribution is another row's. By enumeration of every
-    random decision of both rows."""
+    """Guards against rows that share a random number, or use another row's draft distribution. The test enumerates
+    every random decision of both rows.
+    """
     sampling, draft = Sampling(0.8, top_k=2), enumerated_model(1)
     prompts = [PROMPT, PROMPT[:-1]]
 
@@ -215,7 +218,7 @@ def test_the_distribution_of_a_batch_is_the_product_of_its_rows(
 
 
 def test_a_batch_with_a_seed_repeats() -> None:
-    """Guards against randomness from elsewhere, and against one text for the same prompt said twice."""
+    """Guards against randomness outside the seed, and against equal samples for a prompt that is given twice."""
 
     def sample(seed: int) -> list[list[int]]:
         prompts = [prompt(), prompt(), prompt()]
@@ -241,12 +244,12 @@ def test_steps_are_reported_with_their_prompt() -> None:
 
 
 def test_no_prompts_are_no_results() -> None:
-    """Guards against an error at the end of somebody's empty list."""
+    """Guards against an error for an empty list of prompts."""
     assert generate_batch(lm("llama"), []) == []
 
 
 def test_a_wrong_prompt_is_reported_before_anything_is_decoded() -> None:
-    """Guards against an hour of decoding that is lost for the last prompt."""
+    """Guards against an hour of decoding that is lost because the last prompt is wrong."""
     told: list[int] = []
     with pytest.raises(ValueError, match="prompt 2 of 3: token 97 of the prompt is outside the vocabulary"):
         generate_batch(lm("llama"), [[1], [2], [97]], on_step=lambda place, tokens: told.append(place))
@@ -256,7 +259,7 @@ def test_a_wrong_prompt_is_reported_before_anything_is_decoded() -> None:
 
 
 def test_the_memory_of_finished_prompts_is_given_back() -> None:
-    """Guards against a queue of prompts whose caches are all held to the end."""
+    """Guards against a queue of prompts whose caches all stay in memory to the end."""
     alive: list[int] = []
     target = small()
     made = target.new_slots
@@ -285,8 +288,9 @@ def test_the_memory_of_finished_prompts_is_given_back() -> None:
 
 
 def test_replayed_drafts_keep_their_pace_in_a_batch() -> None:
-    """Guards against raggedness that no test meets: one row accepts everything, one nothing, and caches are evicted at
-    different steps."""
+    """Guards against errors with rows of uneven pace: one row accepts everything, one nothing, and caches are evicted
+    at different steps.
+    """
     target, policy = lm("gpt-neox"), SinkWindow(15, sinks=2, trigger=0.5, interval=8)
     prompts = texts([14, 11, 5])
     plain = [generate(target, text, policy=policy, max_new_tokens=40) for text in prompts]

@@ -1,5 +1,7 @@
-"""Whatever the model, the draft and the shape of the proposals: the tokens are those of transformers' own `generate`,
-which shares no cache, mask or loop with this package."""
+"""The tokens of every model, draft and tree shape against transformers' own `generate`.
+
+That function shares no cache, mask or loop with this package.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def decode(name: str, drafter: Drafter, k: int = 5) -> Generation:
 
 @dataclass
 class Hostile:
-    """Proposes any tokens but the right ones, as a chain or as a bush of chains."""
+    """A drafter that proposes any tokens but the right ones, as a chain or as several chains."""
 
     right: Sequence[int]
     width: int
@@ -66,7 +68,7 @@ class Hostile:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_models_say_something(name: str) -> None:
-    """Guards against models that repeat one token, for which every cache and mask is right."""
+    """Guards against test models that repeat one token, for which every cache and mask seems right."""
     assert len(set(greedy(name, LENGTH))) >= 10
     assert "window" not in name or len(prompt()) > WINDOW
 
@@ -74,7 +76,7 @@ def test_the_models_say_something(name: str) -> None:
 @pytest.mark.parametrize("file", DRAFTERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_drafter_s_tokens_are_those_of_transformers(name: str, file: str) -> None:
-    """Guards against a wrong mask, position, slot or window in any architecture, with any drafter that has a file."""
+    """Guards against wrong tokens from a wrong mask, position, slot or window, in any architecture with any drafter."""
     for drafter in examples(file, lm(name)).values():
         assert decode(name, drafter).tokens == greedy(name, LENGTH)
 
@@ -82,8 +84,9 @@ def test_every_drafter_s_tokens_are_those_of_transformers(name: str, file: str) 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tokens_are_right_where_drafts_are_accepted_and_rejected(name: str, shape: object) -> None:
-    """Guards against slots that are wrong only after a path is kept in part. The draft is made to be right three times
-    in five, so that nothing, one token and more are accepted somewhere."""
+    """Guards against slots that are wrong only after a path is kept in part. The draft is right three times in five, so
+    that some steps accept nothing, some one token, and some more.
+    """
     text = [*prompt(), *greedy(name, LENGTH)]
     drafter = ReplayDrafter(ModelDrafter(lm(name).subset([0]), shape), text, acceptance=0.6)
     result = decode(name, drafter, k=3)
@@ -95,12 +98,13 @@ def test_tokens_are_right_where_drafts_are_accepted_and_rejected(name: str, shap
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_draft_equal_to_the_target_is_always_accepted(name: str, shape: object) -> None:
-    """Guards against a draft whose cache is a token behind or ahead: its tokens would be right by the target alone,
-    but nothing would be accepted."""
+    """Guards against a draft whose cache is a token behind or ahead: the output stays right, but nothing is
+    accepted.
+    """
     result = decode(name, ModelDrafter(lm(name), shape), k=3)
     assert result.tokens == greedy(name, LENGTH)
     if isinstance(shape, BestFirstTree):
-        # The best paths need not contain the best token of every node, but its first level does.
+        # The best paths need not contain the best token of every node, but the first level does.
         assert result.acceptance_by_position[0] == 1.0
     else:
         assert result.acceptance_by_position == [1.0] * 3
@@ -110,7 +114,7 @@ def test_a_draft_equal_to_the_target_is_always_accepted(name: str, shape: object
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_hostile_draft_costs_no_token(name: str, width: int) -> None:
-    """Guards against rejected proposals that leave something behind in the cache."""
+    """Guards against rejected proposals that stay in the cache."""
     result = decode(name, Hostile(greedy(name, LENGTH), width))
     assert result.tokens == greedy(name, LENGTH)
     assert result.accepted == 0
@@ -120,8 +124,9 @@ def test_a_hostile_draft_costs_no_token(name: str, width: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 7])
 def test_a_draft_of_part_of_the_target_is_sometimes_right(k: int) -> None:
-    """Guards against a subset that shares its parameters but not its sense: with most layers kept it must agree with
-    the target now and then, and now and then not."""
+    """Guards against a subset of layers that computes nonsense: with most layers kept, it must agree with the target in
+    some steps and not in others.
+    """
     result = decode("llama", ModelDrafter(lm("llama").subset([0, 1, 3])), k)
     assert result.tokens == greedy("llama", LENGTH)
     assert any(step.accepted for step in result.steps)
@@ -130,8 +135,9 @@ def test_a_draft_of_part_of_the_target_is_sometimes_right(k: int) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma3-window", "qwen2-window"])
 def test_a_subset_is_the_model_of_those_layers(name: str) -> None:
-    """Guards against a layer that writes into another's slots, one that keeps the other kind of attention, and a subset
-    that changes the model it was taken from."""
+    """Guards against a layer that writes into another's slots or keeps the other kind of attention, and a subset that
+    changes its original model.
+    """
     target, layers = lm(name), [0, 2, 3]
     before = logits(target.model, prompt())
     subset = target.subset(layers)
@@ -155,7 +161,7 @@ def test_a_subset_is_the_model_of_those_layers(name: str) -> None:
     seen = subset.forward(slots, torch.tensor(tokens), rows=len(tokens))
     own = smaller(torch.tensor([tokens], device=smaller.device), use_cache=False).logits[0]
     torch.testing.assert_close(seen, own.detach())
-    # It is a whole model to others too, with a cache of theirs: transformers can draft with it.
+    # It is a complete model for transformers too, which can draft with it and its own cache.
     assert generate(subset, tokens, max_new_tokens=8).tokens == continuation(subset.model, tokens, 8)
     assert torch.equal(logits(target.model, prompt()), before)
     with subset.model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("a hook of the subset")):
@@ -165,7 +171,7 @@ def test_a_subset_is_the_model_of_those_layers(name: str) -> None:
 
 
 def test_a_model_without_a_list_of_layers_has_no_subset() -> None:
-    """Guards against an error from the depths, where a model's layers are called in another way."""
+    """Guards against an obscure error for a model whose layers are called in another way."""
     model = build(ARCHITECTURES["llama"])
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(ValueError, match="llama has no list of 4 layers"):
@@ -174,14 +180,14 @@ def test_a_model_without_a_list_of_layers_has_no_subset() -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_decoded_exactly_is_refused(name: str) -> None:
-    """Guards against a wrong token in silence: positions taken from slots, a recurrent state, a window of slots."""
+    """Guards against silently wrong tokens: from positions by slot, a recurrent state, or a window over slots."""
     values, reason = REFUSED[name]
     with pytest.raises(UnsupportedModelError, match=f"cannot be decoded exactly.*{reason}"):
         LM(build(values))
 
 
 def test_an_encoder_decoder_is_refused() -> None:
-    """Guards against an error from the depths of a model that reads two texts."""
+    """Guards against an obscure error for a model that reads two texts."""
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
     with pytest.raises(UnsupportedModelError, match="it is an encoder-decoder model"):
         LM(T5ForConditionalGeneration(T5Config(**shape)))
@@ -196,7 +202,9 @@ def test_a_kernel_without_a_mask_is_refused() -> None:
 
 
 def test_a_model_that_ignores_the_mask_is_found_out_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against trust in configurations: an unknown architecture shows what it is only by what it computes."""
+    """Guards against trust in configurations: only the logits of an unknown architecture show whether it honours the
+    mask.
+    """
     model = build(ARCHITECTURES["llama"])
     forward = model.forward
 
@@ -215,26 +223,27 @@ def test_a_model_that_ignores_the_mask_is_found_out_by_its_logits(monkeypatch: p
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-window"])
 def test_a_window_that_the_code_does_not_keep_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a wrong token far into a text: a window that the configuration declares, and the code ignores, has
-    no effect on anything as short as the probe."""
+    """Guards against a wrong token far into a text, where the configuration declares a window and the code ignores it.
+    In a text as short as the probe, the window has no effect.
+    """
     model = build(ARCHITECTURES[name])
     model.config.sliding_window = 4096
     if name == "gemma3-window":
         monkeypatch.setattr(modeling_gemma3, "create_sliding_window_causal_mask", modeling_gemma3.create_causal_mask)
-    with pytest.raises(UnsupportedModelError, match="the code does not do what the configuration says"):
+    with pytest.raises(UnsupportedModelError, match="the code does not follow the configuration"):
         LM(model)
     assert model.config.sliding_window == 4096
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_probe_lets_rounding_pass(dtype: torch.dtype) -> None:
-    """Guards against a check so narrow that it refuses what every user loads."""
+    """Guards against a check so strict that it refuses common models."""
     for name in ("llama", "gpt-neox"):
         assert LM(build(ARCHITECTURES[name]).to(dtype)).dtype == dtype
 
 
 def test_the_caller_s_model_is_left_as_it_is() -> None:
-    """Guards against a wrapper that leaves its traces in a model which others use too."""
+    """Guards against a wrapper that changes a model which other code uses too."""
     model = build(ARCHITECTURES["gemma3-window"])
     before = logits(model, prompt())
     settings = model.config.to_dict()
@@ -243,13 +252,15 @@ def test_the_caller_s_model_is_left_as_it_is() -> None:
     assert model.config.to_dict() == settings
 
 
-# A lossy cache is defined by the order of tokens and evictions alone, whatever the drafts.
+# The order of tokens and evictions alone defines a lossy cache, whatever the drafts.
 
 
 @functools.cache
 def one_by_one(name: str, policy: CachePolicy) -> tuple[list[int], int]:
-    """What the policy means: one token at a time, and an eviction at every multiple of its interval at which there are
-    too many."""
+    """Return the tokens and evictions of a policy by its definition.
+
+    Tokens are decoded one at a time, with an eviction at every multiple of the interval at which there are too many.
+    """
     target, tokens, evictions = lm(name), list(prompt()), 0
     slots = target.new_slots(4)
     for read in itertools.count(1):
@@ -277,8 +288,9 @@ def drafters(name: str) -> Iterator[Drafter]:
 
 @pytest.mark.parametrize(("name", "k"), [("llama", 1), ("llama", 3), ("gpt-neox", 11), ("gemma3-window", 4)])
 def test_a_policy_s_tokens_do_not_depend_on_the_drafts(name: str, k: int) -> None:
-    """Guards against eviction where steps happen to end: then every drafter would give other tokens, and lossless would
-    mean nothing."""
+    """Guards against eviction at the ends of steps: every drafter would give other tokens, and lossless would mean
+    nothing.
+    """
     expected, evictions = one_by_one(name, CACHE)
     assert evictions >= 3
     assert expected != greedy(name, LENGTH)
@@ -294,7 +306,7 @@ def test_a_policy_s_tokens_do_not_depend_on_the_drafts(name: str, k: int) -> Non
 
 def test_the_full_cache_holds_every_token_but_the_last() -> None:
     """Guards against rejected proposals counted as memory, and slots held for a token that is not read yet."""
-    bytes_of_a_token = 4 * 2 * 2 * 8 * 8  # layers x (keys and values) x heads x width x bytes of a float64
+    bytes_of_a_token = 4 * 2 * 2 * 8 * 8  # layers x (keys, values) x heads x width x bytes of a float64
     for drafter in (NoDraft(), PromptLookup(), Hostile(greedy("llama", LENGTH), 3)):
         result = generate(lm("llama"), prompt(), drafter=drafter, policy=KeepAll(), max_new_tokens=LENGTH)
         assert result.cache_bytes == (len(prompt()) + LENGTH - 1) * bytes_of_a_token

@@ -1,4 +1,4 @@
-"""Where a block meets a limit, and what is refused before it can go wrong."""
+"""Blocks that meet a limit, and calls that are refused before they can go wrong."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LENGTH = 24
 
 @dataclass
 class Scripted:
-    """Proposes a known text, right for as many tokens as the script says, step by step."""
+    """A drafter of a known text that is right for as many tokens as the script says, step by step."""
 
     text: Sequence[int]
     right: list[int]
@@ -69,13 +69,13 @@ def decode(drafter: Drafter = NoDraft(), k: int = 5, **options: object) -> Gener
     return generate(lm("llama"), prompt(), drafter=drafter, controller=FixedK(k), **options)
 
 
-# Where a text ends.
+# The end of a text.
 
 
 @pytest.mark.parametrize("place", range(12))
 @pytest.mark.parametrize("right", [0, 2, 5])
 def test_a_stop_token_ends_the_text_wherever_it_falls(place: int, right: int) -> None:
-    """Guards against tokens after a stop that was accepted in the middle of a block, or that is its bonus."""
+    """Guards against tokens after a stop token that was accepted in the middle of a block, or that is its bonus."""
     stop = known()[place]
     first = known().index(stop)
     absent = next(token for token in range(VOCABULARY) if token not in known())
@@ -87,7 +87,7 @@ def test_a_stop_token_ends_the_text_wherever_it_falls(place: int, right: int) ->
 
 
 def test_a_stop_token_of_the_prompt_stops_nothing() -> None:
-    """Guards against a search for stops in all of the text."""
+    """Guards against a stop token in the prompt that ends the output."""
     absent = next(token for token in prompt() if token not in known())
     result = decode(scripted(2), stop_token_ids=[absent])
     assert result.tokens == known()
@@ -97,7 +97,7 @@ def test_a_stop_token_of_the_prompt_stops_nothing() -> None:
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 7, 11, 12])
 @pytest.mark.parametrize("right", [0, 3, 5])
 def test_the_length_limit_holds_inside_a_block(length: int, right: int) -> None:
-    """Guards against tokens beyond the limit, and against drafts of tokens that nobody asked for."""
+    """Guards against tokens beyond the length limit, and against drafts of tokens beyond it."""
     drafter = scripted(right)
     result = decode(drafter, max_new_tokens=length)
     assert result.tokens == known()[:length]
@@ -127,7 +127,7 @@ def model_drafters(draft: LM) -> dict[str, ModelDrafter]:
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_a_prompt_may_be_as_short_as_one_token(length: int) -> None:
-    """Guards against a prefill of nothing, and a lookup in nothing."""
+    """Guards against an error in an empty prefill, or in a lookup without text."""
     text = prompt()[:length]
     expected = greedy("llama", LENGTH, text)
     for drafter in (NoDraft(), PromptLookup(), *model_drafters(lm("llama").subset([0, 1, 3])).values()):
@@ -142,7 +142,7 @@ def test_a_prompt_may_be_a_tensor() -> None:
 
 
 def test_one_token_may_be_drafted_at_a_time() -> None:
-    """Guards against a block whose accepted token is also its last."""
+    """Guards against errors in a block whose accepted token is also its last."""
     for drafter in (scripted(0, 1), PromptLookup(), *model_drafters(lm("llama").subset([0, 1, 3])).values()):
         result = decode(drafter, k=1)
         assert result.tokens == known()
@@ -150,7 +150,7 @@ def test_one_token_may_be_drafted_at_a_time() -> None:
 
 
 def test_a_drafter_may_have_nothing_to_propose() -> None:
-    """Guards against a step without a draft in the midst of others: its root alone goes through the target."""
+    """Guards against errors in a step without a draft among others: its root alone goes through the target."""
 
     @dataclass
     class Sometimes(Scripted):
@@ -165,7 +165,7 @@ def test_a_drafter_may_have_nothing_to_propose() -> None:
 
 @pytest.mark.parametrize("length", [2, 7, LENGTH])
 def test_a_drafter_that_ignores_its_limit_is_cut(length: int) -> None:
-    """Guards against a step past the length limit, or past a policy's boundary, by somebody else's drafter."""
+    """Guards against a user's drafter that takes a step past the length limit or a policy's boundary."""
 
     @dataclass
     class Boundless(Scripted):
@@ -188,13 +188,13 @@ def test_a_drafter_that_ignores_its_limit_is_cut(length: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 13, 14, 15])
 def test_a_long_prompt_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Guards against a piece lost or read twice at a seam, in the target and in the draft."""
+    """Guards against a piece of a prompt lost or read twice at a seam, in the target and in the draft."""
     for module in ("decoding.generate", "decoding.sequence", "models.lm"):
         monkeypatch.setattr(f"specdecode.{module}.PREFILL_CHUNK", chunk)
     for drafter in (NoDraft(), *model_drafters(lm("llama").subset([0, 1, 3])).values()):
         result = decode(drafter)
         assert result.tokens == known()
-        # The last piece goes with the first step.
+        # The last piece is read in the first step.
         assert result.prefill_forwards == math.ceil(len(prompt()) / chunk) - 1
         assert result.target_forwards == result.prefill_forwards + len(result.steps)
 
@@ -209,7 +209,7 @@ def draft(**values: int) -> LM:
 
 @pytest.mark.parametrize("shape", [Chain(), StaticTree((2, 2)), BestFirstTree(8, 0.0)], ids=str)
 def test_a_draft_of_a_shorter_context_stops_drafting(shape: object) -> None:
-    """Guards against positions that the draft has never seen, and a crash where its table of positions ends."""
+    """Guards against positions that the draft was not trained on, and a crash where its table of positions ends."""
     short = LM(build(ARCHITECTURES["gpt-2"] | {"n_positions": 24}), name="short")
     result = decode(ModelDrafter(short, shape))
     assert result.tokens == known()
@@ -221,8 +221,9 @@ def test_a_draft_of_a_shorter_context_stops_drafting(shape: object) -> None:
 @pytest.mark.parametrize("width", [VOCABULARY - 40, VOCABULARY - 1, VOCABULARY + 7])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1)], ids=["greedy", "sampling"])
 def test_a_draft_s_vocabulary_may_be_padded_otherwise(width: int, sampling: Sampling) -> None:
-    """Guards against proposals that the target has no token for, tokens that the draft has none for, and distributions
-    of two widths subtracted from each other."""
+    """Guards against proposals without a token of the target, tokens without one of the draft, and subtracting
+    distributions of two widths.
+    """
     for drafter in model_drafters(draft(vocab_size=width)).values():
         context = Context(list(prompt()), VOCABULARY, sampling, sampling.rng())
         tree = drafter.propose(context, Limit(3))
@@ -239,7 +240,7 @@ def test_a_draft_s_vocabulary_may_be_padded_otherwise(width: int, sampling: Samp
 
 
 def test_a_drafter_may_serve_one_prompt_after_another() -> None:
-    """Guards against what is left of the last prompt, where the next one begins alike or is part of it."""
+    """Guards against state of the last prompt, where the next one begins alike or is part of it."""
     for drafter in (PromptLookup(), *model_drafters(lm("llama").subset([0, 1, 3])).values()):
         for length in (14, 9):
             text = prompt()[:length]
@@ -252,7 +253,7 @@ def test_a_drafter_may_serve_one_prompt_after_another() -> None:
 
 @pytest.mark.parametrize("right", [(0,), (5,), (0, 1, 2, 3, 4, 5), (3, 0)], ids=str)
 def test_measures_are_what_their_definitions_say(right: tuple[int, ...]) -> None:
-    """Guards against the bonus token counted as accepted, which made an acceptance of 105 %."""
+    """Guards against the bonus token counted as accepted, which once gave an acceptance of 105 %."""
     drafter = scripted(*right)
     result = decode(drafter)
     assert result.tokens == known()
@@ -293,7 +294,7 @@ def test_measures_of_nothing_are_no_numbers() -> None:
 
 @dataclass
 class Watched:
-    """Writes down how many tokens each forward of a model reads."""
+    """A forward hook that records how many tokens each forward of a model reads."""
 
     rows: list[int] = field(default_factory=list)
 
@@ -304,7 +305,7 @@ class Watched:
 @pytest.mark.parametrize("name", ["chain", "static", "best-first"])
 @pytest.mark.parametrize("of", ["another model", "the target itself"])
 def test_a_draft_reads_every_token_once(name: str, of: str) -> None:
-    """Guards against a draft that prefills anew at every step: the tokens would be the same, and the time gone."""
+    """Guards against a draft that prefills again at every step: the tokens are the same, and the speed is lost."""
     model = build(ARCHITECTURES["llama"], seed=7 if of == "another model" else 2)
     drafter = model_drafters(LM(model))[name]
     watched = Watched()
@@ -312,8 +313,8 @@ def test_a_draft_reads_every_token_once(name: str, of: str) -> None:
     result = decode(drafter, k=4)
     assert result.tokens == known()
     assert len(watched.rows) == drafter.forwards == result.draft_forwards
-    # The first forward of each step reads text, those after it nodes. Of the text, a node of the deepest level and the
-    # target's own token are all that the draft may not have read yet.
+    # The first forward of each step reads text, and the later ones read nodes. At most two tokens of the text are new
+    # to the draft: a node of the deepest level and the target's own token.
     ends = list(itertools.accumulate(step.draft_forwards for step in result.steps if step.draft_forwards))
     read = [watched.rows[start] for start in [0, *ends[:-1]]]
     assert read[0] == len(prompt())
@@ -326,21 +327,21 @@ def test_a_draft_reads_every_token_once(name: str, of: str) -> None:
     ids=str,
 )
 def test_a_tree_costs_a_forward_for_each_level(shape: TreeShape, limit: Limit) -> None:
-    """Guards against a draft forward over the deepest level, whose logits nobody asks for."""
+    """Guards against a useless draft forward over the deepest level."""
     drafter = ModelDrafter(lm("llama").subset([0]), shape)
     tree = drafter.propose(Context(list(prompt()), VOCABULARY, Sampling(), Rng(0)), limit)
     assert drafter.forwards == tree.depth
 
 
 def test_a_best_first_tree_ends_where_nothing_better_follows() -> None:
-    """Guards against draft forwards down to the limit for levels of which no path is proposed."""
+    """Guards against draft forwards for levels from which no path is proposed."""
     drafter = ModelDrafter(lm("llama").subset([0]), BestFirstTree(4, threshold=0.0))
     tree = drafter.propose(Context(list(prompt()), VOCABULARY, Sampling(), Rng(0)), Limit(8))
     assert drafter.forwards <= tree.depth + 1 < 8
 
 
 def test_steps_are_reported_as_they_are_committed() -> None:
-    """Guards against a stream that repeats, drops or reorders tokens, or goes on after the stop."""
+    """Guards against a stream that repeats, drops or reorders tokens, or continues after the stop."""
     steps: list[list[int]] = []
     result = decode(scripted(0, 5, 2), on_step=steps.append, stop_token_ids=[known()[15]])
     assert [token for step in steps for token in step] == result.tokens
@@ -348,7 +349,7 @@ def test_steps_are_reported_as_they_are_committed() -> None:
 
 
 def test_a_controller_observes_every_step() -> None:
-    """Guards against a controller that adapts to nothing, and a limit that is asked for but not passed on."""
+    """Guards against a controller that never sees a step, and a limit that is not passed on to the drafter."""
 
     @dataclass
     class Growing:
@@ -368,7 +369,7 @@ def test_a_controller_observes_every_step() -> None:
     assert [limit.depth for limit in drafter.limits[:4]] == [1, 2, 3, 4]
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -390,14 +391,14 @@ def test_a_call_that_cannot_be_met_is_refused(text: list[int], options: dict[str
 
 
 def test_the_whole_context_may_be_used() -> None:
-    """Guards against a limit that is one token too strict, or one too generous for the table of positions."""
+    """Guards against a context limit that is one token too strict, or one too generous for the table of positions."""
     model = build(ARCHITECTURES["gpt-2"] | {"n_positions": 20})
     expected = continuation(model, prompt(), 6)
     assert generate(LM(model), prompt(), drafter=PromptLookup(), max_new_tokens=6).tokens == expected
 
 
 def test_a_rotation_that_changes_with_the_length_bounds_the_context() -> None:
-    """Guards against cached keys that were rotated by other factors than the ones that join them (LongRoPE)."""
+    """Guards against cached keys rotated by other factors than later keys (LongRoPE)."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
     model = build(ARCHITECTURES["phi3"] | {"original_max_position_embeddings": 24, "rope_parameters": rope})
@@ -422,7 +423,7 @@ def test_a_rotation_that_changes_with_the_length_bounds_the_context() -> None:
         (lambda: PromptLookup(max_ngram=0), "max_ngram is 0"),
         (lambda: PromptLookup(branches=0), "branches is 0"),
         (lambda: PromptLookup(min_ngram=0), "min_ngram is 0"),
-        (lambda: PromptLookup(2, min_ngram=3), "min_ngram is 3: from 1 to max_ngram, 2"),
+        (lambda: PromptLookup(2, min_ngram=3), "min_ngram is 3: it must be from 1 to max_ngram, 2"),
         (lambda: ReplayDrafter(NoDraft(), [1], acceptance=2), "acceptance is 2"),
         (lambda: ReplayDrafter(NoDraft(), [1], acceptance=-0.5), "acceptance is -0.5"),
         (lambda: lm("llama").subset([]), r"layers is \[\]: it must be ascending indices from 0 to 3"),
@@ -433,7 +434,7 @@ def test_a_rotation_that_changes_with_the_length_bounds_the_context() -> None:
     ],
 )
 def test_a_part_out_of_its_range_is_named(make: object, sentence: str) -> None:
-    """Guards against a setting that makes no sense, and fails far from where it was made."""
+    """Guards against a wrong setting that fails far from where it was given."""
     with pytest.raises(ValueError, match=sentence):
         make()
 

@@ -1,5 +1,7 @@
-"""The distribution of the first sampled tokens through the real decoder, caches and all, by enumeration of every random
-decision that it takes: the drafts drawn, the coins of the acceptance, and the tokens after them."""
+"""The distribution of the first sampled tokens through the real decoder with its caches.
+
+Every random decision is enumerated: the drawn drafts, the acceptances, and the tokens after them.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def decoded_distribution(
     policy: CachePolicy = KeepAll(),
     controller: Callable[[], Controller] = functools.partial(FixedK, 2),
 ) -> dict[tuple[int, ...], float]:
-    """One drafter for all branches: what it remembers of one must not tell on the next."""
+    """Return the distribution of decoded texts. One drafter serves all branches: state from one must not affect the
+    next.
+    """
 
     def run(rng: BranchRng) -> tuple[int, ...]:
         monkeypatch.setattr(Sampling, "rng", lambda self, *ranks: rng)
@@ -93,7 +97,7 @@ def drafters() -> dict[str, Drafter]:
 
 @functools.cache
 def head() -> BoundHead:
-    """Of the target of `decoded_distribution`; it cannot propose all tokens."""
+    """Bind a head to the target of `decoded_distribution`. It cannot propose all tokens."""
     target = enumerated_model(0, layers=2)
     untrained_head = untrained(target)
     untrained_head.tokens = torch.tensor([4, 0, 3])
@@ -103,7 +107,7 @@ def head() -> BoundHead:
 @pytest.mark.parametrize(
     ("sampling", "length"),
     [
-        # The last token is never drafted, so only of three tokens can two come from one tree.
+        # The last token is never drafted: two tokens of one tree need a text of three.
         (Sampling(0.8, top_k=2), 3),
         (Sampling(0.8, top_k=3, top_p=0.9), 3),
         (Sampling(0.8), 2),
@@ -115,8 +119,9 @@ def head() -> BoundHead:
 def test_the_distribution_is_that_of_plain_sampling(
     monkeypatch: pytest.MonkeyPatch, name: str, sampling: Sampling, length: int
 ) -> None:
-    """Guards against a distribution handed over from before top-k or at another node, a cache that answers for another
-    branch, and a token drawn with the randomness that the draft has used."""
+    """Guards against a distribution from before top-k or of another node, a cache of another branch, and a token drawn
+    with randomness that the draft has used.
+    """
     distribution = decoded_distribution(monkeypatch, drafters()[name], sampling, length)
     assert sum(distribution.values()) == pytest.approx(1.0, abs=1e-9)
     assert distance(distribution, target_distribution(sampling, length)) < 1e-9
@@ -131,7 +136,7 @@ def test_the_distribution_is_that_of_plain_sampling(
 def test_the_distribution_does_not_depend_on_how_long_was_drafted(
     monkeypatch: pytest.MonkeyPatch, name: str, controller: Callable[[], Controller]
 ) -> None:
-    """Guards against a draft length that is chosen by what is about to be drawn, and a draft that misses a token."""
+    """Guards against a draft length that depends on the coming draw, and a draft that misses a token."""
     sampling = Sampling(0.8, top_k=2)
     distribution = decoded_distribution(monkeypatch, drafters()[name], sampling, 4, controller=controller)
     assert distance(distribution, target_distribution(sampling, 4)) < 1e-9
@@ -142,7 +147,7 @@ def test_the_distribution_does_not_depend_on_how_long_was_drafted(
 def test_with_a_policy_the_distribution_is_that_of_plain_sampling_with_it(
     monkeypatch: pytest.MonkeyPatch, name: str, policy: CachePolicy
 ) -> None:
-    """Guards against an eviction that depends on how the coins of the acceptance fell."""
+    """Guards against an eviction that depends on random acceptances."""
     sampling = Sampling(0.8, top_k=2)
     plain = decoded_distribution(monkeypatch, NoDraft(), sampling, 4, policy)
     assert distance(plain, target_distribution(sampling, 4)) > 1e-3
@@ -151,7 +156,7 @@ def test_with_a_policy_the_distribution_is_that_of_plain_sampling_with_it(
 
 @dataclass
 class WrongDistribution:
-    """Hands over another distribution than its proposals were drawn from: the one at temperature 1, before top-k."""
+    """A drafter that passes on another distribution than the one it drew from: at temperature 1, before top-k."""
 
     inner: ModelDrafter
     layers: tuple[int, ...] = ()
@@ -178,7 +183,7 @@ def test_another_distribution_than_the_one_drawn_from_is_found_out(
 
 
 def test_a_seed_fixes_the_text() -> None:
-    """Guards against randomness from anywhere but the generation's own generator."""
+    """Guards against randomness from outside the generation's own generator."""
 
     def text(seed: int) -> list[int]:
         drafter = ModelDrafter(enumerated_model(1), StaticTree((2, 1)))

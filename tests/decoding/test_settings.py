@@ -1,4 +1,4 @@
-"""The settings of `SpecDecoder.generate`: what transformers' own `generate` does with them, or a refusal by name."""
+"""The settings of `SpecDecoder.generate`: the same meaning as in transformers' own `generate`, or a refusal by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STOP = WHOLE[5]
 
 @contextmanager
 def configured(**settings: Any) -> Iterator[SpecDecoder]:
-    """A decoder of a model whose checkpoint sets these."""
+    """Return a decoder of a model whose checkpoint has these settings."""
     usual, MODEL.generation_config = MODEL.generation_config, GenerationConfig(**settings)
     try:
         yield SpecDecoder(TARGET, lambda: ModelDrafter(DRAFT, StaticTree((2, 1))))
@@ -41,7 +41,7 @@ def configured(**settings: Any) -> Iterator[SpecDecoder]:
 
 
 def theirs(*arguments: Any, **settings: Any) -> torch.Tensor:
-    """What transformers gives; its warnings are its own."""
+    """Return the output of transformers, without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return MODEL.generate(*arguments, tokenizer=TARGET.tokenizer, **settings)
@@ -74,7 +74,7 @@ FORMS = {
 
 @pytest.mark.parametrize("settings", FORMS.values(), ids=FORMS)
 def test_a_value_of_any_form_means_what_it_means_there(settings: dict[str, Any]) -> None:
-    """Guards against a tensor that is compared as an object, and numbers of NumPy that are no integers."""
+    """Guards against a tensor that is compared as an object, and NumPy integers that are not accepted."""
     call = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": LENGTH} | settings
     with configured(pad_token_id=0) as decoder:
         assert torch.equal(
@@ -116,14 +116,16 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("name", "value", "reason"), REFUSED, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(REFUSED)]
 )
 def test_what_is_not_meant_here_is_refused_by_name(name: str, value: Any, reason: str) -> None:
-    """Guards against the truth of a tensor that is asked for, and values that are off only by their looks."""
+    """Guards against an error from the truth value of a tensor, and refusing values that only look different."""
     call = {"input_ids": IDS, "attention_mask": MASK, name: value}
     with configured(pad_token_id=0) as decoder, pytest.raises(ValueError, match=rf"^{name}\b.*{reason}"):
         decoder.generate(**call)
 
 
 def test_prompts_come_by_either_name(unchecked: None) -> None:
-    """Guards against transformers' own name of the argument, and an error from the depths for what are no ids."""
+    """Guards against refusing transformers' own argument name, and an obscure error for values that are no
+    token ids.
+    """
     with configured(pad_token_id=0) as decoder:
         expected = theirs(IDS, max_new_tokens=4)
         assert torch.equal(decoder.generate(IDS, max_new_tokens=4), expected)
@@ -149,14 +151,14 @@ def test_prompts_come_by_either_name(unchecked: None) -> None:
 
 
 def test_none_in_a_call_unsets_what_the_checkpoint_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a None that says nothing: a text then ends at the checkpoint's stop token all the same."""
+    """Guards against a None without effect: a text would still end at the checkpoint's stop token."""
     call = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": LENGTH}
     with configured(pad_token_id=0, eos_token_id=STOP, repetition_penalty=1.3) as decoder:
         with pytest.raises(ValueError, match=r"repetition_penalty is 1\.3"):
             decoder.generate(**call)
         call["repetition_penalty"] = None
         assert decoder.generate(**call).shape == (1, 14 + 6)
-        # In a configuration it says nothing.
+        # None has no effect in a configuration.
         said = GenerationConfig(eos_token_id=None, max_new_tokens=LENGTH)
         assert decoder.generate(**call, generation_config=said).shape == (1, 14 + 6)
         whole = decoder.generate(**call, eos_token_id=None)
@@ -173,14 +175,14 @@ def test_none_in_a_call_unsets_what_the_checkpoint_sets(monkeypatch: pytest.Monk
     ids=str,
 )
 def test_tokens_are_drawn_from_transformers_distribution(checkpoint: dict[str, Any], call: dict[str, Any]) -> None:
-    """Guards against a value of the checkpoint, or a default, that survives a None."""
+    """Guards against a checkpoint's value, or a default, that stays in force despite a None."""
     with configured(pad_token_id=0, **checkpoint) as decoder:
         ours, expected = distributions(decoder, {"max_new_tokens": 2, "do_sample": True} | call)
     torch.testing.assert_close(ours.cpu(), expected.cpu())
 
 
 def distributions(decoder: SpecDecoder, call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """From which the first token is drawn, here and there."""
+    """Return the distributions of the first token, by this package and by transformers."""
     sampled: list[Sampling] = []
     drawn: list[torch.Tensor] = []
     draw = torch.multinomial
@@ -201,7 +203,7 @@ def distributions(decoder: SpecDecoder, call: dict[str, Any]) -> tuple[torch.Ten
 
 
 def test_padding_is_inferred_as_transformers_infers_it() -> None:
-    """Guards against padding that is read as text, in silence, where no mask is given."""
+    """Guards against padding that is silently read as text where no mask is given."""
     short = [7, 44, 12]
     ids = torch.tensor([prompt(), [0] * 11 + short])
     for settings in ({"pad_token_id": 0}, {"pad_token_id": 0, "eos_token_id": [STOP, 0]}, {"eos_token_id": 0}, {}):
@@ -218,7 +220,7 @@ def test_padding_is_inferred_as_transformers_infers_it() -> None:
 
 
 def test_several_sequences_and_stop_strings_need_a_stop_token() -> None:
-    """Guards against padding where transformers, without a stop token, writes on."""
+    """Guards against padding where transformers, without a stop token, continues the text."""
     ids = torch.tensor([prompt(), prompt()[::-1]])
     settings = {
         "max_new_tokens": LENGTH,
@@ -236,7 +238,7 @@ def test_stop_strings_are_read_with_the_tokenizer_of_the_target() -> None:
     with configured(pad_token_id=0) as decoder:
         call = {"max_new_tokens": 3, "stop_strings": "e"}
         assert decoder.generate(IDS, tokenizer=characters(), **call).shape[1] <= 17
-        with pytest.raises(ValueError, match="tokenizer is not that of llama, by which stop_strings are read"):
+        with pytest.raises(ValueError, match="tokenizer is not that of llama, which is used for stop_strings here"):
             decoder.generate(IDS, tokenizer=characters(["\0", "e"]), **call)
 
 
@@ -263,7 +265,7 @@ def test_a_refused_call_ends_its_stream(settings: dict[str, Any]) -> None:
 
 
 class Broken(TextIteratorStreamer):
-    """Fails at the third that it is given."""
+    """A streamer that fails at its third value."""
 
     puts = 0
 
@@ -275,7 +277,9 @@ class Broken(TextIteratorStreamer):
 
 
 def test_a_stream_ends_when_decoding_fails() -> None:
-    """Guards against the same in the midst of a text; what was written before is told."""
+    """Guards against a reader that waits for ever when decoding fails in the middle of a text, or that loses the text
+    before.
+    """
     streamer = Broken(TARGET.tokenizer, timeout=20)
     with configured(pad_token_id=0) as decoder, pytest.raises(OSError, match="the pipe is closed"):
         decoder.generate(IDS, attention_mask=MASK, max_new_tokens=LENGTH, streamer=streamer)
@@ -287,7 +291,7 @@ def test_a_stream_ends_when_decoding_fails() -> None:
 # Fuzzing.
 
 TENSOR = torch.tensor([[1, 2]])
-# Of each setting, values that transformers and we take, and others.
+# For each setting: values that both transformers and this package accept, and other values.
 HONOURED: dict[str, tuple[list[Any], list[Any]]] = {
     "max_new_tokens": ([None, 1, 5, 9, np.int64(4), torch.tensor(6)], [2.5, "3", 0, -1, TENSOR, 10_000]),
     "max_length": ([None, 17, 22, np.int64(20), torch.tensor(18)], [3, 19.5, "20", TENSOR]),
@@ -363,14 +367,15 @@ OTHERS: dict[str, list[Any]] = {
     "use_cache": [True, False, None],
     "watermarking_config": [None, {}],
 }
-# What a file of a checkpoint may say: JSON.
+# Values that a checkpoint's JSON file may hold.
 PLAIN = (int, float, str, bool, type(None))
 
 
 @st.composite
 def called(draw: st.DrawFn) -> tuple[bool, dict[str, Any], dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
-    """Whether every value is one that is taken, the checkpoint's settings, the call's, those in its configuration if it
-    has one, and its inputs."""
+    """Draw a call: whether every value is an accepted one, the checkpoint's settings, the call's settings, those of its
+    configuration if it has one, and its inputs.
+    """
     taken = draw(st.booleans())
 
     def some(most: int, plain: bool) -> dict[str, Any]:
@@ -396,7 +401,7 @@ def called(draw: st.DrawFn) -> tuple[bool, dict[str, Any], dict[str, Any], dict[
 
 
 def answer_or_error(**settings: Any) -> torch.Tensor | Exception:
-    """What transformers gives, or what it raises: its own code may break at anything."""
+    """Return the output of transformers, or its error: its own code may fail at any value."""
     try:
         return theirs(**settings)
     except Exception as error:
@@ -414,7 +419,7 @@ def test_any_call_is_answered_as_there_or_refused_by_name(case: Any) -> None:
         if configuration is not None:
             call["generation_config"] = GenerationConfig(**configuration)
     except (ValueError, TypeError):
-        return  # a file that transformers does not read
+        return  # transformers rejects the file
     usual, MODEL.generation_config = MODEL.generation_config, own
     ours: Any
     expected: Any = None
@@ -423,7 +428,7 @@ def test_any_call_is_answered_as_there_or_refused_by_name(case: Any) -> None:
             ours = SpecDecoder(TARGET, PromptLookup).generate(**inputs, **call)
         except ValueError as error:
             ours = str(error)
-        # What may be refused is not asked for there: it may be ten thousand tokens.
+        # Don't run a refusable call in transformers: it may ask for ten thousand tokens.
         if taken or not isinstance(ours, str):
             expected = answer_or_error(**inputs, **call)
     finally:
@@ -439,7 +444,7 @@ def test_any_call_is_answered_as_there_or_refused_by_name(case: Any) -> None:
 
 
 def known_refusal(sentence: str) -> bool:
-    """What transformers answers, and we do not."""
+    """Return whether this is a known refusal of a call that transformers answers."""
     return any(
         part in sentence
         for part in ("stop_strings of several sequences", "padding must be on the left", "the prompt is empty")
@@ -447,5 +452,5 @@ def known_refusal(sentence: str) -> bool:
 
 
 def known_answer(sentence: str) -> bool:
-    """What transformers refuses, and we answer."""
+    """Return whether this is a known call that transformers refuses and this package answers."""
     return False

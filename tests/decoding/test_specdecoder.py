@@ -58,13 +58,13 @@ def calls() -> Iterator[dict[str, Any]]:
     yield {"generation_config": GenerationConfig(max_new_tokens=7, eos_token_id=stop, pad_token_id=1)}
 
 
-@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`")  # as the first call does
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`")  # the first call uses it
 @pytest.mark.parametrize("lengths", [(14,), (14, 3, 9)])
 @pytest.mark.parametrize("settings", list(calls()), ids=lambda settings: ",".join(settings) or "defaults")
 def test_the_same_call_gives_the_same_tensor(
     target: LM, decoder: SpecDecoder, lengths: tuple[int, ...], settings: dict[str, Any]
 ) -> None:
-    """Guards against padding, lengths and stop tokens that mean something else here."""
+    """Guards against another meaning of padding, lengths or stop tokens than in transformers."""
     inputs = padded(*lengths)
     assert torch.equal(decoder.generate(**inputs, **settings), target.model.generate(**inputs, **settings))
     assert len(decoder.results) == len(lengths)
@@ -72,7 +72,7 @@ def test_the_same_call_gives_the_same_tensor(
 
 
 def test_the_model_s_own_settings_come_last(target: LM, decoder: SpecDecoder) -> None:
-    """Guards against defaults that win over what a checkpoint, or the caller, sets."""
+    """Guards against defaults that override the settings of a checkpoint or of the caller."""
     target.model.generation_config = GenerationConfig(max_new_tokens=5, pad_token_id=0)
     inputs = padded(8)
     assert decoder.generate(**inputs).shape == (1, 13)
@@ -84,7 +84,7 @@ def test_the_model_s_own_settings_come_last(target: LM, decoder: SpecDecoder) ->
 
 
 def test_sampling_repeats_with_torch_s_seed(decoder: SpecDecoder) -> None:
-    """Guards against a seed that users set, and nobody reads; and against copies of one prompt that are the same."""
+    """Guards against a user's torch seed without effect, and against equal samples of one prompt."""
     settings = {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "top_k": 0, "num_return_sequences": 3}
 
     def sample(seed: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_sampling_repeats_with_torch_s_seed(decoder: SpecDecoder) -> None:
 
 
 def test_sampling_takes_transformers_defaults(monkeypatch: pytest.MonkeyPatch, decoder: SpecDecoder) -> None:
-    """Guards against another distribution than `do_sample=True` means there, where top_k is 50 unless it is set."""
+    """Guards against another distribution than `do_sample=True` has in transformers, where the default top_k is 50."""
     seen: list[Sampling] = []
 
     def spied(target: LM, prompts: list[list[int]], sampling: Sampling, **settings: Any) -> list[Generation]:
@@ -134,7 +134,7 @@ def test_a_streamer_hears_what_transformers_tells_it(target: LM, decoder: SpecDe
 
 
 def test_a_policy_is_that_of_generate(target: LM) -> None:
-    """Guards against a part that is taken and not passed on."""
+    """Guards against a policy or another part that is accepted and not passed on."""
     policy = SinkWindow(12)
     decoder = SpecDecoder(target, PromptLookup, policy=policy)
     new = decoder.generate(**padded(14), max_new_tokens=40)[0, 14:].tolist()
@@ -162,7 +162,7 @@ def test_a_policy_is_that_of_generate(target: LM) -> None:
     ids=str,
 )
 def test_what_is_not_honoured_is_refused_by_name(decoder: SpecDecoder, settings: dict[str, Any], sentence: str) -> None:
-    """Guards against an output that is not what was asked for."""
+    """Guards against an output that silently ignores a setting."""
     with pytest.raises(ValueError, match=sentence):
         decoder.generate(**padded(6), **settings)
 
@@ -176,12 +176,14 @@ def test_padding_on_the_right_is_refused(decoder: SpecDecoder) -> None:
 
 
 def test_a_streamer_of_a_batch_is_refused(decoder: SpecDecoder) -> None:
-    """Guards against texts that are mixed up in one stream."""
+    """Guards against several texts mixed in one stream."""
     with pytest.raises(ValueError, match="a streamer writes one sequence, and 2 are asked for"):
         decoder.generate(**padded(6, 3), streamer=Heard())
 
 
 def test_a_drafter_in_the_place_of_what_makes_one_is_told(target: LM, unchecked: None) -> None:
-    """Guards against an error from the depths, or rows that share a drafter's cache."""
+    """Guards against an obscure error, or rows that share one drafter's cache, where a drafter is passed instead of a
+    factory.
+    """
     with pytest.raises(ValueError, match=r"drafter must make one for each prompt: give `lambda: PromptLookup\(...\)`"):
         SpecDecoder(target, PromptLookup())  # type: ignore[arg-type]

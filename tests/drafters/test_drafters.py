@@ -1,5 +1,7 @@
-"""What is proposed. A wrong proposal costs speed but no token, so decoding cannot show it: proposals are compared with
-what a draft says without its cache."""
+"""The proposals of drafters, compared with a draft's outputs without its cache.
+
+A wrong proposal costs speed but no token, so decoding cannot show it.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +53,12 @@ def target() -> LM:
 
 @functools.cache
 def examples_of_target() -> dict[str, Drafter]:
-    """Not to be used, only copied."""
+    """Return example drafters, to be copied and not used."""
     return {name: drafter for file in DRAFTERS for name, drafter in examples(file, target()).items()}
 
 
 def context(tokens: list[int], sampling: Sampling = Sampling(), seed: int = 0, layers: tuple[int, ...] = ()) -> Context:
-    """With what the layers of the target make of the text, by a forward without a cache."""
+    """Return a context with the hidden states of the target's layers, by a forward without a cache."""
     states = None
     if layers:
         with recorded_hidden_states(target().model, layers) as outputs, torch.inference_mode():
@@ -70,7 +72,7 @@ def distribution_after(text: list[int], sampling: Sampling) -> torch.Tensor:
 
 
 def read_twice(drafter: Drafter, sampling: Sampling, limit: Limit) -> DraftTree:
-    """What is proposed once the drafter has decoded half of the text, and has something in its cache."""
+    """Return the proposal of a drafter that has decoded half of the text, and so has a filled cache."""
     drafter.propose(context(TEXT[:5], sampling), limit)
     drafter.propose(context(TEXT[:8], sampling), limit)
     return drafter.propose(context(TEXT, sampling), limit)
@@ -103,8 +105,9 @@ def test_a_greedy_static_tree_holds_the_most_probable_tokens() -> None:
 
 @pytest.mark.parametrize("shape", [Chain(), StaticTree((3, 2, 1)), StaticTree((6, 1))], ids=str)
 def test_a_sampled_tree_carries_the_distributions_that_it_was_drawn_from(shape: TreeShape) -> None:
-    """Guards against the classic silent bug: a distribution before top-k, of another node, or of the first sibling for
-    all."""
+    """Guards against the classic silent bug: passing on the distribution before top-k, of another node, or of the first
+    sibling for all.
+    """
     tree = read_twice(ModelDrafter(target(), shape), SAMPLING, Limit(3))
     assert tree.probs is not None
     assert tree.depth > 1
@@ -120,7 +123,7 @@ def test_a_sampled_tree_carries_the_distributions_that_it_was_drawn_from(shape: 
 
 
 def test_no_more_siblings_are_drawn_than_there_are_tokens() -> None:
-    """Guards against proposals drawn from a distribution with nothing left in it."""
+    """Guards against proposals drawn from a distribution without mass."""
     tree = ModelDrafter(target(), StaticTree((VOCABULARY,))).propose(context(TEXT, SAMPLING), Limit(3))
     assert len(tree) == 4
     assert sorted(tree.tokens.tolist()) == sorted(distribution_after(TEXT, SAMPLING).nonzero()[:, 0].tolist())
@@ -134,7 +137,7 @@ def test_no_more_siblings_are_drawn_than_there_are_tokens() -> None:
 def test_a_best_first_tree_holds_the_most_probable_paths(
     nodes: int, threshold: float, limit: Limit, sampling: Sampling
 ) -> None:
-    """Guards against a path left out that beats one that was taken, and one taken below the threshold."""
+    """Guards against leaving out a more probable path than a proposed one, and proposing one below the threshold."""
     probability: dict[tuple[int, ...], float] = {}
     level: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(limit.depth):
@@ -155,8 +158,9 @@ def test_a_best_first_tree_holds_the_most_probable_paths(
 def test_a_lookup_continues_the_most_recent_longest_match(
     tokens: list[int], sizes: tuple[int, int], depth: int
 ) -> None:
-    """Guards against a match of the text's end with itself, an older or a shorter match, one that is shorter than was
-    asked, and a copy cut short."""
+    """Guards against a match of the text's end with itself, an older or a shorter match, one below the minimum, and a
+    copy that is cut short.
+    """
     min_ngram, max_ngram = sorted(sizes)
     expected: list[int] = []
     for size in range(min(max_ngram, len(tokens) - 1), min_ngram - 1, -1):
@@ -186,7 +190,9 @@ def test_several_lookups_share_their_first_nodes(tokens: list[int], branches: in
 @given(tokens=contexts, depth=st.integers(1, 4))
 @settings(max_examples=20)
 def test_a_cascade_asks_the_next_drafter_where_the_one_before_has_nothing(tokens: list[int], depth: int) -> None:
-    """Guards against a draft that is paid for where a lookup has one, and steps without a draft where one could be."""
+    """Guards against running a draft model where the lookup has a proposal, and steps without a draft where one was
+    possible.
+    """
     lookup, model = PromptLookup(min_ngram=2), ModelDrafter(target().subset([0]))
     cascade = Cascade(PromptLookup(min_ngram=2), model)
     proposed = cascade.propose(context(tokens), Limit(depth))
@@ -199,7 +205,7 @@ def test_a_cascade_asks_the_next_drafter_where_the_one_before_has_nothing(tokens
 
 
 def test_a_cascade_reads_what_its_drafters_read() -> None:
-    """Guards against a head that is given no hidden states, or those of other layers than it was trained on."""
+    """Guards against a head that gets no hidden states, or those of other layers than it was trained on."""
     first, second = (BoundHead(untrained(target(), seed), target()) for seed in (0, 1))
     other = copy.copy(second)
     other.layers = (0,)
@@ -235,7 +241,7 @@ def test_a_replay_finds_its_text_again() -> None:
     assert proposed(wrong) == [3, 3, 3]
     assert proposed([*wrong, 9]) == [10, 10, 10]
     assert replay.lost == 2
-    # Behind a token more than the text has, behind one less, and where the same tokens stand twice.
+    # After one token too many, after one too few, and where the same tokens stand twice.
     assert proposed([*wrong, 9, 4, 7]) == [2, 6, 8]
     assert proposed([*known[:3], 9, 4, 7]) == [2, 6, 8]
     assert proposed([*known[:9], 4, 8, 1, 3])[:2] == [0, 10]
@@ -260,9 +266,11 @@ def test_a_replay_s_choice_depends_on_the_position_alone() -> None:
 @given(data=st.data())
 @settings(max_examples=8)
 def test_a_used_drafter_proposes_what_a_fresh_one_would(name: str, sampling: Sampling, data: st.DataObject) -> None:
-    """Guards against state that outlives the text that it came from: a stale cache slot, a forgotten rollback, an index
-    of another prompt. The text goes on along the proposal, away from it, starts anew, or is cut; it does so in place,
-    as in `generate`, so that a drafter that holds on to the list is found out too."""
+    """Guards against state that outlives its text: a stale cache slot, a missing rollback, an index of another prompt.
+
+    The text follows the proposal, departs from it, starts anew, or is cut. It changes in place, as in `generate`, so
+    that the test also finds a drafter that keeps a reference to the list.
+    """
     token = st.integers(0, VOCABULARY - 1)
     fresh = examples_of_target()[name]
     used, layers = copy.deepcopy(fresh), fresh.layers

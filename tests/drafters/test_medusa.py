@@ -1,4 +1,4 @@
-"""Medusa heads: what they propose, and their files."""
+"""Medusa heads: their proposals, and their files."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from tests.helpers.trees import paths
 
 
 def by_hand(tensors: dict[str, Tensor], text: list[int]) -> list[Tensor]:
-    """The logits of each head at the token before the last."""
+    """Return the logits of each head at the token before the last."""
     target = lm("llama")
     with torch.inference_mode():
         told = target.model(torch.tensor([text], device=target.device), output_hidden_states=True)
-    state = told.hidden_states[-1][0, -2].cpu()  # transformers has normalised the last ones
+    state = told.hidden_states[-1][0, -2].cpu()  # transformers has normalised the last states
     logits = []
     for head in range(MEDUSA_HEADS):
         x = state
@@ -63,8 +63,9 @@ def context(text: list[int], sampling: Sampling = Sampling()) -> Context:
     ("prefix", "name"), [("", "medusa_lm_head.safetensors"), ("medusa_head.", "medusa_lm_head.pt")], ids=["safe", "pt"]
 )
 def test_each_head_proposes_its_own_depth(prefix: str, name: str, tmp_path: Path) -> None:
-    """Guards against a head that is read one token off, a state before the final norm, and a tree that takes one
-    head's tokens for another's."""
+    """Guards against a head that is read one token off, a state before the final norm, and a tree that mixes up the
+    heads' tokens.
+    """
     logits = by_hand(write_medusa(tmp_path, prefix=prefix, name=name), [*prompt(11)])
     heads = load_medusa(str(tmp_path), lm("llama"))
     tree = MedusaDrafter(heads).propose(context([*prompt(11)]), Limit(5))
@@ -83,7 +84,7 @@ def test_each_head_proposes_its_own_depth(prefix: str, name: str, tmp_path: Path
 
 
 def test_a_sampled_chain_carries_what_it_was_drawn_from(tmp_path: Path) -> None:
-    """Guards against a distribution of another depth, with which sampling would be inexact."""
+    """Guards against the distribution of another depth, with which sampling is inexact."""
     logits, sampling = by_hand(write_medusa(tmp_path), [*prompt(11)]), Sampling(3.0, top_k=20)
     tree = MedusaDrafter(load_medusa(str(tmp_path), lm("llama"))).propose(context([*prompt(11)], sampling), Limit(3))
     assert tree.probs is not None
@@ -91,7 +92,7 @@ def test_a_sampled_chain_carries_what_it_was_drawn_from(tmp_path: Path) -> None:
 
 
 def test_drafts_change_no_token(tmp_path: Path) -> None:
-    """Guards against a draft that the target takes for its own, and a target that is changed by its heads."""
+    """Guards against draft tokens accepted without verification, and heads that change the target."""
     write_medusa(tmp_path)
     target = lm("llama")
     trained = [weight.requires_grad for weight in target.model.parameters()]
@@ -105,7 +106,7 @@ def test_drafts_change_no_token(tmp_path: Path) -> None:
 
 
 def test_an_arm_drafts_with_them(tmp_path: Path) -> None:
-    """Guards against an entry that does not reach the heads, and one that names none."""
+    """Guards against an arm's entry that does not reach the heads, and one that names no heads."""
     write_medusa(tmp_path)
     entry: dict[str, Any] = {"drafter": "medusa", "head": str(tmp_path), "shape": "static", "branching": [2, 2]}
     made = make_arm("arm", entry, lm("llama"), None, "eager").run(prompt(), 20, ())
@@ -144,7 +145,7 @@ def test_damaged_heads_are_one_sentence(damage: Any, sentence: str, tmp_path: Pa
 
 
 def test_a_target_without_a_final_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against heads that read a state which they were not trained on."""
+    """Guards against heads that read other states than they were trained on."""
     monkeypatch.setattr("specdecode.drafters.medusa.final_norm", lambda model: None)
     with pytest.raises(UnsupportedModelError, match="llama has no final norm that can be found"):
         MedusaHeads(lm("llama"), 1, 1)

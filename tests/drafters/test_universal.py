@@ -1,4 +1,4 @@
-"""Drafts of another vocabulary: what they read, what is proposed of what they write, and that it costs no token."""
+"""Drafts of another vocabulary: the tokens that they read, their translated proposals, and the unchanged output."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BEGINNING = TEXT[: TEXT.index(" fox")]
 # Characters of one to four bytes.
 WIDE = "Un café à 3 €: 你好世界, 😀😀 dit Zoë."
 WIDE_CHARACTERS = [*CHARACTERS, *sorted(set(WIDE) - set(CHARACTERS))]
-# Of models that have learnt nothing: more than any tokenizer here has tokens.
+# The vocabulary size of untrained models: larger than that of any tokenizer here.
 ROWS = 512
 
 SPELLINGS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -59,7 +59,7 @@ def knows(name: str, text: str) -> LM:
 
 
 def unlearnt(tokenizer: PreTrainedTokenizerFast | None) -> LM:
-    """A small model of random weights."""
+    """Return a small model of random weights."""
     return LM(small(vocab_size=ROWS).model, tokenizer, name="unlearnt")
 
 
@@ -68,7 +68,7 @@ def context(tokens: Sequence[int], sampling: Sampling = Sampling()) -> Context:
 
 
 def decode(target: LM, draft: LM, text: str, beginning: str) -> tuple[Generation, list[int]]:
-    """What is decoded of a text with the draft, and what transformers decodes without one."""
+    """Decode a text with the draft. Return the result, and transformers' output without a draft."""
     prompt = target.encode(beginning)
     length = len(target.encode(text)) - len(prompt)
     drafter = UniversalDrafter(target, draft)
@@ -77,7 +77,7 @@ def decode(target: LM, draft: LM, text: str, beginning: str) -> tuple[Generation
 
 
 def read_by(target: LM, draft: LM, tokens: Sequence[int]) -> list[int]:
-    """The tokens that a draft reads when it sees a text of the target for the first time."""
+    """Return the tokens that a draft reads when it sees a text of the target for the first time."""
     read: list[list[int]] = []
 
     def listen(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -88,12 +88,12 @@ def read_by(target: LM, draft: LM, tokens: Sequence[int]) -> list[int]:
     return read[0] if read else []
 
 
-# What is decoded.
+# Decoding.
 
 
 @pytest.mark.parametrize("text", [TEXT, WIDE])
 def test_the_tokenizers_cut_a_text_differently(text: str) -> None:
-    """Guards against pairs of tokenizers for which any translation would be right."""
+    """Guards against pairs of tokenizers that are so alike that any translation would be right."""
     for one, other in PAIRS:
         ours, theirs = spelling(one), spelling(other)
         assert ours.decode(ours(text)["input_ids"], skip_special_tokens=True) == text
@@ -103,19 +103,21 @@ def test_the_tokenizers_cut_a_text_differently(text: str) -> None:
 
 @pytest.mark.parametrize(("target", "draft"), PAIRS)
 def test_a_draft_that_knows_the_text_is_accepted(target: str, draft: str) -> None:
-    """Guards against proposals that cost no token and are never right: spaces lost or doubled, words cut as the target
-    would not, a text continued at the wrong place."""
+    """Guards against proposals that are never accepted: with spaces lost or doubled, words split differently from the
+    target, or a text continued at the wrong place.
+    """
     result, expected = decode(knows(target, TEXT), knows(draft, TEXT), TEXT, BEGINNING)
     assert result.tokens == expected
     assert result.draft_forwards > 0
-    # A target of characters stops inside of words, of which the draft has learnt whole ones.
+    # A target of characters stops inside words, and the draft has learnt only whole words.
     assert result.acceptance_rate > (0.2 if target == "characters" else 0.5)
     assert max(step.accepted for step in result.steps) == 5
 
 
 def test_whole_characters_behind_broken_ones_are_read() -> None:
-    """Guards against a draft that reads replacement characters alone: a decoder that falls back to bytes replaces all
-    bytes in a row."""
+    """Guards against a draft that reads only replacement characters: a decoder with byte fallback replaces all bytes in
+    a row.
+    """
     target, draft = unlearnt(spelling("pieces")), unlearnt(spelling("byte-pairs"))
     broken = target.tokenizer.convert_tokens_to_ids("<0xE4>")
     tokens = [*target.encode("The 你好"), broken, *target.encode("世界")[2:]]
@@ -125,7 +127,7 @@ def test_whole_characters_behind_broken_ones_are_read() -> None:
 
 @pytest.mark.parametrize(("target", "draft"), PAIRS)
 def test_a_draft_that_knows_another_text_costs_no_token(target: str, draft: str) -> None:
-    """Guards against rejected proposals that leave something behind."""
+    """Guards against rejected proposals that affect later steps."""
     result, expected = decode(knows(target, TEXT), knows(draft, ELSEWHERE), TEXT, BEGINNING)
     assert result.tokens == expected
     assert result.accepted > 0
@@ -141,8 +143,9 @@ def test_characters_of_many_bytes_are_carried_over(target: str, draft: str) -> N
 
 
 def test_the_distribution_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
-    """Guards against proposals that depend on the randomness of the acceptance, or come with a distribution of their
-    own: exact by enumeration, where every proposal is accepted on some branches and rejected on others."""
+    """Guards against proposals that depend on the randomness of the acceptance, or carry a distribution of their own.
+    The test enumerates all branches: every proposal is accepted on some and rejected on others.
+    """
     target, sampling, length = knows("byte-pairs", TEXT), Sampling(6.0, top_k=2), 4
     prompt = target.encode(BEGINNING)
     drafter = UniversalDrafter(target, knows("characters", TEXT))
@@ -152,7 +155,7 @@ def test_the_distribution_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Sampling, "rng", lambda self, *ranks: rng)
         result = generate(target, prompt, drafter=drafter, sampling=sampling, max_new_tokens=length)
         accepted.append(result.steps[0].accepted)
-        assert len(accepted) < 200  # had the draft drawn, there would be no end of it
+        assert len(accepted) < 200  # a draft that drew at random would add branches without end
         return tuple(result.tokens)
 
     distribution = distribution_of(run)
@@ -171,20 +174,21 @@ def test_the_distribution_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPa
 
 
 def test_models_with_a_tokenizer_meet_this_drafter_in_every_suite() -> None:
-    """Guards against a drafter that discovery passes over in silence."""
+    """Guards against a drafter that discovery silently skips."""
     assert examples("universal", lm("llama"))
     assert not examples("universal", small())
 
 
-# What is proposed.
+# Proposals.
 
 
 @pytest.mark.parametrize(("target", "draft"), PAIRS)
 @given(data=st.data())
 @settings(max_examples=10)
 def test_a_used_drafter_proposes_what_a_fresh_one_would(target: str, draft: str, data: st.DataObject) -> None:
-    """Guards against a translation remembered of another text, a length asked for by what happened before, and draws of
-    the draft's. Any tokens will do: halves of characters, special ones, and those that have no text."""
+    """Guards against a cached translation of another text, a draft length that depends on earlier calls, and random
+    draws in the draft. The tokens include halves of characters, special tokens, and tokens without text.
+    """
     policy = data.draw(st.sampled_from([KeepAll(), SinkWindow(13, sinks=2, interval=4)]))
     make = functools.partial(UniversalDrafter, unlearnt(spelling(target)), knows(draft, WIDE), policy)
     used = make()
@@ -217,14 +221,15 @@ def test_a_used_drafter_proposes_what_a_fresh_one_would(target: str, draft: str,
 @pytest.mark.parametrize("target", ["byte-pairs", "pieces"])
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_the_limit_counts_tokens_of_the_target(target: str, text: str, depth: int) -> None:
-    """Guards against a draft that is asked for as many tokens of its own, or for more than are of use, and against a
-    context that ends inside of a character being waited out: here every place is one to propose at."""
+    """Guards against a draft that writes the limit in its own tokens, or more than is useful, and against steps without
+    a proposal where the context ends inside a character: here every place allows one.
+    """
     drafter = UniversalDrafter(unlearnt(spelling(target)), knows("characters", text))
     tokens = spelling(target)(text)["input_ids"]
     proposed, most = 0, 0
     for place in range(len(spelling(target)(text[:12])["input_ids"]), len(tokens) - depth):
         tree = drafter.propose(context(tokens[:place]), Limit(depth))
-        # Where the draft stops in the middle of a word, the last token is another than that of the word.
+        # Where the draft stops inside a word, the last token differs from the word's own.
         assert tree.tokens.tolist()[:-1] == tokens[place : place + len(tree) - 1]
         proposed, most = proposed + len(tree), most + depth
     assert 0.8 * most < proposed <= most
@@ -234,7 +239,7 @@ def test_the_limit_counts_tokens_of_the_target(target: str, text: str, depth: in
 
 @pytest.mark.parametrize("target", ["byte-pairs", "pieces"])
 def test_nothing_is_proposed_that_a_begun_character_rules_out(target: str) -> None:
-    """Guards against a proposal that stands for other bytes than those which are committed."""
+    """Guards against a proposal whose bytes contradict the committed ones."""
     drafter = UniversalDrafter(unlearnt(spelling(target)), knows("characters", WIDE))
     tokens = spelling(target)("Un caf" + "é")["input_ids"]
     other = spelling(target)("世")["input_ids"][-3]
@@ -245,22 +250,24 @@ def test_nothing_is_proposed_that_a_begun_character_rules_out(target: str) -> No
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_half_a_character_of_the_draft_is_not_proposed(depth: int) -> None:
-    """Guards against the sign for an incomplete character in place of what the draft will write when it goes on, and
-    against whole characters that are lost with it."""
+    """Guards against proposing the replacement character for a character that the draft has not finished, and against
+    losing whole characters with it.
+    """
     target = spelling("characters")
     for draft in ("byte-pairs", "pieces"):
         drafter = UniversalDrafter(unlearnt(target), knows(draft, WIDE))
         for place in range(2, len(WIDE) - 4):
             tree = drafter.propose(context(target(WIDE[:place])["input_ids"]), Limit(depth))
-            # A token of the target's for what it does not know is its first.
+            # The target's first token stands for unknown text.
             assert 0 not in tree.tokens
             assert len(tree) > 0 or WIDE[place] not in "你好世界"
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(1, "a"), (4, "abc")])
 def test_no_token_is_proposed_for_which_the_target_has_no_row(depth: int, expected: str) -> None:
-    """Guards against an index error inside of the target, whose tokenizer may know more than its embedding; and against
-    a proposal up to such a token where the limit comes before it."""
+    """Guards against an index error inside a target whose tokenizer has more tokens than its embedding, and against a
+    lost proposal where the limit comes before such a token.
+    """
     tokenizer = characters([*CHARACTERS, "é"])
     target = LM(build(ARCHITECTURES["llama"] | {"vocab_size": len(CHARACTERS)}), tokenizer)
     drafter = UniversalDrafter(target, learnt(byte_pairs("abcé"), "abcé" * 4))
@@ -269,7 +276,9 @@ def test_no_token_is_proposed_for_which_the_target_has_no_row(depth: int, expect
 
 
 def test_what_has_no_text_is_not_drafted() -> None:
-    """Guards against rows that pad the draft's vocabulary: random, they would be its choice at four of five places."""
+    """Guards against drafting the padding rows of the draft's vocabulary: random rows would be its choice at four of
+    five places.
+    """
     target = spelling("byte-pairs")
     drafter = UniversalDrafter(unlearnt(target), unlearnt(spelling("characters")))
     for place in range(1, 20):
@@ -291,7 +300,9 @@ def test_every_block_of_the_text_is_carried_over_once(
 
 
 def test_a_draft_reads_a_text_once() -> None:
-    """Guards against a draft that reads the text anew at every step: the tokens are the same, and the time is gone."""
+    """Guards against a draft that reads the whole text again at every step: the tokens are the same, and the speed is
+    lost.
+    """
     target, draft, rows = knows("byte-pairs", TEXT), knows("characters", TEXT), []
 
     def listen(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -301,7 +312,7 @@ def test_a_draft_reads_a_text_once() -> None:
         result, _ = decode(target, draft, TEXT, BEGINNING)
     assert len(rows) == result.draft_forwards
     assert rows[0] == len(BEGINNING)
-    # A token of the target's own is at most this long.
+    # The target's longest token has this many characters.
     assert max(rows[1:]) <= 8
 
 
@@ -315,14 +326,14 @@ END = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
     [
         # Both have a token of this name.
         ("<|user|>Hi<|pad|>", "<|user|>Hi<|pad|>"),
-        # What ends a text for the target does so for the draft.
+        # The target's end of text becomes the draft's.
         ("Hi<|end|>Ho", "Hi</s>Ho"),
-        # Of this name the draft has none: it is text.
+        # The draft has no token of this name, so it is read as text.
         ("<|tool|>Hi", "<|tool|>Hi"),
     ],
 )
 def test_special_tokens_go_by_their_names(text: str, expected: str) -> None:
-    """Guards against roles of a conversation that are dropped, and a text's end in a spelling that ends nothing."""
+    """Guards against roles of a conversation that are dropped, and a text's end that the draft does not recognise."""
     ours, theirs = byte_pairs(TEXT, special=END), pieces(["Hi"])
     ours.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|tool|>"]})
     theirs.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|pad|>"]})
@@ -332,21 +343,21 @@ def test_special_tokens_go_by_their_names(text: str, expected: str) -> None:
 
 
 def test_each_side_begins_a_text_in_its_own_way() -> None:
-    """Guards against the name of a token read as text, and a draft that misses what all of its texts begin with."""
+    """Guards against the name of a special token read as text, and a draft without its own start token."""
     opens, plain = unlearnt(spelling("pieces")), unlearnt(spelling("byte-pairs"))
     opened, other = opens.encode("The fox"), plain.encode("The fox")
     assert opened[0] == opens.tokenizer.bos_token_id
     assert read_by(opens, plain, opened) == read_by(opens, plain, opened[1:]) == other
     assert read_by(plain, opens, other) == opened
-    # A chat template may write it in the midst of a text.
+    # A chat template may write the start token inside a text.
     assert plain.tokenizer.decode(read_by(opens, plain, [*opened, *opened])).startswith("The fox<s>")
-    # Of the text nothing is known yet: one draft has something to read even so.
+    # The text is still empty, but one draft reads its start token.
     assert read_by(opens, plain, opened[:1]) == []
     assert read_by(opens, unlearnt(spelling("pieces")), opened[:1]) == opened[:1]
 
 
 def test_the_end_of_a_text_is_proposed() -> None:
-    """Guards against a draft whose end of text is written out, character by character."""
+    """Guards against a draft's end of text proposed as its characters."""
     ours, theirs = byte_pairs(TEXT, special=END), pieces(["The", "fox"])
     drafter = UniversalDrafter(unlearnt(ours), learnt(theirs, "The fox is home.</s>"))
     tree = drafter.propose(context(ours("The fox is home")["input_ids"]), Limit(2))
@@ -354,7 +365,7 @@ def test_the_end_of_a_text_is_proposed() -> None:
 
 
 def test_spaces_before_marks_stay() -> None:
-    """Guards against transformers' cleaning of decoded text, which a tokenizer may ask for."""
+    """Guards against transformers' clean-up of decoded text, which a tokenizer may ask for."""
     ours = characters()
     ours.clean_up_tokenization_spaces = True
     text = "It 's here , is n't it ?"
@@ -363,7 +374,7 @@ def test_spaces_before_marks_stay() -> None:
     assert read_by(unlearnt(ours), draft, ours(text)["input_ids"]) == draft.encode(text)
 
 
-# What is refused.
+# Refusals.
 
 
 def lower_case() -> PreTrainedTokenizerFast:
@@ -375,14 +386,14 @@ def lower_case() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("tokenizer", "sentence"),
     [
-        (None, "unlearnt has no tokenizer, and models of different vocabularies meet in text alone: load it with its"),
-        (lower_case(), "its tokenizer makes \"it 's  a b ,\\\\nis n't it \\?\" of \"It 's  A B"),
-        (characters(["?", "a", "b"]), "its tokenizer makes"),
+        (None, "unlearnt has no tokenizer, but models of different vocabularies can exchange only text: load it with"),
+        (lower_case(), "its tokenizer returns \"it 's  a b ,\\\\nis n't it \\?\" for \"It 's  A B"),
+        (characters(["?", "a", "b"]), "its tokenizer returns"),
     ],
     ids=["none", "lower-case", "few characters"],
 )
 def test_a_tokenizer_that_loses_text_is_refused(tokenizer: PreTrainedTokenizerFast | None, sentence: str) -> None:
-    """Guards against a draft that is paid for and never right."""
+    """Guards against a draft that costs time and is never right."""
     useless, good = unlearnt(tokenizer), unlearnt(spelling("byte-pairs"))
     for target, draft in ((useless, good), (good, useless)):
         with pytest.raises(TokenizerMismatchError, match=sentence):
@@ -390,7 +401,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tokenizer: PreTrainedTokenizerFa
 
 
 def test_a_text_longer_than_the_draft_s_context_is_decoded_all_the_same() -> None:
-    """Guards against a draft of many short tokens, whose context ends before the target's."""
+    """Guards against an error where the context of a draft with many short tokens ends before the target's."""
     target = knows("byte-pairs", TEXT)
     draft = LM(build(ARCHITECTURES["gpt-2"] | {"n_positions": 32, "vocab_size": ROWS}), spelling("characters"))
     result, expected = decode(target, draft, TEXT, BEGINNING)

@@ -9,7 +9,9 @@ from tests.helpers.root import ROOT
 
 
 def test_the_example_starts_servers_that_differ_in_speculation_alone() -> None:
-    """Guards against a preset that is no longer read, and a twin that is served in another way."""
+    """Guards against an example preset that can no longer be read, and a baseline server that differs in more than
+    speculation.
+    """
     chosen = preset(str(ROOT / "examples" / "vllm.toml"))
     chosen.check_baselines()
     arms = {name: ArmSpec.from_entry(name, entry) for name, entry in chosen.arms.items()}

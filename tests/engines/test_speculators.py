@@ -1,5 +1,7 @@
-"""EAGLE-3 heads and `speculators`, the package of their format: what it writes is read here, and the other way round,
-and both compute the same."""
+"""EAGLE-3 heads against `speculators`, the package of their format.
+
+Each package reads the other's files, and both compute the same.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,12 @@ from specdecode.heads.eagle3_files import WEIGHTS, make_eagle3, read_eagle3, wri
 from tests.helpers.models import ARCHITECTURES, VOCABULARY, build, continuation, prompt
 
 pytestmark = [
-    # In its own environment it must be there.
+    # In its own environment the package must be there.
     pytest.mark.skipif(
         not (os.environ.get("SPECDECODE_SPECULATORS") or find_spec("speculators")),
         reason="needs the package `speculators`; tox -e heads installs it",
     ),
-    # It and what it imports warn of what later versions will change.
+    # The package and its imports warn about changes in later versions.
     pytest.mark.filterwarnings("default"),
 ]
 
@@ -48,7 +50,7 @@ FLAGS: list[Flags] = [
 DECODERS: dict[str, type[LlamaConfig] | type[Qwen3Config]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 # The embeddings are 0, and the last layer's output is 6.
 IDS = ((2, 3, 5), (0, 6), (5, 1), (6,), (6, 3, 0, 1))
-# All that change something within the few tokens below.
+# All kinds that have an effect within the few tokens below.
 ROTARY: tuple[dict[str, Any], ...] = (
     {"rope_type": "default", "rope_theta": 500.0},
     {
@@ -65,7 +67,7 @@ ROTARY: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Variant:
-    """What may differ between heads."""
+    """The settings in which heads may differ."""
 
     flags: Flags = ()
     decoder: str = "llama"
@@ -78,7 +80,7 @@ class Variant:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    """In float32, as `speculators` has it. Its name is the folder that holds it."""
+    """Return a target in float32, as `speculators` has it. Its name is its folder."""
     folder = tmp_path_factory.mktemp("target")
     model = build(ARCHITECTURES["llama"] | {"num_hidden_layers": LAYERS}).float()
     model.save_pretrained(folder)
@@ -119,7 +121,7 @@ def config(variant: Variant, target: LM) -> Any:
 
 
 def made_there(variant: Variant, target: LM) -> Any:
-    """A head of `speculators` with random weights. Its logits have a spread of several units."""
+    """Build a head of `speculators` with random weights. Its logits have a spread of several units."""
     from speculators.models.eagle3 import Eagle3DraftModel
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -133,7 +135,7 @@ def made_there(variant: Variant, target: LM) -> Any:
             if "norm" in name:
                 weight.uniform_(0.5, 1.5)
             else:
-                # Of a linear layer, a bias, or an embedding.
+                # Weights of a linear layer, a bias, or an embedding.
                 weight.normal_(std=0.5 if weight.ndim == 1 else 1.0 if "embed" in name else weight.shape[1] ** -0.5)
         model.lm_head.weight.mul_(2.0)
     return model
@@ -141,13 +143,13 @@ def made_there(variant: Variant, target: LM) -> Any:
 
 @torch.no_grad()
 def their_logits(model: Any, features: Tensor, tokens: Tensor, steps: int = STEPS) -> list[Tensor]:
-    """Return the logits at each token and the `steps - 1` texts behind it, whose tokens are the text's. [n, D] each
+    """Return the logits at each token and in the `steps - 1` drafts behind it, whose tokens are the text's. [n, D] each
 
     Args:
         model: of `speculators`.
         features: the target's hidden states at the tokens before these, [n, F].
         tokens: of the text, [n].
-        steps: how often it drafts.
+        steps: the number of drafted steps.
     """
     logits: list[Tensor] = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output[0]))
@@ -155,7 +157,7 @@ def their_logits(model: Any, features: Tensor, tokens: Tensor, steps: int = STEP
         model(features[None], tokens[None], torch.zeros_like(tokens)[None], ttt_steps=steps)
     finally:
         handle.remove()
-    # Behind the last tokens there are none to read.
+    # No tokens follow the last ones.
     return [rows[: len(tokens) - step] for step, rows in enumerate(logits)]
 
 
@@ -163,7 +165,7 @@ def their_logits(model: Any, features: Tensor, tokens: Tensor, steps: int = STEP
 def our_logits(
     head: Eagle3Head, embedding: nn.Module, rows: Tensor, features: Tensor, tokens: Tensor, steps: int = STEPS
 ) -> list[Tensor]:
-    """Return the same, by this package's module."""
+    """Return the same logits, by this package's module."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def store(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -183,16 +185,16 @@ def our_logits(
 
 
 def text_of(target: LM, ids: Sequence[int], count: int = 9) -> tuple[Tensor, Tensor]:
-    """A text's tokens but the first, and the target's hidden states at those but the last."""
+    """Return a text's tokens without the first, and the target's hidden states at all tokens but the last."""
     tokens = torch.tensor([(17 * i * i + 5 * i + 3) % VOCABULARY for i in range(count)])
     return tokens[1:], features(target, tokens.tolist(), ids)[:-1]
 
 
 @torch.no_grad()
 def features(target: LM, tokens: Sequence[int], ids: Sequence[int]) -> Tensor:
-    """The hidden states that the format means by these ids, told by transformers. [n, F]"""
+    """Return the hidden states that these ids mean in the format, by transformers. [n, F]"""
     last: list[Tensor] = []
-    # What transformers calls the last hidden states has gone through the final norm.
+    # transformers returns the last hidden states after the final norm.
     handle = target.model.model.norm.register_forward_pre_hook(lambda module, inputs: last.append(inputs[0]))
     try:
         told = target.model(torch.tensor([list(tokens)]), use_cache=False, output_hidden_states=True).hidden_states
@@ -206,7 +208,7 @@ def features(target: LM, tokens: Sequence[int], ids: Sequence[int]) -> Tensor:
 def assert_same(ours: list[Tensor], theirs: list[Tensor], variant: Any) -> None:
     assert len(ours) == len(theirs) == STEPS
     for step, (logits, expected) in enumerate(zip(ours, theirs, strict=True)):
-        # Of logits near zero anything is close.
+        # Logits near zero would be close to any others.
         assert expected.std() > 1.5
         assert expected.amax() - expected.amin() > 6.0
         torch.testing.assert_close(
@@ -220,7 +222,7 @@ def save_there(model: Any, folder: Path) -> Path:
 
 
 def variants(flags: Flags) -> Iterator[Variant]:
-    """Heads of these flags in all combinations, but for the ids, which take turns."""
+    """Yield heads with these flags in all combinations. The ids alternate instead of being combined."""
     choices = itertools.product(DECODERS, (1, 2), (False, True), ROTARY, (False, True))
     for number, (decoder, layers, whole, rotary, bias) in enumerate(choices):
         yield Variant(flags, decoder, layers, whole, IDS[number % len(IDS)], rotary, bias)
@@ -231,8 +233,10 @@ each_flags = pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "+".join(
 
 @each_flags
 def test_logits_are_theirs(flags: Flags, target: LM, tmp_path: Path) -> None:
-    """Guards against a norm that is left out, taken twice or of another state, a residual from the wrong place, layers
-    in another order, rotary positions of another kind, and a bias or a norm of queries that is lost."""
+    """Guards against logits other than those of `speculators`: by a norm that is missing, doubled or of another state,
+    a residual from the wrong place, layers in another order, another kind of rotary positions, or a lost bias or query
+    norm.
+    """
     for number, variant in enumerate(variants(flags)):
         there = made_there(variant, target)
         tokens, states = text_of(target, variant.ids)
@@ -252,11 +256,11 @@ def their_chain(model: Any, states: Tensor, tokens: Sequence[int], length: int) 
         model: of `speculators`.
         states: the target's hidden states at all tokens but the last, [n - 1, F].
         tokens: of the text, [n].
-        length: how many.
+        length: the number of tokens.
     """
     proposed: list[int] = []
     for step in range(length):
-        # Tokens behind the text have no hidden states, and none are read: a draft's step reads that of the step before.
+        # Tokens behind the text have no hidden states. A draft's step reads the state of the step before instead.
         read = torch.tensor([*tokens[1:], *proposed])
         padded = torch.cat([states, states.new_zeros(step, states.shape[1])])
         token = int(their_logits(model, padded, read, step + 1)[step][len(tokens) - 2].argmax())
@@ -265,7 +269,7 @@ def their_chain(model: Any, states: Tensor, tokens: Sequence[int], length: int) 
 
 
 def assert_proposals_are_theirs(model: Any, folder: Path, target: LM, ids: Sequence[int], length: int = 20) -> Any:
-    """Decode with a head from its folder: every chain that it proposes is the one that `speculators` would."""
+    """Decode with a head from its folder, and assert that every proposed chain equals that of `speculators`."""
     head, proposed = load_head(str(folder), target), []
 
     class Listening(HeadDrafter):
@@ -289,8 +293,9 @@ def assert_proposals_are_theirs(model: Any, folder: Path, target: LM, ids: Seque
 
 @each_flags
 def test_a_drafter_proposes_what_they_would(flags: Flags, target: LM, tmp_path: Path) -> None:
-    """Guards against a head that is right on a whole text and reads other hidden states, positions or slots when it
-    drafts; and against ids of its vocabulary that are taken for the target's."""
+    """Guards against a head that is right on a whole text but reads other hidden states, positions or slots when it
+    drafts, and against ids of its vocabulary read as the target's.
+    """
     every_seventh = itertools.islice(variants(flags), FLAGS.index(flags) % 7, None, 7)
     for number, variant in enumerate(every_seventh):
         there = made_there(variant, target)
@@ -307,12 +312,13 @@ def test_a_drafter_proposes_what_they_would(flags: Flags, target: LM, tmp_path: 
     ids=["qwen3", "llama"],
 )
 def test_a_head_that_was_trained_there_is_accepted_here(variant: Variant, target: LM, tmp_path: Path) -> None:
-    """Guards against hidden states, positions or tokens that are one off from those that heads are trained with:
-    logits that are equal on what a test feeds them do not show that."""
+    """Guards against a trained head that is never accepted because hidden states, positions or tokens are one off from
+    training. Equal logits on a test's own inputs do not show that.
+    """
     there = made_there(variant, target)
     text = [*prompt(), *continuation(target.model, prompt(), 40)]
     if there.d2t is not None:
-        # Those of the text first, but for its end.
+        # The text's tokens first, without those of its end.
         tokens = torch.tensor(sorted(list(dict.fromkeys([*text[:-8], *range(VOCABULARY)]))[:DRAFT_VOCABULARY]))
         known = torch.zeros(VOCABULARY, dtype=torch.bool).index_fill_(0, tokens, True)
         there.load_vocab_mappings(known, tokens - torch.arange(DRAFT_VOCABULARY))
@@ -332,7 +338,7 @@ def train_there(model: Any, text: Tensor, states: Tensor, last: Tensor) -> None:
     from speculators.losses import resolve_loss_config
     from speculators.models.eagle3 import shift_batch
 
-    # What the target says; the head keeps its own embeddings.
+    # Load the target's output weights. The head keeps its own embeddings.
     model.load_verifier_weights()
     batch = shift_batch(
         {
@@ -350,7 +356,7 @@ def train_there(model: Any, text: Tensor, states: Tensor, last: Tensor) -> None:
     }
     inputs["document_ids"] = torch.zeros_like(inputs["input_ids"])
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=0.01)
-    # Its other losses need a GPU's compiler.
+    # The other losses need a GPU's compiler.
     losses = resolve_loss_config("kl_div", "eager")
     for _ in range(100):
         _, loss, _ = model(**inputs, ttt_steps=STEPS, loss_config=losses)
@@ -364,7 +370,7 @@ def train_there(model: Any, text: Tensor, states: Tensor, last: Tensor) -> None:
 def test_what_a_folder_lacks_is_the_targets(
     lacks: tuple[str, ...], whole_vocabulary: bool, target: LM, tmp_path: Path
 ) -> None:
-    """Guards against an embedding of the target's that is not shared, or whose rows are those of other tokens."""
+    """Guards against an embedding that is not shared with the target, or whose rows belong to other tokens."""
     variant = Variant(("fc_norm",), whole_vocabulary=whole_vocabulary, ids=(0, 4))
     folder = save_there(made_there(variant, target), tmp_path)
     kept = {name: x for name, x in load_file(folder / WEIGHTS).items() if not name.startswith(lacks)}
@@ -379,9 +385,9 @@ def loaded_there(folder: Path, states: Tensor, tokens: Tensor) -> list[Tensor]:
 
     there = Eagle3SpeculatorConfig.from_pretrained(folder)
     there.transformer_layer_config._attn_implementation = "eager"
-    # Otherwise weights take the type that the config names.
+    # Otherwise the weights would get the config's dtype.
     model = Eagle3DraftModel.from_pretrained(folder, config=there, dtype=torch.float32).eval()
-    # It takes what a file lacks from the target where it finds NaN there, but transformers leaves it uninitialised.
+    # `speculators` takes missing weights from the target where it finds NaN. transformers leaves them uninitialised.
     stored = load_file(folder / WEIGHTS)
     lacks = {f"overwrite_{name}": f"{name}.weight" not in stored for name in ("embed_tokens", "lm_head")}
     model._load_verifier_weights(**lacks)
@@ -399,7 +405,7 @@ def bound_logits(folder: Path, target: LM, states: Tensor, tokens: Tensor) -> li
 
 @each_flags
 def test_what_is_written_here_is_loaded_there(flags: Flags, target: LM, tmp_path: Path) -> None:
-    """Guards against a folder whose config or tensors say something else to others than to this package."""
+    """Guards against a folder whose config or tensors mean something else to `speculators` than to this package."""
     for number, variant in enumerate(itertools.islice(variants(flags), FLAGS.index(flags) % 5, None, 5)):
         folder = tmp_path / str(number)
         head = make_eagle3(read_eagle3(save_there(made_there(variant, target), folder)), LAYERS, HIDDEN)
@@ -421,7 +427,7 @@ def test_what_is_written_here_is_loaded_there(flags: Flags, target: LM, tmp_path
 def test_original_files_are_what_their_converter_makes_of_them(
     variant: Variant, file: str, target: LM, tmp_path: Path
 ) -> None:
-    """Guards against original files whose names, sizes or rotary positions are taken for others."""
+    """Guards against original files whose names, sizes or rotary positions are misread."""
     from speculators.convert.eagle import Eagle3Converter
 
     model = made_there(variant, target)
@@ -438,7 +444,7 @@ def test_original_files_are_what_their_converter_makes_of_them(
 
 
 def write_original(folder: Path, file: str, model: Any) -> None:
-    """Write a head as the authors of EAGLE-3 do."""
+    """Write a head in the format of the EAGLE-3 authors."""
     decoder = model.config.transformer_layer_config
     rotary = dict(decoder.rope_parameters)
     theta = rotary.pop("rope_theta")

@@ -1,4 +1,4 @@
-"""`transformers serve` as arms of `pytest --benchmark`: a server that speculates, takes text alone, and miscounts."""
+"""`transformers serve` as arms of `pytest --benchmark`: a server that speculates, accepts text alone, and miscounts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PRESET = f'prompts = "humaneval:{PROMPTS}"\nmax_new_tokens = {TOKENS}\nrepeats =
 
 
 def arm(name: str, **config: object) -> str:
-    """Return an arm's line of a preset. Each request has a generation config that stop tokens do not end."""
+    """Return an arm's line of a preset. Each request has a generation config without stop tokens."""
     whole = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 2, "eos_token_id": [], **config}
     command = f"{PROGRAM} serve {{target}} --host 127.0.0.1 --port {{port}} --device cpu"
     return (
@@ -36,7 +36,7 @@ def arm(name: str, **config: object) -> str:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, RunFile]:
-    """A session's exit code, what it says, and its run file."""
+    """Return a session's exit code, its output, and its run file."""
     folder = tmp_path_factory.mktemp("serve")
     preset, file = folder / "serve.toml", folder / "run.json"
     preset.write_text(PRESET + arm("ar") + arm("again") + arm("lookup", prompt_lookup_num_tokens=5))
@@ -47,7 +47,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, RunFile
 
 
 def test_text_comes_back_equal(session: tuple[int, str, RunFile]) -> None:
-    """Guards against ids that are made of text otherwise the second time, and stop tokens that end an output."""
+    """Guards against token ids that change when the same text is encoded again, and outputs that stop tokens
+    cut short.
+    """
     _, said, run = session
     assert not run.arms["again"].failure, said
     assert (run.arms["again"].bugs, run.arms["again"].ties, len(run.arms["again"].rows)) == (0, 0, PROMPTS)
@@ -55,7 +57,7 @@ def test_text_comes_back_equal(session: tuple[int, str, RunFile]) -> None:
 
 
 def test_a_server_that_miscounts_is_void(session: tuple[int, str, RunFile], capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against a speedup of which nobody knows how many tokens it is of.
+    """Guards against a speedup over an unknown number of tokens.
 
     A stream of transformers 5 counts a step of prompt lookup as one token.
     """

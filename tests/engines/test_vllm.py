@@ -45,13 +45,13 @@ COMMAND = (
 START_MINUTES = 10.0
 
 PROMPTS = "prose@24:34,humaneval:6"
-FEWER_PROMPTS = "prose@24:8"  # the first of those
+FEWER_PROMPTS = "prose@24:8"  # the first of PROMPTS
 TOKENS = 16
 DRAFT_LENGTH = 5
 
 
 def speculating(**config: Any) -> str:
-    """Return the command of a server that speculates, and tells of each request how it did."""
+    """Return the command of a server that speculates, and reports the acceptance of each request."""
     return f"{COMMAND} --per-request-spec-decode-metrics summary --speculative-config '{json.dumps(config)}'"
 
 
@@ -59,15 +59,15 @@ def lookup(length: int) -> str:
     return speculating(method="ngram", num_speculative_tokens=length, prompt_lookup_max=3, prompt_lookup_min=1)
 
 
-# The target is its own draft: there is no smaller model of its vocabulary. All proposals are kept, but for
-# rounding.
+# The target is its own draft: there is no smaller model of its vocabulary. Except for rounding, all proposals are
+# accepted.
 DRAFT = speculating(method="draft_model", model="{target}", num_speculative_tokens=3)
 
 OURS = speculating(method="custom_class", model="vllm_proposer.Proposer", num_speculative_tokens=DRAFT_LENGTH)
 
 
 def server(command: str, log: Path, **environment: str) -> Server:
-    """Return a server of the suite's, for the embedded model."""
+    """Return a server of the suite, for the embedded model."""
     spec = ServerSpec(command=command, environment={**ENVIRONMENT, **environment}, start_minutes=START_MINUTES)
     return Server(spec, {"target": str(fetch()), "draft": ""}, Codec(None), log)
 
@@ -80,7 +80,7 @@ def arm(name: str, command: str, rest: str = "") -> str:
 
 @dataclass(frozen=True)
 class Session:
-    """A session of the suite: its exit code, what it said, and its run file."""
+    """A session of the suite: its exit code, its output, and its run file."""
 
     code: int
     said: str
@@ -93,7 +93,9 @@ class Session:
 
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
-    """Two sessions: the first is the baseline of the second. There `ar` and `ngram` are the same, and `cut` is not."""
+    """Run two sessions. The first is the baseline of the second: `ar` and `ngram` are the same in both, and `cut`
+    differs.
+    """
     folder = tmp_path_factory.mktemp("vllm")
     same = arm("ar", COMMAND) + arm("ngram", lookup(DRAFT_LENGTH))
     presets = {
@@ -120,7 +122,7 @@ def test_speculation_changes_no_token(sessions: dict[str, Session], capsys: pyte
     """Guards against an engine whose speculation is not exact, and against one that does not speculate."""
     first = sessions["first"]
     with capsys.disabled():
-        print(first.said[first.said.find("= speed =") :])  # noqa: T201  the measured figures are what this is run for
+        print(first.said[first.said.find("= speed =") :])  # noqa: T201  this run is for the measured figures
     assert first.code == 0, first.said
     run = first.run
     assert {name: (record.bugs, record.ties, len(record.rows)) for name, record in run.arms.items()} == {
@@ -135,7 +137,7 @@ def test_speculation_changes_no_token(sessions: dict[str, Session], capsys: pyte
 
 
 def test_a_second_run_passes_by_the_first(sessions: dict[str, Session]) -> None:
-    """Guards against counters of the engine that other requests move, as those that warm it up."""
+    """Guards against counters of the engine that include other requests, such as the warm-up."""
     judged = sessions["second"].judged(sessions["first"], "counters")
     assert {name: judged[name].verdict for name in ("ar", "ngram")} == dict.fromkeys(("ar", "ngram"), Verdict.PASS), (
         judged
@@ -143,7 +145,7 @@ def test_a_second_run_passes_by_the_first(sessions: dict[str, Session]) -> None:
 
 
 def test_a_shorter_draft_is_found_and_blamed(sessions: dict[str, Session], capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against an engine's option that makes it slower while all outputs stay equal."""
+    """Guards against an engine option that slows decoding and is not reported because all outputs stay equal."""
     second, first = sessions["second"], sessions["first"]
     counters, time_ = (second.judged(first, gate)["cut"] for gate in ("counters", "time"))
     with capsys.disabled():
@@ -159,12 +161,12 @@ def test_a_shorter_draft_is_found_and_blamed(sessions: dict[str, Session], capsy
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the drafts of one output come to: counted here, token by token.
+    """The acceptance of one output's drafts, counted here token by token.
 
     Attributes:
-        steps: forwards of the target, the one over the prompt among them.
-        drafted, accepted: proposed tokens, and those kept.
-        histogram: how many drafts kept so many tokens, from none on.
+        steps: forwards of the target, including the prefill.
+        drafted, accepted: proposed tokens, and the accepted ones.
+        histogram: the number of drafts by accepted tokens, from 0 on.
         cut: tokens that the last step committed beyond the output's end.
     """
 
@@ -183,7 +185,7 @@ def replay(
     Args:
         drafts: in the order of proposing, each with the text before it.
         prompt: of the output.
-        longer: the output, and behind it at least as many tokens as a draft has.
+        longer: the output, followed by at least as many tokens as a draft has.
         length: of the output.
     """
     steps, place, drafted, kept = 1, 1, 0, []
@@ -200,7 +202,7 @@ def replay(
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    """A server whose drafts are this package's, and their log."""
+    """Return a server whose drafts are this package's, and their log."""
     folder = tmp_path_factory.mktemp("ours")
     log = folder / "drafts.jsonl"
     ours = server(OURS, folder / "ours.log", PYTHONPATH=str(Path(__file__).parent), SPECDECODE_DRAFTS=str(log))
@@ -211,7 +213,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, P
 def test_the_engines_counters_are_those_of_a_replay(
     logged: tuple[Server, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against acceptance that is read from the wrong counter, or of other requests than the timed one."""
+    """Guards against acceptance read from the wrong counter, or from other requests than the timed one."""
     ours, log = logged
     arm = ServerArm(ArmSpec.from_entry("ours", {"server": {"command": OURS}}), ours)
     encoder = TextEncoder("smollm2-135m", AutoTokenizer.from_pretrained(fetch()))
@@ -239,7 +241,7 @@ def test_the_engines_counters_are_those_of_a_replay(
 
 
 def test_no_worker_outlives_a_server_that_is_killed(logged: tuple[Server, Path]) -> None:
-    """Guards against an engine's workers that hold the memory after their server has died."""
+    """Guards against an engine's workers that keep the memory after their server has died."""
     ours, _ = logged
     ours.open()
     prompt = [list(range(100, 140))]
@@ -258,7 +260,7 @@ def test_no_worker_outlives_a_server_that_is_killed(logged: tuple[Server, Path])
 
 @contextmanager
 def killed(process: psutil.Process, after_s: float) -> Iterator[None]:
-    """Kill a process while something goes on."""
+    """Kill a process while the body of the context runs."""
     timer = threading.Timer(after_s, lambda: process.send_signal(signal.SIGKILL))
     timer.start()
     yield

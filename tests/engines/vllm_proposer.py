@@ -1,6 +1,6 @@
-"""A proposer that vLLM loads by `method: custom_class`: prompt lookup that writes down each draft.
+"""A proposer that vLLM loads by `method: custom_class`: prompt lookup that logs each draft.
 
-It runs in vLLM's own Python, which has none of this package. `SPECDECODE_DRAFTS` names the file. Each line of it is
+It runs in vLLM's own Python, which lacks this package. `SPECDECODE_DRAFTS` names the log file. Each of its lines is
 JSON: a draft, and the text before it.
 """
 
@@ -14,7 +14,9 @@ LONGEST_MATCH = 3
 
 
 def look_up(text: list[int], length: int) -> list[int]:
-    """Return what followed the last tokens where they stood before: the longest match, and of these the latest."""
+    """Return the tokens that followed an earlier match of the last tokens: the longest match, and of these the
+    latest.
+    """
     for size in range(LONGEST_MATCH, 0, -1):
         for start in range(len(text) - size - 1, -1, -1):
             if text[start : start + size] == text[-size:]:
@@ -23,21 +25,21 @@ def look_up(text: list[int], length: int) -> list[int]:
 
 
 class Proposer:
-    """Propose drafts, and write them down."""
+    """A proposer that logs its drafts."""
 
     def __init__(self, config: Any) -> None:
         self._length = config.speculative_config.num_speculative_tokens
         self._file = open(os.environ["SPECDECODE_DRAFTS"], "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def load_model(self, *_: Any, **__: Any) -> None:
-        """Load nothing: vLLM calls this of every proposer."""
+        """Load nothing: vLLM calls this method of every proposer."""
 
     def propose(self, sampled: list[list[int]], lengths: Any, texts: Any, *_: Any, **__: Any) -> list[list[int]]:
         """Return a draft for each request.
 
         Args:
-            sampled: the tokens of its last step; none while its prompt is read.
-            lengths: of its text.
+            sampled: the tokens of each request's last step; none while its prompt is read.
+            lengths: the lengths of the texts.
             texts: token ids, a row for each request.
         """
         drafts: list[list[int]] = []

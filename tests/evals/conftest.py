@@ -1,4 +1,4 @@
-"""The harness is installed in one environment only (`tox -e harness`): elsewhere its tests are not collected."""
+"""Collection of the harness tests. The harness is installed in one environment only: `tox -e harness`."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Data sets by name: where they are found, which of their texts are taken, and how they become prompts."""
+"""Data sets by name: their files, the choice of their texts, and the prompts built from them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def lm() -> LM:
-    """Each of its tokens is a character."""
+    """Return a model whose tokens are characters."""
     return LM(build(ARCHITECTURES["llama"]), characters())
 
 
@@ -88,15 +88,16 @@ def ids(name: str, count: int | None) -> list[str]:
 def test_the_prompts_of_stored_baselines_stay_what_they_are(
     given: str | None, monkeypatch: pytest.MonkeyPatch, lm: LM, folder: Path
 ) -> None:
-    """Guards against another order or numbering, with which an id of a stored baseline would name another prompt; and
-    against a folder without their files that keeps back what needs no file."""
+    """Guards against another order or numbering, by which an id of a stored baseline names another prompt, and against
+    a data folder without files that blocks data sets which need none.
+    """
     monkeypatch.delenv("SPECDECODE_DATA") if given is None else monkeypatch.setenv("SPECDECODE_DATA", given)
     monkeypatch.chdir(folder)
     if not given:
-        write(folder, "humaneval")  # where nobody said that data sets are
+        write(folder, "humaneval")  # a folder that SPECDECODE_DATA does not name
     hub(monkeypatch, unreachable)
     prompts, origins = token_prompts("humaneval:6,prose:6", lm)
-    # The language reference grows from one Python to the next.
+    # The language reference grows with each version of Python.
     reference = [topics[topic].strip() for topic in sorted(topics) if len(topics[topic].strip()) >= 800]
     numbers = random.Random(0).sample(range(len(reference)), 6)
     expected = [f"humaneval/{number}" for number in (98, 107, 10, 66, 130, 124)]
@@ -109,7 +110,7 @@ def test_the_prompts_of_stored_baselines_stay_what_they_are(
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_set_is_read_from_a_file_of_either_kind(name: str, suffix: str, folder: Path) -> None:
-    """Guards against a format that is refused, and against samples that no longer lead to their row's other fields."""
+    """Guards against a file format that is refused, and against samples without their row's other fields."""
     file = write(folder, name, suffix)
     found, origin = rows(name)
     assert (found, origin) == (FILES[name][1], file.name)
@@ -125,14 +126,14 @@ def test_a_set_is_read_from_a_file_of_either_kind(name: str, suffix: str, folder
 
 
 def test_ends_of_lines_within_a_text_end_no_row(folder: Path) -> None:
-    """Guards against rows that are cut where Unicode, but not JSON, sees the end of a line."""
+    """Guards against rows that are cut at a Unicode line separator, which does not end a line of JSON."""
     text = "one\u2028two\x85three"
     write(folder, "gsm8k", of=[{"question": text}])
     assert [sample.text for sample in samples("gsm8k", 1)[0]] == [text]
 
 
 def test_a_file_comes_before_the_package(folder: Path) -> None:
-    """Guards against the user's own file that is not read."""
+    """Guards against a user's own file that is not read."""
     write(folder, "humaneval")
     assert samples("humaneval", 1)[1] == "humaneval.jsonl"
 
@@ -149,7 +150,7 @@ def test_a_file_comes_before_the_package(folder: Path) -> None:
 def test_what_is_in_no_file_comes_from_the_hub(
     name: str, asked: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against a split that is not the one of the files, and against the hub's own name for turns."""
+    """Guards against another split than the files have, and against the hub's other name for turns."""
     found = FILES[name][1]
     if name == "mt-bench":
         found = [{"prompt_id": 7, "category": row["category"], "prompt": row["turns"]} for row in found]
@@ -167,7 +168,7 @@ def test_what_is_in_no_file_comes_from_the_hub(
 
 @pytest.mark.parametrize("name", sorted({*FILES} - {"humaneval"}))
 def test_without_file_and_network_both_ways_are_told(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Guards against a traceback of the library that looks for the hub."""
+    """Guards against a traceback of the library that contacts the hub."""
     hub(monkeypatch, unreachable)
     told = rf"^{name} is not available: put {FILES[name][0]}.jsonl or .parquet into .* SPECDECODE_DATA .*network"
     with pytest.raises(ValueError, match=told) as error:
@@ -194,7 +195,7 @@ def test_without_file_and_network_both_ways_are_told(name: str, monkeypatch: pyt
     ],
 )
 def test_a_bad_row_is_named(name: str, lines: list[str], reason: str, folder: Path) -> None:
-    """Guards against a KeyError, and against a prompt of one letter, where a list of turns is a text."""
+    """Guards against a KeyError, and against a prompt of one letter where a text stands in place of a list of turns."""
     (folder / f"{FILES[name][0]}.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=reason):
         samples(name, 1)
@@ -209,7 +210,9 @@ def test_a_file_that_is_something_else_is_named(suffix: str, folder: Path) -> No
 
 
 def test_tasks_take_turns(folder: Path) -> None:
-    """Guards against a small sample that knows some categories only, and one that lacks what is left of the large."""
+    """Guards against a small sample of only some categories, and a large one without the rest of the larger
+    categories.
+    """
     write(folder, "spec-bench")
     taken = ids("spec-bench", None)
     assert [of.split("/")[1] for of in taken[:6]] == ["writing", "qa", "rag"] * 2
@@ -219,7 +222,7 @@ def test_tasks_take_turns(folder: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
 def test_a_task_by_itself_repeats_what_was_measured_of_it(count: int, folder: Path) -> None:
-    """Guards against other prompts of a task by another spelling or another count, whose results would be no repeat."""
+    """Guards against a task whose prompts change with its spelling or count, so that its results cannot be compared."""
     write(folder, "spec-bench")
     alone = ids("spec-bench/rag", 9)
     assert ids("spec-bench/rag", count) == alone[:count]
@@ -249,7 +252,7 @@ def test_seeds_order_otherwise(folder: Path) -> None:
     ],
 )
 def test_what_is_not_there_is_told(name: str, count: int, reason: str, folder: Path) -> None:
-    """Guards against fewer prompts than were asked for, and against a name whose error does not say what there is."""
+    """Guards against fewer prompts than requested, and against an error about a name without the available names."""
     write(folder, "spec-bench")
     write(folder, "gsm8k")
     with pytest.raises(ValueError, match=f"^{reason}"):
@@ -258,8 +261,9 @@ def test_what_is_not_there_is_told(name: str, count: int, reason: str, folder: P
 
 @pytest.mark.parametrize("ending", ["\n", ""])
 def test_a_document_of_wikitext_is_an_article(ending: str, folder: Path) -> None:
-    """Guards against documents that begin at a section, or that are single lines, and against prompts of other texts
-    than the document of that id."""
+    """Guards against documents that begin at a section or are single lines, and against prompts of another text than
+    the document with that id.
+    """
     write(folder, "wikitext-2", of=[{"text": line.rstrip("\n") + ending} for line in LINES])
     found = {document.id: document.text for document in documents("wikitext-2")[0]}
     # The third article is too short for a prompt.
@@ -272,7 +276,7 @@ def test_a_document_of_wikitext_is_an_article(ending: str, folder: Path) -> None
 
 
 def test_code_is_what_python_is_written_in() -> None:
-    """Guards against a machine's own packages, tests and tables in a set that is to be alike on all machines."""
+    """Guards against a machine's own packages, tests and tables in a set that must be the same on all machines."""
     found, origin = rows("code")
     modules = [row["module"] for row in found]
     assert origin == "standard library"
@@ -282,7 +286,7 @@ def test_code_is_what_python_is_written_in() -> None:
 
 
 def test_documents_are_whole(folder: Path) -> None:
-    """Guards against perplexity of the beginnings alone, and of the blank lines before a book."""
+    """Guards against a perplexity of only the beginnings, and of the blank lines before a book."""
     write(folder, "pg-19")
     assert {of.id: of.text for of in documents("pg-19")[0]} == {
         "pg-19/0": "a" * 900,
@@ -305,7 +309,7 @@ def test_a_corpus_without_documents_is_told(folder: Path) -> None:
 
 
 def test_questions_are_asked_as_the_model_is_asked(lm: LM, folder: Path) -> None:
-    """Guards against questions that a chat model is to continue, and texts to continue that it is to answer."""
+    """Guards against a chat model that has to continue a question, or to answer a text meant for continuation."""
     for name in FILES:
         write(folder, name)
     specification = "gsm8k,spec-bench/qa:2,mt-bench:all,humaneval,wikitext-2,pg-19"
@@ -324,13 +328,14 @@ def test_questions_are_asked_as_the_model_is_asked(lm: LM, folder: Path) -> None
     for name, prompt in plain.items():
         asked = name.startswith(("gsm8k", "spec-bench", "mt-bench"))
         assert lm.decode(chat[name]) == (f"[user] {lm.decode(prompt)}~[A] " if asked else lm.decode(prompt))
-    # A conversation's second turn would need the answer to its first.
+    # The second turn of a conversation would need the answer to the first.
     assert not any("And then?" in lm.decode(prompt) for prompt in chat.values())
 
 
 def test_a_prompt_is_cut_to_its_first_tokens(lm: LM, folder: Path) -> None:
-    """Guards against a cut at the end of the prompt, results filed under the whole prompt's task, a template of which
-    the question is cut away, and prompts that are shorter than they are said to be."""
+    """Guards against a prompt that loses its beginning, results filed under the uncut prompt's task, a template that
+    loses the question, and prompts shorter than stated.
+    """
     for name in FILES:
         write(folder, name)
     lm.tokenizer.chat_template = "{% for m in messages %}[a long preface] {{ m.content }}{% endfor %}"
@@ -382,7 +387,7 @@ def test_no_book_is_encoded_whole_for_a_short_prompt(lm: LM, folder: Path, monke
     ],
 )
 def test_what_is_no_specification_is_refused(specification: str, lm: LM) -> None:
-    """Guards against a count that is taken for another, and prompts that are left out in silence."""
+    """Guards against a misread count, and prompts that are silently left out."""
     with pytest.raises(
         ValueError, match=rf"^prompts is '{specification}': write NAME\[/CATEGORY\]\[@TOKENS\]\[:COUNT\]"
     ):

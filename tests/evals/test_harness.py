@@ -1,6 +1,6 @@
 """lm-evaluation-harness over the decode path: the model "specdecode", on tiny models and local tasks.
 
-It brings 340 MB of packages that nothing else here needs, so these tests have an environment of their own:
+The harness brings 340 MB of packages that nothing else here needs, so these tests have an environment of their own:
 `tox -e harness`.
 """
 
@@ -49,7 +49,7 @@ TEMPLATE = "{% for turn in messages %}<{{ turn.content }}>{% endfor %}{% if add_
 
 
 def tokenizer(end: str = "~") -> PreTrainedTokenizerFast:
-    """One that ends texts, as the harness begins those without a context with what ends them."""
+    """Return a tokenizer with an end-of-text token: the harness starts a text without a context with it."""
     made = characters()
     made.eos_token = end
     return made
@@ -62,7 +62,7 @@ def target() -> LM:
 
 
 def written(prompt: str, length: int, **rules: Any) -> str:
-    """What `generate` writes, as a reader sees it."""
+    """Return the text that `generate` writes, as a reader sees it."""
     ends = [target().tokenizer.eos_token_id]
     tokens = generate(target(), target().encode(prompt), max_new_tokens=length, stop_token_ids=ends, **rules).tokens
     return target().tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True)
@@ -77,7 +77,7 @@ def asked(kind: str, *arguments: Any) -> Instance:
 
 
 def likelihood(tokens: list[int], count: int) -> float:
-    """log p of the last tokens by one forward of transformers, without a cache."""
+    """Return the log-probability of the last tokens by one forward of transformers, without a cache."""
     laws = models.logits(target().model, tokens[:-1]).double().log_softmax(-1)
     own = torch.tensor(tokens[-count:], device=laws.device)
     return laws[-count:].gather(1, own[:, None]).sum().item()
@@ -91,7 +91,7 @@ PAIRS = [("a context", " and more"), ("", "no context"), ("it ends with a space 
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_likelihoods_are_those_of_one_forward(k: int) -> None:
-    """Guards against a continuation that is judged from one token off, and steps that see another text."""
+    """Guards against a continuation that is scored one token off, and steps that see another text."""
     greedy = target().decode(models.continuation(target().model, target().encode("Go on"), 8))
     pairs = [*PAIRS, ("Go on", greedy)]
     found = harness(k=k).loglikelihood([asked("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
@@ -119,7 +119,9 @@ def test_a_policy_changes_the_likelihood_of_what_it_has_forgotten() -> None:
 
 
 def test_long_texts_are_read_in_windows_or_with_a_policy_in_one() -> None:
-    """Guards against tokens that no window judges or two do, and a bounded cache that is emptied at windows' edges."""
+    """Guards against tokens that no window scores or two do, and a bounded cache that is emptied at the
+    windows' edges.
+    """
     tokens, first = target().encode(TEXT), target().tokenizer.eos_token_id
     (found,) = harness().loglikelihood_rolling([asked("loglikelihood_rolling", TEXT)], disable_tqdm=True)
     window = target().context_length
@@ -134,7 +136,7 @@ def test_long_texts_are_read_in_windows_or_with_a_policy_in_one() -> None:
 
 
 def test_a_context_that_is_too_long_loses_its_beginning() -> None:
-    """Guards against a task that ends because one of its contexts is long, and a continuation that is cut instead."""
+    """Guards against a task that fails because one context is too long, and a continuation that is cut instead."""
     context, continuation = TEXT[:600], TEXT[600:620]
     request = asked("loglikelihood", context, continuation)
     kept = target().encode(context + continuation)[-target().context_length :]
@@ -164,7 +166,7 @@ def test_a_context_that_is_too_long_loses_its_beginning() -> None:
     ids=str,
 )
 def test_texts_are_those_of_generate(way: dict[str, Any]) -> None:
-    """Guards against a drafter, a cache or a stop string that the harness asks for and decoding does not get."""
+    """Guards against a drafter, a cache or a stop string that does not reach the decoder."""
     settings = {"sinks": way["sinks"]} if "sinks" in way else {}
     rules = {"policy": named_policy(way["policy"], way["cache"], **settings)} if "policy" in way else {}
     text = written(TEXT[:60], 40, **rules)
@@ -180,7 +182,7 @@ def test_texts_are_those_of_generate(way: dict[str, Any]) -> None:
 
 
 def test_a_stop_string_that_begins_in_the_context_ends_nothing() -> None:
-    """Guards against answers that end at once, as after a context that ends with a part of the string."""
+    """Guards against answers that end at once because the context ends with a part of the stop string."""
     text = written(TEXT[:60], 30)
     seam, inner = TEXT[59] + text[0], text[19:21]
     request = asked("generate_until", TEXT[:60], {"until": [seam, inner], "max_gen_toks": 30, "do_sample": False})
@@ -201,7 +203,7 @@ def test_a_stop_string_that_begins_in_the_context_ends_nothing() -> None:
 def test_texts_are_drafted_by_a_head(
     tmp_path: Path, way: dict[str, Any], drafters: list[type], shape: TreeShape
 ) -> None:
-    """Guards against a head that the harness is given and does not use, or uses for other drafts than were asked."""
+    """Guards against a head that is given and not used, or used in another cascade or tree than requested."""
     model = harness(head=str(write_head(target(), tmp_path)), **way)
     drafter = model._make_drafter()
     parts = list(drafter.drafters) if isinstance(drafter, Cascade) else [drafter]
@@ -212,7 +214,7 @@ def test_texts_are_drafted_by_a_head(
 
 
 def test_sampling_is_seeded_by_the_harness() -> None:
-    """Guards against a temperature that is left out, and a run that cannot be repeated by the harness's --seed."""
+    """Guards against a temperature that is ignored, and a run that the harness's --seed cannot repeat."""
     rules = {"max_gen_toks": 30, "do_sample": True, "temperature": 3.0, "top_p": 0.9, "top_k": 40}
     requests = [asked("generate_until", TEXT[:60], rules)] * 2
 
@@ -226,12 +228,12 @@ def test_sampling_is_seeded_by_the_harness() -> None:
     torch.manual_seed(1)
     sampling = Sampling(3.0, 40, 0.9, seed=int(torch.randint(2**31, ())))
     assert first[0] == written(TEXT[:60], 30, sampling=sampling)
-    with pytest.raises(ValueError, match="'num_beams', which nothing here decodes by"):
+    with pytest.raises(ValueError, match="'num_beams', which this model does not support"):
         harness().generate_until([asked("generate_until", "a", {"num_beams": 4})], disable_tqdm=True)
 
 
 def test_a_text_ends_at_the_models_stop_tokens() -> None:
-    """Guards against answers that go on behind their end, or that tell it."""
+    """Guards against answers that continue past their stop token, or that contain it."""
     text = written(TEXT[:60], 40)
     ending = SpecDecodeLM(LM(target().model, tokenizer(text[20])), backend="eager")
     found = ending.generate_until([asked("generate_until", TEXT[:60], {"max_gen_toks": 40})], disable_tqdm=True)
@@ -239,7 +241,7 @@ def test_a_text_ends_at_the_models_stop_tokens() -> None:
 
 
 def test_chats_are_put_into_the_models_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a chat template that is not applied, or a first token that stands there twice."""
+    """Guards against a chat template that is not applied, or a first token that appears twice."""
     model = harness()
     turns = [{"role": "user", "content": "Hi"}]
     with pytest.raises(ValueError, match="a/tiny has no chat template: leave --apply_chat_template out"):
@@ -251,7 +253,7 @@ def test_chats_are_put_into_the_models_template(monkeypatch: pytest.MonkeyPatch)
     assert model.tokenizer_name == "a__tiny"
 
 
-# What is wrong.
+# Wrong arguments.
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_chats_are_put_into_the_models_template(monkeypatch: pytest.MonkeyPatch)
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_a_key_that_cannot_be_is_told_in_one_sentence(arguments: dict[str, Any], said: str) -> None:
-    """Guards against a key that is spelt wrong, and a run of something else than was asked for."""
+    """Guards against a misspelt key that is ignored, and a run with another configuration than requested."""
     given = {"target": target(), "backend": "eager"} | arguments
     with pytest.raises((ValueError, SpecDecodeError), match=said) as told:
         SpecDecodeLM(given.pop("target"), **given)
@@ -303,7 +305,7 @@ ROWS = [{"context": TEXT[: 100 + i], "continuation": TEXT[200 : 220 + i]} for i 
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """A folder of local tasks, and the tiny model beside them."""
+    """Create a folder of local tasks, with the tiny model beside them."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
@@ -318,7 +320,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_a_run_of_local_tasks(tasks: Path) -> None:
-    """Guards against a model that the harness cannot drive from its arguments to its results."""
+    """Guards against a model that the harness cannot run from its arguments to its results."""
     given = f"target={tasks / 'model'},policy=sink-window,cache=64,backend=eager,dtype=float64,drafter=lookup,k=3"
     manager = TaskManager(include_path=tasks / "tasks", include_defaults=False)
     evaluate = partial(simple_evaluate, model="specdecode", tasks=["continued", "written"], task_manager=manager)
@@ -344,9 +346,9 @@ def test_a_run_of_local_tasks(tasks: Path) -> None:
 def test_the_command_runs_the_harness(
     tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a command whose options do not reach the harness, and errors that come as tracebacks."""
+    """Guards against a command whose options do not reach the harness, and errors shown as tracebacks."""
 
-    # The harness reads its 15,000 tasks at every start.
+    # Skip the harness's own 15,000 tasks, which it reads at every start.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
 
     def call(given: str) -> int:

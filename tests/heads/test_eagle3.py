@@ -1,4 +1,4 @@
-"""EAGLE-3 heads of every wiring: what they propose, and their files."""
+"""EAGLE-3 heads of every wiring: their proposals, and their files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHAPES = (Chain(), StaticTree((3, 2, 1)), BestFirstTree(nodes=10, threshold=0.00
 
 @dataclass(frozen=True)
 class Variant:
-    """A head of random weights, of which some are the target's own, so that it is right now and then."""
+    """A head of random weights, some of which are the target's own, so that it is sometimes right."""
 
     layers: tuple[int, ...] = (0, 1, 3)
     target: str = "llama"
@@ -109,7 +109,10 @@ VARIANTS = [
 
 
 def hidden_states(target: LM, tokens: Sequence[int], layers: Sequence[int]) -> Tensor:
-    """What transformers says: its first ones are the embeddings, and its last ones are after the final norm. [n, F]"""
+    """Return the hidden states by transformers. [n, F]
+
+    Its first ones are the embeddings, and its last ones are after the final norm.
+    """
     ids = torch.tensor([list(tokens)], device=target.device)
     with torch.inference_mode(), recorded_hidden_states(target.model, layers) as recorded:
         output = target.model(ids, use_cache=False, output_hidden_states=True)
@@ -121,7 +124,9 @@ def hidden_states(target: LM, tokens: Sequence[int], layers: Sequence[int]) -> T
 
 @torch.inference_mode()
 def from_scratch(variant: Variant, text: Sequence[int], path: Sequence[int], sampling: Sampling) -> Tensor:
-    """The distribution behind a text and a path of proposals, without slots: all is read anew for each token. [V]"""
+    """Return the distribution behind a text and a path of proposals, without slots: each token reads everything again.
+    [V]
+    """
     head, target = variant.head(), lm(variant.target)
     embedding = head.embed_tokens or target.model.get_input_embeddings()
     states = head.fused(hidden_states(target, text, variant.layers)[:-1].cpu())
@@ -144,7 +149,7 @@ def from_scratch(variant: Variant, text: Sequence[int], path: Sequence[int], sam
 
 
 def proposed(variant: Variant, text: Sequence[int], shape: TreeShape, sampling: Sampling, depth: int) -> DraftTree:
-    """What a drafter proposes that has read a beginning of the text before."""
+    """Return the proposal of a drafter that has already read a beginning of the text."""
     target = lm(variant.target)
     drafter = HeadDrafter(BoundHead(variant.head(), target), shape)
     for length in (6, len(text)):
@@ -155,8 +160,9 @@ def proposed(variant: Variant, text: Sequence[int], shape: TreeShape, sampling: 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_chain_and_a_tree_are_the_head_s_own(variant: Variant) -> None:
-    """Guards against a wiring that is other in drafting than from scratch: a layer whose keys go to another's slots, a
-    state that is normalised once too often, or ids of the head that are taken for the target's."""
+    """Guards against a wiring that differs between drafting and a forward from scratch: a layer that writes into
+    another's slots, a state that is normalised once too often, or ids of the head read as the target's.
+    """
     text, greedily = [*prompt(11)], Sampling()
     chain: list[int] = []
     for _ in range(4):
@@ -174,7 +180,7 @@ def test_a_chain_and_a_tree_are_the_head_s_own(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_its_drafts_change_no_token(variant: Variant) -> None:
-    """Guards against a kind of draft that the target takes for its own."""
+    """Guards against draft tokens that are accepted without verification."""
     target = lm(variant.target)
     head, plain = BoundHead(variant.head(), target), greedy(variant.target, LENGTH)
     for shape in SHAPES:
@@ -197,7 +203,7 @@ def test_its_drafts_change_no_token(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_written_head_comes_back(variant: Variant, tmp_path: Path) -> None:
-    """Guards against a flag, a size or a tensor that is lost on the way."""
+    """Guards against a flag, a size or a tensor that is lost in the file."""
     head, target = variant.head(), lm(variant.target)
     fingerprint = target_fingerprint(target)
     write_eagle3(tmp_path, head, None, fingerprint, ["Model"], {"seed": 3}, "# A head\n")
@@ -215,7 +221,7 @@ def test_a_written_head_comes_back(variant: Variant, tmp_path: Path) -> None:
 
 
 def test_original_files_are_read(tmp_path: Path) -> None:
-    """Guards against heads of the paper's authors that are refused, or wired otherwise."""
+    """Guards against original heads by the paper's authors that are refused, or wired differently."""
     target, source, original = lm("llama"), write_head(lm("llama"), tmp_path), tmp_path / "original"
     original.mkdir()
     config = json.loads((source / "config.json").read_text())
@@ -234,7 +240,7 @@ def test_original_files_are_read(tmp_path: Path) -> None:
         assert result.tokens == expected.tokens
         assert [step.drafted for step in result.steps] == [step.drafted for step in expected.steps]
         assert result.accepted == expected.accepted
-    # Without ids they are the default ones.
+    # Without ids in the config, the default ones apply.
     (original / "config.json").write_text(json.dumps(sizes | {"fc_norm": True}))
     assert read_eagle3(original).layers(8) == (1, 3, 4)
 
@@ -307,7 +313,7 @@ def with_decoder(folder: Path, **changes: Any) -> None:
 def test_a_folder_that_does_not_fit_is_one_sentence(
     damage: Any, error: type[Exception], sentence: str, tmp_path: Path
 ) -> None:
-    """Guards against a head that drafts with half of its weights, or wired otherwise, in silence."""
+    """Guards against a head that silently drafts with half of its weights, or with another wiring."""
     folder = write_head(lm("llama"), tmp_path)
     load_head(str(folder), lm("llama"))
     damage(folder)

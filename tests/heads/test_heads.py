@@ -1,4 +1,4 @@
-"""Draft heads: what they read of the target, what they propose, and their files."""
+"""Draft heads: the hidden states that they read, their proposals, and their files."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ BACKENDS = {
 
 @dataclass
 class Watching:
-    """Proposes what another does, and notes what it is given."""
+    """A drafter that proposes the same as another, and records its inputs."""
 
     inner: Drafter
     layers: tuple[int, ...] = LAYERS
@@ -101,7 +101,7 @@ class Watching:
 
 
 def hidden_states(target: LM, tokens: Sequence[int], layers: Sequence[int]) -> Tensor:
-    """What transformers tells of them, by a forward without a cache. [n, F]"""
+    """Return the hidden states of these layers by transformers, by a forward without a cache. [n, F]"""
     ids = torch.tensor([list(tokens)], device=target.device)
     with torch.inference_mode():
         told = target.model(ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -117,8 +117,9 @@ def half_right(name: str, shape: TreeShape, text: Sequence[int]) -> ReplayDrafte
 def test_recorded_hidden_states_are_those_of_a_forward(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against hidden states of rejected nodes, of padding, of another layer or of the forward before, and hidden
-    states that are lost between the chunks of a prompt: a head would draft badly, and no token would show it."""
+    """Guards against a head that drafts badly because its hidden states are of rejected nodes, of padding, of another
+    layer, of the forward before, or lost between the chunks of a prompt. No output token would show it.
+    """
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", 5)
     target = LM(lm(name).model, backend=BACKENDS[backend])
     text = [*prompt(), *greedy(name, LENGTH)]
@@ -137,8 +138,9 @@ def test_recorded_hidden_states_are_those_of_a_forward(
 
 
 def test_each_prompt_of_a_batch_has_its_own_hidden_states() -> None:
-    """Guards against rows of a batch that are mixed up or begin with padding, and against layers that another prompt's
-    drafter reads."""
+    """Guards against rows of a batch that are mixed up or begin with padding, and against the layers of another
+    prompt's drafter.
+    """
     target = lm("llama")
     prompts = [list(prompt(14)), list(prompt(9)[::-1]), list(prompt(23))]
     plain = generate_batch(target, prompts, max_new_tokens=LENGTH)
@@ -158,8 +160,9 @@ def test_each_prompt_of_a_batch_has_its_own_hidden_states() -> None:
 
 
 def test_hidden_states_outlive_what_is_evicted() -> None:
-    """Guards against a drafter that loses the hidden states of the tokens which leave the target's cache, or takes
-    those of others for them."""
+    """Guards against a drafter that loses the hidden states of tokens evicted from the target's cache, or gets those of
+    others.
+    """
     policy = SinkWindow(15, sinks=2, trigger=0.5, interval=8)
     plain = generate(lm("llama"), prompt(), policy=policy, max_new_tokens=LENGTH)
     text = [*prompt(), *plain.tokens]
@@ -177,15 +180,16 @@ def test_hidden_states_outlive_what_is_evicted() -> None:
         assert torch.equal(states, last[: len(states)])
     truth = hidden_states(lm("llama"), text, LAYERS)[: len(last)]
     same = (last - truth).abs().amax(1) < 1e-9
-    # Up to the first eviction they are the full cache's, and then never again: nothing is left out or put in.
+    # They equal the full cache's up to the first eviction, and never after it. None is missing or added.
     assert same.tolist() == [True] * int(same.sum()) + [False] * int((~same).sum())
     assert 8 <= int(same.sum()) < len(last)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_head_leaves_nothing_behind(backend: str) -> None:
-    """Guards against hooks that slow down plain decoding, or hold memory, after a head has drafted; and against those
-    that the next one no longer gets."""
+    """Guards against hooks that slow down plain decoding, or keep memory, after a head has drafted, and against hooks
+    that the next head lacks.
+    """
     target = LM(build(ARCHITECTURES["llama"]), backend=BACKENDS[backend])
     head = BoundHead(untrained(target), target)
     for drafter in (NoDraft(), HeadDrafter(head), NoDraft(), HeadDrafter(head)):
@@ -200,7 +204,7 @@ def test_a_head_leaves_nothing_behind(backend: str) -> None:
 
 
 def test_outputs_of_layers_that_there_are_not() -> None:
-    """Guards against an error from the depths where a head names a layer that the target lacks."""
+    """Guards against an obscure error where a head names a layer that the target lacks."""
     with (
         pytest.raises(ValueError, match=r"layers 0 to 3: the outputs of \[1, 4\] cannot be read"),
         lm("llama").recording_outputs([1, 4]),
@@ -224,7 +228,10 @@ def target() -> LM:
 
 @functools.cache
 def raw() -> Eagle3Head:
-    """Of sharp distributions, so that a small error shows; it cannot propose all tokens, nor in their order."""
+    """Return a head of sharp distributions, so that a small error shows.
+
+    It cannot propose all tokens, and its ids are in another order.
+    """
     head = untrained(target(), seed=5).double()
     with torch.no_grad():
         for weight in head.parameters():
@@ -243,8 +250,10 @@ def context(tokens: Sequence[int], sampling: Sampling) -> Context:
 
 @torch.inference_mode()
 def distribution_after(path: Sequence[int], sampling: Sampling) -> Tensor:
-    """The head's distribution behind the text and a path of proposals, without slots: all is read anew for every token.
-    [V]"""
+    """Return the head's distribution behind the text and a path of proposals, without slots. [V]
+
+    Each token reads everything again.
+    """
     head, embedding = raw(), target().model.get_input_embeddings()
     given = context(TEXT, sampling).hidden_states
     assert given is not None
@@ -266,7 +275,7 @@ def distribution_after(path: Sequence[int], sampling: Sampling) -> Tensor:
 
 
 def read_twice(shape: TreeShape, sampling: Sampling, limit: Limit) -> DraftTree:
-    """What is proposed once the head has drafted for two beginnings of the text."""
+    """Return the proposal of a head that has already drafted for two beginnings of the text."""
     drafter = HeadDrafter(BoundHead(raw(), target()), shape)
     for length in (4, 8):
         drafter.propose(context(TEXT[:length], sampling), limit)
@@ -274,8 +283,9 @@ def read_twice(shape: TreeShape, sampling: Sampling, limit: Limit) -> DraftTree:
 
 
 def test_a_greedy_chain_is_the_head_s_own_continuation() -> None:
-    """Guards against a pair that is read with another token's hidden states, at the wrong position or not at all, and
-    ids of the head that are taken for the target's."""
+    """Guards against a token that is read with another's hidden states, at the wrong position or not at all, and ids of
+    the head read as the target's.
+    """
     text: list[int] = []
     for _ in range(5):
         text.append(int(distribution_after(text, Sampling()).argmax()))
@@ -286,7 +296,7 @@ def test_a_greedy_chain_is_the_head_s_own_continuation() -> None:
 
 @pytest.mark.parametrize("shape", [StaticTree((3, 2, 2), nodes=64), BestFirstTree(9, 0.0)], ids=str)
 def test_a_greedy_tree_holds_the_most_probable_tokens(shape: TreeShape) -> None:
-    """Guards against nodes that read their uncle's state in place of their parent's, or see their cousins."""
+    """Guards against nodes that read their uncle's state instead of their parent's, or see their cousins."""
     tree = read_twice(shape, Sampling(), Limit(3))
     if isinstance(shape, StaticTree):
         expected: list[list[int]] = []
@@ -315,8 +325,9 @@ def test_a_greedy_tree_holds_the_most_probable_tokens(shape: TreeShape) -> None:
 
 @pytest.mark.parametrize("shape", [Chain(), StaticTree((3, 2, 1)), StaticTree((9, 1))], ids=str)
 def test_a_sampled_tree_carries_the_distributions_that_it_was_drawn_from(shape: TreeShape) -> None:
-    """Guards against a distribution over the head's tokens that is handed over as one of the target's, or is not that
-    of the node's parent."""
+    """Guards against a distribution over the head's tokens passed on as one over the target's, or of another node than
+    the parent.
+    """
     tree = read_twice(shape, SAMPLING, Limit(3))
     assert tree.probs is not None
     assert tree.depth > 1
@@ -329,8 +340,9 @@ def test_a_sampled_tree_carries_the_distributions_that_it_was_drawn_from(shape: 
 
 
 def test_without_hidden_states_nothing_is_proposed() -> None:
-    """Guards against a head that drafts from nothing where the target has not read the text, and against state that is
-    wrong when it has."""
+    """Guards against a head that drafts without hidden states where the target has not read the text, and against wrong
+    state once it has.
+    """
     drafter = HeadDrafter(BoundHead(raw(), target()))
     whole = context(TEXT, Sampling())
     assert whole.hidden_states is not None
@@ -344,7 +356,7 @@ def test_without_hidden_states_nothing_is_proposed() -> None:
 
 @functools.cache
 def taught() -> Eagle3Head:
-    """A head that knows how the tiny llama goes on after the prompt, as far as it can propose the tokens."""
+    """Return a head that knows how the tiny llama continues the prompt, as far as it can propose the tokens."""
     model, text = lm("llama"), [*prompt(), *greedy("llama", LENGTH)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -367,7 +379,7 @@ def taught() -> Eagle3Head:
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
     for _ in range(120):
         first = head(embedded, head.fused(states), *reads)
-        # What a proposal's own successor is read with: the state in place of the hidden states.
+        # A proposal's successor reads the head's state instead of hidden states.
         second = head(embedded, torch.cat([head.fused(states)[:, :1], first[:, :-1]], 1), *reads)
         losses = [cross_entropy(head.logits(out, rows)[0], next_) for out in (first, second)]
         optimizer.zero_grad()
@@ -379,7 +391,9 @@ def taught() -> Eagle3Head:
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.002, seed=1)], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
 def test_a_head_that_was_taught_is_accepted(shape: TreeShape, sampling: Sampling) -> None:
-    """Guards against a head that is right in training and reads otherwise when it drafts: nothing would be accepted."""
+    """Guards against a head that is right in training but reads other inputs when it drafts: nothing would be
+    accepted.
+    """
     target = lm("llama")
     drafter = HeadDrafter(BoundHead(taught(), target), shape)
     result = generate(target, prompt(), drafter=drafter, controller=FixedK(3), sampling=sampling, max_new_tokens=LENGTH)
@@ -393,26 +407,26 @@ def test_a_head_that_was_taught_is_accepted(shape: TreeShape, sampling: Sampling
 
 
 def test_a_head_reads_the_text_once() -> None:
-    """Guards against a head that reads all of the text in every step, which no proposal shows."""
+    """Guards against a head that reads the whole text again in every step, which no proposal shows."""
     target, widths = lm("llama"), []
     head = BoundHead(taught(), target)
     head._head.register_forward_pre_hook(lambda module, given: widths.append(given[0].shape[1]))
     result = generate(target, prompt(), drafter=HeadDrafter(head), controller=FixedK(3), max_new_tokens=LENGTH)
     assert len(widths) == result.draft_forwards
-    # The prompt and the first token; then what was accepted with the token behind it, and the draft one by one.
+    # First the prompt and the first token. Then the accepted tokens with the one behind them, and the draft one by one.
     assert widths[0] == len(prompt())
     assert sum(widths) <= len(prompt()) + LENGTH + 2 * len(result.steps)
 
 
 def logits_at(head: BoundHead, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The logits of a head that reads one token, with hidden states of ones before it."""
+    """Return the logits of a head that reads one token, with hidden states of ones before it."""
     alone = ForwardInput(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool), rows=1)
     states = torch.ones(1, width, dtype=dtype, device=head.tokens.device)
     return head.read(head.new_slots(1), alone, states, fuse=True)[1]
 
 
 def test_a_head_comes_back_from_its_file(tmp_path: Path) -> None:
-    """Guards against weights that are lost or swapped on the way, and a card that nobody can read."""
+    """Guards against weights that are lost or swapped in the file, and a model card that cannot be read."""
     file = write_head(lm("llama"), tmp_path, taught(), shared_output=True)
     files = read_eagle3(file)
     assert files.card == {"seed": 7}
@@ -432,7 +446,9 @@ def test_a_head_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_a_head_knows_its_target_in_any_type(tmp_path: Path) -> None:
-    """Guards against a head that is refused, or reads otherwise, where its target is of another type or backend."""
+    """Guards against a head that is refused, or computes something else, where its target has another dtype or
+    backend.
+    """
     file = str(write_head(lm("llama"), tmp_path, taught()))
     plain = LM(build(ARCHITECTURES["llama"]).float().cpu(), name="elsewhere")
     packed = plain.with_backend("packed")
@@ -459,14 +475,14 @@ def test_a_head_knows_its_target_in_any_type(tmp_path: Path) -> None:
     ids=["seed", "layers", "sizes"],
 )
 def test_a_head_of_another_target_is_refused(other: functools.partial[LM], reason: str, tmp_path: Path) -> None:
-    """Guards against a head that proposes noise, in silence, as it was trained for another model."""
+    """Guards against a head that silently proposes noise, because it was trained for another model."""
     file = write_head(lm("llama"), tmp_path)
     with pytest.raises(UnsupportedModelError, match=reason):
         load_head(str(file), other())
 
 
 def test_a_bound_head_stays_what_it_was() -> None:
-    """Guards against drafts of a head that is trained on while it is measured."""
+    """Guards against changing drafts because a head is trained further while it is measured."""
     target, head = lm("llama"), untrained(lm("llama"))
     bound = BoundHead(head, target)
     before = logits_at(bound, 96)
@@ -491,7 +507,7 @@ def test_rows_of_an_output_embedding_are_without_its_bias() -> None:
 
 
 def test_a_head_that_cannot_be_bound_is_refused() -> None:
-    """Guards against an error from the depths where no file says which target a head is for."""
+    """Guards against an obscure error where no file says which target a head is for."""
     with pytest.raises(UnsupportedModelError, match=r"layers 0, 1 of width 8 .* as it has 4 layers of width 32"):
         BoundHead(raw(), lm("llama"))
     head = copy.deepcopy(raw())
@@ -504,7 +520,7 @@ def test_a_head_that_cannot_be_bound_is_refused() -> None:
 
 
 def test_a_damaged_file_is_reported_in_a_sentence(tmp_path: Path) -> None:
-    """Guards against a traceback from the depths, and a head that drafts with half of its weights."""
+    """Guards against a traceback, and a head that drafts with half of its weights."""
     file, shipped = tmp_path / "head.safetensors", shipped_head(EMBEDDED)
     assert shipped is not None
     whole = shipped.read_bytes()
@@ -519,7 +535,7 @@ def test_a_damaged_file_is_reported_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_what_a_head_costs_is_measured() -> None:
-    """Guards against a head that has nothing to read while its costs are measured, and so costs nothing."""
+    """Guards against a head whose measured cost is zero because it has no hidden states to read."""
     proposed = []
 
     class Listening(Watching):
@@ -569,8 +585,11 @@ print(graphs, all(same))
 
 
 def test_compiled_hidden_states_are_of_the_layers_that_are_asked_for(pytestconfig: pytest.Config) -> None:
-    """Guards against compiled code that is used again though other layers are asked for, or none, which PyTorch does
-    not see; and against compiling anew in every text. (In a process whose shapes are not checked.)"""
+    """Guards against compiled code that is reused though other layers, or none, are requested, which PyTorch does not
+    see, and against compiling again for every text.
+
+    It runs in a process without shape checks.
+    """
     command = [sys.executable, "-c", _COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
     assert done.stdout.splitlines() == [f"{[2, 2, 4, 4, 6, 6, 6]} True"], done.stderr
@@ -589,7 +608,7 @@ def file(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_heads_from_the_command_line(
     model: str, file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against options that do not reach the head, and a head that comes with the target and is not used."""
+    """Guards against options that do not reach the head, and a target's own head that is not used."""
     depths: list[int] = []
     propose = HeadDrafter.propose
 
@@ -615,7 +634,7 @@ def test_heads_from_the_command_line(
     plain = capfd.readouterr().out
 
     def drafts(*options: str) -> bool:
-        """Whether the head was used; and, in `depths`, whether for trees."""
+        """Return whether the head was used. `depths` shows whether it drafted trees."""
         depths.clear()
         assert exit_code(monkeypatch, *arguments, *options) == 0
         assert capfd.readouterr().out == plain
@@ -647,7 +666,7 @@ def test_heads_from_the_command_line(
 
 
 def depths(options: dict[str, Any], target: LM, file: str, length: int) -> list[int]:
-    """Steps by the depth of the tree that an arm's options stand for."""
+    """Return the steps by tree depth, for the options of an arm."""
     if "quantize" in options:
         target = target.quantized(options["quantize"])
     shape = {
@@ -678,7 +697,7 @@ def depths(options: dict[str, Any], target: LM, file: str, length: int) -> list[
     ids=str,
 )
 def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, options: dict[str, Any]) -> None:
-    """Guards against an arm whose options do not reach its head, and lines that are of another configuration."""
+    """Guards against an arm whose options do not reach its head, and a code snippet of another configuration."""
     options = {"drafter": "head", "head": file, **options}
     pasted: dict[str, Any] = {}
     exec(code_snippet(speed_run(identity=("abacus", model, "", "float64"), arm=speed_arm(1.0, options)), "arm"), pasted)
@@ -686,7 +705,7 @@ def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, op
     made = make_arm("arm", options, target, None, "eager").run(target.encode("Once upon a time"), 100, ())
     result = pasted["result"]
     assert result.tokens == made.tokens[: len(result.tokens)]
-    # Tokens are the target's whatever the shape; how many are drafted is the shape's.
+    # The tokens are the target's for any shape, but the number of drafted tokens depends on the shape.
     assert 0 < result.drafted <= made.counts.drafted
     assert made.histograms.depth[1:] == depths(options, target, file, len(made.tokens))[1:]
     with pytest.raises(ModelFileError, match="holds no EAGLE-3 head"):
@@ -694,20 +713,23 @@ def test_an_arm_drafts_with_a_head_and_so_do_its_lines(model: str, file: str, op
 
 
 def test_a_target_of_random_weights_drafts_with_a_head_of_such(file: str) -> None:
-    """Guards against a preset that cannot be rehearsed, as nobody has trained a head for a model that says nothing."""
+    """Guards against a preset that cannot be rehearsed, because nobody has trained a head for a model of random
+    weights.
+    """
     target = load("shape:tiny", device="cpu")
     for entry in ({}, {"head": file, "shape": "static"}, {"controller": "cost-aware"}):
         made = make_arm("arm", {"drafter": "head", **entry}, target, None, "eager")
         assert made.synthetic
         run = made.run(prompt(), 12, ())
         assert len(run.tokens) == 12
-        # By what forwards cost now, the cost-aware controller may find that drafting doesn't pay.
+        # With the costs measured now, the cost-aware controller may find that drafting does not pay.
         assert run.counts.drafted > 0 or made.timed
 
 
 def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a preset that no longer serves targets for which nobody has trained a head, and against an arm
-    that is lost where there is one."""
+    """Guards against a preset that fails for targets without a trained head, and against an arm that is lost where the
+    target has one.
+    """
     entries = 'ar = {}\nours = { drafter = "lookup+head" }\nown = { drafter = "head", head = "own.safetensors" }'
     preset = tmp_path / "heads.toml"
     preset.write_text(f'prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\n{entries}\n')
@@ -722,8 +744,9 @@ def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, mo
 
 
 def test_a_head_that_drafts_worse_regresses(tmp_path: Path) -> None:
-    """Guards against a flag that is lost in a conversion, or a head that was trained anew and is worse: outputs stay
-    right, and no test but the gate's sees it."""
+    """Guards against a head that became worse, by a flag lost in a conversion or by new training, and passes: outputs
+    stay right, so only the gate sees it.
+    """
     folder = write_head(lm("llama"), tmp_path, taught())
     arms = {"ar": {}, "head": {"drafter": "head", "head": str(folder), "k": 3}}
 

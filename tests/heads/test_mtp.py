@@ -41,7 +41,7 @@ SHAPES: tuple[TreeShape, ...] = (Chain(), StaticTree((3, 2, 1)), BestFirstTree(n
 @pytest.fixture(scope="module", params=MTP_FAMILIES)
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LM:
     folder = write_mtp(request.param, tmp_path_factory.mktemp(request.param))
-    # Grouped products of experts are not made in float64.
+    # Grouped products of experts do not support float64.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     return LM(model, name=request.param)
 
@@ -58,7 +58,9 @@ def states_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
 
 
 def reference(model: PreTrainedModel, text: Sequence[int], length: int) -> tuple[list[int], list[Tensor]]:
-    """The chain that transformers' own module drafts behind a text, one layer used again and again, and the logits."""
+    """Return the chain that transformers' own module drafts behind a text, and its logits. It reuses one layer for all
+    tokens.
+    """
     own, cache = MtpModel.from_pretrained(model), MtpCache(config=model.config.get_mtp_config())
     tokens, states = torch.tensor([text[1:]]), states_of(model, text)[:, :-1]
     positions, chosen, logits = torch.arange(1, len(text))[None], [], []
@@ -80,8 +82,9 @@ def context(target: LM, text: Sequence[int], sampling: Sampling = Sampling()) ->
 
 
 def test_it_drafts_what_transformers_does(target: LM, head: BoundHead) -> None:
-    """Guards against a state before the final norm, a position that is one off, and a state that is read again in
-    another form than the layer's own."""
+    """Guards against a state before the final norm, a position that is one off, and a state that is read back in
+    another form than the layer's output.
+    """
     text = prompt(11)
     chosen, logits = reference(target.model, text, 4)
     drafter = HeadDrafter(head)
@@ -91,7 +94,7 @@ def test_it_drafts_what_transformers_does(target: LM, head: BoundHead) -> None:
     sampling = Sampling(1.0)
     tree = drafter.propose(context(target, text, sampling), Limit(1))
     assert tree.probs is not None
-    # The router of experts works in float32.
+    # The router of experts computes in float32.
     torch.testing.assert_close(tree.probs[0], sampling.probs(logits[0])[0], rtol=0, atol=1e-6)
     assert logits[0].std() > 0.5
     tree = HeadDrafter(head, StaticTree((2, 1))).propose(context(target, text), Limit(2))
@@ -101,7 +104,7 @@ def test_it_drafts_what_transformers_does(target: LM, head: BoundHead) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
 def test_its_drafts_change_no_token(target: LM, head: BoundHead, shape: TreeShape) -> None:
-    """Guards against a draft that the target takes for its own."""
+    """Guards against draft tokens that are accepted without verification."""
     plain = continuation(target.model, prompt(), LENGTH)
     result = generate(target, prompt(), drafter=HeadDrafter(head, shape), controller=FixedK(3), max_new_tokens=LENGTH)
     assert result.tokens == plain
@@ -110,7 +113,7 @@ def test_its_drafts_change_no_token(target: LM, head: BoundHead, shape: TreeShap
 
 
 def test_batches_and_samples_are_those_without_it(target: LM, head: BoundHead) -> None:
-    """Guards against states of another prompt."""
+    """Guards against hidden states of another prompt."""
     prompts = [list(prompt(14)), list(prompt(9))]
     batch = generate_batch(target, prompts, batch_size=2, drafter=lambda: HeadDrafter(head), max_new_tokens=LENGTH)
     assert [result.tokens for result in batch] == [
@@ -119,13 +122,13 @@ def test_batches_and_samples_are_those_without_it(target: LM, head: BoundHead) -
 
 
 def test_it_shares_the_target_s_weights(target: LM, head: BoundHead) -> None:
-    """Guards against a second copy of embeddings that are as wide as the vocabulary."""
+    """Guards against a second copy of embeddings as wide as the vocabulary."""
     assert head._rows is target.model.get_output_embeddings()
     assert head._embedding is target.model.get_input_embeddings()
 
 
 def test_a_target_without_mtp_layers_is_refused(target: LM) -> None:
-    """Guards against an error from the depths of a loader."""
+    """Guards against an obscure error of a loader."""
     with pytest.raises(UnsupportedModelError, match="llama comes with no MTP layers: draft with"):
         load_mtp(lm("llama"))
     name = target.model.config.name_or_path

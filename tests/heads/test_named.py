@@ -1,5 +1,4 @@
-"""MTP layers and Medusa heads where they are named: in an arm, in the lines that decode as the arm did, and on the
-command line."""
+"""MTP layers and Medusa heads by name: in an arm, in its code snippet, and on the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ TEXT = "Once upon a time"
 TREE: dict[str, Any] = {"shape": "static", "branching": [2, 2]}
 
 Named = tuple[str, dict[str, Any]]
-"""Folder of a target, and the entry of an arm that drafts for it."""
+"""The folder of a target, and the entry of an arm that drafts for it."""
 
 
 @pytest.fixture(scope="module", params=[*MTP_FAMILIES, "medusa"])
@@ -35,7 +34,7 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("shape", [{"k": 3}, TREE], ids=["chain", "tree"])
 def test_the_lines_of_an_arm_decode_as_it_did(named: Named, shape: dict[str, Any]) -> None:
-    """Guards against an entry that does not reach the draft, and lines that are of another configuration."""
+    """Guards against an entry that does not reach the draft, and a code snippet of another configuration."""
     folder, entry = named
     options = entry | shape
     target = load(folder, device="cpu", dtype="float32", backend="eager")
@@ -43,7 +42,7 @@ def test_the_lines_of_an_arm_decode_as_it_did(named: Named, shape: dict[str, Any
         make_arm("arm", one, target, None, "eager").run(target.encode(TEXT), OUTPUT_TOKENS, ()) for one in ({}, options)
     )
     assert made.tokens == ar.tokens
-    # A tree of two and two tokens, or a chain of three: as deep, and as wide.
+    # A tree of two levels with two branches each, or a chain of three: check depth and width.
     deepest = len(shape.get("branching", "abc"))
     assert max(depth for depth, steps in enumerate(made.histograms.depth) if steps) == deepest
     assert made.counts.drafted > (deepest + 1) * (made.histograms.depth[deepest] if shape is TREE else 0)

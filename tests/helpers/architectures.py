@@ -1,6 +1,6 @@
-"""The table of architectures: which families are decoded exactly, and which are refused for what reason.
+"""The table of architectures: the model families that are decoded exactly, and the refused ones with the reason.
 
-`python -m tests.helpers.architectures` writes it.
+`python -m tests.helpers.architectures` writes the table.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tests.helpers.root import ROOT
 
 DOCUMENT = ROOT / "docs" / "architectures.md"
 LENGTH = 24
-# The parent of each node. What is accepted of the tree does not lie side by side in the cache.
+# The parent of each node. The accepted nodes of the tree are not adjacent in the cache.
 CHAIN = (0, 1, 2)
 TREE = (0, 0, 0, 1, 1, 2, 4)
 
 
 @dataclass
 class Form:
-    """Proposes trees of one form; what the tokens are is for others to say."""
+    """A drafter that proposes trees of one fixed form. All its tokens are 0: the wrapping drafter replaces them."""
 
     parents: tuple[int, ...]
     forwards: int = 0
@@ -38,13 +38,13 @@ class Form:
 
 
 def row(family: str) -> str:
-    """What comes of a family's model: its line of the table."""
+    """Return a family's line of the table: how its model is decoded, or why it is refused."""
     model = build(family)
     try:
         target = LM(model, name=model.config.model_type)
     except UnsupportedModelError as error:
         return _line(family, "refused", "", error)
-    # A batch of texts of one length would need no padding.
+    # The texts differ in length: a batch of equal lengths would not test padding.
     texts = [list(prompt()), list(prompt()[7:])]
     alone = [continuation(model, text, LENGTH) for text in texts]
     assert len(set(alone[0])) >= 8, f"{family} says nothing: {alone[0]}"
@@ -69,8 +69,10 @@ def row(family: str) -> str:
 
 
 def _bounded(target: LM, text: list[int]) -> str:
-    """What becomes of the first layer's keys and values when tokens are evicted. They depend on nothing but token and
-    position."""
+    """Return how eviction treats the keys and values of the first layer.
+
+    Only the first layer is compared: its keys and values depend on nothing but token and position.
+    """
     rerotation, policy = target.rerotation, SinkWindow(24)
     slots, pruned = target.new_slots(len(text)), target.new_slots(len(text))
     target.forward(slots, torch.tensor(text))
@@ -88,13 +90,13 @@ def _bounded(target: LM, text: list[int]) -> str:
 
 
 def _line(family: str, decoding: str, bounded: str, error: UnsupportedModelError | None = None) -> str:
-    # Without the name before it and the particulars of a run behind it.
+    # Cut off the model's name before the reason and the details of the run behind it.
     reason = str(error).partition(": ")[2].partition(" (")[0] if error else ""
     return f"| {family} | {EXAMPLES.get(family, '')} | {decoding} | {bounded} | {reason} |"
 
 
 def document(rows: Sequence[str]) -> str:
-    """The whole page around the lines of its table."""
+    """Return the whole page: the given lines of the table and the text around them."""
     exact = sum(" | exact | " in line for line in rows)
     refused = len(rows) - exact
     table = "\n".join(rows)

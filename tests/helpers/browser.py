@@ -1,4 +1,4 @@
-"""Look at a page with the browser of this machine, if it has one."""
+"""Checks of an HTML page in the browser of this machine, if it has one."""
 
 from __future__ import annotations
 
@@ -13,23 +13,36 @@ from typing import Any
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _MEASURE = """addEventListener("load", () => {
     const root = frames[0].document.documentElement, style = frames[0].getComputedStyle(frames[0].document.body);
+    const all = names => Array.from(root.querySelectorAll(names)), box = part => part.getBoundingClientRect();
+    all("details").forEach(folded => folded.open = true);
     document.title = JSON.stringify({scroll: root.scrollWidth, ground: style.backgroundColor, ink: style.color,
-        drawings: root.querySelectorAll("svg").length,
-        arm: Math.min(...Array.from(root.querySelectorAll("tbody th"), name => name.clientWidth))});
+        drawings: all("svg").length,
+        arm: Math.min(...all("tbody th").map(name => name.clientWidth)),
+        cut: all(".frame").filter(frame => frame.scrollWidth > frame.clientWidth).length,
+        blocks: all(".frame tbody tr").filter(row => frames[0].getComputedStyle(row).display == "flex").length,
+        places: [...new Set(all(".plot svg").map(chart => Math.round(box(chart).left) + " " + box(chart).width))],
+        below: all(".speeds tbody tr").filter(row => box(row.children[1]).top >= box(row.children[0]).bottom).length,
+        chip: Math.max(0, ...all(".chip").filter(chip => /equal$/.test(chip.innerText)).map(chip => box(chip).height)),
+        lines: new Set(all(".tile").map(tile => box(tile).top)).size});
 });"""
 
 
 def look_at(page: str, scheme: str, width: int, folder: Path) -> dict[str, Any]:
-    """Show a page, and measure it: its width and its drawings, the width of arms' names, and how bright it is.
+    """Show a page in the browser and measure it.
+
+    Measured are the width with all details unfolded, the number of drawings, the width of the arms' names, and the
+    brightness of text and background. Also: the number of wide tables that scroll sideways (`cut`), the rows of wide
+    tables shown as blocks, the distinct places of the charts of speedups and their ruler, the charts below their arm's
+    name, the height of the chip "equal", and the lines of tiles.
 
     Args:
-        page: as HTML.
+        page: the HTML text.
         scheme: "light" or "dark".
         width: in pixels.
-        folder: to write into.
+        folder: the folder to write into.
     """
     outer = folder / "outer.html"
-    # Windows have a least width; frames do not, and take their colour scheme from the element that holds them.
+    # A window has a minimum width and a frame has none. A frame takes its colour scheme from the enclosing element.
     outer.write_text(
         f'<!doctype html><meta charset="utf-8"><iframe style="width: {width}px; border: 0; color-scheme: {scheme}"'
         f' srcdoc="{html.escape(page)}"></iframe><script>{_MEASURE}</script>'

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer of single characters, saved as a folder: for what takes a model by name and text."""
+"""A tiny model with a tokenizer of single characters, saved as a folder: for code that loads a model by its name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.helpers.spelling import CHARACTERS, characters
 
 
 def save(folder: Path, name: str = "llama", texts: list[str] = CHARACTERS, seed: int = 2) -> Path:
-    """Write the model and its tokenizer; prompts of a thousand characters fit its context."""
+    """Write the model and its tokenizer. Prompts of a thousand characters fit into its context."""
     values = ARCHITECTURES[name] | {"max_position_embeddings": 2048, "eos_token_id": None}
     moved(build(values, seed), "cpu").save_pretrained(folder)
     characters(texts).save_pretrained(folder)

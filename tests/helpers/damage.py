@@ -1,4 +1,4 @@
-"""Files as an edit by hand, a bug or a broken disk may leave them."""
+"""Damaged files, as a manual edit, a bug or a broken disk may leave them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 T = TypeVar("T")
 
-# The examples are as small as they get.
+# The examples are minimal already.
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 
-# What may stand in the place of a value.
+# Values to put in place of a correct one.
 ODD = st.one_of(
     st.none(),
     st.booleans(),
@@ -41,7 +41,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file, and what was done to it."""
+    """A damaged file and the damage."""
 
     done: Any
     content: bytes = field(repr=False)
@@ -50,11 +50,11 @@ class Damage:
 def damaged(
     document: Any, of_interest: Callable[[tuple[Any, ...]], bool] = lambda path: True
 ) -> st.SearchStrategy[Damage]:
-    """Return files that hold a JSON document, but for one or two values, or a few bytes.
+    """Return a strategy of files with a JSON document in which one or two values, or a few bytes, are damaged.
 
     Args:
-        document: whole.
-        of_interest: the paths to the values that may be others, or gone; all if not said.
+        document: the undamaged document.
+        of_interest: selects the paths of the values that may be replaced or removed; by default all.
     """
     paths = sorted(filter(of_interest, places(document)), key=repr)
     edits = st.lists(st.tuples(st.sampled_from(paths), st.just(GONE) | ODD), min_size=1, max_size=2)
@@ -69,7 +69,7 @@ def damaged(
 
 
 def edited(document: Any, edits: Sequence[tuple[tuple[Any, ...], Any]]) -> Any:
-    """Return a copy with other values, as far as their places are still there."""
+    """Return a copy with some values replaced or removed. Edits of places that no longer exist are skipped."""
     changed = copy.deepcopy(document)
     for (*folders, last), value in edits:
         inner = changed
@@ -91,7 +91,7 @@ def _has(value: Any, key: Any) -> bool:
 
 
 def taken(take: Callable[[], T], *begins: str) -> T | None:
-    """Return what a file holds, or None if it is refused in one sentence that begins in one of these ways."""
+    """Return the content of a file, or None if reading it raises one sentence with one of these beginnings."""
     try:
         return take()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Finds drafters, policies and controllers, so that a new one is tested without another line."""
+"""Discovery of drafters, policies and controllers: a new one is tested without another line."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ CONTROLLERS = {name: make for module in _modules(controllers).values() for name,
 
 
 def examples(file: str, target: LM) -> dict[str, Drafter]:
-    """The configured instances of one drafter's file, new at every call."""
+    """Return the configured instances of one drafter's file, new at every call."""
     return DRAFTERS[file].examples(target)

@@ -1,4 +1,4 @@
-"""Other people's repositories, where the package is installed: pytest in folders of their own."""
+"""Users' repositories with the package installed: runs of pytest in folders of their own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class Runs(Protocol):
 
 
 def runs_in(folder: Path, packages: Path) -> Runs:
-    """Return what runs pytest in a folder, where the package and those in the folder's `src` are installed.
+    """Return a function that runs pytest in a folder, with the package and the packages in the folder's `src`
+    installed.
 
     Args:
-        folder: of the repository.
-        packages: an empty folder, for the metadata of the installed plugin.
+        folder: the repository's folder.
+        packages: an empty folder for the metadata of the installed plugin.
     """
     metadata = packages / "specdecode_plugin-1.dist-info"
     metadata.mkdir()
@@ -36,6 +37,6 @@ def runs_in(folder: Path, packages: Path) -> Runs:
 
 
 def commit(folder: Path) -> None:
-    """Commit all files of a folder; make it a repository if it is none."""
+    """Commit all files of a folder. Make the folder a repository first if it is not one."""
     for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "a commit")):
         subprocess.run(["git", "-c", "user.name=N", "-c", "user.email=n@e", *command], cwd=folder, check=True)

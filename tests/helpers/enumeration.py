@@ -12,7 +12,7 @@ from specdecode.core.sampling import Rng
 
 
 class BranchRng(Rng):
-    """Takes a prescribed branch at each of its first decisions, and the first branch at those that follow.
+    """A generator that takes prescribed branches at its first decisions, and the first branch at all later ones.
 
     Weights may be floats or fractions. Branches of weight zero do not exist.
     """
@@ -24,7 +24,7 @@ class BranchRng(Rng):
 
     def _decide(self, weights: list[Any]) -> int:
         options = [i for i, weight in enumerate(weights) if weight > 0]
-        if not options:  # A row without mass: `Rng.draw` gives its last entry.
+        if not options:  # A row without mass: `Rng.draw` returns its last entry.
             return len(weights) - 1
         at = len(self.taken)
         branch = self.prefix[at] if at < len(self.prefix) else 0
@@ -39,14 +39,14 @@ class BranchRng(Rng):
         return self._decide([1 - heads, heads]) == 1
 
     def draw(self, distribution: Any) -> torch.Tensor:
-        """From distributions of any array: tensors of one or more rows, or one row of fractions."""
+        """Draw from a tensor of one or more rows, or from one row of fractions."""
         if distribution.ndim == 1:
             return torch.tensor(self._decide(distribution.tolist()))
         rows = [self._decide(row) for row in distribution.tolist()]
         return torch.tensor(rows, dtype=torch.long, device=distribution.device)
 
     def next_prefix(self) -> list[int] | None:
-        """The decisions of the run after this one in lexicographic order; None after the last."""
+        """Return the decisions of the next run in lexicographic order, or None after the last run."""
         taken = self.taken
         while taken and taken[-1][0] == taken[-1][1] - 1:
             taken = taken[:-1]
@@ -54,7 +54,7 @@ class BranchRng(Rng):
 
 
 def distribution_of(run: Callable[[BranchRng], Hashable]) -> dict[Any, Any]:
-    """The probability of each of a random procedure's results."""
+    """Return the probability of each result of a random procedure."""
     distribution: dict[Any, Any] = defaultdict(int)
     prefix: list[int] | None = []
     while prefix is not None:

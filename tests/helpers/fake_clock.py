@@ -1,4 +1,4 @@
-"""A clock that moves only when told to, and models that tell it: what it measures is the same on any machine."""
+"""A clock that moves only on request, and models that move it: measured times are the same on any machine."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import nn
 
 
 class FakeClock:
-    """Stands in for `time.perf_counter`.
+    """A stand-in for `time.perf_counter`.
 
     Args:
         seed: of the noise.
-        noise: scatter of each advance, as a share: the sum of a run's advances scatters several times less.
+        noise: relative scatter of each advance. The sum of a run's advances scatters several times less.
 
     Attributes:
-        pace: seconds that pass for each one told: 1.5 is a machine that is busy with something else.
-        drift: by what share the pace grows with each second that passes, as on a machine that gets warm.
+        pace: seconds that pass for each requested second. 1.5 is a machine that is busy with something else.
+        drift: relative growth of the pace per second, as on a machine that warms up.
     """
 
     def __init__(self, seed: int = 0, noise: float = 0.01) -> None:
@@ -41,10 +41,10 @@ class FakeClock:
 
 
 class RealClock:
-    """Time that really passes: the caller keeps its core busy.
+    """A clock of real time: the caller keeps its core busy.
 
-    `time.sleep` oversleeps by a good part of a step of a tiny model, gives the core away and lets its caches go cold:
-    what comes after a sleep is slower too, and would be blamed for it.
+    `time.sleep` oversleeps by a good part of a tiny model's step, releases the core and lets its caches go cold. The
+    work after a sleep is then slower too, and would be blamed for it.
     """
 
     def advance(self, seconds: float) -> None:
@@ -55,7 +55,7 @@ class RealClock:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds that a forward takes: of itself, and for each of its tokens."""
+    """The seconds of a forward: a fixed part, and a part for each token."""
 
     forward: float
     row: float
@@ -63,7 +63,7 @@ class Cost:
 
 @contextmanager
 def charged(clock: FakeClock, costs: dict[nn.Module, Cost]) -> Iterator[None]:
-    """Let the forwards of models move the clock, whoever calls them."""
+    """Let every forward of these models move the clock."""
 
     def charge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cost = costs[model]

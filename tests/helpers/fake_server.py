@@ -1,7 +1,7 @@
-"""A serving engine that speaks as one does and decodes by a rule, with faults on demand: run as a script.
+"""A fake serving engine with the interface of a real one, and with faults on demand. It runs as a script.
 
 `python fake_server.py --port PORT --engine vllm --k 3 --fault die ...`. The next token depends on the text so far, so
-that outputs are diverse, and of a request's drafts of K tokens every second one is kept as a whole.
+outputs are diverse. Of a request's drafts of K tokens, every second one is accepted as a whole.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from typing import Any
 VOCABULARY = 100
 
 FAULTS = (
-    "die",  # in the middle of an output
+    "die",  # killed in the middle of an output
     "never ready",
     "ends at once",
-    "fails",  # with errors that follow from each other
+    "fails",  # with two errors, the second raised after the first
     "400",
     "500",
     "error in the stream",
-    "truncates",  # the stream, without an end
+    "truncates",  # cuts the stream without an end event
     "stops early",  # as if a stop token had ended the output
-    "too many",  # tokens
+    "too many",  # one token too many
     "repeats a chunk",
-    "miscounts",  # says another number of tokens than it sends
-    "another model",  # answers after some requests
-    "another user",  # decodes meanwhile
+    "miscounts",  # reports another number of tokens than it sends
+    "another model",  # answers as another model after some requests
+    "another user",  # decodes at the same time
     "wrong tokens",
-    "tie",  # the second token is as likely as the first where it parts
+    "tie",  # where the output diverges, the second token is as likely as the first
     "no stream",
     "no json",
     "caches",
-    "caches in silence",  # is faster on what it has read, and tells nothing
+    "caches in silence",  # is faster on a known prompt, and reports no cached tokens
     "slow at first",
     "hangs",
 )
@@ -54,12 +54,12 @@ def next_token(text: Sequence[int]) -> int:
 
 
 def text_of(tokens: Sequence[int]) -> str:
-    """Return the text of tokens, a character each."""
+    """Return the text of tokens, one character each."""
     return "".join(chr(32 + token % 90) for token in tokens)
 
 
 class Engine:
-    """What the server has counted, and how it is to decode."""
+    """The counters of the server, and the options of its decoding."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -70,9 +70,9 @@ class Engine:
         self.active = 0
 
     def steps(self, prompt: Sequence[int], length: int) -> Iterator[list[int]]:
-        """Yield the tokens of each step: one without a draft, else K + 1 and 1 in turns."""
+        """Yield the tokens of each step: one without a draft, else K + 1 and 1 alternately."""
         text, k, written = list(prompt), self.options.k, 0
-        # In turns within a request: counted over all, it would depend on how requests under way interleave.
+        # Alternate within a request: over all requests, the result would depend on how they interleave.
         turns = cycle((k, 0))
         while written < length:
             kept = 0
@@ -93,14 +93,14 @@ class Engine:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answer requests as the engine of the options does."""
+    """A request handler that answers as the engine of the options does."""
 
     engine: Engine
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # as servers do that stream
+    disable_nagle_algorithm = True  # as streaming servers do
 
     def log_message(self, *_: Any) -> None:
-        """Keep the log for what matters."""
+        """Ignore the message: the log is for errors only."""
 
     def do_GET(self) -> None:
         options, engine = self.engine.options, self.engine
@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         return ids, length, body.get("logprobs") or body.get("n_probs") or body.get("top_logprobs_num") or 0
 
     def _read(self, prompt: list[int], fault: str) -> int:
-        """Take the time of reading a prompt, and return how many of its tokens were read before."""
+        """Wait as long as reading a prompt takes, and return how many of its tokens were cached."""
         engine, key = self.engine, tuple(prompt)
         known = key in engine.read and engine.options.fault.startswith("caches")
         engine.read.add(key)
@@ -232,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
     ) -> dict[str, Any]:
         text, place, likely = text_of(new), sent, []
         for token in new:
-            # A second token stands behind each; where outputs part as a tie, as near as rounding.
+            # Each token has a runner-up. Where outputs diverge by a tie, its probability is within rounding.
             tie = self.engine.options.fault == "tie"
             near, first = 0.01 if tie or self.engine.options.near else 2.0, -0.5
             if tie and place <= 2:
@@ -296,7 +296,7 @@ def _counts(engine: Engine) -> tuple[int, int, int]:
 
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--engine", default="vllm", choices=("vllm", "sglang", "llama.cpp", "openai"))
@@ -314,17 +314,17 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Server(ThreadingHTTPServer):
-    """A server whose threads do not outlive it."""
+    """A server whose threads end with it."""
 
     daemon_threads = True
     request_queue_size = 64
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep quiet about clients that have gone."""
+        """Ignore clients that have disconnected."""
 
 
 def serve(options: argparse.Namespace) -> tuple[socketserver.BaseServer, int]:
-    """Return a server that listens, and its port."""
+    """Return a listening server and its port."""
     handler = type("Handler", (Handler,), {"engine": Engine(options)})
     server = Server(("127.0.0.1", options.port), handler)
     return server, server.server_address[1]

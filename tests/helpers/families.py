@@ -1,4 +1,4 @@
-"""The families of decoders that transformers has: a tiny configuration of each, or why there is none."""
+"""The decoder families of transformers: a tiny configuration of each, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from tests.helpers import models
 
-# Wider than what `LM` sees of a model when it probes it, narrower than the texts here: a window that is not understood
-# shows as a wrong token.
+# Wider than the probe of `LM`, and narrower than the texts here: a window that is ignored shows as a wrong token.
 WINDOW = 20
 
-# What most configurations call by these names; a family takes those that it has.
+# Fields of most configurations. A family gets the ones that its configuration has.
 _SHARED: dict[str, Any] = {
     "vocab_size": models.VOCABULARY,
     "pad_token_id": 0,
@@ -64,7 +63,7 @@ _SHARING = {"num_hidden_layers": 4, "layer_types": 2 * _WINDOW["layer_types"], "
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _BYTES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
 
-# What is particular to each. A word behind the name tells variants of a family from each other.
+# The particular fields of each family. A word behind the name distinguishes variants of a family.
 FAMILIES: dict[str, dict[str, Any]] = {
     "afmoe": _WINDOW,
     "apertus": {},
@@ -211,7 +210,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpt": {},
     "nanochat": {},
     "nemotron": {},
-    # Their older names, which every version knows.
+    # The older field names, which every version knows.
     "nemotron_h": {
         "layer_types": ["mamba", "attention"],
         "mamba_num_heads": 8,
@@ -275,7 +274,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
-# transformers can load these as causal models too.
+# Families left out by reason. transformers can load these as causal models too.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "the decoder of an encoder-decoder": (
         "bart",
@@ -329,7 +328,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "drafts for another model, from that one's states": ("gemma4_assistant", "gemma4_unified_assistant"),
 }
 
-# Well-known models.
+# Well-known models of the families.
 EXAMPLES = {
     "biogpt": "microsoft/biogpt",
     "bloom": "bigscience/bloom-560m",
@@ -397,7 +396,7 @@ EXAMPLES = {
     "zamba2": "Zyphra/Zamba2-1.2B",
 }
 
-# Where the shared seed gives a loop of a few tokens.
+# Families whose output with the shared seed is a loop of a few tokens.
 _SEEDS = {
     "apertus": 4,
     "exaone4": 0,
@@ -409,17 +408,17 @@ _SEEDS = {
     "phi": 0,
     "qwen3": 0,
 }
-# Their code cannot compute in float64.
+# Families whose code cannot compute in float64.
 _FLOAT32 = {"xglm"}
 
 
 def model_type(family: str) -> str:
-    """transformers' name of it."""
+    """Return transformers' name of a family."""
     return family.partition(" ")[0]
 
 
 def build(family: str) -> PreTrainedModel:
-    """A model of random weights, the same at every call."""
+    """Build a model of random weights, the same at every call."""
     configuration = CONFIG_MAPPING[model_type(family)]
     names = {field.name for field in dataclasses.fields(configuration)} | set(configuration.attribute_map)
     shared = {name: value for name, value in _SHARED.items() if name in names}
@@ -429,7 +428,7 @@ def build(family: str) -> PreTrainedModel:
         torch.manual_seed(_SEEDS.get(family, models.SEED))
         # The usual implementation of experts cannot compute in float64.
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
-        # Norms begin as ones, and biases as zeros: then a model cannot show where they stand.
+        # Norms start as ones and biases as zeros. Left so, a wrong place of either would change no output.
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data.add_(torch.randn(parameter.shape, dtype=dtype), alpha=0.1)

@@ -1,4 +1,4 @@
-"""Folders of draft heads and of checkpoints with MTP layers, for what loads them by name."""
+"""Folders of draft heads, and of checkpoints with MTP layers, for code that loads them by name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MTP_FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_head(target: LM, folder: Path, head: Eagle3Head | None = None, *, shared_output: bool = False) -> Path:
-    """Write a head, by default one of random weights; return its folder."""
+    """Write a head, by default one of random weights, and return its folder."""
     head = head or untrained(target)
     rows = None if shared_output else output_rows(target, head.tokens)
     folder = folder / "head"
@@ -67,7 +67,7 @@ def write_head(target: LM, folder: Path, head: Eagle3Head | None = None, *, shar
 
 
 def write_medusa(folder: Path, *, prefix: str = "", name: str = "medusa_lm_head.safetensors") -> dict[str, Tensor]:
-    """Write heads of random weights, under the names of published ones; return the weights."""
+    """Write Medusa heads of random weights under the names of published heads, and return the weights."""
     mixer = torch.Generator().manual_seed(5)
     tensors: dict[str, Tensor] = {}
     for head, block in product(range(MEDUSA_HEADS), range(MEDUSA_BLOCKS)):
@@ -90,8 +90,10 @@ def write_medusa(folder: Path, *, prefix: str = "", name: str = "medusa_lm_head.
 
 
 def write_mtp(family: str, folder: Path) -> Path:
-    """Write a model with an MTP layer behind its last one, under the names of the family's own checkpoints, and a
-    tokenizer; return its folder."""
+    """Write a model with an MTP layer and a tokenizer, and return its folder.
+
+    The tensors have the names of the family's own checkpoints. The MTP layer stands behind the last layer.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         values = _COMMON | MTP_FAMILIES[family] | {"model_type": family}

@@ -1,4 +1,6 @@
-"""Find idioms that readers stumble over. `python tests/helpers/idioms.py` lists them, and fails if there are any."""
+"""A search for idioms that readers stumble over. `python tests/helpers/idioms.py` lists them, and fails if there are
+any.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ INSTEAD = {
     r"\bin truth\b": "really; or leave it out",
     r"\bmakes? of an?\b": "turn into",
 }
-"""What to say instead of an idiom, which is a regular expression."""
+"""The replacement of each idiom. The key is a regular expression."""
 
 
 def found(text: str) -> list[tuple[int, str, str]]:
-    """Return the line, the idiom and what to say instead, for each idiom of a text. One may stand across two lines."""
+    """Return the line, the idiom and its replacement, for each idiom of a text. An idiom may stretch over two lines."""
     places = []
     for idiom, instead in INSTEAD.items():
         for match in re.finditer(idiom.replace(" ", r"[\s#]+"), text):
@@ -32,7 +34,7 @@ def found(text: str) -> list[tuple[int, str, str]]:
 
 
 def main() -> int:
-    """Print what is found in the package, the documentation and the suites; return 1 if anything is."""
+    """Print the idioms in the package, the documentation and the suites. Return 1 if there are any, else 0."""
     files = [*ROOT.glob("*.md")]
     for folder, ending in (("specdecode", "py"), ("docs", "md"), ("examples", "md"), ("perf", "py"), ("quality", "py")):
         files += (ROOT / folder).rglob(f"*.{ending}")

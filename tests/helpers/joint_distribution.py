@@ -19,7 +19,7 @@ def enumerated_model(seed: int, vocabulary: int = VOCABULARY, layers: int = 1) -
 
 @functools.cache
 def target_distribution(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
-    """Compute the probability of each text of a length behind PROMPT, by forwards without a cache."""
+    """Compute the probability of each continuation of PROMPT with a given length, by forwards without a cache."""
 
     def next_distribution(text: tuple[int, ...]) -> list[float]:
         return sampling.probs(logits(enumerated_model(0, layers=2).model, PROMPT + text)[-1]).tolist()
@@ -37,5 +37,5 @@ def target_distribution(sampling: Sampling, length: int) -> dict[tuple[int, ...]
 
 
 def distance(distribution: dict[tuple[int, ...], float], other: dict[tuple[int, ...], float]) -> float:
-    """Return the largest difference between the probabilities of a text."""
+    """Return the largest difference between two distributions' probabilities of one text."""
     return max(abs(distribution.get(text, 0.0) - other.get(text, 0.0)) for text in distribution.keys() | other.keys())

@@ -1,4 +1,4 @@
-"""Tiny models that know texts by heart: drafts that are right as far as their tokenizer lets them be."""
+"""Tiny models that know texts by heart: as drafts they are right as far as their tokenizer allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers.models import ARCHITECTURES, build
 
 
 def learnt(tokenizer: PreTrainedTokenizerFast, *texts: str) -> LM:
-    """A model that continues the beginnings of the texts; made in a second."""
+    """Train a model that continues the beginnings of the texts. It takes about a second."""
     shape = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "initializer_range": 0.1}
     model = build(ARCHITECTURES["llama"] | shape)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

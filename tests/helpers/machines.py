@@ -1,4 +1,4 @@
-"""Machines on which decoding takes as long as one says, and texts of which drafts know as much: no model, no clock."""
+"""Simulated machines with set times and texts with set acceptance: no model, no clock."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from specdecode.controllers.base import Controller, Limit
 from specdecode.controllers.cost_aware import DraftCost
 
 AcceptanceModel = Callable[[int, int, float], float]
-"""The probability that a proposal is right, by its place in the text, its depth in the draft (from 0), and the nodes
-that the tree has there."""
+"""The probability that a proposal is right, from its place in the text, its depth in the draft (from 0), and the number
+of nodes at that depth of the tree.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What steps cost; the unit is a target forward over one row.
+    """The costs of a step. The unit is a target forward over one row.
 
     Attributes:
-        row: a further row of the target's forward.
-        draft: a level of the draft.
-        asking: a proposal of any depth, an empty one too.
-        reading: a token that the draft catches up with.
-        tree: proposals fill the nodes that they are allowed, rather than being chains.
-        depth: the deepest that is ever proposed.
-        queued: the host's clock sees drafting as part of verifying, as on a GPU.
-        noise: by what share a time may be off, up or down.
+        row: each further row of the target's forward.
+        draft: each level of the draft.
+        asking: each proposal of any depth, an empty one included.
+        reading: each token that the draft catches up with.
+        tree: proposals fill all allowed nodes, instead of being chains.
+        depth: the largest depth of a proposal.
+        queued: the host's clock counts drafting as part of verifying, as on a GPU.
+        noise: the largest relative error of a time, up or down.
     """
 
     row: float
@@ -52,7 +53,7 @@ class Machine:
         return 1 + self.row * (rows - 1)
 
     def costs(self, draft: float = 1.0, verify: float = 1.0) -> Costs:
-        """As measured, or mismeasured by these factors."""
+        """Return the costs as measured, or mismeasured by these factors."""
         limits = [
             Limit(depth, nodes) for depth in (1, 2, 4, 8, 16) for nodes in ((4, 12, 32, 64) if self.tree else (64,))
         ]
@@ -64,7 +65,7 @@ class Machine:
 
 
 class Plain:
-    """No draft, ever."""
+    """A controller that never asks for a draft."""
 
     def limit(self) -> Limit:
         return Limit(0)
@@ -75,14 +76,14 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One text: its seconds, without the target's reading of the prompt, and its steps with the limits asked for."""
+    """One decoded text: its seconds without the target's prefill, and its steps with the limits asked for."""
 
     seconds: float
     steps: list[Step]
     limits: list[Limit]
 
     def drafted(self, start: int = 0, end: int | None = None) -> int:
-        """Steps with a draft among those that begin at some places of the text."""
+        """Count the steps with a draft among the steps that begin between two places of the text."""
         place, found = 0, 0
         for step in self.steps:
             found += bool(step.drafted) and start <= place and (end is None or place < end)
@@ -100,19 +101,20 @@ def decode(
     pace: Callable[[float], float] = lambda now: 1.0,
     prompt: int = 64,
 ) -> Decoded:
-    """A text of so many tokens after a prompt, as `specdecode.generate` would write it.
+    """Decode so many tokens after a prompt, as `specdecode.generate` would.
 
-    Whether a token is proposed right depends on the seed and its place alone, so that controllers have the same luck.
+    Whether a proposed token is right depends only on the seed and its place, so that all controllers have the same
+    luck.
 
     Args:
-        machine: what it costs.
-        controller: how long to draft.
-        acceptance: how good the draft is.
-        tokens: of the text.
+        machine: the costs.
+        controller: sets the draft length.
+        acceptance: the quality of the draft.
+        tokens: the number of tokens to decode.
         seed: of all chance.
-        proposes: how often there is a proposal at all.
-        pace: how much slower the machine is than it was, by the time.
-        prompt: its tokens, which the draft has to read.
+        proposes: the probability that there is a proposal at all.
+        pace: the slowdown of the machine at a time, as a factor.
+        prompt: the number of prompt tokens, which the draft has to read.
     """
     luck, found, noise = _coins(seed), _coins(seed + 1_000_000), random.Random(seed)
     decoded = Decoded(0.0, [], [])

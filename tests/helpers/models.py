@@ -1,5 +1,7 @@
-"""Tiny random models in float64, whose every decision is clear of rounding, and what they say without this package.
-Each of their tokens is a character."""
+"""Tiny random models in float64, and their outputs without this package. Each of their tokens is a character.
+
+No decision of theirs is so close that rounding could change it.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ from specdecode import LM
 from tests.helpers.spelling import CHARACTERS, characters
 
 VOCABULARY = len(CHARACTERS)
-# Of which every architecture below says something diverse; some loop at once with another.
+# With this seed every architecture below has diverse outputs. With others, some loop at once.
 SEED = 2
-# Where the models live: `pytest --device cuda` puts them on a GPU.
+# The models' device: `pytest --device cuda` puts them on a GPU.
 DEVICE = "cpu"
 WINDOW = 8
 
@@ -81,13 +83,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": _GROUPED | {"model_type": "granite"},
 }
 
-# Those that every policy can serve, one of each kind of positions, groups of heads and windows.
+# Architectures that every policy can serve: one of each kind of positions, head groups and windows.
 SERVED = ("llama", "gpt-neox", "qwen2", "qwen3", "gpt-2", "gemma3-window")
 
-# Whose forwards index by a list, which copies the list to the device: nothing may be copied to it in a capture.
+# Their forwards index by a list, which copies the list to the device. A capture allows no such copy.
 UNCAPTURED = {"falcon"}
 
-# What this design cannot serve, and a word of the reason that must be given.
+# Architectures that the package cannot serve, and a word that the reason must contain.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": (_IDS | {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "takes no position_ids"),
     "mamba": (_IDS | {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
@@ -113,7 +115,7 @@ def config(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def build(values: dict[str, Any], seed: int = SEED) -> PreTrainedModel:
-    """A model of random weights, the same at every call."""
+    """Build a model of random weights, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config(values), dtype=torch.float64).eval()
@@ -121,7 +123,7 @@ def build(values: dict[str, Any], seed: int = SEED) -> PreTrainedModel:
 
 
 def moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """The model on a device. A pretended one gets a tensor of its own for each name, also of those that were tied."""
+    """Move a model to a device. On a pretended device, each name gets a tensor of its own, tied ones too."""
     model.to(device)
     model.tie_weights()
     return model
@@ -133,21 +135,27 @@ def lm(name: str, seed: int = SEED) -> LM:
 
 
 def small(seed: int = SEED, **values: Any) -> LM:
-    """The smallest useful Llama: for what is enumerated, or asked thousands of times."""
+    """Build the smallest useful Llama, for tests that enumerate its outputs or call it thousands of times."""
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     return LM(build(ARCHITECTURES["llama"] | {"intermediate_size": 8} | shape | values, seed), name="small")
 
 
 @functools.cache
+def quantisable(name: str) -> dict[str, Any]:
+    """Return a tiny architecture with layers as wide as groups of 4-bit weights need."""
+    widths = {"intermediate_size": 64, "ffn_dim": 96}
+    return ARCHITECTURES[name] | {key: width for key, width in widths.items() if key in ARCHITECTURES[name]}
+
+
 def prompt(length: int = 14) -> tuple[int, ...]:
-    """Begins with a passage said twice, so that there is something to look up."""
+    """Return a prompt that begins with a passage said twice, so that prompt lookup finds something."""
     passage = [(29 * i + 11) % VOCABULARY for i in range(max(length // 2, 1))]
     return tuple((passage + passage + passage)[:length])
 
 
 @functools.cache
 def greedy(name: str, length: int, text: tuple[int, ...] | None = None) -> list[int]:
-    """What transformers' own `generate`, with its own cache, says after a prompt."""
+    """Return the continuation by transformers' own `generate`, with its own cache."""
     return continuation(lm(name).model, text or prompt(), length)
 
 
@@ -166,7 +174,7 @@ def continuation(model: PreTrainedModel, text: Sequence[int], length: int) -> li
 
 @torch.inference_mode()
 def logits(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int] | None = None) -> torch.Tensor:
-    """Logits after each token of a text, by one causal forward without a cache. [n, V]"""
+    """Compute the logits after each token of a text, by one causal forward without a cache. [n, V]"""
     count = len(tokens)
     device = model.device
     hidden = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)

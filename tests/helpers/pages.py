@@ -1,4 +1,4 @@
-"""What a browser makes of a page; and names that would break one."""
+"""The parsed content of an HTML page, and names that would break a page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page: its elements, the texts in them, and each drawing's class by its title."""
+    """A parsed page: its elements, the texts in them, and each drawing's class by its title."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
-"""A pretended CUDA device: what would go wrong on a GPU alone goes wrong here, on a CPU.
+"""A pretended CUDA device: faults that otherwise appear only on a GPU appear on a CPU.
 
 Tensors say that they lie on cuda:0, and the CPU computes them. As on a GPU,
 
 * an operation over tensors of both devices is an error;
-* reading a tensor makes the host wait, and so does a copy of host memory that is not asked to be `non_blocking`; both
-  are counted, by the line of the package, and warned of while `torch.cuda.set_sync_debug_mode("warn")` is on;
+* reading a tensor makes the host wait, and so does a copy of host memory without `non_blocking`. Both are counted by
+  the line of the package, with a warning while `torch.cuda.set_sync_debug_mode("warn")` is on;
 * a copy to the host that nobody waits for holds garbage until something waits;
-* a CUDA graph records operations, and replays them on the same storage. What it captures it has not computed. Its
-  results are overwritten by the next replay of another graph of its pool. Nothing may wait while it captures.
+* a CUDA graph records operations, and replays them on the same storage. The capture itself computes nothing. A graph's
+  results are overwritten by the next replay of another graph of its pool. Nothing may wait during a capture.
 
-`python -m pytest -p tests.helpers.pretended --device=cuda:0 ...` runs tests on it. It has no kernels of its own: what
-they round, and how long they take, only a GPU tells. Nothing is compiled on it, and nothing trained.
+`python -m pytest -p tests.helpers.pretended --device=cuda:0 ...` runs tests on it. It has no kernels of its own: only a
+real GPU shows their rounding and their times. Nothing is compiled on it, and nothing trained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CUDAGraph:
     """A captured graph.
 
     Attributes:
-        operations: that it replays; each is a kernel.
+        operations: the operations to replay; each is a kernel.
     """
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -43,7 +43,7 @@ class CUDAGraph:
         self.spoil()
 
     def spoil(self) -> None:
-        """Fill what the graph made, but not what it wrote to, with garbage."""
+        """Fill the tensors that the graph created with garbage, except those that it was given to write to."""
         for operation in self.operations:
             given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((operation.args, operation.kwargs))}
             for result in operation.results:
@@ -73,7 +73,7 @@ class _Pool:
 
 @contextlib.contextmanager
 def graph(cuda_graph: CUDAGraph, pool: _Pool | None = None, **_: Any) -> Iterator[None]:
-    """Capture what is done in this context. After a failure the capture's own stream stays current, as in PyTorch."""
+    """Capture the operations of this context. After a failure the capture's own stream stays current, as in PyTorch."""
     DEVICE.deliver()
     DEVICE.recording = []
     _Stream.current = _Stream()
@@ -133,7 +133,7 @@ def _scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """One operation: else PyTorch would choose one of its kernels for a GPU."""
+    """Run attention as one operation: otherwise PyTorch would choose one of its kernels for a GPU."""
     if not isinstance(query, CudaTensor):
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
@@ -141,7 +141,7 @@ def _scaled_dot_product_attention(
 
 
 def install() -> None:
-    """Let this process have the device, until it ends."""
+    """Install the device in this process, until the process ends."""
     about = types.SimpleNamespace(
         uuid="0", name="Pretended", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=132
     )
@@ -177,10 +177,10 @@ def install() -> None:
     }.items():
         setattr(torch.cuda, name, value)
     torch.nn.functional.scaled_dot_product_attention = _scaled_dot_product_attention
-    # torch.tensor(..., device="cuda") makes its content in host memory first, and this lets the copy be seen.
+    # torch.tensor(..., device="cuda") creates its content in host memory first. This makes the copy visible.
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    # In inference mode operations come whole that are made of others, and for gradients PyTorch asks for a build with
+    # In inference mode composite operations arrive undivided, and for gradients PyTorch asks for a build with
     # CUDA.
     torch.inference_mode = lambda mode=True: torch.no_grad()  # type: ignore[assignment, misc]
     torch.set_grad_enabled(False)
@@ -188,13 +188,13 @@ def install() -> None:
 
 
 def pytest_load_initial_conftests() -> None:
-    """Before the package is imported, whose annotations name what is replaced."""
+    """Install the device before the package is imported: the package's annotations name the replaced classes."""
     install()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say what the host waited for."""
+    """Print the operations that the host waited for."""
     terminalreporter.section("pretended CUDA device")
     terminalreporter.write_line(f"{DEVICE.captures} captures, {DEVICE.replays} replays")
     for (reason, line), times in DEVICE.host_reads.most_common(40):

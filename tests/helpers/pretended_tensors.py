@@ -1,4 +1,4 @@
-"""The tensors of the pretended device, the operations on them, and what is counted: see `pretended`."""
+"""The tensors of the pretended device, their operations, and the counters: see `pretended`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
 
-# Their results are for the host, or their shapes depend on content.
+# Operations that return a result to the host, or whose shapes depend on content.
 _READS = {
     aten._local_scalar_dense.default,
     aten.allclose.default,
@@ -37,7 +37,7 @@ _INDEXED = {
     aten.index_put_.default,
     aten._index_put_impl_.default,
 }
-# All others take a number in host memory, too.
+# All other operations also accept a number in host memory.
 _TAKES_NO_NUMBER = {
     "addmm",
     "bmm",
@@ -59,20 +59,20 @@ _GARBAGE = 77
 
 
 class CudaError(RuntimeError):
-    """What CUDA, or PyTorch, would refuse."""
+    """An error that CUDA or PyTorch would raise."""
 
 
 @dataclass
 class Device:
-    """What happened on the device so far.
+    """The events on the device so far.
 
     Attributes:
-        launches: kernels that the host launched, by line of the package; those of a replayed graph are not among them.
-        host_reads: what made the host wait, by its reason and line.
-        captures, replays: of graphs.
+        launches: kernels that the host launched, by line of the package; without those of a replayed graph.
+        host_reads: waits of the host, by reason and line.
+        captures, replays: counts of graphs.
         recording: the operations of the graph that is being captured; None if none is.
-        late: copies to the host that have not arrived: where to, and what.
-        warns: on each wait, as `torch.cuda.set_sync_debug_mode` asks.
+        late: copies to the host that have not arrived: the destination and the value.
+        warns: warn on each wait, as `torch.cuda.set_sync_debug_mode` asks.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -93,7 +93,7 @@ class Device:
         self.deliver()
 
     def deliver(self) -> None:
-        """Let late copies arrive."""
+        """Complete the late copies."""
         if self.recording is not None:
             raise CudaError(f"operation not permitted when stream is capturing: synchronise at {_line()}")
         with _disable_current_modes():
@@ -120,7 +120,7 @@ class CudaTensor(torch.Tensor):
     """A tensor that says it lies on the device.
 
     Attributes:
-        content: on the CPU.
+        content: the values, on the CPU.
     """
 
     content: torch.Tensor
@@ -208,7 +208,7 @@ class CudaTensor(torch.Tensor):
 
 
 class Mode(TorchDispatchMode):
-    """Also takes operations that make a tensor on the device out of nothing, or of one in host memory."""
+    """A dispatch mode for operations that create a tensor on the device from nothing or from host memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
@@ -245,14 +245,14 @@ def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any
 
 
 def _dimensions(part: Any) -> int:
-    """Return how many dimensions a part of an index takes."""
+    """Return how many dimensions a part of an index consumes."""
     if part is None or part is Ellipsis:
         return 0
     return part.dim() if isinstance(part, torch.Tensor) and part.dtype == torch.bool else 1
 
 
 def _indexed(tensor: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Return the view that numbers and slices take, and what else indexes it, by its dimensions."""
+    """Return the view by numbers and slices, and the remaining index tensors by dimension."""
     parts = [
         torch.as_tensor(part) if isinstance(part, (list, range)) else part
         for part in (index if isinstance(index, tuple) else (index,))
@@ -305,7 +305,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _launched(func, *given, result)
     if "device" in kwargs and kwargs["device"] is not None and not _on_cuda(kwargs["device"]):
         return result
-    known = {id(tensor.content): tensor for tensor in ours}  # what an operation in place returns
+    known = {id(tensor.content): tensor for tensor in ours}  # an operation in place returns one of these
 
     def wrapped(content: torch.Tensor) -> torch.Tensor:
         return known[id(content)] if id(content) in known else CudaTensor(content)
@@ -314,7 +314,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _copied(source: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """Copy to another device or type."""
+    """Copy to another device or dtype."""
     device, waits = options.pop("device", None), not options.pop("non_blocking", False)
     options.pop("pin_memory", None)
     to_cuda = isinstance(source, CudaTensor) if device is None else _on_cuda(device)
@@ -354,7 +354,7 @@ def _copy_to_device(waits: bool) -> None:
 
 
 def _check(func: Any, args: Any, tensors: list[torch.Tensor], ours: int) -> None:
-    """Raise CudaError where devices mix that must not; count where an index makes the host wait."""
+    """Raise CudaError where an operation mixes devices wrongly. Count an index that makes the host wait."""
     name = func.__name__.split(".")[0]
     if func in _INDEXED:
         indices = [index for index in args[1] if isinstance(index, torch.Tensor)]
@@ -376,11 +376,11 @@ def _check(func: Any, args: Any, tensors: list[torch.Tensor], ours: int) -> None
 
 @dataclass(frozen=True)
 class Operation:
-    """What a graph replays.
+    """An operation that a graph replays.
 
     Attributes:
-        func: with its arguments, contents in place of tensors.
-        results: tensors that it makes, which keep their addresses.
+        func: the function; its arguments hold contents in place of tensors.
+        results: the tensors that it creates, which keep their addresses.
     """
 
     func: Callable[..., Any]
@@ -395,7 +395,7 @@ class Operation:
 
 
 def _launched(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-    """Count an operation, or record it for the graph that is being captured. Views are neither."""
+    """Count an operation, or record it for the graph that is being captured. Views are ignored."""
     if func.is_view or func.__name__.startswith(("detach", "_unsafe_view", "alias", "empty", "new_empty")):
         return
     if DEVICE.recording is None:

@@ -1,4 +1,4 @@
-"""What is drawn in a figure for print, read back from it."""
+"""The content of a figure for print, read back from the figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specdecode.bench.report.drawing import in_print
 
 
 def series(axes: Axes) -> dict[str, list[tuple[float, float]]]:
-    """What is drawn, point by point, under each label: lines, and the points of intervals."""
+    """Return the drawn points under each label: those of lines and of intervals."""
     found = {str(line.get_label()): line for line in axes.lines}
     found |= {str(container.get_label()): container[0] for container in axes.containers if container[0] in axes.lines}
     return {
@@ -23,7 +23,7 @@ def series(axes: Axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def texts(figure: Figure) -> list[Text]:
-    """All that can be read: of an axis the names of places that it reaches."""
+    """Return all visible texts. Tick labels outside an axis's range are left out."""
     unseen = {
         tick.label1
         for axes in figure.axes
@@ -36,10 +36,10 @@ def texts(figure: Figure) -> list[Text]:
 
 
 def unreadable(figure: Figure) -> list[str]:
-    """What is written over something else, or beyond the edge."""
+    """Return the texts that overlap another or are cut at the edge."""
     with in_print():
         figure.draw_without_rendering()
-        # Without the lines that lead to names.
+        # Text boxes alone, without the lines that lead to names.
         boxes = {text: Text.get_window_extent(text) for text in texts(figure)}
     page = figure.bbox.padded(1)
     over = [

@@ -1,4 +1,4 @@
-"""Runs of the quality suite of known content, and runs of speeds beside them."""
+"""Runs of the quality suite with known content, and speed runs to go with them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ SPEEDS: dict[str, tuple[float, dict[str, Any]]] = {
 
 
 def quality_run(arms: dict[str, dict[str, Any]], documents: int = 5, **header: Any) -> QualityRun:
-    """Documents of twelve tokens; each arm costs its own, a little more in each document, behind the eighth token."""
+    """Build a run over documents of twelve tokens. Each arm adds its own cost behind the eighth token, more in each
+    document.
+    """
 
     def trace(arm: str, document: int) -> Trace:
         behind = [0] * 8 + [1, 2, 3, 4] if "policy" in arms[arm] else [0] * 12

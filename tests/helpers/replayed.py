@@ -1,4 +1,4 @@
-"""What a CUDA graph does, without one."""
+"""An imitation of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 
 
 def replayed(action: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """What a CUDA graph does, without one: the action is done on the way, and then leaves each result in the place of
-    the one before."""
+    """Imitate a CUDA graph: run an action once, then on each call overwrite its results in place."""
     results = action()
 
     def again() -> tuple[torch.Tensor, ...]:

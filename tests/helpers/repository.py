@@ -1,4 +1,4 @@
-"""Git repositories that tests make."""
+"""Git repositories for tests."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from tests.helpers.root import ROOT
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Run git as somebody with a name, and return what it prints."""
+    """Run git under a test identity, and return its output."""
     identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
     done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
     return done.stdout
 
 
 def commit(folder: Path, message: str) -> str:
-    """Commit all that is in the folder, even if nothing has changed, and return the commit's short id."""
+    """Commit everything in the folder, even if nothing has changed, and return the commit's short id."""
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--allow-empty", "--message", message)
     return git(folder, "rev-parse", "--short", "HEAD").strip()
 
 
 def package_repository(folder: Path) -> str:
-    """Make a repository with this package in its one commit, and return the commit's short id."""
+    """Create a repository with this package in one commit, and return the commit's short id."""
     for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
         if not name.startswith(("baselines/", "docs/")) and (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -34,17 +34,17 @@ def package_repository(folder: Path) -> str:
 
 
 def edit(file: Path, before: str, after: str) -> None:
-    """Replace what stands in a file once."""
+    """Replace a text that stands in a file exactly once."""
     text = file.read_text()
     assert text.count(before) == 1, before
     file.write_text(text.replace(before, after))
 
 
 def slow_down_verification(folder: Path) -> None:
-    """Let every verification in a repository of this package take 30 ms longer: many times what it takes.
+    """Delay every verification in a repository of this package by 30 ms, many times its own duration.
 
-    It waits by the clock, as other work on the machine does not change that, and busily, as a run that sleeps looks
-    like one that was disturbed.
+    The delay waits by the clock: other work on the machine does not change that. It waits busily: a run that sleeps
+    looks like a disturbed one.
     """
     verify = "            logits = target.forward_tree(sequence.slots, sequence.pending, tree)\n"
     wait = "            while time.perf_counter() - done_at < 0.03:\n                pass\n"

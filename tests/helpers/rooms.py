@@ -1,6 +1,6 @@
-"""The rooms of the package: folders, and modules that stand alone.
+"""The rooms of the package: folders, and single modules.
 
-A room imports only from those above it in the list, and the modules of a folder from each other.
+A room imports only from rooms above it in the list. Modules of one folder may import each other.
 """
 
 from __future__ import annotations

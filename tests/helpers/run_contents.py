@@ -1,13 +1,14 @@
-"""The content of a run file whose arms have speedups that a test sets."""
+"""The content of a run file with speedups that a test sets."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
-from specdecode.bench.runs.file import run_json
+from specdecode.bench.runs.file import parse, run_json
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 
 PROMPTS = ("text/0", "text/1", "prose/0")
@@ -24,7 +25,9 @@ def run_content(
     date: str = "2026-01-02",
     **of_all: Any,
 ) -> dict[str, Any]:
-    """A run file in which each arm has about one speedup; all but `ar` and transformers' arms draft three tokens."""
+    """Return a run file in which each arm has about one speedup. All but `ar` and transformers' arms draft three
+    tokens.
+    """
     identity = Identity(hardware, "t", "d", "float32", "quick")
     versions: dict[str, str | int] = {"torch": "2", "threads": 2}
     around = {"before": {"load average": "0.1"}, "after": {"load average": "0.9"}}
@@ -55,3 +58,14 @@ def run_content(
         "specdecode": {**run_json(run), "reason": reason},
         "benchmarks": [],
     }
+
+
+def scored_run(speedups: dict[str, float]) -> RunFile:
+    """Return a run as read back from its file, with scores of the outputs. `lookup` is lossy."""
+    content = run_content(speedups)
+    for arm, record in content["specdecode"]["arms"].items():
+        record["lossy"] = arm == "lookup"
+        for row in record["rows"].values():
+            row["counts"] |= {"nll": 20.0, "ngrams": 37, "repeated": 1, "agreed": 30}
+            row["counts"] |= {"peak_cache_bytes": 10e6, "grown_bytes": 2e6, "compressions": 1}
+    return parse(json.dumps(content), Path("run.json"))

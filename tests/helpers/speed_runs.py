@@ -1,4 +1,4 @@
-"""Runs of speeds of known content, as they come back from their files."""
+"""Speed runs with known content, as read back from their files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPEEDUPS = dict(zip(ARMS, (1.0, 1.02, 1.01, 1.5, 1.7, 1.9, 1.8, 1.4, 1.65, 1.2, 
 
 
 def sweep_row(arm: str, options: dict[str, Any], length: int, place: int) -> Row:
-    """One arm on one prompt: sizes and speeds that differ by arm, length and prompt, all known."""
+    """Return the row of one arm on one prompt: sizes and speeds that differ by arm, length and prompt, all known."""
     log = math.log(SPEEDUPS.get(arm, 1.5)) + (0.04 * place if arm != "ar" else 0.0)
     total = length * math.exp(-log) * (1 + 0.1 * place)
     peer, k, cache_ = "peer" in options, options.get("k", 0), options.get("cache", 0)
@@ -65,7 +65,7 @@ def sweep_row(arm: str, options: dict[str, Any], length: int, place: int) -> Row
 
 
 def sweep(arms: dict[str, dict[str, Any]], prompts: tuple[str, ...] = PROMPTS, **header: Any) -> RunFile:
-    """A run as it comes back from its file."""
+    """Return a run as read back from its file."""
     records = {}
     for arm, options in arms.items():
         rows = {length: {p: sweep_row(arm, options, length, i) for i, p in enumerate(prompts)} for length in LENGTHS}
@@ -115,7 +115,7 @@ def speed_arm(
     prompts: int = 8,
     **of_all: Any,
 ) -> ArmRecord:
-    """One arm on texts of which some loop. Its speed on them is one, give or take a scatter, or one for each."""
+    """Return one arm on texts of which some loop. Its speed is one number with scatter, or one number for each text."""
     speeds = [speed] * prompts if isinstance(speed, float) else speed
     noise = np.random.default_rng(list(json.dumps(options).encode())).normal(0.0, scatter, len(speeds))
     drafting = "drafter" in options
@@ -138,7 +138,7 @@ def speed_arm(
 def speed_run(
     floor: float = 0.01, identity: tuple[str, ...] = ("abacus", "t", "d", "float32"), **arms: ArmRecord
 ) -> RunFile:
-    """A run as it comes back from its file; names of arms with underscores in place of dashes."""
+    """Return a run as read back from its file. Underscores in arm names become dashes."""
     named = {"ar": arms.pop("ar", speed_arm(1.0, {}))} | {
         name.replace("_", "-"): record for name, record in arms.items()
     }
@@ -148,7 +148,7 @@ def speed_run(
 
 
 def run_of_results(results: Results, max_new_tokens: int) -> RunFile:
-    """Return the results of an experiment as they come back from the file."""
+    """Return the results of an experiment as read back from the file."""
     identity = Identity("abacus", "t", "d", "float32", "quick")
     header = Header(identity, max_new_tokens, results.outputs(), results.floor, baseline=results.baseline)
     return read_back(RunFile(Path(), header, results.records()))

@@ -1,4 +1,4 @@
-"""Tokenizers that cut the same text differently."""
+"""Tokenizers that split the same text differently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHARACTERS = ["\0", *sorted(set(string.printable) - set("\r\t\x0b\x0c"))]
 
 
 def characters(texts: list[str] = CHARACTERS) -> PreTrainedTokenizerFast:
-    """One token a character; the first stands for those that are not known."""
+    """Return a tokenizer with one token for each character. The first token stands for unknown characters."""
     fast = Tokenizer(models.WordLevel({text: i for i, text in enumerate(texts)}, unk_token=texts[0]))
     fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast.decoder = decoders.Fuse()
@@ -19,7 +19,13 @@ def characters(texts: list[str] = CHARACTERS) -> PreTrainedTokenizerFast:
 
 
 def byte_pairs(text: str, size: int = 320, special: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
-    """Bytes, and the pairs of them that are frequent in a text, as GPT-2 cuts it; special tokens by their role."""
+    """Return a tokenizer of bytes and the frequent pairs of bytes in a text, as GPT-2 splits it.
+
+    Args:
+        text: the training text.
+        size: the size of the vocabulary.
+        special: special tokens by their role.
+    """
     special = special or {}
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,8 +41,11 @@ def byte_pairs(text: str, size: int = 320, special: dict[str, str] | None = None
 
 
 def pieces(words: list[str]) -> PreTrainedTokenizerFast:
-    """Letters, some words, and bytes for the rest, as Llama 2 cuts a text: a space belongs to the word after it, the
-    first word gets one, and a text begins with <s>. Two ends of lines are one token."""
+    """Return a tokenizer of letters, some words, and bytes for the rest, as Llama 2 splits a text.
+
+    A space belongs to the word after it, the first word gets one, and a text begins with <s>. Two line ends are one
+    token.
+    """
     marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n"]
     merges = [("\n", "\n")]
     for word in words:
@@ -60,8 +69,11 @@ def pieces(words: list[str]) -> PreTrainedTokenizerFast:
 
 
 def words(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Words and letters, as T5 cuts a text: what has no token is <unk>, as there are no bytes to fall back to; a space
-    belongs to the word after it, and the first word gets one."""
+    """Return a tokenizer of words and letters, as T5 splits a text.
+
+    A text without a token is <unk>, as there are no bytes to fall back to. A space belongs to the word after it, and
+    the first word gets one.
+    """
     known = dict.fromkeys(["<unk>", "</s>", *texts, *string.ascii_lowercase])
     fast = Tokenizer(models.Unigram([(text, -float(i)) for i, text in enumerate(known)], unk_id=0))
     fast.pre_tokenizer = pre_tokenizers.Metaspace()

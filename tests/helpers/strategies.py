@@ -1,4 +1,4 @@
-"""What Hypothesis draws from."""
+"""Hypothesis strategies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.discovery import CONTROLLERS
 
 @st.composite
 def trees(draw: st.DrawFn, max_nodes: int = 12, tokens: int = 5, min_nodes: int = 0) -> DraftTree:
-    """Any tree: parents are arbitrary earlier nodes, and siblings may propose the same token."""
+    """Draw any tree: parents are arbitrary earlier nodes, and siblings may propose the same token."""
     size = draw(st.integers(min_nodes, max_nodes))
     parents = [draw(st.integers(0, node)) for node in range(size)]
     proposed = [draw(st.integers(0, tokens - 1)) for _ in range(size)]
@@ -25,7 +25,7 @@ def trees(draw: st.DrawFn, max_nodes: int = 12, tokens: int = 5, min_nodes: int 
 
 @dataclass
 class Moody:
-    """Any limit after any other, none at all among them."""
+    """A controller with any limit after any other, zero included."""
 
     limits: list[Limit]
     steps: int = 0
@@ -38,7 +38,7 @@ class Moody:
 
 
 def controllers() -> st.SearchStrategy[Callable[[], Controller]]:
-    """What makes controllers of every kind, and some with limits that no other would think of."""
+    """Return factories of every kind of controller, and of some with unusual limits."""
     limits = st.builds(Limit, st.integers(0, 9), st.integers(1, 64))
     return st.one_of(
         st.builds(partial, st.just(FixedK), st.integers(1, 9)),

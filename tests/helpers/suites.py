@@ -1,4 +1,4 @@
-"""pytest with the package's suites, run in a process of its own."""
+"""Runs of the package's suites under pytest, in processes of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.helpers.root import ROOT
 
-# Where the package is installed, pytest finds the plugin by itself, and takes no second one.
+# Where the package is installed, pytest finds the plugin by itself and refuses a second one.
 _INSTALLED = any(entry.name == "specdecode" for entry in entry_points(group="pytest11"))
 ELSEWHERE = ("--benchmark",) if _INSTALLED else ("-p", "specdecode.bench.plugin", "--benchmark")
 """Arguments that start the speed suite in a folder that is not this repository's."""
@@ -51,7 +51,7 @@ for line in sys.stdin:
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    """Start a process that has imported PyTorch, of which each session is a fork: importing takes longer than most."""
+    """Start a process that has imported PyTorch and forks each session: the import takes longer than most sessions."""
     process = subprocess.Popen(
         [sys.executable, "-c", _SERVER],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
@@ -60,7 +60,7 @@ def _server() -> subprocess.Popen[str]:
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    atexit.register(process.communicate)  # its input ends, and so does it
+    atexit.register(process.communicate)  # closes its input, which ends it
     return process
 
 
@@ -71,15 +71,15 @@ def run_pytest(
 
     Args:
         arguments: of pytest.
-        cwd: where it starts.
-        alone: in an interpreter of its own, as what it imports matters; else in a fork of one that has imported PyTorch
-            and this package.
-        environment: further variables.
+        cwd: the folder to start in.
+        alone: use an interpreter of its own, for sessions whose imports matter. Otherwise fork a process that has
+            imported PyTorch and this package.
+        environment: further environment variables.
     """
     command = ["-p", "no:cacheprovider", *arguments]
-    if "--benchmark" in arguments:  # other tests run beside, and each session would take twice as long
+    if "--benchmark" in arguments:  # other tests run at once, and repeats would double each session
         command.append("--specdecode-again=0")
-    # The model is so small that a second thread only costs.
+    # The model is so small that a second thread only costs time.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     if alone or (cwd != ROOT and (cwd / "specdecode").exists()):
         command = [sys.executable, "-m", "pytest", *command]
@@ -89,7 +89,7 @@ def run_pytest(
         server = _server()
         assert server.stdin is not None
         assert server.stdout is not None
-        # PyTorch brings modules that pytest would rewrite.
+        # PyTorch has already imported modules that pytest would rewrite.
         command += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
         server.stdin.write(json.dumps([command, str(cwd), variables, str(out), str(err)]) + "\n")
         server.stdin.flush()
@@ -98,6 +98,6 @@ def run_pytest(
 
 
 def run_pytest_in_turn(*commands: Sequence[str], cwd: Path = ROOT) -> list[tuple[int, str]]:
-    """Return the exit code and the output of several sessions, one after the other."""
+    """Return the exit code and the output of several sessions, run one after the other."""
     sessions = [run_pytest(*command, cwd=cwd) for command in commands]
     return [(session.returncode, session.stdout + session.stderr) for session in sessions]

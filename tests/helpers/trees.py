@@ -1,4 +1,4 @@
-"""What is in a draft tree."""
+"""The content of a draft tree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from specdecode import DraftTree
 
 
 def paths(tree: DraftTree) -> list[list[int]]:
-    """The tokens from the root to each node."""
+    """Return the tokens from the root to each node."""
     found: list[list[int]] = [[]]
     for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
         found.append([*found[parent], token])

@@ -1,4 +1,4 @@
-"""The type checker that jaxtyping's import hook puts on the package while it is tested."""
+"""The type checker that jaxtyping's import hook applies to the package under test."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 
 FIRST_CALLS, EVERY = 20, 25
-"""Of a function the first calls in a test are checked, and then one of so many: to check all takes as long as what is
-tested."""
+"""The first calls of a function in a test are checked, and then every so many. To check all would double a test's time.
+"""
 
 calls: Counter[CodeType] = Counter()
-"""Of each function, in the present test. (A function itself might hold what a test waits to see released.)"""
+"""The calls of each function in the present test, by its code: a function itself might keep alive an object that a test
+expects to be released.
+"""
 
 _every_call = jaxtyping.jaxtyped
 
-# An int will do for a float, as it does for mypy.
+# An int is accepted for a float, as in mypy.
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def typechecker(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check every argument and result, those declared by a protocol too: only here need that be possible at runtime."""
+    """Check every argument and result. Protocols are made checkable at runtime, which only tests need."""
     for hint in getattr(function, "__annotations__", {}).values():
         _make_checkable(hint)
     return _checked(function)
@@ -39,7 +41,7 @@ def _make_checkable(hint: Any) -> None:
 
 
 def some_calls(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Decorate as `jaxtyping.jaxtyped` does, but check some calls of a function in each test, not all."""
+    """Decorate as `jaxtyping.jaxtyped` does, but check only some calls of a function in each test."""
 
     def decorate(checkable: Any) -> Any:
         checked = _every_call(checkable, typechecker=typechecker)

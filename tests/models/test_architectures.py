@@ -1,4 +1,4 @@
-"""The table of architectures is true, and whole."""
+"""The table of architectures is true and complete."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ INSTALLED = f"transformers {transformers.__version__}"
 OF_INSTALLED = f" {INSTALLED}:" in TEXT
 
 
-# Shapes are not what this is about, and checking them takes half of the time.
+# Other tests check shapes, and checking them here takes half of the time.
 @pytest.mark.usefixtures("unchecked")
-# An older transformers imports the code of GPT-BigCode so.
+# An older transformers uses it to import the code of GPT-BigCode.
 @pytest.mark.filterwarnings("default:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_what_its_row_says(family: str) -> None:
-    """Guards against a wrong token in an architecture that no other test looks at, and against a table that was true
-    once. With another transformers a family may be refused that the table serves, or served; it may not be wrong."""
+    """Guards against a wrong token in an architecture that no other test covers, and against an outdated table.
+
+    Another version of transformers may serve a family that the table refuses, or refuse one that it serves. It may not
+    decode wrongly.
+    """
     if model_type(family) not in CONFIG_MAPPING:
         pytest.skip(f"{INSTALLED} does not have the family")
     line = row(family)
@@ -31,7 +34,7 @@ def test_a_family_is_what_its_row_says(family: str) -> None:
 
 @pytest.mark.skipif(not OF_INSTALLED, reason=f"the table is not of {INSTALLED}")
 def test_the_table_is_whole() -> None:
-    """Guards against a family that is neither in the table nor said to be left out, and a page edited by hand."""
+    """Guards against a family that is neither in the table nor listed as left out, and a page edited by hand."""
     named = {model_type(family) for family in FAMILIES}
     left_out = {name for names in LEFT_OUT.values() for name in names}
     assert named.isdisjoint(left_out)

@@ -35,7 +35,7 @@ def target() -> LM:
 
 
 def test_the_embedded_model_knows_something(target: LM) -> None:
-    """Guards against weights that were dequantised in another order: they load, and say nothing."""
+    """Guards against weights dequantised in the wrong order: they load, and the text is nonsense."""
     assert target.tokenizer is not None
     text = target.tokenizer.decode(generate(target, target.encode(TEXT), max_new_tokens=4).tokens)
     assert text.startswith(" Berlin.")
@@ -43,7 +43,7 @@ def test_the_embedded_model_knows_something(target: LM) -> None:
 
 @pytest.mark.parametrize("name", ["none", "lookup", "chain", "static", "best-first", "head", "head-tree", "cascade"])
 def test_real_weights_decode_to_transformers_own_tokens(target: LM, name: str) -> None:
-    """Guards against what tiny models do not have: a real vocabulary, and drafts that are mostly right."""
+    """Guards against wrong tokens with a real vocabulary and drafts that are mostly right, which tiny models lack."""
     draft, head = load(EMBEDDED_DRAFT, target=target), load_head(EMBEDDED, target)
     drafters: dict[str, Drafter] = {
         "none": NoDraft(),
@@ -58,15 +58,16 @@ def test_real_weights_decode_to_transformers_own_tokens(target: LM, name: str) -
     prompt = target.encode(TEXT)
     result = generate(target, prompt, drafter=drafters[name], max_new_tokens=32)
     expected = continuation(target.model, prompt, 32)
-    # In float32 a tie is decided by rounding, which is not an error; anything else is.
+    # In float32, rounding may decide a tie. Any other difference is an error.
     assert classify(target, prompt, expected, result.tokens) in ("equal", "tie")
     assert (result.accepted > 0) == (name != "none")
 
 
 @pytest.mark.parametrize("spelling", ["characters", "byte-pairs"])
 def test_a_draft_of_another_vocabulary_finds_the_real_tokens(target: LM, spelling: str) -> None:
-    """Guards against a translation that is right for small vocabularies alone: the draft knows the text that will be
-    written, so what is rejected was translated otherwise than the target writes."""
+    """Guards against a translation that is right only for small vocabularies. The draft knows the coming text, so each
+    rejected token was translated differently from the target's text.
+    """
     assert target.tokenizer is not None
     prompt = target.encode(TEXT)
     expected = continuation(target.model, prompt, 32)
@@ -78,8 +79,9 @@ def test_a_draft_of_another_vocabulary_finds_the_real_tokens(target: LM, spellin
 
 
 def test_a_trained_head_comes_with_the_embedded_model(target: LM) -> None:
-    """Guards against a package without its head, one of another training than its card's, and one that was not
-    trained."""
+    """Guards against a package without its head, with a head of another training than its card's, or with an untrained
+    one.
+    """
     file = shipped_head(EMBEDDED)
     assert file is not None
     assert file.stat().st_size < 16e6

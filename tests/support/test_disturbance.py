@@ -1,4 +1,4 @@
-"""What other work takes from the processors."""
+"""The share of the processors that other work takes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Machine:
     """A machine whose clocks stand still until they are set.
 
     Attributes:
-        everyone, own, seconds: what the system tells of all processors and of this process, and the time.
+        everyone, own, seconds: the times of all processors, those of this process, and the clock.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, processors: int = 2) -> None:
@@ -50,16 +50,16 @@ class Machine:
     ("everyone", "own", "share"),
     [
         (Everyone(2, 0, 0, 0, 0, 0, 0), Own(2, 0, 0, 0, 0), 0.0),  # its own work
-        (Everyone(1, 0, 1, 0, 0, 0, 0), Own(0.5, 0.5, 0.5, 0.5, 0), 0.0),  # that of programs that it started
-        (Everyone(2, 0, 0, 0, 0, 0, 0), Own(1, 0, 0, 0, 0), 0.5),  # another program's
-        (Everyone(1, 0, 0, 0, 0, 1, 0), Own(1, 0, 0, 0, 0), 0.5),  # another machine's
-        (Everyone(1, 0, 0, 1, 0, 0, 0), Own(1, 0, 0, 0, 0), 0.0),  # nobody's
-        (Everyone(1, 0, 0, 0, 1, 0, 0), Own(1, 0, 0, 0, 0), 0.0),  # nobody's, who waits for a disk
-        (Everyone(2, 0, 0, 0, 0, 0, 1), Own(1, 0, 0, 0, 0), 0.5),  # a guest's, which is in "user" too
+        (Everyone(1, 0, 1, 0, 0, 0, 0), Own(0.5, 0.5, 0.5, 0.5, 0), 0.0),  # work of programs that it started
+        (Everyone(2, 0, 0, 0, 0, 0, 0), Own(1, 0, 0, 0, 0), 0.5),  # another program's work
+        (Everyone(1, 0, 0, 0, 0, 1, 0), Own(1, 0, 0, 0, 0), 0.5),  # another virtual machine's work
+        (Everyone(1, 0, 0, 1, 0, 0, 0), Own(1, 0, 0, 0, 0), 0.0),  # idle
+        (Everyone(1, 0, 0, 0, 1, 0, 0), Own(1, 0, 0, 0, 0), 0.0),  # idle, waiting for a disk
+        (Everyone(2, 0, 0, 0, 0, 0, 1), Own(1, 0, 0, 0, 0), 0.5),  # work of a guest, which "user" includes too
     ],
 )  # fmt: skip
 def test_the_share_of_others(monkeypatch: pytest.MonkeyPatch, everyone: Everyone, own: Own, share: float) -> None:
-    """Guards against own work, or none, taken for a disturbance."""
+    """Guards against own work, or idle time, counted as a disturbance."""
     machine = Machine(monkeypatch)
     taken = watch()
     machine.everyone, machine.own, machine.seconds = everyone, own, 1.0
@@ -67,7 +67,7 @@ def test_the_share_of_others(monkeypatch: pytest.MonkeyPatch, everyone: Everyone
 
 
 def test_a_quota_disturbs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Guards against a container that is stopped in silence."""
+    """Guards against a container that is throttled without a warning."""
     machine = Machine(monkeypatch)
     counts = tmp_path / "cpu.stat"
     counts.write_text("usage_usec 5\nthrottled_usec 1000000\n")
@@ -79,7 +79,7 @@ def test_a_quota_disturbs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a machine that tells nothing taken for a quiet one."""
+    """Guards against a machine that reports nothing treated as a quiet one."""
     monkeypatch.setattr(psutil, "cpu_times", lambda: (_ for _ in ()).throw(psutil.AccessDenied()))
     assert watch()() is None
     monkeypatch.setattr(disturbance, "psutil", None)
@@ -87,9 +87,11 @@ def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_that_is_held_down_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against clocks that fell in a run and not in that which it is compared with. The driver is a stand-in."""
+    """Guards against a false comparison where the GPU's clocks fell in only one of the runs. The driver is a
+    stand-in.
+    """
     machine = Machine(monkeypatch)
-    violations = iter([0, 3 * 10**8, 0, 4 * 10**8])  # of heat and of power, before and after
+    violations = iter([0, 3 * 10**8, 0, 4 * 10**8])  # by heat and by power, before and after
 
     class Gpu:
         violationTime = property(lambda self: next(violations))
@@ -108,8 +110,8 @@ def test_a_gpu_that_is_held_down_is_disturbed(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("child", [True, False], ids=["a child", "another process"])
 def test_a_process_that_works_for_this_one_is_no_other(child: bool) -> None:
-    """Guards against workers that disturb themselves. Here the system is asked for real."""
-    # A process whose parent has ended is nobody's child.
+    """Guards against workers whose own work counts as a disturbance. This test reads the real system."""
+    # A process is no longer a child once its parent has ended.
     command = [sys.executable, "-c", _SPIN] if child else ["sh", "-c", _ORPHAN, sys.executable, _SPIN]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -123,5 +125,5 @@ def test_a_process_that_works_for_this_one_is_no_other(child: bool) -> None:
         process.communicate(b"\n")
     assert taken is not None
     assert of_worker is not None
-    # Half of the processors, or a quarter where others are busy, is what the process takes.
+    # The process takes half of the processors, or a quarter where others are busy.
     assert taken == pytest.approx(of_worker, abs=0.1) if child else taken > of_worker + 0.1

@@ -24,7 +24,7 @@ def warned(**told: str) -> list[str]:
 
 
 def test_a_throttled_or_shared_gpu_is_told() -> None:
-    """Guards against a slowdown blamed on the code, when the GPU was hot or somebody else's too."""
+    """Guards against a slowdown blamed on the code although the GPU was throttled or shared."""
     assert warned() == []
     assert warned(**{"clocks_throttle_reasons.active": "0x0000000000000001"}) == []
     assert warned(**{"clocks_throttle_reasons.active": "[N/A]"}) == []
@@ -35,10 +35,10 @@ def test_a_throttled_or_shared_gpu_is_told() -> None:
 
 
 class Driver:
-    """Stands for pynvml with one GPU.
+    """A stand-in for pynvml with one GPU.
 
     Args:
-        failing: names of functions that the driver or the GPU does not serve.
+        failing: names of functions that the driver or the GPU does not support.
     """
 
     NVMLError, NVMLLibraryMismatchError = pynvml.NVMLError, pynvml.NVMLLibraryMismatchError
@@ -80,7 +80,7 @@ class Driver:
 
 
 def conditions_with(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> dict[str, str]:
-    """The conditions of the GPU "1234", but for the load of the processor."""
+    """Return the conditions of the GPU "1234", without the load of the processor."""
     monkeypatch.setattr("specdecode.support.environment.pynvml", driver)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
     found = conditions(torch.device("cuda"))
@@ -90,7 +90,9 @@ def conditions_with(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> dict[str
 
 
 def test_the_gpus_state_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against values that change places or units, another GPU's state, and sessions that are left open."""
+    """Guards against values that are swapped or in other units, another GPU's state, and sessions that are left
+    open.
+    """
     found = conditions_with(monkeypatch, Driver())
     assert found == {
         "clocks.sm": "1755 MHz",
@@ -104,7 +106,7 @@ def test_the_gpus_state_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_driver_that_does_not_answer_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against minutes of measuring that a missing driver, or a GPU that does not tell its power, throws away."""
+    """Guards against minutes of measuring lost to a missing driver, or to a GPU that does not report its power."""
     assert conditions_with(monkeypatch, Driver("nvmlInit")) == {}
     assert conditions_with(monkeypatch, Driver("nvmlDeviceGetHandleByUUID")) == {}
     found = conditions_with(monkeypatch, Driver("nvmlDeviceGetPowerUsage", "nvmlDeviceGetComputeRunningProcesses"))
@@ -114,7 +116,7 @@ def test_a_driver_that_does_not_answer_ends_no_run(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against versions that lack the driver's, or the run where it does not tell."""
+    """Guards against versions without the driver's, and a run that fails where the driver does not report it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr("specdecode.support.environment.pynvml", Driver())
@@ -124,7 +126,7 @@ def test_the_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_machine_is_described() -> None:
-    """Guards against a baseline of another name each time, and against a GPU asked for where there is none."""
+    """Guards against a baseline with another name each time, and against asking for a GPU where there is none."""
     assert conditions(torch.device("cpu")).keys() == {"load average"}
     assert environment()["threads"] == torch.get_num_threads()
     assert hardware(torch.device("cpu")) == slug(f"{cpu_name()} {torch.get_num_threads()} threads")
@@ -145,7 +147,9 @@ def test_reads_of_tensors_are_counted() -> None:
 
 
 def test_a_gpu_tells_itself_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against waits that no list of functions has, and other warnings that are lost. The GPU is a stand-in."""
+    """Guards against waits in functions that are not listed, and other warnings that are lost. The GPU is a
+    stand-in.
+    """
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 
@@ -154,7 +158,7 @@ def test_a_gpu_tells_itself_where_it_is_waited_for(monkeypatch: pytest.MonkeyPat
             for _ in range(3):
                 warnings.warn("called a synchronizing CUDA operation (Triggered internally)", UserWarning, stacklevel=1)
             warnings.warn("another", UserWarning, stacklevel=1)
-            torch.arange(4).tolist()  # it is in host memory already
+            torch.arange(4).tolist()  # already in host memory
         return counted
 
     with pytest.warns(UserWarning, match="^another$") as others:
@@ -164,7 +168,7 @@ def test_a_gpu_tells_itself_where_it_is_waited_for(monkeypatch: pytest.MonkeyPat
 
 
 def test_peak_memory_is_the_most_that_was_held_at_once(capfd: pytest.CaptureFixture[str]) -> None:
-    """Guards against a sum of all allocations, and against a profiler that talks."""
+    """Guards against a sum of all allocations reported as the peak, and against a profiler that prints."""
     with peak_memory(torch.device("cpu")) as peak:
         for _ in range(5):
             torch.empty(1_000_000, dtype=torch.uint8)
@@ -175,7 +179,7 @@ def test_peak_memory_is_the_most_that_was_held_at_once(capfd: pytest.CaptureFixt
 
 
 def test_the_roofline_counts_what_a_forward_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an embedding counted as read whole, or a tied one forgotten."""
+    """Guards against counting all rows of an embedding, or leaving out a tied one."""
     monkeypatch.setattr("specdecode.bench.measure.bandwidth.copy_bandwidth", lambda device: 1e9)
     for ties in (True, False):
         target = LM(build(ARCHITECTURES["llama"] | {"tie_word_embeddings": ties}))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WRITES = 300
 
 
 def _write_and_read(file: Path, letter: str) -> list[str]:
-    """Write one letter many times, and read the file after each write; what went wrong."""
+    """Write one letter many times, and read the file after each write. Return the faults."""
     faults = []
     for _ in range(_WRITES):
         try:
@@ -32,7 +32,7 @@ def _write_and_read(file: Path, letter: str) -> list[str]:
 
 
 def test_two_processes_write_the_same_file(tmp_path: Path) -> None:
-    """Guards against one temporary name for all processes: the one would rename what the other still writes."""
+    """Guards against one temporary name for all processes: one would rename a file that another still writes."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         faults = pool.starmap(_write_and_read, [(tmp_path / "run.json", letter) for letter in "ab"], chunksize=1)
     assert faults == [[], []]
@@ -40,7 +40,7 @@ def test_two_processes_write_the_same_file(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    """Guards against half a file, and against temporary files that pile up."""
+    """Guards against half a file, and against temporary files that accumulate."""
     file = tmp_path / "made" / "run.json"
     write_whole(file, "before")
 
@@ -56,7 +56,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -> None:
-    """Guards against a traceback, a reason that says nothing of what is in the way, and a check that is blind to it."""
+    """Guards against a traceback, a message that does not name the obstacle, and a check that misses it."""
     in_the_way, made = tmp_path / "results", tmp_path / "made" / "run.json"
     in_the_way.write_text("no folder")
     for file, reason in (
@@ -74,8 +74,8 @@ def test_what_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -> None:
 
 
 def _write_on_a_full_disk(file: Path) -> list[str]:
-    """Write a file of two blocks where only one finds room; what is said of it."""
-    # The limit of a file's size stands in for a disk that is full: nobody can be asked for one.
+    """Write a file of two blocks where only one fits. Return the messages."""
+    # A limit on a file's size stands in for a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     said = []
     for write in (partial(write_whole, content="x" * 8192), check_writable):
@@ -93,7 +93,7 @@ def _write_on_a_full_disk(file: Path) -> list[str]:
 
 
 def test_a_full_disk_is_told_and_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    """Guards against half a run file, a traceback, and a check that an empty file passes."""
+    """Guards against half a run file, a traceback, and a check that passes because an empty file fits."""
     file = tmp_path / "run.json"
     file.write_text("before")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_and_leaves_the_file_as_it_was(tmp_path: Path) -> No
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    """Guards against a file in the place of a link, and what it points to left as it was."""
+    """Guards against a link that is replaced by a file while its target stays unchanged."""
     link, file = tmp_path / "latest.json", tmp_path / "runs" / "today.json"
     link.symlink_to(file)
     check_writable(link)
@@ -116,7 +116,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
-    """Guards against /dev/stdout or /dev/null that becomes a file, for those who may write there."""
+    """Guards against /dev/stdout or /dev/null replaced by a file, where the user has write access there."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     check_writable(pipe)

@@ -46,7 +46,7 @@ class Outer(Inner):
 
 
 def test_fields_and_docstrings_become_a_schema() -> None:
-    """Guards against keys whose kind, meaning or bounds are lost on the way."""
+    """Guards against keys that lose their type, description or bounds."""
     definitions = Definitions({Outer: Form(keys={"inner": "content"}, nullable=("one",), bounds={"one": (1, 5)})})
     schema = definitions.object(Outer)
     assert schema["description"] == "Outside, told in two lines."
@@ -65,11 +65,11 @@ def test_nested_fields_may_lie_flat() -> None:
     """Guards against keys in another place than in the file."""
     schema = Definitions({Outer: Form(flat=True)}).object(Outer)
     assert list(schema["properties"]) == ["size", "one", "other", "by_length", "anything"]
-    assert schema["required"] == ["size"]  # what is not known is left out
+    assert schema["required"] == ["size"]  # unknown values are left out of the file
 
 
 def test_a_field_without_a_meaning_has_no_schema() -> None:
-    """Guards against a key that is added to a file and explained nowhere."""
+    """Guards against a key that is added to a file without a description."""
 
     @dataclass
     class Untold:
@@ -82,7 +82,7 @@ def test_a_field_without_a_meaning_has_no_schema() -> None:
 
 
 def test_titles_are_words() -> None:
-    """Guards against titles that only say the key again."""
+    """Guards against titles that only repeat the key."""
     assert title("peak_cache_bytes") == "Peak cache bytes"
     assert title("ArmRecord") == "Arm record"
 
@@ -91,5 +91,5 @@ def test_titles_are_words() -> None:
 @example("intel-r-xeon-r-processor-2-threads")
 @example("quick.tiny")
 def test_the_pattern_is_that_of_slugs(text: str) -> None:
-    """Guards against names that the schema takes and the reader refuses."""
+    """Guards against names that the schema accepts and the reader refuses."""
     assert (re.fullmatch(SLUG, text) is not None) == (slug(text) == text)

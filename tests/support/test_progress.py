@@ -1,4 +1,4 @@
-"""What is told of long work in a log."""
+"""The progress of long work, as shown in a log."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from specdecode.support import progress
 def test_what_is_left_is_told_by_the_work_at_hand(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against an estimate that takes what was there already for work of no time, and one kind of work for
-    another."""
+    """Guards against a wrong estimate of the remaining time that counts earlier pieces as work of no time, or mixes two
+    kinds of work.
+    """
     now = 1000.0
     monkeypatch.setattr("specdecode.support.progress.time.monotonic", lambda: now)
     with progress.progress("shards") as tell:

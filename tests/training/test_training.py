@@ -1,4 +1,4 @@
-"""Training a draft head: what it sees, what it learns, and that a kill costs nothing."""
+"""Training a draft head: its data, its progress, and its resumption after a kill."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAYERS = (0, 2, 3)
 
 @pytest.fixture
 def books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set whose documents are told apart by their one letter."""
+    """Write a data set whose documents each consist of one letter."""
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [json.dumps({"text": letter * 900}) for letter in string.ascii_lowercase[:12]]
@@ -49,7 +49,7 @@ def books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def target() -> LM:
-    """It knows two sentences, so that there is something to foresee in what it writes."""
+    """Train a target that knows two sentences, so that its output is predictable."""
     return learnt(
         characters(), "The quick brown fox jumps over the lazy dog. " * 2, "Pack my box with five dozen jugs! " * 2
     )
@@ -69,8 +69,10 @@ def trained(target: LM, shards: list[Path], checkpoint: Path, settings: Training
 def one_by_one(
     head: Eagle3Head, target: LM, rows: torch.Tensor, text: torch.Tensor, states: torch.Tensor, real: int, own: int
 ) -> torch.Tensor:
-    """The distribution behind a text of which the first `real` tokens are read with the target's states, and `own`
-    more with the head's own states: as a drafter reads it."""
+    """Return the distribution behind a text, read as a drafter does.
+
+    The first `real` tokens are read with the target's states, and `own` more with the head's own states.
+    """
     slots = Slots(1, target.device)
     embedded = target.model.get_input_embeddings()(text)
     state = head.fused(states[: real - 1])
@@ -89,8 +91,7 @@ def one_by_one(
 
 @pytest.mark.parametrize("proposed", [60, 1])
 def test_a_head_is_trained_as_it_drafts(proposed: int, unchecked: None) -> None:
-    """Guards against an attention, a position or a hidden state that lies one token off from where it is in
-    drafting."""
+    """Guards against an attention, a position or a hidden state that is one token off between training and drafting."""
     target = lm("llama")
     tokens = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[:proposed].sort().values
     text = torch.randint(target.vocab_size, (9,), generator=torch.Generator().manual_seed(1))
@@ -120,7 +121,7 @@ def test_a_head_is_trained_as_it_drafts(proposed: int, unchecked: None) -> None:
 
 
 def test_the_loss_falls_the_way_its_derivative_says() -> None:
-    """Guards against a derivative written by hand that is another function's."""
+    """Guards against a hand-written derivative of another function."""
     mixer = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 11, dtype=torch.float64, generator=mixer, requires_grad=True)
     wanted = torch.stack([torch.randperm(11, generator=mixer)[:5] for _ in range(12)]).view(3, 4, 5)
@@ -131,16 +132,18 @@ def test_the_loss_falls_the_way_its_derivative_says() -> None:
 
 @pytest.mark.parametrize(("name", "fits"), [("llama", True), ("gpt-neox", False), ("gpt-2", False)])
 def test_a_head_begins_as_the_last_layer(name: str, fits: bool) -> None:
-    """Guards against steps spent on what the target knows, and against architectures for which no head can begin."""
+    """Guards against training steps wasted on the target's own knowledge, and against architectures without an initial
+    head.
+    """
     target = lm(name)
     head = initial_head(target, LAYERS, torch.arange(50), torch.arange(20))
     own = [value.float() for value in decoder_layers(target.model)[-1].state_dict().values()]
     for part, value in head.state_dict().items():
         if part.endswith("_proj.weight"):
-            # The first half of what attention reads is the embedding, of which the target's layer knows nothing.
+            # The first half of the attention's input is the embedding, which the target's layer never reads.
             read = value[:, 32:] if value.shape[1] == 64 else value
             assert any(torch.equal(each, read) for each in own) == fits, part
-    # What it reads is about as large as what that layer reads.
+    # The head's input is about as large as that layer's.
     with torch.inference_mode(), recorded_hidden_states(target.model, [2]) as outputs:
         target.model(torch.arange(20)[None], use_cache=False)
     size = outputs[0].square().mean().sqrt().item()
@@ -149,7 +152,7 @@ def test_a_head_begins_as_the_last_layer(name: str, fits: bool) -> None:
 
 
 def test_loss_falls_and_acceptance_rises(target: LM, shards: list[Path], tmp_path: Path, unchecked: None) -> None:
-    """Guards against a training that runs and teaches nothing, or teaches what drafting does not use."""
+    """Guards against a training that changes nothing, or improves an input that drafting does not use."""
     training = trained(
         target, shards, tmp_path / "checkpoint.pt", TrainingSettings(epochs=6, batch=16, ahead=3, rate=3e-3)
     )
@@ -163,13 +166,13 @@ def test_loss_falls_and_acceptance_rises(target: LM, shards: list[Path], tmp_pat
 
 
 class Killed(Exception):
-    """In place of a signal."""
+    """An exception in place of a signal."""
 
 
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
     target: LM, shards: list[Path], tmp_path: Path, unchecked: None
 ) -> None:
-    """Guards against an order, a moment or a rate that is lost with the process."""
+    """Guards against an order, an optimiser moment or a learning rate that is lost with the process."""
     settings = TrainingSettings(epochs=2, batch=32, ahead=2)
     whole = trained(target, shards, tmp_path / "whole.pt", settings)
     whole.run(lambda *_: None, lambda _: {})
@@ -179,7 +182,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
             killed_at.remove(done)
             raise Killed
 
-    # In the first shard, of which nothing is kept; in the second; and in the second epoch.
+    # Killed in the first shard, before any checkpoint, in the second shard, and in the second epoch.
     killed_at = {1, 2, 4}
     for _ in range(3):
         with pytest.raises(Killed):
@@ -192,7 +195,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
 
 
 def test_a_checkpoint_of_another_training_is_not_gone_on_with(target: LM, shards: list[Path], tmp_path: Path) -> None:
-    """Guards against a head that is half of one recipe and half of another."""
+    """Guards against a head that mixes two training recipes."""
     trained(target, shards, tmp_path / "c.pt", TrainingSettings(epochs=1, batch=64, ahead=1)).run(
         lambda *_: None, lambda _: {}
     )
@@ -201,7 +204,7 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with(target: LM, shards
 
 
 def test_the_first_documents_are_held_out(books: Path) -> None:
-    """Guards against acceptance that is measured on what was trained on."""
+    """Guards against acceptance that is measured on the training data."""
     target = lm("llama")
     order = [document.text[0] for document in documents("pg-19")[0]]
     texts = Texts(target, ["pg-19"], LENGTH, own=0.0, held_out=5)
@@ -211,7 +214,7 @@ def test_the_first_documents_are_held_out(books: Path) -> None:
 
 
 def test_the_target_writes_its_share(books: Path) -> None:
-    """Guards against texts that are all the corpus's, or all the target's, or other ones when they are drawn again."""
+    """Guards against texts that are all the corpus's or all the target's, or that differ when drawn again."""
     target = lm("llama")
     texts = Texts(target, ["pg-19"], LENGTH, own=0.5, held_out=1)
     drawn = texts.draw(3, 40)
@@ -230,7 +233,7 @@ def chatty() -> LM:
 
 
 def test_a_chat_begins_as_the_template_does() -> None:
-    """Guards against questions that the target does not know to be questions."""
+    """Guards against questions that the target cannot recognise as questions."""
     target = chatty()
     texts = Texts(target, [CHAT], LENGTH)
     assert {target.decode(text)[:7] for text in texts.draw(0, 8)} == {"[user] "}
@@ -238,7 +241,7 @@ def test_a_chat_begins_as_the_template_does() -> None:
 
 
 def test_a_question_is_about_a_passage(books: Path) -> None:
-    """Guards against questions without what they ask about, passages that are held out, and turns without an end."""
+    """Guards against questions without their passage, passages that are held out, and turns without an end."""
     target, order = chatty(), [document.text[0] for document in documents("pg-19")[0]]
     texts = Texts(target, ["pg-19", ASK], 300, own=0.0, held_out=5)
     drawn = texts.draw(0, 24)
@@ -253,7 +256,7 @@ def test_a_question_is_about_a_passage(books: Path) -> None:
 
 
 def test_what_cannot_follow_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a token of no probability where the random number is the least, or the greatest."""
+    """Guards against drawing a token of probability zero at the smallest or the largest random number."""
     distribution = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
     for number, token in ((0.0, 1), (1.0 - 2**-24, 2)):
         monkeypatch.setattr(torch, "rand", lambda size, number=number, **_: torch.full(size, number).double())
@@ -261,7 +264,7 @@ def test_what_cannot_follow_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_the_target_writes_is_drawn_from_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against texts at another temperature, and against the most probable one over and over."""
+    """Guards against texts at another temperature, and against the most probable text repeated again and again."""
     target, seen = chatty(), []
     distribution = torch.tensor([0.0, 2.0, -torch.inf, 1.0, -torch.inf])
 
@@ -293,13 +296,13 @@ def test_what_the_target_writes_is_drawn_from_its_distribution(monkeypatch: pyte
 def test_what_cannot_be_trained_on_is_one_sentence(
     books: Path, parts: list[str], settings: dict[str, float], message: str
 ) -> None:
-    """Guards against an hour of work before a wrong word is found."""
+    """Guards against an hour of work before a wrong word is reported."""
     with pytest.raises(ValueError, match=message):
         Texts(lm("llama"), parts, **{"length": LENGTH, **settings})
 
 
 def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
-    """Guards against work that is done twice, and against hidden states of one recipe under another."""
+    """Guards against repeated work, and against hidden states of one recipe used for another."""
     texts = Texts(target, ["prose"], LENGTH, own=0.0)
     [first] = collect(target, texts, (1,), tmp_path, 1, {"layers": [1]})
     written = first.stat().st_mtime_ns
@@ -311,11 +314,11 @@ def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
 
 
 def test_a_passage_must_have_room(books: Path) -> None:
-    """Guards against questions about next to nothing."""
-    with pytest.raises(ValueError, match="a question about a passage fills half of a text, and takes") as told:
+    """Guards against questions about almost empty passages."""
+    with pytest.raises(ValueError, match="a question about a passage fills half of a text, and needs") as told:
         Texts(chatty(), ["pg-19", ASK], LENGTH)
-    least = int(str(told.value).split()[-4])
-    with pytest.raises(ValueError, match=f"and takes {least} tokens"):
+    least = int(str(told.value).split()[-2])
+    with pytest.raises(ValueError, match=f"and needs at least {least} tokens"):
         Texts(chatty(), ["pg-19", ASK], 2 * least - 1)
     assert len(Texts(chatty(), ["pg-19", ASK], 2 * least, held_out=5).draw(0, 2)) == 2
 
@@ -323,16 +326,16 @@ def test_a_passage_must_have_room(books: Path) -> None:
 def test_a_damaged_shard_is_one_sentence(shards: list[Path], tmp_path: Path) -> None:
     """Guards against a traceback before the first step."""
     (tmp_path / "shard.safetensors").write_bytes(shards[0].read_bytes()[:5000])
-    with pytest.raises(ModelFileError, match="damaged: remove it, and it is made again"):
+    with pytest.raises(ModelFileError, match="damaged: remove it, and run again to create it anew"):
         frequent_tokens([shards[1], tmp_path / "shard.safetensors"], 8)
 
 
 def test_a_shard_holds_what_the_target_says(target: LM, shards: list[Path]) -> None:
-    """Guards against hidden states of another token or layer than that which they are trained as."""
+    """Guards against training on hidden states of another token or layer than stated."""
     shard = read_shard(shards[0])
     with torch.inference_mode():
         output = target.model(shard.tokens[:2], use_cache=False, output_hidden_states=True)
-    # The outputs of layer 0; transformers gives those of the last layer behind the final norm only.
+    # The outputs of layer 0. transformers returns those of the last layer only after the final norm.
     expected = torch.nn.functional.rms_norm(output.hidden_states[1], (output.hidden_states[1].shape[-1],))
     width = expected.shape[-1]
     torch.testing.assert_close(shard.hidden_states[:2, :, :width].to(expected.dtype), expected, atol=2e-3, rtol=2e-3)
@@ -344,7 +347,7 @@ def test_a_shard_holds_what_the_target_says(target: LM, shards: list[Path]) -> N
 def test_the_command_writes_a_head_and_its_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], unchecked: None
 ) -> None:
-    """Guards against parts that work and a command that does not put them together."""
+    """Guards against a command that fails although each of its parts works."""
     model, out = save(tmp_path / "model"), tmp_path / "head"
     recipe = ["--target", str(model), "--data", "prose", "--tokens", "5000", "--length", "40", "--vocabulary", "50"]
     recipe += ["--out", str(out), "--epochs", "2", "--batch", "32", "--ahead", "2"]
@@ -361,12 +364,12 @@ def test_the_command_writes_a_head_and_its_card(
     page = (out / "README.md").read_text()
     assert "specdecode train-head --target" in page
     assert "prose: pydoc_data.topics" in page
-    # All of it is there, so that it is only put together again.
+    # All parts exist, so they are only put together again.
     assert exit_code(monkeypatch, "train-head", *recipe) == 0
     again = read_eagle3(out).card
     assert again is not None
     assert again["epochs"] == card["epochs"]
-    # What it shares with its target need not be stored.
+    # Weights shared with the target need not be stored.
     assert exit_code(monkeypatch, "train-head", *recipe, "--shared-output") == 0
     assert "lm_head.weight" not in read_eagle3(out).tensors
 
@@ -390,7 +393,7 @@ def test_a_wrong_option_is_one_sentence(
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
-    """Guards against a traceback, or an hour of work, in place of an answer."""
+    """Guards against a traceback, or an hour of work, instead of an error message."""
     model, file = save(tmp_path / "model"), tmp_path / "file"
     file.touch()
     defaults = ("--target", str(model), "--out", str(tmp_path / "head"), "--length", "40")

@@ -1,4 +1,4 @@
-"""Arms: ways to decode, ours and the peers', under one interface and one counter."""
+"""Arms: this package's and the peers' ways to decode, with one interface and the same counts."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ class Arm:
     """One way to decode.
 
     Attributes:
-        name: in tables, test ids and baselines.
-        run: from a prompt, the number of new tokens and the output that is expected (for replayed drafts) to a run.
-        target: the model that it decodes; None for an arm from code in a run for which no model is loaded.
-        synthetic: its acceptance is set and not found out.
-        peer: it is transformers' own.
-        against: the peer's arm that does the same with the same settings.
+        name: name in tables, test ids and baselines.
+        run: function from a prompt, the number of new tokens and the expected output (for replayed drafts) to a run.
+        target: the model that it decodes with; None for an arm from code in a run without loaded models.
+        synthetic: whether its weights or its acceptance are artificial.
+        peer: whether transformers decodes it.
+        against: the peer's arm with the same method and settings.
         baseline: the arm that it is compared with; the run's baseline if None.
-        policy: what stays in the target's cache.
-        quantize: how the target's weights are quantised, if they are. With that, or a policy that does not keep
-            everything, the arm is lossy: its output is not the baseline's but that of plain decoding of the same
-            weights with the same policy.
-        timed: how long it drafts depends on the clock, and so do its counts.
-        options: the preset's entry that it was made of.
-        stop_token_ids: those that end an output early.
-        foreign: it is the reader's own code, or a server.
-        server: that decodes; None if none does.
-        unchecked: it is, and its outputs may differ from its baseline's.
-        code: a digest of that code.
-        close: to be called when all is measured.
+        policy: cache policy of the target.
+        quantize: quantisation of the target's weights, if any. With quantisation, or a policy that evicts, the arm is
+            lossy: its expected output is not the baseline's, but that of plain decoding with the same weights and
+            policy.
+        timed: whether the clock decides its draft lengths, and so its counts.
+        options: its entry in the preset.
+        stop_token_ids: tokens that end an output early.
+        foreign: whether the user's own code or a server decodes it.
+        server: the server that decodes it; None without a server.
+        unchecked: whether it is foreign and its outputs may differ from its baseline's.
+        code: digest of the user's code.
+        close: function to call after the last measurement.
     """
 
     name: str
@@ -73,11 +73,11 @@ class Arm:
 
     @property
     def lossy(self) -> bool:
-        """Whether its outputs are not its baseline's, but have a reference of their own."""
+        """Whether its outputs are checked against a reference of their own, and not against its baseline's."""
         return self.policy.interval > 0 or self.quantize is not None
 
     def expected(self, prompt: Sequence[int], tokens: Sequence[int], length: int) -> Sequence[int]:
-        """What the arm must write if it is asked for so many tokens, where the baseline wrote these."""
+        """Return the tokens that the arm must write for a length, where the baseline wrote `tokens`."""
         if not self.lossy:
             return tokens
         assert self.target is not None
@@ -99,22 +99,22 @@ def make_arm(
     """Return a preset's arm, ready to decode. Costs that a controller needs are measured here.
 
     Args:
-        name: of the arm.
-        entry: its keys, which are the attributes of `ArmSpec`. With `quantize` the target's weights are quantised, and
-            the draft's are not.
-        target: loaded with backend="eager": peers decode it as it is. None if all arms of the run are from code.
-        draft: likewise.
-        backend: of our own arms that name none.
-        lengths: at which a run is cut, to tell what a shorter one would have been.
-        stop_token_ids: those that end an output; none by default, so that every output has the asked length.
-        model_names: what the maker of an arm from code is told; the names of the loaded models if None.
-        servers: those of the session; an arm that a server decodes needs them.
+        name: name of the arm.
+        entry: keys of the arm, which are the attributes of `ArmSpec`. With `quantize` only the target's weights are
+            quantised, not the draft's.
+        target: loaded with backend="eager", because peers use it unchanged. None if all arms of the run are from code.
+        draft: the draft model, loaded in the same way.
+        backend: backend of this package's arms that name none.
+        lengths: lengths at which a run is cut, to get the runs of shorter outputs.
+        stop_token_ids: tokens that end an output; none by default, so that every output has the requested length.
+        model_names: names that the maker of an arm from code receives; the names of the loaded models if None.
+        servers: the session's servers, for an arm that a server decodes.
 
     Raises:
-        ModelFileError: a head that is not there, or is damaged.
-        UnsupportedModelError: the target's weights cannot be quantised, or the head is another target's.
-        ValueError: an entry that `ArmSpec` refuses, or a draft model or a package that is missing.
-        TokenizerMismatchError: a draft model whose vocabulary does not serve this arm.
+        ModelFileError: a head is missing or damaged.
+        UnsupportedModelError: the target's weights cannot be quantised, or the head belongs to another target.
+        ValueError: `ArmSpec` refuses the entry, or a draft model or a package is missing.
+        TokenizerMismatchError: the draft model's vocabulary does not fit this arm.
     """
     spec = ArmSpec.from_entry(name, entry)
     if spec.server is not None:
@@ -159,7 +159,7 @@ def _arm_from_code(
     stop_token_ids: Sequence[int],
     names: ModelNames,
 ) -> Arm:
-    """Return an arm that the reader's own code decodes. The arguments are those of `make_arm`."""
+    """Return an arm that the user's own code decodes. The arguments are those of `make_arm`."""
     assert spec.call is not None
     decode = make_decode(spec, names)
     return Arm(

@@ -1,4 +1,4 @@
-"""Time decoders from outside of this package: functions that yield new tokens step by step."""
+"""Arms from code: timed decoders from outside of this package, functions that yield new tokens step by step."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from specdecode.core.result import histogram
 from specdecode.support.checked import shown
 
 LIMIT_S = 600.0
-"""Seconds that one output of an arm from code may take, where its entry does not say."""
+"""Default for the most seconds that one output of an arm from code or of a server may take."""
 
 
 class ArmError(SpecDecodeError):
-    """An arm from code did not decode: it raised, took too long, or yielded what is no output."""
+    """An arm from code or of a server failed to decode: it raised, took too long, or gave an invalid output."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArmStep:
-    """One step of an arm from code, with what it knows of it. A field is None where it does not know.
+    """One step of an arm from code, with the counts that it knows. A field is None if unknown.
 
-    With all fields of all steps known, acceptance, blame and counters work as for this package's own arms.
+    If all fields of all steps are known, acceptance, blame and counters work as for this package's own arms.
 
     Attributes:
         tokens: the new tokens.
@@ -46,9 +46,9 @@ class ArmStep:
         draft_forwards: forwards of a draft model.
         draft_s: seconds of drafting.
         verify_s: seconds of the target's forward.
-        cache_bytes: bytes of KV that are held.
-        at_s: seconds from the call until the tokens came; by default those until they are yielded. An engine that calls
-            back notes them as they come, and yields all steps in the end.
+        cache_bytes: bytes of KV in the cache.
+        at_s: seconds from the call until the tokens came; by default until they are yielded. An engine with callbacks
+            can record them as tokens come, and yield all steps at the end.
     """
 
     tokens: Sequence[int]
@@ -62,17 +62,17 @@ class ArmStep:
 
 
 Decode = Callable[[list[int], int], Iterator[Sequence[int] | ArmStep]]
-"""From prompt token ids and a number of new tokens to the new tokens, a list or an `ArmStep` a step."""
+"""A function from prompt token ids and a number of new tokens to the steps, each a list of tokens or an `ArmStep`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelNames:
-    """What a session decodes, by name: a maker is called with these.
+    """The names of a session's models, device and data type: the arguments of a maker.
 
     Attributes:
-        target, draft: of models, as they were given; the draft's is "" without one.
-        device: of the device, such as "cpu" or "cuda:0".
-        dtype: of the type of weights.
+        target, draft: names of the models, as the user gave them; the draft's is "" without one.
+        device: name of the device, such as "cpu" or "cuda:0".
+        dtype: name of the weights' data type.
     """
 
     target: str
@@ -85,12 +85,12 @@ def make_decode(spec: ArmSpec, names: ModelNames) -> Decode:
     """Call the maker that an arm names: `make(target, draft, device, dtype, **options)`.
 
     Raises:
-        ValueError: there is no such maker, it raises, or it returns nothing to call.
+        ValueError: the maker does not exist, raises, or returns an object that cannot be called.
     """
     assert spec.call is not None
     module, _, name = spec.call.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m pytest` does, and `pytest` does not
+        sys.path.insert(0, os.getcwd())  # `python -m pytest` adds it, and `pytest` does not
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -105,13 +105,13 @@ def make_decode(spec: ArmSpec, names: ModelNames) -> Decode:
 
 
 def code_of(call: str) -> str:
-    """Return a digest of the module that a maker stands in, as far as there is a file of it."""
+    """Return a digest of the maker's module; "" if the module has no file."""
     file = _module_file(call)
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else ""
 
 
 def below(call: str, folder: Path) -> bool:
-    """Return whether the module that a maker stands in is in a folder, or one below it."""
+    """Return whether the maker's module is in a folder, or in a folder below it."""
     file = _module_file(call)
     return file is not None and file.resolve().is_relative_to(folder.resolve())
 
@@ -122,7 +122,7 @@ def _module_file(call: str) -> Path | None:
 
 
 def closer(spec: ArmSpec, decode: Decode) -> Callable[[], None]:
-    """Return what calls the `close()` of a function from code, if it has one."""
+    """Return a function that calls `close()` of a function from code, if it has one."""
 
     def close() -> None:
         with _arm_errors(spec):
@@ -135,9 +135,9 @@ def closer(spec: ArmSpec, decode: Decode) -> Callable[[], None]:
 def callable_run(
     spec: ArmSpec, decode: Decode, device: torch.device, lengths: Sequence[int], stop_token_ids: Sequence[int]
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
-    """Return what decodes a prompt with a function from code, and times it. The arguments are those of `make_arm`.
+    """Return a function that decodes a prompt with code, and times it. The arguments are those of `make_arm`.
 
-    Its stop tokens are not the function's business: an output is cut behind the first of them.
+    The code need not handle stop tokens: an output is cut after its first stop token.
     """
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
@@ -161,7 +161,7 @@ def callable_run(
 
 
 def _step(item: object, left: int) -> ArmStep:
-    """Take what a function yielded, as a step."""
+    """Return a yielded item as a step, after checking it."""
     step = item if isinstance(item, ArmStep) else ArmStep(item)  # type: ignore[arg-type]
     tokens = step.tokens
     if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not all(type(token) is int for token in tokens):
@@ -172,11 +172,11 @@ def _step(item: object, left: int) -> ArmStep:
 
 
 def _came_at(step: ArmStep, before: float, now: float) -> float:
-    """Return the seconds until a step's tokens came: from those of the step before until now."""
+    """Return the seconds until a step's tokens came. They must lie between the step before and now."""
     if step.at_s is None:
         return now
     if not before <= step.at_s <= now:
-        raise _NoOutput(f"at_s is {step.at_s:g}: a step comes after the one before it, and before it is yielded")
+        raise _NoOutput(f"at_s is {step.at_s:g}: it must lie between the step before and the yield of this step")
     return step.at_s
 
 
@@ -198,7 +198,7 @@ def _run(
 
 
 def _until(steps: Sequence[ArmStep], times: Sequence[float], length: int, total_s: float | None) -> Run:
-    """Return the run as it was when so many tokens had come; the seconds of the last step where `total_s` is None."""
+    """Return the run as it was after `length` tokens. Its seconds are those of the last step if `total_s` is None."""
     written, count = 0, 0
     while written < length:
         written += len(steps[count].tokens)
@@ -255,7 +255,7 @@ def _histograms(steps: Sequence[ArmStep]) -> Histograms:
 
 
 def _known(steps: Sequence[ArmStep], name: str) -> list[Any] | None:
-    """Return a field of all steps; None if one of them does not know it."""
+    """Return a field of all steps; None if it is unknown in one of them."""
     values = [getattr(step, name) for step in steps]
     return None if None in values else values
 
@@ -266,7 +266,7 @@ def _sum(values: list[Any] | None) -> float | None:
 
 @contextmanager
 def _arm_errors(spec: ArmSpec) -> Iterator[None]:
-    """Say in one sentence what an arm from code did in place of decoding.
+    """Describe the failure of an arm from code in one sentence.
 
     Raises:
         ArmError: in place of any other exception.
@@ -282,16 +282,16 @@ def _arm_errors(spec: ArmSpec) -> Iterator[None]:
 
 
 class _NoOutput(Exception):
-    """What was yielded is no output; the text says why."""
+    """An invalid output was yielded; the text says why."""
 
 
 class _LimitReached(BaseException):
-    """The time is over; the text says how many seconds. It is no Exception, so that code that hangs cannot catch it."""
+    """The time limit was reached; the text is its seconds. No Exception, so that `except Exception` cannot catch it."""
 
 
 @contextmanager
 def _limit(seconds: float) -> Iterator[None]:
-    """Raise _LimitReached when the block takes longer. Code that never comes back to Python is not interrupted."""
+    """Raise _LimitReached if the block takes longer. Code that never returns to Python is not interrupted."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -300,7 +300,7 @@ def _limit(seconds: float) -> Iterator[None]:
         raise _LimitReached(f"{seconds:g}")
 
     handler = signal.signal(signal.SIGALRM, reached)
-    # Somebody else's, such as pytest-timeout's, goes on behind the block.
+    # The timer of other code, such as pytest-timeout, continues after the block.
     timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -311,6 +311,6 @@ def _limit(seconds: float) -> Iterator[None]:
 
 
 def _named(error: BaseException) -> str:
-    """Return the kind of an exception, with the first line of its text."""
+    """Return the type of an exception, with the first line of its text."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

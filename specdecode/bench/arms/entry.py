@@ -1,4 +1,4 @@
-"""Read how an arm decodes: from a preset's entry, from the command line or from lm-eval's `--model_args`."""
+"""The entry of an arm: read from a preset, from the command line or from lm-eval's `--model_args`."""
 
 from __future__ import annotations
 
@@ -29,55 +29,56 @@ if TYPE_CHECKING:
     from specdecode.drafters.tree_shapes import TreeShape
     from specdecode.policies.base import CachePolicy
 
-# Most defaults are those of the classes that the keys are arguments of. This is another.
-_STATIC_TREE_BRANCHES = 2  # of every node, at as many depths as the draft is long
+# Most defaults come from the classes whose arguments the keys are. This one does not.
+_STATIC_TREE_BRANCHES = 2  # branches of every node; the depth is the draft length
 
 _OTHERS_UNSET: dict[str, Any] = {"options": {}, "limit_s": None, "lossy": False, "concurrency": 1, "requests": None}
-"""What arms of this package do not say."""
+"""Values of the keys that arms of this package must leave out."""
 
 _OTHERS_KEYS: dict[str, tuple[str, ...]] = {"call": CALL_KEYS, "server": SERVER_KEYS}
-"""The keys of arms that something else decodes, by the key that says what."""
+"""The keys of arms that code or a server decodes, by the key that names the code or the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArmSpec:
-    """What an arm's entry says. None stands for what it does not say.
+    """The content of an arm's entry. None stands for a missing key.
 
     Attributes:
-        name: of the arm.
-        draft: name of the draft model, where it is the arm's own.
-        drafter: "none", "lookup", "head", "mtp", "medusa", "model", "universal" or "self-streaming"; with a plus
-            between them, as in "lookup+head", a cascade.
+        name: name of the arm.
+        draft: name of the draft model, if the arm has its own.
+        drafter: "none", "lookup", "head", "mtp", "medusa", "model", "universal" or "self-streaming". Several with a
+            plus between them, as in "lookup+head", are a cascade.
         head: folder, file or hub id of a draft head, or the name of a target that comes with one.
         ngram: tokens of the longest suffix that is looked up.
-        min_ngram: tokens of the shortest one.
-        branches: continuations that are looked up.
-        draft_cache: tokens that a self-streaming draft holds.
-        shape: of the draft of a head, a model or the target itself: "chain", "static" or "best-first".
+        min_ngram: tokens of the shortest suffix that is looked up.
+        branches: number of continuations that are looked up.
+        draft_cache: tokens in the cache of a self-streaming draft.
+        shape: "chain", "static" or "best-first": the shape of drafts by a head, a model or the target itself.
         branching: continuations of a static tree's nodes, depth by depth.
-        nodes: proposals of a tree.
-        threshold: least probability of a best-first tree's paths.
+        nodes: number of proposals in a tree.
+        threshold: least probability of a path in a best-first tree.
         controller: "fixed", "adaptive" or "cost-aware".
         k: draft length of the fixed controller, in tokens.
-        policy: name of the target's cache policy; None keeps everything.
-        cache: tokens that the policy holds.
+        policy: name of the target's cache policy; None keeps all tokens.
+        cache: tokens in the policy's cache.
         settings: the policy's other arguments.
         quantize: "int8" quantises the target's weights.
-        backend: how forwards run.
-        replay: acceptance, where it is set and not measured.
-        batch: prompts that are decoded at once: the block's own and shorter beginnings of it.
+        backend: name of the backend that runs forwards.
+        replay: acceptance rate of replayed drafts, which is set and not measured.
+        batch: number of prompts that are decoded together: the block's prompt and shorter beginnings of it.
         peer: "generate", "generate-compiled", "assisted" or "prompt-lookup": transformers' own decoding.
         confidence: probability below which an assisted peer stops drafting.
-        against: name of the peer's arm that does the same.
+        against: name of the peer's arm with the same method and settings.
         baseline: name of the arm that this one is compared with; the preset's baseline if None.
         call: "package.module:make", the maker of an arm from code (`bench.arms.callables`).
-        options: its keyword arguments.
-        limit_s: seconds that one output of it may take.
-        lossy: its outputs may differ from its baseline's; how far they agree is told, and nothing is void.
-        server: how a serving engine is reached or started that decodes (`bench.servers.spec`).
-        concurrency: prompts that a server decodes at a time.
-        requests: prompts of a run of it; twice the concurrency if None, or the prompt alone.
-        notation: of the keys in error messages.
+        options: keyword arguments of the maker.
+        limit_s: most seconds that one output of an arm from code or of a server may take.
+        lossy: whether outputs of an arm from code or of a server may differ from the baseline's. Their agreement is
+            reported, and no output is void.
+        server: table about the serving engine that decodes, and how to reach or start it (`bench.servers.spec`).
+        concurrency: number of prompts that a server decodes at a time.
+        requests: number of prompts in a server's run. None means 1 at a concurrency of 1, else twice the concurrency.
+        notation: notation of the keys in error messages.
 
     Raises:
         ValueError: an unknown kind, or keys that do not go together.
@@ -122,9 +123,9 @@ class ArmSpec:
         """Read a preset's arm.
 
         Args:
-            name: of the arm.
-            entry: its keys, as TOML or JSON gives them.
-            known: the keys that it may have, beside the settings of its policy.
+            name: name of the arm.
+            entry: the arm's keys, as parsed from TOML or JSON.
+            known: the allowed keys, besides the settings of the arm's policy.
 
         Raises:
             ValueError: an unknown key or kind, a wrong type or value, or keys that do not go together.
@@ -135,19 +136,19 @@ class ArmSpec:
 
     @classmethod
     def from_record(cls, name: str, entry: object, known: Collection[str] = PRESET_KEYS) -> ArmSpec:
-        """Read an arm that was decoded before, from a run file. Its values are not checked, as that loads torch.
+        """Read an arm from a run file. Its values are not checked, because that would load torch.
 
         Raises:
-            ValueError: as `from_entry`, except for values.
+            ValueError: as `from_entry`, except for invalid values.
         """
         return _read(name, entry, known, preset_notation(name))
 
     @classmethod
     def from_command_line(cls, options: Mapping[str, Any], *, ships_head: bool) -> ArmSpec:
-        """Read the options of `specdecode generate`, and choose what they leave open.
+        """Read the options of `specdecode generate`, and choose defaults for missing ones.
 
         Args:
-            options: those that were given, by the keys of entries.
+            options: the given options, by the keys of entries.
             ships_head: whether the target comes with a head.
 
         Raises:
@@ -157,11 +158,11 @@ class ArmSpec:
 
     @classmethod
     def from_model_args(cls, arguments: Mapping[str, Any], known: Collection[str] = MODEL_KEYS) -> ArmSpec:
-        """Read lm-eval's `--model_args`, and choose what they leave open.
+        """Read lm-eval's `--model_args`, and choose defaults for missing ones.
 
         Args:
-            arguments: those that say how to decode.
-            known: all keys, for the message about one that is not known.
+            arguments: the arguments about the way to decode.
+            known: all keys, for the message about an unknown key.
 
         Raises:
             ValueError: as `from_entry`, or there is no draft model.
@@ -220,34 +221,34 @@ class ArmSpec:
             raise self.notation.error(f"concurrency is {self.concurrency}: it is 1 or more")
         if self.requests is not None and self.requests < self.concurrency:
             raise self.notation.error(
-                f"requests is {self.requests}: a run has at least as many as are sent at a time, {self.concurrency}"
+                f"requests is {self.requests}: it must be at least the concurrency, {self.concurrency}"
             )
 
     def _check_limit(self) -> None:
         if self.limit_s is not None and self.limit_s <= 0:
-            raise self.notation.error(f"limit_s is {self.limit_s:g}: give it some seconds")
+            raise self.notation.error(f"limit_s is {self.limit_s:g}: it must be above 0")
 
     def _check_kind(self, part: str, kind: str, known: Collection[str], or_else: str = "") -> None:
         if kind not in known:
             raise self.notation.error(f"no {part} is named {kind!r}: choose from {', '.join(known)}{or_else}")
 
     def _check_use(self, part: str, kinds: Sequence[str], takes: Mapping[str, tuple[str, ...]]) -> None:
-        """Raise ValueError for a key that other kinds of a part take, and not those that were chosen."""
+        """Raise ValueError for a key that only other kinds of a part accept, and not the chosen kinds."""
         of_no_use = {key for keys in takes.values() for key in keys} - {key for kind in kinds for key in takes[kind]}
         for key in sorted(of_no_use):
-            # Without a shape all drafts are chains.
+            # "chain" is the default shape.
             if getattr(self, key) not in (None, "chain"):
                 chosen = self.notation.kind(part, "+".join(kinds))
-                way_out = ", which finds it out: leave it out" if key == "k" else ": leave one of them out"
+                way_out = ", which chooses it: leave it out" if key == "k" else ": leave one of them out"
                 raise self.notation.error(f"{self._option(key)} is of no use with {chosen}{way_out}")
 
     def check_draft(self, *, has_draft: bool) -> None:
-        """Raise ValueError if the arm needs a draft model and none is given."""
+        """Raise ValueError if the arm needs a draft model, but none is given."""
         if self.needs_draft and not has_draft:
             raise self.notation.error(f"{self._chosen} needs a draft model: name one with {self.notation.key('draft')}")
 
     def check_head(self, target: str, *, ships_head: bool) -> None:
-        """Raise ValueError if the arm needs a head, and neither names one nor has a target that comes with one."""
+        """Raise ValueError if the arm needs a head, but names none, and none comes with the target."""
         if self.needs_shipped_head and not ships_head:
             option, drafter = self.notation.key("head"), self.notation.key("drafter")
             raise self.notation.error(
@@ -255,7 +256,7 @@ class ArmSpec:
             )
 
     def check_values(self) -> None:
-        """Raise ValueError for a value that a part refuses: build all parts that need no model. This loads torch."""
+        """Raise ValueError for a value that a part refuses. It builds the parts that need no model, and loads torch."""
         with self._named_errors():
             if "lookup" in self.drafters:
                 self.prompt_lookup()
@@ -282,27 +283,27 @@ class ArmSpec:
 
             from specdecode.backends import check
 
-            # The device is not known here; on a GPU every backend runs.
+            # The device is unknown here. Every backend runs on a GPU.
             check(self.backend, torch.device("cuda"))
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Name the arm in the errors of its parts."""
+        """Add the arm's name to errors of its parts."""
         try:
             yield
         except ValueError as error:
             raise self.notation.error(error) from None
 
-    # What it asks for.
+    # Requirements of the arm.
 
     @property
     def drafters(self) -> list[str]:
-        """The drafters, in the order in which they are asked."""
+        """The kinds of drafters, in the order of the cascade."""
         return drafter_kinds({"drafter": self.drafter})
 
     @property
     def shares_vocabulary(self) -> bool:
-        """Whether it needs a draft model of the target's vocabulary."""
+        """Whether it needs a draft model with the target's vocabulary."""
         return "model" in self.drafters or self.peer == "assisted"
 
     @property
@@ -315,14 +316,14 @@ class ArmSpec:
         return "head" in self.drafters and self.head is None
 
     def with_head_of(self, target: str) -> ArmSpec:
-        """Return the spec with its head named: the one that comes with the target, if it names none."""
+        """Return the spec with its head named: the head that comes with the target, if the spec names none."""
         return replace(self, head=target) if self.needs_shipped_head else self
 
-    # What its parts are made of.
+    # Arguments of its parts.
 
     @property
     def lookup_arguments(self) -> dict[str, Any]:
-        """The arguments of `PromptLookup` that it says."""
+        """The arguments of `PromptLookup` that the entry sets."""
         return _without_none(max_ngram=self.ngram, branches=self.branches, min_ngram=self.min_ngram)
 
     @property
@@ -336,7 +337,7 @@ class ArmSpec:
 
     @property
     def self_streaming_arguments(self) -> dict[str, Any]:
-        """The arguments of `SelfStreamingDrafter` that it says, without the shape."""
+        """The arguments of `SelfStreamingDrafter` that the entry sets, without the shape."""
         return _without_none(max_len=self.draft_cache)
 
     @property
@@ -344,17 +345,17 @@ class ArmSpec:
         return POLICY_CACHE_TOKENS if self.cache is None else self.cache
 
     def fixed_k(self) -> FixedK:
-        """Return the controller of its draft length, or of the default one."""
+        """Return the fixed controller, with the entry's draft length or the default one."""
         return FixedK(**_without_none(k=self.k))
 
     def prompt_lookup(self) -> PromptLookup:
-        """Return a new lookup."""
+        """Return a new lookup drafter."""
         from specdecode.drafters.lookup import PromptLookup
 
         return PromptLookup(**self.lookup_arguments)
 
     def tree_shape(self) -> TreeShape:
-        """Return the shape of its draft."""
+        """Return the shape of its drafts."""
         from specdecode.drafters.tree_shapes import BestFirstTree, Chain, StaticTree
 
         if self.shape == "static":
@@ -362,7 +363,7 @@ class ArmSpec:
         return BestFirstTree(**self.tree_arguments) if self.shape == "best-first" else Chain()
 
     def cache_policy(self) -> CachePolicy:
-        """Return what stays in the target's cache."""
+        """Return the policy of the target's cache."""
         from specdecode.policies import policy
         from specdecode.policies.keep_all import KeepAll
 
@@ -378,7 +379,7 @@ class ArmSpec:
 
 
 def drafter_kinds(entry: Mapping[str, Any]) -> list[str]:
-    """Return the drafters that an entry names, in the order in which they are asked: "lookup+head" is a cascade."""
+    """Return the kinds of drafters in an entry, in the order of the cascade: "lookup+head" names two."""
     return str(entry.get("drafter", "none")).split("+")
 
 
@@ -389,10 +390,10 @@ def _without_none(**values: Any) -> dict[str, Any]:
 def _read_and_choose(
     entry: Mapping[str, Any], known: Collection[str], notation: Notation, drafter_by_default: str
 ) -> ArmSpec:
-    """Read a command's way to decode, and choose what drafts well where nothing is said.
+    """Read a command's way to decode, and choose defaults that draft well for missing keys.
 
-    Presets get none of these defaults: an entry says all that sets its arm apart, and its baseline must not change with
-    what commands choose.
+    Presets get none of these defaults. An entry has all settings of its arm, so that its baseline does not change with
+    the defaults of commands.
     """
     chosen: dict[str, Any] = {"drafter": drafter_by_default}
     if "draft" in entry:
@@ -401,10 +402,10 @@ def _read_and_choose(
         chosen["drafter"] = "lookup+head"
     kinds = drafter_kinds(chosen | dict(entry))
     if "head" in kinds and "shape" not in entry:
-        # Eight rows, with the root, are what CPUs verify for little more than one.
+        # CPUs verify eight rows, including the root, for little more than the cost of one.
         chosen |= {"shape": "best-first", "nodes": 7, "threshold": 0.05}
     if kinds[0] == "lookup" and len(kinds) > 1 and entry.get("ngram") != 1:
-        # A match of one token has little reason where another drafter can be asked.
+        # A match of one token is weak evidence, and here another drafter can propose instead.
         chosen["min_ngram"] = 2
     spec = _read("", chosen | dict(entry), known, notation)
     spec.check_values()
@@ -417,7 +418,7 @@ def _read(name: str, entry: object, known: Collection[str], notation: Notation) 
         raise notation.error(f"its entry is {entry!r}: it must be a table of options")
     if "peer" in entry and "peer" in known:
         if "policy" in entry:
-            raise notation.error("it is transformers' own, which takes no policy: leave one of them out")
+            raise notation.error("a peer accepts no policy: leave one of them out")
         known = ("peer", "quantize", "against", "baseline", *PEERS.get(str(entry["peer"]), ()))
     for key, those in _OTHERS_KEYS.items():
         if key in entry and key in known:

@@ -1,4 +1,4 @@
-"""The keys of an arm: their types, and the parts that take them."""
+"""The keys of an arm: their types, and the parts that accept them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PRESET_KEYS = tuple(key for key in TYPES if key != "draft")
 """The keys of a preset's arm."""
 
 POLICY_CACHE_TOKENS = 256
-"""Tokens that a cache policy holds, where the arm does not say."""
+"""Default number of tokens in the cache of a policy."""
 
 CALL_KEYS = ("call", "options", "limit_s", "lossy", "baseline")
 """The keys of an arm from code."""
@@ -52,9 +52,9 @@ SERVER_KEYS = ("server", "concurrency", "requests", "limit_s", "lossy", "baselin
 
 _MEASURED_KEYS = ("backend", "replay", "batch", "peer", "confidence", "against", *CALL_KEYS, *SERVER_KEYS)
 MODEL_KEYS = tuple(key for key in TYPES if key not in _MEASURED_KEYS)
-"""The keys of a way to decode that is not measured."""
+"""The keys of a way to decode outside of measurements."""
 
-# The parts of an arm, and the keys that each kind of them takes.
+# The kinds of each part of an arm, and the keys that each kind accepts.
 DRAFTERS: dict[str, tuple[str, ...]] = {
     "none": (),
     "lookup": ("ngram", "min_ngram", "branches", "replay"),
@@ -80,10 +80,12 @@ PEERS: dict[str, tuple[str, ...]] = {
 
 
 def typed(key: str, value: Any) -> Any:
-    """Return the value of a key in its type: a whole number where a number is asked for as a float, a list as a tuple.
+    """Return the value of a key in its type. Whole numbers become floats for a key of numbers, and lists become tuples.
+
+    A key that no arm has belongs to a policy. The values of a policy are numbers.
 
     Raises:
-        ValueError: it has another type. A key that is none of an arm's is a policy's, whose values are numbers.
+        ValueError: the value has another type.
     """
     kind = TYPES.get(key, NUMBER)
     if not is_of(kind, value):

@@ -18,20 +18,20 @@ from specdecode.models.lm import LM
 from specdecode.models.loading import load, load_encoder, source_of
 
 SERVER_LOGS = Path("results") / "servers"
-"""Where servers that the suite starts print to, below the working folder."""
+"""The folder for the output of servers that the suite starts, below the working folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What the arms of a session decode.
+    """The models that the arms of a session decode with.
 
     Attributes:
-        names: of the models, their device and type.
-        backend: of our own arms that name none.
-        target: on the backend "eager"; None if all arms are from code, which load their own.
-        draft: likewise; None if there is none.
-        encoder: makes token ids of prompts.
-        servers: those that arms name; None if none does.
+        names: names of the models, their device and their data type.
+        backend: backend of this package's arms that name none.
+        target: the target on the backend "eager"; None if all arms are from code or servers, which load their own.
+        draft: the draft model on the backend "eager"; None without one.
+        encoder: encodes prompts as token ids.
+        servers: the servers that arms name; None without any.
     """
 
     names: ModelNames
@@ -48,7 +48,7 @@ class Models:
         lengths: Sequence[int] = (),
         stop_token_ids: Sequence[int] = (),
     ) -> Arm:
-        """Make an arm of a preset's entry; see `make_arm`."""
+        """Build an arm from a preset's entry; see `make_arm`."""
         return make_arm(
             name,
             entry,
@@ -80,17 +80,17 @@ class Models:
 def load_models(
     names: ModelNames, backend: str, entries: Collection[Mapping[str, Any]], tp: str | None = None
 ) -> Models:
-    """Load what the arms of these entries need: of arms from code and servers alone, no model, but its tokenizer.
+    """Load the models that the arms of these entries need. Arms from code and servers need only the tokenizer.
 
     Args:
-        names: of the models.
-        backend: of our own arms that name none.
-        entries: of the arms.
+        names: names of the models.
+        backend: backend of this package's arms that name none.
+        entries: entries of the arms.
         tp: "auto" if the processes of torchrun share the target's weights.
 
     Raises:
         ModelFileError, UnsupportedModelError: a model cannot be loaded.
-        ValueError: processes are to share the weights, and no arm decodes them here.
+        ValueError: `tp` is given, but this package decodes none of the arms.
     """
     if all("call" in entry or "server" in entry for entry in entries):
         if tp is not None:
@@ -98,12 +98,12 @@ def load_models(
         encoder = load_encoder(names.target)
         return Models(names, backend, None, None, encoder, _servers(names, encoder, entries))
     if torch.device(names.device).type == "cuda":
-        # On Hopper cuDNN's attention comes first in 16 bit. It makes a plan for each new shape, which takes up to a
-        # second, in timed runs of whoever does not keep to few shapes: transformers' generate, too.
+        # On Hopper, torch prefers cuDNN's attention in 16 bit. It plans each new shape for up to a second, also in
+        # timed runs of arms with many shapes, such as transformers' generate.
         torch.backends.cuda.enable_cudnn_sdp(False)
     where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}
     target = load(names.target, **where, tp=tp)
-    # Each arm decides for itself whether a draft serves it.
+    # Each arm checks for itself whether it can use the draft.
     draft = load(names.draft, target=target, same_vocabulary=False, **where) if names.draft else None
     return Models(names, backend, target, draft, target, _servers(names, target, entries))
 

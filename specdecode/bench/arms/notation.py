@@ -1,4 +1,4 @@
-"""Name an arm's keys in error messages as the user wrote them."""
+"""The notation of an arm's keys in error messages: as the user wrote them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Notation:
-    """How keys are written where an arm comes from.
+    """The notation of keys in the source of an arm.
 
     Attributes:
-        arm: the arm's name; "" where there is only one.
-        option: a `{key}` and its `{value}`.
-        choice: the `{key}` of a part and the kind that is its `{value}`.
-        unknown: the message about `{keys}` that are none of the `{known}` ones; `{first}` is one of them.
-        renamed: keys that have another name there.
+        arm: the arm's name; "" if there is only one arm.
+        option: format of a `{key}` and its `{value}`.
+        choice: format of a part's `{key}` and its kind, the `{value}`.
+        unknown: message about unknown `{keys}`. `{known}` are the known keys, and `{first}` is the first unknown key.
+        renamed: names of keys that differ in this source.
     """
 
     arm: str = ""
@@ -25,11 +25,11 @@ class Notation:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def key(self, key: str, value: object = "") -> str:
-        """Return a key as it is written, with its value where that is written too."""
+        """Return a key in this notation, with its value if the notation shows values."""
         return self.option.format(key=self.renamed.get(key, key), value=value)
 
     def kind(self, part: str, kind: str) -> str:
-        """Return the choice of a part."""
+        """Return the choice of a part's kind in this notation."""
         return self.choice.format(key=self.renamed.get(part, part), value=kind)
 
     def error(self, message: object) -> ValueError:
@@ -38,7 +38,7 @@ class Notation:
 
 
 def preset_notation(arm: str) -> Notation:
-    """Return the notation of presets and run files. A draft model is not the arm's own there, but the session's."""
+    """Return the notation of presets and run files. Their draft model belongs to the session, not to the arm."""
     return Notation(f"arm {arm!r}", renamed={"draft": "--draft"})
 
 

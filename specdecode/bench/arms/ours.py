@@ -1,4 +1,4 @@
-"""This package's decoding, as arms."""
+"""Arms that this package decodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specdecode.models.lm import LM
 def our_run(
     spec: ArmSpec, target: LM, draft: LM | None, lengths: Sequence[int], stop_token_ids: Sequence[int]
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
-    """Return what decodes a prompt as the arm does, and times it. The arguments are those of `make_arm`."""
+    """Return a function that decodes a prompt as the arm does, and times it. The arguments are those of `make_arm`."""
     policy = spec.cache_policy()
     make_drafter = drafter_maker(spec, target, draft)
     make_controller = controller_maker(spec, target, make_drafter)
@@ -32,7 +32,7 @@ def our_run(
             if spec.batch > 1:
                 rules |= {"batch_size": spec.batch, "drafter": make_drafter, "controller": make_controller}
                 return generate_batch(target, _beginnings(prompt, spec.batch), **rules)
-            # All is fresh every time: a used drafter would still hold the prompt, and a controller know it.
+            # All parts are new in each run: a used drafter would still hold the prompt, and a controller would know it.
             drafter = make_drafter()
             if spec.replay is not None:
                 drafter = ReplayDrafter(drafter, [*prompt, *expected], spec.replay)
@@ -44,5 +44,5 @@ def our_run(
 
 
 def _beginnings(prompt: Sequence[int], count: int) -> list[Sequence[int]]:
-    """Return the prompt and ever shorter beginnings of it, which go on differently: a batch made of one prompt."""
+    """Return the prompt and ever shorter beginnings of it, which have other continuations: a batch from one prompt."""
     return [prompt[: max(1, len(prompt) * (count - place) // count)] for place in range(count)]

@@ -1,4 +1,4 @@
-"""Build the parts of an arm that need models: what drafts, and what says how long a draft is."""
+"""The parts of an arm that need models: the drafter and the controller."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from specdecode.heads.bound import BoundHead, untrained
 from specdecode.heads.loading import load_head, load_mtp
 from specdecode.models.lm import LM
 
-# Heads that a target of random weights gets.
+# Number of Medusa heads for a target of random weights.
 _MEDUSA_HEADS = 4
 
 
 def drafter_maker(spec: ArmSpec, target: LM, draft: LM | None = None) -> Callable[[], Drafter]:
-    """Return what makes an arm's drafter: a fresh one for each text, with the models and the head shared.
+    """Return a function that builds an arm's drafter. Each text gets a new drafter, which shares the models and heads.
 
     Args:
-        spec: of the arm.
-        target: that the arm decodes; one of random weights gets a head of random weights.
+        spec: the arm's entry.
+        target: the model that the arm decodes with. A target of random weights gets a head of random weights.
         draft: the draft model, for an arm that needs one.
 
     Raises:
-        ModelFileError: a head that is not there, or is damaged.
-        UnsupportedModelError: a head of another target, or an architecture that cannot draft so.
-        TokenizerMismatchError: a tokenizer that cannot draft by text, or be drafted for.
+        ModelFileError: a head is missing or damaged.
+        UnsupportedModelError: a head belongs to another target, or the architecture does not support the drafter.
+        TokenizerMismatchError: the tokenizers of draft and target do not allow drafting by text.
     """
     makers = [_maker(kind, spec, target, draft) for kind in spec.drafters]
 
@@ -45,7 +45,7 @@ def drafter_maker(spec: ArmSpec, target: LM, draft: LM | None = None) -> Callabl
         drafters = [make() for make in makers]
         return drafters[0] if len(drafters) == 1 else Cascade(*drafters)
 
-    make_drafter()  # what these models do not allow is told now, and not in the middle of a run
+    make_drafter()  # raises errors about these models now, and not in the middle of a run
     return make_drafter
 
 
@@ -72,7 +72,7 @@ def _maker(kind: str, spec: ArmSpec, target: LM, draft: LM | None) -> Callable[[
 
 
 def controller_maker(spec: ArmSpec, target: LM, make_drafter: Callable[[], Drafter]) -> Callable[[], Controller]:
-    """Return what makes an arm's controller, a fresh one for each text. For a cost-aware one it measures the costs."""
+    """Return a function that builds an arm's controller, a new one for each text. Measure the costs if it needs any."""
     if spec.controller == "adaptive":
         return AdaptiveK
     if spec.controller == "cost-aware":

@@ -1,4 +1,4 @@
-"""transformers' own decoding, as arms."""
+"""Arms that transformers decodes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from specdecode.bench.arms.run import Run, timed_call
 from specdecode.bench.runs.counts import Counts
 from specdecode.models.lm import LM
 
-# The default of transformers, which is not this package's.
+# The default of transformers. This package has another.
 _NGRAM_TOKENS = 2
-# A static cache of another size is compiled for anew: sizes are multiples of this, in tokens.
+# Sizes of static caches are multiples of this, in tokens, because each new size compiles the forward again.
 _CACHE_TOKENS = 256
-_WARM_UP_TOKENS = 3  # the first is the prompt's, which is not compiled
+_WARM_UP_TOKENS = 3  # the first comes from the prompt's forward, which is not compiled
 
 
 def peer_run(
     spec: ArmSpec, target: LM, draft: LM | None, lengths: Sequence[int], stop_token_ids: Sequence[int]
 ) -> Callable[[Sequence[int], int, Sequence[int]], Run]:
-    """Return a function that decodes a prompt by transformers, and times it. It uses the same modules, and the settings
-    of the arm that it is compared with. The arguments are those of `make_arm`."""
-    # Its advice on the settings below would break into the progress of the run.
+    """Return a function that decodes a prompt with transformers, and times it. It uses the modules and the settings of
+    the arm that the peer is compared with. The arguments are those of `make_arm`."""
+    # Its warnings about the settings below would interrupt the progress of the run.
     transformers.logging.set_verbosity_error()
     settings: dict[str, Any] = {}
     draft_settings: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def peer_run(
         draft_settings = {
             "num_assistant_tokens": spec.fixed_k().k,
             "num_assistant_tokens_schedule": "constant",
-            # Unless the arm says otherwise, it never stops drafting before.
+            # By default it never stops drafting early.
             "assistant_confidence_threshold": spec.confidence or 0.0,
         }
     elif spec.peer == "prompt-lookup":
@@ -52,7 +52,7 @@ def peer_run(
     compiled = _Compiled(target) if spec.peer == "generate-compiled" else None
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
-        # What a configuration leaves open, transformers takes from the model: a bare one keeps stop tokens off.
+        # transformers takes missing settings from the model's configuration. A new one has no stop tokens.
         target.model.generation_config = GenerationConfig(pad_token_id=0)
         if draft is not None and draft_settings:
             draft.model.generation_config = GenerationConfig(pad_token_id=0, **draft_settings)
@@ -93,10 +93,10 @@ def peer_run(
 
 
 class _Compiled:
-    """A static cache that grows between runs, never in them: the forward is compiled anew for each size.
+    """A static cache that grows only between runs, because the forward is compiled again for each size.
 
     Args:
-        target: whose forward transformers compiles; it leaves the prompt's forward as it is.
+        target: the model whose forward transformers compiles. The prompt's forward is not compiled.
     """
 
     def __init__(self, target: LM) -> None:
@@ -105,12 +105,12 @@ class _Compiled:
         self._tokens = 0
         self.config = CompileConfig()
         if target.device.type == "cpu":
-            # It takes a GPU for granted, and CUDA graphs.
+            # Its defaults require a GPU and CUDA graphs.
             self.config = CompileConfig(mode="default")
             self.config._compile_all_devices = True  # type: ignore[assignment]
 
     def cache(self, ids: Tensor, max_new_tokens: int) -> StaticCache:
-        """Return an empty cache with room for a prompt [1, n] and its output, for which the forward is compiled."""
+        """Return an empty cache with room for a prompt [1, n] and its output. The forward is compiled for it."""
         needed = ids.shape[1] + max_new_tokens
         if self._cache is None or needed > self._tokens:
             self._tokens = -(-needed // _CACHE_TOKENS) * _CACHE_TOKENS
@@ -129,7 +129,7 @@ class _Compiled:
 
 
 class _Clock(BaseStreamer):
-    """Notes when tokens come, and how many have come by then; the first that it is given is the prompt."""
+    """A record of the times at which tokens come, and of their number so far. The first tokens are the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

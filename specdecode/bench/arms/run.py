@@ -1,4 +1,4 @@
-"""What one timed call of an arm gave."""
+"""The result of one timed call of an arm."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from specdecode.support.checked import LEAST_SECONDS, count, counts, flag, items
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One output, its times and its counts: plain values, so that it travels as JSON.
+    """One output with its times and counts, as plain values that can be sent as JSON.
 
     Attributes:
-        tokens: the new tokens, of several outputs one behind the other.
-        total_s: seconds of the whole call, the device synchronised. Of a batch, here and below, a prompt's share.
+        tokens: the new tokens; several outputs are concatenated.
+        total_s: seconds of the whole call, with the device synchronised. In a batch, here and below, a prompt's share.
         ttft_s: seconds to the first committed tokens.
-        counts, seconds, histograms: of our own arms all; of a peer the steps alone.
-        latencies: of a server's requests.
-        cuts: the run as it was at each of the shorter lengths that were asked for.
-        tries: how often it was measured, as other work disturbed it; this is the try that was disturbed least.
-        disturbed: whether other work disturbed this one too.
-        beside_s: seconds per token of the run's baseline right before and after this run, their geometric mean; None
-            where it is not known.
+        counts, seconds, histograms: complete for this package's arms; a peer has only steps.
+        latencies: latencies of a server's requests.
+        cuts: the run as it was at each of the requested shorter lengths.
+        tries: number of measurements, repeated because other work disturbed them. This is the least disturbed one.
+        disturbed: whether other work disturbed this measurement too.
+        beside_s: geometric mean of the baseline's seconds per token right before and after this run; None if unknown.
     """
 
     tokens: list[int]
@@ -47,21 +46,21 @@ class Run:
 
     @property
     def outputs(self) -> list[list[int]]:
-        """Return the outputs: several where a server decoded several prompts, all of one length."""
+        """Return the outputs. There are several, of equal length, if a server decoded several prompts."""
         length = len(self.tokens) // max(1, len(self.latencies.ttft))
         return [self.tokens[start : start + length] for start in range(0, len(self.tokens), length)]
 
     @property
     def s_per_token(self) -> float:
-        """Return the seconds that a token took."""
+        """Return the seconds per token."""
         return self.total_s / len(self.tokens)
 
     def at(self, length: int) -> Run | None:
-        """Return the run as it was at a length; None where it was not cut there."""
+        """Return the run as it was at a length; None if it was not cut there."""
         return next((run for run in (self, *self.cuts) if len(run.tokens) == length), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values, as journals and workers of all versions have them."""
+        """Return plain values, in the format of journals and workers of all versions."""
         return {
             "tokens": self.tokens,
             "total_s": self.total_s,
@@ -78,10 +77,10 @@ class Run:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Run:
-        """Make the run that `as_json` wrote, checked value by value: a journal may be damaged.
+        """Build a run from the result of `as_json`. Each value is checked, because a journal may be damaged.
 
         Raises:
-            KeyError, TypeError, ValueError: a value is missing, or cannot be.
+            KeyError, TypeError, ValueError: a value is missing or invalid.
         """
         tokens = counts(entry["tokens"], "tokens")
         if not tokens:
@@ -103,20 +102,20 @@ class Run:
 
 
 def _positive(entry: Mapping[str, Any], kind: str) -> dict[str, float]:
-    """Take counts or seconds, none of them negative."""
+    """Return counts or seconds, none of them negative."""
     values = mapping(entry[kind], kind)
     return {name: number(values, name, 0.0) for name in values}
 
 
 def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int] = ()) -> Run:
-    """Return the run of the first prompt of a batch: its counts, and its share of the time, equal for each prompt.
+    """Return the run of a batch's first prompt: its counts, and its share of the time, which is equal for each prompt.
 
-    A batch is not cut, as its prompts end at different times.
+    A batch is not cut, because its prompts end at different times.
     """
     result, share = results[0], 1 / len(results)
 
     def verify_s(start: int) -> float:
-        # A forward is counted by each of its prompts; the one with the most steps was in all of them.
+        # Each prompt of a forward counts its seconds. The prompt with the most steps was in all forwards.
         return max(sum(step.verify_s for step in prompt.steps[start:]) for prompt in results)
 
     draft_s = share * sum(prompt.draft_s for prompt in results)
@@ -142,7 +141,7 @@ def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int]
         seconds=Seconds(
             draft=draft_s,
             verify=verified_s,
-            overhead=max(0.0, share * total_s - draft_s - verified_s),  # not negative by a rounding
+            overhead=max(0.0, share * total_s - draft_s - verified_s),  # rounding must not make it negative
             later_draft=share * sum(step.draft_s for prompt in results for step in prompt.steps[1:]),
             later_verify=share * verify_s(1),
         ),
@@ -156,8 +155,8 @@ def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int]
 
 
 def timed_call(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
-    """Call, and return the result and the seconds, with the device synchronised before and after. Seconds of capturing
-    CUDA graphs are not among them."""
+    """Call, and return the result and the seconds, without the seconds of capturing CUDA graphs. The device is
+    synchronised before and after."""
     synchronise(device)
     started, captured_s = time.perf_counter(), CudaGraphs.seconds
     result = call()

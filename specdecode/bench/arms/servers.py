@@ -18,21 +18,21 @@ from specdecode.bench.servers.server import Load, Server
 from specdecode.drafters.base import common_prefix
 
 _MOST_ROUNDING = 0.2501
-"""Two steps of bfloat16 between 16 and 32, where logits often are, and float32's own rounding: a margin that moves by
-more does not move by rounding."""
+"""Bound of the rounding of a margin. It is two steps of bfloat16 between 16 and 32, where logits often are, and
+float32's own rounding. A margin that changes by more does not change by rounding."""
 
 _LATER, _ROUNDING_TOKENS = (1, 2, 3), 16
-"""Where the texts begin, in tokens, that show how an engine rounds, and how long their outputs are."""
+"""The starts of the texts that show an engine's rounding, in tokens of the prompt, and the length of their outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerArm:
-    """An arm that a server decodes, a prompt alone or several at a time.
+    """An arm that a server decodes, one prompt or several at a time.
 
     Attributes:
         spec: its entry.
-        server: that decodes.
-        lengths: at which the run of a single prompt is cut.
+        server: the server that decodes.
+        lengths: lengths at which the run of a single prompt is cut.
     """
 
     spec: ArmSpec
@@ -41,7 +41,7 @@ class ServerArm:
 
     @property
     def alone(self) -> bool:
-        """Whether the server runs while no other does that is to run alone."""
+        """Whether the server runs while no other server with this setting does."""
         return self.server.spec.alone
 
     @property
@@ -51,41 +51,41 @@ class ServerArm:
 
     @property
     def about(self) -> str:
-        """The engine, its version and the model, once the server has been reached."""
+        """The engine, its version and the model; "" before the server has been reached."""
         return self.server.about
 
     @property
     def pids(self) -> Collection[int]:
-        """The ids of the server's processes here that this process has not started."""
+        """The ids of the server's processes on this machine that this process has not started."""
         return self.server.pids
 
     def open(self) -> None:
-        """Start the server, or reach it.
+        """Start the server, or connect to it.
 
         Raises:
-            ArmError: that fails.
+            ArmError: the server cannot be started or reached.
         """
         with self._errors():
             self.server.open()
 
     def close(self) -> None:
-        """End the server, or leave it."""
+        """Stop the server, or disconnect from it."""
         self.server.close()
 
     @property
     def requests(self) -> int:
-        """The number of prompts that a run decodes."""
+        """The number of prompts in a run."""
         return self.spec.requests or (1 if self.spec.concurrency == 1 else 2 * self.spec.concurrency)
 
     def prompts(self, prompt: Sequence[int]) -> list[Sequence[int]]:
-        """Return the prompts that a run decodes: a prompt, and later beginnings of it, which share no first token."""
+        """Return the prompts of a run: the prompt, and suffixes of it, so that no two share a prefix."""
         return [prompt[place % max(1, len(prompt) // 2) :] for place in range(self.requests)]
 
     def run(self, prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
-        """Decode a prompt, and time it. The outputs of several prompts stand one behind the other.
+        """Decode a prompt, and time it. The outputs of several prompts are concatenated.
 
         Raises:
-            ArmError: the server does not decode it.
+            ArmError: the server fails to decode.
         """
         with self._errors():
             load = self.server.generate(
@@ -96,23 +96,23 @@ class ServerArm:
     def classify(
         self, baseline: ServerArm, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]
     ) -> Literal["tie", "bug"]:
-        """Classify an output that is not its baseline's, by the log-probabilities that both servers tell.
+        """Classify an output that differs from its baseline's, by the log-probabilities of both servers.
 
-        A margin is by how much the log-probabilities of two tokens differ, which is what their logits differ by. Both
-        servers decode the prompt again, and some more of its later beginnings, the baseline twice. As long as they
-        write the same, they read the same, so what their margins differ by is rounding. Where the outputs part, the
-        choice is a tie if its margin is no more than that.
+        A margin is the difference between the log-probabilities of two tokens, which equals the difference between
+        their logits. Both servers decode the prompt and some suffixes of it again, the baseline twice. As long as they
+        write the same tokens, they read the same tokens. So the differences between their margins are rounding. Where
+        the outputs part, the choice is a tie if its margin is not larger than this rounding.
 
         Args:
-            baseline: whose output is expected.
-            prompt: of the run.
-            expected: the baseline's outputs, one behind the other.
-            got: this arm's.
+            baseline: the arm with the expected output.
+            prompt: prompt of the run.
+            expected: the baseline's outputs, concatenated.
+            got: this arm's outputs, concatenated.
 
         Raises:
-            ArmError: a server does not decode it.
+            ArmError: a server fails to decode.
         """
-        # With another number of prompts they have the first output alone in common.
+        # Arms with different numbers of prompts share only the first output.
         prompts = self.prompts(prompt) if self.requests == baseline.requests else [prompt]
         parted = common_prefix(expected, got)
         length = len(expected) // len(prompts)
@@ -141,7 +141,7 @@ class ServerArm:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Name the arm in the sentence about its server."""
+        """Add the arm's name to errors of its server."""
         try:
             yield
         except ServerError as error:
@@ -149,8 +149,8 @@ class ServerArm:
 
 
 def _margin_changes(readings: Sequence[Response]) -> Iterator[float]:
-    """Yield what margins of the written tokens differ by between the first response and the others, while these write
-    the same."""
+    """Yield the differences between margins of the first response and of each other one. The margins are those of
+    written tokens, as far as both responses wrote the same tokens."""
     first, *others = readings
     for other in others:
         for place in range(common_prefix(first.tokens, other.tokens)):
@@ -192,17 +192,17 @@ def _counts(load: Load, tokens: int) -> Counts:
 
 
 def _histograms(told: Told | None) -> Histograms:
-    """Return how many steps kept how many proposals, as far as the engine tells how many kept one at each position."""
+    """Return the histograms of steps, if the engine reports the number of proposals kept at each position."""
     if told is None or not told.by_position or told.drafts is None:
         return Histograms()
     at_least, longest = [told.drafts, *told.by_position, 0.0], len(told.by_position)
-    # Where all drafts are as long as they may be, their lengths are known, too.
+    # If all drafts have the full length, the depths are known too.
     depth = [*[0] * longest, round(told.drafts)] if told.drafted == told.drafts * longest else []
     return Histograms(accepted=[round(more - fewer) for more, fewer in pairwise(at_least)], depth=depth)
 
 
 def _cut(load: Load, length: int) -> Run | None:
-    """Return the run of a single prompt as it was when so many tokens had come."""
+    """Return the run of a single prompt as it was after `length` tokens; None if it cannot be cut there."""
     (response, *others), (output, *_) = load.responses, load.outputs
     if others or length >= len(output) or sum(response.sizes) != len(output):
         return None

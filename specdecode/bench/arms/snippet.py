@@ -1,4 +1,4 @@
-"""Write the Python that decodes as an arm did."""
+"""Python code that decodes as an arm did."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from specdecode.bench.runs.records import RunFile
 
 
 def code_snippet(run: RunFile, arm: str) -> str:
-    """Return lines of Python that decode as the arm did. All that comes from the file stands in them as a literal.
+    """Return Python code that decodes as the arm did. All values from the file are literals in it.
 
     Raises:
-        ValueError: an arm that this version does not know.
+        ValueError: this version does not know the arm.
     """
     try:
         spec = ArmSpec.from_record(arm, run.arms[arm].options)
@@ -71,7 +71,7 @@ def _drafter(kind: str, spec: ArmSpec) -> str:
 
 
 def _shape(spec: ArmSpec) -> list[str]:
-    """Return the argument of a drafter that grows trees; none for a chain, which is the default."""
+    """Return the shape argument of a drafter; none for a chain, which is the default."""
     if spec.shape == "chain":
         return []
     name = "StaticTree" if spec.shape == "static" else "BestFirstTree"

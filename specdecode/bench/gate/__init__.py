@@ -1,1 +1,1 @@
-"""Judge a run by its baseline. Nothing here imports torch."""
+"""Judgements of a run by its baseline. Nothing here imports torch."""

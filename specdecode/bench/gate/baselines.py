@@ -1,4 +1,4 @@
-"""The runs that others are judged by: bless one, find it again."""
+"""Baselines, the runs that later runs are judged by: blessing a run, and finding its baseline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specdecode.support.checked import read_json
 from specdecode.support.files import write_whole
 
 TOLERANCE = 0.05
-"""By how much an arm may become slower, as a share, before the gate closes."""
+"""The share by which an arm may become slower before the gate fails."""
 
 MOST_UNSEEN = 0.10
 """The largest slowdown, as a share, that a baseline's own noise may hide."""
@@ -28,33 +28,32 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str) -> Path:
     """Write a run to the baselines, with the reason in it.
 
     Args:
-        paths: the run; and runs of the same on other machines of this hardware, by which times are judged too.
-        baselines: the folder.
-        reason: why this is what is to be expected.
+        paths: file of the run; then files of runs of the same models, prompts and lengths on other machines of this
+            hardware. Times are judged by them too.
+        baselines: folder of the baselines.
+        reason: why later runs should perform like this run.
 
     Returns:
         The baseline's file.
 
     Raises:
-        ValueError: no reason. Or a run that nothing can be expected by: of uncommitted changes, with a wrong output or
-            an arm that did not decode, or of something else than the first run. Or machines so unsteady, or so
-            different, that later runs could not see a slowdown of `MOST_UNSEEN`.
+        ValueError: the reason is empty. Or a run cannot be a baseline: it was stopped, has uncommitted changes, a wrong
+            output or an arm that did not decode, or differs from the first run in models, prompts or lengths. Or the
+            machines are so unsteady, or so different, that later runs could not detect a slowdown of `MOST_UNSEEN`.
     """
     if not reason.strip():
-        raise ValueError("the reason is empty: say why this run is what is to be expected")
+        raise ValueError("the reason is empty: say why later runs should perform like this run")
     runs = [read(path) for path in paths]
     for run in runs:
         _check(run)
         if _subject(run) != _subject(runs[0]):
-            raise ValueError(
-                f"{run.path} is no run of the same as {paths[0]}: models, prompts and lengths must be equal"
-            )
+            raise ValueError(f"{run.path} cannot be blessed with {paths[0]}: models, prompts and lengths must be equal")
     run = replace(runs[0], together=runs[1:])
     if (unseen := ever_sees(run)) > MOST_UNSEEN:
         raise ValueError(
-            f"{' and '.join(map(str, paths))}: no later run would see a slowdown below {unseen:.0%} by this: measure"
-            f" more --repeats or prompts, or --until {MOST_UNSEEN:.0%}, or quiet the machine, until it is"
-            f" {MOST_UNSEEN:.0%}"
+            f"{' and '.join(map(str, paths))}: no later run would detect a slowdown below {unseen:.0%} with this"
+            f" baseline: measure more --repeats or prompts, or --until {MOST_UNSEEN:.0%}, or quiet the machine; the"
+            f" limit is {MOST_UNSEEN:.0%}"
         )
     content = read_json(paths[0])
     content[KEY]["reason"] = reason.strip()
@@ -68,13 +67,13 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str) -> Path:
 
 
 def _subject(run: RunFile) -> tuple[object, ...]:
-    """Return what runs must share to be blessed together."""
+    """Return the properties that runs must share to be blessed together."""
     header = run.header
     return header.identity.file, header.outputs, header.max_new_tokens, header.baseline, run.arms.keys()
 
 
 def _check(run: RunFile) -> None:
-    """Raise ValueError if nothing can be expected by a run."""
+    """Raise ValueError if a run cannot be a baseline."""
     path, content = run.path, read_json(run.path)
     if run.header.left:
         raise ValueError(f"{path} is a run that was stopped: it is no baseline; the same command with --resume ends it")
@@ -87,10 +86,10 @@ def _check(run: RunFile) -> None:
 
 
 def ever_sees(run: RunFile, tolerance: float = TOLERANCE) -> float:
-    """Return the smallest slowdown, as a share, that a later run without any noise would detect by this one.
+    """Return the smallest slowdown, as a share, that a later run without noise would detect with this baseline.
 
     Args:
-        run: the baseline, and those that were blessed together with it: by how much these differ hides as much.
+        run: the baseline, with the runs that were blessed together with it. Their differences hide slowdowns too.
         tolerance: share by which a time may be worse.
     """
     runs = [run, *run.together]
@@ -99,7 +98,7 @@ def ever_sees(run: RunFile, tolerance: float = TOLERANCE) -> float:
 
 
 def _spread(runs: Sequence[RunFile], arm: str) -> float:
-    """Return by how much an arm's mean log speedup differs between runs."""
+    """Return the range of an arm's mean log speedup over runs."""
     logs = [one.log_speedups(arm) for one in runs if arm in one.arms]
     means = [fmean(of_run.values()) for of_run in logs if of_run]
     return max(means, default=0.0) - min(means, default=0.0)
@@ -109,7 +108,7 @@ def all_of(baselines: Path) -> list[Path]:
     """Return the files of all baselines in their folder.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the folder has none.
     """
     files = sorted(file for file in baselines.glob("*/*.json") if file.parent.name != MARGINS)
     if not files:
@@ -118,7 +117,7 @@ def all_of(baselines: Path) -> list[Path]:
 
 
 def find(identity: Identity, baselines: Path) -> RunFile | None:
-    """Find the baseline to judge such a run by: its hardware's, or another machine's, whose counters hold here too."""
+    """Find the baseline of an identity: of the same hardware, or else of another, whose counters are valid here too."""
     same_hardware = baselines / identity.file
     others = sorted(baselines.glob(f"*/{identity.file.name}"))
     return next((read(path) for path in (same_hardware, *others) if path.exists()), None)

@@ -1,4 +1,4 @@
-"""Which part of a step made an arm slower or faster."""
+"""The part of a step that made an arm slower or faster."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ PARTS: Parts = {
     "verifying": lambda seconds: seconds.verify,
     "overhead": lambda seconds: seconds.overhead,
 }
-"""The parts of a step, and their seconds."""
+"""The parts of a step. Each value returns the seconds of its part."""
 
 _WHOLE: Parts = {"time a step": lambda seconds: seconds.total}
 
 
 @dataclass(frozen=True, slots=True)
 class Blame:
-    """A change of the time per token, split into what caused it.
+    """A change of the time per token, split into its causes.
 
     Attributes:
         shares: logarithm of the factor by which each cause changed the time per token. Their sum is the whole change.
             "acceptance length": steps per token. "drafting", "verifying", "overhead": seconds of a step; "time a step"
-            where nobody times its parts. "yardstick": the arm's baseline, where it is known to have moved.
+            if its parts were not timed. "yardstick": the arm's baseline, if it is known to have changed.
     """
 
     shares: dict[str, float]
 
     @property
     def main(self) -> str:
-        """Return the cause that moved most in the direction of the whole change."""
+        """Return the cause with the largest change in the direction of the whole change."""
         total = sum(self.shares.values())
         return max(self.shares, key=lambda cause: math.copysign(1.0, total) * self.shares[cause])
 
     @property
     def changes(self) -> dict[str, float]:
-        """Return by how much each cause alone changes the time per token, as a share of it."""
+        """Return the change of the time per token by each cause alone, as a share."""
         return {cause: math.expm1(share) for cause, share in self.shares.items()}
 
     def __str__(self) -> str:
@@ -57,18 +57,18 @@ def blame(
     units: tuple[float, float] = (1.0, 1.0),
     yardstick: float = 0.0,
 ) -> Blame | None:
-    """Split the change of an arm's time per token; None for a peer, and in older files.
+    """Split the change of an arm's time per token into its causes; None for a peer, and for older files.
 
     The time per token is a sum over parts of (steps per token) x (seconds of the part per step). The logarithmic mean
     Divisia index splits the change of its logarithm. It leaves no remainder, and parts may be zero (Ang 2005, "The LMDI
     approach to decomposition analysis").
 
     Args:
-        new, old: the arm before and after.
-        prompts: those to sum over; both have them.
-        units: seconds that count as one, of the new run and of the old: the yardstick's time per token, where the two
-            runs were not measured side by side.
-        yardstick: logarithm of the factor by which what the arm is compared with became faster, in these units.
+        new, old: the arm's records in the new and in the old run.
+        prompts: prompts to sum over; both records have them.
+        units: seconds that count as one, in the new and in the old run. They are the yardstick's time per token if the
+            two runs were not measured side by side.
+        yardstick: logarithm of the factor by which the arm's yardstick became faster, in these units.
     """
     if not prompts or new.peer or old.peer:
         return None
@@ -97,15 +97,15 @@ def _times(record: ArmRecord, prompts: Collection[str], parts: Parts) -> bool:
 
 
 def _s_per_token(record: ArmRecord, prompts: Collection[str], parts: Parts, unit: float) -> dict[str, float]:
-    """Return each part's seconds per token, in units."""
+    """Return the seconds per token of each part, in units."""
     seconds, tokens = record.seconds(prompts), record.counts(prompts).tokens
     return {name: (part(seconds) or 0.0) / tokens / unit for name, part in parts.items()}
 
 
 def _log_mean(a: float, b: float) -> float:
-    """Return (a - b) / (ln a - ln b), continued to a = b and to nought."""
+    """Return (a - b) / (ln a - ln b), continued to a = b and to 0."""
     if a <= 0 or b <= 0:
         return 0.0
-    # Not log(a / b), which loses its digits where a and b are close.
+    # Not log(a / b), which loses digits if a and b are close.
     ratio = math.log1p((a - b) / b)
     return (a - b) / ratio if ratio else a

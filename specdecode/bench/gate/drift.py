@@ -1,17 +1,17 @@
-"""Find where a speed has changed for good over many versions: at one of them, or in a drift over several.
+"""Lasting changes of speed over many versions: a step at one version, or a drift over several.
 
-A change is the strongest of many shapes. Its probability under no change comes from the strongest shapes of permuted
-series. So the number of shapes is accounted for, and noise need not be normal (Westfall and Young 1993). Series of
-benchmarks were searched like this by Daly et al. 2020, "The Use of Change Point Detection to Identify Software
-Performance Regressions in a Continuous Integration System". The shapes are
+A change is the strongest of many shapes. Its probability by chance comes from the strongest shapes of permuted series.
+This accounts for the number of shapes, and noise need not be normal (Westfall and Young 1993). Daly et al. 2020 search
+series of benchmarks in this way, "The Use of Change Point Detection to Identify Software Performance Regressions in a
+Continuous Integration System". The shapes are
 
-- ramps from one level to another, a step among them: eight versions that lose 1 % each are one ramp, as in tests of
+- ramps from one level to another, including steps: eight versions that lose 1 % each are one ramp, as in tests of
   several contrasts for trends (Bretz and Hothorn 2002);
-- arcs, another level for a while: circular binary segmentation (Olshen et al. 2004). Without them a gain hides the loss
-  that takes it back.
+- arcs, another level for a while: circular binary segmentation (Olshen et al. 2004). Without them a gain hides the
+  later loss of the same size.
 
-What lies before, within and behind a change is searched again, and the parts share its level. Noise is taken to be
-independent between versions.
+The parts before, within and after a change are searched again, and share its level. Noise is assumed to be independent
+between versions.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import COVERAGE, Estimate, student_t
 
 LEAST_VERSIONS = 6
-"""Fewer have too few permutations for any of them to be rare."""
+"""Least length of a searched series: shorter ones have too few permutations for a small probability."""
 
 MOST_VERSIONS = 60
-"""How many versions are to be searched at most, the newest: the number of shapes grows with the square."""
+"""Largest number of searched versions, the newest: the number of shapes grows with its square."""
 
 LEVEL = 1 - COVERAGE
 """The probability of finding a change where there is none, in any arm of a baseline."""
 
 Pairs = tuple[tuple[int, int], ...]
-"""Pairs of versions: of a change, the last before it and the first after it; of a part, the first and the one behind
-its last."""
+"""Pairs of versions. For a change: the last before it and the first after it. For a part: its first version and the
+version after its last."""
 
-_SMALLEST_LOG_CHANGE = 1e-3  # nobody acts on less, and rounding is no change
+_SMALLEST_LOG_CHANGE = 1e-3  # smaller changes do not matter, and may be rounding
 _BATCH, _MOST_BATCHES = 500, 20  # permutations
-_ENOUGH_STRONGER = 50  # permutations: it is not rare then, and more of them do not change that
+_ENOUGH_STRONGER = 50  # permutations; with this many the probability is too large, and more draws would not help
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change.
+    """One lasting change of a speed.
 
     Attributes:
-        start: the last version with the speed of before.
-        end: the first version with the speed of after: the next one if it is a step.
-        ratio: new speed over old, with its interval where it is.
-        p: the probability of such a change by chance in any of the series that were searched.
+        start: the last version with the old speed.
+        end: the first version with the new speed: the version after `start` for a step.
+        ratio: new speed over old, with its interval.
+        p: the probability of such a change by chance in any of the searched series.
     """
 
     start: int
@@ -64,20 +64,20 @@ class Change:
 
     @property
     def slower(self) -> bool:
-        """Whether the speed is lower after it."""
+        """Whether the speed is lower after the change."""
         return self.ratio.value < 1
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How an arm's speed went over the versions, and the changes in it."""
+    """An arm's speed over the versions, and its changes."""
 
     series: Series
     changes: list[Change]
 
     @property
     def long_enough(self) -> bool:
-        """Whether a change could be found in so many versions."""
+        """Whether there are enough versions to find a change."""
         return len(self.series.logs) >= LEAST_VERSIONS
 
     @property
@@ -87,11 +87,11 @@ class Course:
 
 
 def courses(runs: Sequence[RunFile], arm: str | None = None) -> dict[str, Course]:
-    """Find the changes in the speed of each arm that the newest version has, but for peers.
+    """Find the changes in the speed of each arm in the newest version, except peers.
 
     Args:
         runs: versions of one baseline, the oldest first; `MOST_VERSIONS` at most.
-        arm: look at this one alone; all if None.
+        arm: search only this arm; all if None.
 
     Raises:
         ValueError: the newest version does not have the arm.
@@ -109,8 +109,8 @@ def find_changes(logs: Sequence[float], level: float = LEVEL) -> list[Change]:
     """Find the changes in a series, in order.
 
     Args:
-        logs: natural logarithms of speeds, of the oldest version first.
-        level: the probability of finding any in a series without: `LEVEL` divided by the number of series.
+        logs: natural logarithms of speeds, the oldest version first.
+        level: the probability of finding a change in a series without one: `LEVEL` divided by the number of series.
     """
     values = np.asarray(logs, dtype=float)
     found = sorted(_search(values, 0, level))
@@ -123,7 +123,7 @@ def find_changes(logs: Sequence[float], level: float = LEVEL) -> list[Change]:
 
 
 def _search(values: np.ndarray, first: int, level: float) -> Iterator[tuple[int, int, float]]:
-    """Yield start, end and p of each change in a part of a series that begins at a version."""
+    """Yield start, end and p of each change in a part of a series. The part begins at version `first`."""
     if len(values) < LEAST_VERSIONS or np.ptp(values) < _SMALLEST_LOG_CHANGE:
         return
     strongest, p = _strongest(values)
@@ -138,10 +138,10 @@ def _search(values: np.ndarray, first: int, level: float) -> Iterator[tuple[int,
 
 @lru_cache(maxsize=MOST_VERSIONS)
 def _shapes(count: int) -> tuple[np.ndarray, list[tuple[Pairs, Pairs]]]:
-    """Return the shapes of series of a length.
+    """Return the shapes for series of a length.
 
     Returns:
-        The shapes, one a column, with mean 0 and length 1; and of each its changes and the parts around them.
+        The shapes as columns with mean 0 and length 1; and for each shape its changes and the parts around them.
     """
     columns: list[np.ndarray] = []
     about: list[tuple[Pairs, Pairs]] = []
@@ -162,14 +162,15 @@ def _ramp(count: int, start: int, end: int) -> np.ndarray:
 
 
 def _strongest(values: np.ndarray) -> tuple[int, float]:
-    """Return which shape explains most of a series, and how often one explains as much of a permuted one.
+    """Return the index of the shape that explains most of a series, and the probability that it does by chance.
 
-    Permutations end early where many do (Besag and Clifford 1991).
+    The probability is the share of permuted series that a shape explains as well. Drawing permutations ends early if
+    that share is large (Besag and Clifford 1991).
     """
     shapes, _ = _shapes(len(values))
     strengths = np.abs((values - values.mean()) @ shapes)
     strongest = int(strengths.argmax())
-    asked = strengths[strongest] * (1 - 1e-9)  # the series itself is one of its permutations, but for rounding
+    asked = strengths[strongest] * (1 - 1e-9)  # the series is one of its own permutations, except for rounding
     chance, stronger, drawn = np.random.default_rng(0), 0, 0
     while drawn < _BATCH * _MOST_BATCHES and stronger < _ENOUGH_STRONGER:
         permuted = chance.permuted(np.tile(values - values.mean(), (_BATCH, 1)), axis=1)
@@ -179,14 +180,14 @@ def _strongest(values: np.ndarray) -> tuple[int, float]:
 
 
 def _sizes(values: np.ndarray, changes: Sequence[tuple[int, int]]) -> list[Estimate]:
-    """Return the ratio of speeds over each change: least squares on all together."""
+    """Return the ratio of speeds over each change, from least squares on all changes together."""
     if not changes:
         return []
     count = len(values)
     ramps = np.stack([_ramp(count, start, end) for start, end in changes], axis=1)
     centred = values - values.mean()
     logs, *_ = np.linalg.lstsq(ramps - ramps.mean(0), centred, rcond=None)
-    freedom = count - 1 - 3 * len(changes)  # of each change its size and two places were fitted
+    freedom = count - 1 - 3 * len(changes)  # each change's size and two places were fitted
     sizes = []
     for number, log in enumerate(logs):
         others = np.where(np.arange(len(changes)) == number, 0.0, logs)
@@ -196,9 +197,10 @@ def _sizes(values: np.ndarray, changes: Sequence[tuple[int, int]]) -> list[Estim
 
 
 def _interval(values: np.ndarray, freedom: int) -> tuple[float, float]:
-    """Return the sizes, in logarithms, with which a change anywhere fits a series nearly as well as the best one does.
+    """Return the least and greatest size, in logarithms, of changes that fit a series nearly as well as the best fit.
 
-    That is the profile of the likelihood over the places: an interval at the chosen place would be too narrow.
+    The changes may be at any place. This profiles the likelihood over the places: an interval at the chosen place alone
+    would be too narrow.
     """
     if freedom < 1:
         return -math.inf, math.inf

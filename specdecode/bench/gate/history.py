@@ -1,4 +1,4 @@
-"""A baseline's past, as git has kept it: each run that was ever blessed for the same identity."""
+"""A baseline's history in git: each run that was ever blessed for the same identity."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from specdecode.support.git import git
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The runs that were the baseline, the oldest first.
+    """The earlier runs of a baseline, the oldest first.
 
     Attributes:
-        runs: those that this version can judge.
-        summary: one sentence: where they are from, and which are left out; or why there are none.
+        runs: the runs that this version can judge.
+        summary: one sentence about their source and the revisions left out; or the reason why there are none.
     """
 
     runs: list[RunFile]
     summary: str
 
     def until(self, run: RunFile) -> list[RunFile]:
-        """Return the runs that were the baseline, then this one, unless it is the last of them."""
+        """Return the earlier runs and then this run. It replaces the last earlier run if they are equal."""
         known = bool(self.runs) and self.runs[-1].arms == run.arms
         return [*(self.runs[:-1] if known else self.runs), run]
 
 
 def history(file: Path, newest: int | None = None) -> History:
-    """Read the revisions of a baseline's file from git, through its renames, but for those that cannot be judged.
+    """Read the revisions of a baseline's file from git, through renames. Leave out those that cannot be judged.
 
     Args:
-        file: of the baseline, in its repository.
-        newest: read so many revisions at most, the last ones; all if None.
+        file: the baseline's file, in its repository.
+        newest: largest number of revisions to read, from the newest; all if None.
     """
-    # One record a revision: its short name, and on a line of its own the path that the file had then.
+    # Each revision gives one record: its short hash, and on a separate line the file's path at that revision.
     asked = ("--follow", "--no-merges", "--diff-filter=d", "--name-only", "--format=%x00%h")
     count = () if newest is None else (f"--max-count={newest}",)
     folder = file.parent

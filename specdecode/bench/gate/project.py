@@ -1,4 +1,4 @@
-"""Read what a repository sets for all of its runs: `[tool.specdecode]` in its pyproject.toml."""
+"""The settings of a repository for all of its runs: `[tool.specdecode]` in its pyproject.toml."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TABLE = "tool.specdecode"
 
 
 def _gate(values: Mapping[str, Any], name: str) -> str:
-    """Take a setting of the gate."""
+    """Return the entry of the gate, which must be a key of `FAILING`."""
     setting = text(values, name)
     if setting not in FAILING:
         raise ValueError(f"{name} is {setting!r}: choose from {', '.join(FAILING)}")
@@ -30,7 +30,7 @@ def _gate(values: Mapping[str, Any], name: str) -> str:
 
 
 def _share(values: Mapping[str, Any], name: str) -> float:
-    """Take a tolerance."""
+    """Return an entry that must be a tolerance."""
     return tolerance_of(number(values, name, 0.0, 1.0), 0.0)
 
 
@@ -44,11 +44,11 @@ _SETTINGS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """The settings of a repository. Options of the command line come before them.
+    """The settings of a repository. Options of the command line override them.
 
     Attributes:
-        options: values of options, by their names.
-        tolerances: by how much the time of an arm may be worse, as a share, where it differs from the others'.
+        options: values of options, by option name.
+        tolerances: the share by which an arm's time may be worse, for arms that do not use `tolerance`.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -56,12 +56,12 @@ class Project:
 
     @property
     def tolerance(self) -> float:
-        """By how much the time of any other arm may be worse than a baseline's, as a share."""
+        """The share by which the time of any other arm may be worse than the baseline's."""
         return float(self.options.get("tolerance", TOLERANCE))
 
     @property
     def gate(self) -> str:
-        """Which verdicts fail: a key of `gate.verdicts.FAILING`."""
+        """The gate's setting, a key of `gate.verdicts.FAILING`: it decides which verdicts fail."""
         return str(self.options.get("gate", "on"))
 
     @property
@@ -71,10 +71,10 @@ class Project:
 
 
 def read_project(root: Path) -> Project:
-    """Read the settings of the repository in a folder. Without a pyproject.toml, or such a table, there are none.
+    """Read the settings of the repository in a folder. They are empty without a pyproject.toml or without the table.
 
     Raises:
-        ValueError: the file cannot be read, or a setting is unknown or of another kind; the sentence names it.
+        ValueError: the file cannot be read, or a setting is unknown or has the wrong type; the message names it.
     """
     file = root / "pyproject.toml"
     if not file.is_file():

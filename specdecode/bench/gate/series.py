@@ -1,4 +1,4 @@
-"""An arm's speed in one version of a baseline after the other, and how much it moves between two by itself."""
+"""An arm's speed over the versions of a baseline, and its noise between consecutive versions."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from specdecode.bench.runs.names import PEER_BASELINE
 from specdecode.bench.runs.records import RunFile
 
 LEAST_EARLIER_VERSIONS = 10
-"""How many earlier versions a baseline must have before they decide what an arm may lose."""
+"""Least number of earlier versions before their noise decides an arm's tolerance."""
 
 MOST_EARLIER_VERSIONS = 30
-"""How many earlier versions decide at most, the newest: older ones may be of another machine room or driver."""
+"""Largest number of earlier versions that decide, the newest: older ones may have another machine room or driver."""
 
 _IQR_FACTOR = 3.0
-"""How far above the upper quartile of past changes noise may lie, in interquartile ranges."""
+"""Distance of the noise bound from the upper quartile of past changes, in interquartile ranges."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """An arm's speed in the versions that can be compared with the newest.
+    """An arm's speed in the versions that can be compared with the newest version.
 
     Attributes:
-        versions: their places among all that were given, the oldest first.
-        logs: for each the natural logarithm of the arm's speedup over its yardstick, mean over the prompts.
+        versions: indices of these versions in the given sequence, the oldest first.
+        logs: natural logarithm of the arm's speedup over its yardstick in each version, mean over the prompts.
     """
 
     versions: list[int]
@@ -34,28 +34,28 @@ class Series:
 
 
 def yardstick(arm: str, run: RunFile) -> str:
-    """Return what an arm's time is compared with in its own block.
+    """Return the arm that an arm's time is compared with in its own block.
 
-    That is its baseline; for the run's baseline itself it is transformers, which our code cannot slow down.
+    That is the arm's baseline. For a baseline itself it is transformers, which this package's code cannot slow down.
     """
     baseline = run.baseline_of(arm)
     return PEER_BASELINE if arm == baseline else baseline
 
 
 def backend(run: RunFile) -> str:
-    """Return the backend that the target's forwards ran on."""
-    # Older baselines know no other than transformers' own.
+    """Return the backend of the target's forwards."""
+    # Older baselines do not name it: all of them used transformers' own forward.
     return str(run.header.versions.get("backend", "eager"))
 
 
 def series(arm: str, runs: Sequence[RunFile]) -> Series:
     """Collect an arm's speedups over its yardstick.
 
-    Left out are versions of another hardware, backend or yardstick, or with other weights, prompts or lengths. So are
-    those in which the arm failed or was wrong.
+    Versions with another hardware, backend, yardstick, weights, prompts or length are left out. So are versions in
+    which the arm failed or had a wrong output.
 
     Args:
-        arm: its name; the newest version must have it.
+        arm: name of the arm; the newest version must have it.
         runs: versions of one baseline, the oldest first.
     """
     wanted = _conditions(arm, runs[-1])
@@ -71,7 +71,7 @@ def series(arm: str, runs: Sequence[RunFile]) -> Series:
 
 
 def _conditions(arm: str, run: RunFile) -> tuple[object, ...]:
-    """Return all that must be equal for two versions' speedups of an arm to be compared."""
+    """Return the properties that must be equal in two versions to compare their speedups of an arm."""
     over, header = yardstick(arm, run), run.header
     prompts = frozenset(run.log_speedups(arm, over))
     hardware, weights = header.identity.hardware, header.versions.get("weights")
@@ -79,19 +79,19 @@ def _conditions(arm: str, run: RunFile) -> tuple[object, ...]:
 
 
 def past_noise(arm: str, runs: Sequence[RunFile]) -> float:
-    """Return by how much, as a share, an arm's speed changes between versions at most where only noise changes it.
+    """Return the largest change of an arm's speed between versions that noise alone explains, as a share.
 
-    That is the upper quartile of the absolute changes between consecutive versions, and three times their interquartile
-    range above it: the significance threshold of rustc-perf (docs/comparison-analysis.md in rust-lang/rustc-perf).
-    A few changes that were real do not move it. Changes are taken as logarithms, so that slower and faster ones count
-    alike and the share stays below 1.
+    That is the upper quartile of the absolute changes between consecutive versions, plus three times their
+    interquartile range: the significance threshold of rustc-perf (docs/comparison-analysis.md in rust-lang/rustc-perf).
+    A few real changes do not move it. Changes are logarithms, so that slower and faster versions count alike and the
+    share stays below 1.
 
     Args:
-        arm: its name; the newest version must have it.
+        arm: name of the arm; the newest version must have it.
         runs: versions of one baseline, the oldest first.
 
     Returns:
-        The share; 0 if there are fewer than `LEAST_EARLIER_VERSIONS` earlier ones to compare with.
+        The share; 0 with fewer than `LEAST_EARLIER_VERSIONS` comparable earlier versions.
     """
     logs = series(arm, runs).logs[-MOST_EARLIER_VERSIONS - 1 :]
     if len(logs) <= LEAST_EARLIER_VERSIONS:

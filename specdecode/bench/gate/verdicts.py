@@ -1,4 +1,4 @@
-"""The gate: whether a run is worse than its baseline."""
+"""The gate: verdicts on whether a run is worse than its baseline."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, typical_ratio
 
 AGAINST_TOLERANCE = 0.02
-"""By how much a time may be worse where both versions were measured side by side, which sees smaller changes."""
+"""The share by which a time may be worse between versions measured side by side. That detects smaller changes."""
 
 COUNTER_TOLERANCE = 0.02
-"""By how much a counter may become worse, as a share: there is no noise but rare ties that machines decide apart."""
+"""The share by which a counter may become worse. Its only noise are rare ties, which machines decide differently."""
 
 
 class Verdict(str, enum.Enum):
-    """What the gate says of one arm."""
+    """The gate's verdict on one arm."""
 
     PASS = "PASS"
     REGRESSED = "REGRESSED"
@@ -50,10 +50,10 @@ FAILING = {
 
 
 def tolerance_of(tolerance: float | None, default: float) -> float:
-    """Return the tolerance that is given, or the default.
+    """Return the given tolerance, or the default if it is None.
 
     Raises:
-        ValueError: it is no share.
+        ValueError: the tolerance is not from 0 to below 1.
     """
     if tolerance is not None and not 0.0 <= tolerance < 1.0:
         raise ValueError(f"tolerance is {tolerance}: a share is from 0 to below 1")
@@ -62,7 +62,7 @@ def tolerance_of(tolerance: float | None, default: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """By how much a time may be worse, as a share, and where that is from."""
+    """The share by which a time may be worse, and whether it comes from the arm's history."""
 
     share: float
     from_history: bool = False
@@ -73,16 +73,16 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One verdict.
+    """One verdict with its reason.
 
     Attributes:
-        arm: its name.
-        gate: what was judged.
+        arm: name of the arm.
+        gate: the judged quantity.
         verdict: the outcome.
         reason: one sentence with the figures.
-        change: of a time: new speed over old, with its interval; None where none was compared.
-        blame: of a time: which part moved; None for a peer.
-        sees: of a time: the smallest slowdown, as a share, that it would call REGRESSED nine times of ten.
+        change: for a time: new speed over old, with its interval; None if no times were compared.
+        blame: for a time: the causes of the change; None for a peer.
+        sees: for a time: the smallest slowdown, as a share, that would be REGRESSED nine times out of ten.
     """
 
     arm: str
@@ -101,11 +101,11 @@ def judge_by_baseline(
     arms: Collection[str] | None = None,
     tolerances: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Judgement]:
-    """Judge a run by a baseline on disk. An arm may lose what its speed moves by itself, as far as git knows that.
+    """Judge a run by a baseline on disk. An arm's tolerance covers its noise between the baseline's versions in git.
 
     Args:
         new: the run.
-        old: the baseline, as it was read from its file.
+        old: the baseline, read from its file.
         tolerance, arms, tolerances: see `judge`.
     """
     versions = history(old.path, newest=MOST_EARLIER_VERSIONS + 1).until(old)
@@ -122,16 +122,16 @@ def judge(
     tolerances: Mapping[str, float] = MappingProxyType({}),
     noise: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Judgement]:
-    """Compare a run with its baseline, arm by arm: times where the hardware is the same, counters everywhere.
+    """Compare a run with its baseline, arm by arm: times if the hardware is equal, and counters in any case.
 
     Args:
         new: the run.
         old: the baseline, or another version's run.
         tolerance: share by which a time may be worse.
-        arms: judge only these, of a run that measured a selection; all if None.
-        side_by_side: if both were measured together, an arm's new speed over its old one, with the interval.
-        tolerances: the same as `tolerance`, by arm, where it is another.
-        noise: by how much the time of an arm moves by itself, as a share: what it may lose is no less.
+        arms: judge only these arms, for a run that measured a selection; all if None.
+        side_by_side: returns an arm's new speed over its old speed, with the interval, if both were measured together.
+        tolerances: tolerances by arm, where they differ from `tolerance`.
+        noise: noise of an arm's time, as a share. The tolerance is at least this.
     """
     judgements: list[Judgement] = []
     for arm in [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]:
@@ -143,7 +143,7 @@ def judge(
             judgements += incomparable
             continue
         if new.arms[arm].peer:
-            reason = "a peer: its time stands beside ours, and is not ours to gate"
+            reason = "a peer: its time is shown and not judged"
             time = Judgement(arm, "time", Verdict.PASS, reason)
         elif side_by_side is None:
             time = _judge_time(arm, new, old, allowed)
@@ -156,11 +156,11 @@ def judge(
 
 
 def open_arms(judgements: Collection[Judgement], until: float) -> set[str]:
-    """Return the arms whose times more repeats would tell apart.
+    """Return the arms whose verdict on time more repeats can decide.
 
     Args:
-        judgements: of the run so far.
-        until: the slowdown, as a share, that is to be seen.
+        judgements: the judgements of the run so far.
+        until: the slowdown, as a share, that the verdicts must detect.
     """
     return {
         judged.arm
@@ -172,17 +172,17 @@ def open_arms(judgements: Collection[Judgement], until: float) -> set[str]:
 
 
 def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
-    """Say why neither time nor counters of the arm can be compared, if so."""
+    """Return the judgements of an arm whose time and counters cannot be compared; none if they can."""
     ours, theirs = new.header.versions.get("weights"), old.header.versions.get("weights")
     if arm not in new.arms:
         verdict = Verdict.MISSING
-        reason = "the run lacks this arm, and what it is compared with has it: measure it, or bless a run without it"
+        reason = "the run lacks this arm, and the compared run has it: measure it, or bless a run without it"
     elif arm not in old.arms:
         verdict, reason = Verdict.NO_BASELINE, "the baseline does not have this arm: bless a run that has it"
     elif new.arms[arm].failure:
         verdict, reason = Verdict.REGRESSED, new.arms[arm].failure
     elif old.arms[arm].failure:
-        verdict, reason = Verdict.NO_BASELINE, f"what it is compared with did not decode: {old.arms[arm].failure}"
+        verdict, reason = Verdict.NO_BASELINE, f"the compared run did not decode it: {old.arms[arm].failure}"
     elif wrong := new.arms[arm].bugs:
         verdict, reason = Verdict.REGRESSED, f"{wrong} wrong output(s): its times and counters are void"
     elif ours != theirs:
@@ -196,16 +196,16 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
 def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> Judgement:
     theirs, ours = old.header.identity.hardware, new.header.identity.hardware
     if theirs != ours:
-        reason = f"the baseline is of {theirs} and this is {ours}: its times say nothing here"
+        reason = f"the baseline is from {theirs} and this run from {ours}: their times are not comparable"
         return Judgement(arm, "time", Verdict.WRONG_HARDWARE, reason)
     if other := _other_backend(new, old):
-        return Judgement(arm, "time", Verdict.INCONCLUSIVE, f"{other}: its times say nothing here")
+        return Judgement(arm, "time", Verdict.INCONCLUSIVE, f"{other}: their times are not comparable")
     over = yardstick(arm, new)
     if over == PEER_BASELINE and over not in new.arms:
-        reason = f"others are compared with it; its own time is judged where the preset has {over}"
+        reason = f"other arms are compared with it; its own time is judged only if the preset has the arm {over}"
         return Judgement(arm, "time", Verdict.NOT_JUDGED, reason)
     if yardstick(arm, old) != over:
-        reason = f"it is compared with {over} and the baseline's with {yardstick(arm, old)}: bless a run like this one"
+        reason = f"it is compared with {over}, in the baseline with {yardstick(arm, old)}: bless a run like this one"
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
     after, before = new.log_speedups(arm, over), old.log_speedups(arm, over)
     shared = [prompt for prompt in after if prompt in before]
@@ -214,8 +214,8 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
     machines = [old, *(other for other in old.together if new.changes(arm, other, over))]
     here, there = new.floor_over(over), max(one.floor_over(over) for one in machines)
-    # Both runs carry noise of their own. By how much machines differ is not known to be the code's: it must be slower
-    # than on each.
+    # Both runs have noise of their own. Differences between machines may not come from the code, so a regression must
+    # show against each machine.
     changes = [
         typical_ratio(new.changes(arm, one, over), math.hypot(here, one.floor_over(over)), new.tail(arm))
         for one in machines
@@ -233,15 +233,15 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
 
 
 def _other_backend(new: RunFile, old: RunFile) -> str | None:
-    """Say that the target's forwards ran on another backend, if they did."""
+    """Return a clause that names the backends of the target's forwards, if they differ."""
     ours, theirs = backend(new), backend(old)
-    return None if ours == theirs else f"the baseline ran on the backend {theirs} and this on {ours}"
+    return None if ours == theirs else f"the baseline ran on the backend {theirs} and this run on {ours}"
 
 
 def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) -> Blame | None:
-    """Say which part of the arm moved, or that what it is compared with did.
+    """Return the causes of an arm's change: parts of its steps, or its yardstick.
 
-    Transformers' time in the same blocks tells the two apart.
+    Transformers' time in the same blocks separates the two.
     """
     both = (new, old)
 
@@ -268,18 +268,18 @@ def time_judgement(
     """Judge a change of speed by its whole interval.
 
     Args:
-        arm: its name.
-        what: is compared, for the reason.
+        arm: name of the arm.
+        what: name of the compared quantity, for the reason.
         change: new speed over old.
-        tolerance: by how much it may be worse.
-        cause: which part moved.
-        longer: what would narrow the interval.
+        tolerance: the share by which the speed may be worse.
+        cause: the causes of the change.
+        longer: further measurements that would narrow the interval, for the reason.
     """
     sees = detectable_slowdown(change, tolerance.share)
     if change.bounded and change.low:
         reason = f"{what}: {change:.3f}, tolerance {tolerance}, sees slowdowns from {sees:.1%}"
     else:
-        reason = f"{what}: {change.value:.3f}, of too few runs for an interval, tolerance {tolerance}"
+        reason = f"{what}: {change.value:.3f}, too few runs for an interval, tolerance {tolerance}"
     if change.high < 1 - tolerance.share:
         verdict = Verdict.REGRESSED
     elif change.low > 1 + tolerance.share:
@@ -288,17 +288,17 @@ def time_judgement(
         verdict = Verdict.PASS
     else:
         verdict = Verdict.INCONCLUSIVE
-        reason += f"; {longer} would tell"
+        reason += f"; measure {longer} to decide"
     if cause is not None and verdict in (Verdict.REGRESSED, Verdict.IMPROVED):
         reason += f"; {cause}"
     return Judgement(arm, "time", verdict, reason, change, cause, sees)
 
 
 def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
-    """Compare what does not depend on the clock, on the prompts for which both runs wrote the same."""
+    """Compare the measures that do not depend on the clock, on the prompts with equal outputs in both runs."""
     after, before = new.arms[arm], old.arms[arm]
     if after.timed or before.timed:
-        reason = "it drafts as long as pays by the clock, so its counters are never twice the same: its time is judged"
+        reason = "the clock decides its draft lengths, so its counters differ between runs: only its time is judged"
         return Judgement(arm, "counters", Verdict.NOT_JUDGED, reason)
     same = [
         prompt
@@ -310,7 +310,7 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
         return Judgement(arm, "counters", Verdict.INCONCLUSIVE, reason)
     counters = before.counters(same)
     if _other_backend(new, old):
-        # Static shapes attend to a few more slots than are filled.
+        # With static shapes, attention reads a few more slots than are filled.
         counters = replace(counters, attended_bytes_per_step=None)
     was, now = as_dict(counters), as_dict(after.counters(same))
     if not _other_backend(new, old) and new.header.identity.hardware == old.header.identity.hardware:
@@ -332,7 +332,7 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
 
 
 def _lengths_moved(after: list[float], before: list[float]) -> dict[str, float]:
-    """Return the accepted lengths that more or fewer steps reach: one entry for all, with the change of their sum."""
+    """Return the accepted lengths that more or fewer steps reach. One entry names them all, with the sum of changes."""
     pairs = list(zip_longest(after, before, fillvalue=0.0))
     moved = [
         f"{length}: {was:.0%} -> {now:.0%}"

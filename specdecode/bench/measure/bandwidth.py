@@ -1,4 +1,4 @@
-"""Measure the bandwidth of a device, and the roofline of a model on it."""
+"""The bandwidth of a device, and the roofline of a model on it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from specdecode.backends.device import synchronise
 from specdecode.models.lm import LM
 from specdecode.models.quantize import stored_bytes
 
-# Large enough that a cache and the start of a kernel do not count.
+# Large enough that the processor's caches and the start of a kernel do not matter.
 _COPY_BYTES, _COPY_BYTES_ON_GPU = 2**28, 2**31
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Return the bytes per second that a large copy reads and writes on the device: the best of a few copies.
+    """Return the bytes per second that a large copy reads and writes on the device: the best of eight copies.
 
-    Decoding a token streams all weights once, so this bounds the throughput of any backend.
+    Decoding a token reads all weights once, so this bounds the throughput of any backend.
     """
     size = _COPY_BYTES
     if device.type == "cuda":
@@ -37,23 +37,28 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def roofline_throughput(target: LM, cached: int = 0) -> float:
-    """Return the tokens per second of autoregressive decoding if nothing but streaming took time: of the weights, and
-    of the keys and values of so many tokens."""
+    """Return the tokens per second of autoregressive decoding if only memory reads took time.
+
+    Each token reads the weights, and the keys and values of `cached` tokens.
+    """
     return copy_bandwidth(target.device) / token_bytes(target, cached)
 
 
 def typical_length(prompts: Mapping[str, Sequence[int]]) -> int:
-    """Return the mean number of tokens of some prompts."""
+    """Return the mean number of tokens in the prompts."""
     return round(fmean(map(len, prompts.values())))
 
 
 def token_bytes(target: LM, cached: int = 0) -> int:
-    """Return the bytes that a forward reads, of a target on the backend "eager": all weights, but for an embedding of
-    which it reads one row; and the keys and values of so many cached tokens."""
+    """Return the bytes that a forward on the backend "eager" reads.
+
+    These are all weights, and the keys and values of `cached` tokens. An embedding that is not also the output layer is
+    left out, as a forward reads only one row of it.
+    """
     model = target.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     read = {id(parameter): parameter for parameter in model.parameters()}
-    if head is not None and embedding.weight is not head.weight:
+    if head is not None and embedding.weight is not getattr(head, "weight", None):
         read.pop(id(embedding.weight), None)
     slots = target.new_slots(1)
     target.forward(slots, torch.zeros(1, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Find the commit that made an arm slow: each one tried is measured side by side with the one known to be good."""
+"""Bisection for the commit that made an arm slow. Each tried commit is measured side by side with the good one."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from specdecode.bench.report.grid import Column, Grid
 from specdecode.support.git import commit_id, git
 
 MOST_REPEATS_FACTOR = 4
-"""By how many times the repeats grow at most where the runs cannot tell."""
+"""The most growth of the repeats, as a factor, for a commit with an inconclusive verdict."""
 
 _MOST_UNDECIDED = 3
-"""Commits that the runs cannot tell, among the suspects: more of them would cost much and tell little."""
+"""The most inconclusive commits among the suspects. Trying more would take long and seldom help."""
 
 _FORMAT = "--format=%h%x00%cs%x00%s"
 
 Measure = Callable[[str, int], Judgement]
-"""Judges the time of a commit, by its id, measured so many times for each prompt beside the good one."""
+"""A function of a commit's id and a number of repeats for each prompt: the gate's judgement of the commit's time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A commit: its short id, its date and the first line of its message."""
+    """A commit: the short id, the date and the first line of the message."""
 
     id: str
     date: str
@@ -36,10 +36,12 @@ class Commit:
 
 
 def commits_between(good: str, bad: str, root: Path) -> tuple[Commit, list[Commit]]:
-    """Return the good commit, and those behind it up to the bad one: first parents alone, so of a branch its merge.
+    """Return the good commit, and the commits after it up to the bad one.
+
+    Only first parents are followed, so a merged branch counts as one commit, its merge.
 
     Raises:
-        ValueError: no such commits, or the good one is no ancestor of the bad one.
+        ValueError: a commit does not exist, or the good one is not an ancestor of the bad one.
     """
     start, end = commit_id(good, root), commit_id(bad, root)
     if start == end:
@@ -47,7 +49,7 @@ def commits_between(good: str, bad: str, root: Path) -> tuple[Commit, list[Commi
     try:
         git("merge-base", "--is-ancestor", start, end, root=root)
     except ValueError:
-        raise ValueError(f"{good} is no ancestor of {bad}: name a commit that {bad} was made from") from None
+        raise ValueError(f"{good} is no ancestor of {bad}: name a commit that {bad} descends from") from None
     log = git("log", "--first-parent", "--reverse", _FORMAT, f"{start}..{end}", root=root)
     (first,) = _commits(git("log", "--max-count=1", _FORMAT, start, root=root))
     return first, _commits(log)
@@ -59,12 +61,12 @@ def _commits(log: str) -> list[Commit]:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What was measured of a commit.
+    """The measurement of a commit.
 
     Attributes:
-        repeats: of each prompt.
-        judgement: of the gate on its time; None if the commit was skipped.
-        why_skipped: why its time is not known, in a sentence; "" if it is.
+        repeats: number of repeats of each prompt.
+        judgement: the gate's judgement of its time; None if the commit was skipped.
+        why_skipped: the reason why the commit was skipped, in a sentence; "" if it was not.
     """
 
     repeats: int
@@ -81,16 +83,16 @@ class Trial:
 
 
 class Bisection:
-    """A search for the first slow commit. What it knows can be read at any time, also after an interrupt.
+    """A search for the first slow commit. Its state is valid at any time, also after an interrupt.
 
     Args:
-        commits: in order; the last one is said to be slow.
-        repeats: of each prompt, at first.
+        commits: the commits in order; the last one is the bad one.
+        repeats: number of repeats of each prompt, at first.
 
     Attributes:
-        trials: what was measured, by the commit's place; of a commit that was measured again the last.
-        slow: place of the first commit that is known to be slow; None before one is.
-        fast: place of the last commit that is known not to be; -1 for the good one.
+        trials: the last measurement of each commit, by the commit's index.
+        slow: index of the first commit known to be slow; None if no commit is known to be slow.
+        fast: index of the last commit known to be fast; -1 for the good one.
     """
 
     def __init__(self, commits: Sequence[Commit], repeats: int) -> None:
@@ -103,21 +105,21 @@ class Bisection:
 
     @property
     def suspects(self) -> list[Commit]:
-        """Return the commits of which one is the first slow one."""
+        """Return the commits that may be the first slow one."""
         last = len(self.commits) - 1 if self.slow is None else self.slow
         return list(self.commits[self.fast + 1 : last + 1])
 
     @property
     def finished(self) -> bool:
-        """Return whether nothing is left to try."""
+        """Return whether the search is finished: a slow commit is known, and no further commit is worth a try."""
         return self.slow is not None and self._next(self.slow) is None
 
     def search(self, measure: Measure, tell: Callable[[str], None]) -> None:
-        """Search until one commit is left, or the runs cannot tell the rest apart.
+        """Search until one suspect is left, or the verdicts on the rest are inconclusive.
 
         Args:
-            measure: see there.
-            tell: takes a line on each step.
+            measure: see `Measure`.
+            tell: called with a line on each step.
 
         Raises:
             ValueError: the last commit cannot be measured.
@@ -137,7 +139,10 @@ class Bisection:
                 self.fast = place
 
     def _next(self, slow: int) -> int | None:
-        """Return the untried suspect that is nearest to the middle; None if there is none, or too few can be told."""
+        """Return the index of the untried suspect nearest to the middle.
+
+        Return None if there is none, or if `_MOST_UNDECIDED` suspects are inconclusive.
+        """
         between = range(self.fast + 1, slow)
         untried = [place for place in between if place not in self.trials]
         tried = [self.trials[place] for place in between if place in self.trials]
@@ -146,7 +151,7 @@ class Bisection:
         return min(untried, key=lambda place: abs(2 * place - self.fast - slow))
 
     def _try(self, place: int, measure: Measure, tell: Callable[[str], None]) -> None:
-        """Measure a commit, again with twice the repeats where they do not tell."""
+        """Measure a commit. While the verdict is inconclusive, measure it again with twice the repeats."""
         self._steps += 1
         left = max(1, math.ceil(math.log2(len(self.suspects)))) + (self.slow is None)
         tell(f"step {self._steps} of about {self._steps + left - 1}: {self.commits[place]}")
@@ -165,12 +170,12 @@ def _trial(commit: str, repeats: int, measure: Measure) -> Trial:
         judgement = measure(commit, repeats)
     except ValueError as error:
         return Trial(repeats, None, str(error))
-    # What the gate did not compare, as a wrong output, more repeats do not change.
+    # If the gate compared no times, as with a wrong output, more repeats do not help.
     return Trial(repeats, judgement) if judgement.change else Trial(repeats, None, judgement.reason)
 
 
 def conclusion(bisection: Bisection, good: Commit, below: float) -> str:
-    """Say what is known of the first commit that is slower than a share of the good one's speed."""
+    """Return a sentence on the first commit that is slower than `below` times the good one's speed."""
     bad, slower = bisection.commits[-1], f"slower than {below:g} of {good.id}"
     first = bisection.trials.get(len(bisection.commits) - 1 if bisection.slow is None else bisection.slow)
     if first is None or first.judgement is None:
@@ -186,7 +191,7 @@ def conclusion(bisection: Bisection, good: Commit, below: float) -> str:
 
 
 def measured_commits(bisection: Bisection, good: Commit) -> Grid:
-    """Make one row for each commit that was tried, in the order of history, behind the good one."""
+    """Return a table with a row for the good commit, and one for each tried commit in the order of history."""
     columns = [Column(name, figures=False) for name in ("commit", "date", "verdict")]
     columns += [Column("speed over good"), Column("repeats"), Column("what it says", False, True)]
     rows = [[good.id, good.date, "good", "", "", good.subject]]

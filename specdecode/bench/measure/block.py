@@ -1,4 +1,4 @@
-"""Measure one block: a prompt decoded by every arm, with what they are compared with first, last and in between."""
+"""Measurement of one block: a prompt decoded by every arm, with baselines first, last and in between."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from specdecode.bench.runs.records import NOISE_OF_TWO
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 
-# A run whose drafts depend on the clock may meet new shapes each time.
+# The most runs for one timing if they capture CUDA graphs. Drafts that follow the clock may need new shapes each time.
 _MOST_CAPTURING_RUNS = 3
 
 T = TypeVar("T")
@@ -32,18 +32,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One prompt decoded by every arm, baselines first and last: what is compared was measured together.
+    """One prompt decoded by every arm. Baselines run first and last.
 
-    The run's baseline is measured between the arms, too: each is compared with the runs of it right before and after.
+    The run's baseline also runs between parts of the other arms. Each arm is compared with the nearest runs of the
+    run's baseline before and after it.
 
     Attributes:
-        prompt: its id.
-        repeat: which block of this prompt it is, from 0.
-        runs: by arm, the first ones of baselines among them.
-        last: by baseline, its last run.
-        middle: of the runs of the run's baseline between the others, the one in the middle; None if there is none.
-        checks: by arm: "equal" to its baseline's output; "tie", if it left it where the target is undecided within its
-            rounding; or "bug", if it is wrong, which voids its time.
+        prompt: id of the prompt.
+        repeat: number of the block among those of this prompt, from 0.
+        runs: the run of each arm, by name; the first run of a baseline.
+        last: the last run of each baseline, by name.
+        middle: the middle run of the run's baseline; None if it has only two runs.
+        checks: the check of each arm, by name: "equal" to its baseline's output; "tie", if it first differs where the
+            target's logits are equal within rounding; or "bug", if it is wrong, which voids its time.
     """
 
     prompt: str
@@ -54,9 +55,9 @@ class Block:
     middle: Run | None = None
 
     def log_speedup(self, arm: str, baseline: str) -> float:
-        """Return the logarithm of an arm's speedup over the run's baseline, which the two runs of a baseline share.
+        """Return the logarithm of an arm's speedup over the run's baseline; the mean of two runs for a baseline.
 
-        For equal outputs the time per token compares as well as the time of the whole.
+        The speedup is a ratio of times per token. For equal outputs this equals the ratio of total times.
         """
         if arm == baseline:
             return 0.0
@@ -67,7 +68,7 @@ class Block:
         return statistics.fmean(map(math.log, beside)) - self.log_s(arm)
 
     def log_s(self, arm: str) -> float:
-        """Return the logarithm of the seconds a token took, the mean of a baseline's two runs."""
+        """Return the logarithm of an arm's seconds per token; the mean of two runs for a baseline."""
         return statistics.fmean(math.log(run.s_per_token) for run in self._runs_of(arm))
 
     def _runs_of(self, arm: str) -> list[Run]:
@@ -78,17 +79,20 @@ class Block:
         return math.log(self.runs[baseline].s_per_token / self.last[baseline].s_per_token)
 
     def noise(self, baseline: str) -> float:
-        """Return a logarithm as `log_speedup` would if the arm were the run's baseline: it is, in the middle run."""
+        """Return the log speedup of the baseline's middle run over the runs beside it: the A/A noise of `log_speedup`.
+
+        Without a middle run, return the change from the first to the last run, scaled to the same noise.
+        """
         if self.middle is None or self.middle.beside_s is None:
             return NOISE_OF_TWO * self.change(baseline)
         return math.log(self.middle.beside_s / self.middle.s_per_token)
 
     def drift(self, baseline: str) -> tuple[float, float]:
-        """Return by how much the runs of the run's baseline differ that are far apart, and those that are near."""
+        """Return the baseline's differences between distant runs and between near runs: `change` and `noise`."""
         return self.change(baseline), self.noise(baseline)
 
     def at(self, length: int) -> Block:
-        """Return the block as it was when its runs had got to a length, without those that stopped before that."""
+        """Return the block with its runs cut at a length, without arms that have no cut there."""
         runs = {arm: cut for arm, run in self.runs.items() if (cut := run.at(length)) is not None}
         last = {arm: cut for arm, run in self.last.items() if (cut := run.at(length)) is not None and arm in runs}
         return replace(
@@ -100,19 +104,19 @@ class Block:
 
 
 def named(arms: Sequence[Arm], name: str) -> Arm:
-    """Return the arm of a name."""
+    """Return the arm with a name."""
     return next(arm for arm in arms if arm.name == name)
 
 
 def baselines_of(arms: Sequence[Arm], baseline: str) -> list[Arm]:
-    """Return the arms that others are compared with, the run's baseline first."""
+    """Return the baselines among the arms, the run's baseline first."""
     others = {arm.baseline for arm in arms} - {None, baseline}
     return [named(arms, baseline), *(arm for arm in arms if arm.name in others)]
 
 
 @contextmanager
 def closing(arms: Sequence[Arm], failures: dict[str, str]) -> Iterator[None]:
-    """Close the arms after the block, whatever happens in it."""
+    """Close the arms when the context ends, also after an exception."""
     try:
         yield
     finally:
@@ -123,7 +127,7 @@ def closing(arms: Sequence[Arm], failures: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def noted(arm: Arm, failures: dict[str, str] | None) -> Iterator[None]:
-    """Note that an arm from code failed, so that the others go on; raise where nobody takes notes."""
+    """Record the failure of an arm from code, so that the other arms go on. Raise it if `failures` is None."""
     try:
         yield
     except ArmError as error:
@@ -145,21 +149,21 @@ def measure_block(
     steady: Steady | None = None,
     parts: int = 2,
 ) -> Block:
-    """Measure the arms, their baselines among them, on one prompt.
+    """Measure the arms, baselines included, on one prompt.
 
     Args:
         arms: as for `experiment`.
-        prompt: its id.
-        text: its tokens.
+        prompt: id of the prompt.
+        text: tokens of the prompt.
         max_new_tokens: length of every output, unless a stop token of the arms ends it.
-        repeat: which block of this prompt it is, from 0.
-        seed: of the order of arms.
-        tell: told what is going on, run by run.
-        failures: takes what arms from code did in place of decoding; they are not in the block. If None, the first
-            ends the measuring.
-        baseline: the arm that others are compared with, unless they name another. If it fails, that ends the measuring.
-        steady: measures again what other work disturbed, and knows the blocks before; a new one if None.
-        parts: how many parts the run's baseline parts the other arms into, if there are so many.
+        repeat: number of the block among those of this prompt, from 0.
+        seed: seed of the order of arms.
+        tell: called with a text on each run before it starts.
+        failures: error messages of failed arms from code are added here; failed arms are not in the block. If None,
+            the first failure is raised.
+        baseline: the baseline of arms that name no other. Its failure is raised.
+        steady: measures disturbed runs again, and remembers earlier blocks; a new one if None.
+        parts: number of parts of the other arms, with runs of the baseline between; fewer if there are fewer arms.
     """
     baselines = baselines_of(arms, baseline)
     others = [arm for arm in arms if arm not in baselines]
@@ -197,15 +201,15 @@ class _Runs:
     """The runs of a block.
 
     Args:
-        arms: all.
-        baselines: those that others are compared with, the run's baseline first.
+        arms: all arms.
+        baselines: the baselines among them, the run's baseline first.
         text: tokens of the prompt.
-        length: of every output.
-        steady: measures again what other work disturbed.
-        failures: takes what arms from code did in place of decoding; if None, the first is raised.
+        length: length of every output.
+        steady: measures disturbed runs again.
+        failures: error messages of failed arms from code are added here; if None, the first failure is raised.
 
     Attributes:
-        first, last: by arm.
+        first, last: first and last runs, by arm.
         beats: all runs of the run's baseline, in order.
     """
 
@@ -223,9 +227,9 @@ class _Runs:
         self.beats: list[Run] = []
         self._arms, self._baseline, self._text, self._length = arms, baselines[0].name, text, length
         self._steady, self._failures = steady, failures
-        # Where each run is kept, and how many of the baseline came before.
+        # For each run of another arm: the dictionary with it, the arm, and the number of the baseline's runs before it.
         self._places: list[tuple[dict[str, Run], str, int]] = []
-        # What is to be written, and the prompt's own shapes, so that the first timed run is not their first.
+        # Untimed runs, so that no timed run is the first with the prompt's shapes. Lossy arms need the whole output.
         lossy = any(arm.lossy for arm in arms)
         written = baselines[0].run(text, length if lossy else 1, ()).tokens
         self._references = _references(arms, text, written, length)
@@ -234,7 +238,7 @@ class _Runs:
                 arm.run(text, 1, ())
 
     def run(self, arm: Arm, into: dict[str, Run]) -> None:
-        """Measure an arm. If it fails it is in none of the runs."""
+        """Measure a run of an arm, and store it by the arm's name. Store nothing if an arm from code fails."""
         is_baseline = arm.name == self._baseline
         with noted(arm, None if is_baseline else self._failures):
             expected = self._expected(arm)
@@ -245,13 +249,13 @@ class _Runs:
                 self._places.append((into, arm.name, len(self.beats)))
 
     def note_what_is_beside(self) -> None:
-        """Note for each run how fast the baseline was right before and after it."""
+        """Store in each run the time per token of the baseline's nearest runs, one before it and one after it."""
         for into, name, before in self._places:
             if name in into:
                 into[name] = replace(into[name], beside_s=_mean_s(self.beats[before - 1 : before + 1]))
 
     def checks(self) -> dict[str, Check]:
-        """Check what each arm wrote, in all of its runs."""
+        """Return the worst check of each arm's outputs, by name."""
         checks: dict[str, Check] = {}
         for arm in self._arms:
             if arm.name not in self.first:
@@ -268,7 +272,7 @@ class _Runs:
         return checks
 
     def _expected(self, arm: Arm) -> Sequence[int]:
-        """Return what the arm is to write; nothing for a baseline that has not run yet."""
+        """Return the tokens that the arm must write; none for the run's baseline before its first run."""
         if arm.lossy:
             return self._references[arm.name]
         own = arm.baseline or self._baseline
@@ -280,13 +284,13 @@ class _Runs:
 
 
 def parted(arms: Sequence[T], parts: int) -> list[Sequence[T]]:
-    """Part arms into so many parts of about equally many, fewer where there are fewer arms."""
+    """Split arms into a number of parts of about equal size; into fewer if there are fewer arms."""
     ends = [len(arms) * part // parts for part in range(parts + 1)]
     return [part for start, end in pairwise(ends) if (part := arms[start:end])]
 
 
 def _middle(beats: Sequence[Run]) -> Run | None:
-    """Return the run in the middle, with the time of those beside it; None if there are but two."""
+    """Return the middle run, with the time of the two runs beside it; None if there are fewer than three."""
     if len(beats) < 3:
         return None
     middle = len(beats) // 2
@@ -301,7 +305,7 @@ def _mean_s(runs: Sequence[Run]) -> float:
 def _references(
     arms: Sequence[Arm], text: Sequence[int], written: Sequence[int], length: int
 ) -> dict[str, Sequence[int]]:
-    """Return what each lossy arm must write: arms of the same weights and policy the same."""
+    """Return the tokens that each lossy arm must write. Arms with the same weights and policy share them."""
     by_loss: dict[tuple[LM | None, CachePolicy], Sequence[int]] = {}
     for arm in arms:
         if arm.lossy and (arm.target, arm.policy) not in by_loss:
@@ -315,15 +319,15 @@ def _worse(*checks: Check) -> Check:
 
 
 def steady_run(steady: Steady, once: Callable[[], Run]) -> Run:
-    """Measure a run until other work does not disturb it, and note in it how often that took."""
+    """Measure a run, and measure it again if other work disturbs it. Store the number of tries in it."""
     kept = steady.measure(once)
     return replace(kept.value, tries=kept.tries, disturbed=kept.disturbed)
 
 
 def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-    """Run the arm once, with garbage collected before it and not during it.
+    """Return one timed run of the arm, with garbage collected before it and not during it.
 
-    A run that captured CUDA graphs is run again: the next one replays them.
+    A run that captures CUDA graphs is repeated, because the next run replays them.
     """
     gc.collect()
     gc.disable()

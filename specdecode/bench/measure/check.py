@@ -1,4 +1,4 @@
-"""Check of outputs: equal to the expected one, parted from it at a tie, or wrong."""
+"""Check of outputs: equal to the expected output, different because of a tie, or wrong."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from specdecode.policies.keep_all import KeepAll
 
 Check = Literal["equal", "tie", "bug"]
 
-# Widths of verification whose rounding is looked at where an output leaves the baseline's.
+# Rows of the verifying forwards whose rounding is measured where an output differs from the baseline's.
 _VERIFIED_ROWS = (2, 6, 16)
 
 
 def check(arm: Arm, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int], baseline: Arm) -> Check:
     """Check an arm's output against its baseline's.
 
-    Where neither a model is loaded nor servers tell log-probabilities, nothing tells a tie from a wrong token: both are
-    "bug".
+    Without a loaded model and without log-probabilities from servers, a tie cannot be distinguished from a wrong token:
+    both are "bug".
     """
     if arm.server is not None and baseline.server is not None and arm.server.requests != baseline.server.requests:
-        # The prompt itself is the first of each.
+        # The servers decode different numbers of prompts at a time; the first output of each is the prompt's own.
         shared = min(len(expected), len(got))
         expected, got = expected[:shared], got[:shared]
     if arm.unchecked or list(expected) == list(got):
@@ -45,17 +45,17 @@ def classify(
     got: Sequence[int],
     policy: CachePolicy = KeepAll(),
 ) -> Check:
-    """Classify an output as the expected one, as parted from it where the target is undecided, or as wrong.
+    """Classify an output: "equal" to the expected one, different because of a "tie", or wrong, a "bug".
 
-    Kernels for one row and for several round differently, and the difference stays in the cache. What it makes to the
-    logits is measured where the outputs part: the text is read token by token, and in wider pieces. A choice between
-    two tokens whose logits lie closer than that is a tie; all else is a bug.
+    Kernels for one row and for several rows round differently, and the difference stays in the cache. This noise in the
+    logits is measured at the first differing token: the text is read token by token, and in wider pieces. The outputs
+    differ by a tie if the logits of the two tokens are at most twice the noise apart. All else is a bug.
     """
     if list(expected) == list(got):
         return "equal"
     parted = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
     if parted is None:
-        return "bug"  # not the asked length
+        return "bug"  # one output is a prefix of the other: wrong length
     *text, root = [*prompt, *expected[:parted]]
 
     def logits(rows: int) -> torch.Tensor:
@@ -66,7 +66,7 @@ def classify(
             for piece in filter(None, pieces):
                 target.read(slots, piece, policy)
             target.evict(slots, policy)
-            # Behind the root stand rejected proposals, whichever.
+            # The rows after the root stand for rejected proposals. Their tokens do not matter.
             return target.forward(slots, torch.tensor([root] + [0] * (rows - 1)), rows=rows)[0].double()
 
     one = logits(1)

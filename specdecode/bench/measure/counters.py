@@ -1,4 +1,4 @@
-"""The counters run, an untimed run of an arm before the timed ones: it warms up, and counts what would cost time."""
+"""The counters run: an untimed run of an arm that warms it up, with counts that would slow down a timed run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specdecode.bench.runs.measures import CountersRun
 COUNTERS_RUN_TOKENS = 16
 """Length of the counters run of each arm."""
 
-# What makes Python wait for a tensor's content.
+# Names of operations that wait until a tensor's content is on the host.
 _READS = frozenset(
     {
         "tolist",
@@ -37,16 +37,16 @@ _READS = frozenset(
         "__contains__",
     }
 )
-# In PyTorch's words.
+# Part of PyTorch's warning about a synchronisation.
 _WAITS = "called a synchronizing CUDA operation"
 
 
 @contextmanager
 def host_reads(device: torch.device) -> Iterator[list[int]]:
-    """Append how often Python waited for the content of a tensor within the context.
+    """Append to the yielded list how often the host waited for the content of a tensor within the context.
 
-    On a GPU PyTorch tells where it waits. Without one, each read of any tensor counts: it cannot be told which would
-    have been on a GPU.
+    On a GPU, PyTorch warns of each synchronisation. Without a GPU, each read of any tensor counts, because it is not
+    known which tensors would be on a GPU.
     """
     counted: list[int] = []
     if device.type != "cuda":
@@ -67,10 +67,10 @@ def host_reads(device: torch.device) -> Iterator[list[int]]:
 
 
 class _HostReads(TorchFunctionMode):
-    """Count where Python reads a tensor's content.
+    """A mode that counts Python's reads of a tensor's content.
 
     Attributes:
-        count: reads so far.
+        count: number of reads so far.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class _HostReads(TorchFunctionMode):
 
 
 def _selects_by_mask(func: Any, args: Any) -> bool:
-    """Return whether the result's shape depends on the content: `x[mask]`."""
+    """Return whether a call is `x[mask]`: its result's shape depends on the mask's content."""
     if getattr(func, "__name__", "") != "__getitem__":
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -93,7 +93,7 @@ def _selects_by_mask(func: Any, args: Any) -> bool:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Append the most bytes that the device's allocator held within the context, above what it held before."""
+    """Append to the yielded list the allocator's peak within the context, in bytes above those held before."""
     peak: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -115,7 +115,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Silence the profiler, which announces itself past Python in every run."""
+    """Silence the profiler: it writes to the file descriptor of standard error in every run."""
     sys.stderr.flush()
     stderr_copy = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -128,13 +128,13 @@ def _no_stderr() -> Iterator[None]:
 
 
 def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
-    """Run the arm once, untimed, and count. A peer or an arm from code warms up only: its counts are not ours to keep.
+    """Run the arm once, untimed, and return its counters. Those of peers, servers and arms from code are empty.
 
-    Reads are counted by `host_reads`; not those of compiled code without a GPU. Forwards over static shapes are those
-    that `LM.forwards` counts.
+    Host synchronisations are counted by `host_reads`, but not for compiled code without a GPU. Forwards over static
+    shapes are counted by `LM.forwards`.
     """
     if arm.foreign:
-        # Its models, processes and kernels are its own.
+        # The models, processes and kernels of a foreign arm cannot be observed. The run only warms it up.
         arm.run(prompt, length, expected)
         return CountersRun()
     assert arm.target is not None
@@ -144,10 +144,10 @@ def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequenc
         nonlocal forwards
         forwards += 1
 
-    # A replayed forward calls no module, and a compiled one would be compiled anew for a hook.
+    # A replayed forward calls no module, and a hook would cause a compiled forward to be compiled again.
     hook = target.model.register_forward_pre_hook(count) if target.static is None else None
     forwards_before = target.forwards
-    # What is compiled would be compiled anew for a mode of functions, and could not be counted in it.
+    # A function mode would cause compiled code to be compiled again, and could not see the reads in it.
     uncounted = target.backend.name == "compile" and target.device.type != "cuda"
     try:
         with peak_memory(target.device) as peak, nullcontext() if uncounted else host_reads(target.device) as reads:

@@ -1,4 +1,4 @@
-"""How often the baseline must be measured between the arms: as often as the machine's speed drifts."""
+"""The number of baseline runs between the arms of a block, adapted to the drift of the machine's speed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass, field
 
 LEAST_PARTS, MOST_PARTS = 2, 8
 _BLOCKS = 6
-"""How many blocks tell whether there must be more parts."""
+"""Number of blocks after which the number of parts is computed anew."""
 
 
 @dataclass(slots=True)
 class Drift:
-    """What the baseline's runs in the blocks so far tell of the machine. No other arm's time is looked at.
+    """The drift of the machine's speed, estimated from the baseline's runs alone. No other arm's time is used.
 
-    Runs whose logarithms have the variance v differ by 2 v, and each from the mean of two others by 1.5 v. A random
-    walk that adds d to the first, between the ends of a block of p parts, adds d / 2p to the second, between
-    neighbours.
+    Let v be the variance of a run's logarithm. The difference of two runs has the variance 2 v. The difference of a run
+    and the mean of two others has the variance 1.5 v. A random walk adds d to the first, between the two ends of a
+    block. It adds d / 2p to the second, between neighbours in a block of p parts.
 
     Attributes:
-        parts: how many parts the baseline is to part the other arms of a block into: so many that d / 2p is below v.
-        changes: squares of the logarithm of the baseline's first time over its last, of the last few blocks.
-        noise: squares of the logarithm of its time in the middle over that of its runs right before and after.
+        parts: number of parts of a block's other arms, with runs of the baseline between: so many that d / 2p is
+            below v.
+        changes: squared logarithms of the baseline's first time over its last, for the last few blocks.
+        noise: squared logarithms of the baseline's middle time over those of its runs right before and after.
     """
 
     parts: int = LEAST_PARTS
@@ -29,7 +30,7 @@ class Drift:
     noise: list[float] = field(default_factory=list)
 
     def add(self, change: float, noise: float) -> None:
-        """Take a block into account."""
+        """Add a block's two logarithms. Recompute `parts` after every `_BLOCKS` blocks."""
         self.changes.append(change**2)
         self.noise.append(noise**2)
         if len(self.changes) == _BLOCKS:

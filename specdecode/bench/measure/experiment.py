@@ -24,14 +24,14 @@ from specdecode.drafters.base import common_prefix
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What an experiment measured.
+    """The results of an experiment.
 
     Attributes:
-        arms: how each is compared and called, in the preset's order.
-        blocks: in the order of measuring; an arm may be missing in some.
-        counters_runs: by arm, what its untimed run counted.
-        failures: by arm from code, what it did in place of decoding. From then on it was not run.
-        baseline: the arm that others are compared with, unless they name another.
+        arms: the arms, in the preset's order.
+        blocks: the blocks, in the order of measuring; an arm may be missing in some.
+        counters_runs: results of the counters runs, by arm.
+        failures: error messages of arms from code that failed, by arm. A failed arm is not run again.
+        baseline: the baseline of arms that name no other.
     """
 
     arms: list[Arm]
@@ -50,11 +50,11 @@ class Results:
         return [block.runs[arm].total_s for block in self.blocks if arm in block.runs]
 
     def wrong(self, arm: str) -> list[str]:
-        """Return the prompts on which the arm gave other tokens than its baseline."""
+        """Return the prompts on which the arm's output is wrong."""
         return [block.prompt for block in self.blocks if block.checks.get(arm) == "bug"]
 
     def records(self) -> dict[str, ArmRecord]:
-        """Return the arms' results as they are kept."""
+        """Return the arms' results in the form of a run file."""
         return {arm.name: self._record(arm) for arm in self.arms}
 
     def _record(self, arm: Arm) -> ArmRecord:
@@ -83,7 +83,7 @@ class Results:
         )
 
     def _rows(self, arm: Arm, blocks: Sequence[Block]) -> dict[str, Row]:
-        """Make an arm's rows from blocks. They compare with the run's baseline, whatever the arm's own."""
+        """Return an arm's rows by prompt. Their speedups are over the run's baseline, even if the arm names another."""
         own = arm.baseline or self.baseline
         repeats: dict[str, list[tuple[float, Run, Run]]] = {}
         last_s: dict[str, float] = {}
@@ -101,22 +101,22 @@ class Results:
         return rows
 
     def outputs(self, baseline: str | None = None) -> dict[str, str]:
-        """Return a digest of a baseline's tokens by prompt, of the run's own if None.
+        """Return digests of a baseline's outputs by prompt; of the run's baseline if None.
 
-        Counters are compared where these are the same.
+        The gate compares counters only on prompts with equal digests.
         """
         arm = baseline or self.baseline
         return {block.prompt: digest(block.runs[arm].tokens) for block in self.blocks if arm in block.runs}
 
 
 def row_of(logs: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run], *, last_s: float | None = None) -> Row:
-    """Sum up the runs of one arm on one prompt.
+    """Return the sums over the runs of one arm on one prompt.
 
     Args:
         logs: logarithms of its speedups over the run's baseline, one for each repeat.
-        runs: of the arm.
-        baseline: runs of the arm's own baseline beside them, which tell how far the outputs agree.
-        last_s: seconds of the second runs of a baseline.
+        runs: runs of the arm.
+        baseline: run of the arm's own baseline for each of them, to count the tokens that agree.
+        last_s: seconds of the last runs, if the arm is a baseline.
     """
     counts = [
         RowCounts(runs=1, tokens=len(run.tokens), agreed=_agreed(run, other), **as_dict(run.counts))
@@ -134,9 +134,9 @@ def row_of(logs: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run], 
 
 
 def _agreed(run: Run, baseline: Run) -> float:
-    """Return how many tokens come before a run's output leaves its baseline's.
+    """Return the number of a run's tokens before the first that differs from its baseline's.
 
-    Where a server decoded another number of prompts, the share of what they have in common stands for all.
+    If a server decoded another number of prompts than its baseline, the count over the shared tokens is scaled up.
     """
     agreed = common_prefix(run.tokens, baseline.tokens)
     if len(run.latencies.ttft) == len(baseline.latencies.ttft):
@@ -157,21 +157,21 @@ def experiment(
     until: Until[Results] | None = None,
     again: float = 1.0,
 ) -> Results:
-    """Measure the arms against their baselines, which must be among them.
+    """Measure the arms against their baselines.
 
     Args:
-        arms: their outputs are checked run by run: against their baseline's, or a lossy arm's against its own
-            reference.
+        arms: the arms, baselines included. Each output is checked against the baseline's, or for a lossy arm against
+            its own reference.
         prompts: tokens by id.
         max_new_tokens: length of every output, unless a stop token of the arms ends it.
-        repeats: blocks for each prompt, at least.
-        seed: of the order of arms within a block.
-        progress: told the number of runs done, of all runs, and what is going on.
-        finished: blocks of an earlier run that was interrupted; they are not measured again.
-        keep: given the results so far as soon as another block, the last of them, is finished.
-        baseline: the arm that others are compared with, unless they name another.
-        until: says which arms are measured in further repeats, and when to stop; None for no more repeats.
-        again: the most time spent on measuring again what other work disturbed, as a share of the rest.
+        repeats: least number of blocks for each prompt.
+        seed: seed of the order of arms within a block.
+        progress: called with the number of finished runs, the number of all runs, and a text on the current run.
+        finished: finished blocks of an interrupted run; they are not measured again.
+        keep: called after each new block with the results so far; their last block is the new one.
+        baseline: the baseline of arms that name no other.
+        until: chooses the arms of further repeats, and when to stop; None for no further repeats.
+        again: the most time for measuring disturbed runs again, as a share of the rest.
 
     Raises:
         ArmError: the baseline is an arm from code, and does not decode.
@@ -224,14 +224,14 @@ def experiment(
 
 
 def _early_servers(arms: Sequence[Arm]) -> list[Arm]:
-    """Return the arms whose servers start before all else; those that run alone start when they are needed."""
+    """Return the arms with a server that starts before all runs. A server that runs alone starts when needed."""
     return [arm for arm in arms if arm.server is not None and not arm.server.alone]
 
 
 def _warm_up(
     results: Results, ranks: Ranks, prompt: str, text: Sequence[int], length: int, tell: Callable[[str], None]
 ) -> None:
-    """Start servers, and make the counters run of each arm on a prompt."""
+    """Start the servers, and do the counters run of each arm on one prompt."""
     baseline = results.baseline
 
     def failures(arm: Arm) -> dict[str, str] | None:
@@ -253,11 +253,11 @@ def _warm_up(
 
 
 def _workers(arms: Sequence[Arm]) -> set[int]:
-    """Return the ids of processes that decode for arms, and were not started here."""
+    """Return the ids of the servers' processes."""
     return {pid for arm in arms if arm.server is not None for pid in arm.server.pids}
 
 
 def _working(results: Results, chosen: Collection[str]) -> list[Arm]:
-    """Return the chosen arms, and those that they are compared with, without those that have failed."""
+    """Return the chosen arms and their baselines, without failed arms."""
     needed = {results.baseline, *chosen} | {arm.baseline for arm in results.arms if arm.name in chosen}
     return [arm for arm in results.arms if arm.name in needed and arm.name not in results.failures]

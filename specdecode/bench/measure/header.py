@@ -1,4 +1,4 @@
-"""Assemble the header of a run."""
+"""The header of a run."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def run_header(
     versions: Mapping[str, str | int],
     before: dict[str, str],
 ) -> Header:
-    """Assemble the header of a run that has just ended; the conditions after it are read here.
+    """Return the header of a run that has just ended. Read the conditions after the run.
 
     Args:
-        plan: of the session.
-        outputs: a digest of what the baseline arm wrote, by prompt.
+        plan: plan of the session.
+        outputs: digests of the baseline arm's outputs, by prompt.
         floor: the A/A floor, in logarithms.
         roofline: tokens per second that the memory bandwidth allows.
         versions: see `run_versions`.

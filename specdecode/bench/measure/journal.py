@@ -1,4 +1,4 @@
-"""Finished pieces of a run on disk, line by line: what an interrupted run keeps."""
+"""The journal of a run: its finished pieces on disk, line by line, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from specdecode.support.files import check_writable, write_whole, writing
 T = TypeVar("T")
 
 _OWNER = "owner"
-"""Key of the first line of a journal: the process that writes it."""
+"""Key in the first line of a journal, for the process that writes the journal."""
 
 
 class Journal:
-    """The finished pieces of a run on disk, each a line of plain values. One process at a time holds a journal.
+    """The finished pieces of a run on disk, each as a line of plain values. Only one process at a time holds a journal.
 
-    A piece is on disk before the next is measured: a run that is killed loses the one that it was at, no more. A line
-    that was cut off in writing is measured again. The lock is held until the run is finished, or the process ends.
+    A piece is on disk before the next is measured, so a killed run loses only the current piece. A piece with an
+    incomplete line is measured again. The lock is held until the run is finished, or the process ends.
 
     Args:
-        path: of the journal; started anew unless resumed.
-        values: what must be the same for pieces to be put together, as plain values.
-        resume: go on with what is there; from the beginning, if nothing is.
+        path: path of the journal. An existing file is overwritten unless `resume` is set.
+        values: plain values that must be equal in the journal and here, for its pieces to be used.
+        resume: continue with the pieces in the file; start from the beginning if there is none.
 
     Raises:
-        ValueError: another process holds the journal, or the one to resume is damaged or of something else; or it
-            cannot be written.
+        ValueError: another process holds the journal, the file cannot be written, or the file to resume is damaged or
+            has other values.
     """
 
     def __init__(self, path: Path, values: Mapping[str, Any], resume: bool) -> None:
         self.path = path
         self.pieces: list[dict[str, Any]] = []
         check_writable(path)
-        # One lock a path and process: who opens the journal again holds it already.
+        # One lock for each path and process: a second journal with this path in the same process shares the lock.
         self._lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
         try:
             self._lock.acquire(timeout=0)
@@ -60,7 +60,7 @@ class Journal:
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _read(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        # What stands behind the last line break was cut off.
+        # Text after the last line break is an incomplete line.
         lines = read_text(self.path).split("\n")[:-1]
         if not lines:
             raise ValueError(f"{self.path} is empty: it cannot be resumed; leave out --resume to start anew")
@@ -89,7 +89,7 @@ class Journal:
         """Write a piece, and wait until it is on disk.
 
         Raises:
-            ValueError: it cannot be written.
+            ValueError: the journal cannot be written.
         """
         with writing(self.path), self.path.open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(piece) + "\n")
@@ -97,10 +97,10 @@ class Journal:
             os.fsync(journal.fileno())
 
     def read(self, parse: Callable[[dict[str, Any]], T]) -> list[T]:
-        """Return what each piece is parsed to.
+        """Return the parsed pieces.
 
         Raises:
-            ValueError: a piece is damaged; by its line.
+            ValueError: a piece is damaged; the message names its line.
         """
         parsed = []
         for number, piece in enumerate(self.pieces, start=2):
@@ -114,7 +114,7 @@ class Journal:
         """Return the pieces as blocks of an experiment.
 
         Raises:
-            ValueError: one of them is none.
+            ValueError: a piece is not a block.
         """
         return self.read(_block)
 
@@ -123,13 +123,13 @@ class Journal:
         self.add(_entry(block))
 
     def finish(self) -> None:
-        """Delete the journal, and let go of its lock: the run is kept elsewhere."""
+        """Delete the journal and release its lock, after the run is stored elsewhere."""
         self.path.unlink(missing_ok=True)
         self._lock.release(force=True)
 
 
 def _owner(path: Path) -> str:
-    """Name the process that holds a journal, as the journal's first line does."""
+    """Return the process that holds a journal, from the journal's first line, in words."""
     try:
         owner = json.loads(read_text(path).partition("\n")[0])[_OWNER]
         return f"process {owner['pid']}, which began at {owner['started']}"
@@ -151,7 +151,7 @@ def _entry(block: Block) -> dict[str, Any]:
 
 def _block(entry: dict[str, Any]) -> Block:
     checks, last = mapping(entry["checks"], "checks"), mapping(entry["last"], "last")
-    if isinstance(last.get("tokens"), list):  # a run, and no table of arms
+    if isinstance(last.get("tokens"), list):  # a single run, not a table by arm
         last = {BASELINE: last}
     block = Block(
         prompt=text(entry, "prompt"),
@@ -169,6 +169,6 @@ def _block(entry: dict[str, Any]) -> Block:
 
 
 def code() -> str:
-    """Return a digest of the package's source: blocks of different code do not belong together."""
+    """Return a digest of the package's source, so that blocks of different code are not put together."""
     sources = sorted(Path(__file__).parents[2].rglob("*.py"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16]

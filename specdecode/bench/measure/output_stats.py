@@ -1,4 +1,4 @@
-"""Output statistics: whether an output repeats itself, and how likely its own model finds it."""
+"""Output statistics: the repetition in an output, and its likelihood under its own model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK = 128
 
 
 def repeated(tokens: Sequence[int]) -> tuple[int, int]:
-    """Count the 4-grams of the output that stood in it before, and all of them."""
+    """Return the number of repeated 4-grams in an output, and the number of all 4-grams."""
     ngrams = [tuple(tokens[place : place + _NGRAM]) for place in range(len(tokens) - _NGRAM + 1)]
     return len(ngrams) - len(set(ngrams)), len(ngrams)
 
@@ -26,8 +26,8 @@ def repeated(tokens: Sequence[int]) -> tuple[int, int]:
 def own_losses(target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Float[Tensor, " n"] | None:
     """Return -log p of each new token under the target with its full cache, in nats.
 
-    Of greedy output this is small whatever the output is worth, and the smaller the more it loops: no measure of
-    quality. None where the target's context is too short.
+    This is no measure of quality: it is small for any greedy output, and smaller if the output loops. Return None if
+    the target's context is too short.
     """
     text = [*prompt, *tokens]
     if len(text) > target.context_length:
@@ -42,9 +42,9 @@ def own_losses(target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Floa
 
 
 def with_output_stats(run: Run, losses: Float[Tensor, " n"] | None) -> Run:
-    """Add the counts of what the output says of itself, to the run and to its cuts: 4-grams and their losses."""
+    """Return the run with output statistics in its counts and in those of its cuts: 4-grams and the sum of losses."""
     again, ngrams = map(sum, zip(*map(repeated, run.outputs), strict=True))
-    # The losses are those of a single output.
+    # The losses belong to a single output.
     nll = None if losses is None or len(run.outputs) > 1 else losses[: len(run.tokens)].sum().item()
     counts = replace(run.counts, ngrams=ngrams, repeated=again, nll=nll)
     return replace(run, counts=counts, cuts=[with_output_stats(cut, losses) for cut in run.cuts])

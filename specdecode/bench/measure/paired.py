@@ -1,4 +1,4 @@
-"""Time two functions in turns, and judge the new one by the old: any code, with or without a language model."""
+"""Paired timing of two functions, and the gate's verdict on the new one. They need not use a language model."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from specdecode.bench.runs.statistics import Estimate, robust_floor, robust_rati
 from specdecode.support.checked import LEAST_SECONDS
 
 SECONDS = 5.0
-"""How long two functions are timed, where the test does not say."""
+"""Default seconds for timing two functions."""
 
 LEAST_BLOCKS = 6
-"""Blocks that are timed however long they take: an interval needs as many."""
+"""Least number of blocks, whatever their duration: an interval needs this many."""
 
-_LEAST_SAMPLE_S = 2e-3  # a clock's ticks, and what a loop costs, are nothing beside it
+_LEAST_SAMPLE_S = 2e-3  # long enough that the clock's ticks and the loop's overhead are negligible
 _LONG_SAMPLE_S = 0.1
 _MOST_LOOPS = 1 << 20
-_ALIKE = 2.0  # times of a call whose ratio is below
+_ALIKE = 2.0  # functions with a ratio of times below this count as equally long
 _SECONDS_BETWEEN_COLLECTIONS = 0.5
 _STRETCH_S = 0.2  # the system counts processor time in steps of a hundredth of a second
 
 Timer = Callable[[int], float]
-"""From a number of calls to the seconds that they take together."""
+"""A function that makes a number of calls and returns their total seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairedBlock:
-    """Both functions timed twice each, in the order A B B A.
+    """Two timings of each function, in the order A B B A.
 
     Attributes:
-        new, old: seconds a call, of the first and of the second time.
+        new, old: seconds a call, in the function's first and second timing.
         new_first: whether the new function is A.
     """
 
@@ -50,14 +50,14 @@ class PairedBlock:
 
     @property
     def log_ratio(self) -> float:
-        """Return the logarithm of the old function's time over the new one's. A drift linear in time cancels."""
+        """Return the logarithm of the old function's time over the new function's. A drift linear in time cancels."""
         return (math.log(self.old[0] / self.new[0]) + math.log(self.old[1] / self.new[1])) / 2
 
     @property
     def noise(self) -> float:
-        """Return the same between equal functions: the contrast (-1, 3, -3, 1) of the four times, over the root of 20.
+        """Return the noise of `log_ratio`: the contrast (-1, 3, -3, 1) of the four logarithms, over the root of 20.
 
-        It compares each function with itself alone, and varies as much as `log_ratio`.
+        The contrast compares each function only with itself, and varies as much as `log_ratio`.
         """
         outer, inner = (self.new, self.old) if self.new_first else (self.old, self.new)
         return (math.log(outer[1] / outer[0]) - 3 * math.log(inner[1] / inner[0])) / math.sqrt(20)
@@ -65,14 +65,14 @@ class PairedBlock:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of two functions that are compared.
+    """One of the two compared functions.
 
     Attributes:
-        name: in sentences.
-        value: what it returned.
-        time: times its calls.
-        counters: by name, what does not depend on the clock; less is better.
-        worker: id of the process that runs it; None if this one does.
+        name: its name in sentences.
+        value: its returned value.
+        time: timer of its calls.
+        counters: counts by name that do not depend on the clock; lower is better.
+        worker: id of the process that runs it; None for this process.
     """
 
     name: str
@@ -84,15 +84,15 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """What was measured of two functions.
+    """The measurements of two functions.
 
     Attributes:
-        name: of the test.
+        name: name of the test.
         new, old: the functions.
-        loops: calls of the new and of the old one in each of their times.
-        blocks: in the order of measuring.
-        repeated: number of stretches that other work disturbed and that were measured again.
-        disturbed: number of those that it disturbed in each try, and that were kept.
+        loops: calls of the new and of the old function in each timing.
+        blocks: the blocks, in the order of measuring.
+        repeated: number of stretches that were measured again, because other work disturbed them.
+        disturbed: number of stretches that other work disturbed in every try; the least disturbed try was kept.
     """
 
     name: str
@@ -110,27 +110,27 @@ class Paired:
 
     @property
     def change(self) -> Estimate:
-        """Estimate the new function's speed over the old one's."""
+        """Estimate the new function's speed over the old function's."""
         return robust_ratio([block.log_ratio for block in self.blocks], self.floor)
 
     @property
     def new_s(self) -> list[float]:
-        """Return the seconds a call of the new function, in order."""
+        """Return the seconds a call of the new function, in the order of measuring."""
         return [seconds for block in self.blocks for seconds in block.new]
 
     @property
     def old_s(self) -> list[float]:
-        """Return the seconds a call of the old function, in order."""
+        """Return the seconds a call of the old function, in the order of measuring."""
         return [seconds for block in self.blocks for seconds in block.old]
 
     def judge(self, tolerance: float) -> list[Judgement]:
-        """Judge the time, and the counters if there are any.
+        """Return the gate's judgement of the time, and of the counters if there are any.
 
         Args:
             tolerance: share by which the new function may be slower.
         """
         new_s, old_s = (duration(statistics.median(seconds)) for seconds in (self.new_s, self.old_s))
-        what = f"{self.new.name} takes {new_s} and {self.old.name} {old_s}, speed over it"
+        what = f"{self.new.name} takes {new_s} and {self.old.name} {old_s}; new speed over old"
         time = time_judgement(self.name, what, self.change, Tolerance(tolerance), longer="more seconds")
         judgements = [replace(time, reason=f"{time.reason}{self._about_disturbances}")]
         return [*judgements, self._judge_counters()] if self.new.counters or self.old.counters else judgements
@@ -139,7 +139,7 @@ class Paired:
     def _about_disturbances(self) -> str:
         if not self.repeated:
             return ""
-        left = f", {self.disturbed} of them in vain" if self.disturbed else ""
+        left = f"; {self.disturbed} stayed disturbed" if self.disturbed else ""
         return f"; other work disturbed {self.repeated} stretches, which were measured again{left}"
 
     def _judge_counters(self) -> Judgement:
@@ -160,9 +160,10 @@ class Paired:
 
 
 def timer(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """Return what times calls of a function together.
+    """Return a timer of a function's calls.
 
-    Garbage is collected before now and then, and never within. A GPU's queue is empty before and after.
+    Garbage is collected between timings, at most twice a second, and never during one. The GPU is synchronised before
+    and after each timing.
     """
     collected = -math.inf
 
@@ -188,10 +189,10 @@ def timer(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
 
 
 def _synchronise() -> None:
-    """Wait for a GPU's queued work, if this process uses one by PyTorch."""
+    """Wait for queued work of the GPU, if this process uses one through PyTorch."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        from specdecode.backends.device import synchronise  # imports PyTorch, which other projects do without
+        from specdecode.backends.device import synchronise  # imports PyTorch, which other projects may not need
 
         synchronise(torch.device("cuda"))
 
@@ -205,22 +206,22 @@ def measure_paired(
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
     again: float = 1.0,
 ) -> Paired:
-    """Time two functions in turns, which were called before.
+    """Time two functions in turns. Both must have been called once already.
 
     Args:
-        name: of the test.
+        name: name of the test.
         new, old: the functions.
-        seconds: for all blocks; the least number of blocks may take longer. Stretches of them that other work disturbs
-            are measured again.
-        clock: in seconds.
-        progress: told the seconds that have passed, those of all blocks, and the test.
-        again: the most time spent on measuring again, as a share of the rest.
+        seconds: time for all blocks, without repeated stretches; `LEAST_BLOCKS` blocks may take longer. A stretch that
+            other work disturbs is measured again.
+        clock: returns seconds.
+        progress: called with the seconds passed, the expected seconds of all blocks, and the test's name.
+        again: the most time for measuring again, as a share of the rest.
     """
     loops = _loops(new.time, old.time)
     blocks: list[PairedBlock] = []
 
     def stretch() -> list[PairedBlock]:
-        """Measure some blocks: what other work took is not known of a shorter time."""
+        """Measure some blocks, for at least `_STRETCH_S`: the share of other work in a shorter time is unknown."""
         begun, some = clock(), list[PairedBlock]()
         while not some or clock() - begun < _STRETCH_S:
             some.append(_block(new.time, old.time, loops, new_first=(len(blocks) + len(some)) % 2 == 0))
@@ -239,7 +240,7 @@ def measure_paired(
 
 
 def _block(new: Timer, old: Timer, loops: tuple[int, int], new_first: bool) -> PairedBlock:
-    """Time one block, each function with its own number of calls."""
+    """Time one block, with each function's own number of calls."""
     sides = ((new, loops[0]), (old, loops[1]))
     outer, inner = sides if new_first else sides[::-1]
     a_1, b_1, b_2, a_2 = (max(time_of(calls), LEAST_SECONDS) / calls for time_of, calls in (outer, inner, inner, outer))
@@ -249,9 +250,9 @@ def _block(new: Timer, old: Timer, loops: tuple[int, int], new_first: bool) -> P
 
 
 def _loops(new: Timer, old: Timer) -> tuple[int, int]:
-    """Return how many calls of each the clock tells apart.
+    """Return the number of calls of each function in one timing: enough for the resolution of the clock.
 
-    Functions that take about as long get the same number: a neighbour disturbs longer times more often.
+    Functions of similar time get the same number, because other work disturbs a longer timing more often.
     """
     new_s, old_s = _seconds_a_call(new), _seconds_a_call(old)
     if max(new_s, old_s) < _ALIKE * min(new_s, old_s):
@@ -264,10 +265,10 @@ def _calls(seconds: float) -> int:
 
 
 def _seconds_a_call(time_of: Timer) -> float:
-    """Return the least time of a call in samples that grow until they are long enough."""
+    """Return the least seconds of a call, from samples with more and more calls until they are long enough."""
     loops, least = 1, math.inf
     while True:
-        # One may be disturbed, but not into what is long.
+        # A short sample is taken twice, as other work may disturb one. It hardly changes a long sample.
         least = min(least, (seconds := max(time_of(loops), LEAST_SECONDS)) / loops)
         if seconds < _LONG_SAMPLE_S:
             least = min(least, max(time_of(loops), LEAST_SECONDS) / loops)

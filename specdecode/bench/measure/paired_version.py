@@ -1,4 +1,4 @@
-"""Run a test body in another commit too: a process in that commit's files times its function on demand."""
+"""A test body in another commit: a process with that commit's files times the test's function on request."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from specdecode.bench.measure.paired import Side
 from specdecode.support.worktree import import_environment
 
 CHANNEL = "SPECDECODE_PAIRED_CHANNEL"
-"""Environment variable: the file descriptor by which the process of another commit is asked."""
+"""Environment variable: the file descriptor for requests to the process of another commit."""
 
 _LONGEST_END_S = 10.0
 
 
 class OtherVersionError(ValueError):
-    """The other commit cannot run the test, or its value cannot be compared; the sentence says why."""
+    """The other commit cannot run the test, or its value cannot be compared; the message gives the reason."""
 
 
 class OtherVersion:
-    """A test that runs in another commit's files, and waits where it calls `paired`.
+    """A test that runs with another commit's files, and waits for requests at its call of `paired`.
 
     Args:
-        ref: of the commit, for messages.
-        folder: of its files; the test's own file and its conftest.py files are copied there: the body is the same.
-        root: of the working tree.
-        test: node id of the test, below the root.
-        arguments: further ones for pytest.
+        ref: name of the commit, for messages.
+        folder: folder of the commit's files. The test's file and its conftest.py files are copied there, so that the
+            body is the same.
+        root: folder of the working tree.
+        test: node id of the test, relative to the root.
+        arguments: further arguments for pytest.
 
     Attributes:
-        side: its function.
+        side: the function of the other commit.
 
     Raises:
-        OtherVersionError: the test cannot run there, or its value cannot be sent; the sentence says why.
+        OtherVersionError: the test cannot run there, or its value cannot be sent; the message gives the reason.
     """
 
     def __init__(self, ref: str, folder: Path, root: Path, test: str, arguments: Sequence[str] = ()) -> None:
@@ -62,7 +63,7 @@ class OtherVersion:
                 stdin=subprocess.DEVNULL,
                 stdout=self._words,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # what the test starts ends with it
+                start_new_session=True,  # so that `close` can also kill processes that the test starts
             )
         try:
             value, counters = self._receive()
@@ -72,7 +73,7 @@ class OtherVersion:
         self.side = Side(ref, value, self._receive, counters, self._process.pid)
 
     def _receive(self, loops: int | None = None) -> Any:
-        """Return what the process sends next, after asking it to time some calls, if any."""
+        """Return the next content from the process. With `loops`, first ask it to time that many calls."""
         try:
             if loops is not None:
                 self._channel.send(loops)
@@ -81,7 +82,7 @@ class OtherVersion:
             self._process.wait()
             self._words.seek(0)
             lines = self._words.read().decode(errors="replace").strip().splitlines()
-            errors = [line for line in lines if line.startswith("E  ")] or lines or ["it says nothing"]
+            errors = [line for line in lines if line.startswith("E  ")] or lines or ["it printed nothing"]
             raise OtherVersionError(
                 f"{self._ref} cannot run this test: {errors[-1].removeprefix('E').strip()}"
             ) from None
@@ -92,7 +93,7 @@ class OtherVersion:
         return content
 
     def close(self) -> None:
-        """Let the test end, with its fixtures; kill the process and those it started if they take too long."""
+        """Let the test and its fixtures end. Kill the process and those it started, after 10 seconds at most."""
         self._channel.close()
         try:
             with suppress(subprocess.TimeoutExpired):
@@ -105,7 +106,7 @@ class OtherVersion:
 
 
 def _copy_test(file: Path, root: Path, folder: Path) -> None:
-    """Copy a test's file from one folder to the same place in another, and each conftest.py that it has fixtures of."""
+    """Copy a test's file, and each conftest.py above it, to the same place in another folder."""
     for copied in (file, *(above / "conftest.py" for above in file.parents)):
         if (root / copied).is_file():
             (folder / copied).parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +114,15 @@ def _copy_test(file: Path, root: Path, folder: Path) -> None:
 
 
 def answer(side: Side) -> None:
-    """In the process of another commit: send what its function returned, then time calls as long as it is asked to."""
+    """Send the function's value, then time its calls on request until the channel closes.
+
+    This runs in the process of another commit.
+    """
     channel = Connection(int(os.environ[CHANNEL]))
     try:
         sent = pickle.dumps(("value", (side.value, side.counters)))
     except Exception as error:
-        sent = pickle.dumps(("error", f"its value cannot be sent to be compared ({error})"))
+        sent = pickle.dumps(("error", f"its value cannot be sent for the comparison ({error})"))
     channel.send_bytes(sent)
     while True:
         try:

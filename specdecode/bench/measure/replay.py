@@ -1,4 +1,4 @@
-"""Measured durations, played to pytest-benchmark on a virtual clock: its tables and files, our experiment."""
+"""Replay of measured durations on a virtual clock, so that pytest-benchmark shows and stores them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _now = 0.0
 
 
 def clock() -> float:
-    """The timer of replayed benchmarks, in seconds: it moves only when a duration is played."""
+    """Return the virtual time in seconds. It advances only when a duration is replayed."""
     return _now
 
 
 def replay(benchmark: Any, durations: Sequence[float]) -> None:
-    """Make each duration a round of the given `benchmark` fixture, whose timer must be `clock`."""
+    """Replay each duration as a round of the `benchmark` fixture. The fixture's timer must be `clock`."""
     ahead = iter(durations)
 
     def play() -> None:

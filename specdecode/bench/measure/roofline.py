@@ -1,4 +1,4 @@
-"""Measure how near the forwards of each backend come to the roofline, which is what the memory allows."""
+"""The throughput of forwards, by backend and weights, as a share of the roofline, the limit set by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from specdecode.bench.measure.bandwidth import copy_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.decoding.measure_costs import cached_tokens, forward_seconds
 from specdecode.models.lm import LM
+from specdecode.models.quantize import KINDS
 
 WIDER = (8, 16, 32)
-"""Rows of the forwards that speculation needs to cost little more than one of one row."""
+"""Rows of the wider forwards. Speculation pays only if they cost little more than a forward of one row."""
 
-# Far more rounds than `measure_costs` takes: nobody is waiting for the first token.
+# Far more rounds than in `measure_costs`: here no user waits for the first token.
 _ROUNDS, _LIMIT_S = 25, 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class BackendForwards:
-    """The forwards of one backend.
+    """The measured forwards of one backend, or of one kind of quantised weights.
 
     Attributes:
-        weight_bytes: of the weights as they are stored.
-        seconds: of a forward by its rows: 1, and those of `WIDER` that fit the context.
+        weight_bytes: bytes of the stored weights.
+        seconds: seconds of a forward, by its rows: 1, and those of `WIDER` that fit the context.
     """
 
     weight_bytes: int
@@ -33,24 +34,24 @@ class BackendForwards:
 
     @property
     def throughput(self) -> float:
-        """Tokens per second of autoregressive decoding if nothing but its forwards took time."""
+        """Tokens per second of autoregressive decoding if only forwards took time."""
         return 1 / self.seconds[1]
 
     @property
     def multiples(self) -> dict[int, float]:
-        """Seconds of the wider forwards, in forwards of one row."""
+        """Seconds of each wider forward over those of a forward of one row, by rows."""
         return {rows: self.seconds[rows] / self.seconds[1] for rows in WIDER if rows in self.seconds}
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """What a device allows a model, and how near its backends come to that.
+    """The roofline of an unquantised model on a device, and the forwards of the backends.
 
     Attributes:
         bandwidth: bytes per second that a large copy reads and writes on the device.
-        token_bytes: that a forward reads: weights, and the keys and values that are cached.
-        backends: by name, those that work here.
-        missing: by name, why the others do not.
+        token_bytes: bytes that a forward reads: weights, and cached keys and values.
+        backends: forwards of the backends and the kinds of quantised weights that work here, by name.
+        missing: reasons why the others do not work here, by name.
     """
 
     bandwidth: float
@@ -60,7 +61,7 @@ class Roofline:
 
     @property
     def throughput(self) -> float:
-        """Tokens per second if nothing but streaming the weights took time."""
+        """Tokens per second of autoregressive decoding if only memory reads took time."""
         return self.bandwidth / self.token_bytes
 
     def share(self, backend: str) -> float:
@@ -69,24 +70,25 @@ class Roofline:
 
 
 def measure_roofline(target: LM, tell: Callable[[int, int, str], None]) -> Roofline:
-    """Time the target's forwards on all backends, which take turns.
+    """Time the target's forwards on all backends, and with quantised weights, in turn.
 
     Args:
-        target: on the backend "eager".
-        tell: called with the rounds done, their number, and what is being measured.
+        target: a model on the backend "eager".
+        tell: called with the number of finished rounds, the number of all rounds, and a text on the current step.
     """
     variants: dict[str, LM] = {}
     missing: dict[str, str] = {}
-    for kind in BACKENDS:
+    for kind in (*BACKENDS, *KINDS):
         if kind == "auto":
             continue
         tell(0, _ROUNDS, f"preparing {kind}")
         try:
-            variant = target.with_backend(kind)
+            # Quantised weights are multiplied on the backend that "auto" chooses for the other layers.
+            variant = target.quantized(kind).with_backend("auto") if kind in KINDS else target.with_backend(kind)
         except (UnsupportedModelError, ValueError) as error:
             missing[kind] = str(error)
             continue
-        if variant.backend.name == kind:
+        if kind in (variant.backend.name, *KINDS):
             variants[kind] = variant
         else:
             missing[kind] = re.sub(r"^not \w+: ", "", variant.backend.note)

@@ -1,4 +1,4 @@
-"""Measure two versions of a repository side by side, in turns."""
+"""Side-by-side measurement of two versions of a repository, in turns."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from specdecode.bench.runs.statistics import TAIL, Estimate, noise_floor, tail_o
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One version's two runs of an arm in a quartet, in order, and whether each wrote what its baseline there did."""
+    """One version's two runs of an arm in a quartet, in order, with the check of each output."""
 
     runs: tuple[Run, Run]
     checks: tuple[Check, Check]
 
     @property
     def log_s(self) -> float:
-        """Return the logarithm of the runs' seconds, mean of the two."""
+        """Return the mean logarithm of the two runs' seconds."""
         return (math.log(self.runs[0].total_s) + math.log(self.runs[1].total_s)) / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Quartet:
-    """One arm on one prompt, run by both versions twice in the order A B B A.
+    """Four runs of one arm on one prompt: two by each version, in the order A B B A.
 
     Attributes:
-        prompt: its id.
+        prompt: id of the prompt.
         new, old: the versions' runs.
         new_first: whether the new version is A.
     """
@@ -56,15 +56,15 @@ class Quartet:
 
     @property
     def log_ratio(self) -> float:
-        """Return the logarithm of the old version's time over the new one's. A drift linear in time cancels."""
+        """Return the logarithm of the old version's time over the new version's. A drift linear in time cancels."""
         return self.old.log_s - self.new.log_s
 
     @property
     def noise(self) -> float:
-        """Return the same statistic between equal versions: the cubic contrast (-1, 3, -3, 1) of the four runs.
+        """Return the noise of `log_ratio`: the cubic contrast (-1, 3, -3, 1) of the four runs, over the root of 20.
 
-        It compares only runs of the same version with one another, and a linear drift does not change it. Divided by
-        the root of 20 it varies as much as `log_ratio`. So it is the A/A floor of this comparison.
+        The contrast compares only runs of the same version with each other, and a linear drift does not change it.
+        Divided by the root of 20 it varies as much as `log_ratio`, so it gives the A/A floor of this comparison.
         """
         outer, inner = (self.new, self.old) if self.new_first else (self.old, self.new)
         return (_log_change(outer.runs) - 3 * _log_change(inner.runs)) / math.sqrt(20)
@@ -76,15 +76,15 @@ def _log_change(runs: tuple[Run, Run]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """What was measured of two versions.
+    """The measurements of two versions.
 
     Attributes:
-        blocks: for each prompt and repeat, the quartets by arm, the baseline's among them.
-        counters_runs: what the untimed runs counted, by version's name and arm.
-        failures: what arms from code did in place of decoding, by version's name and arm. From then on the arm was not
-            run.
-        baselines: what each arm is compared with in its version; the run's baseline is compared with itself.
-        looked: whether the verdicts were looked at after each repeat, to decide whether to go on.
+        blocks: quartets by arm, the baseline's included, for each prompt and repeat.
+        counters_runs: results of the counters runs, by version's name and arm.
+        failures: error messages of arms from code that failed, by version's name and arm. A failed arm is not run
+            again.
+        baselines: the baseline of each arm, in the same version; the run's baseline is its own.
+        looked: whether the verdicts were computed after each repeat, to decide on further repeats.
     """
 
     blocks: list[dict[str, Quartet]]
@@ -95,7 +95,7 @@ class SideBySide:
 
     @property
     def baseline(self) -> str:
-        """The run's baseline."""
+        """The name of the run's baseline."""
         return next(arm for arm, own in self.baselines.items() if arm == own)
 
     @property
@@ -108,24 +108,24 @@ class SideBySide:
         return [block[arm] for block in self.blocks if arm in block]
 
     def change(self, arm: str) -> Estimate:
-        """Return the new speed over the old, with its interval."""
+        """Return an arm's new speed over its old speed, with an interval."""
         quartets = self.of(arm)
         looks = max(Counter(quartet.prompt for quartet in quartets).values(), default=1)
         tail = tail_of_look(looks) if self.looked else TAIL
         return typical_ratio([quartet.log_ratio for quartet in quartets], self.floor(arm), tail)
 
     def floor(self, arm: str | None = None) -> float:
-        """Return the A/A floor of an arm's change, of the baseline's if None, in logarithms."""
+        """Return the A/A floor of an arm's change, in logarithms; the baseline's floor if `arm` is None."""
         return noise_floor([quartet.noise for quartet in self.of(arm or self.baseline)])
 
     def record(self, version: Literal["new", "old"], name: str, arm: str, about: Mapping[str, Any]) -> ArmRecord:
-        """Return one version's results of an arm, as they are kept.
+        """Return one version's results of an arm, in the form of a run file.
 
         Args:
-            version: whose.
-            name: of the version.
-            arm: its name.
-            about: what the version says of the arm: "synthetic", "against", "baseline", "lossy", "timed" and "peer".
+            version: the version.
+            name: name of the version.
+            arm: name of the arm.
+            about: the worker's entries for the arm: "synthetic", "against", "baseline", "lossy", "timed" and "peer".
         """
         entries: dict[str, list[tuple[Run, Run]]] = {}
         logs: dict[str, list[float]] = {}
@@ -136,7 +136,7 @@ class SideBySide:
             side: Side = getattr(block[arm], version)
             checks += side.checks
             if self.baseline not in block:
-                continue  # a further repeat, which tells of the versions alone
+                continue  # a further repeat, which compares only the versions
             own, baseline = (getattr(block[name], version) for name in (self.baselines[arm], self.baseline))
             # A time from a wrong output is void.
             right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
@@ -156,7 +156,7 @@ class SideBySide:
             against=about["against"],
             baseline=about.get("baseline"),
             lossy=about["lossy"],
-            # Older versions do not say whose an arm is, and still older ones have none that follow the clock.
+            # Workers of older versions do not report "peer", and those of still older versions do not report "timed".
             peer=about.get("peer", lacks_our_counts(rows)),
             counters_run=self.counters_runs.get((name, arm), CountersRun()),
             timed=about.get("timed", False),
@@ -167,7 +167,7 @@ class SideBySide:
         )
 
     def outputs(self, version: Literal["new", "old"], arm: str | None = None) -> dict[str, str]:
-        """Return a digest of what an arm wrote in a version, the baseline if None, by prompt."""
+        """Return digests of an arm's outputs in a version, by prompt; the baseline's outputs if `arm` is None."""
         quartets = self.of(arm or self.baseline)
         return {quartet.prompt: digest(getattr(quartet, version).runs[0].tokens) for quartet in quartets}
 
@@ -186,18 +186,19 @@ def measure_side_by_side(
 ) -> SideBySide:
     """Run every arm on every prompt in both versions.
 
+    If the versions do not fit into memory together, a block runs all its arms in one version before the other's turn.
+
     Args:
         both: the versions.
-        arms: names; both versions have them.
+        arms: names of arms that both versions have.
         prompts: tokens by id.
         max_new_tokens: length of every output.
-        repeats: quartets of each arm on each prompt, at least. Where the versions are not in memory together, all arms
-            of a block are run in one version before the other's turn.
-        progress: told the number of runs done, of all runs, and what is going on.
-        seed: of the order of arms within a block.
-        baseline: the arm that others are compared with in each version, unless they name another.
-        until: says which arms are measured in further repeats, and when to stop; None for no more repeats.
-        again: the most time spent on measuring again what other work disturbed, as a share of the rest.
+        repeats: least number of quartets of each arm on each prompt.
+        progress: called with the number of finished runs, the number of all runs, and a text on the current run.
+        seed: seed of the order of arms within a block.
+        baseline: the baseline, in each version, of arms that name no other.
+        until: chooses the arms of further repeats, and when to stop; None for no further repeats.
+        again: the most time for measuring disturbed runs again, as a share of the rest.
 
     Raises:
         ValueError: a version cannot run, or the baseline fails in it.
@@ -210,10 +211,10 @@ def measure_side_by_side(
     steady = Steady((new.pid, old.pid), torch.device(both.new.about.get("device", "cpu")), again)
     expected: dict[str, dict[tuple[str, str], list[int]]] = {prompt: {} for prompt in prompts}
     for number, (prompt, repeat, chosen) in enumerate(rounds(measured, prompts, repeats, arms, until)):
-        # In turns the next block begins with the version that this one ends with.
+        # Versions that are loaded in turn always begin with the new one, which is still loaded from the last block.
         new_first = number % 2 == 0 or not both.together
         turns = (new, old, old, new) if new_first else (old, new, new, old)
-        # In further repeats the versions are compared, and no arm with its baseline.
+        # Further repeats compare only the versions, not an arm with the run's baseline.
         needed = {*chosen, *measured.baselines.values()} if repeat < repeats else set(chosen)
         order = _order(measured, needed, random.Random(f"{seed} {number}"))
         still_open = ""
@@ -240,7 +241,7 @@ def measure_side_by_side(
 
 
 def _order(measured: SideBySide, chosen: Collection[str], chance: random.Random) -> list[str]:
-    """Order the chosen arms that have not failed: the run's baseline, the other baselines, the rest shuffled."""
+    """Return the chosen arms that have not failed: the run's baseline, the other baselines, the rest shuffled."""
     working = [arm for arm in measured.baselines if arm in chosen and arm not in measured.failed]
     baselines = [arm for arm in working if arm in measured.baselines.values()]
     baselines.sort(key=lambda arm: arm != measured.baseline)
@@ -253,11 +254,11 @@ class _BlockRuns:
 
     Args:
         both: the versions.
-        measured: takes what the counters runs counted, and failures.
-        prompt: its tokens.
-        length: of every output.
-        steady: measures again what other work disturbed.
-        expected: by version's name and arm, what must be written; the first block of a prompt fills it in.
+        measured: results of counters runs and failures are added here.
+        prompt: tokens of the prompt.
+        length: length of every output.
+        steady: measures disturbed runs again.
+        expected: the expected output by version's name and arm; the first block of a prompt fills it in.
     """
 
     def __init__(
@@ -301,14 +302,14 @@ class _BlockRuns:
             length = min(self._length, COUNTERS_RUN_TOKENS)
             self._measured.counters_runs[key] = worker.counters_run(arm, self._prompt, length, correct)
         elif arm in self._measured.baselines.values() and key not in self._runs:
-            worker.run(arm, self._prompt, 1, correct)  # the prompt's own shapes: no timed run is their first
+            worker.run(arm, self._prompt, 1, correct)  # meets the prompt's shapes before the first timed run
         run = steady_run(self._steady, lambda: worker.run(arm, self._prompt, self._length, correct))
         self._runs.setdefault(key, []).append(run)
         if arm == own:
             self._expected.setdefault(key, run.tokens)
 
     def side(self, worker: WorkerProcess, arm: str) -> Side:
-        """Return a version's two runs of an arm, checked."""
+        """Return a version's two runs of an arm, with their checks."""
         key = (worker.name, arm)
         first, second = self._runs[key]
         own = self._measured.baselines[arm]
@@ -320,7 +321,7 @@ def _checked(both: Versions, arm: str, own: str, prompt: list[int], expected: li
         if got == expected:
             return "equal"
         both.use(both.new)
-        # A worker of before there were servers doesn't know the argument.
+        # Workers of versions without servers do not have this argument.
         of_servers = {"baseline": own} if both.new.about["about"][arm].get("served") else {}
         result: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got, **of_servers)
         return result

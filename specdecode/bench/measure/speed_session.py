@@ -1,4 +1,4 @@
-"""One session of `pytest --benchmark`: from its plan to what was measured, and what the gate says of it."""
+"""One session of `pytest --benchmark`: from its plan to the measured run and the gate's judgements."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class JudgedRun:
-    """A measured run, and the gate's verdicts on it.
+    """A measured run, and the gate's judgements of it.
 
     Attributes:
-        title: names the models and the size of the experiment.
-        origins: of the prompts.
-        run: as it is kept and compared.
+        title: the models and the size of the experiment, in words.
+        origins: origins of the prompts.
+        run: the run, as in its file.
         durations: seconds of each run, by arm.
-        wrong: prompts on which an arm gave other tokens than its baseline, by arm.
-        judged_by: what the gate compared with, in words.
-        judgements: its verdicts.
-        journal: of the finished blocks, to be deleted once the run is kept; None for runs side by side.
+        wrong: prompts on which an arm's output is wrong, by arm.
+        judged_by: the run that the gate compared with, in words.
+        judgements: the gate's judgements.
+        journal: journal of the finished blocks, to delete after the run's file is written; None for runs side by side.
     """
 
     title: str
@@ -68,16 +68,17 @@ def measure(plan: Plan, selected: Collection[str], new: str | None = None, file:
     """Measure the selected arms of the preset, and judge them by the baseline or by another commit.
 
     Args:
-        plan: of the session.
-        selected: names of arms.
-        new: the commit to measure against the plan's; the working tree if None.
-        file: of the run so far, written after each block; none is if None. A run against another commit has none.
+        plan: plan of the session.
+        selected: names of the selected arms.
+        new: the commit to measure against the plan's commit; None for the working tree.
+        file: path for the unfinished run, rewritten after each block; None for no such file. A run against another
+            commit writes none.
 
     Raises:
         ValueError, SpecDecodeError: an option is wrong, a model cannot be loaded or a file cannot be judged.
     """
     for arm, entry in plan.entries(selected).items():
-        ArmSpec.from_entry(arm, entry)  # a wrong entry is an error before a model is loaded
+        ArmSpec.from_entry(arm, entry)  # raises for a wrong entry before a model is loaded
     if plan.against is not None:
         return _measure_against(plan, plan.against, selected, new)
     return _measure(plan, selected, file)
@@ -122,7 +123,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     def still_open(results: Results, aim: float) -> set[str]:
         run = run_of(results)
         judgements = _judge(plan, run)
-        if not judgements:  # it is to become a baseline: all, as long as its own noise would hide that much
+        if not judgements:  # a run that becomes a baseline: repeat all arms until its noise would not hide the slowdown
             return set(run.arms) if ever_sees(run, plan.tolerance) > aim else set()
         arms = open_arms(judgements, aim) & set(selected)
         return arms | {yardstick(arm, run) for arm in arms}
@@ -142,7 +143,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             until=_until(plan, still_open, ranks),
             again=plan.again,
         )
-    # Its header tells of one process: how busy the machine was, and when.
+    # The header has conditions and times of one process, so all processes use the first one's.
     run = ranks.agreed(run_of(results))
     return JudgedRun(
         title=_title(plan, str(models), plan.setup.device, models.chosen_backend, prompts),
@@ -159,7 +160,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
 def _what_must_be_the_same(
     plan: Plan, prompts: Mapping[str, list[int]], stop_token_ids: Sequence[int], arms: Sequence[Arm]
 ) -> dict[str, Any]:
-    """Return what must be the same for the blocks of an interrupted run to be used."""
+    """Return the values that must be equal for blocks of an interrupted run to be used."""
     return {
         "identity": plan.identity.file.as_posix(),
         "prompts": prompts,
@@ -172,11 +173,12 @@ def _what_must_be_the_same(
 
 
 def _until(plan: Plan, still_open: Callable[[T, float], set[str]], ranks: Ranks = Ranks()) -> Until[T] | None:
-    """Return when to stop measuring further repeats; None if their number is fixed.
+    """Return the rule for further repeats; None if the number of repeats is fixed.
 
     Args:
-        plan: of the session.
-        still_open: takes what was measured and the slowdown that verdicts are to see, and returns the open arms.
+        plan: plan of the session.
+        still_open: from the measurements and the slowdown that verdicts must detect, returns the arms with open
+            verdicts.
         ranks: the processes that measure together.
     """
 
@@ -189,7 +191,7 @@ def _until(plan: Plan, still_open: Callable[[T, float], set[str]], ranks: Ranks 
 
 
 def _server_versions(arms: Sequence[Arm]) -> dict[str, str | int]:
-    """Return the engine, the version and the model of each server, by the first of its arms."""
+    """Return the engine, the version and the model of each server, under the name of its first arm."""
     versions: dict[str, str | int] = {}
     seen: list[object] = []
     for arm in arms:
@@ -200,13 +202,13 @@ def _server_versions(arms: Sequence[Arm]) -> dict[str, str | int]:
 
 
 def _texts_sent(arms: Sequence[Arm]) -> list[str]:
-    """Say which servers get prompts as text: they make token ids of their own, and may make others."""
+    """Return a note on servers that get prompts as text, as their token ids may differ from ours; [] if none do."""
     names = [arm.name for arm in arms if arm.server is not None and arm.server.takes_text]
-    return [f"as text to {', '.join(names)}, whose servers make token ids of them"] if names else []
+    return [f"as text to {', '.join(names)}, whose servers tokenise it"] if names else []
 
 
 def _stop_token_ids(plan: Plan, target: LM | None) -> Sequence[int]:
-    """Return the tokens that end an output."""
+    """Return the ids of tokens that end an output."""
     if not plan.eos:
         return ()
     if target is None or not target.stop_token_ids:
@@ -215,8 +217,7 @@ def _stop_token_ids(plan: Plan, target: LM | None) -> Sequence[int]:
 
 
 def _judge(plan: Plan, run: RunFile) -> list[Judgement]:
-    """Judge by the baseline. Arms that were not selected are left out; those that the preset no longer has are missing
-    all the same."""
+    """Judge a run by the baseline. Leave out arms that were not selected, but not arms that the preset lacks now."""
     if plan.baseline is None:
         return []
     retired = {arm for arm in plan.baseline.arms if arm not in plan.preset.arms}
@@ -287,10 +288,10 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
 
 
 def _unsupported_arms(both: Versions, ref: str, preset: Preset) -> dict[str, str]:
-    """Return the arms that the other commit cannot make or compare, and why.
+    """Return the arms that the other commit cannot build or compare, with the reasons.
 
     Raises:
-        ValueError: the new version cannot make an arm, or the other commit not the baseline arm.
+        ValueError: the new version cannot build an arm, or the other commit cannot build the baseline arm.
     """
     if refused := both.new.about["refused"]:
         raise ValueError(next(iter(refused.values())))
@@ -308,7 +309,7 @@ def _unsupported_arms(both: Versions, ref: str, preset: Preset) -> dict[str, str
 def _one_version(
     measured: SideBySide, version: Literal["new", "old"], worker: WorkerProcess, header: Header, arms: Sequence[str]
 ) -> RunFile:
-    """Return the run of one version, under a header of its own."""
+    """Return the run of one version, with its outputs and versions in the header."""
     records = {arm: measured.record(version, worker.name, arm, worker.about["about"][arm]) for arm in arms}
     header = replace(header, outputs=measured.outputs(version), versions=worker.about["versions"])
     return RunFile(Path(), header, records)
@@ -317,19 +318,19 @@ def _one_version(
 def _judge_against(
     plan: Plan, ref: str, new: RunFile, old: RunFile, unsupported: Mapping[str, str], change: Callable[[str], Estimate]
 ) -> list[Judgement]:
-    """Judge by the other commit; `change` is an arm's new speed over its old one."""
-    # An arm that the working tree's preset no longer has must not pass in silence.
+    """Judge a run by the other commit's. `change` returns an arm's new speed over its old speed."""
+    # An arm that the working tree's preset lacks now must be reported as missing.
     retired = {arm: ArmRecord({}) for arm in plan.compared_arms if arm not in plan.preset.arms}
     old = replace(old, arms=old.arms | retired)
     judgements = judge(new, old, plan.tolerance, side_by_side=change, tolerances=plan.tolerances)
     for arm, reason in unsupported.items():
-        why = f"{ref} cannot make this arm: {reason}"
+        why = f"{ref} cannot build this arm: {reason}"
         judgements += [Judgement(arm, gate, Verdict.NO_BASELINE, why) for gate in ("time", "counters")]
     return judgements
 
 
 def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str]) -> str:
-    """Say in words what the verdicts compare with."""
+    """Return the conditions of the comparison, in sentences."""
     sentences = [f"Judged by {ref}, measured side by side with {both.new.name}."]
     about = both.old.about["about"]
     if same := [arm for arm in arms if about[arm].get("outside")]:
@@ -339,7 +340,7 @@ def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str])
             "The models of both do not fit into memory together: they were loaded in turn, block by block."
         )
     if changed := dependencies(plan.root, ref):
-        sentences.append(f"{ref} pins other packages ({', '.join(changed)}): both ran with those that are installed.")
+        sentences.append(f"{ref} pins other packages ({', '.join(changed)}): both ran with the installed ones.")
     return " ".join(sentences)
 
 

@@ -1,4 +1,4 @@
-"""Measure again what other work disturbed: by a rule that does not look at what was measured."""
+"""Repetition of disturbed measurements, by a rule that does not look at the measured values."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import torch
 
 MARGIN = 0.02
-"""How much more of the processors' time than usual others take from a disturbed measurement, as a share."""
+"""A measurement is disturbed if other work uses this much more of the processors' time than usual, as a share."""
 
 MOST_TRIES = 4
-"""How often one thing is measured, the first time among them."""
+"""The most tries of one measurement, the first included."""
 
-# Nothing is what others usually take, until measurements say otherwise.
+# The usual share of other work is taken as zero until there are enough measurements.
 _PRIOR = [0.0, 0.0, 0.0]
 
 T = TypeVar("T")
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Steadied(Generic[T]):
-    """The least disturbed of some tries of the same.
+    """The least disturbed of several tries of one measurement.
 
     Attributes:
-        value: what it gave.
-        tries: how often it was measured.
-        disturbed: whether other work disturbed all of them.
+        value: result of the measurement.
+        tries: number of tries.
+        disturbed: whether other work disturbed all tries.
     """
 
     value: T
@@ -42,19 +42,19 @@ class Steadied(Generic[T]):
 
 @dataclass(slots=True)
 class Steady:
-    """Measure, and measure again at once where other work took more of the processors than usual.
+    """A measurer that repeats a measurement at once if other work used more of the processors' time than usual.
 
-    Whose measurement it is plays no part, nor how long it took. So no arm and no version gets better chances.
+    The rule depends neither on the arm or version, nor on the measured time. So it favours no arm and no version.
 
     Attributes:
-        workers: ids of the processes that work for this one.
-        device: that they use.
-        bound: the most seconds that are spent again, as a share of those of the first tries.
-        shares: of the processors' time that others took from the measurements that were kept.
-        first_s, again_s: seconds of all first tries, and of the others.
-        watch: begins to watch what others take; `support.disturbance.watch` if None.
-        clock: in seconds.
-        agreed: of processes that measure together, the first one's value; the value itself of one process.
+        workers: ids of the processes that work for this process.
+        device: device that these processes use.
+        bound: the most seconds of further tries, as a share of the seconds of first tries.
+        shares: share of the processors' time that other work used, for each kept measurement.
+        first_s, again_s: seconds of all first tries, and of all further tries.
+        watch: begins to measure the share of other work; `support.disturbance.watch` if None.
+        clock: returns seconds.
+        agreed: returns the first process's value among processes that measure together; the same value for one process.
     """
 
     workers: Collection[int] = ()
@@ -68,7 +68,7 @@ class Steady:
     agreed: Callable[[Any], Any] = field(default=lambda value: value)
 
     def measure(self, once: Callable[[], T]) -> Steadied[T]:
-        """Measure until nothing disturbs it, as long as tries and time allow."""
+        """Measure until a try is undisturbed, within the limits on tries and time. Return the least disturbed try."""
         value, taken, seconds = self._try(once)
         self.first_s += seconds
         tries = 1
@@ -89,6 +89,6 @@ class Steady:
         return measured
 
     def _disturbed(self, taken: float) -> bool:
-        """Whether others took more than usual: than the lower quartile of the measurements so far."""
+        """Return whether other work used more than usual: over the lower quartile of the shares so far, by `MARGIN`."""
         before = sorted([*_PRIOR, *self.shares])
         return taken > before[math.ceil(len(before) / 4) - 1] + MARGIN

@@ -1,4 +1,4 @@
-"""A time-boxed run: measure as many prompts as fit into some minutes, to recommend by them."""
+"""Time-boxed runs, for recommendations: they measure as many prompts as fit into some minutes."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ _LEAST_BLOCKS = 2
 def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dict[str, str]]:
     """Measure the preset's arms prompt by prompt, the data sets in turn, until no further prompt fits into the time.
 
-    At least two prompts are measured, each with all arms but those that are hopeless by then. The run file is written
-    anew after each prompt: an interruption loses only the prompt that was being measured.
+    At least two prompts are measured. An arm is dropped as soon as the run shows that it is hopeless. The run file is
+    rewritten after each prompt, so an interruption loses only the current prompt.
 
     Args:
-        plan: what to measure. Its repeats and its baseline are not looked at.
-        minutes: from now on, loading included.
-        file: of the run.
+        plan: plan of the session. Its repeats and its baseline are ignored.
+        minutes: time from now on, loading included.
+        file: path of the run file.
 
     Returns:
-        The run, and why arms of the preset are not in it, by their names.
+        The run, and the reason for each arm of the preset that is not in it, by name.
 
     Raises:
         ValueError, SpecDecodeError: an option is wrong, a model cannot be loaded, or the file cannot be written.
     """
     started, limit_s = time.monotonic(), 60 * minutes
     if not minutes > 0:
-        raise ValueError(f"the budget is {minutes} minutes: give it some time")
+        raise ValueError(f"the budget is {minutes} minutes: give more than 0")
     check_writable(file)
     models = load_models(plan.setup.names, plan.setup.backend, plan.preset.arms.values())
     target = models.target
@@ -76,7 +76,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     with progress("seconds") as show:
 
         def tell(doing: str) -> None:
-            # What is going on is never all of it: two prompts may take longer.
+            # Two prompts may take longer than the budget, so a running session never shows as complete.
             whole = max(1, round(limit_s))
             show(min(round(time.monotonic() - started), whole - 1), whole, doing)
 
@@ -113,14 +113,14 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
 
 
 def _write(run: RunFile) -> RunFile:
-    """Write a run file, in pytest-benchmark's format but without its benchmarks, and return the run."""
+    """Write a run file in pytest-benchmark's format, with an empty list of benchmarks. Return the run."""
     content = {"datetime": datetime.now(timezone.utc).isoformat(), "specdecode": run_json(run), "benchmarks": []}
     write_whole(run.path, json.dumps(content, indent=1) + "\n")
     return run
 
 
 def _in_turn(prompts: list[str]) -> list[str]:
-    """Order the prompts so that the data sets take turns: the first few prompts come from all of them."""
+    """Return the prompts with the data sets in turn, so that the first few prompts come from all data sets."""
     sets: dict[str, list[str]] = {}
     for prompt in prompts:
         sets.setdefault(prompt.rpartition("/")[0], []).append(prompt)
@@ -130,7 +130,7 @@ def _in_turn(prompts: list[str]) -> list[str]:
 def _usable_arms(
     plan: Plan, models: Models, prompt: Sequence[int], tell: Callable[[str], None]
 ) -> tuple[list[Arm], dict[str, CountersRun], dict[str, str]]:
-    """Return the arms that these models and packages allow, their counters runs, and why others are left out."""
+    """Return the arms that run here, their counters runs, and the reasons for arms that are left out."""
     arms, counters_runs, left_out = [], {}, {}
     length = min(plan.preset.max_new_tokens, COUNTERS_RUN_TOKENS)
     baseline_tokens: Sequence[int] = ()
@@ -138,7 +138,7 @@ def _usable_arms(
         tell(f"{name}, the counters run")
         try:
             if "universal" in drafter_kinds(entry) and _same_vocabulary(models):
-                raise ValueError("target and draft share a vocabulary, so the draft need not draft by text")
+                raise ValueError("target and draft share a vocabulary, so drafting through text is not needed")
             arm = models.arm(name, entry, plan.preset.lengths)
             baseline_tokens = baseline_tokens or arm.run(prompt, length, ()).tokens
             counters_runs[name] = counters_run(arm, prompt, length, arm.expected(prompt, baseline_tokens, length))

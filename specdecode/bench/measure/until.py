@@ -1,4 +1,4 @@
-"""Measure as long as it takes: until each verdict on a time is clear, or the time is spent."""
+"""Repeats until each verdict on a time is clear, or the time budget is spent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Until(Generic[T]):
-    """When to stop.
+    """The rule for further repeats.
 
     Attributes:
         budget_s: seconds after which no prompt is begun.
-        open_arms: takes what was measured, and returns the arms whose verdicts are open, with those that they are
-            compared with.
-        clock: in seconds.
-        started: when the budget began.
+        open_arms: from the measurements so far, returns the arms with open verdicts, and the arms they are compared
+            with.
+        clock: returns seconds.
+        started: time of the clock at the start of the budget.
     """
 
     budget_s: float
@@ -30,21 +30,22 @@ class Until(Generic[T]):
 
     @property
     def spent(self) -> bool:
-        """Whether the time is over."""
+        """Whether the time budget is spent."""
         return self.clock() - self.started > self.budget_s
 
 
 def rounds(
     measured: T, prompts: Iterable[str], repeats: int, arms: Collection[str], until: Until[T] | None = None
 ) -> Iterator[tuple[str, int, Collection[str]]]:
-    """Say what is measured next: a prompt, which repeat it is, and the names of the arms.
+    """Yield the blocks to measure: the id of a prompt, the number of the repeat, and the names of the arms.
 
     Args:
-        measured: so far; the caller adds to it.
-        prompts: by id.
-        repeats: of all arms, at least; the first prompt is measured in any case.
-        arms: names of all.
-        until: says what comes then; None for nothing.
+        measured: the measurements so far; the caller adds to them.
+        prompts: ids of the prompts.
+        repeats: number of repeats with all arms. A spent budget ends them early, but the first prompt is always
+            measured.
+        arms: names of all arms.
+        until: the rule for further repeats; None for no further repeats.
     """
     chosen, begun = arms, False
     for repeat in count():

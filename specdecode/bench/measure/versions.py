@@ -1,4 +1,4 @@
-"""Two versions of a repository on one machine: a worker process for each."""
+"""Two versions of a repository on one machine, each in a worker process."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from specdecode.support.git import git
 from specdecode.support.worktree import import_environment, worktree
 
 PROTOCOL = 3
-"""Version of the requests to a worker and of its answers."""
+"""Version of the protocol: the requests to a worker and its answers."""
 
 WORKING_TREE = "the working tree"
-"""Names the version that is no commit."""
+"""Name of the version that is not a commit."""
 
 _WORKER = Path("specdecode") / "bench" / "worker.py"
 
 
 class WorkerProcess:
-    """A version of a repository that measures on demand, in a process of its own (`bench.worker`).
+    """A process that measures one version of a repository on request (`bench.worker`).
 
-    The worker is the version's own where the repository is this package's, and else the installed one.
+    In a repository of this package, the process runs the version's own `bench.worker`; in others, the installed one.
 
     Args:
-        name: of the version, for messages.
-        folder: of its source.
-        arguments: of its `load`.
+        name: name of the version, for messages.
+        folder: folder of the version's source.
+        arguments: arguments of the worker's `load`.
 
     Raises:
-        ValueError: the version cannot be measured; the sentence says why.
+        ValueError: the version cannot be measured; the message gives the reason.
     """
 
     def __init__(self, name: str, folder: Path, arguments: Mapping[str, Any]) -> None:
@@ -60,17 +60,17 @@ class WorkerProcess:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether a server of its arms runs while no other does."""
+        """Whether an arm has a server that must run alone."""
         return any(entry.get("server", {}).get("alone") for entry in self._arguments.get("arms", {}).values())
 
     def load(self) -> bool:
-        """Load the models; False if there is no memory for them."""
+        """Load the models. Return False if they do not fit into memory."""
         answer = self._answer("load", self._arguments)
         if answer.get("memory"):
             return False
         self.about = self._value(answer, "load")
         if self.about["protocol"] != PROTOCOL:
-            raise ValueError(f"{self.name} cannot be measured side by side: its worker is of another protocol")
+            raise ValueError(f"{self.name} cannot be measured side by side: its worker uses another protocol")
         return True
 
     def ask(self, do: str, **arguments: Any) -> Any:
@@ -78,21 +78,21 @@ class WorkerProcess:
 
         Raises:
             ArmError: an arm from code does not decode.
-            ValueError: the worker refuses, or is dead; the sentence says which.
+            ValueError: the worker reports an error, or has died; the message gives the reason.
         """
         return self._value(self._answer(do, arguments), do)
 
     def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-        """Time one run of an arm."""
+        """Return one timed run of an arm."""
         return Run.from_json(self.ask("run", arm=arm, prompt=prompt, length=length, expected=expected))
 
     @property
     def pid(self) -> int:
-        """The id of its process."""
+        """The id of the process."""
         return self._process.pid
 
     def counters_run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
-        """Run the arm once, untimed, and count."""
+        """Run the arm once, untimed, and return its counters."""
         counted = self.ask("rehearse", arm=arm, prompt=prompt, length=length, expected=expected)
         return from_dict(CountersRun, counted)
 
@@ -115,7 +115,7 @@ class WorkerProcess:
             words = self._words.read().decode(errors="replace").strip().splitlines() or ["nothing"]
             what = " ".join([do, str(arguments.get("arm", ""))]).strip()
             raise ValueError(
-                f"the worker of {self.name} died while it was to {what} (exit code {code}); its last words: {words[-1]}"
+                f"the worker of {self.name} died when asked to {what} (exit code {code}); its last output: {words[-1]}"
             ) from None
         return answer
 
@@ -128,14 +128,14 @@ class WorkerProcess:
 
 
 class Versions:
-    """Two versions, and whose models are in memory: both, or each in its turn where there is no room for two.
+    """Two versions with their models in memory: both at once, or in turn if memory holds only one.
 
     Attributes:
         new, old: the workers.
-        together: both versions' models are in memory.
+        together: whether both versions' models are in memory at once.
 
     Raises:
-        ValueError: a version cannot be loaded; the sentence says why.
+        ValueError: a version cannot be loaded; the message gives the reason.
     """
 
     def __init__(self, new: WorkerProcess, old: WorkerProcess) -> None:
@@ -147,7 +147,7 @@ class Versions:
         self.use(old)
 
     def use(self, worker: WorkerProcess) -> None:
-        """Make sure that the worker's models are in memory."""
+        """Load the worker's models, unless they are in memory. Unload the other's if both do not fit."""
         if self.together or self._loaded is worker:
             return
         if self._loaded is not None:
@@ -159,13 +159,13 @@ class Versions:
 
 @contextmanager
 def versions(root: Path, new: str | None, old: str, arguments: Mapping[str, Any]) -> Iterator[Versions]:
-    """Two commits, or the working tree and a commit, as workers that have loaded their models.
+    """Start a worker for each of two commits, or for the working tree and a commit, and load their models.
 
     Args:
-        root: of the repository.
+        root: folder of the repository.
         new: a commit; None for the working tree.
         old: another commit.
-        arguments: of the workers' `load`.
+        arguments: arguments of the workers' `load`.
     """
     with ExitStack() as stack:
         folders = [root if ref is None else stack.enter_context(worktree(root, ref)) for ref in (new, old)]
@@ -177,7 +177,7 @@ def versions(root: Path, new: str | None, old: str, arguments: Mapping[str, Any]
 
 
 def dependencies(root: Path, ref: str) -> list[str]:
-    """Return the packages that another commit pins otherwise: "NAME THEIRS -> OURS"."""
+    """Return the packages that another commit pins to other versions, as "NAME THEIRS -> OURS"."""
     pins = []
     for text in (_constraints(root, ref), _constraints(root, None)):
         lines = [line.split(";")[0].strip().split("==") for line in text.splitlines() if "==" in line]

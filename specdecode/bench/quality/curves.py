@@ -1,4 +1,4 @@
-"""The curves over a document that are drawn of a quality run, in print and in pages."""
+"""The curves of a quality run along its documents, for print and for pages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Curve(NamedTuple):
 
     Attributes:
         measure, along: arguments of `QualityRun.curve`.
-        title: what is drawn.
-        y_name, x_name: of the axes.
+        title: title of the chart.
+        y_name, x_name: names of the axes.
     """
 
     measure: str
@@ -30,4 +30,4 @@ CURVES = (
 )
 
 KL_THRESHOLD_NATS = 0.01
-"""Above this KL is drawn on a logarithmic scale; below it on a linear one, as it may be 0."""
+"""KL above this value is drawn on a logarithmic scale, KL below it on a linear one, because KL may be 0."""

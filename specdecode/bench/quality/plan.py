@@ -1,4 +1,4 @@
-"""From options to the plan of a quality session."""
+"""The plan of a quality session, made from options."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from specdecode.support.files import slug
 
 @dataclass(frozen=True, slots=True)
 class QualityPlan:
-    """One session of `pytest --quality`, resolved.
+    """The resolved plan of one session of `pytest --quality`.
 
     Attributes:
         root: folder of the repository.
         setup: the models and the device.
-        preset: arms, texts and tasks, with what the command line says otherwise.
-        resume: whether to go on with the pieces that an interrupted run finished.
-        margins_path: where the margins are, or would be.
-        margins: by arm and measure; see `evals.margins.check_margins`.
+        preset: arms, texts and tasks, as changed by the command line.
+        resume: whether to continue an interrupted run from its finished pieces.
+        margins_path: path of the margins; the file may not exist.
+        margins: margins by arm and measure; see `evals.margins.check_margins`.
     """
 
     root: Path
@@ -36,13 +36,13 @@ class QualityPlan:
 
     @property
     def file(self) -> Path:
-        """Where the run is kept."""
+        """The path of the run's file."""
         identity = self.setup.identity
         return self.root / "results" / f"quality-{slug(identity.target)}-{identity.dtype}-{identity.preset}.json"
 
     @property
     def journal(self) -> Path:
-        """Where finished pieces are kept until the run is complete."""
+        """The path of the finished pieces, until the run is complete."""
         return self.file.with_suffix(".jsonl")
 
 
@@ -50,14 +50,14 @@ def resolve_quality(options: Options, setup: Setup | None = None) -> QualityPlan
     """Resolve the options of a quality session.
 
     Args:
-        options: the command line.
-        setup: its models and device, if they are resolved already.
+        options: options of the command line.
+        setup: models and device, if already resolved.
 
     Raises:
         ValueError: an option is wrong, or a file cannot be read.
     """
     if options.tp is not None:
-        raise ValueError("--tp does not go with --quality: it is measured in one process")
+        raise ValueError("--tp does not go with --quality: quality is measured in one process")
     preset = quality_preset("tiny" if options.tiny else options.preset)
     tasks = preset.tasks
     if tasks is not None and options.max_new_tokens is not None:

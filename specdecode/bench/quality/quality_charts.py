@@ -36,10 +36,10 @@ _WIDE_WIDTH, _WIDE_HEIGHT = 640, 330
 
 
 def cache_styles(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
-    """Return how the arms of the quality suite look, by their entries.
+    """Return the styles of the quality suite's arms, from their preset entries.
 
-    The colour tells the cache policy, a paler one the smaller cache. Squares on dashes and dots are INT8; hollow marks
-    on dots are negative controls.
+    The colour shows the cache policy; a paler colour is a smaller cache. Squares on dash-dot lines are INT8. Hollow
+    marks on dotted lines are negative controls.
     """
     looks = {}
     for arm, traits in cache_traits(arms).items():
@@ -50,7 +50,7 @@ def cache_styles(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
 
 
 def perplexity_by_cache(run: QualityRun) -> Element | None:
-    """Draw perplexity against cache size, and the full cache's as a dashed line; None without a bounded cache."""
+    """Draw perplexity against cache size, with a dashed line for the full cache; None without a bounded cache."""
     families = run.by_cache()
     if not families:
         return None
@@ -64,10 +64,10 @@ def perplexity_by_cache(run: QualityRun) -> Element | None:
     parts.append(series(Style("plain"), path([(x.start, y(full)), (x.end, y(full))], dash="6 4")))
     said = [f"full cache {full:.3f}"]
     for number, (name, arms) in enumerate(families.items()):
-        # Beside each other, so that no mark hides another.
+        # Shifted sideways, so that no mark hides another.
         beside = 0.5 * (number + 0.5) / len(families) - 0.25
         points = [(x(sizes.index(run.arms[arm]["cache"]) + beside), y(values[arm])) for arm in arms]
-        # Of one size or another, a line has one tone.
+        # A line joins several cache sizes, so it has no tone of a size.
         look = looks[arms[0]]._replace(opacity=1.0)
         parts.append(series(look, path(points, dash=look.dash), *(mark(*point, look) for point in points)))
         said += [f"{name}, cache {run.arms[arm]['cache']:,}: {values[arm]:.3f}" for arm in arms]
@@ -75,7 +75,7 @@ def perplexity_by_cache(run: QualityRun) -> Element | None:
 
 
 def curve_chart(run: QualityRun, curve: Curve) -> Element | None:
-    """Draw a measure along the documents, a line for each arm; None where no arm has any."""
+    """Draw a measure along the documents, a line for each arm; None if no arm has values."""
     points = {arm: run.curve(arm, curve.measure, curve.along) for arm in run.judged_arms} if run.documents else {}
     points = {arm: places for arm, places in points.items() if places}
     if not points:
@@ -100,7 +100,7 @@ def curve_chart(run: QualityRun, curve: Curve) -> Element | None:
 def needle_tiles(run: QualityRun, arm: str) -> Element:
     """Draw a tile for each length and depth of the needles that an arm looked for.
 
-    The fuller a tile, the more probable the answer's tokens; in it, how many needles were found.
+    A stronger colour means more probable tokens of the answer. The text in a tile counts the found needles.
     """
     cells = run.needle_cells(arm)
     lengths, depths = (sorted({place[axis] for place in cells}) for axis in (0, 1))
@@ -137,7 +137,7 @@ def cost_by_speed(points: Sequence[Point], labels: Mapping[str, str], looks: Map
 
     Args:
         points: at least one.
-        labels, looks: the name and the style of each point's arm.
+        labels, looks: name and style of each point's arm.
     """
     x = _around([end for point in points for end in _ends(point.speedup)], 52.0, _WIDE_WIDTH - 16.0)
     y = _around([end for point in points for end in _ends(point.cost)], _WIDE_HEIGHT - 44.0, 12.0)
@@ -165,12 +165,12 @@ def cost_by_speed(points: Sequence[Point], labels: Mapping[str, str], looks: Map
 
 
 def _ends(estimate: Estimate) -> list[float]:
-    """Return the values that a scale must hold."""
+    """Return the values that a scale must include."""
     return [estimate.value, *((estimate.low, estimate.high) if estimate.bounded else ())]
 
 
 def _around(values: Sequence[float], start: float, end: float) -> Scale:
-    """Make a linear scale that holds all values with room around them."""
+    """Return a linear scale that includes all values, with margins."""
     low, high = min(values), max(values)
     margin = 0.1 * (high - low) or 0.1
     return linear_scale(low - margin, high + margin, start, end)

@@ -1,6 +1,6 @@
-"""Draw a run of the quality suite for print: `specdecode report RUN --figures DIR`.
+"""Print figures of a run of the quality suite: `specdecode report RUN --figures DIR`.
 
-Figures come from the run's file alone, and quality against speed also from one of `pytest --benchmark`.
+Figures need only the run's file; quality against speed also needs the file of a run of `pytest --benchmark`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def write(run: QualityRun, folder: Path, speed: RunFile | None = None) -> dict[s
     """Write the figures that a run has the data for, as PDF and as PNG.
 
     Returns:
-        For each figure an empty text, or in a few words why there is none.
+        For each figure an empty text, or the reason why it is missing.
     """
     return save(draw(run, speed), folder, title(run))
 
 
 def draw(run: QualityRun, speed: RunFile | None = None) -> dict[str, Figure | str]:
-    """Draw each figure, by its name; or say in a few words why there is none."""
+    """Return each figure by its name, or the reason why it is missing."""
     with in_print():
         drawn = {name: make(run) for name, make in _FIGURES.items()}
         why = "no run of speeds was given (--speed)"
@@ -55,18 +55,18 @@ def draw(run: QualityRun, speed: RunFile | None = None) -> dict[str, Figure | st
 
 
 def ppl_by_cache(run: QualityRun) -> Figure | str:
-    """Draw perplexity against cache size: a line for arms that differ in that alone, and the full cache's."""
+    """Draw perplexity against cache size: a line for arms that differ only in it, and a line for the full cache."""
     families = run.by_cache()
     if not families:
         return "no arm has a bounded cache"
     bounded = [arm for arms in families.values() for arm in arms]
     drawn, sizes = figure(COLUMN, 75), sorted({run.arms[arm]["cache"] for arm in bounded})
-    # Of one size or another, a line has one tone.
+    # A line joins several cache sizes, so it has no tone of a size.
     styles = cache_looks({arm: {key: run.arms[arm][key] for key in run.arms[arm] if key != "cache"} for arm in bounded})
     axes, entries = drawn.subplots(), {}
     for place, (name, arms) in enumerate(families.items()):
         entries[name] = styles[arms[0]].lines
-        # Beside each other, so that no mark hides another.
+        # Shifted sideways, so that no mark hides another.
         beside = 0.5 * (place + 0.5) / len(families) - 0.25
         across = [sizes.index(run.arms[arm]["cache"]) + beside for arm in arms]
         axes.plot(across, list(map(run.perplexity, arms)), label=name, **entries[name])
@@ -105,12 +105,12 @@ def divergence(run: QualityRun) -> Figure | str:
 
 
 def _thin(look: Look) -> dict[str, Any]:
-    """Style a line of many, whose points are too close for marks."""
+    """Return the style of a line with points too close for marks."""
     return {"color": look.colour, "linestyle": look.line, "linewidth": 1.0}
 
 
 def needles(run: QualityRun) -> Figure | str:
-    """Draw a panel for each arm: depth down, length across; the probability of the answer, and what was found."""
+    """Draw a panel for each arm: the probability of the answer and the found needles, by depth and length."""
     seekers = list(dict.fromkeys(trial.arm for trial in run.needles))
     if not seekers:
         return "no needle was looked for"
@@ -158,17 +158,17 @@ def cost_against_speed(run: QualityRun, speed: RunFile) -> Figure | str:
     line: dict[str, Any] = {"color": "0.6", "linewidth": 0.8}
     (around,) = axes.plot(*zip(*corners, (corners[-1][0], top), strict=True), zorder=1, **line)
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set(xlabel="speedup over ar", ylabel="ΔNLL, nats a token: less is better")
+    axes.set(xlabel="speedup over ar", ylabel="ΔNLL, nats a token: lower is better")
     legend(drawn, entries | {"Pareto front": line})
     label_points(axes, {text(label(speed, arm)): places[arm] for arm in [*front[::-1], *places]}, around)
     for name in axes.texts:
-        # Intervals run where names stand.
+        # Names may lie on intervals, so they get a background.
         name.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85})
     return drawn
 
 
 def _sides(estimate: Estimate) -> list[list[float]] | None:
-    """Return how far an interval reaches to either side; None where it has no end."""
+    """Return the distances from the value to both ends of its interval; None for an unbounded interval."""
     sides = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
     return sides if estimate.bounded else None
 
@@ -178,4 +178,4 @@ _FIGURES: dict[str, Callable[[QualityRun], Figure | str]] = {
     "divergence": divergence,
     "needles": needles,
 }
-"""The figures that a run has alone, by the names of their files."""
+"""The functions for figures of the run alone, by the names of the files."""

@@ -1,4 +1,4 @@
-"""Show a run of the quality suite as a part of an HTML page."""
+"""A run of the quality suite as a section of an HTML page."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from specdecode.bench.quality.quality_charts import (
 from specdecode.bench.quality.quality_tables import costs, margins, notes, retrieval, scores, title
 from specdecode.bench.quality.tradeoff import about_speed, against_speed, tradeoff
 from specdecode.bench.report.captions import label
-from specdecode.bench.report.elements import Element, element, grid_table, scrolling, tile
+from specdecode.bench.report.elements import Element, element, grid_table, scrolling, tile, wide_table
 from specdecode.bench.report.speed_charts import styles
+from specdecode.bench.report.start_page import NOT_JUDGED, Chip, Entry
 from specdecode.bench.report.svg import card, legend
 from specdecode.bench.runs.records import RunFile
 from specdecode.evals.margins import MarginCheck
@@ -24,12 +25,12 @@ from specdecode.evals.results import QualityRun
 
 
 def section(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | None) -> list[Element]:
-    """Make the section of one run.
+    """Return the section of one run.
 
     Args:
-        run: that it is about.
-        checks: of its margins.
-        speed: a run of `pytest --benchmark` to compare with.
+        run: run to report.
+        checks: checks of its margins.
+        speed: a run of `pytest --benchmark` to compare with; None to leave this out.
     """
     return [
         *_heading(run, checks),
@@ -43,17 +44,38 @@ def section(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | Non
     ]
 
 
+def entry(run: QualityRun, checks: Sequence[MarginCheck], date: str) -> Entry:
+    """Return the entry of one run on the start page.
+
+    Args:
+        run: run to report.
+        checks: checks of its margins.
+        date: day of the run, as YYYY-MM-DD.
+    """
+    header = run.header
+    wrong, judged = _counts(checks)
+    chip = Chip("bad", f"✗ {wrong} of {judged} margins fail") if wrong else Chip("good", f"✓ {judged} margins kept")
+    hardware = header.versions.get("gpu", header.versions.get("cpu"))
+    place = f"{header.dtype} on {hardware}" if hardware else header.dtype
+    return Entry(date, header.target, place, f"{header.preset} (quality)", [chip if judged else NOT_JUDGED])
+
+
+def _counts(checks: Sequence[MarginCheck]) -> tuple[int, int]:
+    """Return the numbers of margins with an unexpected outcome, and with any outcome."""
+    return sum(check.unexpected for check in checks), sum(check.outcome is not None for check in checks)
+
+
 def _heading(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
-    """Name the run, and put what a reader looks for first into tiles."""
-    wrong, judged = sum(check.unexpected for check in checks), sum(check.outcome is not None for check in checks)
+    """Return the title of the run, and tiles with its key results."""
+    wrong, judged = _counts(checks)
     if not judged:
         gate = tile("Margins", "warn", "Not judged", "no margin is set, or there is nothing to judge")
     elif wrong:
-        gate = tile("Margins", "bad", f"✗ {wrong} of {judged}", "are not as they have to be: see below")
+        gate = tile("Margins", "bad", f"✗ {wrong} of {judged}", "have an unexpected outcome: see below")
     else:
-        gate = tile("Margins", "good", "✓ Kept", f"by all lossy parts; broken by all controls: {judged} verdicts")
+        gate = tile("Margins", "good", "✓ Kept", f"by all lossy parts, and broken by all controls: {judged} verdicts")
     read = tile("Read", "", f"{len(run.documents)} documents", run.header.texts)
-    plain = tile("Reference", "", f"PPL {run.perplexity():.3f}", "the full cache, with the weights as they are")
+    plain = tile("Reference", "", f"PPL {run.perplexity():.3f}", "the full cache, with unquantised weights")
     lead = element("p", f"backend {run.header.backend}", class_="lead")
     return [
         element("header", element("h1", title(run)), lead),
@@ -62,10 +84,10 @@ def _heading(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
 
 
 def _margins(checks: Sequence[MarginCheck]) -> list[Element]:
-    """List the outcomes that are not as they have to be; all others are folded away."""
+    """List the unexpected outcomes. All others are folded away."""
     parts = [element("h2", "Margins")]
     if wrong := [check for check in checks if check.unexpected]:
-        parts.append(scrolling(grid_table(margins(wrong)), "Verdicts that are not as they have to be"))
+        parts.append(scrolling(grid_table(margins(wrong)), "Unexpected verdicts"))
     if rest := [check for check in checks if not check.unexpected]:
         summary = element("summary", f"{len(rest)} {'others' if wrong else 'verdicts'}")
         parts.append(element("details", summary, scrolling(grid_table(margins(rest)), "Verdicts")))
@@ -73,8 +95,8 @@ def _margins(checks: Sequence[MarginCheck]) -> list[Element]:
 
 
 def _costs(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
-    """Show what each arm costs: as a table, by the size of its cache, and along the documents."""
-    parts = [element("h2", "Costs"), scrolling(grid_table(costs(run, checks)), "What each arm costs")]
+    """Return the costs of each arm: as a table, by the size of its cache, and along the documents."""
+    parts = [element("h2", "Costs"), wide_table(costs(run, checks))]
     charts = {"Perplexity by cache size": perplexity_by_cache(run)}
     charts |= {curve.title: curve_chart(run, curve) for curve in CURVES}
     cards = [card([heading], chart) for heading, chart in charts.items() if chart is not None]
@@ -82,36 +104,38 @@ def _costs(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
         return parts
     looks = cache_styles(run.arms)
     explanation = (
-        "Colours are cache policies; pale: a smaller cache; squares, dashes and dots: INT8; hollow, dotted: a negative"
-        " control. Dashed: the full cache. KL is on a scale that is linear close to 0, and logarithmic above."
+        "Colours: cache policies. Pale: a smaller cache. Squares on dash-dot lines: INT8. Hollow marks on dotted lines:"
+        " negative controls. Dashed: the full cache. The scale of KL is linear near 0, and logarithmic above."
     )
     arms = legend({arm: looks[arm] for arm in run.judged_arms})
     return [*parts, element("p", explanation, class_="soft"), arms, element("div", *cards, class_="cards")]
 
 
 def _needles(run: QualityRun) -> list[Element]:
-    """Show which needles were found, by length and depth."""
+    """Return the found needles, by length and depth."""
     if not run.needles:
         return []
     arms = dict.fromkeys(trial.arm for trial in run.needles)
-    explanation = "The fuller a tile, the more probable the tokens of the answer; in it, the needles that were found."
+    explanation = (
+        "A stronger colour means more probable tokens of the answer. The text in a tile counts the found needles."
+    )
     return [
         element("h2", "Needles"),
-        scrolling(grid_table(retrieval(run)), "Needles that were found"),
+        scrolling(grid_table(retrieval(run)), "Found needles"),
         element("p", explanation, class_="soft"),
         element("div", *(card([arm], needle_tiles(run, arm)) for arm in arms), class_="cards"),
     ]
 
 
 def _tasks(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
-    """Show how many problems were solved."""
+    """Return the numbers of solved problems."""
     if not run.answers:
         return []
-    return [element("h2", "Tasks"), scrolling(grid_table(scores(run, checks)), "Problems that were solved")]
+    return [element("h2", "Tasks"), scrolling(grid_table(scores(run, checks)), "Solved problems")]
 
 
 def _against_speed(run: QualityRun, speed: RunFile) -> list[Element]:
-    """Show what the arms of a run of speeds cost, and what they gain."""
+    """Return the costs and the speedups of the arms of a run of speeds."""
     parts = [
         element("h2", "Quality against speed"),
         _notes(about_speed(run, speed)),
@@ -120,8 +144,10 @@ def _against_speed(run: QualityRun, speed: RunFile) -> list[Element]:
     if points := tradeoff(run, speed).drawable:
         labels = {point.arm: label(speed, point.arm) for point in points}
         chart = scrolling(cost_by_speed(points, labels, styles(speed)), "Quality against speed")
-        explanation = "With 95 % intervals. The line is the Pareto front: nothing is both faster and better."
-        parts.append(card(["ΔNLL, nats a token: less is better"], chart, explanation))
+        explanation = (
+            "With 95 % intervals. The line is the Pareto front: no arm is both faster and better than an arm on it."
+        )
+        parts.append(card(["ΔNLL, nats a token: lower is better"], chart, explanation))
     return parts
 
 

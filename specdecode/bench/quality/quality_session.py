@@ -1,17 +1,17 @@
-"""One session of `pytest --quality`: from its plan to what was judged, piece by piece, and what the margins say."""
+"""One session of `pytest --quality`: from its plan, piece by piece, to the run and the checks of its margins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.quality.plan import QualityPlan
+from specdecode.core.errors import UnsupportedModelError
 from specdecode.evals.answers import Problem, answer, problems
 from specdecode.evals.data import NotAtHandError, documents, token_prompts
 from specdecode.evals.margins import MarginCheck, check_margins
@@ -37,19 +37,19 @@ from specdecode.support.progress import progress
 
 T = TypeVar("T")
 
-# What is written of a figure: more than any interval is wide, and few enough to keep a run's file small.
+# Digits of a value in a run's file: finer than any interval, and few enough to keep the file small.
 _SIGNIFICANT_DIGITS = 7
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedQualityRun:
-    """A run of the quality suite, and what its margins say of it.
+    """A run of the quality suite, with the checks of its margins.
 
     Attributes:
-        run: as it is kept.
-        file: where it is.
-        margins_path: where its margins are, or would be.
-        checks: of the margins, for every arm and measure.
+        run: the run, as in its file.
+        file: path of the run's file.
+        margins_path: path of the margins; the file may not exist.
+        checks: checks of the margins, for every arm and measure.
     """
 
     run: QualityRun
@@ -60,19 +60,19 @@ class JudgedQualityRun:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What a session judges, loaded.
+    """The loaded contents of a session.
 
     Attributes:
         arms: the preset's entries of the selected arms.
         target: the model.
         reference: the decode path that all others are compared with.
-        paths: the decode path of each arm; of none whose package is missing.
+        paths: the decode path of each arm, except INT8 arms that cannot be built here.
         texts: tokens of each document, by its id.
-        origins: of the documents.
-        needles: which arm looks for a needle in a text of which length at which depth.
-        problems: of all tasks.
-        questions: which problem is put to which arm, or to the reference.
-        tasks: what the run's header says of the tasks; None if none are asked.
+        origins: origins of the documents.
+        needles: for each needle, its arm, the length of its text, and its depth.
+        problems: problems of all tasks.
+        questions: pairs of a problem and the arm that answers it, which may be the reference.
+        tasks: entry of the run's header about tasks; None without tasks.
     """
 
     arms: dict[str, dict[str, Any]]
@@ -88,13 +88,13 @@ class _Work:
 
 
 class Pieces:
-    """The finished pieces of a session, by id. A missing piece is made, and written to the journal at once.
+    """The finished pieces of a session, by id. A missing piece is computed, and written to the journal at once.
 
     Args:
-        journal: holds what an interrupted session left.
+        journal: journal with the pieces of an interrupted session.
 
     Raises:
-        ValueError: one of them is damaged.
+        ValueError: a piece is damaged.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -105,7 +105,7 @@ class Pieces:
         return len(self._by_id)
 
     def get(self, name: str, kind: type[T], make: Callable[[], dict[str, Any]]) -> T:
-        """Return a piece of a kind; made of plain values if it is not there."""
+        """Return the piece of a name, of the given kind. A missing piece is computed by `make`, as plain values."""
         if name not in self._by_id:
             values = {"id": name, **make()}
             self._by_id[name] = _piece(values)[1]
@@ -117,13 +117,13 @@ class Pieces:
 
 
 def _piece(values: dict[str, Any]) -> tuple[str, Document | NeedleTrial | Answer]:
-    """Read a piece and its id; the kinds are told apart by what each alone has."""
+    """Return the id of a piece and the piece. Each kind is recognised by a key that only it has."""
     read = document if "reference" in values else needle_trial if "ranks" in values else given_answer
     return text(values, "id"), read(values)
 
 
 def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
-    """Judge the selected arms of the preset by the margins.
+    """Run the selected arms of the preset, and judge them by the margins.
 
     Raises:
         ValueError, SpecDecodeError: an option is wrong, or a model or a text cannot be loaded.
@@ -156,17 +156,22 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
 
 
 def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
-    """Load the target and the texts, and make the decode path of each arm."""
+    """Load the target and the texts, and build the decode path of each arm."""
     preset, backend = plan.preset, plan.setup.backend
     arms = {arm: entry for arm, entry in preset.arms.items() if arm in selected}
-    # An arm that is not read is not judged either.
-    installed = {arm: entry for arm, entry in arms.items() if "quantize" not in entry or find_spec("torchao")}
-    for arm, entry in installed.items():
-        read_arm(arm, entry, preset.k)  # a wrong entry is an error before the model is loaded
+    for arm, entry in arms.items():
+        read_arm(arm, entry, preset.k)  # raises for a wrong entry before the model is loaded
     target = plan.setup.load_target()
     texts, origins = token_prompts(preset.texts, target)
     reference = make_decode_path(REFERENCE, {}, target, preset.k, backend)
-    paths = {arm: make_decode_path(arm, entry, target, preset.k, backend) for arm, entry in installed.items()}
+    paths = {}
+    for arm, entry in arms.items():
+        try:
+            paths[arm] = make_decode_path(arm, entry, target, preset.k, backend)
+        except (UnsupportedModelError, ValueError):
+            if "quantize" not in entry:
+                raise
+            # This model or device has no such weights: the arm is not read, and `check_margins` says so.
     grid = preset.needle
     needles = list(product([arm for arm in grid.arms if arm in paths], grid.lengths, grid.depths)) if grid else []
     all_problems, tasks = _problems(preset, arms, target)
@@ -176,7 +181,7 @@ def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
 
 
 def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple[list[Problem], TasksHeader | None]:
-    """Return the problems of all tasks, and what a run's header says of tasks: origins, and why some are missing."""
+    """Return the problems of all tasks, and the header's entry: origins, and reasons for missing tasks."""
     grid = preset.tasks
     if grid is None or not set(grid.arms) & set(arms):
         return [], None
@@ -213,7 +218,7 @@ def _header(plan: QualityPlan, work: _Work) -> QualityHeader:
 
 
 def _read_documents(plan: QualityPlan, work: _Work, pieces: Pieces, tell: Callable[[int, str], None]) -> list[Document]:
-    """Read each document in all ways; `tell` is called with the tokens that were read and the document's id."""
+    """Read each document through all decode paths. `tell` gets the number of tokens read and the document's id."""
     read, done = [], 0
     for name, tokens in work.texts.items():
 
@@ -235,7 +240,7 @@ def _read_document(
 def _look_for_needles(
     plan: QualityPlan, work: _Work, pieces: Pieces, tell: Callable[[int, str], None]
 ) -> list[NeedleTrial]:
-    """Look for each needle; `tell` is called with the tokens that were read and the needle's id."""
+    """Look for each needle. `tell` gets the number of tokens read and the needle's id."""
     if plan.preset.needle is None or not work.needles:
         return []
     haystack = [sample.text for sample in documents(plan.preset.needle.corpus)[0]]
@@ -255,7 +260,7 @@ def _look_for_needles(
 
 
 def _answers(plan: QualityPlan, work: _Work, pieces: Pieces) -> list[Answer]:
-    """Return the answers to every problem: the reference's, and those of the arms that are asked."""
+    """Return the answers of the reference and of the asked arms to every problem."""
     grid = plan.preset.tasks
     if grid is None or not work.questions:
         return []

@@ -1,4 +1,4 @@
-"""A run of the quality suite in tables, from its file alone."""
+"""The tables of a run of the quality suite, from its file alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, NeedleCell, Qu
 
 
 def title(run: QualityRun) -> str:
-    """Name the model, and what the experiment is."""
+    """Return the model and the settings of the experiment, as a title."""
     return f"Quality of {run.header.target} in {run.header.dtype}, preset {run.header.preset}"
 
 
 def costs(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
-    """Make one row an arm: perplexity, costs with 95 % intervals, and outcomes; the reference first."""
+    """Build one row for each arm: perplexity, costs with 95 % intervals, and outcomes; the reference first."""
     measured = ["PPL", "tokens", *MEASURES.values(), "KL p99", "KL max", "top-1"]
     columns = [Column("arm", False), *map(Column, measured), Column("verdict", False, breaks=True)]
     rows = [["reference", f"{run.perplexity():.3f}", *[""] * len(measured)]]
@@ -41,13 +41,13 @@ def costs(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
             if check.arm == arm and check.measure in MEASURES and check.outcome
         ]
         if "control" in run.arms[arm]:
-            outcomes.append(f"(control of {run.arms[arm]['control']}: has to fail)")
+            outcomes.append(f"(control of {run.arms[arm]['control']}: must fail)")
         rows.append([arm, f"{run.perplexity(arm):.3f}", str(run.tokens(arm)), *cells, " ".join(outcomes)])
     return Grid(columns, rows)
 
 
 def retrieval(run: QualityRun) -> Grid:
-    """Make one row an arm and length: at each depth the needles that are found, and the answer's log-probability."""
+    """Build one row for each arm and length: found needles and the answer's log-probability at each depth."""
     depths = sorted({trial.depth for trial in run.needles})
     columns = [Column("needle found by", False), Column("tokens"), *(Column(f"depth {depth:g}") for depth in depths)]
     rows = []
@@ -63,9 +63,9 @@ def _retrieved(cell: NeedleCell | None) -> str:
 
 
 def scores(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
-    """Make one row a task and arm: the share of problems that it solves, flips, their McNemar p, the loss, the outcome.
+    """Build one row for each task and arm: share of solved problems, flips, their McNemar p, loss and outcome.
 
-    Shares and losses have 95 % intervals; flips are problems that only the reference solves, or only the arm.
+    Shares and losses have 95 % intervals. Flips are problems that only the reference or only the arm solves.
     """
     heads = ("solved", "share", "lost", "won", "McNemar p", "loss", "detectable")
     columns = [Column("task", False), Column("arm", False), *map(Column, heads), Column("verdict", False)]
@@ -85,56 +85,54 @@ def scores(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
 
 
 def notes(run: QualityRun) -> list[str]:
-    """Say what the tables do not show by themselves."""
+    """Return the notes on the tables."""
     header = run.header
     read = "as a whole" if header.window is None else f"in windows of {header.window} tokens"
     stride = "" if header.stride is None else f", {header.stride} tokens apart"
     sentences = [
         f"{header.target} in {header.dtype}, backend {header.backend}, on {'; '.join(header.origins)}:"
-        f" {len(run.documents)} documents ({header.texts}), each read {read}{stride} and with an empty cache,"
+        f" {len(run.documents)} documents ({header.texts}), each read {read}{stride}, starting with an empty cache,"
         f" teacher-forced in steps of {header.k + 1} tokens through the decode path.",
-        "The reference is the full cache with the weights as they are. ΔNLL and KL(reference || arm) are in nats a"
-        " token, with 95 % intervals over documents. Of a cache policy they, p99, max and top-1 agreement are of the"
-        " tokens behind the first eviction, whose number stands beside.",
+        "The reference is the full cache with unquantised weights. ΔNLL and KL(reference || arm) are in nats a token,"
+        " with 95 % intervals over documents. For a cache policy, ΔNLL, KL, KL p99, KL max and top-1 agreement are"
+        " over the tokens after the first eviction; the column tokens has their number.",
     ]
     if run.needles:
-        sentences.append(
-            "A needle is found if greedy decoding writes the number; in brackets the log-probability of it."
-        )
+        sentences.append("A needle is found if greedy decoding writes the number; its log-probability is in brackets.")
     if header.tasks is not None:
         sentences += [f"{JUDGED[task]} was not asked: {reason}." for task, reason in header.tasks.missing.items()]
         if run.answers:
             sentences.append(
                 f"Problems ({'; '.join(header.tasks.origins)}) are answered greedily, in {header.tasks.max_new_tokens}"
-                " tokens at most: GSM8K by the last number, HumanEval by a function that passes its tests. Lost and won"
-                " are problems that only the reference solves, or only the arm; the loss is the share by which fewer"
-                " are solved, and detectable the least one that so many problems could have told from none."
+                " tokens at most. GSM8K is judged by the last number, HumanEval by a function that passes its tests."
+                " Lost: problems that only the reference solves. Won: problems that only the arm solves. Loss: drop in"
+                " the share of solved problems. Detectable: the smallest loss that so many problems can tell from 0."
             )
     if header.synthetic:
-        sentences.append("The weights are random: this is a rehearsal, and says nothing of quality.")
+        sentences.append("The weights are random: this is only a trial, and says nothing about quality.")
     return sentences
 
 
 def margins(checks: Sequence[MarginCheck]) -> Grid:
-    """Make one row an arm and measure: the outcome, and how it came about."""
+    """Build one row for each arm and measure: the outcome and its reason."""
     columns = [*(Column(name, False) for name in ("arm", "of", "verdict")), Column("why", False, breaks=True)]
     return Grid(columns, [[check.arm, JUDGED[check.measure], outcome(check), check.reason] for check in checks])
 
 
 def outcome(check: MarginCheck) -> str:
-    """Put an outcome in words."""
+    """Return an outcome in words."""
     if check.outcome is None:
         return "not judged"
-    return check.outcome.value + (", as it has to" if check.outcome is check.expected != "PASS" else "")
+    return check.outcome.value + (", as expected" if check.outcome is check.expected != "PASS" else "")
 
 
 def markdown(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | None = None) -> str:
-    """Write the tables as a page, outcomes that are not as expected first.
+    """Return a page with all tables, unexpected outcomes first.
 
     Args:
-        run: what the page is about.
-        checks: of its margins.
-        speed: a run of `pytest --benchmark` to compare with.
+        run: run to report.
+        checks: checks of its margins.
+        speed: a run of `pytest --benchmark` to compare with; None to leave this out.
     """
     parts = [f"## {as_markdown(title(run))}"]
     if wrong := [check for check in checks if check.unexpected]:
@@ -155,12 +153,12 @@ def markdown(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | No
 
 
 def comment(run: QualityRun, checks: Sequence[MarginCheck], file: str = "") -> str:
-    """Write what a comment on a merge request has room for: outcomes that are not as expected, then costs.
+    """Return a short comment for a merge request: unexpected outcomes, then costs.
 
     Args:
-        run: what the comment is about.
-        checks: of its margins.
-        file: the run's file, from which the whole report is made; "" if it was not kept.
+        run: run to report.
+        checks: checks of its margins.
+        file: file of the run, for the command of the whole report; "" if it was not kept.
     """
     wrong, judged = [check for check in checks if check.unexpected], [check for check in checks if check.outcome]
     counts = Counter(outcome(check) for check in checks)
@@ -177,10 +175,10 @@ def comment(run: QualityRun, checks: Sequence[MarginCheck], file: str = "") -> s
 
 
 def latex(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | None = None) -> str:
-    """Write the same tables for a paper, to be put in with \\input; arguments as for `markdown`."""
+    """Return the tables for a paper, to be included with \\input. The arguments are those of `markdown`."""
     parts = [PACKAGES, latex_table(costs(run, checks), " ".join([f"{title(run)}.", *notes(run)]))]
     if run.needles:
-        parts.append(latex_table(retrieval(run), f"Needles that were found: {title(run)}."))
+        parts.append(latex_table(retrieval(run), f"Found needles: {title(run)}."))
     if run.answers:
         parts.append(latex_table(scores(run, checks), f"Tasks: {title(run)}."))
     if speed is not None:

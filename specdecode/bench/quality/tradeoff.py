@@ -1,4 +1,4 @@
-"""Compare quality with speed: a run of `pytest --quality` with one of `pytest --benchmark`."""
+"""Quality against speed, from a run of `pytest --quality` and a run of `pytest --benchmark`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from specdecode.bench.runs.statistics import Estimate
 from specdecode.evals.results import MEASURES, QualityRun
 
 NO_COST = Estimate(0.0, 0.0, 0.0)
-"""The cost of decoding with the whole cache and the weights as they are, which is the reference."""
+"""The cost of the reference: decoding with the full cache and unquantised weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """An arm whose speed and whose cost are known.
+    """An arm with a known speed and a known cost.
 
     Attributes:
-        arm: of the run of speeds.
-        judged: the arm of the quality run that decodes its target alike; None where nothing is lost.
-        speedup: over `ar`.
+        arm: name of the arm in the run of speeds.
+        judged: the quality run's arm with the same target settings; None for a lossless arm.
+        speedup: speedup over `ar`.
         cost: ΔNLL, in nats a token.
     """
 
@@ -38,12 +38,13 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Tradeoff:
-    """What two runs say together.
+    """A run of speeds and a quality run, joined.
 
     Attributes:
-        points: of the arms that both know, in the order of the run of speeds.
-        unjudged: arms of that run whose cost the quality run does not have.
-        unmeasured: arms of the quality run, but for its controls, as none of the other run decodes.
+        points: points of the arms in both runs, in the order of the run of speeds.
+        unjudged: arms of the run of speeds without a cost in the quality run.
+        unmeasured: arms of the quality run, except controls, without an arm of the same target settings in the run of
+            speeds.
     """
 
     points: list[Point]
@@ -52,23 +53,23 @@ class Tradeoff:
 
     @property
     def drawable(self) -> list[Point]:
-        """The points whose speedup is known; none unless one of them is lossy."""
+        """The points with a known speedup; none if all of them are lossless."""
         known = [point for point in self.points if math.isfinite(point.speedup.value)]
         return known if any(point.judged for point in known) else []
 
 
 def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:
-    """Join two runs by how the target is decoded: its cache policy, cache size and weights.
+    """Join two runs by the settings of their target: cache policy, cache size and weights.
 
-    How drafts are made changes the speed alone.
+    Drafts change only the speed.
 
     Raises:
-        ValueError: the runs are of different targets or types.
+        ValueError: the runs have different targets or data types.
     """
     header, identity = run.header, speed.header.identity
     if (header.target, header.dtype) != (identity.target, identity.dtype):
         raise ValueError(
-            f"quality was judged of {header.target} in {header.dtype}, and speed was measured of"
+            f"quality was judged for {header.target} in {header.dtype}, but speed was measured for"
             f" {identity.target} in {identity.dtype}: give runs of the same target and type"
         )
     judged: dict[str, str] = {}
@@ -82,7 +83,7 @@ def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:
         measured.add(decoding)
         if not record.lossy:
             points.append(Point(arm, None, speed.speedup(arm), NO_COST))
-        # Older files do not tell what a lossy arm loses.
+        # Older files do not record the settings that make an arm lossy.
         elif decoding != _WHOLE and decoding in judged and (cost := run.cost(judged[decoding], "nll")):
             points.append(Point(arm, judged[decoding], speed.speedup(arm), cost))
         else:
@@ -95,7 +96,7 @@ _LOSSES = ("policy", "cache", "quantize")
 
 
 def _decoding(entry: Mapping[str, Any]) -> str:
-    """Return how an entry of either suite decodes its target, as a text that is equal where that is."""
+    """Return the target settings of an entry of either suite, as a text that is equal for equal settings."""
     settings = {key: value for key, value in entry.items() if key not in ("k", "control")}
     if "policy" in settings:
         settings.setdefault("cache", POLICY_CACHE_TOKENS)
@@ -108,7 +109,7 @@ _WHOLE = _decoding({})
 
 
 def against_speed(run: QualityRun, speed: RunFile) -> Grid:
-    """Make one row an arm that both runs know: its speedup, and what it costs."""
+    """Build one row for each arm in both runs: its speedup and its costs."""
     heads = [Column("arm", False), Column("judged as", False), Column("speedup over ar")]
     columns = [*heads, *map(Column, (*MEASURES.values(), "PPL"))]
     rows = []
@@ -121,11 +122,11 @@ def against_speed(run: QualityRun, speed: RunFile) -> Grid:
 
 
 def about_speed(run: QualityRun, speed: RunFile) -> list[str]:
-    """Say what that table does not show by itself."""
+    """Return the notes on the table of `against_speed`."""
     compared = tradeoff(run, speed)
     sentences = [
-        f"Speeds: {title(speed)}. An arm costs what its cache and its weights cost, however drafts are made; what loses"
-        " nothing decodes as the reference does. Both intervals are of 95 %."
+        f"Speeds: {title(speed)}. The cost of an arm is the cost of its cache and its weights; drafts do not change it."
+        " A lossless arm costs nothing. Both intervals are 95 %."
     ]
     if compared.unjudged:
         sentences.append(f"Measured, but not judged: {', '.join(compared.unjudged)}.")

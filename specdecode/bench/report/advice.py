@@ -1,4 +1,4 @@
-"""A recommendation in words: for a terminal, and for programs."""
+"""Recommendations as text for a terminal, and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specdecode.bench.runs.records import RunFile
 
 
 def rich_advice(run: RunFile, advice: Advice) -> RenderableType:
-    """Make the advice for a terminal, to be printed without cropping."""
+    """Return the advice for a terminal, to be printed without cropping."""
     parts: list[RenderableType] = [Text(title(run)), rich_table(_table(run, advice))]
     aims_by_code: dict[str, str] = {}
     for recommendation in advice.recommendations:
@@ -28,10 +28,12 @@ def rich_advice(run: RunFile, advice: Advice) -> RenderableType:
         parts += ["", Text.assemble((aim, "bold"), f": {recommendation.arm or 'not known'}")]
         parts += [Padding(Text(line), (0, 0, 0, 2), expand=False) for line in sentences(recommendation)]
         if code in aims_by_code:
-            parts.append(Padding(Text(f"The lines are those of {aims_by_code[code]}."), (0, 0, 0, 2), expand=False))
+            parts.append(
+                Padding(Text(f"The code is the same as for {aims_by_code[code]}."), (0, 0, 0, 2), expand=False)
+            )
         elif code:
             aims_by_code[code] = aim
-            # As it is, to be copied: neither indented nor broken.
+            # Neither indented nor broken, so that it can be copied.
             parts += ["", Text(code, style="cyan", no_wrap=True, overflow="ignore")]
     arms_by_reason: dict[str, list[str]] = {}
     for arm, reason in advice.left_out.items():
@@ -41,7 +43,7 @@ def rich_advice(run: RunFile, advice: Advice) -> RenderableType:
 
 
 def _table(run: RunFile, advice: Advice) -> Grid:
-    """Make one row for each aim: the arm, its speed over `ar` and transformers, and its measures."""
+    """Build one row for each aim: the arm, its speed over `ar` and transformers, and its measures."""
     measured = {
         "throughput": Column("tokens/s"),
         "mean_acceptance_length": Column("τ"),
@@ -64,7 +66,7 @@ def _table(run: RunFile, advice: Advice) -> Grid:
 
 
 def _over(recommendation: Recommendation, other: str) -> str:
-    """Return the speed over another arm's, which is named where it is not the column's."""
+    """Return the speed over another arm, with that arm's name if the column does not name it."""
     if other not in recommendation.over:
         return ""
     named = "" if other in (BASELINE, PEER_BASELINE) else f" over {other}"
@@ -78,21 +80,21 @@ def _aim(recommendation: Recommendation) -> str:
 
 
 def sentences(recommendation: Recommendation) -> list[str]:
-    """Say why, what the arm beats, and what it is not told apart from."""
+    """Return the reason for a recommendation, and the arms that it beats or ties with."""
     reasons = [recommendation.reason]
     if recommendation.beats:
         nearest_first = sorted(recommendation.beats.items(), key=lambda pair: pair[1].value)
         ratios = ", ".join(f"{arm}: {ratio}" for arm, ratio in nearest_first)
-        reasons.append(f"Its speed over that of {ratios}.")
+        reasons.append(f"It beats these arms, with its speed over theirs: {ratios}.")
     if recommendation.tied:
         fastest_first = sorted(recommendation.tied.items(), key=lambda pair: -pair[1].value)
         ratios = ", ".join(f"{arm}: {ratio}" for arm, ratio in fastest_first)
-        reasons.append(f"Not told apart from it, with their speed over its own: {ratios}. {recommendation.settle}")
+        reasons.append(f"It ties with these arms, with their speed over its own: {ratios}. {recommendation.settle}")
     return reasons
 
 
 def as_json(run: RunFile, advice: Advice) -> dict[str, Any]:
-    """Return the advice for programs: plain values, null for what is not known."""
+    """Return the advice as plain JSON values, with null for unknown ones."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The words of tables: names of runs and arms, values as text, and notes."""
+"""The text of tables: names of runs and arms, values as text, and notes."""
 
 from __future__ import annotations
 
@@ -10,83 +10,61 @@ from pathlib import Path
 
 from specdecode.bench.gate.verdicts import Judgement, Verdict
 from specdecode.bench.presets import built_in
+from specdecode.bench.report.grid import Column
 from specdecode.bench.runs.measures import Measures
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, Identity, RunFile
 
 LOOPS = 0.5
-"""The share of 4-grams that stood in the output before from which on it is told to loop."""
+"""An output loops if at least this share of its 4-grams occurred in it before."""
 
-MEMORY = (
-    "Weights are the target's, as they are stored; KV is the most that was held of keys and values, and its growth by"
-    " how much that is more than after the first step; evictions are a run's; the peak is the most that was held at"
-    " once in a short run, above all loaded weights."
-)
-"""What a table of memory does not say by itself."""
-
-
-MODEL = (
-    "Alpha is the probability that a proposal is accepted once those before it were. The study's approximation is"
-    " (1 + K alpha) / (1 + K T_draft / T_target); the exact expectation is a chain's (Leviathan et al. 2023), with the"
-    " depths and the costs that were measured; from steps is what the steps really gave, without overhead."
-)
-"""What a table of models does not say by itself."""
-
-LIMITS = (
-    "The speedup over the baseline, of all tokens together, as a product: how many fewer steps the acceptance length"
-    " asks for, and what drafting, verifying a draft and overhead leave of that, or the time a step where nobody"
-    " timed these parts. A factor of 0.80 costs a fifth of the speed."
-)
-"""What a table of limits does not say by itself."""
-
-
-# What an entry of a preset says of the target that is decoded, and not of how drafts are made.
+# Keys of a preset's entry that set how the target is decoded. The other keys set how drafts are made.
 _LOSS = ("policy", "cache", "quantize", "backend")
 
 
 def title(run: RunFile) -> str:
-    """Name the models, and what the experiment is."""
+    """Return the models and the settings of the experiment, as a title."""
     identity = run.header.identity
     size = f"{len(run.header.outputs)} prompts x {run.header.max_new_tokens} tokens"
     return f"{models(run)}, {type_of(identity)} on {identity.hardware}, preset {identity.preset}, {size}"
 
 
 def type_of(identity: Identity) -> str:
-    """Name the type of the weights."""
-    return "a type that its servers choose" if identity.dtype == OWN_TYPE else identity.dtype
+    """Return the data type of the weights."""
+    return "the data type of its servers" if identity.dtype == OWN_TYPE else identity.dtype
 
 
 def models(run: RunFile) -> str:
-    """Name the target, and the draft if there is one."""
+    """Return the name of the target, and of the draft if there is one."""
     identity = run.header.identity
     return f"{identity.target} with {identity.draft}" if identity.draft else identity.target
 
 
 def judged_by(run: RunFile, old: RunFile | None, expected: Path) -> str:
-    """Say what the verdicts compare with.
+    """Return a sentence about the baseline of the verdicts.
 
     Args:
-        run: that is judged.
-        old: its baseline.
-        expected: where there would be one.
+        run: the judged run.
+        old: its baseline; None if there is none.
+        expected: path of a baseline for this hardware.
     """
     if old is None:
-        return f"No baseline for this hardware: {expected} is not there, so nothing was judged."
+        return f"No baseline for this hardware: {expected} does not exist, so nothing was judged."
     text = f"Judged by {old.path}"
     text += f", of {old.date}: {old.reason}." if old.reason else "."
     ours, theirs = run.header, old.header
     if theirs.identity.hardware != ours.identity.hardware:
-        text += " It is another machine's: counters are judged, times are not."
+        text += " It was measured on another machine: counters are judged, times are not."
     different = [
         f"{name} {theirs.versions[name]} -> {value}"
         for name, value in ours.versions.items()
         if theirs.versions.get(name, value) != value
     ]
-    return text + (f" What is not as it was: {', '.join(different)}." if different else "")
+    return text + (f" Changed since then: {', '.join(different)}." if different else "")
 
 
 def command(run: RunFile) -> str:
-    """Return the command that measures the same again, as far as the file tells."""
+    """Return the command that repeats the measurement, as far as the file records it."""
     identity, header = run.header.identity, run.header
     sets = Counter(prompt.rpartition("/")[0] for prompt in header.outputs)
     repeats = max((row.counts.runs for record in run.arms.values() for row in record.rows.values()), default=1)
@@ -109,7 +87,7 @@ def command(run: RunFile) -> str:
 
 
 Cell = Callable[[RunFile, str], str]
-"""What a table says of an arm of a run; empty where nothing is known."""
+"""A function that returns the text of a cell for an arm of a run; empty if the value is unknown."""
 
 
 def _measure(value: Callable[[Measures], float | None], write: Callable[[float], str]) -> Cell:
@@ -121,7 +99,7 @@ def _measure(value: Callable[[Measures], float | None], write: Callable[[float],
 
 
 def _throughput(run: RunFile, arm: str) -> str:
-    """Return the tokens per second, with the standard deviation between prompts where there are several."""
+    """Return the tokens per second, with the standard deviation between prompts if there are several."""
     measures = run.measures(arm)
     return " ± ".join(f"{value:.1f}" for value in (measures.throughput, measures.throughput_std) if value is not None)
 
@@ -131,7 +109,7 @@ def _speedup(over: str) -> Cell:
 
 
 def _own_speedup(run: RunFile, arm: str) -> str:
-    """Return the speedup over the arm's baseline, which is named where it is not the run's."""
+    """Return the speedup over the arm's baseline, with its name if it is not the run's baseline."""
     baseline = run.baseline_of(arm)
     speedup = _speedup(baseline)(run, arm)
     return f"{speedup} over {baseline}" if speedup and baseline != run.header.baseline else speedup
@@ -162,16 +140,57 @@ CELLS: dict[str, Cell] = {
     "self_ppl": _measure(lambda arm: arm.self_ppl, "{:.2f}".format),
     "repetition": _measure(lambda arm: arm.repetition, "{:.0%}".format),
 }
-"""The columns of tables, by name."""
+"""The functions of table columns, by name."""
 
 
-def cells(run: RunFile, arm: str, columns: Sequence[str]) -> list[str]:
-    """Return columns of `CELLS` for an arm."""
-    return [CELLS[column](run, arm) for column in columns]
+COLUMNS: dict[str, Column] = {
+    "throughput": Column("tokens/s", about="of all prompts together, ± the standard deviation between prompts"),
+    "speedup": Column("speedup over {baseline}", about="ratio of speeds, measured side by side, and its interval"),
+    "over_hf": Column(f"over {PEER_BASELINE}", about="the same over transformers' plain decoding"),
+    "predicted_speedup": Column(
+        "predicted", breaks=True, about="speedup from acceptance and the times of forwards, without overhead"
+    ),
+    "ttft_s": Column("TTFT ms", breaks=True, about="time to the first token, the median"),
+    "ttft_p95_s": Column("TTFT p95 ms", breaks=True, about="its 95th percentile over single requests"),
+    "tpot_s": Column("TPOT ms", breaks=True, about="time per token after the first, the median"),
+    "tpot_p95_s": Column("TPOT p95 ms", breaks=True, about="its 95th percentile over single requests"),
+    "mean_acceptance_length": Column("τ", breaks=True, about="tokens of output per step, the mean"),
+    "acceptance_rate": Column("accepted", breaks=True, about="share of the proposals that the target accepted"),
+    "roofline_share": Column(
+        "roofline",
+        breaks=True,
+        about="share of the speed at which memory can stream the weights, and the keys and values of a prompt of mean"
+        " length",
+    ),
+    "weight_bytes": Column("weights MB", about="the target's, as stored"),
+    "peak_cache_bytes": Column("KV MB", about="peak size of keys and values"),
+    "grown_bytes": Column("growth MB", about="the peak KV minus the KV after the first step"),
+    "compressions": Column("evictions", about="per run"),
+    "peak_bytes": Column("peak MB", about="the most memory in use at once in a short run, above all loaded weights"),
+    "self_ppl": Column(
+        "self PPL",
+        breaks=True,
+        about="perplexity of the output under the target with its full cache; no measure of quality, as it falls when a"
+        " text loops",
+    ),
+    "repetition": Column("repeats", breaks=True, about="share of 4-grams that occurred in the output before"),
+}
+"""The columns of measures: headings and explanations."""
+
+
+def cells(run: RunFile, arm: str, measures: Sequence[str]) -> list[str]:
+    """Return the texts of some measures of `CELLS` for an arm."""
+    return [CELLS[measure](run, arm) for measure in measures]
+
+
+def columns(run: RunFile, measures: Sequence[str]) -> list[Column]:
+    """Return the columns of some measures of `COLUMNS`."""
+    chosen = [COLUMNS[measure] for measure in measures]
+    return [column._replace(name=column.name.format(baseline=run.header.baseline)) for column in chosen]
 
 
 def notes(run: RunFile) -> list[str]:
-    """Say what a table of speeds does not show by itself."""
+    """Return the notes on a table of speeds."""
     baseline = run.header.baseline
     options = run.arms[baseline].options if baseline in run.arms else {}
     plainly = ": autoregressive decoding by this package" if baseline == BASELINE else ""
@@ -183,11 +202,7 @@ def notes(run: RunFile) -> list[str]:
         f"{_disturbances(run)}",
     ]
     if run.header.roofline:
-        sentences.append(
-            "Predicted: from acceptance and forwards, without overhead. Roofline: share of the speed at which memory"
-            " can stream the weights, and the keys and values of a prompt of mean length:"
-            f" {run.header.roofline:.0f} tokens/s."
-        )
+        sentences.append(f"The roofline is {run.header.roofline:.0f} tokens/s.")
     peers = {arm: record.against for arm, record in run.arms.items() if record.against}
     if compared := {arm: peer for arm, peer in peers.items() if run.log_speedups(arm, over=peer)}:
         ratios = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())
@@ -196,30 +211,19 @@ def notes(run: RunFile) -> list[str]:
     if replayed:
         left = ", ".join(f"{arm} ({ties})" for arm, ties in replayed.items())
         sentences.append(
-            f"Outputs that left the replayed text at a tie: {left}. Behind it fewer proposals may have been right than"
-            " were to be."
-        )
-    if any(record.lossy for record in run.arms.values()):
-        sentences.append(
-            "Lossy: checked against plain decoding with the same cache and the same weights; from code that says so of"
-            " itself: not checked. The share is that of its tokens that come before it leaves its baseline's output."
+            f"Outputs that left the replayed text at a tie: {left}. After a tie, fewer proposals may be accepted than"
+            " the replay sets."
         )
     bases = {arm: base for arm in run.arms if (base := plain(run, arm)) is not None}
     if bases := {arm: base for arm, base in bases.items() if run.log_speedups(arm, over=base)}:
         ratios = "; ".join(f"{arm} over {base} {run.speedup(arm, over=base)}" for arm, base in bases.items())
         sentences.append(f"Against plain decoding with the same loss: {ratios}.")
-    if any(run.measures(arm).repetition is not None for arm in run.arms):
-        sentences.append(
-            "Self PPL: how likely the target finds the output, with its full cache. It says nothing of quality: it"
-            f" falls when a text loops. Repeats: 4-grams that stood in the output before; from {LOOPS:.0%} on it loops,"
-            " and what is fast there is fast at repeating."
-        )
     return sentences + [f"Beware: {warning}." for warning in run.header.warnings]
 
 
 def _intervals(run: RunFile) -> str:
     if len(run.header.outputs) == 1:
-        return "Intervals tell how times of its one prompt vary, and nothing of other prompts."
+        return "Intervals show how the times of the one prompt vary, and say nothing about other prompts."
     return "Intervals are 95 %."
 
 
@@ -228,7 +232,7 @@ def _disturbances(run: RunFile) -> str:
     disturbed = sum(record.disturbed for record in run.arms.values())
     if not repeated and not disturbed:
         return ""
-    again = f"{repeated} timed run(s) were measured again, as other work disturbed them" if repeated else ""
+    again = f"{repeated} timed run(s) were measured again, because other work disturbed them" if repeated else ""
     left = f"{disturbed} stayed disturbed" if disturbed else ""
     return f" {'; '.join(filter(None, (again, left)))}."
 
@@ -238,7 +242,7 @@ def one_line(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds in a unit in which they are easily read."""
+    """Return seconds as text, in a unit that is easy to read."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.4g} {unit}"
@@ -246,19 +250,19 @@ def duration(seconds: float) -> str:
 
 
 def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
-    """Sort verdicts as a reader wants to know them: the failing ones first."""
+    """Sort verdicts by their importance to a reader: the failing ones first."""
     order = [Verdict.REGRESSED, Verdict.MISSING, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE]
     order += [Verdict.NOT_JUDGED, Verdict.IMPROVED, Verdict.PASS]
     return sorted(judgements, key=lambda judged: order.index(judged.verdict))
 
 
 def label(run: RunFile, arm: str) -> str:
-    """Return the arm's name, and whether its results are synthetic."""
+    """Return the arm's name, with a mark if its results are synthetic."""
     return f"{arm} (synthetic)" if run.arms[arm].synthetic else arm
 
 
 def outputs(run: RunFile, arm: str) -> str:
-    """Say whether the arm wrote what the baseline did, or, where it is lossy, what it must."""
+    """Return the result of the comparison of the arm's output with the baseline's, or with a lossy arm's reference."""
     record = run.arms[arm]
     if record.failure:
         return "FAILED"
@@ -271,13 +275,31 @@ def outputs(run: RunFile, arm: str) -> str:
     return " ".join(filter(None, ["lossy", *cells(run, arm, ["agreement"]), ties, looping]))
 
 
+_OUTPUTS = {
+    "equal": "to the baseline's",
+    "ties": "outputs that differ from it, first where rounding decides between two tokens",
+    "lossy": "checked against plain decoding with the same cache and the same weights, but not if outside code declares"
+    " itself lossy; the share is of the tokens before the output first differs from its baseline's",
+    "loops": f"from {LOOPS:.0%} of repeats on, where speed is the speed of repeating",
+    "WRONG": "other tokens, so its times are void",
+    "FAILED": "did not decode",
+}
+
+
+def output_column(run: RunFile) -> Column:
+    """Return the column of `outputs`. Its explanation has the words that occur in its cells."""
+    words = {word for arm in run.arms for word in outputs(run, arm).split()}
+    meanings = ", ".join(f"{word} ({meaning})" for word, meaning in _OUTPUTS.items() if word in words)
+    return Column("output", figures=False, about=meanings)
+
+
 def loops(run: RunFile, arm: str) -> bool:
-    """Return whether the arm's outputs loop, as far as it is known."""
+    """Return whether the arm's outputs are known to loop."""
     return (run.measures(arm).repetition or 0.0) >= LOOPS
 
 
 def plain(run: RunFile, arm: str) -> str | None:
-    """Return the arm that decodes plainly with the same loss as a lossy one that drafts, if there is one."""
+    """Return the plain-decoding arm with the same loss as a lossy drafting arm; None if there is none."""
     options = run.arms[arm].options
     if not run.arms[arm].lossy or "drafter" not in options:
         return None
@@ -286,12 +308,12 @@ def plain(run: RunFile, arm: str) -> str | None:
 
 
 def drafts(record: ArmRecord) -> bool:
-    """Return whether the arm proposes anything, as far as it is known: peers do not tell."""
+    """Return whether the arm is known to have drafted. Peers do not report it."""
     return len(record.histograms().depth) > 1
 
 
 def proposes(record: ArmRecord) -> bool:
-    """Return whether the arm proposes anything, also where the lengths of drafts are not known, as of servers."""
+    """Return whether the arm drafted, even if the lengths of drafts are unknown, as with servers."""
     return drafts(record) or (record.counts().drafted or 0) > 0
 
 

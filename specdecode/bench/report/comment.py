@@ -1,4 +1,4 @@
-"""Write what a comment on a merge request has room for: the verdicts, then the speeds, in few lines."""
+"""A short comment for a merge request: verdicts first, then speeds."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from specdecode.bench.report.markdown import as_markdown, markdown_table
 from specdecode.bench.runs.records import RunFile
 
 MOST_LINES = 60
-"""Lines of a comment, whatever the number of arms."""
+"""Most lines of a comment, whatever the number of arms."""
 
 _MOST_ROWS = 18
 _MOST_NAMES = 5
-_MOST_CHARACTERS = 600  # of a reason: GitHub refuses comments of 65 536 characters
+_MOST_CHARACTERS = 600  # of a cell: GitHub refuses comments of 65 536 characters
 
 
 def comment(
     run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], gate: str = "on", file: str = ""
 ) -> str:
-    """Write a comment in Markdown: failing verdicts in full, a table of speeds, and the rest in a sentence.
+    """Return a comment in Markdown: failing verdicts in full, a table of speeds, and the other verdicts in a line.
 
     Args:
-        run: what the comment is about.
-        title: its first line.
-        judged_by: what the verdicts compare with.
+        run: run to report.
+        title: first line of the comment.
+        judged_by: sentence about the baseline of the verdicts.
         judgements: the verdicts.
-        gate: setting of the gate, which decides what fails: a key of `FAILING`.
-        file: the run's file, from which the whole report is made; "" if it was not kept.
+        gate: setting of the gate, a key of `FAILING`: it decides which verdicts fail.
+        file: file of the run, for the command of the whole report; "" if it was not kept.
     """
     failing = [judged for judged in failing_first(judgements) if judged.verdict in FAILING[gate]]
     shown = failing or [judged for judged in failing_first(judgements) if judged.verdict in FAILING["on"]]
@@ -51,7 +51,7 @@ def comment(
 
 
 def _verdicts(judgements: Sequence[Judgement]) -> Grid:
-    """Make one row for each verdict; an arm whose time and counters got the same for the same reason has one row."""
+    """Build one row for each verdict. Equal verdicts on an arm's time and counters, with equal reasons, share a row."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for judged in judgements:
         rows.setdefault((judged.verdict.value, judged.arm, judged.reason), []).append(judged.gate)
@@ -60,7 +60,7 @@ def _verdicts(judgements: Sequence[Judgement]) -> Grid:
 
 
 def cut_table(grid: Grid, what: str) -> str:
-    """Write the first rows of a table in Markdown, and how many more of what there are; cells are cut too."""
+    """Return a table in Markdown with only its first rows and short cells, and the number of omitted rows (`what`)."""
     rows = [
         [cell if len(cell) <= _MOST_CHARACTERS else f"{cell[:_MOST_CHARACTERS]}..." for cell in map(one_line, row)]
         for row in grid.rows[:_MOST_ROWS]
@@ -71,12 +71,12 @@ def cut_table(grid: Grid, what: str) -> str:
 
 
 def whole_report(file: str) -> str:
-    """Say how all tables of a run are made."""
+    """Return a sentence with the command that makes all tables of a run."""
     return f"All tables: `specdecode report {one_line(file).replace('`', '')} --format html`"
 
 
 def _headline(run: RunFile, judgements: Sequence[Judgement], failing: int, gate: str) -> str:
-    """Say whether the run passes, and count its verdicts."""
+    """Return a line that says whether the run passes and counts its verdicts."""
     wrong = [arm for arm, record in run.arms.items() if record.bugs or record.failure]
     faults = f" **Wrong outputs, or none:** {as_markdown(named(wrong))}." if wrong else ""
     if not judgements:
@@ -88,19 +88,19 @@ def _headline(run: RunFile, judgements: Sequence[Judgement], failing: int, gate:
 
 
 def named(names: Sequence[str]) -> str:
-    """List the first names, and say how many more there are."""
+    """Return the first names in a list, and the number of further ones."""
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _first_of(sentences: Sequence[str]) -> str:
-    """Return the first sentences, and say of how many arms there are more."""
+    """Return the first sentences, and the number of further ones."""
     more = len(sentences) - _MOST_NAMES
     return " ".join(sentences[:_MOST_NAMES]) + (f" And {more} more." if more > 0 else "")
 
 
 def _rest(judgements: Sequence[Judgement]) -> str:
-    """Say in a line which arms have the verdicts that are in no table."""
+    """Return a line with the arms of the verdicts that are in no table."""
     gates: dict[Verdict, dict[str, list[str]]] = {}
     for judged in failing_first(judgements):
         gates.setdefault(judged.verdict, {}).setdefault(judged.arm, []).append(judged.gate)
@@ -115,7 +115,7 @@ def _rest(judgements: Sequence[Judgement]) -> str:
 
 
 def _speeds(run: RunFile, judgements: Sequence[Judgement]) -> Grid:
-    """Make one row for each arm, those whose verdicts matter most first: a cut loses what passes."""
+    """Build one row for each arm. If the table must be cut, arms with important verdicts come first."""
     changes = {judged.arm: judged.change for judged in judgements if judged.change is not None}
     ranked = dict.fromkeys(judged.arm for judged in failing_first(judgements) if judged.verdict is not Verdict.PASS)
     faulty = [arm for arm, record in run.arms.items() if record.bugs or record.failure]

@@ -1,4 +1,4 @@
-"""Compare arms with each other by the prompts that are evidence, and recommend one of them."""
+"""A comparison of arms on the prompts that count as evidence, and the recommendation of one arm."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from specdecode.bench.runs.records import ArmRecord, Row, RunFile
 from specdecode.bench.runs.statistics import Estimate, simultaneous_ratio
 
 LEAST_PROMPTS = 2
-"""Prompts of which an arm's speed says something of others."""
+"""Fewest prompts that say something about an arm's speed on other prompts."""
 
-# From the simplest on: what has to be loaded, tuned and understood.
+# The simplest first: fewer parts to load, to tune and to understand.
 _DRAFTERS = ("none", "lookup", "self-streaming", "mtp", "head", "medusa", "model", "universal")
 _SHAPES = ("chain", "static", "best-first")
 _CONTROLLERS = ("fixed", "adaptive", "cost-aware")
@@ -27,19 +27,19 @@ _CONTROLLERS = ("fixed", "adaptive", "cost-aware")
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """What to use for one aim.
+    """The recommended arm for one aim.
 
     Attributes:
-        aim: in words.
-        arm: its name; None where the run cannot tell.
-        reason: sentences.
-        over: its speed over that of `ar` and of each of transformers' arms.
-        beats: its speed over that of each arm that it is faster than beyond the interval.
-        tied: the speed over its own of the others that the aim allows: it is not told apart from these.
-        settle: what would tell them apart.
-        assumed: the share of the proposals whose acceptance was set, if it was.
-        code: lines of Python; of a server's arm its entry of a preset.
-        plain: the arm of plain decoding that it is compared with.
+        aim: description of the aim.
+        arm: name of the arm; None if the run does not show one.
+        reason: reason for the choice, in sentences.
+        over: its speed over the speed of plain decoding and of each transformers arm, by name.
+        beats: its speed over the speed of each allowed arm that it beats: the whole interval is above 1.
+        tied: speed of each other allowed arm over its own: the run does not show which is faster.
+        settle: advice on how to show which is faster; empty without tied arms.
+        assumed: set acceptance of all drafts; None if acceptance was measured.
+        code: Python code snippet; for a server's arm, its preset entry.
+        plain: name of the plain-decoding arm that it is compared with.
     """
 
     aim: str
@@ -59,16 +59,17 @@ def _loops(row: Row) -> bool:
 
 
 def yardstick(run: RunFile) -> str:
-    """Return the arm that all others are compared with: `ar`, or in a run of servers without it the run's baseline."""
+    """Return the arm that all others are compared with: `ar`, or the baseline in a run of servers without `ar`."""
     baseline = run.header.baseline
     served = baseline in run.arms and "server" in run.arms[baseline].options
     return baseline if served and BASELINE not in run.arms else BASELINE
 
 
 def evidence(run: RunFile, arm: str) -> dict[str, float]:
-    """Return log speedups over the yardstick by prompt, without those of a draft that was good at repeating."""
+    """Return log speedups over the yardstick by prompt. For drafting arms, looping texts are left out."""
     record = run.arms[arm]
-    # Of the peers it is not known, but for their plain decoding. What is replayed is accepted as often anywhere.
+    # Peers do not report drafts, so every peer except plain "generate" counts as drafting. A looping text
+    # is easy to draft, and so no evidence. With replayed drafts it is: their acceptance is set, whatever the text.
     drafting = proposes(record) or record.options.get("peer", "generate") != "generate"
     matters = drafting and not record.synthetic and arm != yardstick(run)
     logs = run.log_speedups(arm, yardstick(run))
@@ -77,13 +78,13 @@ def evidence(run: RunFile, arm: str) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """Arms that are compared with each other.
+    """A comparison of arms.
 
     Attributes:
-        run: that they are of.
-        arms: their names.
-        assumed: the acceptance that was set for all that draft.
-        plain: the arm of plain decoding among them; of servers there may be none.
+        run: run of the arms.
+        arms: names of the compared arms.
+        assumed: set acceptance of all drafts; None if acceptance was measured.
+        plain: name of the plain-decoding arm among them; empty if servers have none.
     """
 
     run: RunFile
@@ -93,13 +94,13 @@ class Contest:
 
     @property
     def peers(self) -> list[str]:
-        """Return transformers' arms; none where servers are compared."""
+        """Return the arms of transformers; none if servers are compared."""
         served = any("server" in self.run.arms[arm].options for arm in self.arms)
         return [] if served else [arm for arm, record in self.run.arms.items() if record.peer]
 
     @property
     def floor(self) -> float:
-        """Return the A/A floor of what is compared with plain decoding, in logarithms."""
+        """Return the A/A floor of comparisons with plain decoding, as a natural logarithm."""
         return self.run.floor_over(self.plain)
 
     @property
@@ -111,12 +112,12 @@ class Contest:
         return max(1, len(self.arms) - 1)
 
     def logs(self, arm: str, other: str) -> list[float]:
-        """Return log speedups of one over the other, prompt by prompt, where both are evidence."""
+        """Return log speedups of `arm` over `other`, for each prompt that is evidence for both."""
         logs, others = evidence(self.run, arm), evidence(self.run, other)
         return [logs[prompt] - others[prompt] for prompt in logs if prompt in others]
 
     def over(self, arm: str, other: str) -> Estimate:
-        """Return the speed of one over the other's."""
+        """Return the speed of `arm` over the speed of `other`, with its interval."""
         if arm == other:
             return Estimate(1.0, 1.0, 1.0)
         if not (logs := self.logs(arm, other)):
@@ -128,42 +129,42 @@ class Contest:
         return statistics.fmean(evidence(self.run, arm).values())
 
     def best(self, arms: Sequence[str]) -> str:
-        """Return the simplest of the arms that none is found to beat: lossless before lossy, of a kind the fastest."""
+        """Return the simplest unbeaten arm: lossless before lossy, and the fastest of equally simple arms."""
         unbeaten = [arm for arm in arms if all(self.over(other, arm).low <= 1.0 for other in arms)]
         return min(unbeaten, key=lambda arm: (_effort(self.run.arms[arm]), -self.speed(arm)))
 
     def no_slower(self) -> list[str]:
-        """Return the arms that on average are slower than plain decoding by `slack` at most.
+        """Return the arms that on average are at most `slack` slower than plain decoding.
 
-        An arm of whose speed too little is known for an interval is not among them.
+        Arms with too few prompts for an interval are left out.
         """
         known = [arm for arm in self.arms if math.isfinite(self.over(arm, self.plain).high)]
         return [arm for arm in known if self.speed(arm) >= -self.slack]
 
     @property
     def slack(self) -> float:
-        """Return what two runs of the same code may differ by, in logarithms; at most what the gate lets pass."""
+        """Return the A/A floor, or the gate's tolerance if that is smaller, as a natural logarithm."""
         return min(self.floor, math.log1p(TOLERANCE))
 
     def cache(self, arm: str) -> float:
-        """Return the most bytes of keys and values, averaged over the prompts; nan if they are not known."""
+        """Return the peak bytes of keys and values, averaged over the prompts; nan if unknown."""
         size = self.run.arms[arm].counters().peak_cache_bytes
         return math.nan if size is None else size
 
     def memory(self, arm: str) -> float:
-        """Return the same with the target's weights."""
+        """Return the bytes of the target's weights plus the peak bytes of keys and values; nan if unknown."""
         weights = self.run.arms[arm].counters_run.weight_bytes
         return math.nan if weights is None else weights + self.cache(arm)
 
     def recommendation(self, aim: str, arm: str, reason: str, allowed: Collection[str]) -> Recommendation:
-        """Recommend the arm, with what it beats of the arms that the aim allows, and what it is not told apart from."""
+        """Return the recommendation of an arm, compared with the other arms that the aim allows."""
         record = self.run.arms[arm]
         known = [other for other in (self.plain, *self.peers) if other in self.run.arms]
         yardsticks = [other for other in known if other != arm and self.logs(arm, other)]
         over = {other: self.over(arm, other) for other in yardsticks}
         (agreed,) = cells(self.run, arm, ["agreement"])
         if record.lossy and agreed:
-            reason += f" Of its tokens {agreed} come before it leaves {self.run.baseline_of(arm)}'s text."
+            reason += f" {agreed} of its tokens come before its text first differs from {self.run.baseline_of(arm)}'s."
         if not_counted := len(record.rows) - len(evidence(self.run, arm)):
             reason += f" {not_counted} of its {len(record.rows)} texts loop, and are not counted."
         ratios = {other: self.over(arm, other) for other in allowed if other != arm}
@@ -174,10 +175,10 @@ class Contest:
         return Recommendation(aim, arm, reason, over, beats, tied, settle, self.assumed, code, self.plain)
 
     def _settle(self, arm: str, tied: dict[str, Estimate]) -> str:
-        """Say what would tell the arm from the fastest of those that it is not told apart from.
+        """Return advice on how to show whether the fastest tied arm is faster than the arm; empty without tied arms.
 
-        The number of prompts is that of a paired comparison, (z s / d)^2 + z^2 / 2 (Guenther 1981). With so many, a
-        difference d that persists is found every other time.
+        The number of prompts is the sample size of a paired comparison, (z s / d)^2 + z^2 / 2 (Guenther 1981). With
+        so many prompts, a true difference d is found with probability one half.
         """
         if not tied:
             return ""
@@ -185,19 +186,22 @@ class Contest:
         logs = self.logs(other, arm)
         apart = abs(statistics.fmean(logs)) if logs else 0.0
         if len(logs) < LEAST_PROMPTS:
-            return f"More prompts whose texts do not loop would tell {other} from {arm}."
+            return f"More prompts whose texts do not loop would show whether {other} is faster than {arm}."
         if apart <= self.floor:
             return (
-                f"{other} and {arm} are as alike as two runs of the same code are here: a quieter machine might tell"
-                " them apart."
+                f"{other} and {arm} differ no more than two runs of the same code do here: a quieter machine might show"
+                " which is faster."
             )
         z = statistics.NormalDist().inv_cdf(1 - 0.025 / self.comparisons)
         needed = max(len(logs) + 1, math.ceil((z * statistics.stdev(logs) / apart) ** 2 + z**2 / 2))
-        return f"About {needed} such prompts would tell {other} from {arm}; this run has {len(logs)}."
+        return (
+            f"About {needed} prompts like these would show whether {other} is faster than {arm}; this run has"
+            f" {len(logs)}."
+        )
 
 
 def _effort(record: ArmRecord) -> tuple[bool, int, int, int]:
-    """Rank what an arm asks for, the least first."""
+    """Return a sort key of an arm's complexity: the simplest arm comes first."""
 
     def place(kinds: tuple[str, ...], key: str) -> int:
         kind = record.options.get(key, kinds[0])

@@ -1,4 +1,4 @@
-"""Set how figures look in print: sizes, letters, colours and marks, and files that come out the same again."""
+"""The look of print figures: sizes, letters, colours and marks. The same run always gives the same files."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from specdecode.bench.runs.statistics import Estimate
 from specdecode.support.files import write_whole
 
 COLUMN, PAGE = 85.0, 175.0
-"""Widths of a figure, in millimetres: of one column of a page with two, and of the page."""
+"""Widths of figures, in millimetres: one column of a two-column page, and the whole page."""
 
 BAND = "#e4e6e9"
 """The colour of the A/A floor."""
 
 _FONT_POINTS = 8.0
-_LINE_POINTS = 9.5  # from one line of text to the next
-_LETTER_POINTS = 4.0  # width of a letter of a legend
-_NAME_LETTERS = 36  # of a name, at most
+_LINE_POINTS = 9.5  # distance between lines of text
+_LETTER_POINTS = 4.0  # width of a letter in a legend
+_NAME_LETTERS = 36  # longer names are cut off
 _SETTINGS: dict[Any, Any] = {
     "font.size": _FONT_POINTS,
-    "font.family": "DejaVu Sans",  # the one that comes with matplotlib, so that the same text is as wide everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so text has the same width on all machines
     "axes.titlesize": _FONT_POINTS,
     "axes.labelsize": _FONT_POINTS,
     "xtick.labelsize": 7,
@@ -56,7 +56,7 @@ _SETTINGS: dict[Any, Any] = {
     "hatch.linewidth": 0.5,
     "pdf.fonttype": 42,
     "savefig.dpi": 300,
-    # Names come from the file: a dollar in them is a dollar.
+    # Names come from run files: a dollar sign in a name does not start a formula.
     "text.parse_math": False,
 }
 
@@ -77,9 +77,9 @@ _POLICY_MARKS = {"sink-window": "o", "key-norm": "s", "heavy-hitter": "^", "rand
 
 @contextmanager
 def in_print() -> Iterator[None]:
-    """Set matplotlib up as figures here need it, whatever the user has set, and restore it afterwards."""
+    """Apply the settings of these figures to matplotlib, whatever the user has set, and restore them afterwards."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # A letter that the font does not have is drawn as a box.
+        # A character missing from the font is drawn as a box, which needs no warning.
         warnings.filterwarnings("ignore", message="Glyph")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
@@ -88,16 +88,16 @@ def in_print() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How an arm is drawn.
+    """The look of an arm in figures.
 
-    The colour and the mark tell how it drafts, the fill of the mark by which controller. The line and the tone tell
-    what is done to the target. Arms of transformers have marks of strokes, and hatches.
+    The colour and the mark show the drafting method, the fill of the mark shows the controller. The line and the tone
+    show a bounded cache or INT8 weights. Arms of transformers have marks of strokes, and hatched bars.
 
     Attributes:
-        hue: the method's own colour, hexadecimal.
-        colour: its tone for this arm.
-        mark, fill, line: in matplotlib's words.
-        hatch: of a bar, which then is not filled.
+        hue: colour of the method, hexadecimal.
+        colour: tone of that colour for this arm, hexadecimal.
+        mark, fill, line: marker, fill style and line style, in matplotlib's notation.
+        hatch: hatch of bars, which then are not filled; empty for filled bars.
     """
 
     hue: str
@@ -109,31 +109,31 @@ class Look:
 
     @property
     def marks(self) -> dict[str, Any]:
-        """Arguments of a plot without a line."""
+        """Plot arguments for marks without a line."""
         lines = {"color": self.colour, "markeredgecolor": self.colour, "markerfacecoloralt": "white"}
         return {"marker": self.mark, "fillstyle": self.fill, "linestyle": "none", **lines}
 
     @property
     def lines(self) -> dict[str, Any]:
-        """Arguments of a plot with one."""
+        """Plot arguments for marks with a line."""
         return self.marks | {"linestyle": self.line}
 
     @property
     def bars(self) -> dict[str, Any]:
-        """Arguments of a plot of bars."""
+        """Plot arguments for bars."""
         return {"edgecolor": self.colour, "facecolor": "white" if self.hatch else self.colour, "hatch": self.hatch}
 
 
 def looks(run: RunFile) -> dict[str, Look]:
-    """Return how each arm is drawn, the same in all figures and for all runs that tell the settings of their arms."""
+    """Return the look of each arm. It is the same in all figures, and for all runs with the settings of their arms."""
     colours = {arm: PLAIN if place is None else COLOURS[place] for arm, place in places(run).items()}
     return {arm: _look(method(run, arm), run.arms[arm], colours[arm]) for arm in run.arms}
 
 
 def drafts_apart(run: RunFile, arms: Sequence[str]) -> dict[str, Look]:
-    """Return how arms are drawn that stand together, whatever is done to their target.
+    """Return looks that differ between the arms of one panel, whatever the cache and weights of their target.
 
-    They are lighter for shorter drafts where some differ in K alone, and have other lines where they still look alike.
+    Arms that differ only in K are lighter for shorter drafts. Arms that still look alike get other lines.
     """
     apart: dict[str, Look] = {}
     for family in alike(run, arms, "k"):
@@ -151,10 +151,10 @@ def drafts_apart(run: RunFile, arms: Sequence[str]) -> dict[str, Look]:
 
 
 def cache_looks(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Look]:
-    """Return how the arms of the quality suite are drawn, by their entries.
+    """Return the looks of the quality suite's arms, from their preset entries.
 
-    The colour and the mark tell the cache policy, a lighter tone the smaller cache, a darker one INT8. Dotted lines and
-    hollow marks are negative controls.
+    The colour and the mark show the cache policy. A lighter tone is a smaller cache, a darker tone INT8. Dotted lines
+    and hollow marks are negative controls.
     """
     drawn = {}
     for arm, traits in cache_traits(arms).items():
@@ -193,27 +193,27 @@ def _mixed(colour: str, share: float, grey: float) -> str:
 
 
 def figure(width: float, height: float) -> Figure:
-    """Make an empty figure of a size in millimetres."""
+    """Create an empty figure, with its size in millimetres."""
     return Figure((width / 25.4, height / 25.4), layout="constrained")
 
 
 def sides(ratios: Sequence[Estimate]) -> list[list[float]]:
-    """Return how far intervals reach to either side, as matplotlib wants it."""
+    """Return the distances from values to both ends of their intervals, as matplotlib's error bars need them."""
     return [[ratio.value - ratio.low for ratio in ratios], [ratio.high - ratio.value for ratio in ratios]]
 
 
 def text(name: str) -> str:
-    """Write a name in one line, cut off where there is no room for it."""
+    """Return a name in one line, cut off if it is too long."""
     line = " ".join(name.split())
     return line if len(line) <= _NAME_LETTERS else f"{line[: _NAME_LETTERS - 1]}…"
 
 
 def legend(drawn: Figure, entries: dict[str, dict[str, Any]]) -> None:
-    """Write what marks and lines mean, below all axes, in as many columns as there is room for.
+    """Draw the legend of marks and lines below all axes, in as many columns as fit.
 
     Args:
         drawn: the figure.
-        entries: arguments of a plot by what they stand for.
+        entries: plot arguments, by their name in the legend.
     """
     names = list(map(text, entries))
     handles = [Line2D([], [], label=name, **look) for name, look in zip(names, entries.values(), strict=True)]
@@ -224,10 +224,10 @@ def legend(drawn: Figure, entries: dict[str, dict[str, Any]]) -> None:
 
 
 def label_ends(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
-    """Write names right of where lines end, moved apart where they would overlap.
+    """Write names to the right of the ends of lines, moved apart where they would overlap.
 
     Args:
-        axes: with all that is to be drawn in them, and limits that stay.
+        axes: axes with all their content and final limits.
         ends: the last value, the name and the colour of each line.
     """
     line = _LINE_POINTS * _laid_out(axes) / axes.bbox.height
@@ -255,9 +255,9 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
 
 
 def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:
-    """Return places between 0 and 1 that rise as the wanted ones, each with room to both sides.
+    """Return places from 0 to 1 in the order of the wanted ones, each with its half height free on both sides.
 
-    If there is not enough room, they go down from 1.
+    Without enough room, the places fill the axis from 1 downwards, and continue below 0.
     """
 
     def up(places: Sequence[float], least: float) -> list[float]:
@@ -272,13 +272,13 @@ def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:
             moved.append(min(place, moved[-1] - halves[i] - halves[i + 1] if moved else most))
         return moved[::-1]
 
-    # In both of these there is room, so there is in their mean; and it is as far above what is wanted as below it.
+    # Both lists have enough room, so their mean has too. It is as far above the wanted places as below them.
     means = [(high + low) / 2 for high, low in zip(up(wanted, -math.inf), down(wanted, math.inf), strict=True)]
     return down(up(means, 0.0), 1.0)
 
 
 def _laid_out(axes: Axes) -> float:
-    """Lay the figure out, so that the place of everything is known, and return the pixels of a point."""
+    """Lay out the figure, which fixes the place of each part, and return the pixels of a typographic point."""
     drawn = axes.get_figure(root=True)
     assert drawn is not None
     drawn.draw_without_rendering()
@@ -286,12 +286,12 @@ def _laid_out(axes: Axes) -> float:
 
 
 def label_points(axes: Axes, points: dict[str, tuple[float, float]], around: Line2D) -> None:
-    """Write names beside points, the first ones first; a name that finds no room is left out.
+    """Write names beside points, the first names first. A name without free space is left out.
 
     Args:
-        axes: with all that is to be drawn in them.
-        points: by their names.
-        around: a line of upright and level parts that no name may stand on.
+        axes: axes with all their content.
+        points: coordinates of the points, by name.
+        around: line of vertical and horizontal parts that names must not cover.
     """
     size = _laid_out(axes)
     marks = axes.transData.transform(list(points.values()))
@@ -312,17 +312,17 @@ def label_points(axes: Axes, points: dict[str, tuple[float, float]], around: Lin
             written.remove()
 
 
-# Where a name may stand: how far, in points, to the right of its own and above it. Right above a front there is room.
+# Offsets of a name from its point: to the right and up, in typographic points. The space right above a front is free.
 _BESIDE = [(2, 4), (5, 0), (0, 4), (-5, 0), (0, -4), (-2, 4), (2, -4), (-2, -4)]
 
 
 def rendered(drawn: Figure, form: str, title: str) -> bytes:
-    """Return the file of a figure. It holds no date, and nothing else that is not in the run.
+    """Return the bytes of a figure's file. They depend on the run alone, and hold no date.
 
     Args:
-        drawn: the figure, made `in_print`.
-        form: of the file: "pdf" or "png".
-        title: among its properties.
+        drawn: the figure, drawn within `in_print`.
+        form: format of the file: "pdf" or "png".
+        title: title in the properties of the file.
     """
     properties = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
     buffer = io.BytesIO()
@@ -335,12 +335,12 @@ def save(figures: Mapping[str, Figure | str], folder: Path, title: str) -> dict[
     """Write figures as PDF and as PNG.
 
     Args:
-        figures: by the names of their files; in a few words why there is none.
-        folder: that they are written into.
-        title: among their properties.
+        figures: figures by the names of their files; for a missing figure, a short reason.
+        folder: folder of the files.
+        title: title in the properties of the files.
 
     Returns:
-        For each figure an empty text, or why there is none.
+        For each figure an empty text, or the reason why it is missing.
     """
     for name, drawn in figures.items():
         if isinstance(drawn, Figure):

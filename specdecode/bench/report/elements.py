@@ -1,4 +1,4 @@
-"""Build HTML pages as trees of elements, so that whatever a run file says becomes text, and never mark-up."""
+"""HTML pages as trees of elements, so that strings of a run file become text, and never mark-up."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from importlib.resources import files
 from itertools import chain
 from xml.etree import ElementTree
 
-from specdecode.bench.report.grid import Grid
+from specdecode.bench.report.grid import Column, Grid
 
 Element = ElementTree.Element
 
-# Nothing but what is in the page.
+# Browsers load nothing from outside of the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def document(title: str, *sections: Iterable[Element]) -> str:
-    """Write the whole page, of one section or several."""
+    """Return a whole page, made of one or several sections."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -31,41 +31,78 @@ def document(title: str, *sections: Iterable[Element]) -> str:
 
 
 def tile(name: str, kind: str, value: str, more: str) -> Element:
-    """Make a tile for one of the few things that a reader is to see first.
+    """Return a tile for a key result of a run.
 
     Args:
-        name: of the thing.
-        kind: "good", "bad" or "warn"; empty where it is none of these.
-        value: in large letters.
-        more: in small ones.
+        name: name of the result.
+        kind: "good", "bad" or "warn"; empty for a neutral result.
+        value: text in large letters.
+        more: text in small letters.
     """
     described = element("dd", element("span", value, class_=kind), element("small", more))
     return element("div", element("dt", name), described, class_="tile")
 
 
 def grid_table(grid: Grid) -> Element:
-    """Make a table."""
-    heads = [head_cell(column.name, column.figures) for column in grid.columns]
-    kinds = ["figure" if column.figures else "breaks" if column.breaks else "" for column in grid.columns]
+    """Return an HTML table."""
+    return _table(grid, [[_cell(*place) for place in zip(grid.columns, row, strict=True)] for row in grid.rows])
+
+
+def wide_table(grid: Grid) -> Element:
+    """Return an HTML table of many columns, in its frame: see `stacked`."""
     rows = [
-        element("tr", *(element("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)))
+        [
+            pair(column.name, cell) if column.figures else _cell(column, cell)
+            for column, cell in zip(grid.columns, row, strict=True)
+        ]
         for row in grid.rows
     ]
-    return element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
+    return stacked(_table(grid, rows))
+
+
+def _table(grid: Grid, rows: Iterable[Iterable[Element]]) -> Element:
+    heads = [head_cell(column.name, column.figures) for column in grid.columns]
+    body = element("tbody", *(element("tr", *row) for row in rows))
+    return element("table", element("thead", element("tr", *heads)), body)
+
+
+def _cell(column: Column, text: str) -> Element:
+    return element("td", text, class_="figure" if column.figures else "breaks" if column.breaks else "")
+
+
+def pair(column: str, figure: str) -> Element:
+    """Return a cell of a wide table: a figure, and what follows it in small letters, such as its interval.
+
+    Where rows are blocks, `page.css` writes the name of the column beside it.
+    """
+    number, _, more = figure.partition(" ")
+    return element("td", number, *([element("small", f" {more}")] if more else []), class_="figure", data_column=column)
+
+
+def stacked(wide: Element) -> Element:
+    """Put a table into a frame. On screens too narrow for it, `page.css` shows its rows as blocks."""
+    wide.set("class", f"stacks {wide.get('class', '')}".rstrip())
+    return element("div", wide, class_="frame")
+
+
+def explanations(grid: Grid) -> Element:
+    """Return the explanations of a table's columns as a list."""
+    items = (element("div", element("dt", column.name), element("dd", column.about)) for column in grid.explained)
+    return element("dl", *items, class_="columns")
 
 
 def head_cell(name: str, figures: bool) -> Element:
-    """Make the head of a column."""
+    """Return the heading cell of a column."""
     return element("th", name, class_="figure" if figures else "", scope="col")
 
 
 def scrolling(wide: Element, name: str) -> Element:
-    """Put what may be wider than the screen into a frame that scrolls, by keyboard too."""
+    """Put an element that may be wider than the screen into a frame that scrolls, also by keyboard."""
     return element("div", wide, class_="scroll", tabindex=0, role="region", aria_label=name)
 
 
 def element(tag: str, /, *inside: Element | str, **attributes: object) -> Element:
-    """Make an element; `class_` and `http_equiv` stand for the attributes that Python cannot spell."""
+    """Return a new element. `class_` and `http_equiv` stand for attributes that are no names in Python."""
     parent = Element(tag, {key.rstrip("_").replace("_", "-"): str(value) for key, value in attributes.items()})
     for part in inside:
         if isinstance(part, Element):

@@ -1,4 +1,4 @@
-"""Draw a run of speeds for print, from its file alone: `specdecode report RUN --figures DIR`."""
+"""Print figures of a run of speeds, from its file alone: `specdecode report RUN --figures DIR`."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate, pareto_front
 from specdecode.support.files import write_whole
 
-# What an entry of a preset says of how the target is decoded, and not of how drafts are made.
+# Keys of a preset's entry that set how the target is decoded. The other keys set how drafts are made.
 _CONDITIONS = ("policy", "cache", "quantize", "backend", "batch", "replay")
-_TITLE_LETTERS = 26  # in a line above a panel
-_LEAST_DRAFTS = 10  # of fewer a share says little
+_TITLE_LETTERS = 26  # longer titles of panels are broken
+_LEAST_DRAFTS = 10  # the acceptance of fewer drafts is too uncertain
 
 
 def write(run: RunFile, folder: Path) -> dict[str, str]:
     """Write the figures that a run has the data for, as PDF and as PNG, and `table1.tex`.
 
     Returns:
-        For each figure an empty text, or in a few words why there is none.
+        For each figure an empty text, or the reason why it is missing.
     """
     missing = save(draw(run), folder, title(run))
     write_whole(folder / "table1.tex", latex_table_1(run))
@@ -58,24 +58,24 @@ def write(run: RunFile, folder: Path) -> dict[str, str]:
 
 
 def draw(run: RunFile) -> dict[str, Figure | str]:
-    """Draw each figure, by its name; or say in a few words why there is none."""
+    """Return each figure by its name, or the reason why it is missing."""
     with in_print():
         return {name: make(run) for name, make in FIGURES.items()}
 
 
 def memory_by_length(run: RunFile) -> Figure | str:
-    """Draw the KV held against the length of the output: a line for each way in which the target is decoded.
+    """Draw the peak KV against the length of the output: a line for each policy, cache size and batch size.
 
-    Around each line stands the least and the most that an arm held, which hardly depends on how drafts are made.
+    A band around each line spans the arms, from the least to the most KV. Drafts hardly change KV.
     """
     if len(run.lengths) < 2:
-        return "the run has one length alone"
+        return "the run has only one length"
     curves = _by_length(run, lambda counters: counters.peak_cache_bytes, 1e-6)
     if not curves:
         return "no KV was counted"
     drawn, ends = figure(PAGE, 65), []
     axes = drawn.subplots()
-    for place, (way, arms) in enumerate(_ways(run, curves, ("policy", "cache", "batch"), "everything kept").items()):
+    for place, (way, arms) in enumerate(_ways(run, curves, ("policy", "cache", "batch"), "full cache").items()):
         megabytes = np.array([curves[arm] for arm in arms])
         look = _neutral(place)
         axes.plot(run.lengths, megabytes.mean(0), clip_on=False, label=way, **look)
@@ -84,7 +84,7 @@ def memory_by_length(run: RunFile) -> Figure | str:
         also = f" and {len(names) - 2} more" if len(names) > 2 else ""
         ends.append((megabytes.mean(0)[-1], f"{way}\n({', '.join(map(text, names[:2]))}{also})", look["color"]))
     axes.set(xlim=(0, run.lengths[-1]), ylim=(0, None), xticks=run.lengths)
-    axes.set(xlabel="output, tokens", ylabel="KV held at most, MB")
+    axes.set(xlabel="output, tokens", ylabel="peak KV, MB")
     label_ends(axes, ends)
     return drawn
 
@@ -93,7 +93,7 @@ def comprehensive(run: RunFile) -> Figure | str:
     """Draw measures against the size of the cache: a column of panels for each length, a row for each measure."""
     series = [by_size for by_size in _by_cache(run) if len(by_size) > 1]
     if not series:
-        return _lacking(run, "no arms differ in their cache alone")
+        return _lacking(run, "no arms differ only in their cache")
     if not any(run.header.baseline in by_size.values() for by_size in series):
         series.insert(0, {math.inf: run.header.baseline})
     sizes = sorted({size for by_size in series for size in by_size})
@@ -115,7 +115,7 @@ def comprehensive(run: RunFile) -> Figure | str:
             name = arms[-1] if math.inf in by_size else shared_name(run, arms, "cache")
             entries[f"{name} (synthetic)" if run.arms[arms[-1]].synthetic else name] = look.lines
             measured = [part.measures(arm) for arm in arms]
-            # Beside each other, so that no interval hides another.
+            # Shifted sideways, so that no interval hides another.
             across = [sizes.index(size) + 0.4 * (place + 0.5) / len(series) - 0.2 for size in sorted(by_size)]
             for axes, (unit, measure) in zip(column, measures.values(), strict=True):
                 values = [math.nan if (value := measure(arm)) is None else unit * value for arm in measured]
@@ -136,7 +136,7 @@ def methods(run: RunFile) -> Figure | str:
     """Draw a bar for each arm: its speedup with the interval; and the A/A floor."""
     speedups = _speedups(run)
     if not speedups:
-        return f"no arm but {run.header.baseline} has a time"
+        return f"no arm except {run.header.baseline} has a time"
     wrong = [arm for arm, record in run.arms.items() if record.bugs and arm not in speedups]
     order = sorted(speedups, key=lambda arm: speedups[arm].value)
     drawn = figure(COLUMN, 4.0 * len(order + wrong) + 16)
@@ -159,10 +159,10 @@ def methods(run: RunFile) -> Figure | str:
 
 
 def speedup_by_k(run: RunFile) -> Figure | str:
-    """Draw a panel for each family of arms that differ in K alone: the speedups as measured, and by two models."""
+    """Draw a panel for each family of arms that differ only in K: measured speedups, and two models."""
     families = modelled(run)
     if not families:
-        return _lacking(run, "no chains differ in K alone")
+        return _lacking(run, "no chain arms differ only in K")
     drawn, panels = panels_of(len(families), 46.0)
     styles = looks(run)
     predicted: dict[str, dict[str, Any]] = {
@@ -188,7 +188,7 @@ def speedup_by_k(run: RunFile) -> Figure | str:
 def compressions_by_cache(run: RunFile) -> Figure | str:
     """Draw evictions against the size of the cache: a panel for each policy, a line for each length.
 
-    Around each line stands the least and the most of any arm: they depend on the text and not on how drafts are made.
+    A band around each line spans the arms. Evictions depend on the text, and not on drafts.
     """
     counted = _by_length(run, lambda counters: counters.compressions)
     bounded = [arm for arm in counted if isinstance(run.arms[arm].options.get("cache"), int)]
@@ -219,13 +219,13 @@ def compressions_by_cache(run: RunFile) -> Figure | str:
 def acceptance_by_position(run: RunFile) -> Figure | str:
     """Draw the share of proposals accepted at each position: a line for each arm that drafts.
 
-    Each way in which the target is decoded has a panel. Positions that few drafts reached are left out.
+    Each combination of target settings has a panel. Positions that few drafts reached are left out.
     """
     shares = {arm: _accepted(run, arm) for arm in run.arms if drafts(run.arms[arm])}
     shares = {arm: by_position for arm, by_position in shares.items() if by_position}
     if not shares:
-        return f"no arm has drafted {_LEAST_DRAFTS} times, as far as it is known"
-    ways = _ways(run, shares, _CONDITIONS, "target as it is")
+        return f"no arm is known to have drafted {_LEAST_DRAFTS} times"
+    ways = _ways(run, shares, _CONDITIONS, "unchanged target")
     drawn, panels = panels_of(len(ways), 50.0)
     entries: dict[str, dict[str, Any]] = {}
     # The same draft has the same line in every panel, and is in the legend once.
@@ -246,7 +246,7 @@ def acceptance_by_position(run: RunFile) -> Figure | str:
 
 
 def quality_against_speed(run: RunFile) -> Figure | str:
-    """Draw against speed the share of an output before it leaves ar's, which says nothing of what follows."""
+    """Draw the share of tokens before an output first differs from ar's, against speed. Later tokens do not count."""
     points = {}
     for arm in _right(run):
         measures = run.measures(arm)
@@ -270,8 +270,8 @@ def quality_against_speed(run: RunFile) -> Figure | str:
     (around,) = axes.plot(*zip(*corners, (corners[-1][0], 0.0), strict=True), zorder=1, **line)
     axes.set_xlim(left, right)
     axes.set_xlabel(text(f"speedup over {run.compared_with}"))
-    axes.set_ylabel("tokens before the output leaves ar's, %")
-    hollow = {"hollow: it loops": {"color": "0.35", "marker": "o", "fillstyle": "none", "linestyle": "none"}}
+    axes.set_ylabel("tokens before the output differs from ar's, %")
+    hollow = {"hollow: text loops": {"color": "0.35", "marker": "o", "fillstyle": "none", "linestyle": "none"}}
     legend(drawn, entries | {"Pareto front": line} | (hollow if looping else {}))
     label_points(axes, {text(label(run, arm)): points[arm] for arm in [*front[::-1], *points]}, around)
     return drawn
@@ -280,7 +280,7 @@ def quality_against_speed(run: RunFile) -> Figure | str:
 def by_task(run: RunFile) -> Figure | str:
     """Draw a panel for each task: the speedups on its prompts, with their intervals and its own A/A floor."""
     if len(run.tasks) < 2:
-        return "the run has one task alone"
+        return "the run has only one task"
     arms = list(_speedups(run))[::-1]
     drawn, panels = panels_of(len(run.tasks), 3.6 * len(arms) + 10)
     styles = looks(run)
@@ -293,7 +293,7 @@ def by_task(run: RunFile) -> Figure | str:
                 reach = sides([speedups[arm]])
                 axes.errorbar(speedups[arm].value, place, xerr=reach, label=arm, elinewidth=0.8, **styles[arm].marks)
         words = [*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]
-        # Titles stand side by side.
+        # Titles stand side by side, so a long one would overlap the next.
         axes.set_title((", " if len(", ".join(words)) <= _TITLE_LETTERS else ",\n").join(words))
         axes.set_yticks(range(len(arms)), [_marked(run, arm) for arm in arms])
     name_axes(panels, text(f"speedup over {run.compared_with}"), "")
@@ -311,30 +311,30 @@ FIGURES: dict[str, Callable[[RunFile], Figure | str]] = {
     "quality-against-speed": quality_against_speed,
     "by-task": by_task,
 }
-"""The figures by the names of their files."""
+"""The functions that draw the figures, by the names of the files."""
 
 
 def _right(run: RunFile) -> list[str]:
-    """Return the arms that have results."""
+    """Return the arms with results."""
     return [arm for arm, record in run.arms.items() if record.rows]
 
 
 def _speedups(run: RunFile) -> dict[str, Estimate]:
-    """Return the speedups of all arms that have one, but the run's baseline at any concurrency."""
+    """Return the speedups of all arms that have one, except the run's baseline at any concurrency."""
     arms = [arm for arm in run.arms if arm != run.header.baseline and not scales(run, arm)]
     speedups = {arm: run.speedup(arm) for arm in arms}
     return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
 
 
 def _floor(run: RunFile, span: Callable[..., object], line: Callable[..., object]) -> None:
-    """Draw the band within which two runs of the baseline differ, and the line of no gain."""
+    """Draw the band of the A/A floor, and the line at a speedup of 1."""
     floor = run.header.floor
     span(math.exp(-floor), math.exp(floor), color=BAND, linewidth=0, zorder=0.5, label="A/A floor")
     line(1, color="0.35", linewidth=0.8, zorder=0.6)
 
 
 def _accepted(run: RunFile, arm: str) -> list[float]:
-    """Return the acceptance by position, in percent, as far as enough drafts got."""
+    """Return the acceptance in percent, for the positions that enough drafts reached."""
     record = run.arms[arm]
     depths = record.histograms().depth
     shares = enumerate(record.acceptance_by_position(), start=1)
@@ -342,13 +342,13 @@ def _accepted(run: RunFile, arm: str) -> list[float]:
 
 
 def _lacking(run: RunFile, what: str) -> str:
-    """Say why there is no figure that needs the settings of arms."""
+    """Return the reason for a missing figure: `what`, or that an older file lacks the settings of its arms."""
     known = any(record.options for record in run.arms.values())
-    return what if known else "the file is an older one, and does not tell the settings of its arms"
+    return what if known else "the file is of an older version, without the settings of its arms"
 
 
 def _by_length(run: RunFile, counter: Callable[[Counters], float | None], unit: float = 1.0) -> dict[str, list[float]]:
-    """Return a counter of each arm at each length, for those arms that have it at all of them."""
+    """Return a counter at each length, for the arms that have it at all lengths."""
     parts = [run.at(length) for length in run.lengths]
     curves = {arm: [counter(part.arms[arm].counters()) for part in parts] for arm in _right(run)}
     known = {arm: [unit * value for value in curve if value is not None] for arm, curve in curves.items()}
@@ -356,7 +356,7 @@ def _by_length(run: RunFile, counter: Callable[[Counters], float | None], unit: 
 
 
 def _by_cache(run: RunFile) -> list[dict[float, str]]:
-    """Group the arms that differ only in the size of a bounded cache, by that size; infinity is one that holds all."""
+    """Group the arms that differ only in the size of a bounded cache. A group maps sizes to arms; inf: full cache."""
     bounded = [arm for arm in _right(run) if isinstance(run.arms[arm].options.get("cache"), int)]
     whole = {settings(run.arms[arm]): arm for arm in reversed(_right(run)) if "policy" not in run.arms[arm].options}
     groups = []
@@ -369,11 +369,11 @@ def _by_cache(run: RunFile) -> list[dict[float, str]]:
 
 
 def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Make panels of the same scales in rows of two or three, with room for a legend.
+    """Create panels with shared scales in rows of two or three, with room for a legend.
 
     Args:
         count: number of panels.
-        height: of each, in millimetres.
+        height: height of a panel, in millimetres.
     """
     across = 2 if count in (2, 4) else min(count, 3)
     down = math.ceil(count / across)
@@ -385,7 +385,7 @@ def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def name_axes(panels: Sequence[Axes], across: str, up: str) -> None:
-    """Name the axes of the panels that have nothing below or to the left of them."""
+    """Name the axes of the panels with no panel below them or to their left."""
     for place, axes in enumerate(panels):
         spec = axes.get_subplotspec()
         assert spec is not None
@@ -397,12 +397,12 @@ def name_axes(panels: Sequence[Axes], across: str, up: str) -> None:
 
 
 def _neutral(place: int) -> dict[str, Any]:
-    """Style a line that stands for no method: the darker, the earlier its place."""
+    """Return the style of a line that belongs to no method. Lines of earlier places are darker."""
     return {"color": lighter(PLAIN, min(0.18 * place, 0.6)), "marker": "os^DvPX"[place % 7]}
 
 
 def _ways(run: RunFile, arms: Iterable[str], keys: Sequence[str], none: str) -> dict[str, list[str]]:
-    """Group arms by some settings of how their target is decoded, in words; `none` are those that set none of them."""
+    """Group arms by some settings of their target, in words. Arms without these settings are in the group `none`."""
     groups: dict[str, list[str]] = {}
     for arm in arms:
         options = run.arms[arm].options
@@ -413,13 +413,13 @@ def _ways(run: RunFile, arms: Iterable[str], keys: Sequence[str], none: str) -> 
 
 
 def _marked(run: RunFile, arm: str) -> str:
-    """Name an arm, with what a reader must know of it before its speed."""
+    """Return the name of an arm, with marks if it is synthetic, lossy or looping."""
     record = run.arms[arm]
     return ", ".join([text(label(run, arm)), *["lossy"] * record.lossy, *["loops"] * loops(run, arm)])
 
 
 def how_drawn(run: RunFile, arm: str) -> str:
-    """Say what decides how an arm is drawn: the method, whose it is, and what is done to the target."""
+    """Return the traits that decide an arm's look: method, transformers or not, controller, policy and INT8."""
     record = run.arms[arm]
     changes = [str(record.options[key]) for key in ("controller", "policy", "quantize") if key in record.options]
     return ", ".join([method(run, arm), *["transformers"] * record.peer, *changes])

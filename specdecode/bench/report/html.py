@@ -1,4 +1,4 @@
-"""Show a run of speeds as a part of an HTML page that needs nothing else: no script, no font, no network."""
+"""A run of speeds as a section of an HTML page. The page needs no script, no font and no network."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
 from specdecode.bench.report.captions import (
-    LIMITS,
-    MEMORY,
-    MODEL,
     cells,
     command,
     drafts,
@@ -19,9 +16,20 @@ from specdecode.bench.report.captions import (
     models,
     notes,
 )
-from specdecode.bench.report.elements import Element, element, grid_table, head_cell, scrolling, tile
+from specdecode.bench.report.elements import (
+    Element,
+    element,
+    explanations,
+    grid_table,
+    head_cell,
+    pair,
+    scrolling,
+    stacked,
+    tile,
+    wide_table,
+)
 from specdecode.bench.report.grid import Grid
-from specdecode.bench.report.load import LOAD, by_concurrency, families, gains, losses, scales
+from specdecode.bench.report.load import by_concurrency, families, gains, losses, scales
 from specdecode.bench.report.speed_charts import (
     acceptance,
     blame_bars,
@@ -43,9 +51,9 @@ from specdecode.bench.report.tables import (
     surroundings,
 )
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import UNKNOWN
+from specdecode.bench.runs.statistics import UNKNOWN, Estimate
 
-_SIGNS = {
+SIGNS = {
     Verdict.REGRESSED: ("bad", "✗"),
     Verdict.MISSING: ("bad", "✗"),
     Verdict.INCONCLUSIVE: ("warn", "?"),
@@ -55,13 +63,13 @@ _SIGNS = {
     Verdict.IMPROVED: ("good", "▲"),
     Verdict.PASS: ("good", "✓"),
 }
-"""The colour of a verdict, and its sign for those who do not see colours."""
+"""The colour class of each verdict, and its sign for readers who do not see colours."""
 
 
 def section(
     run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
 ) -> list[Element]:
-    """Make the section of one run; arguments as for `report.markdown`."""
+    """Return the section of one run. The arguments are those of `report.markdown`."""
     looks = styles(run)
     return [
         *_heading(run, title, judgements),
@@ -70,38 +78,54 @@ def section(
         *_by_concurrency(run, looks),
         *_parts(run),
         *_acceptance(run, looks),
-        *_table("What limits the speedup", limits(run), LIMITS, "Speedups as products"),
-        *_table("By the model", by_model(run), MODEL, "Speedups by the model"),
-        *_table("Memory", memory(run), MEMORY, "Memory of each arm"),
+        *_table("What limits the speedup", limits(run), "Speedups as products"),
+        *_table("By the model", by_model(run), "Speedups by the model"),
+        *_table("Memory", memory(run), "Memory of each arm"),
         *(_history(run, past, looks) if past else []),
         *_about(run),
     ]
 
 
 def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[Element]:
-    """Name the run, and put what a reader looks for first into tiles."""
+    """Return the title of the run, and tiles with its key results."""
     lead = [title.removeprefix(f"{models(run)}, "), *filter(None, [run.date, run.commit and f"commit {run.commit}"])]
     tiles = [_gate_tile(judgements), _outputs_tile(run)]
-    speedups = {
-        arm: run.speedup(arm)
-        for arm, record in run.arms.items()
-        if arm != run.header.baseline and not record.bugs and not scales(run, arm)
-    }
-    speedups = {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
-    if faster := {arm: speedup for arm, speedup in speedups.items() if speedup.low > 1}:
-        best = max(faster, key=lambda arm: faster[arm].value)
-        tiles.append(tile("Fastest", "", f"{faster[best].value:.2f} times {run.baseline_of(best)}", label(run, best)))
+    speedups = right_speedups(run)
+    if best := fastest(speedups):
+        tiles.append(tile("Fastest", "", f"{speedups[best].value:.2f} times {run.baseline_of(best)}", label(run, best)))
     elif speedups:
         tiles.append(tile("Fastest", "", run.header.baseline, "no arm is faster beyond the noise"))
     tiles.append(
         tile(
-            "A/A floor", "", f"{math.expm1(run.header.floor):.1%}", f"what two runs of {run.header.baseline} differ by"
+            "A/A floor",
+            "",
+            f"{math.expm1(run.header.floor):.1%}",
+            f"difference between two {run.header.baseline} runs",
         )
     )
     return [
         element("header", element("h1", models(run)), element("p", " · ".join(lead), class_="lead")),
         element("dl", *tiles, class_="tiles"),
     ]
+
+
+def right_speedups(run: RunFile) -> dict[str, Estimate]:
+    """Return the known speedups of the arms with right outputs.
+
+    The baseline is left out, and so are arms that differ from theirs only in concurrency.
+    """
+    speedups = {
+        arm: run.speedup(arm)
+        for arm, record in run.arms.items()
+        if arm != run.header.baseline and not record.bugs and not scales(run, arm)
+    }
+    return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
+
+
+def fastest(speedups: Mapping[str, Estimate]) -> str | None:
+    """Return the arm with the largest speedup; None if no arm is faster than its baseline beyond the noise."""
+    faster = [arm for arm, speedup in speedups.items() if speedup.low > 1]
+    return max(faster, key=lambda arm: speedups[arm].value, default=None)
 
 
 def _gate_tile(judgements: Sequence[Judgement]) -> Element:
@@ -120,12 +144,12 @@ def _outputs_tile(run: RunFile) -> Element:
         return tile("Outputs", "bad", "✗ WRONG", f"of {', '.join(wrong)}: their times are void")
     lossy = any(record.lossy for record in run.arms.values())
     ties = sum(record.ties for record in run.arms.values())
-    whose = f"{run.compared_with}'s" + (", a lossy arm's its own reference's" if lossy else "")
-    return tile("Outputs", "good", "✓ Right", f"every token is {whose}{f', but for {ties} ties' if ties else ''}")
+    whose = f"{run.compared_with}'s" + (" (of a lossy arm: its own reference's)" if lossy else "")
+    return tile("Outputs", "good", "✓ Right", f"all tokens equal {whose}{f', except at {ties} ties' if ties else ''}")
 
 
 def _verdicts(judged_by: str, judgements: Sequence[Judgement]) -> list[Element]:
-    """List verdicts by reason, the failing first; those that pass are folded away."""
+    """List verdicts by reason, failing ones first. Passing verdicts are folded away."""
     groups: dict[tuple[Verdict, str], list[Judgement]] = {}
     for judgement in failing_first(judgements):
         groups.setdefault((judgement.verdict, judgement.reason), []).append(judgement)
@@ -136,7 +160,7 @@ def _verdicts(judged_by: str, judgements: Sequence[Judgement]) -> list[Element]:
     passing = [item for (verdict, _), item in items.items() if verdict is Verdict.PASS]
     parts = [element("h2", "Verdicts"), element("p", judged_by, class_="soft")]
     if blames:
-        legend = "Bars: by how much each part of a step changed the time per token; to the right is slower."
+        legend = "Bars: change of the time per token by each part of a step; to the right is slower."
         parts.append(element("p", legend, class_="soft"))
     if shown:
         parts.append(element("ul", *shown, class_="verdicts"))
@@ -148,21 +172,22 @@ def _verdicts(judged_by: str, judgements: Sequence[Judgement]) -> list[Element]:
 
 
 def _verdict(group: Sequence[Judgement], widest: float) -> Element:
-    """Show judgements of one verdict and reason; `widest` as for `blame_bars`."""
+    """Return a list item of judgements with the same verdict and reason; `widest` is as for `blame_bars`."""
     first = group[0]
-    kind, sign = _SIGNS[first.verdict]
+    kind, sign = SIGNS[first.verdict]
     arms, gates = (", ".join(dict.fromkeys(names)) for names in ([j.arm for j in group], [j.gate for j in group]))
     reason = first.reason.removesuffix(f"; {first.blame}").replace("->", "→")
+    bars = [blame_bars(judgement.arm, judgement.blame, widest) for judgement in group if judgement.blame]
     return element(
         "li",
         element("span", f"{sign} {first.verdict.value}", class_=f"chip {kind}"),
         element("div", element("h3", f"{arms}: {gates}"), element("p", reason)),
-        *(blame_bars(judgement.arm, judgement.blame, widest) for judgement in group if judgement.blame),
+        *([element("div", *bars)] if bars else []),
     )
 
 
 def _speeds(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
-    """Make the table of speeds, with a chart of the speedups as its second column."""
+    """Return the table of speeds, with a chart of the speedups as its second column."""
     grid = speeds(run)
     speedups = {arm: run.speedup(arm) for arm in run.arms}
     predicted = {arm: run.predicted_speedup(arm) for arm in run.arms}
@@ -173,23 +198,25 @@ def _speeds(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
     for arm, (name, *values, output) in zip(run.arms, grid.rows, strict=True):
         chart = interval(f"{arm} over {run.baseline_of(arm)}", speedups[arm], predicted[arm], floor, scale, looks[arm])
         row = [element("th", swatch(looks[arm]), name, scope="row", title=name), element("td", chart, class_="plot")]
-        for value in values:
-            number, _, more = value.partition(" ")
-            row.append(element("td", number, *([element("small", f" {more}")] if more else []), class_="figure"))
+        row += [pair(column.name, value) for column, value in zip(grid.columns[1:-1], values, strict=True)]
         kind, sign = ("bad", "✗") if run.arms[arm].bugs or run.arms[arm].failure else ("good", "✓")
-        rows.append(element("tr", *row, element("td", element("span", f"{sign} {output}", class_=f"chip {kind}"))))
+        rows.append(
+            element(
+                "tr", *row, element("td", element("span", f"{sign}\N{NO-BREAK SPACE}{output}", class_=f"chip {kind}"))
+            )
+        )
     table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows), class_="speeds")
     legend = (
         f"Speedup over {run.compared_with}: dot and 95 % interval, on a logarithmic scale. The grey band is the A/A"
-        f" floor, within which two runs of {run.header.baseline} differ; the upright stroke is the predicted speedup."
-        " Hollow: transformers."
+        f" floor, within which two runs of {run.header.baseline} differ; the vertical stroke is the predicted speedup."
+        " Hollow dots are arms of transformers."
     )
-    return [element("h2", "Speed"), element("p", legend, class_="soft"), scrolling(table, "Speed of each arm")]
+    return [element("h2", "Speed"), element("p", legend, class_="soft"), stacked(table), explanations(grid)]
 
 
 def _by_concurrency(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
-    """Show speeds by concurrency, the speedups as a chart too; nothing where no arms differ in concurrency alone."""
-    parts = _table("By concurrency", by_concurrency(run), LOAD, "Speed by concurrency")
+    """Return a table and a chart of speeds by concurrency; nothing if no arms differ only in concurrency."""
+    parts = _table("By concurrency", by_concurrency(run), "Speed by concurrency")
     if curves := gains(run):
         arms = families(run)
         styles_ = {name: looks[next(iter(arms[name].values()))] for name in curves}
@@ -202,24 +229,24 @@ def _by_concurrency(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
 
 
 def _parts(run: RunFile) -> list[Element]:
-    """Fold away the speeds by task and length; nothing where there is one of both alone."""
+    """Return a folded table of speeds by task and length; nothing if there is only one task and one length."""
     grid = by_part(run)
     if not grid.rows:
         return []
     summary = element("summary", f"By task and length: {len(grid.rows)} rows")
-    return [element("details", summary, scrolling(grid_table(grid), "Speed by task and length"))]
+    return [element("details", summary, wide_table(grid), explanations(grid))]
 
 
 def _acceptance(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
-    """Make a card for each arm that drafts: the proposals that a step accepts, and their share at each position."""
+    """Return a card for each drafting arm: accepted proposals of a step, and acceptance at each position."""
     drafting = [arm for arm, record in run.arms.items() if drafts(record)]
     if not drafting:
         return []
     histograms = [run.arms[arm].histograms() for arm in drafting]
     longest = max(len(entries) for steps in histograms for entries in (steps.accepted, steps.depth)) - 1
     legend = (
-        "On the left the share of steps that accepted so many proposals; on the right the share of the proposals at"
-        " each position of the draft that were accepted. The scales are the same for all arms."
+        "Left: share of steps by number of accepted proposals. Right: share of proposals accepted, by position in the"
+        " draft. The scales are the same for all arms."
     )
     cards = []
     for arm in drafting:
@@ -227,7 +254,7 @@ def _acceptance(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
         sentence = f"τ {length} tokens a step" + (f", {rate} of proposals accepted" if rate else "")
         steps, drafted = run.arms[arm].counts().steps, sum(run.arms[arm].histograms().accepted)
         if drafted < steps:
-            sentence += f"; of {steps:.0f} steps {drafted} verified a draft, and are shown"
+            sentence += f"; of {steps:.0f} steps, the {drafted} with a draft are shown"
         chart = acceptance(run, arm, longest, looks[arm])
         cards.append(card([swatch(looks[arm]), label(run, arm)], chart, sentence))
     return [
@@ -237,23 +264,23 @@ def _acceptance(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
     ]
 
 
-def _table(heading: str, grid: Grid, explanation: str, name: str) -> list[Element]:
-    """Show a table with its heading and explanation; nothing where it has no rows."""
+def _table(heading: str, grid: Grid, name: str) -> list[Element]:
+    """Return a table with its heading, and its columns' explanations; nothing if it has no rows."""
     if not grid.rows:
         return []
-    return [element("h2", heading), element("p", explanation, class_="soft"), scrolling(grid_table(grid), name)]
+    return [element("h2", heading), scrolling(grid_table(grid), name), explanations(grid)]
 
 
 def _history(run: RunFile, past: History, looks: Mapping[str, Style]) -> list[Element]:
-    """Show every arm's speedup in the runs that were the baseline, and in this one."""
+    """Return every arm's speedup in the former baselines and in this run, as charts and a table."""
     parts = [element("h2", "History"), element("p", past.summary, class_="soft")]
     if not past.runs:
         return parts
     runs = past.until(run)
     if len(runs) > 1:
         legend = (
-            f"Speedup over {run.compared_with} with 95 % intervals; the last mark is this run. A change is as tall in"
-            " every plot."
+            f"Speedup over {run.compared_with} with 95 % intervals; the last mark is this run. Equal changes are"
+            " equally tall in all plots."
         )
         cards = element("div", *_courses(run, runs, looks), class_="cards")
         parts += [element("p", legend, class_="soft"), cards]
@@ -261,10 +288,10 @@ def _history(run: RunFile, past: History, looks: Mapping[str, Style]) -> list[El
 
 
 def _courses(run: RunFile, runs: Sequence[RunFile], looks: Mapping[str, Style]) -> list[Element]:
-    """Make a card for each arm: its speedup, run by run."""
+    """Return a card for each arm: its speedup in each run."""
     speedups = {arm: [then.speedup(arm) if arm in then.arms else UNKNOWN for then in runs] for arm in run.arms}
     known = {arm: [s for s in of_arm if math.isfinite(s.value)] for arm, of_arm in speedups.items()}
-    # One span for all, each around its own middle: a change is as tall in one plot as in the next.
+    # All plots span the same ratio, each around its own middle, so equal changes are equally tall.
     spans = (max(s.high for s in of_arm) / min(s.low for s in of_arm) for of_arm in known.values() if of_arm)
     least = math.log(max(spans))
     return [
@@ -278,7 +305,7 @@ def _courses(run: RunFile, runs: Sequence[RunFile], looks: Mapping[str, Style]) 
 
 
 def _about(run: RunFile) -> list[Element]:
-    """Tell how the run was measured, and how to measure it again."""
+    """Return the circumstances of the run, and the command that repeats it."""
     tables = [scrolling(grid_table(grid), grid.columns[0].name) for grid in surroundings(run)]
     # Lines end between options, not at the hyphens in them.
     words = [part for word in command(run).split(" ") for part in (element("span", word), " ")]
@@ -286,6 +313,6 @@ def _about(run: RunFile) -> list[Element]:
         element("h2", "How it was measured"),
         element("ul", *(element("li", note) for note in notes(run)), class_="notes"),
         element("div", *tables, class_="facts"),
-        element("p", "To measure the same again:", class_="soft"),
+        element("p", "To repeat the measurement:", class_="soft"),
         element("pre", element("code", *words)),
     ]

@@ -1,4 +1,4 @@
-"""Write measures and verdicts into JUnit's XML, where CI systems show and trend them."""
+"""Measures and verdicts in JUnit's XML, for the reports and trends of CI systems."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def record_properties(request: pytest.FixtureRequest, properties: Mapping[str, object]) -> None:
-    """Add properties to a test's entry in the file of --junitxml, but for those that are None or not finite.
+    """Add properties to a test's entry in the file of --junitxml, except those that are None or infinite.
 
-    With junit_family=xunit2, pytest's default, the test's entry must not have properties. Then they are the suite's,
-    and their names begin with the test's.
+    With junit_family=xunit2, pytest's default, a test's entry must not have properties. Then they are added to the
+    suite's entry, and their names begin with the test's name.
     """
     known = [(name, value) for name, value in properties.items() if value not in (None, math.inf, -math.inf)]
     config = request.config
@@ -32,7 +32,7 @@ def record_properties(request: pytest.FixtureRequest, properties: Mapping[str, o
 
 
 def verdict_properties(judged: Judgement) -> dict[str, object]:
-    """Return a verdict as properties. A blamed cause is the relative change of the time per token that is due to it."""
+    """Return a verdict as properties. A blamed cause has the relative change of the time per token that it made."""
     causes = judged.blame.changes if judged.blame is not None else {}
     return {
         "arm": judged.arm,
@@ -48,8 +48,8 @@ def quality_properties(check: MarginCheck, cost: Estimate | None) -> dict[str, o
     """Return the outcome of a margin as properties.
 
     Args:
-        check: of the margin.
-        cost: that was judged, in the measure's unit; None where there was nothing to judge.
+        check: the check of the margin.
+        cost: the judged cost, in the unit of the measure; None if there was nothing to judge.
     """
     return {
         "arm": check.arm,

@@ -1,4 +1,4 @@
-"""Draw how the speedup changes with the load on a server, for print."""
+"""A print figure: the speedup against the load on a server."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from specdecode.bench.runs.records import RunFile
 
 
 def speedup_by_concurrency(run: RunFile) -> Figure | str:
-    """Draw the speedup against concurrency, with its intervals: a line for each speculating arm."""
+    """Draw the speedup against concurrency, with its intervals: a line for each drafting arm."""
     curves, arms = gains(run), families(run)
     if not curves:
-        return "no arms of servers that draft differ in concurrency alone"
+        return "no drafting arms of servers differ only in concurrency"
     drawn = figure(COLUMN, 65)
     axes, styles = drawn.subplots(), looks(run)
     entries: dict[str, dict[str, Any]] = {}
     axes.axhline(1, color="0.35", linewidth=0.8, zorder=0.6)
     for place, (name, by_number) in enumerate(curves.items()):
         speedups = {number: speedup for number, speedup in by_number.items() if math.isfinite(speedup.value)}
-        # Beside each other, so that no interval hides another.
+        # Shifted sideways, so that no interval hides another.
         beside = 2 ** (0.06 * (place - (len(curves) - 1) / 2))
         look = styles[next(iter(arms[name].values()))].lines | {"marker": "os^DvPX"[place % 7]}
         across, up = [number * beside for number in speedups], [speedup.value for speedup in speedups.values()]

@@ -1,4 +1,4 @@
-"""Write a run of speeds in Markdown."""
+"""A run of speeds in Markdown."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
-from specdecode.bench.report.captions import LIMITS, MEMORY, MODEL, command, notes, one_line
+from specdecode.bench.report.captions import command, notes, one_line
 from specdecode.bench.report.grid import Grid
-from specdecode.bench.report.load import LOAD, by_concurrency, losses
+from specdecode.bench.report.load import by_concurrency, losses
 from specdecode.bench.report.tables import (
     acceptance,
     by_model,
@@ -24,32 +24,32 @@ from specdecode.bench.runs.records import RunFile
 
 
 def markdown(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History) -> str:
-    """Write a page with all tables: verdicts first, then speeds.
+    """Return a page with all tables: verdicts first, then speeds.
 
     Args:
-        run: what the page is about.
-        title: its first line.
-        judged_by: what the verdicts compare with.
+        run: run to report.
+        title: first line of the page.
+        judged_by: sentence about the baseline of the verdicts.
         judgements: the verdicts.
         past: history of the baseline.
     """
     parts = [f"## {as_markdown(title)}", as_markdown(judged_by)]
     if judgements:
         parts.append(markdown_table(verdicts(judgements)))
-    parts += [markdown_table(speeds(run)), "\n".join(f"- {as_markdown(note)}" for note in notes(run))]
+    parts += [*_explained_table(speeds(run)), "\n".join(f"- {as_markdown(note)}" for note in notes(run))]
     if (loads := by_concurrency(run)).rows:
-        parts += ["### By concurrency", markdown_table(loads), as_markdown(LOAD)]
+        parts += ["### By concurrency", *_explained_table(loads)]
         parts += ["\n".join(f"- {as_markdown(sentence)}" for sentence in losses(run))]
     if (split := by_part(run)).rows:
-        parts += ["### By task and length", markdown_table(split)]
+        parts += ["### By task and length", *_explained_table(split)]
     if (accepted := acceptance(run)).rows:
-        parts += ["### Acceptance", markdown_table(accepted)]
+        parts += ["### Acceptance", *_explained_table(accepted)]
     if (limited := limits(run)).rows:
-        parts += ["### What limits the speedup", markdown_table(limited), as_markdown(LIMITS)]
+        parts += ["### What limits the speedup", *_explained_table(limited)]
     if (predicted := by_model(run)).rows:
-        parts += ["### By the model", markdown_table(predicted), as_markdown(MODEL)]
+        parts += ["### By the model", *_explained_table(predicted)]
     if (memories := memory(run)).rows:
-        parts += ["### Memory", markdown_table(memories), as_markdown(MEMORY)]
+        parts += ["### Memory", *_explained_table(memories)]
     parts += ["### History", as_markdown(past.summary)]
     if past.runs:
         parts.append(markdown_table(past_speedups(run, past)))
@@ -57,8 +57,13 @@ def markdown(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judg
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def _explained_table(grid: Grid) -> list[str]:
+    """Return a table, and the explanations of its columns."""
+    return [markdown_table(grid), as_markdown(grid.explanations)]
+
+
 def markdown_table(grid: Grid) -> str:
-    """Write a table in Markdown."""
+    """Return a table in Markdown."""
     heads = [as_markdown(column.name) for column in grid.columns]
     rules = ["--:" if column.figures else "---" for column in grid.columns]
     rows = [heads, rules, *([as_markdown(cell) for cell in row] for row in grid.rows)]
@@ -69,5 +74,5 @@ _IN_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;"} | {sign: f"\\{sign}" fo
 
 
 def as_markdown(text: str) -> str:
-    """Escape a text, so that it is neither mark-up, nor a link, nor the end of a cell."""
+    """Escape a text, so that it contains no mark-up, no link and no end of a cell."""
     return one_line(text).translate(_IN_MARKDOWN).replace("](", "]\\(")

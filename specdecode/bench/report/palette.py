@@ -1,4 +1,4 @@
-"""Tell which method or cache policy an arm is, so that it looks alike everywhere, and which arms are alike."""
+"""The method or cache policy of an arm, with its colour everywhere, and groups of arms with like settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specdecode.bench.runs.names import BASELINE, PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 
 COLOURS = ("#0072b2", "#d55e00", "#009070", "#b8568f", "#c98a00", "#2b9ad6", "#77700a")
-"""Okabe and Ito's colours, those that are too light for a white page a little darker; `page.css` has the same."""
+"""Okabe and Ito's colours. Those too light for a white page are darkened a little. `page.css` has the same."""
 
 PLAIN = "#59616b"
 """The colour of plain decoding."""
@@ -27,14 +27,14 @@ METHODS = {
     "universal": 5,
     "head": 6,
 }
-"""The methods that draft, and the place of each one's colour. What is none of them takes a place that is left."""
+"""The drafting methods, with the index of their colour in COLOURS. Other methods get an unused index."""
 
 POLICIES = {"sink-window": 0, "key-norm": 2, "heavy-hitter": 1, "random": 4, "shuffled": 3}
-"""The cache policies, and the place of each one's colour where they are what is compared."""
+"""The cache policies, with the index of their colour in COLOURS, in charts that compare policies."""
 
 _SHAPES = {"chain": "linear", "static": "tree-static", "best-first": "tree-best-first"}
 _PEERS = {"generate": BASELINE, "generate-compiled": BASELINE, "assisted": "linear", "prompt-lookup": "lookup"}
-# Older files do not tell how an arm decodes: its method is inferred from the names that the presets have always used.
+# Older files do not record how an arm decodes: its method is inferred from the names that all presets use.
 _NAMES = {
     **{name: name for name in (BASELINE, *METHODS)},
     **{"streaming": "linear", "tree+streaming": "tree-static"},
@@ -43,10 +43,10 @@ _NAMES = {
 
 
 def method(run: RunFile, arm: str) -> str:
-    """Return how the arm drafts: one of METHODS, several with a plus between them, or "ar".
+    """Return the drafting method of an arm: one of METHODS, several joined by a plus, or "ar".
 
-    A peer's is that of the method that does the same. An arm that is none of these is known by its own name; arms of a
-    server that differ in concurrency share one.
+    A peer has the name of the like method here. The method of any other arm is the arm's own name. Arms of a server
+    that differ only in concurrency share a name.
     """
     options = run.arms[arm].options
     if not any(record.options for record in run.arms.values()):
@@ -56,7 +56,7 @@ def method(run: RunFile, arm: str) -> str:
         return base_name(run, arm)
     if "peer" in options:
         return _PEERS.get(str(options["peer"]), arm)
-    # Whatever heads they are, all draft from the target's hidden states.
+    # All kinds of heads are one method: they draft from the target's hidden states.
     kinds = ["head" if kind in ("mtp", "medusa") else kind for kind in drafter_kinds(options)]
     if kinds == ["none"]:
         return BASELINE
@@ -66,7 +66,7 @@ def method(run: RunFile, arm: str) -> str:
 
 
 def places(run: RunFile) -> dict[str, int | None]:
-    """Return for each arm the place of its colour in COLOURS; None for plain decoding."""
+    """Return for each arm the index of its colour in COLOURS; None for plain decoding."""
     methods = {arm: method(run, arm) for arm in run.arms}
     known = {METHODS[name] for name in methods.values() if name in METHODS}
     left = [place for place in reversed(range(len(COLOURS))) if place not in known] or [len(COLOURS) - 1]
@@ -77,14 +77,14 @@ def places(run: RunFile) -> dict[str, int | None]:
 
 @dataclass(frozen=True, slots=True)
 class CacheTraits:
-    """What tells an arm of the quality suite from others, wherever it is drawn.
+    """The traits that decide the look of a quality suite's arm.
 
     Attributes:
         policy: its cache policy; None for the full cache.
-        place: of the policy's colour in COLOURS; None for the full cache.
-        fade: how much lighter it is drawn: 0 for the largest cache, up to 0.6 for the smallest.
-        quantized: its weights are INT8.
-        control: it is a negative control.
+        place: index of the policy's colour in COLOURS; None for the full cache.
+        fade: how much lighter its colour is: 0 for the largest cache, up to 0.6 for the smallest.
+        quantized: whether its weights are INT8.
+        control: whether it is a negative control.
     """
 
     policy: str | None
@@ -95,9 +95,9 @@ class CacheTraits:
 
 
 def cache_traits(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, CacheTraits]:
-    """Return the traits of the quality suite's arms by their entries.
+    """Return the traits of the quality suite's arms, from their preset entries.
 
-    Nothing drafts there, so arms differ in nothing but this, and policies have the palette that methods have elsewhere.
+    No arm drafts there. So arms differ only in these traits, and policies use the colours that methods have elsewhere.
     """
     sizes = sorted({entry["cache"] for entry in arms.values() if "cache" in entry}, reverse=True)
     traits = {}
@@ -111,7 +111,7 @@ def cache_traits(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, CacheTraits
 
 
 def concurrency(run: RunFile, arm: str) -> int:
-    """Return how many prompts the arm's server decodes at a time; 1 where no server decodes."""
+    """Return the number of prompts that the arm's server decodes at a time; 1 for an arm without a server."""
     options = run.arms[arm].options
     number = options.get("concurrency", 1)
     return number if "server" in options and isinstance(number, int) and number > 0 else 1
@@ -124,13 +124,13 @@ def base_name(run: RunFile, arm: str) -> str:
 
 
 def settings(record: ArmRecord, *but: str) -> str:
-    """Return the preset's entry of an arm without some of its keys, as a text that is equal for equal entries."""
+    """Return the preset entry of an arm without "against" and the keys `but`, as JSON with sorted keys."""
     entry = {key: value for key, value in record.options.items() if key not in ("against", *but)}
     return json.dumps(entry, sort_keys=True)
 
 
 def alike(run: RunFile, arms: Sequence[str], *but: str) -> list[list[str]]:
-    """Group the arms that differ in nothing but some keys of their entries, in the run's order."""
+    """Group the arms whose preset entries differ only in the keys `but`, in the run's order."""
     groups: dict[str, list[str]] = {}
     for arm in arms:
         groups.setdefault(settings(run.arms[arm], *but), []).append(arm)
@@ -138,7 +138,7 @@ def alike(run: RunFile, arms: Sequence[str], *but: str) -> list[list[str]]:
 
 
 def shared_name(run: RunFile, arms: Sequence[str], but: str) -> str:
-    """Name arms that differ only in "k" or in "cache" by what their names share; a single arm keeps its name."""
+    """Return the shared part of the names of arms that differ only in "k" or "cache"; a single arm keeps its name."""
     values = {arm: f"{'k' if but == 'k' else ''}{run.arms[arm].options.get(but)}" for arm in arms}
     names = {re.sub(rf"-?{re.escape(value)}(?![0-9])", "", arm).strip("-") for arm, value in values.items()}
     return names.pop() if len(names) == 1 < len(arms) else arms[0]

@@ -1,4 +1,4 @@
-"""Tables of a baseline's past: speeds by version, and where they changed."""
+"""Tables of a baseline's history: speeds by version, and their changes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ARMS_ABREAST = 5
 
 
 def speeds_by_version(runs: Sequence[RunFile], courses: Mapping[str, Course]) -> list[Grid]:
-    """Make one row for each version, with the speedups of some arms; a table for every few arms.
+    """Return tables with one row for each version. A table has the speedups of at most five arms.
 
     Args:
-        runs: the versions, the oldest first.
-        courses: of the arms.
+        runs: runs of the versions, the oldest first.
+        courses: speedups and changes of each arm, by name.
     """
     arms = [arm for arm, course in courses.items() if course.series.logs]
     about = [Column("date", False), Column("commit", False), Column("reason", False, True)]
@@ -37,7 +37,7 @@ def speeds_by_version(runs: Sequence[RunFile], courses: Mapping[str, Course]) ->
 
 
 def changes(runs: Sequence[RunFile], courses: Mapping[str, Course]) -> Grid:
-    """Make one row for each change: of which arm, by how much, where, and how likely it is by chance."""
+    """Return a table with one row for each change: its arm, size and commit, and its probability by chance."""
     columns = [Column("arm", False), Column("is", False), Column("by"), Column("since", False, True), Column("p")]
     rows = [
         [arm, "slower" if change.slower else "faster", _size(change), _place(runs, course, change), f"{change.p:.2g}"]
@@ -48,12 +48,12 @@ def changes(runs: Sequence[RunFile], courses: Mapping[str, Course]) -> Grid:
 
 
 def remarks(courses: Mapping[str, Course]) -> list[str]:
-    """Say what a table of changes does not show: totals, and the arms without changes."""
+    """Return notes on a table of changes: totals, and the arms without changes."""
     sentences = [
-        f"{arm}: {course.total - 1:+.1%} in all." for arm, course in courses.items() if len(course.changes) > 1
+        f"{arm}: {course.total - 1:+.1%} in total." for arm, course in courses.items() if len(course.changes) > 1
     ]
     if any(course.changes for course in courses.values()):
-        sentences.append("p: how likely chance alone makes such a change in any of the arms. Intervals are 95 %.")
+        sentences.append("p: probability that chance alone makes such a change in any of the arms. Intervals are 95 %.")
     unchanged = [arm for arm, course in courses.items() if course.long_enough and not course.changes]
     if unchanged:
         sentences.append(f"No change found: {', '.join(unchanged)}.")
@@ -71,7 +71,7 @@ def _size(change: Change) -> str:
 
 
 def _place(runs: Sequence[RunFile], course: Course, change: Change) -> str:
-    """Name the commit of a step, or the first and the last commit of a drift."""
+    """Return the commit of a sudden change, or the first and the last commit of a drift."""
     versions = course.series.versions
     first, last = runs[versions[change.start + 1]], runs[versions[change.end]]
     if change.end == change.start + 1:

@@ -1,4 +1,4 @@
-"""What to use: from a run to a configuration for each aim, with its reason in figures and the code that makes it."""
+"""Recommendations from a run: a configuration for each aim, with its reason in figures and its code."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 
 HALF = 0.5
-"""The share of plain decoding's keys and values that an arm may hold to be called balanced."""
+"""A balanced arm holds at most this share of plain decoding's keys and values."""
 
 NEAR = 0.01
-"""Arms whose memory differs by less than this share of plain decoding's are chosen between by their speed."""
+"""Arms whose memory differs by less than this share of plain decoding's are ranked by speed."""
 
 _LEAST_TO_DROP = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """All that a run recommends.
+    """All recommendations of a run.
 
     Attributes:
-        recommendations: by aim, and by acceptance if that was set.
-        left_out: why an arm was not looked at, by its name.
-        notes: what must be known to read the rest.
+        recommendations: one for each aim, and for each acceptance if it was set.
+        left_out: reason for each excluded arm, by name.
+        notes: notes needed to read the recommendations.
     """
 
     recommendations: list[Recommendation]
@@ -39,29 +39,29 @@ class Advice:
 
 
 def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice:
-    """Choose an arm for each aim; plain decoding where nothing is shown to be better.
+    """Choose an arm for each aim, or plain decoding if no arm is shown to be better.
 
-    The best of many arms looks better than it is, since the same prompts choose and judge it. So among k arms every
-    interval is one of k - 1 that hold together (`simultaneous_ratio`). This suffices for whichever arm is chosen. While
-    the bounds on the truly best arm over each other arm hold, no arm is found to beat it (multiple comparisons with the
-    best, Hsu 1984). While those over plain decoding hold, no arm is found to beat plain decoding that does not.
+    The best of many arms looks better than it is, because the same prompts choose and judge it. So with k arms, the
+    k - 1 intervals hold simultaneously (`simultaneous_ratio`). This suffices for any chosen arm. While the bounds on
+    the truly best arm over each other arm hold, no arm is found to beat it (multiple comparisons with the best, Hsu
+    1984). While the bounds over plain decoding hold, no arm is wrongly found to beat plain decoding.
 
-    A text that loops is no evidence for a draft that predicts it, so such prompts do not count for arms that draft.
+    Looping texts are easy to predict and thus no evidence for drafts, so they do not count for drafting arms.
 
-    Arms of servers are compared with those of their concurrency alone, and not with arms of this package.
+    Arms of servers are compared only with arms of the same concurrency, and never with arms of this package.
 
     Args:
-        run: to look at, its arms with the options that they were made of.
-        left_out: arms that are not in the run, and why.
+        run: the run, whose arms have their preset entries.
+        left_out: reasons for arms that are not in the run, by name.
 
     Raises:
-        ValueError: an older file, which does not tell how its arms are made; or one without plain decoding.
+        ValueError: the file is an older one without the arms' entries, or has no times of plain decoding.
     """
     plain = yardstick(run)
     if plain not in run.arms or not run.arms[plain].rows:
-        raise ValueError(f"{run.path} has no times of {plain}, with which all else is compared: measure it again")
+        raise ValueError(f"{run.path} has no times of {plain}, which all arms are compared with: measure it again")
     if len(run.arms) > 1 and not any(record.options for arm, record in run.arms.items() if arm != plain):
-        raise ValueError(f"{run.path} does not tell how its arms are made, as older versions did not: measure it again")
+        raise ValueError(f"{run.path} is of an older version, without the settings of its arms: measure it again")
     arms, why = _contestants(run)
     servers = [arm for arm in arms if "server" in run.arms[arm].options]
     advice = for_servers(run, servers)
@@ -71,7 +71,7 @@ def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice
 
 
 def _for_package(run: RunFile, arms: list[str]) -> list[Recommendation]:
-    """Choose an arm of this package for each aim, and for each acceptance if that was set."""
+    """Choose an arm of this package for each aim, and for each acceptance if it was set."""
     records = run.arms.values()
     known = {level for record in records if isinstance(level := record.options.get("replay"), float | int)}
     recommendations = []
@@ -85,10 +85,10 @@ def _for_package(run: RunFile, arms: list[str]) -> list[Recommendation]:
 
 
 def is_hopeless(run: RunFile, arm: str) -> bool:
-    """Return whether more prompts can hardly bring the arm into a recommendation.
+    """Return whether the arm will hardly be recommended, even after more prompts.
 
-    That is after a wrong output, or once it is slower than plain decoding beyond the interval on a few prompts. A
-    bounded cache is recommended for other things than speed, and a server's arm for its concurrency.
+    That is true after a failure or a wrong output, or if a few prompts show that it is slower than plain decoding. Slow
+    arms of servers or with a bounded cache are kept: they may be recommended for their concurrency or their memory.
     """
     arms, _ = _contestants(run)
     record = run.arms[arm]
@@ -99,7 +99,7 @@ def is_hopeless(run: RunFile, arm: str) -> bool:
 
 
 def _contestants(run: RunFile) -> tuple[list[str], dict[str, str]]:
-    """Return the arms that may be recommended, and why others of our own may not."""
+    """Return the arms that may be recommended, and for other arms except peers the reason why not."""
     left_out, plain = {}, yardstick(run)
     for arm, record in run.arms.items():
         if record.peer or arm == plain:
@@ -113,66 +113,66 @@ def _contestants(run: RunFile) -> tuple[list[str], dict[str, str]]:
             left_out[arm] = "it is decoded by code outside of this package"
         elif "server" in run.arms[plain].options and "server" not in record.options:
             left_out[arm] = (
-                f"a server decodes {plain}, so nothing tells whether this is faster than plain decoding here"
+                f"a server decodes {plain}, so the run does not show whether this arm is faster than plain decoding"
             )
         elif record.options.get("batch", 1) != 1:
-            left_out[arm] = "it decodes several prompts at once, and here one is decoded"
+            left_out[arm] = "it decodes several prompts at once, and recommendations are for one prompt at a time"
         elif "replay" in record.options and not run.arms[plain].synthetic:
-            left_out[arm] = "its acceptance was set and not found out"
+            left_out[arm] = "its acceptance was set, not measured"
         elif record.synthetic and drafts(record) and "replay" not in record.options:
-            left_out[arm] = "the weights are random, so what it accepts says nothing"
+            left_out[arm] = "the weights are random, so its acceptance says nothing"
         elif counted < LEAST_PROMPTS:
             loops = len(record.rows) - counted
             why = f"{loops} of its {len(record.rows)} text(s) loop, which is no evidence for drafts; " if loops else ""
-            left_out[arm] = f"{why}{counted} prompt(s) say nothing of others: measure more"
+            left_out[arm] = f"{why}{counted} prompt(s) are too few: measure more"
     return [arm for arm, record in run.arms.items() if arm not in left_out and not record.peer], left_out
 
 
 def _lossless(contest: Contest) -> str:
-    """Choose the arm for throughput: one that beats plain decoding, or that itself."""
+    """Choose the lossless arm for throughput: one that beats plain decoding, or plain decoding itself."""
     faster = [arm for arm in contest.lossless if contest.over(arm, BASELINE).low > 1.0]
     return contest.best(faster or [BASELINE])
 
 
 def _throughput(contest: Contest, arm: str) -> Recommendation:
-    reason = "Lossless, faster than plain decoding beyond the noise, and the simplest that no other such way beats."
+    reason = "Lossless, faster than plain decoding beyond the noise, and the simplest such arm that no other beats."
     if arm == BASELINE:
-        reason = "No lossless way is faster than plain decoding beyond the noise: draft nothing."
+        reason = "No lossless arm is faster than plain decoding beyond the noise: draft nothing."
     if contest.lossless == [BASELINE]:
-        reason = "There is no other lossless way to compare it with."
+        reason = "There is no other lossless arm to compare it with."
     if better := [peer for peer in contest.peers if contest.over(peer, arm).low > 1.0]:
         reason += f" Transformers is faster: {', '.join(f'{peer}, {contest.over(peer, arm)}' for peer in better)}."
     return contest.recommendation("highest throughput", arm, reason, contest.lossless)
 
 
 def _throughput_with_loss(contest: Contest, lossless: str) -> Recommendation | None:
-    """Recommend what is faster still and writes another text, if there is such an arm."""
+    """Recommend a lossy arm that is faster than the lossless choice; None if there is none."""
     lossy = [arm for arm in contest.arms if arm not in contest.lossless]
     faster = [arm for arm in lossy if min(contest.over(arm, than).low for than in (lossless, BASELINE)) > 1.0]
     if not faster:
         return None
-    reason = f"Faster than {lossless} beyond the noise, and it writes another text."
+    reason = f"Faster than {lossless} beyond the noise, but it writes a different text."
     aim = "highest throughput, if loss is acceptable"
     return contest.recommendation(aim, contest.best(faster), reason, [lossless, *lossy])
 
 
 def _memory(contest: Contest) -> Recommendation:
-    """Recommend the least weights and KV.
+    """Recommend the arm with the least memory for weights and KV.
 
-    An arm with a draft model comes last: the run does not tell what the draft itself takes.
+    Arms whose draft has memory of its own come last, because the run does not record that memory.
     """
     plain, noise = contest.memory(BASELINE), f"within {math.expm1(contest.slack):.1%}"
     aim = "memory-bound"
     if math.isnan(plain):
-        reason = "The run does not tell what weights and KV take: measure it again."
+        reason = "The run does not record the memory of weights and KV: measure it again."
         return Recommendation(aim, None, reason, assumed=contest.assumed)
     no_slower = contest.no_slower()
     saving = [arm for arm in no_slower if contest.memory(arm) < (1 - NEAR) * plain]
     saving = [arm for arm in saving if not _draft_takes(contest.run.arms[arm])] or saving
     if not saving:
         reason = (
-            f"Nothing that is as fast as plain decoding, {noise}, saves {NEAR:.0%} of its {plain / 1e6:.1f} MB of"
-            " weights and KV."
+            f"No arm as fast as plain decoding ({noise}) saves {NEAR:.0%} of its {plain / 1e6:.1f} MB of weights and"
+            " KV."
         )
         return contest.recommendation(aim, BASELINE, reason, [BASELINE])
     least = min(map(contest.memory, saving))
@@ -181,23 +181,23 @@ def _memory(contest: Contest) -> Recommendation:
     saved = plain - contest.memory(arm)
     reason = (
         f"Holds {contest.memory(arm) / 1e6:.1f} MB of weights and KV, {saved / 1e6:.1f} MB or {saved / plain:.0%} less"
-        f" than plain decoding, and on average is no slower than that, {noise}."
+        f" than plain decoding, and on average is no slower ({noise})."
         f"{_draft_takes(contest.run.arms[arm])}"
     )
     return contest.recommendation(aim, arm, reason, near)
 
 
 def _balanced(contest: Contest, fastest: str) -> Recommendation:
-    aim, share = "balanced", f"{HALF:.0%} of plain decoding's KV or less"
+    aim, share = "balanced", f"{HALF:.0%} of plain decoding's KV at most"
     plain = contest.cache(BASELINE)
     small = [arm for arm in contest.no_slower() if contest.cache(arm) <= HALF * plain]
     if not small:
-        reason = f"Nothing that is as fast as plain decoding holds {share}, so speed alone decides."
+        reason = f"No arm as fast as plain decoding holds {share}, so speed alone decides."
         return contest.recommendation(aim, fastest, reason, [fastest])
     arm = contest.best(small)
     reason = (
-        f"Of those that hold {share} and are no slower the simplest that none beats: {contest.cache(arm) / 1e6:.1f} MB"
-        f" in place of {plain / 1e6:.1f}.{_draft_takes(contest.run.arms[arm])}"
+        f"Holds {share}, is no slower, and is the simplest such arm that no other beats: {contest.cache(arm) / 1e6:.1f}"
+        f" MB instead of {plain / 1e6:.1f}.{_draft_takes(contest.run.arms[arm])}"
     )
     return contest.recommendation(aim, arm, reason, small)
 
@@ -209,8 +209,8 @@ def _long_context(contest: Contest) -> Recommendation:
     bounded = [arm for arm in contest.arms if (run.arms[arm].counts().compressions or 0) > 0]
     if not bounded:
         reason = (
-            f"No cache that is bounded was full at {length} tokens on enough prompts: measure a preset that has some,"
-            " such as long-sequence, more prompts or a greater --max-new-tokens."
+            f"No bounded cache was full at {length} tokens on enough prompts: measure a preset with bounded caches,"
+            " such as long-sequence, more prompts, or a larger --max-new-tokens."
         )
         return Recommendation(aim, None, reason, assumed=contest.assumed)
     arm = contest.best(bounded)
@@ -218,30 +218,30 @@ def _long_context(contest: Contest) -> Recommendation:
     known = ", ".join(f"{size / 1e6:.1f} MB at {at}" for at, size in sizes.items() if size is not None)
     plain = run.arms[BASELINE].counts()
     grown = ratio(plain.grown_bytes, plain.tokens)
-    growth = "" if grown is None else f", and it grows by {1e3 * grown / 1e6:.1f} MB in a thousand tokens"
+    growth = "" if grown is None else f", and grows by {1e3 * grown / 1e6:.1f} MB per thousand tokens"
     reason = (
-        f"Its KV stays what it is however long the text gets: {known} tokens; plain decoding's is"
+        f"Its KV does not grow with the text: {known} tokens; plain decoding's KV is"
         f" {contest.cache(BASELINE) / 1e6:.1f} MB at {length}{growth}.{_draft_takes(run.arms[arm])}"
     )
     return contest.recommendation(aim, arm, reason, bounded)
 
 
 def _draft_takes(record: ArmRecord) -> str:
-    """Say what the figures of memory leave out; nothing if they leave out nothing."""
+    """Return a sentence about memory of the draft that the figures leave out; empty if there is none."""
     takes = {**dict.fromkeys(("head", "mtp", "medusa", "model", "universal"), "weights and KV"), "self-streaming": "KV"}
     what = next((takes[kind] for kind in drafter_kinds(record.options) if kind in takes), None)
-    return f" The draft's own {what} come on top: the run does not tell them." if what else ""
+    return f" The draft's own {what} come on top: the run does not record them." if what else ""
 
 
 def _notes(run: RunFile) -> list[str]:
     notes = [
-        "Intervals are made for all arms together that are compared (95 %, Student's t, Bonferroni), so they hold for"
-        " one that is chosen, and are wider than the report's. None is narrower than the A/A floor,"
+        "Intervals hold for all compared arms together (95 %, Student's t, Bonferroni), so they hold for the chosen"
+        " arm, and are wider than the report's. None is narrower than the A/A floor,"
         f" {math.expm1(run.header.floor):.1%}."
     ]
     if run.arms[yardstick(run)].synthetic:
         notes.append(
-            "The weights are random: all this is hypothetical, and holds if drafts are accepted as often as was set."
-            " What a lossy arm's text is worth is not known."
+            "The weights are random: all recommendations are hypothetical, and hold if drafts are accepted as often as"
+            " was set. The quality of a lossy arm's text is unknown."
         )
     return notes + [f"Beware: {warning}." for warning in run.header.warnings]

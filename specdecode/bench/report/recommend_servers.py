@@ -1,4 +1,4 @@
-"""What to use of the arms that servers decode, for each concurrency."""
+"""Recommendations among the arms of servers, for each concurrency."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from specdecode.bench.report.contest import Contest, Recommendation
 from specdecode.bench.report.palette import base_name, concurrency
 from specdecode.bench.runs.records import RunFile
 
-_SERVED = " A server decodes it, and no code of this package: the lines are its entry of a preset."
+_SERVED = " A server decodes it, not this package, so its code is an entry of a preset."
 
 
 def for_servers(run: RunFile, arms: Sequence[str]) -> list[Recommendation]:
     """Recommend the fastest arm for each concurrency.
 
     Args:
-        run: that the arms are of.
-        arms: those that servers decode, and that may be recommended.
+        run: run of the arms.
+        arms: arms of servers that may be recommended.
     """
     by_number: dict[int, list[str]] = {}
     for arm in arms:
@@ -25,7 +25,7 @@ def for_servers(run: RunFile, arms: Sequence[str]) -> list[Recommendation]:
 
 
 def _at(run: RunFile, number: int, arms: list[str]) -> list[Recommendation]:
-    """Recommend the fastest of the arms of a concurrency, and what is faster still and may write another text."""
+    """Recommend the fastest lossless arm of a concurrency, and a lossy arm if it is faster still."""
     lossless = [arm for arm in arms if not run.arms[arm].lossy]
     plains = [arm for arm in lossless if _is_plain(run, arm, arms)]
     contest = Contest(run, arms, plain="")
@@ -40,25 +40,32 @@ def _at(run: RunFile, number: int, arms: list[str]) -> list[Recommendation]:
     lossy = [arm for arm in arms if arm not in lossless]
     than = [each.arm for each in found if each.arm is not None]
     if faster := [arm for arm in lossy if all(contest.over(arm, of).low > 1.0 for of in (*than, *plains))]:
-        reason = f"{f'Faster than {than[0]} beyond the noise' if than else 'The fastest'}, and may write another text."
+        reason = (
+            f"{f'Faster than {than[0]} beyond the noise' if than else 'The fastest'}, but may write a different text."
+        )
         aim = f"{aim}, if loss is acceptable"
         found.append(contest.recommendation(aim, contest.best(faster), reason + _SERVED, [*than, *lossy]))
     return found
 
 
 def _is_plain(run: RunFile, arm: str, arms: Sequence[str]) -> bool:
-    """Return whether the arm is the run's baseline at its concurrency, or that of others and has none there itself."""
+    """Return whether the arm decodes plainly: the run's baseline at this concurrency, or another arm's baseline here.
+
+    Another arm's baseline only counts if its own baseline is not here, too.
+    """
     is_baseline = any(run.baseline_of(other) == arm for other in arms) and run.baseline_of(arm) not in arms
     return is_baseline or base_name(run, arm) == base_name(run, run.header.baseline)
 
 
 def _reason(arm: str, arms: Sequence[str], plains: Sequence[str]) -> str:
     if not plains:
-        reason = "No other is found to beat it; plain decoding was not measured at this concurrency."
+        reason = "No other arm is found to beat it; plain decoding was not measured at this concurrency."
     elif arm in plains:
         reason = (
-            "Nothing is faster than plain decoding beyond the noise." if len(arms) > 1 else "It has no other beside."
+            "Nothing is faster than plain decoding beyond the noise."
+            if len(arms) > 1
+            else "There is no other arm to compare it with."
         )
     else:
-        reason = f"Faster than {' and '.join(plains)} beyond the noise, and no other such way is found to beat it."
+        reason = f"Faster than {' and '.join(plains)} beyond the noise, and no other such arm is found to beat it."
     return reason + _SERVED

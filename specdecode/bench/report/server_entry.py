@@ -1,4 +1,4 @@
-"""Write the entry of a preset that an arm of a server was made of."""
+"""The preset entry of a server's arm, written as TOML."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from specdecode.bench.runs.records import RunFile
 
 
 def server_entry(run: RunFile, arm: str) -> str:
-    """Return the arm's entry as TOML, with its command or url. All that comes from the file stands in it as a value.
+    """Return the arm's entry as TOML, with its command or url. Strings of the file are quoted, as names or values.
 
-    Its baseline is left out: that is another arm, which a preset may lack.
+    The baseline is left out: it is another arm, which a preset may lack.
     """
     identity, options = run.header.identity, run.arms[arm].options
     lines = [f"[arms.{_key(arm)}]"]
@@ -36,13 +36,13 @@ def _key(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """Write a value of JSON in TOML, which knows no null."""
+    """Return a JSON value in TOML, which has no null."""
     if isinstance(value, Mapping):
         pairs = (f"{_key(key)} = {_value(inner)}" for key, inner in value.items() if _is_told(inner))
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(_value(inner) for inner in value if _is_told(inner))}]"
     if isinstance(value, str):
-        # The escapes of JSON are those of TOML, which refuses one more letter.
+        # TOML has the escapes of JSON, and needs one more, for the character DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value).lower() if isinstance(value, bool) else repr(value)

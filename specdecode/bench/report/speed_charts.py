@@ -13,6 +13,7 @@ from specdecode.bench.report.svg import (
     Style,
     axes,
     drawing,
+    letters,
     line,
     linear_scale,
     log_scale,
@@ -30,18 +31,18 @@ INTERVAL_WIDTH, INTERVAL_HEIGHT = 208, 36
 
 
 def styles(run: RunFile) -> dict[str, Style]:
-    """Return how each arm looks: the colour of its method; hollow if it is transformers'."""
+    """Return the style of each arm: the colour of its method, and hollow marks for arms of transformers."""
     classes = {arm: "plain" if place is None else f"c{place}" for arm, place in places(run).items()}
     return {arm: Style(classes[arm], hollow=record.peer) for arm, record in run.arms.items()}
 
 
 def blame_bars(arm: str, blame: Blame, widest: float) -> Element:
-    """Draw a bar for each cause, from the middle to the right where it made the arm slower.
+    """Draw a bar for each cause of a change. Bars to the right are causes that made the arm slower.
 
     Args:
-        arm: its name.
-        blame: the causes.
-        widest: the change, in logarithms, whose bar reaches the end.
+        arm: name of the arm.
+        blame: the causes and their shares of the change.
+        widest: change with the longest possible bar, as a natural logarithm.
     """
     width, height, middle, reach = 300, 17, 178, 62
     parts: list[Element] = []
@@ -62,7 +63,7 @@ def blame_bars(arm: str, blame: Blame, widest: float) -> Element:
 
 
 def speedup_scale(run: RunFile, speedups: Mapping[str, Estimate], predicted: Mapping[str, float]) -> Scale:
-    """Make the scale that all speedups of a run share, with their intervals, predictions and the A/A floor."""
+    """Return one scale for all speedups of a run, their intervals and predictions, and the A/A floor."""
     ends = [end for speedup in speedups.values() for end in (speedup.low, speedup.high)]
     floor = run.header.floor
     ratios = [*ends, *predicted.values(), math.exp(floor), math.exp(-floor)]
@@ -79,18 +80,18 @@ def interval(name: str, speedup: Estimate, predicted: float, floor: float, scale
     """Draw a speedup with its interval, the prediction, and the A/A floor.
 
     Args:
-        name: of the arm and its baseline.
-        speedup: over its baseline; nan if no output was right.
-        predicted: the same without overhead; nan if it is not known.
+        name: names of the arm and its baseline.
+        speedup: speedup over the baseline; nan without a correct output.
+        predicted: predicted speedup, without overhead; nan if unknown.
         floor: the A/A floor, as a ratio.
-        scale: of ratios.
-        style: of the arm.
+        scale: scale of the speedups.
+        style: style of the arm.
     """
     height, left, right = INTERVAL_HEIGHT, scale(1 / floor), scale(floor)
     parts = [rectangle(left, 0, right - left, height, "band")]
     parts += [line(scale(tick), 0, scale(tick), height, "axis") for tick in scale.ticks if tick != 1]
     parts.append(line(scale(1.0), 0, scale(1.0), height, "one"))
-    description = "no speedup: no output was right"
+    description = "no speedup: no output was correct"
     if math.isfinite(predicted):
         parts.append(line(scale(predicted), 9, scale(predicted), height - 9, "promise"))
     if math.isfinite(speedup.value):
@@ -104,13 +105,13 @@ def interval(name: str, speedup: Estimate, predicted: float, floor: float, scale
 
 
 def acceptance(run: RunFile, arm: str, longest: int, style: Style) -> Element:
-    """Draw the share of steps by accepted proposals, and the share of proposals accepted by position.
+    """Draw the share of steps by number of accepted proposals, and the share of proposals accepted by position.
 
     Args:
-        run: that the arm is of.
-        arm: its name.
-        longest: draft that the scales reach to.
-        style: of the arm.
+        run: run of the arm.
+        arm: name of the arm.
+        longest: length of the longest draft, at which the scales end.
+        style: style of the arm.
     """
     top, bottom, width = 10.0, 96.0, 116.0
     left_panel, right_panel = 36.0, 184.0
@@ -128,7 +129,7 @@ def acceptance(run: RunFile, arm: str, longest: int, style: Style) -> Element:
     for length, share in enumerate(steps):
         left = left_panel + slot * (length + 0.15)
         parts.append(rectangle(left, y(share), slot * 0.7, bottom - y(share), "mark"))
-    every = math.ceil((longest + 1) / 9)
+    every = math.ceil((longest + 1) / (width // letters(len(str(longest)) + 1)))
     parts += [
         text(left_panel + slot * (length + 0.5), bottom + 13, str(length), text_anchor="middle")
         for length in range(0, longest + 1, every)
@@ -150,11 +151,11 @@ def acceptance(run: RunFile, arm: str, longest: int, style: Style) -> Element:
 
 
 def load_curves(curves: Mapping[str, Mapping[int, Estimate]], looks: Mapping[str, Style]) -> Element:
-    """Draw the speedup against concurrency, with its intervals: a line for each speculating arm.
+    """Draw the speedup against concurrency, with its intervals: a line for each drafting arm.
 
     Args:
-        curves: of each arm the speedups by concurrency; nan where one is not known.
-        looks: the style of each arm.
+        curves: speedups of each arm by concurrency; nan if unknown.
+        looks: style of each arm.
     """
     width, bottom, top = 300.0, 150.0, 10.0
     numbers = sorted({number for speedups in curves.values() for number in speedups})
@@ -167,7 +168,7 @@ def load_curves(curves: Mapping[str, Mapping[int, Estimate]], looks: Mapping[str
     parts.append(line(x.start, y(1.0), x.end, y(1.0), "one"))
     said = []
     for place, (name, speedups) in enumerate(known.items()):
-        # Beside each other, so that no interval hides another.
+        # Shifted sideways, so that no interval hides another.
         beside = 4.0 * (place - (len(known) - 1) / 2)
         points = {number: (x(number) + beside, y(speedup.value)) for number, speedup in speedups.items()}
         whiskers = [line(points[n][0], y(s.low), points[n][0], y(s.high), "whisker") for n, s in speedups.items()]
@@ -178,14 +179,14 @@ def load_curves(curves: Mapping[str, Mapping[int, Estimate]], looks: Mapping[str
 
 
 def course(name: str, runs: Sequence[RunFile], speedups: Sequence[Estimate], least: float, style: Style) -> Element:
-    """Draw an arm's speedup, run by run, with its intervals.
+    """Draw an arm's speedup in each run, with its intervals.
 
     Args:
-        name: of the arm and its baseline.
-        runs: the oldest first.
-        speedups: in each of them; nan where it is not known.
-        least: the logarithm that the scale spans at least.
-        style: of the arm.
+        name: names of the arm and its baseline.
+        runs: the runs, the oldest first.
+        speedups: speedup in each run; nan if unknown.
+        least: smallest span of the scale, as a natural logarithm.
+        style: style of the arm.
     """
     known = [(i, speedup) for i, speedup in enumerate(speedups) if math.isfinite(speedup.value)]
     ends = [end for _, speedup in known for end in (speedup.low, speedup.high)]

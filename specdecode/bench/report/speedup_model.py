@@ -1,4 +1,4 @@
-"""Two models of the speedup that a chain of drafts should give, to be compared with the measured one."""
+"""Two models of the speedup by chain drafts, to compare with the measured speedup."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Real = TypeVar("Real", float, Fraction)
 
 
 def acceptance(accepted: float, rejections: float) -> float:
-    """Estimate the probability that a proposal is accepted once those before it were; nan if none was ever judged.
+    """Estimate the probability that a proposal is accepted if all earlier ones were; nan without any judged proposal.
 
-    This is the maximum of the likelihood of a geometric distribution that is cut off at the end of the draft. A step
-    that accepts n proposals and rejects the next has probability alpha^n (1 - alpha), one that accepts all of its d has
-    alpha^d. Every proposal is taken for as likely as any other, as by both models below.
+    This is the maximum likelihood estimate of a geometric distribution that is cut off at the end of the draft. A step
+    that accepts n proposals and rejects the next has probability alpha^n (1 - alpha). A step that accepts all its d
+    proposals has probability alpha^d. As in both models below, alpha is the same for every proposal.
 
     Args:
-        accepted: proposals, summed over the steps.
-        rejections: steps that rejected one.
+        accepted: accepted proposals, summed over the steps.
+        rejections: number of steps that rejected a proposal.
     """
     judged = accepted + rejections
     return accepted / judged if judged > 0 else math.nan
 
 
 def expected_tokens(acceptance: Real, depth: int) -> Real:
-    """Compute the tokens that a step commits on average: (1 - alpha^(K+1)) / (1 - alpha), or K + 1 where alpha is 1.
+    """Compute the mean number of tokens of a step: (1 - alpha^(K+1)) / (1 - alpha), or K + 1 if alpha is 1.
 
-    Leviathan et al. 2023, equation 1, summed up from the end: one token is certain, and if the first proposal is
-    accepted there come those of a draft that is one shorter.
+    Leviathan et al. 2023, equation 1, summed from the end: one token is certain. If the first proposal is accepted, the
+    tokens of a draft that is one shorter follow.
     """
     tokens = 1 + 0 * acceptance
     for _ in range(depth):
@@ -47,28 +47,28 @@ def expected_tokens(acceptance: Real, depth: int) -> Real:
 def study_speedup(acceptance: Real, depth: int, draft: Real) -> Real:
     """Compute the approximation of the study that this package follows: (1 + K alpha) / (1 + K T_draft / T_target).
 
-    It counts every proposal as accepted with probability alpha, also behind one that was rejected: it promises too
-    much, and the more the longer the draft is. And it takes a forward over K + 1 tokens to cost no more than over one.
+    It counts every proposal as accepted with probability alpha, even after a rejected one. So it is too large, and more
+    so for longer drafts. It also assumes that a forward over K + 1 tokens costs no more than over one.
 
     Args:
-        acceptance: alpha, of one proposal.
-        depth: K, proposals a step.
-        draft: seconds to propose one token, in units of a plain token's.
+        acceptance: alpha, the probability that one proposal is accepted.
+        depth: K, proposals per step.
+        draft: seconds to propose one token, divided by the seconds of plain decoding per token.
     """
     return (1 + depth * acceptance) / (1 + depth * draft)
 
 
 def chain_speedup(acceptance: Real, depths: Sequence[int], draft: Real, verify: Real) -> Real:
-    """Compute expected tokens over expected time, for drafts of the depths that really occurred.
+    """Compute expected tokens over expected time, for the measured depths of drafts.
 
-    With all drafts K deep and `verify` 1 it is Theorem 3.8 of Leviathan et al. 2023; measured costs take the place of
-    its assumption that a wide forward costs as much as a narrow one. Overhead is left out.
+    If all drafts are K deep and `verify` is 1, this is Theorem 3.8 of Leviathan et al. 2023. Measured costs replace the
+    theorem's assumption that a wide forward costs as much as a narrow one. Overhead is left out.
 
     Args:
-        acceptance: alpha, of one proposal.
-        depths: entry d counts the steps whose draft was d tokens deep.
-        draft: seconds to propose one token, in units of a plain token's.
-        verify: seconds of a step's target forward, in the same units.
+        acceptance: alpha, the probability that one proposal is accepted.
+        depths: entry d is the number of steps with a draft of depth d.
+        draft: seconds to propose one token, divided by the seconds of plain decoding per token.
+        verify: seconds of a step's target forward, in the same unit.
     """
     nothing = 0 * acceptance
     tokens = sum((count * expected_tokens(acceptance, depth) for depth, count in enumerate(depths)), start=nothing)
@@ -77,15 +77,15 @@ def chain_speedup(acceptance: Real, depths: Sequence[int], draft: Real, verify: 
 
 @dataclass(frozen=True, slots=True)
 class Modelled:
-    """An arm's speedup over its baseline, by the models and as it is.
+    """The speedup of an arm over its baseline, modelled and measured.
 
     Attributes:
-        arm: its name.
-        k: proposals a step, at most.
-        acceptance: see `acceptance`.
-        study, exact: by the two models above, with what this arm accepted and with its own costs.
-        steps: from the measured steps, see `RunFile.predicted_speedup`: with the tokens that they really gave.
-        measured: with everything.
+        arm: name of the arm.
+        k: most proposals per step.
+        acceptance: estimate of alpha, see `acceptance`.
+        study, exact: speedups by the two models above, with this arm's acceptance and costs.
+        steps: speedup from the measured steps and their tokens, without overhead: see `RunFile.predicted_speedup`.
+        measured: measured speedup, overhead included.
     """
 
     arm: str
@@ -98,9 +98,9 @@ class Modelled:
 
 
 def modelled(run: RunFile) -> dict[str, list[Modelled]]:
-    """Return the chains of a run that differ in nothing but K, by the name that they share, in the order of K.
+    """Return the chain arms of a run that differ only in K, by the name that they share, sorted by K.
 
-    Left out are arms without a right output, and files that tell neither settings nor rejections.
+    Arms without a correct output are left out. Files without settings or rejections have no such arms.
     """
     arms = [arm for arm, record in run.arms.items() if _is_chain(run, arm) and record.rows and not record.bugs]
     families = {}
@@ -148,7 +148,7 @@ def _modelled(run: RunFile, arm: str) -> Modelled | None:
 
 
 def _later_step_s(record: ArmRecord) -> _StepSeconds | None:
-    """Return the seconds of a step, of those after the first, which carries the prompt; None if they are not known."""
+    """Return the mean seconds of a step, except the first, which also reads the prompt; None if unknown."""
     counts, seconds = record.counts(), record.seconds()
     steps = counts.steps - counts.runs
     draft, verify = ratio(seconds.later_draft, steps), ratio(seconds.later_verify, steps)
@@ -156,7 +156,7 @@ def _later_step_s(record: ArmRecord) -> _StepSeconds | None:
 
 
 class _StepSeconds(NamedTuple):
-    """The mean seconds that a step drafts and verifies."""
+    """The mean seconds of drafting and of verifying in a step."""
 
     draft: float
     verify: float

@@ -1,4 +1,4 @@
-"""Draw charts as SVG inside HTML pages: scales, axes, lines and marks in the colours of `page.css`."""
+"""SVG charts inside HTML pages: scales, axes, lines and marks in the colours of `page.css`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from specdecode.bench.report.elements import Element, element
 
 
 class Style(NamedTuple):
-    """How a series looks in every chart.
+    """The look of a series in every chart.
 
     Attributes:
         colour: a class of `page.css`: "c0" and so on, or "plain".
-        hollow: marks are not filled.
-        square: marks are squares, in place of dots.
-        dash: of lines, as SVG spells it; empty for a solid line.
-        opacity: of lines and marks, from 0 to 1.
+        hollow: whether marks are unfilled.
+        square: whether marks are squares instead of dots.
+        dash: dash pattern of lines, in SVG's notation; empty for a solid line.
+        opacity: opacity of lines and marks, from 0 to 1.
     """
 
     colour: str
@@ -30,10 +30,10 @@ class Style(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Map values to places in a drawing.
+    """A map from values to places in a drawing.
 
     Attributes:
-        transform: rising function that is applied first: a logarithm, for instance.
+        transform: increasing function that is applied first, such as a logarithm.
         low, high: transformed values at the ends.
         start, end: places of the ends.
         ticks: round values between the ends.
@@ -52,17 +52,17 @@ class Scale:
 
 
 def linear_scale(low: float, high: float, start: float, end: float) -> Scale:
-    """Make a scale of equal steps from `low` to `high`."""
+    """Return a linear scale from `low` to `high`."""
     return Scale(float, low, high, start, end, _multiples(low, high))
 
 
 def log_scale(ratios: Iterable[float], start: float, end: float, least: float) -> Scale:
-    """Make a logarithmic scale that holds all finite ratios.
+    """Return a logarithmic scale that includes all finite ratios.
 
     Args:
-        ratios: above 0.
+        ratios: values above 0.
         start, end: places of its ends.
-        least: the logarithm that it spans at least.
+        least: smallest span of the scale, as a natural logarithm.
     """
     logs = [math.log(ratio) for ratio in ratios if math.isfinite(ratio)]
     middle = (max(logs) + min(logs)) / 2
@@ -79,12 +79,12 @@ def log_scale(ratios: Iterable[float], start: float, end: float, least: float) -
 
 
 def log_scale_with_zero(high: float, start: float, end: float, threshold: float) -> Scale:
-    """Make a scale from 0 to `high` that is linear below a threshold and logarithmic above it (an inverse sinh).
+    """Return a scale from 0 to `high` that is linear below a threshold and logarithmic above it (an inverse sinh).
 
     Args:
-        high: above the threshold.
+        high: largest value, above the threshold.
         start, end: places of its ends.
-        threshold: above 0.
+        threshold: a value above 0.
     """
 
     def transform(value: float) -> float:
@@ -105,14 +105,14 @@ def _multiples(low: float, high: float) -> list[float]:
 def drawing(
     width: float, height: float, name: str, description: str, *parts: Element, colour: str = "plain"
 ) -> Element:
-    """Make an SVG that says in words what it shows.
+    """Return an SVG element with its content in words, for screen readers.
 
     Args:
-        width, height: in pixels at full size.
-        name: of the chart.
-        description: what is drawn, in figures.
-        parts: elements.
-        colour: of marks and lines that are in no group.
+        width, height: size in pixels, unscaled.
+        name: name of the chart.
+        description: the drawn values, in words.
+        parts: elements of the drawing.
+        colour: class of `page.css` for marks and lines outside of groups.
     """
     return element(
         "svg",
@@ -131,9 +131,9 @@ def axes(x: Scale, y: Scale, x_ticks: Iterable[tuple[float, str]], x_name: str, 
 
     Args:
         x, y: the scales; the lower end of y is its `start`.
-        x_ticks: places and their names.
-        x_name: what goes from left to right.
-        y_format: of the values at the ticks.
+        x_ticks: places and names of the ticks of x.
+        x_name: name of the x axis.
+        y_format: format of the values at the ticks of y.
     """
     parts = [line(x.start, y(tick), x.end, y(tick), "axis") for tick in y.ticks]
     parts += [text(x.start - 6, y(tick) + 4, format(tick, y_format), text_anchor="end") for tick in y.ticks]
@@ -142,12 +142,12 @@ def axes(x: Scale, y: Scale, x_ticks: Iterable[tuple[float, str]], x_name: str, 
 
 
 def series(style: Style, *parts: Element) -> Element:
-    """Group what belongs to one series, in its colour."""
+    """Group the elements of one series, in its colour."""
     return element("g", *parts, class_=style.colour, opacity=f"{style.opacity:g}")
 
 
 def text(x: float, y: float, content: str, **attributes: object) -> Element:
-    """Write at a place."""
+    """Write a text at a place."""
     return element("text", content, x=rounded(x), y=rounded(y), **attributes)
 
 
@@ -171,23 +171,23 @@ def mark(x: float, y: float, style: Style, radius: float = 3.5) -> Element:
 
 
 def path(points: Sequence[tuple[float, float]], kind: str = "rule", dash: str = "") -> Element:
-    """Draw a line through places."""
+    """Draw a line through several places."""
     dashes = {"stroke_dasharray": dash} if dash else {}
     return element("polyline", points=" ".join(f"{rounded(x)},{rounded(y)}" for x, y in points), class_=kind, **dashes)
 
 
 def names(points: Mapping[str, tuple[float, float]], left: float, right: float) -> list[Element]:
-    """Write names beside points, the first ones first; a name that finds no room is left out.
+    """Write names beside points, the first names first. A name without free space is left out.
 
     Args:
-        points: places by their names.
-        left, right: between which names must stand.
+        points: places of the points, by name.
+        left, right: limits of the space for names.
     """
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points.values()]
     written = []
     for name, (x, y) in points.items():
         for across, up, anchor in _BESIDE:
-            width = _LETTER_WIDTH * len(name)
+            width = letters(len(name))
             start = x + across - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
             box = (start, y - up - _LETTER_HEIGHT, start + width, y - up + 2)
             overlaps = any(
@@ -200,7 +200,7 @@ def names(points: Mapping[str, tuple[float, float]], left: float, right: float) 
     return written
 
 
-# Where a name may stand: how far, in pixels, to the right of its point and above it, and which part of it stands there.
+# Offsets of a name from its point: to the right and up, in pixels, and the part of the name that is placed there.
 _BESIDE = (
     *((7.0, 6.0, "start"), (8.0, -4.0, "start"), (0.0, 9.0, "middle"), (-8.0, -4.0, "end")),
     *((0.0, -17.0, "middle"), (-7.0, 6.0, "end"), (7.0, -15.0, "start"), (-7.0, -15.0, "end")),
@@ -208,14 +208,19 @@ _BESIDE = (
 _LETTER_WIDTH, _LETTER_HEIGHT = 6.2, 10.0
 
 
+def letters(count: int) -> float:
+    """Return the width of so many letters of a chart, in pixels."""
+    return _LETTER_WIDTH * count
+
+
 def swatch(style: Style) -> Element:
-    """Make the mark of a series that stands beside its name."""
+    """Return the mark of a series, to be placed beside its name."""
     background = "transparent" if style.hollow else "currentColor"
     return element("span", class_=f"swatch {style.colour}", style=f"background: {background}")
 
 
 def legend(entries: Mapping[str, Style]) -> Element:
-    """Make a list of lines with their marks, and the names of what they stand for."""
+    """Return a legend: a list of lines with marks, each with its name."""
     items = []
     for name, style in entries.items():
         key = [path([(0, 6), (28, 6)], dash=style.dash), mark(14, 6, style, 3)]
@@ -225,11 +230,11 @@ def legend(entries: Mapping[str, Style]) -> Element:
 
 
 def card(heading: Sequence[Element | str], chart: Element, more: str = "") -> Element:
-    """Make a card with a heading, a chart, and a sentence between them."""
+    """Return a card with a heading, a chart, and a sentence between them."""
     between = [element("p", more)] if more else []
     return element("figure", element("h3", *heading), *between, chart, class_="card")
 
 
 def rounded(place: float) -> str:
-    """Write a place with as many digits as a pixel has."""
+    """Return a place in pixels as text, with one decimal."""
     return f"{place:.1f}"

@@ -14,108 +14,99 @@ from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import (
     cells,
+    columns,
     drafts,
     failing_first,
     label,
     notes,
     one_line,
+    output_column,
     outputs,
     percent,
     proposes,
 )
 from specdecode.bench.report.grid import Column, Grid, rich_table
-from specdecode.bench.report.load import LOAD, by_concurrency, losses
+from specdecode.bench.report.load import by_concurrency, losses
 from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.names import PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, RunFile
 
 
 def verdicts(judgements: Sequence[Judgement], what: str = "arm") -> Grid:
-    """Make one row for each verdict on what has a name, the failing ones first."""
-    columns = [*(Column(name, figures=False) for name in ("verdict", what, "of")), Column("why", False, True)]
-    return Grid(columns, [[j.verdict.value, j.arm, j.gate, j.reason] for j in failing_first(judgements)])
+    """Return a table with one row for each verdict, failing ones first. `what` heads the column of names."""
+    heads = [*(Column(name, figures=False) for name in ("verdict", what, "of")), Column("why", False, True)]
+    return Grid(heads, [[j.verdict.value, j.arm, j.gate, j.reason] for j in failing_first(judgements)])
 
 
 def speeds(run: RunFile) -> Grid:
-    """Make one row for each arm: throughput, speedups with intervals, latency, acceptance, check of the output."""
-    measured = {
-        "throughput": Column("tokens/s"),
-        "speedup": Column(f"speedup over {run.header.baseline}"),
-        "over_hf": Column(f"over {PEER_BASELINE}"),
-        "predicted_speedup": Column("predicted", breaks=True),
-        "ttft_s": Column("TTFT ms", breaks=True),
-        "tpot_s": Column("TPOT ms", breaks=True),
-        "mean_acceptance_length": Column("τ", breaks=True),
-        "acceptance_rate": Column("accepted", breaks=True),
-        "roofline_share": Column("roofline", breaks=True),
-        "self_ppl": Column("self PPL", breaks=True),
-        "repetition": Column("repeats", breaks=True),
-    }
-    if PEER_BASELINE not in run.arms:
-        del measured["over_hf"]
+    """Build one row for each arm: throughput, speedups with intervals, latency, acceptance, check of the output."""
+    measured = ["throughput", "speedup", "over_hf", "predicted_speedup", "ttft_s", "tpot_s", "mean_acceptance_length"]
+    measured += ["acceptance_rate", "roofline_share", "self_ppl", "repetition"]
+    known = _known(run, measured)
+    heads = [Column("arm", figures=False), *columns(run, known), output_column(run)]
+    return Grid(heads, [[label(run, arm), *cells(run, arm, known), outputs(run, arm)] for arm in run.arms])
+
+
+def _known(run: RunFile, measures: Sequence[str]) -> list[str]:
+    """Return the measures without those that the run lacks: transformers' arm, or the scores of outputs."""
+    missing = set() if PEER_BASELINE in run.arms else {"over_hf"}
     if all(run.measures(arm).self_ppl is None for arm in run.arms):
-        del measured["self_ppl"], measured["repetition"]
-    columns = [Column("arm", figures=False), *measured.values(), Column("output", figures=False)]
-    return Grid(columns, [[label(run, arm), *cells(run, arm, list(measured)), outputs(run, arm)] for arm in run.arms])
+        missing |= {"self_ppl", "repetition"}
+    return [measure for measure in measures if measure not in missing]
 
 
 def by_part(run: RunFile) -> Grid:
-    """Make one row for each arm, task and length of the output; none if there is one task and one length alone."""
-    measured = {
-        "throughput": Column("tokens/s"),
-        "speedup": Column(f"speedup over {run.header.baseline}"),
-        "over_hf": Column(f"over {PEER_BASELINE}"),
-        "ttft_s": Column("TTFT ms"),
-        "tpot_s": Column("TPOT ms"),
-        "mean_acceptance_length": Column("τ"),
-        "acceptance_rate": Column("accepted"),
-        "peak_cache_bytes": Column("KV MB"),
-        "grown_bytes": Column("growth MB"),
-        "compressions": Column("evictions"),
-        "self_ppl": Column("self PPL"),
-        "repetition": Column("repeats"),
-    }
-    if PEER_BASELINE not in run.arms:
-        del measured["over_hf"]
-    heads = [Column("task", False), Column("prompts"), Column("tokens"), Column("arm", False)]
-    columns = [*heads, *measured.values()]
+    """Build one row for each arm, task and output length; none if there is only one task and one length."""
+    measured = ["throughput", "speedup", "over_hf", "ttft_s", "tpot_s", "mean_acceptance_length", "acceptance_rate"]
+    measured += ["peak_cache_bytes", "grown_bytes", "compressions", "self_ppl", "repetition"]
+    known = _known(run, measured)
+    heads = [Column("task", False), Column("prompts"), Column("tokens"), Column("arm", False), *columns(run, known)]
     tasks = run.tasks
     if len(tasks) * len(run.lengths) == 1:
-        return Grid(columns, [])
+        return Grid(heads, [])
     rows = []
     for (task, prompts), length in product(tasks.items(), run.lengths):
         part = run.with_prompts(prompts).at(length)
         for arm in part.arms:
             if part.arms[arm].rows:
                 about = [task, str(len(prompts)), str(length), label(part, arm)]
-                rows.append([*about, *cells(part, arm, list(measured))])
-    return Grid(columns, rows)
+                rows.append([*about, *cells(part, arm, known)])
+    return Grid(heads, rows)
 
 
 def acceptance(run: RunFile) -> Grid:
-    """Make one row for each arm that drafts: of the proposals at each position, the share that was accepted."""
+    """Build one row for each drafting arm: the share of proposals accepted at each position."""
     shares = {arm: record.acceptance_by_position() for arm, record in run.arms.items() if drafts(record)}
     depth = max(map(len, shares.values()), default=0)
-    columns = [Column("accepted at position", figures=False), *(Column(str(at + 1)) for at in range(depth))]
+    about = "share of the drafts that reach a position whose proposal there was accepted"
+    heads = [Column("accepted at position", figures=False, about=about)]
+    heads += [Column(str(at + 1)) for at in range(depth)]
     rows = [[label(run, arm), *map(percent, row), *[""] * (depth - len(row))] for arm, row in shares.items()]
-    return Grid(columns, rows)
+    return Grid(heads, rows)
 
 
 def by_model(run: RunFile) -> Grid:
-    """Make one row for each chain that has others like it but for K: its speedup by two models, and as measured."""
-    columns = [Column("by the model", figures=False)]
-    columns += map(Column, ("K", "alpha", "study's", "exact", "from steps", "measured"))
+    """Build one row for each chain arm that differs from another only in K: speedups by two models and measured."""
+    heads = [
+        Column("by the model", figures=False),
+        Column("K", about="proposals per step, at most"),
+        Column("alpha", about="probability that a proposal is accepted if all earlier ones were"),
+        Column("study's", about="the study's approximation, (1 + K alpha) / (1 + K T_draft / T_target)"),
+        Column("exact", about="the expectation of a chain (Leviathan et al. 2023), with the measured depths and costs"),
+        Column("from steps", about="from the measured tokens and times of the steps, without overhead"),
+        Column("measured", about="the speedup, overhead included"),
+    ]
     rows = []
     for row in chain.from_iterable(modelled(run).values()):
         speedups = [f"{row.study:.2f}", f"{row.exact:.2f}", f"{row.steps:.2f}", f"{row.measured}"]
         rows.append([label(run, row.arm), str(row.k), percent(row.acceptance), *speedups])
-    return Grid(columns, rows)
+    return Grid(heads, rows)
 
 
 def limits(run: RunFile) -> Grid:
-    """Make one row for each arm that drafts: its speedup over its baseline, split into factors by `blame`.
+    """Build one row for each drafting arm: its speedup over its baseline, split into factors by `blame`.
 
-    A step's time has a column of its own, for the arms whose parts of a step nobody timed.
+    For arms without times of a step's parts, the time of the whole step is one factor, in a column of its own.
     """
     splits = {}
     for arm, record in run.arms.items():
@@ -129,35 +120,39 @@ def limits(run: RunFile) -> Grid:
     for arm, shares in splits.items():
         factors = [f"{math.exp(-shares[cause]):.2f}" if cause in shares else "" for cause in causes]
         rows.append([label(run, arm), *factors, f"{math.exp(-sum(shares.values())):.2f}"])
-    return Grid([Column("what limits it", figures=False), *map(Column, (*causes, "all"))], rows)
+    about = "factors of the speedup over the baseline, of all tokens together; 0.80 costs a fifth of the speed"
+    heads = [Column("what limits it", figures=False, about=about)]
+    heads += [Column(cause, about=_CAUSES.get(cause, "")) for cause in causes]
+    return Grid([*heads, Column("all", about="the product of the factors")], rows)
+
+
+_CAUSES = {
+    "acceptance length": "steps that accepted proposals save",
+    "time a step": "where the parts of a step were not timed",
+} | dict.fromkeys(PARTS, "its time in a step")
+"""The explanations of the columns of `limits`."""
 
 
 def memory(run: RunFile) -> Grid:
-    """Make one row for each arm of ours: the memory of its weights, of its cache and of all that comes and goes."""
-    measured = {
-        "weight_bytes": "weights MB",
-        "peak_cache_bytes": "KV MB",
-        "grown_bytes": "growth MB",
-        "compressions": "evictions",
-        "peak_bytes": "peak MB",
-    }
-    rows = [[label(run, arm), *row] for arm in run.arms if any(row := cells(run, arm, list(measured)))]
-    return Grid([Column("arm", figures=False), *map(Column, measured.values())], rows)
+    """Build one row for each arm of this package: memory of its weights and its cache, and its peak memory."""
+    measured = ["weight_bytes", "peak_cache_bytes", "grown_bytes", "compressions", "peak_bytes"]
+    rows = [[label(run, arm), *row] for arm in run.arms if any(row := cells(run, arm, measured))]
+    return Grid([Column("arm", figures=False), *columns(run, measured)], rows)
 
 
 def past_speedups(run: RunFile, past: History) -> Grid:
-    """Make one row for each run that was the baseline, and this one last: every arm's speedup."""
-    columns = [Column(name, figures=False) for name in ("date", "commit", "reason")]
+    """Build one row for each former baseline, and a last one for this run: the speedup of every arm."""
+    heads = [Column(name, figures=False) for name in ("date", "commit", "reason")]
     rows = [
         [then.date, then.commit, then.reason if then is not run else "this run"]
         + [f"{then.speedup(arm)}" if arm in then.arms and then.arms[arm].rows else "" for arm in run.arms]
         for then in past.until(run)
     ]
-    return Grid([*columns, *(Column(label(run, arm)) for arm in run.arms)], rows)
+    return Grid([*heads, *(Column(label(run, arm)) for arm in run.arms)], rows)
 
 
 def surroundings(run: RunFile) -> list[Grid]:
-    """Show what times depend on besides the code: hardware and versions, and what may change while a run lasts."""
+    """Return tables of influences on times besides the code: hardware, versions, and conditions that may change."""
     versions = [["hardware", run.header.identity.hardware]]
     versions += [[name, str(value)] for name, value in run.header.versions.items()]
     reached: dict[str, str] = {}
@@ -176,22 +171,25 @@ def surroundings(run: RunFile) -> list[Grid]:
 
 
 def speed_table(run: RunFile) -> Table:
-    """Make the table of speeds for a terminal."""
-    table = rich_table(speeds(run))
-    table.caption, table.caption_justify = Text("\n".join(notes(run))), "left"
-    return table
+    """Return the table of speeds for a terminal."""
+    return _with_caption(speeds(run), notes(run))
 
 
 def load_table(run: RunFile) -> Table | None:
-    """Make the table by concurrency for a terminal; None where no arms differ in it alone."""
+    """Return the table by concurrency for a terminal; None if no arms differ only in concurrency."""
     grid = by_concurrency(run)
     if not grid.rows:
         return None
+    return _with_caption(grid, losses(run))
+
+
+def _with_caption(grid: Grid, sentences: Sequence[str]) -> Table:
+    """Return a table for a terminal, with the explanations of its columns and further sentences below it."""
     table = rich_table(grid)
-    table.caption, table.caption_justify = Text("\n".join([LOAD, *losses(run)])), "left"
+    table.caption, table.caption_justify = Text("\n".join([grid.explanations, *sentences])), "left"
     return table
 
 
 def verdict_table(judgements: Sequence[Judgement]) -> Table:
-    """Make the table of verdicts for a terminal."""
+    """Return the table of verdicts for a terminal."""
     return rich_table(verdicts(judgements))

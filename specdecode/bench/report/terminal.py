@@ -11,7 +11,7 @@ _TABLE_WIDTH = 145  # characters
 
 
 def rendered(show: Callable[[Console], None], colours: bool, encoding: str) -> str:
-    """Return what is shown; characters that the encoding lacks become "?", and those of tables' frames others."""
+    """Return the shown text. Characters that the encoding lacks become "?"; table frames get simpler ones."""
     content = io.BytesIO()
     with io.TextIOWrapper(content, encoding, errors="replace", newline="\n") as text:
         show(Console(file=text, width=_TABLE_WIDTH, force_terminal=colours))

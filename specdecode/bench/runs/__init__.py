@@ -1,1 +1,1 @@
-"""Runs as they are kept: records, their files, their statistics. Nothing here imports torch."""
+"""Stored runs: records, their files and their statistics. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""What is counted and timed in runs: values by name, added up field by field."""
+"""Counts and seconds of runs: values by name, summed field by field."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     Values = TypeVar("Values", bound=DataclassInstance)
 
 
-# Others are divided by these. The key of the metadata is "least".
+# Bounds of divisors: the least value of a field in files.
 _AT_LEAST_ONE = {"least": 1}
 _AT_LEAST_A_TICK = {"least": LEAST_SECONDS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Counts of one run. A field is None where nobody counted: a peer has steps alone, older files lack some.
+    """Counts of one run. A field that was not counted is None: a peer has only steps, and older files lack some.
 
     Attributes:
         steps: number of steps, target forwards that committed tokens.
@@ -32,13 +32,13 @@ class Counts:
         accepted: number of proposals kept.
         rejections: number of steps that rejected a proposal.
         cache_bytes: bytes of KV at the end.
-        peak_cache_bytes: bytes of KV at most.
-        grown_bytes: bytes by which the most KV is more than after the first step.
+        peak_cache_bytes: peak bytes of KV.
+        grown_bytes: peak bytes of KV minus the bytes after the first step.
         attended_bytes: bytes of KV that were read, over all steps.
         compressions: number of evictions carried out.
-        later_tokens: number of tokens after the first step, which carries the prompt.
+        later_tokens: number of tokens after the first step, which processes the prompt.
         ngrams: number of 4-grams of the output.
-        repeated: number of 4-grams that stood in the output before.
+        repeated: number of 4-grams that occurred earlier in the output.
         nll: negative log likelihood of the output under the target, in nats.
     """
 
@@ -65,8 +65,8 @@ class RowCounts(Counts):
 
     Attributes:
         runs: number of runs.
-        tokens: number of tokens that they wrote.
-        agreed: number of tokens before an output leaves that of the arm's baseline.
+        tokens: number of tokens of their outputs.
+        agreed: number of tokens before an output first differs from the baseline's.
     """
 
     runs: float = field(metadata=_AT_LEAST_ONE)
@@ -76,13 +76,13 @@ class RowCounts(Counts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seconds:
-    """Seconds of the parts of one run; None for a peer, whose parts nobody times.
+    """Seconds of the parts of one run; None for a peer, whose parts are not timed.
 
     Attributes:
-        draft: seconds of drafting. With those of verifying and of overhead they make up the whole run.
-        verify: seconds of the target's forwards, with the acceptance of what they verify.
-        overhead: seconds of the rest.
-        later_draft: seconds of drafting after the first step, which carries the prompt.
+        draft: seconds of drafting. The seconds of drafting, verifying and overhead add up to the whole run.
+        verify: seconds of the target's forwards and of accepting proposals.
+        overhead: other seconds.
+        later_draft: seconds of drafting after the first step, which processes the prompt.
         later_verify: seconds of verifying after the first step.
     """
 
@@ -100,7 +100,7 @@ class RowSeconds(Seconds):
     Attributes:
         total: seconds of the whole runs.
         ttft: seconds to the first committed tokens.
-        last: seconds of the second run in each block, of an arm that others are compared with.
+        last: seconds of the second run in each block, for a baseline of other arms.
     """
 
     total: float = field(metadata=_AT_LEAST_A_TICK)
@@ -110,7 +110,7 @@ class RowSeconds(Seconds):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histograms:
-    """Numbers of steps: entry n counts the steps with the value n. Empty for a peer.
+    """Histograms of steps: entry n is the number of steps with the value n. Empty for a peer.
 
     Attributes:
         accepted: number of steps by accepted length.
@@ -123,11 +123,11 @@ class Histograms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latencies:
-    """Seconds of each request to a server. Empty where nobody asked one.
+    """Seconds of each request to a server. Empty for arms without a server.
 
     Attributes:
-        ttft: from the request to the first tokens.
-        tpot: per token after the first.
+        ttft: seconds from the request to the first tokens.
+        tpot: seconds per token after the first.
     """
 
     ttft: list[float] = field(default_factory=list)
@@ -135,7 +135,7 @@ class Latencies:
 
 
 def all_latencies(parts: Iterable[Latencies]) -> Latencies:
-    """Put latencies one behind the other."""
+    """Concatenate latencies."""
     parts = list(parts)
     return Latencies(
         **{entry.name: [value for part in parts for value in getattr(part, entry.name)] for entry in fields(Latencies)}
@@ -143,17 +143,17 @@ def all_latencies(parts: Iterable[Latencies]) -> Latencies:
 
 
 def latencies_in(entry: Mapping[str, Any]) -> Latencies:
-    """Take an entry's latencies, none of them negative; older ones have none.
+    """Return an entry's latencies, none of them negative; they are empty for older entries.
 
     Raises:
-        ValueError: a value cannot be.
+        ValueError: a value is invalid.
     """
     values = mapping(entry.get("latencies", {}), "latencies")
     return from_dict(Latencies, {name: numbers(value, name, 0.0) for name, value in values.items()})
 
 
 def total(kind: type[Values], parts: Iterable[Values]) -> Values:
-    """Sum counts or seconds, field by field, from nought. A field that one of the parts lacks is None."""
+    """Sum counts or seconds, field by field, from 0. A field is None in the sum if it is None in any part."""
     parts = list(parts)
     columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(kind)}
     return kind(**{name: None if None in column else sum(column) for name, column in columns.items()})
@@ -169,7 +169,7 @@ def total_histograms(parts: Iterable[Histograms]) -> Histograms:
 
 
 def as_dict(values: DataclassInstance) -> dict[str, Any]:
-    """Return the known fields by name, those of nested values among them."""
+    """Return the known fields by name, including the fields of nested dataclasses."""
     known: dict[str, Any] = {}
     for entry in fields(values):
         value = getattr(values, entry.name)
@@ -181,10 +181,10 @@ def as_dict(values: DataclassInstance) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Values], values: Mapping[str, Any]) -> Values:
-    """Make what `as_dict` wrote; names of other versions are left out."""
+    """Build an instance from the result of `as_dict`. Names of other versions are left out."""
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
-    """Divide; None if either is not known, or the whole is nothing."""
+    """Return the part over the whole; None if either is unknown, or the whole is not positive."""
     return part / whole if part is not None and whole is not None and whole > 0 else None

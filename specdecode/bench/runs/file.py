@@ -1,4 +1,4 @@
-"""Run files: pytest-benchmark's own JSON with what a gate needs in it, written by the suite and read with suspicion."""
+"""Run files: pytest-benchmark's JSON with the data that a gate needs. Each value is checked when it is read."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from specdecode.support.checked import (
 )
 from specdecode.support.files import slug
 
-# pytest-benchmark's word for a folder that is no repository.
+# pytest-benchmark's commit id in a folder without a repository.
 _UNVERSIONED = "unversioned"
 
 FORMAT = 3
 KEY = "specdecode"
 
 MOST_LOG = 20
-"""No run is faster or slower than another by more than this, in logarithms: what says so is damaged."""
+"""Bound of the logarithms of speed ratios. A file with a value beyond it is damaged."""
 
 
 def run_json(run: RunFile) -> dict[str, Any]:
-    """Return what stands in the file under the key "specdecode".
+    """Return the value of the key "specdecode" in the file.
 
-    All arms that were measured are there, also those whose tests were not selected: others are compared with them.
+    It has all measured arms, also those whose tests were not selected: other arms are compared with them.
     """
     arms = {arm: _arm_json(record) for arm, record in run.arms.items()}
     header = {name: value for name, value in asdict(run.header).items() if value is not None}
@@ -82,16 +82,16 @@ def _rows_json(rows: Mapping[str, Row]) -> dict[str, Any]:
 
 
 def read(path: Path) -> RunFile:
-    """Read a run file, checked entry by entry: it may be cut off, of another version, or somebody else's.
+    """Read a run file, and check each entry. The file may be cut off, of another version, or foreign.
 
     Raises:
-        ValueError: it is not a run file that this version can judge; the sentence says why.
+        ValueError: the file is no run file, or this version cannot judge it; the message says why.
     """
     return parse(read_text(path), path)
 
 
 def parse(content: str, path: Path) -> RunFile:
-    """Read the text of a run file that is not on disk, an earlier revision; the path names it."""
+    """Read the text of a run file that is not on disk, such as an earlier revision. Messages name the path."""
     file = parse_json(content, path)
     try:
         head = mapping(mapping(file, "the file")[KEY], KEY)
@@ -131,7 +131,7 @@ def _header(head: dict[str, Any]) -> Header:
             when: {name: str(value) for name, value in mapping(condition, when).items()}
             for when, condition in conditions.items()
         },
-        # Older files do not have it.
+        # Older files lack these keys.
         baseline=text(head, "baseline") if "baseline" in head else BASELINE,
         until=number(head, "until", 0.0, 1.0) if "until" in head else None,
         left=count(head, "left") if "left" in head else 0,
@@ -148,10 +148,10 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
         against=None if entry["against"] is None else text(entry, "against"),
         baseline=text(entry, "baseline") if "baseline" in entry else None,
         lossy=flag(entry, "lossy"),
-        # Older files do not have the flag, and still older ones no options.
+        # Older files lack the flag, and still older files lack the options.
         peer=flag(entry, "peer", default="peer" in options or lacks_our_counts(rows)),
         counters_run=_counters_run(mapping(entry["rehearsal"], "rehearsal")),
-        # Older files do not have these.
+        # Older files lack these keys.
         timed=flag(entry, "timed", default=False),
         options=options,
         shorter={
@@ -166,7 +166,7 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
 
 
 def _length(key: str) -> int:
-    """Take a length of outputs, which as a key is text."""
+    """Return the length of outputs that a key stands for. Keys are text."""
     if not re.fullmatch("[1-9][0-9]{0,9}", key):
         raise ValueError(f"shorter has {key[:20]!r}, which is no length")
     return int(key)
@@ -203,7 +203,7 @@ def _row(row: dict[str, Any]) -> Row:
 
 
 def _sums(row: dict[str, Any], key: str, kind: type[RowCounts | RowSeconds]) -> dict[str, float]:
-    """Take sums of counts or of seconds, none of them less than its field says. Other versions' names are left out."""
+    """Return sums of counts or of seconds, each at least its field's bound. Names of other versions are left out."""
     values = mapping(row[key], key)
     return {
         field.name: number(values, field.name, field.metadata.get("least", 0.0))
@@ -213,7 +213,7 @@ def _sums(row: dict[str, Any], key: str, kind: type[RowCounts | RowSeconds]) -> 
 
 
 def _name(values: dict[str, Any], name: str) -> str:
-    """Take a part of a file's name: nothing in it may lead elsewhere."""
+    """Return a text of the identity. Parts of a file's path must be slugs, which cannot lead to another folder."""
     value = text(values, name)
     if name in ("hardware", "dtype", "preset") and value != slug(value):
         raise ValueError(f"{name} is {value!r}, which is no name")

@@ -11,17 +11,17 @@ _LESS_IS_BETTER, _MORE_IS_BETTER = {"sign": -1}, {"sign": +1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Measures that do not depend on the clock; None where they are not known.
+    """Measures that do not depend on the clock; None where unknown.
 
     Attributes:
         target_forwards_per_token: forwards of the target per token of output.
         draft_forwards_per_token: forwards of the draft model per token of output.
         mean_acceptance_length: tokens of output per step (tau).
         acceptance_rate: share of the proposed tokens that were kept, from 0 to 1.
-        cache_bytes: bytes of KV at the end of a run, the mean of the runs.
-        peak_cache_bytes: bytes of KV at most, the mean of the runs.
+        cache_bytes: bytes of KV at the end of a run, mean of the runs.
+        peak_cache_bytes: peak bytes of KV in a run, mean of the runs.
         attended_bytes_per_step: bytes of KV that a step reads.
-        compressions: evictions of a run, the mean of the runs.
+        compressions: evictions in a run, mean of the runs.
     """
 
     target_forwards_per_token: float | None = field(default=None, metadata=_LESS_IS_BETTER)
@@ -36,13 +36,14 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CountersRun:
-    """What the untimed counters run counts. These depend on the kind of device; a peer has none.
+    """Results of the untimed counters run. They depend on the kind of device; a peer has none.
 
     Attributes:
-        host_syncs_per_step: times that Python waits for a tensor's content; None on the backend "compile".
-        forwards_per_step: forwards of the target's modules, whoever calls them.
+        host_syncs_per_step: waits of Python for a tensor's content per step; None on the backend "compile" without a
+            GPU.
+        forwards_per_step: forwards of the target's modules per step, by any caller.
         weight_bytes: bytes of the target's weights.
-        peak_bytes: bytes of memory held at most, above the loaded weights.
+        peak_bytes: peak bytes of memory above the loaded weights.
     """
 
     host_syncs_per_step: float | None = field(default=None, metadata=_LESS_IS_BETTER)
@@ -54,11 +55,11 @@ class CountersRun:
 SIGNS: dict[str, int] = {
     counter.name: counter.metadata["sign"] for kind in (Counters, CountersRun) for counter in fields(kind)
 }
-"""Of each counter: whether more of it is better (+1) or worse (-1)."""
+"""The direction of each counter: +1 if more is better, -1 if less is better."""
 
 
 def counters_of(counts: RowCounts) -> Counters:
-    """Compute the counters that sums of counts give."""
+    """Compute the counters from sums of counts."""
     return Counters(
         target_forwards_per_token=ratio(counts.target_forwards, counts.tokens),
         draft_forwards_per_token=ratio(counts.draft_forwards, counts.tokens),
@@ -73,33 +74,33 @@ def counters_of(counts: RowCounts) -> Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measures:
-    """What tables show of an arm, and pytest-benchmark keeps; None where it is not known.
+    """Measures of an arm, shown in tables and stored by pytest-benchmark; None where unknown.
 
     Attributes:
-        throughput: tokens per second of all prompts.
+        throughput: tokens per second over all prompts.
         throughput_std: standard deviation of the tokens per second between prompts.
-        speedup: ratio of speeds, over the arm's baseline.
-        speedup_low, speedup_high: ends of the speedup's interval, which covers the true value with 95 %.
-        ttft_s: seconds of a run to the first committed token, the median of the prompts.
-        tpot_s: seconds per token after the first, the median of the prompts.
-        counters, counters_run: what does not depend on the clock.
-        predicted_speedup: ratio of speeds that acceptance and the costs of forwards promise, without overhead.
-        roofline_share: share of the speed at which memory can stream the weights.
-        ties: number of outputs that left the baseline's where the target is undecided within its rounding.
+        speedup: speed of the arm over the speed of its baseline.
+        speedup_low, speedup_high: ends of the speedup's 95 % confidence interval.
+        ttft_s: seconds to the first committed token, median of the prompts.
+        tpot_s: seconds per token after the first, median of the prompts.
+        counters, counters_run: measures that do not depend on the clock.
+        predicted_speedup: speedup computed from the acceptance and the costs of forwards, without overhead.
+        roofline_share: share of the speed at which memory can stream the weights once per token.
+        ties: number of outputs whose first difference from the baseline's output is within the target's rounding.
         bugs: number of wrong outputs.
-        synthetic: 1 if weights or acceptance are not real, else 0.
+        synthetic: 1 if weights or acceptance are artificial, else 0.
         lossy: 1 if the arm may write other tokens than its baseline, else 0.
-        agreement: share of tokens before an output leaves that of the baseline.
+        agreement: share of tokens before an output first differs from the baseline's.
         self_ppl: perplexity of the output under the target itself.
-        repetition: share of 4-grams that stood in the output before.
-        grown_bytes: bytes of KV at most beyond those after the first step, the mean of the runs.
-        draft_s_per_step: seconds of drafting a step.
-        verify_s_per_step: seconds of verifying a step.
-        overhead_s_per_step: seconds of the rest of a step.
-        over_peer: ratio of speeds, over the peer's arm that does the same.
-        over_peer_low, over_peer_high: ends of its interval, which covers the true value with 95 %.
-        ttft_p95_s, tpot_p95_s: of a server's requests, the seconds to the first token and per token after it that 95 %
-            of them do not exceed.
+        repetition: share of 4-grams that occurred earlier in the output.
+        grown_bytes: peak bytes of KV minus the bytes after the first step, mean of the runs.
+        draft_s_per_step: seconds of drafting per step.
+        verify_s_per_step: seconds of verifying per step.
+        overhead_s_per_step: other seconds per step.
+        over_peer: speed of the arm over the speed of the peer's arm with the same method and settings.
+        over_peer_low, over_peer_high: ends of the 95 % confidence interval of `over_peer`.
+        ttft_p95_s, tpot_p95_s: 95th percentiles over a server's requests, of the seconds to the first token and of the
+            seconds per token after it.
     """
 
     throughput: float | None

@@ -9,32 +9,32 @@ from pathlib import Path
 from specdecode.support.files import slug
 
 BASELINE = "ar"
-"""Autoregressive decoding by this package: other arms are compared with it, unless a preset says otherwise."""
+"""The arm of autoregressive decoding by this package: the baseline of other arms, unless a preset names another."""
 
 PEER_BASELINE = "hf-generate"
-"""transformers' own autoregressive decoding, which this package's code cannot slow down."""
+"""The arm of transformers' own autoregressive decoding. This package's code cannot slow it down."""
 
 OWN_TYPE = "own"
-"""The type of a run whose servers say nothing of it, where the command line does not either."""
+"""The data type of a run of servers, if the command line does not name it."""
 
 FLAGS = ("tiny", "eos")
-"""Options that make another experiment of a preset: its name goes on with a dot and theirs."""
+"""Options that turn a preset into another experiment. Its name then ends with a dot and the option's name."""
 
 MARGINS = "quality"
-"""The folder of quality margins, below that of the baselines."""
+"""The folder of quality margins, below the folder of baselines."""
 
 
 def margins_file(target: str, texts: str) -> Path:
-    """Where the quality margins of a target on the corpora of some texts are kept, below the folder of baselines."""
+    """Return the file of a target's quality margins on the corpora of some texts, below the folder of baselines."""
     corpora = sorted({sample.partition("@")[0].partition(":")[0] for sample in texts.split(",")})
     return Path(MARGINS) / f"{slug(target)}-{slug('-'.join(corpora))}.json"
 
 
 def shared_by(processes: int, hardware: str) -> str:
-    """Return the name of hardware on which so many processes share a model, each on such a device."""
+    """Return the name of hardware whose processes, one on each device, share a model."""
     return hardware if processes == 1 else f"{hardware}-x{processes}"
 
 
 def digest(tokens: Sequence[int]) -> str:
-    """Return a short name for an output: equal for equal tokens."""
+    """Return a short digest of an output: equal for equal tokens."""
     return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]

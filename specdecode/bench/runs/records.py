@@ -1,4 +1,4 @@
-"""A run as it is kept and compared: what was measured where, and arm by arm the sums over each prompt."""
+"""A run as it is stored and compared: its header, and for each arm the sums over each prompt."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from specdecode.bench.runs.statistics import (
 from specdecode.support.files import slug
 
 NOISE_OF_TWO = math.sqrt(0.75)
-"""By this the ratio of two runs varies less, if a third is compared with the mean of two, as an arm is with the runs of
-its baseline."""
+"""Factor from the noise of a ratio of two baseline runs to the noise of an arm's ratio. An arm is compared with the
+mean of its baseline's two runs, and that ratio varies less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What runs must share to be compared.
+    """The properties that runs must share to be compared.
 
     Attributes:
-        hardware: the GPU's name, or the processor's model and threads, and how many processes share the weights if
-            several do: times mean something only on the same.
-        target: the model that decides, as it was named.
-        draft: the model that proposes, as it was named; empty without one.
-        dtype: type of the weights.
+        hardware: name of the GPU, or the processor's model and threads; and the number of processes that share the
+            weights, if there are several. Times are comparable only on equal hardware.
+        target: the model that decides, as the user named it.
+        draft: the model that proposes, as the user named it; empty without a draft.
+        dtype: data type of the weights.
         preset: name of the preset.
     """
 
@@ -64,27 +64,27 @@ class Identity:
 
     @property
     def file(self) -> Path:
-        """Return where the baseline of such a run is kept, below the folder of baselines."""
+        """Return the path of the baseline for this identity, below the folder of baselines."""
         pair = f"{slug(self.target)}+{slug(self.draft)}" if self.draft else slug(self.target)
         return Path(self.hardware) / f"{pair}-{self.dtype}-{self.preset}.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What was measured, and where.
+    """The settings and conditions of a run.
 
     Attributes:
-        identity: what runs must share to be compared.
-        max_new_tokens: tokens of every output, unless a stop token ended it.
-        outputs: for each prompt, in order, a digest of what the baseline wrote.
+        identity: the properties that runs must share to be compared.
+        max_new_tokens: tokens of each output, unless a stop token ended it.
+        outputs: digest of the baseline's output for each prompt, in order.
         floor: the A/A floor, a natural logarithm: how far from 1 the mean ratio of two runs of the same code may lie.
         roofline: tokens per second at which the target's weights can be streamed once per token; 0 if not measured.
         versions: versions of Python, torch, transformers and so on; and the source of the target's weights.
-        conditions: state of the device before and after: clocks, temperature, load.
-        baseline: the arm that others are compared with, unless they name another.
-        until: the slowdown, as a share, that verdicts were to see: after each repeat they were looked at, and what was
-            clear was not measured again. None if the number of repeats was fixed.
-        left: blocks that were still to be measured when the file was written. A run that was stopped has some.
+        conditions: state of the device before and after the run: clocks, temperature, load.
+        baseline: the arm that other arms are compared with, unless they name another.
+        until: the slowdown, as a share, that the verdicts had to detect. They were computed after each repeat, and arms
+            with a clear verdict were not measured again. None if the number of repeats was fixed.
+        left: number of blocks left to measure when the file was written. A stopped run has some.
     """
 
     identity: Identity
@@ -100,7 +100,7 @@ class Header:
 
     @property
     def processes(self) -> int:
-        """Return among how many processes the target's weights were split."""
+        """Return the number of processes that share the target's weights."""
         count = self.versions.get("processes")
         return count if isinstance(count, int) else 1
 
@@ -111,11 +111,11 @@ class Header:
 
     @property
     def warnings(self) -> list[str]:
-        """Return what speaks against the times, in sentences."""
+        """Return the reasons to doubt the times, as sentences."""
         sentences = [f"the run was stopped when {self.left} block(s) were left"] if self.left else []
         for when, condition in self.conditions.items():
             throttled = condition.get("clocks_throttle_reasons.active", "")
-            # A hexadecimal number. Its lowest bit says that the GPU is idle, which it is before and after a run.
+            # A hexadecimal mask. Its lowest bit means an idle GPU, which is normal before and after a run.
             if re.fullmatch("0x[0-9a-fA-F]{1,16}", throttled) and int(throttled, 16) & ~1:
                 sentences.append(f"{when} the run the GPU was throttled (reasons {throttled})")
             if "; " in condition.get("processes", ""):
@@ -125,15 +125,15 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One arm on one prompt, summed over repeats whose outputs were right.
+    """Results of one arm on one prompt, summed over the repeats with correct outputs.
 
     Attributes:
         log_speedup: natural logarithm of the speedup over the run's baseline in the same block, mean of the repeats.
         counts: sums of counts over the repeats.
         seconds: sums of seconds over the repeats.
         histograms: sums of histograms over the repeats.
-        latencies: of a server's requests, of all repeats.
-        logs: what `log_speedup` is the mean of, one for each repeat; empty if there is but one, and in older files.
+        latencies: latencies of a server's requests, in all repeats.
+        logs: the log speedup of each repeat; `log_speedup` is their mean. Empty for one repeat, and in older files.
     """
 
     log_speedup: float
@@ -145,31 +145,31 @@ class Row:
 
     @property
     def repeats(self) -> list[float]:
-        """Return the logarithm of the speedup of each repeat, as far as they are known apart."""
+        """Return the log speedup of each repeat, or only their mean if the repeats are unknown."""
         return self.logs or [self.log_speedup]
 
 
 @dataclass(frozen=True, slots=True)
 class ArmRecord:
-    """One arm's results.
+    """Results of one arm.
 
     Attributes:
-        rows: results on each prompt, by its id.
-        bugs: number of outputs that were wrong; their times and counts are void, and not in the rows.
-        ties: number of outputs that left the baseline's where the target is undecided within its rounding.
-        synthetic: whether weights or acceptance are not real: only costs are.
-        against: the peer's arm that does the same with the same settings, if there is one.
-        baseline: the arm that it is compared with; where none is named, the run's baseline.
-        lossy: whether its outputs are not the baseline's, but were checked against a reference of their own.
-        peer: whether it is transformers' own: nobody counts what its steps are made of.
-        counters_run: what the untimed run counted; "rehearsal" in files.
-        timed: whether the clock decided how long it drafted, and so its counts.
-        options: the preset's entry that it was made of; empty in older files.
+        rows: results on each prompt, by the prompt's id.
+        bugs: number of wrong outputs. Their times and counts are void, and not in the rows.
+        ties: number of outputs whose first difference from the baseline's output is within the target's rounding.
+        synthetic: whether weights or acceptance are artificial, so that only the costs are real.
+        against: the peer's arm with the same method and settings, if there is one.
+        baseline: the arm that it is compared with; the run's baseline if none is named.
+        lossy: whether its outputs were checked against a reference of their own, and not against the baseline's.
+        peer: whether transformers decodes it. The parts of a peer's steps are not counted.
+        counters_run: results of the untimed counters run; "rehearsal" in files.
+        timed: whether the clock decided its draft lengths, and so its counts.
+        options: its entry in the preset; empty in older files.
         shorter: rows of the same runs cut at shorter lengths, by the length in tokens.
-        failure: what an arm from code did in place of decoding; the rows are of before.
-        outputs: for each prompt a digest of what it wrote, if other arms name it as their baseline.
-        repeated: number of its runs that other work disturbed and that were measured again.
-        disturbed: number of its runs that other work disturbed in each try, and that are in the rows all the same.
+        failure: error message of an arm from code, or of a server, that failed to decode. Its rows are from before.
+        outputs: digest of its output for each prompt, if other arms name it as their baseline.
+        repeated: number of runs that were measured again, because other work disturbed them.
+        disturbed: number of runs that other work disturbed in every try. They stay in the rows.
     """
 
     rows: dict[str, Row]
@@ -190,19 +190,19 @@ class ArmRecord:
     disturbed: int = 0
 
     def counts(self, prompts: Iterable[str] | None = None) -> RowCounts:
-        """Sum the counts over prompts, all if None."""
+        """Sum the counts over prompts; over all if None."""
         return total(RowCounts, (row.counts for row in self._rows(prompts)))
 
     def seconds(self, prompts: Iterable[str] | None = None) -> RowSeconds:
-        """Sum the seconds over prompts, all if None."""
+        """Sum the seconds over prompts; over all if None."""
         return total(RowSeconds, (row.seconds for row in self._rows(prompts)))
 
     def histograms(self, prompts: Iterable[str] | None = None) -> Histograms:
-        """Sum the histograms over prompts, all if None."""
+        """Sum the histograms over prompts; over all if None."""
         return total_histograms(row.histograms for row in self._rows(prompts))
 
     def counters(self, prompts: Iterable[str] | None = None) -> Counters:
-        """Compute the counters over prompts, all if None."""
+        """Compute the counters over prompts; over all if None."""
         return counters_of(self.counts(prompts))
 
     def _rows(self, prompts: Iterable[str] | None) -> list[Row]:
@@ -214,14 +214,14 @@ class ArmRecord:
         return [sum(accepted[length:]) / sum(accepted) for length in range(1, len(accepted))]
 
     def acceptance_by_position(self) -> list[float]:
-        """For each depth from 1, return the share of the trees that reach it of which a node there was committed."""
+        """Return the acceptance rate at each depth from 1: steps that committed a node there, over trees that deep."""
         steps = self.histograms()
         shares = (ratio(sum(steps.accepted[at:]), sum(steps.depth[at:])) for at in range(1, len(steps.depth)))
         return [math.nan if share is None else share for share in shares]
 
 
 def lacks_our_counts(rows: Mapping[str, Row]) -> bool:
-    """Return whether these are a peer's rows, by what was counted: older versions do not say whose an arm is."""
+    """Return whether the rows are a peer's, from their counts: older versions do not store the kind of an arm."""
     return any(row.counts.target_forwards is None for row in rows.values())
 
 
@@ -230,11 +230,11 @@ class RunFile:
     """One run: its header, and its arms by name.
 
     Attributes:
-        path: its file; empty for a run of this session.
-        header: what was measured.
-        arms: by name, in the preset's order.
-        commit, date, reason: of the code, of the run, and why it was blessed; empty where not known.
-        together: of a baseline, runs of the same on other machines of its hardware.
+        path: path of its file; empty for a run of this session.
+        header: settings and conditions of the run.
+        arms: records by arm name, in the preset's order.
+        commit, date, reason: commit of the code, date of the run, and reason for blessing it; empty if unknown.
+        together: in a baseline, runs of the same models, prompts and lengths on other machines of this hardware.
     """
 
     path: Path
@@ -247,29 +247,29 @@ class RunFile:
 
     @property
     def lengths(self) -> list[int]:
-        """Return the lengths at which it can be looked at, the whole one last."""
+        """Return the output lengths for `at`, the full length last."""
         shorter = {length for record in self.arms.values() for length in record.shorter}
         return [*sorted(shorter), self.header.max_new_tokens]
 
     @property
     def tasks(self) -> dict[str, list[str]]:
-        """Return the prompts of each task: what stands before the last slash of their ids."""
+        """Return the prompts of each task. The task is the part of a prompt's id before the last slash."""
         tasks: dict[str, list[str]] = {}
         for prompt in self.header.outputs:
             tasks.setdefault(prompt.rpartition("/")[0], []).append(prompt)
         return tasks
 
     def at(self, length: int) -> RunFile:
-        """Return the run as it was when the outputs had got to a length: one of `lengths`."""
+        """Return the run as it was when the outputs had a given length, one of `lengths`."""
         if length == self.header.max_new_tokens:
             return self
         arms = {arm: replace(record, rows=record.shorter.get(length, {})) for arm, record in self.arms.items()}
         return self._part(replace(self.header, max_new_tokens=length), arms)
 
     def with_prompts(self, prompts: Collection[str]) -> RunFile:
-        """Return the part of the run that is about some of its prompts.
+        """Return the part of the run with some of its prompts.
 
-        Wrong outputs, ties and the counters run stay those of the whole.
+        Wrong outputs, ties and the counters run stay those of the whole run.
         """
 
         def chosen(rows: dict[str, Row]) -> dict[str, Row]:
@@ -287,7 +287,7 @@ class RunFile:
         return self._part(replace(self.header, outputs=outputs), arms)
 
     def _part(self, header: Header, arms: dict[str, ArmRecord]) -> RunFile:
-        """Make a part of the run. It gets its own A/A floor where that is higher: fewer runs average out less noise."""
+        """Return a part of the run, with its own A/A floor if that is higher: fewer runs average out less noise."""
         part = replace(self, header=header, arms=arms)
         return replace(part, header=replace(header, floor=max(header.floor, part._noise_of(self.header.baseline))))
 
@@ -297,23 +297,23 @@ class RunFile:
 
     @property
     def compared_with(self) -> str:
-        """Return the arm that all arms are compared with; "its baseline" where they are not compared with the same."""
+        """Return the arm that all arms are compared with; "its baseline" if their baselines differ."""
         baselines = {self.baseline_of(arm) for arm in self.arms}
         return self.header.baseline if baselines <= {self.header.baseline} else "its baseline"
 
     def outputs_of(self, arm: str) -> dict[str, str]:
-        """Return a digest of what an arm should have written, by prompt: its baseline's output."""
+        """Return the digest of an arm's expected output by prompt: its baseline's output."""
         named = self.arms[arm].baseline
         return self.header.outputs if named is None or named not in self.arms else self.arms[named].outputs
 
     def floor_over(self, baseline: str) -> float:
-        """Return the A/A floor of what is compared with an arm, in logarithms. The run's own if it ran but once."""
+        """Return the A/A floor of comparisons with an arm, in logarithms; the run's if the arm ran once a block."""
         if baseline == self.header.baseline:
             return self.header.floor
         return self._noise_of(baseline) or self.header.floor
 
     def _noise_of(self, baseline: str) -> float:
-        """Compute the A/A floor from an arm's two runs of each block; 0 if it has no second ones."""
+        """Compute the A/A floor from an arm's two runs in each block; 0 without second runs."""
         rows = self.arms[baseline].rows.values() if baseline in self.arms else ()
         return noise_floor(
             [
@@ -324,30 +324,31 @@ class RunFile:
         )
 
     def log_speedups(self, arm: str, over: str | None = None) -> dict[str, float]:
-        """Return log speedups of an arm over another in the same block, by prompt, where both outputs were right.
+        """Return log speedups of an arm over another in the same block, by prompt, if both outputs were correct.
 
         Args:
-            arm: its name.
-            over: the other arm; its baseline if None.
+            arm: name of the arm.
+            over: name of the other arm; the arm's baseline if None.
         """
         over = over or self.baseline_of(arm)
         rows, others = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
         return {prompt: rows[prompt].log_speedup - others[prompt].log_speedup for prompt in rows if prompt in others}
 
     def tail(self, arm: str) -> float:
-        """Return the tail of the intervals of an arm's changes: less where each repeat was looked at."""
+        """Return the tail of the intervals of an arm's changes; smaller if verdicts were computed after each repeat."""
         if self.header.until is None:
             return TAIL
         return tail_of_look(max((len(row.repeats) for row in self.arms[arm].rows.values()), default=1))
 
     def changes(self, arm: str, old: RunFile, over: str) -> list[float]:
-        """Return logarithms of an arm's speedup over that of an older run: one for each repeat of each prompt that both
-        measured. Where one has more repeats, some of these are averaged.
+        """Return logarithms of an arm's speedup divided by its speedup in an older run.
+
+        There is one for each repeat of each prompt in both runs. If one run has more, some of its repeats are averaged.
 
         Args:
-            arm: its name; both have it.
+            arm: name of the arm, which both runs have.
             old: the older run.
-            over: the arm that the speedups are over.
+            over: the arm that both speedups are over.
         """
         after, before = self._repeated_logs(arm, over), old._repeated_logs(arm, over)
         changes: list[float] = []
@@ -360,7 +361,7 @@ class RunFile:
         return changes
 
     def _repeated_logs(self, arm: str, over: str) -> dict[str, list[float]]:
-        """Return log speedups of an arm over another by prompt, one for each repeat in which both were right."""
+        """Return log speedups of an arm over another by prompt, one for each repeat with correct outputs of both."""
         rows, others = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
         return {
             prompt: [log - other for log, other in zip(rows[prompt].repeats, others[prompt].repeats, strict=False)]
@@ -369,8 +370,8 @@ class RunFile:
         }
 
     def speedup(self, arm: str, over: str | None = None) -> Estimate:
-        """Return the mean speedup of an arm over another, its baseline if None, with its interval; nan if no block has
-        both."""
+        """Return the mean speedup of an arm over another, with its interval; nan if no block has both. The other arm is
+        the arm's baseline if None."""
         over = over or self.baseline_of(arm)
         logs = self.log_speedups(arm, over)
         if not logs:
@@ -378,11 +379,11 @@ class RunFile:
         return mean_ratio([[log] for log in logs.values()], floor=0.0 if arm == over else self.floor_over(over))
 
     def predicted_speedup(self, arm: str) -> float:
-        """Return what the arm's acceptance and its forwards promise, without any overhead; nan for a peer.
+        """Return the speedup computed from the acceptance and the costs of forwards, without overhead; nan for a peer.
 
-        tau * t / (d + v): tokens a step, times the seconds per token of its baseline, over the seconds that a step
-        drafts and verifies (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward per
-        token and one price for every width). The first step is left out on both sides: it carries the prompt.
+        tau * t / (d + v): tokens per step, times the baseline's seconds per token, over the seconds of drafting and
+        verifying per step (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward per
+        token and one cost for every width). Both sides leave out the first step, because it processes the prompt.
         """
         over = self.baseline_of(arm)
         if arm == over or over not in self.arms:
@@ -398,7 +399,7 @@ class RunFile:
         return math.nan if predicted is None else predicted
 
     def measures(self, arm: str) -> Measures:
-        """Return the measures of an arm: computed once, for all arms."""
+        """Return the measures of an arm. They are computed once, for all arms."""
         return self._measures[arm]
 
     @cached_property

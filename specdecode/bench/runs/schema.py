@@ -1,4 +1,4 @@
-"""The JSON Schema of run files and of baselines, made of the dataclasses that they hold."""
+"""The JSON Schema of run files and of baselines, built from their dataclasses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORMS = {
         required=("roofline", "versions", "conditions"),
         bounds={"floor": (0, MOST_LOG), "max_new_tokens": (1, MOST), "until": (0, 1)},
     ),
-    # Keys that came later are optional: files of before lack them.
+    # Keys that were added later are optional, because older files lack them.
     ArmRecord: Form(
         keys={"counters_run": "rehearsal"},
         required=("bugs", "ties", "synthetic", "against", "lossy", "counters_run"),
@@ -27,10 +27,10 @@ _FORMS = {
 
 
 def run_schema(baseline: bool = False) -> Schema:
-    """Return the schema of a run file: pytest-benchmark's, of which it describes what this package writes and reads.
+    """Return the schema of a run file: the keys of pytest-benchmark's file that this package writes or reads.
 
     Args:
-        baseline: of a blessed run, which has the reason too.
+        baseline: whether to describe a blessed run, which also has the reason.
     """
     definitions = Definitions(_FORMS)
     run = definitions.object(Header) | {"title": "Run"}
@@ -45,14 +45,14 @@ def run_schema(baseline: bool = False) -> Schema:
         },
         "together": {
             "title": "Together",
-            "description": "Of a baseline: runs of the same on other machines of its hardware, by which times are"
-            " judged, too. Each is as this object is.",
+            "description": "In a baseline: runs of the same models, prompts and lengths on other machines of this"
+            " hardware. Times are judged by them too. Each has the form of this object.",
             "type": "array",
             "items": {"$ref": f"#/properties/{KEY}"},
         },
         "reason": {
             "title": "Reason",
-            "description": "Why the run was blessed as the baseline. Runs that are no baseline have none.",
+            "description": "Why the run was blessed as the baseline. Other runs have no reason.",
             "type": "string",
         },
     }
@@ -62,8 +62,8 @@ def run_schema(baseline: bool = False) -> Schema:
         "$schema": DIALECT,
         "$id": f"specdecode:{kind}:{FORMAT}",
         "title": f"{kind.capitalize()} of specdecode, format {FORMAT}",
-        "description": f'What `pytest --benchmark` adds to the JSON file of pytest-benchmark: the key "{KEY}", the'
-        ' measures in "extra_info", and what is read of the other keys. pytest-benchmark describes the rest.',
+        "description": f'Additions of `pytest --benchmark` to the JSON file of pytest-benchmark: the key "{KEY}" and'
+        ' the measures in "extra_info". Also the other keys that are read. pytest-benchmark describes the rest.',
         "type": "object",
         "required": [KEY],
         "properties": {
@@ -75,20 +75,20 @@ def run_schema(baseline: bool = False) -> Schema:
 
 
 def _of_pytest_benchmark(measures: Schema) -> dict[str, Schema]:
-    """Return the schemas of what is read of pytest-benchmark's own keys, and of the measures below them."""
+    """Return the schemas of pytest-benchmark's own keys that are read, and of the measures below them."""
     return {
         "datetime": {
             "title": "Datetime",
-            "description": "When the file was written, by ISO 8601.",
+            "description": "Time of writing the file, in ISO 8601.",
             "type": "string",
         },
         "commit_info": {
             "title": "Commit info",
-            "description": "The commit that was measured.",
+            "description": "The measured commit.",
             "type": "object",
             "properties": {
                 "id": {"title": "Id", "description": "Hash of the commit."},
-                "dirty": {"title": "Dirty", "description": "Whether there were changes that were not committed."},
+                "dirty": {"title": "Dirty", "description": "Whether there were uncommitted changes."},
             },
         },
         "benchmarks": {

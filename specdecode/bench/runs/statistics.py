@@ -1,4 +1,4 @@
-"""Estimate means and ratios of paired measurements, each with its confidence interval."""
+"""Estimates of means and ratios of paired measurements, each with its confidence interval."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _POWER = 0.9
 _RESAMPLES = 10_000
 _MOST_CACHED_BOOTSTRAPS = 4096
 _MOST_EXACT_RANKS = 50
-# By simulation with disturbances of up to three measurements: smaller or more batches cover the ratio too rarely.
+# From simulated disturbances of up to three measurements: smaller or more batches miss the true ratio too often.
 _LEAST_BATCH, _LEAST_BATCHES, _MOST_BATCHES = 3, 6, 30
 _NORMAL = NormalDist()
-# An interval that reaches beyond a tenth and ten times its centre says nothing.
+# An interval beyond a tenth and ten times its centre carries no information.
 _WIDEST_LOG_RATIO = math.log(10)
 
 
 def tail_of_look(look: int) -> float:
-    """Return the tail of an interval that is looked at once more after each repeat, to decide whether to go on.
+    """Return the tail of an interval that is looked at after each repeat, to decide whether to go on.
 
-    The tails of all looks together are no more than `TAIL` (a spending function, as in Lan and DeMets 1983): look k has
-    1 / k(k + 1) of it.
+    The tails of all looks add up to at most `TAIL` (a spending function, as in Lan and DeMets 1983). Look k has the
+    share 1 / k(k + 1).
 
     Args:
-        look: from 1.
+        look: number of the look, from 1.
     """
     return TAIL / (look * (look + 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """An estimated value and the interval that covers the true one with a confidence of 95 %."""
+    """An estimated value and the interval that covers the true value with a confidence of 95 %."""
 
     value: float
     low: float
@@ -50,7 +50,7 @@ class Estimate:
 
     @property
     def bounded(self) -> bool:
-        """Whether the interval has two ends."""
+        """Whether both ends of the interval are finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def __format__(self, spec: str) -> str:
@@ -59,7 +59,7 @@ class Estimate:
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
-"""Of what nothing is known."""
+"""The estimate of an unknown value."""
 
 
 def bootstrap(sums: Sequence[float], weights: Sequence[float], tail: float = TAIL) -> Estimate:
@@ -69,8 +69,8 @@ def bootstrap(sums: Sequence[float], weights: Sequence[float], tail: float = TAI
     are the same in every call, so that a verdict does not depend on them.
 
     Args:
-        sums: what is averaged, summed over each cluster.
-        weights: what each sum is divided by.
+        sums: sum of each cluster, for the numerator.
+        weights: weight of each cluster, for the denominator.
         tail: probability below the interval's low end, and above its high end.
     """
     return _bootstrap(tuple(map(float, sums)), tuple(map(float, weights)), tail)
@@ -78,7 +78,7 @@ def bootstrap(sums: Sequence[float], weights: Sequence[float], tail: float = TAI
 
 @lru_cache(maxsize=_MOST_CACHED_BOOTSTRAPS)
 def _bootstrap(sums: tuple[float, ...], weights: tuple[float, ...], tail: float) -> Estimate:
-    """Bootstrap, once for equal measurements: the tables of a page ask for the same estimate many times."""
+    """Compute the bootstrap once for equal measurements: a page's tables need the same estimate many times."""
     numerators, denominators = np.array(sums), np.array(weights)
     count = len(numerators)
     draws = np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
@@ -90,11 +90,11 @@ def _bootstrap(sums: tuple[float, ...], weights: tuple[float, ...], tail: float)
 def mean_ratio(logs: Sequence[Sequence[float]], floor: float = 0.0) -> Estimate:
     """Estimate the geometric mean of ratios, with a bootstrap over prompts.
 
-    The repeats of a prompt are averaged first: prompts are what is drawn from a population, and repeats are not.
+    The repeats of a prompt are averaged first: only the prompts are a sample from a population.
 
     Args:
         logs: logarithms of the ratios, a sequence of repeats for each prompt.
-        floor: least half-width of the interval, in logarithms: what two runs of the same code differ by.
+        floor: least half-width of the interval, in logarithms: the difference between two runs of the same code.
     """
     mean = bootstrap([float(np.mean(repeats)) for repeats in logs], [1.0] * len(logs))
     low, high = min(mean.low, mean.value - floor), max(mean.high, mean.value + floor)
@@ -102,11 +102,11 @@ def mean_ratio(logs: Sequence[Sequence[float]], floor: float = 0.0) -> Estimate:
 
 
 def typical_ratio(logs: Sequence[float], floor: float = 0.0, tail: float = TAIL) -> Estimate:
-    """Estimate the ratio that paired measurements have in common, so that a few disturbed ones do not decide.
+    """Estimate the common ratio of paired measurements. A few disturbed measurements hardly change it.
 
-    The estimate is the median of the means of all pairs of measurements (Hodges and Lehmann 1963), its interval that of
-    Wilcoxon's signed ranks: exact for noise that is as likely to either side, as it is between equal code. It needs six
-    measurements for 95 %; from fewer, interval and estimate are Student's (1908), for noise that is normal.
+    The estimate is the median of the means of all pairs of measurements (Hodges and Lehmann 1963). Its interval is from
+    Wilcoxon's signed ranks: exact for symmetric noise, as between equal code. It needs six measurements for 95 %. With
+    fewer, interval and estimate are Student's (1908), for normal noise.
 
     Args:
         logs: logarithms of the ratios.
@@ -129,8 +129,8 @@ def typical_ratio(logs: Sequence[float], floor: float = 0.0, tail: float = TAIL)
 def robust_ratio(logs: Sequence[float], floor: float = 0.0) -> Estimate:
     """Estimate a ratio from many short paired measurements in a row.
 
-    A disturbance lasts: it spoils measurements that follow each other. So measurements are put into batches, and each
-    batch gives its median (after batch means, Conway 1963). `typical_ratio` estimates from these medians.
+    A disturbance lasts, so it spoils consecutive measurements. Therefore the measurements are split into batches, and
+    each batch gives its median (after batch means, Conway 1963). `typical_ratio` estimates from these medians.
 
     Args:
         logs: logarithms of the ratios, in the order of measuring.
@@ -147,10 +147,11 @@ def _batch_medians(logs: Sequence[float]) -> list[float]:
 def noise_floor(logs: Sequence[float]) -> float:
     """Return the A/A floor: how far from 1 `typical_ratio` may find the ratio of equal code, in logarithms.
 
-    That is half of its interval, or what it found if that is more. Of fewer than six ratios it is the largest.
+    That is the half-width of its interval, or its estimate if that is farther from 1. For fewer than six ratios it is
+    the one farthest from 1.
 
     Args:
-        logs: logarithms of ratios between runs of the same code, that vary as those of the comparison do.
+        logs: logarithms of ratios between runs of the same code. Their noise must be that of the comparison.
     """
     if not _signed_ranks_outside(len(logs), TAIL):
         return max((abs(log) for log in logs), default=0.0)
@@ -164,14 +165,14 @@ def robust_floor(logs: Sequence[float]) -> float:
 
 
 def _estimate(centre: float, low: float, high: float) -> Estimate:
-    """Make an estimate from logarithms; without ends where these are so far apart that it says nothing."""
+    """Build an estimate from logarithms; without bounds if the interval is too wide to carry information."""
     if high - low > 2 * _WIDEST_LOG_RATIO:
         return Estimate(math.exp(centre), 0.0, math.inf)
     return Estimate(math.exp(centre), math.exp(low), math.exp(high))
 
 
 def _student_half(values: np.ndarray, tail: float) -> float:
-    """Return half of the interval of a mean by Student's t; infinite for one value."""
+    """Return the half-width of the interval of a mean by Student's t; infinite for one value."""
     count = len(values)
     if count < 2:
         return math.inf
@@ -180,15 +181,15 @@ def _student_half(values: np.ndarray, tail: float) -> float:
 
 @lru_cache
 def _signed_ranks_outside(count: int, tail: float) -> int:
-    """Return how many of the sorted means of pairs lie outside of an interval, at either end.
+    """Return the number of sorted means of pairs that lie outside of the interval at either end.
 
     That is the largest c for which the sum of positive signed ranks is below c with a probability of at most `tail`.
-    For many values the sum is normal.
+    For many values the sum is taken as normal.
     """
     if count > _MOST_EXACT_RANKS:
         mean, variance = count * (count + 1) / 4, count * (count + 1) * (2 * count + 1) / 24
         return math.floor(mean - _NORMAL.inv_cdf(1 - tail) * math.sqrt(variance))
-    sums = [1]  # the ways to get each sum from the ranks so far
+    sums = [1]  # number of ways to get each sum from the ranks so far
     for rank in range(1, count + 1):
         sums = [
             (sums[total] if total < len(sums) else 0) + (sums[total - rank] if total >= rank else 0)
@@ -203,12 +204,12 @@ def _signed_ranks_outside(count: int, tail: float) -> int:
 def simultaneous_ratio(logs: Sequence[float], comparisons: int, floor: float = 0.0) -> Estimate:
     """Estimate the geometric mean of ratios, with one of several intervals that hold together with 95 %.
 
-    Each interval gets its part of the 5 % (Bonferroni's inequality; Dunn 1961), by Student's t (1908). A bootstrap does
-    not serve here: its percentiles end where the data do, and few prompts have none as far out as many comparisons ask.
+    Each interval gets an equal part of the 5 % (Bonferroni's inequality; Dunn 1961), by Student's t (1908). A bootstrap
+    is not possible here: many comparisons need percentiles that lie beyond the data of few prompts.
 
     Args:
         logs: logarithms of the ratios, one for each prompt.
-        comparisons: number of intervals that are to hold together.
+        comparisons: number of intervals that hold together.
         floor: least half-width of the interval, as for `mean_ratio`.
     """
     centre, tail = float(np.mean(logs)), TAIL / comparisons
@@ -220,31 +221,31 @@ def student_t(probability: float, freedom: int) -> float:
     """Return the quantile of Student's t.
 
     Args:
-        probability: of a value below the quantile.
+        probability: probability of a value below the quantile.
         freedom: degrees of freedom, 1 or more.
     """
-    # Here, because it takes a second to import, and a gate needs none of it.
+    # Imported here because the import takes a second, and a gate with enough measurements does not need it.
     from scipy.stats import t
 
     return float(t.ppf(probability, freedom))
 
 
 def detectable(estimate: Estimate) -> float:
-    """Return the smallest effect that an interval as wide as this one tells from none with a power of 90 %.
+    """Return the smallest effect that an interval of this width detects with a power of 90 %.
 
-    The true value must lie half an interval away, which is 1.96 standard errors, and 1.28 more for nine times of ten.
+    The true value must lie half a width away, which is 1.96 standard errors, and 1.28 more for a power of 90 %.
     """
     half = (estimate.high - estimate.low) / 2
     return half * (1 + _NORMAL.inv_cdf(_POWER) / _NORMAL.inv_cdf((1 + COVERAGE) / 2))
 
 
 def detectable_slowdown(change: Estimate, tolerance: float) -> float:
-    """Return the smallest slowdown, as a share, that a comparison as noisy as this one detects with a power of 90 %.
+    """Return the smallest slowdown, as a share, that an equally noisy comparison detects with a power of 90 %.
 
     A slowdown is detected when the whole interval lies beyond the tolerance.
 
     Args:
-        change: new speed over old. Without a bounded interval nothing is detected, but that all speed is gone.
+        change: new speed over old. Without a bounded interval, only a complete loss of speed is detected.
         tolerance: share by which the new speed may be lower.
     """
     if not change.bounded or not change.low:
@@ -254,10 +255,12 @@ def detectable_slowdown(change: Estimate, tolerance: float) -> float:
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the points that no other beats in one coordinate without losing in the other, by their first coordinate.
+    """Return the points that no other point dominates, in the order of their first coordinate.
+
+    A point dominates another if it is better in one coordinate and not worse in the other.
 
     Args:
-        points: by name; more is better in both coordinates.
+        points: coordinates by name; more is better in both.
     """
     best, front = -math.inf, []
     for name in sorted(points, key=lambda name: points[name], reverse=True):
@@ -273,11 +276,11 @@ def known(value: float) -> float | None:
 
 
 def percentile_95(values: Sequence[float]) -> float | None:
-    """Return what 95 % of the values lie below; None if there are none."""
+    """Return the 95th percentile of the values; None if there are none."""
     return float(np.percentile(values, 95)) if values else None
 
 
 def median(values: Sequence[float | None]) -> float | None:
-    """Return the median; None if there are no values, or one of them is not known."""
+    """Return the median; None if there are no values, or one of them is unknown."""
     numbers = [value for value in values if value is not None]
     return statistics.median(numbers) if numbers and len(numbers) == len(values) else None

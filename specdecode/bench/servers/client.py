@@ -1,4 +1,4 @@
-"""Ask a server for outputs, one or several at a time, and take the times at which their tokens come."""
+"""A client that requests outputs from a server, one or several at a time, and records the times of their tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from specdecode.bench.servers.engines import Engine, Request, Response
 from specdecode.bench.servers.errors import ServerError
 
 _SHORT_S = 10.0
-"""Seconds that an answer to a question about the server may take."""
+"""Most seconds that an answer about the server itself may take."""
 
 
 class Client:
     """A connection to a server.
 
     Args:
-        base_url: without path.
-        key: that the server asks for, if any.
-        proxies: use the proxies that the environment names.
+        base_url: address of the server, without path.
+        key: API key of the server, if it needs one.
+        proxies: whether to use the proxies that the environment names.
     """
 
     def __init__(self, base_url: str, key: str | None = None, *, proxies: bool = False) -> None:
@@ -38,17 +38,17 @@ class Client:
         self._loop.close()
 
     def answers(self, path: str) -> bool:
-        """Return whether a path answers well."""
+        """Return whether a path answers with success."""
         try:
             return self._get(path).is_success
         except httpx2.HTTPError:
             return False
 
     def get(self, path: str) -> str:
-        """Return what a path answers.
+        """Return the answer of a path.
 
         Raises:
-            ServerError: it does not, or not well.
+            ServerError: there is no answer, or it is an error.
         """
         with _told_in_a_sentence():
             response = self._get(path)
@@ -62,19 +62,19 @@ class Client:
     def complete(
         self, engine: Engine, requests: Sequence[Request], concurrency: int, limit_s: float
     ) -> tuple[list[Response], float]:
-        """Send requests in a closed loop: so many at a time, and the next as soon as one is answered.
+        """Send requests in a closed loop: `concurrency` at a time, and the next as soon as one is answered.
 
         Args:
-            engine: whose words are used.
-            requests: in order.
-            concurrency: how many are on the way together.
-            limit_s: seconds that all of them may take.
+            engine: engine with the protocol of the server.
+            requests: the requests, in order.
+            concurrency: number of requests in flight.
+            limit_s: most seconds that all requests together may take.
 
         Returns:
-            The responses in the order of the requests, and the seconds of all.
+            The responses in the order of the requests, and the seconds of all requests together.
 
         Raises:
-            ServerError: one of them is not answered as it should be.
+            ServerError: a request has no response, or an invalid one.
         """
         return self._loop.run_until_complete(self._all(engine, requests, concurrency, limit_s))
 
@@ -128,23 +128,23 @@ class Client:
 async def _read(events: httpx2.EventSource) -> AsyncIterator[dict[str, Any]]:
     async for event in events:
         if event.data == "[DONE]":
-            continue  # some send it, some do not: the output says itself that it has ended
+            continue  # not all servers send it, and the output itself says that it has ended
         try:
             content = json.loads(event.data)
         except ValueError:
             content = None
         if not isinstance(content, dict):
-            raise ServerError(f"its server streams what is no JSON object: {event.data[:80]!r}")
+            raise ServerError(f"its server streams an event that is no JSON object: {event.data[:80]!r}")
         if "error" in content:
-            raise ServerError(f"its server breaks off{_reason(event.data)}")
+            raise ServerError(f"its server reports an error in its stream{_reason(event.data)}")
         yield content
 
 
 def _check(request: Request, response: Response) -> None:
-    """Raise ServerError unless a response has the asked number of tokens, and says so itself."""
+    """Raise ServerError unless a response says that it has ended, and has the requested number of tokens."""
     asked, sent = request.max_new_tokens, len(response.tokens)
     if not response.finished:
-        raise ServerError(f"its server breaks its stream off after {sent or sum(response.sizes)} of {asked} tokens")
+        raise ServerError(f"its server's stream ends early, after {sent or sum(response.sizes)} of {asked} tokens")
     if response.count is not None and response.tokens and response.count != sent:
         raise ServerError(f"its server counts {response.count} tokens, and sends {sent}")
     if sent > asked or (response.count or 0) > asked:
@@ -152,14 +152,14 @@ def _check(request: Request, response: Response) -> None:
     if not response.sizes:
         raise ServerError("its server sends an empty output")
     count = sent if response.tokens else response.count
-    # Not every server can be told to go on behind a stop token.
+    # Not every server can continue after a stop token.
     if count is not None and count < asked and (response.tokens or response.finished != "stop"):
         raise ServerError(f"its server ends after {count} of {asked} tokens ({response.finished})")
 
 
 @contextmanager
 def _told_in_a_sentence(responses: Sequence[Response] = ()) -> Iterator[None]:
-    """Raise ServerError in place of the errors of connections, and of answers that are not of the engine's form."""
+    """Raise ServerError in place of errors of the connection, and of answers that are not in the engine's format."""
     try:
         yield
     except httpx2.ConnectError as error:
@@ -169,11 +169,11 @@ def _told_in_a_sentence(responses: Sequence[Response] = ()) -> Iterator[None]:
         known = f" after {sum(sum(response.sizes) for response in responses)} tokens" if responses else ""
         raise ServerError(f"its server breaks the connection{known} ({type(error).__name__})") from error
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ServerError(f"its server's answer is of another form than its engine's ({error!r})") from error
+        raise ServerError(f"its server's answer is not in its engine's format ({error!r})") from error
 
 
 def _reason(text: str) -> str:
-    """Return what a server says of an error, with a colon before it."""
+    """Return a server's error message after a colon; "" without a message."""
     try:
         content = json.loads(text)
         content = content.get("error", content)

@@ -1,4 +1,4 @@
-"""What serving engines are asked, and what they answer, each in its own words."""
+"""The protocols of serving engines: the requests to each engine and its answers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be continued greedily.
+    """A request to continue one prompt greedily.
 
     Attributes:
         prompt: token ids, or text.
         max_new_tokens: tokens of the output; stop tokens do not end it.
-        model: as the server names it.
-        logprobs: ask for the log-probabilities of so many tokens at each position, and of no other.
-        others: what the body says besides.
+        model: the server's name of the model.
+        logprobs: number of tokens with log-probabilities at each position; 0 requests none.
+        others: further keys of the body.
     """
 
     prompt: Sequence[int] | str
@@ -28,13 +28,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What an engine tells of its own speculation; a field is None where it does not.
+    """An engine's report on its own speculation. A field is None if the engine does not report it.
 
     Attributes:
         drafts: number of steps that verified a draft.
         drafted: proposed tokens.
         accepted: proposals kept.
-        by_position: proposals kept at each position, from the first.
+        by_position: number of proposals kept at each position, from the first.
     """
 
     drafts: float | None = None
@@ -45,17 +45,17 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one event of a stream says.
+    """The content of one event of a stream.
 
     Attributes:
-        tokens: new token ids; None if it does not tell ids.
+        tokens: new token ids; None if the event has no ids.
         text: new text.
-        count: tokens of the output so far, as the server counts.
-        cached: tokens of the prompt that it had read before.
-        model: that answers.
-        finished: why the output ended; "" while it goes on.
-        told: of speculation, at the end.
-        logprobs: for each new token the log-probabilities of some tokens, by id.
+        count: number of tokens of the output so far, as the server counts.
+        cached: number of tokens of the prompt from the server's prefix cache.
+        model: name of the model that answers.
+        finished: reason why the output ended; "" while it continues.
+        told: report on speculation, at the end.
+        logprobs: log-probabilities of some tokens, by id, for each new token.
     """
 
     tokens: Sequence[int] | None = None
@@ -74,14 +74,14 @@ class Response:
 
     Attributes:
         tokens: token ids; empty if the server does not send them.
-        text: of the output.
-        sizes: number of tokens that came at once, or 1 for a piece of text.
-        times: seconds from the request until each of these came.
-        count: tokens of the output, as the server counts them.
-        cached: tokens of the prompt that it had read before; None if it does not tell.
-        finished: why the output ended.
-        told: what it tells of its speculation.
-        logprobs: for each token the log-probabilities of some tokens, by id.
+        text: text of the output.
+        sizes: number of tokens in each arrival, or 1 for a piece of text.
+        times: seconds from the request to each arrival.
+        count: number of tokens of the output, as the server counts them.
+        cached: number of tokens of the prompt from the server's prefix cache; None if not reported.
+        finished: reason why the output ended.
+        told: the server's report on its speculation.
+        logprobs: log-probabilities of some tokens, by id, for each token.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Response:
     logprobs: list[Mapping[int, float]] = field(default_factory=list)
 
     def add(self, piece: Piece, seconds: float) -> None:
-        """Append what a piece says that came after some seconds."""
+        """Append a piece that came some seconds after the request."""
         new = len(piece.tokens) if piece.tokens is not None else int(bool(piece.text))
         if new:
             self.sizes.append(new)
@@ -111,16 +111,16 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """How an engine is spoken to.
+    """The protocol of an engine.
 
     Attributes:
-        name: in presets and messages.
-        path: that requests are posted to.
-        body: makes a request's body.
-        piece: reads an event of a stream; it is told how many tokens came before.
-        version: path that answers with the engine's version, and the key of it; None where there is none.
-        metrics: names of the counters at "/metrics", by field of `metrics.Counted`; empty where there are none.
-        token_by_token: tokens are sent one by one, also where a step gave several.
+        name: name in presets and messages.
+        path: path that requests are posted to.
+        body: function that builds a request's body.
+        piece: function that reads an event of a stream. It also gets the number of tokens that came before.
+        version: path that answers with the engine's version, and the key of the version; None without such a path.
+        metrics: names of the counters at "/metrics", by field of `metrics.Counted`; empty without counters.
+        token_by_token: whether tokens are sent one by one, even if a step committed several.
     """
 
     name: str
@@ -159,7 +159,7 @@ def _openai_piece(event: Mapping[str, Any], before: int) -> Piece:
 
 
 def _vllm_body(request: Request) -> dict[str, Any]:
-    # Log-probabilities are told by token id, and not by its text, which several tokens may share.
+    # Log-probabilities are keyed by token id and not by text, because several tokens may share a text.
     by_id = {"return_tokens_as_token_ids": True} if request.logprobs else {}
     return _openai_body(request) | {"ignore_eos": True, "return_token_ids": True} | by_id
 
@@ -176,7 +176,7 @@ def _vllm_piece(event: Mapping[str, Any], before: int) -> Piece:
 
 
 def _vllm_told(metrics: Mapping[str, Any] | None) -> Told | None:
-    """Read a request's metrics, which servers with --per-request-spec-decode-metrics send."""
+    """Return the report in a request's metrics. Servers with --per-request-spec-decode-metrics send them."""
     if metrics is None:
         return None
     return Told(
@@ -188,7 +188,7 @@ def _vllm_told(metrics: Mapping[str, Any] | None) -> Told | None:
 
 
 def _by_position(steps: Sequence[int]) -> list[float]:
-    """Return how many proposals were kept at each position, from numbers of steps by accepted length."""
+    """Return the number of proposals kept at each position, from numbers of steps by accepted length."""
     return [sum(steps[kept:]) for kept in range(1, len(steps))]
 
 
@@ -202,7 +202,7 @@ def _sglang_body(request: Request) -> dict[str, Any]:
 def _sglang_piece(event: Mapping[str, Any], before: int) -> Piece:
     about, ids = event.get("meta_info") or {}, event.get("output_ids") or []
     count = about.get("completion_tokens")
-    # Depending on the server's options each event has the whole output, or what is new.
+    # Depending on the server's options, each event has the whole output or only the new tokens.
     new = slice(before, None) if count == len(ids) else slice(None)
     verified = about.get("spec_verify_ct")
     return Piece(
@@ -245,7 +245,7 @@ def _llama_piece(event: Mapping[str, Any], before: int) -> Piece:
         cached=timings.get("cache_n"),
         model=event.get("model"),
         finished=str(event.get("stop_type") or "stop") if event.get("stop") else "",
-        # Where nothing was drafted it says nothing of drafts.
+        # Without drafts, the keys of drafts are missing.
         told=Told(drafted=timings.get("draft_n", 0), accepted=timings.get("draft_n_accepted", 0)) if timings else None,
         logprobs=[{top["id"]: top["logprob"] for top in one.get("top_logprobs") or []} for one in probabilities],
     )
@@ -269,7 +269,7 @@ ENGINES = {
         Engine("openai", "/v1/completions", _openai_body, _openai_piece),
     )
 }
-"""By name. "openai" is whatever speaks that protocol and no more."""
+"""The engines by name. "openai" is any server that has only the OpenAI protocol."""
 
 OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}
-"""The engine's name by who says to own the model."""
+"""The engine's name by the owner of its models at /v1/models."""

@@ -1,7 +1,7 @@
-"""What goes wrong with a server."""
+"""The errors of servers."""
 
 from __future__ import annotations
 
 
 class ServerError(Exception):
-    """A server did not do what it was asked for; the text is one sentence about "it"."""
+    """A server failed; the text is one sentence in which "it" is the arm."""

@@ -1,8 +1,8 @@
-"""Keep a server: run its command, and end all of its processes when whoever started this one is gone.
+"""The keeper of a server: it runs the server's command, and ends all processes of the server when its parent is gone.
 
-This file is run by its path, and needs the standard library alone: `python keeper.py LOG COMMAND...`. It leads a
-process group of its own, in which the server is. It ends the group when its standard input is closed, which happens
-however the process at the other end dies. When the server ends by itself, it writes the exit code.
+This file is run by its path, and needs only the standard library: `python keeper.py LOG COMMAND...`. It leads a process
+group of its own, which includes the server. It ends the group when its standard input is closed. That happens however
+the process at the other end dies. When the server ends by itself, the keeper writes the exit code to standard output.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import threading
 import time
 
 GRACE_S = 15.0
-"""Seconds that a server has to end by itself."""
+"""Seconds from SIGTERM to SIGKILL, in which a server can end by itself."""
 
 
 def _end(server: subprocess.Popen[bytes], code: int | None) -> None:
-    """End the group, this process with it."""
+    """End the process group, including this process."""
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + (GRACE_S if code is None else 0.5)
     while time.monotonic() < deadline and (code is not None or server.poll() is None):
@@ -28,9 +28,9 @@ def _end(server: subprocess.Popen[bytes], code: int | None) -> None:
 
 
 def main() -> None:
-    """Run the server until it ends, or the standard input does."""
+    """Run the server until it ends, or until the standard input is closed."""
     log, *command = sys.argv[1:]
-    # To outlive the signal that ends the others. A signal that is ignored would be ignored by the server, too.
+    # This process must outlive the SIGTERM to its group. SIG_IGN would not do: the server would inherit it.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     with open(log, "ab") as words:
         try:
@@ -47,7 +47,7 @@ def main() -> None:
     code = server.wait()
     sys.stdout.write(f"ended with exit code {code}")
     sys.stdout.flush()
-    _end(server, code)  # what it has left
+    _end(server, code)  # ends the processes that the server left behind
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Read what an engine has counted since it began: Prometheus' counters at "/metrics"."""
+"""An engine's counters since its start: Prometheus' counters at "/metrics"."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from specdecode.bench.servers.engines import Told
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Counters of an engine, or what two readings of them differ by.
+    """Counters of an engine, or the differences between two readings of them.
 
     Attributes:
-        drafts: number of drafts that were verified.
+        drafts: number of verified drafts.
         drafted: number of proposed tokens.
         accepted: number of proposals kept.
         by_position: number of proposals kept, by position from 0.
         generated: number of tokens of all outputs.
-        cached: number of tokens of prompts that were read before; None if it does not count them.
+        cached: number of tokens of prompts from the prefix cache; None if the engine does not count them.
     """
 
     drafts: float = 0.0
@@ -31,7 +31,7 @@ class Counted:
     cached: float | None = None
 
     def since(self, before: Counted) -> Counted:
-        """Return by how much each counter grew."""
+        """Return the growth of each counter."""
         return Counted(
             drafts=self.drafts - before.drafts,
             drafted=self.drafted - before.drafted,
@@ -42,7 +42,7 @@ class Counted:
         )
 
     def told(self) -> Told:
-        """Return what this tells of speculation."""
+        """Return the report on speculation."""
         kept = [self.by_position[at] for at in sorted(self.by_position)]
         return Told(drafts=self.drafts, drafted=self.drafted, accepted=self.accepted, by_position=kept)
 
@@ -51,12 +51,12 @@ def counted(text: str, names: Mapping[str, str]) -> Counted:
     """Read counters.
 
     Args:
-        text: what "/metrics" answers.
-        names: of the counters without "_total", by field of `Counted`. Those of several models, or of several
+        text: answer of "/metrics".
+        names: names of the counters without "_total", by field of `Counted`. Counters of several models, or of several
             processes of an engine, are added up.
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: the text is not in Prometheus' format.
     """
     values: dict[str, float] = {}
     by_position: dict[int, float] = {}

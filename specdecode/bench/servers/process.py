@@ -1,4 +1,4 @@
-"""Start a server as a process, wait until it is ready, and end it whatever happens."""
+"""A server as a process: started, awaited until it is ready, and ended whatever happens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from specdecode.support.files import writing
 _KEEPER = Path(__file__).with_name("keeper.py")
 _POLL_S = 0.1
 
-# An exception in Python's words, with what it is about.
+# An exception as Python prints it, with its text.
 _ERROR = re.compile(r"\b\w*(Error|Exception): \S")
 _LAST_LINES, _MOST_WORDS = 2, 400
 
@@ -31,9 +31,9 @@ class ServerProcess:
     """A server in a process group of its own (`keeper`), with its output in a file.
 
     Args:
-        command: of the server, word by word.
-        environment: variables besides those of this process.
-        log: takes what the server prints.
+        command: words of the server's command.
+        environment: variables in addition to those of this process.
+        log: file for the output of the server.
 
     Raises:
         ValueError: the log cannot be written.
@@ -67,7 +67,7 @@ class ServerProcess:
         """Wait until the server answers.
 
         Raises:
-            ServerError: it ends, or takes too long.
+            ServerError: the server ends, or takes too long.
         """
         deadline = time.monotonic() + 60 * minutes
         while not answers():
@@ -92,14 +92,14 @@ class ServerProcess:
         self._keeper.stdout.close()
 
     def _last_words(self) -> str:
-        """Return what the server said of its end: the first error of the log, which later ones follow from, else its
-        last lines."""
+        """Return the reason for the server's end: the first error in the log, because later ones follow from it, or
+        else the last lines."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")[1:]
         said = [line.strip() for line in lines if line.strip()]
         if not said:
             return ""
         words = next(filter(_ERROR.search, said), None) or " / ".join(said[-_LAST_LINES:])
-        return f"; it said: {words[:_MOST_WORDS]} (all of it: {self.log})"
+        return f"; it said: {words[:_MOST_WORDS]} (full log: {self.log})"
 
 
 def words_of(command: str, values: Mapping[str, object]) -> list[str]:
@@ -111,14 +111,14 @@ def words_of(command: str, values: Mapping[str, object]) -> list[str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port on which no process listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def listeners(port: int) -> Collection[int]:
-    """Return the ids of the processes that listen on a port of this machine, as far as this user may know."""
+    """Return the ids of the processes that listen on a port of this machine, as far as this user may see them."""
     with suppress(psutil.Error, OSError):
         return {
             one.pid

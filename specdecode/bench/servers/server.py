@@ -1,4 +1,4 @@
-"""A serving engine that decodes prompts: started or found, spoken to in its own words, and what it counts."""
+"""A serving engine that decodes prompts: its start, its requests and its counters."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ if TYPE_CHECKING:  # these need packages of the extra "servers"
     from specdecode.bench.servers.process import ServerProcess
 
 _LOGPROBS = 5
-"""How many log-probabilities are asked for at each position."""
+"""Number of log-probabilities to request at each position."""
 
 _PROBE_TOKENS = 256
-"""Length of the prompt that shows whether a server keeps what it has read: more than the blocks that caches hold."""
+"""Length of the prompt that shows whether a server caches prompts: longer than the blocks of caches."""
 
 _PROBES = 3
 _REREAD = 0.5
-"""A prompt that is read again takes less than this share of the time of a new one, if the server has kept it."""
+"""A repeated prompt from a cache takes less than this share of the time of a new prompt."""
 
 _WARM_TOKENS = 8
 """Length of the outputs that warm a server up for prompts of some lengths."""
 
 _SPELLING = 0.1
-"""By how much, as a share, the tokens of a text may be more or less than those that were generated."""
+"""The share by which the number of tokens of a text may differ from the number of generated tokens."""
 
 _DYING_S = 1.5
-"""Seconds that a server may take to end after it broke a connection."""
+"""Most seconds from a broken connection to the end of the server."""
 
 _SETTLE_S = 2.0
-"""Seconds that counters may lag behind the outputs."""
+"""Most seconds by which counters may lag behind the outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a server answered to requests that were sent together.
+    """A server's answers to requests that were sent together.
 
     Attributes:
-        responses: in the order of the requests.
-        outputs: their token ids.
-        total_s: seconds of all.
-        steps: forwards of the target that committed tokens, by what is known.
-        told: what the engine tells of its speculation in all of them together.
+        responses: the responses, in the order of the requests.
+        outputs: token ids of each response.
+        total_s: seconds of all requests together.
+        steps: number of target forwards that committed tokens, as far as known.
+        told: the engine's report on its speculation in all requests together.
     """
 
     responses: Sequence[Response]
@@ -65,17 +65,17 @@ class Load:
 
 
 class Server:
-    """A server of a session. It is started, or looked for, when it is first needed.
+    """A server of a session. It is started or reached when it is first needed.
 
     Args:
-        spec: how it is reached.
-        values: of the placeholders in its command, but for the port.
-        codec: of the target's tokenizer.
-        log: takes what a server prints that is started.
-        make_room: called before it is started.
+        spec: how to reach or start it.
+        values: values of the placeholders in its command, except the port.
+        codec: codec of the target's tokenizer.
+        log: file for the output of a started server.
+        make_room: function to call before the server starts.
 
     Attributes:
-        about: the engine, its version and the model, once it has been reached.
+        about: the engine, its version and the model; "" before the server has been reached.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class Server:
 
     @property
     def is_open(self) -> bool:
-        """Whether it has been started, or reached."""
+        """Whether it has been started or reached."""
         return self._client is not None
 
     @property
     def pids(self) -> Collection[int]:
-        """The ids of the processes that work for it here, but for those that this process has started."""
+        """The ids of the server's processes on this machine that this process has not started."""
         if self.spec.url is None or not self.spec.loopback:
             return ()
         from specdecode.bench.servers.process import listeners
@@ -111,10 +111,10 @@ class Server:
         return listeners(urlsplit(self.spec.base_url(0)).port or 80)
 
     def open(self) -> None:
-        """Start it, or reach it, and find out what it is.
+        """Start the server, or connect to it, and find out its engine and model.
 
         Raises:
-            ServerError: it does not get ready, or does not answer as a server should.
+            ServerError: the server does not get ready, or gives an invalid answer.
         """
         if self.is_open:
             return
@@ -140,7 +140,7 @@ class Server:
             raise
 
     def close(self) -> None:
-        """End it, if it was started here, and all connections."""
+        """Close all connections, and stop the server if it was started here."""
         if self._client is not None:
             self._client.close()
         if self._process is not None:
@@ -149,16 +149,16 @@ class Server:
         self._warm.clear()
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, concurrency: int, limit_s: float) -> Load:
-        """Decode prompts, so many at a time. Prompts of new lengths are decoded a little before.
+        """Decode prompts, `concurrency` at a time. Prompts of new lengths are first decoded briefly, as a warm-up.
 
         Args:
             prompts: token ids, in order.
             max_new_tokens: tokens of each output.
-            concurrency: how many prompts are decoded together.
-            limit_s: seconds that all may take.
+            concurrency: number of prompts that are decoded together.
+            limit_s: most seconds that all prompts together may take.
 
         Raises:
-            ServerError: it does not decode them.
+            ServerError: the server fails to decode them.
         """
         self.open()
         if not self._checked:
@@ -178,10 +178,10 @@ class Server:
         return Load(responses, outputs, total_s, self._steps(responses, outputs, told or Told()), told)
 
     def logprobs(self, prompt: Sequence[int], length: int, limit_s: float) -> Response:
-        """Decode a prompt with the log-probabilities of the likeliest tokens; they are none if it does not tell them.
+        """Decode a prompt with the log-probabilities of the likeliest tokens, if the server sends them.
 
         Raises:
-            ServerError: it does not decode it.
+            ServerError: the server fails to decode it.
         """
         self.open()
         responses, _ = self._ask([self._request(prompt, length, _LOGPROBS)], 1, limit_s)
@@ -198,7 +198,7 @@ class Server:
         try:
             models = {str(one["id"]): one for one in json.loads(self._connection.get("/v1/models"))["data"]}
         except (KeyError, TypeError, ValueError):
-            raise ServerError("its server does not tell its models at /v1/models as others do") from None
+            raise ServerError("its server does not list its models at /v1/models in OpenAI's format") from None
         if spec.model is None and len(models) != 1:
             raise ServerError(f"its server has {len(models)} models: name one with server.model")
         self._model = spec.model or next(iter(models))
@@ -215,18 +215,18 @@ class Server:
         try:
             return str(json.loads(self._connection.get(path))[key])
         except (ServerError, KeyError, TypeError, ValueError):
-            return ""  # it is told, and decides nothing
+            return ""  # the version is only reported
 
     def _tokens(self, response: Response) -> list[int]:
-        """Return the token ids of a response: those that were sent, or those of its text.
+        """Return the token ids of a response: the ids that were sent, or the ids of its text.
 
         Raises:
-            ServerError: the server counts quite another number of them.
+            ServerError: the server counts a very different number of tokens.
         """
         if response.tokens:
             return response.tokens
         tokens = self._codec.encode(response.text)
-        # The same text may be spelt in other tokens than those that were generated, but not in so many more.
+        # The encoded text may have other tokens than the generated ones, but their numbers must be close.
         if response.count is not None and abs(len(tokens) - response.count) > 2 + _SPELLING * response.count:
             raise ServerError(
                 f"its server counts {response.count} tokens, and the text that it sends has {len(tokens)}"
@@ -234,11 +234,11 @@ class Server:
         return tokens
 
     def _steps(self, responses: Sequence[Response], outputs: Sequence[list[int]], told: Told) -> float:
-        """Return how many forwards of the target committed tokens: as many as all that is known asks for.
+        """Return the number of target forwards that committed tokens: the largest lower bound from the known counts.
 
-        The prompt's forward gives a token, and each further one a token more than what it accepts of a draft. Engines
-        count as accepted what is cut off at the end, so there may have been more. Tokens of several steps may come in
-        one event, so there were as many as there are events at least.
+        The prompt's forward gives one token, and each further forward one token more than it accepts proposals. Engines
+        also count accepted proposals that are cut off at the end, so there may have been more forwards. One event may
+        bring the tokens of several steps, so there were at least as many forwards as events.
         """
         steps = 0.0 if self._engine.token_by_token else float(sum(len(response.sizes) for response in responses))
         if told.accepted is not None:
@@ -260,11 +260,11 @@ class Server:
             return self._connection.complete(self._engine, requests, concurrency, limit_s)
         except ServerError:
             if self._process is not None:
-                self._process.check(_DYING_S)  # that it has ended says more
+                self._process.check(_DYING_S)  # the end of the server explains more
             raise
 
     def _counted(self) -> Counted | None:
-        """Read the engine's counters; None if it has none."""
+        """Return the engine's counters; None if it has none."""
         if not self._engine.metrics:
             return None
         from specdecode.bench.servers.metrics import counted
@@ -275,7 +275,7 @@ class Server:
             raise ServerError(f"its server's counters cannot be read: {error}") from error
 
     def _counted_since(self, before: Counted, sent: int) -> Counted:
-        """Return what the engine counted for outputs of so many tokens, and for nothing else."""
+        """Return the engine's counts for `sent` tokens. Raise ServerError if it generated another number of tokens."""
         deadline = time.monotonic() + _SETTLE_S
         while True:
             now = self._counted()
@@ -294,7 +294,7 @@ class Server:
         return since
 
     def _check_prefix_cache(self, prompt: Sequence[int], limit_s: float) -> None:
-        """Raise ServerError if a prompt that is repeated is not read again."""
+        """Raise ServerError if the server does not process a repeated prompt again."""
         if self.spec.prefix_cache:
             return
         text = (list(prompt) * (1 + _PROBE_TOKENS // len(prompt)))[: max(len(prompt), _PROBE_TOKENS)]
@@ -310,7 +310,7 @@ class Server:
         first_token(text)
         _, cached = first_token(text)
         if cached is None:
-            # Times tell: of the same, and of others that are as long.
+            # Compare the times of the same prompt with the times of other prompts of equal length.
             again = statistics.median(first_token(text)[0] for _ in range(_PROBES))
             others = [[*text[place:], *text[:place]] for place in range(1, 1 + _PROBES)]
             kept = again < _REREAD * statistics.median(first_token(other)[0] for other in others)
@@ -318,14 +318,13 @@ class Server:
             kept = cached > 0
         if kept:
             raise ServerError(
-                "its server keeps what it has read of earlier prompts, and a time would leave out the reading: turn"
-                " that off (vLLM: --no-enable-prefix-caching, SGLang: --disable-radix-cache), or set"
-                " server.prefix_cache = true"
+                "its server caches earlier prompts, so times would leave out the prefill: turn that off (vLLM:"
+                " --no-enable-prefix-caching, SGLang: --disable-radix-cache), or set server.prefix_cache = true"
             )
 
 
 def _sum_of(told: Sequence[Told | None]) -> Told | None:
-    """Add up what an engine tells of several outputs; None if it tells nothing of one."""
+    """Sum an engine's reports on several outputs; None if one has no report."""
     known = [one for one in told if one is not None]
     if not known or len(known) < len(told):
         return None
@@ -343,12 +342,12 @@ def _sum_of(told: Sequence[Told | None]) -> Told | None:
 
 
 class Servers:
-    """The servers of a session: arms of the same table share one.
+    """The servers of a session. Arms with equal tables share a server.
 
     Args:
-        values: of the placeholders in commands, but for the port.
-        codec: of the target's tokenizer.
-        logs: folder of what servers print.
+        values: values of the placeholders in commands, except the port.
+        codec: codec of the target's tokenizer.
+        logs: folder for the output of servers.
     """
 
     def __init__(self, values: Mapping[str, str], codec: Codec, logs: Path) -> None:
@@ -359,10 +358,10 @@ class Servers:
         """Return the server of an arm.
 
         Raises:
-            ValueError: its command names a draft, and there is none.
+            ValueError: its command names a draft, but there is none.
         """
         if "{draft}" in (spec.command or "") and not self._values["draft"]:
-            raise ValueError(f"arm {arm!r}: server.command names {{draft}}: say with --draft which model that is")
+            raise ValueError(f"arm {arm!r}: server.command names {{draft}}: name the model with --draft")
         key = repr(spec)
         if key not in self._servers:
 

@@ -1,4 +1,4 @@
-"""Read how a serving engine is reached: the table `server` of an arm."""
+"""The table `server` of an arm: how to reach or start a serving engine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from specdecode.support.checked import shown
 from specdecode.support.kinds import FLAG, NUMBER, STRING, STRINGS, TABLE, is_of
 
 PLACEHOLDERS = ("target", "draft", "port")
-"""What a command may name in braces."""
+"""The names that a command may have in braces."""
 
-# Braces around anything else may be an option's, which are often JSON.
+# Braces around other text may belong to an option, which is often JSON.
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 _PROMPTS = ("ids", "text")
@@ -26,26 +26,27 @@ _PROMPTS = ("ids", "text")
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """How a server is reached, or started. A server has either a `url` or a `command`.
+    """How to reach or start a server. A server has either a `url` or a `command`.
 
     Attributes:
-        url: of a server that runs already, with or without "/v1" at the end.
-        command: starts a server. {target}, {draft} and {port} stand for the models of the session and a free port.
-        model: as requests name it; the server's only one if None.
+        url: address of a running server, with or without "/v1" at the end.
+        command: command that starts a server. {target}, {draft} and {port} stand for the models of the session and a
+            free port.
+        model: name of the model in requests; the server's only model if None.
         ready: path that answers as soon as the server is ready.
-        environment: variables of the server's process, besides those of this one.
-        start_minutes: the most time until it is ready.
-        engine: "vllm", "sglang", "llama.cpp" or "openai", which is any other; found out if None.
-        prompt: "ids" sends token ids. "text" sends text, for servers that take no ids. Such a server makes ids of its
-            own. Where it sends none back, the output's ids are made of its text.
-        request: what each request says besides, such as {ignore_eos = true}. An engine of the name "openai" is sent no
-            more than the protocol has, and so may stop early.
-        prefix_cache: whether the server may keep what it has read of earlier prompts.
-        alone: it runs while no other such server does, as where two do not fit into memory.
-        api_key: the environment variable that holds the server's key.
+        environment: variables of the server's process, in addition to those of this process.
+        start_minutes: most minutes until the server is ready.
+        engine: "vllm", "sglang" or "llama.cpp"; or "openai" for any other engine. It is detected if None.
+        prompt: "ids" sends token ids. "text" sends text, for servers that accept no ids and encode the text themselves.
+            If such a server returns no ids, the output's text is encoded here.
+        request: further keys of each request, such as {ignore_eos = true}. The engine "openai" gets only keys of the
+            protocol by default, so it may stop early.
+        prefix_cache: whether the server may cache earlier prompts.
+        alone: whether it runs only while no other such server does, for example if two do not fit into memory.
+        api_key: name of the environment variable with the server's key.
 
     Raises:
-        ValueError: keys that do not go together, or a value that cannot be.
+        ValueError: the keys do not go together, or a value is invalid.
     """
 
     url: str | None = None
@@ -76,7 +77,7 @@ class ServerSpec:
         if not self.ready.startswith("/"):
             raise ValueError(f"server.ready is {self.ready!r}: write a path, as /health")
         if not self.start_minutes > 0:
-            raise ValueError(f"server.start_minutes is {self.start_minutes}: give it some time")
+            raise ValueError(f"server.start_minutes is {self.start_minutes}: it must be above 0")
         for key, known in (("engine", tuple(ENGINES)), ("prompt", _PROMPTS)):
             value = getattr(self, key)
             if value is not None and value not in known:
@@ -87,7 +88,7 @@ class ServerSpec:
         """Read the table.
 
         Raises:
-            ValueError: an unknown key, or a value that cannot be.
+            ValueError: a key is unknown, or a value is invalid.
         """
         if unknown := sorted(table.keys() - _DEFAULTS.keys()):
             raise ValueError(f"server has unknown keys: {', '.join(unknown)}; choose from {', '.join(_DEFAULTS)}")
@@ -97,20 +98,20 @@ class ServerSpec:
         return cls(**table)
 
     def base_url(self, port: int) -> str:
-        """Return the address without path.
+        """Return the server's address without path.
 
         Args:
-            port: that the server listens on, if the suite starts it.
+            port: port of the server, if the suite starts it.
         """
         url = f"http://127.0.0.1:{port}" if self.url is None else self.url
         return url.rstrip("/").removesuffix("/v1")
 
     @property
     def key(self) -> str | None:
-        """The server's key, if it asks for one.
+        """The server's key, if it needs one.
 
         Raises:
-            ValueError: the variable is not set.
+            ValueError: the environment variable is not set.
         """
         if self.api_key is not None and self.api_key not in os.environ:
             raise ValueError(f"server.api_key names the environment variable {self.api_key}, which is not set")
@@ -139,7 +140,7 @@ def _check_command(command: str) -> None:
         raise ValueError("server.command is empty")
     named = set(_PLACEHOLDER.findall(command))
     if "port" not in named:
-        raise ValueError("server.command names no {port}: the server is to listen on the port that it stands for")
+        raise ValueError("server.command names no {port}: give the server its port as {port}")
     if unknown := sorted(named - set(PLACEHOLDERS)):
         raise ValueError(
             f"server.command names {{{unknown[0]}}}: only {{target}}, {{draft}} and {{port}} are filled in"

@@ -1,4 +1,4 @@
-"""Metrics for `evaluate`: scripts that it loads from here, without a network."""
+"""Metrics for `evaluate`: scripts that it loads from this folder, without a network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def metric(name: str) -> Any:
-    """`evaluate.load` of the script of that name: "exact_match_number", "pass_at_1" or "perplexity".
+    """Load a metric with `evaluate.load`: "exact_match_number", "pass_at_1" or "perplexity".
 
     Raises:
         ValueError: no such metric, or `evaluate` is not installed.

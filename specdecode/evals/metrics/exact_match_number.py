@@ -1,4 +1,4 @@
-"""The share of answers whose last number is the last of the reference: GSM8K's measure, as a metric for `evaluate`."""
+"""The share of answers with the reference's last number: GSM8K's measure, as a metric for `evaluate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from specdecode.evals.tasks import TASKS
 
 
 class ExactMatchNumber(evaluate.Metric):  # type: ignore[misc]
-    """compute(predictions=answers, references=GSM8K's "answer" fields): "exact_match", and its 95 % interval."""
+    """A metric: compute(predictions=answers, references=GSM8K's "answer" fields) returns "exact_match" and its 95 %
+    interval."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

@@ -10,8 +10,8 @@ from specdecode.evals.tasks import TASKS
 
 
 class PassAt1(evaluate.Metric):  # type: ignore[misc]
-    """compute(predictions=completions, references=rows of HumanEval): "pass@1", and its 95 % interval. The programs run
-    in a contained process, see `specdecode.evals.sandbox.contained`."""
+    """A metric: compute(predictions=completions, references=rows of HumanEval) returns "pass@1" and its 95 % interval.
+    The programs run in a contained process, see `specdecode.evals.sandbox.contained`."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

@@ -10,7 +10,8 @@ from specdecode.evals.perplexity import perplexity
 
 
 class Perplexity(evaluate.Metric):  # type: ignore[misc]
-    """compute(predictions=for each document, log p of its tokens, in nats): "perplexity", exp(sum of NLL / tokens)."""
+    """A metric: compute(predictions=log p of the tokens of each document, in nats) returns "perplexity", exp(sum of NLL
+    / tokens)."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

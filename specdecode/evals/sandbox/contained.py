@@ -1,4 +1,4 @@
-"""Programs that nobody has read, run in a process of their own."""
+"""Run untrusted programs in a contained process."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _INSIDE = Path(__file__).with_name("inside.py")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may use.
+    """The limits of one program.
 
     Attributes:
-        seconds: from its start to its end.
-        memory_bytes: of its address space, Python's own 30 MB included.
-        output_bytes: that it prints.
-        file_bytes: of one file.
-        changes: how often it may open a file for writing, or make, rename or remove one.
-        reason_characters: of the error that ended it, as many are kept.
+        seconds: time from start to end.
+        memory_bytes: size of the address space, with Python's own 30 MB.
+        output_bytes: size of the output.
+        file_bytes: size of a single file.
+        changes: number of times that the program may open a file for writing, or create, rename or remove one.
+        reason_characters: length to which the message of the final error is cut.
     """
 
     seconds: float = 5.0
@@ -40,22 +40,22 @@ class Limits:
 
 
 def run(program: str, limits: Limits = Limits()) -> str:
-    """Run a Python program, and tell why it failed; "" if it came to its end.
+    """Run a Python program, and return why it failed; "" if it reached its end.
 
-    It runs in a new, empty folder that is removed afterwards, without the environment, site-packages or input of this
-    process, and whatever it does, this returns within its time. Refused are the network, other programs and
-    processes, changes to files outside of the folder, and reading other files than Python's own library: by an audit
-    hook, by resource limits and, on Linux, where the kernel allows it, by a network namespace and Landlock. None of
-    that needs privileges.
+    The program runs in a new, empty folder that is removed afterwards, without the environment, site-packages or input
+    of this process. Whatever the program does, this function returns within the time limit. The program cannot use the
+    network, start programs or processes, change files outside its folder, or read files outside its folder except
+    Python's own library. This is enforced by an audit hook, by resource limits and, on Linux, where the kernel allows
+    it, by a network namespace and Landlock. None of these needs privileges.
 
     This contains accidents and ordinary hostile programs. It is no security boundary: the hook is in the program's own
-    process, and a program written against it can take it away, or have itself counted as right. Where there is Landlock
-    (Linux 5.13 and later, unless switched off) it can change no file outside even then; elsewhere only the rights of
-    this process hold it back. Programs of someone who wishes you ill belong into a virtual machine.
+    process, and a program written against it can remove it, or report success. With Landlock (Linux 5.13 and later,
+    unless switched off) even such a program cannot change files outside its folder. Without Landlock, only the rights
+    of this process limit it. Run programs of an attacker in a virtual machine.
 
     Args:
-        program: its source. One that leaves early, with whatever exit code, has not come to its end.
-        limits: what it may use.
+        program: source of the program. A program that exits early, with any exit code, has not reached its end.
+        limits: limits of the program.
     """
     token = secrets.token_hex(16)
     instructions = {"program": program, "token": token, "limits": asdict(limits)}
@@ -79,7 +79,7 @@ def run(program: str, limits: Limits = Limits()) -> str:
             try:
                 output, stopped = _read(pipe, limits)
             finally:
-                # Before it is waited for: until then nobody else can have its number.
+                # Kill before waiting: until `wait`, no other process can get this process id.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if stopped:
@@ -91,7 +91,7 @@ def run(program: str, limits: Limits = Limits()) -> str:
 
 
 def _read(pipe: IO[bytes], limits: Limits) -> tuple[bytes, str]:
-    """What a process writes before it ends, and, if it may not go on until then, why."""
+    """Return the output of a process, and the limit that it exceeded, as a sentence; "" if it ended within limits."""
     output, end = b"", time.monotonic() + limits.seconds
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)

@@ -1,7 +1,7 @@
-"""Contain a program from inside its own process. `contained.run` starts this file as a script, twice.
+"""Contain a program from inside its own process. This file runs as a script, twice.
 
-The first time it gives up rights that only the kernel can take. The second time, without these rights, it sets limits,
-installs the hook that refuses what the program has no business with, and runs the program.
+`contained.run` starts it. The first run gives up rights that only the kernel can remove, and starts the second. The
+second run sets limits, installs the audit hook, and runs the program.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 _UNPRIVILEGED = 0x10000000 | 0x40000000  # CLONE_NEWUSER, CLONE_NEWNET
 _DIE_WITH_PARENT, _NO_NEW_PRIVILEGES = 1, 38
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-# Of what Landlock knows, all that changes files or folders (bits 1, 4 to 12), and what later versions have added.
+# Landlock's rights that change files or folders (bits 1, 4 to 12), and rights that later versions added.
 _CHANGE_FILES, _MOVE_FILES, _TRUNCATE_FILES = 0x1FF2, 1 << 13, 1 << 14
 
 _READ_ONLY = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY
-# Events of Python's own that say nothing of the world outside (PEP 578; "Audit events table" of the Python manual).
+# Audit events that have no effect outside the process (PEP 578; "Audit events table" of the Python manual).
 _HARMLESS = frozenset(
     str.split(
         "array.__new__ builtins.id builtins.input builtins.input/result code.__new__ compile exec function.__new__"
@@ -31,9 +31,9 @@ _HARMLESS = frozenset(
         " sys._getframemodulename sys.excepthook sys.unraisablehook tempfile.mkdtemp tempfile.mkstemp time.sleep"
     )
 )
-# Events of changes, and how many of their arguments are paths.
+# Events of changes to files, and the number of their arguments that are paths.
 _CHANGES = {"os.mkdir": 1, "os.remove": 1, "os.rename": 2, "os.rmdir": 1, "os.truncate": 1}
-# Modules in C that only compute. What is written in Python can do no more than those in C that it gets.
+# Modules in C that only compute. Modules in Python are allowed: they can do no more than these.
 _COMPUTING = frozenset(
     str.split(
         "_abc _ast _bisect _blake2 _codecs _collections _contextvars _csv _datetime _decimal _functools _hashlib _heapq"
@@ -43,7 +43,7 @@ _COMPUTING = frozenset(
         " unicodedata zlib"
     )
 )
-# What Python does without an audit event.
+# Functions of Python's `os` that raise no audit event. They are removed.
 _SILENT = str.split(
     "chroot mkfifo mknod pidfd_open posix_openpt sched_setaffinity sched_setparam sched_setscheduler setns setpriority"
     " unshare"
@@ -51,8 +51,13 @@ _SILENT = str.split(
 
 
 def seal(folder: str) -> None:
-    """Leave to this process, as far as the kernel knows how to: no network, no privileges, no end later than its
-    parent's, and no file to change but those in a folder (unshare(2), prctl(2), landlock(7))."""
+    """Take rights from this process, as far as the kernel supports it (unshare(2), prctl(2), landlock(7)).
+
+    Afterwards it has no network and no privileges, ends with its parent, and can change files in one folder only.
+
+    Args:
+        folder: the folder in which files may be changed.
+    """
     import ctypes
 
     libc = ctypes.CDLL(None)
@@ -63,7 +68,7 @@ def seal(folder: str) -> None:
     if version < 1:
         return
     files = _CHANGE_FILES | _MOVE_FILES * (version >= 2) | _TRUNCATE_FILES * (version >= 3)
-    # TCP connections; signals and sockets to processes that are not sealed.
+    # Also refused: TCP connections, and signals and sockets to processes that are not sealed.
     rules = struct.pack("=QQQ", files, 3 * (version >= 4), 3 * (version >= 6))
     ruleset = libc.syscall(_CREATE_RULESET, rules, len(rules), 0)
     beneath = struct.pack("=Qi", files, os.open(folder, os.O_PATH))
@@ -72,7 +77,7 @@ def seal(folder: str) -> None:
 
 
 def limit(limits: dict[str, Any]) -> None:
-    """Have the kernel hold this process to its limits (setrlimit(2)); a privileged one may have more processes."""
+    """Set the kernel's limits on this process (setrlimit(2)). A privileged process may still start processes."""
     for what, most in (
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
@@ -91,16 +96,18 @@ def guard(folder: str, changes: int) -> Callable[[str, tuple[Any, ...]], None]:
     folder. It refuses every other event, known to this file or not.
 
     Args:
-        folder: where files may be changed.
-        changes: the most of them, files opened for writing among them: together they bound what is written.
+        folder: folder in which files may be changed.
+        changes: most changes, including files opened for writing. With the size limit of a file, this bounds the
+            written bytes.
     """
-    # Held here, where a program that puts other things under their names does not reach them.
+    # Local names, which a program cannot replace as it could replace the builtins.
     exact, text = type, str
     working_folder, library = f"{folder}/", tuple(f"{entry}/" for entry in sys.path)
     left = [changes]
 
     def within(path: Any, *folders: str) -> bool:
-        """By its name alone: there are no links in the folder, and it stays the working one."""
+        """Return whether a path lies in the folders, from its name alone. That is enough: the working folder has no
+        links, and stays the working folder."""
         if exact(path) is not text or ".." in path.split("/"):
             return False
         return path.startswith(folders) or not path.startswith("/")
@@ -109,7 +116,7 @@ def guard(folder: str, changes: int) -> Callable[[str, tuple[Any, ...]], None]:
         if event == "open":
             path, mode, flags = arguments
             if flags & ~_READ_ONLY == 0:
-                # Without a mode it is os.open(), which opens folders too, and what is beneath them after that.
+                # Without a mode the event is os.open(), which also opens folders, and then files relative to them.
                 return within(path, working_folder, *library) if mode is not None else within(path, working_folder)
             left[0] -= 1
             return left[0] >= 0 and within(path, working_folder)

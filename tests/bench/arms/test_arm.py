@@ -1,4 +1,4 @@
-"""Arms as they are made of a preset's entries, and what one run of them gives."""
+"""Arms built from a preset's entries, and the result of one run of each."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ LENGTH = 20
 
 
 def test_a_draft_of_another_vocabulary_serves_the_arm_that_goes_by_text() -> None:
-    """Guards against a pair of vocabularies that cannot be measured at all, and against arms that take the draft's
-    tokens for the target's."""
+    """Guards against a pair of different vocabularies that cannot be measured at all, and against arms that read the
+    draft's token ids as the target's.
+    """
     target, draft = lm("llama"), small(vocab_size=VOCABULARY)
     draft.tokenizer = characters(CHARACTERS[::-1])
     run = make_arm("by-text", {"drafter": "universal", "k": 3}, target, draft).run(prompt(), LENGTH, ())
@@ -41,7 +42,9 @@ def test_a_draft_of_another_vocabulary_serves_the_arm_that_goes_by_text() -> Non
 
 
 def test_a_batch_shares_forwards_and_tells_a_prompts_share_of_the_time() -> None:
-    """Guards against a batch of one text said several times, and a time that is divided in one place only."""
+    """Guards against a batch that decodes its copies one by one, and against a batch time that is divided in one place
+    and not in another.
+    """
     target = lm("llama")
     arm = make_arm("batch", {"drafter": "lookup", "batch": 4}, target, None)
     shapes: list[torch.Size] = []
@@ -59,7 +62,7 @@ def test_a_batch_shares_forwards_and_tells_a_prompts_share_of_the_time() -> None
 
 
 def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
-    """Guards against a synthetic arm that skips the draft's forwards, or accepts at another rate than it says."""
+    """Guards against a synthetic arm that skips the draft's forwards, or accepts at another rate than the set one."""
     target = lm("llama")
     draft = target.subset([0])
     options = {"drafter": "model", "k": 4, "replay": 0.8}
@@ -74,7 +77,9 @@ def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
 
 @pytest.mark.parametrize(("entry", "steps"), [({"k": 4}, 8), ({}, 7)], ids=str)
 def test_peers_draft_as_long_as_they_are_told(entry: dict[str, int], steps: int) -> None:
-    """Guards against transformers drafting at another K: all drafts are right here, so K shows in the steps."""
+    """Guards against transformers drafting with another K than the arm's. All drafts are right here, so the number of
+    steps shows K.
+    """
     target = lm("llama")
     arm = make_arm("hf-assisted", {"peer": "assisted", **entry}, target, target)
     ours = make_arm("linear", {"drafter": "model", **entry}, target, target)
@@ -96,7 +101,7 @@ def test_peers_draft_as_long_as_they_are_told(entry: dict[str, int], steps: int)
         ({"drafter": "lookup+oracle"}, "no drafter is named 'oracle'"),
         ({"policy": "amnesia"}, "no cache policy is named 'amnesia': choose from heavy-hitter, key-norm, random"),
         ({"policy": "sink-window", "cache": 3}, "max_len is 3"),
-        ({"peer": "generate", "policy": "random"}, "takes no policy"),
+        ({"peer": "generate", "policy": "random"}, "accepts no policy"),
         ({"batch": 0}, "batch is 0"),
         ({"batch": 2, "drafter": "model", "replay": 0.5}, "batch is 2: it is 1 or more, and 1 for replayed drafts"),
         ({"quantize": "int4"}, "quantize is 'int4'"),
@@ -107,13 +112,13 @@ def test_peers_draft_as_long_as_they_are_told(entry: dict[str, int], steps: int)
     ],
 )
 def test_a_wrong_entry_of_a_preset_is_named(options: dict[str, object], reason: str) -> None:
-    """Guards against a typing error that silently measures something else."""
+    """Guards against a typing error that silently measures another configuration."""
     with pytest.raises(ValueError, match=f"^arm 'arm': .*{reason}"):
         make_arm("arm", options, lm("llama"), lm("llama"))
 
 
 def test_a_wrong_entry_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
-    """Guards against minutes of loading before a typing error is found."""
+    """Guards against minutes of loading before a typing error is reported."""
     folder = str(tmp_path / "nowhere")
     speed = tmp_path / "speed.toml"
     speed.write_text(
@@ -128,7 +133,7 @@ def test_a_wrong_entry_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
 
 
 def test_an_arm_that_drafts_needs_a_draft_model() -> None:
-    """Guards against a failure in the middle of the experiment."""
+    """Guards against an arm without its draft model that fails in the middle of the experiment."""
     for options in ({"drafter": "model"}, {"drafter": "lookup+model"}, {"drafter": "universal"}, {"peer": "assisted"}):
         with pytest.raises(ValueError, match="--draft"):
             make_arm("arm", options, lm("llama"), None)

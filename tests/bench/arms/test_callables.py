@@ -1,4 +1,4 @@
-"""Arms from code: functions of a reader's own, timed and checked beside this package's arms."""
+"""Arms from code: a user's own functions, timed and checked beside this package's arms."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from specdecode.bench.runs.statistics import Estimate
 from tests.helpers.models import lm, prompt
 from tests.helpers.speed_runs import run_of_results
 
-LENGTH, LONGER = 12, 20  # than the counters run
+LENGTH, LONGER = 12, 20  # LONGER than the counters run
 PROMPTS = {"set/0": list(prompt()), "set/1": list(prompt(9))}
 
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of the reader's, to put makers into."""
+    """Return a module of the user's to put factories into."""
     made = ModuleType("reader")
     monkeypatch.setitem(sys.modules, "reader", made)
     return made
@@ -48,7 +48,7 @@ def arm(decode: Any, module: ModuleType, lengths: tuple[int, ...] = (), **entry:
 
 
 def test_a_function_decodes_as_an_arm(module: ModuleType) -> None:
-    """Guards against tokens, steps or lengths that are not those which the function yielded."""
+    """Guards against recorded tokens, steps or lengths that differ from the yielded ones."""
     asked = []
 
     def make(target: str, draft: str, device: str, dtype: str, width: int) -> Any:
@@ -75,7 +75,9 @@ def test_a_function_decodes_as_an_arm(module: ModuleType) -> None:
 
 
 def test_what_its_steps_know_is_counted(module: ModuleType) -> None:
-    """Guards against an acceptance, a time or a size that is told and lost, or made up where it is not told."""
+    """Guards against a reported acceptance, time or size that is lost, and against one that is invented where none was
+    reported.
+    """
 
     def decode(prompt: list[int], count: int) -> Iterator[ArmStep]:
         tokens = right(prompt, count)
@@ -106,7 +108,9 @@ def test_what_its_steps_know_is_counted(module: ModuleType) -> None:
 
 
 def test_an_engine_that_calls_back_tells_when_tokens_came(module: ModuleType) -> None:
-    """Guards against a first token that came as late as the last, where an engine returns when all is done."""
+    """Guards against a TTFT as long as the whole run, for an engine that returns only at the end but reports token
+    times.
+    """
 
     def decode(prompt: list[int], count: int) -> Iterator[ArmStep]:
         tokens = right(prompt, count)
@@ -141,7 +145,7 @@ FAILING = {
     "floats": (lambda prompt, count: [[1.0]], "it yielded [1.0]: yield a list of token ids, or an ArmStep"),
     "late": (
         lambda prompt, count: [ArmStep(right(prompt, count), at_s=99.0)],
-        "at_s is 99: a step comes after the one before it, and before it is yielded",
+        "at_s is 99: it must lie between the step before and the yield of this step",
     ),
     "no-steps": (lambda prompt, count: 3, "it raised TypeError: 'int' object is not iterable"),
 }
@@ -149,14 +153,14 @@ FAILING = {
 
 @pytest.mark.parametrize("name", list(FAILING))
 def test_what_does_not_decode_is_told_and_the_others_go_on(name: str, module: ModuleType) -> None:
-    """Guards against a run that is lost, or an arm that passes, because somebody's code fails."""
+    """Guards against a whole run that is lost because a user's code fails, and against a failing arm that passes."""
     decode, reason = FAILING[name]
     reason = reason.format(less=LONGER - 1, count=LONGER)
     closed = []
 
     class Decode:
         def __call__(self, prompt: list[int], count: int) -> Any:
-            # The counters run is shorter.
+            # Fail in the timed runs alone: the counters run is shorter.
             return decode(prompt, count) if count == LONGER else [right(prompt, count)]
 
         def close(self) -> None:
@@ -173,14 +177,14 @@ def test_what_does_not_decode_is_told_and_the_others_go_on(name: str, module: Mo
     assert run.arms["mine"].failure == f"arm 'mine': {reason}"
     assert not run.arms["mine"].rows
     assert len(run.arms["plain"].rows) == 2
-    assert sum(doing.startswith("mine on set/") for doing in told) == 2  # the counters run, and once more
+    assert sum(doing.startswith("mine on set/") for doing in told) == 2  # the counters run, and one more
     assert outputs(run, "mine") == "FAILED"
     assert "FAILED" in markdown(run, "a title", "", [], History([], ""))
     assert "mine did not decode" in document("a title", section(run, "a title", "", []))
 
 
 def test_a_wrong_token_voids_its_times(module: ModuleType) -> None:
-    """Guards against the fastest decoder being the one that is wrong."""
+    """Guards against a wrong decoder that wins as the fastest one."""
 
     def decode(prompt: list[int], count: int) -> Iterator[list[int]]:
         tokens = right(prompt, count)
@@ -193,7 +197,9 @@ def test_a_wrong_token_voids_its_times(module: ModuleType) -> None:
 
 
 def test_a_lossy_function_may_write_other_tokens(module: ModuleType) -> None:
-    """Guards against an engine that rounds otherwise and can never be timed, and against one that passes for exact."""
+    """Guards against an engine that rounds differently and so can never be timed, and against a lossy one shown as
+    exact.
+    """
 
     def decode(prompt: list[int], count: int) -> Iterator[list[int]]:
         tokens = right(prompt, count)
@@ -212,7 +218,7 @@ def _tensor(tokens: list[int]) -> Any:
 
 
 def test_a_function_is_as_fast_as_it_is(module: ModuleType) -> None:
-    """Guards against a clock that runs while the arm does not, or the other way."""
+    """Guards against a clock that runs outside the arm's own work, or stops during it."""
 
     def decode(prompt: list[int], count: int) -> Iterator[list[int]]:
         tokens = right(prompt, count)
@@ -227,7 +233,7 @@ def test_a_function_is_as_fast_as_it_is(module: ModuleType) -> None:
 
 
 def test_a_limit_of_time_leaves_others_alone(module: ModuleType) -> None:
-    """Guards against a limit of the whole test, such as pytest-timeout's, that is gone behind an arm from code."""
+    """Guards against an arm from code that cancels the time limit of the whole test, such as pytest-timeout's."""
     handler, timer = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 500.0)
     try:
         arm(lambda prompt, count: [right(prompt, count)], module).run(prompt(), LENGTH, ())
@@ -242,7 +248,7 @@ def test_a_limit_of_time_leaves_others_alone(module: ModuleType) -> None:
     [
         ({"call": "reader"}, "call is 'reader': write package.module:function"),
         ({"call": "reader:make", "k": 3}, "it has unknown options: k; choose from call, options, limit_s"),
-        ({"call": "reader:make", "limit_s": 0}, "limit_s is 0: give it some seconds"),
+        ({"call": "reader:make", "limit_s": 0}, "limit_s is 0: it must be above 0"),
         ({"call": "reader:make", "options": 3}, "options is 3: it must be a table of options"),
         ({"drafter": "lookup", "limit_s": 0}, "limit_s is of no use without a call or a server: leave it out"),
         ({"drafter": "lookup", "lossy": True}, "lossy is of no use without a call or a server: leave it out"),
@@ -255,7 +261,7 @@ def test_a_limit_of_time_leaves_others_alone(module: ModuleType) -> None:
     ],
 )
 def test_a_wrong_entry_is_told_in_one_sentence(module: ModuleType, entry: dict[str, Any], reason: str) -> None:
-    """Guards against a traceback from somebody's module, or from inside of ours."""
+    """Guards against a traceback, from the user's module or from this package, instead of one sentence."""
 
     def raises(*names: str) -> None:
         raise RuntimeError("no licence")
@@ -267,7 +273,7 @@ def test_a_wrong_entry_is_told_in_one_sentence(module: ModuleType, entry: dict[s
 
 
 def test_a_change_of_its_code_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against blocks of two versions of somebody's decoder in one resumed run."""
+    """Guards against a resumed run that mixes blocks of two versions of a user's decoder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     digests = []

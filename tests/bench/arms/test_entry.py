@@ -1,4 +1,4 @@
-"""What an arm's entry says, from wherever it is read."""
+"""An arm's entry, read from a preset, a command line, lm-eval arguments or a run file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(**options: Any) -> ArmSpec:
 
 
 def test_what_is_not_said_has_the_default_of_the_part() -> None:
-    """Guards against a second place where a default stands, which then differs from the first."""
+    """Guards against a default that is written in two places and differs between them."""
     plain = ArmSpec.from_entry("ar", {})
     assert (plain.drafters, plain.needs_draft, plain.batch) == (["none"], False, 1)
     assert plain.fixed_k() == FixedK(5)
@@ -46,7 +46,7 @@ def test_what_is_not_said_has_the_default_of_the_part() -> None:
 
 
 def test_what_is_said_reaches_its_part() -> None:
-    """Guards against a key that is read and forgotten."""
+    """Guards against a key that is read and has no effect."""
     spec = ArmSpec.from_entry(
         "it",
         {"drafter": "lookup+model", "ngram": 4, "min_ngram": 2, "branches": 3, "k": 7}
@@ -64,8 +64,9 @@ def test_what_is_said_reaches_its_part() -> None:
 
 
 def test_a_preset_and_a_command_differ_where_nothing_is_said() -> None:
-    """Guards against a preset's arm that changes with what is recommended, and a command that drafts worse than it
-    could."""
+    """Guards against a preset's arm that changes with the recommended defaults, and against a command that drafts worse
+    than it could.
+    """
     entry = {"drafter": "lookup+head", "head": "h.safetensors"}
     arm = ArmSpec.from_entry("cascade", entry)
     assert (arm.tree_shape(), arm.prompt_lookup().min_ngram) == (Chain(), 1)
@@ -90,22 +91,23 @@ def test_a_preset_and_a_command_differ_where_nothing_is_said() -> None:
     ],
 )
 def test_a_command_chooses_a_drafter(options: dict[str, Any], ships_head: bool, drafter: str) -> None:
-    """Guards against a draft model or a head that is named and not used."""
+    """Guards against a named draft model or head that is not used."""
     assert ArmSpec.from_command_line(options, ships_head=ships_head).drafter == drafter
     if not ships_head:
         assert ArmSpec.from_model_args(options).drafter == drafter
 
 
 def test_lm_eval_reads_none_as_nothing() -> None:
-    """Guards against `drafter=none`, of which the harness makes None, as the default drafter."""
+    """Guards against `drafter=none`, which the harness parses as None, taken for the default drafter."""
     assert ArmSpec.from_model_args({"drafter": None}).drafter == "none"
     assert ArmSpec.from_model_args({"policy": None}).policy is None
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_read(name: str) -> None:
-    """Guards against an arm of a preset that is found wrong on the machine that it is for, of which not all is at
-    hand here."""
+    """Guards against a preset with a wrong arm that is found only on the machine of the preset, for example one with a
+    GPU.
+    """
     specs = {arm: ArmSpec.from_record(arm, entry) for arm, entry in preset(name).arms.items()}
     for arm, entry in preset(name).arms.items():
         assert specs[arm].drafters == drafter_kinds(entry)
@@ -114,14 +116,14 @@ def test_every_preset_is_read(name: str) -> None:
 
 
 def test_every_arm_of_the_baselines_is_read() -> None:
-    """Guards against a run file whose arms can no longer be told."""
+    """Guards against a stored run file whose arms this version can no longer read."""
     records = [read(file).arms for file in BASELINES.glob("*/*.json") if file.parent.name != "quality"]
     specs = [ArmSpec.from_record(name, record.options) for arms in records for name, record in arms.items()]
     assert len(specs) > 10
 
 
 def test_a_record_is_read_without_torch() -> None:
-    """Guards against a report that takes seconds, or that cannot be made where the run file is only looked at."""
+    """Guards against a report that takes seconds to import PyTorch, or fails where PyTorch is not installed."""
     entry = {"drafter": "lookup+model", "ngram": 2, "shape": "static", "policy": "sink-window", "quantize": "int8"}
     code = (
         "import json, sys; import specdecode.bench.arms.snippet; from specdecode.bench.arms.entry import ArmSpec\n"
@@ -130,7 +132,7 @@ def test_a_record_is_read_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code, json.dumps(entry)], check=False).returncode == 0
 
 
-# What is wrong, wherever it is written. What a preset says wrong is in `test_arm`.
+# Entries that are wrong wherever they are written. `test_arm` has the wrong entries of presets.
 
 URL = {"url": "http://127.0.0.1:8000/v1"}
 
@@ -176,7 +178,7 @@ URL = {"url": "http://127.0.0.1:8000/v1"}
         ({"server": URL | {"ready": "/health2"}}, "server.ready is of no use with a url: the server runs already"),
         ({"server": URL | {"alone": True}}, "server.alone is of no use with a url"),
         ({"server": {"command": "serve {port}", "ready": "health"}}, "server.ready is 'health': write a path"),
-        ({"server": {"command": "serve {port}", "start_minutes": 0}}, "server.start_minutes is 0: give it some time"),
+        ({"server": {"command": "serve {port}", "start_minutes": 0}}, "server.start_minutes is 0: it must be above 0"),
         ({"server": URL | {"engine": "trt"}}, "server.engine is 'trt': choose from vllm, sglang, llama.cpp, openai"),
         ({"server": URL | {"prompt": "chat"}}, "server.prompt is 'chat': choose from ids, text"),
         ({"server": URL | {"models": "m"}}, "server has unknown keys: models; choose from url, command, model"),
@@ -185,15 +187,17 @@ URL = {"url": "http://127.0.0.1:8000/v1"}
         ({"server": URL | {"environment": {"A": 1}}}, "server.environment is .*: it must be a table of strings"),
         ({"server": "http://127.0.0.1"}, "server is 'http://127.0.0.1': it must be a table of options"),
         ({"server": URL, "concurrency": 0}, "arm 'it': concurrency is 0: it is 1 or more"),
-        ({"server": URL, "concurrency": 4, "requests": 3}, "requests is 3: a run has at least as many as are sent"),
-        ({"server": URL, "limit_s": 0}, "arm 'it': limit_s is 0: give it some seconds"),
+        ({"server": URL, "concurrency": 4, "requests": 3}, "requests is 3: it must be at least the concurrency, 4"),
+        ({"server": URL, "limit_s": 0}, "arm 'it': limit_s is 0: it must be above 0"),
         ({"server": URL, "k": 3}, "arm 'it': it has unknown options: k; choose from server, concurrency, requests"),
         ({"concurrency": 4}, "arm 'it': concurrency is of no use without a call or a server"),
     ],
     ids=str,
 )
 def test_an_entry_that_cannot_be_is_told_with_its_arm(entry: Any, said: str) -> None:
-    """Guards against a key that measures something else in silence, or fails once a model is loaded."""
+    """Guards against a wrong key that silently measures another configuration, or fails only after a model is
+    loaded.
+    """
     with pytest.raises(ValueError, match=said) as raised:
         ArmSpec.from_entry("it", entry)
     assert "\n" not in str(raised.value)
@@ -214,8 +218,8 @@ def test_an_entry_that_cannot_be_is_told_with_its_arm(entry: Any, said: str) -> 
         ),
         (
             {"controller": "adaptive", "k": 3},
-            "--k is of no use with --controller adaptive, which finds it out: leave it out",
-            "k=3 is of no use with controller=adaptive, which finds it out: leave it out",
+            "--k is of no use with --controller adaptive, which chooses it: leave it out",
+            "k=3 is of no use with controller=adaptive, which chooses it: leave it out",
         ),
         (
             {"drafter": "lookup", "shape": "static"},
@@ -229,7 +233,7 @@ def test_an_entry_that_cannot_be_is_told_with_its_arm(entry: Any, said: str) -> 
 def test_messages_name_keys_as_they_were_written(
     options: dict[str, Any], from_a_shell: str, from_the_harness: str
 ) -> None:
-    """Guards against a message about an option that its reader has never seen."""
+    """Guards against a message about an option name that its reader has never seen."""
     with pytest.raises(ValueError, match=f"^{from_a_shell}"):
         command(**options)
     with pytest.raises(ValueError, match=f"^{from_the_harness}"):
@@ -237,7 +241,7 @@ def test_messages_name_keys_as_they_were_written(
 
 
 def test_a_head_that_does_not_come_with_the_target_is_told() -> None:
-    """Guards against a model that is loaded before its head is looked for."""
+    """Guards against a model that is loaded before a missing head is reported."""
     spec = command(drafter="head")
     spec.check_head("m", ships_head=True)
     with pytest.raises(ValueError, match="no head comes with m: name the folder of one with --head, or choose another"):
@@ -249,7 +253,7 @@ def test_a_head_that_does_not_come_with_the_target_is_told() -> None:
 
 
 def test_lm_eval_takes_no_key_of_measuring() -> None:
-    """Guards against a peer, or a set acceptance, in the place of a model that is judged."""
+    """Guards against lm-eval scoring a peer, or a set acceptance rate, instead of the model."""
     measuring = {
         "backend",
         "replay",

@@ -18,7 +18,7 @@ from specdecode.support.environment import environment
 
 @pytest.fixture
 def cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stand in for a GPU, and put the switch back."""
+    """Stand in for a GPU, and restore the attention switch afterwards."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr("specdecode.support.environment.pynvml.nvmlInit", lambda: None)
@@ -41,8 +41,9 @@ def cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_no_attention_is_planned_anew_in_timed_runs(
     device: str, arms: list[dict[str, Any]], attention: str, cudnn_attention: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against peers that are slow for the planning of each length, which makes our speedup look better than it
-    is. An engine of the reader's own keeps what it has."""
+    """Guards against peers slowed by cuDNN planning attention for each length, which makes our speedup look better than
+    it is. The settings of a user's own engine stay.
+    """
     stand_in = SimpleNamespace(tokenizer=None)
     monkeypatch.setattr(models, "load", lambda *arguments, **others: stand_in)
     monkeypatch.setattr(models, "load_encoder", lambda name: TextEncoder(name))

@@ -1,4 +1,4 @@
-"""Arms that are compared with each other, and runs for which no model is loaded."""
+"""Arms with baselines of their own, and runs without a loaded model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from specdecode.bench.report.markdown import markdown
 from specdecode.bench.runs.records import RunFile
 from tests.helpers.speed_runs import read_back, run_of_results
 
-LENGTH = 20  # longer than the counters run
+LENGTH = 20  # longer than in the counters run
 NAMES = ModelNames("somebody/model", "", "cpu", "float32")
 PROMPTS = {"set/0": [1, 2, 3], "set/1": [4, 5]}
 
 
 class Decoder:
-    """A decoder without a model, as fast as it is told to be.
+    """A decoder without a model, with a set speed.
 
     Attributes:
-        tokens: what it writes, again and again.
-        wait: seconds that an output takes.
+        tokens: the tokens that it repeats.
+        wait: the seconds of an output.
         failing: the calls for outputs of the whole length that raise, counted from 0.
     """
 
@@ -51,7 +51,7 @@ Arms = Callable[..., list[Arm]]
 
 @pytest.fixture
 def arms(monkeypatch: pytest.MonkeyPatch) -> Arms:
-    """Make arms of decoders, in the order in which they are given; `name=(decoder, baseline)`."""
+    """Return a function that builds arms of decoders in the given order, from `name=(decoder, baseline)`."""
     module = ModuleType("reader")
     monkeypatch.setitem(sys.modules, "reader", module)
 
@@ -67,12 +67,14 @@ def arms(monkeypatch: pytest.MonkeyPatch) -> Arms:
 
 
 def run_of(results: Results) -> RunFile:
-    """Return the results as they come back from a file."""
+    """Return the results as read back from a file."""
     return run_of_results(results, LENGTH)
 
 
 def test_an_arm_is_compared_with_the_arm_that_it_names(arms: Arms) -> None:
-    """Guards against an engine whose speculation is credited with, or charged for, what the engine itself does."""
+    """Guards against an engine whose speculation is credited with the engine's own speed, or charged for its own
+    slowness.
+    """
     waits = {"plain": 0.005, "engine": 0.2, "drafting": 0.1}
     baselines = {"drafting": "engine"}
     three = arms(**{name: (Decoder(wait=wait), baselines.get(name)) for name, wait in waits.items()})
@@ -90,7 +92,7 @@ def test_an_arm_is_compared_with_the_arm_that_it_names(arms: Arms) -> None:
     assert all(last["plain"])
     assert all(last["engine"])
     assert last["drafting"] == [None, None]
-    # What other work adds is a smaller part of the engine's longer sleep.
+    # Other work on the machine adds a smaller share to the engine's longer sleep.
     assert run.floor_over("engine") < run.floor_over("plain") == run.header.floor
     text = markdown(run, "a title", "", [], History([], "none"))
     assert "speedup over plain" in text
@@ -98,7 +100,9 @@ def test_an_arm_is_compared_with_the_arm_that_it_names(arms: Arms) -> None:
 
 
 def test_outputs_are_checked_against_the_named_baseline(arms: Arms) -> None:
-    """Guards against an arm called wrong for what its baseline wrote, or right for what another arm wrote."""
+    """Guards against an arm judged by the output of another arm than its baseline: a right one called wrong, or a wrong
+    one called right.
+    """
     other = (1, 2)
     four = arms(
         plain=(Decoder(), None),
@@ -115,7 +119,7 @@ def test_outputs_are_checked_against_the_named_baseline(arms: Arms) -> None:
 
 
 def test_a_baseline_that_differs_from_itself_is_wrong(arms: Arms) -> None:
-    """Guards against outputs called right since they equal one of several that the baseline wrote."""
+    """Guards against outputs called right because they equal one of several different outputs of the baseline."""
 
     class Undecided(Decoder):
         def __call__(self, prompt: list[int], count: int) -> list[list[int]]:
@@ -127,7 +131,7 @@ def test_a_baseline_that_differs_from_itself_is_wrong(arms: Arms) -> None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_arms_without_their_baseline_are_told(arms: Arms, failing: int) -> None:
-    """Guards against a run that is lost because a baseline fails, in its first run of a block or in its second."""
+    """Guards against a whole run that is lost because a baseline fails, in the first or the second run of a block."""
     four = arms(
         plain=(Decoder(), None),
         engine=(Decoder(failing=[failing]), None),
@@ -146,14 +150,15 @@ def test_arms_without_their_baseline_are_told(arms: Arms, failing: int) -> None:
 
 
 def test_without_the_baseline_of_all_nothing_is_measured(arms: Arms) -> None:
-    """Guards against a run that compares with nothing."""
+    """Guards against a run that goes on although its baseline failed, with nothing to compare to."""
     with pytest.raises(ArmError, match="arm 'plain': it raised RuntimeError: out of luck"):
         experiment(arms(plain=(Decoder(failing=[0]), None), other=(Decoder(), None)), PROMPTS, LENGTH, baseline="plain")
 
 
 def test_the_gate_judges_an_arm_over_its_own_baseline(arms: Arms) -> None:
-    """Guards against a slower engine blamed on its speculation, and against speculation that hides behind a faster
-    engine."""
+    """Guards against blaming speculation for a slower engine, and against slower speculation that hides behind a faster
+    engine.
+    """
 
     def run(engine: float, drafting: float) -> RunFile:
         three = arms(
@@ -169,14 +174,14 @@ def test_the_gate_judges_an_arm_over_its_own_baseline(arms: Arms) -> None:
     before, slower, hiding = run(0.04, 0.02), run(0.08, 0.04), run(0.02, 0.02)
     judged = verdicts(slower, before)
     assert (judged["engine"], judged["drafting"]) == (Verdict.REGRESSED, Verdict.PASS)
-    # Its own time can be told from the machine's only beside transformers.
+    # Without transformers' arm, its own time cannot be told from the machine's.
     assert judged["plain"] is Verdict.NOT_JUDGED
     judged = verdicts(hiding, before)
     assert (judged["engine"], judged["drafting"]) == (Verdict.IMPROVED, Verdict.REGRESSED)
 
 
 def test_another_baseline_than_before_is_told(arms: Arms) -> None:
-    """Guards against speedups over two different arms that are compared with each other."""
+    """Guards against comparing speedups over two different baseline arms."""
     runs = [
         run_of(experiment(arms(plain=(Decoder(), None), engine=(Decoder(), None), x=(Decoder(), own)), PROMPTS, LENGTH,
                           baseline="plain"))
@@ -184,11 +189,11 @@ def test_another_baseline_than_before_is_told(arms: Arms) -> None:
     ]  # fmt: skip
     judged = next(judged for judged in judge(runs[1], runs[0]) if (judged.arm, judged.gate) == ("x", "time"))
     assert judged.verdict is Verdict.INCONCLUSIVE
-    assert "it is compared with engine and the baseline's with plain" in judged.reason
+    assert "it is compared with engine, in the baseline with plain" in judged.reason
 
 
 def test_a_file_without_its_baseline_cannot_be_judged(arms: Arms) -> None:
-    """Guards against a traceback for a file from which an arm was deleted."""
+    """Guards against a traceback for a file from which the baseline arm was deleted."""
     two = arms(plain=(Decoder(), None), engine=(Decoder(), None), drafting=(Decoder(), "engine"))
     run = run_of(experiment(two, PROMPTS, LENGTH, baseline="plain"))
     for missing in ("plain", "engine"):
@@ -212,7 +217,7 @@ def test_a_file_without_its_baseline_cannot_be_judged(arms: Arms) -> None:
     ],
 )
 def test_a_wrong_baseline_is_told_in_one_sentence(arms_of_preset: str, reason: str) -> None:
-    """Guards against a traceback after the models are loaded."""
+    """Guards against a wrong baseline that ends in a traceback after the models are loaded."""
     preset: Preset = parse(f"prompts = 'prose:1'\nmax_new_tokens = 4\nrepeats = 1\n[arms]\n{arms_of_preset}", "p")
     with pytest.raises(ValueError, match="baseline") as error:
         preset.check_baselines()

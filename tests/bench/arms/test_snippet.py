@@ -1,4 +1,4 @@
-"""The Python that decodes as an arm did."""
+"""The Python code snippet that decodes as an arm did."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     ids=lambda options: "-".join(map(str, options.values())) or "plain",
 )
 def test_a_snippet_decodes_as_the_arm_did(model: str, options: dict[str, Any]) -> None:
-    """Guards against a snippet that does not run as it is pasted, or that is of another configuration."""
+    """Guards against a snippet that does not run when pasted, or that decodes with another configuration."""
     draft = "layers:0-2"
     run = speed_run(identity=("abacus", model, draft, "float64"), arm=speed_arm(1.0, options))
     pasted: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def test_a_snippet_decodes_as_the_arm_did(model: str, options: dict[str, Any]) -
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_snippet_of_a_cost_aware_arm_runs(model: str) -> None:
-    """Guards against a controller without its costs."""
+    """Guards against a snippet that builds a cost-aware controller without its costs."""
     run = speed_run(
         identity=("abacus", model, "", "float64"), arm=speed_arm(1.0, {"drafter": "lookup", "controller": "cost-aware"})
     )
@@ -78,7 +78,7 @@ HOSTILE = "x') or exit(3) #"
 
 @pytest.mark.parametrize("key", ["policy", "backend", "quantize", "head"])
 def test_what_a_hostile_file_says_is_a_literal(key: str) -> None:
-    """Guards against a run file that runs its own code on the machine of who pastes the snippet."""
+    """Guards against a run file that executes its own code on the machine of the user who pastes the snippet."""
     options = {"drafter": "model", "shape": "static", "policy": "sink-window", "sinks": 2} | {key: HOSTILE}
     if key == "head":
         options = {"drafter": "head", key: HOSTILE}
@@ -92,7 +92,7 @@ def test_what_a_hostile_file_says_is_a_literal(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["k", "ngram", "branching", "nodes", "cache", "sinks", HOSTILE])
 def test_there_is_no_snippet_of_what_is_no_arm(key: str) -> None:
-    """Guards against code in the place of a number, or of the name of a setting."""
+    """Guards against code from a run file in place of a number or of a setting's name."""
     options = {"drafter": "model", "shape": "static", "policy": "sink-window"} | {key: HOSTILE}
     if key == "ngram":
         options = {"drafter": "lookup", key: HOSTILE}

@@ -1,4 +1,4 @@
-"""What makes judging cheap: what is not imported, and how often a bootstrap is drawn. No test asserts a time."""
+"""The cost of judging: which modules are not imported, and how often a bootstrap is drawn. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAVY = {"torch", "transformers", "scipy", "matplotlib", "datasets", "huggingfac
 
 
 def test_the_gate_loads_nothing_heavy(tmp_path: Path) -> None:
-    """Guards against seconds of loading before each verdict."""
+    """Guards against seconds of imports before each verdict."""
     code = (
         "import sys; from specdecode import cli\n"
         "try: cli.main()\n"
@@ -38,13 +38,14 @@ def test_the_gate_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_each_time_is_estimated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against judging that estimates for arms that it does not judge, several times for one, or by resampling,
-    which takes longer than all the rest."""
+    """Guards against slow judging: estimates for arms that are not judged, repeated estimates for one arm, or
+    resampling, which takes longer than all the rest.
+    """
     content = json.loads(BASELINE.read_text())
     faster: dict[str, Any] = copy.deepcopy(content)
     for record in faster["specdecode"]["arms"].values():
         for row in record["rows"].values():
-            row["log_speedup"] += random.random()  # a run that no other test has judged
+            row["log_speedup"] += random.random()  # a run that no other test has cached
     estimates = 0
 
     def counted(*arguments: Any) -> Estimate:

@@ -19,17 +19,17 @@ def normal(chance: np.random.Generator, count: int) -> np.ndarray:
 
 
 def outliers(chance: np.random.Generator, count: int) -> np.ndarray:
-    """Noise without a variance: one run in ten is far off."""
+    """Return noise without a variance: one run in ten is far off."""
     return NOISE * chance.standard_t(2, count)
 
 
 def drift(count: int, first: int, last: int, each: float) -> np.ndarray:
-    """A loss at each of the versions from the first to the last."""
+    """Return a loss at each version from the first to the last."""
     return each * np.clip(np.arange(count) - first + 1, 0, last - first + 1)
 
 
 def found(signal: np.ndarray, series: int, noise: Noise = normal, arms: int = 1) -> list[list[Change]]:
-    """The changes that are found in so many series of a signal and noise."""
+    """Return the changes found in each of so many series of signal and noise."""
     chance = np.random.default_rng(22)
     return [find_changes(signal + noise(chance, len(signal)), LEVEL / arms) for _ in range(series)]
 
@@ -37,7 +37,7 @@ def found(signal: np.ndarray, series: int, noise: Noise = normal, arms: int = 1)
 @pytest.mark.parametrize("noise", [normal, outliers])
 @pytest.mark.parametrize("count", [6, 12, 30])
 def test_false_alarms_are_as_rare_as_is_told(noise: Noise, count: int) -> None:
-    """Guards against a search among so many shapes that one of them always fits the noise."""
+    """Guards against more false alarms than stated, because the search tries so many shapes that one fits the noise."""
     alarms = sum(map(bool, found(np.zeros(count), 300, noise)))
     most = 300 * LEVEL + 3 * math.sqrt(300 * LEVEL * (1 - LEVEL))
     assert alarms <= most
@@ -54,9 +54,9 @@ def test_false_alarms_are_as_rare_as_is_told(noise: Noise, count: int) -> None:
     ids=["a step", "a drift", "all a drift", "a drift that goes on"],
 )
 def test_a_slowdown_is_found_where_it_is(signal: np.ndarray, first: int, last: int) -> None:
-    """Guards against a test without power, and against blame of other versions, or another loss, than it was.
+    """Guards against real slowdowns that are not found, or that are blamed on other versions or given a wrong size.
 
-    There are twelve arms; the noise is as large as each loss of a drift, and a quarter of the step.
+    There are twelve arms. The noise is as large as each loss of a drift, and a quarter of the step.
     """
     all_found = found(signal, 60, arms=12)
     alone = [changes[0] for changes in all_found if len(changes) == 1]
@@ -67,12 +67,14 @@ def test_a_slowdown_is_found_where_it_is(signal: np.ndarray, first: int, last: i
     size = math.exp(signal[-1])
     assert np.mean([change.ratio.value for change in right]) == pytest.approx(size, abs=0.01)
     covered = [change for change in right if change.ratio.low <= size <= change.ratio.high]
-    assert len(covered) >= 0.85 * len(right)  # what is found at all was larger by chance
+    assert len(covered) >= 0.85 * len(right)  # the changes that were found are larger by chance
 
 
 @pytest.mark.parametrize("loss", [-0.1, -0.04])
 def test_a_gain_does_not_hide_the_loss_behind_it(loss: float) -> None:
-    """Guards against a search for one step alone, which finds none where a gain is taken back."""
+    """Guards against a loss that stays hidden because the search looks for one step alone and an earlier gain cancels
+    it.
+    """
     signal = drift(30, 10, 10, 0.1) + drift(30, 20, 20, loss)
     right = 0
     for gain, *losses in found(signal, 20, arms=12):
@@ -90,5 +92,5 @@ def test_what_is_found_does_not_depend_on_chance() -> None:
 
 @pytest.mark.parametrize("logs", [[0.0] * 20, [1e-12 * i for i in range(20)], [0.0, -0.5, -1.0]])
 def test_rounding_and_short_series_are_no_change(logs: list[float]) -> None:
-    """Guards against changes that nobody can see, and against a certainty that three versions cannot give."""
+    """Guards against alarms about rounding differences, and against alarms from only three versions."""
     assert find_changes(logs) == []

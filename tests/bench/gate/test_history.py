@@ -1,4 +1,4 @@
-"""Baselines with a past in git: what an arm may lose, and slowdowns that are too small for the gate each time."""
+"""Baselines with a history in git: the tolerance of an arm, and slowdowns that are too small for the gate each time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def git(*arguments: str) -> str:
 
 
 def commit_and_bless(speedups: Mapping[str, float], reason: str, **content: Any) -> str:
-    """Commit a change of the code, bless a run of it, and commit the baseline. Returns the code's commit."""
+    """Commit a code change, bless a run of it, and commit the baseline. Return the commit of the code."""
     Path("code.txt").write_text(reason)
     git("add", ".")
     git("commit", "--quiet", "--message", reason)
@@ -69,7 +69,7 @@ def bless_all(speeds: Sequence[float]) -> list[str]:
 def test_eight_slowdowns_that_each_pass_are_found_together(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a speed that is lost bit by bit, each bit within the gate's tolerance."""
+    """Guards against speed that is lost in small steps, each within the gate's tolerance."""
     chance = np.random.default_rng(22)
     planted = [0] * 6 + [*range(1, 9)] + [8] * 2
     commits = bless_all([2.0 * 0.99**losses * np.exp(chance.normal(0, 0.003)) for losses in planted])
@@ -95,7 +95,7 @@ def test_eight_slowdowns_that_each_pass_are_found_together(
 def test_a_step_is_named_by_its_commit_and_a_gain_is_no_failure(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a commit that is found and not named, and against an alarm where something became faster."""
+    """Guards against a change that is found without its commit, and against an alarm where an arm became faster."""
     chance = np.random.default_rng(1)
     commits = bless_all([speed * np.exp(chance.normal(0, 0.003)) for speed in [2.0] * 7 + [2.2] * 7])
     assert exit_code(monkeypatch, "history") == 0
@@ -109,7 +109,7 @@ NOISY = [2.0, 2.05, 1.97, 2.03, 1.95, 2.04, 1.99, 2.06, 1.96, 2.02, 1.98, 2.05]
 
 
 def judged_everywhere(new: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What `specdecode gate`, `specdecode report` and a session of pytest say of a run's times."""
+    """Return the verdicts on a run's times by `specdecode gate`, `specdecode report` and a session of pytest."""
     exit_code(monkeypatch, "gate", new, FILE)
     gate = capsys.readouterr().out
     exit_code(monkeypatch, "report", new)
@@ -124,7 +124,9 @@ def judged_everywhere(new: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_what_an_arm_may_lose_is_no_less_than_its_own_noise(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a gate that an unsteady arm fails by chance, and one that is told from three places apart."""
+    """Guards against a gate that an unsteady arm fails by chance, and against three commands that judge it
+    differently.
+    """
     new = Path("run-new.json")
     new.write_text(json.dumps(run_content(SPEEDUPS | {"linear": NOISY[-1] * 0.92, "lookup": 1.3 * 0.92})))
     bless_all(NOISY[:LEAST_EARLIER_VERSIONS])
@@ -137,11 +139,11 @@ def test_what_an_arm_may_lose_is_no_less_than_its_own_noise(
     assert tolerance > 0.07
     for said in judged_everywhere(new, monkeypatch, capsys):
         assert said.count(f"tolerance {tolerance:.1%}, from its own history") == 1
-        assert said.count("REGRESSED") == 1  # lookup, whose versions agree, lost as much
+        assert said.count("REGRESSED") == 1  # lookup lost as much, and its versions agree
 
 
 def test_the_tolerance_that_is_given_holds_where_it_is_wider(repository: Path) -> None:
-    """Guards against a past that narrows what the repository allows, and one that widens what counters may lose."""
+    """Guards against a history that narrows the configured tolerance, or widens the tolerance of counters."""
     bless_all(NOISY)
     fewer_steps = run_content(SPEEDUPS | {"linear": 1.6})
     for arm in fewer_steps["specdecode"]["arms"].values():
@@ -156,7 +158,7 @@ def test_the_tolerance_that_is_given_holds_where_it_is_wider(repository: Path) -
 
 
 def test_only_versions_that_can_be_compared_count(repository: Path) -> None:
-    """Guards against noise that is in truth a longer output, another backend or a wrong token."""
+    """Guards against a tolerance widened by versions with a longer output, another backend or a wrong token."""
     bless_all(NOISY[:3])
     others = [run_content(SPEEDUPS | {"linear": 9.0}) for _ in range(4)]
     others[0]["specdecode"]["max_new_tokens"] = 80
@@ -200,7 +202,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
 def test_a_file_without_a_past_is_shown(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a baseline that was not committed yet taken for a wrong input."""
+    """Guards against a baseline that is not committed yet reported as a wrong input."""
     Path("run.json").write_text(json.dumps(run_content(SPEEDUPS)))
     assert exit_code(monkeypatch, "history", "run.json") == 0
     said = capsys.readouterr().out

@@ -1,6 +1,6 @@
-"""The gate proves itself: slowdowns and faults are planted, and each must be caught and blamed on the right part.
+"""Planted slowdowns and faults: the gate must catch each, and blame the right part.
 
-Time is a fake clock's, which the forwards of the models move, whoever calls them: 10 ms for the target's, 1 ms for the
+Time is a fake clock's. Every forward of the models moves it, whoever calls it: 10 ms for the target's, 1 ms for the
 draft's, a little for each token, and a little for each step. Only the last test takes real time.
 """
 
@@ -56,14 +56,14 @@ Judged = dict[tuple[str, str], Judgement]
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """Where a fault is planted: what it may patch, the clock, and the seconds of a step of each arm without it."""
+    """The means to plant a fault: the patcher, the clock, and the seconds of a step of each arm without the fault."""
 
     patch: pytest.MonkeyPatch
     clock: FakeClock | RealClock
     step: dict[str, float]
 
     def before(self, owner: Any, name: str, action: Callable[..., Any]) -> None:
-        """Do something more whenever a function or method is called."""
+        """Run a further action before each call of a function or method."""
         original = getattr(owner, name)
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ class Plot:
         self.patch.setattr(owner, name, replaced)
 
     def after(self, owner: Any, name: str, change: Callable[..., Any]) -> None:
-        """Return another result, made of the first argument and the right one."""
+        """Change the result of a function or method, given the first argument and the right result."""
         original = getattr(owner, name)
         self.patch.setattr(owner, name, lambda *args, **kwargs: change(args[0], original(*args, **kwargs)))
 
@@ -88,7 +88,7 @@ def target() -> LM:
 
 @functools.cache
 def draft() -> LM:
-    """The target with a little noise on its weights: often right, and often wrong."""
+    """Return the target with a little noise on its weights: often right, and often wrong."""
     model = copy.deepcopy(target().model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -102,12 +102,12 @@ def nothing(plot: Plot) -> None:
 
 
 def measured(plant: Plant, step: dict[str, float], seed: int = 0) -> Results:
-    """An experiment on the fake clock, with something planted before it."""
+    """Run an experiment on the fake clock, with a fault planted first."""
     clock = FakeClock(seed)
     costs = {target().model: Cost(0.010, 0.0005), draft().model: Cost(0.001, 0.0001)}
     with pytest.MonkeyPatch.context() as patch, charged(clock, costs):
         patch.setattr(time, "perf_counter", clock)
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # half of the real time; it is checked elsewhere
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # takes half of the time; others check
         plot = Plot(patch, clock, step)
         plot.before(FixedK, "observe", lambda *_: clock.advance(LOOP))
         plant(plot)
@@ -120,13 +120,13 @@ def experimented(*names: str, repeats: int = 1) -> Results:
 
 
 def run_of(results: Results) -> RunFile:
-    """The results as a gate reads them."""
+    """Return the results as a gate reads them."""
     header = Header(IDENTITY, TOKENS, results.outputs(), results.floor)
     return RunFile(Path("run"), header, results.records())
 
 
 def steps_of(run: RunFile) -> dict[str, float]:
-    """Seconds of a step, by arm."""
+    """Return the seconds of a step, by arm."""
     return {name: arm.seconds().total / arm.counts().steps for name, arm in run.arms.items()}
 
 
@@ -135,7 +135,7 @@ def judged(new: RunFile, old: RunFile) -> Judged:
 
 
 def failing(judgements: Judged) -> set[str]:
-    """The verdicts that close the gate."""
+    """Return the verdicts that fail the gate."""
     return {f"{arm} {gate}" for (arm, gate), found in judgements.items() if found.verdict in FAILING["on"]}
 
 
@@ -146,7 +146,7 @@ def main_blame(judgement: Judgement) -> str:
 
 @pytest.fixture(scope="module")
 def sound() -> Results:
-    """Without a fault."""
+    """Return the results without a fault."""
     return measured(nothing, {})
 
 
@@ -162,7 +162,7 @@ def step(old: RunFile) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def slow(step: dict[str, float]) -> Results:
-    """With a fault in drafting."""
+    """Return the results with a fault in drafting."""
     return measured(slowed("linear", ModelDrafter, "propose"), step, seed=1)
 
 
@@ -170,12 +170,12 @@ def slow(step: dict[str, float]) -> Results:
 
 
 def slowed(arm: str, owner: Any, name: str, share: float = 0.1) -> Plant:
-    """A call takes longer, by a share of the arm's step."""
+    """Make a call take longer, by a share of the arm's step."""
     return lambda plot: plot.before(owner, name, lambda *_, **__: plot.clock.advance(share * plot.step[arm]))
 
 
 def slow_trees(plot: Plot) -> None:
-    """Only the target's forwards over proposals take longer."""
+    """Slow only the target's forwards over proposals."""
 
     def wait(lm: LM, slots: Slots, pending: list[int], tree: DraftTree) -> None:
         plot.clock.advance(0.15 * plot.step["tree"] * bool(len(tree)))
@@ -184,7 +184,7 @@ def slow_trees(plot: Plot) -> None:
 
 
 def every_target_forward_twice(plot: Plot) -> None:
-    """Once for nothing, past all that counts forwards."""
+    """Run each forward a second time for nothing, hidden from all code that counts forwards."""
 
     def once(lm: LM, slots: Slots, tokens: torch.Tensor, **_: Any) -> None:
         if lm is target():
@@ -211,7 +211,7 @@ def slow_draft_on_a_busy_machine(plot: Plot) -> None:
 
 
 def draft_cache_forgotten(plot: Plot) -> None:
-    """The draft reads the whole text again in every step, in one forward as before."""
+    """Let the draft read the whole text again in every step, in one forward as before."""
     plot.patch.setattr(model_drafter, "common_prefix", lambda *_: 0)
 
 
@@ -224,7 +224,7 @@ def last_proposal_dropped(plot: Plot) -> None:
 
 
 def bonus_token_dropped(plot: Plot) -> None:
-    """The target's token after accepted ones is thrown away; all that is committed is still right."""
+    """Drop the target's token after accepted ones. All committed tokens stay right."""
 
     def change(tree: DraftTree, verdict: Acceptance) -> Acceptance:
         return Acceptance(verdict.path[:-1], verdict.tokens[:-1]) if verdict.path else verdict
@@ -257,7 +257,7 @@ def slots_never_used(plot: Plot) -> None:
 
 
 def first_proposal_believed(plot: Plot) -> None:
-    """A proposal that the target would not have made is accepted, wherever none was."""
+    """Accept a proposal that the target would not have made, wherever none was accepted."""
 
     def change(tree: DraftTree, verdict: Acceptance) -> Acceptance:
         return verdict if verdict.path or not len(tree) else Acceptance([1], [int(tree.tokens[0]), *verdict.tokens])
@@ -266,7 +266,7 @@ def first_proposal_believed(plot: Plot) -> None:
 
 
 def target_wrong_everywhere(plot: Plot) -> None:
-    """The least likely token is taken for the most likely one, with proposals and without, by target and draft."""
+    """Take the least likely token for the most likely, with and without proposals, in target and draft."""
     plot.after(LM, "forward", lambda _, logits: -logits)
 
 
@@ -286,7 +286,7 @@ def faster_transformers(plot: Plot) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault, all verdicts that must fail by it, and the part that must be blamed for the time of arms."""
+    """A fault, all verdicts that must fail because of it, and the part to blame for the time of each arm."""
 
     plant: Plant
     fails: set[str]
@@ -356,7 +356,9 @@ FAULTS = {
 
 
 def test_the_draft_is_right_and_wrong(old: RunFile) -> None:
-    """Guards against a suite that proves nothing: without both, neither acceptance nor rollback is measured."""
+    """Guards against planted faults that prove nothing: the draft must be accepted in some steps and rejected in
+    others.
+    """
     for arm in DRAFTING:
         accepted = old.arms[arm].histograms().accepted
         assert accepted[0] > 0
@@ -367,15 +369,16 @@ def test_the_draft_is_right_and_wrong(old: RunFile) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_a_planted_fault_is_caught_and_blamed(fault: Fault, old: RunFile, step: dict[str, float]) -> None:
-    """Guards against a gate that never closes, closes for arms without the fault, or names another part.
+    """Guards against a gate that misses a fault, fails arms without the fault, or blames another part.
 
-    What catches what, where it is not plain:
-    - What slows `ar` and the arms judged over it alike is told by `ar` alone, which is judged over transformers.
-    - Of a hidden target forward the clock tells `ar`'s share only: over an `ar` that pays twice for every token the
-      drafting arms look better than before. Counters tell all: the counters run counts forwards, whoever calls them.
-    - A lookup with half the K is not certain to be slower, for its forwards are narrower; its counters tell.
-    - A target that is wrong in the same way with and without proposals is told apart only from transformers' output.
-    - A faster transformers looks like a slower `ar`, for nothing else measures `ar`; the arms over `ar` still pass.
+    Which verdict catches a fault, where it is not plain:
+
+    - A fault that slows `ar` and the arms over it alike shows in `ar` alone, which is judged over transformers.
+    - A hidden target forward shows in the times of `ar` only: `ar` pays twice for every token, so the drafting arms
+      look better over it than before. The counters show it in all arms, as they count forwards whoever calls them.
+    - A lookup with half the K is not certain to be slower, because its forwards are narrower. Its counters show it.
+    - A target that is wrong in the same way with and without proposals differs only from transformers' output.
+    - A faster transformers looks like a slower `ar`, because nothing else measures `ar`. The arms over `ar` still pass.
     """
     judgements = judged(run_of(measured(fault.plant, step, seed=1)), old)
     assert failing(judgements) == fault.fails, [j.reason for j in judgements.values() if j.verdict is not Verdict.PASS]
@@ -399,13 +402,13 @@ def test_a_planted_fault_is_caught_and_blamed(fault: Fault, old: RunFile, step: 
     ids=["nothing", "a busy machine", "a machine that gets warm", "2 % in drafting", "2 % in the loop"],
 )
 def test_where_nothing_is_wrong_everything_passes(plant: Plant, old: RunFile, step: dict[str, float]) -> None:
-    """Guards against a gate that cries wolf: at noise, at the machine's speed, or within the tolerance."""
+    """Guards against false alarms: at noise, at the machine's speed, or within the tolerance."""
     judgements = judged(run_of(measured(plant, step, seed=2)), old)
     assert {judgement.verdict for judgement in judgements.values()} == {Verdict.PASS}
 
 
 def test_a_faster_draft_is_told(old: RunFile, step: dict[str, float]) -> None:
-    """Guards against a sign that is lost: an improvement must not close the gate, nor go unseen."""
+    """Guards against a wrong sign: an improvement must neither fail the gate nor stay unreported."""
     judgements = judged(run_of(measured(slowed("linear", ModelDrafter, "propose", share=-0.1), step, seed=1)), old)
     improved = {key for key, judgement in judgements.items() if judgement.verdict is Verdict.IMPROVED}
     assert improved == {(arm, "time") for arm in DRAFTING}
@@ -414,7 +417,7 @@ def test_a_faster_draft_is_told(old: RunFile, step: dict[str, float]) -> None:
 
 
 def jittered(results: Results, seed: int, scatter: float) -> RunFile:
-    """The same runs on a noisier machine: the time of each is another by a factor of its own."""
+    """Return the same runs on a noisier machine: each time is multiplied by a random factor."""
     noise = random.Random(seed)
 
     def again(run: Run) -> Run:
@@ -435,8 +438,9 @@ def jittered(results: Results, seed: int, scatter: float) -> RunFile:
 
 @pytest.mark.parametrize("scatter", [0.005, 0.02, 0.05])
 def test_noise_neither_convicts_nor_acquits(sound: Results, slow: Results, scatter: float) -> None:
-    """Guards against a verdict that hangs on luck: noise may hide a fault, but not turn it into a pass, nor a sound
-    run into a regression."""
+    """Guards against a verdict by luck: noise may make a fault inconclusive, but never a pass, nor a sound run a
+    regression.
+    """
     for seed in range(20):
         before = jittered(sound, 2 * seed, scatter)
         assert not failing(judged(jittered(sound, 2 * seed + 1, scatter), before))
@@ -446,7 +450,7 @@ def test_noise_neither_convicts_nor_acquits(sound: Results, slow: Results, scatt
 
 @pytest.mark.parametrize("new_name", [None, "linear-k4"], ids=["removed", "renamed"])
 def test_a_slow_arm_does_not_get_away_under_another_name(new_name: str | None, old: RunFile, slow: Results) -> None:
-    """Guards against a regression that is dropped from the run, or renamed: what is not compared cannot be slower."""
+    """Guards against a regression that passes because its arm is removed from the run, or renamed."""
     new = run_of(slow)
     arms = {new_name if name == "linear" else name: arm for name, arm in new.arms.items()}
     judgements = judged(dataclasses.replace(new, arms={name: arm for name, arm in arms.items() if name}), old)
@@ -457,7 +461,7 @@ def test_a_slow_arm_does_not_get_away_under_another_name(new_name: str | None, o
 
 
 def test_a_wrong_output_voids_what_is_right_too(old: RunFile, step: dict[str, float]) -> None:
-    """Guards against an arm that is judged by the prompts on which it happened to be right."""
+    """Guards against a wrong arm that is judged by the prompts on which it happened to be right."""
     results = measured(first_proposal_believed, step)
     judgements = judged(run_of(results), old)
     assert 0 < len(results.wrong("tree")) < len(PROMPTS)
@@ -468,7 +472,9 @@ def test_a_wrong_output_voids_what_is_right_too(old: RunFile, step: dict[str, fl
 
 
 def test_judging_changes_nothing(old: RunFile, slow: Results) -> None:
-    """Guards against pytest-benchmark's way: it saves before it compares, and the same slow code passes next time."""
+    """Guards against slow code that passes the second time, as in pytest-benchmark, which saves a run before it
+    compares.
+    """
     new = run_of(slow)
     files = copy.deepcopy((new, old))
     first = judge(new, old)
@@ -478,7 +484,7 @@ def test_judging_changes_nothing(old: RunFile, slow: Results) -> None:
 
 
 def faster_ar(plot: Plot) -> None:
-    """Decoding without proposals gains, and nothing else changes."""
+    """Make decoding without proposals faster, and nothing else."""
 
     def gain(lm: LM, slots: Slots, pending: list[int], tree: DraftTree) -> None:
         plot.clock.advance(-0.2 * plot.step["ar"] * (not len(tree)))
@@ -487,7 +493,7 @@ def faster_ar(plot: Plot) -> None:
 
 
 def test_a_faster_ar_is_no_slower_transformers(old: RunFile, step: dict[str, float]) -> None:
-    """Guards against a gate that closes for transformers' time, which this package cannot change."""
+    """Guards against a gate that fails for transformers' time, which this package cannot change."""
     judgements = judged(run_of(measured(faster_ar, step, seed=1)), old)
     assert judgements["ar", "time"].verdict is Verdict.IMPROVED
     assert not {"hf-generate time", "hf-generate counters"} & failing(judgements)
@@ -497,7 +503,7 @@ def test_a_faster_ar_is_no_slower_transformers(old: RunFile, step: dict[str, flo
 def test_no_part_of_an_arm_is_blamed_for_what_it_is_compared_with(
     plant: Plant, old: RunFile, step: dict[str, float]
 ) -> None:
-    """Guards against a draft that is praised or blamed because `ar`, over which it is judged, moved."""
+    """Guards against a draft that is credited or blamed because its baseline `ar` became faster or slower."""
     found = judged(run_of(measured(plant, step, seed=1)), old)["linear", "time"].blame
     assert found is not None
     assert found.shares["drafting"] == pytest.approx(0, abs=0.01)
@@ -505,14 +511,14 @@ def test_no_part_of_an_arm_is_blamed_for_what_it_is_compared_with(
 
 
 def test_setting_up_is_overhead(old: RunFile, step: dict[str, float]) -> None:
-    """Guards against forwards that are blamed for slots that are slow to come by."""
+    """Guards against blaming forwards for the slow allocation of slots."""
     judgements = judged(run_of(measured(slowed("ar", LM, "new_slots", share=3.0), step, seed=1)), old)
     assert "ar time" in failing(judgements)
     assert main_blame(judgements["ar", "time"]) == "overhead"
 
 
 def record(parts: tuple[float, ...], steps: int = 10, tokens: int = 20) -> ArmRecord:
-    """An arm with these seconds of drafting, verifying and overhead."""
+    """Return an arm with these seconds of drafting, verifying and overhead."""
     draft, verify, overhead = parts
     seconds = RowSeconds(total=sum(parts), ttft=sum(parts) / 2, draft=draft, verify=verify, overhead=overhead)
     return ArmRecord({"text": Row(0.0, RowCounts(runs=1, tokens=tokens, steps=steps), seconds)})
@@ -524,7 +530,7 @@ def blamed(new: ArmRecord, old: ArmRecord, units: tuple[float, float] = (1.0, 1.
     return found
 
 
-# Whole numbers: parts that differ by less than a millionth say more of rounding than of the split.
+# Whole numbers: with parts that differ by less than a millionth, rounding would decide the split.
 parts = st.tuples(*[st.integers(0, 1000).map(float)] * 3).filter(lambda of: sum(of) > 0)
 measured_arms = st.tuples(parts, st.integers(1, 64), st.integers(64, 256))
 factors = st.floats(1e-3, 1e3)
@@ -532,7 +538,7 @@ factors = st.floats(1e-3, 1e3)
 
 @given(new=measured_arms, old=measured_arms, units=st.tuples(factors, factors))
 def test_shares_of_the_blame_make_up_the_whole_change(new: Any, old: Any, units: tuple[float, float]) -> None:
-    """Guards against a remainder that nobody is blamed for, parts that are nought before or after included."""
+    """Guards against a part of the change that nothing is blamed for, also where a part is zero before or after."""
     per_token = [sum(parts) / tokens / unit for (parts, _, tokens), unit in zip((new, old), units, strict=True)]
     shares = blamed(record(*new), record(*old), units).shares
     assert sum(shares.values()) == pytest.approx(math.log(per_token[0] / per_token[1]), abs=1e-8)
@@ -540,7 +546,7 @@ def test_shares_of_the_blame_make_up_the_whole_change(new: Any, old: Any, units:
 
 @given(new=measured_arms, old=measured_arms, factor=factors)
 def test_the_blame_is_the_same_in_any_unit(new: Any, old: Any, factor: float) -> None:
-    """Guards against a blame that depends on whether the machine is fast, or times are in milliseconds."""
+    """Guards against blame that depends on the speed of the machine or on the unit of time."""
     after, before = record(*new), record(*old)
     slower, slower_before = (record(tuple(factor * of for of in parts), *counts) for parts, *counts in (new, old))
     shares = pytest.approx(blamed(after, before).shares, abs=1e-8)
@@ -551,7 +557,7 @@ def test_the_blame_is_the_same_in_any_unit(new: Any, old: Any, factor: float) ->
 
 @given(new=measured_arms, old=measured_arms)
 def test_the_way_back_has_the_opposite_blame(new: Any, old: Any) -> None:
-    """Guards against a split that depends on which of the runs is called the old one."""
+    """Guards against blame that depends on which of two runs is called the old one."""
     forth, back = blamed(record(*new), record(*old)).shares, blamed(record(*old), record(*new)).shares
     assert {cause: -share for cause, share in back.items()} == pytest.approx(forth, abs=1e-8)
 
@@ -569,7 +575,9 @@ def test_the_way_back_has_the_opposite_blame(new: Any, old: Any) -> None:
     ids=["from nought", "verifying", "overhead", "twice the steps", "the larger of two", "more than the gain"],
 )
 def test_the_part_that_moved_is_blamed(after: ArmRecord, cause: str) -> None:
-    """Guards against a part that took no time before and so has no ratio, and against steps taken for slow forwards."""
+    """Guards against a division by zero for a part that took no time before, and against blaming slow forwards for more
+    steps.
+    """
     found = blamed(after, record((0, 5, 1)))
     assert found.main == cause
     others = set(found.shares) - {cause}
@@ -590,7 +598,9 @@ def test_the_part_that_moved_is_blamed(after: ArmRecord, cause: str) -> None:
 def test_a_planted_slowdown_is_caught_in_real_time(
     arm: str, owner: type, name: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against a gate that works in theory: three steps more are certain on a busy machine too."""
+    """Guards against a gate that works only on a fake clock. A delay of three steps is certain even on a busy
+    machine.
+    """
 
     def run() -> RunFile:
         return run_of(experimented("ar", "hf-generate" if arm == "ar" else arm, repeats=2))

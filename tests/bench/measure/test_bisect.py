@@ -1,4 +1,4 @@
-"""The search for the commit that made an arm slow: with verdicts that tests make up, and once with real ones."""
+"""The search for the commit that made an arm slow: with verdicts set by tests, and once with real ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def judgement(verdict: Verdict, compared: bool = True) -> Judgement:
 def slow_from(
     first: int, broken: Collection[int] = (), undecided: Collection[int] = (), log: list[tuple[int, int]] | None = None
 ) -> Measure:
-    """Measure commits of which all from one on are slow; some cannot be measured, of some the runs never tell."""
+    """Return a measure by which all commits from one on are slow. Some cannot be measured, and some stay
+    inconclusive.
+    """
 
     def measure(name: str, repeats: int) -> Judgement:
         place = int(name[1:])
@@ -73,7 +75,7 @@ def test_the_first_slow_commit_is_named_in_as_few_steps_as_halving_takes(count: 
 
 @given(count=st.integers(2, 20), data=st.data())
 def test_what_cannot_be_told_is_never_ruled_out(count: int, data: st.DataObject) -> None:
-    """Guards against a commit that is convicted because the guilty one before it could not be measured."""
+    """Guards against an innocent commit that is blamed because the guilty one before it could not be measured."""
     first = data.draw(st.integers(0, count - 1))
     places = st.sets(st.integers(0, count - 2))
     broken, undecided = data.draw(places), data.draw(places)
@@ -81,7 +83,7 @@ def test_what_cannot_be_told_is_never_ruled_out(count: int, data: st.DataObject)
     suspects = [int(suspect.id[1:]) for suspect in bisection.suspects]
     assert first in suspects
     if not undecided:
-        # One is left, but for those in front of it that cannot be measured.
+        # One suspect is left, besides unmeasurable commits right before it.
         assert set(suspects) - broken <= {suspects[-1]}
     else:
         told = [place for place in suspects[:-1] if bisection.trials.get(place) and bisection.trials[place].judgement]
@@ -89,7 +91,9 @@ def test_what_cannot_be_told_is_never_ruled_out(count: int, data: st.DataObject)
 
 
 def test_where_the_runs_cannot_tell_they_are_repeated_up_to_a_bound() -> None:
-    """Guards against an endless measurement, and against a drift that costs one at each commit."""
+    """Guards against an endless measurement of inconclusive commits, and against the full number of repeats at each of
+    them.
+    """
     log: list[tuple[int, int]] = []
     bisection = searched(40, slow_from(20, undecided=range(10, 30), log=log), repeats=2)
     assert log[0] == (39, 2)
@@ -100,7 +104,7 @@ def test_where_the_runs_cannot_tell_they_are_repeated_up_to_a_bound() -> None:
 
 
 def test_a_wrong_output_is_skipped_at_once() -> None:
-    """Guards against a commit that is called slow, or measured again, for what has no time."""
+    """Guards against a commit with wrong outputs that is called slow, or measured again."""
     log: list[str] = []
 
     def measure(name: str, repeats: int) -> Judgement:
@@ -117,7 +121,10 @@ def test_a_wrong_output_is_skipped_at_once() -> None:
 
 @pytest.fixture
 def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A repository with five commits, and a merged branch of two behind the second. Their ids, without the branch's."""
+    """Create a repository with five commits, and a merged branch of two commits after the second.
+
+    Return the ids without the branch's.
+    """
     monkeypatch.chdir(tmp_path)
     settings = 'target = "shape:tiny"\ntolerance = 0.2\ntolerances = { lookup = 0.3 }'
     (tmp_path / "pyproject.toml").write_text(f"[tool.specdecode]\n{settings}\n")
@@ -134,7 +141,7 @@ def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_only_first_parents_are_suspects(history: list[str]) -> None:
-    """Guards against half of a branch that was never meant to work by itself."""
+    """Guards against blaming a commit inside a merged branch, which was never meant to work by itself."""
     first, later = commits_between(history[0], "trunk", Path())
     assert [first.id, *(each.id for each in later)] == history
     assert first.subject == "trunk 0"
@@ -142,7 +149,9 @@ def test_only_first_parents_are_suspects(history: list[str]) -> None:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Let measuring give what a test says, by the commit, in order; it returns the list of commits that are asked."""
+    """Return a function that replaces measuring by a test's verdicts, and returns the list of measured commits, in
+    order.
+    """
 
     def measured(say: Callable[[str], Verdict]) -> list[str]:
         log: list[str] = []
@@ -166,7 +175,7 @@ OPTIONS = ("-k", "lookup", "--below", "0.95", "--device", "cpu")
 def test_the_command_names_the_commit(
     history: list[str], measured: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a search whose end nobody can check."""
+    """Guards against a search whose result nobody can check."""
     log = measured(lambda new: Verdict.REGRESSED if history.index(new) >= 2 else Verdict.PASS)
     assert exit_code(monkeypatch, "bisect", history[0], "HEAD", *OPTIONS) == 0
     out, err = capsys.readouterr()
@@ -193,7 +202,7 @@ def test_a_bad_commit_that_is_not_slow_is_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Guards against a commit that is convicted of a slowdown that is not there."""
+    """Guards against a commit that is blamed although there is no slowdown."""
     log = measured(lambda new: verdict)
     assert exit_code(monkeypatch, "bisect", history[0], history[-1], *OPTIONS) == 1
     assert set(log) == {history[-1]}
@@ -203,7 +212,7 @@ def test_a_bad_commit_that_is_not_slow_is_told(
 def test_an_interrupt_shows_what_is_known(
     history: list[str], measured: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against hours that are lost with a key."""
+    """Guards against hours of measuring lost by Ctrl-C."""
 
     def say(new: str) -> Verdict:
         if new != history[-1]:
@@ -239,7 +248,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Guards against a model that is loaded, and a traceback, for a typing error."""
+    """Guards against loading a model, and then a traceback, for a typing error."""
     log = measured(lambda new: Verdict.PASS)
     assert exit_code(monkeypatch, "bisect", *OPTIONS, *arguments) == 2
     out, err = capsys.readouterr()
@@ -249,7 +258,9 @@ def test_what_is_wrong_is_told_in_one_sentence(
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A repository of this package with three later commits: broken, whole again, and slow. And their ids."""
+    """Create a repository of this package with three later commits: broken, repaired, and slow. Return it with their
+    ids.
+    """
     folder = tmp_path_factory.mktemp("repository")
     ids = [package_repository(folder)]
     package = folder / "specdecode" / "__init__.py"
@@ -271,7 +282,7 @@ def bisecting(folder: Path, good: str, *more: str) -> list[str]:
 def test_a_planted_slowdown_is_found_past_a_commit_that_cannot_be_measured(
     repository: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """Guards against commits that are in truth one, and against a search that a broken commit ends."""
+    """Guards against two commits that run the same code, and against a search that stops at a broken commit."""
     folder, (good, broken, whole, slow) = repository
     command = bisecting(folder, good, "--target", str(save(tmp_path / "model")))
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
@@ -291,7 +302,7 @@ def environment() -> dict[str, str]:
 
 
 def lives(group: int) -> bool:
-    """Whether a process of a group does."""
+    """Return whether a process of the group is alive."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -300,7 +311,7 @@ def lives(group: int) -> bool:
 
 
 def test_an_interrupt_leaves_neither_worktree_nor_process(repository: tuple[Path, list[str]], tmp_path: Path) -> None:
-    """Guards against checkouts and workers that nobody ends."""
+    """Guards against checkouts and workers that are left behind after an interrupt."""
     folder, (good, *_) = repository
     command = bisecting(folder, good, "--target", str(save(tmp_path / "model")), "--repeats", "10000")
     process = subprocess.Popen(
@@ -309,7 +320,7 @@ def test_an_interrupt_leaves_neither_worktree_nor_process(repository: tuple[Path
         env=environment(),
         start_new_session=True,
         stderr=subprocess.PIPE,
-        # A job in a shell's background ignores the signal, and its children with it.
+        # A background job of a shell ignores the signal, and so do its children.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while git(folder, "worktree", "list").count("\n") < 3 and process.poll() is None:
@@ -318,7 +329,7 @@ def test_an_interrupt_leaves_neither_worktree_nor_process(repository: tuple[Path
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert git(folder, "worktree", "list").count("\n") == 1
-    deadline = time.monotonic() + 10  # init takes a while to bury the dead
+    deadline = time.monotonic() + 10  # init takes a while to reap ended processes
     while lives(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)

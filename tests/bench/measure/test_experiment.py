@@ -32,16 +32,16 @@ from specdecode.controllers.cost_aware import DraftCost
 from specdecode.heads import loading
 from tests.helpers.characters import save
 from tests.helpers.heads import write_head
-from tests.helpers.models import ARCHITECTURES, build, lm, prompt, small
+from tests.helpers.models import ARCHITECTURES, build, lm, prompt, quantisable, small
 from tests.helpers.speed_runs import run_of_results
-from tests.helpers.spelling import CHARACTERS
+from tests.helpers.spelling import CHARACTERS, characters
 
 LENGTH = 20
 PROMPTS = {"a": list(prompt()), "b": list(prompt(9))}
 
 
 class Calls:
-    """Arms that say what they are told to, in no time but the one that they claim."""
+    """Arms with set outputs that claim a set time and take none."""
 
     def __init__(self) -> None:
         self.order: list[tuple[str, int, int]] = []
@@ -54,7 +54,7 @@ class Calls:
                 self.collecting.append(gc.isenabled())
             tokens = generate(lm("llama"), text, max_new_tokens=length).tokens
             if wrong:
-                # The least likely token: no rounding makes it the choice.
+                # The least likely token: rounding cannot make it the choice.
                 tokens[-1] = int(_logits(lm("llama"), [*text, *tokens[:-1]]).argmin())
             return Run(tokens, seconds * len(self.order) ** 0.01, 0.25 * seconds, Counts(steps=length))
 
@@ -81,7 +81,7 @@ def results(calls: Calls) -> Results:
 
 
 def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: Calls) -> None:
-    """Guards against arms timed against a baseline of another moment, and against an order that favours one."""
+    """Guards against arms timed against a baseline of another moment, and against an order that favours one arm."""
     counted = {name for name, _, length in calls.order if 1 < length < LENGTH}
     assert counted == {"ar", "twice", "half", "liar"}
     timed = [(name, text) for name, text, length in calls.order if length == LENGTH]
@@ -97,7 +97,7 @@ def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: 
 
 
 def test_speedups_are_paired_within_blocks(results: Results) -> None:
-    """Guards against ratios of totals: the fake times drift, but their ratios within a block do not."""
+    """Guards against a speedup as a ratio of totals. The fake times drift, but their ratios within a block do not."""
     run = kept(results)
     assert run.speedup("twice").value == pytest.approx(2.0, rel=0.01)
     assert run.speedup("half").value == pytest.approx(0.5, rel=0.01)
@@ -107,7 +107,7 @@ def test_speedups_are_paired_within_blocks(results: Results) -> None:
 
 
 def test_an_arm_is_compared_with_the_baseline_beside_it(results: Results) -> None:
-    """Guards against a machine that gets slower within a block and makes the later arms look slower."""
+    """Guards against later arms of a block that look slower because the machine slows down."""
     for block in results.blocks:
         beats = [block.runs["ar"], block.middle, block.last["ar"]]
         times = [run.s_per_token for run in beats if run is not None]
@@ -119,7 +119,7 @@ def test_an_arm_is_compared_with_the_baseline_beside_it(results: Results) -> Non
 
 
 def test_a_baseline_that_is_wrong_in_between_is_wrong() -> None:
-    """Guards against a baseline's run that nobody checks because it is shown nowhere."""
+    """Guards against a wrong output that nobody checks: the middle baseline run appears in no table."""
     calls = Calls()
     right, lying = calls.arm("ar", 1.0), calls.arm("ar", 1.0, wrong=True)
     timed = iter([right, lying, right])
@@ -132,7 +132,7 @@ def test_a_baseline_that_is_wrong_in_between_is_wrong() -> None:
 
 
 def test_a_time_from_a_wrong_output_is_void(results: Results) -> None:
-    """Guards against the fastest arm being the one that is wrong."""
+    """Guards against a wrong arm that wins as the fastest one."""
     run = kept(results)
     assert results.wrong("liar") == [*PROMPTS] * 3
     assert run.arms["liar"].rows == {}
@@ -153,16 +153,16 @@ def test_repeats_are_summed_and_measures_are_plain_numbers(results: Results) -> 
 
 
 def test_an_output_of_another_length_is_wrong() -> None:
-    """Guards against a prefix taken for the whole: no token differs, and yet it is not the output."""
+    """Guards against an output that is cut short and passes because no token differs."""
     tokens = generate(lm("llama"), prompt(), max_new_tokens=8).tokens
     assert classify(lm("llama"), prompt(), tokens, tokens) == "equal"
     assert classify(lm("llama"), prompt(), tokens, tokens[:-1]) == "bug"
 
 
 def test_a_choice_within_the_rounding_is_a_tie_and_no_more() -> None:
-    """Guards against numerics as an excuse: only where the target itself is undecided may an output differ.
+    """Guards against a wrong token excused as rounding: an output may differ only where the target itself is undecided.
 
-    Two tokens have the same embedding but for a hair, so that in bfloat16 their logits round to within the noise.
+    Two tokens have almost the same embedding, so that in bfloat16 their logits differ by less than the noise.
     """
     model = build(ARCHITECTURES["llama"] | {"tie_word_embeddings": False}).to(torch.bfloat16)
     head = model.get_output_embeddings()
@@ -179,14 +179,14 @@ def test_a_choice_within_the_rounding_is_a_tie_and_no_more() -> None:
 
 @pytest.fixture
 def headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
-    """A target that comes with a head."""
-    target = lm("llama")
+    """Return a target that comes with a head, and that can be quantised."""
+    target = LM(build(quantisable("llama")), characters(), name="llama")
     monkeypatch.setattr(loading, "shipped_head", {target.name: write_head(target, tmp_path)}.get)
     return target
 
 
 def test_every_arm_of_every_preset_gives_the_baselines_tokens(headed: LM, unchecked: None) -> None:
-    """Guards against an arm that is measured but was never right, peers included."""
+    """Guards against a measured arm whose output was never right, peers included."""
     target = headed
     draft = target.subset([0, 1, 3])
     for name in ("quick", "synthetic"):
@@ -205,7 +205,7 @@ def test_every_arm_of_every_preset_gives_the_baselines_tokens(headed: LM, unchec
 
 
 def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> None:
-    """Guards against a session that compares the vocabularies before an arm is asked whether it needs them equal."""
+    """Guards against a session that refuses a draft of another vocabulary though no arm needs equal vocabularies."""
     preset_ = tmp_path / "text.toml"
     preset_.write_text(
         'prompts = "prose:1"\nmax_new_tokens = 4\nrepeats = 1\n[arms]\nar = {}\nby-text = { drafter = "universal" }\n'
@@ -218,7 +218,7 @@ def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> Non
 
 
 def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked: None) -> None:
-    """Guards against a lossy arm that may write anything, and against one that can never be right."""
+    """Guards against a lossy arm that passes with any output, and against one that can never be right."""
     target = lm("llama")
     cache = {"policy": "sink-window", "cache": 16}
     entries = {"ar": {}, "windowed": cache, "windowed-lookup": {"drafter": "lookup", **cache}}
@@ -239,8 +239,9 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked:
 
 
 def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target(unchecked: None) -> None:
-    """Guards against an INT8 arm that may write anything, one that decodes the target as it is, and an agreement with
-    `ar` that is not said or not true."""
+    """Guards against an INT8 arm that passes with any output or decodes the unquantised target, and against a missing
+    or wrong agreement with `ar`.
+    """
     target = lm("llama")
     rough, draft = target.quantized("int8"), target.subset([0, 1, 3])
     int8 = {"quantize": "int8"}
@@ -269,9 +270,9 @@ def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target(unchec
 
 
 def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
-    """Guards against a margin, or a noise, that is looked up in the target as it is.
+    """Guards against a tie of an INT8 arm judged by the margin or noise of the unquantised target.
 
-    Two tokens have output weights that are apart, but by so little that they are the same integers.
+    Two tokens have output weights that differ, but so little that their INT8 values are equal.
     """
     model = build(ARCHITECTURES["llama"] | {"tie_word_embeddings": False}).float()
     head = model.get_output_embeddings()
@@ -297,7 +298,7 @@ def test_a_tie_of_an_int8_arm_is_a_tie_of_the_int8_target() -> None:
 
 
 def test_the_presets_are_of_known_parts(headed: LM) -> None:
-    """Guards against a preset that is only found wrong when somebody measures with it."""
+    """Guards against a wrong preset that nobody notices before it is measured."""
     for file in Path(presets.__file__).with_name("presets").glob("*.toml"):
         # Compiling takes minutes.
         entries = {
@@ -311,8 +312,9 @@ def test_the_presets_are_of_known_parts(headed: LM) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_arms_draft_as_long_as_their_controllers_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a controller that goes on with what it knows of the run before, against costs measured within the
-    time of a run, and against counters that follow the clock and are gated all the same."""
+    """Guards against a controller that keeps its state from the run before, against costs measured inside a timed run,
+    and against gated counters that depend on the clock.
+    """
     target, measured = small(num_hidden_layers=2), []
 
     def measure(*of: object) -> Costs:
@@ -336,7 +338,7 @@ def test_arms_draft_as_long_as_their_controllers_say(monkeypatch: pytest.MonkeyP
 
 
 def test_synthetic_rows_say_so_in_every_table() -> None:
-    """Guards against a set acceptance that is taken for a model's."""
+    """Guards against a set acceptance rate shown as a model's own."""
     target = lm("llama")
     entries = {"ar": {}, "lookup": {"drafter": "lookup"}, "replayed": {"drafter": "model", "replay": 0.5}}
     arms = [make_arm(name, options, target, target) for name, options in entries.items()]

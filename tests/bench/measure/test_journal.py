@@ -31,7 +31,7 @@ WHAT: dict[str, Any] = {"prompts": PROMPTS, "arms": {"ar": {}, "other": {"k": 3}
 
 @pytest.fixture(autouse=True)
 def _quick_counters_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the profiler, which takes longer to start than all else here."""
+    """Replace the counters run by one without the profiler, which takes longer to start than all else here."""
 
     def counters_run(arm: Arm, *arguments: Any) -> CountersRun:
         arm.run(*arguments)
@@ -41,7 +41,7 @@ def _quick_counters_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Interrupted:
-    """An experiment whose arms answer at once, and are interrupted at the given call."""
+    """An experiment with instant arms that is interrupted at the given call."""
 
     def __init__(self, at: int | None = None) -> None:
         self.calls = 0
@@ -82,7 +82,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, at: int, cut: i
     resumed = Interrupted()
     results = resumed.experiment(path, resume=True)
     assert [(block.prompt, block.repeat) for block in results.blocks] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    # A run to begin with and two counters runs, and of each block that was lacking a warm-up and three runs.
+    # One first run and two counters runs, then a warm-up and three runs for each missing block.
     assert resumed.calls == 3 + 4 * (4 - done)
     kept = [json.loads(line) for line in before.splitlines()[1 : 1 + done]]
     assert [block.runs["other"].total_s for block in results.blocks[:done]] == [
@@ -95,7 +95,9 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, at: int, cut: i
 @fuzzed(20, phases=NO_SHRINKING)
 @given(file=damaged(BLOCK))
 def test_a_damaged_journal_is_refused_or_gone_on_with(tmp_path: Path, file: Damage) -> None:
-    """Guards against hours of measuring beside a block that is none, and a traceback in place of its line."""
+    """Guards against a resumed run that measures for hours beside a damaged block, and against a traceback instead of
+    its line's number.
+    """
     path = tmp_path / "run.jsonl"
     path.write_bytes(b"%b\n%b\n" % (json.dumps(HEADER).encode(), file.content))
     lines = (f"line {number} of {path} is damaged" for number in range(2, 6))
@@ -112,7 +114,7 @@ def test_a_damaged_journal_is_refused_or_gone_on_with(tmp_path: Path, file: Dama
 
 
 def test_blocks_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
-    """Guards against one run put together from two codes, or from other prompts."""
+    """Guards against one run mixed from two versions of the code, or from other prompts."""
     path = tmp_path / "run.jsonl"
     Journal(path, WHAT, resume=False)
     for name, value in {"code": "4321", "prompts": {"a": [1]}}.items():
@@ -124,7 +126,7 @@ def test_blocks_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_without_resume_a_run_starts_anew(tmp_path: Path) -> None:
-    """Guards against blocks of yesterday's run in today's."""
+    """Guards against blocks of an earlier run in a new one."""
     path = tmp_path / "run.jsonl"
     Interrupted().experiment(path)
     assert Journal(path, WHAT, resume=False).pieces == []
@@ -133,7 +135,7 @@ def test_without_resume_a_run_starts_anew(tmp_path: Path) -> None:
 
 
 def test_the_code_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an edit between a run and its resumption."""
+    """Guards against a run that is resumed with edited code."""
     package = tmp_path / "specdecode" / "bench" / "measure"
     package.mkdir(parents=True)
     (package / "journal.py").write_text("a = 1")
@@ -167,7 +169,7 @@ def test_a_journal_has_one_writer(tmp_path: Path) -> None:
         for resume in (False, True):
             with pytest.raises(ValueError, match=rf"jsonl is being written by process {other.pid}, which"):
                 Journal(path, {"run": 1}, resume)
-        # Killed: nobody tidies up, and the lock is free all the same.
+        # A killed process cleans nothing up, and still its lock is free.
         other.kill()
     resumed = Journal(path, {"run": 1}, resume=True)
     assert resumed.pieces == [{"by": "the other"}]
@@ -187,7 +189,7 @@ def test_a_journal_has_one_writer(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_journal_is_told_with_its_line(tmp_path: Path, content: bytes, line: int) -> None:
-    """Guards against a traceback, which does not say which file it is about nor what can be done."""
+    """Guards against a traceback that names neither the file nor a way out."""
     path = tmp_path / "run.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"line {line} of .*run\.jsonl is damaged: delete the line"):
@@ -197,7 +199,7 @@ def test_a_damaged_journal_is_told_with_its_line(tmp_path: Path, content: bytes,
 
 
 def test_a_line_that_is_no_block_is_told(tmp_path: Path) -> None:
-    """Guards against a KeyError for a line that is JSON and was edited."""
+    """Guards against a KeyError for an edited line that is still JSON."""
     path = tmp_path / "run.jsonl"
     Interrupted().experiment(path)
     first, second, *rest = path.read_text().splitlines()
@@ -209,7 +211,7 @@ def test_a_line_that_is_no_block_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b'{"run": 1'])
 def test_a_journal_without_a_line_is_told_to_be_empty(tmp_path: Path, content: bytes) -> None:
-    """Guards against a journal that a crash left empty, and that is told to be of another run."""
+    """Guards against a journal left empty by a crash that is reported as another run's."""
     path = tmp_path / "run.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.jsonl is empty: it cannot be resumed; leave out --resume"):
@@ -219,7 +221,7 @@ def test_a_journal_without_a_line_is_told_to_be_empty(tmp_path: Path, content: b
 
 
 def test_a_journal_on_a_full_disk_is_told(tmp_path: Path) -> None:
-    """Guards against a traceback after hours, and blocks that were there and cannot be gone on with."""
+    """Guards against a traceback after hours of measuring, and against earlier blocks that can no longer be resumed."""
     path = tmp_path / "run.jsonl"
     journal = Journal(path, WHAT, resume=False)
     journal.add({"prompt": "a"})

@@ -1,4 +1,4 @@
-"""A run looked at in parts: at shorter lengths, task by task, and what its texts say of themselves."""
+"""A run in parts: at shorter lengths, task by task, and the statistics of its output texts."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def kept(results: Results) -> RunFile:
 
 @pytest.mark.parametrize("count", [1, 2, 5, 11, 23, 24])
 def test_a_generation_cut_is_the_shorter_generation(count: int) -> None:
-    """Guards against a length that is reported from a run of another: tokens, steps, evictions and bytes must be those
-    of decoding no further. Only the last steps may have drafted past the end."""
+    """Guards against a shorter length with the numbers of a longer run. Its tokens, steps, evictions and bytes must
+    equal those of a run that stops there. Only the last steps may have drafted past the end.
+    """
     depth, policy = 3, SinkWindow(16)
     rules = {"drafter": PromptLookup(max_ngram=1), "controller": FixedK(depth)}
     whole = generate(lm("llama"), prompt(), policy=policy, max_new_tokens=LENGTH, **rules)
@@ -67,7 +68,7 @@ def test_a_generation_cut_is_the_shorter_generation(count: int) -> None:
     assert cut.prefill_s == whole.prefill_s
     for name in ("prompt_tokens", "prefill_forwards", "target_forwards"):
         assert getattr(cut, name) == getattr(short, name)
-    # A step drafts less only where the end is nearer than a whole draft.
+    # A step drafts less only where fewer tokens are left than a whole draft has.
     ends = accumulate(step.emitted for step in short.steps)
     early = sum(end <= count - depth - 1 for end in ends)
     assert count < 11 or early > 2
@@ -77,7 +78,7 @@ def test_a_generation_cut_is_the_shorter_generation(count: int) -> None:
 
 
 def test_a_cut_takes_the_time_of_its_steps() -> None:
-    """Guards against a short text that is charged for what came after it, or that pays for nothing."""
+    """Guards against a short text that is charged for later steps, or for no time at all."""
     whole = generate(lm("llama"), prompt(), max_new_tokens=LENGTH)
     times = [whole.until(count).total_s for count in range(1, LENGTH + 1)]
     assert times == sorted(times)
@@ -90,7 +91,7 @@ def test_a_cut_takes_the_time_of_its_steps() -> None:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_looked_at_where_it_was_asked(arm: str) -> None:
-    """Guards against lengths that one of the arms, a peer's among them, does not have or takes from elsewhere."""
+    """Guards against an arm, or a peer, without the shorter lengths or with another arm's."""
     for block in results().blocks:
         run = block.runs[arm]
         assert [len(cut.tokens) for cut in run.cuts] == list(SHORTER)
@@ -102,14 +103,14 @@ def test_every_arm_is_looked_at_where_it_was_asked(arm: str) -> None:
 
 
 def test_a_peers_time_at_a_length_is_that_of_its_tokens() -> None:
-    """Guards against the streamer's first call, which is the prompt, taken for a token."""
+    """Guards against the streamer's first call, which is the prompt, counted as a token."""
     run = make_arm("hf", {"peer": "generate"}, lm("llama"), None, "eager", [1, 2]).run(list(prompt()), LENGTH, ())
     assert [cut.counts.steps for cut in run.cuts] == [1, 2]
     assert run.cuts[0].total_s == run.ttft_s
 
 
 def test_lengths_survive_the_file_and_the_journal(tmp_path: Path) -> None:
-    """Guards against a resumed run, or a report from the file, that knows the whole length alone."""
+    """Guards against a resumed run, or a report from the file, that has only the full length."""
     file = tmp_path / "blocks.jsonl"
     journal = Journal(file, {"what": 1}, resume=False)
     for block in results().blocks:
@@ -132,7 +133,7 @@ def test_lengths_survive_the_file_and_the_journal(tmp_path: Path) -> None:
 
 
 def test_speedups_at_a_length_are_paired_there() -> None:
-    """Guards against a short text's time over the baseline's time for the whole."""
+    """Guards against a speedup of a short text over the baseline's time for the full length."""
 
     def run(seconds: Sequence[float]) -> Run:
         short = Run([1, 2], seconds[0], 0.1, Counts(steps=2))
@@ -152,7 +153,7 @@ def test_speedups_at_a_length_are_paired_there() -> None:
 
 
 def test_outputs_of_two_lengths_are_compared_by_the_token() -> None:
-    """Guards against an arm that is called fast because a stop token ended its text early."""
+    """Guards against an arm called fast because a stop token ended its text early."""
     runs = {"ar": Run([1, 2, 3, 4], 4.0, 1.0, Counts(steps=4)), "arm": Run([1, 2], 2.0, 1.0, Counts(steps=2))}
     block = Block("p", 0, runs, {"ar": runs["ar"]}, {"ar": "equal", "arm": "equal"})
     assert block.log_s("ar") - block.log_s("arm") == pytest.approx(0.0)
@@ -162,7 +163,9 @@ def test_outputs_of_two_lengths_are_compared_by_the_token() -> None:
 
 
 def test_a_task_is_told_by_its_own_prompts() -> None:
-    """Guards against rows of a task that hold another's times, and against a floor of more prompts than it has."""
+    """Guards against a task's rows with another task's times, and against a noise floor over more prompts than the task
+    has.
+    """
     run = kept(results())
     assert run.tasks == {"set/a": ["set/a/0"], "set/b": ["set/b/0", "set/b/1"]}
     part = run.with_prompts(run.tasks["set/b"])
@@ -178,7 +181,7 @@ def test_a_task_is_told_by_its_own_prompts() -> None:
 
 
 def test_the_report_has_a_row_for_each_part() -> None:
-    """Guards against a grid of which the report shows the mean alone."""
+    """Guards against a report that shows only the mean of a whole grid."""
     run = kept(results())
     rows = by_part(run).rows
     assert len(rows) == 2 * 3 * len(ARMS)
@@ -197,11 +200,11 @@ def _no_history():  # type: ignore[no-untyped-def]
     return History([], "none")
 
 
-# What a text says of itself.
+# Output statistics.
 
 
 def test_repetition_is_the_share_of_4_grams_that_came_before() -> None:
-    """Guards against a fast result that nobody sees to be a loop."""
+    """Guards against a fast result that is only a loop, without a sign of it."""
     assert repeated(range(10)) == (0, 7)
     assert repeated([1, 2, 3, 1, 2, 3, 1, 2]) == (2, 5)
     assert repeated([5] * 8) == (4, 5)
@@ -209,7 +212,7 @@ def test_repetition_is_the_share_of_4_grams_that_came_before() -> None:
 
 
 def test_own_losses_are_those_of_one_forward() -> None:
-    """Guards against a loss of the neighbouring token, and against one that forgets the prompt."""
+    """Guards against a loss of the neighbouring token, and against one computed without the prompt."""
     target = lm("llama")
     for text in (list(prompt()), list(prompt())[:1]):
         tokens = generate(target, text, max_new_tokens=200).tokens
@@ -224,7 +227,7 @@ def test_own_losses_are_those_of_one_forward() -> None:
 
 
 def test_cuts_are_told_of_their_own_tokens() -> None:
-    """Guards against a length whose perplexity or repetition is that of the whole."""
+    """Guards against a shorter length with the perplexity or repetition of the full length."""
     cut = Run([5, 5, 5, 5, 5], 1.0, 0.1, Counts(steps=5))
     run = with_output_stats(Run([5] * 5 + [1, 2, 3], 2.0, 0.1, Counts(steps=8), cuts=[cut]), torch.arange(8.0))
     assert run.counts == Counts(steps=8, ngrams=5, repeated=1, nll=28.0)
@@ -233,7 +236,7 @@ def test_cuts_are_told_of_their_own_tokens() -> None:
 
 
 def test_outputs_of_several_prompts_are_told_apart() -> None:
-    """Guards against a loop that is two outputs which are alike."""
+    """Guards against two equal outputs counted as a loop."""
     tokens = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
     two = Run(tokens, 1.0, 0.1, Counts(steps=12), latencies=Latencies(ttft=[0.1, 0.1]))
     assert two.outputs == [tokens[:6], tokens[6:]]
@@ -259,7 +262,7 @@ def test_looping_text_is_flagged() -> None:
 
 
 def test_stop_tokens_end_every_arm_where_they_end_the_baseline() -> None:
-    """Guards against arms, peers or references that go on where the others stop."""
+    """Guards against arms, peers or references that continue past the stop token of the others."""
     target = lm("llama")
     stop = generate(target, prompt(), max_new_tokens=LENGTH).tokens[9]
     arms = [make_arm(name, entry, target, None, "eager", SHORTER, [stop]) for name, entry in ARMS.items()]
@@ -270,7 +273,7 @@ def test_stop_tokens_end_every_arm_where_they_end_the_baseline() -> None:
     assert ends["ar"] == ends["lookup"] == ends["hf-generate"] <= 10
     assert block.runs["ar"].tokens[-1] == stop
     assert ends["ar-16"] == ends["lookup-16"]
-    # It stopped before the second of the lengths.
+    # The text stopped before the second length.
     assert [len(cut.tokens) for cut in block.runs["ar"].cuts] == [length for length in SHORTER if length < ends["ar"]]
 
 
@@ -289,7 +292,7 @@ def test_arms_that_must_write_the_same_share_one_reference() -> None:
 
 @pytest.mark.parametrize("name", ["quick", "full", "comprehensive", "long-sequence", "sweep", "int8", "streaming"])
 def test_a_rehearsal_has_the_arms_and_the_grid_of_its_preset(name: str) -> None:
-    """Guards against a rehearsal that leaves out what the long run will fail at."""
+    """Guards against a rehearsal without the part at which the long run will fail."""
     whole, tiny = preset(name), preset(name).tiny()
     assert tiny.arms.keys() == whole.arms.keys()
     assert len(set(tiny.lengths)) == len(whole.lengths)
@@ -301,6 +304,6 @@ def test_a_rehearsal_has_the_arms_and_the_grid_of_its_preset(name: str) -> None:
 
 
 def test_generations_without_steps_have_no_cache() -> None:
-    """Guards against a measure that fails where nothing was decoded yet."""
+    """Guards against a measure that raises for a generation without steps."""
     nothing = Generation()
     assert (nothing.cache_bytes, nothing.peak_cache_bytes, nothing.attended_bytes, nothing.compressions) == (0, 0, 0, 0)

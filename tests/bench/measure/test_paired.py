@@ -1,4 +1,4 @@
-"""Two functions timed in turns, on a clock that moves only when they run."""
+"""Two functions timed alternately, on a clock that moves only when they run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Machine:
     """A clock, and functions that move it.
 
     Attributes:
-        calls: their names, in order.
-        collecting: whether garbage could be collected in each of them.
+        calls: the names of the called functions, in order.
+        collecting: whether garbage collection was on in each call.
     """
 
     def __init__(self, noise: float = 0.01) -> None:
@@ -40,7 +40,7 @@ class Machine:
 
 
 def test_functions_take_turns() -> None:
-    """Guards against one function that always runs first, and against time that is not over."""
+    """Guards against one function that always runs first, and against measuring that ends before its time is over."""
     machine = Machine(noise=0.0)
     paired = machine.measure(0.5, 0.5, seconds=30.0)
     assert paired.loops == (1, 1)
@@ -60,7 +60,7 @@ def test_slow_functions_are_timed_often_enough() -> None:
 
 
 def test_fast_functions_are_called_often_enough() -> None:
-    """Guards against times of a few ticks of the clock."""
+    """Guards against times of only a few ticks of the clock."""
     paired = Machine().measure(1e-5, 4e-5, seconds=0.5)
     assert paired.loops == (pytest.approx(200, rel=0.05), pytest.approx(50, rel=0.05))
     assert paired.new_s[0] == pytest.approx(1e-5, rel=0.05)
@@ -69,7 +69,7 @@ def test_fast_functions_are_called_often_enough() -> None:
 
 
 def test_functions_that_take_about_as_long_are_called_as_often() -> None:
-    """Guards against a neighbour that disturbs the function more whose times are longer."""
+    """Guards against unequal numbers of calls, with which a busy neighbour disturbs the longer measurement more."""
     first, second = Machine(noise=0.1).measure(1.5e-5, 1e-5, seconds=0.5).loops
     assert first == second
 
@@ -79,7 +79,7 @@ def test_functions_that_take_about_as_long_are_called_as_often() -> None:
     [(1.0, Verdict.PASS), (1.05, Verdict.REGRESSED), (0.9, Verdict.IMPROVED), (1.02, Verdict.INCONCLUSIVE)],
 )
 def test_times_are_judged(new: float, verdict: Verdict) -> None:
-    """Guards against a verdict on the old function in place of the new one."""
+    """Guards against a verdict on the old function instead of the new one."""
     paired = Machine(noise=0.02).measure(new * 0.01, 0.01, seconds=5.0)
     (judged,) = paired.judge(0.02)
     assert judged.verdict is verdict, judged.reason
@@ -87,7 +87,7 @@ def test_times_are_judged(new: float, verdict: Verdict) -> None:
 
 
 def test_a_drift_is_no_change() -> None:
-    """Guards against a machine that gets slower taken for a slower function, or for noise."""
+    """Guards against a machine that slows down reported as a slower function, or as noise."""
     block = PairedBlock((math.exp(0.0), math.exp(0.3)), (math.exp(0.1), math.exp(0.2)), new_first=True)
     assert block.log_ratio == pytest.approx(0.0)
     assert block.noise == pytest.approx(0.0)
@@ -107,7 +107,7 @@ def test_a_drift_is_no_change() -> None:
     ],
 )  # fmt: skip
 def test_counters_are_judged(new: dict[str, float], old: dict[str, float], verdict: Verdict, reason: str) -> None:
-    """Guards against more work that hides behind a faster machine."""
+    """Guards against more work that passes because the machine is faster."""
     sides = (Side(name, None, lambda loops: 1.0, counts) for name, counts in (("new", new), ("old", old)))
     paired = Paired("test", *sides, (1, 1), [PairedBlock((1.0, 1.0), (1.0, 1.0), new_first=True)] * 6)
     _, judged = paired.judge(0.02)

@@ -1,4 +1,4 @@
-"""What a target's backends make of the machine: on machines that exist only as numbers."""
+"""The roofline of a target's backends, on simulated machines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     made = FakeClock(noise=0.0)
     monkeypatch.setattr(time, "perf_counter", made)
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "eager", "packed"))
+    monkeypatch.setattr(measured_roofline, "KINDS", ())
     monkeypatch.setattr(measured_roofline, "copy_bandwidth", lambda device: 1e6 * (device == torch.device("cpu")))
     return made
 
 
 def on_the_cpu(**values: object) -> LM:
-    """In float32, as layers must be to be packed."""
+    """Build a model in float32, as packing requires."""
     return LM(build(ARCHITECTURES["llama"] | values).float().cpu())
 
 
@@ -35,15 +36,16 @@ def silent(done: int, total: int, doing: str) -> None:
 
 
 def test_shares_and_multiples_are_those_of_the_machine(clock: FakeClock) -> None:
-    """Guards against one backend's times under another's name, a share turned upside down, and forwards that are
-    measured with another number of rows than they are said to have."""
+    """Guards against one backend's times under another's name, an inverted share, and forwards with another number of
+    rows than stated.
+    """
     target = on_the_cpu(tie_word_embeddings=True)
     packed = target.with_backend("packed")
     with charged(clock, {target.model: Cost(0.009, 0.001), packed.model: Cost(0.0198, 0.0002)}):
         found = measure_roofline(target, silent)
     embedding = target.model.get_input_embeddings().weight.nbytes
     assert list(found.backends) == ["eager", "packed"]
-    cached = 256 * 2 * 4 * 2 * 8 * 4  # tokens; keys and values of so many layers, heads and numbers of 4 bytes
+    cached = 256 * 2 * 4 * 2 * 8 * 4  # tokens, keys and values, layers, heads, head size, bytes
     assert found.token_bytes == target.weight_bytes + cached
     assert found.throughput == pytest.approx(1e6 / found.token_bytes)
     weights = target.weight_bytes
@@ -55,8 +57,22 @@ def test_shares_and_multiples_are_those_of_the_machine(clock: FakeClock) -> None
     assert found.missing == {}
 
 
+def test_quantised_weights_have_a_row(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an operator who must guess the gain of 8 and 4 bits, and against an end where one is refused."""
+    monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "eager"))
+    monkeypatch.setattr(measured_roofline, "KINDS", ("int8", "int4"))
+    target = on_the_cpu()
+    rough = target.quantized("int8").with_backend("auto")
+    with charged(clock, {target.model: Cost(0.02, 0.0), rough.model: Cost(0.01, 0.0)}):
+        found = measure_roofline(target, silent)
+    assert list(found.backends) == ["eager", "int8"]
+    assert found.backends["int8"].weight_bytes == rough.weight_bytes
+    assert found.share("int8") == pytest.approx(2 * found.share("eager"))
+    assert "down_proj has 48 inputs, no multiple of 32" in found.missing["int4"]
+
+
 def test_a_machine_that_gets_slower_does_so_for_all_backends(clock: FakeClock) -> None:
-    """Guards against backends, or numbers of rows, that are measured one after the other: the last would look slow."""
+    """Guards against backends, or numbers of rows, measured one after the other: the last would look slow."""
     target = on_the_cpu()
     packed = target.with_backend("packed")
     clock.drift = 0.1
@@ -69,13 +85,15 @@ def test_a_machine_that_gets_slower_does_so_for_all_backends(clock: FakeClock) -
 
 
 def test_rounds_end_when_time_is_up(clock: FakeClock) -> None:
-    """Guards against an hour with a large model on a slow machine, and a bar that never fills."""
+    """Guards against an hour of measuring a large model on a slow machine, and against a progress bar that
+    never fills.
+    """
     target = on_the_cpu()
     told = []
     with charged(clock, {model: Cost(1.0, 0.0) for model in (target.model, target.with_backend("packed").model)}):
         measure_roofline(target, lambda *progress: told.append(progress))
-    # What is cached; first forwards, untimed; three rounds of eight seconds, the last begun before the twentieth; and a
-    # forward that shows how much a token keeps.
+    # The prefill; untimed first forwards; three rounds of eight seconds, the last begun before the twentieth second;
+    # and a forward that shows the cache bytes of a token.
     assert clock() == pytest.approx(2 + 8 + 24 + 1)
     assert [done for done, _, _ in told[-3:]] == [1, 2, 3]
     assert told[-1][:2] == (3, 3)
@@ -83,8 +101,9 @@ def test_rounds_end_when_time_is_up(clock: FakeClock) -> None:
 
 
 def test_what_is_not_there_is_not_measured(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against the same code measured twice, as itself and as what fell back to it; and against one backend that
-    fails and takes the others' numbers with it."""
+    """Guards against the same code measured twice because a backend fell back to another, and against one failing
+    backend that loses the numbers of the others.
+    """
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "broken", "eager", "packed"))
     usual = LM.with_backend
 

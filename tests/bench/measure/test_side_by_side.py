@@ -33,7 +33,7 @@ LOGS = st.floats(-1, 1)
 
 
 def quartet(logs: Sequence[float], new_first: bool) -> Quartet:
-    """Four runs in the order of measuring that took exp(log) seconds each."""
+    """Return four runs in the order of measuring that took exp(log) seconds each."""
     a_1, b_1, b_2, a_2 = (Run([1], math.exp(log), 0.1, Counts(steps=1)) for log in logs)
     outer, inner = (Side(runs, ("equal", "equal")) for runs in ((a_1, a_2), (b_1, b_2)))
     return Quartet("p", outer, inner, True) if new_first else Quartet("p", inner, outer, False)
@@ -43,7 +43,7 @@ def quartet(logs: Sequence[float], new_first: bool) -> Quartet:
 def test_a_linear_drift_neither_looks_like_a_change_nor_like_noise(
     level: float, drift: float, effect: float, new_first: bool
 ) -> None:
-    """Guards against a machine that warms up taken for a regression, and a regression taken for noise."""
+    """Guards against a machine that warms up reported as a regression, and a regression dismissed as noise."""
     slower = [not new_first, new_first, new_first, not new_first]  # where the old version runs
     logs = [level + drift * i + effect * old for i, old in enumerate(slower)]
     found = quartet(logs, new_first)
@@ -53,7 +53,9 @@ def test_a_linear_drift_neither_looks_like_a_change_nor_like_noise(
 
 @pytest.mark.parametrize("new_first", [True, False])
 def test_the_floor_varies_as_much_as_what_it_is_the_floor_of(new_first: bool) -> None:
-    """Guards against an A/A floor of another scale: equal independent noise in the four runs moves both alike."""
+    """Guards against an A/A floor of another scale: equal independent noise in the four runs must move floor and change
+    alike.
+    """
     moves = [quartet([float(i == j) for j in range(4)], new_first) for i in range(4)]
     assert sum(move.log_ratio**2 for move in moves) == pytest.approx(1.0)
     assert sum(move.noise**2 for move in moves) == pytest.approx(1.0)
@@ -61,7 +63,7 @@ def test_the_floor_varies_as_much_as_what_it_is_the_floor_of(new_first: bool) ->
 
 
 class Machine:
-    """A GPU with room for so many versions, and what was run on it."""
+    """A GPU with room for so many versions, and the log of its runs."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -70,7 +72,7 @@ class Machine:
 
 
 class Loaded(WorkerProcess):
-    """Stands for a worker process: answers at once, and does not load what does not fit."""
+    """A stand-in for a worker process: it answers at once, and does not load a model that does not fit."""
 
     pid = os.getpid()
     takes_turns = False
@@ -108,7 +110,7 @@ def side_by_side(machine: Machine) -> tuple[SideBySide, Versions]:
 
 @pytest.mark.parametrize("room", [1, 2])
 def test_versions_take_turns(room: int) -> None:
-    """Guards against one version that always runs first, and against two models where there is room for one."""
+    """Guards against one version that always runs first, and against two models loaded where only one fits."""
     machine = Machine(room)
     measured, both = side_by_side(machine)
     assert both.together == (room == 2)
@@ -123,7 +125,7 @@ def test_versions_take_turns(room: int) -> None:
     record = measured.record("old", "old", "x", {"synthetic": False, "against": None, "lossy": False})
     assert {prompt: row.counts.runs for prompt, row in record.rows.items()} == {"p": 4, "q": 4}
     assert record.counters_run == CountersRun(host_syncs_per_step=1.0)
-    # An older version does not tell either; of a peer it counts the steps alone.
+    # An older version reports neither. For a peer it counts only the steps.
     assert (record.timed, record.peer) == (False, True)
     about = {"synthetic": False, "against": None, "lossy": False, "timed": True, "peer": False}
     record = measured.record("new", "new", "x", about)
@@ -131,7 +133,7 @@ def test_versions_take_turns(room: int) -> None:
 
 
 class Undecided(Loaded):
-    """Writes another token in the last place of an arm, and takes down how it is asked to check that."""
+    """A worker with another token in the last place of an arm, which records how it is asked to check that."""
 
     def __init__(self, machine: Machine, name: str, served: dict[str, bool]) -> None:
         super().__init__(machine, name)
@@ -150,7 +152,7 @@ class Undecided(Loaded):
 
 @pytest.mark.parametrize(("served", "said"), [({}, {}), ({"served": True}, {"baseline": "ar"})])
 def test_a_worker_is_asked_in_words_that_it_knows(served: dict[str, bool], said: dict[str, str]) -> None:
-    """Guards against a commit of before there were servers that dies when it is to check an output."""
+    """Guards against a commit from before server arms that fails on an unknown argument when it checks an output."""
     machine = Machine(2)
     new = Undecided(machine, "new", served)
     measure_side_by_side(Versions(new, Loaded(machine, "old")), ["ar", "x"], {"p": [1]}, 3, repeats=1)
@@ -158,7 +160,9 @@ def test_a_worker_is_asked_in_words_that_it_knows(served: dict[str, bool], said:
 
 
 def test_further_repeats_are_of_what_is_open_alone() -> None:
-    """Guards against time spent on what is clear, the baseline among it, and against looks that are not paid for."""
+    """Guards against time spent on arms with a clear verdict, the baseline included, and against interim looks that do
+    not widen the interval.
+    """
     machine, looks = Machine(2), iter([{"x"}, set()])
     both = Versions(Loaded(machine, "new"), Loaded(machine, "old"))
     until = Until(1e9, lambda measured: next(looks))
@@ -173,14 +177,14 @@ def test_further_repeats_are_of_what_is_open_alone() -> None:
 
 
 def test_a_model_that_does_not_fit_even_alone_is_told() -> None:
-    """Guards against an endless change of turns."""
+    """Guards against endless unloading and loading."""
     machine = Machine(1)
     with pytest.raises(ValueError, match="old cannot load its models: even alone"):
         Versions(Loaded(machine, "new"), Loaded(machine, "old", size=2))
 
 
 def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an error that ends the worker, and the run with it, instead of being told."""
+    """Guards against an error that ends the worker and the run instead of being reported."""
     folder = str(save(tmp_path / "model"))
     other = str(save(tmp_path / "other", texts=CHARACTERS[::-1]))
     load = {"do": "load", "target": folder, "draft": other, "device": "cpu", "dtype": "float64", "backend": "auto"}
@@ -221,8 +225,8 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("import sys; sys.exit('no module of that name')", r"died while it was to load \(exit code 1\).*no module of"),
-        ("print('hello', flush=True); input()", "died while it was to load"),
+        ("import sys; sys.exit('no module of that name')", r"died when asked to load \(exit code 1\).*no module of"),
+        ("print('hello', flush=True); input()", "died when asked to load"),
         (None, "v1 cannot be measured side by side: it has no specdecode/bench/worker.py"),
         (
             "import json, os\ninput(); print(json.dumps({'value': {'protocol': 99}}), flush=True); input()",
@@ -231,7 +235,7 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
         (
             f"import json, os\ninput(); print(json.dumps({{'value': {{'protocol': {PROTOCOL}}}}}), flush=True)\n"
             "input(); os.kill(os.getpid(), 9)",
-            r"died while it was to run lookup \(exit code -9\)",
+            r"died when asked to run lookup \(exit code -9\)",
         ),
     ],
     ids=["cannot start", "prints", "too old", "protocol", "killed"],
@@ -257,17 +261,18 @@ def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of its own with this package in its one commit."""
+    """Create a repository with this package in one commit."""
     folder = tmp_path_factory.mktemp("repository")
     package_repository(folder)
     return folder
 
 
 def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: Path) -> None:
-    """Guards against two versions that are in truth one, and against what only one of them has passing in silence.
+    """Guards against two versions that run the same code, and against an arm of only one version that passes in
+    silence.
 
-    The working tree waits in every verification for longer than it took, has an arm that the commit cannot make, lacks
-    one that the commit had, and pins another torch.
+    The working tree waits in every verification for longer than it took. It has an arm that the commit cannot build,
+    lacks one that the commit had, and pins another torch.
     """
     model = save(tmp_path / "model")
     package = repository / "specdecode"
@@ -314,7 +319,7 @@ def test_what_is_wrong_with_a_comparison_is_told_in_one_sentence(
 
 
 def test_a_checkout_that_was_cut_short_is_removed(tmp_path: Path) -> None:
-    """Guards against a checkout that is listed for ever: git keeps it locked until it is whole."""
+    """Guards against an interrupted checkout that git lists for ever: git keeps it locked until it is complete."""
     git(tmp_path, "init", "--quiet")
     commit(tmp_path, "first")
     with worktree(tmp_path, "HEAD") as folder:
@@ -324,7 +329,7 @@ def test_a_checkout_that_was_cut_short_is_removed(tmp_path: Path) -> None:
 
 
 def test_other_pins_are_told(repository: Path) -> None:
-    """Guards against a speedup that came with another torch."""
+    """Guards against a speedup that only another torch version caused."""
     assert dependencies(repository, "nowhere") != []
     git(repository, "checkout", "--quiet", "--", "constraints.txt")
     assert dependencies(repository, "HEAD") == []

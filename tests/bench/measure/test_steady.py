@@ -1,4 +1,4 @@
-"""Which measurements are made again."""
+"""The choice of measurements to repeat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.fake_clock import FakeClock
 
 
 class Machine:
-    """A machine that others take from as a list says, one share for each try; each try takes a second."""
+    """A machine on which other work takes the listed shares, one for each try. Each try takes a second."""
 
     def __init__(self, *shares: float) -> None:
         self.clock, self.tries = FakeClock(noise=0.0), 0
@@ -25,7 +25,7 @@ class Machine:
 
 
 def test_a_quiet_machine_measures_once() -> None:
-    """Guards against time that is spent for nothing."""
+    """Guards against time spent on needless repeats."""
     machine = Machine(*[0.01] * 5)
     rule = machine.rule
     assert [rule.measure(machine.once).tries for _ in range(5)] == [1] * 5
@@ -33,7 +33,7 @@ def test_a_quiet_machine_measures_once() -> None:
 
 
 def test_the_least_disturbed_try_is_kept() -> None:
-    """Guards against the fastest, or the last, in place of the undisturbed one."""
+    """Guards against keeping the fastest or the last try instead of the least disturbed one."""
     machine = Machine(0, 0, 0, 0, 0.5, 0.1, 0.3, 0.2, 0.4, 0.01)
     rule = machine.rule
     for _ in range(4):
@@ -46,7 +46,7 @@ def test_the_least_disturbed_try_is_kept() -> None:
 
 
 def test_what_others_always_take_disturbs_nothing() -> None:
-    """Guards against a machine that is shared by half, on which all would be measured again for ever."""
+    """Guards against endless repeats on a machine that is always half busy."""
     machine = Machine(*[0.5] * 200)
     rule = machine.rule
     kept = [rule.measure(machine.once) for _ in range(50)]
@@ -55,7 +55,7 @@ def test_what_others_always_take_disturbs_nothing() -> None:
 
 
 def test_the_time_is_bounded() -> None:
-    """Guards against a run that takes for ever beside others' work."""
+    """Guards against a run that never ends beside other work."""
     machine = Machine(*[share for _ in range(200) for share in (0.0, 0.4, 0.6, 0.8)])
     rule = machine.rule
     for _ in range(100):

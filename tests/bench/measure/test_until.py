@@ -1,4 +1,4 @@
-"""How long it is measured, and what."""
+"""The time limit of a run, and the choice of arms to measure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ARMS = ["ar", "a", "b"]
 
 
 def planned(repeats: int, *answers: set[str], budget_s: float = 100.0) -> list[tuple[str, int, Collection[str]]]:
-    """What is measured of two prompts, each for ten seconds, if so many arms are open at one look after the other."""
+    """Return the measured places for two prompts of ten seconds each, if each look finds these arms open."""
     clock, given, seen = FakeClock(noise=0.0), iter(answers), []
     until = Until(budget_s, lambda measured: next(given, set()), clock, started=0.0)
     for place in rounds(object(), ["p", "q"], repeats, ARMS, until):
@@ -24,14 +24,14 @@ def planned(repeats: int, *answers: set[str], budget_s: float = 100.0) -> list[t
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_without_it_the_repeats_are_fixed(repeats: int) -> None:
-    """Guards against a run that goes on where nobody asked for it."""
+    """Guards against a run that continues without a request for more repeats."""
     assert list(rounds(object(), ["p", "q"], repeats, ARMS)) == [
         (prompt, repeat, ARMS) for repeat in range(repeats) for prompt in "pq"
     ]
 
 
 def test_what_is_clear_is_not_measured_again() -> None:
-    """Guards against time spent on arms whose verdict is clear, and against a run that ends while one is open."""
+    """Guards against time spent on arms with a clear verdict, and against a run that ends while an arm is open."""
     assert planned(1, {"a", "b"}, {"b"}) == [
         *[(prompt, 0, ARMS) for prompt in "pq"],
         *[(prompt, 1, {"a", "b"}) for prompt in "pq"],
@@ -41,7 +41,7 @@ def test_what_is_clear_is_not_measured_again() -> None:
 
 
 def test_the_time_is_bounded() -> None:
-    """Guards against an arm that stays open, and against a run of nothing."""
+    """Guards against a run without end for an arm that stays open, and against a run without any measurement."""
     endless = [{"a"}] * 100
     assert len(planned(1, *endless, budget_s=55.0)) == 6
     assert len(planned(1, *endless, budget_s=5.0)) == 1

@@ -25,7 +25,9 @@ KINDS = (Document, NeedleTrial, Answer)
 @fuzzed(20, phases=NO_SHRINKING)
 @given(file=damaged(PIECES))
 def test_damaged_pieces_are_refused_or_read_back(tmp_path: Path, file: Damage) -> None:
-    """Guards against an hour of reading beside a piece that in the end is none, and a run that cannot be read again."""
+    """Guards against an hour of measuring beside a piece that turns out to be damaged, and against a run file that
+    cannot be read again.
+    """
     path = tmp_path / "run.jsonl"
     try:
         lines = [json.dumps(piece).encode() for piece in json.loads(file.content)]

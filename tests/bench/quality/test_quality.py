@@ -1,4 +1,4 @@
-"""The quality suite behind its command: presets, sessions that are resumed, costs, verdicts and reports."""
+"""The quality suite behind its command: presets, resumed sessions, costs, verdicts and reports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from specdecode import LM
+from specdecode import LM, load
 from specdecode.bench.options import Options
+from specdecode.bench.plan import Setup
 from specdecode.bench.quality import quality_session as quality
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
 from specdecode.bench.quality.quality_tables import costs, markdown, notes, retrieval, scores
@@ -44,13 +45,13 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def trace(cost: float, since: list[int], unsure: float = 0.0) -> Trace:
-    """Costs that much at each token behind an eviction, and something else before, which is not to count."""
+    """Return a trace with this cost at each token behind an eviction, and a cost before it that must not count."""
     own = [cost if distance else 100.0 for distance in since] if any(since) else [cost] * len(since)
     return Trace([2.0 + each for each in own], [abs(each) + unsure for each in own], [1, 0, 1, 0], since)
 
 
 def example(window: float = 0.1, control: float = 0.9) -> QualityRun:
-    """Five documents of four tokens, whose costs differ a little; nothing is evicted from the wider window."""
+    """Return five documents of four tokens with slightly different costs. The wider window evicts nothing."""
     documents = [
         Document(
             f"prose/{i}",
@@ -74,7 +75,7 @@ def example(window: float = 0.1, control: float = 0.9) -> QualityRun:
 
 
 def answers(**passed: str) -> list[Answer]:
-    """By arm, for each of ten problems whether it is solved; the window loses three and wins one."""
+    """Return by arm whether each of ten problems is solved. The window loses three and wins one."""
     given = passed | {"window-8": "0001100001"}
     return [
         Answer(arm, "humaneval", f"humaneval/{i}", "" if bit == "1" else "AssertionError:", 3, "...")
@@ -91,7 +92,7 @@ def outcomes(checks: list[MarginCheck]) -> dict[tuple[str, str], Outcome | None]
 
 
 def test_costs_are_those_of_the_tokens_behind_an_eviction() -> None:
-    """Guards against a cost that is made small by tokens of which nothing had been evicted yet."""
+    """Guards against a cost diluted by tokens before the first eviction."""
     run = example()
     cost = run.cost("window-8", "nll")
     assert cost is not None
@@ -109,7 +110,7 @@ def test_costs_are_those_of_the_tokens_behind_an_eviction() -> None:
 
 
 def test_curves_are_means_over_places() -> None:
-    """Guards against a curve over position that is one over the order of documents."""
+    """Guards against a curve over position that is really over the order of documents."""
     run = example()
     assert run.curve("any-8", "kl", "since") == [(1.0, pytest.approx(0.92)), (2.0, pytest.approx(0.92))]
     assert run.curve("full", "agrees", "position") == [(1.0, 1.0), (2.0, 0.0), (3.0, 1.0), (4.0, 0.0)]
@@ -135,7 +136,7 @@ def test_lossy_parts_pass_within_their_margins_and_controls_beyond_them() -> Non
 
 
 def test_flips_are_counted_from_the_reference() -> None:
-    """Guards against problems that are lost and told as won, and a rate that hides flips both ways."""
+    """Guards against lost problems reported as won, and against a pass rate that hides flips both ways."""
     run = example()
     assert run.score("window-8", "humaneval") == Score(count=10, passed=3, lost=3, won=1)
     assert run.score("reference", "humaneval") == Score(count=10, passed=5, lost=0, won=0)
@@ -147,8 +148,9 @@ def test_flips_are_counted_from_the_reference() -> None:
 
 
 def test_tasks_are_judged_by_margins_too() -> None:
-    """Guards against a pass rate that nothing is said of, a handful of problems that pass for proof, and a task that
-    is not available and told as passed."""
+    """Guards against a pass rate without a verdict, a few problems accepted as proof, and an unavailable task reported
+    as passed.
+    """
     margins = {"full": {"humaneval": 0.35}, "window-8": {"humaneval": 0.35, "gsm8k": 0.1}}
     found = {(each.arm, each.measure): each for each in check_margins(example(), margins)}
     assert found[("full", "humaneval")].outcome is Outcome.PASS
@@ -156,14 +158,14 @@ def test_tasks_are_judged_by_margins_too() -> None:
     assert found[("window-8", "gsm8k")].outcome is None
     assert found[("window-8", "gsm8k")].reason == "gsm8k is not available"
     assert ("any-8", "humaneval") not in found
-    assert "begins at 0." in found[("window-8", "humaneval")].reason
+    assert "the least detectable cost is 0." in found[("window-8", "humaneval")].reason
     strict = {(each.arm, each.measure): each.outcome for each in check_margins(example(), {"full": {"humaneval": 0.1}})}
     assert strict[("full", "humaneval")] is Outcome.INCONCLUSIVE
     assert strict[("window-8", "humaneval")] is None
 
 
 def test_a_run_travels_as_json(tmp_path: Path) -> None:
-    """Guards against a report that knows more than the file, and files of which a part is missing."""
+    """Guards against a report with facts that the file lacks, and against an incomplete file that is read."""
     file = tmp_path / "run.json"
     file.write_text(write(example()))
     assert read(file) == example()
@@ -188,7 +190,7 @@ def test_a_run_travels_as_json(tmp_path: Path) -> None:
 
 
 def test_a_file_of_an_earlier_version_is_read_and_written_alike(tmp_path: Path) -> None:
-    """Guards against keys of a file that are renamed with the code, and a header that loses what it does not know."""
+    """Guards against file keys that are renamed with the code, and a header that loses unknown keys."""
     file = ROOT / "tests" / "data" / "quality-run.json"
     run = read(file)
     assert write(run) == file.read_text(encoding="utf-8")
@@ -198,7 +200,7 @@ def test_a_file_of_an_earlier_version_is_read_and_written_alike(tmp_path: Path) 
     assert run.score("full", "humaneval") == Score(2, 0, 0, 0)
     assert run.judged_arms == list(run.arms)
     assert len(check_margins(run, {})) == 2 * len(run.arms) + len(run.header.tasks.arms)
-    # Before tasks were asked.
+    # A file from before there were tasks.
     content = json.loads(file.read_text(encoding="utf-8"))
     del content["quality"]["answers"], content["quality"]["header"]["tasks"]
     older = tmp_path / "older.json"
@@ -212,7 +214,7 @@ def test_a_file_of_an_earlier_version_is_read_and_written_alike(tmp_path: Path) 
 
 @pytest.mark.parametrize("content", ['{"margins": {"a": {"ppl": 1}}}', '{"margins": {"a": {"kl": -1}}}', "{}"])
 def test_margins_are_read_with_suspicion(tmp_path: Path, content: str) -> None:
-    """Guards against a margin that is spelt wrong, and so never applied."""
+    """Guards against a misspelt margin that is never applied."""
     file = tmp_path / "margins.json"
     assert read_margins(file) == {}
     file.write_text('{"margins": {"a": {"kl": 0.1, "gsm8k": 0.2}}}')
@@ -223,8 +225,9 @@ def test_margins_are_read_with_suspicion(tmp_path: Path, content: str) -> None:
 
 
 def test_the_margins_that_come_along_are_those_of_arms() -> None:
-    """Guards against a margin of an arm that was renamed, which nothing would be judged by; and an arm that decodes one
-    way in one preset and another in the next, by one margin."""
+    """Guards against the margin of a renamed arm, which judges nothing, and against one margin for an arm that decodes
+    differently in two presets.
+    """
     folder = ROOT / "baselines" / "quality"
     arms = quality_preset("quick").arms
     for file in folder.glob("*.json"):
@@ -237,12 +240,12 @@ def test_the_margins_that_come_along_are_those_of_arms() -> None:
 
 
 def test_the_page_tells_costs_needles_and_what_is_not_as_expected() -> None:
-    """Guards against verdicts that are judged and not told, and a table whose rows and columns do not fit."""
+    """Guards against verdicts that are missing from the page, and a table whose rows do not fit its columns."""
     run = example(window=0.5)
     page = markdown(run, check_margins(run, MARGINS))
     assert page.index("**window-8** is FAIL") < page.index("| arm |")
     assert "| window-16 | ΔNLL | not judged |" in page
-    assert "| any-8 | ΔNLL | FAIL, as it has to |" in page
+    assert "| any-8 | ΔNLL | FAIL, as expected |" in page
     assert "GSM8K was not asked: gsm8k is not available." in page
     for grid in (costs(run, check_margins(run, MARGINS)), retrieval(run), scores(run, check_margins(run, MARGINS))):
         assert {len(row) for row in grid.rows} == {len(grid.columns)}
@@ -258,7 +261,7 @@ def test_the_page_tells_costs_needles_and_what_is_not_as_expected() -> None:
 
 
 def test_a_report_needs_no_torch() -> None:
-    """Guards against a report, or the help of the command line, that waits for torch."""
+    """Guards against a report, or the help of the command line, that waits for torch to be imported."""
     program = (
         "import sys; import specdecode.bench.quality.quality_tables, specdecode.bench.plugin;"
         "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
@@ -271,8 +274,7 @@ def test_a_report_needs_no_torch() -> None:
 
 @pytest.mark.parametrize(("name", "judged"), [("quick", 3), ("ci", 2), ("tasks", 0), ("tiny", 3)])
 def test_presets_can_be_run(name: str, judged: int) -> None:
-    """Guards against an arm that is found impossible when the first document is read, a needle nobody looks for, and a
-    task that nobody knows."""
+    """Guards against an arm that fails only at the first document, a needle without a search, and an unknown task."""
     preset = quality_preset(name)
     target = LM(build(ARCHITECTURES["llama"] | {"max_position_embeddings": 2048}))
     paths = {arm: make_decode_path(arm, entry, target, preset.k, "eager") for arm, entry in preset.arms.items()}
@@ -297,7 +299,7 @@ def test_presets_can_be_run(name: str, judged: int) -> None:
     ],
 )
 def test_an_arm_that_cannot_be_is_told(entry: dict[str, Any], reason: str) -> None:
-    """Guards against a key that is spelt wrong, and an arm that is then something else than its name says."""
+    """Guards against a misspelt key that silently turns an arm into another one."""
     with pytest.raises(ValueError, match=reason):
         make_decode_path("it", entry, lm("llama"), 3, "eager")
 
@@ -316,7 +318,7 @@ def test_an_arm_that_cannot_be_is_told(entry: dict[str, Any], reason: str) -> No
     ],
 )
 def test_a_preset_that_is_none_is_told(tmp_path: Path, text: str, reason: str) -> None:
-    """Guards against a control of an arm that does not exist, which is then judged by no margin."""
+    """Guards against a control of a missing arm, which is then judged by no margin."""
     file = tmp_path / "own.toml"
     file.write_text(text)
     with pytest.raises(ValueError, match=reason):
@@ -326,7 +328,7 @@ def test_a_preset_that_is_none_is_told(tmp_path: Path, text: str, reason: str) -
 
 
 def test_the_shuffled_cache_holds_the_same_tokens_in_another_order() -> None:
-    """Guards against a negative control that is no control: one that loses tokens too, or changes nothing."""
+    """Guards against a worthless negative control: one that loses tokens too, or changes nothing."""
     target = lm("llama")
     slots = target.new_slots(40)
     target.forward(slots, torch.arange(30))
@@ -346,7 +348,7 @@ def test_the_shuffled_cache_holds_the_same_tokens_in_another_order() -> None:
 
 
 def plan(root: Path, **others: Any) -> QualityPlan:
-    """A rehearsal's, or what the options say otherwise."""
+    """Return the plan of a rehearsal, changed by the options."""
     given: dict[str, Any] = {
         "root": root,
         "device": "cpu",
@@ -360,14 +362,14 @@ def plan(root: Path, **others: Any) -> QualityPlan:
 
 @pytest.fixture
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that GSM8K is not available, whoever runs the tests."""
+    """Make GSM8K unavailable, whoever runs the tests."""
     monkeypatch.delenv("SPECDECODE_DATA", raising=False)
     monkeypatch.setitem(sys.modules, "datasets", None)
 
 
 @pytest.mark.usefixtures("_no_hub")
 def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against minutes that are lost, and pieces that are judged twice or not at all."""
+    """Guards against minutes of lost work, and pieces that are judged twice or not at all after a resume."""
     selected = {"full", "sink-window-16"}
     whole = quality.measure(plan(tmp_path), selected)
     assert {document.id.partition("/")[0] for document in whole.run.documents} == {"prose@30"}
@@ -400,7 +402,7 @@ def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
 def test_answers_go_on_where_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against answers that are given twice, by another arm, or to another problem when a session goes on."""
+    """Guards against a resumed session that answers a problem twice, with another arm, or another problem."""
     preset = tmp_path / "own.toml"
     preset.write_text(
         'texts = "prose@20:1"\nk = 3\n[arms]\nwindow = { policy = "sink-window", cache = 128 }\n[tasks]\n'
@@ -431,7 +433,7 @@ def test_answers_go_on_where_they_were(
         quality.measure(plan(tmp_path, **given), {"window"})
     capfd.readouterr()
     again = quality.measure(plan(tmp_path, **given, resume=True), {"window"})
-    # One document and four answers.
+    # Five pieces: one document and four answers.
     assert "resuming: 3 of 5 pieces are there" in capfd.readouterr().err
     assert again.run == whole.run
     assert len(calls) == 3 + 2
@@ -441,11 +443,11 @@ def test_answers_go_on_where_they_were(
 
 @pytest.mark.usefixtures("_no_hub")
 def test_arms_without_their_package_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a run that ends because torchao is not there."""
-    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    """Guards against a run that ends because one arm is unavailable: here INT8, of a model that is INT8 already."""
+    monkeypatch.setattr(Setup, "load_target", lambda setup: load("shape:tiny", quantize="int8", device="cpu"))
     found = quality.measure(plan(tmp_path), {"full", "int8-sink-window-16"})
     assert found.run.judged_arms == ["full"]
     reasons = [each.reason for each in found.checks if each.arm == "int8-sink-window-16"]
-    assert reasons == ["not read: INT8 needs torchao"] * 3
+    assert reasons == ["not read: this model or device does not allow its weights"] * 3
     assert {each.arm for each in found.run.answers} == {"reference", "full"}
     assert [row[0] for row in costs(found.run, found.checks).rows] == ["reference", "full"]

@@ -31,19 +31,19 @@ from tests.helpers.quality_runs import ARMS, quality_run, quality_speeds, whole_
 
 
 def ticks(chart: Element, axis: str) -> dict[float, float]:
-    """The places of the ticks of an axis by their values."""
+    """Return the places of an axis's ticks by their values."""
     anchor = {"x": "middle", "y": "end"}[axis]
     found = {}
     for text in chart.iter("text"):
         number = str(text.text).replace(",", "")
         if text.get("text-anchor") == anchor and number.replace(".", "").replace("-", "").isdigit():
-            # The middle of a letter is a little above its foot.
+            # The middle of a letter is a little above its baseline.
             found[float(number)] = float(text.attrib[axis]) - (4 if axis == "y" else 0)
     return found
 
 
 def value_at(place: float, places: dict[float, float]) -> float:
-    """The value at a place of a linear axis, from its first and last ticks."""
+    """Return the value at a place of a linear axis, from the first and last ticks."""
     (low, start), *_, (high, end) = sorted(places.items())
     return low + (high - low) * (place - start) / (end - start)
 
@@ -53,12 +53,12 @@ def groups(chart: Element) -> list[Element]:
 
 
 def places(line: Element) -> list[tuple[float, float]]:
-    """The points of a line."""
+    """Return the points of a line."""
     return [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]  # type: ignore[misc]
 
 
 def test_marks_and_intervals_stand_at_their_values() -> None:
-    """Guards against axes that are exchanged or upside down, and an interval of the other measure."""
+    """Guards against axes that are swapped or upside down, and an interval of the other measure."""
     points = tradeoff(whole_quality_run(), whole_speeds()).drawable
     chart = cost_by_speed(points, {point.arm: point.arm for point in points}, styles(whole_speeds()))
     across, up = ticks(chart, "x"), ticks(chart, "y")
@@ -83,7 +83,7 @@ def test_marks_and_intervals_stand_at_their_values() -> None:
 
 
 def test_intervals_without_end_are_not_drawn() -> None:
-    """Guards against a chart of few documents that fails, or whose axis has no end."""
+    """Guards against a chart of few documents that fails, or whose axis is infinite."""
     points = tradeoff(quality_run(ARMS, documents=2), whole_speeds()).drawable
     chart = cost_by_speed(points, {point.arm: point.arm for point in points}, styles(whole_speeds()))
     assert {len(list(group.iter("line"))) for group in groups(chart)} == {1, 2}
@@ -92,7 +92,7 @@ def test_intervals_without_end_are_not_drawn() -> None:
 
 
 def test_curves_go_through_their_values() -> None:
-    """Guards against a curve of another arm or measure, and a scale that bends where its ticks do not."""
+    """Guards against a curve of another arm or measure, and against a scale that differs from its ticks."""
     tenth = dataclasses.replace(whole_quality_run().documents[0])
     for arm, trace in tenth.arms.items():
         kl = [0.0, 0.01, 0.1, 1.0] * 3 if arm == "full" else [0.0] * 12
@@ -112,7 +112,7 @@ def test_curves_go_through_their_values() -> None:
 
 
 def test_perplexity_is_drawn_by_cache_for_each_policy() -> None:
-    """Guards against a line through caches of different policies, and a reference that is an arm's."""
+    """Guards against a line through caches of different policies, and against an arm drawn as the reference."""
     chart = perplexity_by_cache(whole_quality_run())
     assert chart is not None
     logs = {math.log(value): place for value, place in ticks(chart, "y").items() if value > 5}
@@ -130,7 +130,7 @@ def test_perplexity_is_drawn_by_cache_for_each_policy() -> None:
 
 
 def test_needles_have_a_tile_for_each_length_and_depth() -> None:
-    """Guards against depths that are upside down, lengths in the place of depths, and pale tiles that are certain."""
+    """Guards against depths that are upside down, lengths swapped with depths, and pale tiles for certain values."""
     chart = needle_tiles(whole_quality_run(), "full")
     tiles = {(float(tile.attrib["x"]), float(tile.attrib["y"])): tile for tile in chart.iter("rect")}
     assert len(tiles) == 4
@@ -145,7 +145,7 @@ def test_needles_have_a_tile_for_each_length_and_depth() -> None:
 
 
 def test_an_arm_looks_in_a_page_as_it_does_in_print() -> None:
-    """Guards against a colour that means another policy on paper, and arms that cannot be told apart."""
+    """Guards against a colour that means another policy on paper, and arms that look the same."""
     print_looks, page_looks = cache_looks(ARMS), cache_styles(ARMS)
     for arm, look in page_looks.items():
         hue = PLAIN if look.colour == "plain" else COLOURS[int(look.colour.removeprefix("c"))]
@@ -175,7 +175,7 @@ def test_scales_have_round_ticks_and_hold_what_they_must() -> None:
 
 
 def test_names_cover_neither_marks_nor_each_other() -> None:
-    """Guards against names that nobody can read, or that run out of the drawing."""
+    """Guards against names that overlap or reach beyond the drawing."""
     points = {f"arm-{i}": (100.0 + 9 * (i % 4), 50.0 + 9 * (i // 4)) for i in range(12)} | {"edge": (195.0, 150.0)}
     written = {str(text.text): text for text in names(points, 0.0, 200.0)}
     assert "arm-0" in written
@@ -193,7 +193,7 @@ def test_names_cover_neither_marks_nor_each_other() -> None:
 
 
 def test_the_page_is_whole_by_itself() -> None:
-    """Guards against charts that are left out, or that only eyes can read, and names that become elements."""
+    """Guards against missing charts, charts without a text description, and names that become HTML elements."""
     page = document("title", section(whole_quality_run(), check_margins(whole_quality_run(), {}), whole_speeds()))
     assert Page(page).drawings.keys() == {
         "Perplexity by cache size",
@@ -216,7 +216,7 @@ def test_the_page_is_whole_by_itself() -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 360), ("dark", 360)])
 def test_a_browser_shows_the_page(tmp_path: Path, scheme: str, width: int) -> None:
-    """Guards against a page that scrolls sideways on a phone, is dark on dark, or asks for more."""
+    """Guards against a page that scrolls sideways on a phone, is dark on dark, or loads further files."""
     arms = ARMS | {"a-very-long-name-" * 6: {"policy": "sink-window", "cache": 32}}
     page = document("title", section(quality_run(arms), check_margins(quality_run(arms), {}), whole_speeds()))
     seen = look_at(page, scheme, width, tmp_path)

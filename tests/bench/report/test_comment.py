@@ -1,4 +1,4 @@
-"""What a comment on a merge request says of a run, and how much room it takes."""
+"""The content and the size of a comment on a merge request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MANY = SPEEDUPS | {f"linear-k{k}": 2.0 for k in range(2, 120)}
 
 
 def runs(speedups: dict[str, float], **changes: dict[str, Any]) -> tuple[RunFile, RunFile]:
-    """A run, in which some arms' entries are others, and its baseline."""
+    """Return a run with some arms' entries changed, and its baseline."""
     old = run_content(speedups)
     new = copy.deepcopy(old)
     for arm, entries in changes.items():
@@ -37,7 +37,7 @@ def lines(new: RunFile, old: RunFile, gate: str = "on") -> list[str]:
 
 @pytest.mark.parametrize("gate", list(FAILING))
 def test_a_comment_has_room_for_any_number_of_arms(gate: str) -> None:
-    """Guards against a comment that nobody scrolls through, or that GitHub refuses."""
+    """Guards against a comment that is too long to read, or that GitHub refuses."""
     faults = {arm: {"bugs": 1} for arm in list(MANY)[5:90]}
     new, old = runs(MANY, **faults)
     elsewhere = parse(json.dumps(run_content(MANY, hardware="zx-81")), Path("x.json"))
@@ -50,7 +50,7 @@ def test_a_comment_has_room_for_any_number_of_arms(gate: str) -> None:
 
 
 def test_failing_verdicts_come_first_and_in_full() -> None:
-    """Guards against a regression that stands below what passes, or is cut off."""
+    """Guards against a regression that stands below passing arms, or is cut off."""
     new, old = runs(SPEEDUPS, lookup={"failure": "it raised ValueError: no"}, linear={"bugs": 3})
     text = lines(new, old)
     assert text[2].startswith("**4 of 10 verdicts fail**: 4 REGRESSED, 6 PASS.")
@@ -70,7 +70,7 @@ def test_failing_verdicts_come_first_and_in_full() -> None:
 
 
 def test_a_run_that_passes_says_so_in_a_sentence() -> None:
-    """Guards against a table of thirty times PASS."""
+    """Guards against a table with thirty rows of PASS."""
     new, old = runs(SPEEDUPS)
     text = lines(new, old)
     assert text[2] == "**No verdict fails**: 10 PASS."
@@ -80,7 +80,7 @@ def test_a_run_that_passes_says_so_in_a_sentence() -> None:
 
 
 def test_the_gates_setting_decides_what_fails() -> None:
-    """Guards against a comment that says otherwise than the exit code."""
+    """Guards against a comment that contradicts the exit code."""
     new, old = runs(SPEEDUPS, linear={"bugs": 3})
     other = parse(json.dumps(run_content(SPEEDUPS, hardware="zx-81")), Path("x.json"))
     assert lines(new, old, "off")[2].startswith("**No verdict fails** (gate: off): 2 REGRESSED, 8 PASS.")
@@ -90,7 +90,7 @@ def test_the_gates_setting_decides_what_fails() -> None:
 
 
 def test_wrong_outputs_are_told_without_a_baseline() -> None:
-    """Guards against a comment without a fault where there was nothing to judge by."""
+    """Guards against a comment that omits wrong outputs because there is no baseline."""
     new, _ = runs(SPEEDUPS, linear={"bugs": 3})
     text = comment(new, "title", "No baseline.", [])
     assert "**Nothing was judged.** **Wrong outputs, or none:** linear." in text
@@ -108,7 +108,7 @@ def test_an_arms_own_baseline_is_named() -> None:
 
 
 def test_in_a_cut_table_faulty_arms_come_first() -> None:
-    """Guards against a table that loses just the arm that matters."""
+    """Guards against a shortened table without the one arm that matters."""
     last = list(MANY)[-1]
     new, old = runs(MANY, **{last: {"bugs": 1}})
     arms = [line.split("|")[1].strip() for line in lines(new, old) if line.startswith("| ")]
@@ -129,7 +129,7 @@ def test_the_command_line_writes_comments(
 
 
 def test_a_comment_on_quality_tells_what_is_unexpected() -> None:
-    """Guards against a long page where a sentence serves, and a failure that is not in it."""
+    """Guards against a long page where one sentence is enough, and a failure that is missing from it."""
     run = whole_quality_run()
     arm = run.judged_arms[0]
     checks = [

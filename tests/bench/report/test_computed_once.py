@@ -1,4 +1,4 @@
-"""A page computes each measure once, however many of its tables show it."""
+"""Pages that compute each measure once, however many of their tables show it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.speed_runs import whole_sweep
 
 
 def unseen(run: RunFile) -> RunFile:
-    """The same run with speeds of its own, so that nothing is known of it from another page."""
+    """Return the same run with speeds of its own, so that no other page has cached its measures."""
 
     def moved(rows: dict[str, Row]) -> dict[str, Row]:
         return {prompt: replace(row, log_speedup=row.log_speedup + random.random()) for prompt, row in rows.items()}
@@ -34,7 +34,7 @@ def unseen(run: RunFile) -> RunFile:
 
 @pytest.mark.parametrize("write", [markdown, latex, section])
 def test_a_page_makes_each_comparison_once(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a page that bootstraps the same speedup for every table, caption and note that shows it."""
+    """Guards against a page that bootstraps the same speedup for every table, caption and note."""
     bootstraps, asked, comparisons = 0, 0, set()
     default_rng, speedup = np.random.default_rng, RunFile.speedup
 
@@ -56,7 +56,7 @@ def test_a_page_makes_each_comparison_once(write: Any, monkeypatch: pytest.Monke
     assert len(text if isinstance(text, str) else document("title", text)) > 1000
     floors = len(page.tasks) * len(page.lengths)
     assert floors < bootstraps <= len(comparisons) + floors
-    assert asked > 1.5 * len(comparisons)  # so it is worth it
+    assert asked > 1.5 * len(comparisons)  # so caching is worth it
 
 
 def test_measures_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

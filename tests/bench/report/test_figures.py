@@ -1,4 +1,4 @@
-"""Figures for print: `specdecode report RUN --figures DIR`, opened and looked into."""
+"""Figures for print: `specdecode report RUN --figures DIR`, opened and read back."""
 
 from __future__ import annotations
 
@@ -61,25 +61,25 @@ def legend(name: str) -> list[str]:
     return [text.get_text() for legend_ in figure.legends for text in legend_.get_texts()]
 
 
-# What each figure shows.
+# The content of each figure.
 
 
 def test_memory_is_drawn_by_length_for_each_cache() -> None:
-    """Guards against bytes of another length, and a bounded cache whose line is that of the whole."""
+    """Guards against bytes of another length, and against a bounded cache with the line of the full one."""
     (axes,) = panels("memory-by-length")
     assert series(axes) == {
-        "everything kept": [(10, 10), (20, 20), (40, 40)],
+        "full cache": [(10, 10), (20, 20), (40, 40)],
         "sink-window, cache 64": [(10, 8), (20, 8), (40, 8)],
         "sink-window, cache 128": [(10, 10), (20, 16), (40, 16)],
     }
-    assert axes.get_ylabel() == "KV held at most, MB"
+    assert axes.get_ylabel() == "peak KV, MB"
     ends = [text.get_text() for text in axes.texts]
-    assert "everything kept\n(ar, linear and 2 more)" in ends
+    assert "full cache\n(ar, linear and 2 more)" in ends
     assert "sink-window, cache 64\n(ar, linear)" in ends
 
 
 def test_the_comprehensive_chart_has_a_panel_for_each_length_and_measure() -> None:
-    """Guards against a cache at another's place, a measure in another's unit, and a standard deviation left out."""
+    """Guards against a cache in another's place, a measure in another's unit, and a missing standard deviation."""
     axes = panels("comprehensive")
     assert titles("comprehensive")[:3] == ["10 tokens", "20 tokens", "40 tokens"]
     assert [of.get_ylabel() for of in axes[::3]] == ["tokens/s", "TTFT, ms", "TPOT, ms", "accepted, %", "KV, MB"]
@@ -101,7 +101,9 @@ def test_the_comprehensive_chart_has_a_panel_for_each_length_and_measure() -> No
 
 
 def test_every_method_has_its_bar_with_interval_and_floor() -> None:
-    """Guards against a bar without its uncertainty, a peer that looks like ours, and a cost that looks like a speed."""
+    """Guards against a bar without its uncertainty, a peer that looks like our arm, and a slowdown that looks like a
+    speedup.
+    """
     (axes,) = panels("methods")
     names = [label.get_text() for label in axes.get_yticklabels()]
     bars = {bar.get_label(): bar for bar in axes.containers if bar.get_label() in ARMS}
@@ -125,7 +127,7 @@ def test_every_method_has_its_bar_with_interval_and_floor() -> None:
 
 
 def test_a_wrong_output_has_no_bar() -> None:
-    """Guards against a wrong output that is drawn as a fast one, or that goes missing."""
+    """Guards against a wrong output that is drawn as a fast one, or that is left out silently."""
     arms = whole_sweep().arms | {"tree": dataclasses.replace(whole_sweep().arms["tree"], rows={}, shorter={}, bugs=3)}
     figure = draw(dataclasses.replace(whole_sweep(), arms=arms))["methods"]
     assert isinstance(figure, Figure)
@@ -153,7 +155,7 @@ def test_speedup_by_k_has_the_measurement_and_both_models() -> None:
 
 
 def test_evictions_are_drawn_by_cache_for_each_length() -> None:
-    """Guards against evictions of the whole length at each, and caches that are not in the order of their sizes."""
+    """Guards against each length with the evictions of the full length, and caches that are not ordered by size."""
     (axes,) = panels("compressions-by-cache")
     assert series(axes) == {"10": [(0, 1), (1, 0)], "20": [(0, 2), (1, 1)], "40": [(0, 5), (1, 2)]}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "128"]
@@ -165,17 +167,17 @@ def test_every_draft_has_its_line_of_acceptance() -> None:
     """Guards against a position that is off by one, and lines of different caches in one panel."""
     found = dict(zip(titles("acceptance-by-position"), map(series, panels("acceptance-by-position")), strict=True))
     assert {title: set(lines) for title, lines in found.items()} == {
-        "target as it is": {"linear-k2", "linear-k4", "tree", "lookup"},
+        "unchanged target": {"linear-k2", "linear-k4", "tree", "lookup"},
         "sink-window, cache 64": {"streaming-k4-64"},
         "sink-window, cache 128": {"streaming-k4-128"},
         "int8": {"lookup-int8"},
         "replay 0.8": {"replayed"},
     }
     shares = whole_sweep().arms["linear-k4"].acceptance_by_position()
-    line = found["target as it is"]["linear-k4"]
+    line = found["unchanged target"]["linear-k4"]
     assert [at for at, _ in line] == [1, 2, 3, 4]
     assert [share for _, share in line] == pytest.approx([100 * share for share in shares])
-    # Those that draft alike under another cache are told once.
+    # Arms that draft alike under another cache appear once.
     assert sorted(legend("acceptance-by-position")) == [
         "linear-k2",
         "linear-k4",
@@ -186,7 +188,7 @@ def test_every_draft_has_its_line_of_acceptance() -> None:
 
 
 def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
-    """Guards against a loop that looks like a result, and a front through points that another beats in both."""
+    """Guards against a loop that looks like a result, and a front through points that others beat in both measures."""
     (axes,) = panels("quality-against-speed")
     marks = {str(line.get_label()): line for line in axes.lines}
     for arm in ARMS:
@@ -194,8 +196,8 @@ def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
         measures = whole_sweep().measures(arm)
         assert (speed, share) == pytest.approx((measures.speedup, 100 * measures.agreement))
         assert (marks[arm].get_fillstyle() == "none") == (arm == "ar-64")
-    assert "hollow: it loops" in legend("quality-against-speed")
-    assert axes.get_ylabel() == "tokens before the output leaves ar's, %"
+    assert "hollow: text loops" in legend("quality-against-speed")
+    assert axes.get_ylabel() == "tokens before the output differs from ar's, %"
     arms = {arm: of for arm, of in ARMS.items() if arm not in ("replayed", "ar-64")}
     figure = draw(sweep(arms))["quality-against-speed"]
     assert isinstance(figure, Figure)
@@ -215,7 +217,7 @@ def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
 
 
 def test_long_names_of_tasks_stay_above_their_own_panel() -> None:
-    """Guards against titles that run into each other, and over the page."""
+    """Guards against titles that run into each other, or beyond the page."""
     tasks = ("math_reasoning", "qa", "summarization", "translation", "extraction", "math_reasoning-2")
     prompts = tuple(f"spec-bench/{task}/1" for task in tasks)
     arms = {"ar": {}, "an-arm-with-a-long-name": {"drafter": "lookup"}}
@@ -230,7 +232,7 @@ def test_long_names_of_tasks_stay_above_their_own_panel() -> None:
 
 
 def test_tasks_have_their_own_speedups() -> None:
-    """Guards against a panel of a task that shows the mean of all, or an arm on another's line."""
+    """Guards against a task's panel with the mean of all tasks, or an arm on another's line."""
     assert titles("by-task") == ["text, 2 prompts", "prose, 1 prompt"]
     names = [label.get_text() for label in panels("by-task")[0].get_yticklabels()]
     for axes, prompts in zip(panels("by-task"), whole_sweep().tasks.values(), strict=True):
@@ -243,27 +245,27 @@ def test_tasks_have_their_own_speedups() -> None:
 
 
 def test_what_a_run_lacks_is_told() -> None:
-    """Guards against an empty figure, and a figure that is missing without a word."""
+    """Guards against an empty figure, and a figure that is missing without a reason."""
     older = {arm: dataclasses.replace(record, options={}, shorter={}) for arm, record in whole_sweep().arms.items()}
     found = draw(dataclasses.replace(whole_sweep(), arms=older))
-    assert "does not tell the settings" in str(found["speedup-by-k"])
+    assert "without the settings of its arms" in str(found["speedup-by-k"])
     assert {name for name, figure in found.items() if isinstance(figure, Figure)} == {
         *("methods", "acceptance-by-position", "quality-against-speed", "by-task")
     }
     alone = draw(sweep({"ar": ARMS["ar"]}, ("text/0",)))
     assert {name: figure for name, figure in alone.items() if isinstance(figure, str)} == {
-        "comprehensive": "no arms differ in their cache alone",
-        "methods": "no arm but ar has a time",
-        "speedup-by-k": "no chains differ in K alone",
-        "speedup-by-concurrency": "no arms of servers that draft differ in concurrency alone",
+        "comprehensive": "no arms differ only in their cache",
+        "methods": "no arm except ar has a time",
+        "speedup-by-k": "no chain arms differ only in K",
+        "speedup-by-concurrency": "no drafting arms of servers differ only in concurrency",
         "compressions-by-cache": "no arms differ in the size of a bounded cache",
-        "acceptance-by-position": "no arm has drafted 10 times, as far as it is known",
+        "acceptance-by-position": "no arm is known to have drafted 10 times",
         "quality-against-speed": "no lossy arm was compared with ar's output",
-        "by-task": "the run has one task alone",
+        "by-task": "the run has only one task",
     }
 
 
-# How it looks.
+# Appearance.
 
 
 CLOSE = {
@@ -277,7 +279,7 @@ CLOSE = {
 def test_nothing_is_written_over_anything_else(
     arms: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against a legend in the axes, lines whose names end together, names that cover each other or are cut."""
+    """Guards against a legend inside the axes, lines whose names end together, and names that are covered or cut."""
     monkeypatch.setitem(SPEEDUPS, "a-name-as-long-as-there-is-room-for", 2.5)
     for name, figure in (drawn() if arms is ARMS else draw(sweep(arms))).items():
         if isinstance(figure, str):
@@ -287,13 +289,13 @@ def test_nothing_is_written_over_anything_else(
 
 
 def test_figures_are_as_wide_as_a_column_or_a_page() -> None:
-    """Guards against letters that are scaled when the figure is put in."""
+    """Guards against letters that shrink or grow because the paper has to scale the figure."""
     widths = Counter(round(figure.get_figwidth() * 25.4) for figure in drawn().values() if isinstance(figure, Figure))
     assert set(widths) == {85, 175}
 
 
 def test_a_method_has_one_look_in_every_run() -> None:
-    """Guards against colours by place, which change when an arm is added."""
+    """Guards against colours that change when an arm is added."""
     alone = looks(sweep({arm: ARMS[arm] for arm in ("lookup", "ar", "hf-assisted", "linear-k4")}))
     for arm, look in alone.items():
         assert look == looks(whole_sweep())[arm]
@@ -311,7 +313,9 @@ def test_a_method_has_one_look_in_every_run() -> None:
 
 
 def test_cascades_of_the_same_drafters_have_one_look() -> None:
-    """Guards against a colour for each arm where only K differs, and one for cascades of other drafters."""
+    """Guards against different colours for arms that differ only in K, and one colour for cascades of different
+    drafters.
+    """
     arms = {"ar": {}, "head": {"drafter": "head"}, "other": {"drafter": "lookup+model"}}
     cascades = {f"cascade-k{k}": {"drafter": "lookup+head", "k": k} for k in (2, 4)}
     found = looks(sweep(arms | cascades))
@@ -320,7 +324,7 @@ def test_cascades_of_the_same_drafters_have_one_look() -> None:
 
 
 def test_methods_and_variants_can_be_told_apart_without_colour() -> None:
-    """Guards against figures that say nothing in grey, and a bounded cache or a peer that looks like what it is not."""
+    """Guards against figures that are useless in grey, and a bounded cache or a peer that looks like other arms."""
     shapes = {arm: (look.mark, look.fill, look.line) for arm, look in looks(whole_sweep()).items()}
     different = [
         "ar",
@@ -338,7 +342,7 @@ def test_methods_and_variants_can_be_told_apart_without_colour() -> None:
 
 
 def test_older_files_go_by_names_and_the_page_has_the_same_colours() -> None:
-    """Guards against a method that changes its colour between the page and the figures, or with the age of the file."""
+    """Guards against a method whose colour differs between the page and the figures, or with the age of the file."""
     older = {arm: dataclasses.replace(record, options={}) for arm, record in whole_sweep().arms.items()}
     hues = {arm: look.hue for arm, look in looks(dataclasses.replace(whole_sweep(), arms=older)).items()}
     known = [arm for arm in ARMS if arm not in ("tree", "replayed")]
@@ -364,7 +368,7 @@ HOSTILE = {"$\\frac{1}{0}$": 3.0, "a_b^{c}\\d$": 6.0, "two\nlines": 9.0, "中文
 
 
 def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a name that is set as mathematics, fails the drawing, or takes the whole page."""
+    """Guards against a name that is typeset as mathematics, breaks the drawing, or fills the whole page."""
     for name, speedup in HOSTILE.items():
         monkeypatch.setitem(SPEEDUPS, name, speedup)
     few = {arm: ARMS[arm] for arm in ("ar", "ar-64", "ar-128", "linear-k4", "streaming-k4-64")}
@@ -382,7 +386,7 @@ def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_same_run_gives_the_same_bytes() -> None:
-    """Guards against figures that differ in every commit: dates, or the order of a set."""
+    """Guards against figures that differ in every commit through dates or the order of a set."""
     few = {arm: ARMS[arm] for arm in ("ar", "linear-k4", "streaming-k4-64", "hf-generate")}
     one, two = draw(sweep(few)), draw(sweep(few))
     for name, form in (("quality-against-speed", "pdf"), ("methods", "pdf"), ("methods", "png")):
@@ -397,7 +401,7 @@ def test_the_same_run_gives_the_same_bytes() -> None:
 def test_the_command_says_what_it_drew_and_why_not_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a folder that must be searched for what is not there, and runs that overwrite each other."""
+    """Guards against missing figures that are not reported, and runs that overwrite each other's figures."""
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     one.write_text(content(sweep({arm: ARMS[arm] for arm in ("ar", "linear-k2", "linear-k4")}, ("text/0",))))
     two.write_text(content(sweep({"ar": {}}, ("text/0",))))
@@ -408,7 +412,7 @@ def test_the_command_says_what_it_drew_and_why_not_the_rest(
     assert told[0] == f"{folder}: table1.tex; as .pdf and .png {', '.join(names)}"
     files_ = {f"{name}.{form}" for name in names for form in ("pdf", "png")}
     assert {path.name for path in folder.iterdir()} == {"table1.tex", *files_}
-    assert told[1] == "  no comprehensive: no arms differ in their cache alone"
+    assert told[1] == "  no comprehensive: no arms differ only in their cache"
     assert len(told) == 1 + 5
     one.write_text(two.read_text())
     assert exit_code(monkeypatch, "report", one, two, "--figures", folder / "both", "--out", tmp_path / "text.md") == 0
@@ -422,7 +426,9 @@ def test_the_command_says_what_it_drew_and_why_not_the_rest(
 def test_what_is_wrong_is_told_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a traceback where matplotlib is missing or a folder is none, and runs that share a folder."""
+    """Guards against a traceback where matplotlib is missing or the folder is a file, and against runs that share a
+    folder.
+    """
     file, other = tmp_path / "run.json", tmp_path / "other" / "run.json"
     other.parent.mkdir()
     for path in (file, other):

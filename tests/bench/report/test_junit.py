@@ -1,4 +1,4 @@
-"""JUnit's XML as the suites write it, in both of its families."""
+"""JUnit XML as the suites write it, in both families."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ONE_ARM = (
     ),
     *("--backend=eager", "-k", "lookup and not hf and not aware", "-W", "error", "--gate=off"),
 )
-# What the schema of Jenkins (junit-10.xsd) allows below a test's entry.
+# The elements that the schema of Jenkins (junit-10.xsd) allows below a test's entry.
 BELOW_A_TEST = {"skipped", "error", "failure", "system-out", "system-err"}
 
 Properties = dict[str, str]
@@ -36,7 +36,9 @@ Properties = dict[str, str]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of its own: runs of one model write one journal, and another worker may run at the same time."""
+    """Save a model for this module alone: runs of one model write one journal, and another worker may run at the same
+    time.
+    """
     return f"--target={save(tmp_path_factory.mktemp('models') / 'model')}"
 
 
@@ -49,7 +51,7 @@ def baseline(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def properties(element: ET.Element) -> Properties:
-    """The properties of a test or of a suite, whose names are never there twice."""
+    """Return the properties of a test or of a suite, whose names must be unique."""
     found = [(one.attrib["name"], one.attrib["value"]) for one in element.findall("properties/property")]
     assert len(dict(found)) == len(found)
     return dict(found)
@@ -57,7 +59,7 @@ def properties(element: ET.Element) -> Properties:
 
 @pytest.mark.parametrize("family", ["xunit1", "xunit2", "legacy"])
 def test_junit_has_the_measures_and_the_verdicts(family: str, model: str, baseline: Path, tmp_path: Path) -> None:
-    """Guards against results that a CI system shows as passed and failed alone, and against XML that it refuses."""
+    """Guards against results that a CI system shows only as passed or failed, and against XML that it refuses."""
     file, kept = tmp_path / "junit.xml", tmp_path / "run.json"
     done = run_pytest(
         *(*ONE_ARM, model, f"--baseline={baseline}", f"--benchmark-json={kept}"),
@@ -89,7 +91,7 @@ def test_junit_has_the_measures_and_the_verdicts(family: str, model: str, baseli
 
 
 def test_a_verdicts_properties_hold_its_blame() -> None:
-    """Guards against a trend of slowdowns that does not say which part moved."""
+    """Guards against a trend of slowdowns that does not show which part moved."""
     change, blame = Estimate(0.9, 0.8, 0.95), Blame({"acceptance length": 0.0, "drafting": 0.1})
     told = verdict_properties(Judgement("tree", "time", Verdict.REGRESSED, "slow", change, blame))
     assert {name: told[name] for name in ("verdict", "change", "change_low", "change_high")} == {
@@ -102,7 +104,7 @@ def test_a_verdicts_properties_hold_its_blame() -> None:
 
 
 def test_an_outcomes_properties_hold_its_cost() -> None:
-    """Guards against a quality that can be trended only as passed and failed."""
+    """Guards against a quality trend of only passed and failed."""
     check = MarginCheck("int8", "nll", Outcome.PASS, Outcome.PASS, "little")
     told = quality_properties(check, Estimate(0.1, 0.05, 0.2))
     assert told == {

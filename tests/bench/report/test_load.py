@@ -1,4 +1,4 @@
-"""Arms of servers by their concurrency: the table, its sentences, the charts, and what is recommended."""
+"""Server arms by their concurrency: the table, its sentences, the charts, and the recommendations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NGRAM = {"command": "serve {target} --port {port}", "environment": {"A B": 'x"y'
 
 
 def served(speed: float | list[float], server: dict[str, Any], number: int = 1, **of_all: Any) -> ArmRecord:
-    """One arm that a server decodes, with a request's latencies, by how many prompts it decodes at a time."""
+    """Return one server arm with the latencies of its requests, by the number of prompts that it decodes at a time."""
     options = {"server": server} | ({"concurrency": number} if number > 1 else {})
     record = speed_arm(speed, options, **of_all)
     requests = Latencies(ttft=[0.010 * number] * 9 + [0.5], tpot=[0.002 * number] * 9 + [0.07])
@@ -56,7 +56,9 @@ def served(speed: float | list[float], server: dict[str, Any], number: int = 1, 
 
 
 def loaded(**arms: ArmRecord) -> RunFile:
-    """A run of servers at a concurrency of 1, 4 and 16: plain decoding, a draft that gains less and less, and more."""
+    """Return a run of servers at a concurrency of 1, 4 and 16: plain decoding, a draft that gains less and less, and
+    more arms.
+    """
     plain = {"ar": served(1.0, PLAIN), "ar_c4": served(3.0, PLAIN, 4), "ar_c16": served(8.0, PLAIN, 16)}
     eagle = {
         "eagle": served(2.0, EAGLE),
@@ -67,7 +69,7 @@ def loaded(**arms: ArmRecord) -> RunFile:
 
 
 def curve(*speeds: float, numbers: tuple[int, ...] = (1, 4, 16)) -> list[str]:
-    """The sentences on an arm with these speedups over plain decoding of the same concurrency."""
+    """Return the sentences on an arm with these speedups over plain decoding of the same concurrency."""
     plain = dict(zip((1, 4, 16), (1.0, 3.0, 8.0), strict=True))
     arms = {}
     for number, speed in zip(numbers, speeds, strict=True):
@@ -78,7 +80,8 @@ def curve(*speeds: float, numbers: tuple[int, ...] = (1, 4, 16)) -> list[str]:
 
 def test_each_arm_has_a_row_for_each_concurrency() -> None:
     """Guards against a speedup over another concurrency's baseline, a percentile in the median's column, and seconds
-    that are told as milliseconds."""
+    shown as milliseconds.
+    """
     run = loaded(lone=served(1.5, NGRAM))
     grid = by_concurrency(run)
     assert [column.name for column in grid.columns] == [
@@ -96,8 +99,7 @@ def test_each_arm_has_a_row_for_each_concurrency() -> None:
 
 
 def test_families_are_of_one_name_and_one_server() -> None:
-    """Guards against a row of another server that is taken for the same arm's, and an arm of this package in the
-    table."""
+    """Guards against another server's row listed as the same arm's, and an arm of this package in the table."""
     arms = {"x": served(2.0, NGRAM), "x_c4": served(3.0, EAGLE, 4), "y": speed_arm(1.0, {"drafter": "lookup"})}
     assert {row[0] for row in by_concurrency(loaded(**arms)).rows} == {"ar", "eagle"}
     assert by_concurrency(speed_run(y=arms["y"])).rows == []
@@ -126,12 +128,12 @@ def test_percentiles_are_in_that_table_alone() -> None:
     ],
 )
 def test_a_sentence_says_from_where_on_an_arm_loses(speedups: tuple[float, ...], said: str) -> None:
-    """Guards against a loss that the noise makes, and one that is told to go on where the arm gains."""
+    """Guards against a loss that is only noise, and against one reported for a concurrency at which the arm gains."""
     assert curve(*speedups) == [f"x: {said}."]
 
 
 def test_what_has_nothing_to_compare_with_is_not_told_to_gain() -> None:
-    """Guards against the gain of several prompts at a time that is read as one by drafts, and void times."""
+    """Guards against a gain of batching that is credited to drafts, and against the use of void times."""
     run = loaded(x=served(2.0, NGRAM), x_c32=served(9.0, NGRAM, 32))
     assert losses(run)[1:] == ["x: gains at 1; nothing is known at 32."]
     arms = run.arms | {"eagle-c4": replace(run.arms["eagle-c4"], rows={}, bugs=3)}
@@ -141,7 +143,7 @@ def test_what_has_nothing_to_compare_with_is_not_told_to_gain() -> None:
 
 
 def test_every_report_has_the_table_and_the_sentence() -> None:
-    """Guards against a finding that only one of the reports tells."""
+    """Guards against a finding that only one of the reports shows."""
     run, sentence = loaded(), "eagle: loses from 16 prompts at a time on; gains at 1 and 4."
     past = History([], "none")
     judged = JudgedRun("title", ["HumanEval"], run, {}, {}, "by", [])
@@ -155,7 +157,7 @@ def test_every_report_has_the_table_and_the_sentence() -> None:
     }
     for name, text in pages.items():
         assert sentence in text, name
-        assert ("what 95 %" in text) == (name != "comment"), name
+        assert ("95th percentile" in text) == (name != "comment"), name
     assert "Speedup by concurrency" in page.drawings
     without = speed_run(lookup=speed_arm(1.5, {"drafter": "lookup"}))
     assert "concurrency" not in markdown(without, "title", "by", [], past)
@@ -175,7 +177,7 @@ def test_a_comment_has_room_for_any_number_of_families() -> None:
 
 
 def test_the_baseline_is_told_to_be_a_servers() -> None:
-    """Guards against a server's plain decoding that is told to be this package's."""
+    """Guards against a server's plain decoding that is labelled as this package's."""
     assert notes(loaded())[0].startswith("Baseline ar, which a server decodes. ")
     assert notes(speed_run())[0].startswith("Baseline ar: autoregressive decoding by this package. ")
     code = notes(speed_run(ar=speed_arm(1.0, {"call": "package:make"})))[0]
@@ -183,7 +185,9 @@ def test_the_baseline_is_told_to_be_a_servers() -> None:
 
 
 def test_several_prompts_at_a_time_are_no_gain_by_drafts() -> None:
-    """Guards against a page whose fastest way is plain decoding of a crowd, and bars that it makes unreadable."""
+    """Guards against a page that names plain decoding of many prompts as the fastest way, with bars too long to read
+    the others.
+    """
     run = loaded()
     page = Page(document("title", section(run, "title", "by", []))).text
     assert f"{run.speedup('eagle').value:.2f} times ar" in page
@@ -192,15 +196,14 @@ def test_several_prompts_at_a_time_are_no_gain_by_drafts() -> None:
 
 
 def test_arms_that_differ_in_concurrency_have_one_colour() -> None:
-    """Guards against a line that changes its colour, and a server of another kind that has the same."""
+    """Guards against a line that changes its colour, and another kind of server with the same colour."""
     found = places(loaded(x=served(1.5, NGRAM)))
     assert {found[arm] for arm in ("ar", "ar-c4", "ar-c16")} == {None}
     assert found["eagle"] == found["eagle-c16"] not in (None, found["x"])
 
 
 def test_the_page_draws_each_speedup_with_its_interval() -> None:
-    """Guards against a curve of other figures than the table's, and a chart that cannot be drawn where nothing is
-    known."""
+    """Guards against a curve with other numbers than the table, and a chart that fails without measurements."""
     run = loaded()
     (chart,) = charts(run)
     said = str(chart.findtext("desc"))
@@ -229,7 +232,7 @@ def figure_of(run: RunFile, name: str) -> Figure:
 
 
 def test_the_figure_has_a_line_for_each_arm() -> None:
-    """Guards against a point at another concurrency, names over each other, and intervals that are left out."""
+    """Guards against a point at another concurrency, names over each other, and missing intervals."""
     run = loaded(x=served(1.5, NGRAM), x_c4=served(4.0, NGRAM, 4, baseline="ar-c4"))
     figure = figure_of(run, "speedup-by-concurrency")
     (axes,) = figure.axes
@@ -249,7 +252,7 @@ def test_the_figure_has_a_line_for_each_arm() -> None:
 
 
 def test_names_of_servers_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a name that brings elements into the page, or fails the drawing."""
+    """Guards against a name that injects elements into the page, or breaks the drawing."""
     arms: dict[str, dict[str, Any]] = {"ar": {"server": PLAIN}, "ar-c4": {"server": PLAIN, "concurrency": 4}}
     for name in HOSTILE:
         monkeypatch.setitem(SPEEDUPS, name, 1.5)
@@ -262,7 +265,7 @@ def test_names_of_servers_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figure_of(run, "speedup-by-concurrency").axes
 
 
-# What limits the speedup.
+# The limits of the speedup.
 
 
 def test_a_step_that_nobody_took_apart_is_one_factor() -> None:
@@ -290,14 +293,14 @@ def test_a_step_that_nobody_took_apart_is_one_factor() -> None:
 
 
 def test_a_server_that_tells_its_proposals_has_its_limits() -> None:
-    """Guards against servers that are left out, and plain decoding that is told to be limited by drafts."""
+    """Guards against servers that are left out, and plain decoding that is said to be limited by drafts."""
     run = loaded()
     rows = {p: replace(row, counts=replace(row.counts, drafted=60)) for p, row in run.arms["eagle"].rows.items()}
     run = replace(run, arms=run.arms | {"eagle": replace(run.arms["eagle"], rows=rows)})
     assert [row[0] for row in limits(run).rows] == ["eagle"]
 
 
-# What to use.
+# Recommendations.
 
 
 def at(run: RunFile, number: int, more: str = "") -> Recommendation:
@@ -307,7 +310,7 @@ def at(run: RunFile, number: int, more: str = "") -> Recommendation:
 
 
 def test_the_fastest_server_is_recommended_at_each_concurrency() -> None:
-    """Guards against an arm that is compared with another concurrency's, or recommended where it loses."""
+    """Guards against an arm that is compared with another concurrency's baseline, or recommended where it loses."""
     run = loaded()
     assert [each.arm for each in recommend(run).recommendations] == ["eagle", "eagle-c4", "ar-c16"]
     four, sixteen = at(run, 4), at(run, 16)
@@ -319,7 +322,7 @@ def test_the_fastest_server_is_recommended_at_each_concurrency() -> None:
 
 
 def test_a_server_is_not_recommended_for_noise_or_wrong_outputs() -> None:
-    """Guards against a gain within the noise, and times that are void."""
+    """Guards against recommending a gain within the noise, or an arm with void times."""
     run = loaded(
         eagle=served(1.001, EAGLE), x=served(3.0, NGRAM, bugs=1), y=served(3.0, {"url": "http://a"}, prompts=1)
     )
@@ -327,11 +330,11 @@ def test_a_server_is_not_recommended_for_noise_or_wrong_outputs() -> None:
     assert at(run, 1).arm == "ar"
     assert at(run, 1).tied.keys() == {"eagle"}
     assert advice.left_out["x"] == "1 wrong output(s)"
-    assert advice.left_out["y"].startswith("1 prompt(s) say nothing of others")
+    assert advice.left_out["y"].startswith("1 prompt(s) are too few")
 
 
 def test_a_server_is_given_up_for_wrong_outputs_alone() -> None:
-    """Guards against an arm that is dropped where it loses, and would gain at another concurrency."""
+    """Guards against dropping an arm that loses at one concurrency and would gain at another."""
     run = loaded(x=served(0.5, NGRAM), y=served(0.5, NGRAM | {"model": "y"}, bugs=1))
     assert not is_hopeless(run, "x")
     assert is_hopeless(run, "y")
@@ -345,16 +348,16 @@ def test_without_plain_decoding_at_a_concurrency_the_fastest_is_recommended() ->
 
 
 def test_a_server_that_may_write_another_text_is_told_apart() -> None:
-    """Guards against loss that is recommended in silence."""
+    """Guards against recommending a lossy server without saying so."""
     run = loaded(x=replace(served(3.0, NGRAM), lossy=True))
     assert at(run, 1).arm == "eagle"
     lossy = at(run, 1, ", if loss is acceptable")
     assert lossy.arm == "x"
-    assert "may write another text" in lossy.reason
+    assert "may write a different text" in lossy.reason
 
 
 def test_arms_of_this_package_and_of_servers_are_recommended_apart() -> None:
-    """Guards against a server in place of what this package does, and the other way round."""
+    """Guards against recommending a server instead of an arm of this package, and the other way round."""
     lookup = speed_arm(1.5, {"drafter": "lookup"})
     served_arms = {"base": served(2.0, PLAIN), "x": served(4.0, EAGLE, baseline="base")}
     run = speed_run(lookup=lookup, **served_arms)
@@ -367,7 +370,7 @@ def test_arms_of_this_package_and_of_servers_are_recommended_apart() -> None:
 
 
 def test_a_run_of_servers_needs_no_arm_of_a_fixed_name() -> None:
-    """Guards against advice that depends on what the baseline is called."""
+    """Guards against advice that depends on the baseline's name."""
     run = loaded()
     arms = {f"vllm{arm[2:]}" if arm.startswith("ar") else arm: record for arm, record in run.arms.items()}
     arms = {
@@ -379,7 +382,9 @@ def test_a_run_of_servers_needs_no_arm_of_a_fixed_name() -> None:
 
 
 def test_the_entry_of_a_server_can_be_put_into_a_preset() -> None:
-    """Guards against Python that cannot decode as a server does, and an entry that is read as another."""
+    """Guards against Python code offered for a server, which cannot decode as it does, and an entry that reads back
+    differently.
+    """
     run = loaded()
     code = at(run, 4).code
     assert "specdecode.generate" not in code
@@ -393,7 +398,7 @@ def test_the_entry_of_a_server_can_be_put_into_a_preset() -> None:
 
 @pytest.mark.parametrize("name", [*HOSTILE, "\x7f\x00'\u2028", "."])
 def test_hostile_entries_are_values(name: str) -> None:
-    """Guards against a file whose entry adds keys of its own, or is no TOML."""
+    """Guards against a file whose entry injects its own keys, or breaks the TOML."""
     server = {"command": f"{name} {{target}}", "environment": {name: name}, "start_minutes": 1e-7, "alone": False}
     options = {"server": server, "requests": 8, "limit_s": 2.5, "list": [1, name]}
     run = speed_run(identity=("abacus", name, "", "float32"), x=speed_arm(1.0, options))

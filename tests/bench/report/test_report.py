@@ -28,7 +28,7 @@ FORMATS = ("md", "html", "latex")
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Calls the command in an empty folder, on the given runs, and returns the text."""
+    """Return a function that calls the command in an empty folder, on the given runs, and returns the text."""
     monkeypatch.chdir(tmp_path)
 
     def report(format_: str, new: dict[str, Any], old: dict[str, Any] | None = None) -> str:
@@ -46,7 +46,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_verdicts_come_before_speeds_and_failing_ones_first(report: Any, format_: str) -> None:
-    """Guards against a regression that is told below the fold."""
+    """Guards against a regression that is reported far down the page."""
     text = report(format_, run_content(SPEEDUPS | {"lookup": 1.0}), run_content(SPEEDUPS))
     assert text.index("REGRESSED") < text.index("PASS") < text.index("tokens/s")
     assert "Judged by old.json" in text
@@ -54,7 +54,7 @@ def test_verdicts_come_before_speeds_and_failing_ones_first(report: Any, format_
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_every_arm_is_there_with_its_interval(report: Any, format_: str) -> None:
-    """Guards against an arm that is dropped, or a speedup that is told without its uncertainty."""
+    """Guards against an arm that is left out, or a speedup without its uncertainty."""
     text = report(format_, run_content(SPEEDUPS))
     text = Page(text).text if format_ == "html" else text
     run = read(Path("new.json"))
@@ -67,7 +67,7 @@ def test_every_arm_is_there_with_its_interval(report: Any, format_: str) -> None
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_slower_arm_is_told_with_what_made_it_slower(report: Any, format_: str) -> None:
-    """Guards against a verdict that leaves its reader to search, and an HTML page that draws the blame of nothing."""
+    """Guards against a verdict without the cause of a slowdown, and an HTML page with an empty drawing of causes."""
     text = report(format_, run_content(SPEEDUPS | {"linear": 1.6}, drafting=0.5), run_content(SPEEDUPS))
     if format_ == "html":
         page = Page(text)
@@ -85,14 +85,14 @@ def test_a_slower_arm_is_told_with_what_made_it_slower(report: Any, format_: str
     [({"synthetic": True}, "linear (synthetic)"), ({"ties": 3}, "3/3 ties"), ({"bugs": 1}, "WRONG"), ({}, "equal")],
 )
 def test_what_is_not_plain_is_marked(report: Any, format_: str, of_all: dict[str, Any], said: str) -> None:
-    """Guards against a cost that is read as a speed, and a wrong output that is read as a fast one."""
+    """Guards against a synthetic time that reads as a speed, and a wrong output that reads as a fast one."""
     text = report(format_, run_content(SPEEDUPS, **of_all))
     assert said in (Page(text).text if format_ == "html" else text)
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_what_a_lossy_arm_holds_and_how_long_it_writes_the_same_is_told(report: Any, format_: str) -> None:
-    """Guards against memory that is saved in silence, and a text that differs without a word of how much."""
+    """Guards against saved memory that is not reported, and a differing text without the length of its agreement."""
     run = run_content(SPEEDUPS)
     linear = run["specdecode"]["arms"]["linear"]
     linear["lossy"], linear["rehearsal"] = True, {"weight_bytes": 163.64e6, "peak_bytes": 20.46e6}
@@ -101,7 +101,7 @@ def test_what_a_lossy_arm_holds_and_how_long_it_writes_the_same_is_told(report: 
     text = report(format_, run)
     text = Page(text).text if format_ == "html" else text.replace("\\%", "%")
     assert "lossy 62%" in text
-    assert "before it leaves its baseline's output" in text
+    assert "before the output first differs from its baseline's" in text
     assert re.search(r"linear\W*163\.6\W*7\.8\W*20\.5", text)
     assert text.count("163.6") == 1
 
@@ -120,17 +120,17 @@ def test_an_arm_that_is_never_right_has_no_figures(report: Any, format_: str) ->
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_another_machines_baseline_is_told_in_words(report: Any, format_: str) -> None:
-    """Guards against times of two machines in one verdict."""
+    """Guards against a verdict on times of two machines."""
     text = report(format_, run_content(SPEEDUPS), run_content(SPEEDUPS, hardware="calculator"))
     text = Page(text).text if format_ == "html" else text.replace("\\_", "_")
     assert "WRONG_HARDWARE" in text
-    assert "the baseline is of calculator and this is abacus-2-threads" in text
-    assert "another machine's: counters are judged, times are not" in text
+    assert "the baseline is from calculator and this run from abacus-2-threads" in text
+    assert "It was measured on another machine: counters are judged, times are not" in text
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_what_is_not_judged_is_no_pass(report: Any, format_: str) -> None:
-    """Guards against counters that follow the clock, of which nothing is known, told as good."""
+    """Guards against counters that depend on the clock reported as a pass."""
     arms = {"ar": 1.0, "hf-generate": 0.9}
     text = report(format_, run_content(arms, timed=True), run_content(arms))
     text = Page(text).text if format_ == "html" else text.replace("\\_", "_")
@@ -140,14 +140,14 @@ def test_what_is_not_judged_is_no_pass(report: Any, format_: str) -> None:
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_run_without_a_baseline_says_so(report: Any, format_: str) -> None:
-    """Guards against silence that is read as a pass."""
+    """Guards against silence that reads as a pass."""
     text = report(format_, run_content(SPEEDUPS))
     assert "nothing was judged" in text
     assert "PASS" not in text
 
 
 def test_the_baseline_is_found_by_the_runs_identity(report: Any) -> None:
-    """Guards against a report that says less than the gate, which finds its baseline by itself."""
+    """Guards against a report that, unlike the gate, does not find the baseline by itself."""
     file = Path("baselines") / IDENTITY.file
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(run_content(SPEEDUPS, reason="the first")))
@@ -157,7 +157,7 @@ def test_the_baseline_is_found_by_the_runs_identity(report: Any) -> None:
 
 
 def test_html_takes_hostile_names_for_text(report: Any) -> None:
-    """Guards against a run file that brings its own elements into the page."""
+    """Guards against a run file that injects its own elements into the page."""
     run = run_content(SPEEDUPS | dict.fromkeys(HOSTILE, 1.5), reason=HOSTILE[0])
     run["specdecode"]["versions"][HOSTILE[0]] = run["specdecode"]["conditions"]["after"]["load average"] = HOSTILE[0]
     run["specdecode"]["identity"]["target"] = HOSTILE[0]
@@ -184,18 +184,18 @@ def test_markdown_takes_hostile_names_for_text(report: Any) -> None:
 
 
 def test_latex_takes_hostile_names_for_text(report: Any) -> None:
-    """Guards against a table that does not compile, or a name that is a command."""
+    """Guards against a table that does not compile, or a name that is run as a command."""
     text = report("latex", run_content(SPEEDUPS | dict.fromkeys([*HOSTILE, "\\input{x}", "naïve τ 中"], 1.5)))
     assert "\n50\\%\\_x\\&\\#y\\{\\}\\$\\textbackslash{}\\textasciitilde{}\\textasciicircum{} & " in text
     assert "\n\\textbackslash{}input\\{x\\} & " in text
-    assert "\n{}[0] new line & " in text  # a row's end takes what is in brackets for its argument
+    assert "\n{}[0] new line & " in text  # after a row's end, LaTeX reads brackets as an argument
     assert "\nnaïve $\\tau$ ? & " in text
     assert text.count("\\begin{tabular}") == text.count("\\toprule") == text.count("\\end{tabular}") == 5
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
 def test_latex_compiles(report: Any, tmp_path: Path) -> None:
-    """Guards against what only TeX itself knows of."""
+    """Guards against errors that only TeX itself finds."""
     arms = SPEEDUPS | dict.fromkeys([*HOSTILE, "naïve τ 中"], 1.5)
     report("latex", run_content(arms), run_content(arms | {"linear": 3.0}))
     packages = (tmp_path / "out.latex").read_text().splitlines()[0].removeprefix("% ")
@@ -208,7 +208,7 @@ def test_latex_compiles(report: Any, tmp_path: Path) -> None:
 
 
 def test_html_is_one_file_that_asks_for_no_other(report: Any) -> None:
-    """Guards against a page that is empty offline, or tells others who reads it."""
+    """Guards against a page that is empty offline, or reveals its reader to other sites."""
     text = report("html", run_content(SPEEDUPS), run_content(SPEEDUPS))
     for outside in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link"):
         assert outside not in text
@@ -217,7 +217,7 @@ def test_html_is_one_file_that_asks_for_no_other(report: Any) -> None:
 
 
 def test_every_drawing_has_a_name_and_a_method_one_colour(report: Any) -> None:
-    """Guards against a plot that only eyes can read, and a colour that means another arm in the next plot."""
+    """Guards against a plot without a text description, and a colour that means another arm in the next plot."""
     drawings = Page(report("html", run_content(SPEEDUPS))).drawings
     for arm in SPEEDUPS:
         assert f"Speedup of {arm} over ar" in drawings
@@ -234,7 +234,7 @@ def git(*arguments: str) -> None:
 
 @pytest.fixture
 def blessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository whose baseline was blessed twice in this format and once in another, and has moved since."""
+    """Create a repository whose baseline was blessed twice in this format and once in another, and has moved since."""
     monkeypatch.chdir(tmp_path)
     git("init", "--quiet")
     file = Path("baselines") / IDENTITY.file
@@ -266,7 +266,7 @@ def test_history_is_what_git_knows_of_the_baseline(blessed: Path) -> None:
 
 @pytest.mark.parametrize("format_", ["md", "html"])
 def test_history_is_in_the_report(blessed: Path, report: Any, format_: str) -> None:
-    """Guards against a course of speedups without its reasons, and a run that is told twice once it is blessed."""
+    """Guards against a history of speedups without the reasons, and a run that appears twice once it is blessed."""
     text = report(format_, run_content(SPEEDUPS, date="2026-03-01"))
     for word in ("the first", "packed linears", "this run", "2026-01-01", "2026-03-01", "0123456789"):
         assert word in text
@@ -279,14 +279,14 @@ def test_history_is_in_the_report(blessed: Path, report: Any, format_: str) -> N
 def test_without_git_there_is_no_history(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Any, blessed: Path
 ) -> None:
-    """Guards against a report that needs a repository, or git."""
+    """Guards against a report that fails without a repository, or without git."""
     assert history(tmp_path / "nothing.json").runs == []
     monkeypatch.setattr(shutil, "which", lambda program: None)
     assert "No history: git knows no earlier" in report("md", run_content(SPEEDUPS))
 
 
 def test_a_replay_that_lost_its_text_is_told(report: Any) -> None:
-    """Guards against a speed at an acceptance of 0.8 that was another behind a tie."""
+    """Guards against a replayed speed whose real acceptance after a tie was not the set 0.8."""
     run = run_content(SPEEDUPS, options={"drafter": "model", "replay": 0.8})
     assert "left the replayed text" not in report("md", run)
     arm = next(arm for arm in SPEEDUPS if arm != "ar")
@@ -295,7 +295,7 @@ def test_a_replay_that_lost_its_text_is_told(report: Any) -> None:
 
 
 def test_the_command_measures_the_same_again(report: Any) -> None:
-    """Guards against a number that nobody can check."""
+    """Guards against a number that nobody can reproduce."""
     found = re.search(r"pytest --benchmark .*", Page(report("html", run_content(SPEEDUPS))).text)
     assert found
     assert {
@@ -309,7 +309,7 @@ def test_the_command_measures_the_same_again(report: Any) -> None:
     [("a.b", "--preset=a.b.toml"), ("quick.tiny", "--preset=quick"), ("quick.tiny.eos", "--preset=quick")],
 )
 def test_the_command_has_the_options_that_made_another_experiment(preset: str, given: str, report: Any) -> None:
-    """Guards against a command that measures hours for what a tiny run did in seconds."""
+    """Guards against a printed command that runs for hours where the shown run was a tiny one of seconds."""
     run = run_content(SPEEDUPS)
     run["specdecode"]["identity"]["preset"] = preset
     text = report("md", run)
@@ -321,7 +321,7 @@ def test_the_command_has_the_options_that_made_another_experiment(preset: str, g
 def test_html_goes_beside_the_run_and_folders_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a page on the terminal, and a report that is lost for want of a folder."""
+    """Guards against an HTML page printed on the terminal, and a report that is lost because its folder is missing."""
     run = tmp_path / "run.json"
     run.write_text(json.dumps(run_content(SPEEDUPS)))
     assert exit_code(monkeypatch, "report", str(run), "--format", "html") == 0
@@ -337,7 +337,7 @@ def test_html_goes_beside_the_run_and_folders_are_made(
 def test_several_runs_are_told_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str
 ) -> None:
-    """Guards against a report of several runs that has lost one, or two pages in one file."""
+    """Guards against a report of several runs that omits one, or writes two HTML pages into one file."""
     for hardware in ("abacus", "calculator"):
         (tmp_path / hardware).write_text(json.dumps(run_content(SPEEDUPS, hardware=hardware)))
     runs = [str(tmp_path / "abacus"), str(tmp_path / "calculator")]
@@ -368,8 +368,9 @@ def test_what_is_wrong_is_told_in_one_sentence(
 def test_files_that_are_no_runs_are_named_and_the_others_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against `report *.json` that reports nothing for one file which is something else, and against a script
-    that takes the rest for all."""
+    """Guards against `report *.json` that reports nothing because of one foreign file, and against an exit code by
+    which a script takes the rest for all files.
+    """
     names = ("a", "b", "cut", "other", "gone", "empty")
     a, b, cut, other, gone, empty = (tmp_path / f"{name}.json" for name in names)
     a.write_text(json.dumps(run_content(SPEEDUPS, hardware="abacus")))
@@ -391,18 +392,18 @@ def test_files_that_are_no_runs_are_named_and_the_others_reported(
     assert told.out == f"report written to {tmp_path / 'report.md'}\n"
     text = (tmp_path / "report.md").read_text()
     assert 0 < text.index("on abacus, preset quick") < text.index("on calculator, preset quick")
-    # The page is named after the first that is a run.
+    # The page is named after the first run file.
     assert exit_code(monkeypatch, "report", str(cut), str(a), "--format", "html") == 2
     assert capsys.readouterr().out == f"report written to {tmp_path / 'a.html'}\n"
     assert exit_code(monkeypatch, "report", str(cut), str(gone)) == 2
     assert capsys.readouterr().out == ""
-    # What is wrong with all of them is said once.
+    # A fault that all files share is reported once.
     assert exit_code(monkeypatch, "report", str(a), str(b), "--baseline", str(cut)) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
-    """Guards against seconds of loading, and a report that cannot be made where nothing can be measured."""
+    """Guards against seconds of imports, and a report that fails where PyTorch is not installed."""
     run = tmp_path / "run.json"
     run.write_text(json.dumps(run_content(SPEEDUPS)))
     code = (
@@ -421,7 +422,7 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     ("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 800), ("light", 390), ("dark", 390)]
 )
 def test_a_browser_shows_the_page(blessed: Path, report: Any, tmp_path: Path, scheme: str, width: int) -> None:
-    """Guards against a page that scrolls sideways on a phone, is dark on dark, squeezes names, or asks for more."""
+    """Guards against a page that scrolls sideways on a phone, is dark on dark, squeezes names, or loads other files."""
     page = report("html", run_content(SPEEDUPS | {"a-very-long-name-" * 6: 1.1, "linear": 1.5}, drafting=0.6))
     seen = look_at(page, scheme, width, tmp_path)
     assert seen["scroll"] <= width
@@ -433,7 +434,7 @@ def test_a_browser_shows_the_page(blessed: Path, report: Any, tmp_path: Path, sc
 
 @pytest.mark.parametrize("name", ["tests.yml", "gpu.yml", "release.yml"])
 def test_workflows_name_what_there_is(name: str) -> None:
-    """Guards against an environment that was renamed, and an input that is put into a script as it is."""
+    """Guards against a workflow with a renamed tox environment, and against script injection through its inputs."""
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
     tox = ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini")
@@ -449,7 +450,7 @@ def test_workflows_name_what_there_is(name: str) -> None:
 
 
 def test_the_job_that_may_comment_runs_no_code_of_a_pull_request() -> None:
-    """Guards against a token that writes in the hands of whoever opens a pull request."""
+    """Guards against a token with write access exposed to the code of a pull request."""
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "gpu.yml").read_text())
     job = workflow["jobs"]["comment"]
     assert job["permissions"] == {"pull-requests": "write"}

@@ -1,4 +1,4 @@
-"""What a chain should gain, against every way in which it can go, counted by hand with fractions."""
+"""The expected speedup of a chain, against an enumeration of all outcomes with fractions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from specdecode.bench.gate.history import History
-from specdecode.bench.report.captions import LIMITS
 from specdecode.bench.report.elements import document
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex
@@ -26,7 +25,7 @@ ALPHAS = [Fraction(0), Fraction(1, 3), Fraction(4, 5), Fraction(1)]
 
 
 def every_step(alpha: Fraction, depth: int) -> list[tuple[Fraction, int, int]]:
-    """The probability, accepted proposals and rejections of each way in which a draft can be judged, one by one."""
+    """Return the probability, accepted proposals and rejections of each way in which a draft can be judged."""
     found = []
     for verdicts in product([True, False], repeat=depth):
         weight = math.prod((alpha if verdict else 1 - alpha for verdict in verdicts), start=Fraction(1))
@@ -38,7 +37,7 @@ def every_step(alpha: Fraction, depth: int) -> list[tuple[Fraction, int, int]]:
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
 def test_expected_tokens_are_those_of_every_way_in_which_a_step_can_go(alpha: Fraction, depth: int) -> None:
-    """Guards against an expectation that is off by the bonus token, or that fails where all is accepted."""
+    """Guards against an expectation that is off by the bonus token, or that fails where everything is accepted."""
     tokens = expected_tokens(alpha, depth)
     assert tokens == sum(weight * (accepted + 1) for weight, accepted, _ in every_step(alpha, depth))
     if alpha < 1:
@@ -47,7 +46,7 @@ def test_expected_tokens_are_those_of_every_way_in_which_a_step_can_go(alpha: Fr
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_the_chains_speedup_is_tokens_over_time(alpha: Fraction) -> None:
-    """Guards against drafts that are all taken for as deep as the deepest, and a cost that is left out."""
+    """Guards against a model in which every draft is as deep as the deepest, and a cost that is left out."""
     depths, draft, verify = [3, 0, 5, 0, 2], Fraction(1, 10), Fraction(6, 5)
     tokens, seconds = Fraction(0), Fraction(0)
     for depth, count in enumerate(depths):
@@ -62,7 +61,7 @@ def test_the_chains_speedup_is_tokens_over_time(alpha: Fraction) -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_the_approximation_promises_what_independent_proposals_would_give(alpha: Fraction) -> None:
-    """Guards against a formula that is not the study's: all verdicts count in it, also those behind a rejection."""
+    """Guards against a formula other than the study's, which also counts verdicts behind a rejection."""
     depth, draft = 4, Fraction(1, 8)
     tokens = Fraction(0)
     for verdicts in product([True, False], repeat=depth):
@@ -74,13 +73,15 @@ def test_the_approximation_promises_what_independent_proposals_would_give(alpha:
 
 
 def test_acceptance_is_the_likeliest() -> None:
-    """Guards against accepted over drafted, which falls with K: proposals behind a rejected one were never judged."""
+    """Guards against accepted over drafted as the rate, which falls with K: proposals behind a rejection were never
+    judged.
+    """
     for alpha, depth in product(ALPHAS, [1, 2, 5]):
         steps = every_step(alpha, depth)
         accepted = sum(weight * count for weight, count, _ in steps)
         rejected = sum(weight * count for weight, _, count in steps)
         assert acceptance(float(accepted), float(rejected)) == pytest.approx(float(alpha))
-    seen = [(0, 1), (2, 1), (3, 0), (3, 0), (1, 1)]  # of drafts of three: accepted, rejections
+    seen = [(0, 1), (2, 1), (3, 0), (3, 0), (1, 1)]  # drafts of three tokens: (accepted, rejections)
     estimate = acceptance(9, 3)
 
     def likelihood(alpha: float) -> float:
@@ -91,8 +92,11 @@ def test_acceptance_is_the_likeliest() -> None:
 
 
 def run(**arms: dict[str, Any]) -> RunFile:
-    """Plain steps take a second. Ten steps after the first draft at 0.1 s a proposal and verify in 1.5 s; of twenty
-    proposals that are judged, fifteen are accepted."""
+    """Return a run with known costs.
+
+    Plain steps take a second. The ten steps after the first draft at 0.1 s a proposal and verify in 1.5 s. Of twenty
+    judged proposals, fifteen are accepted.
+    """
     records = {}
     for arm, options in {"ar": {}, **arms}.items():
         k = options["k"] if isinstance(options.get("k"), int) else 0
@@ -112,7 +116,7 @@ MODEL, LOOKUP = {"drafter": "model"}, {"drafter": "lookup"}
 
 
 def test_models_take_an_arms_own_costs() -> None:
-    """Guards against costs of the step that carries the prompt, or of another arm."""
+    """Guards against a model that uses another arm's costs, or those of the first step, which carries the prompt."""
     (rows,) = modelled(run(linear_k4=MODEL | {"k": 4}, linear_k2=MODEL | {"k": 2})).values()
     assert [row.arm for row in rows] == ["linear-k2", "linear-k4"]
     for row, k in zip(rows, (2, 4), strict=True):
@@ -125,7 +129,7 @@ def test_models_take_an_arms_own_costs() -> None:
 
 
 def test_families_differ_in_k_alone() -> None:
-    """Guards against a curve through arms of two methods, or of two caches; and one of trees, which are no chains."""
+    """Guards against a curve through arms of two methods or two caches, or through trees, which are no chains."""
     bounded = {"policy": "sink-window", "cache": 64}
     found = modelled(
         run(
@@ -149,12 +153,12 @@ def test_families_differ_in_k_alone() -> None:
 
 @pytest.mark.parametrize("k", ["4", [4], 4.5])
 def test_what_is_no_k_makes_no_family(k: object) -> None:
-    """Guards against a file of another's making that ends in a traceback."""
+    """Guards against a traceback for a run file of another tool with an odd K."""
     assert modelled(run(linear_k2=MODEL | {"k": 2}, linear_k4=MODEL | {"k": k})) == {}
 
 
 def test_reports_show_the_models_where_there_are_families() -> None:
-    """Guards against a table of one model's promise without the measurement beside it, and an empty one elsewhere."""
+    """Guards against a model's promise without the measurement beside it, and an empty table elsewhere."""
     with_, without = run(linear_k4=MODEL | {"k": 4}, linear_k2=MODEL | {"k": 2}), run(linear_k4=MODEL | {"k": 4})
     past = History([], "none")
     assert by_model(with_).rows[0] == ["linear-k2", "2", "75%", "2.08", "1.36", "1.76", "1.25 [1.24, 1.26]"]
@@ -166,12 +170,12 @@ def test_reports_show_the_models_where_there_are_families() -> None:
 
 
 def test_reports_split_the_speedup_into_what_limits_it() -> None:
-    """Guards against a product that is not the speedup, and a part that is told as another."""
+    """Guards against factors whose product is not the speedup, and a factor in another's column."""
     made, past = run(linear_k2=MODEL | {"k": 2}), History([], "none")
-    # 31 / 11 as many steps, of 6.5 / 11 s in place of 6.0 / 31 s: logarithmic means weigh what is in a step.
+    # 31 / 11 times fewer steps, of 6.5 / 11 s instead of 6.0 / 31 s. Logarithmic means weigh the parts of a step.
     assert limits(made).rows == [["linear-k2", "2.71", "0.92", "0.44", "0.85", "0.92"]]
     assert limits(made).columns[2].name == "drafting"
     for page in (markdown(made, "title", "", [], past), document("title", section(made, "title", "", [], past))):
-        assert LIMITS.split(".")[0] in page
+        assert "0.80 costs a fifth of the speed" in page
     assert limits(run(lookup=LOOKUP)).rows == []
     assert limits(replace(made, arms={"linear-k2": made.arms["linear-k2"]})).rows == []

@@ -1,6 +1,6 @@
-"""Files of before: a run, a blessed baseline and a journal that older versions wrote, and what these made of them.
+"""Files of older versions: a run, a blessed baseline and a journal, with the older versions' verdicts on them.
 
-`judged.json` keeps the verdicts and the measures that the older version gave.
+`judged.json` keeps these verdicts and measures.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ NAMES = ("run", "baseline")
 
 
 def variants(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The run itself; with an arm that is slower and accepts less, one that is wrong and one that is renamed; and as
-    another machine would have measured it."""
+    """Return the run itself, a changed run, and the run as from another machine.
+
+    In the changed run one arm is slower and accepts less, one is wrong, and one is renamed.
+    """
     slower, elsewhere = copy.deepcopy(content), copy.deepcopy(content)
     arms = slower["specdecode"]["arms"]
     first, second, third = [arm for arm, record in arms.items() if arm != "ar" and record["rehearsal"]][:3]
@@ -46,7 +48,7 @@ def variants(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_of_before_are_judged_as_before(name: str) -> None:
-    """Guards against a counter, a time or a peer that is no longer found in what older versions wrote."""
+    """Guards against a counter, a time or a peer of an older file that is no longer read."""
     path = DATA / f"{name}.json"
     expected = json.loads((DATA / "judged.json").read_text())[name]
     old = read(path)
@@ -60,7 +62,7 @@ def test_files_of_before_are_judged_as_before(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_of_before_are_written_again_with_all_that_they_held(name: str) -> None:
-    """Guards against a key that is read under one name and written under another, or lost on the way."""
+    """Guards against a key that is lost, or read under one name and written under another."""
 
     def holds(new: Any, old: Any) -> bool:
         if isinstance(old, dict):
@@ -74,14 +76,14 @@ def test_files_of_before_are_written_again_with_all_that_they_held(name: str) ->
 
 
 def test_whose_an_arm_of_before_was_is_told_by_what_was_counted() -> None:
-    """Guards against transformers' arms that are gated like ours where a file does not say which they are."""
+    """Guards against transformers' arms gated like ours because an older file does not mark them."""
     for name in NAMES:
         arms = read(DATA / f"{name}.json").arms
         assert {arm for arm, record in arms.items() if record.peer} == {arm for arm in arms if arm.startswith("hf")}
 
 
 def test_a_journal_of_before_is_gone_on_with(tmp_path: Path) -> None:
-    """Guards against an interrupted run of hours that a new version can no longer read."""
+    """Guards against an interrupted run of hours that a new version cannot resume."""
     text = (DATA / "blocks.jsonl").read_text()
     file = tmp_path / "blocks.jsonl"
     file.write_text(text)
@@ -100,7 +102,7 @@ def test_a_journal_of_before_is_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_margins_and_heads_of_before_are_read() -> None:
-    """Guards against a baseline of quality, or a trained head, that a new version can no longer read."""
+    """Guards against a quality baseline, or a trained head, that a new version can no longer read."""
     for file in (ROOT / "baselines" / "quality").glob("*.json"):
         assert read_margins(file)["sink-window-256"]["nll"] == 0.3
     head, _, card = read_head(ROOT / "specdecode" / "assets" / "smollm2-135m-head.safetensors")

@@ -1,4 +1,4 @@
-"""The schemas of files, against files of now and of before, and against what the reader takes."""
+"""The schemas of files, against files of this and of older versions, and against the reader."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def valid(kind: str, document: Any) -> bool:
 
 
 def objects(schema: Any) -> Iterator[dict[str, Any]]:
-    """Every part of a schema that describes an object with named keys."""
+    """Yield every part of a schema that describes an object with named keys."""
     if isinstance(schema, dict):
         if "properties" in schema:
             yield schema
@@ -57,7 +57,7 @@ def objects(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def filled(hint: Any) -> Any:
-    """A value of a type in which nothing is empty, and so nothing is left out of a file."""
+    """Return a value of a type in which nothing is empty, so that no key is omitted from a file."""
     if is_dataclass(hint):
         assert isinstance(hint, type)
         hints = get_type_hints(hint)
@@ -74,7 +74,7 @@ def filled(hint: Any) -> Any:
 
 @pytest.mark.parametrize("kind", list(SCHEMAS))
 def test_a_schema_is_one_and_tells_all(kind: str) -> None:
-    """Guards against keys without a meaning, and against a schema that checks nothing as it is none itself."""
+    """Guards against keys without a description, and against an invalid schema, which checks nothing."""
     schema = SCHEMAS[kind]
     Draft202012Validator.check_schema(schema)
     assert schema["$id"] == f"specdecode:{kind}:{1 if kind == 'quality' else 3}"
@@ -88,7 +88,7 @@ def test_a_schema_is_one_and_tells_all(kind: str) -> None:
     "file", [*BASELINES, *(ROOT / "tests" / "data" / f"{name}.json" for name in ("run", "baseline"))]
 )
 def test_files_of_before_are_valid(file: Path) -> None:
-    """Guards against a schema that this version's files keep, and those that it still reads do not."""
+    """Guards against a schema that rejects older files which this version still reads."""
     document = json.loads(file.read_text())
     assert valid("run", document)
     assert valid("baseline", document) == ("reason" in document["specdecode"])
@@ -96,7 +96,7 @@ def test_files_of_before_are_valid(file: Path) -> None:
 
 
 def test_files_of_now_are_valid() -> None:
-    """Guards against a schema that no file keeps."""
+    """Guards against a schema that rejects this version's own files."""
     for document in (run_content(SPEEDUPS), json.loads(content(whole_sweep()))):
         assert valid("run", document)
     assert valid("quality", json.loads(write_quality(whole_quality_run())))
@@ -126,7 +126,7 @@ def test_the_schema_has_the_keys_that_are_written_and_no_others() -> None:
 
 
 def test_what_the_reader_needs_the_schema_needs() -> None:
-    """Guards against a file that is valid and cannot be read for want of a key, and the other way round."""
+    """Guards against a valid file that the reader rejects for a missing key, and the other way round."""
     document = run_content(SPEEDUPS, reason="why")
     document["specdecode"]["arms"]["linear"]["shorter"] = {"20": document["specdecode"]["arms"]["linear"]["rows"]}
     document["specdecode"]["baseline"] = "ar"
@@ -138,7 +138,7 @@ def test_what_the_reader_needs_the_schema_needs() -> None:
     asked = 0
     for path in looked_at:
         lacking = edited(document, [(path, GONE)])
-        if (path[1:2] == ("outputs",) and len(path) == 3) or path == ARM:  # rows and peers need them by their names
+        if (path[1:2] == ("outputs",) and len(path) == 3) or path == ARM:  # names that rows and peers refer to
             continue
         assert valid("run", lacking) == reads(lacking), path
         asked += not reads(lacking)
@@ -184,7 +184,7 @@ DAMAGES: list[tuple[tuple[Any, ...], Any]] = [
 
 @pytest.mark.parametrize(("path", "value"), DAMAGES, ids=lambda value: str(value)[-40:])
 def test_damage_is_found_by_schema_and_reader(path: tuple[Any, ...], value: Any) -> None:
-    """Guards against bounds that one of the two has and the other lacks."""
+    """Guards against a bound that only the schema or only the reader checks."""
     document = run_content(SPEEDUPS)
     assert valid("run", document)
     assert reads(document)
@@ -211,7 +211,7 @@ QUALITY_DAMAGES: list[Callable[[dict[str, Any]], Any]] = [
 def test_damage_of_quality_is_found_by_schema_and_reader(
     damage: Callable[[dict[str, Any]], Any], tmp_path: Path
 ) -> None:
-    """Guards against bounds that one of the two has and the other lacks."""
+    """Guards against a bound that only the schema or only the reader checks."""
     document, file = json.loads(write_quality(whole_quality_run())), tmp_path / "run.json"
     damage(document["quality"])
     assert not valid("quality", document)
@@ -221,7 +221,7 @@ def test_damage_of_quality_is_found_by_schema_and_reader(
 
 
 def test_further_keys_are_no_damage() -> None:
-    """Guards against programs that break with the first key that a later version adds."""
+    """Guards against programs that break at the first key that a later version adds."""
     document = run_content(SPEEDUPS)
     for path in ((), ("specdecode",), ("specdecode", "identity"), ARM, ROW, (*ROW, "counts"), (*ROW, "seconds")):
         place = document
@@ -236,6 +236,6 @@ def test_further_keys_are_no_damage() -> None:
 def test_the_command_line_prints_schemas(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a schema that no other program gets."""
+    """Guards against a schema that other programs cannot get."""
     assert exit_code(monkeypatch, "schema", kind) == 0
     assert json.loads(capsys.readouterr().out) == SCHEMAS[kind]

@@ -37,7 +37,7 @@ def test_the_interval_covers_the_true_ratio() -> None:
         logs = [list(random.normal(mean, 0.02, 5)) for mean in of_prompt]
         ratio = mean_ratio(logs)
         covered += ratio.low <= math.exp(0.3) <= ratio.high
-    # 95 % of 200, less what a percentile bootstrap of 30 prompts is known to lack; repeats alone would give a fifth.
+    # 95 % of 200, less the known undercoverage of a percentile bootstrap of 30 prompts. Repeats alone give a fifth.
     assert covered >= 176
 
 
@@ -48,21 +48,23 @@ def test_no_interval_is_narrower_than_the_noise_floor() -> None:
 
 
 def test_the_floor_sees_a_drift_between_the_two_runs() -> None:
-    """Guards against a floor of spread alone: a machine that slows down steadily shows none."""
+    """Guards against a floor from the spread alone, which is zero on a machine that slows down steadily."""
     assert noise_floor([0.2, 0.2, 0.2]) == pytest.approx(0.2)
     assert noise_floor([0.0, 0.0]) == 0.0
     assert noise_floor([-0.3]) == 0.3
 
 
 def test_the_floor_is_half_an_interval() -> None:
-    """Guards against a floor that counts the offset of what was found twice, as noise and as its place."""
+    """Guards against a floor that counts an offset twice, as noise and as the centre of the interval."""
     noise = [0.02 * (-1) ** place for place in range(12)]
     interval = typical_ratio(noise)
     assert noise_floor(noise) == pytest.approx(math.log(interval.high / interval.low) / 2)
 
 
 def test_looks_that_are_paid_for_convict_no_equal_code() -> None:
-    """Guards against `--until`: who looks often enough finds something, unless each look pays for it."""
+    """Guards against `--until` that reports a change of equal code: frequent looks find one by chance, unless each look
+    widens the interval.
+    """
     chance = np.random.default_rng(5)
     paid, unpaid = 0, 0
     for _ in range(200):
@@ -86,7 +88,7 @@ def test_intervals_are_the_same_each_time() -> None:
 
 
 def test_the_detectable_slowdown_is_caught_nine_times_in_ten() -> None:
-    """Guards against a promise of power that the gate's own rule does not keep."""
+    """Guards against a stated power that the gate does not reach."""
     random = np.random.default_rng(2)
     tolerance, scatter, prompts = 0.02, 0.03, 30
 
@@ -112,7 +114,7 @@ def test_the_detectable_slowdown_is_caught_nine_times_in_ten() -> None:
     ],
 )
 def test_quantiles_of_students_t(probability: float, freedom: int, expected: float) -> None:
-    """Guards against a quantile of the other tail, or of both together."""
+    """Guards against a quantile of the other tail, or of both tails together."""
     assert student_t(probability, freedom) == pytest.approx(expected, abs=5e-4)
 
 
@@ -122,7 +124,7 @@ def test_quantiles_of_students_t(probability: float, freedom: int, expected: flo
 def test_simultaneous_intervals_are_students_with_bonferronis_share(
     count: int, comparisons: int, quantile: float
 ) -> None:
-    """Guards against intervals of many comparisons, or of a few prompts, that are as narrow as one of a hundred."""
+    """Guards against too narrow intervals for many comparisons or few prompts."""
     logs = [0.01 * (i % 2) for i in range(count)]
     half = quantile * float(np.std(logs, ddof=1)) / math.sqrt(count)
     ratio = simultaneous_ratio(logs, comparisons)
@@ -133,14 +135,14 @@ def test_simultaneous_intervals_are_students_with_bonferronis_share(
 
 
 def test_an_interval_of_nothing_has_no_end() -> None:
-    """Guards against one prompt that proves something, and against an overflow where two are apart."""
+    """Guards against one prompt accepted as proof, and against an overflow for two prompts far apart."""
     for logs in ([0.5], [-3.0, 4.0]):
         ratio = simultaneous_ratio(logs, 13)
         assert (ratio.low, ratio.high) == (0.0, math.inf)
 
 
 def bursty(seed: int, count: int, change: float = 0.0, disturbed: float = 0.2) -> list[float]:
-    """Logarithms of paired ratios with small noise, of which some that follow each other are far off to either side."""
+    """Return logarithms of paired ratios with small noise, and bursts of outliers to either side."""
     chance = np.random.default_rng(seed)
     noise = chance.normal(0, 0.01, count)
     place = 0
@@ -155,20 +157,20 @@ def bursty(seed: int, count: int, change: float = 0.0, disturbed: float = 0.2) -
 @pytest.mark.parametrize("count", [6, 12, 40, 200])
 @pytest.mark.parametrize("disturbed", [0.0, 0.2])
 def test_a_robust_interval_covers_the_ratio_and_convicts_no_equal_code(count: int, disturbed: float) -> None:
-    """Guards against an interval that is too narrow where a neighbour takes the processor now and then."""
+    """Guards against an interval that is too narrow on a machine where other work takes the processor now and then."""
     runs = 300
     covered, convicted = 0, 0
     for seed in range(runs):
         change = robust_ratio(bursty(seed, count, math.log(0.9), disturbed))
         covered += change.low <= 0.9 <= change.high
         convicted += robust_ratio(bursty(seed, count, 0.0, disturbed)).high < 0.98
-    # 95 %, less a little for disturbances that outlast a batch, and three standard deviations of the simulation.
+    # 95 %, less a little for disturbances longer than a batch, and less three standard deviations of the simulation.
     assert covered / runs > 0.94 - 3 * math.sqrt(0.95 * 0.05 / runs)
     assert convicted == 0
 
 
 def test_a_robust_interval_sees_what_a_mean_does_not() -> None:
-    """Guards against three disturbed measurements of dozens that decide."""
+    """Guards against a verdict decided by three disturbed measurements of dozens."""
     runs = 100
     values = [bursty(seed, 60, math.log(0.95)) for seed in range(runs)]
     seen = sum(robust_ratio(logs).high < 0.98 for logs in values)
@@ -179,7 +181,7 @@ def test_a_robust_interval_sees_what_a_mean_does_not() -> None:
 
 @pytest.mark.parametrize("count", [6, 7, 11])  # values; the shortest has no batches
 def test_the_ends_of_a_robust_interval_are_wilcoxons(count: int) -> None:
-    """Guards against ranks that are off by one: all signs of the ranks are tried."""
+    """Guards against ranks that are off by one. The test tries all signs of the ranks."""
     sums = [
         sum(rank for rank, positive in enumerate(signs, start=1) if positive)
         for signs in product((False, True), repeat=count)
@@ -194,7 +196,7 @@ def test_the_ends_of_a_robust_interval_are_wilcoxons(count: int) -> None:
 
 
 def test_few_measurements_say_nothing() -> None:
-    """Guards against an interval of ranks of five values, which none of 95 % is; Student's is wider."""
+    """Guards against a rank interval of five values, which cannot reach 95 %. Student's interval is wider."""
     five = [0.1, 0.12, 0.09, 0.11, 0.08]
     half = 2.776 * float(np.std(five, ddof=1)) / math.sqrt(5)
     assert math.log(typical_ratio(five).high) == pytest.approx(0.1 + half, rel=1e-3)

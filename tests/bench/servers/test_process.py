@@ -1,4 +1,4 @@
-"""A server that the suite starts: it ends with it, and what it said is told."""
+"""A server that the suite starts: it ends with the suite, and its last words are reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMAND = f"{sys.executable} {FAKE} --port {{port}}"
 
 @pytest.fixture
 def servers(tmp_path: Path) -> Iterator[Servers]:
-    """The servers of a session."""
+    """Return the servers of a session."""
     servers = Servers({"target": "a folder", "draft": ""}, Codec(None), tmp_path)
     yield servers
     servers.close()
@@ -56,14 +56,14 @@ def test_a_server_is_started_asked_and_ended(servers: Servers, tmp_path: Path) -
 
 
 def test_arms_of_the_same_table_share_a_server(servers: Servers) -> None:
-    """Guards against a server for each concurrency."""
+    """Guards against starting one server for each concurrency."""
     spec = ServerSpec(command=COMMAND)
     assert servers.server("ar", spec) is servers.server("ar-c4", ServerSpec(command=COMMAND))
     assert servers.server("ar", spec) is not servers.server("spec", ServerSpec(command=f"{COMMAND} --k 3"))
 
 
 def test_servers_that_run_alone_make_room(servers: Servers) -> None:
-    """Guards against two models in a memory that holds one."""
+    """Guards against two models loaded into a memory that holds one."""
     one = servers.server("one", ServerSpec(command=COMMAND, alone=True))
     two = servers.server("two", ServerSpec(command=f"{COMMAND} --k 3", alone=True))
     beside = servers.server("beside", ServerSpec(command=f"{COMMAND} --k 2"))
@@ -77,14 +77,14 @@ def test_servers_that_run_alone_make_room(servers: Servers) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("fails", "its server ended with exit code 1; it said: ValueError: memory is too small (all of it: "),
-        ("ends at once", "its server ended with exit code 1; it said: loading / CUDA out of memory (all of it: "),
-        ("never ready", "its server is not ready after 0.02 minutes, its start_minutes; it said: loading (all of it: "),
-        ("die", "its server ended with exit code -9; it said: loading (all of it: "),
+        ("fails", "its server ended with exit code 1; it said: ValueError: memory is too small (full log: "),
+        ("ends at once", "its server ended with exit code 1; it said: loading / CUDA out of memory (full log: "),
+        ("never ready", "its server is not ready after 0.02 minutes, its start_minutes; it said: loading (full log: "),
+        ("die", "its server ended with exit code -9; it said: loading (full log: "),
     ],
 )
 def test_what_ends_a_server_is_told(servers: Servers, fault: str, said: str) -> None:
-    """Guards against a connection that was refused in place of the reason."""
+    """Guards against the message "connection refused" instead of the reason why the server ended."""
     minutes = 0.02 if fault == "never ready" else 1.0
     spec = ServerSpec(command=f"{COMMAND} --after 3 --fault '{fault}'", start_minutes=minutes)
     with pytest.raises(ServerError) as raised:
@@ -93,7 +93,7 @@ def test_what_ends_a_server_is_told(servers: Servers, fault: str, said: str) -> 
 
 
 def test_a_command_that_is_not_there_is_told(servers: Servers) -> None:
-    """Guards against a traceback of the process that keeps the server."""
+    """Guards against a traceback of the process that supervises the server."""
     with pytest.raises(ServerError, match=r"its server cannot be started: no-such-program: No such file or directory$"):
         servers.server("spec", ServerSpec(command="no-such-program --port {port}")).open()
 
@@ -118,7 +118,7 @@ finally:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_of_a_server_outlives_the_suite(number: signal.Signals, tmp_path: Path) -> None:
-    """Guards against a server that holds the GPU after a run was cancelled."""
+    """Guards against a server that occupies the GPU after a run was cancelled."""
     suite = subprocess.Popen(
         [sys.executable, "-c", SUITE, str(tmp_path / "server.log")],
         cwd=ROOT,
@@ -141,14 +141,14 @@ def test_no_process_of_a_server_outlives_the_suite(number: signal.Signals, tmp_p
 
 
 def test_placeholders_are_filled_in_word_by_word() -> None:
-    """Guards against JSON whose braces are taken for placeholders, and a folder whose name has a space."""
+    """Guards against JSON braces taken for placeholders, and a folder name that is split at its space."""
     command = """serve {target} --port {port} --config '{"model": "{draft}", "n": {"a": 1}}'"""
     words = words_of(command, {"target": "a folder", "draft": "b", "port": 80})
     assert words == ["serve", "a folder", "--port", "80", "--config", '{"model": "b", "n": {"a": 1}}']
 
 
 def test_nobody_else_is_asked_for_the_pids(servers: Servers) -> None:
-    """Guards against a server's own work that counts as that of others."""
+    """Guards against a server's own work counted as a disturbance by others."""
     server = servers.server("spec", ServerSpec(command=COMMAND))
     server.open()
     (running,) = fakes()

@@ -1,4 +1,4 @@
-"""A server that is asked for outputs: what is taken from them, and what is said of its faults."""
+"""Requests to a server: the outputs read from it, and the messages about its faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Start = Callable[..., Server]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Return what starts a fake engine in a thread, by its options, and reaches it."""
+    """Return a function that starts a fake engine in a thread, by its options, and connects to it."""
     running: list[tuple[Any, Server]] = []
 
     def start(*options: str, **keys: Any) -> Server:
@@ -48,7 +48,7 @@ def written(prompt: list[int], length: int) -> list[int]:
 
 
 def failure(server: Server, **keys: Any) -> str:
-    """Return what is said of a server that fails."""
+    """Return the message about a server that fails."""
     with pytest.raises(ServerError) as raised:
         server.generate([PROMPT], keys.get("length", 12), 1, keys.get("limit_s", 30))
     return str(raised.value)
@@ -56,7 +56,7 @@ def failure(server: Server, **keys: Any) -> str:
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
 def test_tokens_are_taken_as_ids_from_each_engine(start: Start, engine: str) -> None:
-    """Guards against an event's field that another engine has."""
+    """Guards against reading the event fields of another engine."""
     server = start("--engine", engine, "--k", "3")
     load = server.generate([PROMPT], 20, 1, 30)
     (response,) = load.responses
@@ -69,7 +69,7 @@ def test_tokens_are_taken_as_ids_from_each_engine(start: Start, engine: str) -> 
 
 
 def test_text_is_taken_where_there_are_no_ids(start: Start) -> None:
-    """Guards against an engine that sends text alone and is thought to send nothing."""
+    """Guards against an engine that sends only text and is treated as sending nothing."""
     server = start("--engine", "openai", prompt="text")
     load = server.generate([PROMPT], 12, 1, 30)
     assert bytes(load.outputs[0]).decode() == text_of(written(PROMPT, 12))
@@ -77,12 +77,12 @@ def test_text_is_taken_where_there_are_no_ids(start: Start) -> None:
 
 
 def test_acceptance_is_what_the_engine_counts(start: Start) -> None:
-    """Guards against counters that are of all requests so far, and of the warm-up among them."""
+    """Guards against counters that include earlier requests or the warm-up."""
     server = start("--k", "3")
     for _ in range(2):
         told = server.generate([PROMPT], 21, 1, 30).told
         assert told is not None
-        # One token, then four and one in turns: 1 + 4 x (4 + 1).
+        # One token, then alternately four and one: 1 + 4 x (4 + 1).
         assert (told.drafts, told.drafted, told.accepted) == (8, 24, 12)
         assert told.by_position == [4, 4, 4]
     llama = start("--k", "3", "--engine", "llama.cpp").generate([PROMPT], 21, 1, 30).told
@@ -92,7 +92,7 @@ def test_acceptance_is_what_the_engine_counts(start: Start) -> None:
 
 
 def test_a_closed_loop_keeps_so_many_requests_on_the_way(start: Start) -> None:
-    """Guards against a load that is sent at once, or one by one."""
+    """Guards against requests that are sent all at once, or one by one."""
     server = start("--step-s", "0.005")
     prompts = [PROMPT[place:] for place in range(4)]
     alone = server.generate(prompts, 12, 1, 30)
@@ -106,8 +106,8 @@ def test_a_closed_loop_keeps_so_many_requests_on_the_way(start: Start) -> None:
 SAID = {
     "400": "its server answers with 400: the prompt is too long",
     "500": "its server answers with 500: EngineCore encountered an issue",
-    "error in the stream": "its server breaks off: EngineCore encountered an issue",
-    "truncates": "its server breaks its stream off after 1 of 12 tokens",
+    "error in the stream": "its server reports an error in its stream: EngineCore encountered an issue",
+    "truncates": "its server's stream ends early, after 1 of 12 tokens",
     "stops early": "its server ends after 4 of 12 tokens (stop)",
     "too many": "its server sends 13 tokens, and was asked for 12",
     "repeats a chunk": "its server counts 12 tokens, and sends 23",
@@ -115,63 +115,63 @@ SAID = {
     "another model": "its server answers as another, and was asked for m",
     "another user": "its server has generated 19 tokens meanwhile, and was asked for 12 here: somebody else uses it",
     "no stream": "its server does not stream its answer",
-    "no json": "its server streams what is no JSON object: '{half'",
+    "no json": "its server streams an event that is no JSON object: '{half'",
     "hangs": "its server takes longer than 1 s, its limit_s",
 }
-HERE = {"die", "never ready", "ends at once", "fails"}  # of the process: test_process.py
+HERE = {"die", "never ready", "ends at once", "fails"}  # faults of the process: see test_process.py
 CACHES = {"caches", "caches in silence"}
 HARMLESS = {"slow at first", "wrong tokens", "tie"}
 
 
 def test_each_fault_is_planted_somewhere() -> None:
-    """Guards against a fault that the fake has and no test plants."""
+    """Guards against a fault of the fake server that no test plants."""
     assert SAID.keys() | HERE | CACHES | HARMLESS == set(FAULTS)
 
 
 def test_text_that_is_not_what_is_counted_is_told(start: Start) -> None:
-    """Guards against a speed of tokens that a server miscounts and nobody sees."""
+    """Guards against a wrong speed because a server miscounts its tokens."""
     server = start("--engine", "openai", "--fault", "miscounts", prompt="text", prefix_cache=True)
     assert failure(server, length=8) == "its server counts 5 tokens, and the text that it sends has 8"
 
 
 @pytest.mark.parametrize("fault", SAID)
 def test_a_fault_is_told_in_one_sentence(start: Start, fault: str) -> None:
-    """Guards against a time of what was no output, and against a traceback."""
-    # The first requests find out whether it caches, and warm it up.
+    """Guards against a time for a broken output, and against a traceback."""
+    # The first requests detect caching and warm the server up.
     server = start("--fault", fault, "--after", "3")
     assert failure(server, limit_s=1 if fault == "hangs" else 30) == SAID[fault]
 
 
 def test_a_server_that_keeps_prompts_is_found_out(start: Start) -> None:
-    """Guards against times without the reading of the prompt."""
+    """Guards against times without the prefill because the server caches prompts."""
     for fault, reading, engine in (("caches", "0", "vllm"), ("caches in silence", "0.001", "openai")):
         said = failure(start("--fault", fault, "--read-s", reading, "--engine", engine))
-        assert said.startswith("its server keeps what it has read of earlier prompts")
+        assert said.startswith("its server caches earlier prompts")
         allowed = start("--fault", fault, "--read-s", reading, "--engine", engine, prefix_cache=True)
         assert allowed.generate([PROMPT], 4, 1, 30).outputs
     assert start("--read-s", "0.001", "--engine", "openai").generate([PROMPT], 4, 1, 30).outputs
 
 
 def test_a_server_that_is_slow_at_first_is_warmed_up(start: Start) -> None:
-    """Guards against a first time that has the start in it."""
+    """Guards against a first time that includes the server's start."""
     assert start("--fault", "slow at first").generate([PROMPT], 4, 1, 30).total_s < 0.3
 
 
 def test_a_server_that_is_not_there_is_told(start: Start) -> None:
-    """Guards against a traceback of the client, and against a sentence that does not say where nothing is."""
+    """Guards against a traceback of the client, and against a message without the address."""
     server = Server(ServerSpec(url="http://127.0.0.1:9/v1"), {}, Codec(None), Path("none.log"))
     assert failure(server) == "nothing answers at http://127.0.0.1:9: does its server run?"
 
 
 def test_a_version_that_is_not_told_is_left_out(start: Start) -> None:
-    """Guards against an engine that cannot be measured for the sake of a name."""
+    """Guards against an engine that cannot be measured because it reports no version."""
     server = start("--secretive")
     server.open()
     assert server.about == "vllm with m"
 
 
 def test_the_model_is_the_one_that_is_named(start: Start) -> None:
-    """Guards against an output of whichever model a server names first."""
+    """Guards against measuring the first model that a server lists instead of the named one."""
     assert start("--models", "a", "b", model="a").generate([PROMPT], 4, 1, 30).outputs
     assert failure(start("--models", "a", "b")) == "its server has 2 models: name one with server.model"
     assert failure(start(model="x")) == "its server has no model x: it has m"
@@ -187,7 +187,7 @@ def test_log_probabilities_are_by_id(start: Start) -> None:
 
 
 def test_nothing_waits_for_a_proxy(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against requests to this machine that go by way of another."""
+    """Guards against requests to this machine that go through a proxy."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     began = time.monotonic()

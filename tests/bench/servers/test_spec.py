@@ -34,7 +34,9 @@ def test_an_address_is_read(url: str, base: str, loopback: bool) -> None:
 
 
 def test_a_key_is_looked_for_when_the_arm_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Guards against a run file that is read only where the server's key is, and a key that stands in it."""
+    """Guards against a run file that can be read only where the server's API key is set, and a key that is stored in
+    it.
+    """
     entry = {"server": URL | {"api_key": "SERVER_KEY"}}
     spec = ArmSpec.from_record("it", entry)
     servers = Servers({}, Codec(None), tmp_path)
@@ -52,12 +54,12 @@ def test_a_key_is_looked_for_when_the_arm_is_made(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("serve {target} --port {port} --draft {draft}", "names {draft}: say with --draft which model that is"),
+        ("serve {target} --port {port} --draft {draft}", "names {draft}: name the model with --draft"),
         ("serve {model} --port {port}", r"names {model}: only {target}, {draft} and {port} are filled in"),
     ],
 )
 def test_a_command_is_not_started_with_a_gap(command: str, reason: str, tmp_path: Path) -> None:
-    """Guards against a server that is told to draft with a model of no name."""
+    """Guards against a server that is started with an empty draft model name."""
     servers = Servers({"target": "a folder", "draft": ""}, Codec(None), tmp_path)
     with pytest.raises(ValueError, match=re.escape(reason)):
         make_arm("it", {"server": {"command": command}}, None, None, servers=servers)
@@ -74,7 +76,7 @@ def test_a_command_is_not_started_with_a_gap(command: str, reason: str, tmp_path
     ],
 )
 def test_keys_of_a_preset_are_told(text: str, reason: str) -> None:
-    """Guards against the words of Python for what is wrong in a file."""
+    """Guards against Python's own error message for a wrong key in a preset."""
     with pytest.raises(ValueError, match=re.escape(reason)):
         parse(text, "it.toml")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.toml"):
@@ -82,7 +84,7 @@ def test_keys_of_a_preset_are_told(text: str, reason: str) -> None:
 
 
 def test_a_list_of_concurrencies_is_an_arm_each() -> None:
-    """Guards against a speedup over a twin that decodes another number of prompts."""
+    """Guards against a speedup over a baseline that decodes another number of prompts at a time."""
     server = 'server = { url = "http://127.0.0.1:1" }'
     preset = parse(
         "prompts = 'prose:1'\nmax_new_tokens = 8\nrepeats = 1\n[arms]\n"
@@ -107,6 +109,6 @@ def test_a_list_of_concurrencies_is_an_arm_each() -> None:
 
 
 def test_an_empty_list_of_concurrencies_is_told() -> None:
-    """Guards against an arm that vanishes."""
-    with pytest.raises(ValueError, match=r"arm .ar.: concurrency is \[\]: name a number of prompts at least"):
+    """Guards against an arm that silently disappears."""
+    with pytest.raises(ValueError, match=r"arm .ar.: concurrency is \[\]: name at least one number of prompts"):
         parse("prompts = ''\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = { concurrency = [] }", "it")

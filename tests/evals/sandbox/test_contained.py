@@ -1,4 +1,4 @@
-"""Programs that misbehave, each within bounds of its own: none would do harm if it were not contained."""
+"""Programs that misbehave, each within harmless bounds: none would do damage even without containment."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SMALL = Limits(memory_bytes=128 << 20)
 
 @pytest.fixture(autouse=True)
 def the_next_program_is_judged() -> Iterator[None]:
-    """Whatever a test has run, the eval goes on."""
+    """Check that the eval continues after each test's program."""
     yield
     assert run("assert sum(range(5)) == 10") == ""
     assert run("assert sum(range(5)) == 11") == "AssertionError:"
 
 
 def test_what_ends_a_program_is_told() -> None:
-    """Guards against a program that is counted as right because nobody looked."""
+    """Guards against a failed program that is counted as right."""
     assert run("def f(:").startswith("SyntaxError: ")
     assert run("raise ValueError('one\\ntwo')") == "ValueError: one two"
     assert run("\0") != ""
@@ -38,7 +38,7 @@ def test_what_ends_a_program_is_told() -> None:
     ["import sys; sys.exit(0)", "raise SystemExit", "import os; os._exit(0)", "import os; os.close(1)"],
 )
 def test_a_program_that_leaves_early_has_not_passed(leave: str) -> None:
-    """Guards against an exit code of 0 that is taken for tests that passed."""
+    """Guards against an early exit with code 0 counted as passed tests."""
     assert run(f"{leave}\nassert False") != ""
 
 
@@ -56,12 +56,12 @@ def test_an_endless_loop_ends(loop: str) -> None:
 
 
 def test_unbounded_memory_is_bounded() -> None:
-    """Guards against a machine that swaps."""
+    """Guards against a program whose memory makes the machine swap."""
     assert run("held = [bytearray(10 << 20) for _ in range(60)]", SMALL).startswith("MemoryError")
 
 
 def test_output_without_end_is_cut() -> None:
-    """Guards against a log, or a memory, that is filled with what a program prints."""
+    """Guards against a log, or a memory, that a program's output fills."""
     for stream in ("stdout", "stderr"):
         program = f"import sys\nfor _ in range(2000): print('x' * 1000, file=sys.{stream})"
         assert run(program) == f"it wrote more than {Limits().output_bytes} bytes"
@@ -82,7 +82,7 @@ def test_output_without_end_is_cut() -> None:
     ],
 )
 def test_there_are_no_children(start: str, tmp_path: Path) -> None:
-    """Guards against many processes, of which some go on when the program has ended."""
+    """Guards against many processes, some of which outlive their program."""
     mark = tmp_path / "child"
     program = f"import os, time\nmark = {str(mark)!r}\ndef act():\n    time.sleep(5)\n    os._exit(0)\n"
     assert "is refused here" in run(f"{program}for _ in range(3):\n    {start}")
@@ -118,8 +118,9 @@ def test_there_are_no_children(start: str, tmp_path: Path) -> None:
     ],
 )
 def test_files_outside_stay_what_they_are(act: str, tmp_path: Path) -> None:
-    """Guards against the user's files that are lost to a program that a model wrote, by whatever name it takes; and
-    against a hook that leaves to the kernel what not every kernel does."""
+    """Guards against a generated program that destroys the user's files, by any function, and against a hook that
+    relies on a protection which not every kernel has.
+    """
     file = tmp_path / "file"
     file.write_text("precious")
     before = file.stat()
@@ -139,7 +140,7 @@ def _landlock() -> bool:
 
 @pytest.mark.skipif(not _landlock(), reason="the kernel has no Landlock")
 def test_the_kernel_protects_files_from_what_the_hook_does_not_see(tmp_path: Path) -> None:
-    """Guards against a second lock that hangs on the first: a fresh copy of the module in C has what was taken away."""
+    """Guards against a kernel lock that depends on the hook: a fresh copy of the C module has all removed functions."""
     program = (
         "import importlib.util\nfrom importlib._bootstrap import _imp\n"
         "again = _imp.create_builtin(importlib.util.find_spec('posix'))\n"
@@ -150,7 +151,7 @@ def test_the_kernel_protects_files_from_what_the_hook_does_not_see(tmp_path: Pat
 
 
 def test_a_folder_of_its_own() -> None:
-    """Guards against programs that fail for what is theirs to do, and find what an earlier one left."""
+    """Guards against programs that fail at permitted file operations, or find files of an earlier program."""
     program = (
         "import os, shutil, tempfile\nassert os.listdir() == []\n"
         "os.mkdir('a')\nopen('a/b', 'w').write('c')\nassert open('a/b').read() == 'c'\n"
@@ -161,7 +162,7 @@ def test_a_folder_of_its_own() -> None:
 
 
 def test_what_is_written_is_bounded() -> None:
-    """Guards against a disk that is filled, by one file or by many."""
+    """Guards against a program that fills the disk, by one file or by many."""
     assert run("file = open('big', 'wb')\nfor _ in range(20): file.write(bytes(1 << 20))").startswith("OSError")
     assert "refused" in run("for i in range(200): open(str(i), 'w').close()")
 
@@ -177,7 +178,7 @@ def test_what_is_written_is_bounded() -> None:
     ],
 )
 def test_there_is_no_network(connect: str) -> None:
-    """Guards against a program that sends what it finds."""
+    """Guards against a program that sends data out."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.05)
         wrong = run(f"port = {server.getsockname()[1]}\n{connect}")
@@ -187,7 +188,9 @@ def test_there_is_no_network(connect: str) -> None:
 
 
 def test_the_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a token in a variable, and packages that are here and not elsewhere."""
+    """Guards against a secret read from an environment variable, and against answers that depend on installed
+    packages.
+    """
     monkeypatch.setenv("SECRET", "1")
     assert run("import os\nassert 'SECRET' not in os.environ\nassert 'HOME' not in os.environ") == ""
     assert run("import torch").startswith("ModuleNotFoundError")
@@ -195,7 +198,7 @@ def test_the_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_programs_need_is_there() -> None:
-    """Guards against right answers that are refused."""
+    """Guards against right answers that fail because a standard module is blocked."""
     modules = (
         "bisect cmath collections copy dataclasses datetime decimal enum fractions functools hashlib heapq itertools"
         " json math operator queue random re statistics string struct typing unicodedata"

@@ -1,0 +1,132 @@
+"""Attention whose result for a row does not depend, to the last bit, on the other rows of a forward.
+
+A kernel for several rows rounds differently from the kernel for one row. In float32 that is harmless. But layers that
+round their inputs coarsely, as quantised ones do, turn a difference in the last bit into one of a thousandth. Then the
+tokens of speculation would leave those of plain decoding at many near-ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from specdecode.backends.grouped_attention import attend, own_config
+
+BY_ROWS = "sdpa_by_rows"
+"""The name under which transformers knows `attend_by_rows` as an attention function."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The rows of a forward.
+
+    Attributes:
+        separate: for each sequence, the number of rows at its end that attend one by one: the root and its tree.
+        slots: for each mask by its id, and each sequence, the slots that each row attends to; None for padding.
+    """
+
+    separate: Sequence[int]
+    slots: dict[int, list[list[slice | Tensor | None]]] = field(default_factory=dict)
+
+
+_rows: ContextVar[_Rows | None] = ContextVar("_rows", default=None)
+
+
+@contextmanager
+def separate_rows(separate: Sequence[int]) -> Iterator[None]:
+    """Within this context, let rows attend one by one.
+
+    Args:
+        separate: for each sequence of a forward, the number of rows at its end. The rows before these are text that
+            plain decoding reads in one forward, too.
+    """
+    token = _rows.set(_Rows(separate))
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def by_rows(model: PreTrainedModel) -> None:
+    """Switch a model to `attend_by_rows`, if it uses PyTorch's attention. It gets its own copy of its configuration."""
+    if model.config.get_text_config(decoder=True)._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(BY_ROWS, attend_by_rows)
+    AttentionMaskInterface.register(BY_ROWS, sdpa_mask)
+    own_config(model)
+    model.set_attn_implementation(BY_ROWS)
+
+
+def attend_by_rows(
+    module: Any,
+    query: Float[Tensor, "batch heads n dim"],
+    key: Float[Tensor, "batch shared length dim"],
+    value: Float[Tensor, "batch shared length width"],
+    attention_mask: Shaped[Tensor, "batch _ n length"] | None,
+    **others: Any,
+) -> tuple[Float[Tensor, "batch n heads width"], None]:
+    """Attend like transformers' SDPA. Each of the last rows attends by itself to the slots that it sees, as it does in
+    plain decoding; the rows before these attend together.
+
+    Returns:
+        The attended values, and None in place of attention weights.
+    """
+    rows = _rows.get()
+    if rows is None or attention_mask is None or attention_mask.shape[1] > 1 or len(query) != len(rows.separate):
+        attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        return attended
+    if id(attention_mask) not in rows.slots:
+        rows.slots[id(attention_mask)] = [[_seen(row) for row in visible] for visible in attention_mask[:, 0] == 0]
+    output = query.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3])
+    for sequence, (separate, slots) in enumerate(zip(rows.separate, rows.slots[id(attention_mask)], strict=True)):
+        one = slice(sequence, sequence + 1)
+        text = len(slots) - separate
+        # Padding comes first, and sees nothing.
+        first = next((row for row, seen in enumerate(slots) if seen is not None), len(slots))
+        if first < text:
+            # What comes behind the text must not be there: a kernel's rounding depends on the length, too.
+            last = slots[text - 1]
+            length = int(last.stop) if isinstance(last, slice) else int(last[-1]) + 1  # type: ignore[index]
+            mask = attention_mask[one, :, first:text, :length]
+            parts = (query[one, :, first:text], key[one, :, :length], value[one, :, :length])
+            output[one, first:text] = attend(module, *parts, mask, **others)[0]
+        for row in range(max(text, first), len(slots)):
+            seen = slots[row]
+            assert seen is not None
+            parts = (query[one, :, row : row + 1], key[one, :, seen], value[one, :, seen])
+            output[one, row] = _attend_alone(*parts, others)
+    return output, None
+
+
+def _attend_alone(
+    query: Float[Tensor, "1 heads 1 dim"],
+    key: Float[Tensor, "1 shared length dim"],
+    value: Float[Tensor, "1 shared length width"],
+    others: dict[str, Any],
+) -> Float[Tensor, "1 heads width"]:
+    """Attend with one row to all keys: the heads of a group are the rows of their shared key head."""
+    grouped = query.reshape(1, key.shape[1], -1, query.shape[3])
+    output = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, dropout_p=others.get("dropout", 0.0), scale=others.get("scaling")
+    )
+    return output.reshape(1, query.shape[1], value.shape[3])
+
+
+def _seen(visible: Bool[Tensor, " length"]) -> slice | Tensor | None:
+    """Return the slots that a row attends to: a slice if they are neighbours, or else ascending indices; None if there
+    are none."""
+    slots = visible.nonzero()[:, 0]
+    if not len(slots):
+        return None
+    first, last = int(slots[0]), int(slots[-1])
+    return slice(first, last + 1) if last - first + 1 == len(slots) else slots

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdecode import (
+    LM,
+    BestFirstTree,
+    DraftTree,
+    FixedK,
+    KeyNorm,
+    ModelDrafter,
+    PromptLookup,
+    SinkWindow,
+    generate,
+    generate_batch,
+)
+from specdecode.backends.row_attention import BY_ROWS
+from specdecode.models import lm as lm_module
+from specdecode.models.quantize import KINDS
+from tests.helpers.models import build, prompt, quantisable
+from tests.helpers.strategies import trees
+
+NAMES = ("llama", "gpt-neox", "opt", "phi3", "mistral-window", "qwen2-window", "gemma3-window")
+
+
+@functools.cache
+def target(name: str, kind: str) -> LM:
+    """A quantised model that multiplies in bfloat16: rounding there makes the last bit of a float32 count."""
+    return LM(build(quantisable(name)).float()).quantized(kind)
+
+
+def one_by_one(model: LM, text: list[int]) -> torch.Tensor:
+    """Logits after the last token of a text that is read token by token, behind a beginning that is read at once."""
+    slots = model.new_slots(4)
+    for tokens in (text[:10], *([token] for token in text[10:])):
+        logits = model.forward(slots, torch.tensor(tokens))
+    return logits[-1]
+
+
+def off(model: LM, tree: DraftTree) -> list[int]:
+    """The nodes of a tree whose logits are not, to the last bit, those of plain decoding."""
+    text = list(prompt(11))
+    slots = model.new_slots(4)
+    model.forward(slots, torch.tensor(text[:10]))
+    logits = model.forward_tree(slots, text[10:], tree)
+    paths = {0: text}
+    for node, (parent, token) in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True), start=1):
+        paths[node] = [*paths[parent], token]
+    return [node for node, path in paths.items() if not torch.equal(logits[node], one_by_one(model, path))]
+
+
+@settings(max_examples=25)
+@given(name=st.sampled_from(NAMES), kind=st.sampled_from(KINDS), tree=trees(max_nodes=20, tokens=90))
+def test_a_tree_gives_the_logits_of_plain_decoding_to_the_last_bit(name: str, kind: str, tree: DraftTree) -> None:
+    """Guards against a draft that changes the rounding, and with it the tokens at near-ties."""
+    assert off(target(name, kind), tree) == []
+
+
+def test_rows_that_attend_together_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a comparison in which nothing rounds: PyTorch's attention over several rows fails it."""
+    monkeypatch.setattr(lm_module, "separate_rows", lambda rows: nullcontext())
+    assert off(target("llama", "int4"), DraftTree.chain(torch.arange(7, 19)))
+
+
+@settings(max_examples=12)
+@given(
+    name=st.sampled_from(NAMES),
+    kind=st.sampled_from(KINDS),
+    policy=st.sampled_from([None, SinkWindow(16), KeyNorm(16, recent=4)]),
+    k=st.integers(1, 9),
+    tree=st.booleans(),
+)
+def test_the_tokens_are_those_of_plain_decoding(
+    name: str, kind: str, policy: SinkWindow | KeyNorm | None, k: int, tree: bool
+) -> None:
+    """Guards against keys of accepted proposals that differ from those that plain decoding computes."""
+    if policy is not None and name == "opt":
+        policy = None  # it adds positions to the values, so that nothing can be evicted
+    model, options = target(name, kind), {} if policy is None else {"policy": policy}
+    plain = generate(model, prompt(), max_new_tokens=30, **options)
+    shape = BestFirstTree(nodes=12, threshold=0.01) if tree else None
+    drafter = ModelDrafter(model.subset([0, 1, 3]), *([shape] if shape else []))
+    result = generate(model, prompt(), drafter=drafter, controller=FixedK(k), max_new_tokens=30, **options)
+    assert result.tokens == plain.tokens
+    assert result.drafted > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_in_a_batch_gets_its_tokens_alone(kind: str) -> None:
+    """Guards against padding that changes how many rows attend together."""
+    model = target("llama", kind)
+    texts = [list(prompt(length)) for length in (3, 14, 29)]
+    alone = [generate(model, text, max_new_tokens=30).tokens for text in texts]
+    for drafter in (None, PromptLookup):
+        options = {} if drafter is None else {"drafter": drafter}
+        results = generate_batch(model, texts, batch_size=3, max_new_tokens=30, **options)
+        assert [result.tokens for result in results] == alone
+
+
+def test_a_model_has_this_attention_only_where_it_is_quantised_on_a_processor() -> None:
+    """Guards against one call a row, which costs time, where several rows may round as they do."""
+    plain = LM(build(quantisable("llama")))
+    assert plain.model.config._attn_implementation == "sdpa"
+    assert plain.quantized("int8").model.config._attn_implementation == BY_ROWS
+    assert plain.model.config._attn_implementation == "sdpa"

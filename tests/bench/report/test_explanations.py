@@ -1,0 +1,108 @@
+"""The explanations of columns, below the tables of every format."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from specdecode.bench.gate.history import History
+from specdecode.bench.measure.speed_session import JudgedRun
+from specdecode.bench.report.captions import CELLS, COLUMNS, notes
+from specdecode.bench.report.comment import MOST_LINES, comment
+from specdecode.bench.report.elements import document
+from specdecode.bench.report.grid import Column, Grid
+from specdecode.bench.report.html import section
+from specdecode.bench.report.latex import latex
+from specdecode.bench.report.markdown import markdown
+from specdecode.bench.report.tables import acceptance, by_model, by_part, limits, memory, speeds
+from specdecode.bench.runs.file import parse
+from specdecode.bench.runs.records import RunFile
+from specdecode.bench.summary import speed_text
+from tests.helpers.pages import Page
+from tests.helpers.run_contents import SPEEDUPS, run_content, scored_run
+from tests.helpers.speed_runs import ARMS, sweep, whole_sweep
+
+PAST = History([], "none")
+
+
+def texts(run: RunFile) -> dict[str, str]:
+    """Return a run in every format that explains columns, as plain text."""
+    judged = JudgedRun("title", ["here"], run, {}, {}, "by", [])
+    latex_text, page = latex(run, "title", "by", []), document("title", section(run, "title", "by", [], PAST))
+    return {
+        "markdown": re.sub(r"\\([|*`])", r"\1", markdown(run, "title", "by", [], PAST)),
+        "html": Page(page.replace("</dt><dd>", ": ")).text,
+        "latex": latex_text.replace("$\\tau$", "τ").replace("\\%", "%").replace("\\_", "_"),
+        "terminal": " ".join(speed_text(judged, False, "utf-8").split()),
+    }
+
+
+def test_a_table_explains_the_columns_that_it_has() -> None:
+    """Guards against an explanation of a column that is missing or empty, and a column without its explanation."""
+    columns = [Column("a", about="one"), Column("b", about="two"), Column("c"), Column("d", about="four")]
+    grid = Grid(columns, [["1", "", "3", ""], ["", "", "3", "4"]])
+    assert grid.explanations == "a: one. d: four."
+    assert Grid(columns, []).explanations == ""
+    assert CELLS.keys() - COLUMNS.keys() == {"agreement"}  # a part of the column "output"
+    assert all(column.about for column in COLUMNS.values())
+
+
+def test_every_format_explains_the_speeds_below_them() -> None:
+    """Guards against a format that leaves a column to be guessed, and explanations above the table."""
+    run = scored_run(SPEEDUPS)
+    explained = speeds(run).explained
+    assert [column.name for column in explained] == [
+        *("tokens/s", "speedup over ar", "over hf-generate", "predicted", "TTFT ms", "TPOT ms", "τ", "accepted"),
+        *("roofline", "self PPL", "repeats", "output"),
+    ]
+    for format_, text in texts(run).items():
+        for column in explained:
+            assert f"{column.name}: {column.about}" in text, (format_, column.name)
+        if format_ != "latex":  # there, captions stand above
+            assert text.index("hf-assisted") < text.index(f"predicted: {COLUMNS['predicted_speedup'].about}")
+
+
+@pytest.mark.parametrize("format_", ["markdown", "html", "latex"])
+def test_each_table_explains_each_column_once(format_: str) -> None:
+    """Guards against sentences that the notes repeat."""
+    run = whole_sweep()
+    text = texts(run)[format_]
+    grids = [grid(run) for grid in (speeds, by_part, by_model, memory)]
+    grids += [] if format_ == "latex" else [limits(run)]
+    grids += [] if format_ == "html" else [acceptance(run)]  # drawn there
+    for column in {column for grid in grids for column in grid.explained}:
+        tables = sum(column in grid.explained for grid in grids)
+        assert text.count(f"{column.name}: {column.about}") == tables, column.name
+    assert {"KV MB", "evictions"} <= {column.name for column in by_part(run).explained}
+
+
+def test_what_a_run_lacks_is_not_explained() -> None:
+    """Guards against a paragraph about columns that no table has."""
+    run = sweep({"ar": {}, "ar-64": ARMS["ar-64"]})
+    for text in texts(run).values():
+        for name in ("over hf-generate", "self PPL", "roofline", "growth MB"):
+            assert f"{name}: " not in text
+
+
+def test_the_output_is_explained_in_the_words_of_its_cells() -> None:
+    """Guards against a word of the table that is not explained, and an explained word that is not there."""
+    lossy = speeds(scored_run(SPEEDUPS)).columns[-1].about
+    words = ("equal", "ties", "lossy", "loops", "WRONG", "FAILED")
+    assert [word for word in words if f"{word} (" in lossy] == ["equal", "lossy"]
+    assert "loops (" in speeds(whole_sweep()).columns[-1].about
+    wrong = parse(json.dumps(run_content(SPEEDUPS, bugs=1)), Path("run.json"))
+    assert "WRONG (" in speeds(wrong).columns[-1].about
+
+
+def test_a_terminal_has_one_paragraph_and_a_comment_none() -> None:
+    """Guards against a table lost in text, and a comment with no room left for verdicts."""
+    run = scored_run(SPEEDUPS)
+    assert len(notes(run)) < 6
+    assert "\n" not in speeds(run).explanations
+    assert len(speeds(run).explanations) < 1500
+    text = comment(run, "title", "by", [])
+    assert "predicted: " not in text
+    assert text.count("\n") <= MOST_LINES
