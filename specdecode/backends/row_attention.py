@@ -81,6 +81,8 @@ def attend_by_rows(
     Returns:
         The attended values, and None in place of attention weights.
     """
+    if torch.compiler.is_compiling():  # over static shapes, which have no slots of single rows
+        return attend(module, query, key, value, attention_mask, **others)
     rows = _rows.get()
     if rows is None or attention_mask is None or attention_mask.shape[1] > 1 or len(query) != len(rows.separate):
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)

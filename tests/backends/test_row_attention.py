@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -101,6 +103,26 @@ def test_a_prompt_in_a_batch_gets_its_tokens_alone(kind: str) -> None:
         options = {} if drafter is None else {"drafter": drafter}
         results = generate_batch(model, texts, batch_size=3, max_new_tokens=30, **options)
         assert [result.tokens for result in results] == alone
+
+
+_COMPILED = """
+import torch
+from specdecode.backends.row_attention import attend_by_rows
+
+layer = torch.nn.Module()
+rows = [torch.randn(1, heads, size, 8) for heads, size in ((4, 3), (2, 5), (2, 5))]
+compiled = torch.compile(lambda *parts: attend_by_rows(layer, *parts)[0], backend="eager", fullgraph=True)
+print(tuple(compiled(*rows, torch.zeros(1, 1, 3, 5)).shape))
+"""
+
+
+def test_it_can_be_compiled() -> None:
+    """Guards against a quantised target that the backend "compile" refuses: compilers do not read context variables.
+
+    (In a process of its own, as compilers do not read the checks of shapes either.)
+    """
+    done = subprocess.run([sys.executable, "-c", _COMPILED], capture_output=True, text=True, check=False)
+    assert done.stdout == "(1, 3, 4, 8)\n", done.stderr
 
 
 def test_a_model_has_this_attention_only_where_it_is_quantised_on_a_processor() -> None:

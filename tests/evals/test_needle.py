@@ -71,7 +71,7 @@ def test_a_model_that_knows_the_answer_finds_it() -> None:
 
 @pytest.mark.parametrize(
     ("length", "depth", "reason"),
-    [(300, 1.5, "depth is 1.5"), (60, 0.5, "buried in 60 tokens"), (5000, 0.5, "buried in 5000 tokens")],
+    [(300, 1.5, "depth is 1.5"), (60, 0.5, "put into 60 tokens"), (5000, 0.5, "put into 5000 tokens")],
 )
 def test_what_cannot_be_buried_is_told(length: int, depth: float, reason: str) -> None:
     """Guards against a needle without hay, and hay that is shorter than stated."""
