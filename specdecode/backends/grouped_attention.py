@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +25,24 @@ def group(model: PreTrainedModel) -> None:
     """
     config = model.config.get_text_config(decoder=True)
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if config._attn_implementation != "sdpa" or shared in (None, heads):
+    if shared not in (None, heads):
+        switch_attention(model, GROUPED, attend)
+
+
+def switch_attention(model: PreTrainedModel, name: str, attention: Callable[..., Any]) -> None:
+    """Switch a model that uses PyTorch's attention to another function. It gets its own copy of its configuration.
+
+    Args:
+        model: the model. One that uses another attention stays as it is.
+        name: the name under which transformers will know the function.
+        attention: the function.
+    """
+    if model.config.get_text_config(decoder=True)._attn_implementation != "sdpa":
         return
-    AttentionInterface.register(GROUPED, attend)
-    AttentionMaskInterface.register(GROUPED, sdpa_mask)
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
     own_config(model)
-    model.set_attn_implementation(GROUPED)
+    model.set_attn_implementation(name)
 
 
 def own_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -60,14 +73,25 @@ def attend(
     if plain or groups == 1:
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         return attended
-    assert attention_mask is not None
-    rows = query.shape[2]
+    return attend_in_groups(query, key, value, attention_mask, **others), None
+
+
+def attend_in_groups(
+    query: Float[Tensor, "batch heads n dim"],
+    key: Float[Tensor, "batch shared length dim"],
+    value: Float[Tensor, "batch shared length width"],
+    attention_mask: Shaped[Tensor, "batch 1 n length"] | None,
+    **others: Any,
+) -> Float[Tensor, "batch n heads width"]:
+    """Return the attended values. The query heads of a group are further rows of their shared key head."""
+    shared, rows = key.shape[1], query.shape[2]
+    groups = query.shape[1] // shared
     output = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(query.shape[0], key.shape[1], groups * rows, query.shape[3]),
+        query.reshape(query.shape[0], shared, groups * rows, query.shape[3]),
         key,
         value,
-        attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        attn_mask=None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1),
         dropout_p=others.get("dropout", 0.0),
         scale=others.get("scaling"),
     )
-    return output.reshape(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
+    return output.reshape(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous()

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from specdecode.backends.grouped_attention import attend, own_config
+from specdecode.backends.grouped_attention import attend, attend_in_groups, switch_attention
 
 BY_ROWS = "sdpa_by_rows"
 """The name under which transformers knows `attend_by_rows` as an attention function."""
@@ -32,11 +31,12 @@ class _Rows:
 
     Attributes:
         separate: for each sequence, the number of rows at its end that attend one by one: the root and its tree.
-        slots: for each mask by its id, and each sequence, the slots that each row attends to; None for padding.
+        slots: for each mask and each sequence, the slots that each row attends to; None for padding. As keys, tensors
+            are equal if they are the same object. A key keeps its mask alive, so no later mask is taken for it.
     """
 
     separate: Sequence[int]
-    slots: dict[int, list[list[slice | Tensor | None]]] = field(default_factory=dict)
+    slots: dict[Tensor, list[list[slice | Tensor | None]]] = field(default_factory=dict)
 
 
 _rows: ContextVar[_Rows | None] = ContextVar("_rows", default=None)
@@ -58,13 +58,8 @@ def separate_rows(separate: Sequence[int]) -> Iterator[None]:
 
 
 def by_rows(model: PreTrainedModel) -> None:
-    """Switch a model to `attend_by_rows`, if it uses PyTorch's attention. It gets its own copy of its configuration."""
-    if model.config.get_text_config(decoder=True)._attn_implementation != "sdpa":
-        return
-    AttentionInterface.register(BY_ROWS, attend_by_rows)
-    AttentionMaskInterface.register(BY_ROWS, sdpa_mask)
-    own_config(model)
-    model.set_attn_implementation(BY_ROWS)
+    """Switch a model that uses PyTorch's attention to `attend_by_rows`."""
+    switch_attention(model, BY_ROWS, attend_by_rows)
 
 
 def attend_by_rows(
@@ -87,10 +82,10 @@ def attend_by_rows(
     if rows is None or attention_mask is None or attention_mask.shape[1] > 1 or len(query) != len(rows.separate):
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         return attended
-    if id(attention_mask) not in rows.slots:
-        rows.slots[id(attention_mask)] = [[_seen(row) for row in visible] for visible in attention_mask[:, 0] == 0]
+    if attention_mask not in rows.slots:
+        rows.slots[attention_mask] = [[_seen(row) for row in visible] for visible in attention_mask[:, 0] == 0]
     output = query.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3])
-    for sequence, (separate, slots) in enumerate(zip(rows.separate, rows.slots[id(attention_mask)], strict=True)):
+    for sequence, (separate, slots) in enumerate(zip(rows.separate, rows.slots[attention_mask], strict=True)):
         one = slice(sequence, sequence + 1)
         text = len(slots) - separate
         # Padding comes first, and sees nothing.
@@ -106,22 +101,8 @@ def attend_by_rows(
             seen = slots[row]
             assert seen is not None
             parts = (query[one, :, row : row + 1], key[one, :, seen], value[one, :, seen])
-            output[one, row] = _attend_alone(*parts, others)
+            output[one, row] = attend_in_groups(*parts, None, **others)[:, 0]
     return output, None
-
-
-def _attend_alone(
-    query: Float[Tensor, "1 heads 1 dim"],
-    key: Float[Tensor, "1 shared length dim"],
-    value: Float[Tensor, "1 shared length width"],
-    others: dict[str, Any],
-) -> Float[Tensor, "1 heads width"]:
-    """Attend with one row to all keys: the heads of a group are the rows of their shared key head."""
-    grouped = query.reshape(1, key.shape[1], -1, query.shape[3])
-    output = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, dropout_p=others.get("dropout", 0.0), scale=others.get("scaling")
-    )
-    return output.reshape(1, query.shape[1], value.shape[3])
 
 
 def _seen(visible: Bool[Tensor, " length"]) -> slice | Tensor | None:

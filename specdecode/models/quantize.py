@@ -55,7 +55,8 @@ def quantizer(kind: str, device: torch.device | None = None) -> Callable[[nn.Mod
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear) and child in layers:
-                    made.setdefault(child, quantised(child))
+                    if child not in made:
+                        made[child] = quantised(child)
                     setattr(parent, name, made[child])
         if isinstance(model, PreTrainedModel) and (device is None or device.type == "cpu"):
             by_rows(model)

@@ -33,8 +33,11 @@ NAMES = ("llama", "gpt-neox", "opt", "phi3", "mistral-window", "qwen2-window", "
 
 @functools.cache
 def target(name: str, kind: str) -> LM:
-    """A quantised model that multiplies in bfloat16: rounding there makes the last bit of a float32 count."""
-    return LM(build(quantisable(name)).float()).quantized(kind)
+    """A quantised model that multiplies in bfloat16: rounding there makes the last bit of a float32 count.
+
+    Its head is quantised too. A head that is tied to the embedding is not, and may round otherwise beside other rows.
+    """
+    return LM(build(quantisable(name) | {"tie_word_embeddings": False}).float()).quantized(kind)
 
 
 def one_by_one(model: LM, text: list[int]) -> torch.Tensor:
