@@ -31,9 +31,9 @@ class Int8Linear(nn.Module):
     the channel divided by 127.5, so the error is at most half a scale. It takes a byte a weight and 4 bytes a channel.
 
     On a CPU PyTorch's kernel (`torch._weight_int8pack_mm`) reads the integers as they are stored, and multiplies them
-    with activations in bfloat16, for which alone it is fast on all processors. On other devices, and in float64, the
-    integers are first converted to the type of the activations. Then only memory is saved, unless a compiler fuses the
-    conversion into the product.
+    with activations in bfloat16: without AVX-512 it is many times slower in other types. On other devices, and in
+    float64, the integers are first converted to the type of the activations. Then only memory is saved, unless a
+    compiler fuses the conversion into the product.
 
     Args:
         linear: the layer, with a weight [out, in] in floating point.
@@ -71,9 +71,9 @@ class Int4Linear(nn.Module):
     15, `least` the least weight of the group, and `step` a fifteenth of its range. So a weight that lies on such a grid
     keeps its value, as those of GGUF files of the type Q4_1 do. Any other weight moves by half a step at most.
 
-    PyTorch's kernel (`torch._weight_int4pack_mm_for_cpu`) multiplies with activations and grids in bfloat16, for which
-    alone it is fast on all processors; float64 is multiplied in float32. A weight takes 4 bits, and a group 4 bytes: 5
-    bits a weight.
+    PyTorch's kernel (`torch._weight_int4pack_mm_for_cpu`) multiplies with activations and grids in bfloat16: without
+    AVX-512 it is many times slower in other types. float64 is multiplied in float32. A weight takes 4 bits, and a group
+    4 bytes: 5 bits a weight.
 
     Args:
         linear: the layer, with a weight [out, in] on a CPU. The number of inputs is a multiple of `group`.
