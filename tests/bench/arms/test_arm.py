@@ -104,7 +104,7 @@ def test_peers_draft_as_long_as_they_are_told(entry: dict[str, int], steps: int)
         ({"peer": "generate", "policy": "random"}, "accepts no policy"),
         ({"batch": 0}, "batch is 0"),
         ({"batch": 2, "drafter": "model", "replay": 0.5}, "batch is 2: it is 1 or more, and 1 for replayed drafts"),
-        ({"quantize": "int4"}, "quantize is 'int4'"),
+        ({"quantize": "int2"}, "quantize is 'int2'"),
         ({"drafter": "lookup", "controller": "magic"}, "no controller is named 'magic': choose from fixed, adaptive"),
         ({"drafter": "lookup", "controller": "adaptive", "k": 3}, "k is of no use with the controller 'adaptive'"),
         ({"drafter": "lookup", "controller": "cost-aware", "k": 3}, "k is of no use with the controller 'cost-aware'"),
