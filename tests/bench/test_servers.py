@@ -16,7 +16,7 @@ from tests.helpers.elsewhere import commit
 from tests.helpers.root import ROOT
 from tests.helpers.suites import ELSEWHERE, run_pytest_in_turn
 
-FAKE = f"{sys.executable} {ROOT / 'tests' / 'helpers' / 'fake_server.py'} --port {{port}} --step-s 0.002"
+FAKE = f"{sys.executable} {ROOT / 'tests' / 'helpers' / 'fake_server.py'} --port {{port}} --step-s 0.01"
 
 PRESET = """
 prompts = "prose@24:2"
