@@ -48,6 +48,9 @@ def bless(
     baselines: Annotated[
         Path | None, typer.Option(help="folder of the baselines  [default: as pyproject.toml says, or baselines]")
     ] = None,
+    counters: Annotated[
+        bool, typer.Option("--counters", help="judge only counters by it, on any hardware: the times may be noisy")
+    ] = False,
 ) -> None:
     """Make a run the baseline of its hardware, models, type and preset."""
     from specdecode.bench.gate.baselines import bless as make_baseline
@@ -56,5 +59,8 @@ def bless(
     from specdecode.bench.runs.file import read
 
     baselines = baselines or read_project(Path()).baselines
-    file = make_baseline(run, baselines, whole_text(reason, "the reason"))
-    say(f"blessed as {file}: by it, a later run can detect slowdowns from {ever_sees(read(file)):.1%} on, at best")
+    file = make_baseline(run, baselines, whole_text(reason, "the reason"), counters=counters)
+    if counters:
+        say(f"blessed as {file}: by it, counters are judged on any hardware, and no times")
+    else:
+        say(f"blessed as {file}: by it, a later run can detect slowdowns from {ever_sees(read(file)):.1%} on, at best")

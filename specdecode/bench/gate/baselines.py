@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from specdecode.bench.runs.file import KEY, read, run_json
-from specdecode.bench.runs.names import MARGINS
+from specdecode.bench.runs.names import ANY_HARDWARE, MARGINS
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.bench.runs.statistics import Estimate, detectable_slowdown
 from specdecode.support.checked import read_json
@@ -24,7 +24,7 @@ MOST_UNSEEN = 0.10
 """The largest slowdown, as a share, that a baseline's own noise may hide."""
 
 
-def bless(paths: Sequence[Path], baselines: Path, reason: str) -> Path:
+def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool = False) -> Path:
     """Write a run to the baselines, with the reason in it.
 
     Args:
@@ -32,14 +32,16 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str) -> Path:
             hardware. Times are judged by them too.
         baselines: folder of the baselines.
         reason: why later runs should perform like this run.
+        counters: whether to judge only counters by it, on any hardware. Then the times may be noisy.
 
     Returns:
         The baseline's file.
 
     Raises:
-        ValueError: the reason is empty. Or a run cannot be a baseline: it was stopped, has uncommitted changes, a wrong
-            output or an arm that did not decode, or differs from the first run in models, prompts or lengths. Or the
-            machines are so unsteady, or so different, that later runs could not detect a slowdown of `MOST_UNSEEN`.
+        ValueError: the reason is empty. Several runs are to give counters alone. A run cannot be a baseline: it was
+            stopped, has uncommitted changes, a wrong output or an arm that did not decode, or differs from the first
+            run in models, prompts or lengths. Or the machines are so unsteady, or so different, that later runs could
+            not detect a slowdown of `MOST_UNSEEN`.
     """
     if not reason.strip():
         raise ValueError("the reason is empty: say why later runs should perform like this run")
@@ -49,19 +51,25 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str) -> Path:
         if _subject(run) != _subject(runs[0]):
             raise ValueError(f"{run.path} cannot be blessed with {paths[0]}: models, prompts and lengths must be equal")
     run = replace(runs[0], together=runs[1:])
-    if (unseen := ever_sees(run)) > MOST_UNSEEN:
+    identity = run.header.identity
+    content = read_json(paths[0])
+    if counters:
+        if runs[1:]:
+            raise ValueError("counters are the same on all machines: name one run")
+        identity = replace(identity, hardware=ANY_HARDWARE)
+        content[KEY]["identity"]["hardware"] = ANY_HARDWARE
+    elif (unseen := ever_sees(run)) > MOST_UNSEEN:
         raise ValueError(
             f"{' and '.join(map(str, paths))}: no later run would detect a slowdown below {unseen:.0%} with this"
             f" baseline: measure more --repeats or prompts, or --until {MOST_UNSEEN:.0%}, or quiet the machine; the"
-            f" limit is {MOST_UNSEEN:.0%}"
+            f" limit is {MOST_UNSEEN:.0%}. Or bless --counters, and no times are judged"
         )
-    content = read_json(paths[0])
     content[KEY]["reason"] = reason.strip()
     if runs[1:]:
         content[KEY]["together"] = [{**run_json(other), "reason": reason.strip()} for other in runs[1:]]
     for private in ("node", "release"):  # a machine's name says nothing about its speed
         content.get("machine_info", {}).pop(private, None)
-    file = baselines / run.header.identity.file
+    file = baselines / identity.file
     write_whole(file, json.dumps(content, indent=1) + "\n")
     return file
 
@@ -105,19 +113,20 @@ def _spread(runs: Sequence[RunFile], arm: str) -> float:
 
 
 def all_of(baselines: Path) -> list[Path]:
-    """Return the files of all baselines in their folder.
+    """Return the files of all baselines of times in their folder.
 
     Raises:
         ValueError: the folder has none.
     """
-    files = sorted(file for file in baselines.glob("*/*.json") if file.parent.name != MARGINS)
+    files = sorted(file for file in baselines.glob("*/*.json") if file.parent.name not in (ANY_HARDWARE, MARGINS))
     if not files:
-        raise ValueError(f"{baselines} has no baselines: bless a run first, or name the file of one")
+        raise ValueError(f"{baselines} has no baselines of times: bless a run first, or name the file of one")
     return files
 
 
 def find(identity: Identity, baselines: Path) -> RunFile | None:
-    """Find the baseline of an identity: of the same hardware, or else of another, whose counters are valid here too."""
-    same_hardware = baselines / identity.file
+    """Find the baseline of an identity: of the same hardware, or else of any or another, whose counters are valid here
+    too."""
+    same_hardware, any_hardware = (baselines / one.file for one in (identity, replace(identity, hardware=ANY_HARDWARE)))
     others = sorted(baselines.glob(f"*/{identity.file.name}"))
-    return next((read(path) for path in (same_hardware, *others) if path.exists()), None)
+    return next((read(path) for path in (same_hardware, any_hardware, *others) if path.exists()), None)

@@ -17,7 +17,7 @@ from specdecode.bench.gate.history import history
 from specdecode.bench.gate.series import MOST_EARLIER_VERSIONS, backend, past_noise, yardstick
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.measures import SIGNS
-from specdecode.bench.runs.names import PEER_BASELINE
+from specdecode.bench.runs.names import ANY_HARDWARE, PEER_BASELINE
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, typical_ratio
 
@@ -195,6 +195,8 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
 
 def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> Judgement:
     theirs, ours = old.header.identity.hardware, new.header.identity.hardware
+    if theirs == ANY_HARDWARE:
+        return Judgement(arm, "time", Verdict.NOT_JUDGED, "the baseline was blessed for its counters alone")
     if theirs != ours:
         reason = f"the baseline is from {theirs} and this run from {ours}: their times are not comparable"
         return Judgement(arm, "time", Verdict.WRONG_HARDWARE, reason)

@@ -21,6 +21,9 @@ FLAGS = ("tiny", "eos")
 """Options that turn a preset into another experiment. Its name then ends with a dot and the option's name."""
 
 MARGINS = "quality"
+
+ANY_HARDWARE = "any"
+"""The name of the hardware in a baseline of counters, by which no times are judged."""
 """The folder of quality margins, below the folder of baselines."""
 
 

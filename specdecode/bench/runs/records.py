@@ -49,7 +49,7 @@ class Identity:
 
     Attributes:
         hardware: name of the GPU, or the processor's model and threads; and the number of processes that share the
-            weights, if there are several. Times are comparable only on equal hardware.
+            weights, if there are several. Times are comparable only on equal hardware. "any" in a baseline of counters.
         target: the model that decides, as the user named it.
         draft: the model that proposes, as the user named it; empty without a draft.
         dtype: data type of the weights.

@@ -403,6 +403,27 @@ def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
     assert [f.name for f in file.parent.iterdir()] == [file.name]
 
 
+def test_counters_are_blessed_alone_from_a_noisy_run(tmp_path: Path) -> None:
+    """Guards against a gate of counters that waits for a quiet machine, and against times that it judges."""
+    run, other, worse = (tmp_path / name for name in ("run.json", "other.json", "worse.json"))
+    run.write_text(json.dumps(content({"linear": 2.0}, floor=0.2)))
+    file = bless([run], tmp_path / "baselines", "the first", counters=True)
+    assert file == tmp_path / "baselines" / "any" / "t+d-float32-quick.json"
+    # Another machine's baseline of times does not come first.
+    times = content({"linear": 2.0})
+    times["specdecode"]["identity"]["hardware"] = "aaa"
+    other.write_text(json.dumps(times))
+    bless([other], tmp_path / "baselines", "times of another machine")
+    worse.write_text(json.dumps(content({"linear": 1.0}, steps=2 * COUNTS["steps"])))
+    old = find(read(worse).header.identity, tmp_path / "baselines")
+    assert old is not None
+    assert old.path == file
+    verdicts = {judged.gate: judged.verdict for judged in judge(read(worse), old) if judged.arm == "linear"}
+    assert verdicts == {"time": Verdict.NOT_JUDGED, "counters": Verdict.REGRESSED}
+    with pytest.raises(ValueError, match="the same on all machines"):
+        bless([run, worse], tmp_path / "baselines", "both", counters=True)
+
+
 @pytest.mark.parametrize(
     ("speedup", "other", "verdict"),
     [(2.0, 2.0, "PASS"), (1.8, 2.0, "REGRESSED"), (1.88, 1.96, "INCONCLUSIVE"), (1.8, 1.96, "REGRESSED")],
