@@ -12,7 +12,7 @@ from specdecode.bench.gate.verdicts import Judgement, Verdict
 from specdecode.bench.presets import built_in
 from specdecode.bench.report.grid import Column
 from specdecode.bench.runs.measures import Measures
-from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, PEER_BASELINE
+from specdecode.bench.runs.names import ANY_HARDWARE, BASELINE, FLAGS, OWN_TYPE, PEER_BASELINE
 from specdecode.bench.runs.records import ArmRecord, Identity, RunFile
 
 LOOPS = 0.5
@@ -53,7 +53,9 @@ def judged_by(run: RunFile, old: RunFile | None, expected: Path) -> str:
     text = f"Judged by {old.path}"
     text += f", of {old.date}: {old.reason}." if old.reason else "."
     ours, theirs = run.header, old.header
-    if theirs.identity.hardware != ours.identity.hardware:
+    if theirs.identity.hardware == ANY_HARDWARE:
+        text += " It was blessed for its counters alone."
+    elif theirs.identity.hardware != ours.identity.hardware:
         text += " It was measured on another machine: counters are judged, times are not."
     different = [
         f"{name} {theirs.versions[name]} -> {value}"

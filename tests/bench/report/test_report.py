@@ -126,6 +126,10 @@ def test_another_machines_baseline_is_told_in_words(report: Any, format_: str) -
     assert "WRONG_HARDWARE" in text
     assert "the baseline is from calculator and this run from abacus-2-threads" in text
     assert "It was measured on another machine: counters are judged, times are not" in text
+    text = report(format_, run_content(SPEEDUPS), run_content(SPEEDUPS, hardware="any"))
+    text = Page(text).text if format_ == "html" else text
+    assert "It was blessed for its counters alone" in text
+    assert "another machine" not in text
 
 
 @pytest.mark.parametrize("format_", FORMATS)
