@@ -140,7 +140,7 @@ FAILING = {
     "too-few": (lambda prompt, count: [right(prompt, count)[:-1]], "it yielded {less} of {count} tokens"),
     "nothing": (lambda prompt, count: iter(()), "it yielded 0 of {count} tokens"),
     "raises": (broken, "it raised KeyError: 'no such kernel'"),
-    "hangs": (hang, "it took longer than 0.2 s, its limit_s"),
+    "hangs": (hang, "it took longer than 1 s, its limit_s"),
     "text": (lambda prompt, count: ["text"], "it yielded 'text': yield a list of token ids, or an ArmStep"),
     "floats": (lambda prompt, count: [[1.0]], "it yielded [1.0]: yield a list of token ids, or an ArmStep"),
     "late": (
@@ -166,7 +166,7 @@ def test_what_does_not_decode_is_told_and_the_others_go_on(name: str, module: Mo
         def close(self) -> None:
             closed.append(name)
 
-    mine = arm(Decode(), module, limit_s=0.2)
+    mine = arm(Decode(), module, limit_s=1.0)
     with pytest.raises(ArmError, match="arm 'mine'"):
         mine.run(prompt(), LONGER, ())
     others = [make_arm(other, {}, lm("llama"), None, "eager") for other in ("ar", "plain")]
