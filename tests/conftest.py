@@ -63,6 +63,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         _freeze()
 
 
+@pytest.hookimpl(trylast=True)  # after the fixtures of the file have let go of their objects
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Hide the models and modules that the tests of a file left from the garbage collector."""
     if nextitem is not None and nextitem.path != item.path:

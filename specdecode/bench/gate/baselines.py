@@ -127,6 +127,7 @@ def all_of(baselines: Path) -> list[Path]:
 def find(identity: Identity, baselines: Path) -> RunFile | None:
     """Find the baseline of an identity: of the same hardware, or else of any or another, whose counters are valid here
     too."""
-    same_hardware, any_hardware = (baselines / one.file for one in (identity, replace(identity, hardware=ANY_HARDWARE)))
-    others = sorted(baselines.glob(f"*/{identity.file.name}"))
+    name = identity.file.name
+    same_hardware, any_hardware = baselines / identity.file, baselines / ANY_HARDWARE / name
+    others = sorted(baselines.glob(f"*/{name}"))
     return next((read(path) for path in (same_hardware, any_hardware, *others) if path.exists()), None)

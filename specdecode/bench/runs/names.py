@@ -21,10 +21,10 @@ FLAGS = ("tiny", "eos")
 """Options that turn a preset into another experiment. Its name then ends with a dot and the option's name."""
 
 MARGINS = "quality"
+"""The folder of quality margins, below the folder of baselines."""
 
 ANY_HARDWARE = "any"
 """The name of the hardware in a baseline of counters, by which no times are judged."""
-"""The folder of quality margins, below the folder of baselines."""
 
 
 def margins_file(target: str, texts: str) -> Path:
