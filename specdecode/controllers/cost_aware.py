@@ -177,9 +177,9 @@ class CostAware:
             if self._trial is not None:
                 self._trial.add(-proposing)
         self._waited += step.emitted
-        if self._chosen is not None:
+        if self._chosen is not None and alone:
             self._unread = 0
-        else:
+        else:  # in the first step a draft does not read the prompt yet
             self._unread = (self._unread if alone else step.rows - 1) + step.emitted
 
     def _learn(self, option: _Option, step: Step, alone: bool) -> bool:

@@ -161,13 +161,15 @@ class SequenceState:
     def _context(self) -> Context:
         """Return the drafter's input. In the first step it has no hidden states: the part of the prompt that was read
         before must not change the proposal."""
-        states = self._hidden_states if self.result.steps else None
+        first = not self.result.steps
+        states = None if first else self._hidden_states
         return Context(
             self._tokens,
             self._request.target.vocab_size,
             self._request.sampling,
             self._rng,
             None if states is None else states[: self._read],
+            first,
         )
 
     def _keep_accepted(self, path: Sequence[int], stem: int, nodes: int) -> None:

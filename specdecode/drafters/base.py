@@ -27,6 +27,8 @@ class Context:
             that the target has read (F = len(layers) * hidden). None without such layers, and in the first step, when
             the target may not have read the whole prompt. They are in the target's type, and stay for the whole text,
             even if a policy evicts from the target's cache: 7 kB per token for three layers of SmolLM2-135M in float32.
+        first: whether no token has been committed yet. A drafter that would have to read the prompt in forwards of its
+            own then proposes nothing, so that the first token comes as early as in plain decoding.
     """
 
     tokens: Sequence[int]
@@ -34,6 +36,7 @@ class Context:
     sampling: Sampling
     rng: Rng
     hidden_states: Float[Tensor, "read F"] | None = None
+    first: bool = False
 
 
 class Drafter(Protocol):

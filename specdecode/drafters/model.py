@@ -23,7 +23,7 @@ class ModelDrafter:
 
     After a proposal the slots hold the text that the draft has read (after evictions, only the kept tokens), and then
     the nodes of the tree. At the next proposal the nodes on the committed path stay, and only the tokens after them are
-    read.
+    read. The draft reads the prompt after the first token is committed.
 
     Args:
         draft: a model with the target's vocabulary (`specdecode.load(..., target=...)` checks it).
@@ -58,6 +58,8 @@ class ModelDrafter:
         self._grown = DraftTree.empty()
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
+        if context.first:
+            return DraftTree.empty()
         tokens = list(context.tokens)
         pending = self._synchronise(tokens)
         full = not self.policy.interval and len(tokens) >= self.draft.context_length

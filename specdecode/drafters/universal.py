@@ -76,6 +76,8 @@ class UniversalDrafter:
         return self._drafter.forwards
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
+        if context.first:
+            return DraftTree.empty()
         tokens = tuple(self._target.without_opening(context.tokens))
         translation, translated = self._context(tokens)
         incomplete = tokens[translated:]

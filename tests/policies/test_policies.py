@@ -99,7 +99,7 @@ def test_drafts_are_accepted_and_rejected_across_evictions() -> None:
     policy = POLICIES["sink-window"]
     result = generate(lm("llama"), prompt(), drafter=drafter, policy=policy, max_new_tokens=LENGTH)
     assert result.tokens == alone("llama", "sink-window").tokens
-    assert {step.accepted for step in result.steps} >= {0, 1, 2}
+    assert {(step.drafted, step.accepted) for step in result.steps} >= {(1, 0), (1, 1)}
     assert result.compressions >= 3
 
 

@@ -383,7 +383,8 @@ class RunFile:
 
         tau * t / (d + v): tokens per step, times the baseline's seconds per token, over the seconds of drafting and
         verifying per step (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward per
-        token and one cost for every width). Both sides leave out the first step, because it processes the prompt.
+        token and one cost for every width). Both sides leave out the first step, in which the target reads the prompt.
+        A draft reads the prompt later, and that counts.
         """
         over = self.baseline_of(arm)
         if arm == over or over not in self.arms:
