@@ -125,7 +125,7 @@ def head() -> BoundHead:
 @pytest.mark.parametrize(
     ("sampling", "length"),
     [
-        # Models do not draft the first token, and nothing drafts the last one: two tokens of a tree need a text of four.
+        # Models do not draft the first token, nothing drafts the last one: two tokens of a tree need a text of four.
         (Sampling(0.8, top_k=2), 4),
         (Sampling(0.8, top_k=3, top_p=0.9), 2),
         (Sampling(0.8), 2),
