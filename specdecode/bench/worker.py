@@ -89,6 +89,7 @@ class Worker:
         for arm in self._arms.values():
             arm.close()
         self._models, self._arms = None, {}
+        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -162,8 +162,8 @@ class Paired:
 def timer(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Timer:
     """Return a timer of a function's calls.
 
-    Garbage is collected between timings, at most twice a second, and never during one. The GPU is synchronised before
-    and after each timing.
+    Garbage is collected between timings, at most twice a second, and never during one; objects that are in use are
+    skipped the next time, until `gc.unfreeze`. The GPU is synchronised before and after each timing.
     """
     collected = -math.inf
 
@@ -171,6 +171,7 @@ def timer(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
         nonlocal collected
         if clock() - collected > _SECONDS_BETWEEN_COLLECTIONS:
             gc.collect()
+            gc.freeze()
             collected = clock()
         enabled = gc.isenabled()
         gc.disable()
@@ -230,12 +231,15 @@ def measure_paired(
     steady = Steady([side.worker for side in (new, old) if side.worker is not None], bound=again)
     repeated = disturbed = 0
     started, passed = clock(), 0.0
-    while len(blocks) < LEAST_BLOCKS or passed < seconds:
-        kept = steady.measure(stretch)
-        blocks += kept.value
-        repeated, disturbed = repeated + (kept.tries > 1), disturbed + kept.disturbed
-        passed = clock() - started - steady.again_s
-        progress(round(passed), round(max(seconds, passed * LEAST_BLOCKS / len(blocks))), name)
+    try:
+        while len(blocks) < LEAST_BLOCKS or passed < seconds:
+            kept = steady.measure(stretch)
+            blocks += kept.value
+            repeated, disturbed = repeated + (kept.tries > 1), disturbed + kept.disturbed
+            passed = clock() - started - steady.again_s
+            progress(round(passed), round(max(seconds, passed * LEAST_BLOCKS / len(blocks))), name)
+    finally:
+        gc.unfreeze()
     return Paired(name, new, old, loops, blocks, repeated, disturbed)
 
 

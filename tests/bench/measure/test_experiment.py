@@ -46,12 +46,14 @@ class Calls:
     def __init__(self) -> None:
         self.order: list[tuple[str, int, int]] = []
         self.collecting: list[bool] = []
+        self.searched: list[int] = []
 
     def arm(self, name: str, seconds: float, wrong: bool = False) -> Arm:
         def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
             self.order.append((name, len(text), length))
             if length == LENGTH:
                 self.collecting.append(gc.isenabled())
+                self.searched.append(len(gc.get_objects()))
             tokens = generate(lm("llama"), text, max_new_tokens=length).tokens
             if wrong:
                 # The least likely token: rounding cannot make it the choice.
@@ -77,6 +79,7 @@ def kept(results: Results) -> RunFile:
 @pytest.fixture(scope="module")
 def results(calls: Calls) -> Results:
     arms = [calls.arm("ar", 1.0), calls.arm("twice", 0.5), calls.arm("half", 2.0), calls.arm("liar", 0.1, wrong=True)]
+    gc.unfreeze()  # as in a user's session
     return experiment(arms, PROMPTS, max_new_tokens=LENGTH, repeats=3)
 
 
@@ -94,6 +97,15 @@ def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: 
     assert len({tuple(name for name, _ in block) for block in blocks}) > 1
     assert not any(calls.collecting)
     assert gc.isenabled()
+
+
+def test_only_the_first_collection_searches_all_objects(results: Results, calls: Calls) -> None:
+    """Guards against a collection before each run that takes longer than the run: PyTorch has very many objects. After
+    the experiment everything is searched again.
+    """
+    everything = len(gc.get_objects())
+    assert everything > 100_000
+    assert max(calls.searched) < everything / 10
 
 
 def test_speedups_are_paired_within_blocks(results: Results) -> None:
