@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from itertools import product
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from specdecode.bench.plan import Plan, Setup
     from specdecode.bench.quality.plan import QualityPlan
     from specdecode.bench.quality.quality_session import JudgedQualityRun
+    from specdecode.bench.runs.records import RunFile
     from specdecode.models.lm import LM
 
 
@@ -46,6 +48,8 @@ _SUITES = {"benchmark": _suite_folder("perf"), "quality": _suite_folder("quality
 
 _PAGE = "GITHUB_STEP_SUMMARY"
 """Environment variable: the file for the summary of a job on GitHub."""
+
+_KEPT = "the same command with --resume keeps what was measured"
 
 _SETUP: pytest.StashKey[Setup] = pytest.StashKey()
 _PLAN: pytest.StashKey[Plan] = pytest.StashKey()
@@ -179,16 +183,26 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
             Path(os.fspath(file)).unlink(missing_ok=True)
         if _SPEED_RUN not in config.stash:
             raise
-        pytest.exit(
-            f"{error.filename or file} cannot be written: {error.strerror}; the same command with --resume keeps what"
-            " was measured",
-            returncode=2,
-        )
-    if isinstance(file, _Unfinished) and os.path.exists(file):
-        os.replace(file, str(file))
-        file.so_far.unlink(missing_ok=True)
+        pytest.exit(f"{error.filename or file} cannot be written: {error.strerror}; {_KEPT}", returncode=2)
+    if isinstance(file, _Unfinished):
+        if os.path.exists(file):
+            os.replace(file, str(file))
+            file.so_far.unlink(missing_ok=True)
+        elif _SPEED_RUN in config.stash:
+            _write_run(config.stash[_SPEED_RUN].run, file)
     if _SPEED_RUN in config.stash and (journal := config.stash[_SPEED_RUN].journal) is not None:
         journal.finish()
+
+
+def _write_run(run: RunFile, file: _Unfinished) -> None:
+    """Write a run without benchmarks, as of `-k counters`: pytest-benchmark then writes no file."""
+    from specdecode.bench.runs.file import write_run
+
+    try:
+        write_run(replace(run, path=Path(str(file))))
+    except ValueError as error:
+        pytest.exit(f"{error}; {_KEPT}", returncode=2)
+    file.so_far.unlink(missing_ok=True)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

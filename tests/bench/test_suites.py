@@ -96,16 +96,22 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
     assert found["machine_info"]["specdecode"]["torch"]
 
 
-def test_only_what_is_selected_is_measured(model: str) -> None:
-    """Guards against `-k` that hides rows but still measures all arms."""
+def test_only_what_is_selected_is_measured(model: str, tmp_path: Path) -> None:
+    """Guards against `-k` that hides rows but still measures all arms, and against a run without a file:
+    pytest-benchmark writes none if no test has a time.
+    """
+    file = tmp_path / "run.json"
     done = run_pytest(
         *one_arm(model),
+        *("-k", "lookup and not hf and not aware and counters", f"--benchmark-json={file}"),
         *("--prompts", "prose:2", "--max-new-tokens", "6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout  # the arm's speed and two verdicts
+    assert "1 passed" in done.stdout
     assert "8/8 runs" in done.stderr  # two counters runs, and two blocks of three
     assert "No baseline for this hardware" in done.stdout
+    assert read_run(file).arms.keys() == {"ar", "lookup"}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_the_gate_closes_on_worse_counters_and_on_missing_arms(

@@ -155,6 +155,12 @@ def judge(
     return judgements
 
 
+def judges_times(judgements: Collection[Judgement]) -> bool:
+    """Return whether the time of any arm is judged: not without a baseline, or by one of other hardware."""
+    unjudged = (Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE, Verdict.NOT_JUDGED)
+    return any(judged.gate == "time" and judged.verdict not in unjudged for judged in judgements)
+
+
 def open_arms(judgements: Collection[Judgement], until: float) -> set[str]:
     """Return the arms whose verdict on time more repeats can decide.
 

@@ -14,7 +14,7 @@ from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.models import load_models
 from specdecode.bench.gate.baselines import ever_sees
 from specdecode.bench.gate.series import yardstick
-from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_baseline, open_arms
+from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_baseline, judges_times, open_arms
 from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.header import run_header, run_versions
@@ -123,7 +123,8 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     def still_open(results: Results, aim: float) -> set[str]:
         run = run_of(results)
         judgements = _judge(plan, run)
-        if not judgements:  # a run that becomes a baseline: repeat all arms until its noise would not hide the slowdown
+        # A run whose times nothing judges may become a baseline: repeat all arms until its noise hides no slowdown.
+        if not judges_times(judgements):
             return set(run.arms) if ever_sees(run, plan.tolerance) > aim else set()
         arms = open_arms(judgements, aim) & set(selected)
         return arms | {yardstick(arm, run) for arm in arms}

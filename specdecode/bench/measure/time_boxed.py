@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from itertools import zip_longest
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.plan import Plan
 from specdecode.bench.report.recommend import is_hopeless
-from specdecode.bench.runs.file import run_json
+from specdecode.bench.runs.file import write_run
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.records import RunFile
@@ -29,7 +27,7 @@ from specdecode.core.errors import SpecDecodeError, TokenizerMismatchError
 from specdecode.evals.data import token_prompts
 from specdecode.models.loading import check_vocabulary
 from specdecode.support.environment import conditions
-from specdecode.support.files import check_writable, write_whole
+from specdecode.support.files import check_writable
 from specdecode.support.progress import progress
 
 _LEAST_BLOCKS = 2
@@ -71,7 +69,9 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     def write() -> RunFile:
         results = Results(arms, blocks, counters_runs, failures)
         header = run_header(plan, results.outputs(), results.floor, roofline=roofline, versions=versions, before=before)
-        return _write(RunFile(file, header, results.records()))
+        run = RunFile(file, header, results.records())
+        write_run(run)
+        return run
 
     with progress("seconds") as show:
 
@@ -110,13 +110,6 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
                 if not blocks:
                     raise
     return write(), left_out
-
-
-def _write(run: RunFile) -> RunFile:
-    """Write a run file in pytest-benchmark's format, with an empty list of benchmarks. Return the run."""
-    content = {"datetime": datetime.now(timezone.utc).isoformat(), "specdecode": run_json(run), "benchmarks": []}
-    write_whole(run.path, json.dumps(content, indent=1) + "\n")
-    return run
 
 
 def _in_turn(prompts: list[str]) -> list[str]:

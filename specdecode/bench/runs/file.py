@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from specdecode.support.checked import (
     read_text,
     text,
 )
-from specdecode.support.files import slug
+from specdecode.support.files import slug, write_whole
 
 # pytest-benchmark's commit id in a folder without a repository.
 _UNVERSIONED = "unversioned"
@@ -44,6 +46,12 @@ def run_json(run: RunFile) -> dict[str, Any]:
     arms = {arm: _arm_json(record) for arm, record in run.arms.items()}
     header = {name: value for name, value in asdict(run.header).items() if value is not None}
     return {"format": FORMAT, **header, "arms": arms}
+
+
+def write_run(run: RunFile) -> None:
+    """Write a run to its path, in pytest-benchmark's format with an empty list of benchmarks."""
+    content = {"datetime": datetime.now(timezone.utc).isoformat(), KEY: run_json(run), "benchmarks": []}
+    write_whole(run.path, json.dumps(content, indent=1) + "\n")
 
 
 def _arm_json(record: ArmRecord) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from specdecode.bench.gate.baselines import bless, ever_sees, find
-from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge
+from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge, judges_times
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.measures import CountersRun
+from specdecode.bench.runs.names import ANY_HARDWARE
 from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from tests.helpers.command_line import exit_code
 
@@ -122,6 +123,10 @@ def test_times_of_another_machine_are_not_judged_but_counters_are(judged: Any) -
     assert verdicts["linear", "time"].verdict is Verdict.WRONG_HARDWARE
     assert "abacus-2-threads" in verdicts["linear", "time"].reason
     assert verdicts["linear", "counters"].verdict is Verdict.REGRESSED
+    assert not judges_times(verdicts.values())  # such a run may become a baseline, and `--until` sees to its noise
+    assert judges_times(judged(content({"linear": 1.0}), old).values())
+    old["specdecode"]["identity"]["hardware"] = ANY_HARDWARE
+    assert not judges_times(judged(new, old).values())
 
 
 @pytest.mark.parametrize(
