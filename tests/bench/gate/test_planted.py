@@ -93,7 +93,7 @@ def draft() -> LM:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weights in model.parameters():
-            weights += 0.008 * torch.randn(weights.shape, generator=generator).to(weights)
+            weights += 0.012 * torch.randn(weights.shape, generator=generator).to(weights)
     return LM(model)
 
 
