@@ -114,9 +114,9 @@ def measured(plant: Plant, step: dict[str, float], seed: int = 0) -> Results:
         return experimented(*ARMS)
 
 
-def experimented(*names: str, repeats: int = 1) -> Results:
+def experimented(*names: str) -> Results:
     arms = [make_arm(name, ARMS[name], target(), draft()) for name in names]
-    return experiment(arms, PROMPTS, TOKENS, repeats)
+    return experiment(arms, PROMPTS, TOKENS)
 
 
 def run_of(results: Results) -> RunFile:
@@ -603,7 +603,7 @@ def test_a_planted_slowdown_is_caught_in_real_time(
     """
 
     def run() -> RunFile:
-        return run_of(experimented("ar", "hf-generate" if arm == "ar" else arm, repeats=2))
+        return run_of(experimented("ar", "hf-generate" if arm == "ar" else arm))
 
     sound = run()
     slowed(arm, owner, name, share=3.0)(Plot(monkeypatch, RealClock(), steps_of(sound)))
