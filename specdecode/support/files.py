@@ -111,3 +111,17 @@ SLUG = r"^(?!.*--)([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"
 def slug(text: str) -> str:
     """Return the text as a file name: lower-case letters, digits, dots and dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def cache_folder() -> Path:
+    """Return the folder of fetched models and of what was tried on this machine: $SPECDECODE_CACHE, or the user's cache
+    folder.
+
+    Raises:
+        ImportError: the variable is not set, and platformdirs is not installed.
+    """
+    if folder := os.environ.get("SPECDECODE_CACHE"):
+        return Path(folder)
+    import platformdirs  # only here: a machine without it can still measure architectures
+
+    return Path(platformdirs.user_cache_dir("specdecode"))

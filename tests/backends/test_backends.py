@@ -197,7 +197,7 @@ def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_auto_packs_where_that_gains(
-    tried: int, gains: dict[int | str, float], name: str, monkeypatch: pytest.MonkeyPatch
+    tried: int, gains: dict[int | str, float], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Guards against `auto` that packs where packing is no faster, that doesn't pack where it is faster, or that judges
     by a few untypical layers.
@@ -209,10 +209,46 @@ def test_auto_packs_where_that_gains(
 
     monkeypatch.setattr(packing, "_seconds", seconds)
     monkeypatch.setattr(packing, "_TRIAL_BYTES", tried)
+    monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path))
     model = on_the_cpu("llama")
     layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
     assert prepare("auto", model).name == name
     assert (layer.weight in packing._layouts) == (name == "packed")
+
+
+def test_a_large_model_is_tried_once_on_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards against seconds of trials at each start, and against runs on one machine that take different backends by
+    chance. Another model is tried anew, and so is this one where the file is damaged or cannot be written.
+    """
+    trials, gains = [], True
+
+    def seconds(plain: list[Callable[[], object]], packed: list[Callable[[], object]]) -> list[float]:
+        trials.append(len(plain))
+        return [2.0 * len(plain) if gains else 1.0, float(len(packed))]
+
+    def tried(name: str = "llama") -> str:
+        trials.clear()
+        return prepare("auto", on_the_cpu(name)).name
+
+    monkeypatch.setattr(packing, "_seconds", seconds)
+    monkeypatch.setattr(packing, "_TRIAL_BYTES", 1)
+    monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path / "cache"))
+    assert tried() == "packed"
+    assert trials
+    gains = False
+    assert tried() == "packed"
+    assert not trials
+    assert tried("gpt-neox") == "eager"
+    assert trials
+    assert (tried("gpt-neox"), trials) == ("eager", [])
+    for damaged in ("{", "3", '{"a": 1}', "[[1]]"):
+        (tmp_path / "cache" / "trials.json").write_text(damaged)
+        assert tried() == "eager"
+        assert trials
+        assert (tried(), trials) == ("eager", [])
+    monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path / "cache" / "trials.json"))  # no folder
+    assert tried() == "eager"
+    assert trials
 
 
 def test_backends_that_cannot_be(tmp_path: Path) -> None:
