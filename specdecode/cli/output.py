@@ -66,9 +66,9 @@ def say_json(value: Any) -> None:
 
 
 def say_tables(*tables: RenderableType, **how: Any) -> None:
-    """Write tables and texts with rich's `Console.print`."""
+    """Write tables and texts with rich's `Console.print`, and crop no line."""
     with _output():
-        Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH).print(*tables, **how)
+        Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH).print(*tables, crop=False, **how)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def recommend(
         say_json([json_of(*about) for about in recommendations])
         return
     for about in recommendations:
-        say_tables(rich_advice(*about), crop=False, highlight=False)
+        say_tables(rich_advice(*about), highlight=False)
 
 
 def _measured(

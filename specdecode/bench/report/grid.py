@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
+
+_LEAST_TEXT = 20
+"""The least width of a column of texts, which may break within words."""
+
+_FRAME = 3  # characters: a line, and a space on either side of a cell
 
 
 class Column(NamedTuple):
@@ -45,10 +52,25 @@ class Grid:
 
 
 def rich_table(grid: Grid) -> Table:
-    """Return a table for a terminal."""
-    table = Table()
-    for column in grid.columns:
-        table.add_column(column.name, justify="right" if column.figures else "left", no_wrap=not column.breaks)
+    """Return a table for a terminal. Print it with `crop=False`: it may be wider than the terminal (see `_Uncut`)."""
+    table = _Uncut()
+    for column, *cells in zip(grid.columns, *grid.rows, strict=True):
+        split = str.split if column.breaks else str.splitlines
+        longest = max((cell_len(part) for text in (column.name, *cells) for part in split(text)), default=0)
+        table.add_column(
+            column.name,
+            justify="right" if column.figures else "left",
+            no_wrap=not column.breaks,
+            min_width=longest if column.figures or not column.breaks else min(longest, _LEAST_TEXT),
+        )
     for row in grid.rows:
         table.add_row(*map(Text, row))
     return table
+
+
+class _Uncut(Table):
+    """A table that cuts no figure on a narrow terminal: a figure without its end is another figure."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Any:
+        least = sum((column.min_width or 0) + _FRAME for column in self.columns) + 1
+        return super().__rich_console__(console, options.update(max_width=max(options.max_width, least)))

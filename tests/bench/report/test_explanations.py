@@ -13,11 +13,12 @@ from specdecode.bench.measure.speed_session import JudgedRun
 from specdecode.bench.report.captions import CELLS, COLUMNS, notes
 from specdecode.bench.report.comment import MOST_LINES, comment
 from specdecode.bench.report.elements import document
-from specdecode.bench.report.grid import Column, Grid
+from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import acceptance, by_model, by_part, limits, memory, speeds
+from specdecode.bench.report.terminal import rendered
 from specdecode.bench.runs.file import parse
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.summary import speed_text
@@ -106,3 +107,15 @@ def test_a_terminal_has_one_paragraph_and_a_comment_none() -> None:
     text = comment(run, "title", "by", [])
     assert "predicted: " not in text
     assert text.count("\n") <= MOST_LINES
+
+
+def test_a_terminal_shows_every_figure_whole() -> None:
+    """Guards against figures without their end in a wide table. A long text is broken instead."""
+    figures = [f"{place}{place}.{place} ± 1.0" for place in range(30)]
+    columns = [Column(f"measured {place}", breaks=place % 2 == 0) for place in range(30)]
+    grid = Grid([*columns, Column("why", figures=False, breaks=True)], [[*figures, "word " * 60]])
+    text = rendered(lambda console: console.print(rich_table(grid)), False, "utf-8")
+    assert "…" not in text
+    assert all(figure in text for figure in figures[1::2])
+    assert set(text.split()) >= {figure.split()[0] for figure in figures[::2]}
+    assert max(line.count("word") for line in text.splitlines()) < 30

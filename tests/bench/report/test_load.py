@@ -391,7 +391,7 @@ def test_the_entry_of_a_server_can_be_put_into_a_preset() -> None:
     assert '# {target} stands for "t"\n# {draft} stands for "d"' in code
     assert tomllib.loads(code) == {"arms": {"eagle-c4": {"server": EAGLE, "concurrency": 4}}}
     assert ArmSpec.from_entry("eagle-c4", tomllib.loads(code)["arms"]["eagle-c4"]).concurrency == 4
-    text = rendered(lambda console: console.print(rich_advice(run, recommend(run)), crop=False), False, "utf-8")
+    text = rendered(lambda console: console.print(rich_advice(run, recommend(run))), False, "utf-8")
     assert code in text
     assert "over ar-c4" in text
 
