@@ -218,7 +218,6 @@ def measure_paired(
         progress: called with the seconds passed, the expected seconds of all blocks, and the test's name.
         again: the most time for measuring again, as a share of the rest.
     """
-    loops = _loops(new.time, old.time)
     blocks: list[PairedBlock] = []
 
     def stretch() -> list[PairedBlock]:
@@ -230,8 +229,9 @@ def measure_paired(
 
     steady = Steady([side.worker for side in (new, old) if side.worker is not None], bound=again)
     repeated = disturbed = 0
-    started, passed = clock(), 0.0
     try:
+        loops = _loops(new.time, old.time)
+        started, passed = clock(), 0.0
         while len(blocks) < LEAST_BLOCKS or passed < seconds:
             kept = steady.measure(stretch)
             blocks += kept.value
