@@ -76,7 +76,7 @@ LAUNCHES = {
     "none": 10.1,
     "lookup": 10.1,
     "chain": 21,
-    "static-tree": 40,
+    "static-tree": 36,
     "best-first-tree": 72,
     "head-chain": 23,
     "head-tree": 49,
