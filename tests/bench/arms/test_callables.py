@@ -22,7 +22,6 @@ from specdecode.bench.report.elements import document
 from specdecode.bench.report.html import section
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Estimate
 from tests.helpers.models import lm, prompt
 from tests.helpers.speed_runs import run_of_results
 
@@ -227,8 +226,7 @@ def test_a_function_is_as_fast_as_it_is(module: ModuleType) -> None:
 
     arms = [make_arm("ar", {}, lm("llama"), None, "eager"), arm(decode, module)]
     run: RunFile = run_of_results(experiment(arms, PROMPTS, LENGTH), LENGTH)
-    speedup: Estimate = run.speedup("mine")
-    assert speedup.high < 1
+    assert run.speedup("mine").value < 0.8  # about 0.2; its interval over two prompts is wide on a busy machine
     assert min(row.seconds.total for row in run.arms["mine"].rows.values()) > 0.2
 
 
