@@ -18,7 +18,7 @@ from perf.gpu import SuiteStep
 from specdecode.bench.runs.file import read
 from tests.helpers.root import ROOT
 
-BLESSED = next((ROOT / "baselines").glob("*/*-quick.json"))
+BLESSED = next((ROOT / "baselines").glob("*threads/*-quick.json"))
 
 
 def copied(file: Path) -> str:

@@ -42,7 +42,7 @@ def test_a_session_asks_once(judge: str, tmp_path: Path) -> None:
     """Guards against options that each hook of pytest resolves again."""
     (tmp_path / "counter.py").write_text(COUNTER)
     baseline = tmp_path / "baseline.json"
-    baseline.write_text(next((ROOT / "baselines").glob("*/smollm2*-quick.json")).read_text())
+    baseline.write_text(next((ROOT / "baselines").glob("*threads/smollm2*-quick.json")).read_text())
     value = str(baseline) if judge == "--baseline" else "HEAD"
     done = run_pytest(
         *("-p", "counter", "--benchmark", "--quality", "--collect-only", "--device", "cpu", f"{judge}={value}"),
@@ -84,7 +84,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(tmp_path: Path, given: d
 
 def test_arms_that_only_the_baseline_has_are_judged(tmp_path: Path) -> None:
     """Guards against a regression that passes because its arm was removed from the preset."""
-    baseline = next((ROOT / "baselines").glob("*/smollm2*-quick.json"))
+    baseline = next((ROOT / "baselines" / "any").glob("smollm2*-quick.json"))
     preset = tmp_path / "own.toml"
     preset.write_text('prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = {}\nnew = {}\n')
     judged = plan(tmp_path, preset=str(preset), baseline=str(baseline))
