@@ -331,6 +331,7 @@ def test_a_run_outlives_a_full_disk_and_a_plain_terminal(model: str, tmp_path: P
     done = run_pytest("-p", "open_file", *arguments, "--resume", **around)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming: 3 of 3 blocks are there" in done.stderr
+    assert "3 passed" in done.stdout  # the arm's speed and two verdicts
     assert json.loads(file.read_text())["specdecode"]["arms"].keys() == {"ar", "lookup"}
     assert [path.name for path in tmp_path.glob("run.json*")] == ["run.json"]
     assert [line.split()[1] for line in done.stdout.splitlines() if re.match(r"\| (ar|lookup) ", line)] == [

@@ -127,7 +127,7 @@ def head() -> BoundHead:
     [
         # Models do not draft the first token, nothing drafts the last one: two tokens of a tree need a text of four.
         (Sampling(0.8, top_k=2), 4),
-        (Sampling(0.8, top_k=3, top_p=0.9), 2),
+        (Sampling(0.8, top_k=3, top_p=0.9), 3),
         (Sampling(0.8), 2),
         (Sampling(1.5, top_p=0.7), 2),
     ],

@@ -146,7 +146,7 @@ def test_the_distribution_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPa
     """Guards against proposals that depend on the randomness of the acceptance, or carry a distribution of their own.
     The test enumerates all branches: every proposal is accepted on some and rejected on others.
     """
-    target, sampling, length = knows("byte-pairs", TEXT), Sampling(6.0, top_k=2), 4
+    target, sampling, length = knows("byte-pairs", TEXT), Sampling(6.0, top_k=2), 5
     prompt = target.encode(BEGINNING)
     drafter = UniversalDrafter(target, knows("characters", TEXT))
     accepted: list[int] = []
@@ -159,7 +159,7 @@ def test_the_distribution_is_that_of_plain_sampling(monkeypatch: pytest.MonkeyPa
         return tuple(result.tokens)
 
     distribution = distribution_of(run)
-    assert set(accepted) == {0, 1, 2}
+    assert set(accepted) == {0, 1, 2, 3}
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
         expected = {

@@ -94,12 +94,12 @@ def test_the_tokens_are_the_same_whatever_the_drafter_and_the_controller(
 
 def test_drafts_are_accepted_and_rejected_across_evictions() -> None:
     """Guards against a conformance test in which nothing was drafted, or every draft was wrong."""
-    text = [*prompt(), *alone("llama", "sink-window").tokens]
-    drafter = ReplayDrafter(ModelDrafter(lm("llama").subset([0])), text, acceptance=0.7)
-    policy = POLICIES["sink-window"]
+    policy = SinkWindow(16, sinks=2, trigger=0.5)  # its interval leaves room for several proposals
+    plain = generate(lm("llama"), prompt(), policy=policy, max_new_tokens=LENGTH)
+    drafter = ReplayDrafter(ModelDrafter(lm("llama").subset([0])), [*prompt(), *plain.tokens], acceptance=0.7)
     result = generate(lm("llama"), prompt(), drafter=drafter, policy=policy, max_new_tokens=LENGTH)
-    assert result.tokens == alone("llama", "sink-window").tokens
-    assert {(step.drafted, step.accepted) for step in result.steps} >= {(1, 0), (1, 1)}
+    assert result.tokens == plain.tokens
+    assert {step.accepted for step in result.steps} >= {0, 1, 2}
     assert result.compressions >= 3
 
 

@@ -221,13 +221,13 @@ def test_a_function_is_as_fast_as_it_is(module: ModuleType) -> None:
 
     def decode(prompt: list[int], count: int) -> Iterator[list[int]]:
         tokens = right(prompt, count)
-        time.sleep(0.2)
+        time.sleep(0.8)
         yield tokens
 
     arms = [make_arm("ar", {}, lm("llama"), None, "eager"), arm(decode, module)]
     run: RunFile = run_of_results(experiment(arms, PROMPTS, LENGTH), LENGTH)
-    assert run.speedup("mine").value < 0.8  # about 0.2; its interval over two prompts is wide on a busy machine
-    assert min(row.seconds.total for row in run.arms["mine"].rows.values()) > 0.2
+    assert run.speedup("mine").high < 1  # so slow that also the wide interval of two prompts on a busy machine tells
+    assert min(row.seconds.total for row in run.arms["mine"].rows.values()) > 0.8
 
 
 def test_a_limit_of_time_leaves_others_alone(module: ModuleType) -> None:
