@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +13,11 @@ from specdecode.backends import packed
 from specdecode.backends.compiled import compiled
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import group
+from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout
+from specdecode.backends.row_attention import by_rows
 from specdecode.backends.static import StaticForward, StaticRunner
 
-BACKENDS = ("auto", "eager", "packed", "compile", "graph")
+BACKENDS = ("auto", "eager", "packed", "exact", "compile", "graph")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +29,14 @@ class Backend:
         note: a sentence on the changes to the model, or the reason why there are none.
         static: builds the runner of a forward over static shapes; None for a backend without static shapes.
         chosen: whether "auto" chose this backend, so that "eager" may replace it.
+        exact: whether the logits of a token are the same to the last bit, whatever tokens are read beside it.
     """
 
     name: str = "eager"
     note: str = ""
     static: Callable[[StaticForward], StaticRunner] | None = None
     chosen: bool = False
+    exact: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} ({self.note})" if self.note else self.name
@@ -43,21 +48,25 @@ def check(kind: str, device: torch.device) -> None:
         raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
     if kind == "graph" and device.type != "cuda":
         raise ValueError("the backend graph captures CUDA graphs, which need a GPU: use compile, packed or eager")
+    if kind == "exact" and device.type != "cpu":
+        raise ValueError(f"the backend exact is for a CPU: use graph, compile or eager on {device.type}")
 
 
-def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[bool], bool] = bool) -> Backend:
+def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = lambda value: value) -> Backend:
     """Transform a model in place for a backend.
 
     With every backend but "eager", heads that share keys attend without copying them (see
     `backends.grouped_attention`).
 
     Args:
-        kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "graph", forwards
-            captured as CUDA graphs (`backends.graph`); "compile", forwards compiled by `torch.compile`, with packed
-            layers on a CPU and captured on a GPU (`backends.compiled`); or "auto", the fastest for this model and
-            device that needs no long preparation: packed on a CPU that gains from it, graph on a GPU, else eager.
+        kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "exact", linear
+            layers and attention in which no row changes the result of another on a CPU (see `backends.layouts` and
+            `backends.row_attention`); "graph", forwards captured as CUDA graphs (`backends.graph`); "compile", forwards
+            compiled by `torch.compile`, with packed layers on a CPU and captured on a GPU (`backends.compiled`); or
+            "auto", the fastest for this model and device that needs no long preparation: packed on a CPU that gains
+            from it, graph on a GPU, else eager.
         model: the model, on its device and in its type.
-        agreed: combines the trial results of all processes that decode together into one decision.
+        agreed: returns the first process's value among processes that decode together, so that all take one layout.
 
     Raises:
         ValueError: as `check`.
@@ -69,18 +78,35 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[bool], bool] = 
         group(model)
         if on_gpu:
             return Backend("compile", static=lambda forward: StaticRunner(compiled(forward), CudaGraphs()))
-        note = f"{packed.pack(model)[0]} packed linear layers" if packed.unsupported_reason(model) is None else ""
+        note = ""
+        if packed.unsupported_reason(model) is None:
+            note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed))}"
         return Backend("compile", note, static=lambda forward: StaticRunner(compiled(forward)))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
         return Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs()), chosen=kind == "auto")
     if kind == "eager":
         return Backend()
+    if kind == "exact":
+        by_rows(model)
+        return Backend("exact", _packed(model, _layout(model, packed.exact(model), agreed)), exact=True)
     reason = packed.unsupported_reason(model)
-    if reason is None and kind == "auto" and not agreed(packed.is_worth_it(model)):
-        reason = "packing its linear layers gains nothing on this processor"
+    layout = PLAIN
+    if reason is None:
+        layout = _layout(model, [*([PLAIN] if kind == "auto" else []), *packed.layouts(model)], agreed)
+        if layout is PLAIN:
+            reason = "packing its linear layers gains nothing on this processor"
     if reason is not None:
         return Backend(note="" if kind == "auto" else f"not packed: {reason}")
     group(model)
-    layers, left = packed.pack(model)
-    return Backend("packed", f"{layers} linear layers" + (f", {left} other matrices as they are" if left else ""))
+    return Backend("packed", _packed(model, layout))
+
+
+def _layout(model: PreTrainedModel, candidates: Sequence[Layout], agreed: Callable[[Any], Any]) -> Layout:
+    return LAYOUTS[agreed(packed.fastest(model, candidates).name)]
+
+
+def _packed(model: PreTrainedModel, layout: Layout) -> str:
+    """Pack a model's linear layers, and return a note on it."""
+    layers, left = packed.pack(model, layout)
+    return f"{layers} linear layers by {layout.name}" + (f", {left} other matrices as they are" if left else "")

@@ -1,10 +1,6 @@
-"""Packed linear layers: weights laid out for few rows on a CPU.
+"""Packed linear layers: weights laid out once, for few rows on a CPU (see `backends.layouts`).
 
-PyTorch's `F.linear` passes float32 weights to the matrix library as they lie in memory. In every call with more than a
-row or two, the library then changes their layout again. So eight rows cost twice as much as one, which cancels the gain
-of speculation. oneMKL's packed matrices are laid out once (`cblas_sgemm_pack`, `cblas_sgemm_compute`; TorchInductor's
-freezing uses the same operators). One row becomes slightly slower: its time is the time to read the weights, and plain
-weights are read as fast.
+One row may become slightly slower: its time is the time to read the weights, and plain weights are read as fast.
 """
 
 from __future__ import annotations
@@ -19,83 +15,94 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout, exact_layouts, packed_layouts
 from specdecode.support import trials
 
-# Rows for which the layout is optimised: a draft of medium length. Any number of rows can use it.
-_LAYOUT_ROWS = 16
 # Over this many rows, packed layers must be faster by this factor to be worth the time and memory of packing.
 _TRIAL_ROWS, _LEAST_SPEEDUP = 8, 1.1
 # Bytes of weights of each shape in the trial. They exceed the caches near a core, because decoding reads all weights
 # from memory.
 _TRIAL_BYTES = 2**26
 
-# Layouts by weight. A model, subsets of its layers and other models with the same weights share them.
-_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Weights that were laid out, by the original weight and the layout's name. A model, subsets of its layers and other
+# models with the same weights share them.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @torch.library.custom_op(
     "specdecode::packed_linear",
     mutates_args=(),
-    schema="(Tensor inputs, Tensor packed, Tensor weight, Tensor? bias) -> Tensor",
+    schema="(Tensor inputs, Tensor packed, Tensor shape, Tensor? bias, str layout) -> Tensor",
 )
-def _linear(inputs: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(inputs: Tensor, packed: Tensor, shape: Tensor, bias: Tensor | None, layout: str) -> Tensor:
     """Multiply, in a form for the compiler: for oneMKL's own operator the number of rows must be a constant."""
-    output: Tensor = torch.ops.mkl._mkl_linear(inputs, packed, weight, bias, inputs.numel() // inputs.shape[-1])
-    return output
+    return LAYOUTS[layout].multiply(inputs, packed, shape, bias)
 
 
 @_linear.register_fake
-def _(inputs: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], weight.shape[0]))
+def _(inputs: Tensor, packed: Tensor, shape: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], shape.shape[0]))
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that holds its weight in oneMKL's layout only.
+    """A linear layer that holds its weight in one layout only.
 
     Args:
-        linear: the layer to pack, with float32 weights on a CPU.
+        linear: the layer to pack, on a CPU.
+        layout: a layout for its type.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, layout: Layout) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        if linear.weight not in _layouts:
+        self.layout = layout
+        held: dict[str, Tensor] = _packed.setdefault(linear.weight, {})
+        if layout.name not in held:
             with torch.no_grad():
-                reorder = torch.ops.mkl._mkl_reorder_linear_weight
-                _layouts[linear.weight] = reorder(linear.weight.detach().contiguous(), _LAYOUT_ROWS)
-        self.packed: Tensor = _layouts[linear.weight]
-        # The operator reads only the shape of the original weight, if its last argument equals the rows of its input.
-        self._shape = torch.empty(()).expand(self.out_features, self.in_features)
+                held[layout.name] = layout.pack(linear.weight.detach())
+        self.packed = held[layout.name]
+        self._shape = linear.weight.new_empty(()).expand(self.out_features, self.in_features)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the layout that a product reads: the size of the weight. (The library reserves up to four times as
-        many bytes, but never touches the rest, so they occupy no memory.)"""
-        return 4 * self.in_features * self.out_features
+        """Bytes that a product reads. (A library may reserve up to four times as many bytes, but never touches the
+        rest, so they occupy no memory.)"""
+        return (self.layout.bytes_per_weight or self._shape.itemsize) * self.in_features * self.out_features
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
-        rows = inputs.numel() // self.in_features
         output: Tensor
         if torch.compiler.is_compiling():
-            output = _linear(inputs, self.packed, self._shape, self.bias)
+            output = _linear(inputs, self.packed, self._shape, self.bias, self.layout.name)
         else:
-            output = torch.ops.mkl._mkl_linear(inputs, self.packed, self._shape, self.bias, rows)
+            output = self.layout.multiply(inputs, self.packed, self._shape, self.bias)
         return output
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
     """Return why no layer of the model can be packed; None if some can."""
-    if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkl, "_mkl_linear"):
-        return "this build of PyTorch has no oneMKL"
-    if not any(map(_packable, model.modules())):
-        return "it has no plain linear layers in float32 on a CPU"
+    if not _layers(model):
+        return "it has no plain linear layers on a CPU"
+    if not layouts(model):
+        return f"no library has a layout for {_name(_layers(model)[0].weight.dtype)} on this processor"
     return None
 
 
-def pack(model: nn.Module) -> tuple[int, int]:
-    """Replace all plain linear layers by packed layers.
+def layouts(model: nn.Module) -> list[Layout]:
+    """Return the layouts of a library for the model's linear layers on this processor."""
+    return packed_layouts(_layers(model)[0].weight.dtype)
+
+
+def exact(model: nn.Module) -> list[Layout]:
+    """Return the layouts with which a row of the model's linear layers has the same result beside any other rows."""
+    layers = _layers(model)
+    shapes = {(layer.out_features, layer.in_features) for layer in layers}
+    return exact_layouts(layers[0].weight.dtype, sorted(shapes)) if layers else [PLAIN]
+
+
+def pack(model: nn.Module, layout: Layout) -> tuple[int, int]:
+    """Replace all plain linear layers of the model's type by packed layers.
 
     An output head that is tied to the embedding is packed too; the embedding stays beside it.
 
@@ -103,52 +110,70 @@ def pack(model: nn.Module) -> tuple[int, int]:
         The number of packed layers, and the number of unchanged matrices: those of another type or class, without
         embeddings.
     """
+    dtype = next((layer.weight.dtype for layer in _layers(model)), None)
     packed = left = 0
-    # Each weight is released as soon as it is packed.
-    for module in [module for module in model.modules() if not _packable(module)]:
+    # Each weight is released as soon as it is packed, so no list of the layers is held.
+    for module in [module for module in model.modules() if not _is_plain(module, dtype)]:
         for name, child in list(module.named_children()):
-            if _packable(child):
+            if _is_plain(child, dtype):
                 assert isinstance(child, nn.Linear)
-                setattr(module, name, PackedLinear(child))
+                setattr(module, name, PackedLinear(child, layout))
                 packed += 1
             elif not isinstance(child, nn.Embedding):
                 left += any(weight.dim() > 1 for weight in child.parameters(recurse=False))
     return packed, left
 
 
-def is_worth_it(model: nn.Module) -> bool:
-    """Return whether packed layers are faster over eight rows by a tenth, by a short trial. The result for a model that
-    is too large for the caches is kept for later processes (`support.trials`)."""
+def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
+    """Return the layout with which the model's linear layers are fastest over eight rows, by a short trial.
+
+    Packing takes time and memory, so weights stay as they are unless another layout is faster by a tenth. The result
+    for a model that is too large for the caches is kept for later processes (`support.trials`). Weights that are laid
+    out already are not tried again.
+    """
+    layers = _layers(model)
+    if held := [layout for layout in candidates if all(layout.name in _packed.get(x.weight, {}) for x in layers)]:
+        return held[0]
+    if len(candidates) == 1:
+        return candidates[0]
     bytes_of: dict[tuple[int, int], int] = {}
     tried: dict[tuple[int, int], list[nn.Linear]] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and _packable(module):
-            shape = (module.in_features, module.out_features)
-            if bytes_of.get(shape, 0) < _TRIAL_BYTES:
-                tried.setdefault(shape, []).append(module)
-            bytes_of[shape] = bytes_of.get(shape, 0) + module.weight.nbytes
+    for layer in layers:
+        shape = (layer.in_features, layer.out_features)
+        if bytes_of.get(shape, 0) < _TRIAL_BYTES:
+            tried.setdefault(shape, []).append(layer)
+        bytes_of[shape] = bytes_of.get(shape, 0) + layer.weight.nbytes
     if sum(bytes_of.values()) < _TRIAL_BYTES:
-        return _gain(tried, bytes_of)
-    shapes = ", ".join(f"{size / (4 * n * m):.0f} of {n} x {m}" for (n, m), size in sorted(bytes_of.items()))
-    return trials.tried(f"packed linear layers, {shapes}", lambda: _gain(tried, bytes_of))
+        return _fastest(tried, bytes_of, candidates)
+    size = layers[0].weight.itemsize
+    shapes = ", ".join(f"{nbytes / (size * n * m):.0f} of {n} x {m}" for (n, m), nbytes in sorted(bytes_of.items()))
+    what = f"fastest of {', '.join(layout.name for layout in candidates)} for {_name(layers[0].weight.dtype)}, {shapes}"
+    by_name = {layout.name: layout for layout in candidates}
+    return by_name[trials.tried(what, list(by_name), lambda: _fastest(tried, bytes_of, candidates).name)]
 
 
-def _gain(tried: Mapping[tuple[int, int], Sequence[nn.Linear]], bytes_of: Mapping[tuple[int, int], int]) -> bool:
-    """Time some layers of each shape, plain and packed: an output head may be a fifth of the model, and gains another
+def _fastest(
+    tried: Mapping[tuple[int, int], Sequence[nn.Linear]],
+    bytes_of: Mapping[tuple[int, int], int],
+    candidates: Sequence[Layout],
+) -> Layout:
+    """Time some layers of each shape in each layout: an output head may be a fifth of the model, and gains another
     share than the layers below it."""
-    plain_s = packed_s = 0.0
+    total_s = dict.fromkeys(candidates, 0.0)
     for shape, layers in tried.items():
-        rows = torch.ones(_TRIAL_ROWS, shape[0])
-        plain, packed = _seconds(
-            [partial(layer, rows) for layer in layers], [partial(PackedLinear(layer), rows) for layer in layers]
-        )
+        rows = layers[0].weight.new_ones(_TRIAL_ROWS, shape[0])
         factor = bytes_of[shape] / sum(layer.weight.nbytes for layer in layers)
-        plain_s, packed_s = plain_s + factor * plain, packed_s + factor * packed
-    worth_it = plain_s > _LEAST_SPEEDUP * packed_s
-    if not worth_it:
-        for layer in (layer for layers in tried.values() for layer in layers):
-            _layouts.pop(layer.weight, None)
-    return worth_it
+        ways = [[partial(PackedLinear(layer, layout), rows) for layer in layers] for layout in candidates]
+        for layout, seconds in zip(candidates, _seconds(*ways), strict=True):
+            total_s[layout] += factor * seconds
+    if PLAIN in total_s:
+        total_s[PLAIN] /= _LEAST_SPEEDUP
+    best = min(candidates, key=lambda layout: total_s[layout])
+    for layer in (layer for layers in tried.values() for layer in layers):
+        for layout in candidates:
+            if layout != best:
+                _packed[layer.weight].pop(layout.name, None)
+    return best
 
 
 @torch.inference_mode()
@@ -165,9 +190,19 @@ def _seconds(*ways: Sequence[Callable[[], object]]) -> list[float]:
     return least
 
 
-def _packable(module: nn.Module) -> bool:
-    # Subclasses of linear layers and of tensors may use the weight differently from the operator.
+def _layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the plain linear layers on a CPU whose weights have the type of the first of them."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
+    return [layer for layer in layers if layer.weight.dtype == layers[0].weight.dtype]
+
+
+def _is_plain(module: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    # Subclasses of linear layers and of tensors may use the weight differently from a layout's product.
     if type(module) is not nn.Linear:
         return False
     weight = module.weight
-    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and dtype in (None, weight.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

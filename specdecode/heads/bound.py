@@ -65,8 +65,9 @@ class BoundHead:
         shared = _whole_output(target, self.tokens) if rows is None else None
         modules = nn.ModuleList([bound, *([] if shared is not None else [rows or _output(target, head.tokens)])])
         modules.train(False).requires_grad_(False)
-        if any(isinstance(module, PackedLinear) for module in target.model.modules()):
-            pack(modules)
+        packed = next((module for module in target.model.modules() if isinstance(module, PackedLinear)), None)
+        if packed is not None:
+            pack(modules, packed.layout)
         # Packing replaces the module, so it is read from the list.
         self._rows = modules[1] if shared is None else shared
         # Two runners over static shapes: the first forward of a proposal reads the target's hidden states, and the next

@@ -25,7 +25,7 @@ from specdecode.models.chat import TextEncoder, stop_token_ids
 from specdecode.models.checks import context_length, sliding_window, unsupported_reason
 from specdecode.models.forwards import ForwardInput, run, static_logits, tree_input
 from specdecode.models.masks import MaskForm
-from specdecode.models.probe import check_tree_decoding, exact_mask_form
+from specdecode.models.probe import check_rows, check_tree_decoding, exact_mask_form
 from specdecode.models.quantize import quantizer, weight_bytes
 from specdecode.models.recording import HiddenStateRecording, store_attention
 from specdecode.models.rotary import KeyRerotation, rotations
@@ -353,6 +353,8 @@ class LM:
             self._mask_form, self.static = form, static
         if form.window is None or static is not None:
             check_tree_decoding(self)
+        if self.backend.exact:
+            check_rows(self)
 
     def _check(self, form: MaskForm) -> None:
         """Raise UnsupportedModelError unless the model decodes exactly with this form of masks."""

@@ -19,6 +19,8 @@ from specdecode.models.wrapped import execution_device
 
 # Width of the sliding window during the probe, in positions. It is less than the length of the probe.
 _PROBE_WINDOW = 4
+# Paths of the probe's tree that are read in sequence. The last of them is also accepted.
+_PATHS = ([3], [8, 10], [8, 9, 11])
 # Largest error of a tree forward, in standard deviations of the logits. It is far above rounding, and far below the
 # error of a wrong mask or position. The bound for float64 is loose, since parts of a model may compute in float32.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.25}
@@ -80,23 +82,51 @@ def check_tree_decoding(decoder: SlotDecoder) -> None:
         raise UnsupportedModelError(f"{decoder.name} cannot be decoded exactly: {reason}") from cause
 
 
+@torch.inference_mode()
+def check_rows(decoder: SlotDecoder) -> None:
+    """Compare a tree forward with forwards of single tokens, to the last bit.
+
+    Raises:
+        UnsupportedModelError: a logit differs.
+    """
+    stem, tree = _stem(decoder.vocab_size), _tree(decoder.vocab_size)
+    slots = decoder.new_slots(len(stem))
+    decoder.forward(slots, torch.tensor(stem[:-1]))
+    at_nodes = decoder.forward_tree(slots, stem[-1:], tree)
+    for path in _PATHS:
+        slots = decoder.new_slots(len(stem))
+        decoder.forward(slots, torch.tensor(stem[:-1]))
+        for node in (0, *path):
+            token = stem[-1] if node == 0 else int(tree.tokens[node - 1])
+            if not torch.equal(decoder.forward(slots, torch.tensor([token]))[0], at_nodes[node]):
+                raise UnsupportedModelError(
+                    f"{decoder.name} cannot run on the backend exact: beside other tokens, a token's logits differ in"
+                    " their last bits; use another backend"
+                )
+
+
+def _stem(vocab_size: int) -> list[int]:
+    return [(11 * i + 3) % vocab_size for i in range(5)]
+
+
+def _tree(vocab_size: int) -> DraftTree:
+    # Eight siblings, so that slot and position differ much in the branch below the last sibling.
+    return DraftTree(torch.tensor([(7 * i + 5) % vocab_size for i in range(11)]), torch.tensor([0] * 8 + [8, 8, 9]))
+
+
 def _difference(decoder: SlotDecoder) -> str | None:
     """Return a message if the logits through the slots differ from the sequential logits; None if they agree."""
     model, vocab_size = decoder.model, decoder.vocab_size
-    stem = [(11 * i + 3) % vocab_size for i in range(5)]
-    nodes = [(7 * i + 5) % vocab_size for i in range(11)]
-    after = vocab_size // 2
-    # Eight siblings, so that slot and position differ much in the branch below the last sibling.
-    tree = DraftTree(torch.tensor(nodes), torch.tensor([0] * 8 + [8, 8, 9]))
-    accepted = [8, 9, 11]
+    stem, tree, after = _stem(vocab_size), _tree(vocab_size), vocab_size // 2
+    accepted = _PATHS[-1]
     slots = decoder.new_slots(len(stem))
     # On a backend with static shapes, the first forward is an ordinary one, and the others are static.
     decoder.forward(slots, torch.tensor(stem[:-1]))
     at_nodes = decoder.forward_tree(slots, stem[-1:], tree)
     slots.keep([len(stem) - 1 + node for node in accepted], after=len(stem))
     at_end = decoder.forward(slots, torch.tensor([after]))
-    for path in ([3], [8, 10], accepted):
-        text = stem + [nodes[i - 1] for i in path] + [after]
+    for path in _PATHS:
+        text = stem + [int(tree.tokens[i - 1]) for i in path] + [after]
         sequential = model(torch.tensor([text], device=execution_device(model)), use_cache=False).logits[0]
         through_slots = torch.cat([at_nodes[[0, *path]], at_end if path is accepted else at_end[:0]])
         sequential = sequential[len(stem) - 1 :][: len(through_slots)].double()

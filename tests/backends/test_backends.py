@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -35,11 +36,21 @@ from specdecode import (
     generate_batch,
     load,
 )
-from specdecode.backends import Backend, prepare
+from specdecode.backends import Backend, layouts, prepare
 from specdecode.backends import packed as packing
 from specdecode.backends import static as shapes
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import GROUPED, group
+from specdecode.backends.layouts import (
+    ONEDNN,
+    ONEDNN_IN_FLOAT32,
+    ONEMKL,
+    PLAIN,
+    ROW_BY_ROW,
+    Layout,
+    exact_layouts,
+    packed_layouts,
+)
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.static import Capture, StaticRunner
 from specdecode.bench.arms.arm import make_arm
@@ -64,7 +75,7 @@ def on_the_cpu(name: str, **values: Any) -> PreTrainedModel:
 
 
 STATIC = {
-    "exact": Backend("exact", static=partial(StaticRunner, capture=None)),
+    "direct": Backend("direct", static=partial(StaticRunner, capture=None)),
     "rounded": Backend("rounded", static=partial(StaticRunner, capture=replayed)),
 }
 
@@ -99,21 +110,59 @@ def eager(name: str) -> LM:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 65, 300])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_layer_is_the_layer(rows: int, bias: bool) -> None:
-    """Guards against a packed layer that is right for only one number of rows, and against one that still reads the
-    original weight.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_packed_layer_is_the_layer(rows: int, bias: bool, dtype: torch.dtype) -> None:
+    """Guards against a layout that is right for only one number of rows or one type, and against one that still reads
+    the original weight.
     """
     torch.manual_seed(rows)
-    plain = nn.Linear(48, 80, bias)
-    packed = PackedLinear(plain)
-    exact, own_bias = plain.weight.detach().double(), plain.bias.detach().double() if bias else None
-    plain.weight.data.zero_()
-    for shape in ((rows, 48), (1, rows, 48), (3, rows, 48)):
-        inputs = torch.randn(shape)
-        expected = nn.functional.linear(inputs.double(), exact, own_bias)
-        output = packed(inputs)
-        assert output.shape == expected.shape
-        assert (output.double() - expected).abs().max() < 1e-5
+    own = packed_layouts(dtype)
+    copies = [*own, *([ONEDNN_IN_FLOAT32] if dtype != torch.float32 else [])]
+    for layout in (*copies, PLAIN, ROW_BY_ROW):
+        plain = nn.Linear(48, 80, bias).to(dtype)
+        packed = PackedLinear(plain, layout)
+        exact, own_bias = plain.weight.detach().double(), plain.bias.detach().double() if bias else None
+        if layout in copies:
+            plain.weight.data.zero_()
+        for shape in ((rows, 48), (1, rows, 48), (3, rows, 48)):
+            inputs = torch.randn(shape).to(dtype)
+            expected = nn.functional.linear(inputs.double(), exact, own_bias)
+            output = packed(inputs)
+            assert (output.shape, output.dtype) == (expected.shape, dtype)
+            bound = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+            assert (output.double() - expected).abs().max() < bound, layout.name
+
+
+def sums_in_another_order(inputs: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+    """Multiply so that the order of the sum depends on the number of rows, as matrix libraries do."""
+    first, rest = (inputs[:, None] * weight).tensor_split([1 + len(inputs) % 2], dim=-1)
+    return first.sum(-1) + rest.sum(-1)
+
+
+def test_a_layout_is_exact_only_if_no_row_changes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a backend "exact" on a processor whose library rounds a row by the number of rows, and against
+    weights that are laid out in float32 where they can be multiplied as they are.
+    """
+    varying = Layout("varying", lambda weight: weight, sums_in_another_order)
+    shapes = [(80, 48), (90, 37)]
+    monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [varying])
+    monkeypatch.setattr(layouts, "PLAIN", varying)
+    assert exact_layouts(torch.float32, shapes) == [ROW_BY_ROW]
+    assert exact_layouts(torch.float64, shapes) == [ROW_BY_ROW]
+    same = Layout("same", lambda weight: weight, ROW_BY_ROW.multiply)
+    monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [varying, same])
+    assert exact_layouts(torch.float32, shapes) == [same]
+    monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [layouts.ONEDNN])
+    monkeypatch.setattr(layouts, "ONEDNN", same)
+    assert exact_layouts(torch.bfloat16, shapes) == [same]
+
+
+@pytest.mark.skipif(
+    ONEDNN not in packed_layouts(torch.bfloat16), reason="this processor has no oneDNN products in bfloat16"
+)
+def test_sixteen_bits_are_packed_where_the_processor_multiplies_them() -> None:
+    """Guards against a target in bfloat16 that stays on "eager" though the processor has a layout for it."""
+    assert prepare("packed", on_the_cpu("llama").bfloat16()).note.endswith("by oneDNN")
 
 
 @pytest.mark.parametrize("name", ["gpt-neox", "gemma3-window", "phi3"])
@@ -157,11 +206,12 @@ def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.M
     held = []
 
     class Watched(PackedLinear):
-        def __init__(self, linear: nn.Linear) -> None:
-            super().__init__(linear)
+        def __init__(self, linear: nn.Linear, layout: Layout) -> None:
+            super().__init__(linear, layout)
             held.append(sum(weight() is not None for weight in weights))
 
     monkeypatch.setattr(packing, "PackedLinear", Watched)
+    monkeypatch.setattr(packing, "packed_layouts", lambda dtype: [ONEDNN])  # without a trial, which holds some
     backend = prepare("packed", model)
     # The last weight is the tied head. Besides it, only the weights of one module may still be in memory.
     assert held[-1] < 5 < held[0] - 20, "the plain weights must not wait for the last of them to be packed"
@@ -178,77 +228,127 @@ def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     double = prepare("packed", on_the_cpu("llama").double())
     assert double.name == "eager"
-    assert str(double) == "eager (not packed: it has no plain linear layers in float32 on a CPU)"
+    assert str(double) == "eager (not packed: no library has a layout for float64 on this processor)"
     convolutions = on_the_cpu("gpt-2")
-    assert prepare("packed", convolutions).note == "1 linear layers, 16 other matrices as they are"
+    assert re.fullmatch(r"1 linear layers by one\w+, 16 other matrices as they are", prepare("packed", convolutions).note)
+    assert "no plain linear layers" in str(prepare("packed", on_the_cpu("gpt-2", tie_word_embeddings=False).to("meta")))
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert prepare("packed", on_the_cpu("llama")).note.endswith("by oneDNN")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     without = prepare("packed", on_the_cpu("llama"))
-    assert "no oneMKL" in str(without)
+    assert "no library has a layout for float32" in str(without)
+
+
+Ways = Sequence[partial[object]]
+
+
+def seconds_by(costs: Mapping[str | int, Mapping[str, float]], calls: list[int]) -> Callable[..., list[float]]:
+    """Return a clock for trials.
+
+    Args:
+        costs: seconds of a layer by layout, 1 if it is not there: for layers of this number of outputs, and for "all"
+            others.
+        calls: gets the number of layers of each trial.
+    """
+
+    def seconds(*ways: Ways) -> list[float]:
+        calls.append(len(ways[0]))
+        layers = [way[0].func for way in ways]
+        return [
+            len(way) * costs.get(layer.out_features, costs["all"]).get(layer.layout.name, 1.0)
+            for way, layer in zip(ways, layers, strict=True)
+        ]
+
+    return seconds
 
 
 @pytest.mark.parametrize(
-    ("tried", "gains", "name"),
+    ("tried", "costs", "backend"),
     [
-        (2**26, {}, "eager"),
-        (2**26, {"all": 1.15}, "packed"),
+        (2**26, {"all": {"PyTorch": 1.05, "oneDNN": 1.02}}, "eager"),
+        (2**26, {"all": {"PyTorch": 1.15, "oneDNN": 1.02}}, "packed (29 linear layers by oneMKL)"),
+        (2**26, {"all": {"PyTorch": 1.15, "oneMKL": 1.02}}, "packed (29 linear layers by oneDNN)"),
         # The head is as wide as the vocabulary. One layer of each shape is timed, but only one of 29 layers is a head.
-        (1, {VOCABULARY: 2.0, "all": 0.95}, "eager"),
-        (1, {VOCABULARY: 4.0, "all": 1.02}, "packed"),
+        (1, {VOCABULARY: {"PyTorch": 2.0}, "all": {"PyTorch": 0.95}}, "eager"),
+        (1, {VOCABULARY: {"PyTorch": 4.0}, "all": {"PyTorch": 1.02}}, "packed (29 linear layers by oneMKL)"),
     ],
 )
 def test_auto_packs_where_that_gains(
-    tried: int, gains: dict[int | str, float], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tried: int,
+    costs: dict[str | int, dict[str, float]],
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Guards against `auto` that packs where packing is no faster, that doesn't pack where it is faster, or that judges
-    by a few untypical layers.
+    """Guards against `auto` that packs where packing is no faster, that doesn't pack where it is faster, that takes the
+    slower of two layouts, or that judges by a few untypical layers.
     """
-
-    def seconds(plain: list[Callable[[], object]], packed: list[Callable[[], object]]) -> list[float]:
-        width = plain[0].func.out_features
-        return [len(plain) * gains.get(width, gains.get("all", 1.05)), float(len(packed))]
-
-    monkeypatch.setattr(packing, "_seconds", seconds)
+    monkeypatch.setattr(packing, "_seconds", seconds_by(costs, []))
+    monkeypatch.setattr(packing, "packed_layouts", lambda dtype: [ONEMKL, ONEDNN])
     monkeypatch.setattr(packing, "_TRIAL_BYTES", tried)
     monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path))
     model = on_the_cpu("llama")
     layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
-    assert prepare("auto", model).name == name
-    assert (layer.weight in packing._layouts) == (name == "packed")
+    chosen = str(prepare("auto", model))
+    assert chosen == backend
+    # The other layouts of the trial are let go.
+    assert list(packing._packed[layer.weight]) == ["PyTorch" if chosen == "eager" else chosen.split()[-1].rstrip(")")]
 
 
 def test_a_large_model_is_tried_once_on_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Guards against seconds of trials at each start, and against runs on one machine that take different backends by
+    """Guards against seconds of trials at each start, and against runs on one machine that take different layouts by
     chance. Another model is tried anew, and so is this one where the file is damaged or cannot be written.
     """
-    trials, gains = [], True
-
-    def seconds(plain: list[Callable[[], object]], packed: list[Callable[[], object]]) -> list[float]:
-        trials.append(len(plain))
-        return [2.0 * len(plain) if gains else 1.0, float(len(packed))]
+    trials: list[int] = []
 
     def tried(name: str = "llama") -> str:
         trials.clear()
-        return prepare("auto", on_the_cpu(name)).name
+        return prepare("auto", on_the_cpu(name)).note.partition(" by ")[2]
 
-    monkeypatch.setattr(packing, "_seconds", seconds)
+    def faster(layout: str) -> None:
+        monkeypatch.setattr(packing, "_seconds", seconds_by({"all": {layout: 0.5}}, trials))
+
+    monkeypatch.setattr(packing, "packed_layouts", lambda dtype: [ONEMKL, ONEDNN])
     monkeypatch.setattr(packing, "_TRIAL_BYTES", 1)
     monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path / "cache"))
-    assert tried() == "packed"
+    faster("oneDNN")
+    assert tried() == "oneDNN"
     assert trials
-    gains = False
-    assert tried() == "packed"
+    faster("oneMKL")
+    assert tried() == "oneDNN"
     assert not trials
-    assert tried("gpt-neox") == "eager"
+    faster("PyTorch")
+    assert tried("gpt-neox") == ""
     assert trials
-    assert (tried("gpt-neox"), trials) == ("eager", [])
+    assert (tried("gpt-neox"), trials) == ("", [])
     for damaged in ("{", "3", '{"a": 1}', "[[1]]"):
         (tmp_path / "cache" / "trials.json").write_text(damaged)
-        assert tried() == "eager"
+        assert tried() == ""
         assert trials
-        assert (tried(), trials) == ("eager", [])
-    monkeypatch.setenv("SPECDECODE_CACHE", str(tmp_path / "cache" / "trials.json"))  # no folder
-    assert tried() == "eager"
+        assert (tried(), trials) == ("", [])
+    kept = tmp_path / "cache" / "trials.json"
+    kept.write_text(kept.read_text().replace(': "PyTorch"', ': "no layout"'))
+    assert tried() == ""
     assert trials
+    monkeypatch.setenv("SPECDECODE_CACHE", str(kept))  # no folder
+    assert tried() == ""
+    assert trials
+
+
+def test_weights_that_are_packed_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a draft of the target's layers in another layout than the target's, with a second copy of the
+    weights.
+    """
+    trials: list[int] = []
+    monkeypatch.setattr(packing, "packed_layouts", lambda dtype: [ONEMKL, ONEDNN])
+    monkeypatch.setattr(packing, "_seconds", seconds_by({"all": {"oneDNN": 0.5}}, trials))
+    plain = LM(on_the_cpu("llama"))
+    assert plain.with_backend("auto").backend.note.endswith("by oneDNN")
+    trials.clear()
+    monkeypatch.setattr(packing, "_seconds", seconds_by({"all": {"oneMKL": 0.5}}, trials))
+    for kind in ("auto", "packed"):
+        assert plain.subset([0, 2]).with_backend(kind).backend.note.endswith("by oneDNN")
+    assert not trials
 
 
 def test_backends_that_cannot_be(tmp_path: Path) -> None:
@@ -454,8 +554,9 @@ def test_a_compiled_model_is_compiled_twice_and_no_more(pytestconfig: pytest.Con
     command = [sys.executable, "-c", _COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
     # Two compilations each for the target and the draft. In float32 both have packed layers.
-    told = [f"compile {[4] * 6}", f"compile (15 packed linear layers) {[8] * 6}"]
-    assert done.stdout.splitlines() == [f"{each} {[True] * 5}" for each in told], done.stderr
+    told = [f"compile {[4] * 6}", f"compile (packed: 15 linear layers) {[8] * 6}"]
+    printed = re.sub(r" by one\w+", "", done.stdout)
+    assert printed.splitlines() == [f"{each} {[True] * 5}" for each in told], done.stderr
 
 
 def test_capturing_is_timed_apart_from_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,7 +616,7 @@ def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
     counted wrongly.
     """
     read: dict[str, int] = {}
-    for backend in ("eager", "exact", "rounded"):
+    for backend in ("eager", "direct", "rounded"):
         target = lm("llama") if backend == "eager" else over_static_shapes("llama", backend)
         spans: list[int] = []
         watch = target.model.model.layers[0].self_attn.register_forward_pre_hook(
@@ -530,7 +631,7 @@ def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
             assert {32, 48} <= set(spans[1:]) <= {16, 32, 48, 64}
         else:
             assert sum(spans) == read[backend]
-    assert read["exact"] == read["eager"] < read["rounded"] < 1.6 * read["eager"]
+    assert read["direct"] == read["eager"] < read["rounded"] < 1.6 * read["eager"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-window", "gpt-neox"])

@@ -1,0 +1,138 @@
+"""Layouts of the weights of linear layers: ways to store a weight, and to multiply with it.
+
+PyTorch's `F.linear` passes float32 weights to the matrix library as they lie in memory. In every call with more than a
+row or two, the library then changes their layout again. So eight rows cost twice as much as one, which cancels the gain
+of speculation. Intel's two libraries also multiply with weights that were laid out once: oneMKL (`cblas_sgemm_pack`,
+`cblas_sgemm_compute`) and oneDNN. Which of them is faster depends on the processor.
+
+The result of a row may also depend, in its last bits, on the number of rows: a library may sum in another order. This
+depends on the processor, too, so `exact_layouts` tries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+# Rows for which a library optimises its layout: a draft of medium length. Any number of rows can use it.
+_LAYOUT_ROWS = 16
+# Numbers of rows over which a row's result must be the same: single tokens, drafts, trees, and a prompt.
+_TRIED_ROWS = (2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 72, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A way to store a weight, and to multiply with it.
+
+    Attributes:
+        name: its name, in words.
+        bytes_per_weight: bytes that a product reads for each weight; None for those of the weight's own type.
+        pack: lays out a weight [out, in].
+        multiply: multiplies inputs [*rows, in] with a weight that was laid out, and adds a bias [out]. Arguments: the
+            inputs, the result of `pack`, an empty tensor of the weight's shape, and the bias or None.
+    """
+
+    name: str
+    pack: Callable[[Tensor], Tensor]
+    multiply: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    bytes_per_weight: int | None = None
+
+
+def _by_onemkl(inputs: Tensor, packed: Tensor, shape: Tensor, bias: Tensor | None) -> Tensor:
+    # The operator reads only the shape of the original weight, if its last argument equals the rows of its input.
+    output: Tensor = torch.ops.mkl._mkl_linear(inputs, packed, shape, bias, inputs.numel() // inputs.shape[-1])
+    return output
+
+
+def _by_onednn(inputs: Tensor, packed: Tensor, shape: Tensor, bias: Tensor | None) -> Tensor:
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+    return output
+
+
+def _by_onednn_in_float32(inputs: Tensor, packed: Tensor, shape: Tensor, bias: Tensor | None) -> Tensor:
+    return _by_onednn(inputs.float(), packed, shape, None if bias is None else bias.float()).to(inputs.dtype)
+
+
+def _as_it_is(inputs: Tensor, weight: Tensor, shape: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(inputs, weight, bias)
+
+
+def _row_by_row(inputs: Tensor, weight: Tensor, shape: Tensor, bias: Tensor | None) -> Tensor:
+    rows = inputs.reshape(-1, 1, inputs.shape[-1])
+    products = torch.cat([nn.functional.linear(row, weight, bias) for row in rows])
+    return products.view(*inputs.shape[:-1], -1)
+
+
+def _for_onemkl(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), _LAYOUT_ROWS)
+    return packed
+
+
+def _for_onednn(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _LAYOUT_ROWS)
+    return packed
+
+
+ONEMKL = Layout("oneMKL", _for_onemkl, _by_onemkl)
+ONEDNN = Layout("oneDNN", _for_onednn, _by_onednn)
+ONEDNN_IN_FLOAT32 = Layout("oneDNN in float32", lambda weight: _for_onednn(weight.float()), _by_onednn_in_float32, 4)
+PLAIN = Layout("PyTorch", lambda weight: weight, _as_it_is)
+ROW_BY_ROW = Layout("PyTorch, row by row", lambda weight: weight, _row_by_row)
+
+LAYOUTS = {layout.name: layout for layout in (ONEMKL, ONEDNN, ONEDNN_IN_FLOAT32, PLAIN, ROW_BY_ROW)}
+"""All layouts, by name."""
+
+
+def packed_layouts(dtype: torch.dtype) -> list[Layout]:
+    """Return the layouts of a library that multiply weights of this type, in this type, on this processor."""
+    onemkl = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    return [
+        *([ONEMKL] if onemkl and dtype == torch.float32 else []),
+        *([ONEDNN] if dtype in _onednn_types() else []),
+    ]
+
+
+def exact_layouts(dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> list[Layout]:
+    """Return the layouts with which the result of a row does not depend, to the last bit, on the other rows.
+
+    They were tried on this processor with a random weight of each shape. Besides the layouts of a library there are the
+    weights as they are; 16-bit weights laid out in float32, for processors that multiply only these fast; and, if none
+    of them passes, products row by row, for which it always holds.
+
+    Args:
+        dtype: type of the weights.
+        shapes: outputs and inputs of the weights.
+    """
+    wider = [ONEDNN_IN_FLOAT32] if dtype.itemsize == 2 and torch.float32 in _onednn_types() else []
+    candidates = [*packed_layouts(dtype), *(wider if ONEDNN not in packed_layouts(dtype) else []), PLAIN]
+    passed = [layout for layout in candidates if all(_is_exact(layout, dtype, *shape) for shape in shapes)]
+    return passed or [ROW_BY_ROW]
+
+
+def _onednn_types() -> list[torch.dtype]:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return []
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return [torch.float32, *(dtype for dtype, can in supported.items() if can)]
+
+
+@torch.inference_mode()
+def _is_exact(layout: Layout, dtype: torch.dtype, outputs: int, inputs: int) -> bool:
+    """Return whether rows of random numbers have the same products alone and beside others."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    rows: Float[Tensor, "n in"] = torch.randn(_TRIED_ROWS[-1], inputs, generator=generator).to(dtype)
+    packed, shape = layout.pack(weight), torch.empty((), dtype=dtype).expand(outputs, inputs)
+
+    def products(part: Shaped[Tensor, "n in"]) -> Shaped[Tensor, "n out"]:
+        return layout.multiply(part, packed, shape, None)
+
+    alone = torch.cat([products(row[None]) for row in rows])
+    return all(torch.equal(products(rows[-count:]), alone[-count:]) for count in _TRIED_ROWS)
