@@ -230,7 +230,9 @@ def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert double.name == "eager"
     assert str(double) == "eager (not packed: no library has a layout for float64 on this processor)"
     convolutions = on_the_cpu("gpt-2")
-    assert re.fullmatch(r"1 linear layers by one\w+, 16 other matrices as they are", prepare("packed", convolutions).note)
+    assert re.fullmatch(
+        r"1 linear layers by one\w+, 16 other matrices as they are", prepare("packed", convolutions).note
+    )
     assert "no plain linear layers" in str(prepare("packed", on_the_cpu("gpt-2", tie_word_embeddings=False).to("meta")))
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert prepare("packed", on_the_cpu("llama")).note.endswith("by oneDNN")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from specdecode import (
     LM,
@@ -22,22 +23,34 @@ from specdecode import (
     generate,
     generate_batch,
 )
+from specdecode.backends import check
 from specdecode.backends.row_attention import BY_ROWS
+from specdecode.bench.arms.arm import make_arm
+from specdecode.bench.measure.check import check as check_output
+from specdecode.core.errors import UnsupportedModelError
 from specdecode.models import lm as lm_module
 from specdecode.models.quantize import KINDS
-from tests.helpers.models import build, prompt, quantisable
+from tests.helpers.models import build, moved, prompt, quantisable
 from tests.helpers.strategies import trees
 
 NAMES = ("llama", "gpt-neox", "opt", "phi3", "mistral-window", "qwen2-window", "gemma3-window")
 
 
+DTYPES = {"exact": torch.float32, "exact-bfloat16": torch.bfloat16, "exact-float16": torch.float16}
+EXACT = (*KINDS, *DTYPES)
+
+
 @functools.cache
 def target(name: str, kind: str) -> LM:
-    """A quantised model that multiplies in bfloat16: rounding there makes the last bit of a float32 count.
+    """A model in which no row changes another's result: a quantised one, or one on the backend "exact".
 
-    Its head is quantised too. A head that is tied to the embedding is not, and may round otherwise beside other rows.
+    Quantised layers multiply in bfloat16: rounding there makes the last bit of a float32 count. A head that is tied to
+    the embedding is not quantised, and may round otherwise beside other rows. On the backend "exact" it may not.
     """
-    return LM(build(quantisable(name) | {"tie_word_embeddings": False}).float()).quantized(kind)
+    if kind in KINDS:
+        return LM(build(quantisable(name) | {"tie_word_embeddings": False}).float()).quantized(kind)
+    model = build(quantisable(name) | {"tie_word_embeddings": name == "llama"})
+    return LM(moved(model, "cpu").to(DTYPES[kind])).with_backend("exact")
 
 
 def one_by_one(model: LM, text: list[int]) -> torch.Tensor:
@@ -60,8 +73,8 @@ def off(model: LM, tree: DraftTree) -> list[int]:
     return [node for node, path in paths.items() if not torch.equal(logits[node], one_by_one(model, path))]
 
 
-@settings(max_examples=25)
-@given(name=st.sampled_from(NAMES), kind=st.sampled_from(KINDS), tree=trees(max_nodes=20, tokens=90))
+@settings(max_examples=40)
+@given(name=st.sampled_from(NAMES), kind=st.sampled_from(EXACT), tree=trees(max_nodes=20, tokens=90))
 def test_a_tree_gives_the_logits_of_plain_decoding_to_the_last_bit(name: str, kind: str, tree: DraftTree) -> None:
     """Guards against a draft that changes the rounding, and with it the tokens at near-ties."""
     assert off(target(name, kind), tree) == []
@@ -69,14 +82,58 @@ def test_a_tree_gives_the_logits_of_plain_decoding_to_the_last_bit(name: str, ki
 
 def test_rows_that_attend_together_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a comparison in which nothing rounds: PyTorch's attention over several rows fails it."""
+    models = [target("llama", kind) for kind in ("int4", "exact")]
     monkeypatch.setattr(lm_module, "separate_rows", lambda rows: nullcontext())
-    assert off(target("llama", "int4"), DraftTree.chain(torch.arange(7, 19)))
+    for model in models:
+        assert off(model, DraftTree.chain(torch.arange(7, 19)))
 
 
-@settings(max_examples=12)
+def test_a_model_whose_rows_change_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the name "exact" on a model that is not: attention that reads all rows together, layers that are
+    no plain linear layers, and attention of a model's own.
+    """
+    plain = LM(moved(build(quantisable("llama")), "cpu").bfloat16())
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_module, "separate_rows", lambda rows: nullcontext())
+        with pytest.raises(UnsupportedModelError, match="cannot run on the backend exact: beside other tokens"):
+            plain.with_backend("exact")
+    assert plain.with_backend("exact").backend.exact
+    with pytest.raises(ValueError, match="the backend exact is for a CPU: use graph, compile or eager on cuda"):
+        check("exact", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_model_can_be_exact_with_its_tied_head(kind: str) -> None:
+    """Guards against an unquantised head whose logits change in the last bit."""
+    model = (
+        LM(build(quantisable("llama") | {"tie_word_embeddings": True}).float()).quantized(kind).with_backend("exact")
+    )
+    assert off(model, DraftTree.chain(torch.arange(7, 19))) == []
+
+
+def test_an_exact_arm_has_no_ties() -> None:
+    """Guards against a wrong token on the backend "exact" that passes as a tie."""
+    equal = LM(equal_logits(moved(build(quantisable("llama")), "cpu"), 6, 9))
+    for backend, expected in (("eager", "tie"), ("exact", "bug")):
+        baseline, arm = (make_arm(name, {"drafter": name}, equal, None, backend) for name in ("none", "lookup"))
+        assert check_output(arm, prompt(), [5, 6, 7], [5, 9, 7], baseline) == expected
+    # Another baseline rounds otherwise.
+    plain = make_arm("ar", {"drafter": "none"}, equal, None, "eager")
+    assert check_output(arm, prompt(), [5, 6, 7], [5, 9, 7], plain) == "tie"
+
+
+def equal_logits(model: PreTrainedModel, one: int, other: int) -> PreTrainedModel:
+    """Make two tokens equally probable everywhere, so that a choice between them is a tie."""
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[one] = weight[other]
+    return model
+
+
+@settings(max_examples=24)
 @given(
     name=st.sampled_from(NAMES),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(EXACT),
     policy=st.sampled_from([None, SinkWindow(16), KeyNorm(16, recent=4)]),
     k=st.integers(1, 9),
     tree=st.booleans(),
@@ -96,7 +153,7 @@ def test_the_tokens_are_those_of_plain_decoding(
     assert result.drafted > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT)
 def test_a_prompt_in_a_batch_gets_its_tokens_alone(kind: str) -> None:
     """Guards against padding that changes how many rows attend together."""
     model = target("llama", kind)

@@ -120,5 +120,5 @@ def test_what_is_not_there_is_not_measured(clock: FakeClock, monkeypatch: pytest
     assert list(found.backends) == ["eager"]
     assert found.missing == {
         "broken": "no compiler: install one",
-        "packed": "it has no plain linear layers in float32 on a CPU",
+        "packed": "no library has a layout for float64 on this processor",
     }
