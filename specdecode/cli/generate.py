@@ -87,7 +87,8 @@ _Dtype: TypeAlias = Annotated[
     str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
 ]
 _Backend: TypeAlias = Annotated[
-    str, typer.Option(help="how forwards run: eager, packed, compile, graph, or auto, the fastest without a long wait")
+    str,
+    typer.Option(help="how forwards run: eager, packed, exact, compile, graph, or auto, the fastest that starts soon"),
 ]
 _Quantize: TypeAlias = Annotated[
     str | None, typer.Option(help="int8 or int4: the target's weights in 8 or 4 bits  [default: unquantised]")
