@@ -15,13 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 # Rows for which a library optimises its layout: a draft of medium length. Any number of rows can use it.
 _LAYOUT_ROWS = 16
 # Numbers of rows over which a row's result must be the same: single tokens, drafts, trees, and a prompt.
 _TRIED_ROWS = (2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 72, 100)
+# Number of different rows among them. It shares no factor with a library's blocks of rows.
+_DIFFERENT_ROWS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ def _as_it_is(inputs: Tensor, weight: Tensor, shape: Tensor, bias: Tensor | None
 
 def _row_by_row(inputs: Tensor, weight: Tensor, shape: Tensor, bias: Tensor | None) -> Tensor:
     rows = inputs.reshape(-1, 1, inputs.shape[-1])
-    products = torch.cat([nn.functional.linear(row, weight, bias) for row in rows])
+    # Each row gets memory of its own: the order of a library's sum depends on the alignment, too.
+    products = torch.cat([nn.functional.linear(row.clone(), weight, bias) for row in rows])
     return products.view(*inputs.shape[:-1], -1)
 
 
@@ -96,20 +99,20 @@ def packed_layouts(dtype: torch.dtype) -> list[Layout]:
     ]
 
 
-def exact_layouts(dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> list[Layout]:
+def exact_layouts(weights: Sequence[Float[Tensor, "_ _"]]) -> list[Layout]:
     """Return the layouts with which the result of a row does not depend, to the last bit, on the other rows.
 
-    They were tried on this processor with a random weight of each shape. Besides the layouts of a library there are the
-    weights as they are; 16-bit weights laid out in float32, for processors that multiply only these fast; and, if none
-    of them passes, products row by row, for which it always holds.
+    They are tried on this processor. Besides the layouts of a library there are the weights as they are; 16-bit weights
+    laid out in float32, for processors that multiply only these fast; and, if none of them passes, products row by row,
+    for which it always holds.
 
     Args:
-        dtype: type of the weights.
-        shapes: outputs and inputs of the weights.
+        weights: a weight of each shape, all of one type. Only their shapes matter.
     """
+    dtype = weights[0].dtype
     wider = [ONEDNN_IN_FLOAT32] if dtype.itemsize == 2 and torch.float32 in _onednn_types() else []
     candidates = [*packed_layouts(dtype), *(wider if ONEDNN not in packed_layouts(dtype) else []), PLAIN]
-    passed = [layout for layout in candidates if all(_is_exact(layout, dtype, *shape) for shape in shapes)]
+    passed = [layout for layout in candidates if all(_is_exact(layout, weight) for weight in weights)]
     return passed or [ROW_BY_ROW]
 
 
@@ -124,15 +127,15 @@ def _onednn_types() -> list[torch.dtype]:
 
 
 @torch.inference_mode()
-def _is_exact(layout: Layout, dtype: torch.dtype, outputs: int, inputs: int) -> bool:
-    """Return whether rows of random numbers have the same products alone and beside others."""
+def _is_exact(layout: Layout, weight: Float[Tensor, "out in"]) -> bool:
+    """Return whether random rows have the same products with random weights alone and beside others."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-    rows: Float[Tensor, "n in"] = torch.randn(_TRIED_ROWS[-1], inputs, generator=generator).to(dtype)
-    packed, shape = layout.pack(weight), torch.empty((), dtype=dtype).expand(outputs, inputs)
-
-    def products(part: Shaped[Tensor, "n in"]) -> Shaped[Tensor, "n out"]:
-        return layout.multiply(part, packed, shape, None)
-
-    alone = torch.cat([products(row[None]) for row in rows])
-    return all(torch.equal(products(rows[-count:]), alone[-count:]) for count in _TRIED_ROWS)
+    few = weight.new_empty(_DIFFERENT_ROWS, weight.shape[1]).normal_(generator=generator)
+    # Real weights may be zero, and show nothing.
+    packed = layout.pack(torch.empty_like(weight).normal_(generator=generator))
+    shape = weight.new_empty(()).expand(weight.shape)
+    alone = torch.cat([layout.multiply(row[None], packed, shape, None) for row in few])
+    return all(
+        torch.equal(layout.multiply(few[which], packed, shape, None), alone[which])
+        for which in (torch.arange(rows) % _DIFFERENT_ROWS for rows in _TRIED_ROWS)
+    )

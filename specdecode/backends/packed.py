@@ -96,9 +96,8 @@ def layouts(model: nn.Module) -> list[Layout]:
 
 def exact(model: nn.Module) -> list[Layout]:
     """Return the layouts with which a row of the model's linear layers has the same result beside any other rows."""
-    layers = _layers(model)
-    shapes = {(layer.out_features, layer.in_features) for layer in layers}
-    return exact_layouts(layers[0].weight.dtype, sorted(shapes)) if layers else [PLAIN]
+    by_shape = {layer.weight.shape: layer.weight.detach() for layer in _layers(model)}
+    return exact_layouts(list(by_shape.values())) if by_shape else [PLAIN]
 
 
 def pack(model: nn.Module, layout: Layout) -> tuple[int, int]:

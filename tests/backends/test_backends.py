@@ -144,17 +144,17 @@ def test_a_layout_is_exact_only_if_no_row_changes_another(monkeypatch: pytest.Mo
     weights that are laid out in float32 where they can be multiplied as they are.
     """
     varying = Layout("varying", lambda weight: weight, sums_in_another_order)
-    shapes = [(80, 48), (90, 37)]
+    weights = [torch.randn(80, 48), torch.randn(90, 37)]
     monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [varying])
     monkeypatch.setattr(layouts, "PLAIN", varying)
-    assert exact_layouts(torch.float32, shapes) == [ROW_BY_ROW]
-    assert exact_layouts(torch.float64, shapes) == [ROW_BY_ROW]
+    assert exact_layouts(weights) == [ROW_BY_ROW]
+    assert exact_layouts([weight.double() for weight in weights]) == [ROW_BY_ROW]
     same = Layout("same", lambda weight: weight, ROW_BY_ROW.multiply)
     monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [varying, same])
-    assert exact_layouts(torch.float32, shapes) == [same]
+    assert exact_layouts(weights) == [same]
     monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [layouts.ONEDNN])
     monkeypatch.setattr(layouts, "ONEDNN", same)
-    assert exact_layouts(torch.bfloat16, shapes) == [same]
+    assert exact_layouts([weight.bfloat16() for weight in weights]) == [same]
 
 
 @pytest.mark.skipif(
