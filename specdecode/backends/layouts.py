@@ -110,8 +110,9 @@ def exact_layouts(weights: Sequence[Float[Tensor, "_ _"]]) -> list[Layout]:
         weights: a weight of each shape, all of one type. Only their shapes matter.
     """
     dtype = weights[0].dtype
-    wider = [ONEDNN_IN_FLOAT32] if dtype.itemsize == 2 and torch.float32 in _onednn_types() else []
-    candidates = [*packed_layouts(dtype), *(wider if ONEDNN not in packed_layouts(dtype) else []), PLAIN]
+    own = packed_layouts(dtype)
+    wider = dtype.itemsize == 2 and ONEDNN not in own and torch.float32 in _onednn_types()
+    candidates = [*own, *([ONEDNN_IN_FLOAT32] if wider else []), PLAIN]
     passed = [layout for layout in candidates if all(_is_exact(layout, weight) for weight in weights)]
     return passed or [ROW_BY_ROW]
 

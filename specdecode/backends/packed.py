@@ -47,6 +47,9 @@ def _(inputs: Tensor, packed: Tensor, shape: Tensor, bias: Tensor | None, layout
 class PackedLinear(nn.Module):
     """A linear layer that holds its weight in one layout only.
 
+    Attributes:
+        layout: the layout.
+
     Args:
         linear: the layer to pack, on a CPU.
         layout: a layout for its type.

@@ -88,7 +88,9 @@ _Dtype: TypeAlias = Annotated[
 ]
 _Backend: TypeAlias = Annotated[
     str,
-    typer.Option(help="how forwards run: eager, packed, exact, compile, graph, or auto, the fastest that starts soon"),
+    typer.Option(
+        help="how forwards run: eager, packed, exact, compile, graph, or auto, the fastest that starts quickly"
+    ),
 ]
 _Quantize: TypeAlias = Annotated[
     str | None, typer.Option(help="int8 or int4: the target's weights in 8 or 4 bits  [default: unquantised]")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from specdecode.backends.grouped_attention import GROUPED
+from specdecode.backends.packed import PackedLinear
 from specdecode.backends.row_attention import BY_ROWS
+from specdecode.models.quantized_linear import Int4Linear, Int8Linear
 from specdecode.models.wrapped import unloaded_reason
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -51,6 +54,19 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa", GROUPED, BY_ROWS):
         return f"attention {implementation!r} takes no 4-D mask; load it with attn_implementation='sdpa'"
+    return None
+
+
+def inexact_reason(model: PreTrainedModel) -> str | None:
+    """Return why the result of a row may depend on the other rows of a forward, by a model's modules; None if nothing
+    shows it."""
+    if model.config.get_text_config(decoder=True)._attn_implementation != BY_ROWS:
+        return "its attention reads all rows together; load it with attn_implementation='sdpa'"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | PackedLinear | Int8Linear | Int4Linear):
+            continue
+        if any(weight.dim() > 1 for weight in module.parameters(recurse=False)):
+            return f"{name} is a {type(module).__name__}, and no plain linear layer"
     return None
 
 

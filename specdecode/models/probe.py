@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.tree import DraftTree
-from specdecode.models.checks import missing_arguments, mixed_rows_reason
+from specdecode.models.checks import inexact_reason, missing_arguments, mixed_rows_reason
 from specdecode.models.forwards import SlotDecoder
 from specdecode.models.masks import MaskForm
 from specdecode.models.quantized_linear import rounding
@@ -87,8 +87,14 @@ def check_rows(decoder: SlotDecoder) -> None:
     """Compare a tree forward with forwards of single tokens, to the last bit.
 
     Raises:
-        UnsupportedModelError: a logit differs.
+        UnsupportedModelError: a logit differs, or may differ in other forwards. The message gives the reason.
     """
+    if reason := inexact_reason(decoder.model) or _row_difference(decoder):
+        raise UnsupportedModelError(f"{decoder.name} cannot run on the backend exact: {reason}")
+
+
+def _row_difference(decoder: SlotDecoder) -> str | None:
+    """Return a message if the logits of a tree differ from those of single tokens; None if they are the same."""
     stem, tree = _stem(decoder.vocab_size), _tree(decoder.vocab_size)
     slots = decoder.new_slots(len(stem))
     decoder.forward(slots, torch.tensor(stem[:-1]))
@@ -99,10 +105,8 @@ def check_rows(decoder: SlotDecoder) -> None:
         for node in (0, *path):
             token = stem[-1] if node == 0 else int(tree.tokens[node - 1])
             if not torch.equal(decoder.forward(slots, torch.tensor([token]))[0], at_nodes[node]):
-                raise UnsupportedModelError(
-                    f"{decoder.name} cannot run on the backend exact: beside other tokens, a token's logits differ in"
-                    " their last bits; use another backend"
-                )
+                return "beside other tokens, a token's logits differ in their last bits; use another backend"
+    return None
 
 
 def _stem(vocab_size: int) -> list[int]:

@@ -211,7 +211,6 @@ def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.M
             held.append(sum(weight() is not None for weight in weights))
 
     monkeypatch.setattr(packing, "PackedLinear", Watched)
-    monkeypatch.setattr(packing, "packed_layouts", lambda dtype: [ONEDNN])  # without a trial, which holds some
     backend = prepare("packed", model)
     # The last weight is the tied head. Besides it, only the weights of one module may still be in memory.
     assert held[-1] < 5 < held[0] - 20, "the plain weights must not wait for the last of them to be packed"

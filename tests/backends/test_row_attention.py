@@ -30,7 +30,7 @@ from specdecode.bench.measure.check import check as check_output
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.models import lm as lm_module
 from specdecode.models.quantize import KINDS
-from tests.helpers.models import build, moved, prompt, quantisable
+from tests.helpers.models import ARCHITECTURES, build, moved, prompt, quantisable
 from tests.helpers.strategies import trees
 
 NAMES = ("llama", "gpt-neox", "opt", "phi3", "mistral-window", "qwen2-window", "gemma3-window")
@@ -98,6 +98,13 @@ def test_a_model_whose_rows_change_each_other_is_refused(monkeypatch: pytest.Mon
         with pytest.raises(UnsupportedModelError, match="cannot run on the backend exact: beside other tokens"):
             plain.with_backend("exact")
     assert plain.with_backend("exact").backend.exact
+    convolutions = LM(moved(build(ARCHITECTURES["gpt-2"]), "cpu"))
+    with pytest.raises(UnsupportedModelError, match=r"h\.0\.attn\.c_attn is a Conv1D, and no plain linear layer"):
+        convolutions.with_backend("exact")
+    own = moved(build(quantisable("llama")), "cpu")
+    own.set_attn_implementation("eager")
+    with pytest.raises(UnsupportedModelError, match="its attention reads all rows together"):
+        LM(own).with_backend("exact")
     with pytest.raises(ValueError, match="the backend exact is for a CPU: use graph, compile or eager on cuda"):
         check("exact", torch.device("cuda"))
 
@@ -117,6 +124,10 @@ def test_an_exact_arm_has_no_ties() -> None:
     for backend, expected in (("eager", "tie"), ("exact", "bug")):
         baseline, arm = (make_arm(name, {"drafter": name}, equal, None, backend) for name in ("none", "lookup"))
         assert check_output(arm, prompt(), [5, 6, 7], [5, 9, 7], baseline) == expected
+    # A policy that reads attention runs on another attention.
+    heavy = {"policy": "heavy-hitter", "cache": 16}
+    baseline, arm = (make_arm(name, {"drafter": name} | heavy, equal, None, "exact") for name in ("none", "lookup"))
+    assert check_output(arm, prompt(), [5, 6, 7], [5, 9, 7], baseline) == "tie"
     # Another baseline rounds otherwise.
     plain = make_arm("ar", {"drafter": "none"}, equal, None, "eager")
     assert check_output(arm, prompt(), [5, 6, 7], [5, 9, 7], plain) == "tie"
