@@ -130,14 +130,13 @@ def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
     """Return the layout with which the model's linear layers are fastest over eight rows, by a short trial.
 
     Packing takes time and memory, so weights stay as they are unless another layout is faster by a tenth. The result
-    for a model that is too large for the caches is kept for later processes (`support.trials`). Weights that are laid
-    out already are not tried again.
+    is kept for later processes (`support.trials`). Weights that are laid out already are not tried again. A model that
+    fits the caches is not tried at all and takes the first layout: its forwards spend their time elsewhere, and chance
+    would decide.
     """
     layers = _layers(model)
     if held := [layout for layout in candidates if all(layout.name in _packed.get(x.weight, {}) for x in layers)]:
         return held[0]
-    if len(candidates) == 1:
-        return candidates[0]
     bytes_of: dict[tuple[int, int], int] = {}
     tried: dict[tuple[int, int], list[nn.Linear]] = {}
     for layer in layers:
@@ -145,8 +144,8 @@ def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
         if bytes_of.get(shape, 0) < _TRIAL_BYTES:
             tried.setdefault(shape, []).append(layer)
         bytes_of[shape] = bytes_of.get(shape, 0) + layer.weight.nbytes
-    if sum(bytes_of.values()) < _TRIAL_BYTES:
-        return _fastest(tried, bytes_of, candidates)
+    if len(candidates) == 1 or sum(bytes_of.values()) < _TRIAL_BYTES:
+        return candidates[0]
     size = layers[0].weight.itemsize
     shapes = ", ".join(f"{nbytes / (size * n * m):.0f} of {n} x {m}" for (n, m), nbytes in sorted(bytes_of.items()))
     what = f"fastest of {', '.join(layout.name for layout in candidates)} for {_name(layers[0].weight.dtype)}, {shapes}"
