@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from specdecode import (
     LM,
@@ -39,14 +42,28 @@ from specdecode.heads.bound import BoundHead, untrained
 from specdecode.policies.heavy_hitter import HeavyHitter
 from tests.helpers import models
 from tests.helpers.models import ARCHITECTURES, UNCAPTURED, build, prompt
-from tests.helpers.pretended_tensors import DEVICE
+from tests.helpers.pretended_tensors import DEVICE, host_alone
 
 pytestmark = pytest.mark.skipif(
     torch.device(models.DEVICE).type != "cuda", reason="there is no GPU here, nor a pretended one: tox -e pretend"
 )
 
-LENGTH = 40
+LENGTH = 24
+LAYERS = 3
+"""Enough for a draft that skips a layer, and for a head that reads three. Each further layer only repeats them."""
 TREE = StaticTree((3, 2, 1))
+
+
+def model_of(name: str) -> PreTrainedModel:
+    """Build an architecture of few layers: each operation on the pretended device takes as long as one on a GPU."""
+    values = ARCHITECTURES[name]
+    kinds = {"layer_types": values["layer_types"][:LAYERS]} if "layer_types" in values else {}
+    return build(values | {"num_hidden_layers": LAYERS} | kinds)
+
+
+@functools.cache
+def draft_of(target: LM) -> LM:
+    return target.subset([0, 2])
 
 
 @functools.cache
@@ -75,11 +92,11 @@ READS = {"best-first-tree": 5}
 LAUNCHES = {
     "none": 10.1,
     "lookup": 10.1,
-    "chain": 21,
-    "static-tree": 36,
-    "best-first-tree": 72,
+    "chain": 20,
+    "static-tree": 36.5,
+    "best-first-tree": 60,
     "head-chain": 23,
-    "head-tree": 49,
+    "head-tree": 46.5,
 }
 """The most kernels that a step launches outside its graphs. The number is the same for any number of layers."""
 
@@ -88,19 +105,64 @@ PRETENDED = "tests.helpers.pretended" in sys.modules
 
 @functools.cache
 def on_graphs(name: str = "llama") -> LM:
-    model = build(ARCHITECTURES[name])
+    model = model_of(name)
     return LM(model, name=name, backend=prepare("graph", model))
+
+
+@functools.cache
+def eager() -> LM:
+    return LM(model_of("llama"))
+
+
+@functools.cache
+def plain(name: str = "llama") -> LM:
+    """Return a copy of the model on the CPU. It decodes beside the device: `host_alone`."""
+    return LM(model_of(name).cpu(), name=name)
 
 
 @functools.cache
 def on_the_host(name: str = "llama") -> list[int]:
     """Return the prompt and its continuation by a copy of the model on the CPU."""
-    plain = LM(build(ARCHITECTURES[name]).cpu(), name=name)
-    return [*prompt(), *generate(plain, prompt(), max_new_tokens=LENGTH).tokens]
+    model = plain(name)
+    with host_alone():
+        return [*prompt(), *generate(model, prompt(), max_new_tokens=LENGTH).tokens]
 
 
 def decode(target: LM, drafter: Drafter) -> Generation:
     return generate(target, prompt(), drafter=drafter, controller=FixedK(4), max_new_tokens=LENGTH)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A text that was decoded, and what was counted meanwhile.
+
+    Attributes:
+        captures: graphs captured until the end, and meanwhile.
+        reads: waits of the host.
+        launches: kernels launched outside graphs, by line of the package; only on the pretended device.
+    """
+
+    result: Generation
+    captures: tuple[int, int]
+    reads: int
+    launches: Counter[str]
+
+
+def counted(target: LM, name: str) -> Counted:
+    gc.collect()  # frees the storages of the previous run for reuse
+    drafter = MAKERS[name](target, draft_of(target))
+    captures = CudaGraphs.count
+    DEVICE.launches.clear()
+    with host_reads(target.device) as reads:
+        result = decode(target, drafter)
+    return Counted(result, (CudaGraphs.count, CudaGraphs.count - captures), reads[0], DEVICE.launches.copy())
+
+
+@functools.cache
+def replays(name: str) -> list[Counted]:
+    """Decode a text three times. A prompt is read by a graph only if its storage has seen one before: so the first two
+    runs capture."""
+    return [counted(on_graphs(), name) for _ in range(3)]
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -108,25 +170,14 @@ def test_replayed_graphs_write_what_the_cpu_does_and_wait_once_a_step(name: str)
     """Guards against wrong tokens: from results that another graph has overwritten, from copies that have not arrived,
     or from tensors of two devices. Also against a host that waits or captures more than necessary.
     """
-    target = on_graphs()
-    draft = target.subset([0, 2])
-    # A prompt is read by a graph only if its storage has seen one before: so the first two runs capture.
-    for first in (True, True, False):
-        drafter = None
-        gc.collect()  # frees the storages of the previous run for reuse
-        captures, drafter = CudaGraphs.count, MAKERS[name](target, draft)
-        with host_reads(target.device) as reads:
-            result = decode(target, drafter)
-        assert result.tokens == on_the_host()[len(prompt()) :]
-        assert first or CudaGraphs.count == captures
-        assert first or reads[0] <= READS.get(name, 1) * len(result.steps)
-    assert captures
-    eager = LM(build(ARCHITECTURES["llama"]))
-    drafter = MAKERS[name](eager, eager.subset([0, 2]))
-    with host_reads(eager.device) as reads:
-        result = decode(eager, drafter)
-    assert result.tokens == on_the_host()[len(prompt()) :]
-    assert reads[0] <= READS.get(name, 1) * len(result.steps)
+    runs = [*replays(name), counted(eager(), name)]
+    for run in runs:
+        assert run.result.tokens == on_the_host()[len(prompt()) :]
+    captured, new = runs[2].captures
+    assert captured
+    assert new == 0
+    for run in runs[2:]:
+        assert run.reads <= READS.get(name, 1) * len(run.result.steps)
 
 
 @pytest.mark.parametrize(("name", "most"), LAUNCHES.items())
@@ -135,16 +186,9 @@ def test_a_step_launches_few_kernels_beside_its_graphs(name: str, most: float) -
     """Guards against a GPU that idles because the host launches many kernels: a launch takes as long as a small
     kernel.
     """
-    target = on_graphs()
-    draft = target.subset([0])
-    for _ in range(3):
-        drafter = None
-        gc.collect()
-        drafter = MAKERS[name](target, draft)
-        DEVICE.launches.clear()
-        result = decode(target, drafter)
-    launches = sum(DEVICE.launches.values()) / len(result.steps)
-    assert 0.9 * most <= launches <= most, DEVICE.launches.most_common(20)
+    run = replays(name)[-1]
+    launches = run.launches.total() / len(run.result.steps)
+    assert 0.9 * most <= launches <= most, run.launches.most_common(20)
 
 
 @pytest.mark.parametrize("name", ["gpt-neox", "gemma3-window"])
@@ -158,44 +202,43 @@ def test_other_architectures_replay_right(name: str) -> None:
 
 def test_policies_batches_and_samples_are_those_of_the_cpu() -> None:
     """Guards against policies, batches or sampling that choose other tokens on a GPU than on the CPU."""
-    target = on_graphs()
-    plain = LM(build(ARCHITECTURES["llama"]).cpu())
-    texts, length = [prompt(length) for length in (9, 14)], 24
+    target, host = on_graphs(), plain()
+    texts = [prompt(length) for length in (9, 14)]
     for policy in (SinkWindow(24, sinks=2), HeavyHitter(24)):
-        rules = {"policy": policy, "max_new_tokens": length}
-        expected = generate(plain, prompt(), **rules).tokens
+        rules = {"policy": policy, "max_new_tokens": LENGTH}
+        with host_alone():
+            expected = generate(host, prompt(), **rules).tokens
         assert generate(target, prompt(), drafter=PromptLookup(), **rules).tokens == expected
     batch = generate_batch(
-        target, texts, batch_size=2, drafter=lambda: ModelDrafter(target.subset([0, 2])), max_new_tokens=length
+        target, texts, batch_size=2, drafter=lambda: ModelDrafter(draft_of(target)), max_new_tokens=LENGTH
     )
-    assert [result.tokens for result in batch] == [
-        generate(plain, text, max_new_tokens=length).tokens for text in texts
-    ]
-    sampling = Sampling(0.9, top_k=20, seed=5)
-    for make in (MAKERS["chain"], MAKERS["static-tree"], MAKERS["head-tree"]):
-        written = [
-            generate(
-                one, prompt(), drafter=make(one, one.subset([0, 2])), sampling=sampling, max_new_tokens=length
-            ).tokens
-            for one in (plain, target)
-        ]
-        assert written[0] == written[1]
+    with host_alone():
+        alone = [generate(host, text, max_new_tokens=LENGTH).tokens for text in texts]
+    assert [result.tokens for result in batch] == alone
+    rules = {"sampling": Sampling(0.9, top_k=20, seed=5), "max_new_tokens": LENGTH}
+    for name in ("chain", "static-tree", "head-tree"):
+        with host_alone():
+            written = generate(host, prompt(), drafter=MAKERS[name](host, draft_of(host)), **rules).tokens
+        assert generate(target, prompt(), drafter=MAKERS[name](target, draft_of(target)), **rules).tokens == written
 
 
 def test_teacher_forcing_reads_what_has_arrived() -> None:
     """Guards against accepting garbage because the tokens are still on their way to the host."""
     text = on_the_host()
-    counted = []
-    for target in (LM(build(ARCHITECTURES["llama"]).cpu()), on_graphs()):
-        steps = list(teacher_forced(target, text, len(prompt()), drafter=ModelDrafter(target.subset([0, 2]))))
-        counted.append([(step.place, len(step.logits)) for step in steps])
-    assert counted[0] == counted[1]
+
+    def steps(target: LM) -> list[tuple[int, int]]:
+        forced = teacher_forced(target, text, len(prompt()), drafter=ModelDrafter(draft_of(target)))
+        return [(step.place, len(step.logits)) for step in forced]
+
+    host = plain()
+    with host_alone():
+        expected = steps(host)
+    assert steps(on_graphs()) == expected
 
 
 def test_a_timed_run_captures_nothing() -> None:
     """Guards against captures inside timed runs, also where a text grows beyond the captured shapes."""
-    target = on_graphs()
-    draft = target.subset([0, 2])
+    draft = draft_of(on_graphs())
     entries = {
         "chain": {"drafter": "model", "k": 3},
         "tree": {"drafter": "model", "shape": "static", "branching": [2, 2]},
@@ -203,7 +246,7 @@ def test_a_timed_run_captures_nothing() -> None:
     }
     counts = []
 
-    def counted(run: Callable[..., object]) -> Callable[..., object]:
+    def noting(run: Callable[..., object]) -> Callable[..., object]:
         def noted(*given: object) -> object:
             before = CudaGraphs.count
             result = run(*given)
@@ -213,8 +256,8 @@ def test_a_timed_run_captures_nothing() -> None:
         return noted
 
     for name, entry in entries.items():
-        arm = make_arm(name, entry, LM(build(ARCHITECTURES["llama"])), LM(draft.model), "graph")
-        object.__setattr__(arm, "run", counted(arm.run))
+        arm = make_arm(name, entry, LM(model_of("llama")), LM(draft.model), "graph")
+        object.__setattr__(arm, "run", noting(arm.run))
         counts.clear()
         timed(arm, prompt(), LENGTH, ())
         assert counts[0] > 0
@@ -227,7 +270,7 @@ def test_an_architecture_that_copies_in_its_forward_is_not_captured() -> None:
     architecture.
     """
     for name in UNCAPTURED:
-        model = build(ARCHITECTURES[name])
+        model = model_of(name)
         with pytest.raises(UnsupportedModelError, match="cannot be decoded exactly: its forward does not take"):
             LM(model, backend=prepare("graph", model))
         target = LM.on_backend(prepare("auto", model), model, name=name)
@@ -239,7 +282,7 @@ def test_a_model_that_cannot_be_captured_runs_all_the_same() -> None:
     """Guards against `auto` that fails instead of falling back to eager, and against a capture's stream that stays
     current.
     """
-    model = build(ARCHITECTURES["llama"])
+    model = model_of("llama")
     mlp = model.model.layers[1].mlp
     forward = mlp.forward
 

@@ -36,19 +36,22 @@ class CUDAGraph:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.operations: list[Operation] = []
+        self._created: list[torch.Tensor] = []
         self._pool = _Pool()
 
     def captured(self, operations: list[Operation], pool: _Pool) -> None:
         self.operations, self._pool = operations, pool
+        for operation in operations:
+            given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((operation.args, operation.kwargs))}
+            for result in operation.results:
+                if result.is_floating_point() and result.untyped_storage().data_ptr() not in given:
+                    self._created.append(result)
         self.spoil()
 
     def spoil(self) -> None:
         """Fill the tensors that the graph created with garbage, except those that it was given to write to."""
-        for operation in self.operations:
-            given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((operation.args, operation.kwargs))}
-            for result in operation.results:
-                if result.is_floating_point() and result.untyped_storage().data_ptr() not in given:
-                    result.fill_(float("nan"))
+        for result in self._created:
+            result.fill_(float("nan"))
 
     def replay(self) -> None:
         DEVICE.replays += 1

@@ -104,6 +104,9 @@ class Device:
 
 DEVICE = Device()
 
+host_alone = _disable_current_modes
+"""A context for computations on the CPU alone: the device does not look at their operations, which is faster."""
+
 
 def _line() -> str:
     """Return the innermost line of the package that is being executed."""
@@ -210,6 +213,10 @@ class CudaTensor(torch.Tensor):
 class Mode(TorchDispatchMode):
     """A dispatch mode for operations that create a tensor on the device from nothing or from host memory."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it would take time in each operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
 
@@ -224,13 +231,21 @@ def _content(tensor: torch.Tensor) -> torch.Tensor:
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors among arguments, or among results."""
+    found: list[torch.Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[torch.Tensor]) -> None:
+    # This runs for each operation, and most parts are numbers: so no call is spent on them.
     if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [tensor for part in value for tensor in tensors_in(part)]
+        found.append(value)
+        return
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ():
+        if isinstance(part, torch.Tensor):
+            found.append(part)
+        elif isinstance(part, (tuple, list, dict)):
+            _collect(part, found)
 
 
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
@@ -240,7 +255,10 @@ def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any
     if isinstance(value, dict):
         return {key: _mapped(function, part) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)([_mapped(function, part) for part in value])
+        parts = [
+            _mapped(function, part) if isinstance(part, (torch.Tensor, tuple, list, dict)) else part for part in value
+        ]
+        return parts if type(value) is list else tuple(parts) if type(value) is tuple else type(value)(parts)
     return value
 
 
