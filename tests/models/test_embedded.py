@@ -41,10 +41,27 @@ def test_the_embedded_model_knows_something(target: LM) -> None:
     assert text.startswith(" Berlin.")
 
 
+@pytest.fixture(scope="module")
+def draft(target: LM) -> LM:
+    return load(EMBEDDED_DRAFT, target=target)
+
+
+@pytest.fixture(scope="module")
+def head(target: LM) -> BoundHead:
+    return load_head(EMBEDDED, target)
+
+
+@pytest.fixture(scope="module")
+def expected(target: LM) -> list[int]:
+    """Return the continuation of the text by transformers' own `generate`."""
+    return continuation(target.model, target.encode(TEXT), 32)
+
+
 @pytest.mark.parametrize("name", ["none", "lookup", "chain", "static", "best-first", "head", "head-tree", "cascade"])
-def test_real_weights_decode_to_transformers_own_tokens(target: LM, name: str) -> None:
+def test_real_weights_decode_to_transformers_own_tokens(
+    target: LM, draft: LM, head: BoundHead, expected: list[int], name: str
+) -> None:
     """Guards against wrong tokens with a real vocabulary and drafts that are mostly right, which tiny models lack."""
-    draft, head = load(EMBEDDED_DRAFT, target=target), load_head(EMBEDDED, target)
     drafters: dict[str, Drafter] = {
         "none": NoDraft(),
         "lookup": PromptLookup(),
@@ -57,20 +74,20 @@ def test_real_weights_decode_to_transformers_own_tokens(target: LM, name: str) -
     }
     prompt = target.encode(TEXT)
     result = generate(target, prompt, drafter=drafters[name], max_new_tokens=32)
-    expected = continuation(target.model, prompt, 32)
     # In float32, rounding may decide a tie. Any other difference is an error.
     assert classify(target, prompt, expected, result.tokens) in ("equal", "tie")
     assert (result.accepted > 0) == (name != "none")
 
 
 @pytest.mark.parametrize("spelling", ["characters", "byte-pairs"])
-def test_a_draft_of_another_vocabulary_finds_the_real_tokens(target: LM, spelling: str) -> None:
+def test_a_draft_of_another_vocabulary_finds_the_real_tokens(
+    target: LM, expected: list[int], spelling: str
+) -> None:
     """Guards against a translation that is right only for small vocabularies. The draft knows the coming text, so each
     rejected token was translated differently from the target's text.
     """
     assert target.tokenizer is not None
     prompt = target.encode(TEXT)
-    expected = continuation(target.model, prompt, 32)
     text = target.tokenizer.decode([*prompt, *expected])
     draft = learnt(characters() if spelling == "characters" else byte_pairs(text), text)
     result = generate(target, prompt, drafter=UniversalDrafter(target, draft), max_new_tokens=32)
@@ -78,7 +95,7 @@ def test_a_draft_of_another_vocabulary_finds_the_real_tokens(target: LM, spellin
     assert result.acceptance_rate > 0.7
 
 
-def test_a_trained_head_comes_with_the_embedded_model(target: LM) -> None:
+def test_a_trained_head_comes_with_the_embedded_model(target: LM, head: BoundHead) -> None:
     """Guards against a package without its head, with a head of another training than its card's, or with an untrained
     one.
     """
@@ -92,8 +109,8 @@ def test_a_trained_head_comes_with_the_embedded_model(target: LM) -> None:
     assert all(f"{tau:.2f}" in page for tau in card["epochs"][-1]["acceptance"].values())
     prompt = target.encode("A list of the planets, from the nearest to the sun:", chat=True)
     trained, random = (
-        generate(target, prompt, drafter=HeadDrafter(head), max_new_tokens=48)
-        for head in (load_head(EMBEDDED, target), BoundHead(untrained(target), target))
+        generate(target, prompt, drafter=HeadDrafter(each), max_new_tokens=48)
+        for each in (head, BoundHead(untrained(target), target))
     )
     assert trained.tokens == random.tokens
     assert random.accepted <= 2
