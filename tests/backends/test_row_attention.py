@@ -53,12 +53,26 @@ def target(name: str, kind: str) -> LM:
     return LM(moved(model, "cpu").to(DTYPES[kind])).with_backend("exact")
 
 
-def one_by_one(model: LM, text: list[int]) -> torch.Tensor:
-    """Logits after the last token of a text that is read token by token, behind a beginning that is read at once."""
+def one_by_one(model: LM, text: list[int], tree: DraftTree) -> list[torch.Tensor]:
+    """Logits after a text and after each node of a tree behind it, where each token is read alone behind a beginning
+    that is read at once. The nodes of a path are read once: the slots then go back to the parent for the next branch.
+    """
     slots = model.new_slots(4)
-    for tokens in (text[:10], *([token] for token in text[10:])):
-        logits = model.forward(slots, torch.tensor(tokens))
-    return logits[-1]
+    model.forward(slots, torch.tensor(text[:10]))
+    logits = [torch.empty(0)] * (len(tree.tokens) + 1)
+    parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
+
+    def read(node: int, given: list[int]) -> None:
+        for token in given:
+            logits[node] = model.forward(slots, torch.tensor([token]))[-1]
+        length = slots.length
+        for child, (parent, token) in enumerate(zip(parents, tokens, strict=True), start=1):
+            if parent == node:
+                slots.keep([], after=length)
+                read(child, [token])
+
+    read(0, text[10:])
+    return logits
 
 
 def off(model: LM, tree: DraftTree) -> list[int]:
@@ -67,10 +81,8 @@ def off(model: LM, tree: DraftTree) -> list[int]:
     slots = model.new_slots(4)
     model.forward(slots, torch.tensor(text[:10]))
     logits = model.forward_tree(slots, text[10:], tree)
-    paths = {0: text}
-    for node, (parent, token) in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True), start=1):
-        paths[node] = [*paths[parent], token]
-    return [node for node, path in paths.items() if not torch.equal(logits[node], one_by_one(model, path))]
+    alone = one_by_one(model, text, tree)
+    return [node for node, expected in enumerate(alone) if not torch.equal(logits[node], expected)]
 
 
 @settings(max_examples=40)
