@@ -80,9 +80,7 @@ def test_real_weights_decode_to_transformers_own_tokens(
 
 
 @pytest.mark.parametrize("spelling", ["characters", "byte-pairs"])
-def test_a_draft_of_another_vocabulary_finds_the_real_tokens(
-    target: LM, expected: list[int], spelling: str
-) -> None:
+def test_a_draft_of_another_vocabulary_finds_the_real_tokens(target: LM, expected: list[int], spelling: str) -> None:
     """Guards against a translation that is right only for small vocabularies. The draft knows the coming text, so each
     rejected token was translated differently from the target's text.
     """
