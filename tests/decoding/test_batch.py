@@ -28,7 +28,8 @@ from specdecode import (
 )
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.drafters.base import Drafter
-from tests.helpers.discovery import DRAFTERS, POLICIES, examples
+from tests.helpers.discovery import DRAFTERS, POLICIES
+from tests.helpers.drafts import new_examples, part
 from tests.helpers.enumeration import BranchRng, distribution_of
 from tests.helpers.joint_distribution import PROMPT, distance, enumerated_model, target_distribution
 from tests.helpers.models import VOCABULARY, build, lm, prompt, small
@@ -43,7 +44,7 @@ def texts(lengths: list[int]) -> list[list[int]]:
 
 def drafter_of(name: str, file: str, which: int) -> Callable[[], Drafter]:
     def make() -> Drafter:
-        instances = list(examples(file, lm(name)).values())
+        instances = list(new_examples(file, lm(name)).values())
         return instances[which % len(instances)]
 
     return make
@@ -61,9 +62,9 @@ def of_steps(result: Generation) -> list[tuple[int, ...]]:
     policy=st.sampled_from(sorted(POLICIES)),
     lengths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
     batch_size=st.integers(1, 4),
-    k=st.integers(0, 7),
+    k=st.integers(0, 4),
     temperature=st.sampled_from([0.0, 0.9]),
-    count=st.integers(1, 20),
+    count=st.integers(1, 12),
 )
 def test_each_prompt_gets_what_it_gets_alone(
     name: str,
@@ -298,7 +299,7 @@ def test_replayed_drafts_keep_their_pace_in_a_batch() -> None:
 
     def replayed() -> Drafter:
         text, result, acceptance = next(made)
-        return ReplayDrafter(ModelDrafter(target.subset([0])), [*text, *result.tokens], acceptance)
+        return ReplayDrafter(ModelDrafter(part(target, 0)), [*text, *result.tokens], acceptance)
 
     results = generate_batch(target, prompts, drafter=replayed, policy=policy, max_new_tokens=40)
     assert [result.tokens for result in results] == [result.tokens for result in plain]
