@@ -58,6 +58,7 @@ def knows(name: str, text: str) -> LM:
     return learnt(spelling(name), text)
 
 
+@functools.cache
 def unlearnt(tokenizer: PreTrainedTokenizerFast | None) -> LM:
     """Return a small model of random weights."""
     return LM(small(vocab_size=ROWS).model, tokenizer, name="unlearnt")

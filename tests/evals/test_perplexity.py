@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,8 @@ from specdecode.evals.perplexity import (
     windows,
 )
 from specdecode.policies.sink_window import SinkWindow
-from tests.helpers.discovery import DRAFTERS, POLICIES, examples
+from tests.helpers.discovery import DRAFTERS, POLICIES
+from tests.helpers.drafts import new_examples
 from tests.helpers.models import SERVED, VOCABULARY, build, lm, logits, prompt
 from tests.helpers.strategies import controllers
 
@@ -51,12 +53,14 @@ def rounding(policy: str) -> float:
     return 1e-4 if POLICIES[policy].reads_attention else FLOOR
 
 
+@functools.cache
 @torch.inference_mode()
-def strided(target: LM, tokens: Sequence[int], size: int, stride: int) -> list[float]:
-    """Return the losses by the usual evaluation of a text that is longer than a model's context.
+def strided(name: str, size: int, stride: int) -> list[float]:
+    """Return the losses of TEXT by the usual evaluation of a text that is longer than a model's context.
 
     It runs forwards without a cache over windows. The labels of tokens that an earlier window has scored are masked.
     """
+    target, tokens = lm(name), TEXT
     losses: list[float] = []
     judged = 0
     for begin in range(0, len(tokens), stride):
@@ -84,7 +88,7 @@ def test_the_full_cache_has_the_perplexity_of_transformers_alone(
     scored twice or never.
     """
     found = negative_log_likelihoods(path(decoder, lm(name)), TEXT, size, stride)
-    expected = strided(lm(name), TEXT, size, stride)
+    expected = strided(name, size, stride)
     assert len(found) == len(TEXT) - 1
     assert found.tolist() == pytest.approx(expected, abs=FLOOR)
     assert perplexity([found]) == pytest.approx(torch.tensor(expected).mean().exp().item())
@@ -115,10 +119,10 @@ def test_what_is_lossless_is_at_the_numeric_floor(
     """Guards against a drafter, tree or controller that changes a token's distribution but not its mode, or that moves
     the evictions of a policy.
     """
-    drafter = data.draw(st.sampled_from(sorted(examples(file, lm(name)))))
+    drafter = data.draw(st.sampled_from(sorted(new_examples(file, lm(name)))))
     plain = DecodePath(lm(name), POLICIES[policy], lambda text: NoDraft())
-    other = DecodePath(lm(name), POLICIES[policy], lambda text: examples(file, lm(name))[drafter], make_controller)
-    reference, found = compare(plain, {"other": other}, TEXT[:45])
+    other = DecodePath(lm(name), POLICIES[policy], lambda text: new_examples(file, lm(name))[drafter], make_controller)
+    reference, found = compare(plain, {"other": other}, TEXT[:32])
     floor = rounding(policy)
     assert found["other"].nll.tolist() == pytest.approx(reference.tolist(), abs=floor)
     assert found["other"].kl.abs().max() < FLOOR
@@ -129,7 +133,7 @@ def test_what_is_lossless_is_at_the_numeric_floor(
 @pytest.mark.parametrize("start", [1, 14, 40])
 def test_a_forced_text_has_the_probabilities_with_which_it_was_written(policy: str, start: int) -> None:
     """Guards against evictions at other places than in decoding, in the prompt or behind it."""
-    written = generate(lm("llama"), prompt(start), policy=POLICIES[policy], max_new_tokens=60, logprobs=True)
+    written = generate(lm("llama"), prompt(start), policy=POLICIES[policy], max_new_tokens=30, logprobs=True)
     text = [*prompt(start), *written.tokens]
     steps = DecodePath(lm("llama"), POLICIES[policy], partial(OracleDrafter, branches=2)).forced_steps(text, start)
     found = torch.cat([step.logits.log_softmax(-1) for step in steps])
