@@ -32,7 +32,7 @@ from specdecode.core.sampling import Rng
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from tests.helpers.drafts import part
-from tests.helpers.models import ARCHITECTURES, VOCABULARY, build, continuation, greedy, lm, prompt
+from tests.helpers.models import ARCHITECTURES, VOCABULARY, build, continuation, greedy, lm, logits, prompt
 
 LENGTH = 24
 # For what already shows in the first steps, such as a prompt that is read wrongly.
@@ -227,7 +227,8 @@ def test_a_draft_s_vocabulary_may_be_padded_otherwise(width: int, sampling: Samp
     """Guards against proposals without a token of the target, tokens without one of the draft, and subtracting
     distributions of two widths.
     """
-    for drafter in model_drafters(draft(vocab_size=width)).values():
+    model = draft(vocab_size=width)
+    for drafter in model_drafters(model).values():
         context = Context(list(prompt()), VOCABULARY, sampling, sampling.rng())
         tree = drafter.propose(context, Limit(3))
         if max(prompt()) < width:
@@ -235,7 +236,11 @@ def test_a_draft_s_vocabulary_may_be_padded_otherwise(width: int, sampling: Samp
             assert tree.tokens.max() < min(width, VOCABULARY)
         else:
             assert len(tree) == 0
-        if tree.probs is not None:
+        if tree.probs is not None and len(tree):
+            both = min(width, VOCABULARY)
+            expected = sampling.probs(logits(model.model, prompt())[-1, :both])
+            assert tree.probs[0, :both].tolist() == pytest.approx(expected.tolist())
+            assert not tree.probs[:, both:].any()
             assert tree.probs.shape == (len(tree), VOCABULARY)
         result = decode(drafter, sampling=sampling, max_new_tokens=SHORT)
         assert len(result.tokens) == SHORT
@@ -244,11 +249,20 @@ def test_a_draft_s_vocabulary_may_be_padded_otherwise(width: int, sampling: Samp
 
 def test_a_drafter_may_serve_one_prompt_after_another() -> None:
     """Guards against state of the last prompt, where the next one begins alike or is part of it."""
-    for drafter in (PromptLookup(), *model_drafters(part(lm("llama"), 0, 1, 3)).values()):
+
+    def drafters() -> list[Drafter]:
+        return [PromptLookup(), *model_drafters(part(lm("llama"), 0, 1, 3)).values()]
+
+    for place, drafter in enumerate(drafters()):
         for length in (14, 9):
             text = prompt()[:length]
-            result = generate(lm("llama"), text, drafter=drafter, max_new_tokens=SHORT)
+            result, fresh = (
+                generate(lm("llama"), text, drafter=each, max_new_tokens=SHORT) for each in (drafter, drafters()[place])
+            )
             assert result.tokens == greedy("llama", SHORT, text)
+            assert [(step.drafted, step.accepted) for step in result.steps] == [
+                (step.drafted, step.accepted) for step in fresh.steps
+            ]
 
 
 # Counters and measures.

@@ -152,6 +152,15 @@ def test_the_distribution_is_that_of_plain_sampling(
     assert distance(distribution, target_distribution(sampling, length)) < 1e-9
 
 
+@pytest.mark.parametrize("name", sorted(drafters().keys() - {"none"}))
+def test_every_drafter_drafts_behind_the_prompt(name: str) -> None:
+    """Guards against a case above that proves nothing, since its drafter proposes nothing."""
+    sampling = Sampling(0.8, seed=1)
+    target, drafter = enumerated_model(0, layers=2), drafters()[name]
+    result = generate(target, PROMPT, drafter=Early(drafter), sampling=sampling, max_new_tokens=4)
+    assert sum(step.drafted for step in result.steps) > 0
+
+
 @pytest.mark.parametrize("name", ["lookup", "chain", "static-tree"])
 @pytest.mark.parametrize(
     "controller",
