@@ -139,7 +139,16 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
             f"{roofline.share(backend):.0%}",
             *multiples,
         )
-    say_tables(table, "", forwards, highlight=False)
+    parts = Table(box=None, pad_edge=False, header_style=None)
+    parts.add_column("where a row's time goes, ms")
+    for column in ("forward", "linear layers", "other layers", "between them"):
+        parts.add_column(column, justify="right")
+    for backend, forward in roofline.backends.items():
+        if (row := forward.row) is not None:
+            parts.add_row(
+                backend, *(f"{1e3 * part:.2f}" for part in (row.forward, row.linear, row.others, row.between))
+            )
+    say_tables(table, "", forwards, "", parts, highlight=False)
     for backend, reason in roofline.missing.items():
         say(f"{backend} is not available: {reason}")
 

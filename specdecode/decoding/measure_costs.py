@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdecode.backends.device import synchronise
 from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
@@ -36,6 +37,26 @@ _ROUNDS, _SECONDS = 5, 1.0
 
 _Key = TypeVar("_Key")
 _forward_seconds: WeakKeyDictionary[LM, dict[int, float]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class RowSeconds:
+    """The seconds of a forward of one row, and of its layers alone.
+
+    Attributes:
+        forward: seconds of the forward and of the choice of its token.
+        linear: seconds of its linear layers, the output head among them.
+        others: seconds of its other layers without layers inside: norms, activations, embeddings, rotary positions.
+    """
+
+    forward: float
+    linear: float
+    others: float
+
+    @property
+    def between(self) -> float:
+        """The seconds that remain: attention, residuals, cache and mask, and the code that calls all of this."""
+        return max(self.forward - self.linear - self.others, 0.0)
 
 
 @torch.inference_mode()
@@ -108,6 +129,42 @@ def forward_seconds(
     return [
         {count: medians[place, count] for count in rows if (place, count) in medians} for place in range(len(targets))
     ]
+
+
+@torch.inference_mode()
+def layer_seconds(target: LM, *, repeats: int = _ROUNDS, seconds: float = _SECONDS) -> RowSeconds:
+    """Time a forward of one row, and in turns with it the same layers alone, with the same inputs.
+
+    Args:
+        target: a model whose forwards are not compiled, captured or split among processes.
+        repeats: largest number of rounds.
+        seconds: time after which no further round begins.
+
+    Returns:
+        Median seconds. They are measured apart from those of `forward_seconds`.
+    """
+    verifier = _Verifier(target, 1)
+    linear: list[Callable[[], object]] = []
+    others: list[Callable[[], object]] = []
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # GPT-2 calls the number of inputs nx.
+        kind = linear if hasattr(layer, "in_features") or hasattr(layer, "nx") else others
+        kind.append(partial(layer, *inputs, **named))
+
+    leaves = [module for module in target.model.modules() if not any(module.children())]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in leaves]
+    try:
+        verifier.verify(1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    actions: dict[str, Callable[[], object]] = {
+        "forward": partial(verifier.verify, 1),
+        "linear": lambda: [call() for call in linear],
+        "others": lambda: [call() for call in others],
+    }
+    return RowSeconds(**_medians(target, actions, repeats, seconds))
 
 
 def cached_tokens(target: LM, most_rows: int) -> int:

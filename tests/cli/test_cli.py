@@ -402,7 +402,7 @@ def test_doctor_tells_what_backends_make_of_the_memory(
             exit_code(monkeypatch, "doctor", "--roofline", str(tmp_path), "--device", "cpu", "--dtype", "float32") == 0
         )
     out, err = capfd.readouterr()
-    above, _, below = out.partition("\n\n")
+    above, below, parts = out.split("\n\n")
     told = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in above.splitlines())
     size = loaded[0].weight_bytes
     assert told["torch"] == torch.__version__
@@ -421,6 +421,12 @@ def test_doctor_tells_what_backends_make_of_the_memory(
         ["packed", sizes[1], "20.00", "50.0", shares[1], "1.07x", "1.15x", widest[1]],
     ]
     assert sizes[0] != sizes[1]
+    # Only whole forwards move this clock.
+    assert [re.split(r" {2,}", line.strip()) for line in parts.splitlines()] == [
+        ["where a row's time goes, ms", "forward", "linear layers", "other layers", "between them"],
+        ["eager", "10.00", "0.00", "0.00", "10.00"],
+        ["packed", "20.00", "0.00", "0.00", "20.00"],
+    ]
     assert "25/25 rounds" in err
 
 
@@ -433,9 +439,9 @@ def test_doctor_tells_which_backends_cannot_be_had(
     assert exit_code(monkeypatch, "doctor", "--roofline", model, "--dtype", "float64") == 0
     out = capfd.readouterr().out
     assert f"{model} in float64" in out
-    below = out.partition("\n\n")[2]
-    assert [line.split()[0] for line in below.splitlines()] == ["backend", "eager", "packed"]
-    assert below.endswith("packed is not available: no library has a layout for float64 on this processor\n")
+    _, below, parts = out.split("\n\n")
+    assert [line.split()[0] for line in below.splitlines()] == ["backend", "eager"]
+    assert parts.endswith("packed is not available: no library has a layout for float64 on this processor\n")
     # Real times cannot be checked further. The share is of the roofline, and a busy machine may round it to zero.
     [roofline] = [float(line.split()[1]) for line in out.splitlines() if line.startswith("roofline")]
     _, weights, milliseconds, throughput, share, *multiples = below.splitlines()[1].split()

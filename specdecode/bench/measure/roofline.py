@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from specdecode.backends import BACKENDS
 from specdecode.bench.measure.bandwidth import copy_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
-from specdecode.decoding.measure_costs import cached_tokens, forward_seconds
+from specdecode.decoding.measure_costs import RowSeconds, cached_tokens, forward_seconds, layer_seconds
 from specdecode.models.lm import LM
 from specdecode.models.quantize import KINDS
 
@@ -17,7 +17,7 @@ WIDER = (8, 16, 32)
 """Rows of the wider forwards. Speculation pays only if they cost little more than a forward of one row."""
 
 # Far more rounds than in `measure_costs`: here no user waits for the first token.
-_ROUNDS, _LIMIT_S = 25, 20.0
+_ROUNDS, _LIMIT_S, _LAYERS_LIMIT_S = 25, 20.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,12 @@ class BackendForwards:
     Attributes:
         weight_bytes: bytes of the stored weights.
         seconds: seconds of a forward, by its rows: 1, and those of `WIDER` that fit the context.
+        row: seconds of a forward of one row and of its layers; None if forwards are compiled or captured as a whole.
     """
 
     weight_bytes: int
     seconds: dict[int, float]
+    row: RowSeconds | None
 
     @property
     def throughput(self) -> float:
@@ -94,8 +96,11 @@ def measure_roofline(target: LM, tell: Callable[[int, int, str], None]) -> Roofl
             missing[kind] = re.sub(r"^not \w+: ", "", variant.backend.note)
     bandwidth = copy_bandwidth(target.device)
     seconds = forward_seconds(list(variants.values()), (1, *WIDER), repeats=_ROUNDS, seconds=_LIMIT_S, tell=tell)
-    backends = {
-        kind: BackendForwards(variant.weight_bytes, by_rows)
-        for (kind, variant), by_rows in zip(variants.items(), seconds, strict=True)
-    }
+    backends = {}
+    for (kind, variant), by_rows in zip(variants.items(), seconds, strict=True):
+        tell(_ROUNDS, _ROUNDS, f"layers of {kind}")
+        row = None
+        if variant.backend.static is None and variant.ranks.count == 1:
+            row = layer_seconds(variant, repeats=_ROUNDS, seconds=_LAYERS_LIMIT_S)
+        backends[kind] = BackendForwards(variant.weight_bytes, by_rows, row)
     return Roofline(bandwidth, token_bytes(target, cached_tokens(target, WIDER[-1])), backends, missing)

@@ -6,8 +6,10 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from specdecode import LM, UnsupportedModelError
+from specdecode.backends.packed import PackedLinear
 from specdecode.bench.measure import roofline as measured_roofline
 from specdecode.bench.measure.roofline import measure_roofline
 from tests.helpers.fake_clock import Cost, FakeClock, charged
@@ -57,6 +59,27 @@ def test_shares_and_multiples_are_those_of_the_machine(clock: FakeClock) -> None
     assert found.missing == {}
 
 
+def test_a_row_s_time_is_told_by_its_parts(clock: FakeClock) -> None:
+    """Guards against layers left out or counted twice, layers in the wrong part, and parts of another forward."""
+    target = on_the_cpu(tie_word_embeddings=True)
+    packed = target.with_backend("packed")
+    seconds = {nn.Linear: 0.001, PackedLinear: 0.0005}
+    for model in (target.model, packed.model):
+        for layer in model.modules():
+            kind = 0.01 if "Norm" in type(layer).__name__ else seconds.get(type(layer), 0.0)
+            layer.register_forward_pre_hook(lambda *_, kind=kind: clock.advance(kind))
+    with charged(clock, {target.model: Cost(0.2, 0.0), packed.model: Cost(0.1, 0.0)}):
+        found = measure_roofline(target, silent).backends
+    norms, layers = 2 * 4 + 1, 7 * 4 + 1
+    for name, linear, rest in (("eager", 0.001, 0.2), ("packed", 0.0005, 0.1)):
+        row = found[name].row
+        assert row is not None
+        assert row.linear == pytest.approx(layers * linear)
+        assert row.others == pytest.approx(norms * 0.01)
+        assert row.between == pytest.approx(rest)
+        assert row.forward == pytest.approx(found[name].seconds[1])
+
+
 def test_quantised_weights_have_a_row(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against an operator who must guess the gain of 8 and 4 bits, and against an end where one is refused."""
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "eager"))
@@ -93,10 +116,11 @@ def test_rounds_end_when_time_is_up(clock: FakeClock) -> None:
     with charged(clock, {model: Cost(1.0, 0.0) for model in (target.model, target.with_backend("packed").model)}):
         measure_roofline(target, lambda *progress: told.append(progress))
     # The prefill; untimed first forwards; three rounds of eight seconds, the last begun before the twentieth second;
-    # and a forward that shows the cache bytes of a token.
-    assert clock() == pytest.approx(2 + 8 + 24 + 1)
-    assert [done for done, _, _ in told[-3:]] == [1, 2, 3]
-    assert told[-1][:2] == (3, 3)
+    # for each backend a prefill, a first forward of one row and five timed ones, the last begun before the fourth
+    # second is over; and a forward that shows the cache bytes of a token.
+    assert clock() == pytest.approx(2 + 8 + 24 + 2 * (1 + 1 + 5) + 1)
+    assert [done for done, _, doing in told if doing.startswith("forwards in turns")] == [1, 2, 3]
+    assert told[-1] == (25, 25, "layers of packed")
     assert "first forward of packed, rows 8" in [doing for _, _, doing in told]
 
 
