@@ -86,11 +86,13 @@ def attend_in_groups(
     """Return the attended values. The query heads of a group are further rows of their shared key head."""
     shared, rows = key.shape[1], query.shape[2]
     groups = query.shape[1] // shared
+    if attention_mask is not None:
+        attention_mask = torch.cat([attention_mask] * groups, dim=2)  # several times faster than `repeat` on a CPU
     output = torch.nn.functional.scaled_dot_product_attention(
         query.reshape(query.shape[0], shared, groups * rows, query.shape[3]),
         key,
         value,
-        attn_mask=None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1),
+        attn_mask=attention_mask,
         dropout_p=others.get("dropout", 0.0),
         scale=others.get("scaling"),
     )
