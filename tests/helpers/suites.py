@@ -6,10 +6,11 @@ import atexit
 import functools
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -22,15 +23,23 @@ ELSEWHERE = ("--benchmark",) if _INSTALLED else ("-p", "specdecode.bench.plugin"
 
 
 _SERVER = """
-import json, os, sys
-import pytest, torch, transformers
-import specdecode.bench.measure.speed_session, specdecode.bench.report.html
+import gc, json, os, signal, sys
+from importlib.metadata import entry_points
+import beartype, hypothesis, pytest, rich.console, torch, transformers.models.llama.modeling_llama
+import specdecode.bench.measure.speed_session, specdecode.bench.report.html, specdecode.bench.summary
+for plugin in entry_points(group="pytest11"):
+    if plugin.name != "specdecode":
+        plugin.load()
+gc.collect()
+gc.freeze()  # each timed run collects garbage first, and would search all that is imported here
 for line in sys.stdin:
     arguments, folder, variables, *files = json.loads(line)
     child = os.fork()
     if child == 0:
         code = 70
         try:
+            # Tests in a shell's background ignore the signal, and their children inherit that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             for stream, file in zip((0, 1, 2), (os.devnull, *files)):
                 os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), stream)
             os.chdir(folder)
@@ -44,6 +53,7 @@ for line in sys.stdin:
             sys.stderr.flush()
         finally:
             os._exit(code)
+    print(child, flush=True)
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
@@ -64,6 +74,59 @@ def _server() -> subprocess.Popen[str]:
     return process
 
 
+class Session:
+    """A session of pytest in a fork of the process that has imported PyTorch and this package.
+
+    Attributes:
+        pid: the session's process.
+    """
+
+    def __init__(self, command: list[str], cwd: Path, variables: dict[str, str]) -> None:
+        # PyTorch has already imported modules that pytest would rewrite.
+        self._command = [*command, "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [str(Path(self._folder.name, stream)) for stream in ("out", "err")]
+        self._server = _server()
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps([self._command, str(cwd), variables, *self._files]) + "\n")
+        self._server.stdin.flush()
+        self.pid = int(self._answer())
+
+    def _answer(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline()
+
+    def ended(self) -> bool:
+        """Return whether the session has ended, without waiting for it."""
+        assert self._server.stdout is not None
+        return bool(select.select([self._server.stdout], [], [], 0)[0])
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Wait for the end of the session. Every session must be waited for before the next one starts."""
+        code = int(self._answer())
+        with self._folder:
+            out, err = (Path(file).read_text() for file in self._files)
+        return subprocess.CompletedProcess(self._command, code, out, err)
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of pytest that all sessions need, and those that are given."""
+    command = ["-p", "no:cacheprovider", *arguments]
+    if "--benchmark" in arguments:  # other tests run at once, and repeats would double each session
+        command.append("--specdecode-again=0")
+    return command
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    # The model is so small that a second thread only costs time.
+    return {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+
+
+def start_pytest(*arguments: str, cwd: Path = ROOT, **environment: str) -> Session:
+    """Start a session of pytest, and return before it ends: see `run_pytest`."""
+    return Session(_command(arguments), cwd, _variables(environment))
+
+
 def run_pytest(
     *arguments: str, cwd: Path = ROOT, alone: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -76,25 +139,11 @@ def run_pytest(
             imported PyTorch and this package.
         environment: further environment variables.
     """
-    command = ["-p", "no:cacheprovider", *arguments]
-    if "--benchmark" in arguments:  # other tests run at once, and repeats would double each session
-        command.append("--specdecode-again=0")
-    # The model is so small that a second thread only costs time.
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     if alone or (cwd != ROOT and (cwd / "specdecode").exists()):
-        command = [sys.executable, "-m", "pytest", *command]
+        command = [sys.executable, "-m", "pytest", *_command(arguments)]
+        variables = _variables(environment)
         return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        server = _server()
-        assert server.stdin is not None
-        assert server.stdout is not None
-        # PyTorch has already imported modules that pytest would rewrite.
-        command += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        server.stdin.write(json.dumps([command, str(cwd), variables, str(out), str(err)]) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+    return start_pytest(*arguments, cwd=cwd, **environment).wait()
 
 
 def run_pytest_in_turn(*commands: Sequence[str], cwd: Path = ROOT) -> list[tuple[int, str]]:
