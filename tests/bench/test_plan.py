@@ -32,7 +32,10 @@ def counted(device, ask=environment.hardware):
     return ask(device)
 
 log = os.open(os.environ["COUNTS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-environment.hardware = counted
+hardware = environment.hardware
+# Modules that are imported by now have the function under their own name.
+for module in [module for module in sys.modules.values() if vars(module).get("hardware") is hardware]:
+    module.hardware = counted
 sys.addaudithook(audit)
 """
 
@@ -46,7 +49,6 @@ def test_a_session_asks_once(judge: str, tmp_path: Path) -> None:
     value = str(baseline) if judge == "--baseline" else "HEAD"
     done = run_pytest(
         *("-p", "counter", "--benchmark", "--quality", "--collect-only", "--device", "cpu", f"{judge}={value}"),
-        alone=True,
         PYTHONPATH=str(tmp_path),
         COUNTS=str(tmp_path / "counts"),
     )

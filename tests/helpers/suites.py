@@ -48,7 +48,12 @@ for line in sys.stdin:
             sys.path[1:1] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
             for stream in (sys.stdout, sys.stderr):
                 stream.reconfigure(encoding=variables.get("PYTHONIOENCODING", "utf-8"))
-            code = int(pytest.main(arguments))
+            if arguments[0] == "-c":
+                sys.argv = ["-c", *arguments[2:]]
+                exec(arguments[1], {"__name__": "__main__"})
+                code = 0
+            else:
+                code = int(pytest.main(arguments))
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -75,15 +80,19 @@ def _server() -> subprocess.Popen[str]:
 
 
 class Session:
-    """A session of pytest in a fork of the process that has imported PyTorch and this package.
+    """A session of pytest, or a program, in a fork of the process that has imported PyTorch and this package.
+
+    Args:
+        command: arguments of pytest; or "-c", a program and its arguments, as for Python.
+        cwd: the folder to start in.
+        variables: all environment variables.
 
     Attributes:
         pid: the session's process.
     """
 
     def __init__(self, command: list[str], cwd: Path, variables: dict[str, str]) -> None:
-        # PyTorch has already imported modules that pytest would rewrite.
-        self._command = [*command, "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        self._command = command
         self._folder = tempfile.TemporaryDirectory()
         self._files = [str(Path(self._folder.name, stream)) for stream in ("out", "err")]
         self._server = _server()
@@ -100,6 +109,11 @@ class Session:
         """Return whether the session has ended, without waiting for it."""
         assert self._server.stdout is not None
         return bool(select.select([self._server.stdout], [], [], 0)[0])
+
+    def output(self) -> str:
+        """Return the standard output so far."""
+        out = Path(self._files[0])
+        return out.read_text() if out.exists() else ""
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """Wait for the end of the session. Every session must be waited for before the next one starts."""
@@ -124,7 +138,14 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 def start_pytest(*arguments: str, cwd: Path = ROOT, **environment: str) -> Session:
     """Start a session of pytest, and return before it ends: see `run_pytest`."""
-    return Session(_command(arguments), cwd, _variables(environment))
+    # PyTorch has already imported modules that pytest would rewrite.
+    command = [*_command(arguments), "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    return Session(command, cwd, _variables(environment))
+
+
+def start_python(program: str, *arguments: str) -> Session:
+    """Start a program in a fork of the process that has imported PyTorch and this package."""
+    return Session(["-c", program, *arguments], ROOT, _variables({}))
 
 
 def run_pytest(

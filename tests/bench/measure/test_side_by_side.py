@@ -27,7 +27,7 @@ from specdecode.support.worktree import worktree
 from tests.helpers.characters import save
 from tests.helpers.repository import commit, edit, git, package_repository, slow_down_verification
 from tests.helpers.spelling import CHARACTERS
-from tests.helpers.suites import run_pytest
+from tests.helpers.suites import ELSEWHERE, run_pytest
 
 LOGS = st.floats(-1, 1)
 
@@ -308,14 +308,16 @@ def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: 
     ],
 )
 def test_what_is_wrong_with_a_comparison_is_told_in_one_sentence(
-    repository: Path, arguments: list[str], reason: str
+    tmp_path: Path, arguments: list[str], reason: str
 ) -> None:
     """Guards against a traceback, and a worktree that is left behind."""
-    done = run_pytest("--benchmark", "-k", "lookup", "--device", "cpu", *arguments, cwd=repository)
+    git(tmp_path, "init", "--quiet")
+    commit(tmp_path, "first")
+    done = run_pytest(*ELSEWHERE, "-k", "lookup", "--device", "cpu", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert reason in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True).stdout.count(b"\n") == 1
+    assert subprocess.run(["git", "worktree", "list"], cwd=tmp_path, capture_output=True).stdout.count(b"\n") == 1
 
 
 def test_a_checkout_that_was_cut_short_is_removed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ ONE_ARM = (
     *(
         "--benchmark",
         "--tiny",
-        "--prompts=prose:2",
+        "--prompts=prose@40:2",
         "--repeats=3",
         "--max-new-tokens=4",
         "--device=cpu",

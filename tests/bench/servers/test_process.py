@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from specdecode.bench.servers.server import Server, Servers
 from specdecode.bench.servers.spec import ServerSpec
 from specdecode.models.chat import Codec
 from tests.helpers.root import ROOT
+from tests.helpers.suites import start_python
 
 FAKE = ROOT / "tests" / "helpers" / "fake_server.py"
 COMMAND = f"{sys.executable} {FAKE} --port {{port}}"
@@ -119,25 +119,18 @@ finally:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_of_a_server_outlives_the_suite(number: signal.Signals, tmp_path: Path) -> None:
     """Guards against a server that occupies the GPU after a run was cancelled."""
-    suite = subprocess.Popen(
-        [sys.executable, "-c", SUITE, str(tmp_path / "server.log")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert suite.stdout is not None
-    assert suite.stdout.readline() == "open\n"
+    suite = start_python(SUITE, str(tmp_path / "server.log"))
     deadline = time.monotonic() + 20
+    while suite.output() != "open\n":
+        assert not suite.ended()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     while len(running := fakes(suite.pid)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    suite.send_signal(number)
+    os.kill(suite.pid, number)
     assert gone(running)
-    suite.wait(30)
-    suite.stdout.close()
+    suite.wait()
 
 
 def test_placeholders_are_filled_in_word_by_word() -> None:
