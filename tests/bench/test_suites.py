@@ -364,7 +364,7 @@ def test_plain_pytest_leaves_the_suites_alone() -> None:
     """Guards against minutes of measuring in an ordinary run of the tests."""
     # It need not import all other tests.
     others = [file for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__)]
-    done = run_pytest("--collect-only", "-q", *(f"--ignore={file}" for file in others))
+    done = run_pytest(".", "--collect-only", "-q", *(f"--ignore={file}" for file in others))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/bench/test_suites.py" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith(("perf/", "quality/"))]

@@ -7,10 +7,12 @@ import functools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -92,6 +94,11 @@ class Session:
     """
 
     def __init__(self, command: list[str], cwd: Path, variables: dict[str, str]) -> None:
+        # A test that failed did not wait for its session, whose exit code would be read as this one's process.
+        for left in [*_running]:
+            with suppress(ProcessLookupError):
+                os.kill(left.pid, signal.SIGKILL)
+            left.wait()
         self._command = command
         self._folder = tempfile.TemporaryDirectory()
         self._files = [str(Path(self._folder.name, stream)) for stream in ("out", "err")]
@@ -100,6 +107,7 @@ class Session:
         self._server.stdin.write(json.dumps([self._command, str(cwd), variables, *self._files]) + "\n")
         self._server.stdin.flush()
         self.pid = int(self._answer())
+        _running.append(self)
 
     def _answer(self) -> str:
         assert self._server.stdout is not None
@@ -116,11 +124,15 @@ class Session:
         return out.read_text() if out.exists() else ""
 
     def wait(self) -> subprocess.CompletedProcess[str]:
-        """Wait for the end of the session. Every session must be waited for before the next one starts."""
+        """Wait for the end of the session. The next one that starts kills a session that was not waited for."""
         code = int(self._answer())
+        _running.remove(self)
         with self._folder:
             out, err = (Path(file).read_text() for file in self._files)
         return subprocess.CompletedProcess(self._command, code, out, err)
+
+
+_running: list[Session] = []
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
