@@ -43,6 +43,17 @@ class Options:
     again: float = 1.0
 
 
+def check_counts(options: Options) -> None:
+    """Check the numbers that must be at least 1.
+
+    Raises:
+        ValueError: one of them is smaller.
+    """
+    for name, value in (("repeats", options.repeats), ("max_new_tokens", options.max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: give 1 or more")
+
+
 def again_of(options: Options) -> float:
     """Return the most time for measuring disturbed runs again, as a share of the rest.
 

@@ -14,7 +14,7 @@ from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.gate.baselines import TOLERANCE, find
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
-from specdecode.bench.options import Options, again_of
+from specdecode.bench.options import Options, again_of, check_counts
 from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, shared_by
@@ -128,8 +128,9 @@ def resolve_setup(options: Options) -> Setup:
     """Return the models and the device that the options name.
 
     Raises:
-        ValueError: the device, the type or the backend cannot be used.
+        ValueError: the device, the type or the backend cannot be used, or an option's number is too small.
     """
+    check_counts(options)
     count = split_count(options.tp, options.target, None, options.backend)
     device = choose_device(options.device)
     check_backend(options.backend, device)
@@ -203,8 +204,6 @@ def _budget_minutes(options: Options) -> float:
 
 def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
     """Return the preset as changed by the command line, without arms of heads that the target does not have."""
-    if options.repeats is not None and options.repeats < 1:
-        raise ValueError(f"repeats is {options.repeats}: give 1 or more")
     if options.tiny:
         chosen = chosen.tiny()
     length = chosen.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens

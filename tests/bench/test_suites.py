@@ -232,7 +232,8 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, tmp_path: 
         ([*arm, target, "--backend", "packd"], "no backend is named 'packd'"),
         ([*arm, target, "--prompts", "nothing:2"], "no data set is named 'nothing'"),
         ([*arm, target, "--prompts", "prose:x"], "NAME[/CATEGORY]"),
-        ([*arm, target, "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        ([*arm, target, "--max-new-tokens", "0"], "max_new_tokens is 0: give 1 or more"),
+        (["--quality", target, "--max-new-tokens", "-1"], "max_new_tokens is -1: give 1 or more"),
         ([*arm, target, "--repeats", "0"], "repeats is 0"),
         ([*arm, target, "--tolerance", "1"], "tolerance is 1.0"),
         (["--benchmark", "-n", "2"], "the suites measure in one process"),
@@ -252,6 +253,7 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, tmp_path: 
         assert reason in said, arguments
         assert "Traceback" not in said, arguments
         assert "runs" not in said, arguments  # no progress
+    assert not [*(ROOT / "results").glob(f"*{slug(model)}*")], "nothing was measured, and nothing is to be resumed"
 
 
 def test_a_summary_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:
