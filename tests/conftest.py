@@ -17,13 +17,16 @@ from specdecode.bench.command_line import value_of
 if find_spec("hypothesis"):  # it may be missing where only a suite is to run
     import tests.helpers.fuzzing  # noqa: F401  registers profiles for pytest's option
 
-# Without beartype the tests still run, but check no shapes.
-_CHECKED = find_spec("beartype") is not None
+# Without beartype the tests still run, but check no shapes. The hook takes seconds even if checks are disabled.
+_DISABLED = jaxtyping.config.jaxtyping_disable
+_CHECKED = find_spec("beartype") is not None and not _DISABLED
 # These folders test times, files and pages. Shapes are checked in the tests of the parts that compute them.
 _UNCHECKED = [Path(__file__).parent / folder for folder in ("bench", "cli")]
 
 
 def pytest_report_header() -> str | None:
+    if _DISABLED:
+        return "shapes are not checked, as JAXTYPING_DISABLE is set"
     return None if _CHECKED else "shapes are not checked, as beartype is not installed"
 
 
