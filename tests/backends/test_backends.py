@@ -537,9 +537,12 @@ import warnings
 import torch
 from torch._dynamo.utils import counters
 from specdecode import LM, BestFirstTree, FixedK, ModelDrafter, NoDraft, PromptLookup, generate
+from specdecode.backends import static
 from tests.helpers.models import prompt, small
 
 warnings.simplefilter("error")  # as in the suites
+# So that texts grow beyond several spans, and need storages of several sizes.
+static._SPAN_MULTIPLE, static._LEAST_SLOTS = 32, 32
 compile_ = torch.compile
 # What is traced, and when again, does not depend on what is made of it. Code is made for one layer alone, which has
 # every kind of kernel: a second layer and a draft would double the time. That model is its own draft.
