@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import math
 import random
 import time
@@ -107,6 +108,7 @@ def measured(plant: Plant, step: dict[str, float], seed: int = 0) -> Results:
     costs = {target().model: Cost(0.010, 0.0005), draft().model: Cost(0.001, 0.0001)}
     with pytest.MonkeyPatch.context() as patch, charged(clock, costs):
         patch.setattr(time, "perf_counter", clock)
+        patch.setattr(gc, "collect", lambda: 0)  # it costs this clock nothing
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # takes half of the time; others check
         plot = Plot(patch, clock, step)
         plot.before(FixedK, "observe", lambda *_: clock.advance(LOOP))
