@@ -40,7 +40,7 @@ _forward_seconds: WeakKeyDictionary[LM, dict[int, float]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
-class RowSeconds:
+class LayerSeconds:
     """The seconds of a forward of one row, and of its layers alone.
 
     Attributes:
@@ -132,7 +132,7 @@ def forward_seconds(
 
 
 @torch.inference_mode()
-def layer_seconds(target: LM, *, repeats: int = _ROUNDS, seconds: float = _SECONDS) -> RowSeconds:
+def layer_seconds(target: LM, *, repeats: int = _ROUNDS, seconds: float = _SECONDS) -> LayerSeconds:
     """Time a forward of one row, and in turns with it the same layers alone, with the same inputs.
 
     Args:
@@ -164,7 +164,7 @@ def layer_seconds(target: LM, *, repeats: int = _ROUNDS, seconds: float = _SECON
         "linear": lambda: [call() for call in linear],
         "others": lambda: [call() for call in others],
     }
-    return RowSeconds(**_medians(target, actions, repeats, seconds))
+    return LayerSeconds(**_medians(target, actions, repeats, seconds))
 
 
 def cached_tokens(target: LM, most_rows: int) -> int:

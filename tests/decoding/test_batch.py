@@ -29,7 +29,7 @@ from specdecode import (
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.drafters.base import Drafter
 from tests.helpers.discovery import DRAFTERS, POLICIES
-from tests.helpers.drafts import new_examples, part
+from tests.helpers.drafts import example_in_turn, part
 from tests.helpers.enumeration import BranchRng, distribution_of
 from tests.helpers.joint_distribution import PROMPT, distance, enumerated_model, target_distribution
 from tests.helpers.models import VOCABULARY, build, lm, prompt, small
@@ -43,11 +43,7 @@ def texts(lengths: list[int]) -> list[list[int]]:
 
 
 def drafter_of(name: str, file: str, which: int) -> Callable[[], Drafter]:
-    def make() -> Drafter:
-        instances = list(new_examples(file, lm(name)).values())
-        return instances[which % len(instances)]
-
-    return make
+    return lambda: example_in_turn(file, lm(name), which)
 
 
 def of_steps(result: Generation) -> list[tuple[int, ...]]:

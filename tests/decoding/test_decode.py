@@ -37,7 +37,7 @@ from specdecode.drafters.base import Context, Drafter
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.sink_window import SinkWindow
 from tests.helpers.discovery import DRAFTERS
-from tests.helpers.drafts import new_examples, part
+from tests.helpers.drafts import example_in_turn, part
 from tests.helpers.models import ARCHITECTURES, REFUSED, WINDOW, build, continuation, greedy, lm, logits, prompt
 
 # With gpt-2, a text as short as this still has several different tokens. It is longer than every window and cache here.
@@ -79,21 +79,15 @@ def test_the_models_say_something(name: str) -> None:
     assert "window" not in name or len(prompt()) > WINDOW
 
 
-def in_turns(file: str, name: str, turn: int) -> Drafter:
-    """Return one of the instances of a drafter's file. They differ mostly in the shape of their trees.
-
-    So every architecture meets every file, and every file's instances meet several architectures. Every architecture
-    meets every shape in the tests of `SHAPES`.
-    """
-    instances = list(new_examples(file, lm(name)).values())
-    return instances[turn % len(instances)]
-
-
 @pytest.mark.parametrize("file", DRAFTERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_drafter_s_tokens_are_those_of_transformers(name: str, file: str) -> None:
-    """Guards against wrong tokens from a wrong mask, position, slot or window, in any architecture with any drafter."""
-    drafter = in_turns(file, name, list(ARCHITECTURES).index(name))
+    """Guards against wrong tokens from a wrong mask, position, slot or window, in any architecture with any drafter.
+
+    The examples of a drafter differ mostly in the shape of their trees. Each architecture meets one example of each
+    drafter here, and every shape in the tests of `SHAPES`.
+    """
+    drafter = example_in_turn(file, lm(name), list(ARCHITECTURES).index(name))
     assert decode(name, drafter, k=3).tokens == greedy(name, LENGTH)
 
 
@@ -298,7 +292,7 @@ CACHE = SinkWindow(15, sinks=2, trigger=0.5, interval=8)
 def drafters(name: str, turn: int) -> Iterator[Drafter]:
     text = [*prompt(), *one_by_one(name, CACHE)[0]]
     for file in DRAFTERS:
-        yield in_turns(file, name, turn)
+        yield example_in_turn(file, lm(name), turn)
     for shape in SHAPES:
         yield ReplayDrafter(ModelDrafter(part(lm(name), 0), shape), text, acceptance=0.8)
 

@@ -23,3 +23,9 @@ def new_examples(file: str, target: LM) -> dict[str, Drafter]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LM, "subset", lambda self, layers: part(self, *layers))
         return examples(file, target)
+
+
+def example_in_turn(file: str, target: LM, turn: int) -> Drafter:
+    """Return one of the new examples of a drafter's file. Turns begin anew behind the last of them."""
+    examples_of_file = list(new_examples(file, target).values())
+    return examples_of_file[turn % len(examples_of_file)]

@@ -34,7 +34,7 @@ from specdecode.policies.key_norm import KeyNorm
 from specdecode.policies.random import Random
 from specdecode.policies.sink_window import SinkWindow
 from tests.helpers.discovery import CONTROLLERS, DRAFTERS, POLICIES
-from tests.helpers.drafts import new_examples
+from tests.helpers.drafts import example_in_turn
 from tests.helpers.models import ARCHITECTURES, SERVED, build, greedy, lm, logits, prompt, small
 from tests.helpers.strategies import Moody
 
@@ -85,13 +85,12 @@ def test_the_tokens_are_the_same_whatever_the_drafter_and_the_controller(file: s
     for turn, policy in enumerate(POLICIES):
         place = list(DRAFTERS).index(file)
         name = SERVED[(place + turn) % len(SERVED)]
-        drafters = new_examples(file, lm(name))
         fixed = [functools.partial(FixedK, k) for k in (1, 9)]
         kinds = [*fixed, *CONTROLLERS.values(), moody(turn), moody(100 + place)]
         result = generate(
             lm(name),
             prompt(),
-            drafter=list(drafters.values())[turn % len(drafters)],
+            drafter=example_in_turn(file, lm(name), turn),
             controller=kinds[(place + 2 * turn) % len(kinds)](),
             policy=POLICIES[policy],
             max_new_tokens=LENGTH,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from specdecode.backends import BACKENDS
 from specdecode.bench.measure.bandwidth import copy_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
-from specdecode.decoding.measure_costs import RowSeconds, cached_tokens, forward_seconds, layer_seconds
+from specdecode.decoding.measure_costs import LayerSeconds, cached_tokens, forward_seconds, layer_seconds
 from specdecode.models.lm import LM
 from specdecode.models.quantize import KINDS
 
@@ -32,7 +32,7 @@ class BackendForwards:
 
     weight_bytes: int
     seconds: dict[int, float]
-    row: RowSeconds | None
+    row: LayerSeconds | None
 
     @property
     def throughput(self) -> float:
