@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from perf.traces import Trace
+from specdecode.bench.arms.run import Run
 from specdecode.bench.gate.verdicts import Tolerance, Verdict, time_judgement
 from specdecode.bench.measure.block import parted
+from specdecode.bench.measure.interleaved import Interleaver, SlicedRun
 from specdecode.bench.measure.steady import Steady
+from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.records import NOISE_OF_TWO
 from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor, typical_ratio
 from specdecode.cli.output import say
@@ -115,20 +118,27 @@ def by_baseline(trace: Trace, seed: int, others: int, blocks: int, slower: float
 
 
 def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: float, again: float = 1.0) -> Compared:
-    """Simulate a side-by-side session of two versions, with the four runs of an arm in a row."""
+    """Simulate a side-by-side session of two versions. A slice of a run is one stretch."""
     machine = Machine(trace, seed)
-    steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
+    interleaver = Interleaver(Steady(bound=again, watch=machine.watch, clock=machine.clock))
+
+    def run(cost: float) -> SlicedRun:
+        seconds = [machine.work(cost)]
+        while len(seconds) < RUN:
+            yield
+            seconds.append(machine.work(cost))
+        return Run([0], sum(seconds), seconds[0], Counts(steps=1)), seconds
+
     logs, noise = [], []
     for block in range(blocks):
         for arm in range(others + 1):
-            costs = [RUN * (1 + slower), RUN, RUN, RUN * (1 + slower)]
-            if block % 2:
-                costs = [RUN, RUN * (1 + slower), RUN * (1 + slower), RUN]
-            times = [math.log(steady.measure(partial(machine.work, cost)).value) for cost in costs]
+            first, second = (
+                interleaver.measure(lambda: (run(1 + slower), run(1.0)), new_first).log_ratio
+                for new_first in (block % 2 == 0, block % 2 == 1)
+            )
             if arm == others:
-                sign = (-1) ** block
-                logs.append(sign * (times[1] + times[2] - times[0] - times[3]) / 2)
-                noise.append((times[3] - times[0] - 3 * (times[2] - times[1])) / math.sqrt(20))
+                logs.append((first + second) / 2)
+                noise.append((first - second) / 2)
     return logs, noise_floor(noise)
 
 
@@ -148,6 +158,7 @@ def verdict(change: Estimate, tolerance: float) -> Verdict:
 KINDS = {
     "by a baseline, 14 other arms, 12 blocks": (by_baseline, 14, 12),
     "by a baseline, one arm, 60 blocks": (by_baseline, 1, 60),
+    "side by side, one arm, 6 blocks": (side_by_side, 1, 6),
     "side by side, one arm, 24 blocks": (side_by_side, 1, 24),
 }
 

@@ -24,29 +24,28 @@ from specdecode.support.git import git
 ENGINE = """
 import time
 
+import torch
+
 import specdecode
-from specdecode.bench.arms.callables import ArmStep
 
 SLOWER = {slower}
 
 
 def make(target, draft, device, dtype):
-    model = specdecode.load(target, device=device, dtype=dtype)
+    model = specdecode.load(target, device=device, dtype=dtype).model
 
     def decode(prompt, count):
-        came = []
-        started = step_started = time.perf_counter()
-
-        def note(tokens):
-            nonlocal step_started
-            end = time.perf_counter() + SLOWER * (time.perf_counter() - step_started)
+        ids, cache = torch.tensor([prompt]), None
+        for _ in range(count):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            token = ids.item()
+            end = time.perf_counter() + SLOWER * (time.perf_counter() - started)
             while time.perf_counter() < end:
                 pass
-            step_started = time.perf_counter()
-            came.append(ArmStep(tokens, at_s=step_started - started))
-
-        specdecode.generate(model, prompt, drafter=specdecode.PromptLookup(), max_new_tokens=count, on_step=note)
-        yield from came
+            yield [token]
 
     return decode
 """

@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.callables import ArmError, ModelNames, below
 from specdecode.bench.arms.models import Models, load_models
+from specdecode.bench.arms.slices import sliced
 from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
 from specdecode.bench.measure.block import timed
 from specdecode.bench.measure.check import check
@@ -36,9 +37,13 @@ class Worker:
 
     A `WorkerProcess` of another version sends the requests, so names, arguments and answers must not change: the
     request for the counters run is still named "rehearse".
+
+    Args:
+        pause: tells the other side that a slice has ended, and returns when the next one may begin.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pause: Callable[[], None]) -> None:
+        self._pause = pause
         self._models: Models | None = None
         self._arms: dict[str, Arm] = {}
         self._typical_length = 0
@@ -64,6 +69,7 @@ class Worker:
                 refused[name] = str(error)
         return {
             "protocol": PROTOCOL,
+            "slices": True,
             "backend": models.chosen_backend,
             "versions": run_versions(target, models.backend_name),
             "refused": refused,
@@ -115,6 +121,14 @@ class Worker:
     def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
         return timed(self._arms[arm], prompt, length, expected).as_json()
 
+    def run_in_slices(
+        self, arm: str, prompt: list[int], length: int, expected: list[int], steps: int
+    ) -> dict[str, Any]:
+        """Run an arm with a pause after each slice of some steps. Return the run, and the seconds of each slice."""
+        with sliced(steps, self._pause) as slices:
+            run = timed(self._arms[arm], prompt, length, expected)
+        return {"run": run.as_json(), "slices": slices.seconds}
+
     def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int], baseline: str = "") -> str:
         """Return the check of an output. The baseline's name is given only for arms of servers, which need it."""
         return check(self._arms[arm], prompt, expected, got, self._arms[baseline or arm])
@@ -125,31 +139,41 @@ class Worker:
         return self._models
 
 
-def serve(requests: Iterable[str]) -> Iterator[str]:
-    """Yield the answer to each request, until there are no more."""
-    worker = Worker()
-    for line in requests:
+def serve(requests: Iterable[str], answer: Callable[[str], None]) -> None:
+    """Answer each request, until there are no more. Within a run in slices, any line begins the next slice."""
+    lines = iter(requests)
+
+    def pause() -> None:
+        answer(json.dumps({"slice": True}))
+        if next(lines, None) is None:
+            raise SystemExit  # the other side has died
+
+    worker = Worker(pause)
+    for line in lines:
         request = json.loads(line)
-        answer: dict[str, Any]
+        said: dict[str, Any]
         try:
-            answer = {"value": getattr(worker, request.pop("do"))(**request)}
+            said = {"value": getattr(worker, request.pop("do"))(**request)}
         except torch.OutOfMemoryError:
             worker.unload()
-            answer = {"error": "its memory is too small", "memory": True}
+            said = {"error": "its memory is too small", "memory": True}
         except ArmError as error:
-            answer = {"error": str(error), "of_arm": True}
+            said = {"error": str(error), "of_arm": True}
         except (SpecDecodeError, ValueError) as error:
-            answer = {"error": str(error)}
-        yield json.dumps(answer)
+            said = {"error": str(error)}
+        answer(json.dumps(said))
 
 
 def main() -> None:
     """Answer requests on the standard output. Redirect other output of the process to the standard error."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
-        for answer in serve(sys.stdin):
-            answers.write(answer + "\n")
+
+        def answer(line: str) -> None:
+            answers.write(line + "\n")
             answers.flush()
+
+        serve(sys.stdin, answer)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Start:
         capture_s: seconds of all captures of CUDA graphs in this process before that moment.
     """
 
-    at: float = field(default_factory=time.perf_counter)
+    at: float = field(default_factory=lambda: time.perf_counter())
     capture_s: float = field(default_factory=lambda: CudaGraphs.seconds)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from specdecode.bench.arms.entry import ArmSpec
-from specdecode.bench.arms.run import Run, timed_call
+from specdecode.bench.arms.run import Run
+from specdecode.bench.arms.slices import Slices, end_step, timed_call
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds
 from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import histogram
@@ -145,12 +146,15 @@ def callable_run(
         times: list[float] = []
 
         def decode_all() -> None:
-            started, left = time.perf_counter(), max_new_tokens
+            started, left, came = time.perf_counter(), max_new_tokens, 0.0
             for item in decode(list(prompt), max_new_tokens):
                 now = time.perf_counter() - started
                 steps.append(_step(item, left))
                 left -= len(steps[-1].tokens)
-                times.append(_came_at(steps[-1], times[-1] if times else 0.0, now))
+                came = _came_at(steps[-1], came, now)
+                waited = 0.0 if Slices.current is None else Slices.current.waited_before(started + came)
+                times.append(came - waited)
+                end_step()
 
         with _arm_errors(spec):
             with _limit(spec.limit_s or LIMIT_S):

@@ -7,7 +7,8 @@ from typing import Any
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.parts import controller_maker, drafter_maker
-from specdecode.bench.arms.run import Run, run_of, timed_call
+from specdecode.bench.arms.run import Run, run_of
+from specdecode.bench.arms.slices import end_step, timed_call
 from specdecode.core.result import Generation
 from specdecode.decoding.generate import generate, generate_batch
 from specdecode.drafters.replay import ReplayDrafter
@@ -36,7 +37,7 @@ def our_run(
             drafter = make_drafter()
             if spec.replay is not None:
                 drafter = ReplayDrafter(drafter, [*prompt, *expected], spec.replay)
-            return [generate(target, prompt, drafter=drafter, controller=make_controller(), **rules)]
+            return [generate(target, prompt, drafter=drafter, controller=make_controller(), on_step=end_step, **rules)]
 
         return run_of(*timed_call(target.device, decode), lengths)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from specdecode.bench.arms.entry import ArmSpec
-from specdecode.bench.arms.run import Run, timed_call
+from specdecode.bench.arms.run import Run
+from specdecode.bench.arms.slices import end_step, own_s, timed_call
 from specdecode.bench.runs.counts import Counts
 from specdecode.models.lm import LM
 
@@ -68,7 +68,7 @@ def peer_run(
             configuration.compile_config = compiled.config
             arguments["past_key_values"] = compiled.cache(ids, max_new_tokens)
         clock = _Clock()
-        started = time.perf_counter()
+        started = own_s()
         output, total = timed_call(
             target.device,
             lambda: target.model.generate(  # type: ignore[operator]
@@ -129,15 +129,18 @@ class _Compiled:
 
 
 class _Clock(BaseStreamer):
-    """A record of the times at which tokens come, and of their number so far. The first tokens are the prompt."""
+    """A record of the times at which tokens come, by `own_s`, and of their number so far. The first tokens are the
+    prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.written: list[int] = []
 
     def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(own_s())
         self.written.append(self.written[-1] + value.numel() if self.written else 0)
+        if len(self.times) > 1:
+            end_step()
 
     def end(self) -> None:
         pass

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from specdecode.backends.device import synchronise
-from specdecode.backends.graph import CudaGraphs
 from specdecode.bench.runs.counts import Counts, Histograms, Latencies, Seconds, as_dict, from_dict, latencies_in
 from specdecode.core.result import Generation
 from specdecode.support.checked import LEAST_SECONDS, count, counts, flag, items, mapping, number
@@ -152,13 +147,3 @@ def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int]
             if len(results) == 1
         ],
     )
-
-
-def timed_call(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
-    """Call, and return the result and the seconds, without the seconds of capturing CUDA graphs. The device is
-    synchronised before and after."""
-    synchronise(device)
-    started, captured_s = time.perf_counter(), CudaGraphs.seconds
-    result = call()
-    synchronise(device)
-    return result, time.perf_counter() - started - (CudaGraphs.seconds - captured_s)

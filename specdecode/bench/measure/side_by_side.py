@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +21,7 @@ from specdecode.bench.measure.block import steady_run
 from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS
 from specdecode.bench.measure.experiment import row_of
+from specdecode.bench.measure.interleaved import SLICE_S, Interleaver, Pair, SlicedRun
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.measure.until import Until, rounds
 from specdecode.bench.measure.versions import Versions, WorkerProcess
@@ -41,31 +46,39 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Quartet:
-    """Four runs of one arm on one prompt: two by each version, in the order A B B A.
+    """Four runs of one arm on one prompt: two by each version, in the order A B B A, or as two interleaved pairs.
 
     Attributes:
         prompt: id of the prompt.
         new, old: the versions' runs.
         new_first: whether the new version is A.
+        pairs: the same runs as interleaved pairs; None if whole runs took turns.
     """
 
     prompt: str
     new: Side
     old: Side
     new_first: bool
+    pairs: tuple[Pair, Pair] | None = None
 
     @property
     def log_ratio(self) -> float:
         """Return the logarithm of the old version's time over the new version's. A drift linear in time cancels."""
+        if self.pairs is not None:
+            return statistics.fmean(pair.log_ratio for pair in self.pairs)
         return self.old.log_s - self.new.log_s
 
     @property
     def noise(self) -> float:
-        """Return the noise of `log_ratio`: the cubic contrast (-1, 3, -3, 1) of the four runs, over the root of 20.
+        """Return the noise of `log_ratio`, which gives the A/A floor of this comparison: it varies as much.
 
-        The contrast compares only runs of the same version with each other, and a linear drift does not change it.
-        Divided by the root of 20 it varies as much as `log_ratio`, so it gives the A/A floor of this comparison.
+        For pairs it is half of their difference. For whole runs it is the cubic contrast (-1, 3, -3, 1) of the four
+        runs, over the root of 20: it compares only runs of the same version with each other, and a linear drift does
+        not change it.
         """
+        if self.pairs is not None:
+            first, second = self.pairs
+            return (first.log_ratio - second.log_ratio) / 2
         outer, inner = (self.new, self.old) if self.new_first else (self.old, self.new)
         return (_log_change(outer.runs) - 3 * _log_change(inner.runs)) / math.sqrt(20)
 
@@ -97,6 +110,12 @@ class SideBySide:
     def baseline(self) -> str:
         """The name of the run's baseline."""
         return next(arm for arm, own in self.baselines.items() if arm == own)
+
+    @property
+    def slices(self) -> tuple[int, int]:
+        """The number of slices of interleaved runs, and the number of those that are not compared."""
+        pairs = [pair for block in self.blocks for quartet in block.values() for pair in quartet.pairs or ()]
+        return sum(pair.slices for pair in pairs), sum(pair.left_out for pair in pairs)
 
     @property
     def failed(self) -> set[str]:
@@ -184,9 +203,11 @@ def measure_side_by_side(
     until: Until[SideBySide] | None = None,
     again: float = 1.0,
 ) -> SideBySide:
-    """Run every arm on every prompt in both versions.
+    """Run every arm on every prompt in both versions, in turns.
 
-    If the versions do not fit into memory together, a block runs all its arms in one version before the other's turn.
+    A turn is a slice of a run, a few steps. If a version cannot pause, as before this was possible, a turn is a whole
+    run. If the versions do not fit into memory together, a block runs all its arms in one version before the other's
+    turn.
 
     Args:
         both: the versions.
@@ -209,7 +230,9 @@ def measure_side_by_side(
     total, done = 4 * len(arms) * len(prompts) * repeats, 0
     new, old = both.new, both.old
     steady = Steady((new.pid, old.pid), torch.device(both.new.about.get("device", "cpu")), again)
+    interleaver = Interleaver(steady) if both.pauses else None
     expected: dict[str, dict[tuple[str, str], list[int]]] = {prompt: {} for prompt in prompts}
+    tokens_s: dict[str, float] = {}
     for number, (prompt, repeat, chosen) in enumerate(rounds(measured, prompts, repeats, arms, until)):
         # Versions that are loaded in turn always begin with the new one, which is still loaded from the last block.
         new_first = number % 2 == 0 or not both.together
@@ -221,23 +244,29 @@ def measure_side_by_side(
         if repeat >= repeats:
             still_open = f"; still open: {', '.join(chosen)}"
             total += 4 * len(order)
-        plan = [(worker, arm) for arm in order for worker in turns]
-        if not both.together:
-            plan = [(worker, arm) for worker in turns for arm in order]
-        block = _BlockRuns(both, measured, prompts[prompt], max_new_tokens, steady, expected[prompt])
-        for worker, arm in plan:
-            progress(done, total, f"{arm} on {prompt}, {worker.name}{still_open}")
-            done += 1
-            block.run(worker, arm)
+        block = _BlockRuns(both, measured, prompts[prompt], max_new_tokens, steady, expected[prompt], tokens_s)
+        for workers, arm in _plan(turns, order, both.together, interleaver is not None):
+            names = " and ".join(worker.name for worker in workers)
+            progress(done, total, f"{arm} on {prompt}, {names}{still_open}")
+            done += len(workers)
+            block.run(workers, arm, interleaver)
         measured.blocks.append(
-            {
-                arm: Quartet(prompt, block.side(new, arm), block.side(old, arm), new_first)
-                for arm in order
-                if arm not in measured.failed
-            }
+            {arm: block.quartet(prompt, arm, new_first) for arm in order if arm not in measured.failed}
         )
     progress(total, total, "done")
     return measured
+
+
+def _plan(
+    turns: Sequence[WorkerProcess], order: Sequence[str], together: bool, interleaved: bool
+) -> list[tuple[tuple[WorkerProcess, ...], str]]:
+    """Return the runs of a block: each with the versions that run, one or both in turns, and the arm."""
+    if interleaved:
+        first, second, *_ = turns
+        return [(both, arm) for arm in order for both in ((first, second), (second, first))]
+    if together:
+        return [((worker,), arm) for arm in order for worker in turns]
+    return [((worker,), arm) for worker in turns for arm in order]
 
 
 def _order(measured: SideBySide, chosen: Collection[str], chance: random.Random) -> list[str]:
@@ -259,6 +288,7 @@ class _BlockRuns:
         length: length of every output.
         steady: measures disturbed runs again.
         expected: the expected output by version's name and arm; the first block of a prompt fills it in.
+        tokens_s: about the seconds for one token of each arm; the counters runs fill it in.
     """
 
     def __init__(
@@ -269,51 +299,91 @@ class _BlockRuns:
         length: int,
         steady: Steady,
         expected: dict[tuple[str, str], list[int]],
+        tokens_s: dict[str, float],
     ) -> None:
-        self._steady = steady
+        self._steady, self._tokens_s = steady, tokens_s
         self._both, self._measured, self._prompt, self._length = both, measured, prompt, length
         self._runs: dict[tuple[str, str], list[Run]] = {}
+        self._pairs: dict[str, list[Pair]] = {}
         self._expected = expected
 
-    def run(self, worker: WorkerProcess, arm: str) -> None:
-        """Run an arm once in a version, unless it has failed in one of them."""
-        measured, own = self._measured, self._measured.baselines[arm]
-        if arm in measured.failed:
-            return
-        self._both.use(worker)
+    def run(self, workers: Sequence[WorkerProcess], arm: str, interleaver: Interleaver | None) -> None:
+        """Run an arm in a version or, with an interleaver, in both by turns, unless it has failed in one of them."""
+        with suppress(ArmError):  # it is noted
+            for worker in workers:
+                if arm in self._measured.failed:
+                    return
+                self._both.use(worker)
+                with self._noted(worker, arm):
+                    self._prepare(worker, arm)
+                    if interleaver is None:
+                        run = steady_run(self._steady, partial(worker.run, *self._wanted(worker, arm)))
+                        self._add(worker, arm, run)
+            if interleaver is not None:
+                self._run_pair(workers, arm, interleaver)
+
+    def _run_pair(self, workers: Sequence[WorkerProcess], arm: str, interleaver: Interleaver) -> None:
+        new, old = self._both.new, self._both.old
+        steps = max(1, round(SLICE_S / self._tokens_s[arm]))
+
+        def sliced(worker: WorkerProcess) -> SlicedRun:
+            with self._noted(worker, arm):
+                result = yield from worker.slices(*self._wanted(worker, arm), steps)
+            return result
+
+        pair = interleaver.measure(lambda: (sliced(new), sliced(old)), new_first=workers[0] is new)
+        self._pairs.setdefault(arm, []).append(pair)
+        self._add(new, arm, pair.new)
+        self._add(old, arm, pair.old)
+
+    @contextmanager
+    def _noted(self, worker: WorkerProcess, arm: str) -> Iterator[None]:
+        """Note the failure of an arm from code. Raise ValueError if it is the baseline, which must not fail."""
         try:
-            if own in measured.failed:
-                raise ArmError(f"arm {arm!r}: its baseline {own} did not decode")
-            self._run(worker, arm, own)
+            yield
         except ArmError as error:
-            if arm == measured.baseline:
+            if arm == self._measured.baseline:
                 raise ValueError(f"{worker.name}: {error}") from None
-            measured.failures[worker.name, arm] = str(error)
+            self._measured.failures[worker.name, arm] = str(error)
+            raise
 
-    def _run(self, worker: WorkerProcess, arm: str, own: str) -> None:
-        key = (worker.name, arm)
-        correct: list[int] = []
-        if arm != own:
-            if key not in self._expected:
-                written = self._expected[worker.name, own]
-                self._expected[key] = worker.ask("expected", arm=arm, prompt=self._prompt, tokens=written)
-            correct = self._expected[key]
-        if key not in self._measured.counters_runs:
+    def _prepare(self, worker: WorkerProcess, arm: str) -> None:
+        """Do what precedes the first timed run of an arm in a version: the counters run, and the prompt's shapes."""
+        measured, own, key = self._measured, self._measured.baselines[arm], (worker.name, arm)
+        if own in measured.failed:
+            raise ArmError(f"arm {arm!r}: its baseline {own} did not decode")
+        if arm != own and key not in self._expected:
+            written = self._expected[worker.name, own]
+            self._expected[key] = worker.ask("expected", arm=arm, prompt=self._prompt, tokens=written)
+        _, _, _, correct = self._wanted(worker, arm)
+        if key not in measured.counters_runs:
             length = min(self._length, COUNTERS_RUN_TOKENS)
-            self._measured.counters_runs[key] = worker.counters_run(arm, self._prompt, length, correct)
-        elif arm in self._measured.baselines.values() and key not in self._runs:
-            worker.run(arm, self._prompt, 1, correct)  # meets the prompt's shapes before the first timed run
-        run = steady_run(self._steady, lambda: worker.run(arm, self._prompt, self._length, correct))
-        self._runs.setdefault(key, []).append(run)
-        if arm == own:
-            self._expected.setdefault(key, run.tokens)
+            started = time.perf_counter()
+            measured.counters_runs[key] = worker.counters_run(arm, self._prompt, length, correct)
+            self._tokens_s[arm] = (time.perf_counter() - started) / length
+        elif arm in measured.baselines.values() and key not in self._runs:
+            worker.run(arm, self._prompt, 1, correct)
 
-    def side(self, worker: WorkerProcess, arm: str) -> Side:
-        """Return a version's two runs of an arm, with their checks."""
-        key = (worker.name, arm)
-        first, second = self._runs[key]
+    def _wanted(self, worker: WorkerProcess, arm: str) -> tuple[str, list[int], int, list[int]]:
+        """Return the arguments of a run: the arm, the prompt, the length, and the expected output."""
+        expected = [] if arm == self._measured.baselines[arm] else self._expected[worker.name, arm]
+        return arm, self._prompt, self._length, expected
+
+    def _add(self, worker: WorkerProcess, arm: str, run: Run) -> None:
+        self._runs.setdefault((worker.name, arm), []).append(run)
+        if arm == self._measured.baselines[arm]:
+            self._expected.setdefault((worker.name, arm), run.tokens)
+
+    def quartet(self, prompt: str, arm: str, new_first: bool) -> Quartet:
+        """Return both versions' runs of an arm, with their checks."""
+        pairs = self._pairs.get(arm)
+        new, old = self._side(self._both.new, arm), self._side(self._both.old, arm)
+        return Quartet(prompt, new, old, new_first, None if pairs is None else (pairs[0], pairs[1]))
+
+    def _side(self, worker: WorkerProcess, arm: str) -> Side:
+        first, second = self._runs[worker.name, arm]
         own = self._measured.baselines[arm]
-        return _checked(self._both, arm, own, self._prompt, self._expected[key], (first, second))
+        return _checked(self._both, arm, own, self._prompt, self._expected[worker.name, arm], (first, second))
 
 
 def _checked(both: Versions, arm: str, own: str, prompt: list[int], expected: list[int], runs: Sequence[Run]) -> Side:

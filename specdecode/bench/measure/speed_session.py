@@ -283,7 +283,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
         run=new,
         durations={arm: [run.total_s for quartet in measured.of(arm) for run in quartet.new.runs] for arm in arms},
         wrong={arm: [quartet.prompt for quartet in measured.of(arm) if "bug" in quartet.new.checks] for arm in arms},
-        judged_by=_judged_by_commit(plan, ref, both, arms),
+        judged_by=_judged_by_commit(plan, ref, both, arms, measured),
         judgements=_judge_against(plan, ref, new, old, unsupported, measured.change),
     )
 
@@ -330,9 +330,14 @@ def _judge_against(
     return judgements
 
 
-def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str]) -> str:
+def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str], measured: SideBySide) -> str:
     """Return the conditions of the comparison, in sentences."""
     sentences = [f"Judged by {ref}, measured side by side with {both.new.name}."]
+    slices, left_out = measured.slices
+    if left_out:
+        sentences.append(
+            f"{left_out} of {slices} slices of a few steps are not compared, because other work disturbed them."
+        )
     about = both.old.about["about"]
     if same := [arm for arm in arms if about[arm].get("outside")]:
         sentences.append(f"The code of {', '.join(same)} is not in this repository: both sides ran the same.")

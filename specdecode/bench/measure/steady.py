@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -81,14 +81,23 @@ class Steady:
         self.shares.append(taken)
         return Steadied(value, tries, self._disturbed(taken))
 
+    def begin_watch(self) -> Callable[[], float | None]:
+        """Begin to measure the share of other work."""
+        return watch(*self.workers, device=self.device) if self.watch is None else self.watch()
+
     def _try(self, once: Callable[[], T]) -> tuple[T, float, float]:
-        share = watch(*self.workers, device=self.device) if self.watch is None else self.watch()
+        share = self.begin_watch()
         started = self.clock()
         value = once()
         measured: tuple[T, float, float] = self.agreed((value, share() or 0.0, self.clock() - started))
         return measured
 
     def _disturbed(self, taken: float) -> bool:
-        """Return whether other work used more than usual: over the lower quartile of the shares so far, by `MARGIN`."""
-        before = sorted([*_PRIOR, *self.shares])
-        return taken > before[math.ceil(len(before) / 4) - 1] + MARGIN
+        """Return whether other work used more than usual, by `MARGIN`."""
+        return taken > usual(self.shares) + MARGIN
+
+
+def usual(shares: Sequence[float]) -> float:
+    """Return the usual share of other work: the lower quartile of the shares so far."""
+    before = sorted([*_PRIOR, *shares])
+    return before[math.ceil(len(before) / 4) - 1]

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -86,6 +86,22 @@ class WorkerProcess:
         """Return one timed run of an arm."""
         return Run.from_json(self.ask("run", arm=arm, prompt=prompt, length=length, expected=expected))
 
+    def slices(
+        self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int], steps: int
+    ) -> Generator[None, None, tuple[Run, list[float]]]:
+        """Run an arm, and yield after each slice of some steps: the worker waits until the generator goes on.
+
+        Returns:
+            The timed run, and the seconds of each slice. A run that cannot pause is one slice.
+        """
+        wanted = {"arm": arm, "prompt": prompt, "length": length, "expected": expected, "steps": steps}
+        answer = self._answer("run_in_slices", wanted)
+        while "slice" in answer:
+            yield
+            answer = self._answer("next slice", {})
+        value = self._value(answer, f"run {arm}")
+        return Run.from_json(value["run"]), value["slices"]
+
     @property
     def pid(self) -> int:
         """The id of the process."""
@@ -145,6 +161,11 @@ class Versions:
         self.use(new)
         self.together = not new.takes_turns and old.load()
         self.use(old)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether runs of both can be measured in slices, in turns."""
+        return self.together and all(worker.about.get("slices", False) for worker in (self.new, self.old))
 
     def use(self, worker: WorkerProcess) -> None:
         """Load the worker's models, unless they are in memory. Unload the other's if both do not fit."""

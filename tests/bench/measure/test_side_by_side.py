@@ -15,7 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
+from specdecode.bench.measure.interleaved import Pair, SlicedRun
 from specdecode.bench.measure.side_by_side import Quartet, Side, SideBySide, measure_side_by_side
 from specdecode.bench.measure.until import Until
 from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, dependencies
@@ -30,6 +32,8 @@ from tests.helpers.spelling import CHARACTERS
 from tests.helpers.suites import ELSEWHERE, run_pytest
 
 LOGS = st.floats(-1, 1)
+RUN = Run([1], 1.0, 0.1, Counts(steps=1))
+SIDE = Side((RUN, RUN), ("equal", "equal"))
 
 
 def quartet(logs: Sequence[float], new_first: bool) -> Quartet:
@@ -132,6 +136,75 @@ def test_versions_take_turns(room: int) -> None:
     assert (record.timed, record.peer) == (True, False)
 
 
+class Pausing(Loaded):
+    """A worker that pauses after each slice of its runs. The old version takes twice as long."""
+
+    def __init__(self, machine: Machine, name: str, fails: str = "") -> None:
+        super().__init__(machine, name)
+        self.about["slices"], self.fails = True, fails
+        self.steps: set[int] = set()
+
+    def slices(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int], steps: int) -> SlicedRun:
+        self.steps.add(steps)
+        run = self.run(arm, prompt, length, expected)
+        yield
+        self.machine.log.append((self.name, arm, str(prompt)))
+        if arm == self.fails:
+            raise ArmError("it broke")
+        return run, [run.total_s / 4, run.total_s * 3 / 4]
+
+
+def test_versions_take_turns_within_their_runs() -> None:
+    """Guards against whole runs of one version after the other, where both can pause."""
+    machine = Machine(2)
+    both = Versions(Pausing(machine, "new"), Pausing(machine, "old"))
+    measured = measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 5, repeats=1)
+    abba, baab = ["new", "old", "old", "new"], ["old", "new", "new", "old"]
+    assert [name for name, arm, _ in machine.log if arm == "x"] == [*abba, *baab, *baab, *abba]
+    assert [measured.change(arm).value for arm in ("ar", "x")] == pytest.approx([2.0, 2.0])
+    assert measured.floor("x") == pytest.approx(0.0, abs=1e-9)
+    assert measured.slices == (2 * 2 * 2 * 2, 0)
+    assert min(both.new.steps) >= 1  # type: ignore[attr-defined]
+    record = measured.record("old", "old", "x", {"synthetic": False, "against": None, "lossy": False})
+    assert {prompt: row.counts.runs for prompt, row in record.rows.items()} == {"p": 2, "q": 2}
+
+
+def test_a_version_that_cannot_pause_is_measured_in_whole_runs() -> None:
+    """Guards against a request that a commit from before slices does not know."""
+    machine = Machine(2)
+    both = Versions(Pausing(machine, "new"), Loaded(machine, "old"))
+    measured = measure_side_by_side(both, ["ar", "x"], {"p": [1]}, 5, repeats=1)
+    assert [name for name, arm, _ in machine.log if arm == "x"] == ["new", "old", "old", "new"]
+    assert measured.slices == (0, 0)
+    assert measured.change("x").value == pytest.approx(2.0)
+
+
+def test_an_arm_that_fails_between_slices_fails_alone() -> None:
+    """Guards against a failure in one version that stops the other arms, or is blamed on the other version."""
+    machine = Machine(2)
+    both = Versions(Pausing(machine, "new"), Pausing(machine, "old", fails="x"))
+    measured = measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 5, repeats=1)
+    assert measured.failures == {("old", "x"): "it broke"}
+    assert [set(block) for block in measured.blocks] == [{"ar"}, {"ar"}]
+    both = Versions(Pausing(Machine(2), "new", fails="ar"), Pausing(Machine(2), "old"))
+    with pytest.raises(ValueError, match="new: it broke"):
+        measure_side_by_side(both, ["ar"], {"p": [1]}, 5, repeats=1)
+
+
+@pytest.mark.parametrize("new_first", [True, False])
+def test_the_floor_of_pairs_varies_as_much_as_what_it_is_the_floor_of(new_first: bool) -> None:
+    """Guards against an A/A floor of pairs of another scale, or one that a slower version widens."""
+
+    def found(first: float, second: float) -> Quartet:
+        pairs = (Pair(RUN, RUN, (1.0, math.exp(log))) for log in (first, second))
+        return Quartet("p", SIDE, SIDE, new_first, (next(pairs), next(pairs)))
+
+    moves = [found(1.0, 0.0), found(0.0, 1.0)]
+    assert sum(move.log_ratio**2 for move in moves) == pytest.approx(sum(move.noise**2 for move in moves))
+    assert sum(move.noise * move.log_ratio for move in moves) == pytest.approx(0.0)
+    assert (found(0.3, 0.3).log_ratio, found(0.3, 0.3).noise) == (pytest.approx(0.3), 0.0)
+
+
 class Undecided(Loaded):
     """A worker with another token in the last place of an arm, which records how it is asked to check that."""
 
@@ -200,10 +273,15 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
         {**run_, "arm": "int8", "length": 40},
         {"do": "expected", "arm": "int8", "prompt": [1, 2, 3], "tokens": [0] * 40},
         {**run_, "length": 40},
+        {**run_, "do": "run_in_slices", "steps": 2},
+        {"do": "next slice"},
+        {"do": "next slice"},
         {"do": "unload"},
     ]
-    answers = serve(json.dumps(request) for request in requests)
-    missing, about, done, empty, of_int8, owed, of_target, unloaded = map(json.loads, answers)
+    lines: list[str] = []
+    serve((json.dumps(request) for request in requests), lines.append)
+    missing, about, done, empty, of_int8, owed, of_target, *rest = map(json.loads, lines)
+    *pauses, in_slices, unloaded = rest
     assert "no such folder" in missing["error"]
     assert about["value"]["refused"].keys() == {"novel", "linear"}
     assert len(Run.from_json(done["value"]).tokens) == 4
@@ -212,14 +290,20 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert [about["value"]["about"][arm]["timed"] for arm in ("lookup", "clocked")] == [False, True]
     assert [about["value"]["about"][arm]["peer"] for arm in ("lookup", "hf")] == [False, True]
     assert of_int8["value"]["tokens"] == owed["value"] != of_target["value"]["tokens"]
+    assert about["value"]["slices"] is True
+    assert pauses == 2 * [{"slice": True}]
+    assert in_slices["value"]["run"]["tokens"] == done["value"]["tokens"]
+    assert len(in_slices["value"]["slices"]) == 3
+    assert min(in_slices["value"]["slices"]) > 0
     assert unloaded == {"value": None}
 
     def full(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("specdecode.bench.arms.models.load", full)
-    (answer,) = serve([json.dumps({**load, "arms": {"ar": {}}})])
-    assert json.loads(answer)["memory"] is True
+    lines.clear()
+    serve([json.dumps({**load, "arms": {"ar": {}}})], lines.append)
+    assert json.loads(lines[0])["memory"] is True
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Runs of two versions in slices, in turns: a few steps of one, then the same steps of the other."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from specdecode.bench.arms.callables import ArmError
+from specdecode.bench.arms.run import Run
+from specdecode.bench.measure.steady import Steady, usual
+
+SLICE_S = 0.25
+"""Seconds of a slice, if each of its steps commits one token. A slice has at least one step."""
+
+MARGIN = 0.05
+"""A slice is disturbed if other work uses this much more of the processors' time than usual, as a share. The margin is
+wider than that of a whole run, because the system counts such time in units of 10 ms."""
+
+SlicedRun = Generator[None, None, tuple[Run, list[float]]]
+"""A run that yields after each slice, and returns the run and the seconds of each slice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A run of each version, measured in turns.
+
+    Attributes:
+        new, old: the runs.
+        compared_s: seconds of the new and of the old version in the slices that are compared.
+        slices: number of slices of each version; 1 if the versions took different numbers of steps.
+        left_out: number of slices that are not compared, because other work disturbed them.
+    """
+
+    new: Run
+    old: Run
+    compared_s: tuple[float, float]
+    slices: int = 1
+    left_out: int = 0
+
+    @property
+    def log_ratio(self) -> float:
+        """Return the logarithm of the old version's time over the new version's."""
+        new, old = self.compared_s
+        return math.log(old / new)
+
+
+@dataclass(slots=True)
+class Interleaver:
+    """A measurer of pairs. It leaves out disturbed slices, and measures a pair again if most slices are disturbed.
+
+    The rules do not look at times, and a slice counts for both versions or for none. So they favour no version.
+
+    Attributes:
+        steady: the rule for disturbed runs, and the watch over other work.
+        shares: share of the processors' time that other work used, for each slice of both versions so far.
+    """
+
+    steady: Steady
+    shares: list[float] = field(default_factory=list)
+    _taken: float = 0.0
+    _pairs: Steady = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pairs = replace(self.steady, watch=lambda: lambda: self._taken, shares=[])
+
+    def measure(self, start: Callable[[], tuple[SlicedRun, SlicedRun]], new_first: bool) -> Pair:
+        """Return the least disturbed try of a pair.
+
+        Args:
+            start: starts a run of the new version and one of the old version, for each try.
+            new_first: whether the new version has the first turn.
+
+        Raises:
+            ArmError: an arm from code does not decode in one of the versions.
+        """
+        kept = self._pairs.measure(lambda: self._once(*start(), new_first))
+        new, old = (
+            replace(run, tries=kept.tries, disturbed=kept.disturbed) for run in (kept.value.new, kept.value.old)
+        )
+        return replace(kept.value, new=new, old=old)
+
+    def _once(self, new: SlicedRun, old: SlicedRun, new_first: bool) -> Pair:
+        results: dict[SlicedRun, tuple[Run, list[float]]] = {}
+        order, taken = [new, old] if new_first else [old, new], []
+        while len(results) < len(order):
+            share = self.steady.begin_watch()
+            for run in order:
+                if run not in results:
+                    try:
+                        next(run)
+                    except StopIteration as end:
+                        results[run] = end.value
+                    except ArmError:
+                        _finish(order)
+                        raise
+            taken.append(share() or 0.0)
+            order.reverse()
+        return self._pair(*results[new], *results[old], taken)
+
+    def _pair(self, new: Run, new_s: list[float], old: Run, old_s: list[float], taken: list[float]) -> Pair:
+        self.shares += taken
+        if not len(new_s) == len(old_s) == len(taken):
+            self._taken = statistics.fmean(taken)
+            return Pair(new, old, (new.total_s, old.total_s))
+        most = usual(self.shares) + MARGIN
+        kept = [place for place, share in enumerate(taken) if share <= most]
+        self._taken = 0.0
+        if 2 * len(kept) < len(taken):
+            self._taken, kept = statistics.median(taken), list(range(len(taken)))
+        return Pair(new, old, (_sum(new_s, kept), _sum(old_s, kept)), len(taken), len(taken) - len(kept))
+
+
+def _sum(seconds: Sequence[float], places: Sequence[int]) -> float:
+    return sum(seconds[place] for place in places)
+
+
+def _finish(runs: Sequence[SlicedRun]) -> None:
+    """Run to the end what is still waiting for its turn: otherwise its process would wait for ever."""
+    for run in runs:
+        with suppress(ArmError):
+            for _ in run:
+                pass
