@@ -18,6 +18,7 @@ _MEASURE = """addEventListener("load", () => {
     document.title = JSON.stringify({scroll: root.scrollWidth, ground: style.backgroundColor, ink: style.color,
         drawings: all("svg").length,
         arm: Math.min(...all("tbody th").map(name => name.clientWidth)),
+        small: all(".scroll:has(table)").filter(frame => frame.scrollWidth > frame.clientWidth).length,
         cut: all(".frame").filter(frame => frame.scrollWidth > frame.clientWidth).length,
         blocks: all(".frame tbody tr").filter(row => frames[0].getComputedStyle(row).display == "flex").length,
         places: [...new Set(all(".plot svg").map(chart => Math.round(box(chart).left) + " " + box(chart).width))],
@@ -31,9 +32,9 @@ def look_at(page: str, scheme: str, width: int, folder: Path) -> dict[str, Any]:
     """Show a page in the browser and measure it.
 
     Measured are the width with all details unfolded, the number of drawings, the width of the arms' names, and the
-    brightness of text and background. Also: the number of wide tables that scroll sideways (`cut`), the rows of wide
-    tables shown as blocks, the distinct places of the charts of speedups and their ruler, the charts below their arm's
-    name, the height of the chip "equal", and the lines of tiles.
+    brightness of text and background. Also: the number of wide tables (`cut`) and of small ones (`small`) that scroll
+    sideways, the rows of wide tables shown as blocks, the distinct places of the charts of speedups and their ruler,
+    the charts below their arm's name, the height of the chip "equal", and the lines of tiles.
 
     Args:
         page: the HTML text.

@@ -131,7 +131,7 @@ def _tasks(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
     """Return the numbers of solved problems."""
     if not run.answers:
         return []
-    return [element("h2", "Tasks"), scrolling(grid_table(scores(run, checks)), "Solved problems")]
+    return [element("h2", "Tasks"), wide_table(scores(run, checks))]
 
 
 def _against_speed(run: QualityRun, speed: RunFile) -> list[Element]:

@@ -44,8 +44,16 @@ def tile(name: str, kind: str, value: str, more: str) -> Element:
 
 
 def grid_table(grid: Grid) -> Element:
-    """Return an HTML table."""
-    return _table(grid, [[_cell(*place) for place in zip(grid.columns, row, strict=True)] for row in grid.rows])
+    """Return an HTML table. On the screen of a phone, `page.css` shows the rows of three columns or more as blocks."""
+    rows = [[_cell(*place) for place in zip(grid.columns, row, strict=True)] for row in grid.rows]
+    if len(grid.columns) < 3:
+        return _table(grid, rows)
+    for row in rows:
+        for column, cell in zip(grid.columns, row, strict=True):
+            cell.set("data-column", column.name)
+    table = _table(grid, rows)
+    table.set("class", "folds")
+    return table
 
 
 def wide_table(grid: Grid) -> Element:
