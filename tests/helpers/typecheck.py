@@ -12,7 +12,7 @@ import jaxtyping
 import torch
 from beartype import BeartypeConf, beartype
 
-FIRST_CALLS, EVERY = 20, 25
+FIRST_CALLS, EVERY = 5, 50
 """The first calls of a function in a test are checked, and then every so many. To check all would double a test's time.
 """
 

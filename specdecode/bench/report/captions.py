@@ -21,6 +21,9 @@ LOOPS = 0.5
 # Keys of a preset's entry that set how the target is decoded. The other keys set how drafts are made.
 _LOSS = ("policy", "cache", "quantize", "backend")
 
+# The peers that decode without a draft.
+_PLAIN_PEERS = ("generate", "generate-compiled")
+
 
 def title(run: RunFile) -> str:
     """Return the models and the settings of the experiment, as a title."""
@@ -209,6 +212,8 @@ def notes(run: RunFile) -> list[str]:
     if compared := {arm: peer for arm, peer in peers.items() if run.log_speedups(arm, over=peer)}:
         ratios = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())
         sentences.append(f"Against transformers, same draft and settings: {ratios}.")
+    if stronger := _strongest_plain(run):
+        sentences.append(stronger)
     replayed = {arm: record.ties for arm, record in run.arms.items() if "replay" in record.options and record.ties}
     if replayed:
         left = ", ".join(f"{arm} ({ties})" for arm, ties in replayed.items())
@@ -221,6 +226,25 @@ def notes(run: RunFile) -> list[str]:
         ratios = "; ".join(f"{arm} over {base} {run.speedup(arm, over=base)}" for arm, base in bases.items())
         sentences.append(f"Against plain decoding with the same loss: {ratios}.")
     return sentences + [f"Beware: {warning}." for warning in run.header.warnings]
+
+
+def _strongest_plain(run: RunFile) -> str:
+    """Compare the fastest exact arm with the strongest of several ways to decode plainly; "" if there are not several.
+
+    A speedup over the weaker one alone would say too much.
+    """
+    speeds = {arm: run.speedup(arm, over=run.header.baseline).value for arm in run.arms}
+    speeds = {arm: speed for arm, speed in speeds.items() if math.isfinite(speed)}
+    peers = [arm for arm in speeds if run.arms[arm].options.get("peer") in _PLAIN_PEERS]
+    ours = [arm for arm in speeds if not (run.arms[arm].peer or run.arms[arm].lossy)]
+    if len(peers) < 2 or not ours:
+        return ""
+    strongest = max([run.header.baseline, *peers], key=lambda arm: speeds.get(arm, 1.0))
+    fastest = max(ours, key=lambda arm: speeds[arm])
+    if fastest == strongest:
+        return f"No other arm of this package is faster than {strongest}."
+    ratio = run.speedup(fastest, over=strongest)
+    return f"The strongest plain decoding here is {strongest}; the fastest arm, {fastest}, is {ratio} of it."
 
 
 def _intervals(run: RunFile) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from specdecode.bench.runs.records import RunFile
 from specdecode.bench.summary import speed_text
 from tests.helpers.pages import Page
 from tests.helpers.run_contents import SPEEDUPS, run_content, scored_run
-from tests.helpers.speed_runs import ARMS, sweep, whole_sweep
+from tests.helpers.speed_runs import ARMS, speed_arm, speed_run, sweep, whole_sweep
 
 PAST = History([], "none")
 
@@ -119,3 +120,29 @@ def test_a_terminal_shows_every_figure_whole() -> None:
     assert all(figure in text for figure in figures[1::2])
     assert set(text.split()) >= {figure.split()[0] for figure in figures[::2]}
     assert max(line.count("word") for line in text.splitlines()) < 30
+
+
+@pytest.mark.parametrize(
+    ("ar", "compiled", "lookup", "said"),
+    [
+        (1.0, 1.3, 1.56, "The strongest plain decoding here is hf-compiled; the fastest arm, lookup, is 1.20 ["),
+        (1.0, 0.9, 1.5, "The strongest plain decoding here is ar; the fastest arm, lookup, is 1.50 ["),
+        (1.0, 1.3, 0.9, "The strongest plain decoding here is hf-compiled; the fastest arm, ar, is 0.77 ["),
+        (1.0, 0.9, 0.8, "No other arm of this package is faster than ar."),
+        (1.0, None, 1.5, None),
+    ],
+)
+def test_the_strongest_plain_decoding_is_named(
+    ar: float, compiled: float | None, lookup: float, said: str | None
+) -> None:
+    """Guards against a speedup over a slow baseline alone, where a stronger one was measured."""
+    arms = {"ar": speed_arm(ar, {}), "hf-generate": speed_arm(0.8, {"peer": "generate"}, scatter=0.0)}
+    if compiled is not None:
+        arms["hf-compiled"] = speed_arm(compiled, {"peer": "generate-compiled"}, scatter=0.0)
+    arms["lookup"] = speed_arm(lookup, {"drafter": "lookup"}, scatter=0.0)
+    arms["lossy"] = speed_arm(9.0, {"drafter": "lookup", "policy": "sink-window", "cache": 8})
+    for arm in ("hf-generate", "hf-compiled"):
+        if arm in arms:
+            arms[arm] = replace(arms[arm], peer=True)
+    found = [one for one in notes(speed_run(**arms)) if "plain decoding here" in one or "No other" in one]
+    assert [one.startswith(said) for one in found] == ([] if said is None else [True]), found
