@@ -44,10 +44,10 @@ def speed_comment(judged: JudgedRun, gate: str, file: str) -> str:
 def quality_text(judged: JudgedQualityRun, colours: bool, encoding: str) -> str:
     """Draw the figures into a folder. Return the tables of the arms' costs, as text for a terminal with an encoding."""
     run = judged.run
-    where = (
-        f"The run is in {judged.file}, its page in the .md file beside it; the margins are from"
-        f" {judged.margins_path}. {_draw_figures(judged)}"
-    )
+    margins = f"the margins are from {judged.margins_path}"
+    if not judged.margins_path.exists():
+        margins = f"there are no margins, as {judged.margins_path} does not exist: nothing was judged"
+    where = f"The run is in {judged.file}, its page in the .md file beside it; {margins}. {_draw_figures(judged)}"
 
     def show(console: Console) -> None:
         console.print(rich_table(quality_tables.costs(run, judged.checks)))

@@ -22,7 +22,10 @@ def bisect(
     arm: Annotated[str, typer.Option("-k", "--arm", help="the arm whose speed is compared")],
     below: Annotated[float, typer.Option(help="a commit with less than this share of GOOD's speed is too slow")] = 0.97,
     preset: Annotated[
-        str | None, typer.Option(help="preset that has the arm: a name or a .toml file  [default: quick]")
+        str | None,
+        typer.Option(
+            help="preset that has the arm  [default: that of pyproject.toml, or quick]"
+        ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="target model  [default: the embedded one]")] = None,
     draft: Annotated[str | None, typer.Option(help="its draft model")] = None,

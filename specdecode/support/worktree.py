@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +15,7 @@ from specdecode.support.git import git
 
 @contextmanager
 def worktree(root: Path, ref: str) -> Iterator[Path]:
-    """Check out another commit in a temporary folder, and remove it after the block.
+    """Check out another commit in a temporary folder, and remove it after the block, also if SIGTERM ends the process.
 
     Args:
         root: a folder of the repository.
@@ -25,7 +27,7 @@ def worktree(root: Path, ref: str) -> Iterator[Path]:
     Raises:
         ValueError: no such commit, or no repository.
     """
-    with tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
+    with _interruptible(), tempfile.TemporaryDirectory(prefix="specdecode-") as scratch:
         folder = Path(scratch) / "against"
         try:
             try:
@@ -38,6 +40,19 @@ def worktree(root: Path, ref: str) -> Iterator[Path]:
             with suppress(ValueError):  # there is no checkout, or it was removed
                 # --force twice: git locks a checkout until it is complete, and an interrupt may come before that.
                 git("worktree", "remove", "--force", "--force", str(folder), root=root)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within this context SIGTERM raises KeyboardInterrupt, as Ctrl-C does. CI cancels jobs by SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def import_environment(folder: Path) -> dict[str, str]:

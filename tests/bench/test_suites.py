@@ -351,6 +351,7 @@ def test_quality_shows_perplexities(model: str) -> None:
     try:
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("PPL of prose") == 2
+        assert f"{slug(model)}-prose.json does not exist: nothing was judged" in done.stdout
         rows = {cells[1] for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] == "│"}
         assert rows >= {"reference", "full", "sink-window-16", "heavy-hitter-16", "shuffled-16", "no-sinks-16"}
         assert "needle found by" in done.stdout

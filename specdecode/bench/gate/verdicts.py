@@ -335,8 +335,12 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
     if not moved:
         reason = f"{len(shared)} counters within {COUNTER_TOLERANCE:.0%}, on {len(same)} prompt(s)"
         return Judgement(arm, "counters", Verdict.PASS, reason)
-    verdict = Verdict.REGRESSED if min(moved.values()) < 0 else Verdict.IMPROVED
-    return Judgement(arm, "counters", verdict, ", ".join(moved))
+    worse, better = (
+        ", ".join(change for change, gain in moved.items() if (gain < 0) == is_loss) for is_loss in (True, False)
+    )
+    if not worse:
+        return Judgement(arm, "counters", Verdict.IMPROVED, better)
+    return Judgement(arm, "counters", Verdict.REGRESSED, f"{worse}; better: {better}" if better else worse)
 
 
 def _lengths_moved(after: list[float], before: list[float]) -> dict[str, float]:

@@ -156,7 +156,11 @@ def test_counters_are_judged_tightly_and_the_right_way_round(
 def test_one_counter_that_is_better_does_not_excuse_another(judged: Any) -> None:
     """Guards against a worse counter that passes because another one is better."""
     new = content({"linear": 2.0}, steps=10, cache_bytes=2000.0)
-    assert judged(new, content({"linear": 2.0}))["linear", "counters"].verdict is Verdict.REGRESSED
+    judgement = judged(new, content({"linear": 2.0}))["linear", "counters"]
+    assert judgement.verdict is Verdict.REGRESSED
+    worse, better = judgement.reason.split("; better: ")
+    assert "cache_bytes" in worse
+    assert "mean_acceptance_length" in better
 
 
 def test_a_counter_that_is_no_longer_counted_is_missing(judged: Any) -> None:

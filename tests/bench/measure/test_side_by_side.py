@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -411,6 +412,22 @@ def test_a_checkout_that_was_cut_short_is_removed(tmp_path: Path) -> None:
     with worktree(tmp_path, "HEAD") as folder:
         git(tmp_path, "worktree", "lock", str(folder))
         assert git(tmp_path, "worktree", "list").count("\n") == 2
+    assert git(tmp_path, "worktree", "list").count("\n") == 1
+
+
+def test_a_cancelled_job_leaves_no_checkout(tmp_path: Path) -> None:
+    """Guards against worktrees in the user's repository after CI cancelled the job: it sends SIGTERM."""
+    git(tmp_path, "init", "--quiet")
+    commit(tmp_path, "first")
+    waits = "with worktree(Path.cwd(), 'HEAD') as folder:\n    print(folder, flush=True)\n    time.sleep(60)"
+    code = f"import time\nfrom pathlib import Path\nfrom specdecode.support.worktree import worktree\n{waits}"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert folder.is_dir()
+        process.terminate()
+        assert process.wait(30) != 0
+    assert not folder.exists()
     assert git(tmp_path, "worktree", "list").count("\n") == 1
 
 
