@@ -56,7 +56,7 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
     """Transform a model in place for a backend.
 
     With every backend but "eager", heads that share keys attend without copying them (see
-    `backends.grouped_attention`).
+    `backends.grouped_attention`). A model with layers on several devices stays as it is.
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "exact", linear
@@ -69,22 +69,28 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         agreed: returns the first process's value among processes that decode together, so that all take one layout.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: as `check`, or there are layers on several devices.
     """
     device = next(model.parameters()).device
     check(kind, device)
+    if (count := len({weight.device for weight in model.parameters()})) > 1:
+        if kind not in ("auto", "eager"):
+            raise ValueError(
+                f"layers over {count} devices run on the backend eager only, and {kind!r} is asked for: leave it out"
+            )
+        return Backend(note=f"layers over {count} devices")
     on_gpu = device.type == "cuda"
     if kind == "compile":
         group(model)
         if on_gpu:
-            return Backend("compile", static=lambda forward: StaticRunner(compiled(forward), CudaGraphs()))
+            return Backend("compile", static=lambda forward: StaticRunner(compiled(forward), CudaGraphs(device)))
         note = ""
         if packed.unsupported_reason(model) is None:
             note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed))}"
         return Backend("compile", note, static=lambda forward: StaticRunner(compiled(forward)))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
-        return Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs()), chosen=kind == "auto")
+        return Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs(device)), chosen=kind == "auto")
     if kind == "eager":
         return Backend()
     if kind == "exact":

@@ -20,6 +20,9 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 class CudaGraphs:
     """Capture callables as CUDA graphs. The graphs share one memory pool, as they never run at the same time.
 
+    Args:
+        device: the GPU that the callables run on. It is the current GPU during a capture, which records nothing else.
+
     Attributes:
         count: number of graphs captured so far, for all models.
         seconds: total time of these captures.
@@ -30,11 +33,16 @@ class CudaGraphs:
     seconds: ClassVar[float] = 0.0
     reserved: ClassVar[int] = 0
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         """Wrap a callable so that it replays on the current contents of the same tensors. It first runs twice."""
+        with torch.cuda.device(self._device):
+            return self._captured(action)
+
+    def _captured(self, action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         started, before = time.perf_counter(), torch.cuda.memory_reserved()
         # Libraries set up at their first call on a stream, which must not be captured. So these runs use its stream.
         side_stream = _side_stream(torch.cuda.current_device())

@@ -80,7 +80,8 @@ STATIC = {
 }
 
 if torch.device(models.DEVICE).type == "cuda":
-    STATIC["graph"] = Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs()))
+    DEVICE = torch.device(models.DEVICE)
+    STATIC["graph"] = Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs(DEVICE)))
 
 
 @functools.cache
@@ -596,6 +597,7 @@ def test_capturing_is_timed_apart_from_decoding(monkeypatch: pytest.MonkeyPatch)
         "CUDAGraph": Graph,
         "graph": lambda graph, pool, stream: nullcontext(done.append(f"capture into {pool}")),
         "current_device": lambda: 0,
+        "device": nullcontext,
         "synchronize": lambda: time.sleep(0.05),
         "memory_reserved": lambda: next(reserved),
     }
@@ -609,7 +611,7 @@ def test_capturing_is_timed_apart_from_decoding(monkeypatch: pytest.MonkeyPatch)
         done.append("run")
         return (torch.ones(1),)
 
-    again = CudaGraphs()(action)
+    again = CudaGraphs(torch.device("cuda"))(action)
     assert done == ["run", "run", "capture into 7", "run"]
     assert again() is again()
     assert done[4:] == ["replay", "replay"]

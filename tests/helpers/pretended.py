@@ -1,13 +1,14 @@
 """A pretended CUDA device: faults that otherwise appear only on a GPU appear on a CPU.
 
-Tensors say that they lie on cuda:0, and the CPU computes them. As on a GPU,
+Tensors say that they lie on cuda:0 or cuda:1, and the CPU computes them. As on GPUs,
 
-* an operation over tensors of both devices is an error;
+* an operation over tensors of two devices is an error;
 * reading a tensor makes the host wait, and so does a copy of host memory without `non_blocking`. Both are counted by
   the line of the package, with a warning while `torch.cuda.set_sync_debug_mode("warn")` is on;
 * a copy to the host that nobody waits for holds garbage until something waits;
 * a CUDA graph records operations, and replays them on the same storage. The capture itself computes nothing. A graph's
-  results are overwritten by the next replay of another graph of its pool. Nothing may wait during a capture.
+  results are overwritten by the next replay of another graph of its pool. Nothing may wait during a capture, and only
+  the current device is captured.
 
 `python -m pytest -p tests.helpers.pretended --device=cuda:0 ...` runs tests on it. It has no kernels of its own: only a
 real GPU shows their rounding and their times. Nothing is compiled on it, and nothing trained.
@@ -24,7 +25,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.helpers.pretended_tensors import DEVICE, CudaTensor, Mode, Operation, aten, compute, tensors_in
+from tests.helpers.pretended_tensors import DEVICE, DEVICES, CudaTensor, Mode, Operation, aten, compute, tensors_in
 
 
 class CUDAGraph:
@@ -119,6 +120,16 @@ def _stream(stream: _Stream) -> Iterator[None]:
         _Stream.current = before
 
 
+@contextlib.contextmanager
+def _device(device: Any) -> Iterator[None]:
+    """Make a device the current one within this context."""
+    before, DEVICE.current = DEVICE.current, torch.device(device).index or 0
+    try:
+        yield
+    finally:
+        DEVICE.current = before
+
+
 def _debug(mode: int | str) -> None:
     DEVICE.warns = mode in (1, "warn")
 
@@ -152,10 +163,11 @@ def install() -> None:
         "CUDAGraph": CUDAGraph,
         "Stream": _Stream,
         "_lazy_init": lambda: None,
-        "current_device": lambda: 0,
+        "current_device": lambda: DEVICE.current,
         "current_stream": lambda device=None: _Stream.current,
         "default_stream": lambda device=None: _Stream.default,
-        "device_count": lambda: 1,
+        "device": _device,
+        "device_count": lambda: DEVICES,
         "empty_cache": lambda: None,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: about.name,

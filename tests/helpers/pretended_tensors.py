@@ -14,7 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
-CUDA = torch.device("cuda:0")
+DEVICES = 2
+"""Number of devices: cuda:0 and cuda:1."""
 
 # Operations that return a result to the host, or whose shapes depend on content.
 _READS = {
@@ -64,12 +65,13 @@ class CudaError(RuntimeError):
 
 @dataclass
 class Device:
-    """The events on the device so far.
+    """The events on all devices so far.
 
     Attributes:
         launches: kernels that the host launched, by line of the package; without those of a replayed graph.
         host_reads: waits of the host, by reason and line.
         captures, replays: counts of graphs.
+        current: number of the current device, on which "cuda" is and graphs are captured.
         recording: the operations of the graph that is being captured; None if none is.
         late: copies to the host that have not arrived: the destination and the value.
         warns: warn on each wait, as `torch.cuda.set_sync_debug_mode` asks.
@@ -79,14 +81,14 @@ class Device:
     host_reads: Counter[tuple[str, str]] = field(default_factory=Counter)
     captures: int = 0
     replays: int = 0
+    current: int = 0
     recording: list[Operation] | None = None
     late: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     warns: bool = False
 
     def wait(self, reason: str) -> None:
         """Let the host wait for the queued work: late copies arrive."""
-        if self.recording is not None:
-            raise CudaError(f"operation not permitted when stream is capturing: {reason} at {_line()}")
+        _refuse_in_capture(reason)
         self.host_reads[reason, _line()] += 1
         if self.warns:
             warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=2)
@@ -94,8 +96,7 @@ class Device:
 
     def deliver(self) -> None:
         """Complete the late copies."""
-        if self.recording is not None:
-            raise CudaError(f"operation not permitted when stream is capturing: synchronise at {_line()}")
+        _refuse_in_capture("synchronise")
         with _disable_current_modes():
             for host, value in self.late:
                 host.copy_(value)
@@ -120,17 +121,18 @@ def _line() -> str:
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor that says it lies on the device.
+    """A tensor that says it lies on a device.
 
-    Attributes:
+    Args:
         content: the values, on the CPU.
+        device: the device.
     """
 
     content: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, content: torch.Tensor) -> CudaTensor:
+    def __new__(cls, content: torch.Tensor, device: torch.device) -> CudaTensor:
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             content.size(),
@@ -138,7 +140,7 @@ class CudaTensor(torch.Tensor):
             storage_offset=content.storage_offset(),
             dtype=content.dtype,
             layout=content.layout,
-            device=CUDA,
+            device=device,
             requires_grad=False,
         )
         made.content = content
@@ -149,7 +151,7 @@ class CudaTensor(torch.Tensor):
         return self.content.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy")
 
     def data_ptr(self) -> int:
         return self.content.data_ptr()
@@ -196,7 +198,7 @@ class CudaTensor(torch.Tensor):
             view.copy_(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied: Any = CudaTensor(self.content.clone())
+        copied: Any = CudaTensor(self.content.clone(), self.device)
         if getattr(self, "_is_param", False):
             copied = torch.nn.Parameter(copied, self.requires_grad)
         memo[id(self)] = copied
@@ -221,8 +223,12 @@ class Mode(TorchDispatchMode):
         return compute(func, args, kwargs or {})
 
 
-def _on_cuda(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "cuda"
+def _cuda(device: Any) -> torch.device | None:
+    """Return the CUDA device of an argument; None for another device, or none."""
+    if device is None or torch.device(device).type != "cuda":
+        return None
+    index = torch.device(device).index
+    return torch.device("cuda", DEVICE.current if index is None else index)
 
 
 def _content(tensor: torch.Tensor) -> torch.Tensor:
@@ -303,17 +309,19 @@ def _indexed(tensor: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = tensors_in((args, kwargs))
     ours = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
-    if not ours and not _on_cuda(kwargs.get("device")):
+    created_on = _cuda(kwargs.get("device"))
+    if not ours and created_on is None:
         return func(*args, **kwargs)
     if func is aten._has_compatible_shallow_copy_type.default:
         return isinstance(args[0], CudaTensor) == isinstance(args[1], CudaTensor)
     if func is aten._to_copy.default:
         return _copied(args[0], dict(kwargs))
-    if func is aten.copy_.default and len(ours) < 2:
+    if func is aten.copy_.default and args[0].device != args[1].device:
         return _copy_between(*args, **kwargs)
     if func in _READS:
         DEVICE.wait(func.__name__)
-    _check(func, args, tensors, len(ours))
+    device = created_on or ours[0].device
+    _check(func, args, tensors, ours, device)
 
     plain = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
     if "device" in kwargs:
@@ -321,12 +329,12 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = _mapped(_content, (args, plain))
     result = func(*given[0], **given[1])
     _launched(func, *given, result)
-    if "device" in kwargs and kwargs["device"] is not None and not _on_cuda(kwargs["device"]):
+    if kwargs.get("device") is not None and created_on is None:
         return result
     known = {id(tensor.content): tensor for tensor in ours}  # an operation in place returns one of these
 
     def wrapped(content: torch.Tensor) -> torch.Tensor:
-        return known[id(content)] if id(content) in known else CudaTensor(content)
+        return known[id(content)] if id(content) in known else CudaTensor(content, device)
 
     return _mapped(wrapped, result)
 
@@ -335,15 +343,17 @@ def _copied(source: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """Copy to another device or dtype."""
     device, waits = options.pop("device", None), not options.pop("non_blocking", False)
     options.pop("pin_memory", None)
-    to_cuda = isinstance(source, CudaTensor) if device is None else _on_cuda(device)
+    to = _cuda(source.device if device is None else device)
     func = aten._to_copy.default
-    if isinstance(source, CudaTensor) and to_cuda:
+    if isinstance(source, CudaTensor) and to is not None:
+        if to != source.device:
+            _refuse_in_capture("a copy to another device")
         result = func(source.content, **options)
         _launched(func, (source.content,), options, result)
-        return CudaTensor(result)
-    if to_cuda:
+        return CudaTensor(result, to)
+    if to is not None:
         _copy_to_device(waits)
-        return CudaTensor(func(source, **options).clone())
+        return CudaTensor(func(source, **options).clone(), to)
     value = func(_content(source), **options).clone()
     if waits:
         DEVICE.wait("copy to the host")
@@ -354,26 +364,42 @@ def _copied(source: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
 
 
 def _copy_between(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """Copy into a tensor of the other device."""
+    """Copy into a tensor of another device. The host does not wait for a copy between two GPUs."""
     if isinstance(to, CudaTensor):
-        _copy_to_device(not non_blocking)
-        to.content.copy_(source)
+        if isinstance(source, CudaTensor):
+            _refuse_in_capture("a copy from another device")
+            DEVICE.launches[_line()] += 1
+        else:
+            _copy_to_device(not non_blocking)
+        to.content.copy_(_content(source))
         return to
     DEVICE.wait("copy to the host")
     return to.copy_(_content(source))
 
 
-def _copy_to_device(waits: bool) -> None:
+def _refuse_in_capture(what: str) -> None:
     if DEVICE.recording is not None:
-        raise CudaError(f"operation not permitted when stream is capturing: a copy of host memory at {_line()}")
+        raise CudaError(f"operation not permitted when stream is capturing: {what} at {_line()}")
+
+
+def _copy_to_device(waits: bool) -> None:
+    _refuse_in_capture("a copy of host memory")
     if waits:
         DEVICE.wait("blocking copy to the device")
     DEVICE.launches[_line()] += 1
 
 
-def _check(func: Any, args: Any, tensors: list[torch.Tensor], ours: int) -> None:
+def _check(func: Any, args: Any, tensors: list[torch.Tensor], ours: list[CudaTensor], device: torch.device) -> None:
     """Raise CudaError where an operation mixes devices wrongly. Count an index that makes the host wait."""
     name = func.__name__.split(".")[0]
+    for tensor in ours:
+        if tensor.device != ours[0].device:
+            raise CudaError(
+                f"Expected all tensors to be on the same device, but found {ours[0].device} and {tensor.device}:"
+                f" {name} at {_line()}"
+            )
+    if DEVICE.recording is not None and device.index != DEVICE.current:
+        raise CudaError(f"{name} runs on {device} while cuda:{DEVICE.current} captures: at {_line()}")
     if func in _INDEXED:
         indices = [index for index in args[1] if isinstance(index, torch.Tensor)]
         if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
@@ -389,7 +415,9 @@ def _check(func: Any, args: Any, tensors: list[torch.Tensor], ours: int) -> None
         return
     on_host = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor)]
     if ours and on_host and (name in _TAKES_NO_NUMBER or any(tensor.dim() for tensor in on_host)):
-        raise CudaError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {name} at {_line()}")
+        raise CudaError(
+            f"Expected all tensors to be on the same device, but found {device} and cpu: {name} at {_line()}"
+        )
 
 
 @dataclass(frozen=True)
