@@ -20,9 +20,10 @@ from specdecode.bench.runs.file import read
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, shared_by
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.heads.loading import shipped_head
+from specdecode.models.devices import choose_device
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
-from specdecode.models.loading import TINY, choose_device, choose_dtype, load
+from specdecode.models.loading import TINY, choose_dtype, load
 from specdecode.models.tensor_parallel import split_count
 from specdecode.support.environment import hardware
 from specdecode.support.git import commit_id

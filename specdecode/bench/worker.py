@@ -29,7 +29,8 @@ from specdecode.bench.measure.versions import PROTOCOL
 from specdecode.bench.runs.counts import as_dict
 from specdecode.core.errors import SpecDecodeError
 from specdecode.evals.data import token_prompts
-from specdecode.models.loading import choose_device, choose_dtype
+from specdecode.models.devices import choose_device
+from specdecode.models.loading import choose_dtype
 
 
 class Worker:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdecode.core.transfer import moved, picked, write
+from specdecode.core.transfer import Copies, moved, picked, write
 
 
 @dataclass(eq=False)
@@ -45,9 +45,12 @@ class Slots:
     A transformers model accepts the slots as its cache: it calls only `update`, `get_seq_length` and `is_initialized`.
     Memory is allocated at the first write, and doubled when it is full. Slots below `length` are filled.
 
+    A model's layers may lie on several devices. Keys and values are on the device of their layer, and everything else
+    on that of the slots.
+
     Args:
         capacity: number of slots to begin with.
-        device: device of the tensors.
+        device: device of the slots.
         storage: the storage of unused slots, to use again; by default a new one.
 
     Attributes:
@@ -181,11 +184,12 @@ class Slots:
                 [layers, heads, m]. With a selection for each head, one slot may hold different tokens in different
                 heads.
         """
-        count = kept.shape[-1]
+        count, copies = kept.shape[-1], Copies(kept)
         for tensors in (self._keys, self._values):
             for place, layer in enumerate(sorted(tensors)):
                 tensor = tensors[layer][0]
-                chosen = kept.expand(len(tensor), count) if kept.dim() == 1 else kept[place]
+                there = copies[tensor.device]
+                chosen = there.expand(len(tensor), count) if kept.dim() == 1 else there[place]
                 tensor[:, :count] = tensor.gather(1, chosen[..., None].expand(-1, -1, tensor.shape[2]))
         if self.attention.numel():
             chosen = kept.expand(*self.attention.shape[:2], count)
@@ -239,10 +243,10 @@ class Slots:
         moving = list(indices[in_place:])
         if moving:
             source = moved(torch.tensor(moving), self.device)
-            target = slice(after + in_place, after + len(indices))
+            target, sources = slice(after + in_place, after + len(indices)), Copies(source)
             self.positions[target] = self.positions[source]
             for tensor in (*self._keys.values(), *self._values.values()):
-                tensor[:, :, target] = tensor[:, :, source]
+                tensor[:, :, target] = tensor[:, :, sources[tensor.device]]
             if self.attention.numel():
                 self.attention[:, :, target] = self.attention[:, :, source]
         self.length = after + len(indices)

@@ -17,6 +17,22 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=_need_not_wait(device))
 
 
+class Copies(dict[torch.device, Tensor]):
+    """A tensor on each device that is asked for. A copy is made once, and none on the tensor's own device.
+
+    Args:
+        tensor: the tensor to copy.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__({tensor.device: tensor})
+        self._tensor = tensor
+
+    def __missing__(self, device: torch.device) -> Tensor:
+        self[device] = copy = moved(self._tensor, device)
+        return copy
+
+
 def write(target: Tensor, source: Tensor) -> None:
     """Copy `source` into `target`, which may be on another device. It waits in the same cases as `moved`."""
     target.copy_(source, non_blocking=_need_not_wait(target.device))

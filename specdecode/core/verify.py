@@ -53,7 +53,9 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
         on_host = torch.cat([target, moved(tree.tokens, target.device)]).tolist()
         tree.set_host_tokens(on_host[len(target) :])
         return _walk_greedily(tree.host_tokens, tree.children(), on_host[: len(target)])
-    return walk(tree.host_tokens, tree.children(), tree.probs, target, rng)
+    # A draft may be on another device than its target.
+    probs = None if tree.probs is None else moved(tree.probs, target.device)
+    return walk(tree.host_tokens, tree.children(), probs, target, rng)
 
 
 def walk(tokens: Sequence[int], children: Sequence[Sequence[int]], probs: Any, target: Any, rng: Any) -> Acceptance:

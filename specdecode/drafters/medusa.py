@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
+from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
@@ -68,7 +69,7 @@ class MedusaHeads(nn.Module):
             state: the target's hidden state after its last layer, before the final norm, at the token before the root.
             depth: depth of the token below the root, from 1.
         """
-        x: Tensor = self._norm[0](state)
+        x = moved(self._norm[0](state), state.device)  # the target's norm may lie elsewhere
         blocks = self.blocks[depth - 1]
         assert isinstance(blocks, nn.ModuleList)
         for block in blocks:

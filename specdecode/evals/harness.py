@@ -29,9 +29,10 @@ from specdecode.core.sampling import Sampling
 from specdecode.decoding.generate import generate
 from specdecode.evals.quality_arms import decode_path
 from specdecode.heads.loading import shipped_head
+from specdecode.models.devices import choose_device
 from specdecode.models.embedded import EMBEDDED
 from specdecode.models.lm import LM
-from specdecode.models.loading import choose_device, load
+from specdecode.models.loading import load
 
 _KEYS = ("target", *MODEL_KEYS, "backend", "dtype", "device", "max_gen_toks")
 

@@ -155,7 +155,7 @@ class BoundHead:
 
     def _logits(self, state: Float[Tensor, "n H"]) -> Float[Tensor, "n D"]:
         logits: Tensor = self._rows(self._head.normed(state))
-        return logits
+        return moved(logits, state.device)  # the target's output layer may lie elsewhere
 
     def _static_states(
         self,
@@ -257,11 +257,16 @@ def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
         raise UnsupportedModelError(f"{target.name} has no output embedding that a head could share")
     chosen = tokens.to(target.device)
     if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
-        return layer.weight.detach()[chosen]
+        weight = layer.weight.detach()
+        return moved(weight[moved(tokens, weight.device)], target.device)
     width = target.model.config.get_text_config(decoder=True).hidden_size
     options: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
-    bias = layer(torch.zeros(1, width, **options))[:, chosen]
-    columns = [layer(units)[:, chosen] - bias for units in torch.eye(width, **options).split(_COLUMNS)]
+
+    def outputs(inputs: Tensor) -> Tensor:
+        return moved(layer(inputs), target.device)[:, chosen]
+
+    bias = outputs(torch.zeros(1, width, **options))
+    columns = [outputs(units) - bias for units in torch.eye(width, **options).split(_COLUMNS)]
     return torch.cat(columns).T.contiguous()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdecode.core.errors import ModelFileError, SpecDecodeError, UnsupportedModelError
+from specdecode.core.transfer import moved
 from specdecode.heads.bound import check_fit, output_rows, target_sizes
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import Eagle3Files, check_tokens, describe, make_eagle3, read_eagle3
@@ -218,7 +219,7 @@ def _hidden_states(
     for text in texts:
         with recorded_hidden_states(target.model, layers) as states:
             final = target.model.base_model(text.tokens[None].to(target.device), use_cache=False).last_hidden_state
-        of_texts.append([state[0] for state in (*states, final)])
+        of_texts.append([state[0] for state in (*states, moved(final, target.device))])
     by_layer = zip([*layers, total], zip(*of_texts, strict=True), strict=True)
     return {layer: pad_sequence(list(states), batch_first=True) for layer, states in by_layer}
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
+from specdecode.core.transfer import moved
 from specdecode.heads.module import Store
 from specdecode.models.variants import final_norm
 
@@ -70,7 +71,7 @@ class MtpHead(nn.Module):
     def fused(self, hidden_states: Float[Tensor, "*b n H"]) -> Float[Tensor, "*b n H"]:
         """Return the target's hidden states after its final norm."""
         normed: Tensor = self._norm[0](hidden_states)
-        return normed
+        return moved(normed, hidden_states.device)  # the target's norm may lie elsewhere
 
     def forward(
         self,

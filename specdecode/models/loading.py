@@ -14,6 +14,7 @@ from specdecode.core.errors import ModelFileError, TokenizerMismatchError, first
 from specdecode.core.ranks import Ranks
 from specdecode.models.architectures import config_of
 from specdecode.models.chat import TextEncoder
+from specdecode.models.devices import DeviceMap, input_device, place
 from specdecode.models.embedded import EMBEDDED, fetch
 from specdecode.models.lm import LM
 from specdecode.models.quantize import quantizer
@@ -38,6 +39,7 @@ def load(
     quantize: str | None = None,
     backend: str = "auto",
     tp: str | None = None,
+    device_map: DeviceMap | None = None,
 ) -> LM:
     """Load a causal language model.
 
@@ -56,6 +58,8 @@ def load(
             "layers:" draft uses the backend of its target.
         tp: "auto" splits each weight among the processes of `torchrun` (tensor parallelism). Then every process must
             make the same calls. Each process holds a whole draft.
+        device_map: "auto" spreads whole layers over all GPUs of this process. A dict gives the device of each module by
+            its name, as in transformers. The layers run one after the other, on the backend "eager".
 
     Returns:
         The model, which has passed the check of exact decoding.
@@ -64,11 +68,12 @@ def load(
         ModelFileError: there is no model of that name, or its files are damaged, or cannot be fetched or stored.
         UnsupportedModelError: the architecture cannot be decoded exactly, quantised or split.
         TokenizerMismatchError: the model does not share the vocabulary of `target`.
-        ValueError: a dtype, device, backend or quantisation is unknown, needs a package that is not installed, or is
-            not possible with split weights. Or `tp` was given without `torchrun`, or "layers:" without `target`.
+        ValueError: an argument is unknown, needs a package that is not installed, or is not possible with split weights
+            or with layers on several devices. Or `tp` was given without `torchrun`, or "layers:" without `target`.
     """
     count = split_count(tp, name, quantize, backend)
-    transform = quantizer(quantize, choose_device(device)) if quantize else None
+    chosen_device = input_device(device, device_map, name, tp, backend)
+    transform = quantizer(quantize, chosen_device) if quantize else None
     if name.startswith("layers:"):
         if quantize:
             raise ValueError(
@@ -76,12 +81,11 @@ def load(
                 f" quantize={quantize!r}"
             )
         return _layers(name, target)
-    chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     check_backend(backend, chosen_device)
     tokenizer: PreTrainedTokenizerBase | None = None
     if name.startswith("shape:"):
-        model = split(_random(name.removeprefix("shape:"), chosen_dtype, chosen_device), count)
+        model = split(_random(name, chosen_dtype, torch.device("cpu") if device_map else chosen_device), count)
     else:
         source = str(fetch()) if name == EMBEDDED else _existing(name)
         model = _pretrained(name, source, chosen_dtype, count)
@@ -92,7 +96,7 @@ def load(
         transform(model)
     if count == 1:
         # After the transform, so that only the quantised weights must fit on the device.
-        model.to(chosen_device)  # type: ignore[arg-type]
+        place(model, chosen_device, device_map)
     ranks = Ranks() if target is None else target.ranks
     lm = LM.on_backend(
         Backend(note=f"split among {count} processes") if count > 1 else prepare(backend, model, ranks.agreed),
@@ -171,8 +175,8 @@ def check_vocabulary(target: LM, draft: LM) -> None:
     )
 
 
-def _random(shape: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    config = config_of(shape)
+def _random(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    config = config_of(name.removeprefix("shape:"))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -238,18 +242,6 @@ def _tokenizer(source: str) -> Any:
         if (Path(source) / "tokenizer.json").exists():
             raise ModelFileError(f"the tokenizer in {source} is damaged: fetch the model again") from error
         return None
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """Return the given device, or the default device for None. Raise ValueError if it cannot be used."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used here; try 'cpu'") from error
-    return chosen
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

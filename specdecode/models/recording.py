@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from specdecode.backends.static import StaticRunner
 from specdecode.core.slots import Slots
+from specdecode.core.transfer import moved
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.variants import decoder_layers, shared_copy
+from specdecode.models.wrapped import execution_device
 
 
 @contextmanager
@@ -31,7 +33,8 @@ def recorded_hidden_states(
             recorded before the model's final norm.
 
     Yields:
-        A list that each forward fills with the hidden states of the layers, in the order of `layers`.
+        A list that each forward fills with the hidden states of the layers, in the order of `layers`. All are on the
+            device of the model's inputs, wherever the layers lie.
 
     Raises:
         ValueError: there is no such layer, or the model does not hold its layers in one list.
@@ -50,17 +53,17 @@ def _hooked(model: PreTrainedModel, layers: Sequence[int]) -> tuple[list[Tensor]
     if stack is None or not all(-1 <= layer < len(stack) for layer in layers):
         total = "no list of layers" if stack is None else f"layers 0 to {len(stack) - 1}"
         raise ValueError(f"{type(model).__name__} has {total}: the outputs of {list(layers)} cannot be read")
-    hidden_states = [torch.empty(0)] * len(layers)
+    hidden_states, device = [torch.empty(0)] * len(layers), execution_device(model)
 
     def hook_for(place: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden_states[place] = output if isinstance(output, Tensor) else output[0]
+            hidden_states[place] = moved(output if isinstance(output, Tensor) else output[0], device)
 
         return hook
 
     def input_hook_for(place: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, named: Any) -> None:
-            hidden_states[place] = inputs[0] if inputs else named["hidden_states"]
+            hidden_states[place] = moved(inputs[0] if inputs else named["hidden_states"], device)
 
         return hook
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
+from specdecode.core.transfer import Copies, moved
 from specdecode.models.forwards import SlotDecoder
 
 # Two positions of one token, whose keys show the rotation of a layer. They are far enough apart for every frequency to
@@ -63,7 +64,8 @@ class Rotation:
         """Return cosine and sine of each pair's angle at these positions, in float64, with the model's own scaling.
 
         Args:
-            like: a tensor with the type and device of the module's output.
+            like: a tensor with the type of the module's output. The result is on its device; the module may be on
+                another.
             positions: positions of tokens.
         """
         output = self.module(like, positions[None], *self.arguments)
@@ -71,7 +73,7 @@ class Rotation:
         cos, sin = (output.real, output.imag) if isinstance(output, Tensor) else output
         by_pair = _LAYOUTS[self.layout]
         # In float64, since a key may be re-rotated a thousand times: only the rounding of the stored keys may add up.
-        cos, sin = by_pair(cos)[0].double(), by_pair(sin)[0].double()
+        cos, sin = (moved(by_pair(table)[0].double(), like.device) for table in (cos, sin))
         return cos, -sin if self.backwards else sin
 
     def rerotate(
@@ -227,14 +229,16 @@ class KeyRerotation:
         """
         length = slots.length
         slots.gather(kept)
-        everywhere = torch.arange(length, device=kept.device)
-        tables: dict[Rotation, tuple[Tensor, Tensor]] = {}
+        positions, selections = Copies(torch.arange(length, device=kept.device)), Copies(kept)
+        tables: dict[tuple[Rotation, torch.device], tuple[Tensor, Tensor]] = {}
         for layer, (keys, rotation) in enumerate(zip(slots.filled_keys(), self._rotations, strict=True)):
             if rotation is None:
                 continue
-            if rotation not in tables:
-                tables[rotation] = rotation.table(keys, everywhere)
-            cos, sin = tables[rotation]
-            old = kept if kept.dim() == 1 else kept[layer]
+            device = keys.device
+            everywhere, selection = positions[device], selections[device]
+            if (rotation, device) not in tables:
+                tables[rotation, device] = rotation.table(keys, everywhere)
+            cos, sin = tables[rotation, device]
+            old = selection if kept.dim() == 1 else selection[layer]
             new = everywhere[: kept.shape[-1]]
             keys.copy_(rotation.rerotate(keys, (cos[old], sin[old]), (cos[new], sin[new])))

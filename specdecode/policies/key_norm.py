@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdecode.core.slots import Slots
+from specdecode.core.transfer import moved
 from specdecode.policies.base import bounds
 
 
@@ -32,7 +33,7 @@ class KeyNorm:
         self.reads_attention = False
 
     def keep(self, slots: Slots) -> Int[Tensor, "layers heads m"]:
-        norms = torch.stack([keys.norm(dim=-1) for keys in slots.filled_keys()])
+        norms = torch.stack([moved(keys.norm(dim=-1), slots.device) for keys in slots.filled_keys()])
         norms[..., slots.length - self.recent :] = 0.0
         return norms.topk(min(self.keeps, slots.length), largest=False).indices.sort().values
 

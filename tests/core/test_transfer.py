@@ -8,8 +8,18 @@ import pytest
 import torch
 
 import specdecode
-from specdecode.core.transfer import moved, write
+from specdecode.core.transfer import Copies, moved, write
 from tests.helpers.root import ROOT
+
+
+def test_a_device_gets_one_copy() -> None:
+    """Guards against a copy for each layer, and against any on the tensor's own device."""
+    tensor = torch.arange(3)
+    copies = Copies(tensor)
+    assert copies[torch.device("cpu")] is tensor
+    there = copies[torch.device("meta")]
+    assert there.device.type == "meta"
+    assert copies[torch.device("meta")] is there
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False), ("cuda:1", False), ("mps", False)])

@@ -1,0 +1,82 @@
+"""The devices of a model: one, or several for its layers. Then accelerate's hooks move each layer's inputs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+from transformers import PreTrainedModel
+
+DeviceMap = str | Mapping[str, int | str | torch.device]
+"""The devices of a model's layers: "auto" for all GPUs, or the device of each module by its name."""
+
+
+def choose_device(device: torch.device | str | int | None) -> torch.device:
+    """Return the given device, or the default device for None. Raise ValueError if it cannot be used."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here; try 'cpu'") from error
+    return chosen
+
+
+def input_device(
+    device: torch.device | str | None, device_map: DeviceMap | None, name: str, tp: str | None, backend: str
+) -> torch.device:
+    """Return the device of a model's inputs, by the arguments of `load`.
+
+    Raises:
+        ValueError: a device cannot be used. Or the device map is unknown, or does not go with the other arguments.
+    """
+    if device_map is None:
+        return choose_device(device)
+    if not device_map or (isinstance(device_map, str) and device_map != "auto"):
+        raise ValueError(
+            f"device_map is {device_map!r}: 'auto' spreads the layers over all GPUs, and a dict gives the device of"
+            " each module by its name"
+        )
+    if tp is not None:
+        raise ValueError(f"tp={tp!r} splits each weight, and device_map spreads whole layers: leave out one of them")
+    if device is not None:
+        raise ValueError(f"device={str(device)!r} is for a model on one device: leave out device, or device_map")
+    if name.startswith("layers:"):
+        raise ValueError(f"{name!r} shares the weights of its target, wherever they are: leave out device_map")
+    if backend not in ("auto", "eager"):
+        raise ValueError(
+            f"layers over several devices run on the backend eager only, and {backend!r} is asked for: leave it out"
+        )
+    if isinstance(device_map, str):
+        return choose_device(None)
+    if "" in device_map and len(device_map) > 1:
+        raise ValueError("device_map names '', the whole model, beside its parts: give a device for each part")
+    devices = [choose_device(device) for device in device_map.values()]
+    return devices[0]
+
+
+def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | None) -> None:
+    """Move a model to a device or, with a device map, its layers from the CPU to their devices.
+
+    Raises:
+        ValueError: the map leaves out a weight, or the devices cannot hold the model.
+    """
+    if device_map is None:
+        model.to(device)  # type: ignore[arg-type]
+        return
+    if isinstance(device_map, str):
+        undivided = list(model._no_split_modules or ())
+        memory = get_balanced_memory(model, no_split_module_classes=undivided)
+        places = infer_auto_device_map(model, memory, no_split_module_classes=undivided)
+        if "disk" in places.values():
+            raise ValueError(
+                "device_map is 'auto', and the devices here cannot hold the whole model: take a smaller one"
+            )
+    else:
+        places = dict(device_map)
+    # By default accelerate takes any of the devices for the inputs. On the first, the embedding finds them in place.
+    first = next((there for there in places.values() if there != "cpu"), "cpu")
+    dispatch_model(model, places, main_device=first, skip_keys=model._skip_keys_device_placement)
