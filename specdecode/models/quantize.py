@@ -30,7 +30,7 @@ def quantizer(kind: str, device: torch.device | None = None) -> Callable[[nn.Mod
 
     The transform raises UnsupportedModelError if a matrix that is no embedding belongs to no plain linear layer (GPT-2,
     Falcon, mixtures of experts), or if 4-bit groups do not fit it. Otherwise that matrix would silently stay
-    unquantised.
+    unquantised. It also raises it for a model with layers on several devices.
 
     Args:
         kind: "int8" or "int4"; or "int4-coarse", a negative control.
@@ -50,6 +50,12 @@ def quantizer(kind: str, device: torch.device | None = None) -> Callable[[nn.Mod
         return Int4Linear(linear, linear.in_features if kind == COARSE else GROUP)
 
     def transform(model: nn.Module) -> None:
+        if len({weight.device for weight in model.parameters()}) > 1:
+            # The new layers would lack the hooks that move inputs.
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be quantised: its layers are on several devices; let `load` quantise it"
+                " before it spreads them"
+            )
         layers = _linear_layers(model, 1 if kind == "int8" else GROUP)
         made: dict[nn.Module, nn.Module] = {}
         for parent in list(model.modules()):

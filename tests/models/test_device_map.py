@@ -24,6 +24,7 @@ from specdecode import (
     PromptLookup,
     Sampling,
     StaticTree,
+    UnsupportedModelError,
     generate,
     generate_batch,
     load,
@@ -31,6 +32,7 @@ from specdecode import (
 from specdecode.backends import prepare
 from specdecode.drafters import medusa
 from specdecode.drafters.base import Drafter
+from specdecode.drafters.replay import ReplayDrafter
 from specdecode.heads.bound import BoundHead, head_shape, output_rows, untrained
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.models.devices import DeviceMap
@@ -56,8 +58,9 @@ HALVES = {
 
 DRAFTERS: dict[str, Callable[[LM], Drafter]] = {
     "none": lambda target: NoDraft(),
-    "chain": lambda target: ModelDrafter(last_layer(target)),
-    "tree": lambda target: ModelDrafter(last_layer(target), TREE),
+    "chain": lambda target: ModelDrafter(some_layers(target, 1)),
+    "tree": lambda target: ModelDrafter(some_layers(target, 0, 1), TREE),
+    "replay": lambda target: ReplayDrafter(ModelDrafter(some_layers(target, 1), TREE), [*prompt(), *expected()], 0.7),
     "head": lambda target: HeadDrafter(whole_head(target)),
     "head-tree": lambda target: HeadDrafter(BoundHead(untrained(target), target), TREE),
     "medusa": lambda target: medusa.examples(target)["medusa-chain"],
@@ -84,9 +87,9 @@ def over_two(name: str = "llama") -> LM:
 
 
 @functools.cache
-def last_layer(target: LM) -> LM:
-    """Return a draft whose only layer is on another device than the embeddings."""
-    return target.subset([1])
+def some_layers(target: LM, *layers: int) -> LM:
+    """Return a draft: the second layer alone proposes wrong tokens, and both layers propose right ones."""
+    return target.subset(layers)
 
 
 @functools.cache
@@ -154,6 +157,7 @@ def test_batches_and_samples_on_two_devices_are_those_of_one() -> None:
     texts = [prompt(length) for length in (9, 14)]
     batch = generate_batch(over_two(), texts, drafter=lambda: DRAFTERS["tree"](over_two()), max_new_tokens=LENGTH)
     assert [result.tokens for result in batch] == [expected(text=text) for text in texts]
+    assert all(any(step.accepted > 1 for step in result.steps) for result in batch)
     sampling = Sampling(0.9, top_k=20, seed=5)
     for drafter in ("tree", "head-tree"):
         assert expected(drafter, sampling=sampling) != expected()
@@ -220,13 +224,10 @@ def test_load_spreads_a_model(tmp_path: Path, quantize: str | None) -> None:
 
 
 @several
-def test_quantising_what_is_spread() -> None:
-    """Guards against quantised layers that stay on one device."""
-    host = on_host()
-    with host_alone():
-        written = decoded(host.quantized("int8"))
-    assert written != expected()
-    assert decoded(over_two().quantized("int8")) == written
+def test_what_is_spread_is_not_quantised() -> None:
+    """Guards against quantised layers that get inputs from another device."""
+    with pytest.raises(UnsupportedModelError, match="cannot be quantised: its layers are on several devices"):
+        over_two().quantized("int8")
 
 
 @pytest.mark.parametrize(("device_map", "how"), [({"": "cpu"}, {}), ("auto", {"quantize": "int8", "backend": "eager"})])
