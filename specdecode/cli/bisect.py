@@ -23,9 +23,7 @@ def bisect(
     below: Annotated[float, typer.Option(help="a commit with less than this share of GOOD's speed is too slow")] = 0.97,
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="preset that has the arm  [default: that of pyproject.toml, or quick]"
-        ),
+        typer.Option(help="preset that has the arm  [default: that of pyproject.toml, or quick]"),
     ] = None,
     target: Annotated[str | None, typer.Option(help="target model  [default: the embedded one]")] = None,
     draft: Annotated[str | None, typer.Option(help="its draft model")] = None,
