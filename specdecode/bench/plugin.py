@@ -301,14 +301,14 @@ def speed_run(request: pytest.FixtureRequest) -> JudgedRun:
     """The run of the arms of the selected tests, with the gate's judgements."""
     from specdecode.bench.measure.speed_session import measure
 
-    config = request.config
+    config, plan = request.config, _plan(request.config)
     parameters = _parameters(request)
     selected = {values["arm"] if "arm" in values else values["judged"][0] for values in parameters}
     file = config.getoption("benchmark_json", None)
     with _at_work(config):
-        config.stash[_SPEED_RUN] = measure(
-            _plan(config), selected, file=file.so_far if isinstance(file, _Unfinished) else None
-        )
+        if plan.against is None and not plan.resume:
+            _note_interrupted(plan.journal, "blocks")
+        config.stash[_SPEED_RUN] = measure(plan, selected, file=file.so_far if isinstance(file, _Unfinished) else None)
     return config.stash[_SPEED_RUN]
 
 
@@ -317,16 +317,33 @@ def quality_run(request: pytest.FixtureRequest) -> JudgedQualityRun:
     """The run of the arms of the selected tests, with the checks of their margins."""
     from specdecode.bench.quality.quality_session import measure
 
-    config = request.config
+    config, plan = request.config, _quality_plan(request.config)
     selected = {values["cost"][0] for values in _parameters(request) if "cost" in values}
     with _at_work(config):
-        config.stash[_QUALITY_RUN] = measure(_quality_plan(config), selected)
+        if not plan.resume:
+            _note_interrupted(plan.journal, "pieces")
+        config.stash[_QUALITY_RUN] = measure(plan, selected)
     return config.stash[_QUALITY_RUN]
 
 
 def _parameters(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Return the parameters of the selected tests."""
     return [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+
+
+def _note_interrupted(journal: Path, unit: str) -> None:
+    """Write a line if an interrupted run left finished blocks or pieces, which a run without --resume discards.
+
+    It is written before the models are loaded, so that a user can still stop and keep them.
+    """
+    if not journal.exists():
+        return
+    finished = journal.read_bytes().count(b"\n") - 1  # the first line is no piece
+    if finished > 0:
+        sys.stderr.write(
+            f"\n{journal} keeps an interrupted run (finished {unit}: {finished}). This run starts anew. To go on with"
+            " the other one, stop now and add --resume.\n"
+        )
 
 
 @contextmanager

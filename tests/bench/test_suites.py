@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from specdecode.bench.options import Options
+from specdecode.bench.plan import resolve
+from specdecode.bench.quality.plan import resolve_quality
 from specdecode.bench.runs.file import read as read_run
 from specdecode.evals.results_file import read
 from specdecode.support.files import slug
 from tests.helpers.characters import save
 from tests.helpers.root import ROOT
-from tests.helpers.suites import run_pytest, run_pytest_in_turn, start_pytest
+from tests.helpers.suites import ELSEWHERE, run_pytest, run_pytest_in_turn, start_pytest
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +219,26 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     assert read_run(file).header.left == 0
     assert not unfinished.exists()
     assert not journal.exists()
+
+
+@pytest.mark.parametrize(("suite", "unit"), [("benchmark", "blocks"), ("quality", "pieces")])
+def test_a_plain_run_tells_what_an_interrupted_one_left(tmp_path: Path, suite: str, unit: str) -> None:
+    """Guards against minutes of measurements that the same command without --resume discards in silence."""
+    options = Options(root=tmp_path, target="./nowhere", device="cpu")
+    journal = resolve(options).journal if suite == "benchmark" else resolve_quality(options).journal
+    journal.parent.mkdir()
+    plugin = ELSEWHERE[: ELSEWHERE.index("--benchmark")]
+    command = (*plugin, f"--{suite}", "--target=./nowhere", "--device=cpu", "-k", "not hf")
+    said = {}
+    for kept, more in (("{}\n{}\n{}\n", ()), ("{}\n{}\n{}\n", ("--resume",)), ("{}\n", ())):
+        journal.write_text(kept)
+        done = run_pytest(*command, *more, cwd=tmp_path)
+        assert "no such folder: ./nowhere" in done.stdout + done.stderr
+        said[kept, more] = [line for line in done.stderr.splitlines() if "interrupted" in line]
+    (line,) = said.pop(("{}\n{}\n{}\n", ()))
+    assert line.startswith(f"{journal} keeps an interrupted run (finished {unit}: 2)")
+    assert line.endswith("add --resume.")
+    assert not any(said.values())
 
 
 def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, tmp_path: Path) -> None:
