@@ -276,8 +276,12 @@ def _quality_report(
     else:
         write: dict[Format, Callable[..., Any]] = {Format.md: markdown, Format.html: section, Format.latex: latex}
         content = write[format](run, checks, speed)
-    # Files of quality do not have the date of their run.
-    return _Report(path, title(run), content, lambda: entry(run, checks, f"{date.fromtimestamp(path.stat().st_mtime)}"))
+
+    def day() -> str:
+        # Older files of quality do not have the date of their run.
+        return run.datetime[:10] or f"{date.fromtimestamp(path.stat().st_mtime)}"
+
+    return _Report(path, title(run), content, lambda: entry(run, checks, day()))
 
 
 def _draw(

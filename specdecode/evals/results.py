@@ -194,6 +194,7 @@ class QualityRun:
         documents: documents with their predictions.
         needles: trials with needles.
         answers: answers to problems of tasks.
+        datetime: time of the run's end, in ISO 8601; "" in older files.
     """
 
     header: QualityHeader
@@ -201,6 +202,7 @@ class QualityRun:
     documents: list[Document]
     needles: list[NeedleTrial]
     answers: list[Answer] = field(default_factory=list)
+    datetime: str = field(default="", compare=False)
 
     @property
     def judged_arms(self) -> list[str]:

@@ -41,8 +41,11 @@ LEAST_NATS = -0.01
 
 
 def write(run: QualityRun) -> str:
-    """Return the run as JSON."""
-    return json.dumps({KEY: {"format": FORMAT, **asdict(run)}}) + "\n"
+    """Return the run as JSON. Its time is where pytest-benchmark's files have it."""
+    values = asdict(run)
+    datetime = values.pop("datetime")
+    time = {"datetime": datetime} if datetime else {}
+    return json.dumps({**time, KEY: {"format": FORMAT, **values}}) + "\n"
 
 
 def is_run(path: Path) -> bool:
@@ -73,7 +76,9 @@ def read(path: Path) -> QualityRun:
             {arm: _arm(mapping(entry, arm)) for arm, entry in mapping(run["arms"], "arms").items()},
             documents,
             [needle_trial(mapping(entry, "a needle")) for entry in items(run["needles"], "needles")],
-            _answers(items(run.get("answers", []), "answers")),  # older files have no answers
+            # Older files have no answers and no time.
+            _answers(items(run.get("answers", []), "answers")),
+            text(content, "datetime") if "datetime" in content else "",
         )
     except KeyError as error:
         raise ValueError(f"{path} is no run of `pytest --quality`: it has no {error}") from None

@@ -28,6 +28,7 @@ def quality_schema() -> Schema:
     run = definitions.object(QualityRun)
     run["properties"] = {"format": format_entry(FORMAT), **run["properties"]}
     run["required"].insert(0, "format")
+    datetime = run["properties"].pop("datetime")
     return {
         "$schema": DIALECT,
         "$id": f"specdecode:quality:{FORMAT}",
@@ -35,6 +36,6 @@ def quality_schema() -> Schema:
         "description": "A run that `pytest --quality` writes.",
         "type": "object",
         "required": [KEY],
-        "properties": {KEY: run},
+        "properties": {"datetime": datetime, KEY: run},
         "$defs": definitions.schemas,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -149,7 +150,8 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
         needles = _look_for_needles(
             plan, work, pieces, lambda done, doing: show(document_tokens + done, all_tokens, doing)
         )
-    run = QualityRun(header, work.arms, read, needles, _answers(plan, work, pieces))
+    answers = _answers(plan, work, pieces)
+    run = QualityRun(header, work.arms, read, needles, answers, datetime.now(timezone.utc).isoformat())
     write_whole(plan.file, write(run))
     journal.finish()
     return JudgedQualityRun(run, plan.file, plan.margins_path, check_margins(run, plan.margins))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -376,7 +377,10 @@ def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
     assert len(whole.run.documents) == 2
     assert len(whole.run.needles) == 2 * 2 * 2
     assert max(whole.run.documents[0].arms["full"].kl) < 1e-6
-    assert read(whole.file) == whole.run
+    stored = read(whole.file)
+    assert stored == whole.run
+    assert stored.datetime == whole.run.datetime
+    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(stored.datetime)) < timedelta(hours=1)
     sought = quality.look_for
     calls = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote
@@ -143,6 +144,14 @@ def test_out_names_the_start_page(
     assert told.count("\n") == 1
     assert "index.json: its page would replace the start page" in told
     assert len(rows((folder / "index.html").read_text())) == 2
+
+
+def test_a_run_of_quality_has_the_day_of_its_measurement(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a run that a copy of its file makes the newest one."""
+    (folder / "quality.json").write_text(write(replace(whole_quality_run(), datetime="2025-12-24T23:00:00+00:00")))
+    assert exit_code(monkeypatch, "report", str(folder), "--format", "html") == 0
+    dates = [row[0] for row in rows((folder / "index.html").read_text())]
+    assert dates == ["2026-03-01", "2026-01-01", "2025-12-24"]
 
 
 def test_an_entry_counts_only_what_is_lossless_and_right() -> None:
