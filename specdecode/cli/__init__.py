@@ -10,9 +10,9 @@ import sys
 import typer
 
 from specdecode.cli import bisect, doctor, gate, generate, harness, history, recommend, report, schema, train
-from specdecode.cli.messages import note
 from specdecode.cli.output import standard_streams
 from specdecode.core.errors import SpecDecodeError
+from specdecode.support.messages import note
 
 app = typer.Typer(
     help="Exact speculative decoding for Hugging Face models.",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdecode.cli.messages import note
 from specdecode.cli.output import say, say_tables
+from specdecode.support.messages import note
 
 if TYPE_CHECKING:
     from specdecode.bench.gate.verdicts import Judgement

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from specdecode.bench.arms.entry import ArmSpec
-from specdecode.cli.messages import note, noted_if_slow
 from specdecode.cli.output import say_json
 from specdecode.cli.prompts import read_prompts, whole_text
 from specdecode.cli.text import TextStream
+from specdecode.support.messages import note, noted_if_slow
 from specdecode.support.progress import progress
 
 if TYPE_CHECKING:

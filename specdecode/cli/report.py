@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 import typer
 
-from specdecode.cli.messages import note
 from specdecode.cli.output import say
 from specdecode.support.files import check_writable, write_whole
+from specdecode.support.messages import note
 
 if TYPE_CHECKING:
     from specdecode.bench.report.start_page import Entry

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from specdecode.models.chat import TextEncoder
 from specdecode.models.lm import LM
 from specdecode.support.files import read_lines
+from specdecode.support.messages import hub_noted
 
 T = TypeVar("T")
 
@@ -173,7 +174,8 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
     try:
         import datasets
 
-        return list(datasets.load_dataset(**source.hub)), origin
+        with hub_noted(origin):
+            return list(datasets.load_dataset(**source.hub)), origin
     except Exception as error:
         raise NotAtHandError(
             f"{name} is not available: put {source.file}.jsonl or .parquet into the folder that SPECDECODE_DATA names"

@@ -15,6 +15,7 @@ from specdecode.heads.formats import read_head
 from specdecode.heads.module import Head, TargetFingerprint
 from specdecode.heads.mtp import MtpHead
 from specdecode.models.lm import LM
+from specdecode.support.messages import hub_noted
 
 # Least cosine similarity of the embeddings of one target in two types. The similarity of 4-bit weights to their
 # originals is 0.99, and the similarity of different models is near 0.
@@ -92,7 +93,8 @@ def find_folder(name: str) -> Path:
         lacks = f"{folder} holds no {CONFIG}" if folder.is_dir() else f"no head comes with the package for {name!r}"
         raise ModelFileError(f"{lacks}: name the folder or the file of a head, or {ADVICE}")
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        with hub_noted(name):
+            return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # no network, no such repository, or a gated one: each is another error
         raise ModelFileError(
             f"no draft head {name!r}: no folder of that name, and the hub said: {first_line(error)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from specdecode.models.embedded import EMBEDDED, fetch
 from specdecode.models.lm import LM
 from specdecode.models.quantize import quantizer
 from specdecode.models.tensor_parallel import arguments, split, split_count
+from specdecode.support.messages import hub_noted
 
 # Standard deviation of the embedding's entries. Each layer adds about 1 to the hidden states.
 _EMBEDDING_SCALE = 10.0
@@ -88,8 +90,9 @@ def load(
         model = split(_random(name, chosen_dtype, torch.device("cpu") if device_map else chosen_device), count)
     else:
         source = str(fetch()) if name == EMBEDDED else _existing(name)
-        model = _pretrained(name, source, chosen_dtype, count)
-        tokenizer = _tokenizer(source)
+        with _noted(name, source):
+            model = _pretrained(name, source, chosen_dtype, count)
+            tokenizer = _tokenizer(source)
         if chosen_device.type == "cpu":
             _into_memory(model)
     if transform:
@@ -121,7 +124,9 @@ def load_encoder(name: str) -> TextEncoder:
     """
     if name.startswith("shape:"):
         return TextEncoder(name, vocab_size=config_of(name.removeprefix("shape:")).get_text_config().vocab_size)
-    return TextEncoder(name, _tokenizer(source_of(name)))
+    source = source_of(name)
+    with _noted(name, source):
+        return TextEncoder(name, _tokenizer(source))
 
 
 def source_of(name: str) -> str:
@@ -210,6 +215,11 @@ def _existing(name: str) -> str:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelFileError(f"no such folder: {name}")
     return name
+
+
+def _noted(name: str, source: str) -> AbstractContextManager[None]:
+    """Return the context in which a model's files are read. It writes a note if the hub is asked, and is slow."""
+    return nullcontext() if Path(source).is_dir() else hub_noted(name)
 
 
 def _pretrained(name: str, source: str, dtype: torch.dtype, count: int = 1) -> PreTrainedModel:
