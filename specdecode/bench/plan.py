@@ -119,7 +119,7 @@ class Plan:
         return self.root / "results" / f"{self.identity.hardware}-{self.identity.file.stem}{process}.blocks.jsonl"
 
     def entries(self, selected: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Return the preset's entries of the selected arms and of their baselines."""
+        """Return the preset's entries of the selected arms and of their reference arms."""
         compared_with = {self.preset.baseline_of(arm) for arm in selected if arm in self.preset.arms}
         wanted = {self.preset.baseline, *compared_with, *selected}
         return {arm: entry for arm, entry in self.preset.arms.items() if arm in wanted}

@@ -34,7 +34,7 @@ class Preset:
         max_new_tokens: length of every output; stop tokens end it only with `--eos`.
         repeats: number of blocks for each prompt.
         lengths: shorter lengths at which the same runs are cut.
-        baseline: the baseline of arms that name no other.
+        baseline: the reference arm: the arm that others are compared with, unless they name another.
     """
 
     arms: dict[str, dict[str, Any]]
@@ -45,11 +45,11 @@ class Preset:
     baseline: str = BASELINE
 
     def baseline_of(self, arm: str) -> str:
-        """Return the baseline of an arm, by name."""
+        """Return the name of the arm that an arm is compared with."""
         return str(self.arms[arm].get("baseline", self.baseline))
 
     def check_baselines(self) -> None:
-        """Raise ValueError if an arm's baseline is not in the preset, or itself has another baseline."""
+        """Raise ValueError if a reference arm is not in the preset, or itself has another reference arm."""
         if self.baseline not in self.arms:
             raise ValueError(
                 f"the preset has no arm {self.baseline!r}, with which others are compared: add it, or name another arm"
@@ -58,10 +58,10 @@ class Preset:
         for arm in self.arms:
             baseline = self.baseline_of(arm)
             if baseline not in self.arms:
-                raise ValueError(f"arm {arm!r}: its baseline {baseline!r} is no arm of the preset")
+                raise ValueError(f"arm {arm!r}: its reference arm {baseline!r} is no arm of the preset")
             if self.baseline_of(baseline) != self.baseline:
                 raise ValueError(
-                    f"arm {arm!r}: its baseline {baseline!r} has a baseline of its own: compare both with the same arm"
+                    f"arm {arm!r}: its reference arm {baseline!r} has one of its own: compare both with the same arm"
                 )
 
     def tiny(self) -> Preset:
@@ -130,8 +130,8 @@ def parse(text: str, name: str) -> Preset:
 def _by_concurrency(read: Preset) -> dict[str, dict[str, Any]]:
     """Return the arms, with a `concurrency` list replaced by an arm for each number.
 
-    The arm with one prompt at a time keeps its name. The others have the number in it, as in "ar-c4". The baseline of
-    each is its baseline's arm with the same number, if there is one.
+    The arm with one prompt at a time keeps its name. The others have the number in it, as in "ar-c4". Each is
+    compared with its reference arm at the same number, if there is one.
     """
     lists = {
         arm: entry["concurrency"]

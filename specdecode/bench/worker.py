@@ -116,7 +116,7 @@ class Worker:
         return as_dict(counters_run(self._arms[arm], prompt, length, expected))
 
     def expected(self, arm: str, prompt: list[int], tokens: list[int]) -> list[int]:
-        """Return the tokens that the arm must write, given its baseline's tokens."""
+        """Return the tokens that the arm must write, given its reference arm's tokens."""
         return list(self._arms[arm].expected(prompt, tokens, len(tokens)))
 
     def run(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Worker:
         return {"run": run.as_json(), "slices": slices.seconds}
 
     def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int], baseline: str = "") -> str:
-        """Return the check of an output. The baseline's name is given only for arms of servers, which need it."""
+        """Return the check of an output. The reference arm's name is given only for arms of servers, which need it."""
         return check(self._arms[arm], prompt, expected, got, self._arms[baseline or arm])
 
     @property

@@ -114,7 +114,7 @@ def _speedup(over: str) -> Cell:
 
 
 def _own_speedup(run: RunFile, arm: str) -> str:
-    """Return the speedup over the arm's baseline, with its name if it is not the run's baseline."""
+    """Return the speedup over the arm's reference arm, with its name if it is not the run's."""
     baseline = run.baseline_of(arm)
     speedup = _speedup(baseline)(run, arm)
     return f"{speedup} over {baseline}" if speedup and baseline != run.header.baseline else speedup
@@ -198,11 +198,11 @@ def notes(run: RunFile) -> list[str]:
     """Return the notes on a table of speeds."""
     baseline = run.header.baseline
     options = run.arms[baseline].options if baseline in run.arms else {}
-    plainly = ": autoregressive decoding by this package" if baseline == BASELINE else ""
+    plainly = ", autoregressive decoding by this package" if baseline == BASELINE else ""
     if {"server", "call"} & options.keys():
         plainly = ", which a server decodes" if "server" in options else ", which code outside of this package decodes"
     sentences = [
-        f"Baseline {baseline}{plainly}. {_intervals(run)}",
+        f"Reference arm: {baseline}{plainly}. {_intervals(run)}",
         f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} on average."
         f"{_disturbances(run)}",
     ]
@@ -288,7 +288,7 @@ def label(run: RunFile, arm: str) -> str:
 
 
 def outputs(run: RunFile, arm: str) -> str:
-    """Return the result of the comparison of the arm's output with the baseline's, or with a lossy arm's reference."""
+    """Return the result of the check of the arm's outputs."""
     record = run.arms[arm]
     if record.failure:
         return "FAILED"
@@ -302,10 +302,10 @@ def outputs(run: RunFile, arm: str) -> str:
 
 
 _OUTPUTS = {
-    "equal": "to the baseline's",
+    "equal": "to the reference arm's",
     "ties": "outputs that differ from it, first where rounding decides between two tokens",
     "lossy": "checked against plain decoding with the same cache and the same weights, but not if outside code declares"
-    " itself lossy; the share is of the tokens before the output first differs from its baseline's",
+    " itself lossy; the share is of the tokens before the output first differs from the reference arm's",
     "loops": f"from {LOOPS:.0%} of repeats on, where speed is the speed of repeating",
     "WRONG": "other tokens, so its times are void",
     "FAILED": "did not decode",

@@ -59,7 +59,7 @@ def _loops(row: Row) -> bool:
 
 
 def yardstick(run: RunFile) -> str:
-    """Return the arm that all others are compared with: `ar`, or the baseline in a run of servers without `ar`."""
+    """Return the arm that all others are compared with: `ar`, or the reference arm in a run of servers without `ar`."""
     baseline = run.header.baseline
     served = baseline in run.arms and "server" in run.arms[baseline].options
     return baseline if served and BASELINE not in run.arms else BASELINE

@@ -320,7 +320,7 @@ def _right(run: RunFile) -> list[str]:
 
 
 def _speedups(run: RunFile) -> dict[str, Estimate]:
-    """Return the speedups of all arms that have one, except the run's baseline at any concurrency."""
+    """Return the speedups of all arms that have one, except the run's reference arm at any concurrency."""
     arms = [arm for arm in run.arms if arm != run.header.baseline and not scales(run, arm)]
     speedups = {arm: run.speedup(arm) for arm in arms}
     return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}

@@ -123,7 +123,7 @@ def right_speedups(run: RunFile) -> dict[str, Estimate]:
 
 
 def fastest(speedups: Mapping[str, Estimate]) -> str | None:
-    """Return the arm with the largest speedup; None if no arm is faster than its baseline beyond the noise."""
+    """Return the arm with the largest speedup; None if no arm is faster than its reference arm beyond the noise."""
     faster = [arm for arm, speedup in speedups.items() if speedup.low > 1]
     return max(faster, key=lambda arm: speedups[arm].value, default=None)
 
@@ -144,7 +144,7 @@ def _outputs_tile(run: RunFile) -> Element:
         return tile("Outputs", "bad", "✗ WRONG", f"of {', '.join(wrong)}: their times are void")
     lossy = any(record.lossy for record in run.arms.values())
     ties = sum(record.ties for record in run.arms.values())
-    whose = f"{run.compared_with}'s" + (" (of a lossy arm: its own reference's)" if lossy else "")
+    whose = f"{run.compared_with}'s" + (" (of a lossy arm: plain decoding's with the same loss)" if lossy else "")
     return tile("Outputs", "good", "✓ Right", f"all tokens equal {whose}{f', except at {ties} ties' if ties else ''}")
 
 

@@ -21,15 +21,15 @@ def families(run: RunFile) -> dict[str, dict[int, str]]:
 
 
 def scales(run: RunFile, arm: str) -> bool:
-    """Return whether the arm differs from its baseline only in concurrency: its speedup is no gain by drafts."""
+    """Return whether the arm differs from its reference arm only in concurrency: its speedup is no gain by drafts."""
     baseline = run.baseline_of(arm)
     return arm != baseline and baseline in run.arms and base_name(run, arm) == base_name(run, baseline)
 
 
 def gains(run: RunFile) -> dict[str, dict[int, Estimate]]:
-    """Return the speedups of each drafting arm by concurrency, over its baseline at the same concurrency.
+    """Return the speedups of each drafting arm by concurrency, over its reference arm at the same concurrency.
 
-    A speedup is nan without a correct output, or without such a baseline.
+    A speedup is nan without a correct output, or without such a reference arm.
     """
     found = {}
     for name, arms in families(run).items():
@@ -40,7 +40,7 @@ def gains(run: RunFile) -> dict[str, dict[int, Estimate]]:
 
 
 def _is_compared(run: RunFile, arm: str) -> bool:
-    """Return whether the arm's baseline is another arm of the same concurrency."""
+    """Return whether the arm's reference arm is another arm of the same concurrency."""
     baseline = run.baseline_of(arm)
     return arm != baseline and baseline in run.arms and concurrency(run, arm) == concurrency(run, baseline)
 
@@ -53,7 +53,7 @@ def by_concurrency(run: RunFile) -> Grid:
         for name, arms in families(run).items()
         for number, arm in arms.items()
     ]
-    about = "prompts at a time; a drafting arm is compared with its baseline at the same concurrency"
+    about = "prompts at a time; a drafting arm is compared with its reference arm at the same concurrency"
     heads = [Column("arm", figures=False), Column("concurrency", about=about)]
     return Grid([*heads, *columns(run, measured)], rows)
 

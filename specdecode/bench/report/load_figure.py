@@ -35,6 +35,6 @@ def speedup_by_concurrency(run: RunFile) -> Figure | str:
     axes.xaxis.set_major_locator(FixedLocator(numbers))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
-    axes.set(xlabel="prompts at a time", ylabel="speedup over the baseline")
+    axes.set(xlabel="prompts at a time", ylabel="speedup over the reference arm")
     legend(drawn, entries)
     return drawn

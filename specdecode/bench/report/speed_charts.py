@@ -80,8 +80,8 @@ def interval(name: str, speedup: Estimate, predicted: float, floor: float, scale
     """Draw a speedup with its interval, the prediction, and the A/A floor.
 
     Args:
-        name: names of the arm and its baseline.
-        speedup: speedup over the baseline; nan without a correct output.
+        name: names of the arm and its reference arm.
+        speedup: speedup over the reference arm; nan without a correct output.
         predicted: predicted speedup, without overhead; nan if unknown.
         floor: the A/A floor, as a ratio.
         scale: scale of the speedups.
@@ -182,7 +182,7 @@ def course(name: str, runs: Sequence[RunFile], speedups: Sequence[Estimate], lea
     """Draw an arm's speedup in each run, with its intervals.
 
     Args:
-        name: names of the arm and its baseline.
+        name: names of the arm and its reference arm.
         runs: the runs, the oldest first.
         speedups: speedup in each run; nan if unknown.
         least: smallest span of the scale, as a natural logarithm.

@@ -77,7 +77,7 @@ def chain_speedup(acceptance: Real, depths: Sequence[int], draft: Real, verify: 
 
 @dataclass(frozen=True, slots=True)
 class Modelled:
-    """The speedup of an arm over its baseline, modelled and measured.
+    """The speedup of an arm over its reference arm, modelled and measured.
 
     Attributes:
         arm: name of the arm.

@@ -104,7 +104,7 @@ def by_model(run: RunFile) -> Grid:
 
 
 def limits(run: RunFile) -> Grid:
-    """Build one row for each drafting arm: its speedup over its baseline, split into factors by `blame`.
+    """Build one row for each drafting arm: its speedup over its reference arm, split into factors by `blame`.
 
     For arms without times of a step's parts, the time of the whole step is one factor, in a column of its own.
     """
@@ -120,7 +120,7 @@ def limits(run: RunFile) -> Grid:
     for arm, shares in splits.items():
         factors = [f"{math.exp(-shares[cause]):.2f}" if cause in shares else "" for cause in causes]
         rows.append([label(run, arm), *factors, f"{math.exp(-sum(shares.values())):.2f}"])
-    about = "factors of the speedup over the baseline, of all tokens together; 0.80 costs a fifth of the speed"
+    about = "factors of the speedup over the reference arm, of all tokens together; 0.80 costs a fifth of the speed"
     heads = [Column("what limits it", figures=False, about=about)]
     heads += [Column(cause, about=_CAUSES.get(cause, "")) for cause in causes]
     return Grid([*heads, Column("all", about="the product of the factors")], rows)

@@ -66,7 +66,7 @@ class RowCounts(Counts):
     Attributes:
         runs: number of runs.
         tokens: number of tokens of their outputs.
-        agreed: number of tokens before an output first differs from the baseline's.
+        agreed: number of tokens before an output first differs from the reference arm's.
     """
 
     runs: float = field(metadata=_AT_LEAST_ONE)
@@ -100,7 +100,7 @@ class RowSeconds(Seconds):
     Attributes:
         total: seconds of the whole runs.
         ttft: seconds to the first committed tokens.
-        last: seconds of the second run in each block, for a baseline of other arms.
+        last: seconds of the second run in each block, if other arms are compared with it.
     """
 
     total: float = field(metadata=_AT_LEAST_A_TICK)

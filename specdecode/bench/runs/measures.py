@@ -79,18 +79,18 @@ class Measures:
     Attributes:
         throughput: tokens per second over all prompts.
         throughput_std: standard deviation of the tokens per second between prompts.
-        speedup: speed of the arm over the speed of its baseline.
+        speedup: speed of the arm over the speed of its reference arm.
         speedup_low, speedup_high: ends of the speedup's 95 % confidence interval.
         ttft_s: seconds to the first committed token, median of the prompts.
         tpot_s: seconds per token after the first, median of the prompts.
         counters, counters_run: measures that do not depend on the clock.
         predicted_speedup: speedup computed from the acceptance and the costs of forwards, without overhead.
         roofline_share: share of the speed at which memory can stream the weights once per token.
-        ties: number of outputs whose first difference from the baseline's output is within the target's rounding.
+        ties: number of outputs whose first difference from the reference arm's output is within the target's rounding.
         bugs: number of wrong outputs.
         synthetic: 1 if weights or acceptance are artificial, else 0.
-        lossy: 1 if the arm may write other tokens than its baseline, else 0.
-        agreement: share of tokens before an output first differs from the baseline's.
+        lossy: 1 if the arm may write other tokens than its reference arm, else 0.
+        agreement: share of tokens before an output first differs from the reference arm's.
         self_ppl: perplexity of the output under the target itself.
         repetition: share of 4-grams that occurred earlier in the output.
         grown_bytes: peak bytes of KV minus the bytes after the first step, mean of the runs.

@@ -9,7 +9,7 @@ from pathlib import Path
 from specdecode.support.files import slug
 
 BASELINE = "ar"
-"""The arm of autoregressive decoding by this package: the baseline of other arms, unless a preset names another."""
+"""The arm of autoregressive decoding by this package: the reference arm, unless a preset names another."""
 
 PEER_BASELINE = "hf-generate"
 """The arm of transformers' own autoregressive decoding. This package's code cannot slow it down."""

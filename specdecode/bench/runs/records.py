@@ -39,8 +39,8 @@ from specdecode.bench.runs.statistics import (
 from specdecode.support.files import slug
 
 NOISE_OF_TWO = math.sqrt(0.75)
-"""Factor from the noise of a ratio of two baseline runs to the noise of an arm's ratio. An arm is compared with the
-mean of its baseline's two runs, and that ratio varies less."""
+"""Factor from the noise of a ratio of two runs of the reference arm to the noise of an arm's ratio. An arm is compared
+with the mean of its reference arm's two runs, and that ratio varies less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,12 @@ class Header:
     Attributes:
         identity: the properties that runs must share to be compared.
         max_new_tokens: tokens of each output, unless a stop token ended it.
-        outputs: digest of the baseline's output for each prompt, in order.
+        outputs: digest of the reference arm's output for each prompt, in order.
         floor: the A/A floor, a natural logarithm: how far from 1 the mean ratio of two runs of the same code may lie.
         roofline: tokens per second at which the target's weights can be streamed once per token; 0 if not measured.
         versions: versions of Python, torch, transformers and so on; and the source of the target's weights.
         conditions: state of the device before and after the run: clocks, temperature, load.
-        baseline: the arm that other arms are compared with, unless they name another.
+        baseline: the arm that other arms are compared with, unless they name another: the reference arm.
         until: the slowdown, as a share, that the verdicts had to detect. They were computed after each repeat, and arms
             with a clear verdict were not measured again. None if the number of repeats was fixed.
         left: number of blocks left to measure when the file was written. A stopped run has some.
@@ -128,7 +128,7 @@ class Row:
     """Results of one arm on one prompt, summed over the repeats with correct outputs.
 
     Attributes:
-        log_speedup: natural logarithm of the speedup over the run's baseline in the same block, mean of the repeats.
+        log_speedup: natural logarithm of the speedup over the run's reference arm in a block, the mean of repeats.
         counts: sums of counts over the repeats.
         seconds: sums of seconds over the repeats.
         histograms: sums of histograms over the repeats.
@@ -156,18 +156,18 @@ class ArmRecord:
     Attributes:
         rows: results on each prompt, by the prompt's id.
         bugs: number of wrong outputs. Their times and counts are void, and not in the rows.
-        ties: number of outputs whose first difference from the baseline's output is within the target's rounding.
+        ties: number of outputs whose first difference from the reference arm's output is within the target's rounding.
         synthetic: whether weights or acceptance are artificial, so that only the costs are real.
         against: the peer's arm with the same method and settings, if there is one.
-        baseline: the arm that it is compared with; the run's baseline if none is named.
-        lossy: whether its outputs were checked against a reference of their own, and not against the baseline's.
+        baseline: the arm that it is compared with; the run's reference arm if none is named.
+        lossy: whether its outputs were checked against a reference of their own, and not against the reference arm's.
         peer: whether transformers decodes it. The parts of a peer's steps are not counted.
         counters_run: results of the untimed counters run; "rehearsal" in files.
         timed: whether the clock decided its draft lengths, and so its counts.
         options: its entry in the preset; empty in older files.
         shorter: rows of the same runs cut at shorter lengths, by the length in tokens.
         failure: error message of an arm from code, or of a server, that failed to decode. Its rows are from before.
-        outputs: digest of its output for each prompt, if other arms name it as their baseline.
+        outputs: digest of its output for each prompt, if other arms name it as their reference arm.
         repeated: number of runs that were measured again, because other work disturbed them.
         disturbed: number of runs that other work disturbed in every try. They stay in the rows.
     """
@@ -297,12 +297,12 @@ class RunFile:
 
     @property
     def compared_with(self) -> str:
-        """Return the arm that all arms are compared with; "its baseline" if their baselines differ."""
+        """Return the arm that all arms are compared with; "its reference arm" if that differs."""
         baselines = {self.baseline_of(arm) for arm in self.arms}
-        return self.header.baseline if baselines <= {self.header.baseline} else "its baseline"
+        return self.header.baseline if baselines <= {self.header.baseline} else "its reference arm"
 
     def outputs_of(self, arm: str) -> dict[str, str]:
-        """Return the digest of an arm's expected output by prompt: its baseline's output."""
+        """Return the digest of an arm's expected output by prompt: its reference arm's output."""
         named = self.arms[arm].baseline
         return self.header.outputs if named is None or named not in self.arms else self.arms[named].outputs
 
@@ -328,7 +328,7 @@ class RunFile:
 
         Args:
             arm: name of the arm.
-            over: name of the other arm; the arm's baseline if None.
+            over: name of the other arm; the arm's reference arm if None.
         """
         over = over or self.baseline_of(arm)
         rows, others = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
@@ -371,7 +371,7 @@ class RunFile:
 
     def speedup(self, arm: str, over: str | None = None) -> Estimate:
         """Return the mean speedup of an arm over another, with its interval; nan if no block has both. The other arm is
-        the arm's baseline if None."""
+        the arm's reference arm if None."""
         over = over or self.baseline_of(arm)
         logs = self.log_speedups(arm, over)
         if not logs:
@@ -381,9 +381,10 @@ class RunFile:
     def predicted_speedup(self, arm: str) -> float:
         """Return the speedup computed from the acceptance and the costs of forwards, without overhead; nan for a peer.
 
-        tau * t / (d + v): tokens per step, times the baseline's seconds per token, over the seconds of drafting and
-        verifying per step (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward per
-        token and one cost for every width). Both sides leave out the first step, in which the target reads the prompt.
+        tau * t / (d + v): tokens per step, times the reference arm's seconds per token, over the seconds of drafting
+        and verifying per step (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward
+        per token and one cost for every width). Both sides leave out the first step, in which the target reads the
+        prompt.
         A draft reads the prompt later, and that counts.
         """
         over = self.baseline_of(arm)

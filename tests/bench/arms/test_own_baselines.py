@@ -209,16 +209,16 @@ def test_a_file_without_its_baseline_cannot_be_judged(arms: Arms) -> None:
             "mine = {}",
             "the preset has no arm 'ar', with which others are compared: add it, or name another arm with baseline",
         ),
-        ("ar = {}\nmine = { baseline = 'no' }", "arm 'mine': its baseline 'no' is no arm of the preset"),
+        ("ar = {}\nmine = { baseline = 'no' }", "arm 'mine': its reference arm 'no' is no arm of the preset"),
         (
             "ar = {}\na = { baseline = 'b' }\nb = { baseline = 'c' }\nc = {}",
-            "arm 'a': its baseline 'b' has a baseline of its own: compare both with the same arm",
+            "arm 'a': its reference arm 'b' has one of its own: compare both with the same arm",
         ),
     ],
 )
 def test_a_wrong_baseline_is_told_in_one_sentence(arms_of_preset: str, reason: str) -> None:
     """Guards against a wrong baseline that ends in a traceback after the models are loaded."""
     preset: Preset = parse(f"prompts = 'prose:1'\nmax_new_tokens = 4\nrepeats = 1\n[arms]\n{arms_of_preset}", "p")
-    with pytest.raises(ValueError, match="baseline") as error:
+    with pytest.raises(ValueError, match="arm") as error:
         preset.check_baselines()
     assert reason in str(error.value)

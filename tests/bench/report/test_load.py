@@ -178,10 +178,10 @@ def test_a_comment_has_room_for_any_number_of_families() -> None:
 
 def test_the_baseline_is_told_to_be_a_servers() -> None:
     """Guards against a server's plain decoding that is labelled as this package's."""
-    assert notes(loaded())[0].startswith("Baseline ar, which a server decodes. ")
-    assert notes(speed_run())[0].startswith("Baseline ar: autoregressive decoding by this package. ")
+    assert notes(loaded())[0].startswith("Reference arm: ar, which a server decodes. ")
+    assert notes(speed_run())[0].startswith("Reference arm: ar, autoregressive decoding by this package. ")
     code = notes(speed_run(ar=speed_arm(1.0, {"call": "package:make"})))[0]
-    assert code.startswith("Baseline ar, which code outside of this package decodes. ")
+    assert code.startswith("Reference arm: ar, which code outside of this package decodes. ")
 
 
 def test_several_prompts_at_a_time_are_no_gain_by_drafts() -> None:

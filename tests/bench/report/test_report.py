@@ -101,7 +101,7 @@ def test_what_a_lossy_arm_holds_and_how_long_it_writes_the_same_is_told(report: 
     text = report(format_, run)
     text = Page(text).text if format_ == "html" else text.replace("\\%", "%")
     assert "lossy 62%" in text
-    assert "before the output first differs from its baseline's" in text
+    assert "before the output first differs from the reference arm's" in text
     assert re.search(r"linear\W*163\.6\W*7\.8\W*20\.5", text)
     assert text.count("163.6") == 1
 
