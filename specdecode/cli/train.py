@@ -11,6 +11,7 @@ import typer
 
 from specdecode.cli.output import say
 from specdecode.support.files import check_writable
+from specdecode.support.messages import note
 from specdecode.support.progress import progress
 
 
@@ -24,7 +25,9 @@ def train_head(
             " about passages of the data sets. Repeat a name for a larger share"
         ),
     ] = "code,prose,chat,ask",
-    tokens: Annotated[int, typer.Option(help="number of tokens to train on")] = 1_000_000,
+    tokens: Annotated[
+        int, typer.Option(help="number of tokens to train on, rounded up to whole shards of 256 texts")
+    ] = 1_000_000,
     length: Annotated[int, typer.Option(help="tokens of a text")] = 256,
     own: Annotated[float, typer.Option(help="share of the texts that the target continues itself")] = 0.5,
     held_out: Annotated[int, typer.Option(help="number of first documents of each data set to leave out")] = 20,
@@ -77,8 +80,12 @@ def train_head(
         settings=TrainingSettings(epochs, batch, ahead, rate, seed),
     )
     model = load(target, device=device, dtype=dtype, backend="eager")
-    with progress("shards") as tell:
-        card = train(model, target, recipe, out, shlex.join(["specdecode", *sys.argv[1:]]), tell)
+    try:
+        with progress("texts") as tell:
+            card = train(model, target, recipe, out, shlex.join(["specdecode", *sys.argv[1:]]), tell)
+    except KeyboardInterrupt:
+        note("The same command goes on after the last finished shard of 256 texts.")
+        raise
     for number, epoch in enumerate(card["epochs"], start=1):
         taus = ", ".join(f"{task} {tau:.2f}" for task, tau in epoch["acceptance"].items())
         say(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {taus}")

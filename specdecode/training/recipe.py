@@ -78,7 +78,7 @@ def train_head(
         recipe: texts, layers and settings of the training.
         out: the folder of the head, in the format of `speculators`.
         command: command that repeats this run.
-        tell: called with the number of finished shards, the number of all shards, and a name of the current work.
+        tell: called with the number of finished texts, the number of all texts, and a name of the current work.
 
     Returns:
         The card.
@@ -114,8 +114,9 @@ def train_head(
     def on_epoch(trainer: Trainer) -> dict[str, float]:
         acceptance = acceptance_lengths(target, trainer.head, prompts)
         epochs = len(trainer.epochs)
-        # Progress is counted in shards.
-        tell(epochs * shards, settings.epochs * shards, f"epoch {epochs}: {_line(trainer.epochs[-1], acceptance)}")
+        # Progress is counted in texts.
+        read, total = (count * shards * SHARD_TEXTS for count in (epochs, settings.epochs))
+        tell(read, total, f"epoch {epochs}: {_line(trainer.epochs[-1], acceptance)}")
         return acceptance
 
     trainer.run(tell, on_epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def collect(
         folder: folder of the shards.
         shards: number of shards in all.
         what: all settings that decide the contents of the shards, as plain values.
-        tell: called with the number of finished shards, the number of all shards, and a name of the current work.
+        tell: called with the number of finished texts, the number of all texts, and a name of the current work.
 
     Returns:
         The files of the shards.
@@ -85,9 +86,12 @@ def collect(
     write_whole(manifest, json.dumps(what, indent=1) + "\n")
     files = [folder / f"shard-{number:05}.safetensors" for number in range(shards)]
     for number, file in enumerate(files):
-        tell(number, shards, "hidden states of texts")
+        # Only whole shards count: the target writes more slowly than it reads, so parts would foretell a wrong time.
+        tell_doing = partial(tell, number * SHARD_TEXTS, shards * SHARD_TEXTS)
+        tell_doing("hidden states of texts")
         if not file.exists():
-            write_whole(file, save(_tensors(_shard(target, texts.draw(number, SHARD_TEXTS), layers))))
+            drawn = texts.draw(number, SHARD_TEXTS, tell_doing)
+            write_whole(file, save(_tensors(_shard(target, drawn, layers, tell_doing))))
     return files
 
 
@@ -131,8 +135,11 @@ def _tensors(shard: Shard) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def _shard(target: LM, texts: Sequence[Sequence[int]], layers: Sequence[int]) -> Shard:
-    """Run the target over whole texts, without a cache because nothing is decoded; return their shard."""
+def _shard(target: LM, texts: Sequence[Sequence[int]], layers: Sequence[int], tell: Callable[[str], None]) -> Shard:
+    """Run the target over whole texts, without a cache because nothing is decoded; return their shard.
+
+    `tell` gets a name of the current work.
+    """
     tokens = torch.tensor(texts)
     hidden_states, top, probs = [], [], []
     for batch in tokens.split(_BATCH_TEXTS):
@@ -144,4 +151,5 @@ def _shard(target: LM, texts: Sequence[Sequence[int]], layers: Sequence[int]) ->
         total = torch.cat([rows.float().logsumexp(-1) for rows in logits.flatten(0, 1).split(_SUMMED_ROWS)])
         top.append(best.indices.cpu())
         probs.append((best.values.float() - total.view(*batch.shape, 1)).exp().cpu())
+        tell(f"hidden states of {len(texts)} texts, {sum(map(len, top))} finished")
     return Shard(tokens, torch.cat(hidden_states), torch.cat(top), torch.cat(probs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -104,8 +104,14 @@ class Texts:
                 )
             self._ends[part] = list(accumulate(map(len, self._corpora[part])))
 
-    def draw(self, number: int, count: int) -> list[list[int]]:
-        """Return `count` texts. The texts of the next number follow these."""
+    def draw(self, number: int, count: int, tell: Callable[[str], None] = lambda doing: None) -> list[list[int]]:
+        """Return `count` texts. The texts of the next number follow these.
+
+        Args:
+            number: number of these texts, from 0.
+            count: how many texts.
+            tell: called with a name of the current work, while the target writes.
+        """
         rng = random.Random(f"{self._seed}/{number}")
         corpora = sorted(self._corpora)
         complete: list[list[int]] = []
@@ -124,7 +130,7 @@ class Texts:
                 else:
                     complete.append(text)
         for beginnings in begun.values():
-            complete += self._continued(beginnings, number)
+            complete += self._continued(beginnings, number, tell)
         return complete
 
     def _passage(self, corpus: str, rng: random.Random) -> list[int]:
@@ -139,7 +145,7 @@ class Texts:
         return [*question, *passage[: self._length // 2 - len(question) - len(self._closing)], *self._closing]
 
     @torch.inference_mode()
-    def _continued(self, begun: Sequence[Sequence[int]], number: int) -> list[list[int]]:
+    def _continued(self, begun: Sequence[Sequence[int]], number: int, tell: Callable[[str], None]) -> list[list[int]]:
         """Let the target continue texts to the full length by sampling. Greedy text soon repeats itself, and a head
         learns nothing from repetitions. End-of-text tokens do not stop a text. transformers decodes here: all rows have
         the same length."""
@@ -151,12 +157,16 @@ class Texts:
             max_new_tokens=self._length - ids.shape[1], pad_token_id=0, eos_token_id=None, do_sample=False
         )
         sampling = Sampling(_TEMPERATURE, seed=number + (self._seed << 32))
+
+        def tell_token(token: int) -> None:
+            tell(f"the target continues {len(begun)} texts, token {token} of {self._length - ids.shape[1]}")
+
         try:
             written = model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=configuration,
-                logits_processor=LogitsProcessorList([Draw(sampling)]),
+                logits_processor=LogitsProcessorList([Draw(sampling, tell_token)]),
             )
         finally:
             model.generation_config = usual
@@ -166,14 +176,22 @@ class Texts:
 
 class Draw(LogitsProcessor):
     """A processor that samples one token per row, and excludes all others. (The sampling of transformers draws a random
-    number for every token of the vocabulary, which needs half of the decoding time.)"""
+    number for every token of the vocabulary, which needs half of the decoding time.)
 
-    def __init__(self, sampling: Sampling) -> None:
+    Args:
+        sampling: the rule of the draws.
+        tell: called with the number of each drawn token, from 1.
+    """
+
+    def __init__(self, sampling: Sampling, tell: Callable[[int], None] = lambda token: None) -> None:
         self._sampling, self._rng = sampling, sampling.rng()
+        self._tell, self._drawn = tell, 0
 
     def __call__(self, input_ids: Int[Tensor, "b n"], scores: Float[Tensor, "b V"]) -> Float[Tensor, "b V"]:
         chosen = self._rng.draw(self._sampling.probs(scores))
         checked_choice(int(chosen.min()))
+        self._drawn += 1
+        self._tell(self._drawn)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -120,22 +120,23 @@ class Trainer:
         if checkpoint.exists():
             self._resume()
 
-    def run(self, on_shard: Callable[[int, int, str], None], on_epoch: Callable[[Trainer], dict[str, float]]) -> None:
+    def run(self, tell: Callable[[int, int, str], None], on_epoch: Callable[[Trainer], dict[str, float]]) -> None:
         """Train to the end.
 
         Args:
-            on_shard: called with the number of shards read, the number of all shards to read, and the losses of the
-                last shard as text.
+            tell: called after each step with the number of texts read, the number of all texts to read, and the loss of
+                the step as text. A text counts once in each epoch.
             on_epoch: called after each epoch; returns the `acceptance` of the epoch.
         """
-        total = self._settings.epochs * len(self._shards)
+        total = self._settings.epochs * len(self._shards) * SHARD_TEXTS
         while len(self.epochs) < self._settings.epochs:
             order = random.Random(f"{self._settings.seed}/{len(self.epochs)}").sample(self._shards, len(self._shards))
             while self._shards_done < len(order):
-                losses = self._train_on(read_shard(order[self._shards_done]))
+                done = (len(self.epochs) * len(order) + self._shards_done) * SHARD_TEXTS
+                for texts, loss in self._train_on(read_shard(order[self._shards_done])):
+                    done += texts
+                    tell(done, total, f"training, loss {loss:.3f}")
                 self._shards_done += 1
-                done = len(self.epochs) * len(order) + self._shards_done
-                on_shard(done, total, f"loss {' '.join(f'{loss:.3f}' for loss in losses)}")
                 self._save()
             count, losses, agreed = self._sums
             self.epochs.append(Epoch((losses / count).tolist(), (agreed / count).tolist()))
@@ -143,9 +144,8 @@ class Trainer:
             self._shards_done, self._sums = 0, torch.zeros_like(self._sums)
             self._save()
 
-    def _train_on(self, shard: Shard) -> list[float]:
-        """Train on all texts of a shard once; return the mean loss for each token ahead."""
-        before = self._sums.clone()
+    def _train_on(self, shard: Shard) -> Iterator[tuple[int, float]]:
+        """Train on all texts of a shard once. Yield, after each step, its texts and the mean loss of the next token."""
         mixer = torch.Generator().manual_seed(len(self.epochs) * len(self._shards) + self._shards_done)
         for texts in torch.randperm(len(shard.tokens), generator=mixer).split(self._settings.batch):
             batch = Shard(*(getattr(shard, column.name)[texts].to(self._target.device) for column in fields(Shard)))
@@ -160,9 +160,7 @@ class Trainer:
             self._optimizer.step()
             self._schedule.step()
             self._sums += torch.stack([counts, losses.detach(), agreed]).cpu()
-        count, losses, _ = self._sums - before
-        means: list[float] = (losses / count).tolist()
-        return means
+            yield len(texts), (losses[0] / counts[0]).item()
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Return a context with 16-bit products if the target has 16-bit weights, else an empty context. A device that

@@ -20,6 +20,7 @@ from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import read_eagle3
 from specdecode.models.recording import recorded_hidden_states
 from specdecode.models.variants import decoder_layers
+from specdecode.training import recipe
 from specdecode.training.initial_head import frequent_tokens, initial_head
 from specdecode.training.loss import CrossEntropy, predict_ahead
 from specdecode.training.recipe import acceptance_lengths
@@ -183,7 +184,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
             raise Killed
 
     # Killed in the first shard, before any checkpoint, in the second shard, and in the second epoch.
-    killed_at = {1, 2, 4}
+    killed_at = {96, 512, 1024}
     for _ in range(3):
         with pytest.raises(Killed):
             trained(target, shards, tmp_path / "again.pt", settings).run(kill, lambda _: {})
@@ -311,6 +312,33 @@ def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
     assert read_shard(both[1]).tokens.tolist() != read_shard(both[0]).tokens.tolist()
     with pytest.raises(ValueError, match="hidden states for another layers"):
         collect(target, texts, (0,), tmp_path, 2, {"layers": [0]})
+
+
+def test_the_progress_tells_each_token_and_text(target: LM, tmp_path: Path) -> None:
+    """Guards against minutes without a sign of life: a small training has one shard, and counts in texts."""
+    told: list[tuple[int, int, str]] = []
+    texts = Texts(target, ["prose"], LENGTH, own=0.5)
+    collect(target, texts, (1,), tmp_path, 1, {"layers": [1]}, lambda *progress: told.append(progress))
+    assert {(done, total) for done, total, _ in told} == {(0, 256)}  # no shard is finished yet
+    written = [doing for done, _, doing in told if "token" in doing]
+    assert [doing.partition(", ")[2] for doing in written] == [f"token {token} of 8" for token in range(1, 9)]
+    read = [doing.partition(", ")[2] for *_, doing in told if "finished" in doing]
+    assert read == [f"{texts} finished" for texts in range(8, 257, 8)]
+
+
+def test_a_training_that_is_stopped_tells_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a user who looks for an option: unlike the suites, a training needs no --resume."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "train_head", interrupted)
+    arguments = ("--target", str(save(tmp_path / "model")), "--data", "prose", "--length", "40")
+    assert exit_code(monkeypatch, "train-head", *arguments, "--out", str(tmp_path / "head")) == 130
+    said = capfd.readouterr().err.splitlines()
+    assert "The same command goes on after the last finished shard of 256 texts." in said
 
 
 def test_a_passage_must_have_room(books: Path) -> None:
