@@ -54,7 +54,7 @@ def report(
         Path | None,
         typer.Option(
             help="file to write  [default: standard output; for HTML RUN.html beside the first run, or index.html in"
-            " the first folder]"
+            " the first folder; of baselines in results/]"
         ),
     ] = None,
     figures: Annotated[
@@ -93,9 +93,9 @@ def report(
         with faults.noted():
             reports.append(_report_of(path, run, baseline, speeds, format))
     if reports and format is Format.html and folders:
-        _write_start_page(reports, out or folders[0] / "index.html", faults)
+        _write_start_page(reports, out or _page_of(folders[0] / "index"), faults)
     elif reports and format is Format.html:
-        _write(_page(*reports), out or reports[0].path.with_suffix(".html"))
+        _write(_page(*reports), out or _page_of(reports[0].path))
     elif reports:
         _write("\n".join(report.content for report in reports), out)
     if faults.sentences:
@@ -171,6 +171,15 @@ def _runs_in(folder: Path) -> list[Path]:
     return files
 
 
+def _page_of(run: Path) -> Path:
+    """Return the path of a run's page: beside the run, but of a baseline in results/, as baselines are committed."""
+    from specdecode.bench.gate.project import read_project
+
+    page = run.with_suffix(".html")
+    among_baselines = page.resolve().is_relative_to(read_project(Path()).baselines.resolve())
+    return Path("results") / page.name if among_baselines else page
+
+
 def _page(*reports: _Report) -> str:
     """Return the HTML page of one or several runs."""
     from specdecode.bench.report.elements import document
@@ -179,12 +188,12 @@ def _page(*reports: _Report) -> str:
 
 
 def _write_start_page(reports: Sequence[_Report], out: Path, faults: _Faults) -> None:
-    """Write the page of each run beside its file, and the start page, which lists the newest runs first."""
+    """Write the page of each run, and the start page, which lists the newest runs first."""
     from specdecode.bench.report.start_page import start_page
 
     entries = []
     for report in reports:
-        page = report.path.with_suffix(".html")
+        page = _page_of(report.path)
         with faults.noted():
             if page == out:
                 raise ValueError(f"{report.path}: its page would replace the start page {out}: name another by --out")

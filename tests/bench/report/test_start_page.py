@@ -146,6 +146,22 @@ def test_out_names_the_start_page(
     assert len(rows((folder / "index.html").read_text())) == 2
 
 
+def test_pages_of_baselines_are_not_among_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against pages that are committed with the baselines."""
+    baseline = Path("baselines") / IDENTITY.file
+    page = Path("results", baseline.name).with_suffix(".html")
+    assert exit_code(monkeypatch, "report", str(baseline), "--format", "html") == 0
+    assert capsys.readouterr().out == f"report written to {page}\n"
+    page.unlink()
+    assert exit_code(monkeypatch, "report", str(baseline.parent), "--format", "html") == 0
+    (link,) = re.findall('href="([^"]*)"', Path("results", "index.html").read_text())
+    assert unquote(link) == page.name
+    assert page.exists()
+    assert not list(Path("baselines").rglob("*.html"))
+
+
 def test_a_run_of_quality_has_the_day_of_its_measurement(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a run that a copy of its file makes the newest one."""
     (folder / "quality.json").write_text(write(replace(whole_quality_run(), datetime="2025-12-24T23:00:00+00:00")))
