@@ -6,15 +6,30 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from specdecode.cli import bisect, doctor, gate, generate, harness, history, recommend, report, schema, train
 from specdecode.cli.output import standard_streams
 from specdecode.core.errors import SpecDecodeError
 from specdecode.support.messages import note
 
+
+class _Commands(TyperGroup):
+    """The commands, which say that they were interrupted. Typer would end them without a word, or with "Aborted!"."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            note("specdecode: interrupted")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Exact speculative decoding for Hugging Face models.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,6 +64,3 @@ def main() -> None:
     except (SpecDecodeError, ValueError, OSError) as error:
         note(f"specdecode: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        note("specdecode: interrupted")
-        sys.exit(130)

@@ -373,7 +373,8 @@ def test_quality_shows_perplexities(model: str) -> None:
     files = sorted((ROOT / "results").glob(f"quality-{slug(model)}-*"))
     try:
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("PPL of prose") == 2
+        assert done.stdout.count("Check of the decode path: PPL of prose, 4 texts of 160 tokens") == 2
+        assert [f"check of the decode path, in steps of {width}" in done.stderr for width in (1, 6)] == [True, True]
         assert f"{slug(model)}-prose.json does not exist: nothing was judged" in done.stdout
         rows = {cells[1] for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] == "│"}
         assert rows >= {"reference", "full", "sink-window-16", "heavy-hitter-16", "shuffled-16", "no-sinks-16"}

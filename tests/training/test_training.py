@@ -337,8 +337,9 @@ def test_a_training_that_is_stopped_tells_how_it_goes_on(
     monkeypatch.setattr(recipe, "train_head", interrupted)
     arguments = ("--target", str(save(tmp_path / "model")), "--data", "prose", "--length", "40")
     assert exit_code(monkeypatch, "train-head", *arguments, "--out", str(tmp_path / "head")) == 130
-    said = capfd.readouterr().err.splitlines()
-    assert "The same command goes on after the last finished shard of 256 texts." in said
+    *_, how, interrupted_ = capfd.readouterr().err.splitlines()
+    assert how == "The same command goes on after the last finished shard of 256 texts."
+    assert interrupted_ == "specdecode: interrupted"
 
 
 def test_a_passage_must_have_room(books: Path) -> None:
