@@ -53,7 +53,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
             ]
         ),
     }
-    # The server of its baseline arm dies once, in the second block.
+    # The server of its reference arm dies once, in the second block.
     presets["dies"] = arm("ar", f"--fault die --after 9 --once {folder / 'dead'}") + arm("spec", "--k 3")
     commands, files = [], {}
     for name, arms in presets.items():
@@ -70,7 +70,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
 
 
 def test_a_preset_of_servers_is_measured(sessions: Sessions) -> None:
-    """Guards against a server that is timed but not checked, or not compared with its baseline of the same
+    """Guards against a server that is timed but not checked, or not compared with its reference arm of the same
     concurrency.
     """
     code, said, file = sessions["first"]

@@ -213,7 +213,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
     assert json.loads(file.read_text())["specdecode"]["arms"].keys() == {
         "ar",
         "lookup",
-    }  # the selected arm and its baseline
+    }  # the selected arm and its reference arm
     (lookup,) = (test for test in json.loads(file.read_text())["benchmarks"] if test["param"] == "lookup")
     assert lookup["stats"]["rounds"] == 8
     assert read_run(file).header.left == 0

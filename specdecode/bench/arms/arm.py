@@ -38,17 +38,17 @@ class Arm:
         synthetic: whether its weights or its acceptance are artificial.
         peer: whether transformers decodes it.
         against: the peer's arm with the same method and settings.
-        baseline: the arm that it is compared with; the run's baseline if None.
+        baseline: the arm that it is compared with; the run's reference arm if None.
         policy: cache policy of the target.
         quantize: quantisation of the target's weights, if any. With quantisation, or a policy that evicts, the arm is
-            lossy: its expected output is not the baseline's, but that of plain decoding with the same weights and
+            lossy: its expected output is not the reference arm's, but that of plain decoding with the same weights and
             policy.
         timed: whether the clock decides its draft lengths, and so its counts.
         options: its entry in the preset.
         stop_token_ids: tokens that end an output early.
         foreign: whether the user's own code or a server decodes it.
         server: the server that decodes it; None without a server.
-        unchecked: whether it is foreign and its outputs may differ from its baseline's.
+        unchecked: whether it is foreign and its outputs may differ from its reference arm's.
         code: digest of the user's code.
         close: function to call after the last measurement.
     """
@@ -73,11 +73,11 @@ class Arm:
 
     @property
     def lossy(self) -> bool:
-        """Whether its outputs are checked against a reference of their own, and not against its baseline's."""
+        """Whether its outputs are checked against a reference of their own, and not against its reference arm's."""
         return self.policy.interval > 0 or self.quantize is not None
 
     def expected(self, prompt: Sequence[int], tokens: Sequence[int], length: int) -> Sequence[int]:
-        """Return the tokens that the arm must write for a length, where the baseline wrote `tokens`."""
+        """Return the tokens that the arm must write for a length, where the reference arm wrote `tokens`."""
         if not self.lossy:
             return tokens
         assert self.target is not None

@@ -69,12 +69,12 @@ class ArmSpec:
         peer: "generate", "generate-compiled", "assisted" or "prompt-lookup": transformers' own decoding.
         confidence: probability below which an assisted peer stops drafting.
         against: name of the peer's arm with the same method and settings.
-        baseline: name of the arm that this one is compared with; the preset's baseline if None.
+        baseline: name of the arm that this one is compared with; the preset's reference arm if None.
         call: "package.module:make", the maker of an arm from code (`bench.arms.callables`).
         options: keyword arguments of the maker.
         limit_s: most seconds that one output of an arm from code or of a server may take.
-        lossy: whether outputs of an arm from code or of a server may differ from the baseline's. Their agreement is
-            reported, and no output is void.
+        lossy: whether outputs of an arm from code or of a server may differ from the reference arm's. Their agreement
+            is reported, and no output is void.
         server: table about the serving engine that decodes, and how to reach or start it (`bench.servers.spec`).
         concurrency: number of prompts that a server decodes at a time.
         requests: number of prompts in a server's run. None means 1 at a concurrency of 1, else twice the concurrency.

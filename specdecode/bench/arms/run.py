@@ -24,7 +24,8 @@ class Run:
         cuts: the run as it was at each of the requested shorter lengths.
         tries: number of measurements, repeated because other work disturbed them. This is the least disturbed one.
         disturbed: whether other work disturbed this measurement too.
-        beside_s: geometric mean of the baseline's seconds per token right before and after this run; None if unknown.
+        beside_s: seconds per token of the reference arm right before and after this run, their geometric mean; None if
+            unknown.
     """
 
     tokens: list[int]

@@ -96,17 +96,17 @@ class ServerArm:
     def classify(
         self, baseline: ServerArm, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]
     ) -> Literal["tie", "bug"]:
-        """Classify an output that differs from its baseline's, by the log-probabilities of both servers.
+        """Classify an output that differs from its reference arm's, by the log-probabilities of both servers.
 
         A margin is the difference between the log-probabilities of two tokens, which equals the difference between
-        their logits. Both servers decode the prompt and some suffixes of it again, the baseline twice. As long as they
-        write the same tokens, they read the same tokens. So the differences between their margins are rounding. Where
-        the outputs part, the choice is a tie if its margin is not larger than this rounding.
+        their logits. Both servers decode the prompt and some suffixes of it again, the reference arm's server twice.
+        As long as they write the same tokens, they read the same tokens. So the differences between their margins are
+        rounding. Where the outputs part, the choice is a tie if its margin is not larger than this rounding.
 
         Args:
             baseline: the arm with the expected output.
             prompt: prompt of the run.
-            expected: the baseline's outputs, concatenated.
+            expected: the reference arm's outputs, concatenated.
             got: this arm's outputs, concatenated.
 
         Raises:
@@ -132,7 +132,7 @@ class ServerArm:
         return "tie" if len(margins) == len(readings) and max(margins) <= min(_MOST_ROUNDING, rounding) else "bug"
 
     def _readings(self, baseline: ServerArm, prompt: Sequence[int], length: int) -> list[Response]:
-        """Decode a prompt with log-probabilities, twice by the baseline and once by this arm."""
+        """Decode a prompt with log-probabilities, twice by the reference arm and once by this arm."""
         readings = []
         for arm in (baseline, baseline, self):
             with arm._errors():

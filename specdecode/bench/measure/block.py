@@ -1,4 +1,4 @@
-"""Measurement of one block: a prompt decoded by every arm, with baselines first, last and in between."""
+"""Measurement of one block: a prompt decoded by every arm, with reference arms first, last and in between."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One prompt decoded by every arm. Baselines run first and last.
+    """One prompt decoded by every arm. Reference arms run first and last.
 
-    The run's baseline also runs between parts of the other arms. Each arm is compared with the nearest runs of the
-    run's baseline before and after it.
+    The run's own reference arm also runs between parts of the other arms. Each arm is compared with its nearest runs,
+    one before and one after.
 
     Attributes:
         prompt: id of the prompt.
         repeat: number of the block among those of this prompt, from 0.
-        runs: the run of each arm, by name; the first run of a baseline.
-        last: the last run of each baseline, by name.
-        middle: the middle run of the run's baseline; None if it has only two runs.
-        checks: the check of each arm, by name: "equal" to its baseline's output; "tie", if it first differs where the
-            target's logits are equal within rounding; or "bug", if it is wrong, which voids its time.
+        runs: the run of each arm, by name; the first run of a reference arm.
+        last: the last run of each reference arm, by name.
+        middle: the middle run of the run's reference arm; None if it has only two runs.
+        checks: the check of each arm, by name: "equal" to its reference arm's output; "tie", if it first differs where
+            the target's logits are equal within rounding; or "bug", if it is wrong, which voids its time.
     """
 
     prompt: str
@@ -55,7 +55,8 @@ class Block:
     middle: Run | None = None
 
     def log_speedup(self, arm: str, baseline: str) -> float:
-        """Return the logarithm of an arm's speedup over the run's baseline; the mean of two runs for a baseline.
+        """Return the logarithm of an arm's speedup over the run's reference arm. Of a reference arm it is the mean of
+        two runs.
 
         The speedup is a ratio of times per token. For equal outputs this equals the ratio of total times.
         """
@@ -68,18 +69,19 @@ class Block:
         return statistics.fmean(map(math.log, beside)) - self.log_s(arm)
 
     def log_s(self, arm: str) -> float:
-        """Return the logarithm of an arm's seconds per token; the mean of two runs for a baseline."""
+        """Return the logarithm of an arm's seconds per token; the mean of two runs for a reference arm."""
         return statistics.fmean(math.log(run.s_per_token) for run in self._runs_of(arm))
 
     def _runs_of(self, arm: str) -> list[Run]:
         return [self.runs[arm], self.last[arm]] if arm in self.last else [self.runs[arm]]
 
     def change(self, baseline: str) -> float:
-        """Return the logarithm of a baseline's first time per token over its last."""
+        """Return the logarithm of a reference arm's first time per token over its last."""
         return math.log(self.runs[baseline].s_per_token / self.last[baseline].s_per_token)
 
     def noise(self, baseline: str) -> float:
-        """Return the log speedup of the baseline's middle run over the runs beside it: the A/A noise of `log_speedup`.
+        """Return the log speedup of the reference arm's middle run over the runs beside it, the A/A noise of
+        `log_speedup`.
 
         Without a middle run, return the change from the first to the last run, scaled to the same noise.
         """
@@ -88,7 +90,7 @@ class Block:
         return math.log(self.middle.beside_s / self.middle.s_per_token)
 
     def drift(self, baseline: str) -> tuple[float, float]:
-        """Return the baseline's differences between distant runs and between near runs: `change` and `noise`."""
+        """Return the reference arm's differences between distant runs and between near runs: `change` and `noise`."""
         return self.change(baseline), self.noise(baseline)
 
     def at(self, length: int) -> Block:
@@ -109,7 +111,7 @@ def named(arms: Sequence[Arm], name: str) -> Arm:
 
 
 def baselines_of(arms: Sequence[Arm], baseline: str) -> list[Arm]:
-    """Return the baselines among the arms, the run's baseline first."""
+    """Return the reference arms among the arms, the run's own first."""
     others = {arm.baseline for arm in arms} - {None, baseline}
     return [named(arms, baseline), *(arm for arm in arms if arm.name in others)]
 
@@ -150,7 +152,7 @@ def measure_block(
     steady: Steady | None = None,
     parts: int = 2,
 ) -> Block:
-    """Measure the arms, baselines included, on one prompt.
+    """Measure the arms, reference arms included, on one prompt.
 
     Args:
         arms: as for `experiment`.
@@ -162,9 +164,9 @@ def measure_block(
         tell: called with a text on each run before it starts.
         failures: error messages of failed arms from code are added here; failed arms are not in the block. If None,
             the first failure is raised.
-        baseline: the baseline of arms that name no other. Its failure is raised.
+        baseline: the reference arm of arms that name no other. Its failure is raised.
         steady: measures disturbed runs again, and remembers earlier blocks; a new one if None.
-        parts: number of parts of the other arms, with runs of the baseline between; fewer if there are fewer arms.
+        parts: number of parts of the other arms, with runs of the reference arm between; fewer if there are fewer arms.
     """
     baselines = baselines_of(arms, baseline)
     others = [arm for arm in arms if arm not in baselines]
@@ -203,7 +205,7 @@ class _Runs:
 
     Args:
         arms: all arms.
-        baselines: the baselines among them, the run's baseline first.
+        baselines: the reference arms among them, the run's own first.
         text: tokens of the prompt.
         length: length of every output.
         steady: measures disturbed runs again.
@@ -211,7 +213,7 @@ class _Runs:
 
     Attributes:
         first, last: first and last runs, by arm.
-        beats: all runs of the run's baseline, in order.
+        beats: all runs of the run's reference arm, in order.
     """
 
     def __init__(
@@ -228,7 +230,7 @@ class _Runs:
         self.beats: list[Run] = []
         self._arms, self._baseline, self._text, self._length = arms, baselines[0].name, text, length
         self._steady, self._failures = steady, failures
-        # For each run of another arm: the dictionary with it, the arm, and the number of the baseline's runs before it.
+        # For each run of another arm: the dictionary with it, the arm, and the number of `beats` before it.
         self._places: list[tuple[dict[str, Run], str, int]] = []
         # Untimed runs, so that no timed run is the first with the prompt's shapes. Lossy arms need the whole output.
         lossy = any(arm.lossy for arm in arms)
@@ -250,7 +252,7 @@ class _Runs:
                 self._places.append((into, arm.name, len(self.beats)))
 
     def note_what_is_beside(self) -> None:
-        """Store in each run the time per token of the baseline's nearest runs, one before it and one after it."""
+        """Store in each run the time per token of the reference arm's nearest runs, one before it and one after it."""
         for into, name, before in self._places:
             if name in into:
                 into[name] = replace(into[name], beside_s=_mean_s(self.beats[before - 1 : before + 1]))
@@ -273,14 +275,14 @@ class _Runs:
         return checks
 
     def _expected(self, arm: Arm) -> Sequence[int]:
-        """Return the tokens that the arm must write; none for the run's baseline before its first run."""
+        """Return the tokens that the arm must write; none for the run's reference arm before its first run."""
         if arm.lossy:
             return self._references[arm.name]
         own = arm.baseline or self._baseline
         if arm.name == self._baseline:
             return self.first[own].tokens if own in self.first else ()
         if own not in self.first:
-            raise ArmError(f"arm {arm.name!r}: its baseline {own} did not decode")
+            raise ArmError(f"arm {arm.name!r}: its reference arm {own} did not decode")
         return self.first[own].tokens
 
 

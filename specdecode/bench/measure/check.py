@@ -14,12 +14,12 @@ from specdecode.policies.keep_all import KeepAll
 
 Check = Literal["equal", "tie", "bug"]
 
-# Rows of the verifying forwards whose rounding is measured where an output differs from the baseline's.
+# Rows of the verifying forwards whose rounding is measured where an output differs from the reference arm's.
 _VERIFIED_ROWS = (2, 6, 16)
 
 
 def check(arm: Arm, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int], baseline: Arm) -> Check:
-    """Check an arm's output against its baseline's.
+    """Check an arm's output against its reference arm's.
 
     Without a loaded model and without log-probabilities from servers, a tie cannot be distinguished from a wrong token:
     both are "bug". On the backend "exact" there are no ties, unless the policy reads attention: then all rows attend

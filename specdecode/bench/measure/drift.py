@@ -1,4 +1,4 @@
-"""The number of baseline runs between the arms of a block, adapted to the drift of the machine's speed."""
+"""The number of the reference arm's runs between the arms of a block, adapted to the drift of the machine's speed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _BLOCKS = 6
 
 @dataclass(slots=True)
 class Drift:
-    """The drift of the machine's speed, estimated from the baseline's runs alone. No other arm's time is used.
+    """The drift of the machine's speed, estimated from the reference arm's runs alone. No other arm's time is used.
 
     Let v be the variance of a run's logarithm. The difference of two runs has the variance 2 v. The difference of a run
     and the mean of two others has the variance 1.5 v. A random walk adds d to the first, between the two ends of a
     block. It adds d / 2p to the second, between neighbours in a block of p parts.
 
     Attributes:
-        parts: number of parts of a block's other arms, with runs of the baseline between: so many that d / 2p is
+        parts: number of parts of a block's other arms, with runs of the reference arm between: so many that d / 2p is
             below v.
-        changes: squared logarithms of the baseline's first time over its last, for the last few blocks.
-        noise: squared logarithms of the baseline's middle time over those of its runs right before and after.
+        changes: squared logarithms of the reference arm's first time over its last, for the last few blocks.
+        noise: squared logarithms of the reference arm's middle time over those of its runs right before and after.
     """
 
     parts: int = LEAST_PARTS

@@ -31,7 +31,7 @@ class Results:
         blocks: the blocks, in the order of measuring; an arm may be missing in some.
         counters_runs: results of the counters runs, by arm.
         failures: error messages of arms from code that failed, by arm. A failed arm is not run again.
-        baseline: the baseline of arms that name no other.
+        baseline: the reference arm of arms that name no other.
     """
 
     arms: list[Arm]
@@ -42,7 +42,7 @@ class Results:
 
     @property
     def floor(self) -> float:
-        """Compute the A/A floor, in logarithms, from the runs of the baseline in each block."""
+        """Compute the A/A floor, in logarithms, from the runs of the reference arm in each block."""
         return noise_floor([block.noise(self.baseline) for block in self.blocks])
 
     def durations(self, arm: str) -> list[float]:
@@ -83,7 +83,7 @@ class Results:
         )
 
     def _rows(self, arm: Arm, blocks: Sequence[Block]) -> dict[str, Row]:
-        """Return an arm's rows by prompt. Their speedups are over the run's baseline, even if the arm names another."""
+        """Return an arm's rows by prompt. Speedups are over the run's reference arm, even if the arm names another."""
         own = arm.baseline or self.baseline
         repeats: dict[str, list[tuple[float, Run, Run]]] = {}
         last_s: dict[str, float] = {}
@@ -101,7 +101,7 @@ class Results:
         return rows
 
     def outputs(self, baseline: str | None = None) -> dict[str, str]:
-        """Return digests of a baseline's outputs by prompt; of the run's baseline if None.
+        """Return digests of a reference arm's outputs by prompt; of the run's reference arm if None.
 
         The gate compares counters only on prompts with equal digests.
         """
@@ -113,10 +113,10 @@ def row_of(logs: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run], 
     """Return the sums over the runs of one arm on one prompt.
 
     Args:
-        logs: logarithms of its speedups over the run's baseline, one for each repeat.
+        logs: logarithms of its speedups over the run's reference arm, one for each repeat.
         runs: runs of the arm.
-        baseline: run of the arm's own baseline for each of them, to count the tokens that agree.
-        last_s: seconds of the last runs, if the arm is a baseline.
+        baseline: run of its own reference arm for each of them, to count the tokens that agree.
+        last_s: seconds of the last runs, if it is a reference arm.
     """
     counts = [
         RowCounts(runs=1, tokens=len(run.tokens), agreed=_agreed(run, other), **as_dict(run.counts))
@@ -134,9 +134,9 @@ def row_of(logs: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run], 
 
 
 def _agreed(run: Run, baseline: Run) -> float:
-    """Return the number of a run's tokens before the first that differs from its baseline's.
+    """Return the number of a run's tokens before the first that differs from its reference arm's.
 
-    If a server decoded another number of prompts than its baseline, the count over the shared tokens is scaled up.
+    If a server decoded another number of prompts than its reference arm, the count over the shared tokens is scaled up.
     """
     agreed = common_prefix(run.tokens, baseline.tokens)
     if len(run.latencies.ttft) == len(baseline.latencies.ttft):
@@ -157,11 +157,11 @@ def experiment(
     until: Until[Results] | None = None,
     again: float = 1.0,
 ) -> Results:
-    """Measure the arms against their baselines.
+    """Measure the arms against their reference arms.
 
     Args:
-        arms: the arms, baselines included. Each output is checked against the baseline's, or for a lossy arm against
-            its own reference.
+        arms: the arms, reference arms included. Each output is checked against the reference arm's, or for a lossy arm
+            against its own reference.
         prompts: tokens by id.
         max_new_tokens: length of every output, unless a stop token of the arms ends it.
         repeats: least number of blocks for each prompt.
@@ -169,12 +169,12 @@ def experiment(
         progress: called with the number of finished runs, the number of all runs, and a text on the current run.
         finished: finished blocks of an interrupted run; they are not measured again.
         keep: called after each new block with the results so far; their last block is the new one.
-        baseline: the baseline of arms that name no other.
+        baseline: the reference arm of arms that name no other.
         until: chooses the arms of further repeats, and when to stop; None for no further repeats.
         again: the most time for measuring disturbed runs again, as a share of the rest.
 
     Raises:
-        ArmError: the baseline is an arm from code, and does not decode.
+        ArmError: the reference arm is an arm from code, and does not decode.
     """
     known = {(block.prompt, block.repeat): block for block in finished}
     results = Results(list(arms), [], {}, {}, baseline)
@@ -258,6 +258,6 @@ def _workers(arms: Sequence[Arm]) -> set[int]:
 
 
 def _working(results: Results, chosen: Collection[str]) -> list[Arm]:
-    """Return the chosen arms and their baselines, without failed arms."""
+    """Return the chosen arms and their reference arms, without failed arms."""
     needed = {results.baseline, *chosen} | {arm.baseline for arm in results.arms if arm.name in chosen}
     return [arm for arm in results.arms if arm.name in needed and arm.name not in results.failures]

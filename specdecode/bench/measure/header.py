@@ -28,7 +28,7 @@ def run_header(
 
     Args:
         plan: plan of the session.
-        outputs: digests of the baseline arm's outputs, by prompt.
+        outputs: digests of the reference arm's outputs, by prompt.
         floor: the A/A floor, in logarithms.
         roofline: tokens per second that the memory bandwidth allows.
         versions: see `run_versions`.

@@ -162,7 +162,7 @@ def _block(entry: dict[str, Any]) -> Block:
         middle=Run.from_json(mapping(entry["middle"], "middle")) if "middle" in entry else None,
     )
     if not block.last or block.last.keys() - block.runs.keys():
-        raise ValueError("the two runs of a baseline are missing")
+        raise ValueError("the two runs of a reference arm are missing")
     if any(checks.get(arm) not in get_args(Check) for arm in block.runs):
         raise ValueError("a run is not checked")
     return block

@@ -92,11 +92,11 @@ class SideBySide:
     """The measurements of two versions.
 
     Attributes:
-        blocks: quartets by arm, the baseline's included, for each prompt and repeat.
+        blocks: quartets by arm, the reference arm's included, for each prompt and repeat.
         counters_runs: results of the counters runs, by version's name and arm.
         failures: error messages of arms from code that failed, by version's name and arm. A failed arm is not run
             again.
-        baselines: the baseline of each arm, in the same version; the run's baseline is its own.
+        baselines: the reference arm of each arm, in the same version. That of the run is its own.
         looked: whether the verdicts were computed after each repeat, to decide on further repeats.
     """
 
@@ -108,7 +108,7 @@ class SideBySide:
 
     @property
     def baseline(self) -> str:
-        """The name of the run's baseline."""
+        """The name of the run's reference arm."""
         return next(arm for arm, own in self.baselines.items() if arm == own)
 
     @property
@@ -134,7 +134,7 @@ class SideBySide:
         return typical_ratio([quartet.log_ratio for quartet in quartets], self.floor(arm), tail)
 
     def floor(self, arm: str | None = None) -> float:
-        """Return the A/A floor of an arm's change, in logarithms; the baseline's floor if `arm` is None."""
+        """Return the A/A floor of an arm's change, in logarithms; the reference arm's floor if `arm` is None."""
         return noise_floor([quartet.noise for quartet in self.of(arm or self.baseline)])
 
     def record(self, version: Literal["new", "old"], name: str, arm: str, about: Mapping[str, Any]) -> ArmRecord:
@@ -186,7 +186,7 @@ class SideBySide:
         )
 
     def outputs(self, version: Literal["new", "old"], arm: str | None = None) -> dict[str, str]:
-        """Return digests of an arm's outputs in a version, by prompt; the baseline's outputs if `arm` is None."""
+        """Return digests of an arm's outputs in a version, by prompt; the reference arm's outputs if `arm` is None."""
         quartets = self.of(arm or self.baseline)
         return {quartet.prompt: digest(getattr(quartet, version).runs[0].tokens) for quartet in quartets}
 
@@ -217,12 +217,12 @@ def measure_side_by_side(
         repeats: least number of quartets of each arm on each prompt.
         progress: called with the number of finished runs, the number of all runs, and a text on the current run.
         seed: seed of the order of arms within a block.
-        baseline: the baseline, in each version, of arms that name no other.
+        baseline: the reference arm, in each version, of arms that name no other.
         until: chooses the arms of further repeats, and when to stop; None for no further repeats.
         again: the most time for measuring disturbed runs again, as a share of the rest.
 
     Raises:
-        ValueError: a version cannot run, or the baseline fails in it.
+        ValueError: a version cannot run, or the reference arm fails in it.
     """
     about = both.new.about["about"]
     baselines = {arm: about[arm].get("baseline") or baseline for arm in arms}
@@ -237,7 +237,7 @@ def measure_side_by_side(
         # Versions that are loaded in turn always begin with the new one, which is still loaded from the last block.
         new_first = number % 2 == 0 or not both.together
         turns = (new, old, old, new) if new_first else (old, new, new, old)
-        # Further repeats compare only the versions, not an arm with the run's baseline.
+        # Further repeats compare only the versions, not an arm with the run's reference arm.
         needed = {*chosen, *measured.baselines.values()} if repeat < repeats else set(chosen)
         order = _order(measured, needed, random.Random(f"{seed} {number}"))
         still_open = ""
@@ -270,7 +270,7 @@ def _plan(
 
 
 def _order(measured: SideBySide, chosen: Collection[str], chance: random.Random) -> list[str]:
-    """Return the chosen arms that have not failed: the run's baseline, the other baselines, the rest shuffled."""
+    """Return the chosen arms that have not failed: the reference arms, the run's own first, then the rest shuffled."""
     working = [arm for arm in measured.baselines if arm in chosen and arm not in measured.failed]
     baselines = [arm for arm in working if arm in measured.baselines.values()]
     baselines.sort(key=lambda arm: arm != measured.baseline)
@@ -338,7 +338,7 @@ class _BlockRuns:
 
     @contextmanager
     def _noted(self, worker: WorkerProcess, arm: str) -> Iterator[None]:
-        """Note the failure of an arm from code. Raise ValueError if it is the baseline, which must not fail."""
+        """Note the failure of an arm from code. Raise ValueError if it is the reference arm, which must not fail."""
         try:
             yield
         except ArmError as error:
@@ -351,7 +351,7 @@ class _BlockRuns:
         """Do what precedes the first timed run of an arm in a version: the counters run, and the prompt's shapes."""
         measured, own, key = self._measured, self._measured.baselines[arm], (worker.name, arm)
         if own in measured.failed:
-            raise ArmError(f"arm {arm!r}: its baseline {own} did not decode")
+            raise ArmError(f"arm {arm!r}: its reference arm {own} did not decode")
         if arm != own and key not in self._expected:
             written = self._expected[worker.name, own]
             self._expected[key] = worker.ask("expected", arm=arm, prompt=self._prompt, tokens=written)

@@ -292,7 +292,7 @@ def _unsupported_arms(both: Versions, ref: str, preset: Preset) -> dict[str, str
     """Return the arms that the other commit cannot build or compare, with the reasons.
 
     Raises:
-        ValueError: the new version cannot build an arm, or the other commit cannot build the baseline arm.
+        ValueError: the new version cannot build an arm, or the other commit cannot build the reference arm.
     """
     if refused := both.new.about["refused"]:
         raise ValueError(next(iter(refused.values())))

@@ -100,8 +100,8 @@ def test_an_arm_is_compared_with_the_arm_that_it_names(arms: Arms) -> None:
 
 
 def test_outputs_are_checked_against_the_named_baseline(arms: Arms) -> None:
-    """Guards against an arm judged by the output of another arm than its baseline: a right one called wrong, or a wrong
-    one called right.
+    """Guards against an arm judged by the output of another arm than its reference arm: a right one called wrong, or a
+    wrong one called right.
     """
     other = (1, 2)
     four = arms(
@@ -142,7 +142,7 @@ def test_arms_without_their_baseline_are_told(arms: Arms, failing: int) -> None:
     assert {arm: record.failure for arm, record in run.arms.items()} == {
         "plain": "",
         "engine": "arm 'engine': it raised RuntimeError: out of luck",
-        "drafting": "arm 'drafting': its baseline engine did not decode",
+        "drafting": "arm 'drafting': its reference arm engine did not decode",
         "other": "",
     }
     assert not run.arms["drafting"].rows
@@ -150,7 +150,7 @@ def test_arms_without_their_baseline_are_told(arms: Arms, failing: int) -> None:
 
 
 def test_without_the_baseline_of_all_nothing_is_measured(arms: Arms) -> None:
-    """Guards against a run that goes on although its baseline failed, with nothing to compare to."""
+    """Guards against a run that goes on although its reference arm failed, with nothing to compare to."""
     with pytest.raises(ArmError, match="arm 'plain': it raised RuntimeError: out of luck"):
         experiment(arms(plain=(Decoder(failing=[0]), None), other=(Decoder(), None)), PROMPTS, LENGTH, baseline="plain")
 

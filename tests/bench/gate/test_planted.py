@@ -505,7 +505,7 @@ def test_a_faster_ar_is_no_slower_transformers(old: RunFile, step: dict[str, flo
 def test_no_part_of_an_arm_is_blamed_for_what_it_is_compared_with(
     plant: Plant, old: RunFile, step: dict[str, float]
 ) -> None:
-    """Guards against a draft that is credited or blamed because its baseline `ar` became faster or slower."""
+    """Guards against a draft that is credited or blamed because its reference arm `ar` became faster or slower."""
     found = judged(run_of(measured(plant, step, seed=1)), old)["linear", "time"].blame
     assert found is not None
     assert found.shares["drafting"] == pytest.approx(0, abs=0.01)
