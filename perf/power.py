@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +19,19 @@ from specdecode.bench.measure.block import parted
 from specdecode.bench.measure.interleaved import Interleaver, SlicedRun
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.runs.counts import Counts
+from specdecode.bench.runs.looks import tail_of_look
 from specdecode.bench.runs.records import NOISE_OF_TWO
-from specdecode.bench.runs.statistics import Estimate, mean_ratio, noise_floor, typical_ratio
+from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, mean_ratio, noise_floor, typical_ratio
 from specdecode.cli.output import say
 
-RUN = 10
-"""Stretches of a trace in a run of `ar`: 40 tokens."""
+RUN, SHORT_RUN = 10, 4
+"""Stretches of a trace in a run of `ar`: 40 tokens, and 16 tokens, as in a session of `perf.trials`."""
+
+PROMPTS = 12
+"""Prompts of a session with `--until`."""
+
+BUDGET_MINUTES = 10.0
+"""The minutes after which such a session ends."""
 
 
 class Machine:
@@ -61,48 +68,56 @@ class Machine:
         return rounds * sums[-1] + sums[whole] + (place - whole) * (sums[whole + 1] - sums[whole])
 
 
-@dataclass(frozen=True, slots=True)
 class Session:
-    """The measurements of one arm in a simulated session.
-
-    Attributes:
-        logs: logarithms of the arm's speedups, one for each block.
-        noise: logarithms of the baseline's speedups over itself.
-    """
-
-    logs: list[float]
-    noise: list[float]
-
-
-def session(machine: Machine, others: int, blocks: int, slower: float, again: float) -> Session:
-    """Simulate a session of the suite: blocks of `ar`, the other arms in two parts, and `ar` between and after them.
+    """A simulated session of the suite: blocks of `ar`, the other arms in two parts, and `ar` between and after them.
 
     Args:
         machine: the replayed machine.
         others: number of other arms; the last one is the observed arm.
-        blocks: number of blocks, prompts times repeats.
         slower: slowdown of the observed arm, as a share of its time.
         again: the most time for measuring disturbed runs again, as a share of the rest.
+        run: stretches of the trace in a run of `ar`.
+
+    Attributes:
+        logs: logarithms of the observed arm's speedups, one for each block.
+        noise: logarithms of the reference arm's speedups over itself.
     """
-    steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
-    costs = [0.5 + 0.7 * arm / others for arm in range(others)]
-    logs, noise = [], []
 
-    def run(cost: float) -> float:
-        return math.log(steady.measure(partial(machine.work, cost * RUN)).value)
+    def __init__(self, machine: Machine, others: int, slower: float, again: float, run: int = RUN) -> None:
+        self.logs: list[float] = []
+        self.noise: list[float] = []
+        self._machine, self._run, self._started = machine, run, machine.clock()
+        self._steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
+        self._costs = [0.5 + 0.7 * arm / others for arm in range(others)]
+        self._costs[-1] *= 1 + slower
 
-    for block in range(blocks):
-        order = random.Random(block).sample(range(others), others)
-        beats, place, time = [run(1.0)], 0, 0.0
+    @property
+    def minutes(self) -> float:
+        """The minutes since the session began."""
+        return (self._machine.clock() - self._started) / 60
+
+    def measure(self, blocks: int) -> None:
+        """Simulate further blocks."""
+        for _ in range(blocks):
+            self._block()
+
+    def _block(self) -> None:
+        others = len(self._costs)
+        order = random.Random(len(self.logs)).sample(range(others), others)
+        beats, place, time = [self._log_s(1.0)], 0, 0.0
         for part in parted(order, 2):
             for arm in part:
-                seen = run(costs[arm] * (1 + slower if arm == others - 1 else 1.0))
+                seen = self._log_s(self._costs[arm])
                 if arm == others - 1:
                     place, time = len(beats), seen
-            beats.append(run(1.0))
-        logs.append((beats[place - 1] + beats[place]) / 2 - time)
-        noise.append(beats[1] - (beats[0] + beats[2]) / 2 if len(beats) > 2 else NOISE_OF_TWO * (beats[0] - beats[1]))
-    return Session(logs, noise)
+            beats.append(self._log_s(1.0))
+        self.logs.append((beats[place - 1] + beats[place]) / 2 - time)
+        self.noise.append(
+            beats[1] - (beats[0] + beats[2]) / 2 if len(beats) > 2 else NOISE_OF_TWO * (beats[0] - beats[1])
+        )
+
+    def _log_s(self, cost: float) -> float:
+        return math.log(self._steady.measure(partial(self._machine.work, cost * self._run)).value)
 
 
 Compared = tuple[list[float], float]
@@ -111,10 +126,54 @@ Compared = tuple[list[float], float]
 
 def by_baseline(trace: Trace, seed: int, others: int, blocks: int, slower: float, again: float = 1.0) -> Compared:
     """Simulate a session and its baseline, which begin at different moments of the trace."""
-    new = session(Machine(trace, 2 * seed), others, blocks, slower, again)
-    old = session(Machine(trace, 2 * seed + 1), others, blocks, 0.0, again)
-    floor = math.hypot(noise_floor(new.noise), noise_floor(old.noise))
-    return [now - was for now, was in zip(new.logs, old.logs, strict=True)], floor
+    new, old = _sessions(trace, seed, others, slower, again)
+    new.measure(blocks)
+    old.measure(blocks)
+    return [now - was for now, was in zip(new.logs, old.logs, strict=True)], _floor(new, old)
+
+
+def _sessions(
+    trace: Trace, seed: int, others: int, slower: float, again: float, run: int = RUN
+) -> tuple[Session, Session]:
+    """Return a session of slower code and one of its baseline, before their first block."""
+    new = Session(Machine(trace, 2 * seed), others, slower, again, run)
+    return new, Session(Machine(trace, 2 * seed + 1), others, 0.0, again, run)
+
+
+def _floor(new: Session, old: Session) -> float:
+    return math.hypot(noise_floor(new.noise), noise_floor(old.noise))
+
+
+def until_decided(
+    trace: Trace, seed: int, slower: float, aim: float, tolerance: float, again: float = 1.0
+) -> tuple[Verdict, float]:
+    """Simulate `--until` with one arm, by a baseline that was measured until its noise hides half of the aim.
+
+    Returns:
+        The verdict, and the minutes of the session.
+    """
+    new, old = _sessions(trace, seed, 1, slower, again, SHORT_RUN)
+    while old.minutes < BUDGET_MINUTES:
+        old.measure(PROMPTS)
+        floor = noise_floor(old.noise)
+        if detectable_slowdown(Estimate(1.0, math.exp(-floor), math.exp(floor)), tolerance) <= aim / 2:
+            break
+    for look in itertools.count(1):
+        new.measure(PROMPTS)
+        repeats = min(look, len(old.logs) // PROMPTS)
+        now, was = (_averaged(session.logs, repeats) for session in (new, old))
+        change = typical_ratio(now - was, _floor(new, old), tail_of_look(look))
+        found = verdict(change, tolerance)
+        decided = found is not Verdict.INCONCLUSIVE or detectable_slowdown(change, tolerance) <= aim
+        if decided or new.minutes > BUDGET_MINUTES:
+            break
+    return found, new.minutes
+
+
+def _averaged(logs: Sequence[float], repeats: int) -> np.ndarray:
+    """Return logarithms of each prompt, with repeats averaged down to a number, as `RunFile.changes` does."""
+    by_repeat = np.reshape(logs, (-1, PROMPTS))
+    return np.concatenate([part.mean(axis=0) for part in np.array_split(by_repeat, repeats)])
 
 
 def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: float, again: float = 1.0) -> Compared:
@@ -182,18 +241,39 @@ def lines(trace: Trace, count: int, statistic: str, again: float) -> Iterator[st
         yield f"| {trace.about} | {name} | " + " | ".join(cells) + " |"
 
 
+def until_lines(trace: Trace, count: int, again: float) -> Iterator[str]:
+    """Yield rows of a table: the verdicts of sessions that go on until they are decided, and their minutes."""
+    for slower, aim, tolerance in ((0.0, 0.05, 0.02), (0.05, 0.05, 0.02), (0.0, 0.03, 0.01), (0.03, 0.03, 0.01)):
+        verdicts, minutes = zip(
+            *(until_decided(trace, seed, slower, aim, tolerance, again) for seed in range(count)), strict=True
+        )
+        shares = [
+            f"{verdicts.count(one) / count:.0%}" for one in (Verdict.REGRESSED, Verdict.INCONCLUSIVE, Verdict.PASS)
+        ]
+        code = f"{slower:.0%} slower" if slower else "equal"
+        cells = [trace.about, code, f"{aim:.0%}", f"{tolerance:.0%}", *shares, f"{np.median(minutes):.1f}"]
+        yield "| " + " | ".join(cells) + " |"
+
+
 def main() -> None:
-    """Print a table of the verdicts on each trace."""
+    """Print a table of the verdicts on each trace, after a number of blocks, and one of sessions with `--until`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", type=Path, nargs="+", help="recorded by python -m perf.traces")
     parser.add_argument("--count", type=int, default=1000, help="comparisons of each kind [1000]")
     parser.add_argument("--statistic", choices=STATISTICS, default="typical", help="estimate of a change [typical]")
     parser.add_argument("--once", action="store_true", help="measure no disturbed run again")
     options = parser.parse_args()
+    again = 0.0 if options.once else 1.0
+    traces = [Trace.read(file) for file in options.traces]
     columns = ("machine", "comparison", "covered", "half-width", "equal: REGRESSED", "5 %, tolerance 2 %", "3 %, 1 %")
     say("| " + " | ".join(columns) + " |\n|---|---|" + "--:|" * (len(columns) - 2))
-    for file in options.traces:
-        for line in lines(Trace.read(file), options.count, options.statistic, 0.0 if options.once else 1.0):
+    for trace in traces:
+        for line in lines(trace, options.count, options.statistic, again):
+            say(line)
+    columns = ("machine", "code", "--until", "tolerance", "REGRESSED", "INCONCLUSIVE", "PASS", "minutes")
+    say("\n| " + " | ".join(columns) + " |\n|---|---|" + "--:|" * (len(columns) - 2))
+    for trace in traces:
+        for line in until_lines(trace, options.count, again):
             say(line)
 
 

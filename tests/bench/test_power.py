@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perf.power import Compared, by_baseline, side_by_side, verdict
+from perf.power import Compared, by_baseline, side_by_side, until_decided, verdict
 from perf.traces import Trace
 from specdecode.bench.gate.verdicts import Verdict
 from specdecode.bench.runs.statistics import detectable_slowdown, typical_ratio
@@ -57,3 +57,10 @@ def test_a_slowdown_is_seen_from_where_it_says(machine: str) -> None:
     changes = [typical_ratio(*side_by_side(trace, seed, 0, 20, promised / (1 - promised))) for seed in range(COUNT)]
     seen = sum(verdict(change, 0.02) is Verdict.REGRESSED for change in changes) / COUNT
     assert seen > 0.9 - 3 * (0.9 * 0.1 / COUNT) ** 0.5
+
+
+@pytest.mark.parametrize(("slower", "least", "most"), [(0.0, 0, 0), (0.05, 8, 10)])
+def test_a_session_that_goes_on_until_it_is_decided_sees_five_percent(slower: float, least: int, most: int) -> None:
+    """Guards against looks that cost so much that ten minutes are too short beside a neighbour."""
+    found = [until_decided(TRACES["epyc-neighbour"], seed, slower, 0.05, 0.02)[0] for seed in range(10)]
+    assert least <= found.count(Verdict.REGRESSED) <= most

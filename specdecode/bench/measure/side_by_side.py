@@ -25,10 +25,11 @@ from specdecode.bench.measure.interleaved import SLICE_S, Interleaver, Pair, Sli
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.measure.until import Until, rounds
 from specdecode.bench.measure.versions import Versions, WorkerProcess
+from specdecode.bench.runs.looks import tail_of_look
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE, digest
 from specdecode.bench.runs.records import ArmRecord, lacks_our_counts
-from specdecode.bench.runs.statistics import TAIL, Estimate, noise_floor, tail_of_look, typical_ratio
+from specdecode.bench.runs.statistics import TAIL, Estimate, noise_floor, typical_ratio
 
 
 @dataclass(frozen=True, slots=True)

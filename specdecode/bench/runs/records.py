@@ -23,6 +23,7 @@ from specdecode.bench.runs.counts import (
     total,
     total_histograms,
 )
+from specdecode.bench.runs.looks import tail_of_look
 from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
 from specdecode.bench.runs.names import BASELINE, shared_by
 from specdecode.bench.runs.statistics import (
@@ -34,7 +35,6 @@ from specdecode.bench.runs.statistics import (
     median,
     noise_floor,
     percentile_95,
-    tail_of_look,
 )
 from specdecode.support.files import slug
 

@@ -28,18 +28,6 @@ _NORMAL = NormalDist()
 _WIDEST_LOG_RATIO = math.log(10)
 
 
-def tail_of_look(look: int) -> float:
-    """Return the tail of an interval that is looked at after each repeat, to decide whether to go on.
-
-    The tails of all looks add up to at most `TAIL` (a spending function, as in Lan and DeMets 1983). Look k has the
-    share 1 / k(k + 1).
-
-    Args:
-        look: number of the look, from 1.
-    """
-    return TAIL / (look * (look + 1))
-
-
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """An estimated value and the interval that covers the true value with a confidence of 95 %."""

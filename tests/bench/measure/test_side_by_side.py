@@ -23,8 +23,9 @@ from specdecode.bench.measure.side_by_side import Quartet, Side, SideBySide, mea
 from specdecode.bench.measure.until import Until
 from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, dependencies
 from specdecode.bench.runs.counts import Counts
+from specdecode.bench.runs.looks import tail_of_look
 from specdecode.bench.runs.measures import CountersRun
-from specdecode.bench.runs.statistics import tail_of_look, typical_ratio
+from specdecode.bench.runs.statistics import typical_ratio
 from specdecode.bench.worker import serve
 from specdecode.support.worktree import worktree
 from tests.helpers.characters import save

@@ -16,7 +16,6 @@ from specdecode.bench.runs.statistics import (
     robust_ratio,
     simultaneous_ratio,
     student_t,
-    tail_of_look,
     typical_ratio,
 )
 
@@ -59,26 +58,6 @@ def test_the_floor_is_half_an_interval() -> None:
     noise = [0.02 * (-1) ** place for place in range(12)]
     interval = typical_ratio(noise)
     assert noise_floor(noise) == pytest.approx(math.log(interval.high / interval.low) / 2)
-
-
-def test_looks_that_are_paid_for_convict_no_equal_code() -> None:
-    """Guards against `--until` that reports a change of equal code: frequent looks find one by chance, unless each look
-    widens the interval.
-    """
-    chance = np.random.default_rng(5)
-    paid, unpaid = 0, 0
-    for _ in range(200):
-        values: list[float] = []
-        found_paid = found_unpaid = False
-        for look in range(1, 11):
-            values += list(chance.normal(0, 0.05, 12))
-            found_paid |= typical_ratio(values, tail=tail_of_look(look)).low > 1
-            found_unpaid |= typical_ratio(values).low > 1
-            found_paid |= typical_ratio(values, tail=tail_of_look(look)).high < 1
-            found_unpaid |= typical_ratio(values).high < 1
-        paid, unpaid = paid + found_paid, unpaid + found_unpaid
-    assert paid / 200 <= 0.05
-    assert unpaid / 200 > 0.1
 
 
 def test_intervals_are_the_same_each_time() -> None:

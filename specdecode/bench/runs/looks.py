@@ -1,0 +1,59 @@
+"""The intervals of a run that is looked at after each repeat, to decide whether to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import count
+from statistics import NormalDist
+
+import numpy as np
+
+from specdecode.bench.runs.statistics import TAIL
+
+# The larger, the later the looks for which most of the tail is kept. With 4 the first dozen intervals are about equal.
+_LATE = 4
+# Distance between the places of a computed distribution, and the farthest place, in standard deviations of a repeat.
+_STEP, _FARTHEST = 0.02, 6.0
+_NORMAL = NormalDist()
+
+
+def tail_of_look(look: int) -> float:
+    """Return the tail of the interval at a look.
+
+    All looks together miss the true value at either end with a probability of at most `TAIL`. Look k may add the share
+    4 / (k + 3)(k + 4) of it (a spending function: Lan and DeMets 1983).
+
+    A look sees the measurements of all looks before it, so it seldom misses where these did not. The probability that
+    it does is computed for sums of normal values (Armitage, McPherson and Rowe 1969).
+
+    Args:
+        look: number of the look, from 1. After look k there are k times as many measurements as after the first.
+    """
+    while len(_tails) < look:
+        _tails.append(next(_further_tails))
+    return _tails[look - 1]
+
+
+def _all_tails() -> Iterator[float]:
+    """Yield the tail of each look.
+
+    The sum of k values exceeds its boundary at look k, and at no look before, with the probability that the look may
+    add. Sums below the boundary go on to the next look.
+    """
+    places = _STEP * np.arange(-round(_FARTHEST / _STEP), round(_FARTHEST / _STEP) + 1)
+    repeat = np.exp(-(places**2) / 2)
+    repeat /= repeat.sum()
+    sums, lowest = np.ones(1), 0.0  # probabilities of the sums that no boundary stopped, and the lowest sum
+    for look in count(1):
+        sums, lowest = np.convolve(sums, repeat), lowest - _FARTHEST
+        too_low = max(0, math.floor((-_FARTHEST * math.sqrt(look) - lowest) / _STEP))
+        sums, lowest = sums[too_low:], lowest + too_low * _STEP
+        at_least = np.cumsum(sums[::-1])[::-1]
+        boundary = int(np.sum(at_least > TAIL * _LATE / ((look + _LATE - 1) * (look + _LATE))))
+        sums = sums[:boundary]
+        yield 1 - _NORMAL.cdf((lowest + (boundary - 0.5) * _STEP) / math.sqrt(look))
+
+
+_further_tails = _all_tails()
+_tails: list[float] = []
