@@ -112,10 +112,11 @@ def train_head(
     trainer = Trainer(target, head, files, settings, work / "checkpoint.pt")
 
     def on_epoch(trainer: Trainer) -> dict[str, float]:
-        acceptance = acceptance_lengths(target, trainer.head, prompts)
         epochs = len(trainer.epochs)
         # Progress is counted in texts.
         read, total = (count * shards * SHARD_TEXTS for count in (epochs, settings.epochs))
+        tell(read, total, f"epoch {epochs}: drafting for {len(prompts)} held-out texts")
+        acceptance = acceptance_lengths(target, trainer.head, prompts)
         tell(read, total, f"epoch {epochs}: {_line(trainer.epochs[-1], acceptance)}")
         return acceptance
 

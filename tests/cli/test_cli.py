@@ -17,7 +17,7 @@ import specdecode
 from specdecode import generate, load
 from specdecode.bench.arms import parts
 from specdecode.bench.measure import roofline as measured_roofline
-from specdecode.cli import messages
+from specdecode.support import messages
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
 from tests.helpers.fake_clock import Cost, FakeClock, charged

@@ -381,7 +381,9 @@ def test_the_command_writes_a_head_and_its_card(
     recipe = ["--target", str(model), "--data", "prose", "--tokens", "5000", "--length", "40", "--vocabulary", "50"]
     recipe += ["--out", str(out), "--epochs", "2", "--batch", "32", "--ahead", "2"]
     assert exit_code(monkeypatch, "train-head", *recipe) == 0
-    assert f"the head and its card are in {out}" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert f"the head and its card are in {out}" in said.out
+    assert "epoch 2: drafting for 4 held-out texts" in said.err
     files = read_eagle3(out)
     card = files.card
     assert card is not None
