@@ -68,12 +68,14 @@ def _counts(checks: Sequence[MarginCheck]) -> tuple[int, int]:
 def _heading(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
     """Return the title of the run, and tiles with its key results."""
     wrong, judged = _counts(checks)
+    without = len({check.arm for check in checks} - {check.arm for check in checks if check.outcome is not None})
     if not judged:
         gate = tile("Margins", "warn", "Not judged", "no margin is set, or there is nothing to judge")
     elif wrong:
         gate = tile("Margins", "bad", f"✗ {wrong} of {judged}", "have an unexpected outcome: see below")
     else:
-        gate = tile("Margins", "good", "✓ Kept", f"by all lossy parts, and broken by all controls: {judged} verdicts")
+        unjudged = f"; arms without a margin: {without}" if without else ""
+        gate = tile("Margins", "good", "✓ Kept", f"{judged} verdicts as expected{unjudged}")
     read = tile("Read", "", f"{len(run.documents)} documents", run.header.texts)
     plain = tile("Reference", "", f"PPL {run.perplexity():.3f}", "the full cache, with unquantised weights")
     lead = element("p", f"backend {run.header.backend}", class_="lead")

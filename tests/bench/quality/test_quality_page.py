@@ -91,6 +91,16 @@ def test_intervals_without_end_are_not_drawn() -> None:
     assert not tradeoff(quality_run({"full": {}}), quality_speeds({"ar": (1.0, {})})).drawable
 
 
+def test_arms_without_a_margin_are_not_among_those_that_keep_theirs() -> None:
+    """Guards against a page that calls every arm harmless where only some have a margin."""
+    run = quality_run({arm: ARMS[arm] for arm in ("full", "int8", "sink-window-8")})
+    for margins, said in (
+        ({"int8": {"nll": 1.0}}, "1 verdicts as expected; arms without a margin: 2"),
+        ({arm: {"nll": 1.0} for arm in run.arms}, "3 verdicts as expected"),
+    ):
+        assert said in Page(document("x", section(run, check_margins(run, margins), None))).texts
+
+
 def test_curves_go_through_their_values() -> None:
     """Guards against a curve of another arm or measure, and against a scale that differs from its ticks."""
     tenth = dataclasses.replace(whole_quality_run().documents[0])
