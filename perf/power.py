@@ -87,6 +87,7 @@ class Session:
         self.logs: list[float] = []
         self.noise: list[float] = []
         self._machine, self._run, self._started = machine, run, machine.clock()
+        self._pauses = random.Random(self._started)
         self._steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
         self._costs = [0.5 + 0.7 * arm / others for arm in range(others)]
         self._costs[-1] *= 1 + slower
@@ -102,6 +103,9 @@ class Session:
             self._block()
 
     def _block(self) -> None:
+        # As prompts differ, so do the seconds between blocks. Without this, all blocks of a session would begin at the
+        # same place of the recorded texts, and what slows that place would not average out.
+        self._machine.work(self._pauses.uniform(0, RUN))
         others = len(self._costs)
         order = random.Random(len(self.logs)).sample(range(others), others)
         beats, place, time = [self._log_s(1.0)], 0, 0.0

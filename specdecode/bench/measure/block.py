@@ -171,6 +171,7 @@ def measure_block(
     baselines = baselines_of(arms, baseline)
     others = [arm for arm in arms if arm not in baselines]
     order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
+    tell(f"expected outputs on {prompt}")
     runs = _Runs(arms, baselines, text, max_new_tokens, steady or Steady(), failures)
 
     def run(arm: Arm, into: dict[str, Run]) -> None:

@@ -242,6 +242,7 @@ def _warm_up(
         with noted(arm, failures(arm)):
             assert arm.server is not None
             arm.server.open()
+    tell(f"expected outputs on {prompt}")
     written = named(results.arms, baseline).run(text, length, ()).tokens
     for arm in results.arms:
         if arm.name in results.failures:

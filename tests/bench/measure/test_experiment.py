@@ -99,6 +99,27 @@ def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: 
     assert gc.isenabled()
 
 
+def test_the_progress_names_what_runs() -> None:
+    """Guards against a progress that names the work of before, for as long as the outputs to compare with take."""
+    told: list[str] = []
+
+    def noted(name: str) -> Arm:
+        arm, during = Calls().arm(name, 1.0), []
+        during_of[name] = during
+
+        def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+            during.append(told[-1])
+            return arm.run(text, length, expected)
+
+        return dataclasses.replace(arm, run=run)
+
+    during_of: dict[str, list[str]] = {}
+    experiment([noted("ar"), noted("other")], {"a": PROMPTS["a"]}, LENGTH, progress=lambda *now: told.append(now[-1]))
+    expected, counters = "expected outputs on a", "{} on a, the counters run"
+    assert during_of["ar"] == [expected, counters.format("ar"), expected, "ar on a", "ar on a"]
+    assert during_of["other"] == [counters.format("other"), "other on a"]
+
+
 def test_only_the_first_collection_searches_all_objects(results: Results, calls: Calls) -> None:
     """Guards against a collection before each run that takes longer than the run: PyTorch has very many objects. After
     the experiment everything is searched again.
