@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import re
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +63,7 @@ from tests.helpers.discovery import DRAFTERS, POLICIES, examples
 from tests.helpers.models import ARCHITECTURES, SERVED, UNCAPTURED, VOCABULARY, build, greedy, lm, moved, prompt
 from tests.helpers.replayed import replayed
 from tests.helpers.strategies import controllers
+from tests.helpers.suites import start_python
 
 LENGTH = 40
 
@@ -563,14 +562,13 @@ for dtype, compiler, layers in (("double", "eager", 2), ("float", "eager", 2), (
 """
 
 
-def test_a_compiled_model_is_compiled_twice_and_no_more(pytestconfig: pytest.Config) -> None:
+def test_a_compiled_model_is_compiled_twice_and_no_more() -> None:
     """Guards against a compilation, as long as thousands of tokens, each time the text or the draft grows, and against
     a compiled model with other tokens.
 
     It runs in a process without shape checks, because checks cannot be compiled.
     """
-    command = [sys.executable, "-c", _COMPILED]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
+    done = start_python(_COMPILED).wait()
     # Two compilations each for the target and the draft. In float32 both have packed layers.
     told = [f"compile {[4] * 6}", f"compile (packed: 15 linear layers) {[8] * 6}"]
     told.append(f"compile (packed: 8 linear layers) {[10] * 6}")

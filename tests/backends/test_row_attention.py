@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -32,6 +30,7 @@ from specdecode.models import lm as lm_module
 from specdecode.models.quantize import KINDS
 from tests.helpers.models import ARCHITECTURES, build, moved, prompt, quantisable
 from tests.helpers.strategies import trees
+from tests.helpers.suites import start_python
 
 NAMES = ("llama", "gpt-neox", "opt", "phi3", "mistral-window", "qwen2-window", "gemma3-window")
 
@@ -204,7 +203,7 @@ def test_it_can_be_compiled() -> None:
 
     (In a process of its own, as compilers do not read the checks of shapes either.)
     """
-    done = subprocess.run([sys.executable, "-c", _COMPILED], capture_output=True, text=True, check=False)
+    done = start_python(_COMPILED).wait()
     assert done.stdout == "(1, 3, 4, 8)\n", done.stderr
 
 

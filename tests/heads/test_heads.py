@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,6 +68,7 @@ from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, prompt, small
 from tests.helpers.replayed import replayed
 from tests.helpers.speed_runs import speed_arm, speed_run
+from tests.helpers.suites import start_python
 from tests.helpers.trees import paths
 
 LENGTH = 36
@@ -584,14 +583,13 @@ print(graphs, all(same))
 """
 
 
-def test_compiled_hidden_states_are_of_the_layers_that_are_asked_for(pytestconfig: pytest.Config) -> None:
+def test_compiled_hidden_states_are_of_the_layers_that_are_asked_for() -> None:
     """Guards against compiled code that is reused though other layers, or none, are requested, which PyTorch does not
     see, and against compiling again for every text.
 
     It runs in a process without shape checks.
     """
-    command = [sys.executable, "-c", _COMPILED]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
+    done = start_python(_COMPILED).wait()
     assert done.stdout.splitlines() == [f"{[2, 2, 4, 4, 6, 6, 6]} True"], done.stderr
 
 

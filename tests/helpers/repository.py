@@ -41,12 +41,12 @@ def edit(file: Path, before: str, after: str) -> None:
 
 
 def slow_down_verification(folder: Path) -> None:
-    """Delay every verification in a repository of this package by 30 ms, many times its own duration.
+    """Delay every verification in a repository of this package by 60 ms, many times its own duration.
 
     The delay waits by the clock: other work on the machine does not change that. It waits busily: a run that sleeps
     looks like a disturbed one.
     """
     verify = "            logits = target.forward_tree(sequence.slots, sequence.pending, tree)\n"
-    wait = "            while time.perf_counter() - done_at < 0.03:\n                pass\n"
+    wait = "            while time.perf_counter() - done_at < 0.06:\n                pass\n"
     generate = folder / "specdecode" / "decoding" / "generate.py"
     edit(generate, verify, f"{verify}            done_at = time.perf_counter()\n{wait}")

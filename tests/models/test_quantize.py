@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -30,6 +28,7 @@ from specdecode.models.quantize import COARSE, KINDS, quantizer
 from specdecode.models.quantized_linear import Int4Linear, Int8Linear
 from tests.helpers.discovery import DRAFTERS, POLICIES, examples
 from tests.helpers.models import ARCHITECTURES, build, continuation, logits, prompt, quantisable, small
+from tests.helpers.suites import start_python
 
 LENGTH = 40
 NAMES = ("llama", "gpt-neox", "opt", "phi3", "mistral-window")
@@ -392,5 +391,5 @@ def test_weights_that_processes_share_are_counted() -> None:
 
     It runs in a process of its own, as it joins a group of processes.
     """
-    done = subprocess.run([sys.executable, "-c", _SHARED], capture_output=True, text=True, check=False)
+    done = start_python(_SHARED).wait()
     assert done.stdout.split() == [str((4 * 8 + 8) * 4)], done.stderr

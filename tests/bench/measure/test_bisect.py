@@ -25,6 +25,7 @@ from specdecode.bench.runs.statistics import Estimate
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
 from tests.helpers.repository import commit, git, package_repository, slow_down_verification
+from tests.helpers.suites import start_python
 
 GOOD = Commit("good", "2026-01-01", "is fast")
 
@@ -273,10 +274,27 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
     return folder, [*ids, commit(folder, "slow")]
 
 
-def bisecting(folder: Path, good: str, *more: str) -> list[str]:
+def bisecting(good: str, *more: str) -> list[str]:
     options = ["-k", "lookup", "--below", "0.5", "--device", "cpu", "--dtype", "float64", "--draft", "layers:0-2"]
-    sizes = ["--prompts", "prose@60:6", "--max-new-tokens", "8"]
-    return [sys.executable, "-m", "specdecode", "bisect", good, "HEAD", *options, *sizes, *more]
+    sizes = ["--prompts", "prose@60:6", "--max-new-tokens", "4"]
+    return ["bisect", good, "HEAD", *options, *sizes, *more]
+
+
+FORKING = """
+import os, sys
+from specdecode.bench.measure import steady
+from specdecode.cli import main
+from tests.helpers.forked import use_forks
+os.chdir(sys.argv[1])
+use_forks()
+steady.watch = lambda *_, **__: lambda: 0.0  # other tests run beside this one: repeats would only take time
+sys.argv[1:2] = []
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+"""A search in a fork, whose workers are forks too. In the test of an interrupt all are processes of their own."""
 
 
 def test_a_planted_slowdown_is_found_past_a_commit_that_cannot_be_measured(
@@ -284,8 +302,8 @@ def test_a_planted_slowdown_is_found_past_a_commit_that_cannot_be_measured(
 ) -> None:
     """Guards against two commits that run the same code, and against a search that stops at a broken commit."""
     folder, (good, broken, whole, slow) = repository
-    command = bisecting(folder, good, "--target", str(save(tmp_path / "model")))
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    command = bisecting(good, "--target", str(save(tmp_path / "model")))
+    done = start_python(FORKING, str(folder), *command).wait()
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines() if line.startswith("│")]
     verdicts = [(row[1], row[3]) for row in rows if row[1]]
@@ -295,10 +313,6 @@ def test_a_planted_slowdown_is_found_past_a_commit_that_cannot_be_measured(
     assert "no_such_module" in done.stdout
     assert "mostly verifying" in done.stdout
     assert git(folder, "worktree", "list").count("\n") == 1
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def lives(group: int) -> bool:
@@ -313,11 +327,11 @@ def lives(group: int) -> bool:
 def test_an_interrupt_leaves_neither_worktree_nor_process(repository: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Guards against checkouts and workers that are left behind after an interrupt."""
     folder, (good, *_) = repository
-    command = bisecting(folder, good, "--target", str(save(tmp_path / "model")), "--repeats", "10000")
+    command = bisecting(good, "--target", str(save(tmp_path / "model")), "--repeats", "10000")
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "specdecode", *command],
         cwd=folder,
-        env=environment(),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
         stderr=subprocess.PIPE,
         # A background job of a shell ignores the signal, and so do its children.

@@ -372,7 +372,7 @@ def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: 
     edit(repository / "constraints.txt", pin, "torch==1.0")
     selected = "ar-time or (lookup and not aware) or novel or k8"
     options = ("-k", selected, f"--target={model}", "--device", "cpu", "--dtype", "float64")
-    sizes = ("--draft", "layers:0-2", "--prompts", "prose:3", "--max-new-tokens", "24", "--against", "HEAD")
+    sizes = ("--draft", "layers:0-2", "--prompts", "prose:3", "--max-new-tokens", "12", "--against", "HEAD")
     done = run_pytest("--benchmark", *options, *sizes, "--tolerance", "0.1", cwd=repository)
     assert done.returncode == 1, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
@@ -399,7 +399,8 @@ def test_what_is_wrong_with_a_comparison_is_told_in_one_sentence(
     """Guards against a traceback, and a worktree that is left behind."""
     git(tmp_path, "init", "--quiet")
     commit(tmp_path, "first")
-    done = run_pytest(*ELSEWHERE, "-k", "lookup", "--device", "cpu", *arguments, cwd=tmp_path)
+    forks = ("-p", "tests.helpers.forked")
+    done = run_pytest(*ELSEWHERE, *forks, "-k", "lookup", "--device", "cpu", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert reason in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
