@@ -32,8 +32,9 @@ def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:
     """
     command = [sys.executable, "-m", "perf.gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
     names = ["environment", "tests", "gpu-streaming"]
-    # Other tests run at once, and repeats would double the session.
+    # Other tests run at once, and repeats would double the session. They check the shapes of the same code, too.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "--specdecode-again=0"}
+    variables["JAXTYPING_DISABLE"] = "1"
     done = subprocess.run(
         [*command, "--steps", *names], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
     )

@@ -151,7 +151,8 @@ def test_each_version_starts_its_own_server(tmp_path: Path) -> None:
     (folder / ".gitignore").write_text("results")
     commit(folder)
     (folder / "serve.sh").write_text(command + "1")
-    arguments = [*ELSEWHERE, f"--target={model}", "--preset", "server.toml", "--against=HEAD"]
+    forks = ("-p", "tests.helpers.forked")
+    arguments = [*ELSEWHERE, *forks, f"--target={model}", "--preset", "server.toml", "--against=HEAD"]
     ((code, said),) = run_pytest_in_turn(arguments, cwd=folder)
     words = " ".join(said.replace("│", " ").split())
     assert code == 1, said

@@ -40,13 +40,13 @@ def edit(file: Path, before: str, after: str) -> None:
     file.write_text(text.replace(before, after))
 
 
-def slow_down_verification(folder: Path) -> None:
-    """Delay every verification in a repository of this package by 60 ms, many times its own duration.
+def slow_down_verification(folder: Path, seconds: float) -> None:
+    """Delay every verification in a repository of this package, by many times its own duration.
 
     The delay waits by the clock: other work on the machine does not change that. It waits busily: a run that sleeps
     looks like a disturbed one.
     """
     verify = "            logits = target.forward_tree(sequence.slots, sequence.pending, tree)\n"
-    wait = "            while time.perf_counter() - done_at < 0.06:\n                pass\n"
+    wait = f"            while time.perf_counter() - done_at < {seconds}:\n                pass\n"
     generate = folder / "specdecode" / "decoding" / "generate.py"
     edit(generate, verify, f"{verify}            done_at = time.perf_counter()\n{wait}")

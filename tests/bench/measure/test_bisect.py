@@ -270,7 +270,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
     ids.append(commit(folder, "broken"))
     package.write_text(whole)
     ids.append(commit(folder, "whole"))
-    slow_down_verification(folder)
+    slow_down_verification(folder, seconds=0.06)
     return folder, [*ids, commit(folder, "slow")]
 
 
