@@ -110,13 +110,14 @@ def test_a_draft_of_another_vocabulary_drafts_by_text(
 
 
 def test_a_bounded_cache_writes_on_beyond_the_context(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Guards against cache options that do not reach the decoder."""
+    model = str(save(tmp_path / "model", context=256))
     texts = []
     for drafter in ("none", "lookup"):
         arguments = ("--target", model, "--policy", "sink-window", "--max-cache", "32", "--drafter", drafter)
-        assert exit_code(monkeypatch, "generate", "a cat " * 500, *arguments, "--max-new-tokens", "60") == 0
+        assert exit_code(monkeypatch, "generate", "a cat " * 70, *arguments, "--max-new-tokens", "60") == 0
         out, err = capfd.readouterr()
         texts.append(out)
         assert re.search(

@@ -8,9 +8,9 @@ from tests.helpers.models import ARCHITECTURES, build, moved
 from tests.helpers.spelling import CHARACTERS, characters
 
 
-def save(folder: Path, name: str = "llama", texts: list[str] = CHARACTERS, seed: int = 2) -> Path:
-    """Write the model and its tokenizer. Prompts of a thousand characters fit into its context."""
-    values = ARCHITECTURES[name] | {"max_position_embeddings": 2048, "eos_token_id": None}
+def save(folder: Path, name: str = "llama", texts: list[str] = CHARACTERS, seed: int = 2, context: int = 2048) -> Path:
+    """Write the model and its tokenizer. Prompts of a thousand characters fit into its usual context."""
+    values = ARCHITECTURES[name] | {"max_position_embeddings": context, "eos_token_id": None}
     moved(build(values, seed), "cpu").save_pretrained(folder)
     characters(texts).save_pretrained(folder)
     return folder
