@@ -252,7 +252,7 @@ def until_lines(trace: Trace, count: int, again: float) -> Iterator[str]:
             *(until_decided(trace, seed, slower, aim, tolerance, again) for seed in range(count)), strict=True
         )
         shares = [
-            f"{verdicts.count(one) / count:.0%}" for one in (Verdict.REGRESSED, Verdict.INCONCLUSIVE, Verdict.PASS)
+            f"{verdicts.count(one) / count:.1%}" for one in (Verdict.REGRESSED, Verdict.INCONCLUSIVE, Verdict.PASS)
         ]
         code = f"{slower:.0%} slower" if slower else "equal"
         cells = [trace.about, code, f"{aim:.0%}", f"{tolerance:.0%}", *shares, f"{np.median(minutes):.1f}"]

@@ -75,7 +75,7 @@ def _heading(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
         gate = tile("Margins", "bad", f"✗ {wrong} of {judged}", "have an unexpected outcome: see below")
     else:
         unjudged = f"; arms without a margin: {without}" if without else ""
-        gate = tile("Margins", "good", "✓ Kept", f"{judged} verdicts as expected{unjudged}")
+        gate = tile("Margins", "good", "✓ Kept", f"{judged} verdict(s) as expected{unjudged}")
     read = tile("Read", "", f"{len(run.documents)} documents", run.header.texts)
     plain = tile("Reference", "", f"PPL {run.perplexity():.3f}", "the full cache, with unquantised weights")
     lead = element("p", f"backend {run.header.backend}", class_="lead")

@@ -95,8 +95,8 @@ def test_arms_without_a_margin_are_not_among_those_that_keep_theirs() -> None:
     """Guards against a page that calls every arm harmless where only some have a margin."""
     run = quality_run({arm: ARMS[arm] for arm in ("full", "int8", "sink-window-8")})
     for margins, said in (
-        ({"int8": {"nll": 1.0}}, "1 verdicts as expected; arms without a margin: 2"),
-        ({arm: {"nll": 1.0} for arm in run.arms}, "3 verdicts as expected"),
+        ({"int8": {"nll": 1.0}}, "1 verdict(s) as expected; arms without a margin: 2"),
+        ({arm: {"nll": 1.0} for arm in run.arms}, "3 verdict(s) as expected"),
     ):
         assert said in Page(document("x", section(run, check_margins(run, margins), None))).texts
 
