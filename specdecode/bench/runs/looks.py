@@ -21,7 +21,7 @@ _NORMAL = NormalDist()
 def tail_of_look(look: int) -> float:
     """Return the tail of the interval at a look.
 
-    All looks together miss the true value at either end with a probability of at most `TAIL`. Look k may add the share
+    At each end, all looks together miss the true value with a probability of at most `TAIL`. Look k may add the share
     4 / (k + 3)(k + 4) of it (a spending function: Lan and DeMets 1983).
 
     A look sees the measurements of all looks before it, so it seldom misses where these did not. The probability that
