@@ -110,7 +110,7 @@ def test_only_what_is_selected_is_measured(model: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
-    assert "8/8 runs" in done.stderr  # two counters runs, and two blocks of three
+    assert "11/11 runs" in done.stderr  # two counters runs, two blocks of three, and thrice the expected outputs
     assert "No baseline for this hardware" in done.stdout
     assert read_run(file).arms.keys() == {"ar", "lookup"}
     assert list(tmp_path.iterdir()) == [file]

@@ -179,7 +179,8 @@ def experiment(
     known = {(block.prompt, block.repeat): block for block in finished}
     results = Results(list(arms), [], {}, {}, baseline)
     drift = Drift()
-    done, total, still_open = 0, len(arms) + len(_early_servers(arms)), ""
+    # Beside the arms' runs, there is one for the expected outputs: before the counters runs, and in each block.
+    done, total, still_open = 0, 1 + len(arms) + len(_early_servers(arms)), ""
 
     def tell(doing: str) -> None:
         nonlocal done
@@ -188,8 +189,8 @@ def experiment(
 
     warm = next(iter(prompts))
     with closing(arms, results.failures):
-        total += repeats * len(prompts) * (len(arms) + len(baselines_of(arms, baseline)))
-        total -= sum(len(block.runs) + len(block.last) for block in finished)
+        total += repeats * len(prompts) * (1 + len(arms) + len(baselines_of(arms, baseline)))
+        total -= sum(1 + len(block.runs) + len(block.last) for block in finished)
         target = named(arms, baseline).target
         ranks = Ranks() if target is None else target.ranks
         _warm_up(results, ranks, warm, prompts[warm], min(max_new_tokens, COUNTERS_RUN_TOKENS), tell)
@@ -201,7 +202,7 @@ def experiment(
                 working = _working(results, chosen)
                 if repeat >= repeats:
                     still_open = f"; still open: {', '.join(chosen)}"
-                    total += len(working) + len(baselines_of(working, baseline))
+                    total += 1 + len(working) + len(baselines_of(working, baseline))
                 block = measure_block(
                     working,
                     prompt,

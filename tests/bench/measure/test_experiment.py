@@ -114,7 +114,14 @@ def test_the_progress_names_what_runs() -> None:
         return dataclasses.replace(arm, run=run)
 
     during_of: dict[str, list[str]] = {}
-    experiment([noted("ar"), noted("other")], {"a": PROMPTS["a"]}, LENGTH, progress=lambda *now: told.append(now[-1]))
+    counts: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int, doing: str) -> None:
+        told.append(doing)
+        counts.append((done, total))
+
+    experiment([noted("ar"), noted("other")], {"a": PROMPTS["a"]}, LENGTH, progress=progress)
+    assert counts == [(done, len(counts) - 1) for done in range(len(counts))]
     expected, counters = "expected outputs on a", "{} on a, the counters run"
     assert during_of["ar"] == [expected, counters.format("ar"), expected, "ar on a", "ar on a"]
     assert during_of["other"] == [counters.format("other"), "other on a"]
