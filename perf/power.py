@@ -167,11 +167,11 @@ def until_decided(
         repeats = min(look, len(old.logs) // PROMPTS)
         now, was = (_averaged(session.logs, repeats) for session in (new, old))
         change = typical_ratio(now - was, _floor(new, old), tail_of_look(look))
-        found = verdict(change, tolerance)
-        decided = found is not Verdict.INCONCLUSIVE or detectable_slowdown(change, tolerance) <= aim
+        result = verdict(change, tolerance)
+        decided = result is not Verdict.INCONCLUSIVE or detectable_slowdown(change, tolerance) <= aim
         if decided or new.minutes > BUDGET_MINUTES:
             break
-    return found, new.minutes
+    return result, new.minutes
 
 
 def _averaged(logs: Sequence[float], repeats: int) -> np.ndarray:

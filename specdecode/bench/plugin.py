@@ -336,13 +336,13 @@ def _note_interrupted(journal: Path, unit: str) -> None:
 
     It is written before the models are loaded, so that a user can still stop and keep them.
     """
-    if not journal.exists():
-        return
-    finished = journal.read_bytes().count(b"\n") - 1  # the first line is no piece
-    if finished > 0:
-        sys.stderr.write(
+    from specdecode.bench.measure.journal import finished_pieces
+    from specdecode.support.messages import note
+
+    if finished := finished_pieces(journal):
+        note(
             f"\n{journal} keeps an interrupted run (finished {unit}: {finished}). This run starts anew. To go on with"
-            " the other one, stop now and add --resume.\n"
+            " the other one, stop now and add --resume."
         )
 
 

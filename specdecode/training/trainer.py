@@ -159,8 +159,9 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.head.parameters(), _GRADIENT_NORM_CLIP)
             self._optimizer.step()
             self._schedule.step()
-            self._sums += torch.stack([counts, losses.detach(), agreed]).cpu()
-            yield len(texts), (losses[0] / counts[0]).item()
+            step = torch.stack([counts, losses.detach(), agreed]).cpu()
+            self._sums += step
+            yield len(texts), (step[1, 0] / step[0, 0]).item()  # from the copy: the device is not asked again
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Return a context with 16-bit products if the target has 16-bit weights, else an empty context. A device that

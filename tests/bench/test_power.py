@@ -62,5 +62,5 @@ def test_a_slowdown_is_seen_from_where_it_says(machine: str) -> None:
 @pytest.mark.parametrize(("slower", "least", "most"), [(0.0, 0, 0), (0.05, 8, 10)])
 def test_a_session_that_goes_on_until_it_is_decided_sees_five_percent(slower: float, least: int, most: int) -> None:
     """Guards against looks that cost so much that ten minutes are too short beside a neighbour."""
-    found = [until_decided(TRACES["epyc-neighbour"], seed, slower, 0.05, 0.02)[0] for seed in range(10)]
-    assert least <= found.count(Verdict.REGRESSED) <= most
+    verdicts = [until_decided(TRACES["epyc-neighbour"], seed, slower, 0.05, 0.02)[0] for seed in range(10)]
+    assert least <= verdicts.count(Verdict.REGRESSED) <= most

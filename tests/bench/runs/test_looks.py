@@ -58,9 +58,9 @@ def test_looks_that_are_paid_for_convict_no_equal_code(noise: str) -> None:
         found_paid = found_unpaid = False
         for look in range(1, 11):
             logs += values()
-            dear, cheap = typical_ratio(logs, tail=tail_of_look(look)), typical_ratio(logs)
-            found_paid |= not dear.low <= 1 <= dear.high
-            found_unpaid |= not cheap.low <= 1 <= cheap.high
+            wide, narrow = typical_ratio(logs, tail=tail_of_look(look)), typical_ratio(logs)
+            found_paid |= not wide.low <= 1 <= wide.high
+            found_unpaid |= not narrow.low <= 1 <= narrow.high
         paid, unpaid = paid + found_paid, unpaid + found_unpaid
     assert paid / sessions <= 0.05
     assert unpaid / sessions > 0.1
