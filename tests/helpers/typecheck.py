@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable
-from types import CodeType
+from dataclasses import is_dataclass
 from typing import Any, get_args, runtime_checkable
 
 import jaxtyping
-import torch
 from beartype import BeartypeConf, beartype
+from jaxtyping import config
+from torch.compiler import is_compiling
 
-FIRST_CALLS, EVERY = 5, 50
+FIRST_CALLS, EVERY = 3, 100
 """The first calls of a function in a test are checked, and then every so many. To check all would double a test's time.
 """
 
-calls: Counter[CodeType] = Counter()
-"""The calls of each function in the present test, by its code: a function itself might keep alive an object that a test
+calls: dict[str, int] = {}
+"""The calls of each function in the present test, by its name: a function itself might keep alive an object that a test
 expects to be released.
 """
 
@@ -42,22 +42,31 @@ def _make_checkable(hint: Any) -> None:
 
 
 def some_calls(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Decorate as `jaxtyping.jaxtyped` does, but check only some calls of a function in each test."""
+    """Decorate as `jaxtyping.jaxtyped` does, but check only some calls of a function in each test.
+
+    The checker is compiled at the first check: to compile one takes milliseconds, and functions within functions are
+    decorated in each call.
+    """
 
     def decorate(checkable: Any) -> Any:
-        checked = _every_call(checkable, typechecker=typechecker)
         if isinstance(checkable, type):
-            return checked
+            if is_dataclass(checkable) and not hasattr(checkable.__init__, "__wrapped__"):
+                checkable.__init__ = decorate(checkable.__init__)  # type: ignore[misc]
+            return checkable
 
-        code = checkable.__code__
+        name, checked = f"{checkable.__module__}.{checkable.__qualname__}", None
 
-        @functools.wraps(checked)
+        @functools.wraps(checkable)
         def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal checked
             # The count would be part of compiled code, which would be made anew for each value.
-            if jaxtyping.config.jaxtyping_disable or torch.compiler.is_compiling():
+            if config.jaxtyping_disable or is_compiling():
                 return checkable(*arguments, **named)
-            calls[code] = number = calls[code] + 1
-            return (checked if number <= FIRST_CALLS or number % EVERY == 0 else checkable)(*arguments, **named)
+            calls[name] = number = calls.get(name, 0) + 1
+            if number > FIRST_CALLS and number % EVERY:
+                return checkable(*arguments, **named)
+            checked = checked or _every_call(checkable, typechecker=typechecker)
+            return checked(*arguments, **named)
 
         return call
 

@@ -52,6 +52,7 @@ class JudgedRun:
         judged_by: the run that the gate compared with, in words.
         judgements: the gate's judgements.
         journal: journal of the finished blocks, to delete after the run's file is written; None for runs side by side.
+        outside: arms whose code is not in the repository, so that two commits run the same.
     """
 
     title: str
@@ -62,6 +63,7 @@ class JudgedRun:
     judged_by: str
     judgements: list[Judgement]
     journal: Journal | None = None
+    outside: Sequence[str] = ()
 
 
 def measure(plan: Plan, selected: Collection[str], new: str | None = None, file: Path | None = None) -> JudgedRun:
@@ -277,14 +279,16 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 again=plan.again,
             )
         new, old = both_runs(measured)
+    outside = [arm for arm in arms if both.old.about["about"][arm].get("outside")]
     return JudgedRun(
         title=_title(plan, about["pair"], about["device"], about["backend"], prompts),
         origins=origins,
         run=new,
         durations={arm: [run.total_s for quartet in measured.of(arm) for run in quartet.new.runs] for arm in arms},
         wrong={arm: [quartet.prompt for quartet in measured.of(arm) if "bug" in quartet.new.checks] for arm in arms},
-        judged_by=_judged_by_commit(plan, ref, both, arms, measured),
+        judged_by=_judged_by_commit(plan, ref, both, outside, measured),
         judgements=_judge_against(plan, ref, new, old, unsupported, measured.change),
+        outside=outside,
     )
 
 
@@ -330,7 +334,7 @@ def _judge_against(
     return judgements
 
 
-def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str], measured: SideBySide) -> str:
+def _judged_by_commit(plan: Plan, ref: str, both: Versions, outside: Sequence[str], measured: SideBySide) -> str:
     """Return the conditions of the comparison, in sentences."""
     sentences = [f"Judged by {ref}, measured side by side with {both.new.name}."]
     slices, left_out = measured.slices
@@ -338,9 +342,8 @@ def _judged_by_commit(plan: Plan, ref: str, both: Versions, arms: Sequence[str],
         sentences.append(
             f"{left_out} of {slices} slices of a few steps are not compared, because other work disturbed them."
         )
-    about = both.old.about["about"]
-    if same := [arm for arm in arms if about[arm].get("outside")]:
-        sentences.append(f"The code of {', '.join(same)} is not in this repository: both sides ran the same.")
+    if outside:
+        sentences.append(f"The code of {', '.join(outside)} is not in this repository: both sides ran the same.")
     if not both.together:
         sentences.append(
             "The models of both do not fit into memory together: they were loaded in turn, block by block."

@@ -12,7 +12,7 @@ from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.latex import PACKAGES, latex_table
 from specdecode.bench.report.markdown import as_markdown, markdown_table
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import detectable
+from specdecode.bench.runs.statistics import detectable, figure
 from specdecode.evals.intervals import mcnemar, wilson
 from specdecode.evals.margins import MarginCheck
 from specdecode.evals.results import JUDGED, MEASURES, REFERENCE, NeedleCell, QualityRun
@@ -32,8 +32,8 @@ def costs(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
         estimates = [run.cost(arm, measure) for measure in MEASURES]
         cells = [
             *(f"{cost:.4f}" if cost else "" for cost in estimates),
-            *(_figure(run.divergence(arm, share), ".4f") for share in (0.99, 1.0)),
-            _figure(run.agreement(arm), ".1%"),
+            *(_known(run.divergence(arm, share), ".4f") for share in (0.99, 1.0)),
+            _known(run.agreement(arm), ".1%"),
         ]
         outcomes = [
             f"{MEASURES[check.measure]} {check.outcome.value}"
@@ -59,7 +59,7 @@ def retrieval(run: QualityRun) -> Grid:
 
 
 def _retrieved(cell: NeedleCell | None) -> str:
-    return "" if cell is None else f"{cell.found}/{cell.count} ({cell.logprob:.1f})"
+    return "" if cell is None else f"{cell.found}/{cell.count} ({figure(cell.logprob, '.1f')})"
 
 
 def scores(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
@@ -187,5 +187,5 @@ def latex(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | None 
     return "\n\n".join(parts) + "\n"
 
 
-def _figure(value: float, spec: str) -> str:
-    return "" if math.isnan(value) else format(value, spec)
+def _known(value: float, spec: str) -> str:
+    return "" if math.isnan(value) else figure(value, spec)

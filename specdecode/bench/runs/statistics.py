@@ -43,7 +43,14 @@ class Estimate:
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"
-        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        value, low, high = (figure(each, spec) for each in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
+
+def figure(value: float, spec: str) -> str:
+    """Format a number, without the sign of a negative one that rounds to zero."""
+    text = format(value, spec)
+    return text.removeprefix("-") if set(text) <= set("-0.%") else text
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)

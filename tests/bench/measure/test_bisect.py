@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,7 +154,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     order.
     """
 
-    def measured(say: Callable[[str], Verdict]) -> list[str]:
+    def measured(say: Callable[[str], Verdict], outside: Sequence[str] = ()) -> list[str]:
         log: list[str] = []
 
         def measure(plan: Plan, arms: list[str], new: str) -> Any:
@@ -162,7 +162,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             found = say(new)
             assert (plan.tolerance, plan.tolerances) == (pytest.approx(0.05), {})
             assert plan.identity.target == "shape:tiny"
-            return SimpleNamespace(judgements=[Judgement(arms[0], "time", found, "so it is", Estimate(0.9, 0.8, 1.0))])
+            judgement = Judgement(arms[0], "time", found, "so it is", Estimate(0.9, 0.8, 1.0))
+            return SimpleNamespace(judgements=[judgement], outside=outside)
 
         monkeypatch.setattr("specdecode.bench.measure.speed_session.measure", measure)
         return log
@@ -208,6 +209,21 @@ def test_a_bad_commit_that_is_not_slow_is_told(
     assert exit_code(monkeypatch, "bisect", history[0], history[-1], *OPTIONS) == 1
     assert set(log) == {history[-1]}
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("outside", [("lookup",), ("other",)])
+def test_code_outside_of_the_repository_is_told(
+    outside: Sequence[str],
+    history: list[str],
+    measured: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards against "not slower" for commits that all ran the same code."""
+    measured(lambda new: Verdict.PASS, outside)
+    assert exit_code(monkeypatch, "bisect", history[0], history[-1], *OPTIONS) == 1
+    said = f"the code of lookup is not in this repository: {history[0]} and {history[-1]} ran the same"
+    assert (said in " ".join(capsys.readouterr().err.split())) == (outside == ("lookup",))
 
 
 def test_an_interrupt_shows_what_is_known(

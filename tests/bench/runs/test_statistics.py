@@ -10,6 +10,7 @@ import pytest
 from specdecode.bench.runs.statistics import (
     Estimate,
     detectable_slowdown,
+    figure,
     mean_ratio,
     noise_floor,
     robust_floor,
@@ -25,6 +26,13 @@ def test_the_mean_ratio_is_the_geometric_mean_over_prompts() -> None:
     ratio = mean_ratio([[math.log(2.0)] * 3, [math.log(8.0)]])
     assert ratio.value == pytest.approx(4.0)
     assert ratio.low <= ratio.value <= ratio.high
+
+
+def test_no_zero_is_negative() -> None:
+    """Guards against `-0.0000` in tables."""
+    assert f"{Estimate(-0.00001, -0.02, 0.00001):.4f}" == "0.0000 [-0.0200, 0.0000]"
+    assert f"{Estimate(-0.001, -math.inf, math.nan):.0%}" == "0% [-inf%, nan%]"
+    assert figure(-0.06, ".1f") == "-0.1"
 
 
 def test_the_interval_covers_the_true_ratio() -> None:
