@@ -39,7 +39,7 @@ def arm(name: str, options: str, rest: str = "") -> str:
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
     """Run sessions one after the other. The first is the baseline of the others."""
     folder = tmp_path_factory.mktemp("servers")
-    model = save(folder / "model")  # the arms use its tokenizer
+    model = save(folder / "model", layers=1)  # the arms use its tokenizer
     load = ", concurrency = [1, 2]"
     presets = {
         "first": arm("ar", "", load) + arm("spec", "--k 3", load),
@@ -142,7 +142,7 @@ def test_a_run_goes_on_where_its_baselines_server_died(sessions: Sessions) -> No
 
 def test_each_version_starts_its_own_server(tmp_path: Path) -> None:
     """Guards against `--against` that starts the same version of an engine for both commits."""
-    folder, model = tmp_path / "repository", save(tmp_path / "model")
+    folder, model = tmp_path / "repository", save(tmp_path / "model", layers=1)
     folder.mkdir()
     command = f"{FAKE.replace('{port}', '$1')} --k "
     (folder / "serve.sh").write_text(command + "3")

@@ -291,7 +291,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
 
 
 def bisecting(good: str, *more: str) -> list[str]:
-    options = ["-k", "lookup", "--below", "0.5", "--device", "cpu", "--dtype", "float64", "--draft", "layers:0-2"]
+    options = ["-k", "lookup", "--below", "0.5", "--device", "cpu", "--dtype", "float64", "--draft", "layers:0"]
     sizes = ["--prompts", "prose@60:6", "--max-new-tokens", "4"]
     return ["bisect", good, "HEAD", *options, *sizes, *more]
 
@@ -318,7 +318,7 @@ def test_a_planted_slowdown_is_found_past_a_commit_that_cannot_be_measured(
 ) -> None:
     """Guards against two commits that run the same code, and against a search that stops at a broken commit."""
     folder, (good, broken, whole, slow) = repository
-    command = bisecting(good, "--target", str(save(tmp_path / "model")))
+    command = bisecting(good, "--target", str(save(tmp_path / "model", layers=2)))
     done = start_python(FORKING, str(folder), *command).wait()
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines() if line.startswith("│")]
@@ -343,7 +343,7 @@ def lives(group: int) -> bool:
 def test_an_interrupt_leaves_neither_worktree_nor_process(repository: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Guards against checkouts and workers that are left behind after an interrupt."""
     folder, (good, *_) = repository
-    command = bisecting(good, "--target", str(save(tmp_path / "model")), "--repeats", "10000")
+    command = bisecting(good, "--target", str(save(tmp_path / "model", layers=2)), "--repeats", "10000")
     process = subprocess.Popen(
         [sys.executable, "-m", "specdecode", *command],
         cwd=folder,
