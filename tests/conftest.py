@@ -52,12 +52,6 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(optionalhook=True)  # without pytest-xdist
-def pytest_xdist_auto_num_workers() -> int:
-    """Start one worker more than there are processors, since some tests wait for servers and for ends of processes."""
-    return (os.cpu_count() or 1) + 1
-
-
 _LONG = ("test_pretended.py", "test_gpu.py", "test_bisect.py", "test_installed.py", "test_suites.py", "test_servers.py")
 
 

@@ -83,6 +83,9 @@ _Batch: TypeAlias = Annotated[int, typer.Option(help="number of prompts of a fil
 _AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="write a line of JSON instead of the text")]
 _Logprobs: TypeAlias = Annotated[bool, typer.Option("--logprobs", help="add each token's log-probability to the JSON")]
 _Device: TypeAlias = Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")]
+_DeviceMap: TypeAlias = Annotated[
+    str | None, typer.Option(help="auto: spread the target's layers over all GPUs, if one is too small")
+]
 _Dtype: TypeAlias = Annotated[
     str | None, typer.Option(help="float32, float16, bfloat16  [default: float32 on a CPU, else float16]")
 ]
@@ -124,6 +127,7 @@ def generate(
     as_json: _AsJson = False,
     logprobs: _Logprobs = False,
     device: _Device = None,
+    device_map: _DeviceMap = None,
     dtype: _Dtype = None,
     backend: _Backend = "auto",
     quantize: _Quantize = None,
@@ -148,9 +152,8 @@ def generate(
     from specdecode import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    decoder = _load(
-        target, spec, {"device": device, "dtype": dtype, "backend": backend}, drafter is None and spec.shape == "chain"
-    )
+    how = {"device": device, "dtype": dtype, "backend": backend}
+    decoder = _load(target, spec, how, device_map, drafter is None and spec.shape == "chain")
     tokens = [decoder.model.encode(text, chat=chat) for text in texts]
     rules: dict[str, Any] = {
         "policy": spec.cache_policy(),
@@ -221,13 +224,16 @@ class _Decoder:
     make_controller: Callable[[], Controller]
 
 
-def _load(target: str, spec: ArmSpec, how: Mapping[str, Any], may_draft_by_text: bool) -> _Decoder:
+def _load(
+    target: str, spec: ArmSpec, how: Mapping[str, Any], device_map: str | None, may_draft_by_text: bool
+) -> _Decoder:
     """Load the models.
 
     Args:
         target: name of the target.
         spec: settings of decoding.
         how: arguments of `load` for target and draft.
+        device_map: argument of `load` for the target alone.
         may_draft_by_text: whether a draft model with another vocabulary drafts by text without being asked to.
 
     Raises:
@@ -237,7 +243,7 @@ def _load(target: str, spec: ArmSpec, how: Mapping[str, Any], may_draft_by_text:
     from specdecode.bench.arms.parts import controller_maker, drafter_maker
     from specdecode.models.loading import check_vocabulary
 
-    model = load(target, quantize=spec.quantize, **how)
+    model = load(target, quantize=spec.quantize, device_map=device_map, **how)
     if model.tokenizer is None:
         raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
     draft = None

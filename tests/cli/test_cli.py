@@ -146,6 +146,18 @@ def test_an_int8_target_writes_its_own_text(
     assert texts[2, "none"] == texts[2, "lookup"] != texts[0, "lookup"]
 
 
+def test_layers_are_spread_over_devices(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against a draft whose layers are spread too. Without a GPU, all layers of the target are on the CPU."""
+    arguments = ("generate", "a cat", "--target", model, "--draft", "layers:0-2", "--max-new-tokens", "20")
+    written = []
+    for spread in ((), ("--device-map", "auto")):
+        assert exit_code(monkeypatch, *arguments, *spread) == 0
+        written.append(capfd.readouterr().out)
+    assert written[0] == written[1]
+
+
 def test_a_seed_makes_sampling_repeatable(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -312,6 +324,8 @@ def test_a_file_without_prompts_is_told(
         (["generate", "x", "--target", "{model}", "--drafter", "none", "--draft", "layers:0"], "of no use"),
         (["generate", "x", "--target", "{model}", "--device", "tpu9"], "device 'tpu9'"),
         (["generate", "x", "--target", "{model}", "--dtype", "int3"], "dtype 'int3'"),
+        (["generate", "x", "--target", "{model}", "--device-map", "wide"], "device_map is 'wide': 'auto' spreads"),
+        (["generate", "x", "--target", "{model}", "--device-map", "auto", "--device", "cpu"], "leave out device"),
         (["generate", "x" * 2048, "--target", "{model}"], "holds 2048"),
         (["generate", "x" * 2000, "--target", "{model}", "--max-new-tokens", "100"], "ask for at most 48"),
         (["generate", "x", "--policy", "amnesia"], "no cache policy is named 'amnesia'"),

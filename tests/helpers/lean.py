@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, rotate_half
 
 linear, sdpa = nn.functional.linear, nn.functional.scaled_dot_product_attention
 
@@ -51,25 +51,33 @@ class LeanLlama(LlamaForCausalLM):  # type: ignore[misc]
             )
         hidden = nn.functional.embedding(input_ids, self.model.embed_tokens.weight)
         cos, sin = (part[:, None] for part in self.model.rotary_emb.forward(hidden, position_ids))
-        for number, layer in enumerate(layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            read, shape = _norm(layer.input_layernorm, hidden), (*hidden.shape[:2], -1, attention.head_dim)
-            query, key, value = (
-                linear(read, projection.weight).view(shape).transpose(1, 2)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        for layer in layers:
+            hidden = hidden + _attend(
+                layer.self_attn, _norm(layer.input_layernorm, hidden), cos, sin, attention_mask, past_key_values
             )
-            query, key = (states * cos + rotate_half(states) * sin for states in (query, key))
-            key, value = past_key_values.update(key, value, number)
-            groups = attention.num_key_value_groups
-            key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
-            mixed = sdpa(query, key, value, attn_mask=attention_mask, scale=attention.scaling)
-            mixed = mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1)
-            hidden = hidden + linear(mixed, attention.o_proj.weight)
-            read = _norm(layer.post_attention_layernorm, hidden)
-            gated = nn.functional.silu(linear(read, mlp.gate_proj.weight)) * linear(read, mlp.up_proj.weight)
-            hidden = hidden + linear(gated, mlp.down_proj.weight)
+            hidden = hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden))
         hidden = _norm(self.model.norm, hidden)[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=linear(hidden, self.lm_head.weight))
+
+
+def _attend(
+    attention: LlamaAttention, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any
+) -> Tensor:
+    shape = (*hidden.shape[:2], -1, attention.head_dim)
+    query, key, value = (
+        linear(hidden, projection.weight).view(shape).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = (states * cos + rotate_half(states) * sin for states in (query, key))
+    key, value = cache.update(key, value, attention.layer_idx)
+    key, value = (states.repeat_interleave(attention.num_key_value_groups, 1) for states in (key, value))
+    mixed = sdpa(query, key, value, attn_mask=mask, scale=attention.scaling)
+    return linear(mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1), attention.o_proj.weight)
+
+
+def _mlp(mlp: LlamaMLP, hidden: Tensor) -> Tensor:
+    gated = nn.functional.silu(linear(hidden, mlp.gate_proj.weight)) * linear(hidden, mlp.up_proj.weight)
+    return linear(gated, mlp.down_proj.weight)
 
 
 def _norm(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ ELSEWHERE = ("--benchmark",) if _INSTALLED else ("-p", "specdecode.bench.plugin"
 
 
 _SERVER = """
-import gc, json, os, signal, sys
+import gc, json, os, signal, sys, traceback
 from importlib.metadata import entry_points
 import beartype, evaluate, hypothesis, matplotlib.figure, pytest, rich.console, torch
 import scipy.stats, transformers.models.llama.modeling_llama
@@ -59,9 +59,11 @@ for line in sys.stdin:
                 code = 0
             else:
                 code = int(pytest.main(arguments))
+        except BaseException:
+            traceback.print_exc()
+        finally:
             sys.stdout.flush()
             sys.stderr.flush()
-        finally:
             os._exit(code)
     print(child, flush=True)
     _, status = os.waitpid(child, 0)

@@ -18,6 +18,7 @@ from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.presets import Preset, parse
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.runs.records import RunFile
+from tests.helpers.fake_clock import FakeClock
 from tests.helpers.speed_runs import read_back, run_of_results
 
 LENGTH = 20  # longer than in the counters run
@@ -34,7 +35,7 @@ class Decoder:
         failing: the calls for outputs of the whole length that raise, counted from 0.
     """
 
-    def __init__(self, tokens: Sequence[int] = (7,), wait: float = 0.0, failing: Sequence[int] = ()) -> None:
+    def __init__(self, tokens: Sequence[int] = (7,), wait: float = 0.01, failing: Sequence[int] = ()) -> None:
         self.tokens, self.wait, self.failing, self.calls = tokens, wait, failing, 0
 
     def __call__(self, prompt: list[int], count: int) -> list[list[int]]:
@@ -51,9 +52,13 @@ Arms = Callable[..., list[Arm]]
 
 @pytest.fixture
 def arms(monkeypatch: pytest.MonkeyPatch) -> Arms:
-    """Return a function that builds arms of decoders in the given order, from `name=(decoder, baseline)`."""
-    module = ModuleType("reader")
+    """Return a function that builds arms of decoders in the given order, from `name=(decoder, baseline)`. They wait by
+    a fake clock.
+    """
+    module, clock = ModuleType("reader"), FakeClock()
     monkeypatch.setitem(sys.modules, "reader", module)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(time, "sleep", clock.advance)
 
     def make(**decoders: tuple[Any, str | None]) -> list[Arm]:
         made = []

@@ -102,9 +102,11 @@ def nothing(plot: Plot) -> None:
     pass
 
 
-def measured(plant: Plant, step: dict[str, float], seed: int = 0) -> Results:
+@functools.cache
+def measured(plant: Plant, seed: int = 0) -> Results:
     """Run an experiment on the fake clock, with a fault planted first."""
     clock = FakeClock(seed)
+    step = {} if plant is nothing else steps_of(run_of(measured(nothing)))
     costs = {target().model: Cost(0.010, 0.0005), draft().model: Cost(0.001, 0.0001)}
     with pytest.MonkeyPatch.context() as patch, charged(clock, costs):
         patch.setattr(time, "perf_counter", clock)
@@ -149,7 +151,7 @@ def main_blame(judgement: Judgement) -> str:
 @pytest.fixture(scope="module")
 def sound() -> Results:
     """Return the results without a fault."""
-    return measured(nothing, {})
+    return measured(nothing)
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +160,9 @@ def old(sound: Results) -> RunFile:
 
 
 @pytest.fixture(scope="module")
-def step(old: RunFile) -> dict[str, float]:
-    return steps_of(old)
-
-
-@pytest.fixture(scope="module")
-def slow(step: dict[str, float]) -> Results:
+def slow() -> Results:
     """Return the results with a fault in drafting."""
-    return measured(slowed("linear", ModelDrafter, "propose"), step, seed=1)
+    return measured(slow_draft, seed=1)
 
 
 # Faults.
@@ -174,6 +171,9 @@ def slow(step: dict[str, float]) -> Results:
 def slowed(arm: str, owner: Any, name: str, share: float = 0.1) -> Plant:
     """Make a call take longer, by a share of the arm's step."""
     return lambda plot: plot.before(owner, name, lambda *_, **__: plot.clock.advance(share * plot.step[arm]))
+
+
+slow_draft = slowed("linear", ModelDrafter, "propose")
 
 
 def slow_trees(plot: Plot) -> None:
@@ -209,7 +209,7 @@ def machine_that_gets_warm(plot: Plot) -> None:
 
 def slow_draft_on_a_busy_machine(plot: Plot) -> None:
     busy_machine(plot)
-    slowed("linear", ModelDrafter, "propose")(plot)
+    slow_draft(plot)
 
 
 def draft_cache_forgotten(plot: Plot) -> None:
@@ -307,7 +307,7 @@ OURS = ("ar", "linear", "tree", "lookup")
 DRAFTING = ("linear", "tree")
 FAULTS = {
     "a slow draft": Fault(
-        slowed("linear", ModelDrafter, "propose"),
+        slow_draft,
         times(*DRAFTING),
         {arm: "drafting" for arm in DRAFTING},
     ),
@@ -370,7 +370,7 @@ def test_the_draft_is_right_and_wrong(old: RunFile) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
-def test_a_planted_fault_is_caught_and_blamed(fault: Fault, old: RunFile, step: dict[str, float]) -> None:
+def test_a_planted_fault_is_caught_and_blamed(fault: Fault, old: RunFile) -> None:
     """Guards against a gate that misses a fault, fails arms without the fault, or blames another part.
 
     Which verdict catches a fault, where it is not plain:
@@ -382,7 +382,7 @@ def test_a_planted_fault_is_caught_and_blamed(fault: Fault, old: RunFile, step: 
     - A target that is wrong in the same way with and without proposals differs only from transformers' output.
     - A faster transformers looks like a slower `ar`, because nothing else measures `ar`. The arms over `ar` still pass.
     """
-    judgements = judged(run_of(measured(fault.plant, step, seed=1)), old)
+    judgements = judged(run_of(measured(fault.plant, seed=1)), old)
     assert failing(judgements) == fault.fails, [j.reason for j in judgements.values() if j.verdict is not Verdict.PASS]
     assert {arm: main_blame(judgements[arm, "time"]) for arm in fault.blamed} == fault.blamed
     assert all(
@@ -403,15 +403,15 @@ def test_a_planted_fault_is_caught_and_blamed(fault: Fault, old: RunFile, step: 
     ],
     ids=["nothing", "a busy machine", "a machine that gets warm", "2 % in drafting", "2 % in the loop"],
 )
-def test_where_nothing_is_wrong_everything_passes(plant: Plant, old: RunFile, step: dict[str, float]) -> None:
+def test_where_nothing_is_wrong_everything_passes(plant: Plant, old: RunFile) -> None:
     """Guards against false alarms: at noise, at the machine's speed, or within the tolerance."""
-    judgements = judged(run_of(measured(plant, step, seed=2)), old)
+    judgements = judged(run_of(measured(plant, seed=2)), old)
     assert {judgement.verdict for judgement in judgements.values()} == {Verdict.PASS}
 
 
-def test_a_faster_draft_is_told(old: RunFile, step: dict[str, float]) -> None:
+def test_a_faster_draft_is_told(old: RunFile) -> None:
     """Guards against a wrong sign: an improvement must neither fail the gate nor stay unreported."""
-    judgements = judged(run_of(measured(slowed("linear", ModelDrafter, "propose", share=-0.1), step, seed=1)), old)
+    judgements = judged(run_of(measured(slowed("linear", ModelDrafter, "propose", share=-0.1), seed=1)), old)
     improved = {key for key, judgement in judgements.items() if judgement.verdict is Verdict.IMPROVED}
     assert improved == {(arm, "time") for arm in DRAFTING}
     assert {main_blame(judgements[arm, "time"]) for arm in DRAFTING} == {"drafting"}
@@ -462,9 +462,9 @@ def test_a_slow_arm_does_not_get_away_under_another_name(new_name: str | None, o
     assert failing(judgements) == {"linear time", "linear counters", "tree time"}
 
 
-def test_a_wrong_output_voids_what_is_right_too(old: RunFile, step: dict[str, float]) -> None:
+def test_a_wrong_output_voids_what_is_right_too(old: RunFile) -> None:
     """Guards against a wrong arm that is judged by the prompts on which it happened to be right."""
-    results = measured(first_proposal_believed, step)
+    results = measured(first_proposal_believed, seed=1)
     judgements = judged(run_of(results), old)
     assert 0 < len(results.wrong("tree")) < len(PROMPTS)
     assert len(results.wrong("lookup")) == len(PROMPTS)
@@ -494,27 +494,25 @@ def faster_ar(plot: Plot) -> None:
     plot.before(LM, "forward_tree", gain)
 
 
-def test_a_faster_ar_is_no_slower_transformers(old: RunFile, step: dict[str, float]) -> None:
+def test_a_faster_ar_is_no_slower_transformers(old: RunFile) -> None:
     """Guards against a gate that fails for transformers' time, which this package cannot change."""
-    judgements = judged(run_of(measured(faster_ar, step, seed=1)), old)
+    judgements = judged(run_of(measured(faster_ar, seed=1)), old)
     assert judgements["ar", "time"].verdict is Verdict.IMPROVED
     assert not {"hf-generate time", "hf-generate counters"} & failing(judgements)
 
 
 @pytest.mark.parametrize("plant", [faster_ar, every_target_forward_twice], ids=["faster", "slower"])
-def test_no_part_of_an_arm_is_blamed_for_what_it_is_compared_with(
-    plant: Plant, old: RunFile, step: dict[str, float]
-) -> None:
+def test_no_part_of_an_arm_is_blamed_for_what_it_is_compared_with(plant: Plant, old: RunFile) -> None:
     """Guards against a draft that is credited or blamed because its reference arm `ar` became faster or slower."""
-    found = judged(run_of(measured(plant, step, seed=1)), old)["linear", "time"].blame
+    found = judged(run_of(measured(plant, seed=1)), old)["linear", "time"].blame
     assert found is not None
     assert found.shares["drafting"] == pytest.approx(0, abs=0.01)
     assert found.main not in PARTS
 
 
-def test_setting_up_is_overhead(old: RunFile, step: dict[str, float]) -> None:
+def test_setting_up_is_overhead(old: RunFile) -> None:
     """Guards against blaming forwards for the slow allocation of slots."""
-    judgements = judged(run_of(measured(slowed("ar", LM, "new_slots", share=3.0), step, seed=1)), old)
+    judgements = judged(run_of(measured(slowed("ar", LM, "new_slots", share=3.0), seed=1)), old)
     assert "ar time" in failing(judgements)
     assert main_blame(judgements["ar", "time"]) == "overhead"
 
