@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tests.helpers.root import ROOT
 
+_PROCESSOR_TIME = "import time\n\ntime.perf_counter = time.process_time\n"
+
 
 def git(folder: Path, *arguments: str) -> str:
     """Run git under a test identity, and return its output."""
@@ -32,12 +34,9 @@ def package_repository(folder: Path) -> str:
         if not name.startswith(("baselines/", "docs/")) and (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    edit(folder / "specdecode" / "bench" / "worker.py", "import gc\n", f"import gc\n{PROCESSOR_TIME}")
+    edit(folder / "specdecode" / "bench" / "worker.py", "import gc\n", f"import gc\n{_PROCESSOR_TIME}")
     git(folder, "init", "--quiet")
     return commit(folder, "before")
-
-
-PROCESSOR_TIME = "import time\n\ntime.perf_counter = time.process_time\n"
 
 
 def edit(file: Path, before: str, after: str) -> None:
