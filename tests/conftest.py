@@ -109,8 +109,8 @@ def _no_worker_to_its_children() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_beside() -> Iterator[None]:
-    """Ignore other work on the machine: parallel tests would trigger repeats of measurements, at random. Nor does any
-    test look at how fast the machine is.
+    """Ignore other work on the machine: parallel tests would trigger repeats of measurements, at random. Keep the
+    copies small that measure its bandwidth: no test depends on that figure.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specdecode.bench.measure.bandwidth._COPY_BYTES", 2**20)

@@ -6,6 +6,7 @@ import functools
 import itertools
 
 from specdecode import LM, Sampling
+from tests.helpers.lean import lean
 from tests.helpers.models import logits, small
 
 VOCABULARY = 5
@@ -15,7 +16,7 @@ PROMPT = (3, 1, 2, 1, 2, 1)
 
 @functools.cache
 def enumerated_model(seed: int, vocabulary: int = VOCABULARY, layers: int = 1) -> LM:
-    return small(seed, vocab_size=vocabulary, num_hidden_layers=layers)
+    return lean(small(seed, vocab_size=vocabulary, num_hidden_layers=layers))
 
 
 @functools.cache

@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, rotate_half
+
+from specdecode import LM
 
 linear, sdpa = nn.functional.linear, nn.functional.scaled_dot_product_attention
 
 
-def lean(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a Llama run the forwards of decoding by `LeanLlama`."""
-    assert type(model) is LlamaForCausalLM
-    model.__class__ = LeanLlama
-    return model
+def lean(target: LM) -> LM:
+    """Make a Llama of plain layers run the forwards of decoding by `LeanLlama`."""
+    assert type(target.model) is LlamaForCausalLM
+    target.model.__class__ = LeanLlama
+    return LM(target.model, name=target.name)
 
 
 class LeanLlama(LlamaForCausalLM):  # type: ignore[misc]

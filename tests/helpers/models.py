@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from specdecode import LM
-from tests.helpers.lean import lean
 from tests.helpers.spelling import CHARACTERS, characters
 
 VOCABULARY = len(CHARACTERS)
@@ -138,7 +137,7 @@ def lm(name: str, seed: int = SEED) -> LM:
 def small(seed: int = SEED, **values: Any) -> LM:
     """Build the smallest useful Llama, for tests that enumerate its outputs or call it thousands of times."""
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LM(lean(build(ARCHITECTURES["llama"] | {"intermediate_size": 8} | shape | values, seed)), name="small")
+    return LM(build(ARCHITECTURES["llama"] | {"intermediate_size": 8} | shape | values, seed), name="small")
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def edit(file: Path, before: str, after: str) -> None:
 def slow_down_verification(folder: Path, seconds: float) -> None:
     """Delay every verification in a repository of this package, by many times its own duration.
 
-    It waits busily: a processor that sleeps takes no time, as its workers count.
+    It waits busily: the workers count the processor's time, and a sleep takes none.
     """
     verify = "            logits = target.forward_tree(sequence.slots, sequence.pending, tree)\n"
     wait = f"            while time.perf_counter() - done_at < {seconds}:\n                pass\n"

@@ -31,7 +31,7 @@ import beartype, evaluate, hypothesis, matplotlib.figure, pytest, rich.console, 
 import scipy.stats, transformers.models.llama.modeling_llama
 import specdecode.bench.measure.speed_session, specdecode.bench.report.html, specdecode.bench.summary
 from specdecode.bench.measure import bandwidth
-bandwidth._COPY_BYTES = 2**20  # no test looks at how fast the machine is
+bandwidth._COPY_BYTES = 2**20  # no test depends on the bandwidth
 for plugin in entry_points(group="pytest11"):
     if plugin.name != "specdecode":
         plugin.load()

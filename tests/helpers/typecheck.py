@@ -12,7 +12,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import config
 from torch.compiler import is_compiling
 
-FIRST_CALLS, EVERY = 3, 100
+FIRST_CALLS, EVERY = 5, 50
 """The first calls of a function in a test are checked, and then every so many. To check all would double a test's time.
 """
 

@@ -38,6 +38,7 @@ from specdecode.core.verify import Acceptance
 from specdecode.decoding import sequence
 from specdecode.drafters import model as model_drafter
 from tests.helpers.fake_clock import Cost, FakeClock, RealClock, charged
+from tests.helpers.lean import lean
 from tests.helpers.models import prompt, small
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -84,7 +85,7 @@ Plant = Callable[[Plot], None]
 
 @functools.cache
 def target() -> LM:
-    return small(seed=5, hidden_size=16, intermediate_size=16)
+    return lean(small(seed=5, hidden_size=16, intermediate_size=16))
 
 
 @functools.cache
