@@ -20,8 +20,14 @@ from specdecode.bench.measure.interleaved import Interleaver, SlicedRun
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.looks import tail_of_look
-from specdecode.bench.runs.records import NOISE_OF_TWO
-from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, mean_ratio, noise_floor, typical_ratio
+from specdecode.bench.runs.statistics import (
+    NOISE_OF_TWO,
+    Estimate,
+    detectable_slowdown,
+    mean_ratio,
+    noise_floor,
+    typical_ratio,
+)
 from specdecode.cli.output import say
 
 RUN, SHORT_RUN = 10, 4
@@ -166,10 +172,11 @@ def until_decided(
         new.measure(PROMPTS)
         repeats = min(look, len(old.logs) // PROMPTS)
         now, was = (_averaged(session.logs, repeats) for session in (new, old))
-        change = typical_ratio(now - was, _floor(new, old), tail_of_look(look))
+        last = new.minutes > BUDGET_MINUTES
+        change = typical_ratio(now - was, _floor(new, old), tail_of_look(look, last))
         result = verdict(change, tolerance)
         decided = result is not Verdict.INCONCLUSIVE or detectable_slowdown(change, tolerance) <= aim
-        if decided or new.minutes > BUDGET_MINUTES:
+        if decided or last:
             break
     return result, new.minutes
 

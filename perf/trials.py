@@ -50,7 +50,7 @@ def make(target, draft, device, dtype):
     return decode
 """
 PRESET = """
-prompts = "humaneval:6,prose:6"
+prompts = "humaneval:{each},prose:{each}"
 max_new_tokens = {tokens}
 repeats = 1
 
@@ -103,7 +103,7 @@ def main() -> None:
     verdicts: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as name, neighbour(options.neighbour):
         folder = Path(name)
-        (folder / "own.toml").write_text(PRESET.format(tokens=options.tokens))
+        (folder / "own.toml").write_text(PRESET.format(tokens=options.tokens, each=3 if side_by_side else 6))
         (folder / "engine.py").write_text(ENGINE.format(slower=0.0))
         (folder / ".gitignore").write_text("results\njunit.xml\nrun.json\n__pycache__\n")
         for command in (["init"], ["add", "-A"], ["commit", "-m", "equal"]):

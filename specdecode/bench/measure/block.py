@@ -20,7 +20,7 @@ from specdecode.bench.measure.check import Check, check
 from specdecode.bench.measure.output_stats import own_losses, with_output_stats
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.records import NOISE_OF_TWO
+from specdecode.bench.runs.statistics import NOISE_OF_TWO
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 

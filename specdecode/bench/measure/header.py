@@ -23,6 +23,7 @@ def run_header(
     roofline: float,
     versions: Mapping[str, str | int],
     before: dict[str, str],
+    budget_spent: bool = False,
 ) -> Header:
     """Return the header of a run that has just ended. Read the conditions after the run.
 
@@ -33,6 +34,7 @@ def run_header(
         roofline: tokens per second that the memory bandwidth allows.
         versions: see `run_versions`.
         before: the conditions before the run.
+        budget_spent: whether the time budget ended the repeats.
     """
     return Header(
         identity=plan.identity,
@@ -44,4 +46,5 @@ def run_header(
         conditions={"before": before, "after": conditions(plan.setup.device)},
         baseline=plan.preset.baseline,
         until=plan.until,
+        budget_spent=budget_spent,
     )

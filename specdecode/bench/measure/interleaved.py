@@ -12,8 +12,9 @@ from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.steady import Steady, usual
 
-SLICE_S = 0.25
-"""Seconds of a slice, if each of its steps commits one token. A slice has at least one step."""
+SLICE_S = 0.1
+"""Seconds of a slice, if each of its steps commits one token. A slice has at least one step. The machine's speed
+changes less between short slices than between long ones."""
 
 MARGIN = 0.05
 """A slice is disturbed if other work uses this much more of the processors' time than usual, as a share. The margin is

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,10 +25,11 @@ from specdecode.bench.measure.interleaved import SLICE_S, Interleaver, Pair, Sli
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.measure.until import Until, rounds
 from specdecode.bench.measure.versions import Versions, WorkerProcess
+from specdecode.bench.runs.counts import lacks_our_counts
 from specdecode.bench.runs.looks import tail_of_look
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE, digest
-from specdecode.bench.runs.records import ArmRecord, lacks_our_counts
+from specdecode.bench.runs.records import ArmRecord
 from specdecode.bench.runs.statistics import TAIL, Estimate, noise_floor, typical_ratio
 
 
@@ -99,6 +100,7 @@ class SideBySide:
             again.
         baselines: the reference arm of each arm, in the same version. That of the run is its own.
         looked: whether the verdicts were computed after each repeat, to decide on further repeats.
+        budget_spent: whether the time budget ended the repeats, before all verdicts were clear.
     """
 
     blocks: list[dict[str, Quartet]]
@@ -106,6 +108,7 @@ class SideBySide:
     failures: dict[tuple[str, str], str]
     baselines: dict[str, str]
     looked: bool = False
+    budget_spent: bool = False
 
     @property
     def baseline(self) -> str:
@@ -129,10 +132,14 @@ class SideBySide:
 
     def change(self, arm: str) -> Estimate:
         """Return an arm's new speed over its old speed, with an interval."""
-        quartets = self.of(arm)
-        looks = max(Counter(quartet.prompt for quartet in quartets).values(), default=1)
-        tail = tail_of_look(looks) if self.looked else TAIL
-        return typical_ratio([quartet.log_ratio for quartet in quartets], self.floor(arm), tail)
+        looks = self._looks(arm)
+        last = self.budget_spent and looks == max(map(self._looks, self.baselines))
+        tail = tail_of_look(looks, last) if self.looked else TAIL
+        return typical_ratio([quartet.log_ratio for quartet in self.of(arm)], self.floor(arm), tail)
+
+    def _looks(self, arm: str) -> int:
+        """Return the number of looks at an arm's verdict, one after each repeat."""
+        return max(Counter(quartet.prompt for quartet in self.of(arm)).values(), default=1)
 
     def floor(self, arm: str | None = None) -> float:
         """Return the A/A floor of an arm's change, in logarithms; the reference arm's floor if `arm` is None."""
@@ -177,7 +184,7 @@ class SideBySide:
             baseline=about.get("baseline"),
             lossy=about["lossy"],
             # Workers of older versions do not report "peer", and those of still older versions do not report "timed".
-            peer=about.get("peer", lacks_our_counts(rows)),
+            peer=about.get("peer", lacks_our_counts(row.counts for row in rows.values())),
             counters_run=self.counters_runs.get((name, arm), CountersRun()),
             timed=about.get("timed", False),
             failure=self.failures.get((name, arm), ""),
@@ -255,7 +262,7 @@ def measure_side_by_side(
             {arm: block.quartet(prompt, arm, new_first) for arm in order if arm not in measured.failed}
         )
     progress(total, total, "done")
-    return measured
+    return measured if until is None else replace(measured, budget_spent=until.budget_spent)
 
 
 def _plan(

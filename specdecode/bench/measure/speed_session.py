@@ -105,7 +105,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
 
     blocks = len(prompts) * plan.preset.repeats
 
-    def run_of(results: Results) -> RunFile:
+    def run_of(results: Results, budget_spent: bool = False) -> RunFile:
         header = run_header(
             plan,
             results.outputs(),
@@ -113,6 +113,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             roofline=roofline,
             versions=versions | _server_versions(arms),
             before=before,
+            budget_spent=budget_spent,
         )
         header = replace(header, left=max(0, blocks - len(results.blocks)))
         return RunFile(Path(), header, results.records())
@@ -131,6 +132,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         arms = open_arms(judgements, aim) & set(selected)
         return arms | {yardstick(arm, run) for arm in arms}
 
+    until = _until(plan, still_open, ranks)
     with progress() as show:
         if plan.resume:
             show(0, 1, f"resuming: {len(finished)} of {blocks} blocks are there")
@@ -143,11 +145,11 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             finished=finished,
             keep=keep,
             baseline=plan.preset.baseline,
-            until=_until(plan, still_open, ranks),
+            until=until,
             again=plan.again,
         )
     # The header has conditions and times of one process, so all processes use the first one's.
-    run = ranks.agreed(run_of(results))
+    run = ranks.agreed(run_of(results, until is not None and until.budget_spent))
     return JudgedRun(
         title=_title(plan, str(models), plan.setup.device, models.chosen_backend, prompts),
         origins=[*origins, *_texts_sent(arms)],
@@ -256,6 +258,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 roofline=bandwidth,
                 versions=about["versions"],
                 before=before,
+                budget_spent=measured.budget_spent,
             )
             return (
                 _one_version(measured, "new", both.new, header, arms),

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Until(Generic[T]):
     """The rule for further repeats.
 
@@ -21,17 +21,19 @@ class Until(Generic[T]):
             with.
         clock: returns seconds.
         started: time of the clock at the start of the budget.
+        budget_spent: whether the time budget has ended the repeats.
     """
 
     budget_s: float
     open_arms: Callable[[T], Collection[str]]
     clock: Callable[[], float] = time.monotonic
     started: float = field(default_factory=time.monotonic)
+    budget_spent: bool = False
 
-    @property
-    def spent(self) -> bool:
-        """Whether the time budget is spent."""
-        return self.clock() - self.started > self.budget_s
+    def stops(self) -> bool:
+        """Return whether the time budget is spent, and note it: the repeats must end now."""
+        self.budget_spent = self.clock() - self.started > self.budget_s
+        return self.budget_spent
 
 
 def rounds(
@@ -50,13 +52,13 @@ def rounds(
     chosen, begun = arms, False
     for repeat in count():
         if repeat >= repeats:
-            if until is None or until.spent:
+            if until is None or until.stops():
                 return
             chosen = until.open_arms(measured)
             if not chosen:
                 return
         for prompt in prompts:
-            if until is not None and until.spent and begun:
+            if until is not None and begun and until.stops():
                 return
             yield prompt, repeat, chosen
             begun = True

@@ -168,6 +168,11 @@ def total_histograms(parts: Iterable[Histograms]) -> Histograms:
     )
 
 
+def lacks_our_counts(counts: Iterable[RowCounts]) -> bool:
+    """Return whether the counts are a peer's. Older versions do not store the kind of an arm."""
+    return any(one.target_forwards is None for one in counts)
+
+
 def as_dict(values: DataclassInstance) -> dict[str, Any]:
     """Return the known fields by name, including the fields of nested dataclasses."""
     known: dict[str, Any] = {}

@@ -10,10 +10,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds, as_dict, from_dict, latencies_in
+from specdecode.bench.runs.counts import (
+    Histograms,
+    RowCounts,
+    RowSeconds,
+    as_dict,
+    from_dict,
+    lacks_our_counts,
+    latencies_in,
+)
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE
-from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile, lacks_our_counts
+from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunFile
 from specdecode.support.checked import (
     MOST_NATS,
     count,
@@ -142,6 +150,7 @@ def _header(head: dict[str, Any]) -> Header:
         # Older files lack these keys.
         baseline=text(head, "baseline") if "baseline" in head else BASELINE,
         until=number(head, "until", 0.0, 1.0) if "until" in head else None,
+        budget_spent=flag(head, "budget_spent", default=False),
         left=count(head, "left") if "left" in head else 0,
     )
 
@@ -157,7 +166,7 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
         baseline=text(entry, "baseline") if "baseline" in entry else None,
         lossy=flag(entry, "lossy"),
         # Older files lack the flag, and still older files lack the options.
-        peer=flag(entry, "peer", default="peer" in options or lacks_our_counts(rows)),
+        peer=flag(entry, "peer", default="peer" in options or lacks_our_counts(row.counts for row in rows.values())),
         counters_run=_counters_run(mapping(entry["rehearsal"], "rehearsal")),
         # Older files lack these keys.
         timed=flag(entry, "timed", default=False),

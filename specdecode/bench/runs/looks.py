@@ -18,25 +18,26 @@ _STEP, _FARTHEST = 0.02, 6.0
 _NORMAL = NormalDist()
 
 
-def tail_of_look(look: int) -> float:
+def tail_of_look(look: int, last: bool = False) -> float:
     """Return the tail of the interval at a look.
 
     At each end, all looks together miss the true value with a probability of at most `TAIL`. Look k may add the share
-    4 / (k + 3)(k + 4) of it (a spending function: Lan and DeMets 1983).
+    4 / (k + 3)(k + 4) of it (a spending function: Lan and DeMets 1983). The last look may add all that is left.
 
     A look sees the measurements of all looks before it, so it seldom misses where these did not. The probability that
     it does is computed for sums of normal values (Armitage, McPherson and Rowe 1969).
 
     Args:
         look: number of the look, from 1. After look k there are k times as many measurements as after the first.
+        last: whether no look follows, for a reason that does not depend on the measurements: the time is spent.
     """
     while len(_tails) < look:
         _tails.append(next(_further_tails))
-    return _tails[look - 1]
+    return _tails[look - 1][last]
 
 
-def _all_tails() -> Iterator[float]:
-    """Yield the tail of each look.
+def _all_tails() -> Iterator[tuple[float, float]]:
+    """Yield two tails of each look: if more looks follow, and if it is the last.
 
     The sum of k values exceeds its boundary at look k, and at no look before, with the probability that the look may
     add. Sums below the boundary go on to the next look.
@@ -50,10 +51,11 @@ def _all_tails() -> Iterator[float]:
         too_low = max(0, math.floor((-_FARTHEST * math.sqrt(look) - lowest) / _STEP))
         sums, lowest = sums[too_low:], lowest + too_low * _STEP
         at_least = np.cumsum(sums[::-1])[::-1]
-        boundary = int(np.sum(at_least > TAIL * _LATE / ((look + _LATE - 1) * (look + _LATE))))
+        left = TAIL * _LATE / (look + _LATE - 1)
+        boundary, last = (int(np.sum(at_least > added)) for added in (left / (look + _LATE), left))
+        yield tuple(1 - _NORMAL.cdf((lowest + (end - 0.5) * _STEP) / math.sqrt(look)) for end in (boundary, last))
         sums = sums[:boundary]
-        yield 1 - _NORMAL.cdf((lowest + (boundary - 0.5) * _STEP) / math.sqrt(look))
 
 
 _further_tails = _all_tails()
-_tails: list[float] = []
+_tails: list[tuple[float, float]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from specdecode.bench.runs.looks import tail_of_look
 from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
 from specdecode.bench.runs.names import BASELINE, shared_by
 from specdecode.bench.runs.statistics import (
+    NOISE_OF_TWO,
     TAIL,
     UNKNOWN,
     Estimate,
@@ -37,10 +38,6 @@ from specdecode.bench.runs.statistics import (
     percentile_95,
 )
 from specdecode.support.files import slug
-
-NOISE_OF_TWO = math.sqrt(0.75)
-"""Factor from the noise of a ratio of two runs of the reference arm to the noise of an arm's ratio. An arm is compared
-with the mean of its reference arm's two runs, and that ratio varies less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +81,7 @@ class Header:
         baseline: the arm that other arms are compared with, unless they name another: the reference arm.
         until: the slowdown, as a share, that the verdicts had to detect. They were computed after each repeat, and arms
             with a clear verdict were not measured again. None if the number of repeats was fixed.
+        budget_spent: whether the time budget ended the repeats, before all verdicts were clear.
         left: number of blocks left to measure when the file was written. A stopped run has some.
     """
 
@@ -96,6 +94,7 @@ class Header:
     conditions: dict[str, dict[str, str]] = field(default_factory=dict)
     baseline: str = BASELINE
     until: float | None = None
+    budget_spent: bool = False
     left: int = 0
 
     @property
@@ -189,6 +188,11 @@ class ArmRecord:
     repeated: int = 0
     disturbed: int = 0
 
+    @property
+    def repeats(self) -> int:
+        """Return the number of repeats, on the prompt with the most."""
+        return max((len(row.repeats) for row in self.rows.values()), default=1)
+
     def counts(self, prompts: Iterable[str] | None = None) -> RowCounts:
         """Sum the counts over prompts; over all if None."""
         return total(RowCounts, (row.counts for row in self._rows(prompts)))
@@ -218,11 +222,6 @@ class ArmRecord:
         steps = self.histograms()
         shares = (ratio(sum(steps.accepted[at:]), sum(steps.depth[at:])) for at in range(1, len(steps.depth)))
         return [math.nan if share is None else share for share in shares]
-
-
-def lacks_our_counts(rows: Mapping[str, Row]) -> bool:
-    """Return whether the rows are a peer's, from their counts: older versions do not store the kind of an arm."""
-    return any(row.counts.target_forwards is None for row in rows.values())
 
 
 @dataclass(frozen=True)
@@ -338,7 +337,8 @@ class RunFile:
         """Return the tail of the intervals of an arm's changes; smaller if verdicts were computed after each repeat."""
         if self.header.until is None:
             return TAIL
-        return tail_of_look(max((len(row.repeats) for row in self.arms[arm].rows.values()), default=1))
+        looks, most = self.arms[arm].repeats, max(record.repeats for record in self.arms.values())
+        return tail_of_look(looks, last=self.header.budget_spent and looks == most)
 
     def changes(self, arm: str, old: RunFile, over: str) -> list[float]:
         """Return logarithms of an arm's speedup divided by its speedup in an older run.

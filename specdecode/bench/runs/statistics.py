@@ -17,6 +17,10 @@ COVERAGE = 0.95
 TAIL = (1 - COVERAGE) / 2
 """The probability below an interval's low end, and above its high end."""
 
+NOISE_OF_TWO = math.sqrt(0.75)
+"""Factor from the noise of a ratio of two runs of the reference arm to the noise of an arm's ratio. An arm is compared
+with the mean of its reference arm's two runs, and that ratio varies less."""
+
 _POWER = 0.9
 _RESAMPLES = 10_000
 _MOST_CACHED_BOOTSTRAPS = 4096

@@ -24,7 +24,8 @@ from specdecode.bench.report.captions import outputs
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import by_part
 from specdecode.bench.runs.counts import Counts, Latencies
-from specdecode.bench.runs.records import NOISE_OF_TWO, RunFile
+from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.statistics import NOISE_OF_TWO
 from tests.helpers.models import lm, prompt
 from tests.helpers.speed_runs import run_of_results
 
