@@ -72,7 +72,10 @@ def _taken_s(others: Collection[int]) -> float | None:
     with suppress(psutil.Error, OSError):
         everyone = psutil.cpu_times()._asdict()
         busy = sum(seconds for name, seconds in everyone.items() if name not in (*_IDLE, *_COUNTED_TWICE))
-        processes = {one for pid in (os.getpid(), *others) for one in _family(psutil.Process(pid))}
+        processes = set(_family(psutil.Process()))
+        for other in map(psutil.Process, others):
+            if other not in processes:  # most are children of this process, and to list children takes milliseconds
+                processes.update(_family(other))
         own = [process.cpu_times() for process in processes]
         return float(busy - sum(sum(times[:_WITH_CHILDREN]) for times in own) + _throttled_s())
     return None

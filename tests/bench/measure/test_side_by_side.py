@@ -251,6 +251,25 @@ def test_further_repeats_are_of_what_is_open_alone() -> None:
     assert measured.change("x") == typical_ratio(logs, measured.floor("x"), tail_of_look(2))
 
 
+def test_a_spent_budget_narrows_what_was_measured_to_the_end() -> None:
+    """Guards against an interval that still pays for looks that nobody will take, and against a clear verdict that is
+    judged again.
+    """
+    machine, looks = Machine(2), [0]
+    both = Versions(Loaded(machine, "new"), Loaded(machine, "old"))
+
+    def look(measured: SideBySide) -> set[str]:
+        looks[0] += 1
+        return {"x"}
+
+    until = Until(1.5, look, clock=lambda: looks[0], started=0.0)
+    measured = measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 5, repeats=1, until=until)
+    assert len(measured.of("x")) == 4
+    for arm, tail in (("x", tail_of_look(2, last=True)), ("ar", tail_of_look(1))):
+        logs = [quartet.log_ratio for quartet in measured.of(arm)]
+        assert measured.change(arm) == typical_ratio(logs, measured.floor(arm), tail)
+
+
 def test_a_model_that_does_not_fit_even_alone_is_told() -> None:
     """Guards against endless unloading and loading."""
     machine = Machine(1)
@@ -343,6 +362,27 @@ def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str
     with pytest.raises(ValueError, match=reason) as error:
         use()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("own", "used"), [(None, "1"), ("0", "0")])
+def test_a_worker_asks_for_large_memory_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, used: str
+) -> None:
+    """Guards against two processes of equal code of which one is slower, since its small pages lie in worse places, and
+    against a user's setting that is ignored.
+    """
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if own is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", own)
+    worker = tmp_path / "specdecode" / "bench" / "worker.py"
+    worker.parent.mkdir(parents=True)
+    for package in (worker.parents[0], worker.parents[1]):
+        (package / "__init__.py").touch()
+    worker.write_text(
+        "import json, os\ninput(); print(json.dumps({'value': os.environ['THP_MEM_ALLOC_ENABLE']}), flush=True); input()"
+    )
+    with contextlib.closing(WorkerProcess("v1", tmp_path, {})) as process:
+        assert process.ask("pages") == used
 
 
 @pytest.fixture(scope="module")

@@ -45,3 +45,13 @@ def test_the_time_is_bounded() -> None:
     endless = [{"a"}] * 100
     assert len(planned(1, *endless, budget_s=55.0)) == 6
     assert len(planned(1, *endless, budget_s=5.0)) == 1
+
+
+@pytest.mark.parametrize(("budget_s", "spent"), [(25.0, True), (45.0, True), (1e9, False)])
+def test_a_spent_budget_is_noted(budget_s: float, spent: bool) -> None:
+    """Guards against a last look that is taken for one of many, and against one that ends because all is clear."""
+    clock, given = FakeClock(noise=0.0), iter([{"a"}, set()])
+    until = Until(budget_s, lambda measured: next(given), clock, started=0.0)
+    for _ in rounds(object(), ["p", "q"], 1, ARMS, until):
+        clock.advance(20.0)
+    assert until.budget_spent is spent

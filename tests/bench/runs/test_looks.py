@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
 
 from specdecode.bench.runs.looks import tail_of_look
 from specdecode.bench.runs.statistics import TAIL, typical_ratio
+from tests.helpers.speed_runs import read_back, sweep
 
 
 def test_all_looks_together_miss_as_often_as_they_may() -> None:
@@ -26,6 +29,20 @@ def test_all_looks_together_miss_as_often_as_they_may() -> None:
         assert 0.92 < missed / (TAIL * look / (look + 4)) < 1.02
 
 
+def test_a_spent_budget_leaves_nothing_unspent() -> None:
+    """Guards against sessions that end early with an interval as wide as if they went on, and against a last look that
+    spends twice.
+    """
+    walks = 200_000
+    chance, sums, inside = np.random.default_rng(1), np.zeros(walks), np.ones(walks, dtype=bool)
+    for look in range(1, 8):
+        sums += chance.normal(size=walks)
+        bound, last = (NormalDist().inv_cdf(1 - tail_of_look(look, ends)) for ends in (False, True))
+        missed = 1 - (inside & (sums / np.sqrt(look) < last)).mean()
+        assert 0.92 < missed / TAIL < 1.02, look
+        inside &= sums / np.sqrt(look) < bound
+
+
 def test_the_intervals_of_the_first_looks_are_about_as_wide() -> None:
     """Guards against a rule that makes long runs blind: each further look would cost more than its repeat brings."""
     widths = [NormalDist().inv_cdf(1 - tail_of_look(look)) for look in range(1, 13)]
@@ -37,6 +54,22 @@ def test_more_looks_change_no_earlier_one() -> None:
     first = tail_of_look(2)
     assert tail_of_look(50) < first
     assert tail_of_look(2) == first
+
+
+@pytest.mark.parametrize(
+    ("header", "tails"),
+    [
+        ({}, (TAIL, TAIL)),
+        ({"until": 0.05}, (tail_of_look(2), tail_of_look(1))),
+        ({"until": 0.05, "budget_spent": True}, (tail_of_look(2, last=True), tail_of_look(1))),
+    ],
+)
+def test_a_run_file_tells_which_look_was_the_last(header: dict[str, Any], tails: tuple[float, float]) -> None:
+    """Guards against an arm whose verdict was clear early, and that is judged again by a narrower interval."""
+    run = sweep({"ar": {}, "early": {}}, **header)
+    twice = {prompt: replace(row, logs=2 * [row.log_speedup]) for prompt, row in run.arms["ar"].rows.items()}
+    run = read_back(replace(run, arms=run.arms | {"ar": replace(run.arms["ar"], rows=twice)}))
+    assert (run.tail("ar"), run.tail("early")) == tails
 
 
 @pytest.mark.parametrize("noise", ["normal", "disturbed"])
