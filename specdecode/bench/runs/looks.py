@@ -33,7 +33,8 @@ def tail_of_look(look: int, last: bool = False) -> float:
     """
     while len(_tails) < look:
         _tails.append(next(_further_tails))
-    return _tails[look - 1][last]
+    one_of_many, last_one = _tails[look - 1]
+    return last_one if last else one_of_many
 
 
 def _all_tails() -> Iterator[tuple[float, float]]:
@@ -53,8 +54,13 @@ def _all_tails() -> Iterator[tuple[float, float]]:
         at_least = np.cumsum(sums[::-1])[::-1]
         left = TAIL * _LATE / (look + _LATE - 1)
         boundary, last = (int(np.sum(at_least > added)) for added in (left / (look + _LATE), left))
-        yield tuple(1 - _NORMAL.cdf((lowest + (end - 0.5) * _STEP) / math.sqrt(look)) for end in (boundary, last))
+        yield _tail_above(lowest + (boundary - 0.5) * _STEP, look), _tail_above(lowest + (last - 0.5) * _STEP, look)
         sums = sums[:boundary]
+
+
+def _tail_above(place: float, look: int) -> float:
+    """Return the probability that the sum of a look's values is above a place."""
+    return 1 - _NORMAL.cdf(place / math.sqrt(look))
 
 
 _further_tails = _all_tails()

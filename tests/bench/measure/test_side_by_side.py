@@ -379,7 +379,8 @@ def test_a_worker_asks_for_large_memory_pages(
     for package in (worker.parents[0], worker.parents[1]):
         (package / "__init__.py").touch()
     worker.write_text(
-        "import json, os\ninput(); print(json.dumps({'value': os.environ['THP_MEM_ALLOC_ENABLE']}), flush=True); input()"
+        "import json, os\n"
+        "input(); print(json.dumps({'value': os.environ['THP_MEM_ALLOC_ENABLE']}), flush=True); input()"
     )
     with contextlib.closing(WorkerProcess("v1", tmp_path, {})) as process:
         assert process.ask("pages") == used
