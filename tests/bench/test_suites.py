@@ -185,7 +185,7 @@ def test_a_run_that_is_stopped_is_resumed(model: str, tmp_path: Path, signal_: s
         *one_arm(model),
         *("--prompts", "prose@40:4", "--max-new-tokens", "40", "--repeats", "2", f"--benchmark-json={file}"),
     )
-    # An interrupt may leave a file open. pytest warns of it with a traceback, and this repository's warnings are errors.
+    # An interrupt may leave a file open. pytest warns of that with a traceback, and warnings are errors here.
     session = start_pytest(*arguments, "-W", "ignore::pytest.PytestUnraisableExceptionWarning")
     deadline = time.monotonic() + 120
     finished, unfinished = 0, file.with_suffix(".unfinished.json")
