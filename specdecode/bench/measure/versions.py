@@ -27,7 +27,7 @@ WORKING_TREE = "the working tree"
 _WORKER = Path("specdecode") / "bench" / "worker.py"
 
 # PyTorch then asks Linux for memory pages of 2 MiB for large tensors. Chance places pages of 4 KiB, so that one of two
-# processes of equal code is faster by some percent, for as long as it lives.
+# processes of equal code is faster for as long as it lives.
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 

@@ -189,7 +189,7 @@ class ArmRecord:
     disturbed: int = 0
 
     @property
-    def repeats(self) -> int:
+    def most_repeats(self) -> int:
         """Return the number of repeats, on the prompt with the most."""
         return max((len(row.repeats) for row in self.rows.values()), default=1)
 
@@ -337,7 +337,7 @@ class RunFile:
         """Return the tail of the intervals of an arm's changes; smaller if verdicts were computed after each repeat."""
         if self.header.until is None:
             return TAIL
-        looks, most = self.arms[arm].repeats, max(record.repeats for record in self.arms.values())
+        looks, most = self.arms[arm].most_repeats, max(record.most_repeats for record in self.arms.values())
         return tail_of_look(looks, last=self.header.budget_spent and looks == most)
 
     def changes(self, arm: str, old: RunFile, over: str) -> list[float]:
