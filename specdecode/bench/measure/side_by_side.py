@@ -26,7 +26,7 @@ from specdecode.bench.measure.steady import Steady
 from specdecode.bench.measure.until import Until, rounds
 from specdecode.bench.measure.versions import Versions, WorkerProcess
 from specdecode.bench.runs.counts import lacks_our_counts
-from specdecode.bench.runs.looks import tail_of_look
+from specdecode.bench.runs.looks import tail_of_arm
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE, digest
 from specdecode.bench.runs.records import ArmRecord
@@ -132,9 +132,8 @@ class SideBySide:
 
     def change(self, arm: str) -> Estimate:
         """Return an arm's new speed over its old speed, with an interval."""
-        looks = self._looks(arm)
-        last = self.budget_spent and looks == max(map(self._looks, self.baselines))
-        tail = tail_of_look(looks, last) if self.looked else TAIL
+        of_all = map(self._looks, self.baselines)
+        tail = tail_of_arm(self._looks(arm), of_all, self.budget_spent) if self.looked else TAIL
         return typical_ratio([quartet.log_ratio for quartet in self.of(arm)], self.floor(arm), tail)
 
     def _looks(self, arm: str) -> int:

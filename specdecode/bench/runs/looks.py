@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from statistics import NormalDist
 
@@ -35,6 +35,18 @@ def tail_of_look(look: int, last: bool = False) -> float:
         _tails.append(next(_further_tails))
     one_of_many, last_one = _tails[look - 1]
     return last_one if last else one_of_many
+
+
+def tail_of_arm(own: int, of_all: Iterable[int], budget_spent: bool) -> float:
+    """Return the tail of the interval of an arm that is no longer repeated.
+
+    Args:
+        own: number of looks at the arm.
+        of_all: numbers of looks at all arms, this one included.
+        budget_spent: whether the time budget ended the run. Then it ended those arms that had the most looks. The
+            verdicts on other arms ended theirs.
+    """
+    return tail_of_look(own, last=budget_spent and own == max(of_all))
 
 
 def _all_tails() -> Iterator[tuple[float, float]]:

@@ -23,7 +23,7 @@ from specdecode.bench.runs.counts import (
     total,
     total_histograms,
 )
-from specdecode.bench.runs.looks import tail_of_look
+from specdecode.bench.runs.looks import tail_of_arm
 from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
 from specdecode.bench.runs.names import BASELINE, shared_by
 from specdecode.bench.runs.statistics import (
@@ -337,8 +337,8 @@ class RunFile:
         """Return the tail of the intervals of an arm's changes; smaller if verdicts were computed after each repeat."""
         if self.header.until is None:
             return TAIL
-        looks, most = self.arms[arm].most_repeats, max(record.most_repeats for record in self.arms.values())
-        return tail_of_look(looks, last=self.header.budget_spent and looks == most)
+        of_all = [record.most_repeats for record in self.arms.values()]
+        return tail_of_arm(self.arms[arm].most_repeats, of_all, self.header.budget_spent)
 
     def changes(self, arm: str, old: RunFile, over: str) -> list[float]:
         """Return logarithms of an arm's speedup divided by its speedup in an older run.
