@@ -14,6 +14,7 @@ from specdecode.backends.compiled import compiled
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import group
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout
+from specdecode.backends.merged import same_inputs
 from specdecode.backends.row_attention import by_rows
 from specdecode.backends.static import StaticForward, StaticRunner
 
@@ -86,7 +87,7 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
             return Backend("compile", static=lambda forward: StaticRunner(compiled(forward), CudaGraphs(device)))
         note = ""
         if packed.unsupported_reason(model) is None:
-            note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed))}"
+            note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed), merge=True)}"
         return Backend("compile", note, static=lambda forward: StaticRunner(compiled(forward)))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
@@ -95,7 +96,9 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         return Backend()
     if kind == "exact":
         by_rows(model)
-        return Backend("exact", _packed(model, _layout(model, packed.exact(model), agreed)), exact=True)
+        # The layouts were tried with the shapes of single layers.
+        note = _packed(model, _layout(model, packed.exact(model), agreed), merge=False)
+        return Backend("exact", note, exact=True)
     reason = packed.unsupported_reason(model)
     layout = PLAIN
     if reason is None:
@@ -105,14 +108,20 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
     if reason is not None:
         return Backend(note="" if kind == "auto" else f"not packed: {reason}")
     group(model)
-    return Backend("packed", _packed(model, layout))
+    return Backend("packed", _packed(model, layout, merge=True))
 
 
 def _layout(model: PreTrainedModel, candidates: Sequence[Layout], agreed: Callable[[Any], Any]) -> Layout:
     return LAYOUTS[agreed(packed.fastest(model, candidates).name)]
 
 
-def _packed(model: PreTrainedModel, layout: Layout) -> str:
-    """Pack a model's linear layers, and return a note on it."""
-    layers, left = packed.pack(model, layout)
+def _packed(model: PreTrainedModel, layout: Layout, *, merge: bool) -> str:
+    """Pack a model's linear layers, and return a note on it.
+
+    Args:
+        model: the model.
+        layout: the layout of the weights.
+        merge: whether to compute layers with the same inputs together.
+    """
+    layers, left = packed.pack(model, layout, same_inputs(model) if merge else {})
     return f"{layers} linear layers by {layout.name}" + (f", {left} other matrices as they are" if left else "")

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from operator import is_
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout, exact_layouts, packed_layouts
+from specdecode.backends.merged import SameInputs, parts
 from specdecode.support import trials
 
 # Over this many rows, packed layers must be faster by this factor to be worth the time and memory of packing.
@@ -24,8 +29,24 @@ _TRIAL_ROWS, _LEAST_SPEEDUP = 8, 1.1
 # from memory.
 _TRIAL_BYTES = 2**26
 
-# Weights that were laid out, by the original weight and the layout's name. A model, subsets of its layers and other
-# models with the same weights share them.
+
+@dataclass(frozen=True, slots=True)
+class _LaidOut:
+    """Weights that were laid out.
+
+    Attributes:
+        layout: their layout.
+        packed: the result.
+        others: the weights that were laid out behind the first one.
+    """
+
+    layout: Layout
+    packed: Tensor
+    others: Sequence[weakref.ref[Tensor]]
+
+
+# Weights that were laid out, by the first weight. A model, subsets of its layers and other models with the same weights
+# share them.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -45,28 +66,28 @@ def _(inputs: Tensor, packed: Tensor, shape: Tensor, bias: Tensor | None, layout
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that holds its weight in one layout only.
+    """A linear layer that holds its weight in one layout only; or several with the same inputs, as one layer.
 
     Attributes:
         layout: the layout.
 
     Args:
-        linear: the layer to pack, on a CPU.
-        layout: a layout for its type.
+        layers: the layers to pack, on a CPU. All have a bias, or none has. The outputs of the first come first.
+        layout: a layout for their type.
     """
 
-    def __init__(self, linear: nn.Linear, layout: Layout) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], layout: Layout) -> None:
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.bias = linear.bias
+        weights: list[Tensor] = [layer.weight for layer in layers]
+        biases: list[Tensor] = [layer.bias for layer in layers]
+        self.in_features = layers[0].in_features
+        self.out_features = sum(layer.out_features for layer in layers)
+        self.bias = layers[0].bias
+        if len(layers) > 1 and layers[0].bias is not None:
+            self.bias = nn.Parameter(torch.cat(biases).detach(), requires_grad=False)
         self.layout = layout
-        held: dict[str, Tensor] = _packed.setdefault(linear.weight, {})
-        if layout.name not in held:
-            with torch.no_grad():
-                held[layout.name] = layout.pack(linear.weight.detach())
-        self.packed = held[layout.name]
-        self._shape = linear.weight.new_empty(()).expand(self.out_features, self.in_features)
+        self.packed = _laid_out(weights, layout)
+        self._shape = weights[0].new_empty(()).expand(self.out_features, self.in_features)
 
     @property
     def packed_bytes(self) -> int:
@@ -81,6 +102,19 @@ class PackedLinear(nn.Module):
         else:
             output = self.layout.multiply(inputs, self.packed, self._shape, self.bias)
         return output
+
+
+def _laid_out(weights: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Return weights that were laid out together, now or before."""
+    held: list[_LaidOut] = _packed.setdefault(weights[0], [])
+    for laid_out in held:
+        others = [weight() for weight in laid_out.others]
+        if laid_out.layout == layout and len(others) == len(weights) - 1 and all(map(is_, others, weights[1:])):
+            return laid_out.packed
+    with torch.no_grad():
+        packed = layout.pack(weights[0].detach() if len(weights) == 1 else torch.cat(list(weights)).detach())
+    held.append(_LaidOut(layout, packed, [weakref.ref(weight) for weight in weights[1:]]))
+    return packed
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
@@ -103,10 +137,15 @@ def exact(model: nn.Module) -> list[Layout]:
     return exact_layouts(list(by_shape.values())) if by_shape else [PLAIN]
 
 
-def pack(model: nn.Module, layout: Layout) -> tuple[int, int]:
+def pack(model: nn.Module, layout: Layout, same_inputs: SameInputs = MappingProxyType({})) -> tuple[int, int]:
     """Replace all plain linear layers of the model's type by packed layers.
 
     An output head that is tied to the embedding is packed too; the embedding stays beside it.
+
+    Args:
+        model: the model, or another module.
+        layout: a layout for its type.
+        same_inputs: the groups of layers to merge (see `backends.merged`).
 
     Returns:
         The number of packed layers, and the number of unchanged matrices: those of another type or class, without
@@ -116,10 +155,18 @@ def pack(model: nn.Module, layout: Layout) -> tuple[int, int]:
     packed = left = 0
     # Each weight is released as soon as it is packed, so no list of the layers is held.
     for module in [module for module in model.modules() if not _is_plain(module, dtype)]:
+        for names in same_inputs.get(module, ()):
+            layers = [getattr(module, name) for name in names]
+            if all(_is_plain(layer, dtype) for layer in layers):
+                merged = parts(PackedLinear(layers, layout), [layer.out_features for layer in layers])
+                for name, part in zip(names, merged, strict=True):
+                    setattr(module, name, part)
+                packed += len(names)
+            del layers
         for name, child in list(module.named_children()):
             if _is_plain(child, dtype):
                 assert isinstance(child, nn.Linear)
-                setattr(module, name, PackedLinear(child, layout))
+                setattr(module, name, PackedLinear([child], layout))
                 packed += 1
             elif not isinstance(child, nn.Embedding):
                 left += any(weight.dim() > 1 for weight in child.parameters(recurse=False))
@@ -135,8 +182,9 @@ def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
     would decide.
     """
     layers = _layers(model)
-    if held := [layout for layout in candidates if all(layout.name in _packed.get(x.weight, {}) for x in layers)]:
-        return held[0]
+    held = {laid_out.layout for layer in layers for laid_out in _packed.get(layer.weight, ())}
+    if known := [layout for layout in candidates if layout in held]:
+        return known[0]
     bytes_of: dict[tuple[int, int], int] = {}
     tried: dict[tuple[int, int], list[nn.Linear]] = {}
     for layer in layers:
@@ -164,16 +212,15 @@ def _fastest(
     for shape, layers in tried.items():
         rows = layers[0].weight.new_ones(_TRIAL_ROWS, shape[0])
         factor = bytes_of[shape] / sum(layer.weight.nbytes for layer in layers)
-        ways = [[partial(PackedLinear(layer, layout), rows) for layer in layers] for layout in candidates]
+        ways = [[partial(PackedLinear([layer], layout), rows) for layer in layers] for layout in candidates]
         for layout, seconds in zip(candidates, _seconds(*ways), strict=True):
             total_s[layout] += factor * seconds
     if PLAIN in total_s:
         total_s[PLAIN] /= _LEAST_SPEEDUP
     best = min(candidates, key=lambda layout: total_s[layout])
     for layer in (layer for layers in tried.values() for layer in layers):
-        for layout in candidates:
-            if layout != best:
-                _packed[layer.weight].pop(layout.name, None)
+        # Plain weights are no copies. They tell a draft of the same weights that nothing needs to be tried.
+        _packed[layer.weight] = [held for held in _packed[layer.weight] if held.layout == best == PLAIN]
     return best
 
 

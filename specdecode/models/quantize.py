@@ -104,8 +104,8 @@ def _linear_layers(model: nn.Module, group: int) -> set[nn.Linear]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's stored weights, packed layouts included."""
-    packed = sum(module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear))
-    return sum(map(stored_bytes, model.parameters())) + packed
+    packed = {id(module.packed): module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear)}
+    return sum(map(stored_bytes, model.parameters())) + sum(packed.values())
 
 
 def stored_bytes(tensor: Tensor) -> int:
