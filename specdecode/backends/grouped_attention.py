@@ -1,9 +1,11 @@
-"""Grouped-query attention over several rows, without copies of the keys and values that heads share."""
+"""Attention over several rows: no copies of the keys and values that heads share, and no masked scores of a text."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,17 +18,28 @@ from transformers.masking_utils import sdpa_mask
 GROUPED = "grouped_sdpa"
 """The name under which transformers knows `attend` as an attention function."""
 
+_text_rows: ContextVar[int] = ContextVar("_text_rows", default=0)
+
+
+@contextmanager
+def text_rows(count: int) -> Iterator[None]:
+    """Within this context, the first `count` rows of a forward are the beginning of a text. Each attends to itself and
+    to all rows before it, and to nothing else."""
+    token = _text_rows.set(count)
+    try:
+        yield
+    finally:
+        _text_rows.reset(token)
+
 
 def group(model: PreTrainedModel) -> None:
-    """Switch a model whose heads share keys and values to `attend`. The model gets its own copy of its configuration.
+    """Switch a model that uses PyTorch's attention to `attend`. The model gets its own copy of its configuration.
 
     transformers repeats all keys and values for each head of a group if more than one row is masked. Verifying a draft
-    masks several rows, so transformers would copy the cache in every step.
+    masks several rows, so transformers would copy the cache in every step. And it computes all scores of a masked
+    prompt, of which a text needs half.
     """
-    config = model.config.get_text_config(decoder=True)
-    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if shared not in (None, heads):
-        switch_attention(model, GROUPED, attend)
+    switch_attention(model, GROUPED, attend)
 
 
 def switch_attention(model: PreTrainedModel, name: str, attention: Callable[..., Any]) -> None:
@@ -65,15 +78,47 @@ def attend(
 ) -> tuple[Float[Tensor, "batch n heads width"], None]:
     """Attend like transformers' SDPA, with the query heads of a group as further rows of their shared key head.
 
+    Rows of a text (see `text_rows`) attend without a mask.
+
     Returns:
         The attended values, and None in place of attention weights.
     """
     groups = query.shape[1] // key.shape[1]
-    plain = attention_mask is None or attention_mask.shape[1] > 1 or others.get("position_bias") is not None
-    if plain or groups == 1:
-        attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    attended: tuple[Tensor, None]
+    if attention_mask is None or attention_mask.shape[1] > 1 or others.get("position_bias") is not None:
+        attended = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        return attended
+    if text := attends_to_text(query, key):
+        first = attend_to_text(module, query, key, value, text, **others)
+        if text == query.shape[2]:
+            return first, None
+        rest, _ = attend(module, query[:, :, text:], key, value, attention_mask[:, :, text:], **others)
+        return torch.cat([first, rest], dim=1), None
+    if groups == 1:
+        attended = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         return attended
     return attend_in_groups(query, key, value, attention_mask, **others), None
+
+
+def attends_to_text(query: Float[Tensor, "batch heads n dim"], key: Float[Tensor, "batch shared length dim"]) -> int:
+    """Return the number of the first rows that are the beginning of a text; 0 if there are keys of earlier forwards."""
+    if torch.compiler.is_compiling() or query.shape[2] < key.shape[2]:  # only drafts are read by compiled code
+        return 0
+    return _text_rows.get()
+
+
+def attend_to_text(
+    module: Any,
+    query: Float[Tensor, "batch heads n dim"],
+    key: Float[Tensor, "batch shared length dim"],
+    value: Float[Tensor, "batch shared length width"],
+    text: int,
+    **others: Any,
+) -> Float[Tensor, "batch text heads width"]:
+    """Return the attended values of the first rows, which are the beginning of a text."""
+    query, key, value = (tensor[:, :, :text] for tensor in (query, key, value))
+    attended: Tensor = sdpa_attention_forward(module, query, key, value, None, **others | {"is_causal": True})[0]
+    return attended
 
 
 def attend_in_groups(

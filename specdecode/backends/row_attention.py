@@ -19,7 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from specdecode.backends.grouped_attention import attend, attend_in_groups, switch_attention
+from specdecode.backends.grouped_attention import (
+    attend,
+    attend_in_groups,
+    attend_to_text,
+    attends_to_text,
+    switch_attention,
+)
 
 BY_ROWS = "sdpa_by_rows"
 """The name under which transformers knows `attend_by_rows` as an attention function."""
@@ -90,7 +96,9 @@ def attend_by_rows(
         text = len(slots) - separate
         # Padding comes first, and sees nothing.
         first = next((row for row, seen in enumerate(slots) if seen is not None), len(slots))
-        if first < text:
+        if first < text <= attends_to_text(query, key):
+            output[one, :text] = attend_to_text(module, query, key, value, text, **others)
+        elif first < text:
             # What comes behind the text must not be there: a kernel's rounding depends on the length, too.
             last = slots[text - 1]
             length = int(last.stop) if isinstance(last, slice) else int(last[-1]) + 1  # type: ignore[index]

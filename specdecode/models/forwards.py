@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdecode.backends.grouped_attention import text_rows
 from specdecode.backends.static import StaticCacheView, StaticInputs
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.transfer import moved
@@ -86,14 +87,25 @@ def run(
         The output object of transformers.
     """
     size, device = max(len(read.tokens) for read in inputs), execution_device(model)
-    return model(
-        input_ids=_stacked([read.tokens for read in inputs], size, device),
-        attention_mask=form.masks(sequences, [read.visible for read in inputs], size),
-        position_ids=_stacked([read.positions for read in inputs], size, device),
-        past_key_values=cache,
-        use_cache=True,
-        **options,
-    )
+    with text_rows(_text(sequences[0], inputs[0]) if len(inputs) == 1 and form.window is None else 0):
+        return model(
+            input_ids=_stacked([read.tokens for read in inputs], size, device),
+            attention_mask=form.masks(sequences, [read.visible for read in inputs], size),
+            position_ids=_stacked([read.positions for read in inputs], size, device),
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+
+
+def _text(slots: Slots, read: ForwardInput) -> int:
+    """Return the number of rows at the beginning of an input that are a text from its first token on; 0 if there are
+    earlier slots."""
+    count = len(read.tokens)
+    if count < slots.length:
+        return 0
+    chain = (read.visible == torch.ones_like(read.visible).tril()).all(1)
+    return count if chain.all() else int(chain.int().argmin())
 
 
 def _stacked(parts: Sequence[Int[Tensor, " _"]], size: int, device: torch.device) -> Int[Tensor, "rows n"]:

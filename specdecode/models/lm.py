@@ -36,7 +36,7 @@ from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 
 # Largest number of prompt tokens in one forward: it bounds the memory of masks and activations, and is still efficient.
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 2048
 
 
 class LM:

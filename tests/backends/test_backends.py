@@ -25,6 +25,7 @@ from transformers.integrations import sdpa_attention
 
 from specdecode import (
     LM,
+    DraftTree,
     FixedK,
     Generation,
     ModelDrafter,
@@ -50,6 +51,7 @@ from specdecode.backends.layouts import (
     packed_layouts,
 )
 from specdecode.backends.packed import PackedLinear
+from specdecode.backends.row_attention import by_rows
 from specdecode.backends.static import Capture, StaticRunner
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.check import classify
@@ -120,7 +122,7 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool, dtype: torch.dtype) 
     copies = [*own, *([ONEDNN_IN_FLOAT32] if dtype != torch.float32 else [])]
     for layout in (*copies, PLAIN, ROW_BY_ROW):
         plain = nn.Linear(48, 80, bias).to(dtype)
-        packed = PackedLinear(plain, layout)
+        packed = PackedLinear([plain], layout)
         exact, own_bias = plain.weight.detach().double(), plain.bias.detach().double() if bias else None
         if layout in copies:
             plain.weight.data.zero_()
@@ -206,8 +208,8 @@ def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.M
     held = []
 
     class Watched(PackedLinear):
-        def __init__(self, linear: nn.Linear, layout: Layout) -> None:
-            super().__init__(linear, layout)
+        def __init__(self, layers: Sequence[nn.Linear], layout: Layout) -> None:
+            super().__init__(layers, layout)
             held.append(sum(weight() is not None for weight in weights))
 
     monkeypatch.setattr(packing, "PackedLinear", Watched)
@@ -293,7 +295,8 @@ def test_auto_packs_where_that_gains(
     chosen = str(prepare("auto", model))
     assert chosen == backend
     # The other layouts of the trial are let go.
-    assert list(packing._packed[layer.weight]) == ["PyTorch" if chosen == "eager" else chosen.split()[-1].rstrip(")")]
+    held = [held.layout.name for held in packing._packed[layer.weight]]
+    assert held == ["PyTorch" if chosen == "eager" else chosen.split()[-1].rstrip(")")]
 
 
 def test_a_large_model_is_tried_once_on_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -662,8 +665,7 @@ def test_heads_that_share_keys_attend_without_copies(name: str, monkeypatch: pyt
     implementation = plain.model.config._attn_implementation
     shell = shared_copy(grouped)
     group(shell)
-    shares = name != "gpt-neox"
-    assert shell.config._attn_implementation == (GROUPED if shares else "sdpa")
+    assert shell.config._attn_implementation == GROUPED
     assert grouped.config._attn_implementation == implementation == "sdpa"
     ids = torch.tensor([prompt(30)], device=grouped.device)
     with torch.inference_mode():
@@ -676,12 +678,44 @@ def test_heads_that_share_keys_attend_without_copies(name: str, monkeypatch: pyt
     rules = {"drafter": PromptLookup(), "max_new_tokens": LENGTH}
     assert generate(target, prompt(), **rules).tokens == expected
     assert not copied
-    if shares:
+    if name != "gpt-neox":
         generate(plain, prompt(), **rules)
         assert copied, "or this test sees no copies"
     with target.recording_attention():
         assert shell.config._attn_implementation == "eager"
-    assert shell.config._attn_implementation == (GROUPED if shares else "sdpa")
+    assert shell.config._attn_implementation == GROUPED
+
+
+@pytest.mark.parametrize("kind", ["grouped", "by rows"])
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "mistral-window"])
+def test_only_rows_of_a_text_attend_without_a_mask(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a prompt of which all scores are computed and half of them masked, against a node of a tree or a
+    token behind earlier slots that sees what it must not, and against a window that a prompt ignores.
+    """
+    model = build(ARCHITECTURES[name])
+    (group if kind == "grouped" else by_rows)(model)
+    target, plain = LM(model), lm(name)
+    calls: list[tuple[int, bool]] = []
+    attention = nn.functional.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, *others: Any, attn_mask: Any = None, is_causal: bool = False, **rest: Any) -> Any:
+        calls.append((query.shape[2], is_causal))
+        assert not (is_causal and attn_mask is not None)
+        return attention(query, *others, attn_mask=attn_mask, is_causal=is_causal, **rest)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
+    text, windows = list(prompt(30)), name == "mistral-window"
+    tree = DraftTree(torch.tensor([5, 6, 7]), torch.tensor([0, 0, 1]))
+    first, expected = target.new_slots(64), plain.new_slots(64)
+    # The first node is the next token of a text, too. By rows, the root attends by itself.
+    for pending, causal in ((text, 31 if kind == "grouped" else 29), (text[:4], None)):
+        calls.clear()
+        logits = target.forward_tree(first, pending, tree)
+        rows = {rows for rows, is_causal in calls if is_causal}
+        assert rows == (set() if windows or causal is None else {causal})
+        assert (logits - plain.forward_tree(expected, pending, tree)).abs().max() < 1e-10
+        for slots in (first, expected):
+            slots.keep([], after=slots.length - len(tree))
 
 
 def test_a_backend_that_auto_chose_gives_way() -> None:
