@@ -92,7 +92,7 @@ _OPTIONS = (
     _Option("resume", "continue an interrupted run from its finished blocks", bool),
     _Option(
         "gate",
-        "on: fail on REGRESSED and MISSING; off: never fail; strict: fail on all but PASS and IMPROVED"
+        "on: fail on REGRESSED and MISSING; off: never fail; strict: fail on all but PASS, IMPROVED and NOT_JUDGED"
         f" [{_DEFAULTS.gate}]",
         choices=("on", "off", "strict"),
     ),

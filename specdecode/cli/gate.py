@@ -14,7 +14,9 @@ from specdecode.cli.prompts import whole_text
 def gate(
     new: Annotated[Path, typer.Argument(help="run file, from pytest --benchmark --benchmark-json")],
     old: Annotated[Path, typer.Argument(help="run file to compare with")],
-    strict: Annotated[bool, typer.Option("--strict", help="fail on every verdict but PASS and IMPROVED")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="fail on every verdict but PASS, IMPROVED and NOT_JUDGED")
+    ] = False,
     tolerance: Annotated[
         float | None,
         typer.Option(help="share by which a time may be worse  [default: as pyproject.toml says, or 0.05]"),

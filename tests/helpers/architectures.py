@@ -116,6 +116,7 @@ random weights, with windows of {WINDOW} tokens if they have windows.
   tokens alone.
 - *As written*: the model adds positions to its embeddings, so the keys that stay cannot be re-rotated; what is decoded
   later takes positions within the cache.
+- *Refused* in the column `SinkWindow`: the model decodes, but no policy that evicts can be used.
 
 The examples are for orientation; they were not run.
 
