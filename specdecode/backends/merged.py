@@ -59,10 +59,24 @@ class MergedPart(nn.Module):
         return output
 
 
-def parts(product: nn.Module, sizes: Sequence[int]) -> list[MergedPart]:
-    """Return the parts of a product, with these numbers of outputs."""
-    outputs = _Outputs()
+def parts(product: nn.Module, layers: Sequence[nn.Linear]) -> list[MergedPart]:
+    """Return the parts of a product, in place of these layers."""
+    outputs, sizes = _Outputs(), [layer.out_features for layer in layers]
     return [MergedPart(product, sizes, part, outputs) for part in range(len(sizes))]
+
+
+@torch.no_grad()
+def joined_weight(layers: Sequence[nn.Linear]) -> Float[Tensor, "out in"]:
+    """Return the weight of one layer that gives the outputs of several, one behind the other."""
+    return layers[0].weight.detach() if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+
+
+@torch.no_grad()
+def joined_bias(layers: Sequence[nn.Linear]) -> nn.Parameter | None:
+    """Return the bias of one layer that gives the outputs of several; None if they have none."""
+    if len(layers) == 1 or layers[0].bias is None:
+        return layers[0].bias
+    return nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout, exact_layouts, packed_layouts
-from specdecode.backends.merged import SameInputs, parts
+from specdecode.backends.merged import SameInputs, joined_bias, joined_weight, parts
 from specdecode.support import trials
 
 # Over this many rows, packed layers must be faster by this factor to be worth the time and memory of packing.
@@ -78,16 +78,12 @@ class PackedLinear(nn.Module):
 
     def __init__(self, layers: Sequence[nn.Linear], layout: Layout) -> None:
         super().__init__()
-        weights: list[Tensor] = [layer.weight for layer in layers]
-        biases: list[Tensor] = [layer.bias for layer in layers]
         self.in_features = layers[0].in_features
         self.out_features = sum(layer.out_features for layer in layers)
-        self.bias = layers[0].bias
-        if len(layers) > 1 and layers[0].bias is not None:
-            self.bias = nn.Parameter(torch.cat(biases).detach(), requires_grad=False)
+        self.bias = joined_bias(layers)
         self.layout = layout
-        self.packed = _laid_out(weights, layout)
-        self._shape = weights[0].new_empty(()).expand(self.out_features, self.in_features)
+        self.packed = _laid_out(layers, layout)
+        self._shape = layers[0].weight.new_empty(()).expand(self.out_features, self.in_features)
 
     @property
     def packed_bytes(self) -> int:
@@ -104,16 +100,16 @@ class PackedLinear(nn.Module):
         return output
 
 
-def _laid_out(weights: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Return weights that were laid out together, now or before."""
-    held: list[_LaidOut] = _packed.setdefault(weights[0], [])
+def _laid_out(layers: Sequence[nn.Linear], layout: Layout) -> Tensor:
+    """Return the weights of layers, laid out together now or before."""
+    held: list[_LaidOut] = _packed.setdefault(layers[0].weight, [])
+    others = [layer.weight for layer in layers[1:]]
     for laid_out in held:
-        others = [weight() for weight in laid_out.others]
-        if laid_out.layout == layout and len(others) == len(weights) - 1 and all(map(is_, others, weights[1:])):
+        known = [weight() for weight in laid_out.others]
+        if laid_out.layout == layout and len(known) == len(others) and all(map(is_, known, others)):
             return laid_out.packed
-    with torch.no_grad():
-        packed = layout.pack(weights[0].detach() if len(weights) == 1 else torch.cat(list(weights)).detach())
-    held.append(_LaidOut(layout, packed, [weakref.ref(weight) for weight in weights[1:]]))
+    packed = layout.pack(joined_weight(layers))
+    held.append(_LaidOut(layout, packed, [weakref.ref(other) for other in others]))
     return packed
 
 
@@ -158,8 +154,7 @@ def pack(model: nn.Module, layout: Layout, same_inputs: SameInputs = MappingProx
         for names in same_inputs.get(module, ()):
             layers = [getattr(module, name) for name in names]
             if all(_is_plain(layer, dtype) for layer in layers):
-                merged = parts(PackedLinear(layers, layout), [layer.out_features for layer in layers])
-                for name, part in zip(names, merged, strict=True):
+                for name, part in zip(names, parts(PackedLinear(layers, layout), layers), strict=True):
                     setattr(module, name, part)
                 packed += len(names)
             del layers

@@ -36,11 +36,13 @@ class _Rows:
     """The rows of a forward.
 
     Attributes:
+        counts: the number of rows of each sequence, without padding.
         separate: for each sequence, the number of rows at its end that attend one by one: the root and its tree.
         slots: for each mask and each sequence, the slots that each row attends to; None for padding. As keys, tensors
             are equal if they are the same object. A key keeps its mask alive, so no later mask is taken for it.
     """
 
+    counts: Sequence[int]
     separate: Sequence[int]
     slots: dict[Tensor, list[list[slice | Tensor | None]]] = field(default_factory=dict)
 
@@ -49,18 +51,28 @@ _rows: ContextVar[_Rows | None] = ContextVar("_rows", default=None)
 
 
 @contextmanager
-def separate_rows(separate: Sequence[int]) -> Iterator[None]:
+def separate_rows(counts: Sequence[int], separate: Sequence[int]) -> Iterator[None]:
     """Within this context, let rows attend one by one.
 
     Args:
-        separate: for each sequence of a forward, the number of rows at its end. The rows before these are text that
-            plain decoding reads in one forward, too.
+        counts: the number of rows of each sequence of a forward.
+        separate: for each sequence, the number of rows at its end that attend one by one. The rows before these are
+            text that plain decoding reads in one forward, too.
     """
-    token = _rows.set(_Rows(separate))
+    token = _rows.set(_Rows(counts, separate))
     try:
         yield
     finally:
         _rows.reset(token)
+
+
+def rows_of_text(rows: int) -> int:
+    """Return how many of the first rows of a forward are text that plain decoding reads in one forward, too; 0 if the
+    forward has several sequences, or another number of rows."""
+    if torch.compiler.is_compiling():  # only drafts are read by compiled code
+        return 0
+    forward = _rows.get()
+    return rows - forward.separate[0] if forward is not None and list(forward.counts) == [rows] else 0
 
 
 def by_rows(model: PreTrainedModel) -> None:

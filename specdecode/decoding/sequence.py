@@ -79,7 +79,8 @@ class SequenceState:
         started = time.perf_counter()
         while (left := len(self._tokens) - self._read) > min(but, ahead := self._boundary() - self._read):
             chunk = min(PREFILL_CHUNK, ahead, left - 1)
-            self._request.target.forward(self.slots, torch.tensor(self._tokens[self._read : self._read + chunk]))
+            text = torch.tensor(self._tokens[self._read : self._read + chunk])
+            self._request.target.forward(self.slots, text, rows=0)
             self._record(range(chunk))
             self._read += chunk
             self.result.prefill_forwards += 1

@@ -177,7 +177,8 @@ class LM:
             positions: positions of the tokens; by default they continue the filled slots.
             visible: row i marks the slots that token i attends to, among the last s slots (the n new ones included). It
                 also attends to all slots before these. By default the tokens are a chain.
-            rows: number of tokens at the end whose logits are returned.
+            rows: number of tokens at the end whose logits are returned. The tokens before these are text that every
+                decoding of the text reads in one forward.
 
         Returns:
             Logits at the last `rows` tokens, in the model's type.
@@ -195,7 +196,7 @@ class LM:
         if static is not None and not self._records_attention and static.takes(slots, count):
             logits, *hidden_states = static.run(slots, tokens, positions, visible)
             slots.outputs = dict(zip(layers, hidden_states, strict=True))
-            return logits[-rows:]
+            return logits[len(logits) - rows :]
         return self._forward(slots, [slots], [ForwardInput(tokens, positions, visible, rows)])[0]
 
     def _forward(
@@ -204,15 +205,15 @@ class LM:
         """Run the inputs of sequences whose slots are already reserved. Return the last `rows` logits of each input."""
         recorder = self._hidden_states.recorder
         model = self.model if recorder is None else recorder.model
-        options = {"logits_to_keep": max(read.rows for read in inputs)} if self._keeps_logits else {}
+        options = {"logits_to_keep": max(1, *(read.rows for read in inputs))} if self._keeps_logits else {}
         options |= {"output_attentions": self._records_attention}
-        with separate_rows([read.rows for read in inputs]):
+        with separate_rows([len(read.tokens) for read in inputs], [read.rows for read in inputs]):
             output = run(model, self._mask_form, cache, sequences, inputs, **options)
         if self._records_attention:
             store_attention(sequences, inputs, output.attentions, self.dtype)
         if recorder is not None:
             recorder.store(sequences, inputs)
-        return [output.logits[row, -read.rows :] for row, read in enumerate(inputs)]
+        return [logits[len(logits) - read.rows :] for logits, read in zip(output.logits, inputs, strict=True)]
 
     def _static_forward(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from specdecode.backends.merged import parts, same_inputs
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.row_attention import by_rows
 from specdecode.core.errors import UnsupportedModelError
@@ -44,10 +45,10 @@ def quantizer(kind: str, device: torch.device | None = None) -> Callable[[nn.Mod
     if kind != "int8" and device is not None and device.type != "cpu":
         raise ValueError(f"quantize is {kind!r}, and only a CPU multiplies with 4-bit weights: use 'int8' on {device}")
 
-    def quantised(linear: nn.Linear) -> nn.Module:
+    def quantised(*layers: nn.Linear) -> nn.Module:
         if kind == "int8":
-            return Int8Linear(linear)
-        return Int4Linear(linear, linear.in_features if kind == COARSE else GROUP)
+            return Int8Linear(*layers)
+        return Int4Linear(*layers, group=layers[0].in_features if kind == COARSE else GROUP)
 
     def transform(model: nn.Module) -> None:
         if len({weight.device for weight in model.parameters()}) > 1:
@@ -58,6 +59,11 @@ def quantizer(kind: str, device: torch.device | None = None) -> Callable[[nn.Mod
             )
         layers = _linear_layers(model, 1 if kind == "int8" else GROUP)
         made: dict[nn.Module, nn.Module] = {}
+        for parent, groups in same_inputs(model).items():
+            for names in groups:
+                group = [getattr(parent, name) for name in names]
+                if all(layer in layers for layer in group):
+                    made |= zip(group, parts(quantised(*group), group), strict=True)
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear) and child in layers:

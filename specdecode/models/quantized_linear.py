@@ -11,6 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdecode.backends.merged import joined_bias, joined_weight
+from specdecode.backends.row_attention import rows_of_text
+
 GROUP = 32
 """Inputs of a group of 4-bit weights: the weights from them to one output share a grid."""
 
@@ -22,6 +25,9 @@ _OUTPUTS = 16
 # In float16 activations are divided by this, and products multiplied: an integer then acts as a weight of at most 1.
 # Without it a real model exceeds 65,504, the largest float16 (SmolLM2-135M by a factor of 8).
 _FLOAT16_FACTOR = 128
+# Over at least this many rows of a text, a product with float32 weights is faster than PyTorch's kernel for 8-bit
+# weights, even if it is the only product with these weights in float32.
+_LEAST_TEXT = 64
 
 
 class Int8Linear(nn.Module):
@@ -31,19 +37,20 @@ class Int8Linear(nn.Module):
     the channel divided by 127.5, so the error is at most half a scale. It takes a byte a weight and 4 bytes a channel.
 
     On a CPU PyTorch's kernel (`torch._weight_int8pack_mm`) reads the integers as they are stored, and multiplies them
-    with activations in bfloat16: without AVX-512 it is many times slower in other types. On other devices, and in
-    float64, the integers are first converted to the type of the activations. Then only memory is saved, unless a
-    compiler fuses the conversion into the product.
+    with activations in bfloat16: without AVX-512 it is many times slower in other types. It is made for few rows. The
+    rows of a long text are multiplied in float32, apart from those that follow them, so that drafts change no result.
+    On other devices, and in float64, the integers are first converted to the type of the activations. Then only memory
+    is saved, unless a compiler fuses the conversion into the product.
 
     Args:
-        linear: the layer, with a weight [out, in] in floating point.
+        layers: the layer, with a weight [out, in] in floating point; or several with the same inputs, as one layer.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, *layers: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        weight = linear.weight.detach().float()
+        weight, self.bias = joined_weight(layers), joined_bias(layers)
+        self.out_features, self.in_features = weight.shape
+        weight = weight.float()
         scales = weight.abs().amax(1) / 127.5
         integers = (weight * (1 / scales.clamp_min(torch.finfo(scales.dtype).tiny))[:, None]).round().clamp(-128, 127)
         self.integers = nn.Parameter(integers.to(torch.int8), requires_grad=False)
@@ -54,14 +61,22 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
         rows = inputs.reshape(-1, self.in_features)
+        if rows.device.type != "cpu" or rows.dtype == torch.float64:
+            return _finish(self._converted(rows), inputs, self.bias)
+        text = rows_of_text(len(rows))
+        if text < _LEAST_TEXT:
+            return _finish(self._by_kernel(rows), inputs, self.bias)
+        products = [self._converted(rows[:text].float()), self._by_kernel(rows[text:])]
+        return _finish(torch.cat(products), inputs, self.bias)
+
+    def _by_kernel(self, rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
+        return torch._weight_int8pack_mm(rows.bfloat16(), self.integers, self.ones) * self.scales
+
+    def _converted(self, rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
         scales: Tensor = self.scales
-        if rows.device.type == "cpu" and rows.dtype != torch.float64:
-            product = torch._weight_int8pack_mm(rows.bfloat16(), self.integers, self.ones)
-        else:
-            if rows.dtype == torch.float16:
-                rows, scales = rows / _FLOAT16_FACTOR, scales * _FLOAT16_FACTOR
-            product = nn.functional.linear(rows, self.integers.to(rows.dtype))
-        return _finish(product * scales, inputs, self.bias)
+        if rows.dtype == torch.float16:
+            rows, scales = rows / _FLOAT16_FACTOR, scales * _FLOAT16_FACTOR
+        return nn.functional.linear(rows, self.integers.to(rows.dtype)) * scales
 
 
 class Int4Linear(nn.Module):
@@ -76,22 +91,23 @@ class Int4Linear(nn.Module):
     4 bytes: 5 bits a weight.
 
     Args:
-        linear: the layer, with a weight [out, in] on a CPU. The number of inputs is a multiple of `group`.
+        layers: the layer, with a weight [out, in] on a CPU; or several with the same inputs, as one layer. The number
+            of inputs is a multiple of `group`.
         group: inputs that share a grid, a multiple of 32.
     """
 
-    def __init__(self, linear: nn.Linear, group: int = GROUP) -> None:
+    def __init__(self, *layers: nn.Linear, group: int = GROUP) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        integers, least, step = on_grid(linear.weight.detach().float(), group)
+        weight, self.bias = joined_weight(layers), joined_bias(layers)
+        self.out_features, self.in_features = weight.shape
+        integers, least, step = on_grid(weight.float(), group)
         least, step = (part.repeat_interleave(group // GROUP, dim=1) for part in (least, step))
         missing = -self.out_features % _OUTPUTS
         integers, least, step = (nn.functional.pad(part, (0, 0, 0, missing)) for part in (integers, least, step))
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.contiguous(), 1)
         grids = torch.stack([step, least + _MIDDLE * step], dim=-1).transpose(0, 1).contiguous()  # [in / 32, out, 2]
         self.packed = nn.Parameter(packed, requires_grad=False)
-        kind = torch.float32 if linear.weight.dtype == torch.float64 else torch.bfloat16
+        kind = torch.float32 if weight.dtype == torch.float64 else torch.bfloat16
         self.grids = nn.Parameter(grids.to(kind), requires_grad=False)
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:

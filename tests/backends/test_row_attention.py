@@ -94,7 +94,7 @@ def test_a_tree_gives_the_logits_of_plain_decoding_to_the_last_bit(name: str, ki
 def test_rows_that_attend_together_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a comparison in which nothing rounds: PyTorch's attention over several rows fails it."""
     models = [target("llama", kind) for kind in ("int4", "exact")]
-    monkeypatch.setattr(lm_module, "separate_rows", lambda rows: nullcontext())
+    monkeypatch.setattr(lm_module, "separate_rows", lambda *rows: nullcontext())
     for model in models:
         assert off(model, DraftTree.chain(torch.arange(7, 19)))
 
@@ -105,7 +105,7 @@ def test_a_model_whose_rows_change_each_other_is_refused(monkeypatch: pytest.Mon
     """
     plain = LM(moved(build(quantisable("llama")), "cpu").bfloat16())
     with monkeypatch.context() as patch:
-        patch.setattr(lm_module, "separate_rows", lambda rows: nullcontext())
+        patch.setattr(lm_module, "separate_rows", lambda *rows: nullcontext())
         with pytest.raises(UnsupportedModelError, match="cannot run on the backend exact: beside other tokens"):
             plain.with_backend("exact")
     assert plain.with_backend("exact").backend.exact

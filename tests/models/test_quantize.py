@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from specdecode import (
     LM,
+    DraftTree,
     FixedK,
     Generation,
     ModelDrafter,
@@ -51,10 +52,11 @@ def alone(name: str, kind: str, policy: str = "keep-all") -> Generation:
     return generate(quantised(name, kind), prompt(), policy=POLICIES[policy], max_new_tokens=LENGTH)
 
 
-def linear_layers(model: nn.Module) -> list[nn.Linear]:
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the layers to quantise, in order, without a tied head."""
     embedding = model.get_input_embeddings()
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not embedding.weight]
+    named = model.named_modules()
+    return {name: m for name, m in named if isinstance(m, nn.Linear) and m.weight is not embedding.weight}
 
 
 def steps(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -70,7 +72,7 @@ def replaced(name: str, kind: str, by: Callable[[torch.Tensor, str], torch.Tenso
     """Return the unquantised model with other weights in place of the quantised ones."""
     model = build(quantisable(name))
     with torch.no_grad():
-        for layer in linear_layers(model):
+        for layer in linear_layers(model).values():
             layer.weight.copy_(by(layer.weight, kind))
     return model
 
@@ -114,8 +116,10 @@ def test_decoding_is_that_of_the_rounded_weights(name: str, kind: str) -> None:
 def test_the_error_is_of_the_size_of_its_bits(name: str, kind: str) -> None:
     """Guards against weights that were not quantised at all, and against fewer bits than stated."""
     full, error = build(quantisable(name)), 0.0
-    quantised_layers = [m for m in quantised(name, kind).model.modules() if isinstance(m, Int8Linear | Int4Linear)]
-    for layer, rough in zip(linear_layers(full), quantised_layers, strict=True):
+    rough_model = quantised(name, kind).model
+    assert any(isinstance(module, Int8Linear | Int4Linear) for module in rough_model.modules())
+    for path, layer in linear_layers(full).items():
+        rough = rough_model.get_submodule(path)
         off = rough(torch.eye(layer.in_features, dtype=torch.float64)).T
         off = (off if layer.bias is None else off - layer.bias[:, None]) - layer.weight
         share = off.abs() / steps(layer.weight, kind)
@@ -206,6 +210,34 @@ def test_drafts_are_accepted_and_rejected_and_the_weights_change_the_text(kind: 
     result = generate(quantised("llama", kind), prompt(), drafter=replayed, max_new_tokens=LENGTH)
     assert result.tokens == alone("llama", kind).tokens
     assert {step.accepted for step in result.steps} >= {0, 1, 2}
+
+
+@of_each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [20, 90])
+def test_what_follows_a_long_text_changes_no_bit(
+    kind: str, dtype: torch.dtype, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a fast product over a long text that rounds by the number of rows, against one that the tokens
+    behind the text take part in, and against a text that few-row kernels read row by row, which takes far longer.
+    """
+    target = LM(build(quantisable("llama") | {"tie_word_embeddings": False}).to(dtype)).quantized(kind)
+    text, chain = list(prompt(length)), DraftTree.chain(torch.tensor([7, 11, 13, 17, 19]))
+    rows: list[int] = []
+    kernel = torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, *others: (rows.append(len(x)), kernel(x, *others))[1])
+
+    def logits_behind(read_before: int, drafted: DraftTree) -> torch.Tensor:
+        slots = target.new_slots(128)
+        if read_before:
+            target.forward(slots, torch.tensor(text[:read_before]), rows=0)
+        return target.forward_tree(slots, text[read_before:], drafted)
+
+    together = logits_behind(0, chain)
+    assert torch.equal(logits_behind(0, DraftTree.empty())[0], together[0])
+    assert torch.equal(logits_behind(length - 1, chain), together)
+    if kind == "int8":
+        assert max(rows) == (length - 1 + 6 if length == 20 else 6)
 
 
 @of_each_kind
