@@ -17,7 +17,8 @@ from pathlib import Path
 
 from perf.neighbour import neighbour
 from perf.verdicts import verdict_table
-from specdecode.bench.gate.baselines import bless
+from specdecode.bench.gate.baselines import bless, ever_sees
+from specdecode.bench.runs.file import read
 from specdecode.cli.output import say
 from specdecode.support.git import git
 
@@ -110,7 +111,11 @@ def main() -> None:
             git("-c", "user.name=trials", "-c", "user.email=trials@example.org", *command, root=folder)
         if not side_by_side:
             session(folder, 0.0, f"--until={options.slowdown / 2}", *limits[1:])
-            say(f"baseline: {bless([folder / 'run.json'], folder / 'baselines', 'equal')}")
+            say(f"the baseline sees slowdowns from {ever_sees(read(folder / 'run.json')):.1%}")
+            try:
+                bless([folder / "run.json"], folder / "baselines", "equal")
+            except ValueError as error:
+                raise SystemExit(str(error)) from None
         for label, slower, count in (
             ("equal", 0.0, options.runs[0]),
             (f"{options.slowdown:.0%} slower", options.slowdown, options.runs[1]),
