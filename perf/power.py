@@ -82,26 +82,20 @@ class Session:
         others: number of other arms; the last one is the observed arm.
         slower: slowdown of the observed arm, as a share of its time.
         again: the most time for measuring disturbed runs again, as a share of the rest.
-        run: stretches of the trace in a run of `ar`.
 
     Attributes:
         logs: logarithms of the observed arm's speedups, one for each block.
         noise: logarithms of the reference arm's speedups over itself.
     """
 
-    def __init__(self, machine: Machine, others: int, slower: float, again: float, run: int = RUN) -> None:
+    def __init__(self, machine: Machine, others: int, slower: float, again: float) -> None:
         self.logs: list[float] = []
         self.noise: list[float] = []
-        self._machine, self._run, self._started = machine, run, machine.clock()
-        self._pauses = random.Random(self._started)
+        self._machine = machine
+        self._pauses = random.Random(machine.clock())
         self._steady = Steady(bound=again, watch=machine.watch, clock=machine.clock)
         self._costs = [0.5 + 0.7 * arm / others for arm in range(others)]
         self._costs[-1] *= 1 + slower
-
-    @property
-    def minutes(self) -> float:
-        """The minutes since the session began."""
-        return (self._machine.clock() - self._started) / 60
 
     def measure(self, blocks: int) -> None:
         """Simulate further blocks."""
@@ -127,7 +121,54 @@ class Session:
         )
 
     def _log_s(self, cost: float) -> float:
-        return math.log(self._steady.measure(partial(self._machine.work, cost * self._run)).value)
+        return math.log(self._steady.measure(partial(self._machine.work, cost * RUN)).value)
+
+
+class SessionInTurns:
+    """A simulated session with `--until`: blocks of `ar` and one arm, each of which takes turns with plain decoding.
+
+    Args:
+        machine: the replayed machine.
+        slower: slowdown of the arm, as a share of its time.
+        again: the most time for measuring disturbed runs again, as a share of the rest.
+
+    Attributes:
+        logs, noise: as of `Session`.
+    """
+
+    def __init__(self, machine: Machine, slower: float, again: float) -> None:
+        self.logs: list[float] = []
+        self.noise: list[float] = []
+        self._machine, self._cost, self._started = machine, 1 + slower, machine.clock()
+        self._pauses = random.Random(self._started)
+        self._interleaver = Interleaver(Steady(bound=again, watch=machine.watch, clock=machine.clock))
+
+    @property
+    def minutes(self) -> float:
+        """The minutes since the session began."""
+        return (self._machine.clock() - self._started) / 60
+
+    def measure(self) -> None:
+        """Simulate a block of each prompt."""
+        for _ in range(PROMPTS):
+            self._machine.work(self._pauses.uniform(0, RUN))
+            self.noise.append(self._log_speedup(1.0))
+            self.logs.append(self._log_speedup(self._cost))
+
+    def _log_speedup(self, cost: float) -> float:
+        def start() -> tuple[SlicedRun, SlicedRun]:
+            return sliced(self._machine, cost, SHORT_RUN), sliced(self._machine, 1.0, SHORT_RUN)
+
+        return self._interleaver.measure(start, True).log_ratio
+
+
+def sliced(machine: Machine, cost: float, stretches: int) -> SlicedRun:
+    """Return a run of some stretches that waits after each of them."""
+    seconds = [machine.work(cost)]
+    while len(seconds) < stretches:
+        yield
+        seconds.append(machine.work(cost))
+    return Run([0], sum(seconds), seconds[0], Counts(steps=1)), seconds
 
 
 Compared = tuple[list[float], float]
@@ -136,21 +177,14 @@ Compared = tuple[list[float], float]
 
 def by_baseline(trace: Trace, seed: int, others: int, blocks: int, slower: float, again: float = 1.0) -> Compared:
     """Simulate a session and its baseline, which begin at different moments of the trace."""
-    new, old = _sessions(trace, seed, others, slower, again)
+    new = Session(Machine(trace, 2 * seed), others, slower, again)
+    old = Session(Machine(trace, 2 * seed + 1), others, 0.0, again)
     new.measure(blocks)
     old.measure(blocks)
     return [now - was for now, was in zip(new.logs, old.logs, strict=True)], _floor(new, old)
 
 
-def _sessions(
-    trace: Trace, seed: int, others: int, slower: float, again: float, run: int = RUN
-) -> tuple[Session, Session]:
-    """Return a session of slower code and one of its baseline, before their first block."""
-    new = Session(Machine(trace, 2 * seed), others, slower, again, run)
-    return new, Session(Machine(trace, 2 * seed + 1), others, 0.0, again, run)
-
-
-def _floor(new: Session, old: Session) -> float:
+def _floor(new: Session | SessionInTurns, old: Session | SessionInTurns) -> float:
     return math.hypot(noise_floor(new.noise), noise_floor(old.noise))
 
 
@@ -162,14 +196,15 @@ def until_decided(
     Returns:
         The verdict, and the minutes of the session.
     """
-    new, old = _sessions(trace, seed, 1, slower, again, SHORT_RUN)
+    new = SessionInTurns(Machine(trace, 2 * seed), slower, again)
+    old = SessionInTurns(Machine(trace, 2 * seed + 1), 0.0, again)
     while old.minutes < BUDGET_MINUTES:
-        old.measure(PROMPTS)
+        old.measure()
         floor = noise_floor(old.noise)
         if detectable_slowdown(Estimate(1.0, math.exp(-floor), math.exp(floor)), tolerance) <= aim / 2:
             break
     for look in itertools.count(1):
-        new.measure(PROMPTS)
+        new.measure()
         repeats = min(look, len(old.logs) // PROMPTS)
         now, was = (_averaged(session.logs, repeats) for session in (new, old))
         last = new.minutes > BUDGET_MINUTES
@@ -193,11 +228,7 @@ def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: floa
     interleaver = Interleaver(Steady(bound=again, watch=machine.watch, clock=machine.clock))
 
     def run(cost: float) -> SlicedRun:
-        seconds = [machine.work(cost)]
-        while len(seconds) < RUN:
-            yield
-            seconds.append(machine.work(cost))
-        return Run([0], sum(seconds), seconds[0], Counts(steps=1)), seconds
+        return sliced(machine, cost, RUN)
 
     logs, noise = [], []
     for block in range(blocks):

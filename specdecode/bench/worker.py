@@ -21,10 +21,10 @@ from specdecode.bench.arms.callables import ArmError, ModelNames, below
 from specdecode.bench.arms.models import Models, load_models
 from specdecode.bench.arms.slices import sliced
 from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
-from specdecode.bench.measure.block import timed
 from specdecode.bench.measure.check import check
 from specdecode.bench.measure.counters import counters_run
 from specdecode.bench.measure.header import run_versions
+from specdecode.bench.measure.timed import timed
 from specdecode.bench.measure.versions import PROTOCOL
 from specdecode.bench.runs.counts import as_dict
 from specdecode.core.errors import SpecDecodeError

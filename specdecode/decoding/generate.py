@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -73,14 +73,34 @@ def generate(
         sequence = SequenceState(
             Request(target, prompt, drafter, controller, policy, sampling, max_new_tokens, stops, logprobs, on_step)
         )
-        # The forward of the first step reads the rest of the prompt, so that a short prompt needs no extra forward.
-        sequence.prefill(but=PREFILL_CHUNK)
-        while not sequence.finished:
-            tree = sequence.propose()
-            forward_started = time.perf_counter()
-            logits = target.forward_tree(sequence.slots, sequence.pending, tree)
-            sequence.commit(tree, logits, forward_started)
+        for _ in _steps(target, sequence):
+            pass
         return sequence.result
+
+
+def plain_steps(
+    target: LM, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int] = ()
+) -> Iterator[int]:
+    """Continue a prompt by plain greedy decoding, as `generate` does. After each step yield the number of new tokens.
+
+    Other runs may come between two steps if they record nothing on the target (`LM.recording_for`).
+    """
+    stops = stops_of(target, stop_token_ids, ())
+    sequence = SequenceState(Request(target, prompt, max_new_tokens=max_new_tokens, stops=stops))
+    for _ in _steps(target, sequence):
+        yield len(sequence.result.tokens)
+
+
+def _steps(target: LM, sequence: SequenceState) -> Iterator[None]:
+    """Decode a sequence to its end, and yield after each step."""
+    # The forward of the first step reads the rest of the prompt, so that a short prompt needs no extra forward.
+    sequence.prefill(but=PREFILL_CHUNK)
+    while not sequence.finished:
+        tree = sequence.propose()
+        forward_started = time.perf_counter()
+        logits = target.forward_tree(sequence.slots, sequence.pending, tree)
+        sequence.commit(tree, logits, forward_started)
+        yield
 
 
 @torch.inference_mode()

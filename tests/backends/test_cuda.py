@@ -32,8 +32,8 @@ from specdecode import (
 from specdecode.backends import prepare
 from specdecode.backends.graph import CudaGraphs
 from specdecode.bench.arms.arm import make_arm
-from specdecode.bench.measure.block import timed
 from specdecode.bench.measure.counters import host_reads
+from specdecode.bench.measure.timed import timed
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.drafters.base import Drafter

@@ -152,6 +152,21 @@ def test_a_strict_gate_asks_for_a_baseline(model: str) -> None:
     assert done.stdout.count("NO_BASELINE: lookup") >= 2
 
 
+def test_until_lets_arms_take_turns_with_plain_decoding(model: str, tmp_path: Path) -> None:
+    """Guards against `--until` that compares whole runs, and against a run that takes turns without saying so."""
+    file, until = tmp_path / "run.json", ("--until=50%", "--budget-minutes=0.02")
+    arguments = ("--prompts", "prose@40:2", "--max-new-tokens", "6", f"--benchmark-json={file}")
+    done = run_pytest(*one_arm(model), *arguments, *until)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = read_run(file)
+    assert run.header.versions["turns"] == "steps"
+    assert run.arms["lookup"].rows
+    assert run.header.floor > 0
+    done = run_pytest(*one_arm(model), *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "turns" not in read_run(file).header.versions
+
+
 def test_a_wrong_output_fails_its_arm(model: str, tmp_path: Path) -> None:
     """Guards against a suite that times an arm and does not check its output."""
     fault = tmp_path / "fault.py"

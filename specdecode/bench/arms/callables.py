@@ -154,7 +154,7 @@ def callable_run(
                 came = _came_at(steps[-1], came, now)
                 waited = 0.0 if Slices.current is None else Slices.current.waited_before(started + came)
                 times.append(came - waited)
-                end_step()
+                end_step(steps[-1].tokens)
 
         with _arm_errors(spec):
             with _limit(spec.limit_s or LIMIT_S):

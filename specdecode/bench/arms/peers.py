@@ -140,7 +140,7 @@ class _Clock(BaseStreamer):
         self.times.append(own_s())
         self.written.append(self.written[-1] + value.numel() if self.written else 0)
         if len(self.times) > 1:
-            end_step()
+            end_step(value.flatten())
 
     def end(self) -> None:
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -27,8 +27,9 @@ class Slices:
 
     Attributes:
         current: the slices of the run in this process; None if it runs without a pause.
-        waited_s: seconds of all waits of this process so far.
+        waited_s: seconds of all waits of this process so far, without captures of CUDA graphs.
         seconds: seconds of each finished slice.
+        tokens: number of tokens of the finished steps, as far as the arm counts them.
     """
 
     current: ClassVar[Slices | None] = None
@@ -41,20 +42,22 @@ class Slices:
     def begin(self, device: torch.device) -> None:
         """Begin the first slice of a run on a device."""
         self.seconds: list[float] = []
+        self.tokens = 0
         self._device, self._left, self._started = device, 1, own_s()
         self._waits: list[tuple[float, float]] = []
 
-    def end_step(self) -> None:
-        """Count a step. If it is the last one of the slice, end the slice, and wait."""
+    def end_step(self, tokens: int) -> None:
+        """Count a step and its tokens. If it is the last step of the slice, end the slice, and wait."""
+        self.tokens += tokens
         self._left -= 1
         if self._left:
             return
         self.end()
-        before = time.perf_counter()
+        before, captured = time.perf_counter(), CudaGraphs.seconds
         with _stopped_timer():
             self._wait()
         after = time.perf_counter()
-        Slices.waited_s += after - before
+        Slices.waited_s += after - before - (CudaGraphs.seconds - captured)
         self._waits.append((after, after - before))
         self._left, self._started = self._steps, own_s()
 
@@ -83,10 +86,10 @@ def own_s() -> float:
     return time.perf_counter() - Slices.waited_s - CudaGraphs.seconds
 
 
-def end_step(*_: Any) -> None:
-    """Tell the slices of the run, if there are any, that a step has ended."""
+def end_step(tokens: Sized = ()) -> None:
+    """Tell the slices of the run, if there are any, that a step with these tokens has ended."""
     if Slices.current is not None:
-        Slices.current.end_step()
+        Slices.current.end_step(len(tokens))
 
 
 def timed_call(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:

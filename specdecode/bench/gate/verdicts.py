@@ -156,9 +156,12 @@ def judge(
 
 
 def judges_times(judgements: Collection[Judgement]) -> bool:
-    """Return whether the time of any arm is judged: not without a baseline, or by one of other hardware."""
+    """Return whether the time of any arm is judged: not without a baseline, or by one whose times are not
+    comparable."""
     unjudged = (Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE, Verdict.NOT_JUDGED)
-    return any(judged.gate == "time" and judged.verdict not in unjudged for judged in judgements)
+    times = [judged for judged in judgements if judged.gate == "time"]
+    incomparable = {judged.arm for judged in times if judged.verdict is Verdict.INCONCLUSIVE and judged.change is None}
+    return any(judged.verdict not in unjudged and judged.arm not in incomparable for judged in times)
 
 
 def open_arms(judgements: Collection[Judgement], until: float) -> set[str]:
@@ -206,7 +209,7 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
     if theirs != ours:
         reason = f"the baseline is from {theirs} and this run from {ours}: their times are not comparable"
         return Judgement(arm, "time", Verdict.WRONG_HARDWARE, reason)
-    if other := _other_backend(new, old):
+    if other := _other_backend(new, old) or _other_turns(new, old):
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, f"{other}: their times are not comparable")
     over = yardstick(arm, new)
     if over == PEER_BASELINE and over not in new.arms:
@@ -244,6 +247,14 @@ def _other_backend(new: RunFile, old: RunFile) -> str | None:
     """Return a clause that names the backends of the target's forwards, if they differ."""
     ours, theirs = backend(new), backend(old)
     return None if ours == theirs else f"the baseline ran on the backend {theirs} and this run on {ours}"
+
+
+def _other_turns(new: RunFile, old: RunFile) -> str | None:
+    """Return a clause on what took turns with the reference arm, if it differs."""
+    ours, theirs = ("steps" if "turns" in run.header.versions else "whole runs" for run in (new, old))
+    if ours == theirs:
+        return None
+    return f"in the baseline {theirs} took turns with the reference arm and in this run {ours}, as with --until"
 
 
 def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) -> Blame | None:

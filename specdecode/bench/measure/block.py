@@ -12,20 +12,18 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar, get_args
 
-from specdecode.backends.graph import CudaGraphs
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import Check, check
 from specdecode.bench.measure.output_stats import own_losses, with_output_stats
 from specdecode.bench.measure.steady import Steady
+from specdecode.bench.measure.timed import timed
+from specdecode.bench.measure.turns import Turns
 from specdecode.bench.runs.names import BASELINE
 from specdecode.bench.runs.statistics import NOISE_OF_TWO
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
-
-# The most runs for one timing if they capture CUDA graphs. Drafts that follow the clock may need new shapes each time.
-_MOST_CAPTURING_RUNS = 3
 
 T = TypeVar("T")
 
@@ -151,6 +149,7 @@ def measure_block(
     baseline: str = BASELINE,
     steady: Steady | None = None,
     parts: int = 2,
+    turns: Turns | None = None,
 ) -> Block:
     """Measure the arms, reference arms included, on one prompt.
 
@@ -167,12 +166,14 @@ def measure_block(
         baseline: the reference arm of arms that name no other. Its failure is raised.
         steady: measures disturbed runs again, and remembers earlier blocks; a new one if None.
         parts: number of parts of the other arms, with runs of the reference arm between; fewer if there are fewer arms.
+        turns: measures each run in turns with the reference arm, which then runs apart only once; None to compare whole
+            runs.
     """
     baselines = baselines_of(arms, baseline)
     others = [arm for arm in arms if arm not in baselines]
     order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
     tell(f"expected outputs on {prompt}")
-    runs = _Runs(arms, baselines, text, max_new_tokens, steady or Steady(), failures)
+    runs = _Runs(arms, baselines, text, max_new_tokens, steady or Steady(), failures, turns)
 
     def run(arm: Arm, into: dict[str, Run]) -> None:
         tell(f"{arm.name} on {prompt}")
@@ -180,13 +181,13 @@ def measure_block(
 
     for arm in baselines:
         run(arm, runs.first)
-    for part in parted(order, parts):
+    for part in parted(order, 1 if turns else parts):
         if part[0] is not order[0]:
             runs.run(baselines[0], {})
         for arm in part:
             run(arm, runs.first)
     for arm in reversed(baselines):
-        if arm.name in runs.first:
+        if arm.name in runs.first and arm.name not in runs.last:
             run(arm, runs.last)
         if arm.name not in runs.last:
             runs.first.pop(arm.name, None)
@@ -198,7 +199,7 @@ def measure_block(
         for tokens in {tuple(runs.first[name].tokens) for name in checks}
     }
     first = {name: with_output_stats(runs.first[name], losses[tuple(runs.first[name].tokens)]) for name in checks}
-    return Block(prompt, repeat, first, runs.last, checks, _middle(runs.beats))
+    return Block(prompt, repeat, first, runs.last, checks, runs.beats[0] if turns else _middle(runs.beats))
 
 
 class _Runs:
@@ -211,6 +212,7 @@ class _Runs:
         length: length of every output.
         steady: measures disturbed runs again.
         failures: error messages of failed arms from code are added here; if None, the first failure is raised.
+        turns: measures runs in turns with the reference arm; None for whole runs.
 
     Attributes:
         first, last: first and last runs, by arm.
@@ -225,12 +227,13 @@ class _Runs:
         length: int,
         steady: Steady,
         failures: dict[str, str] | None,
+        turns: Turns | None,
     ) -> None:
         self.first: dict[str, Run] = {}
         self.last: dict[str, Run] = {}
         self.beats: list[Run] = []
         self._arms, self._baseline, self._text, self._length = arms, baselines[0].name, text, length
-        self._steady, self._failures = steady, failures
+        self._steady, self._failures, self._turns = steady, failures, turns
         # For each run of another arm: the dictionary with it, the arm, and the number of `beats` before it.
         self._places: list[tuple[dict[str, Run], str, int]] = []
         # Untimed runs, so that no timed run is the first with the prompt's shapes. Lossy arms need the whole output.
@@ -246,6 +249,14 @@ class _Runs:
         is_baseline = arm.name == self._baseline
         with noted(arm, None if is_baseline else self._failures):
             expected = self._expected(arm)
+            if self._turns is not None:
+                turn = self._turns.measure(arm, self._text, self._length, expected)
+                into[arm.name] = turn.run
+                if is_baseline:
+                    self.beats.append(turn.run)
+                    # What takes turns with the reference arm is the reference arm once more.
+                    self.last[arm.name] = replace(turn.run, total_s=turn.plain_s, beside_s=None, tries=1)
+                return
             run = into[arm.name] = steady_run(self._steady, lambda: timed(arm, self._text, self._length, expected))
             if is_baseline:
                 self.beats.append(run)
@@ -326,23 +337,3 @@ def steady_run(steady: Steady, once: Callable[[], Run]) -> Run:
     """Measure a run, and measure it again if other work disturbs it. Store the number of tries in it."""
     kept = steady.measure(once)
     return replace(kept.value, tries=kept.tries, disturbed=kept.disturbed)
-
-
-def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-    """Return one timed run of the arm, with garbage collected before it and not during it.
-
-    A run that captures CUDA graphs is repeated, because the next run replays them. The next collection skips all
-    objects that are in use now, until `gc.unfreeze`: it takes a tenth of a second or more for those of PyTorch alone.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        for _ in range(_MOST_CAPTURING_RUNS):
-            before = CudaGraphs.count
-            run = arm.run(prompt, length, expected)
-            if CudaGraphs.count == before:
-                break
-        return run
-    finally:
-        gc.enable()

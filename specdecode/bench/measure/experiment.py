@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
@@ -12,6 +13,7 @@ from specdecode.bench.measure.block import Block, baselines_of, closing, measure
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.drift import Drift
 from specdecode.bench.measure.steady import Steady
+from specdecode.bench.measure.turns import Turns
 from specdecode.bench.measure.until import Until, rounds
 from specdecode.bench.runs.counts import RowCounts, RowSeconds, all_latencies, as_dict, total, total_histograms
 from specdecode.bench.runs.measures import CountersRun
@@ -32,6 +34,7 @@ class Results:
         counters_runs: results of the counters runs, by arm.
         failures: error messages of arms from code that failed, by arm. A failed arm is not run again.
         baseline: the reference arm of arms that name no other.
+        in_turns: whether each run took turns with the reference arm.
     """
 
     arms: list[Arm]
@@ -39,6 +42,7 @@ class Results:
     counters_runs: dict[str, CountersRun]
     failures: dict[str, str] = field(default_factory=dict)
     baseline: str = BASELINE
+    in_turns: bool = False
 
     @property
     def floor(self) -> float:
@@ -156,6 +160,7 @@ def experiment(
     baseline: str = BASELINE,
     until: Until[Results] | None = None,
     again: float = 1.0,
+    in_turns: bool = False,
 ) -> Results:
     """Measure the arms against their reference arms.
 
@@ -172,12 +177,13 @@ def experiment(
         baseline: the reference arm of arms that name no other.
         until: chooses the arms of further repeats, and when to stop; None for no further repeats.
         again: the most time for measuring disturbed runs again, as a share of the rest.
+        in_turns: whether each run takes turns with the reference arm. `turns.reason_against` must give no reason.
 
     Raises:
         ArmError: the reference arm is an arm from code, and does not decode.
     """
     known = {(block.prompt, block.repeat): block for block in finished}
-    results = Results(list(arms), [], {}, {}, baseline)
+    results = Results(list(arms), [], {}, {}, baseline, in_turns)
     drift = Drift()
     # Beside the arms' runs, there is one for the expected outputs: before the counters runs, and in each block.
     done, total, still_open = 0, 1 + len(arms) + len(_early_servers(arms)), ""
@@ -189,12 +195,14 @@ def experiment(
 
     warm = next(iter(prompts))
     with closing(arms, results.failures):
-        total += repeats * len(prompts) * (1 + len(arms) + len(baselines_of(arms, baseline)))
+        total += repeats * len(prompts) * _runs_of_block(arms, baseline, in_turns)
         total -= sum(1 + len(block.runs) + len(block.last) for block in finished)
         target = named(arms, baseline).target
         ranks = Ranks() if target is None else target.ranks
         _warm_up(results, ranks, warm, prompts[warm], min(max_new_tokens, COUNTERS_RUN_TOKENS), tell)
         steady = Steady(_workers(arms), None if target is None else target.device, again, agreed=ranks.agreed)
+        turns = Turns(named(arms, baseline), steady) if in_turns else None
+        rules: dict[str, Any] = {"tell": tell, "failures": results.failures, "steady": steady, "turns": turns}
         everything = [arm.name for arm in arms]
         for prompt, repeat, chosen in rounds(results, prompts, repeats, everything, until):
             block = known.get((prompt, repeat))
@@ -202,26 +210,20 @@ def experiment(
                 working = _working(results, chosen)
                 if repeat >= repeats:
                     still_open = f"; still open: {', '.join(chosen)}"
-                    total += 1 + len(working) + len(baselines_of(working, baseline))
-                block = measure_block(
-                    working,
-                    prompt,
-                    prompts[prompt],
-                    max_new_tokens,
-                    repeat,
-                    seed,
-                    tell,
-                    results.failures,
-                    baseline,
-                    steady,
-                    drift.parts,
-                )
+                    total += _runs_of_block(working, baseline, in_turns)
+                rules |= {"baseline": baseline, "parts": drift.parts}
+                block = measure_block(working, prompt, prompts[prompt], max_new_tokens, repeat, seed, **rules)
             results.blocks.append(block)
             if (prompt, repeat) not in known:
                 keep(results)
             drift.add(*block.drift(baseline))
     progress(total, total, "done")
     return results
+
+
+def _runs_of_block(arms: Sequence[Arm], baseline: str, in_turns: bool) -> int:
+    """Return the number of runs of a block, with the one for the expected output."""
+    return 1 + len(arms) + (0 if in_turns else len(baselines_of(arms, baseline)))
 
 
 def _early_servers(arms: Sequence[Arm]) -> list[Arm]:

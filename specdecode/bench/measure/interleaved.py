@@ -7,10 +7,13 @@ import statistics
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
-from specdecode.bench.measure.steady import Steady, usual
+from specdecode.bench.measure.steady import Steadied, Steady, usual
+
+T = TypeVar("T")
 
 SLICE_S = 0.1
 """Seconds of a slice, if each of its steps commits one token. A slice has at least one step. The machine's speed
@@ -49,23 +52,57 @@ class Pair:
 
 
 @dataclass(slots=True)
-class Interleaver:
-    """A measurer of pairs. It leaves out disturbed slices, and measures a pair again if most slices are disturbed.
+class SteadySlices:
+    """The rules for disturbed slices. They are left out; a run with mostly disturbed slices is measured again.
 
-    The rules do not look at times, and a slice counts for both versions or for none. So they favour no version.
+    The rules do not look at times, and a slice counts for both sides or for none. So they favour no side.
 
     Attributes:
         steady: the rule for disturbed runs, and the watch over other work.
-        shares: share of the processors' time that other work used, for each slice of both versions so far.
+        shares: share of the processors' time that other work used, for each slice of both sides so far.
     """
 
     steady: Steady
     shares: list[float] = field(default_factory=list)
     _taken: float = 0.0
-    _pairs: Steady = field(init=False)
+    _runs: Steady = field(init=False)
 
     def __post_init__(self) -> None:
-        self._pairs = replace(self.steady, watch=lambda: lambda: self._taken, shares=[])
+        self._runs = replace(self.steady, watch=lambda: lambda: self._taken, shares=[])
+
+    def measure(self, once: Callable[[], T]) -> Steadied[T]:
+        """Return the least disturbed of several runs in slices. Each must call `compared` or `compare_all`."""
+        return self._runs.measure(once)
+
+    def compared(self, taken: Sequence[float]) -> list[int]:
+        """Return the numbers of the slices that are compared, given the share of other work during each."""
+        self.shares += taken
+        most = usual(self.shares) + MARGIN
+        kept = [place for place, share in enumerate(taken) if share <= most]
+        self._taken = 0.0
+        if 2 * len(kept) < len(taken):
+            self._taken, kept = statistics.median(taken), list(range(len(taken)))
+        return kept
+
+    def compare_all(self, taken: Sequence[float]) -> None:
+        """Note the shares of a run whose slices cannot be compared one by one."""
+        self.shares += taken
+        self._taken = statistics.fmean(taken)
+
+
+@dataclass(slots=True)
+class Interleaver:
+    """A measurer of pairs.
+
+    Attributes:
+        steady: the rule for disturbed runs, and the watch over other work.
+    """
+
+    steady: Steady
+    _slices: SteadySlices = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._slices = SteadySlices(self.steady)
 
     def measure(self, start: Callable[[], tuple[SlicedRun, SlicedRun]], new_first: bool) -> Pair:
         """Return the least disturbed try of a pair.
@@ -77,7 +114,7 @@ class Interleaver:
         Raises:
             ArmError: an arm from code does not decode in one of the versions.
         """
-        kept = self._pairs.measure(lambda: self._once(*start(), new_first))
+        kept = self._slices.measure(lambda: self._once(*start(), new_first))
         new, old = (
             replace(run, tries=kept.tries, disturbed=kept.disturbed) for run in (kept.value.new, kept.value.old)
         )
@@ -102,19 +139,15 @@ class Interleaver:
         return self._pair(*results[new], *results[old], taken)
 
     def _pair(self, new: Run, new_s: list[float], old: Run, old_s: list[float], taken: list[float]) -> Pair:
-        self.shares += taken
         if not len(new_s) == len(old_s) == len(taken):
-            self._taken = statistics.fmean(taken)
+            self._slices.compare_all(taken)
             return Pair(new, old, (new.total_s, old.total_s))
-        most = usual(self.shares) + MARGIN
-        kept = [place for place, share in enumerate(taken) if share <= most]
-        self._taken = 0.0
-        if 2 * len(kept) < len(taken):
-            self._taken, kept = statistics.median(taken), list(range(len(taken)))
-        return Pair(new, old, (_sum(new_s, kept), _sum(old_s, kept)), len(taken), len(taken) - len(kept))
+        kept = self._slices.compared(taken)
+        return Pair(new, old, (summed(new_s, kept), summed(old_s, kept)), len(taken), len(taken) - len(kept))
 
 
-def _sum(seconds: Sequence[float], places: Sequence[int]) -> float:
+def summed(seconds: Sequence[float], places: Sequence[int]) -> float:
+    """Return the seconds of some slices."""
     return sum(seconds[place] for place in places)
 
 

@@ -20,6 +20,7 @@ from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.measure.journal import Journal, code
 from specdecode.bench.measure.side_by_side import SideBySide, measure_side_by_side
+from specdecode.bench.measure.turns import reason_against
 from specdecode.bench.measure.until import Until
 from specdecode.bench.measure.versions import Versions, WorkerProcess, dependencies, versions
 from specdecode.bench.plan import Plan
@@ -94,7 +95,8 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     prompts, origins = token_prompts(plan.preset.prompts, models.encoder)
     stop_token_ids = _stop_token_ids(plan, models.target)
     arms = [models.arm(arm, entry, plan.preset.lengths, stop_token_ids) for arm, entry in entries.items()]
-    versions = run_versions(plan.identity.target, models.backend_name)
+    in_turns = _in_turns(plan, arms, ranks)
+    versions = run_versions(plan.identity.target, models.backend_name) | ({"turns": "steps"} if in_turns else {})
     if ranks.count > 1:
         versions["processes"] = ranks.count
     same = _what_must_be_the_same(plan, prompts, stop_token_ids, arms) | {"arms": entries, "versions": versions}
@@ -147,6 +149,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             baseline=plan.preset.baseline,
             until=until,
             again=plan.again,
+            in_turns=in_turns,
         )
     # The header has conditions and times of one process, so all processes use the first one's.
     run = ranks.agreed(run_of(results, until is not None and until.budget_spent))
@@ -160,6 +163,13 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         judgements=_judge(plan, run),
         journal=journal,
     )
+
+
+def _in_turns(plan: Plan, arms: Sequence[Arm], ranks: Ranks) -> bool:
+    """Return whether each run takes turns with the reference arm: where verdicts are to be as sharp as `--until` asks,
+    if all arms can."""
+    alone = ranks.count == 1 and not plan.preset.lengths
+    return plan.until is not None and alone and reason_against(arms, plan.preset.baseline) is None
 
 
 def _what_must_be_the_same(

@@ -108,7 +108,7 @@ def test_a_pause_does_not_use_up_the_time_limit() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         with sliced(1, lambda: time.sleep(0.3)) as slices:
-            slices.end_step()
+            slices.end_step(1)
         assert not rang
         time.sleep(0.3)
         assert rang

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from specdecode.bench.gate.baselines import bless, ever_sees, find
-from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge, judges_times
+from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict, judge, judges_times, open_arms
 from specdecode.bench.runs.counts import Histograms, RowCounts, RowSeconds
 from specdecode.bench.runs.file import read, run_json
 from specdecode.bench.runs.measures import CountersRun
@@ -252,6 +252,24 @@ def test_another_backend_is_compared_by_what_does_not_depend_on_it(judged: Any) 
     assert "weight_bytes" in regressed.reason
     assert "attended_bytes_per_step" in regressed.reason
     assert judged(new, old)["linear", "time"].verdict is Verdict.REGRESSED
+
+
+def test_times_in_turns_are_judged_by_times_in_turns_alone(judged: Any) -> None:
+    """Guards against a false regression where one run compared whole runs and the other one took turns step by step,
+    against `--until` that leaves such a run too noisy to become a baseline, and against counters that are not judged.
+    """
+    new, old = content({"linear": 1.0}), content({"linear": 2.0})
+    new["specdecode"]["versions"]["turns"] = "steps"
+    for run, other, turns in ((new, old, "whole runs took turns"), (old, new, "steps took turns")):
+        verdicts = judged(run, other)
+        assert verdicts["linear", "time"].verdict is Verdict.INCONCLUSIVE
+        assert f"in the baseline {turns}" in verdicts["linear", "time"].reason
+        assert verdicts["linear", "counters"].verdict is Verdict.PASS
+        assert not judges_times(verdicts.values())
+        assert not open_arms(verdicts.values(), 0.05)
+    old["specdecode"]["versions"]["turns"] = "steps"
+    assert judged(new, old)["linear", "time"].verdict is Verdict.REGRESSED
+    assert judges_times(judged(new, old).values())
 
 
 def test_the_settings_of_the_gate() -> None:

@@ -86,7 +86,7 @@ def test_a_pair_whose_slices_are_mostly_disturbed_is_measured_again() -> None:
         return machine.run("new", slow, slow, slow), machine.run("old", 1, 1, 1)
 
     machine.interleaver.measure(start, True)
-    machine.steady.bound = machine.interleaver._pairs.bound = 10.0
+    machine.steady.bound = machine.interleaver._slices._runs.bound = 10.0
     pair = machine.interleaver.measure(start, True)
     assert (pair.new.tries, pair.new.disturbed) == (4, True)
     assert pair.new.total_s == 9.0

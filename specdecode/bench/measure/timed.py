@@ -1,0 +1,41 @@
+"""Timed runs of an arm, undisturbed by this process's own work."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from specdecode.backends.graph import CudaGraphs
+from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.run import Run
+
+# The most runs for one timing if they capture CUDA graphs. Drafts that follow the clock may need new shapes each time.
+_MOST_CAPTURING_RUNS = 3
+
+T = TypeVar("T")
+
+
+def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+    """Return one timed run of an arm; see `timed_by`."""
+    return timed_by(lambda: arm.run(prompt, length, expected))
+
+
+def timed_by(once: Callable[[], T]) -> T:
+    """Return the result of a timed run, with garbage collected before it and not during it.
+
+    A run that captures CUDA graphs is repeated, because the next run replays them. The next collection skips all
+    objects that are in use now, until `gc.unfreeze`: it takes a tenth of a second or more for those of PyTorch alone.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for _ in range(_MOST_CAPTURING_RUNS):
+            before = CudaGraphs.count
+            result = once()
+            if CudaGraphs.count == before:
+                break
+        return result
+    finally:
+        gc.enable()
