@@ -56,8 +56,8 @@ def check(kind: str, device: torch.device) -> None:
 def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = lambda value: value) -> Backend:
     """Transform a model in place for a backend.
 
-    With every backend but "eager", heads that share keys attend without copying them (see
-    `backends.grouped_attention`). A model with layers on several devices stays as it is.
+    With every backend but "eager", heads that share keys attend without copying them, and a prompt attends without a
+    mask (see `backends.grouped_attention`). A model with layers on several devices stays as it is.
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "exact", linear

@@ -86,7 +86,7 @@ def own_s() -> float:
     return time.perf_counter() - Slices.waited_s - CudaGraphs.seconds
 
 
-def end_step(tokens: Sized = ()) -> None:
+def end_step(tokens: Sized) -> None:
     """Tell the slices of the run, if there are any, that a step with these tokens has ended."""
     if Slices.current is not None:
         Slices.current.end_step(len(tokens))

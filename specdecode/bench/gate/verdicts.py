@@ -159,9 +159,12 @@ def judges_times(judgements: Collection[Judgement]) -> bool:
     """Return whether the time of any arm is judged: not without a baseline, or by one whose times are not
     comparable."""
     unjudged = (Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE, Verdict.NOT_JUDGED)
-    times = [judged for judged in judgements if judged.gate == "time"]
-    incomparable = {judged.arm for judged in times if judged.verdict is Verdict.INCONCLUSIVE and judged.change is None}
-    return any(judged.verdict not in unjudged and judged.arm not in incomparable for judged in times)
+    return any(
+        judged.gate == "time"
+        and judged.verdict not in unjudged
+        and (judged.verdict is not Verdict.INCONCLUSIVE or judged.change is not None)
+        for judged in judgements
+    )
 
 
 def open_arms(judgements: Collection[Judgement], until: float) -> set[str]:
@@ -254,7 +257,7 @@ def _other_turns(new: RunFile, old: RunFile) -> str | None:
     ours, theirs = ("steps" if "turns" in run.header.versions else "whole runs" for run in (new, old))
     if ours == theirs:
         return None
-    return f"in the baseline {theirs} took turns with the reference arm and in this run {ours}, as with --until"
+    return f"in the baseline {theirs} took turns with the reference arm and in this run {ours} (with --until, steps do)"
 
 
 def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) -> Blame | None:

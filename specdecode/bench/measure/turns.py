@@ -66,7 +66,6 @@ class Turns:
         assert reference.target is not None
         self._target = _twin(reference.target)
         self._stop_token_ids = reference.stop_token_ids
-        self._steady = steady
         self._slices = SteadySlices(steady)
         self._steps: dict[str, int] = {}  # steps of a slice, by arm
 
@@ -83,13 +82,13 @@ class Turns:
         plain = _Plain(self._target, prompt, length, self._stop_token_ids)
         plain_s: list[float] = []
         taken: list[float] = []
-        share = self._steady.begin_watch()
+        share = self._slices.steady.begin_watch()
 
         def decode_plainly(tokens: int) -> None:
             nonlocal share
             plain_s.append(plain.until(tokens))
             taken.append(share() or 0.0)
-            share = self._steady.begin_watch()
+            share = self._slices.steady.begin_watch()
 
         with sliced(self._steps.get(arm.name, 1), lambda: decode_plainly(slices.tokens)) as slices:
             run = arm.run(prompt, length, expected)
