@@ -21,6 +21,7 @@ import pytest
 
 from specdecode.bench.command_line import PREFIX, add_options, options_of, value_of
 from specdecode.support.files import check_writable, is_device, writing
+from specdecode.support.memory_pages import ask_for_large_pages
 from specdecode.support.torchrun import rank
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = list(map(str, chosen))
+    ask_for_large_pages()
     if rank() and value_of(config, "tp"):
         _write_no_files(config)
     with _one_sentence():

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from specdecode.cli import bisect, doctor, gate, generate, harness, history, recommend, report, schema, train
 from specdecode.cli.output import standard_streams
 from specdecode.core.errors import SpecDecodeError
+from specdecode.support.memory_pages import ask_for_large_pages
 from specdecode.support.messages import note
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     """Run the command line. A fault of the input or the output is reported in one sentence, with exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    ask_for_large_pages()
     # transformers imports torchao if it is installed, and torchao logs missing GPU kernels at every start.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

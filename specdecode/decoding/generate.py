@@ -22,8 +22,10 @@ from specdecode.drafters.none import NoDraft
 from specdecode.models.lm import LM, PREFILL_CHUNK
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
+from specdecode.support.call_stack import with_stack_room
 
 
+@with_stack_room
 @torch.inference_mode()
 def generate(
     target: LM,
@@ -103,6 +105,7 @@ def _steps(target: LM, sequence: SequenceState) -> Iterator[None]:
         yield
 
 
+@with_stack_room
 @torch.inference_mode()
 def generate_batch(
     target: LM,

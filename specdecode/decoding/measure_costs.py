@@ -21,6 +21,7 @@ from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.cascade import Cascade
 from specdecode.models.lm import LM
+from specdecode.support.call_stack import with_stack_room
 
 # Numbers of rows for which a target is timed, and the number of tokens in its cache at that time.
 _ROWS = (1, 2, 4, 8, 16, 32, MAX_DRAFT_NODES + 1)
@@ -249,6 +250,7 @@ def _proposal_sizes(proposer: _Proposer) -> dict[Limit, int]:
     return {limit: size for sizes in distinct.values() for limit, size in sizes.items()}
 
 
+@with_stack_room
 def _medians(
     target: LM,
     actions: Mapping[_Key, Callable[[], object]],

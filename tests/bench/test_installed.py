@@ -133,6 +133,7 @@ def test_a_decoder_of_the_readers_own_is_checked(elsewhere: Runs, tmp_path: Path
 
 
 ENGINE = """
+import os
 import time
 from specdecode.bench.arms.callables import ArmStep
 
@@ -146,6 +147,7 @@ def wait(seconds):
 
 def make(target, draft, device, dtype, kind):
     drafting = kind == "drafting"
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
     def decode(prompt, count):
         if kind == FAILING:
@@ -168,13 +170,14 @@ baseline = "plain"
 """
 
 
-def test_an_engine_is_gated_by_its_past(elsewhere: Runs, tmp_path: Path) -> None:
+def test_an_engine_is_gated_by_its_past(elsewhere: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against our model loaded for a user's engine, and against a slowdown that passes or is blamed on another
     part.
 
     Also against a comparison of two commits that runs the same code twice, or that stops when an arm fails in one of
-    them.
+    them; and against processes that do not ask for large memory pages.
     """
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     (tmp_path / "src" / "engine").mkdir(parents=True)
     decoding = tmp_path / "src" / "engine" / "decoding.py"
 

@@ -13,6 +13,7 @@ import torch
 
 from specdecode.backends.device import synchronise
 from specdecode.backends.graph import CudaGraphs
+from specdecode.support.call_stack import with_stack_room
 
 
 class Slices:
@@ -98,7 +99,7 @@ def timed_call(device: torch.device, call: Callable[[], Any]) -> tuple[Any, floa
     if Slices.current is not None:
         Slices.current.begin(device)
     started = own_s()
-    result = call()
+    result = with_stack_room(call)()
     synchronise(device)
     seconds = own_s() - started
     if Slices.current is not None:

@@ -16,6 +16,7 @@ from specdecode.bench.gate.verdicts import COUNTER_TOLERANCE, Judgement, Toleran
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.report.captions import duration
 from specdecode.bench.runs.statistics import Estimate, robust_floor, robust_ratio
+from specdecode.support.call_stack import with_stack_room
 from specdecode.support.checked import LEAST_SECONDS
 
 SECONDS = 5.0
@@ -167,6 +168,7 @@ def timer(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
     """
     collected = -math.inf
 
+    @with_stack_room
     def seconds(loops: int) -> float:
         nonlocal collected
         if clock() - collected > _SECONDS_BETWEEN_COLLECTIONS:

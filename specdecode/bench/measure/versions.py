@@ -26,10 +26,6 @@ WORKING_TREE = "the working tree"
 
 _WORKER = Path("specdecode") / "bench" / "worker.py"
 
-# PyTorch then asks Linux for memory pages of 2 MiB for large tensors. Chance places pages of 4 KiB, so that one of two
-# processes of equal code is faster for as long as it lives.
-_HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-
 
 class WorkerProcess:
     """A process that measures one version of a repository on request (`bench.worker`).
@@ -54,7 +50,7 @@ class WorkerProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "specdecode.bench.worker"],
             cwd=folder,
-            env=_HUGE_PAGES | import_environment(folder),
+            env=import_environment(folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,

@@ -364,28 +364,6 @@ def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("own", "used"), [(None, "1"), ("0", "0")])
-def test_a_worker_asks_for_large_memory_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, used: str
-) -> None:
-    """Guards against two processes of equal code of which one is slower, since its small pages lie in worse places, and
-    against a user's setting that is ignored.
-    """
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    if own is not None:
-        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", own)
-    worker = tmp_path / "specdecode" / "bench" / "worker.py"
-    worker.parent.mkdir(parents=True)
-    for package in (worker.parents[0], worker.parents[1]):
-        (package / "__init__.py").touch()
-    worker.write_text(
-        "import json, os\n"
-        "input(); print(json.dumps({'value': os.environ['THP_MEM_ALLOC_ENABLE']}), flush=True); input()"
-    )
-    with contextlib.closing(WorkerProcess("v1", tmp_path, {})) as process:
-        assert process.ask("pages") == used
-
-
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a repository with this package in one commit."""

@@ -1,0 +1,17 @@
+"""Large memory pages for weights, so that processes of equal code are equally fast."""
+
+from __future__ import annotations
+
+import os
+
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Environment variable of PyTorch: with "1" it asks Linux for pages of 2 MiB for large tensors."""
+
+
+def ask_for_large_pages() -> None:
+    """Let PyTorch ask for large memory pages in this process and in those that it starts, unless the user decided.
+
+    Chance places pages of 4 KiB, so that one of two processes is faster for as long as it lives. Call this before the
+    first tensor exists: PyTorch reads the variable once.
+    """
+    os.environ.setdefault(LARGE_PAGES, "1")
