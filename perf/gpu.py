@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import typer
 from rich.console import Console
 
 from specdecode.bench.report.grid import Column, Grid, rich_table
@@ -30,6 +31,7 @@ from specdecode.bench.report.markdown import markdown_table
 from specdecode.bench.runs.file import read
 from specdecode.cli.output import standard_streams
 from specdecode.cli.report import Format, report
+from specdecode.support.checked import mapping, read_json
 from specdecode.support.files import check_writable, write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -247,15 +249,17 @@ def run_all(
     table = Grid([Column("step", False), Column("outcome", False), Column("seconds"), Column("why", False, True)], rows)
     console.print(rich_table(table))
     for kind, page in pages.items() if measured else ():
-        report([*measured.values()], format=kind, out=page)
-    speeds = pages[Format.md].read_text() if measured else "Nothing was measured.\n"
+        with suppress(typer.Exit):  # a run could not be reported, which the command has said
+            report([*measured.values()], format=kind, out=page)
+    none = "No run could be reported.\n" if measured else "Nothing was measured.\n"
+    speeds = pages[Format.md].read_text() if pages[Format.md].exists() else none
     write_whole(pages[Format.md], f"{markdown_table(table)}\n\n{speeds}")
     return outcomes
 
 
 def unpack(file: Path) -> None:
     """Write the run files of a gpu.json into `baselines` beside it, at their paths as baselines."""
-    for path, content in json.loads(file.read_text())["runs"].items():
+    for path, content in mapping(mapping(read_json(file), str(file)).get("runs"), f"{file}: runs").items():
         run_file = file.parent / "baselines" / path
         write_whole(run_file, json.dumps(content, indent=1) + "\n")
         Console(soft_wrap=True).print(f"specdecode bless {shlex.quote(str(run_file))} --reason ...", highlight=False)
@@ -276,7 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unpack", type=Path, help="measure nothing, only write out the run files in this gpu.json")
     options = parser.parse_args(arguments)
     if options.unpack:
-        unpack(options.unpack)
+        try:
+            unpack(options.unpack)
+        except ValueError as error:
+            parser.error(str(error))
         return 0
     if options.device.startswith("cuda"):
         import torch

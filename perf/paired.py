@@ -9,7 +9,7 @@ from collections.abc import Callable
 from perf.neighbour import neighbour
 from perf.verdicts import verdict_table
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE
-from specdecode.bench.measure.paired import SECONDS, Side, measure_paired, timer
+from specdecode.bench.measure.paired import SECONDS, TimedFunction, measure_paired, timer
 from specdecode.cli.output import say
 
 LOOPS = 2000
@@ -45,7 +45,9 @@ def _print(options: argparse.Namespace) -> None:
     kinds = {"equal": LOOPS, f"{options.slowdown:.0%} slower": round(LOOPS * (1 + options.slowdown))}
     for run in range(options.runs):
         for kind, loops in kinds.items():
-            new, old = (Side(name, None, timer(work(count))) for name, count in (("new", loops), ("old", LOOPS)))
+            new, old = (
+                TimedFunction(name, None, timer(work(count))) for name, count in (("new", loops), ("old", LOOPS))
+            )
             paired = measure_paired(kind, new, old, options.seconds)
             (judged,) = paired.judge(AGAINST_TOLERANCE)
             say(f"{run + 1}/{options.runs} {kind}: {judged.verdict.value}: {judged.reason}")

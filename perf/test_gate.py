@@ -11,7 +11,9 @@ def test_gate(judged, speed_run, plan, request):
 
     An arm that is not judged is skipped.
     """
-    unjudged = Judgement(*judged, Verdict.NO_BASELINE, "there is no baseline for this hardware")
+    unjudged = Judgement(
+        *judged, Verdict.NO_BASELINE, "no baseline has these models, this type and this preset: bless a run"
+    )
     by_name = {(judgement.arm, judgement.gate): judgement for judgement in speed_run.judgements}
     judgement = by_name.get(judged, unjudged)
     record_properties(request, verdict_properties(judgement))

@@ -149,6 +149,14 @@ def test_what_cannot_be_begun_is_told_in_one_sentence(
             gpu.main(arguments)
         assert exit_.value.code == 2
         assert reason in capsys.readouterr().err
+    for content, reason in ((None, "cannot be read"), ("{", "is not whole"), ("{}", "runs is None")):
+        file = tmp_path / "gpu.json"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(SystemExit) as exit_:
+            gpu.main(["--unpack", str(file)])
+        assert exit_.value.code == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_a_machine_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

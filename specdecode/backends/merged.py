@@ -93,7 +93,8 @@ def same_inputs(model: nn.Module) -> SameInputs:
 
     hooks = [layer.register_forward_pre_hook(note) for layer in model.modules() if type(layer) is nn.Linear]
     try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+        device = next(model.parameters()).device
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     except Exception:
         return {}  # the probe of the model says why it fails
     finally:

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout, exact_layouts, packed_layouts
 from specdecode.backends.merged import SameInputs, joined_bias, joined_weight, parts
-from specdecode.support import trials
+from specdecode.support import cached_trials
 
 # Over this many rows, packed layers must be faster by this factor to be worth the time and memory of packing.
 _TRIAL_ROWS, _LEAST_SPEEDUP = 8, 1.1
@@ -172,9 +172,9 @@ def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
     """Return the layout with which the model's linear layers are fastest over eight rows, by a short trial.
 
     Packing takes time and memory, so weights stay as they are unless another layout is faster by a tenth. The result
-    is kept for later processes (`support.trials`). Weights that are laid out already are not tried again. A model that
-    fits the caches is not tried at all and takes the first layout: its forwards spend their time elsewhere, and chance
-    would decide.
+    is kept for later processes (`support.cached_trials`). Weights that are laid out already are not tried again. A
+    model that fits the caches is not tried at all and takes the first layout: its forwards spend their time elsewhere,
+    and chance would decide.
     """
     layers = _layers(model)
     held = {laid_out.layout for layer in layers for laid_out in _packed.get(layer.weight, ())}
@@ -193,7 +193,7 @@ def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
     shapes = ", ".join(f"{nbytes / (size * n * m):.0f} of {n} x {m}" for (n, m), nbytes in sorted(bytes_of.items()))
     what = f"fastest of {', '.join(layout.name for layout in candidates)} for {_name(layers[0].weight.dtype)}, {shapes}"
     by_name = {layout.name: layout for layout in candidates}
-    return by_name[trials.tried(what, list(by_name), lambda: _fastest(tried, bytes_of, candidates).name)]
+    return by_name[cached_trials.tried(what, list(by_name), lambda: _fastest(tried, bytes_of, candidates).name)]
 
 
 def _fastest(

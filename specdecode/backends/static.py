@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
@@ -98,6 +98,24 @@ Capture = Callable[[Callable[[], tuple[Tensor, ...]]], Callable[[], tuple[Tensor
 the callable, so the tensors must have meaningful contents. The results are valid until the next replay."""
 
 
+class _GraphKey(NamedTuple):
+    """The shape and the storage that a graph was captured for.
+
+    Attributes:
+        width: rows of the forward.
+        across: number of slots that only some rows attend to.
+        span: number of slots that the forward attends to.
+        moves: `Storage.moves` at the capture.
+        kind: distinguishes forwards of the same shape.
+    """
+
+    width: int
+    across: int
+    span: int
+    moves: int
+    kind: tuple[int, ...]
+
+
 class StaticRunner:
     """Run the forwards of one model over static shapes.
 
@@ -112,9 +130,7 @@ class StaticRunner:
         self._capture = capture
         self._idle: list[Storage] = []
         self._made = 0
-        self._graphs: weakref.WeakKeyDictionary[Storage, dict[tuple[int, ...], _CachedGraph]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._graphs: weakref.WeakKeyDictionary[Storage, dict[_GraphKey, _CachedGraph]] = weakref.WeakKeyDictionary()
 
     def new_slots(self, capacity: int, device: torch.device) -> Slots:
         """Return slots of at least this capacity, in an idle storage if there is one, so that its graphs are reused."""
@@ -130,7 +146,7 @@ class StaticRunner:
         return slots
 
     def _put_back(self, storage: Storage) -> None:
-        if not storage.shared:
+        if storage.reusable:
             # A fixed order, whichever storage came back first: so the next text gets the same storages as this one.
             idle = sorted([*self._idle, storage], key=lambda idle: (-len(idle.positions), idle.number))
             self._idle = idle[:_IDLE_STORAGES]
@@ -270,9 +286,9 @@ class StaticRunner:
         storage = slots.storage
         span = self.span(slots)
         graphs = self._graphs.setdefault(storage, {})
-        key = (width, across, span, storage.moves, *kind)
+        key = _GraphKey(width, across, span, storage.moves, kind)
         if key not in graphs:
-            for stale in [other for other in graphs if other[3] != storage.moves]:
+            for stale in [other for other in graphs if other.moves != storage.moves]:
                 del graphs[stale]
             if len(graphs) >= _GRAPHS_PER_STORAGE:
                 graphs.pop(next(iter(graphs)))

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from specdecode.bench.command_line import options_of
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, FAILING, Judgement, tolerance_of
-from specdecode.bench.measure.paired import LEAST_BLOCKS, SECONDS, Paired, Side, measure_paired, timer
+from specdecode.bench.measure.paired import LEAST_BLOCKS, SECONDS, Paired, TimedFunction, measure_paired, timer
 from specdecode.bench.measure.paired_version import CHANNEL, OtherVersion, OtherVersionError, answer
 from specdecode.bench.measure.replay import clock, replay
 from specdecode.bench.options import Options, again_of
@@ -124,7 +124,7 @@ class Pair:
         in_one_process = ["-n0"] if config.pluginmanager.hasplugin("xdist") else []
         return OtherVersion(ref, config.stash[_OTHER], root, self._request.node.nodeid, in_one_process)
 
-    def _measure(self, new: Side, old: Side, seconds: float, total_s: float) -> Paired:
+    def _measure(self, new: TimedFunction, old: TimedFunction, seconds: float, total_s: float) -> Paired:
         """Time both functions, and show the progress of a long measurement."""
         again = again_of(options_of(self._request.config))
         if total_s < _LONG_S:
@@ -160,7 +160,7 @@ class Pair:
             replay(row, times)
 
 
-def _called(name: str, function: Callable[[], Any], counters: Callable[[Any], Mapping[str, float]]) -> Side:
+def _called(name: str, function: Callable[[], Any], counters: Callable[[Any], Mapping[str, float]]) -> TimedFunction:
     """Call a function once, and return its side of the comparison: value, counters and timer."""
     __tracebackhide__ = True
     value = function()
@@ -174,10 +174,12 @@ def _called(name: str, function: Callable[[], Any], counters: Callable[[Any], Ma
             usable = False
         if not usable:
             pytest.fail(f"counter {counter!r} is {shown(number)}, which is not a finite number", pytrace=False)
-    return Side(name, value, timer(function), {str(counter): float(number) for counter, number in counted.items()})
+    return TimedFunction(
+        name, value, timer(function), {str(counter): float(number) for counter, number in counted.items()}
+    )
 
 
-def _check(new: Side, old: Side, equal: Callable[[Any, Any], Any]) -> None:
+def _check(new: TimedFunction, old: TimedFunction, equal: Callable[[Any, Any], Any]) -> None:
     """Fail the test if the functions' values are not equal."""
     __tracebackhide__ = True
     if not bool(equal(new.value, old.value)):

@@ -153,7 +153,7 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
         options: options of the command line.
         setup: models and device, if already resolved.
         judged: whether to read a baseline, or the arms of the other commit. False for a run that only recommends: it is
-            not judged, and all its arms are compared with plain decoding.
+            not judged, and its arms are compared with plain decoding unless their entries name another arm.
 
     Raises:
         ValueError: options are wrong or exclude each other, or a file cannot be read.
@@ -172,7 +172,8 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
     old = _baseline(options, setup.identity) if judged and options.against is None else None
     compared = list(old.arms) if old else []
     if judged and options.against is not None:
-        compared = arms_at(options.root, options.against, options.preset)
+        theirs = arms_at(options.root, options.against, options.preset)
+        compared = [arm for arm, entry in theirs.items() if _has_head(entry, setup.identity.target)]
     return Plan(
         root=options.root,
         setup=setup,
@@ -208,11 +209,9 @@ def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
     if options.tiny:
         chosen = chosen.tiny()
     length = chosen.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    # A shipped head is trained for one target. Other targets lack these arms, unless the preset names a head's file.
-    headless = shipped_head(target) is None and not target.startswith("shape:")
     chosen = replace(
         chosen,
-        arms={arm: entry for arm, entry in chosen.arms.items() if not (headless and _needs_shipped_head(entry))},
+        arms={arm: entry for arm, entry in chosen.arms.items() if _has_head(entry, target)},
         prompts=options.prompts or chosen.prompts,
         max_new_tokens=length,
         repeats=chosen.repeats if options.repeats is None else options.repeats,
@@ -222,8 +221,13 @@ def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
     return chosen
 
 
-def _needs_shipped_head(entry: dict[str, Any]) -> bool:
-    return "head" in drafter_kinds(entry) and "head" not in entry
+def _has_head(entry: Mapping[str, Any], target: str) -> bool:
+    """Return whether there is a head for the arm, if it needs one.
+
+    A shipped head is trained for one target. Other targets lack such an arm, unless the preset names a head's file.
+    """
+    needs_shipped = "head" in drafter_kinds(entry) and "head" not in entry
+    return not needs_shipped or shipped_head(target) is not None or target.startswith("shape:")
 
 
 def _check_against(options: Options) -> None:

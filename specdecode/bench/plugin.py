@@ -329,8 +329,12 @@ def quality_run(request: pytest.FixtureRequest) -> JudgedQualityRun:
 
 
 def _parameters(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Return the parameters of the selected tests."""
-    return [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    """Return the parameters of the selected tests that use a fixture, which is the one of this request."""
+    return [
+        item.callspec.params
+        for item in request.session.items
+        if hasattr(item, "callspec") and request.fixturename in getattr(item, "fixturenames", ())
+    ]
 
 
 def _note_interrupted(journal: Path, unit: str) -> None:

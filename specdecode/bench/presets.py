@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from specdecode.bench.runs.names import BASELINE
 from specdecode.support.git import git
+from specdecode.support.kinds import STRING, TABLE, WHOLE, WHOLES, check_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,6 +20,14 @@ else:
 
 _FOLDER = Path(str(files("specdecode.bench") / "presets"))
 _TINY_OUTPUT_TOKENS, _TINY_PROMPT_TOKENS = 12, 40
+_KINDS = {
+    "arms": TABLE,
+    "prompts": STRING,
+    "max_new_tokens": WHOLE,
+    "repeats": WHOLE,
+    "lengths": WHOLES,
+    "baseline": STRING,
+}
 # Divisor of cache sizes. The smallest cache of the presets then still holds the sinks and the deepest draft.
 _TINY_CACHE_DIVISOR = 8
 
@@ -117,13 +126,17 @@ def parse(text: str, name: str) -> Preset:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None
-    keys = {entry.name: entry for entry in fields(Preset)}
-    if unknown := sorted(content.keys() - keys):
-        raise ValueError(f"preset {name!r} has unknown keys: {', '.join(unknown)}; choose from {', '.join(keys)}")
-    required = [key for key, entry in keys.items() if entry.default is MISSING]
-    if lacking := [key for key in required if key not in content]:
-        raise ValueError(f"preset {name!r} lacks {', '.join(lacking)}")
+    where = f"preset {name!r}"
+    check_table(where, content, _KINDS, required=("arms", "prompts", "max_new_tokens", "repeats"))
+    check_table(f"{where}, arms", content["arms"], dict.fromkeys(content["arms"], TABLE))
     read = Preset(**content)
+    for key, count in (
+        ("max_new_tokens", read.max_new_tokens),
+        ("repeats", read.repeats),
+        ("lengths", min(read.lengths, default=1)),
+    ):
+        if count < 1:
+            raise ValueError(f"{where}: {key} is {count}: it must be at least 1")
     return replace(read, arms=_by_concurrency(read))
 
 
@@ -154,10 +167,10 @@ def _by_concurrency(read: Preset) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def arms_at(root: Path, ref: str, preset: str) -> list[str]:
-    """Return the names of the preset's arms at another commit; [] if the commit lacks the preset."""
+def arms_at(root: Path, ref: str, preset: str) -> dict[str, dict[str, Any]]:
+    """Return the preset's arms at another commit; none if the commit lacks the preset."""
     path = preset if preset.endswith(".toml") else f"specdecode/bench/presets/{preset}.toml"
     try:
-        return list(parse(git("show", f"{ref}:./{path}", root=root), preset).arms)
+        return parse(git("show", f"{ref}:./{path}", root=root), preset).arms
     except ValueError:
-        return []
+        return {}

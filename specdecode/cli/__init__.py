@@ -66,3 +66,8 @@ def main() -> None:
     except (SpecDecodeError, ValueError, OSError) as error:
         note(f"specdecode: {error}")
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's: it is not imported here, which takes seconds
+            raise
+        note("specdecode: the GPU's memory is too small: take a smaller model, or --device cpu")
+        sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,12 @@ def generate(
     """Continue a text, stream it, and end with a line of measures; or continue many texts, as lines of JSON."""
     # Inputs are checked before a model is loaded where that is possible: importing torch alone takes seconds.
     texts = _texts(prompt, prompts, batch, in_json=as_json or prompts is not None, logprobs=logprobs)
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}: it must be at least 1")
+    if temperature == 0:
+        for option, given in (("--top-k", top_k != 0), ("--top-p", top_p != 1), ("--seed", seed is not None)):
+            if given:
+                raise ValueError(f"{option} is of no use at temperature 0, which is greedy: give --temperature, too")
     stops = [whole_text(string, "a stop string") for string in stop or ()]
     options = {
         "draft": draft,
@@ -176,6 +183,8 @@ def _texts(prompt: str | None, prompts: Path | None, batch: int, *, in_json: boo
     """
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or a file of them with --prompts")
+    if batch < 1:
+        raise ValueError(f"--batch is {batch}: it must be at least 1")
     if batch != 1 and prompts is None:
         raise ValueError("--batch is for a file of prompts: name one with --prompts")
     if logprobs and not in_json:
@@ -269,7 +278,7 @@ def _write_json(decoder: _Decoder, texts: list[str], tokens: list[list[int]], ru
     from specdecode import generate_batch
 
     with progress("prompts") as show:
-        finished = iter(range(1, len(texts) + 1))
+        finished = itertools.count(1)
 
         def write(place: int, result: Generation) -> None:
             say_json(_fields(decoder.model, place, texts[place], result))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdecode.cli.output import say, say_tables
+from specdecode.cli.output import Faults, say, say_tables
+
+if TYPE_CHECKING:
+    from specdecode.bench.runs.records import RunFile
 
 
 def history(
@@ -21,28 +24,34 @@ def history(
     judged."""
     from specdecode.bench.gate.baselines import all_of
     from specdecode.bench.gate.project import read_project
-
-    files = [baseline] if baseline is not None else all_of(read_project(Path()).baselines)
-    slower = [file for file in files if _is_slower(file, arm)]
-    if slower:
-        raise typer.Exit(1)
-
-
-def _is_slower(file: Path, arm: str | None) -> bool:
-    """Show the past of one baseline, and return whether an arm became slower in it."""
-    from specdecode.bench.gate import history
-    from specdecode.bench.gate.drift import MOST_VERSIONS, courses
-    from specdecode.bench.report.grid import rich_table
-    from specdecode.bench.report.past import changes, remarks, speeds_by_version
     from specdecode.bench.runs.file import read
 
-    newest = read(file)
-    past = history.history(file, newest=MOST_VERSIONS)
+    files = [baseline] if baseline is not None else all_of(read_project(Path()).baselines)
+    faults, slower = Faults(), False
+    newest: list[RunFile] = []
+    for file in files:
+        with faults.noted():
+            newest.append(read(file))
+    for run in [run for run in newest if arm is None or arm in run.arms] or newest:
+        with faults.noted():
+            slower |= _show(run, arm)
+    if faults.sentences or slower:
+        raise typer.Exit(2 if faults.sentences else 1)
+
+
+def _show(newest: RunFile, arm: str | None) -> bool:
+    """Show the past of one baseline, and return whether an arm became slower in it."""
+    from specdecode.bench.gate import history
+    from specdecode.bench.gate.changes import MOST_VERSIONS, courses
+    from specdecode.bench.report.grid import rich_table
+    from specdecode.bench.report.past import changes, remarks, speeds_by_version
+
+    past = history.history(newest.path, newest=MOST_VERSIONS)
     runs = past.until(newest)[-MOST_VERSIONS:]
     by_arm = courses(runs, arm)
-    say(f"{file}\n{past.summary}")
+    say(f"{newest.path}\n{past.summary}")
     say_tables(*map(rich_table, speeds_by_version(runs, by_arm)))
-    if (found := changes(runs, by_arm)).rows:
-        say_tables(rich_table(found))
+    if (changed := changes(runs, by_arm)).rows:
+        say_tables(rich_table(changed))
     say("\n".join(remarks(by_arm)))
     return any(change.slower for course in by_arm.values() for change in course.changes)

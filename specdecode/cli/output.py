@@ -14,6 +14,8 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from specdecode.support.messages import note
+
 _TABLE_WIDTH = 130
 """Characters of a line where standard output is no terminal."""
 
@@ -69,6 +71,27 @@ def say_tables(*tables: RenderableType, **how: Any) -> None:
     """Write tables and texts with rich's `Console.print`, and crop no line."""
     with _output():
         Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH).print(*tables, crop=False, **how)
+
+
+class Faults:
+    """The faults of several files. One does not keep the others from being read.
+
+    Attributes:
+        sentences: messages written so far.
+    """
+
+    def __init__(self) -> None:
+        self.sentences: set[str] = set()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Turn a ValueError of the block into a note. A message that several files share is written once."""
+        try:
+            yield
+        except ValueError as error:
+            if str(error) not in self.sentences:
+                note(f"specdecode: {error}")
+            self.sentences.add(str(error))
 
 
 @contextmanager

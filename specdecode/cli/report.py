@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -13,9 +12,8 @@ from urllib.parse import quote
 
 import typer
 
-from specdecode.cli.output import say
+from specdecode.cli.output import Faults, say
 from specdecode.support.files import check_writable, write_whole
-from specdecode.support.messages import note
 
 if TYPE_CHECKING:
     from specdecode.bench.report.start_page import Entry
@@ -78,7 +76,7 @@ def report(
 
     if out is not None:
         check_writable(out)
-    faults = _Faults()
+    faults = Faults()
     folders, files, read_runs = [path for path in runs if path.is_dir()], _files(runs, faults), []
     for path in files:
         with faults.noted():
@@ -102,27 +100,6 @@ def report(
         raise typer.Exit(2)
 
 
-class _Faults:
-    """The faults of the runs.
-
-    Attributes:
-        sentences: messages written so far.
-    """
-
-    def __init__(self) -> None:
-        self.sentences: set[str] = set()
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Turn a ValueError of the block into a note. A message that several runs share is written once."""
-        try:
-            yield
-        except ValueError as error:
-            if str(error) not in self.sentences:
-                note(f"specdecode: {error}")
-            self.sentences.add(str(error))
-
-
 class _Report(NamedTuple):
     """The report of a run.
 
@@ -139,7 +116,7 @@ class _Report(NamedTuple):
     entry: Callable[[], Entry]
 
 
-def _files(paths: Sequence[Path], faults: _Faults) -> list[Path]:
+def _files(paths: Sequence[Path], faults: Faults) -> list[Path]:
     """Return the run files: the named ones, and those in the named folders. Each is there once."""
     files: list[Path] = []
     for path in paths:
@@ -175,9 +152,9 @@ def _page_of(run: Path) -> Path:
     """Return the path of a run's page: beside the run, but of a baseline in results/, as baselines are committed."""
     from specdecode.bench.gate.project import read_project
 
-    page = run.with_suffix(".html")
-    among_baselines = page.resolve().is_relative_to(read_project(Path()).baselines.resolve())
-    return Path("results") / page.name if among_baselines else page
+    page, baselines = run.with_suffix(".html"), read_project(Path()).baselines.resolve()
+    # Baselines of one name differ in their folder, the hardware.
+    return Path("results") / page.resolve().relative_to(baselines) if page.resolve().is_relative_to(baselines) else page
 
 
 def _page(*reports: _Report) -> str:
@@ -187,7 +164,7 @@ def _page(*reports: _Report) -> str:
     return document("; ".join(report.title for report in reports), *(report.content for report in reports))
 
 
-def _write_start_page(reports: Sequence[_Report], out: Path, faults: _Faults) -> None:
+def _write_start_page(reports: Sequence[_Report], out: Path, faults: Faults) -> None:
     """Write the page of each run, and the start page, which lists the newest runs first."""
     from specdecode.bench.report.start_page import start_page
 
@@ -279,6 +256,8 @@ def _quality_report(
     from specdecode.evals.margins import check_margins, read_margins
 
     own_margins = read_project(Path()).baselines / margins_file(run.header.target, run.header.texts)
+    if margins is not None and not margins.exists():
+        raise ValueError(f"{margins} cannot be read: there is no such file of margins")
     checks = check_margins(run, read_margins(margins or own_margins))
     if format is Format.comment:
         content: Any = comment(run, checks, str(path))

@@ -49,13 +49,13 @@ def train_head(
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...  [default: the first GPU, else the CPU]")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="type of the target: float32, bfloat16  [default: float32 on a CPU, else float16]"),
+        typer.Option(help="type of the target: float32, float16, bfloat16  [default: float32 on a CPU, else float16]"),
     ] = None,
 ) -> None:
     """Train a draft head for a target. Repeat the command to continue an interrupted training."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is {out}, which is a file: a head is a folder")
-    numbers = (layers or "").split(",") if layers else []
+    numbers = layers.split(",") if layers else []
     if not all(number.strip().isdigit() for number in numbers):
         raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
     from specdecode import load
@@ -64,10 +64,6 @@ def train_head(
     from specdecode.training.recipe import train_head as train
     from specdecode.training.trainer import TrainingSettings
 
-    if work_folder(out).exists():
-        check_writable(work_folder(out) / "shards.json")
-    for name in (CONFIG, WEIGHTS, PAGE, OWN):
-        check_writable(out / name)
     recipe = Recipe(
         data=tuple(part.strip() for part in data.split(",")),
         tokens=tokens,
@@ -79,6 +75,10 @@ def train_head(
         shared_output=shared_output,
         settings=TrainingSettings(epochs, batch, ahead, rate, seed),
     )
+    if work_folder(out).exists():
+        check_writable(work_folder(out) / "shards.json")
+    for name in (CONFIG, WEIGHTS, PAGE, OWN):
+        check_writable(out / name)
     model = load(target, device=device, dtype=dtype, backend="eager")
     try:
         with progress("texts") as tell:

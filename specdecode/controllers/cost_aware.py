@@ -186,7 +186,7 @@ class CostAware:
         """Learn from a step with a draft; return whether the time of a plain step is now uncertain."""
         verify_s = self.costs.verify_s(step.drafted + 1)
         uncertain = False
-        if alone and not self._unread:
+        if alone and not self._unread and step.allowed >= option.limit.depth:
             self._pace.learn(step.total_s, option.draft_s, verify_s)
             uncertain = self._pace.plain_error > _PLAIN_ERROR_LIMIT
         drafting, verifying = self._pace.units
@@ -309,14 +309,15 @@ class _Levels:
         self._decided = [_PRIOR_WEIGHT] + [0.0] * (most - 1)
 
     def observe(self, step: Step, limit: Limit, rejections: float) -> None:
-        """Count a step. A proposal that is missing below the limit counts as rejected.
+        """Count a step. A proposal that is missing below the limit counts as rejected, unless the step allowed no
+        deeper draft.
 
         Args:
             step: the step.
             limit: limit of its draft.
             rejections: weight of its rejection.
         """
-        rejected = step.accepted < min(limit.depth, step.emitted)
+        rejected = step.accepted < min(limit.depth, step.allowed, step.emitted)
         for level in range(len(self._decided)):
             accepted = float(level < step.accepted)
             decided = accepted + rejections * (rejected and level == step.accepted)

@@ -1,4 +1,4 @@
-"""The errors that a caller can act on. Any other wrong input raises a `ValueError`."""
+"""The errors that a caller can act on. Wrong arguments raise a `ValueError`."""
 
 
 class SpecDecodeError(Exception):

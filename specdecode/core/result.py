@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -26,6 +27,8 @@ class Step:
         peak_cache_bytes: bytes of KV in the target's slots before rejected proposals and evicted tokens were dropped.
         attended_bytes: bytes of KV that the target's forward attended to.
         compressions: number of evictions by the cache policy at the end of the step.
+        allowed: largest depth of a draft in this step: no step goes beyond the end of the text, or a length at which
+            the policy evicts.
     """
 
     drafted: int
@@ -41,6 +44,7 @@ class Step:
     peak_cache_bytes: int = 0
     attended_bytes: int = 0
     compressions: int = 0
+    allowed: int = sys.maxsize
 
 
 @dataclass(slots=True)

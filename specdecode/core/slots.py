@@ -22,7 +22,8 @@ class Storage:
         keys: keys of each layer that was written.
         values: values of each layer that was written.
         moves: number of times that other tensors replaced these, for more slots or for a batch.
-        shared: whether the tensors are rows of a batch's tensors.
+        reusable: whether another sequence may use the tensors: they are no rows of a batch's tensors, and no value in
+            them is infinite or NaN.
         number: number of this storage among the storages of one runner.
     """
 
@@ -30,7 +31,7 @@ class Storage:
     keys: dict[int, Float[Tensor, "1 heads capacity dim"]] = field(default_factory=dict)
     values: dict[int, Float[Tensor, "1 heads capacity width"]] = field(default_factory=dict)
     moves: int = 0
-    shared: bool = False
+    reusable: bool = True
     number: int = 0
 
     @staticmethod
@@ -165,7 +166,7 @@ class Slots:
             values[:, :, : self._written] = self._values[layer][:, :, : self._written]
         self._keys[layer], self._values[layer] = keys, values
         self.storage.moves += 1
-        self.storage.shared = True
+        self.storage.reusable = False
 
     def filled_keys(self) -> list[Float[Tensor, "heads length dim"]]:
         """Return views of the filled slots' keys, layer by layer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,14 +10,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from specdecode.backends.graph import clock
 from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.result import Generation
 from specdecode.core.sampling import Sampling
 from specdecode.core.slots import SlotBatch
 from specdecode.decoding.request import Request, stops_of
 from specdecode.decoding.sequence import SequenceState
+from specdecode.decoding.values import TokenIds, check_makers, check_room
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
+from specdecode.models.arguments import check_lm
 from specdecode.models.lm import LM, PREFILL_CHUNK
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
@@ -36,7 +38,7 @@ def generate(
     policy: CachePolicy = KeepAll(),
     sampling: Sampling = Sampling(),
     max_new_tokens: int = 128,
-    stop_token_ids: Sequence[int] = (),
+    stop_token_ids: TokenIds = (),
     stop: str | Sequence[str] = (),
     logprobs: bool = False,
     on_step: Callable[[list[int]], None] | None = None,
@@ -54,7 +56,7 @@ def generate(
         policy: chooses the tokens that stay in the target's cache. `KeepAll()` evicts nothing and is lossless.
         sampling: the rule that chooses tokens; greedy by default.
         max_new_tokens: largest number of new tokens.
-        stop_token_ids: tokens that end the text. Such a token is the last of the result.
+        stop_token_ids: one or several tokens that end the text. Such a token is the last of the result.
         stop: strings that end the text. The result ends with the token that completes the string, which may add further
             characters after the string.
         logprobs: whether to return the log-probabilities of the new tokens.
@@ -64,12 +66,15 @@ def generate(
         The new tokens, with the counters and times of the steps.
 
     Raises:
-        ValueError: the prompt is empty, or a token is outside the vocabulary. `max_new_tokens` is below 1. The model's
-            context cannot hold the prompt and the new tokens. A cache limit of the policy does not fit the context or
-            the drafts. There are stop strings, but the target has no tokenizer.
+        ValueError: the target is no `LM`. The prompt is empty, or a token is outside the vocabulary. `max_new_tokens`
+            is below 1. The model's context cannot hold the prompt and the new tokens, or the cache of the policy. The
+            policy evicts after each token, so nothing can be drafted. There are stop strings, but the target has no
+            tokenizer.
         UnsupportedModelError: the policy evicts, but the target's keys cannot be re-rotated.
         SpecDecodeError: the target's logits are not finite where it must choose a token.
     """
+    check_lm("target", target)
+    check_room(policy, drafts=not isinstance(drafter, NoDraft))
     stops = stops_of(target, stop_token_ids, stop)
     with target.recording_for(policy, drafter.layers):
         sequence = SequenceState(
@@ -81,7 +86,7 @@ def generate(
 
 
 def plain_steps(
-    target: LM, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int] = ()
+    target: LM, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: TokenIds = ()
 ) -> Iterator[int]:
     """Continue a prompt by plain greedy decoding, as `generate` does. After each step yield the number of new tokens.
 
@@ -96,10 +101,10 @@ def plain_steps(
 def _steps(target: LM, sequence: SequenceState) -> Iterator[None]:
     """Decode a sequence to its end, and yield after each step."""
     # The forward of the first step reads the rest of the prompt, so that a short prompt needs no extra forward.
-    sequence.prefill(but=PREFILL_CHUNK)
+    sequence.prefill(leave=PREFILL_CHUNK)
     while not sequence.finished:
         tree = sequence.propose()
-        forward_started = time.perf_counter()
+        forward_started = clock()
         logits = target.forward_tree(sequence.slots, sequence.pending, tree)
         sequence.commit(tree, logits, forward_started)
         yield
@@ -117,7 +122,7 @@ def generate_batch(
     policy: CachePolicy = KeepAll(),
     sampling: Sampling = Sampling(),
     max_new_tokens: int = 128,
-    stop_token_ids: Sequence[int] = (),
+    stop_token_ids: TokenIds = (),
     stop: str | Sequence[str] = (),
     logprobs: bool = False,
     on_step: Callable[[int, list[int]], None] | None = None,
@@ -154,6 +159,9 @@ def generate_batch(
         UnsupportedModelError: as `generate`.
         SpecDecodeError: as `generate`.
     """
+    check_lm("target", target)
+    check_makers(drafter, controller)
+    check_room(policy, drafts=drafter is not NoDraft)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: at least 1 prompt must be decoded at once")
     stops = stops_of(target, stop_token_ids, stop)
@@ -198,7 +206,7 @@ def _decode_batches(
                 joining = SequenceState(replace(requests[len(results)], drafter=drafter()))
                 with target.recording_outputs(joining.layers):
                     # Read all tokens but one: a longer remainder would be padding in the rows of the other prompts.
-                    joining.prefill(but=1)
+                    joining.prefill(leave=1)
                 live[len(results)] = joining
                 results.append(joining.result)
             sequences = list(live.values())
@@ -220,7 +228,7 @@ def _batch_of(sequences: Sequence[SequenceState], last: SlotBatch | None) -> Slo
 def _step(target: LM, batch: SlotBatch, sequences: Sequence[SequenceState]) -> None:
     """Make one step of every sequence of a batch."""
     trees = [sequence.propose() for sequence in sequences]
-    forward_started = time.perf_counter()
+    forward_started = clock()
     with target.recording_outputs(sorted({layer for sequence in sequences for layer in sequence.layers})):
         logits = target.forward_trees(batch, [sequence.pending for sequence in sequences], trees)
     for sequence, tree, sequence_logits in zip(sequences, trees, logits, strict=True):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Int
 from torch import Tensor
 
-from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.graph import CudaGraphs, clock
 from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.sampling import Sampling
 from specdecode.core.stopping import Stops
+from specdecode.decoding.values import TokenIds, prompt_ids, token_ids, whole
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
+from specdecode.models.arguments import check_cache_fits
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
@@ -25,11 +26,11 @@ class Start:
     """The moment from which a request is timed.
 
     Attributes:
-        at: time on the host clock (`time.perf_counter`), in seconds.
+        at: time by `clock`, in seconds.
         capture_s: seconds of all captures of CUDA graphs in this process before that moment.
     """
 
-    at: float = field(default_factory=lambda: time.perf_counter())
+    at: float = field(default_factory=lambda: clock())
     capture_s: float = field(default_factory=lambda: CudaGraphs.seconds)
 
 
@@ -43,7 +44,7 @@ class Request:
 
     Raises:
         ValueError: the prompt is empty, or a token is outside the vocabulary. `max_new_tokens` is below 1. The model's
-            context cannot hold the prompt and the new tokens. A bounded cache does not fit the context or the drafts.
+            context cannot hold the prompt and the new tokens, or the cache of a policy.
         UnsupportedModelError: the policy evicts, but the model's keys cannot be re-rotated.
     """
 
@@ -61,15 +62,15 @@ class Request:
     tokens: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", [int(token) for token in self.prompt])
+        object.__setattr__(self, "tokens", prompt_ids(self.prompt))
+        object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens))
         if not self.tokens:
             raise ValueError("the prompt is empty: decoding starts from at least one token")
         check_tokens(self.target, self.tokens, "prompt")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: at least 1 must be asked for")
-        if self.policy.interval:
-            self._check_bounded_cache()
-        else:
+        check_cache_fits(self.policy, self.target)
+        if not self.policy.interval:
             self._check_context()
 
     @property
@@ -90,38 +91,21 @@ class Request:
                 f" {target.context_length} tokens: ask for at most {target.context_length - length}"
             )
 
-    def _check_bounded_cache(self) -> None:
-        """Check that the cache fits the model's context: positions are counted within the cache, not within the
-        text."""
-        target, policy = self.target, self.policy
-        capacity = policy.keeps + policy.interval
-        if capacity > target.context_length:
-            raise ValueError(
-                f"the cache of {capacity} tokens exceeds the context of {target.name}, {target.context_length} tokens:"
-                " use a smaller max_len"
-            )
-        depth = self.controller.limit().depth
-        if capacity < policy.pinned + depth:
-            raise ValueError(
-                f"the cache of {capacity} tokens is too small for {policy.pinned} that always stay and a draft of"
-                f" {depth}: use a larger max_len or a smaller K"
-            )
-        _ = target.rerotation  # raises if the keys of this architecture cannot be re-rotated
 
-
-def stops_of(target: LM, token_ids: Sequence[int], strings: str | Sequence[str]) -> Stops:
+def stops_of(target: LM, tokens: TokenIds, strings: str | Sequence[str]) -> Stops:
     """Return the stops for tokens and strings.
 
     Args:
         target: the model whose tokenizer gives the bytes of each token.
-        token_ids: tokens that end the text.
+        tokens: token ids that end the text: one, several in a list or a tensor, or None for none.
         strings: one string, or several, that end the text.
 
     Raises:
         ValueError: as `Stops`.
     """
     spell = target.spelling if strings and target.tokenizer is not None else None
-    return Stops(token_ids, (strings,) if isinstance(strings, str) else strings, spell)
+    ids = () if tokens is None else token_ids("stop_token_ids", tokens)
+    return Stops(ids, (strings,) if isinstance(strings, str) else strings, spell)
 
 
 def check_tokens(target: LM, tokens: Sequence[int], what: str) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.graph import CudaGraphs, clock
 from specdecode.controllers.adaptive import AdaptiveK
 from specdecode.controllers.base import MAX_DRAFT_NODES, FixedK, Limit
+from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import Generation, Step
 from specdecode.core.sampling import most_probable
 from specdecode.core.transfer import moved, picked
@@ -70,14 +70,17 @@ class SequenceState:
         """Committed tokens that the target has not read yet. The last is the root."""
         return self._tokens[self._read :]
 
-    def prefill(self, but: int) -> None:
+    def prefill(self, leave: int) -> None:
         """Read the prompt except its last tokens, in chunks. If the policy evicts within those, read up to there too.
 
         Args:
-            but: largest number of tokens at the end of the prompt to leave for the first step, at least 1.
+            leave: largest number of tokens at the end of the prompt to leave for the first step, at least 1.
         """
-        started = time.perf_counter()
-        while (left := len(self._tokens) - self._read) > min(but, ahead := self._boundary() - self._read):
+        started = clock()
+        while True:
+            left, ahead = len(self._tokens) - self._read, self._boundary() - self._read
+            if left <= min(leave, ahead):
+                break
             chunk = min(PREFILL_CHUNK, ahead, left - 1)
             text = torch.tensor(self._tokens[self._read : self._read + chunk])
             self._request.target.forward(self.slots, text, rows=0)
@@ -85,24 +88,25 @@ class SequenceState:
             self._read += chunk
             self.result.prefill_forwards += 1
             self.result.prefill_compressions += self._evict()
-        self.result.prefill_forwards_s = time.perf_counter() - started
+        self.result.prefill_forwards_s = clock() - started
 
     def propose(self) -> DraftTree:
         """Return the tree for the next forward of the target to verify."""
         request = self._request
-        self._step_started = time.perf_counter()
+        self._step_started = clock()
         self._forwards_before = request.drafter.forwards
         limit = request.controller.limit()
         # The target adds its own token, so the last token of the limit need not be drafted. No step may pass the length
         # at which the policy evicts: otherwise the output would depend on the accepted drafts.
         length = len(self._tokens)
-        depth = min(limit.depth, request.length_limit - length - 1, self._boundary() - length)
+        self._allowed = min(request.length_limit - length - 1, self._boundary() - length)
+        depth = min(limit.depth, self._allowed)
         tree = DraftTree.empty()
         if depth > 0:
             tree = request.drafter.propose(self._context(), Limit(depth, limit.nodes))
         if tree.depth > depth:
             tree = tree.clip(depth)
-        self._proposed_at = time.perf_counter()
+        self._proposed_at = clock()
         return tree
 
     def commit(
@@ -117,7 +121,7 @@ class SequenceState:
         Args:
             tree: the proposal.
             logits: the target's logits at the root and at each node of the tree.
-            forward_started: start of the target's forward on the host clock, in seconds.
+            forward_started: start of the target's forward, by `clock`.
             forced: under teacher forcing, the token of the known text after the root and after each node. It replaces
                 the target's choice.
 
@@ -131,8 +135,13 @@ class SequenceState:
             decisions = most_probable(logits) if request.sampling.greedy else request.sampling.probs(logits)
         else:
             decisions = forced
-        acceptance = accept(tree, decisions, self._rng)
-        verified_at = time.perf_counter()
+        try:
+            acceptance = accept(tree, decisions, self._rng)
+        except SpecDecodeError:
+            # A static forward reads slots beyond its text, too: NaN keys there would spoil the texts after this one.
+            slots.storage.reusable = False
+            raise
+        verified_at = clock()
 
         self._keep_accepted(acceptance.path, stem, len(tree))
         emitted = self._append(acceptance.tokens)
@@ -140,7 +149,7 @@ class SequenceState:
         self._append_logprobs(logits, decided_at, emitted)
         evicts = not self.finished and self._evict()
 
-        ended_at = time.perf_counter()
+        ended_at = clock()
         step = Step(
             drafted=len(tree),
             depth=tree.depth,
@@ -151,6 +160,7 @@ class SequenceState:
             draft_s=self._proposed_at - self._step_started,
             verify_s=verified_at - forward_started,
             total_s=ended_at - self._step_started,
+            allowed=self._allowed,
             cache_bytes=slots.bytes_held,
             peak_cache_bytes=peak_bytes,
             attended_bytes=attended_bytes,
@@ -213,10 +223,10 @@ class SequenceState:
         request.controller.observe(request.target.ranks.agreed(step) if looks_at_times else step)
         result.capture_s = CudaGraphs.seconds - request.start.capture_s
         if len(result.steps) == 1:
-            result.prefill_s = ended_at - request.start.at - result.capture_s
+            result.prefill_s = ended_at - request.start.at
         if request.on_step is not None:
             request.on_step(emitted)
-        result.decode_s = time.perf_counter() - request.start.at - result.prefill_s - result.capture_s
+        result.decode_s = clock() - request.start.at - result.prefill_s
 
     def _record(self, rows: Sequence[int]) -> None:
         """Record attention for the policy and hidden states for the drafter, from the last forward.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import operator
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from specdecode.core.sampling import Sampling
+from specdecode.decoding.values import shape_or_text, token_ids, whole
 
 # The honoured settings. For each, the value that transformers uses if it is not set, and if the call sets it to None.
 _HONOURED: dict[str, tuple[Any, Any]] = {
@@ -145,7 +143,8 @@ class Settings:
         for name, value in merged.items():
             if name not in _HONOURED and name not in _WITHOUT_EFFECT and not _is_off(name, value):
                 raise ValueError(
-                    f"{name} is {_shown(value)}, which is not honoured here and would change the output: unset it"
+                    f"{name} is {shape_or_text(value)}, which is not honoured here and would change the output:"
+                    " unset it"
                 )
         resolved = {
             name: usual if name not in merged else unset if merged[name] is None else merged[name]
@@ -157,12 +156,12 @@ class Settings:
             max_length=_whole_or_none("max_length", resolved["max_length"]),
             do_sample=_truth("do_sample", resolved["do_sample"]),
             temperature=_number("temperature", resolved["temperature"]),
-            top_k=_whole("top_k", resolved["top_k"]),
+            top_k=whole("top_k", resolved["top_k"]),
             top_p=_number("top_p", resolved["top_p"]),
-            stop_token_ids=None if stops is None else _tokens("eos_token_id", stops),
+            stop_token_ids=None if stops is None else token_ids("eos_token_id", stops),
             padding=_whole_or_none("pad_token_id", resolved["pad_token_id"]),
             stop_strings=() if strings is None else _strings("stop_strings", strings),
-            copies=_whole("num_return_sequences", resolved["num_return_sequences"]),
+            copies=whole("num_return_sequences", resolved["num_return_sequences"]),
         )
         settings._check()
         return settings
@@ -219,54 +218,28 @@ def _is_off(name: str, value: Any) -> bool:
     return value is None or (name in _OFF and isinstance(value, Number | str | list) and value == _OFF[name])
 
 
-def _shown(value: Any) -> str:
-    """Return a value as text for a message: the shape of a tensor, or the shortened representation of other values."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return " ".join(reprlib.repr(value).split())
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {_shown(value)}: it must be a whole number") from None
-
-
 def _whole_or_none(name: str, value: Any) -> int | None:
-    return None if value is None else _whole(name, value)
+    return None if value is None else whole(name, value)
 
 
 def _number(name: str, value: Any) -> float:
     try:
         return float("not text" if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} is {_shown(value)}: it must be a number") from None
+        raise ValueError(f"{name} is {shape_or_text(value)}: it must be a number") from None
 
 
 def _truth(name: str, value: Any) -> bool:
     try:
         return bool(value)
     except (ValueError, RuntimeError):
-        raise ValueError(f"{name} is {_shown(value)}: it must be True or False") from None
-
-
-def _tokens(name: str, value: Any) -> tuple[int, ...]:
-    """Return token ids, given one id, or several ids in a list, a tensor or an array."""
-    try:
-        return (operator.index(value),)
-    except TypeError:
-        pass
-    try:
-        return tuple(map(operator.index, value.flatten().tolist() if isinstance(value, Tensor) else value))
-    except TypeError:
-        raise ValueError(f"{name} is {_shown(value)}: it must be a token id, or several") from None
+        raise ValueError(f"{name} is {shape_or_text(value)}: it must be True or False") from None
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(string, str) for string in strings):
-        raise ValueError(f"{name} is {_shown(value)}: it must be a string, or a list of them")
+        raise ValueError(f"{name} is {shape_or_text(value)}: it must be a string, or a list of them")
     if not strings or not all(strings):
-        raise ValueError(f"{name} is {_shown(value)}: each must be some text; for none at all, leave {name} out")
+        raise ValueError(f"{name} is {shape_or_text(value)}: each must be some text; for none at all, leave {name} out")
     return tuple(strings)

@@ -14,6 +14,7 @@ from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.result import Generation
 from specdecode.decoding.generate import generate_batch
 from specdecode.decoding.settings import Settings
+from specdecode.decoding.values import check_makers
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.models.lm import LM
@@ -45,10 +46,7 @@ class SpecDecoder:
         controller: Callable[[], Controller] = partial(FixedK, 5),
         policy: CachePolicy = KeepAll(),
     ) -> None:
-        for name, make in (("drafter", drafter), ("controller", controller)):
-            if not callable(make):
-                kind = type(make).__name__
-                raise ValueError(f"{name} must make one for each prompt: give `lambda: {kind}(...)`, not a {kind}")
+        check_makers(drafter, controller)
         self.target = target
         self.drafter = drafter
         self.controller = controller

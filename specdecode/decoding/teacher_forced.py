@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specdecode.backends.graph import clock
 from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.transfer import picked
 from specdecode.decoding.request import Request, check_tokens
@@ -76,11 +76,11 @@ def teacher_forced(
     request = Request(target, tokens[:start], drafter, controller, policy, max_new_tokens=len(tokens) - start)
     sequence = SequenceState(request)
     with target.recording_for(policy, drafter.layers):
-        sequence.prefill(but=PREFILL_CHUNK)
+        sequence.prefill(leave=PREFILL_CHUNK)
     while not sequence.finished:
         place, evicted_at = start + len(sequence.result.tokens), sequence.evicted_at
         tree = sequence.propose()
-        forward_started = time.perf_counter()
+        forward_started = clock()
         with target.recording_for(policy, drafter.layers):
             logits = target.forward_tree(sequence.slots, sequence.pending, tree)
         ahead = torch.tensor(tokens[place : place + tree.depth + 1])

@@ -54,7 +54,7 @@ class HeadDrafter:
             return DraftTree.empty()
         shared = min(common_prefix(self._read, tokens), len(tokens) - 1)
         self._slots.keep([], after=max(shared - 1, 0))
-        self._read = tokens
+        self._read = tokens[:shared]
         chain = min(limit.depth, limit.nodes) if context.sampling.greedy and isinstance(self.shape, Chain) else 0
         for start in range(max(shared, 1), len(tokens), PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, len(tokens))
@@ -63,9 +63,12 @@ class HeadDrafter:
             before = hidden_states[start - 1 : end - 1]
             if end == len(tokens) and chain:
                 self.forwards += chain
-                return DraftTree.chain(self.head.continue_greedily(self._slots, pairs, before, chain))
+                drafted = self.head.continue_greedily(self._slots, pairs, before, chain)
+                self._read = tokens
+                return DraftTree.chain(drafted)
             self.forwards += 1
             state, logits = self.head.read(self._slots, pairs, before, fuse=True)
+            self._read = tokens[:end]
         return self._tree(state, logits, context, limit)
 
     def _tree(

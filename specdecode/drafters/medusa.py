@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -136,14 +135,16 @@ def load_medusa(name: str, target: LM) -> MedusaHeads:
             vocabulary.
         UnsupportedModelError: the target has no final norm beside its layers.
     """
-    folder = find_folder(name)
+    folder = find_folder(name, ("config.json", *_WEIGHTS), "give its id on the hub")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "medusa_num_heads" not in config:
+            raise ModelFileError(f"{folder} holds no Medusa heads: its config.json has no 'medusa_num_heads'")
         count, blocks = int(config["medusa_num_heads"]), int(config.get("medusa_num_layers", 1))
         stored = _read(folder)
-    except KeyError as error:
-        raise ModelFileError(f"{folder} holds no Medusa heads: its config.json has no {error}") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ModelFileError:
+        raise
+    except Exception as error:  # json, safetensors and pickle raise different errors
         raise ModelFileError(f"cannot read the Medusa heads {folder}: {first_line(error)}") from error
     heads = MedusaHeads(target, count, blocks)
     tensors = {}

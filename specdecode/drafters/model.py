@@ -12,6 +12,7 @@ from specdecode.controllers.base import Limit
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
+from specdecode.models.arguments import check_cache_fits, check_lm
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
@@ -35,7 +36,8 @@ class ModelDrafter:
         forwards: number of forwards of the draft so far.
 
     Raises:
-        ValueError: the policy chooses by attention, which is not recorded during drafting.
+        ValueError: the draft is no `LM`, or its context cannot hold the policy's cache. Or the policy chooses by
+            attention, which is not recorded during drafting.
         UnsupportedModelError: the policy evicts, but the draft's keys cannot be re-rotated.
     """
 
@@ -44,8 +46,8 @@ class ModelDrafter:
     def __init__(self, draft: LM, shape: TreeShape = Chain(), policy: CachePolicy = KeepAll()) -> None:
         if policy.reads_attention:
             raise ValueError("a draft's cache cannot be kept by attention: use a policy that chooses by place or key")
-        if policy.interval:
-            _ = draft.rerotation  # raises if the keys of this architecture cannot be re-rotated
+        check_lm("draft", draft)
+        check_cache_fits(policy, draft)
         self.draft = draft
         self.shape = shape
         self.policy = policy

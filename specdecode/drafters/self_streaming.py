@@ -24,7 +24,7 @@ class SelfStreamingDrafter:
         shape: shape of the trees.
 
     Raises:
-        ValueError: `max_len` leaves no room for recent tokens.
+        ValueError: `max_len` leaves no room for recent tokens, or exceeds the target's context.
         UnsupportedModelError: the keys of this architecture cannot be re-rotated.
     """
 

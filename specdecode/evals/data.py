@@ -32,8 +32,8 @@ _PART = re.compile(r"(?P<name>[^@:]+)(@(?P<tokens>[1-9]\d*))?(:(?P<count>[1-9]\d
 
 
 class NotAtHandError(ValueError):
-    """The error of a data set that is neither in $SPECDECODE_DATA nor available from the hub. The message explains both
-    sources."""
+    """The error of a data set that is neither in $SPECDECODE_DATA nor available from the hub, or that needs a package.
+    The message explains what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +169,24 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
             if file.is_file():
                 return _read(file), file.name
     if source.offline is not None:
-        return source.offline()
+        try:
+            return source.offline()
+        except ImportError as error:
+            raise _lacks_package(name, error) from error
     origin = source.hub.get("data_files", source.hub["path"])
+    put = (
+        f"{name} is not available: put {source.file}.jsonl or .parquet into the folder that SPECDECODE_DATA names"
+        f" ({folder or 'not set'}), or"
+    )
     try:
         import datasets
-
+    except ImportError as error:
+        raise NotAtHandError(f"{put} install what fetches it: pip install 'specdecode[benchmark]' ({error})") from error
+    try:
         with hub_noted(origin):
             return list(datasets.load_dataset(**source.hub)), origin
     except Exception as error:
-        raise NotAtHandError(
-            f"{name} is not available: put {source.file}.jsonl or .parquet into the folder that SPECDECODE_DATA names"
-            f" ({folder or 'not set'}), or connect to the network for {origin} ({type(error).__name__})"
-        ) from error
+        raise NotAtHandError(f"{put} connect to the network for {origin} ({type(error).__name__})") from error
 
 
 def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], str]:
@@ -276,6 +282,12 @@ def _set(name: str) -> _Set:
     return _SETS[name]
 
 
+def _lacks_package(what: object, error: ImportError) -> NotAtHandError:
+    return NotAtHandError(
+        f"{what} needs a package that is not installed: pip install 'specdecode[benchmark]' ({error})"
+    )
+
+
 def _read(file: Path) -> list[dict[str, Any]]:
     read: list[dict[str, Any]] = []
     try:
@@ -285,6 +297,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
             read += pyarrow.parquet.read_table(file).to_pylist()
             return read
         lines = read_lines(file)
+    except ImportError as error:
+        raise _lacks_package(file, error) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):

@@ -18,12 +18,24 @@ from specdecode.core.slots import Slots
 from specdecode.evals.perplexity import DecodePath
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
+from specdecode.support.kinds import COUNTS, NAMES, NUMBERS, STRING, TABLE, WHOLE, WHOLES, check_table
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+_KINDS = {
+    "texts": STRING,
+    "k": WHOLE,
+    "arms": TABLE,
+    "needle": TABLE,
+    "tasks": TABLE,
+    "window": WHOLE,
+    "stride": WHOLE,
+}
+_NEEDLE_KINDS = {"corpus": STRING, "lengths": WHOLES, "depths": NUMBERS, "arms": NAMES}
+_TASK_KINDS = {"problems": COUNTS, "max_new_tokens": WHOLE, "arms": NAMES}
 _KEYS = ("policy", "cache", "quantize", "k")
 _SHUFFLED = "shuffled"
 
@@ -93,19 +105,25 @@ def quality_preset(name: str) -> QualityPreset:
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-        needle, tasks = content.pop("needle", None), content.pop("tasks", None)
-        preset = QualityPreset(
-            **content,
-            needle=None if needle is None else NeedleGrid(**needle),
-            tasks=None if tasks is None else TaskGrid(**tasks),
-        )
     except OSError:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
         raise ValueError(
             f"no preset of the quality suite is named {name!r}: choose from {known}, or name a .toml file"
         ) from None
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None
+    where = f"preset {name!r}"
+    check_table(where, content, _KINDS, required=("texts", "k", "arms"))
+    check_table(f"{where}, arms", content["arms"], dict.fromkeys(content["arms"], TABLE))
+    needle, tasks = content.pop("needle", None), content.pop("tasks", None)
+    for key, grid, kinds in (("needle", needle, _NEEDLE_KINDS), ("tasks", tasks, _TASK_KINDS)):
+        if grid is not None:
+            check_table(f"{where}, {key}", grid, kinds, required=kinds)
+    preset = QualityPreset(
+        **content,
+        needle=None if needle is None else NeedleGrid(**needle),
+        tasks=None if tasks is None else TaskGrid(**tasks),
+    )
     named = {entry["control"] for entry in preset.arms.values() if "control" in entry}
     for grid in (preset.needle, preset.tasks):
         named |= set(grid.arms if grid else ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -77,11 +78,13 @@ def load_mtp(target: LM) -> BoundHead:
     return BoundHead(MtpHead(target.model), target, copied=False)
 
 
-def find_folder(name: str) -> Path:
+def find_folder(name: str, files: Sequence[str] = _FILES, advice: str = ADVICE) -> Path:
     """Return the folder of a head: a local folder, or a download from the hub.
 
     Args:
         name: a folder, or an id on the hub.
+        files: patterns of the files to download.
+        advice: another way out, for the message.
 
     Raises:
         ModelFileError: the name is neither a folder of a head, nor an id on the hub that can be fetched.
@@ -91,10 +94,10 @@ def find_folder(name: str) -> Path:
         return folder
     if folder.exists() or name.count("/") != 1:
         lacks = f"{folder} holds no {CONFIG}" if folder.is_dir() else f"no head comes with the package for {name!r}"
-        raise ModelFileError(f"{lacks}: name the folder or the file of a head, or {ADVICE}")
+        raise ModelFileError(f"{lacks}: name the folder or the file of a head, or {advice}")
     try:
         with hub_noted(name):
-            return Path(snapshot_download(name, allow_patterns=_FILES))
+            return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # no network, no such repository, or a gated one: each is another error
         raise ModelFileError(
             f"no draft head {name!r}: no folder of that name, and the hub said: {first_line(error)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -54,8 +55,12 @@ def input_device(
         return choose_device(None)
     if "" in device_map and len(device_map) > 1:
         raise ValueError("device_map names '', the whole model, beside its parts: give a device for each part")
-    devices = [choose_device(device) for device in device_map.values()]
-    return devices[0]
+    return choose_device(_main({name: choose_device(there) for name, there in device_map.items()}))
+
+
+def _main(places: Mapping[str, Any]) -> Any:
+    """Return the device of a map that takes the inputs: the first that is not a CPU, if there is one."""
+    return next((there for there in places.values() if not str(there).startswith("cpu")), "cpu")
 
 
 def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | None) -> None:
@@ -78,5 +83,4 @@ def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | 
     else:
         places = dict(device_map)
     # By default accelerate takes any of the devices for the inputs. On the first, the embedding finds them in place.
-    first = next((there for there in places.values() if there != "cpu"), "cpu")
-    dispatch_model(model, places, main_device=first, skip_keys=model._skip_keys_device_placement)
+    dispatch_model(model, places, main_device=_main(places), skip_keys=model._skip_keys_device_placement)

@@ -177,8 +177,8 @@ class LM:
             positions: positions of the tokens; by default they continue the filled slots.
             visible: row i marks the slots that token i attends to, among the last s slots (the n new ones included). It
                 also attends to all slots before these. By default the tokens are a chain.
-            rows: number of tokens at the end whose logits are returned. The tokens before these are text that every
-                decoding of the text reads in one forward.
+            rows: number of tokens at the end whose logits are returned. For a target, the tokens before these are text
+                that every decoding reads in one forward.
 
         Returns:
             Logits at the last `rows` tokens, in the model's type.
@@ -409,7 +409,7 @@ class LM:
                 are split among processes.
             UnsupportedModelError: the model cannot be decoded exactly on this backend.
         """
-        if kind == "eager" or (kind == "auto" and self.ranks.group is not None):
+        if kind == self.backend.name or (kind == "auto" and self.ranks.group is not None):
             return self
         if kind not in self._variants:
             model = self._shared_copy("given another backend")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdecode.backends import Backend, prepare
@@ -244,14 +245,30 @@ def _into_memory(model: PreTrainedModel) -> None:
         parameter.data = parameter.data.clone()
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
 def _tokenizer(source: str) -> Any:
-    """Return the tokenizer, or None if the model has none, since decoding needs only ids."""
+    """Return the tokenizer, or None if the model's folder has none, since decoding needs only ids.
+
+    Raises:
+        ModelFileError: there is a tokenizer, but it cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        if (Path(source) / "tokenizer.json").exists():
-            raise ModelFileError(f"the tokenizer in {source} is damaged: fetch the model again") from error
-        return None
+    except Exception as error:  # a damaged file, or a package that is not installed: each is another error
+        if not any(_holds(source, name) for name in _TOKENIZER_FILES):
+            return None
+        raise ModelFileError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
+
+
+def _holds(source: str, name: str) -> bool:
+    """Return whether a folder has a file, or the hub's cache has it, for a model of the hub."""
+    if Path(source).is_dir():
+        return (Path(source) / name).exists()
+    with suppress(ValueError):  # no id of the hub
+        return isinstance(try_to_load_from_cache(source, name), str)
+    return False
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

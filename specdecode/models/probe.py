@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig
 
-from specdecode.core.errors import UnsupportedModelError
+from specdecode.core.errors import UnsupportedModelError, first_line
 from specdecode.core.tree import DraftTree
 from specdecode.models.checks import inexact_reason, missing_arguments, mixed_rows_reason
 from specdecode.models.forwards import SlotDecoder
@@ -71,10 +71,9 @@ def check_tree_decoding(decoder: SlotDecoder) -> None:
         reason = _difference(decoder)
         cause = None
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
         reason = (
             "its forward does not take a 4-D mask, positions and a cache of keys and values"
-            f" ({type(error).__name__}: {first_line})"
+            f" ({type(error).__name__}: {first_line(error)})"
         )
         cause = error
     if reason is not None:

@@ -206,8 +206,8 @@ def _embeds_positions(model: PreTrainedModel) -> bool:
 class KeyRerotation:
     """The eviction of slots of one model, with re-rotation of the keys that stay.
 
-    The angles are computed in double precision, but the keys stay in the model's type. In 16 bits, each re-rotation
-    rounds them once more.
+    The rotation is computed in double precision, from the model's own angles. The keys stay in the model's type: in 16
+    bits, each re-rotation rounds them once more.
 
     Args:
         rotations: rotation of each layer's keys; None for a layer without one.

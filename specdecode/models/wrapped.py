@@ -15,9 +15,15 @@ def unwrapped(model: Any) -> PreTrainedModel:
     """Return the model inside `torch.compile(model)`, whose wrapper has another class and signature.
 
     The forwards of the returned model are not compiled. Use the backend "compile" for that.
+
+    Raises:
+        ValueError: the value is no model.
     """
-    inside: PreTrainedModel = model._modules.get("_orig_mod", model)
-    return inside
+    if not isinstance(model, nn.Module):
+        way = f"specdecode.load({model!r})" if isinstance(model, str) else "a model of transformers"
+        raise ValueError(f"the model is a {type(model).__name__}: give {way}")
+    inside: Any = model._modules.get("_orig_mod", model)
+    return inside  # type: ignore[no-any-return]
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:

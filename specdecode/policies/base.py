@@ -60,7 +60,7 @@ def boundary(policy: CachePolicy, committed: int, cached: int) -> int:
     return -(-full // policy.interval) * policy.interval
 
 
-def bounds(max_len: int, trigger: float, interval: int | None, pinned: int) -> tuple[int, int]:
+def bounds(max_len: int, trigger: float, interval: int | None, pinned: int, name: str = "sinks") -> tuple[int, int]:
     """Return `keeps` and `interval` of a policy.
 
     Args:
@@ -68,6 +68,7 @@ def bounds(max_len: int, trigger: float, interval: int | None, pinned: int) -> t
         trigger: share of `max_len` beyond which tokens are evicted.
         interval: tokens between evictions; if None, as many as fit above the trigger.
         pinned: number of tokens that always stay.
+        name: name of that number, for messages.
 
     Raises:
         ValueError: an argument is impossible, or the arguments do not fit together.
@@ -81,7 +82,7 @@ def bounds(max_len: int, trigger: float, interval: int | None, pinned: int) -> t
         interval = max(max_len - most, 1)
     keeps = min(most, max_len - interval)
     if pinned < 0:
-        raise ValueError(f"sinks is {pinned}: it is a number of tokens, 0 or more")
+        raise ValueError(f"{name} is {pinned}: it is a number of tokens, 0 or more")
     if keeps <= pinned:
         raise ValueError(
             f"max_len is {max_len}: with {interval} tokens between evictions and a trigger of {trigger} that leaves"

@@ -31,8 +31,8 @@ class HeavyHitter:
     ) -> None:
         self.max_len = max_len
         self.pinned = 0
-        self.recent = int(trigger * max_len) // 2 if recent is None else recent
-        self.keeps, self.interval = bounds(max_len, trigger, interval, self.recent)
+        self.recent = bounds(max_len, trigger, interval, 0)[0] // 2 if recent is None else recent
+        self.keeps, self.interval = bounds(max_len, trigger, interval, self.recent, "recent")
         self.reads_attention = True
 
     def keep(self, slots: Slots) -> Int[Tensor, "layers heads m"]:

@@ -29,7 +29,7 @@ class KeyNorm:
         self.max_len = max_len
         self.recent = recent
         self.pinned = 0
-        self.keeps, self.interval = bounds(max_len, trigger, interval, recent)
+        self.keeps, self.interval = bounds(max_len, trigger, interval, recent, "recent")
         self.reads_attention = False
 
     def keep(self, slots: Slots) -> Int[Tensor, "layers heads m"]:

@@ -29,16 +29,18 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise ValueError(f"{path} is not whole: it is no text; measure again") from None
+        raise ValueError(f"{path} is not whole: it is no text in UTF-8") from None
 
 
 def parse_json(text: str, path: Path) -> Any:
     """Parse the JSON text of a file; the message names the path."""
     try:
         return json.loads(text)
-    # Objects nested thousands of levels deep exhaust the parser's stack.
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not whole: it is no JSON, from line {error.lineno} on") from None
+    # The parser's stack is too small for objects nested thousands of levels deep, and numbers may be too long.
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not whole: it is no JSON; measure again") from None
+        raise ValueError(f"{path} is not whole: it is no JSON of ours") from None
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:

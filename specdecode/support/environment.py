@@ -118,8 +118,10 @@ def cpu_name() -> str:
     # py-cpuinfo is not used: it runs five programs for a fifth of a second, and its names of ARM processors differ from
     # those of the baseline files. Two packages provide its module, and pytest-benchmark installs either of them.
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if model := values.get("model name"):
+        return model
+    # Linux knows ARM processors by numbers alone.
+    numbers = [values[name] for name in ("CPU implementer", "CPU part") if name in values]
+    return " ".join([platform.processor() or platform.machine(), *numbers])

@@ -14,7 +14,7 @@ _SLOW_S = 1.0
 def hub_noted(name: str) -> AbstractContextManager[None]:
     """Write a note if the block, which loads files by their id on the hub, takes longer than a second.
 
-    Without it, a hub that does not answer means half a minute of silence: its client asks again several times.
+    Without it, a hub that does not answer means up to a minute of silence: its client asks again several times.
     """
     from huggingface_hub import constants  # only here: most commands need no hub
 

@@ -19,6 +19,7 @@ from torch.nn.functional import rms_norm
 from specdecode.core.errors import ModelFileError
 from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
+from specdecode.support.checked import mapping, read_json
 from specdecode.support.files import write_whole
 from specdecode.training.texts import Texts
 
@@ -77,8 +78,8 @@ def collect(
     """
     manifest = folder / "shards.json"
     if manifest.exists():
-        stored = json.loads(manifest.read_text(encoding="utf-8"))
-        if changed := [key for key in {**stored, **what} if stored.get(key) != json.loads(json.dumps(what)).get(key)]:
+        stored, wanted = mapping(read_json(manifest), str(manifest)), json.loads(json.dumps(what))
+        if changed := [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]:
             raise ValueError(
                 f"{folder} holds hidden states for another {', '.join(sorted(changed))}: name another folder, or remove"
                 " it"

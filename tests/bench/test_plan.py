@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from specdecode.bench.options import Options
 from specdecode.bench.plan import Plan, resolve
+from specdecode.bench.plugin import _parameters
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
+from tests.helpers.elsewhere import commit
 from tests.helpers.root import ROOT
 from tests.helpers.suites import run_pytest
 
@@ -95,6 +98,30 @@ def test_arms_that_only_the_baseline_has_are_judged(tmp_path: Path) -> None:
     assert len(judged.judged_arms) == len(set(judged.judged_arms))
     assert judged.entries({"new"}).keys() == {"ar", "new"}
     assert judged.entries({"lookup"}).keys() == {"ar"}
+
+
+def test_arms_of_heads_are_not_missing_where_there_is_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a comparison of two equal commits that fails for every target without a trained head."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.toml").write_text(
+        'prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = {}\nhead = { drafter = "head", k = 2 }\n'
+    )
+    commit(tmp_path)
+    for target, arms in (("gpt2", ["ar"]), ("smollm2-135m", ["ar", "head"])):
+        planned = plan(tmp_path, preset="own.toml", against="HEAD", target=target)
+        assert (list(planned.preset.arms), planned.compared_arms) == (arms, arms)
+
+
+def test_only_arms_of_the_fixtures_own_tests_are_selected() -> None:
+    """Guards against a session of both suites, and of parametrised tests beside them, that cannot be measured."""
+    tests = [
+        SimpleNamespace(fixturenames=["speed_run"], callspec=SimpleNamespace(params={"arm": "ar"})),
+        SimpleNamespace(fixturenames=["quality_run"], callspec=SimpleNamespace(params={"cost": ("full", "nll")})),
+        SimpleNamespace(fixturenames=[], callspec=SimpleNamespace(params={"width": 1})),
+        SimpleNamespace(fixturenames=["speed_run"]),
+    ]
+    request: Any = SimpleNamespace(fixturename="speed_run", session=SimpleNamespace(items=tests))
+    assert _parameters(request) == [{"arm": "ar"}]
 
 
 def test_what_only_recommends_reads_no_baseline(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import specdecode
-from specdecode import generate, load
+from specdecode import cli, generate, load
 from specdecode.bench.arms import parts
 from specdecode.bench.measure import roofline as measured_roofline
 from specdecode.support import messages
@@ -303,11 +303,14 @@ def test_a_file_without_prompts_is_told(
         (["generate", "x", "--controller", "adaptive", "--k", "5"], "--k is of no use with --controller adaptive"),
         (["generate", "x", "--controller", "cost-aware", "--k", "5"], "--k is of no use with --controller cost-aware"),
         (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
-        (["generate", "x", "--top-p", "0"], "top_p is 0.0"),
-        (["generate", "x", "--top-k", "-2"], "top_k is -2"),
+        (["generate", "x", "--temperature", "1", "--top-p", "0"], "top_p is 0.0"),
+        (["generate", "x", "--temperature", "1", "--top-k", "-2"], "top_k is -2"),
+        (["generate", "x", "--top-p", "0.9"], "--top-p is of no use at temperature 0, which is greedy"),
+        (["generate", "x", "--seed", "3"], "--seed is of no use at temperature 0, which is greedy"),
+        (["generate", "--prompts", "y", "--batch", "0"], "--batch is 0: it must be at least 1"),
         (["generate", "x", "--target", "./nowhere"], "no such folder: ./nowhere"),
         (["generate", "x", "--target", "shape:nothing"], "no shape is named 'nothing'"),
-        (["generate", "x", "--target", "{model}", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0: it must be at least 1"),
         (
             ["generate", "x", "--target", "{model}", "--draft", "{other}", "--drafter", "model"],
             "does not share the vocabulary",
@@ -462,6 +465,26 @@ def test_doctor_tells_which_backends_cannot_be_had(
     _, weights, milliseconds, throughput, share, *multiples = below.splitlines()[1].split()
     assert all(float(value.rstrip("x")) > 0 for value in (weights, milliseconds, throughput, *multiples))
     assert float(share.rstrip("%")) == pytest.approx(100 * float(throughput) / roofline, abs=0.51)
+
+
+def test_a_full_gpu_is_told_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Guards against a traceback, and against other faults that are taken for a lack of memory."""
+
+    def full(error: RuntimeError) -> Any:
+        def load(*given: Any, **named: Any) -> Any:
+            raise error
+
+        return load
+
+    monkeypatch.setattr("specdecode.load", full(torch.OutOfMemoryError("CUDA out of memory")))
+    assert exit_code(monkeypatch, "generate", "x", "--target", model) == 2
+    assert capfd.readouterr().err.startswith("specdecode: the GPU's memory is too small: take a smaller model")
+    monkeypatch.setattr("specdecode.load", full(RuntimeError("another fault")))
+    monkeypatch.setattr(sys, "argv", ["specdecode", "generate", "x", "--target", model])
+    with pytest.raises(RuntimeError, match="another fault"):
+        cli.main()
 
 
 def test_help_does_not_wait_for_torch() -> None:

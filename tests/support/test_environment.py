@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
@@ -12,6 +13,7 @@ from specdecode import LM
 from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.counters import host_reads, peak_memory
 from specdecode.bench.runs.records import Header, Identity
+from specdecode.support import environment as environment_module
 from specdecode.support.environment import conditions, cpu_name, environment, hardware
 from specdecode.support.files import slug
 from tests.helpers.models import ARCHITECTURES, build
@@ -130,6 +132,24 @@ def test_the_machine_is_described() -> None:
     assert conditions(torch.device("cpu")).keys() == {"load average"}
     assert environment()["threads"] == torch.get_num_threads()
     assert hardware(torch.device("cpu")) == slug(f"{cpu_name()} {torch.get_num_threads()} threads")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: A Fine: CPU\n", "A Fine: CPU"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "aarch64 0x41 0xd40"),
+        ("", "aarch64"),
+    ],
+)
+def test_processors_of_other_models_have_other_names(
+    cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against times of two ARM processors that are compared, because Linux names neither."""
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(environment_module, "Path", lambda path: tmp_path / "cpuinfo")
+    monkeypatch.setattr(environment_module.platform, "processor", lambda: "aarch64")
+    assert cpu_name() == name
 
 
 def test_reads_of_tensors_are_counted() -> None:

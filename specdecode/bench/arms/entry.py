@@ -184,7 +184,7 @@ class ArmSpec:
             return
         for key, unset in _OTHERS_UNSET.items():
             if getattr(self, key) != unset:
-                raise self.notation.error(f"{key} is of no use without a call or a server: leave it out")
+                raise self.notation.error(f"{key} is for arms from code or of servers: leave it out")
         if self.peer is not None:
             self._check_kind("peer", self.peer, PEERS)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from specdecode.support.kinds import FLAG, NUMBER, OPTIONS, STRING, WHOLE, WHOLES, is_of
@@ -77,6 +78,11 @@ PEERS: dict[str, tuple[str, ...]] = {
     "assisted": ("k", "confidence"),
     "prompt-lookup": ("k", "ngram"),
 }
+
+
+def loss_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of an arm that change its outputs: the cache policy with its settings, and the weights."""
+    return {key: value for key, value in options.items() if key in ("policy", "cache", "quantize") or key not in TYPES}
 
 
 def typed(key: str, value: Any) -> Any:

@@ -42,7 +42,7 @@ class Run:
 
     @property
     def outputs(self) -> list[list[int]]:
-        """Return the outputs. There are several, of equal length, if a server decoded several prompts."""
+        """Return the outputs. A server may decode several prompts; their outputs are taken to be of equal length."""
         length = len(self.tokens) // max(1, len(self.latencies.ttft))
         return [self.tokens[start : start + length] for start in range(0, len(self.tokens), length)]
 

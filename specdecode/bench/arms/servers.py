@@ -12,7 +12,7 @@ from specdecode.bench.arms.callables import LIMIT_S, ArmError
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.run import Run
 from specdecode.bench.runs.counts import Counts, Histograms, Latencies
-from specdecode.bench.servers.engines import Response, Told
+from specdecode.bench.servers.engines import Response, Speculation
 from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.server import Load, Server
 from specdecode.drafters.base import common_prefix
@@ -78,7 +78,11 @@ class ServerArm:
         return self.spec.requests or (1 if self.spec.concurrency == 1 else 2 * self.spec.concurrency)
 
     def prompts(self, prompt: Sequence[int]) -> list[Sequence[int]]:
-        """Return the prompts of a run: the prompt, and suffixes of it, so that no two share a prefix."""
+        """Return the prompts of a run: the prompt, and suffixes of it with other beginnings.
+
+        A server's cache of prefixes is then of no use. With more requests than half of the
+        prompt's tokens, prompts repeat.
+        """
         return [prompt[place % max(1, len(prompt) // 2) :] for place in range(self.requests)]
 
     def run(self, prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
@@ -170,7 +174,7 @@ def _run(load: Load, lengths: Sequence[int]) -> Run:
         total_s=load.total_s,
         ttft_s=load.responses[0].times[0],
         counts=_counts(load, sum(written)),
-        histograms=_histograms(load.told),
+        histograms=_histograms(load.speculation),
         latencies=Latencies(
             ttft=[first for first, _ in times],
             tpot=[(end - first) / (count - 1) for (first, end), count in zip(times, written, strict=True) if count > 1],
@@ -180,24 +184,24 @@ def _run(load: Load, lengths: Sequence[int]) -> Run:
 
 
 def _counts(load: Load, tokens: int) -> Counts:
-    told = load.told or Told()
+    speculation = load.speculation or Speculation()
     first = sum(response.sizes[0] for response in load.responses)
     return Counts(
         steps=load.steps,
         target_forwards=load.steps,
-        drafted=told.drafted,
-        accepted=told.accepted,
+        drafted=speculation.drafted,
+        accepted=speculation.accepted,
         later_tokens=max(0, tokens - first),
     )
 
 
-def _histograms(told: Told | None) -> Histograms:
+def _histograms(speculation: Speculation | None) -> Histograms:
     """Return the histograms of steps, if the engine reports the number of proposals kept at each position."""
-    if told is None or not told.by_position or told.drafts is None:
+    if speculation is None or not speculation.by_position or speculation.drafts is None:
         return Histograms()
-    at_least, longest = [told.drafts, *told.by_position, 0.0], len(told.by_position)
+    at_least, longest = [speculation.drafts, *speculation.by_position, 0.0], len(speculation.by_position)
     # If all drafts have the full length, the depths are known too.
-    depth = [*[0] * longest, round(told.drafts)] if told.drafted == told.drafts * longest else []
+    depth = [*[0] * longest, round(speculation.drafts)] if speculation.drafted == speculation.drafts * longest else []
     return Histograms(accepted=[round(more - fewer) for more, fewer in pairwise(at_least)], depth=depth)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from specdecode.backends.device import synchronise
-from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.graph import clock
 from specdecode.support.call_stack import with_stack_room
 
 
@@ -54,11 +54,11 @@ class Slices:
         if self._left:
             return
         self.end()
-        before, captured = time.perf_counter(), CudaGraphs.seconds
+        before, began = time.perf_counter(), clock()
         with _stopped_timer():
             self._wait()
         after = time.perf_counter()
-        Slices.waited_s += after - before - (CudaGraphs.seconds - captured)
+        Slices.waited_s += clock() - began
         self._waits.append((after, after - before))
         self._left, self._started = self._steps, own_s()
 
@@ -84,7 +84,7 @@ def sliced(steps: int, wait: Callable[[], None]) -> Iterator[Slices]:
 
 def own_s() -> float:
     """Return the seconds on this process's clock, without waits between slices and without captures of CUDA graphs."""
-    return time.perf_counter() - Slices.waited_s - CudaGraphs.seconds
+    return clock() - Slices.waited_s
 
 
 def end_step(tokens: Sized) -> None:

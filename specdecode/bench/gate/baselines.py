@@ -39,9 +39,9 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
 
     Raises:
         ValueError: the reason is empty. Several runs are to give counters alone. A run cannot be a baseline: it was
-            stopped, has uncommitted changes, a wrong output or an arm that did not decode, or differs from the first
-            run in models, prompts or lengths. Or the machines are so unsteady, or so different, that later runs could
-            not detect a slowdown of `MOST_UNSEEN`.
+            stopped or out of time, names no commit, has uncommitted changes, a wrong output or an arm that did not
+            decode, or differs from the first run in models, prompts or lengths. Or the machines are so unsteady, or so
+            different, that later runs could not detect a slowdown of `MOST_UNSEEN`.
     """
     if not reason.strip():
         raise ValueError("the reason is empty: say why later runs should perform like this run")
@@ -60,7 +60,7 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
         content[KEY]["identity"]["hardware"] = ANY_HARDWARE
     elif (unseen := ever_sees(run)) > MOST_UNSEEN:
         raise ValueError(
-            f"{' and '.join(map(str, paths))}: no later run would detect a slowdown below {unseen:.0%} with this"
+            f"{' and '.join(map(str, paths))}: no later run would detect a slowdown below {unseen:.1%} with this"
             f" baseline: measure more --repeats or prompts, or --until {MOST_UNSEEN:.0%}, or quiet the machine; the"
             f" limit is {MOST_UNSEEN:.0%}. Or bless --counters, and no times are judged"
         )
@@ -83,9 +83,19 @@ def _subject(run: RunFile) -> tuple[object, ...]:
 def _check(run: RunFile) -> None:
     """Raise ValueError if a run cannot be a baseline."""
     path, content = run.path, read_json(run.path)
+    if run.header.left and run.header.budget_spent:
+        raise ValueError(
+            f"{path} lacks prompts, because its time was over: it is no baseline; give more --budget-minutes"
+        )
     if run.header.left:
         raise ValueError(f"{path} is a run that was stopped: it is no baseline; the same command with --resume ends it")
-    if content.get("commit_info", {}).get("dirty") is not False:
+    commit = content.get("commit_info")
+    if not isinstance(commit, dict) or "dirty" not in commit:
+        raise ValueError(
+            f"{path} does not name its commit: measure with pytest --benchmark --benchmark-json={path}, and without"
+            " -k counters"
+        )
+    if commit["dirty"] is not False:
         raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
     if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
         raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")

@@ -68,7 +68,7 @@ class Tolerance:
     from_history: bool = False
 
     def __str__(self) -> str:
-        return f"{self.share:.1%}, from its own history" if self.from_history else f"{self.share:.0%}"
+        return f"{self.share:.1%}, from its own history" if self.from_history else f"{100 * self.share:.3g}%"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +158,8 @@ def judge(
 def judges_times(judgements: Collection[Judgement]) -> bool:
     """Return whether the time of any arm is judged: not without a baseline, or by one whose times are not
     comparable."""
-    unjudged = (Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE, Verdict.NOT_JUDGED)
     return any(
-        judged.gate == "time"
-        and judged.verdict not in unjudged
-        and (judged.verdict is not Verdict.INCONCLUSIVE or judged.change is not None)
+        judged.gate == "time" and (judged.change is not None or judged.verdict is Verdict.REGRESSED)
         for judged in judgements
     )
 
@@ -346,12 +343,23 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
         for name in shared
         if abs(now[name] - was[name]) > COUNTER_TOLERANCE * abs(was[name])
     } | _lengths_moved(after.reached(same), before.reached(same))
-    if not moved:
-        reason = f"{len(shared)} counters within {COUNTER_TOLERANCE:.0%}, on {len(same)} prompt(s)"
-        return Judgement(arm, "counters", Verdict.PASS, reason)
-    worse, better = (
-        ", ".join(change for change, gain in moved.items() if (gain < 0) == is_loss) for is_loss in (True, False)
+    return counters_judgement(
+        arm, moved, f"{len(shared)} counters within {COUNTER_TOLERANCE:.0%}, on {len(same)} prompt(s)"
     )
+
+
+def counters_judgement(arm: str, moved: Mapping[str, float], unmoved: str) -> Judgement:
+    """Judge counters that moved.
+
+    Args:
+        arm: name of the arm.
+        moved: the gain of each counter that moved, by a text with both values. Losses are negative.
+        unmoved: the reason if none moved.
+    """
+    if not moved:
+        return Judgement(arm, "counters", Verdict.PASS, unmoved)
+    worse = ", ".join(change for change, gain in moved.items() if gain < 0)
+    better = ", ".join(change for change, gain in moved.items() if gain >= 0)
     if not worse:
         return Judgement(arm, "counters", Verdict.IMPROVED, better)
     return Judgement(arm, "counters", Verdict.REGRESSED, f"{worse}; better: {better}" if better else worse)

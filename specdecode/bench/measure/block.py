@@ -39,8 +39,10 @@ class Block:
         prompt: id of the prompt.
         repeat: number of the block among those of this prompt, from 0.
         runs: the run of each arm, by name; the first run of a reference arm.
-        last: the last run of each reference arm, by name.
-        middle: the middle run of the run's reference arm; None if it has only two runs.
+        last: the last run of each reference arm, by name. In turns with plain decoding a reference arm runs once; this
+            is then a copy of that run, with the seconds of plain decoding as its `total_s`.
+        middle: the run in the middle of those of the run's reference arm; None if it has only two runs. In turns, its
+            only run.
         checks: the check of each arm, by name: "equal" to its reference arm's output; "tie", if it first differs where
             the target's logits are equal within rounding; or "bug", if it is wrong, which voids its time.
     """
@@ -143,7 +145,6 @@ def measure_block(
     text: Sequence[int],
     max_new_tokens: int,
     repeat: int = 0,
-    seed: int = 0,
     tell: Callable[[str], None] = lambda doing: None,
     failures: dict[str, str] | None = None,
     baseline: str = BASELINE,
@@ -159,7 +160,6 @@ def measure_block(
         text: tokens of the prompt.
         max_new_tokens: length of every output, unless a stop token of the arms ends it.
         repeat: number of the block among those of this prompt, from 0.
-        seed: seed of the order of arms.
         tell: called with a text on each run before it starts.
         failures: error messages of failed arms from code are added here; failed arms are not in the block. If None,
             the first failure is raised.
@@ -171,7 +171,7 @@ def measure_block(
     """
     baselines = baselines_of(arms, baseline)
     others = [arm for arm in arms if arm not in baselines]
-    order = random.Random(f"{seed} {prompt} {repeat}").sample(others, len(others))
+    order = random.Random(f"{prompt} {repeat}").sample(others, len(others))
     tell(f"expected outputs on {prompt}")
     runs = _Runs(arms, baselines, text, max_new_tokens, steady or Steady(), failures, turns)
 
@@ -181,9 +181,9 @@ def measure_block(
 
     for arm in baselines:
         run(arm, runs.first)
-    for part in parted(order, 1 if turns else parts):
-        if part[0] is not order[0]:
-            runs.run(baselines[0], {})
+    for place, part in enumerate(parted(order, 1 if turns else parts)):
+        if place:
+            runs.run(baselines[0], {})  # between two parts: arms on both sides are compared with this run
         for arm in part:
             run(arm, runs.first)
     for arm in reversed(baselines):

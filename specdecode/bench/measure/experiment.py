@@ -34,7 +34,6 @@ class Results:
         counters_runs: results of the counters runs, by arm.
         failures: error messages of arms from code that failed, by arm. A failed arm is not run again.
         baseline: the reference arm of arms that name no other.
-        in_turns: whether each run took turns with the reference arm.
     """
 
     arms: list[Arm]
@@ -42,7 +41,6 @@ class Results:
     counters_runs: dict[str, CountersRun]
     failures: dict[str, str] = field(default_factory=dict)
     baseline: str = BASELINE
-    in_turns: bool = False
 
     @property
     def floor(self) -> float:
@@ -153,7 +151,6 @@ def experiment(
     prompts: dict[str, list[int]],
     max_new_tokens: int,
     repeats: int = 1,
-    seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
     finished: Sequence[Block] = (),
     keep: Callable[[Results], None] = lambda results: None,
@@ -170,7 +167,6 @@ def experiment(
         prompts: tokens by id.
         max_new_tokens: length of every output, unless a stop token of the arms ends it.
         repeats: least number of blocks for each prompt.
-        seed: seed of the order of arms within a block.
         progress: called with the number of finished runs, the number of all runs, and a text on the current run.
         finished: finished blocks of an interrupted run; they are not measured again.
         keep: called after each new block with the results so far; their last block is the new one.
@@ -183,7 +179,7 @@ def experiment(
         ArmError: the reference arm is an arm from code, and does not decode.
     """
     known = {(block.prompt, block.repeat): block for block in finished}
-    results = Results(list(arms), [], {}, {}, baseline, in_turns)
+    results = Results(list(arms), [], {}, {}, baseline)
     drift = Drift()
     # Beside the arms' runs, there is one for the expected outputs: before the counters runs, and in each block.
     done, total, still_open = 0, 1 + len(arms) + len(_early_servers(arms)), ""
@@ -212,7 +208,7 @@ def experiment(
                     still_open = f"; still open: {', '.join(chosen)}"
                     total += _runs_of_block(working, baseline, in_turns)
                 rules |= {"baseline": baseline, "parts": drift.parts}
-                block = measure_block(working, prompt, prompts[prompt], max_new_tokens, repeat, seed, **rules)
+                block = measure_block(working, prompt, prompts[prompt], max_new_tokens, repeat, **rules)
             results.blocks.append(block)
             if (prompt, repeat) not in known:
                 keep(results)

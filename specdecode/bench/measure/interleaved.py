@@ -28,7 +28,7 @@ SlicedRun = Generator[None, None, tuple[Run, list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class RunPair:
     """A run of each version, measured in turns.
 
     Attributes:
@@ -104,7 +104,7 @@ class Interleaver:
     def __post_init__(self) -> None:
         self._slices = SteadySlices(self.steady)
 
-    def measure(self, start: Callable[[], tuple[SlicedRun, SlicedRun]], new_first: bool) -> Pair:
+    def measure(self, start: Callable[[], tuple[SlicedRun, SlicedRun]], new_first: bool) -> RunPair:
         """Return the least disturbed try of a pair.
 
         Args:
@@ -120,7 +120,7 @@ class Interleaver:
         )
         return replace(kept.value, new=new, old=old)
 
-    def _once(self, new: SlicedRun, old: SlicedRun, new_first: bool) -> Pair:
+    def _once(self, new: SlicedRun, old: SlicedRun, new_first: bool) -> RunPair:
         results: dict[SlicedRun, tuple[Run, list[float]]] = {}
         order, taken = [new, old] if new_first else [old, new], []
         while len(results) < len(order):
@@ -138,12 +138,12 @@ class Interleaver:
             order.reverse()
         return self._pair(*results[new], *results[old], taken)
 
-    def _pair(self, new: Run, new_s: list[float], old: Run, old_s: list[float], taken: list[float]) -> Pair:
+    def _pair(self, new: Run, new_s: list[float], old: Run, old_s: list[float], taken: list[float]) -> RunPair:
         if not len(new_s) == len(old_s) == len(taken):
             self._slices.compare_all(taken)
-            return Pair(new, old, (new.total_s, old.total_s))
+            return RunPair(new, old, (new.total_s, old.total_s))
         kept = self._slices.compared(taken)
-        return Pair(new, old, (summed(new_s, kept), summed(old_s, kept)), len(taken), len(taken) - len(kept))
+        return RunPair(new, old, (summed(new_s, kept), summed(old_s, kept)), len(taken), len(taken) - len(kept))
 
 
 def summed(seconds: Sequence[float], places: Sequence[int]) -> float:

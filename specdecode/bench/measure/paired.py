@@ -12,7 +12,14 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any
 
-from specdecode.bench.gate.verdicts import COUNTER_TOLERANCE, Judgement, Tolerance, Verdict, time_judgement
+from specdecode.bench.gate.verdicts import (
+    COUNTER_TOLERANCE,
+    Judgement,
+    Tolerance,
+    Verdict,
+    counters_judgement,
+    time_judgement,
+)
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.report.captions import duration
 from specdecode.bench.runs.statistics import Estimate, robust_floor, robust_ratio
@@ -65,7 +72,7 @@ class PairedBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class TimedFunction:
     """One of the two compared functions.
 
     Attributes:
@@ -97,8 +104,8 @@ class Paired:
     """
 
     name: str
-    new: Side
-    old: Side
+    new: TimedFunction
+    old: TimedFunction
     loops: tuple[int, int]
     blocks: Sequence[PairedBlock]
     repeated: int = 0
@@ -149,15 +156,11 @@ class Paired:
             reason = f"{self.new.name} lacks {', '.join(sorted(lost))}"
             return Judgement(self.name, "counters", Verdict.MISSING, reason)
         moved = {
-            f"{name} {old[name]:.4g} -> {new[name]:.4g}": new[name] - old[name]
+            f"{name} {old[name]:.4g} -> {new[name]:.4g}": old[name] - new[name]
             for name in new
             if name in old and abs(new[name] - old[name]) > COUNTER_TOLERANCE * abs(old[name])
         }
-        if not moved:
-            reason = f"{len(old)} counters within {COUNTER_TOLERANCE:.0%}"
-            return Judgement(self.name, "counters", Verdict.PASS, reason)
-        verdict = Verdict.REGRESSED if max(moved.values()) > 0 else Verdict.IMPROVED
-        return Judgement(self.name, "counters", verdict, ", ".join(moved))
+        return counters_judgement(self.name, moved, f"{len(old)} counters within {COUNTER_TOLERANCE:.0%}")
 
 
 def timer(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Timer:
@@ -202,8 +205,8 @@ def _synchronise() -> None:
 
 def measure_paired(
     name: str,
-    new: Side,
-    old: Side,
+    new: TimedFunction,
+    old: TimedFunction,
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,

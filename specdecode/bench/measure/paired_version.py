@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from specdecode.bench.measure.paired import Side
+from specdecode.bench.measure.paired import TimedFunction
 from specdecode.support.worktree import import_environment
 
 CHANNEL = "SPECDECODE_PAIRED_CHANNEL"
@@ -70,7 +70,7 @@ class OtherVersion:
         except BaseException:
             self.close()
             raise
-        self.side = Side(ref, value, self._receive, counters, self._process.pid)
+        self.side = TimedFunction(ref, value, self._receive, counters, self._process.pid)
 
     def _receive(self, loops: int | None = None) -> Any:
         """Return the next content from the process. With `loops`, first ask it to time that many calls."""
@@ -113,7 +113,7 @@ def _copy_test(file: Path, root: Path, folder: Path) -> None:
             shutil.copyfile(root / copied, folder / copied)
 
 
-def answer(side: Side) -> None:
+def answer(side: TimedFunction) -> None:
     """Send the function's value, then time its calls on request until the channel closes.
 
     This runs in the process of another commit.

@@ -21,7 +21,7 @@ from specdecode.bench.measure.block import steady_run
 from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS
 from specdecode.bench.measure.experiment import row_of
-from specdecode.bench.measure.interleaved import SLICE_S, Interleaver, Pair, SlicedRun
+from specdecode.bench.measure.interleaved import SLICE_S, Interleaver, RunPair, SlicedRun
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.measure.until import Until, rounds
 from specdecode.bench.measure.versions import Versions, WorkerProcess
@@ -34,7 +34,7 @@ from specdecode.bench.runs.statistics import TAIL, Estimate, noise_floor, typica
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class VersionRuns:
     """One version's two runs of an arm in a quartet, in order, with the check of each output."""
 
     runs: tuple[Run, Run]
@@ -58,10 +58,10 @@ class Quartet:
     """
 
     prompt: str
-    new: Side
-    old: Side
+    new: VersionRuns
+    old: VersionRuns
     new_first: bool
-    pairs: tuple[Pair, Pair] | None = None
+    pairs: tuple[RunPair, RunPair] | None = None
 
     @property
     def log_ratio(self) -> float:
@@ -159,7 +159,7 @@ class SideBySide:
         for block in self.blocks:
             if arm not in block:
                 continue
-            side: Side = getattr(block[arm], version)
+            side: VersionRuns = getattr(block[arm], version)
             checks += side.checks
             if self.baseline not in block:
                 continue  # a further repeat, which compares only the versions
@@ -205,7 +205,6 @@ def measure_side_by_side(
     max_new_tokens: int,
     repeats: int,
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
-    seed: int = 0,
     baseline: str = BASELINE,
     until: Until[SideBySide] | None = None,
     again: float = 1.0,
@@ -223,7 +222,6 @@ def measure_side_by_side(
         max_new_tokens: length of every output.
         repeats: least number of quartets of each arm on each prompt.
         progress: called with the number of finished runs, the number of all runs, and a text on the current run.
-        seed: seed of the order of arms within a block.
         baseline: the reference arm, in each version, of arms that name no other.
         until: chooses the arms of further repeats, and when to stop; None for no further repeats.
         again: the most time for measuring disturbed runs again, as a share of the rest.
@@ -246,10 +244,10 @@ def measure_side_by_side(
         turns = (new, old, old, new) if new_first else (old, new, new, old)
         # Further repeats compare only the versions, not an arm with the run's reference arm.
         needed = {*chosen, *measured.baselines.values()} if repeat < repeats else set(chosen)
-        order = _order(measured, needed, random.Random(f"{seed} {number}"))
+        order = _order(measured, needed, random.Random(number))
         still_open = ""
         if repeat >= repeats:
-            still_open = f"; still open: {', '.join(chosen)}"
+            still_open = f"; still open: {', '.join(arm for arm in arms if arm in chosen)}"
             total += 4 * len(order)
         block = _BlockRuns(both, measured, prompts[prompt], max_new_tokens, steady, expected[prompt], tokens_s)
         for workers, arm in _plan(turns, order, both.together, interleaver is not None):
@@ -311,11 +309,14 @@ class _BlockRuns:
         self._steady, self._tokens_s = steady, tokens_s
         self._both, self._measured, self._prompt, self._length = both, measured, prompt, length
         self._runs: dict[tuple[str, str], list[Run]] = {}
-        self._pairs: dict[str, list[Pair]] = {}
+        self._pairs: dict[str, list[RunPair]] = {}
         self._expected = expected
 
     def run(self, workers: Sequence[WorkerProcess], arm: str, interleaver: Interleaver | None) -> None:
         """Run an arm in a version or, with an interleaver, in both by turns, unless it has failed in one of them."""
+        own = self._measured.baselines[arm]
+        for version in [version for version, failed in self._measured.failures if failed == own != arm]:
+            self._measured.failures[version, arm] = f"arm {arm!r}: its reference arm {own} did not decode"
         with suppress(ArmError):  # it is noted
             for worker in workers:
                 if arm in self._measured.failed:
@@ -357,8 +358,6 @@ class _BlockRuns:
     def _prepare(self, worker: WorkerProcess, arm: str) -> None:
         """Do what precedes the first timed run of an arm in a version: the counters run, and the prompt's shapes."""
         measured, own, key = self._measured, self._measured.baselines[arm], (worker.name, arm)
-        if own in measured.failed:
-            raise ArmError(f"arm {arm!r}: its reference arm {own} did not decode")
         if arm != own and key not in self._expected:
             written = self._expected[worker.name, own]
             self._expected[key] = worker.ask("expected", arm=arm, prompt=self._prompt, tokens=written)
@@ -387,13 +386,15 @@ class _BlockRuns:
         new, old = self._side(self._both.new, arm), self._side(self._both.old, arm)
         return Quartet(prompt, new, old, new_first, None if pairs is None else (pairs[0], pairs[1]))
 
-    def _side(self, worker: WorkerProcess, arm: str) -> Side:
+    def _side(self, worker: WorkerProcess, arm: str) -> VersionRuns:
         first, second = self._runs[worker.name, arm]
         own = self._measured.baselines[arm]
         return _checked(self._both, arm, own, self._prompt, self._expected[worker.name, arm], (first, second))
 
 
-def _checked(both: Versions, arm: str, own: str, prompt: list[int], expected: list[int], runs: Sequence[Run]) -> Side:
+def _checked(
+    both: Versions, arm: str, own: str, prompt: list[int], expected: list[int], runs: Sequence[Run]
+) -> VersionRuns:
     def check(got: list[int]) -> Check:
         if got == expected:
             return "equal"
@@ -404,4 +405,4 @@ def _checked(both: Versions, arm: str, own: str, prompt: list[int], expected: li
         return result
 
     first, second = runs
-    return Side((first, second), (check(first.tokens), check(second.tokens)))
+    return VersionRuns((first, second), (check(first.tokens), check(second.tokens)))

@@ -95,7 +95,8 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     prompts, origins = token_prompts(plan.preset.prompts, models.encoder)
     stop_token_ids = _stop_token_ids(plan, models.target)
     arms = [models.arm(arm, entry, plan.preset.lengths, stop_token_ids) for arm, entry in entries.items()]
-    in_turns = _in_turns(plan, arms, ranks)
+    whole = _reason_for_whole_runs(plan, arms, ranks)
+    in_turns = plan.until is not None and whole is None
     versions = run_versions(plan.identity.target, models.backend_name) | ({"turns": "steps"} if in_turns else {})
     if ranks.count > 1:
         versions["processes"] = ranks.count
@@ -153,23 +154,28 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         )
     # The header has conditions and times of one process, so all processes use the first one's.
     run = ranks.agreed(run_of(results, until is not None and until.budget_spent))
+    judged = judged_by(run, plan.baseline, plan.baselines / plan.identity.file)
+    if plan.until is not None and whole is not None:
+        judged += f" Whole runs are compared, not turns with {plan.preset.baseline}: {whole}."
     return JudgedRun(
         title=_title(plan, str(models), plan.setup.device, models.chosen_backend, prompts),
         origins=[*origins, *_texts_sent(arms)],
         run=run,
         durations={arm: results.durations(arm) for arm in run.arms},
         wrong={arm: results.wrong(arm) for arm in run.arms},
-        judged_by=judged_by(run, plan.baseline, plan.baselines / plan.identity.file),
+        judged_by=judged,
         judgements=_judge(plan, run),
         journal=journal,
     )
 
 
-def _in_turns(plan: Plan, arms: Sequence[Arm], ranks: Ranks) -> bool:
-    """Return whether each run takes turns with the reference arm: where verdicts are to be as sharp as `--until` asks,
-    if all arms can."""
-    alone = ranks.count == 1 and not plan.preset.lengths
-    return plan.until is not None and alone and reason_against(arms, plan.preset.baseline) is None
+def _reason_for_whole_runs(plan: Plan, arms: Sequence[Arm], ranks: Ranks) -> str | None:
+    """Return why runs cannot take turns with the reference arm; None if they can."""
+    if ranks.count > 1:
+        return f"{ranks.count} processes decode together"
+    if plan.preset.lengths:
+        return "the preset has several lengths"
+    return reason_against(arms, plan.preset.baseline)
 
 
 def _what_must_be_the_same(
@@ -291,7 +297,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 until=_until(plan, still_open),
                 again=plan.again,
             )
-        new, old = both_runs(measured)
+    new, old = both_runs(measured)  # the conditions of the GPU after the run: the workers have left it
     outside = [arm for arm in arms if both.old.about["about"][arm].get("outside")]
     return JudgedRun(
         title=_title(plan, about["pair"], about["device"], about["backend"], prompts),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
+
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.arms.models import Models, load_models
@@ -135,10 +137,11 @@ def _usable_arms(
             arm = models.arm(name, entry, plan.preset.lengths)
             baseline_tokens = baseline_tokens or arm.run(prompt, length, ()).tokens
             counters_runs[name] = counters_run(arm, prompt, length, arm.expected(prompt, baseline_tokens, length))
-        except (SpecDecodeError, ValueError) as error:
+        except (SpecDecodeError, ValueError, torch.OutOfMemoryError) as error:
             if name == BASELINE:
                 raise
-            left_out[name] = str(error)
+            short = isinstance(error, torch.OutOfMemoryError)
+            left_out[name] = "the GPU's memory is too small for it" if short else str(error)
         else:
             arms.append(arm)
     return arms, counters_runs, left_out

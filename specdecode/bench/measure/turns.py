@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from specdecode.backends.device import synchronise
-from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.graph import clock
 from specdecode.backends.grouped_attention import own_config
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
@@ -20,6 +19,7 @@ from specdecode.bench.measure.timed import timed_by
 from specdecode.decoding.generate import plain_steps
 from specdecode.models.lm import LM
 from specdecode.models.variants import shared_copy
+from specdecode.support.call_stack import with_stack_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ class Turns:
         kept = self._slices.measure(lambda: timed_by(lambda: self._once(arm, prompt, length, expected)))
         return replace(kept.value, run=replace(kept.value.run, tries=kept.tries, disturbed=kept.disturbed))
 
+    @with_stack_room
     def _once(self, arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Turn:
         plain = _Plain(self._target, prompt, length, self._stop_token_ids)
         plain_s: list[float] = []
@@ -117,11 +118,11 @@ class _Plain:
     def until(self, tokens: int) -> float:
         """Decode until there are so many tokens, or the text ends. Return the seconds, without captures."""
         synchronise(self._device)
-        started, captured = time.perf_counter(), CudaGraphs.seconds
+        started = clock()
         while self._tokens < tokens and (count := next(self._steps, None)) is not None:
             self._tokens = count
         synchronise(self._device)
-        return time.perf_counter() - started - (CudaGraphs.seconds - captured)
+        return clock() - started
 
 
 def _twin(target: LM) -> LM:

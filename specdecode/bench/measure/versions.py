@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from packaging.requirements import InvalidRequirement, Requirement
 
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
@@ -199,16 +201,23 @@ def versions(root: Path, new: str | None, old: str, arguments: Mapping[str, Any]
 
 def dependencies(root: Path, ref: str) -> list[str]:
     """Return the packages that another commit pins to other versions, as "NAME THEIRS -> OURS"."""
-    pins = []
-    for text in (_constraints(root, ref), _constraints(root, None)):
-        lines = [line.split(";")[0].strip().split("==") for line in text.splitlines() if "==" in line]
-        pins.append({name: version for name, version in lines})
-    theirs, ours = pins
+    theirs, ours = (_pins(_constraints(root, commit)) for commit in (ref, None))
     return [
         f"{name} {theirs.get(name, 'none')} -> {ours.get(name, 'none')}"
         for name in sorted(theirs.keys() | ours.keys())
         if theirs.get(name) != ours.get(name)
     ]
+
+
+def _pins(constraints: str) -> dict[str, str]:
+    """Return the versions of the packages that constraints pin in this environment."""
+    pins = {}
+    for line in constraints.splitlines():
+        with suppress(InvalidRequirement):  # a comment, an empty line, or an option of pip
+            pin = Requirement(line.partition("#")[0].strip())
+            if pin.specifier and (pin.marker is None or pin.marker.evaluate()):
+                pins[pin.name] = str(pin.specifier).removeprefix("==")
+    return pins
 
 
 def _constraints(root: Path, ref: str | None) -> str:

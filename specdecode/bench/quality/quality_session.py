@@ -34,6 +34,7 @@ from specdecode.models.lm import LM
 from specdecode.support.checked import text
 from specdecode.support.environment import environment
 from specdecode.support.files import write_whole
+from specdecode.support.messages import note
 from specdecode.support.progress import progress
 
 T = TypeVar("T")
@@ -166,14 +167,19 @@ def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
     target = plan.setup.load_target()
     texts, origins = token_prompts(preset.texts, target)
     reference = make_decode_path(REFERENCE, {}, target, preset.k, backend)
-    paths = {}
+    paths: dict[str, DecodePath] = {}
+    unread: list[str] = []
     for arm, entry in arms.items():
         try:
             paths[arm] = make_decode_path(arm, entry, target, preset.k, backend)
-        except (UnsupportedModelError, ValueError):
+        except (UnsupportedModelError, ValueError) as error:
             if "quantize" not in entry:
                 raise
-            # This model or device has no such weights: the arm is not read, and `check_margins` says so.
+            unread.append(f"{arm} is not read: {error}")
+    if not paths:
+        raise ValueError("; ".join(unread))
+    for sentence in unread:
+        note(f"specdecode: {sentence}")
     grid = preset.needle
     needles = list(product([arm for arm in grid.arms if arm in paths], grid.lengths, grid.depths)) if grid else []
     all_problems, tasks = _problems(preset, arms, target)

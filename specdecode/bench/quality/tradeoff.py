@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specdecode.bench.arms.keys import POLICY_CACHE_TOKENS
+from specdecode.bench.arms.keys import POLICY_CACHE_TOKENS, loss_settings
 from specdecode.bench.report.captions import label, title
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.runs.records import RunFile
@@ -79,7 +79,7 @@ def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:
     for arm, record in speed.arms.items():
         if not record.rows:
             continue
-        decoding = _decoding({key: record.options[key] for key in _LOSSES if key in record.options})
+        decoding = _decoding(loss_settings(record.options))
         measured.add(decoding)
         if not record.lossy:
             points.append(Point(arm, None, speed.speedup(arm), NO_COST))
@@ -90,9 +90,6 @@ def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:
             unjudged.append(arm)
     alone = [arm for arm, entry in run.arms.items() if "control" not in entry and _decoding(entry) not in measured]
     return Tradeoff(points, unjudged, [arm for arm in alone if _decoding(run.arms[arm]) != _WHOLE])
-
-
-_LOSSES = ("policy", "cache", "quantize")
 
 
 def _decoding(entry: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from specdecode.bench.arms.keys import loss_settings
 from specdecode.bench.gate.verdicts import Judgement, Verdict
 from specdecode.bench.presets import built_in
 from specdecode.bench.report.grid import Column
@@ -17,9 +18,6 @@ from specdecode.bench.runs.records import ArmRecord, Identity, RunFile
 
 LOOPS = 0.5
 """An output loops if at least this share of its 4-grams occurred in it before."""
-
-# Keys of a preset's entry that set how the target is decoded. The other keys set how drafts are made.
-_LOSS = ("policy", "cache", "quantize", "backend")
 
 # The peers that decode without a draft.
 _PLAIN_PEERS = ("generate", "generate-compiled")
@@ -84,7 +82,9 @@ def command(run: RunFile) -> str:
         "tp": "auto" if header.processes > 1 else "",
         "prompts": ",".join(f"{name}:{count}" for name, count in sets.items()),
         "max-new-tokens": str(header.max_new_tokens),
-        "repeats": f"{repeats:.0f}",
+        "backend": "" if header.processes > 1 else str(header.versions.get("backend", "")),
+        "repeats": "" if header.until else f"{repeats:.0f}",
+        "until": f"{header.until:g}" if header.until else "",
     }
     arguments = [f"--{option}={value}" for option, value in options.items() if value]
     processes = ["torchrun", f"--nproc-per-node={header.processes}", "-m"] if header.processes > 1 else []
@@ -329,7 +329,7 @@ def plain(run: RunFile, arm: str) -> str | None:
     options = run.arms[arm].options
     if not run.arms[arm].lossy or "drafter" not in options:
         return None
-    wanted = {key: options[key] for key in _LOSS if key in options}
+    wanted = loss_settings(options) | ({"backend": options["backend"]} if "backend" in options else {})
     return next((other for other, record in run.arms.items() if record.options == wanted), None)
 
 

@@ -58,7 +58,7 @@ def _loops(row: Row) -> bool:
     return (ratio(row.counts.repeated, row.counts.ngrams) or 0.0) >= LOOPS
 
 
-def yardstick(run: RunFile) -> str:
+def plain_arm(run: RunFile) -> str:
     """Return the arm that all others are compared with: `ar`, or the reference arm in a run of servers without `ar`."""
     baseline = run.header.baseline
     served = baseline in run.arms and "server" in run.arms[baseline].options
@@ -66,13 +66,13 @@ def yardstick(run: RunFile) -> str:
 
 
 def evidence(run: RunFile, arm: str) -> dict[str, float]:
-    """Return log speedups over the yardstick by prompt. For drafting arms, looping texts are left out."""
+    """Return log speedups over `plain_arm` by prompt. For drafting arms, looping texts are left out."""
     record = run.arms[arm]
     # Peers do not report drafts, so every peer except plain "generate" counts as drafting. A looping text
     # is easy to draft, and so no evidence. With replayed drafts it is: their acceptance is set, whatever the text.
     drafting = proposes(record) or record.options.get("peer", "generate") != "generate"
-    matters = drafting and not record.synthetic and arm != yardstick(run)
-    logs = run.log_speedups(arm, yardstick(run))
+    matters = drafting and not record.synthetic and arm != plain_arm(run)
+    logs = run.log_speedups(arm, plain_arm(run))
     return {prompt: log for prompt, log in logs.items() if not (matters and _loops(record.rows[prompt]))}
 
 
@@ -125,7 +125,7 @@ class Contest:
         return simultaneous_ratio(logs, self.comparisons, self.floor)
 
     def speed(self, arm: str) -> float:
-        """Return the mean log speedup over the yardstick."""
+        """Return the mean log speedup over `plain_arm`."""
         return statistics.fmean(evidence(self.run, arm).values())
 
     def best(self, arms: Sequence[str]) -> str:
@@ -160,8 +160,8 @@ class Contest:
         """Return the recommendation of an arm, compared with the other arms that the aim allows."""
         record = self.run.arms[arm]
         known = [other for other in (self.plain, *self.peers) if other in self.run.arms]
-        yardsticks = [other for other in known if other != arm and self.logs(arm, other)]
-        over = {other: self.over(arm, other) for other in yardsticks}
+        rivals = [other for other in known if other != arm and self.logs(arm, other)]
+        over = {other: self.over(arm, other) for other in rivals}
         (agreed,) = cells(self.run, arm, ["agreement"])
         if record.lossy and agreed:
             reason += f" {agreed} of its tokens come before its text first differs from {self.run.baseline_of(arm)}'s."

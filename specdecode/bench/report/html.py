@@ -90,11 +90,13 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[
     """Return the title of the run, and tiles with its key results."""
     lead = [title.removeprefix(f"{models(run)}, "), *filter(None, [run.date, run.commit and f"commit {run.commit}"])]
     tiles = [_gate_tile(judgements), _outputs_tile(run)]
-    speedups = right_speedups(run)
+    speedups = lossless_speedups(run)
     if best := fastest(speedups):
-        tiles.append(tile("Fastest", "", f"{speedups[best].value:.2f} times {run.baseline_of(best)}", label(run, best)))
+        tiles.append(
+            tile("Fastest lossless", "", f"{speedups[best].value:.2f} times {run.baseline_of(best)}", label(run, best))
+        )
     elif speedups:
-        tiles.append(tile("Fastest", "", run.header.baseline, "no arm is faster beyond the noise"))
+        tiles.append(tile("Fastest lossless", "", run.header.baseline, "no arm is faster beyond the noise"))
     tiles.append(
         tile(
             "A/A floor",
@@ -109,15 +111,15 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[
     ]
 
 
-def right_speedups(run: RunFile) -> dict[str, Estimate]:
-    """Return the known speedups of the arms with right outputs.
+def lossless_speedups(run: RunFile) -> dict[str, Estimate]:
+    """Return the known speedups of the lossless arms with right outputs.
 
     The baseline is left out, and so are arms that differ from theirs only in concurrency.
     """
     speedups = {
         arm: run.speedup(arm)
         for arm, record in run.arms.items()
-        if arm != run.header.baseline and not record.bugs and not scales(run, arm)
+        if arm != run.header.baseline and not record.bugs and not record.lossy and not scales(run, arm)
     }
     return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
 
@@ -142,10 +144,12 @@ def _outputs_tile(run: RunFile) -> Element:
         return tile("Outputs", "bad", "✗ FAILED", f"{', '.join(failed)} did not decode")
     if wrong := [arm for arm, record in run.arms.items() if record.bugs]:
         return tile("Outputs", "bad", "✗ WRONG", f"of {', '.join(wrong)}: their times are void")
-    lossy = any(record.lossy for record in run.arms.values())
+    unchecked = [arm for arm, record in run.arms.items() if record.options.get("lossy")]
+    lossy = any(record.lossy for arm, record in run.arms.items() if arm not in unchecked)
     ties = sum(record.ties for record in run.arms.values())
     whose = f"{run.compared_with}'s" + (" (of a lossy arm: plain decoding's with the same loss)" if lossy else "")
-    return tile("Outputs", "good", "✓ Right", f"all tokens equal {whose}{f', except at {ties} ties' if ties else ''}")
+    text = f"all tokens equal {whose}{f', except at {ties} ties' if ties else ''}"
+    return tile("Outputs", "good", "✓ Right", f"{text}; not checked: {', '.join(unchecked)}" if unchecked else text)
 
 
 def _verdicts(judged_by: str, judgements: Sequence[Judgement]) -> list[Element]:

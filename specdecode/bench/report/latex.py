@@ -9,7 +9,7 @@ from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import cells, columns, command, label, notes, one_line, title
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.load import by_concurrency, losses
-from specdecode.bench.report.tables import acceptance, by_model, by_part, memory, speeds, surroundings, verdicts
+from specdecode.bench.report.tables import acceptance, by_model, by_part, limits, memory, speeds, surroundings, verdicts
 from specdecode.bench.runs.records import RunFile
 
 
@@ -32,6 +32,7 @@ def latex(
         "By task and length of the output": by_part(run),
         "Share of proposals accepted, by position in the draft": acceptance(run),
         f"Speedup over {run.compared_with}, by model and measured": by_model(run),
+        "What limits the speedup": limits(run),
         "Memory": memory(run),
     }
     parts += [

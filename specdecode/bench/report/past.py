@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from specdecode.bench.gate.drift import LEAST_VERSIONS, Change, Course
+from specdecode.bench.gate.changes import LEAST_VERSIONS, Change, Course
 from specdecode.bench.gate.series import yardstick
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.runs.records import RunFile

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.report.captions import drafts
-from specdecode.bench.report.contest import LEAST_PROMPTS, Contest, Recommendation, evidence, yardstick
+from specdecode.bench.report.contest import LEAST_PROMPTS, Contest, Recommendation, evidence, plain_arm
 from specdecode.bench.report.recommend_servers import for_servers
 from specdecode.bench.runs.counts import ratio
 from specdecode.bench.runs.names import BASELINE
@@ -57,7 +57,7 @@ def recommend(run: RunFile, left_out: Mapping[str, str] | None = None) -> Advice
     Raises:
         ValueError: the file is an older one without the arms' entries, or has no times of plain decoding.
     """
-    plain = yardstick(run)
+    plain = plain_arm(run)
     if plain not in run.arms or not run.arms[plain].rows:
         raise ValueError(f"{run.path} has no times of {plain}, which all arms are compared with: measure it again")
     if len(run.arms) > 1 and not any(record.options for arm, record in run.arms.items() if arm != plain):
@@ -100,7 +100,7 @@ def is_hopeless(run: RunFile, arm: str) -> bool:
 
 def _contestants(run: RunFile) -> tuple[list[str], dict[str, str]]:
     """Return the arms that may be recommended, and for other arms except peers the reason why not."""
-    left_out, plain = {}, yardstick(run)
+    left_out, plain = {}, plain_arm(run)
     for arm, record in run.arms.items():
         if record.peer or arm == plain:
             continue
@@ -239,7 +239,7 @@ def _notes(run: RunFile) -> list[str]:
         " arm, and are wider than the report's. None is narrower than the A/A floor,"
         f" {math.expm1(run.header.floor):.1%}."
     ]
-    if run.arms[yardstick(run)].synthetic:
+    if run.arms[plain_arm(run)].synthetic:
         notes.append(
             "The weights are random: all recommendations are hypothetical, and hold if drafts are accepted as often as"
             " was set. The quality of a lossy arm's text is unknown."

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import failing_first, label, models, type_of
 from specdecode.bench.report.elements import Element, document, element, head_cell, stacked
-from specdecode.bench.report.html import SIGNS, fastest, right_speedups
+from specdecode.bench.report.html import SIGNS, fastest, lossless_speedups
 from specdecode.bench.runs.records import RunFile
 
 
@@ -61,7 +61,7 @@ def speed_entry(run: RunFile, judgements: Sequence[Judgement]) -> Entry:
     chips = [Chip(SIGNS[verdict][0], f"{SIGNS[verdict][1]} {n} {verdict.value}") for verdict, n in counts.items()]
     if wrong := sum(bool(record.bugs or record.failure) for record in run.arms.values()):
         chips.insert(0, Chip("bad", f"✗ {wrong} arm{'s' if wrong > 1 else ''} without a right output"))
-    lossless = {arm: speedup for arm, speedup in right_speedups(run).items() if not run.arms[arm].lossy}
+    lossless = lossless_speedups(run)
     best = fastest(lossless)
     return Entry(
         run.date,

@@ -82,7 +82,7 @@ class Header:
         until: the slowdown, as a share, that the verdicts had to detect. They were computed after each repeat, and arms
             with a clear verdict were not measured again. None if the number of repeats was fixed.
         budget_spent: whether the time budget ended the repeats, before all verdicts were clear.
-        left: number of blocks left to measure when the file was written. A stopped run has some.
+        left: number of blocks left to measure when the file was written, for a stopped run or a spent budget.
     """
 
     identity: Identity
@@ -111,7 +111,8 @@ class Header:
     @property
     def warnings(self) -> list[str]:
         """Return the reasons to doubt the times, as sentences."""
-        sentences = [f"the run was stopped when {self.left} block(s) were left"] if self.left else []
+        end = "its time was over" if self.budget_spent else "the run was stopped"
+        sentences = [f"{end} when {self.left} block(s) were left"] if self.left else []
         for when, condition in self.conditions.items():
             throttled = condition.get("clocks_throttle_reasons.active", "")
             # A hexadecimal mask. Its lowest bit means an idle GPU, which is normal before and after a run.
@@ -213,9 +214,9 @@ class ArmRecord:
         return list(self.rows.values()) if prompts is None else [self.rows[prompt] for prompt in prompts]
 
     def reached(self, prompts: Iterable[str] | None = None) -> list[float]:
-        """Return the share of steps that committed at least 1, 2, ... proposals."""
+        """Return the share of steps that committed at least 1, 2, ... proposals; [] without any draft."""
         accepted = self.histograms(prompts).accepted
-        return [sum(accepted[length:]) / sum(accepted) for length in range(1, len(accepted))]
+        return [sum(accepted[length:]) / sum(accepted) for length in range(1, len(accepted)) if any(accepted)]
 
     def acceptance_by_position(self) -> list[float]:
         """Return the acceptance rate at each depth from 1: steps that committed a node there, over trees that deep."""
@@ -314,13 +315,8 @@ class RunFile:
     def _noise_of(self, baseline: str) -> float:
         """Compute the A/A floor from an arm's two runs in each block; 0 without second runs."""
         rows = self.arms[baseline].rows.values() if baseline in self.arms else ()
-        return noise_floor(
-            [
-                NOISE_OF_TWO * math.log(row.seconds.total / row.seconds.last)
-                for row in rows
-                if row.seconds.last is not None
-            ]
-        )
+        both = [(row.seconds.total, row.seconds.last) for row in rows if row.seconds.last is not None]
+        return noise_floor([NOISE_OF_TWO * math.log(first / last) for first, last in both])
 
     def log_speedups(self, arm: str, over: str | None = None) -> dict[str, float]:
         """Return log speedups of an arm over another in the same block, by prompt, if both outputs were correct.

@@ -146,8 +146,8 @@ def _batch_medians(logs: Sequence[float]) -> list[float]:
 def noise_floor(logs: Sequence[float]) -> float:
     """Return the A/A floor: how far from 1 `typical_ratio` may find the ratio of equal code, in logarithms.
 
-    That is the half-width of its interval, or its estimate if that is farther from 1. For fewer than six ratios it is
-    the one farthest from 1.
+    That is the half-width of its interval, or its estimate if that is farther from 1. For fewer than six ratios, or an
+    interval without bounds, it is the ratio farthest from 1.
 
     Args:
         logs: logarithms of ratios between runs of the same code. Their noise must be that of the comparison.
@@ -155,6 +155,8 @@ def noise_floor(logs: Sequence[float]) -> float:
     if not _signed_ranks_outside(len(logs), TAIL):
         return max((abs(log) for log in logs), default=0.0)
     found = typical_ratio(logs)
+    if not found.bounded:
+        return max(abs(log) for log in logs)
     return max(abs(math.log(found.value)), math.log(found.high / found.low) / 2)
 
 

@@ -27,7 +27,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Speculation:
     """An engine's report on its own speculation. A field is None if the engine does not report it.
 
     Attributes:
@@ -54,7 +54,7 @@ class Piece:
         cached: number of tokens of the prompt from the server's prefix cache.
         model: name of the model that answers.
         finished: reason why the output ended; "" while it continues.
-        told: report on speculation, at the end.
+        speculation: report on speculation, at the end.
         logprobs: log-probabilities of some tokens, by id, for each new token.
     """
 
@@ -64,7 +64,7 @@ class Piece:
     cached: int | None = None
     model: str | None = None
     finished: str = ""
-    told: Told | None = None
+    speculation: Speculation | None = None
     logprobs: Sequence[Mapping[int, float]] = ()
 
 
@@ -80,7 +80,7 @@ class Response:
         count: number of tokens of the output, as the server counts them.
         cached: number of tokens of the prompt from the server's prefix cache; None if not reported.
         finished: reason why the output ended.
-        told: the server's report on its speculation.
+        speculation: the server's report on its speculation.
         logprobs: log-probabilities of some tokens, by id, for each token.
     """
 
@@ -91,7 +91,7 @@ class Response:
     count: int | None = None
     cached: int | None = None
     finished: str = ""
-    told: Told | None = None
+    speculation: Speculation | None = None
     logprobs: list[Mapping[int, float]] = field(default_factory=list)
 
     def add(self, piece: Piece, seconds: float) -> None:
@@ -105,7 +105,7 @@ class Response:
         self.count = self.count if piece.count is None else piece.count
         self.cached = self.cached if piece.cached is None else piece.cached
         self.finished = piece.finished or self.finished
-        self.told = piece.told or self.told
+        self.speculation = piece.speculation or self.speculation
         self.logprobs += piece.logprobs
 
 
@@ -170,16 +170,16 @@ def _vllm_piece(event: Mapping[str, Any], before: int) -> Piece:
     return replace(
         _openai_piece(event, before),
         tokens=choice.get("token_ids") or (),
-        told=_vllm_told((event.get("metrics") or {}).get("speculative_decoding")),
+        speculation=_vllm_speculation((event.get("metrics") or {}).get("speculative_decoding")),
         logprobs=[{int(name.partition(":")[2]): value for name, value in one.items()} for one in logprobs],
     )
 
 
-def _vllm_told(metrics: Mapping[str, Any] | None) -> Told | None:
+def _vllm_speculation(metrics: Mapping[str, Any] | None) -> Speculation | None:
     """Return the report in a request's metrics. Servers with --per-request-spec-decode-metrics send them."""
     if metrics is None:
         return None
-    return Told(
+    return Speculation(
         drafts=metrics["num_spec_steps"],
         drafted=metrics["num_draft_tokens"],
         accepted=metrics["num_accepted_draft_tokens"],
@@ -210,9 +210,9 @@ def _sglang_piece(event: Mapping[str, Any], before: int) -> Piece:
         count=count,
         cached=about.get("cached_tokens"),
         finished=(about.get("finish_reason") or {}).get("type") or "",
-        told=None
+        speculation=None
         if verified is None
-        else Told(
+        else Speculation(
             drafts=verified,
             drafted=about.get("spec_num_proposed_drafts"),
             accepted=about.get("spec_num_correct_drafts"),
@@ -246,7 +246,9 @@ def _llama_piece(event: Mapping[str, Any], before: int) -> Piece:
         model=event.get("model"),
         finished=str(event.get("stop_type") or "stop") if event.get("stop") else "",
         # Without drafts, the keys of drafts are missing.
-        told=Told(drafted=timings.get("draft_n", 0), accepted=timings.get("draft_n_accepted", 0)) if timings else None,
+        speculation=Speculation(drafted=timings.get("draft_n", 0), accepted=timings.get("draft_n_accepted", 0))
+        if timings
+        else None,
         logprobs=[{top["id"]: top["logprob"] for top in one.get("top_logprobs") or []} for one in probabilities],
     )
 

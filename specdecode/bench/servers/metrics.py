@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from specdecode.bench.servers.engines import Told
+from specdecode.bench.servers.engines import Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Counted:
             cached=None if self.cached is None else self.cached - (before.cached or 0.0),
         )
 
-    def told(self) -> Told:
+    def speculation(self) -> Speculation:
         """Return the report on speculation."""
         kept = [self.by_position[at] for at in sorted(self.by_position)]
-        return Told(drafts=self.drafts, drafted=self.drafted, accepted=self.accepted, by_position=kept)
+        return Speculation(drafts=self.drafts, drafted=self.drafted, accepted=self.accepted, by_position=kept)
 
 
 def counted(text: str, names: Mapping[str, str]) -> Counted:

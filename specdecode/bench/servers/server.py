@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from specdecode.bench.servers.engines import ENGINES, OWNERS, Request, Response, Told
+from specdecode.bench.servers.engines import ENGINES, OWNERS, Request, Response, Speculation
 from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.spec import ServerSpec
 from specdecode.models.chat import Codec
@@ -54,14 +54,14 @@ class Load:
         outputs: token ids of each response.
         total_s: seconds of all requests together.
         steps: number of target forwards that committed tokens, as far as known.
-        told: the engine's report on its speculation in all requests together.
+        speculation: the engine's report on its speculation in all requests together.
     """
 
     responses: Sequence[Response]
     outputs: Sequence[list[int]]
     total_s: float
     steps: float
-    told: Told | None
+    speculation: Speculation | None
 
 
 class Server:
@@ -171,11 +171,12 @@ class Server:
         before = self._counted()
         responses, total_s = self._complete(prompts, max_new_tokens, concurrency, limit_s)
         outputs = [self._tokens(response) for response in responses]
-        told = _sum_of([response.told for response in responses])
+        speculation = _sum_of([response.speculation for response in responses])
         if before is not None:
             counted = self._counted_since(before, sum(map(len, outputs)))
-            told = counted.told() if told is None else told
-        return Load(responses, outputs, total_s, self._steps(responses, outputs, told or Told()), told)
+            speculation = counted.speculation() if speculation is None else speculation
+        steps = self._steps(responses, outputs, speculation or Speculation())
+        return Load(responses, outputs, total_s, steps, speculation)
 
     def logprobs(self, prompt: Sequence[int], length: int, limit_s: float) -> Response:
         """Decode a prompt with the log-probabilities of the likeliest tokens, if the server sends them.
@@ -233,7 +234,7 @@ class Server:
             )
         return tokens
 
-    def _steps(self, responses: Sequence[Response], outputs: Sequence[list[int]], told: Told) -> float:
+    def _steps(self, responses: Sequence[Response], outputs: Sequence[list[int]], speculation: Speculation) -> float:
         """Return the number of target forwards that committed tokens: the largest lower bound from the known counts.
 
         The prompt's forward gives one token, and each further forward one token more than it accepts proposals. Engines
@@ -241,9 +242,9 @@ class Server:
         bring the tokens of several steps, so there were at least as many forwards as events.
         """
         steps = 0.0 if self._engine.token_by_token else float(sum(len(response.sizes) for response in responses))
-        if told.accepted is not None:
-            steps = max(steps, sum(map(len, outputs)) - told.accepted)
-        return max(steps, len(responses) + (told.drafts or 0.0))
+        if speculation.accepted is not None:
+            steps = max(steps, sum(map(len, outputs)) - speculation.accepted)
+        return max(steps, len(responses) + (speculation.drafts or 0.0))
 
     def _request(self, ids: Sequence[int], max_new_tokens: int, logprobs: int = 0) -> Request:
         prompt = list(ids) if self.spec.prompt == "ids" else self._codec.decode(ids)
@@ -323,17 +324,17 @@ class Server:
             )
 
 
-def _sum_of(told: Sequence[Told | None]) -> Told | None:
+def _sum_of(reports: Sequence[Speculation | None]) -> Speculation | None:
     """Sum an engine's reports on several outputs; None if one has no report."""
-    known = [one for one in told if one is not None]
-    if not known or len(known) < len(told):
+    known = [report for report in reports if report is not None]
+    if not known or len(known) < len(reports):
         return None
 
     def total(name: str) -> float | None:
         values = [getattr(one, name) for one in known]
         return None if None in values else sum(values)
 
-    return Told(
+    return Speculation(
         drafts=total("drafts"),
         drafted=total("drafted"),
         accepted=total("accepted"),

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from specdecode.bench.servers.engines import ENGINES
 from specdecode.support.checked import shown
@@ -67,7 +67,7 @@ class ServerSpec:
             raise ValueError("server needs a url or a command, and not both")
         if self.url is not None:
             parts = urlsplit(self.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
                 raise ValueError(f"server.url is {self.url!r}: write http://HOST:PORT/v1")
             for key in ("ready", "environment", "start_minutes", "alone"):
                 if getattr(self, key) != _DEFAULTS[key]:
@@ -129,6 +129,14 @@ class ServerSpec:
             return ipaddress.ip_address(host).is_loopback
         except ValueError:
             return False
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Return whether an address names no port, or a possible one."""
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
 
 
 def _check_command(command: str) -> None:

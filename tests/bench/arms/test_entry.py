@@ -190,7 +190,7 @@ URL = {"url": "http://127.0.0.1:8000/v1"}
         ({"server": URL, "concurrency": 4, "requests": 3}, "requests is 3: it must be at least the concurrency, 4"),
         ({"server": URL, "limit_s": 0}, "arm 'it': limit_s is 0: it must be above 0"),
         ({"server": URL, "k": 3}, "arm 'it': it has unknown options: k; choose from server, concurrency, requests"),
-        ({"concurrency": 4}, "arm 'it': concurrency is of no use without a call or a server"),
+        ({"concurrency": 4}, "arm 'it': concurrency is for arms from code or of servers"),
     ],
     ids=str,
 )

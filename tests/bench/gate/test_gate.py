@@ -104,6 +104,13 @@ def test_the_tolerance_is_the_users(judged: Any) -> None:
     """Guards against a tolerance that is accepted and has no effect."""
     new, old = content({"linear": 1.8}), content({"linear": 2.0})
     assert judged(new, old, tolerance=0.2)["linear", "time"].verdict is Verdict.PASS
+    assert "tolerance 1.5%" in judged(new, old, tolerance=0.015)["linear", "time"].reason
+
+
+def test_a_server_that_drafts_nothing_is_judged(judged: Any) -> None:
+    """Guards against a division by zero that loses a measured run."""
+    never = content({"linear": 2.0}, lengths=(0, 0, 0))
+    assert judged(never, never)["linear", "time"].verdict is Verdict.PASS
 
 
 def test_an_arm_that_is_gone_or_renamed_is_missing(judged: Any) -> None:
@@ -123,6 +130,8 @@ def test_times_of_another_machine_are_not_judged_but_counters_are(judged: Any) -
     assert verdicts["linear", "time"].verdict is Verdict.WRONG_HARDWARE
     assert "abacus-2-threads" in verdicts["linear", "time"].reason
     assert verdicts["linear", "counters"].verdict is Verdict.REGRESSED
+    new["specdecode"]["arms"]["hf-generate"]["peer"] = True
+    verdicts = judged(new, old)
     assert not judges_times(verdicts.values())  # such a run may become a baseline, and `--until` sees to its noise
     assert judges_times(judged(content({"linear": 1.0}), old).values())
     old["specdecode"]["identity"]["hardware"] = ANY_HARDWARE
@@ -268,6 +277,7 @@ def test_times_in_turns_are_judged_by_times_in_turns_alone(judged: Any) -> None:
         assert not judges_times(verdicts.values())
         assert not open_arms(verdicts.values(), 0.05)
     old["specdecode"]["versions"]["turns"] = "steps"
+    new["specdecode"]["arms"]["hf-generate"]["peer"] = True
     assert judged(new, old)["linear", "time"].verdict is Verdict.REGRESSED
     assert judges_times(judged(new, old).values())
 
@@ -485,11 +495,13 @@ def test_runs_of_other_things_are_not_blessed_together(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ("dirty", "not committed"),
-        ("no commit", "not committed"),
+        ("no commit", "does not name its commit: measure with pytest --benchmark --benchmark-json="),
+        ("commit null", "does not name its commit"),
         ("bug", "wrong outputs"),
         ("stopped", "is a run that was stopped"),
+        ("spent", "lacks prompts, because its time was over: it is no baseline; give more --budget-minutes"),
         ("failure", r"arms that did not decode \(linear\)"),
-        ("noise", "no later run would detect a slowdown below 32% with this"),
+        ("noise", "no later run would detect a slowdown below 31.8% with this"),
     ],
 )
 def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change: str, reason: str) -> None:
@@ -501,8 +513,10 @@ def test_blessing_refuses_what_nothing_can_be_expected_by(tmp_path: Path, change
         del content_["commit_info"]
     if change == "bug":
         content_["specdecode"]["arms"]["linear"]["bugs"] = 1.0
-    if change == "stopped":
-        content_["specdecode"]["left"] = 2
+    if change == "commit null":
+        content_["commit_info"] = None
+    if change in ("stopped", "spent"):
+        content_["specdecode"] |= {"left": 2, "budget_spent": change == "spent"}
     if change == "failure":
         content_["specdecode"]["arms"]["linear"]["failure"] = "arm 'linear': it raised KeyError"
     run = tmp_path / "run.json"

@@ -158,20 +158,21 @@ def test_the_tolerance_that_is_given_holds_where_it_is_wider(repository: Path) -
 
 
 def test_only_versions_that_can_be_compared_count(repository: Path) -> None:
-    """Guards against a tolerance widened by versions with a longer output, another backend or a wrong token."""
+    """Guards against a tolerance widened by versions with other lengths, backends or turns, or a wrong token."""
     bless_all(NOISY[:3])
-    others = [run_content(SPEEDUPS | {"linear": 9.0}) for _ in range(4)]
+    others = [run_content(SPEEDUPS | {"linear": 9.0}) for _ in range(5)]
     others[0]["specdecode"]["max_new_tokens"] = 80
     others[1]["specdecode"]["versions"]["backend"] = "packed"
     others[2]["specdecode"]["arms"]["linear"]["bugs"] = 1
     others[3]["specdecode"]["arms"]["linear"]["rows"].popitem()
+    others[4]["specdecode"]["versions"]["turns"] = "steps"
     for content in others:
         FILE.write_text(json.dumps(content))
         git("commit", "--quiet", "--all", "--message", "other")
     bless_all(NOISY[3:])
     runs = history(FILE).runs
-    assert len(runs) == len(NOISY) + 4
-    assert series("linear", runs).versions == [0, 1, 2, *range(7, len(runs))]
+    assert len(runs) == len(NOISY) + 5
+    assert series("linear", runs).versions == [0, 1, 2, *range(8, len(runs))]
     assert np.exp(series("linear", runs).logs) == pytest.approx(np.array(NOISY) * np.exp(0.02))
     assert 0 < past_noise("linear", runs) < 0.2
 
@@ -197,6 +198,25 @@ def test_what_is_wrong_is_told_in_one_sentence(
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1
+
+
+def test_one_baseline_does_not_hide_another(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a damaged baseline, or one without the asked arm, that keeps the others from being shown."""
+    for hardware, speedups in (("first", SPEEDUPS), ("second", SPEEDUPS | {"other": 2.0})):
+        file = Path("baselines", hardware, "run.json")
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(run_content(speedups, hardware=hardware)))
+    assert exit_code(monkeypatch, "history", "-k", "other") == 0
+    shown = capsys.readouterr().out
+    assert str(Path("baselines", "second", "run.json")) in shown
+    assert str(Path("baselines", "first", "run.json")) not in shown
+    Path("baselines", "first", "run.json").write_text("{")
+    assert exit_code(monkeypatch, "history") == 2
+    told = capsys.readouterr()
+    assert "is not whole" in told.err
+    assert str(Path("baselines", "second", "run.json")) in told.out
 
 
 def test_a_file_without_a_past_is_shown(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from specdecode.bench.gate.verdicts import Verdict
-from specdecode.bench.measure.paired import LEAST_BLOCKS, Paired, PairedBlock, Side, measure_paired, timer
+from specdecode.bench.measure.paired import LEAST_BLOCKS, Paired, PairedBlock, TimedFunction, measure_paired, timer
 from tests.helpers.fake_clock import FakeClock
 
 
@@ -35,7 +35,9 @@ class Machine:
         return run
 
     def measure(self, new: float, old: float, seconds: float) -> Paired:
-        sides = [Side(name, None, timer(self.function(name, s), self.clock)) for name, s in (("n", new), ("o", old))]
+        sides = [
+            TimedFunction(name, None, timer(self.function(name, s), self.clock)) for name, s in (("n", new), ("o", old))
+        ]
         return measure_paired("test", *sides, seconds, self.clock)
 
 
@@ -101,14 +103,14 @@ def test_a_drift_is_no_change() -> None:
     ("new", "old", "verdict", "reason"),
     [
         ({"calls": 10.0}, {"calls": 10.0}, Verdict.PASS, "1 counters within 2%"),
-        ({"calls": 12.0, "b": 1.0}, {"calls": 10.0, "b": 2.0}, Verdict.REGRESSED, "calls 10 -> 12, b 2 -> 1"),
+        ({"calls": 12.0, "b": 1.0}, {"calls": 10.0, "b": 2.0}, Verdict.REGRESSED, "calls 10 -> 12; better: b 2 -> 1"),
         ({"calls": 8.0}, {"calls": 10.0}, Verdict.IMPROVED, "calls 10 -> 8"),
         ({"new": 8.0}, {"calls": 10.0}, Verdict.MISSING, "new lacks calls"),
     ],
 )  # fmt: skip
 def test_counters_are_judged(new: dict[str, float], old: dict[str, float], verdict: Verdict, reason: str) -> None:
     """Guards against more work that passes because the machine is faster."""
-    sides = (Side(name, None, lambda loops: 1.0, counts) for name, counts in (("new", new), ("old", old)))
+    sides = (TimedFunction(name, None, lambda loops: 1.0, counts) for name, counts in (("new", new), ("old", old)))
     paired = Paired("test", *sides, (1, 1), [PairedBlock((1.0, 1.0), (1.0, 1.0), new_first=True)] * 6)
     _, judged = paired.judge(0.02)
     assert (judged.verdict, judged.reason, judged.gate) == (verdict, reason, "counters")

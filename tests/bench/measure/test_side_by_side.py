@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
-from specdecode.bench.measure.interleaved import Pair, SlicedRun
-from specdecode.bench.measure.side_by_side import Quartet, Side, SideBySide, measure_side_by_side
+from specdecode.bench.measure.interleaved import RunPair, SlicedRun
+from specdecode.bench.measure.side_by_side import Quartet, SideBySide, VersionRuns, measure_side_by_side
 from specdecode.bench.measure.until import Until
 from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, dependencies
 from specdecode.bench.runs.counts import Counts
@@ -35,13 +35,13 @@ from tests.helpers.suites import ELSEWHERE, run_pytest
 
 LOGS = st.floats(-1, 1)
 RUN = Run([1], 1.0, 0.1, Counts(steps=1))
-SIDE = Side((RUN, RUN), ("equal", "equal"))
+SIDE = VersionRuns((RUN, RUN), ("equal", "equal"))
 
 
 def quartet(logs: Sequence[float], new_first: bool) -> Quartet:
     """Return four runs in the order of measuring that took exp(log) seconds each."""
     a_1, b_1, b_2, a_2 = (Run([1], math.exp(log), 0.1, Counts(steps=1)) for log in logs)
-    outer, inner = (Side(runs, ("equal", "equal")) for runs in ((a_1, a_2), (b_1, b_2)))
+    outer, inner = (VersionRuns(runs, ("equal", "equal")) for runs in ((a_1, a_2), (b_1, b_2)))
     return Quartet("p", outer, inner, True) if new_first else Quartet("p", inner, outer, False)
 
 
@@ -188,6 +188,15 @@ def test_an_arm_that_fails_between_slices_fails_alone() -> None:
     measured = measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 5, repeats=1)
     assert measured.failures == {("old", "x"): "it broke"}
     assert [set(block) for block in measured.blocks] == [{"ar"}, {"ar"}]
+
+    machine = Machine(2)
+    both = Versions(Pausing(machine, "new"), Pausing(machine, "old", fails="x"))
+    for worker in (both.new, both.old):
+        worker.about["about"] = {"ar": {}, "x": {}, "y": {"baseline": "x"}}
+    measured = measure_side_by_side(both, ["ar", "x", "y"], {"p": [1], "q": [2]}, 5, repeats=1)
+    told = {("old", "x"): "it broke", ("old", "y"): "arm 'y': its reference arm x did not decode"}
+    assert measured.failures == told
+
     both = Versions(Pausing(Machine(2), "new", fails="ar"), Pausing(Machine(2), "old"))
     with pytest.raises(ValueError, match="new: it broke"):
         measure_side_by_side(both, ["ar"], {"p": [1]}, 5, repeats=1)
@@ -198,7 +207,7 @@ def test_the_floor_of_pairs_varies_as_much_as_what_it_is_the_floor_of(new_first:
     """Guards against an A/A floor of pairs of another scale, or one that a slower version widens."""
 
     def found(first: float, second: float) -> Quartet:
-        pairs = (Pair(RUN, RUN, (1.0, math.exp(log))) for log in (first, second))
+        pairs = (RunPair(RUN, RUN, (1.0, math.exp(log))) for log in (first, second))
         return Quartet("p", SIDE, SIDE, new_first, (next(pairs), next(pairs)))
 
     moves = [found(1.0, 0.0), found(0.0, 1.0)]
@@ -454,7 +463,15 @@ def test_a_cancelled_job_leaves_no_checkout(tmp_path: Path) -> None:
 
 
 def test_other_pins_are_told(repository: Path) -> None:
-    """Guards against a speedup that only another torch version caused."""
+    """Guards against a speedup that only another torch version caused, and a file of constraints that stops a run."""
     assert dependencies(repository, "nowhere") != []
     git(repository, "checkout", "--quiet", "--", "constraints.txt")
     assert dependencies(repository, "HEAD") == []
+    pins = (
+        "--extra-index-url https://example.org/simple\n\n# numpy==1, since 1.2 == 2\n"
+        "numpy<2; python_version == '3.9'\ntorch==2.0.1  # == the last\n"
+        "other==1; python_version >= '3'\nother==2; python_version < '3'\n"
+    )
+    (repository / "constraints.txt").write_text(pins)
+    assert dependencies(repository, "nowhere") == ["other none -> 1", "torch none -> 2.0.1"]
+    git(repository, "checkout", "--quiet", "--", "constraints.txt")

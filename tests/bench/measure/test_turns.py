@@ -164,7 +164,6 @@ def test_an_experiment_in_turns_has_a_speedup_and_a_floor_for_each_block(target:
         in_turns=True,
         progress=lambda *now: told.append(now[:2]),
     )
-    assert results.in_turns
     assert told[-1][0] == told[-1][1] == 1 + 3 + 4 * (1 + 3)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     for block in results.blocks:

@@ -309,9 +309,12 @@ def test_an_arm_that_cannot_be_is_told(entry: dict[str, Any], reason: str) -> No
     ("text", "reason"),
     [
         ("texts =", "cannot be read"),
-        ('texts = "prose"', "cannot be read"),
+        ('texts = "prose"', "lacks k, arms"),
+        ('texts = ["prose"]\nk = 3\n[arms]', r"texts is \['prose'\]: it must be a string"),
+        ('texts = "prose"\nk = 3\n[arms]\nfull = 31', "arms: full is 31: it must be a table"),
+        ('texts = "prose"\nk = 3\nwindow = "512"\n[arms]', "window is '512': it must be a whole number"),
         ('texts = "prose"\nk = 3\n[arms]\na = { control = "b" }', "has no arm 'b'"),
-        ('texts = "prose"\nk = 3\n[arms]\na = {}\n[tasks]\narms = ["a"]', "cannot be read"),
+        ('texts = "prose"\nk = 3\n[arms]\na = {}\n[tasks]\narms = ["a"]', "tasks lacks problems, max_new_tokens"),
         (
             'texts = "prose"\nk = 3\n[arms]\n[tasks]\narms = ["b"]\nmax_new_tokens = 1\nproblems = { gsm8k = 1 }',
             "has no arm 'b'",
@@ -454,4 +457,6 @@ def test_arms_without_their_package_are_not_judged(tmp_path: Path, monkeypatch: 
     reasons = [each.reason for each in found.checks if each.arm == "int8-sink-window-16"]
     assert reasons == ["not read: this model or device does not allow its weights"] * 3
     assert {each.arm for each in found.run.answers} == {"reference", "full"}
+    with pytest.raises(ValueError, match=r"^int8-sink-window-16 is not read: "):
+        quality.measure(plan(tmp_path), {"int8-sink-window-16"})
     assert [row[0] for row in costs(found.run, found.checks).rows] == ["reference", "full"]

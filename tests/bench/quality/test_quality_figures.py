@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from specdecode.bench.quality.quality_figures import draw
 from specdecode.bench.quality.quality_tables import margins, markdown, title
 from specdecode.bench.quality.tradeoff import NO_COST, about_speed, against_speed, tradeoff
+from specdecode.bench.report.captions import plain
 from specdecode.bench.report.drawing import cache_looks, looks, rendered
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
 from specdecode.evals.margins import check_margins
@@ -25,11 +26,18 @@ from specdecode.evals.results_file import write
 from tests.helpers.command_line import exit_code
 from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.print_figures import series, texts, unreadable
-from tests.helpers.quality_runs import ARMS, SPEEDS, quality_run, quality_speeds, whole_quality_run, whole_speeds
+from tests.helpers.quality_runs import (
+    ARMS,
+    SPEEDS,
+    WINDOW,
+    quality_run,
+    quality_speeds,
+    whole_quality_run,
+    whole_speeds,
+)
 from tests.helpers.speed_runs import content
 
 FORMATS = ("md", "html", "latex")
-WINDOW = {"policy": "sink-window"}
 
 
 @cache
@@ -68,6 +76,16 @@ def test_arms_are_joined_by_how_they_decode_their_target() -> None:
     told = " ".join(about_speed(whole_quality_run(), whole_speeds()))
     assert "not judged: lookup-32." in told
     assert "not measured: key-norm-8, heavy-hitter-8, int8-sink-window-8." in told
+
+
+def test_a_policy_with_other_settings_is_another_policy() -> None:
+    """Guards against the cost of four attention sinks beside the speed of an arm with two."""
+    arms = {"ar": (1.0, {}), "lookup-8": (1.7, {"drafter": "lookup", "k": 3} | WINDOW | {"cache": 8, "sinks": 2})}
+    speeds = quality_speeds(arms | {"ar-8": (1.1, WINDOW | {"cache": 8})})
+    judged = {point.arm: point.judged for point in tradeoff(whole_quality_run(), speeds).points}
+    assert judged == {"ar": None, "ar-8": "sink-window-8"}
+    assert plain(speeds, "lookup-8") is None
+    assert plain(quality_speeds(SPEEDS), "streaming-8") == "ar-8"
 
 
 def test_a_cost_that_is_not_known_is_not_taken_for_none() -> None:

@@ -194,7 +194,7 @@ def test_latex_takes_hostile_names_for_text(report: Any) -> None:
     assert "\n\\textbackslash{}input\\{x\\} & " in text
     assert "\n{}[0] new line & " in text  # after a row's end, LaTeX reads brackets as an argument
     assert "\nnaïve $\\tau$ ? & " in text
-    assert text.count("\\begin{tabular}") == text.count("\\toprule") == text.count("\\end{tabular}") == 5
+    assert text.count("\\begin{tabular}") == text.count("\\toprule") == text.count("\\end{tabular}") == 6
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
@@ -320,6 +320,32 @@ def test_the_command_has_the_options_that_made_another_experiment(preset: str, g
     assert f" {given} " in text
     for flag in ("tiny", "eos"):
         assert (f"--{flag}" in text) == (f".{flag}" in preset)
+
+
+def test_the_command_has_the_backend_and_the_rule_for_repeats(report: Any) -> None:
+    """Guards against a repeated run whose times the gate does not compare with the shown run's."""
+    run = run_content(SPEEDUPS)
+    run["specdecode"]["versions"]["backend"] = "packed"
+    run["specdecode"]["until"] = 0.05
+    text = report("md", run)
+    assert " --backend=packed --until=0.05" in text
+    assert "--repeats" not in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_every_format_says_what_limits_the_speedup(report: Any, format_: str) -> None:
+    assert "What limits the speedup" in report(format_, run_content(SPEEDUPS))
+
+
+def test_the_tiles_are_of_lossless_arms_and_name_unchecked_ones(report: Any) -> None:
+    """Guards against a headline of an arm that loses quality, and of outputs that nobody checked."""
+    run = run_content(SPEEDUPS | {"lossy": 9.0, "theirs": 8.0})
+    for arm, options in (("lossy", {"policy": "sink-window"}), ("theirs", {"call": "a:b", "lossy": True})):
+        run["specdecode"]["arms"][arm] |= {"lossy": True, "options": options}
+    text = Page(report("html", run)).text
+    best = max(SPEEDUPS, key=SPEEDUPS.__getitem__)
+    assert re.search(rf"Fastest lossless\s*[\d.]+ times ar\s*{best}", text)
+    assert "with the same loss); not checked: theirs" in text
 
 
 def test_html_goes_beside_the_run_and_folders_are_made(

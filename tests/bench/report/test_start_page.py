@@ -151,14 +151,22 @@ def test_pages_of_baselines_are_not_among_them(
 ) -> None:
     """Guards against pages that are committed with the baselines."""
     baseline = Path("baselines") / IDENTITY.file
-    page = Path("results", baseline.name).with_suffix(".html")
+    page = Path("results", IDENTITY.file).with_suffix(".html")
     assert exit_code(monkeypatch, "report", str(baseline), "--format", "html") == 0
     assert capsys.readouterr().out == f"report written to {page}\n"
     page.unlink()
     assert exit_code(monkeypatch, "report", str(baseline.parent), "--format", "html") == 0
-    (link,) = re.findall('href="([^"]*)"', Path("results", "index.html").read_text())
+    (link,) = re.findall('href="([^"]*)"', (page.parent / "index.html").read_text())
     assert unquote(link) == page.name
     assert page.exists()
+    other = Path("baselines", "other-machine", baseline.name)
+    other.parent.mkdir()
+    other.write_text(json.dumps(run_content(SPEEDUPS, hardware="other-machine")))
+    both = [str(baseline.parent), str(other.parent)]
+    assert exit_code(monkeypatch, "report", *both, "--format", "html") == 0
+    links = re.findall('href="([^"]*)"', (page.parent / "index.html").read_text())
+    pages = {(page.parent / unquote(link)).resolve() for link in links}
+    assert pages == {Path("results", machine, page.name).resolve() for machine in (page.parent.name, "other-machine")}
     assert not list(Path("baselines").rglob("*.html"))
 
 

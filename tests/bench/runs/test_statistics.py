@@ -59,6 +59,9 @@ def test_the_floor_sees_a_drift_between_the_two_runs() -> None:
     assert noise_floor([0.2, 0.2, 0.2]) == pytest.approx(0.2)
     assert noise_floor([0.0, 0.0]) == 0.0
     assert noise_floor([-0.3]) == 0.3
+    stalled = [0.01, -0.01, 0.02, 0.0, -0.02, 6.0]
+    assert not typical_ratio(stalled).bounded
+    assert noise_floor(stalled) == 6.0
 
 
 def test_the_floor_is_half_an_interval() -> None:

@@ -80,15 +80,15 @@ def test_acceptance_is_what_the_engine_counts(start: Start) -> None:
     """Guards against counters that include earlier requests or the warm-up."""
     server = start("--k", "3")
     for _ in range(2):
-        told = server.generate([PROMPT], 21, 1, 30).told
+        told = server.generate([PROMPT], 21, 1, 30).speculation
         assert told is not None
         # One token, then alternately four and one: 1 + 4 x (4 + 1).
         assert (told.drafts, told.drafted, told.accepted) == (8, 24, 12)
         assert told.by_position == [4, 4, 4]
-    llama = start("--k", "3", "--engine", "llama.cpp").generate([PROMPT], 21, 1, 30).told
+    llama = start("--k", "3", "--engine", "llama.cpp").generate([PROMPT], 21, 1, 30).speculation
     assert llama is not None
     assert (llama.drafted, llama.accepted) == (24, 12)
-    assert start("--engine", "openai", prompt="text").generate([PROMPT], 21, 1, 30).told is None
+    assert start("--engine", "openai", prompt="text").generate([PROMPT], 21, 1, 30).speculation is None
 
 
 def test_a_closed_loop_keeps_so_many_requests_on_the_way(start: Start) -> None:

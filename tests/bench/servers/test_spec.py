@@ -15,6 +15,7 @@ from specdecode.bench.servers.spec import ServerSpec
 from specdecode.models.chat import Codec
 
 URL = {"url": "http://127.0.0.1:8000/v1"}
+WHOLE_PRESET = 'prompts = "prose"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\n'
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,14 @@ def test_an_address_is_read(url: str, base: str, loopback: bool) -> None:
     """Guards against requests to /v1/v1, and a proxy between this machine and itself."""
     spec = ServerSpec(url=url)
     assert (spec.base_url(1), spec.loopback) == (base, loopback)
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://localhost/v1", "http:///v1", "http://localhost:80O0", "http://localhost:70000/v1"]
+)
+def test_an_address_that_cannot_be_asked_is_told(url: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"server.url is {url!r}: write http://HOST:PORT/v1")):
+        ServerSpec(url=url)
 
 
 def test_a_key_is_looked_for_when_the_arm_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -73,6 +82,11 @@ def test_a_command_is_not_started_with_a_gap(command: str, reason: str, tmp_path
         ("max_tokens = 3", "preset 'it.toml' has unknown keys: max_tokens; choose from arms, prompts, max_new_tokens"),
         ("repeats = 3", "preset 'it.toml' lacks arms, prompts, max_new_tokens"),
         ("repeats", "preset 'it.toml' cannot be read: "),
+        (WHOLE_PRESET + "ar = 3", "preset 'it.toml', arms: ar is 3: it must be a table"),
+        (WHOLE_PRESET.replace("[arms]", "arms = ['ar']"), "preset 'it.toml': arms is ['ar']: it must be a table"),
+        (WHOLE_PRESET.replace("1", "'1'"), "preset 'it.toml': repeats is '1': it must be a whole number"),
+        (WHOLE_PRESET.replace("8", "0"), "preset 'it.toml': max_new_tokens is 0: it must be at least 1"),
+        ("lengths = [4, 0]\n" + WHOLE_PRESET, "preset 'it.toml': lengths is 0: it must be at least 1"),
     ],
 )
 def test_keys_of_a_preset_are_told(text: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Count the changes that `specdecode history` finds in simulated series of speeds: `python -m perf.drift`."""
+"""Count the changes that `specdecode history` finds in simulated series of speeds: `python -m perf.changes`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from specdecode.bench.gate.drift import LEVEL, find_changes
+from specdecode.bench.gate.changes import LEVEL, find_changes
 from specdecode.cli.output import say
 
 NOISE = 0.01

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from specdecode.bench.gate.drift import LEVEL, Change, find_changes
+from specdecode.bench.gate.changes import LEVEL, Change, find_changes
 
 NOISE = 0.01
 Noise = Callable[[np.random.Generator, int], np.ndarray]
