@@ -24,7 +24,7 @@ def shape_or_text(value: Any) -> str:
 
 
 def whole(name: str, value: Any) -> int:
-    """Return a whole number. Raise ValueError if the value is none."""
+    """Return a whole number. Raise ValueError for any other value."""
     try:
         return operator.index(value)
     except TypeError:

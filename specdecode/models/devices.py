@@ -55,7 +55,7 @@ def input_device(
         return choose_device(None)
     if "" in device_map and len(device_map) > 1:
         raise ValueError("device_map names '', the whole model, beside its parts: give a device for each part")
-    return choose_device(_main({name: choose_device(there) for name, there in device_map.items()}))
+    return torch.device(_main({name: choose_device(there) for name, there in device_map.items()}))
 
 
 def _main(places: Mapping[str, Any]) -> Any:

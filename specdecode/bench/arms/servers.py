@@ -80,8 +80,8 @@ class ServerArm:
     def prompts(self, prompt: Sequence[int]) -> list[Sequence[int]]:
         """Return the prompts of a run: the prompt, and suffixes of it with other beginnings.
 
-        A server's cache of prefixes is then of no use. With more requests than half of the
-        prompt's tokens, prompts repeat.
+        A server's cache of prefixes is then of no use. With more requests than half of the prompt's tokens, prompts
+        repeat.
         """
         return [prompt[place % max(1, len(prompt) // 2) :] for place in range(self.requests)]
 

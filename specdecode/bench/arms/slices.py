@@ -95,11 +95,12 @@ def end_step(tokens: Sized) -> None:
 
 def timed_call(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
     """Call, and return the result and the seconds by `own_s`. The device is synchronised before and after."""
+    call = with_stack_room(call)
     synchronise(device)
     if Slices.current is not None:
         Slices.current.begin(device)
     started = own_s()
-    result = with_stack_room(call)()
+    result = call()
     synchronise(device)
     seconds = own_s() - started
     if Slices.current is not None:
