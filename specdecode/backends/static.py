@@ -22,6 +22,8 @@ from specdecode.core.transfer import moved, write
 # Rows of a forward: one token, drafts of usual lengths, and the largest tree with its root and the tokens of an
 # accepted chain that are still to be read. Wider forwards read prompts, and are not static.
 WIDTHS = (1, 2, 4, 8, 16, 32, 48, 72)
+# Recent slots beyond the widest forward are rounded up to a multiple of this, so that few shapes are captured.
+_ROUNDED_ROWS = 32
 # The number of slots that a forward attends to is rounded up to a multiple of this, and by a quarter at most.
 _SPAN_MULTIPLE = 256
 # Least slots of a storage: a growing storage needs new captures.
@@ -141,6 +143,7 @@ class StaticRunner:
             storage.number = self._made = self._made + 1
         else:
             self._idle.remove(storage)
+            storage.clear()
         slots = Slots(capacity, device, storage)
         weakref.finalize(slots, self._put_back, storage)
         return slots
@@ -158,7 +161,8 @@ class StaticRunner:
     def takes(self, slots: Slots, rows: int) -> bool:
         """Return whether the forward of the last `rows` slots, which are already taken, can be static."""
         start = slots.length - rows
-        return rows <= WIDTHS[-1] and bool(slots.storage.keys) and start + self._width(rows) <= slots.capacity
+        # The first forward of a text never is: whether its storage was used before must not change how it rounds.
+        return 0 < start <= slots.capacity - self._width(rows) and rows <= WIDTHS[-1] and bool(slots.storage.keys)
 
     def run(
         self,
@@ -215,7 +219,7 @@ class StaticRunner:
         assert self._capture is not None
         count, recent = visible.shape
         end = slots.length - ahead
-        width, across = self._width(count), max(self._width(recent), recent)
+        width, across = self._width(count), self._width(recent)
         graph = self._graph(slots, width, across, forward or self._forward, self._capture, states, *kind)
         graph.fill(tokens, positions, end - count, end - recent, visible, states)
         return graph.run()
@@ -301,10 +305,10 @@ class StaticRunner:
         return graphs[key]
 
     def _width(self, rows: int) -> int:
-        """Return the rows rounded up to a captured shape."""
+        """Return the rows rounded up to a captured shape; beyond the widths of forwards, to one of a few."""
         if self._capture is None:
             return rows
-        return next((width for width in WIDTHS if width >= rows), rows)
+        return next((width for width in WIDTHS if width >= rows), -(-rows // _ROUNDED_ROWS) * _ROUNDED_ROWS)
 
 
 class _CachedGraph:

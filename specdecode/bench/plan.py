@@ -26,11 +26,15 @@ from specdecode.models.lm import LM
 from specdecode.models.loading import TINY, choose_dtype, load
 from specdecode.models.tensor_parallel import split_count
 from specdecode.support.environment import hardware
+from specdecode.support.files import slug
 from specdecode.support.git import commit_id
 from specdecode.support.torchrun import rank
 
 BUDGET_MINUTES = 30.0
 """Default time budget of `--until`, in minutes."""
+
+_SHARE_OF_UNTIL = 0.4
+"""With `--until`, the largest default tolerance, as a share of the slowdown to detect: 2 % for 5 %."""
 
 _DRAFTS = {EMBEDDED: EMBEDDED_DRAFT, TINY: "layers:0-1"}
 """Default drafts of some targets."""
@@ -141,7 +145,7 @@ def resolve_setup(options: Options) -> Setup:
         target=target,
         draft=options.draft or _DRAFTS.get(target, ""),
         dtype=str(choose_dtype(options.dtype, device)).removeprefix("torch."),
-        preset=".".join([Path(options.preset).stem, *(flag for flag in FLAGS if getattr(options, flag))]),
+        preset=".".join([slug(Path(options.preset).stem), *(flag for flag in FLAGS if getattr(options, flag))]),
     )
     return Setup(identity, device, options.backend, options.tp)
 
@@ -185,12 +189,26 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
         compared_arms=compared,
         baselines=Path(options.baselines),
         tolerances=options.tolerances,
-        tolerance=tolerance_of(options.tolerance, TOLERANCE if options.against is None else AGAINST_TOLERANCE),
+        tolerance=_tolerance(options),
         gate=options.gate,
         until=options.until,
         budget_minutes=_budget_minutes(options),
         again=again_of(options),
     )
+
+
+def _tolerance(options: Options) -> float:
+    """Return the share by which a time may be worse. A run only sees slowdowns above it, so `--until` needs less."""
+    default = TOLERANCE if options.against is None else AGAINST_TOLERANCE
+    if options.until is None:
+        return tolerance_of(options.tolerance, default)
+    tolerance = tolerance_of(options.tolerance, min(default, _SHARE_OF_UNTIL * options.until))
+    if tolerance >= options.until:
+        raise ValueError(
+            f"--until {options.until:.3g} asks for verdicts that detect a slowdown of {options.until:.1%}, but the"
+            f" tolerance of {tolerance:.1%} allows it: give a larger --until or a smaller --tolerance"
+        )
+    return tolerance
 
 
 def _budget_minutes(options: Options) -> float:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from specdecode.bench.plan import Plan, Setup
     from specdecode.bench.quality.plan import QualityPlan
     from specdecode.bench.quality.quality_session import JudgedQualityRun
-    from specdecode.bench.runs.records import RunFile
     from specdecode.models.lm import LM
 
 
@@ -49,8 +48,6 @@ _SUITES = {"benchmark": _suite_folder("perf"), "quality": _suite_folder("quality
 
 _PAGE = "GITHUB_STEP_SUMMARY"
 """Environment variable: the file for the summary of a job on GitHub."""
-
-_KEPT = "the same command with --resume keeps what was measured"
 
 _SETUP: pytest.StashKey[Setup] = pytest.StashKey()
 _PLAN: pytest.StashKey[Plan] = pytest.StashKey()
@@ -185,26 +182,34 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
             Path(os.fspath(file)).unlink(missing_ok=True)
         if _SPEED_RUN not in config.stash:
             raise
-        pytest.exit(f"{error.filename or file} cannot be written: {error.strerror}; {_KEPT}", returncode=2)
+        reason = f"{error.filename or file} cannot be written: {error.strerror}"
+        pytest.exit(f"{reason}; {_how_to_go_on(config)}", returncode=2)
     if isinstance(file, _Unfinished):
         if os.path.exists(file):
             os.replace(file, str(file))
             file.so_far.unlink(missing_ok=True)
         elif _SPEED_RUN in config.stash:
-            _write_run(config.stash[_SPEED_RUN].run, file)
+            _write_run(config, file)
     if _SPEED_RUN in config.stash and (journal := config.stash[_SPEED_RUN].journal) is not None:
         journal.finish()
 
 
-def _write_run(run: RunFile, file: _Unfinished) -> None:
+def _write_run(config: pytest.Config, file: _Unfinished) -> None:
     """Write a run without benchmarks, as of `-k counters`: pytest-benchmark then writes no file."""
     from specdecode.bench.runs.file import write_run
 
     try:
-        write_run(replace(run, path=Path(str(file))))
+        write_run(replace(config.stash[_SPEED_RUN].run, path=Path(str(file))))
     except ValueError as error:
-        pytest.exit(f"{error}; {_KEPT}", returncode=2)
+        pytest.exit(f"{error}; {_how_to_go_on(config)}", returncode=2)
     file.so_far.unlink(missing_ok=True)
+
+
+def _how_to_go_on(config: pytest.Config) -> str:
+    """Return what the same command does after an interruption."""
+    if value_of(config, "against"):
+        return "the same command measures both versions anew"
+    return "the same command with --resume keeps what was measured"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -362,7 +367,7 @@ def _at_work(config: pytest.Config) -> Iterator[None]:
             with _one_sentence():
                 yield
         except KeyboardInterrupt:
-            sys.stderr.write("\nInterrupted. The same command with --resume goes on with what is finished.\n")
+            sys.stderr.write(f"\nInterrupted: {_how_to_go_on(config)}.\n")
             raise
 
 

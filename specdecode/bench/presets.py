@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.runs.names import BASELINE
+from specdecode.support.checked import read_text
 from specdecode.support.git import git
 from specdecode.support.kinds import STRING, TABLE, WHOLE, WHOLES, check_table
 
@@ -83,13 +85,17 @@ class Preset:
         names = [part.partition(":")[0] for part in self.prompts.split(",")]
         return Preset(
             arms={
-                arm: {key: value // _TINY_CACHE_DIVISOR if key in caches else value for key, value in entry.items()}
+                arm: {
+                    # A value of another type is refused where the arm is made.
+                    key: value // _TINY_CACHE_DIVISOR if key in caches and isinstance(value, int) else value
+                    for key, value in entry.items()
+                }
                 for arm, entry in self.arms.items()
             },
             prompts=",".join(name if "@" in name else f"{name}@{_TINY_PROMPT_TOKENS}" for name in names),
             max_new_tokens=self.max_new_tokens // shrink,
             repeats=1,
-            lengths=[length // shrink for length in self.lengths],
+            lengths=[max(1, length // shrink) for length in self.lengths],
             baseline=self.baseline,
         )
 
@@ -106,14 +112,12 @@ def preset(name: str) -> Preset:
         ValueError: the preset does not exist, or its content is not a preset.
     """
     path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
+    if not path.is_file():
         if name.endswith(".toml"):
-            raise ValueError(f"there is no file {name} to read the preset from") from None
+            raise ValueError(f"there is no file {name} to read the preset from")
         names = ", ".join(built_in())
-        raise ValueError(f"no preset is named {name!r}: choose from {names}, or name a .toml file") from None
-    return parse(text, name)
+        raise ValueError(f"no preset is named {name!r}: choose from {names}, or name a .toml file")
+    return parse(read_text(path), name)
 
 
 def parse(text: str, name: str) -> Preset:
@@ -168,8 +172,16 @@ def _by_concurrency(read: Preset) -> dict[str, dict[str, Any]]:
 
 
 def arms_at(root: Path, ref: str, preset: str) -> dict[str, dict[str, Any]]:
-    """Return the preset's arms at another commit; none if the commit lacks the preset."""
-    path = preset if preset.endswith(".toml") else f"specdecode/bench/presets/{preset}.toml"
+    """Return the preset's arms at another commit; none if the commit lacks the preset.
+
+    Args:
+        root: folder of the repository, or a folder in it.
+        ref: the commit.
+        preset: name of a preset of the package, or path of a file.
+    """
+    path = f"specdecode/bench/presets/{preset}.toml"
+    if preset.endswith(".toml"):
+        path = Path(os.path.relpath(Path(preset).resolve(), root.resolve())).as_posix()
     try:
         return parse(git("show", f"{ref}:./{path}", root=root), preset).arms
     except ValueError:

@@ -18,12 +18,12 @@ def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
     """Return the tables of speeds and verdicts, as text for a terminal with an encoding."""
 
     def show(console: Console) -> None:
-        console.print(judged.title, highlight=False, soft_wrap=True)
+        console.print(judged.title, highlight=False, soft_wrap=True, markup=False)
         console.print(speed_table(judged.run))
         if loads := load_table(judged.run):
             console.print(loads)
-        console.print(f"Prompts from {'; '.join(judged.origins)}.", highlight=False)
-        console.print(judged.judged_by, highlight=False, soft_wrap=True)
+        console.print(f"Prompts from {'; '.join(judged.origins)}.", highlight=False, markup=False)
+        console.print(judged.judged_by, highlight=False, soft_wrap=True, markup=False)
         if judged.judgements:
             console.print(verdict_table(judged.judgements))
 

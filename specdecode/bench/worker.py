@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from specdecode.bench.arms.arm import Arm
-from specdecode.bench.arms.callables import ArmError, ModelNames, below
+from specdecode.bench.arms.callables import NO_MEMORY, ArmError, ModelNames, below
 from specdecode.bench.arms.models import Models, load_models
 from specdecode.bench.arms.slices import sliced
 from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
@@ -152,12 +152,14 @@ def serve(requests: Iterable[str], answer: Callable[[str], None]) -> None:
     worker = Worker(pause)
     for line in lines:
         request = json.loads(line)
+        do = request.pop("do")
         said: dict[str, Any]
         try:
-            said = {"value": getattr(worker, request.pop("do"))(**request)}
+            said = {"value": getattr(worker, do)(**request)}
         except torch.OutOfMemoryError:
-            worker.unload()
-            said = {"error": "its memory is too small", "memory": True}
+            if do == "load":
+                worker.unload()
+            said = {"error": NO_MEMORY, "memory" if do == "load" else "of_arm": True}
         except ArmError as error:
             said = {"error": str(error), "of_arm": True}
         except (SpecDecodeError, ValueError) as error:

@@ -6,6 +6,7 @@ import enum
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import quote
@@ -241,7 +242,8 @@ def _speed_report(path: Path, run: RunFile, baseline: Path | None, format: Forma
     if format is Format.comment:
         content: Any = comment(*about, project.gate, str(run.path))
     else:
-        write: dict[Format, Callable[..., Any]] = {Format.md: markdown, Format.html: section, Format.latex: latex}
+        write: dict[Format, Callable[..., Any]] = {Format.md: markdown, Format.latex: latex}
+        write[Format.html] = partial(section, gate=project.gate)
         content = write[format](*about, history(own_baseline))
     return _Report(path, title(run), content, lambda: speed_entry(run, judgements))
 

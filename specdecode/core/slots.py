@@ -22,8 +22,7 @@ class Storage:
         keys: keys of each layer that was written.
         values: values of each layer that was written.
         moves: number of times that other tensors replaced these, for more slots or for a batch.
-        reusable: whether another sequence may use the tensors: they are no rows of a batch's tensors, and no value in
-            them is infinite or NaN.
+        reusable: whether another sequence may use the tensors: they are no rows of a batch's tensors.
         number: number of this storage among the storages of one runner.
     """
 
@@ -38,6 +37,12 @@ class Storage:
     @torch.inference_mode()
     def empty(capacity: int, device: torch.device) -> Storage:
         return Storage(torch.zeros(max(capacity, 1), dtype=torch.long, device=device))
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Overwrite what another sequence left. Static forwards read slots beyond the text: a NaN would spread."""
+        for layer in (*self.keys.values(), *self.values.values()):
+            layer.zero_()
 
 
 class Slots:

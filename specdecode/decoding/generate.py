@@ -17,11 +17,11 @@ from specdecode.core.sampling import Sampling
 from specdecode.core.slots import SlotBatch
 from specdecode.decoding.request import Request, stops_of
 from specdecode.decoding.sequence import SequenceState
-from specdecode.decoding.values import TokenIds, check_makers, check_room
+from specdecode.decoding.values import TokenIds, check_makers, check_parts, check_room
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.models.arguments import check_lm
-from specdecode.models.lm import LM, PREFILL_CHUNK
+from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 from specdecode.support.call_stack import with_stack_room
@@ -66,14 +66,15 @@ def generate(
         The new tokens, with the counters and times of the steps.
 
     Raises:
-        ValueError: the target is no `LM`. The prompt is empty, or a token is outside the vocabulary. `max_new_tokens`
-            is below 1. The model's context cannot hold the prompt and the new tokens, or the cache of the policy. The
-            policy evicts after each token, so nothing can be drafted. There are stop strings, but the target has no
-            tokenizer.
+        ValueError: an argument has another kind. The prompt is empty, or a token is outside the vocabulary.
+            `max_new_tokens` is below 1. The model's context cannot hold the prompt and the new tokens, or the cache of
+            the policy. The policy evicts after each token, so nothing can be drafted. There are stop strings, but the
+            target has no tokenizer.
         UnsupportedModelError: the policy evicts, but the target's keys cannot be re-rotated.
         SpecDecodeError: the target's logits are not finite where it must choose a token.
     """
     check_lm("target", target)
+    check_parts(drafter=drafter, controller=controller, policy=policy, sampling=sampling)
     check_room(policy, drafts=not isinstance(drafter, NoDraft))
     stops = stops_of(target, stop_token_ids, stop)
     with target.recording_for(policy, drafter.layers):
@@ -85,15 +86,12 @@ def generate(
         return sequence.result
 
 
-def plain_steps(
-    target: LM, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: TokenIds = ()
-) -> Iterator[int]:
+def plain_steps(target: LM, prompt: Sequence[int], *, max_new_tokens: int) -> Iterator[int]:
     """Continue a prompt by plain greedy decoding, as `generate` does. After each step yield the number of new tokens.
 
     Other runs may come between two steps if they record nothing on the target (`LM.recording_for`).
     """
-    stops = stops_of(target, stop_token_ids, ())
-    sequence = SequenceState(Request(target, prompt, max_new_tokens=max_new_tokens, stops=stops))
+    sequence = SequenceState(Request(target, prompt, max_new_tokens=max_new_tokens))
     for _ in _steps(target, sequence):
         yield len(sequence.result.tokens)
 
@@ -101,7 +99,7 @@ def plain_steps(
 def _steps(target: LM, sequence: SequenceState) -> Iterator[None]:
     """Decode a sequence to its end, and yield after each step."""
     # The forward of the first step reads the rest of the prompt, so that a short prompt needs no extra forward.
-    sequence.prefill(leave=PREFILL_CHUNK)
+    sequence.prefill(leave=sequence.chunk)
     while not sequence.finished:
         tree = sequence.propose()
         forward_started = clock()
@@ -161,7 +159,7 @@ def generate_batch(
     """
     check_lm("target", target)
     check_makers(drafter, controller)
-    check_room(policy, drafts=drafter is not NoDraft)
+    check_parts(policy=policy, sampling=sampling)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: at least 1 prompt must be decoded at once")
     stops = stops_of(target, stop_token_ids, stop)
@@ -203,12 +201,9 @@ def _decode_batches(
             while len(live) < batch_size and len(results) < len(requests):
                 # A drafter may have a cache, so it is created only when its request joins. The request's times start
                 # here.
-                joining = SequenceState(replace(requests[len(results)], drafter=drafter()))
-                with target.recording_outputs(joining.layers):
-                    # Read all tokens but one: a longer remainder would be padding in the rows of the other prompts.
-                    joining.prefill(leave=1)
-                live[len(results)] = joining
-                results.append(joining.result)
+                place = len(results)
+                live[place] = _joined(target, replace(requests[place], drafter=drafter()))
+                results.append(live[place].result)
             sequences = list(live.values())
             batch = _batch_of(sequences, batch)
             _step(target, batch, sequences)
@@ -217,6 +212,16 @@ def _decode_batches(
                 if on_finish is not None:
                     on_finish(place, results[place])
     return results
+
+
+def _joined(target: LM, request: Request) -> SequenceState:
+    """Return a request's sequence, ready to join a batch."""
+    check_room(request.policy, drafts=not isinstance(request.drafter, NoDraft))
+    sequence = SequenceState(request)
+    with target.recording_outputs(sequence.layers):
+        # Read all tokens but one: a longer remainder would be padding in the rows of the other prompts.
+        sequence.prefill(leave=1)
+    return sequence
 
 
 def _batch_of(sequences: Sequence[SequenceState], last: SlotBatch | None) -> SlotBatch:

@@ -18,8 +18,10 @@ from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
 from specdecode.controllers.cost_aware import Costs, DraftCost
 from specdecode.core.sampling import Sampling
 from specdecode.core.tree import DraftTree
+from specdecode.decoding.values import check_parts
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.cascade import Cascade
+from specdecode.models.arguments import check_lm
 from specdecode.models.lm import LM
 from specdecode.support.call_stack import with_stack_room
 
@@ -76,7 +78,12 @@ def measure_costs(target: LM, drafter: Drafter) -> Costs:
 
     Returns:
         The median seconds of forwards, of proposals, and of reading one token that the draft has missed.
+
+    Raises:
+        ValueError: the target is no `LM`, or the drafter is none.
     """
+    check_lm("target", target)
+    check_parts(drafter=drafter)
     if isinstance(drafter, Cascade):
         return measure_costs(target, drafter.drafters[-1])
     if target not in _forward_seconds:

@@ -12,7 +12,7 @@ from specdecode.backends.graph import CudaGraphs, clock
 from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.sampling import Sampling
 from specdecode.core.stopping import Stops
-from specdecode.decoding.values import TokenIds, prompt_ids, token_ids, whole
+from specdecode.decoding.values import TokenIds, prompt_ids, shape_or_text, token_ids, whole
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
 from specdecode.models.arguments import check_cache_fits
@@ -92,20 +92,23 @@ class Request:
             )
 
 
-def stops_of(target: LM, tokens: TokenIds, strings: str | Sequence[str]) -> Stops:
+def stops_of(target: LM, tokens: TokenIds, strings: str | Sequence[str] | None) -> Stops:
     """Return the stops for tokens and strings.
 
     Args:
         target: the model whose tokenizer gives the bytes of each token.
         tokens: token ids that end the text: one, several in a list or a tensor, or None for none.
-        strings: one string, or several, that end the text.
+        strings: one string, or several, that end the text; None for none.
 
     Raises:
-        ValueError: as `Stops`.
+        ValueError: as `Stops`, or a string is something else.
     """
     spell = target.spelling if strings and target.tokenizer is not None else None
     ids = () if tokens is None else token_ids("stop_token_ids", tokens)
-    return Stops(ids, (strings,) if isinstance(strings, str) else strings, spell)
+    texts = (strings,) if isinstance(strings, str) else tuple(strings or ())
+    if other := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"stop has {shape_or_text(other[0])}: give strings, and tokens as stop_token_ids")
+    return Stops(ids, texts, spell)
 
 
 def check_tokens(target: LM, tokens: Sequence[int], what: str) -> None:

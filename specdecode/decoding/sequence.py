@@ -11,7 +11,6 @@ from torch import Tensor
 from specdecode.backends.graph import CudaGraphs, clock
 from specdecode.controllers.adaptive import AdaptiveK
 from specdecode.controllers.base import MAX_DRAFT_NODES, FixedK, Limit
-from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import Generation, Step
 from specdecode.core.sampling import most_probable
 from specdecode.core.transfer import moved, picked
@@ -19,7 +18,7 @@ from specdecode.core.tree import DraftTree
 from specdecode.core.verify import accept
 from specdecode.decoding.request import Request
 from specdecode.drafters.base import Context
-from specdecode.models.lm import PREFILL_CHUNK
+from specdecode.models.forwards import prefill_chunk
 from specdecode.policies.base import boundary
 
 # Largest number of slots that are allocated at the start for new tokens. Later growth doubles the slots.
@@ -66,6 +65,11 @@ class SequenceState:
         return self._request.drafter.layers
 
     @property
+    def chunk(self) -> int:
+        """Largest number of prompt tokens in one forward."""
+        return prefill_chunk(self._request.policy)
+
+    @property
     def pending(self) -> list[int]:
         """Committed tokens that the target has not read yet. The last is the root."""
         return self._tokens[self._read :]
@@ -81,7 +85,7 @@ class SequenceState:
             left, ahead = len(self._tokens) - self._read, self._boundary() - self._read
             if left <= min(leave, ahead):
                 break
-            chunk = min(PREFILL_CHUNK, ahead, left - 1)
+            chunk = min(self.chunk, ahead, left - 1)
             text = torch.tensor(self._tokens[self._read : self._read + chunk])
             self._request.target.forward(self.slots, text, rows=0)
             self._record(range(chunk))
@@ -135,12 +139,7 @@ class SequenceState:
             decisions = most_probable(logits) if request.sampling.greedy else request.sampling.probs(logits)
         else:
             decisions = forced
-        try:
-            acceptance = accept(tree, decisions, self._rng)
-        except SpecDecodeError:
-            # A static forward reads slots beyond its text, too: NaN keys there would spoil the texts after this one.
-            slots.storage.reusable = False
-            raise
+        acceptance = accept(tree, decisions, self._rng)
         verified_at = clock()
 
         self._keep_accepted(acceptance.path, stem, len(tree))

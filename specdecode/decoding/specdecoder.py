@@ -14,9 +14,10 @@ from specdecode.controllers.base import Controller, FixedK
 from specdecode.core.result import Generation
 from specdecode.decoding.generate import generate_batch
 from specdecode.decoding.settings import Settings
-from specdecode.decoding.values import check_makers
+from specdecode.decoding.values import check_makers, check_parts
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
+from specdecode.models.arguments import check_lm
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
@@ -35,7 +36,8 @@ class SpecDecoder:
         results: the tokens, counters and times of the last call, for each sequence that it returned.
 
     Raises:
-        ValueError: a drafter or controller was given, in place of a callable that returns one for each prompt.
+        ValueError: the target is no `LM`. Or a drafter or controller was given, in place of a callable that returns one
+            for each prompt.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class SpecDecoder:
         controller: Callable[[], Controller] = partial(FixedK, 5),
         policy: CachePolicy = KeepAll(),
     ) -> None:
+        check_lm("target", target)
         check_makers(drafter, controller)
+        check_parts(policy=policy)
         self.target = target
         self.drafter = drafter
         self.controller = controller

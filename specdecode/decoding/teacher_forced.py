@@ -16,7 +16,7 @@ from specdecode.decoding.request import Request, check_tokens
 from specdecode.decoding.sequence import SequenceState
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.none import NoDraft
-from specdecode.models.lm import LM, PREFILL_CHUNK
+from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 
@@ -76,7 +76,7 @@ def teacher_forced(
     request = Request(target, tokens[:start], drafter, controller, policy, max_new_tokens=len(tokens) - start)
     sequence = SequenceState(request)
     with target.recording_for(policy, drafter.layers):
-        sequence.prefill(leave=PREFILL_CHUNK)
+        sequence.prefill(leave=sequence.chunk)
     while not sequence.finished:
         place, evicted_at = start + len(sequence.result.tokens), sequence.evicted_at
         tree = sequence.propose()

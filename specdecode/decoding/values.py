@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
@@ -64,8 +64,32 @@ def check_makers(drafter: Any, controller: Any) -> None:
     """Raise ValueError if a drafter or a controller is given, in place of a function that returns one."""
     for name, make in (("drafter", drafter), ("controller", controller)):
         if not callable(make):
-            kind = type(make).__name__
-            raise ValueError(f"{name} must make one for each prompt: give `lambda: {kind}(...)`, not a {kind}")
+            raise ValueError(
+                f"{name} is of type {type(make).__name__}: give a function that makes one for each prompt, such as"
+                f" `lambda: {_PARTS[name].example}`"
+            )
+
+
+class _Part(NamedTuple):
+    """An attribute that each part of this kind has, and an example."""
+
+    attribute: str
+    example: str
+
+
+_PARTS = {
+    "drafter": _Part("propose", "ModelDrafter(draft)"),
+    "controller": _Part("observe", "FixedK(5)"),
+    "policy": _Part("interval", "SinkWindow(256)"),
+    "sampling": _Part("greedy", "Sampling(temperature=0.7)"),
+}
+
+
+def check_parts(**parts: Any) -> None:
+    """Raise ValueError if a drafter, controller, policy or sampling is something else, by its name."""
+    for name, value in parts.items():
+        if not hasattr(value, _PARTS[name].attribute) or isinstance(value, type):
+            raise ValueError(f"{name} is of type {type(value).__name__}: give one, such as {_PARTS[name].example}")
 
 
 def check_room(policy: CachePolicy, *, drafts: bool) -> None:

@@ -12,8 +12,8 @@ from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context, common_prefix
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
 from specdecode.heads.bound import BoundHead, untrained
-from specdecode.models.forwards import ForwardInput
-from specdecode.models.lm import LM, PREFILL_CHUNK
+from specdecode.models.forwards import PREFILL_CHUNK, ForwardInput
+from specdecode.models.lm import LM
 
 
 class HeadDrafter:
@@ -33,9 +33,14 @@ class HeadDrafter:
     Attributes:
         forwards: number of forwards of the head so far.
         layers: the target's layers whose hidden states the head reads.
+
+    Raises:
+        ValueError: the head is not bound to a target.
     """
 
     def __init__(self, head: BoundHead, shape: TreeShape = Chain()) -> None:
+        if not isinstance(head, BoundHead):
+            raise ValueError(f"the head is a {type(head).__name__}: give load_head(name, target) or load_mtp(target)")
         self.head = head
         self.shape = shape
         self.forwards = 0
@@ -53,6 +58,8 @@ class HeadDrafter:
         if hidden_states is None or not 0 < len(tokens) - 1 <= len(hidden_states):
             return DraftTree.empty()
         shared = min(common_prefix(self._read, tokens), len(tokens) - 1)
+        if max(tokens[max(shared, 1) :]) >= self.head.vocab_size:
+            return DraftTree.empty()
         self._slots.keep([], after=max(shared - 1, 0))
         self._read = tokens[:shared]
         chain = min(limit.depth, limit.nodes) if context.sampling.greedy and isinstance(self.shape, Chain) else 0
@@ -92,7 +99,8 @@ class HeadDrafter:
             state, logits = self.head.read(self._slots, nodes, picked(state, level.rows))
             return context.sampling.probs(logits)
 
-        _, tree = grow_tree(self.shape, context.sampling.probs(logits), limit, rng, read)
+        grown, places = grow_tree(self.shape, context.sampling.probs(logits), limit, rng, read)
+        tree = grown.subset(places)
         if not len(tree):
             return tree
         probs = tree.probs

@@ -117,7 +117,8 @@ class MedusaDrafter:
 
         within = Limit(min(limit.depth, len(self.heads.outputs)), limit.nodes)
         rng = None if context.sampling.greedy else context.rng
-        return grow_tree(self.shape, distributions(1, 1), within, rng, deeper)[1]
+        grown, places = grow_tree(self.shape, distributions(1, 1), within, rng, deeper)
+        return grown.subset(places)
 
 
 def load_medusa(name: str, target: LM) -> MedusaHeads:
@@ -135,7 +136,7 @@ def load_medusa(name: str, target: LM) -> MedusaHeads:
             vocabulary.
         UnsupportedModelError: the target has no final norm beside its layers.
     """
-    folder = find_folder(name, ("config.json", *_WEIGHTS), "give its id on the hub")
+    folder = find_folder(name, ("config.json", *_WEIGHTS), "name a folder with Medusa heads, or their id on the hub")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "medusa_num_heads" not in config:

@@ -57,7 +57,8 @@ class ModelDrafter:
     def _forget(self) -> None:
         self._slots = self.draft.new_slots(256)
         self._read: list[int] = []
-        self._grown = DraftTree.empty()
+        self._grown = self._proposed = DraftTree.empty()
+        self._places: list[int] = []
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         if context.first:
@@ -72,15 +73,17 @@ class ModelDrafter:
         self._read = tokens
         limit = Limit(min(limit.depth, self.draft.context_length - self._slots.length), limit.nodes)
         if context.sampling.greedy and isinstance(self.shape, Chain):
-            self._grown = DraftTree.chain(self._chain(logits, context, min(limit.depth, limit.nodes)))
+            self._grown = self._proposed = DraftTree.chain(self._chain(logits, context, min(limit.depth, limit.nodes)))
+            self._places = list(range(len(self._grown)))
             return self._grown
         rng = None if context.sampling.greedy else context.rng
 
         def read(level: Level, visible: Tensor, depth: int) -> Tensor:
             return self._distributions(self._forward(level.tokens, visible, depth), context)
 
-        self._grown, proposed = grow_tree(self.shape, self._distributions(logits, context), limit, rng, read)
-        return proposed
+        self._grown, self._places = grow_tree(self.shape, self._distributions(logits, context), limit, rng, read)
+        self._proposed = self._grown.subset(self._places)
+        return self._proposed
 
     def _chain(self, logits: Float[Tensor, "1 V"], context: Context, length: int) -> Int[Tensor, " length"]:
         """Return the draft's greedy continuation of `length` tokens, computed on the device without distributions."""
@@ -120,7 +123,10 @@ class ModelDrafter:
         path: list[int] = []
         start = shared - self._slots.evicted  # the first slot after the shared prefix
         if shared == len(self._read) > 0:
-            grown, children = self._grown.host_tokens, self._grown.children()
+            grown, children = list(self._grown.host_tokens), self._grown.children()
+            # `ReplayDrafter` may have written other tokens into the proposal, as if the draft had chosen them.
+            for place, token in zip(self._places, self._proposed.host_tokens, strict=True):
+                grown[place] = token
             in_slots = self._slots.length - start
             # Tokens after the next eviction must be read after it, so their nodes do not stay.
             last = min(len(tokens) - 1, boundary(self.policy, shared, start))
@@ -132,7 +138,8 @@ class ModelDrafter:
                 path.append(start - 1 + node)
         self._slots.keep(path, after=start)
         self._read = list(tokens[: shared + len(path)])
-        self._grown = DraftTree.empty()
+        self._grown = self._proposed = DraftTree.empty()
+        self._places = []
         return tokens[shared + len(path) :]
 
     def _evicted_at(self) -> int:

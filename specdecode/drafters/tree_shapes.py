@@ -75,7 +75,7 @@ first the nodes of the levels above, then the nodes of this level."""
 
 def grow_tree(
     shape: TreeShape, distributions: Float[Tensor, "1 V"], limit: Limit, rng: Rng | None, read: Read
-) -> tuple[DraftTree, DraftTree]:
+) -> tuple[DraftTree, list[int]]:
     """Grow a draft tree level by level, with a forward of the draft over each level except the last.
 
     Args:
@@ -86,7 +86,8 @@ def grow_tree(
         read: runs a forward of the draft.
 
     Returns:
-        The tree of all nodes, in the order in which they are read, and the tree of the nodes to propose.
+        The tree of all nodes, in the order in which they are read, and the places of those to propose, as for
+            `DraftTree.subset`.
     """
     levels: list[Level] = []
     parents: list[int] = []
@@ -105,14 +106,14 @@ def grow_tree(
         above = list(range(len(parents) - len(level) + 1, len(parents) + 1))
         levels.append(level)
     if not levels:
-        return DraftTree.empty(), DraftTree.empty()
+        return DraftTree.empty(), []
     probs = [level.probs for level in levels if level.probs is not None]
     grown = DraftTree(
         torch.cat([level.tokens for level in levels]), torch.tensor(parents), torch.cat(probs) if probs else None
     )
     if host_tokens := [token for level in levels for token in level.host_tokens]:
         grown.set_host_tokens(host_tokens)
-    return grown, grown.subset(shape.select(levels, limit))
+    return grown, shape.select(levels, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,7 @@ class BestFirstTree:
         values, places, host_tokens = torch.stack([best.values, best.indices.double(), tokens.double()]).tolist()
         # If the proposals so far fill the room, a candidate must be more probable than the least probable of them.
         proposed = sorted((s for level in above for s in level.scores or ()), reverse=True)
-        floor = proposed[room - 1] if len(proposed) >= room else -math.inf
+        floor = proposed[room - 1] if len(proposed) >= room > 0 else -math.inf
         cut = math.log(self.threshold) if self.threshold else -math.inf
         count = sum(value >= cut and value > floor for value in values)  # they descend
         width = ranked.indices.shape[1]

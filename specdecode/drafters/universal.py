@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from specdecode.core.sampling import Sampling
 from specdecode.core.tree import DraftTree
 from specdecode.drafters.base import Context
 from specdecode.drafters.model import ModelDrafter
+from specdecode.models.arguments import check_lm
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
@@ -66,10 +68,13 @@ class UniversalDrafter:
     layers = ()
 
     def __init__(self, target: LM, draft: LM, policy: CachePolicy = KeepAll()) -> None:
+        check_lm("target", target)
+        check_lm("draft", draft)
         self._target = _TokenCodec(target)
         self._draft = _TokenCodec(draft)
         self._drafter = ModelDrafter(draft, policy=policy)
-        self._translated = functools.lru_cache(_CACHED_BLOCKS)(self._translate)
+        # A cache of a method would hold the drafter, and with it the draft's KV cache, until garbage is collected.
+        self._translated = functools.lru_cache(_CACHED_BLOCKS)(partial(_translate, self._target, self._draft))
 
     @property
     def forwards(self) -> int:
@@ -120,20 +125,6 @@ class UniversalDrafter:
             translation += block
             translated += complete
         return translation, translated
-
-    def _translate(self, tokens: tuple[int, ...], preceding: tuple[int, ...]) -> tuple[int, list[int]]:
-        """Translate the target's tokens as far as they are complete characters.
-
-        Args:
-            tokens: target tokens of one block.
-            preceding: draft tokens of the text before the block.
-
-        Returns:
-            The number of translated target tokens, and the draft's tokens for them.
-        """
-        complete = self._target.complete(tokens)
-        text = self._target.decode(tokens[:complete], first=not preceding)
-        return complete, self._draft.encode(_with_end_of(self._draft, self._target, text), preceding)
 
 
 class _TokenCodec:
@@ -217,6 +208,24 @@ class _TokenCodec:
     def _tokenize(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
+
+
+def _translate(
+    target: _TokenCodec, draft: _TokenCodec, tokens: tuple[int, ...], preceding: tuple[int, ...]
+) -> tuple[int, list[int]]:
+    """Translate the target's tokens as far as they are complete characters.
+
+    Args:
+        target, draft: their tokenizers.
+        tokens: target tokens of one block.
+        preceding: draft tokens of the text before the block.
+
+    Returns:
+        The number of translated target tokens, and the draft's tokens for them.
+    """
+    complete = target.complete(tokens)
+    text = target.decode(tokens[:complete], first=not preceding)
+    return complete, draft.encode(_with_end_of(draft, target, text), preceding)
 
 
 def _with_end_of(sink: _TokenCodec, source: _TokenCodec, text: str) -> str:

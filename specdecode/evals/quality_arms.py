@@ -18,6 +18,7 @@ from specdecode.core.slots import Slots
 from specdecode.evals.perplexity import DecodePath
 from specdecode.models.lm import LM
 from specdecode.policies.base import CachePolicy
+from specdecode.support.checked import read_text
 from specdecode.support.kinds import COUNTS, NAMES, NUMBERS, STRING, TABLE, WHOLE, WHOLES, check_table
 
 if sys.version_info >= (3, 11):
@@ -103,13 +104,11 @@ def quality_preset(name: str) -> QualityPreset:
     """
     folder = Path(str(files("specdecode.evals") / "presets"))
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
-        raise ValueError(
-            f"no preset of the quality suite is named {name!r}: choose from {known}, or name a .toml file"
-        ) from None
+        raise ValueError(f"no preset of the quality suite is named {name!r}: choose from {known}, or name a .toml file")
+    try:
+        content = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"preset {name!r} cannot be read: {error}") from None
     where = f"preset {name!r}"

@@ -60,6 +60,8 @@ class BoundHead:
         bound = copy.deepcopy(head).to(target.device, target.dtype) if copied else head
         embedding: nn.Module | None = bound.embed_tokens
         self._embedding: nn.Module = target.model.get_input_embeddings() if embedding is None else embedding
+        table: Any = self._embedding.weight
+        self._vocab_size = len(table)
         self._head: DraftHead = bound
         rows: nn.Module | None = bound.lm_head
         shared = _whole_output(target, self.tokens) if rows is None else None
@@ -76,6 +78,11 @@ class BoundHead:
         self._first, self._next = (
             None if static is None else static(partial(self._static_read, fuse)) for fuse in (True, False)
         )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the head can read: its own embeddings may have fewer rows than the target's."""
+        return self._vocab_size
 
     def new_slots(self, capacity: int) -> Slots:
         """Return empty slots for a sequence, with room for `capacity` tokens at first."""

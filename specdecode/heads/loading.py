@@ -22,6 +22,7 @@ from specdecode.support.messages import hub_noted
 # originals is 0.99, and the similarity of different models is near 0.
 _LEAST_SIMILARITY = 0.95
 _FILES = ["*.json", "*.safetensors", "pytorch_model.bin"]
+_NAME_IT = f"name the folder or the file of a head, or {ADVICE}"
 
 
 def shipped_head(name: str) -> Path | None:
@@ -54,10 +55,10 @@ def load_head(name: str, target: LM) -> BoundHead:
         check_fingerprint(file, fingerprint, target)
     else:
         files = read_eagle3(find_folder(source))
-        check_tokens(files)
         if files.fingerprint is not None:
             check_fingerprint(files.folder, files.fingerprint, target)
         head = make_eagle3(files, *target_sizes(target))
+        check_tokens(files)
     return BoundHead(head.to(target.device, target.dtype), target, copied=False)
 
 
@@ -78,13 +79,13 @@ def load_mtp(target: LM) -> BoundHead:
     return BoundHead(MtpHead(target.model), target, copied=False)
 
 
-def find_folder(name: str, files: Sequence[str] = _FILES, advice: str = ADVICE) -> Path:
+def find_folder(name: str, files: Sequence[str] = _FILES, advice: str = _NAME_IT) -> Path:
     """Return the folder of a head: a local folder, or a download from the hub.
 
     Args:
         name: a folder, or an id on the hub.
         files: patterns of the files to download.
-        advice: another way out, for the message.
+        advice: ways out, for the message.
 
     Raises:
         ModelFileError: the name is neither a folder of a head, nor an id on the hub that can be fetched.
@@ -93,8 +94,8 @@ def find_folder(name: str, files: Sequence[str] = _FILES, advice: str = ADVICE) 
     if (folder / CONFIG).is_file():
         return folder
     if folder.exists() or name.count("/") != 1:
-        lacks = f"{folder} holds no {CONFIG}" if folder.is_dir() else f"no head comes with the package for {name!r}"
-        raise ModelFileError(f"{lacks}: name the folder or the file of a head, or {advice}")
+        lacks = f"{folder} holds no {CONFIG}" if folder.is_dir() else f"there is no draft head {name!r}"
+        raise ModelFileError(f"{lacks}: {advice}")
     try:
         with hub_noted(name):
             return Path(snapshot_download(name, allow_patterns=list(files)))

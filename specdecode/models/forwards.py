@@ -18,6 +18,17 @@ from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
 from specdecode.models.masks import MaskForm
 from specdecode.models.wrapped import execution_device
+from specdecode.policies.base import CachePolicy
+
+# Largest number of prompt tokens in one forward: it bounds the memory of masks and activations, and is still efficient.
+PREFILL_CHUNK = 2048
+# The same where attention weights are recorded: those of all layers, heads, rows and slots are held at once.
+_RECORDED_CHUNK = 256
+
+
+def prefill_chunk(policy: CachePolicy) -> int:
+    """Return the largest number of prompt tokens in one forward."""
+    return _RECORDED_CHUNK if policy.reads_attention else PREFILL_CHUNK
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
 from specdecode.models.chat import TextEncoder, stop_token_ids
 from specdecode.models.checks import context_length, sliding_window, unsupported_reason
-from specdecode.models.forwards import ForwardInput, run, static_logits, tree_input
+from specdecode.models.forwards import ForwardInput, prefill_chunk, run, static_logits, tree_input
 from specdecode.models.masks import MaskForm
 from specdecode.models.probe import check_rows, check_tree_decoding, exact_mask_form
 from specdecode.models.quantize import quantizer, weight_bytes
@@ -34,9 +34,6 @@ from specdecode.models.variants import layer_subset, shared_copy
 from specdecode.models.wrapped import execution_device, unwrapped
 from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
-
-# Largest number of prompt tokens in one forward: it bounds the memory of masks and activations, and is still efficient.
-PREFILL_CHUNK = 2048
 
 
 class LM:
@@ -305,7 +302,7 @@ class LM:
         while start < len(tokens):
             self.evict(slots, policy)
             ahead = boundary(policy, slots.committed + 1, slots.length + 1) - slots.committed
-            chunk = tokens[start : start + min(PREFILL_CHUNK, ahead)]
+            chunk = tokens[start : start + min(prefill_chunk(policy), ahead)]
             logits = self.forward(slots, torch.tensor(chunk))
             if policy.reads_attention:
                 slots.attend(range(len(chunk)))

@@ -58,7 +58,7 @@ def load(
             are for a CPU.
         backend: the way in which forwards run: "eager", "packed", "exact", "graph", "compile", or "auto" for the
             fastest backend that needs no long preparation (see `specdecode.backends`). `LM.backend` names it. A
-            "layers:" draft uses the backend of its target.
+            "layers:" draft has the type, the device and the backend of its target.
         tp: "auto" splits each weight among the processes of `torchrun` (tensor parallelism). Then every process must
             make the same calls. Each process holds a whole draft.
         device_map: "auto" spreads whole layers over all GPUs of this process. A dict gives the device of each module by
@@ -77,6 +77,8 @@ def load(
     count = split_count(tp, name, quantize, backend)
     chosen_device = input_device(device, device_map, name, tp, backend)
     transform = quantizer(quantize, chosen_device) if quantize else None
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    check_backend(backend, chosen_device)
     if name.startswith("layers:"):
         if quantize:
             raise ValueError(
@@ -84,8 +86,6 @@ def load(
                 f" quantize={quantize!r}"
             )
         return _layers(name, target)
-    chosen_dtype = choose_dtype(dtype, chosen_device)
-    check_backend(backend, chosen_device)
     tokenizer: PreTrainedTokenizerBase | None = None
     if name.startswith("shape:"):
         model = split(_random(name, chosen_dtype, torch.device("cpu") if device_map else chosen_device), count)

@@ -23,12 +23,14 @@ _SHOWN_CHARACTERS = 60
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte-order mark."""
+    """Read a text file in UTF-8, with or without a byte-order mark. It is read more than once, so no pipe will do."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe or a device: name a file")
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except UnicodeDecodeError:
         raise ValueError(f"{path} is not whole: it is no text in UTF-8") from None
 
 

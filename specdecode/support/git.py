@@ -11,7 +11,7 @@ def git(*arguments: str, root: Path = Path()) -> str:
     """Return the standard output of a git command.
 
     Raises:
-        ValueError: git fails, with the last line of its error output, or git is not installed.
+        ValueError: git fails, with the reason from its error output, or git is not installed.
     """
     program = shutil.which("git")
     if program is None:
@@ -22,7 +22,9 @@ def git(*arguments: str, root: Path = Path()) -> str:
         command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
     )
     if done.returncode:
-        raise ValueError((done.stderr.strip().splitlines() or ["git fails"])[-1])
+        lines = done.stderr.strip().splitlines() or ["git fails"]
+        # Below the reason git may write advice.
+        raise ValueError(next((line for line in lines if line.startswith("fatal:")), lines[-1]))
     return done.stdout
 
 

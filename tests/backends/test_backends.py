@@ -25,6 +25,7 @@ from transformers.integrations import sdpa_attention
 
 from specdecode import (
     LM,
+    BestFirstTree,
     DraftTree,
     FixedK,
     Generation,
@@ -57,6 +58,7 @@ from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.check import classify
 from specdecode.controllers.base import Controller
 from specdecode.core.errors import SpecDecodeError, UnsupportedModelError
+from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.drafters.none import NoDraft
 from specdecode.models.variants import shared_copy
 from tests.helpers import models
@@ -484,19 +486,20 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[2:] == counts[2:3] * 4
 
     slots = target.new_slots(8)
+    target.forward(slots, torch.tensor([1]))  # the first forward of a text is never captured
     tokens = torch.arange(5)
     before = target.forward(slots, tokens, rows=5)
-    slots.keep([], after=0)
+    slots.keep([], after=1)
     assert torch.equal(target.forward(slots, tokens, rows=5), before)
     settled = len(captured)
-    slots.keep([], after=0)
+    slots.keep([], after=1)
     slots.grow(slots.capacity + 300)
     assert torch.equal(target.forward(slots, tokens, rows=5), before)
     assert len(captured) == settled + 1
 
     monkeypatch.setattr(shapes, "_GRAPHS_PER_STORAGE", 2)
     for count in (1, 2, 3, 5, 9, 17):
-        slots.keep([], after=0)
+        slots.keep([], after=1)
         target.forward(slots, torch.arange(count))
         assert len(target.static._graphs[slots.storage]) <= 9
 
@@ -542,10 +545,41 @@ def test_keys_of_a_text_that_overflowed_reach_no_other() -> None:
     overflow = embedding.register_forward_hook(lambda module, given, states: torch.full_like(states, torch.nan))
     with pytest.raises(SpecDecodeError):
         generate(target, prompt(40), max_new_tokens=LENGTH)
+    # Teacher forcing needs no finite logits: it ends as usual.
+    assert len(list(teacher_forced(target, prompt(40), 30))) > 0
     overflow.remove()
     gc.collect()
     expected = generate(lm("qwen3"), prompt(), max_new_tokens=LENGTH).tokens
     assert generate(target, prompt(), max_new_tokens=LENGTH).tokens == expected
+
+
+def test_a_text_rounds_the_same_in_a_used_storage() -> None:
+    """Guards against two equal calls that part at a tie: the prompt of one was read by a captured forward."""
+    target = over_static_shapes("llama", "rounded")
+    for _ in range(2):
+        slots = target.new_slots(4000)
+        slots.append(torch.arange(14))
+        assert not target.static.takes(slots, 14)
+        slots.keep([], after=0)
+        target.forward(slots, torch.tensor(prompt()))
+        slots.append(torch.tensor([slots.length]))
+        assert target.static.takes(slots, 1)
+        del slots
+        gc.collect()
+
+
+def test_wide_trees_are_captured_in_few_shapes() -> None:
+    """Guards against a capture for each number of nodes that a draft has read so far."""
+    captured: list[int] = []
+    target = LM(lm("llama").model, backend=Backend("counted", static=partial(StaticRunner, capture=counted(captured))))
+    shape = BestFirstTree(nodes=64, threshold=0.0)
+    drafter = ModelDrafter(target, shape)
+    expected = generate(lm("llama"), prompt(), max_new_tokens=LENGTH).tokens
+    for depth in (3, 4, 5, 6):
+        text = generate(target, prompt(), drafter=drafter, controller=FixedK(depth), max_new_tokens=LENGTH).tokens
+        assert text == expected
+    assert {target.static._width(rows) for rows in range(73, 193)} == {96, 128, 160, 192}
+    assert target.static._width(72) == 72
 
 
 _COMPILED = """

@@ -12,7 +12,9 @@ import pytest
 from specdecode.bench.options import Options
 from specdecode.bench.plan import Plan, resolve
 from specdecode.bench.plugin import _parameters
+from specdecode.bench.presets import Preset
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
+from specdecode.support.files import slug
 from tests.helpers.elsewhere import commit
 from tests.helpers.root import ROOT
 from tests.helpers.suites import run_pytest
@@ -75,6 +77,7 @@ def plan(root: Path, **given: Any) -> Plan:
         ({"backend": "graph"}, "need a GPU"),
         ({"repeats": 0}, "repeats is 0"),
         ({"tolerance": 1.0}, "tolerance is 1.0"),
+        ({"tolerance": 0.05, "until": 0.05}, "the tolerance of 5.0% allows it: give a larger --until"),
         ({"baseline": "nowhere.json"}, "nowhere.json cannot be read"),
         ({"against": "HEAD", "baseline": "some.json"}, "--baseline does not go with --against"),
         ({"against": "HEAD", "resume": True}, "--resume does not go with --against"),
@@ -98,6 +101,71 @@ def test_arms_that_only_the_baseline_has_are_judged(tmp_path: Path) -> None:
     assert len(judged.judged_arms) == len(set(judged.judged_arms))
     assert judged.entries({"new"}).keys() == {"ar", "new"}
     assert judged.entries({"lookup"}).keys() == {"ar"}
+
+
+def test_a_run_of_any_presets_name_can_be_read(tmp_path: Path) -> None:
+    """Guards against a run file that every command refuses, because the preset's file has another name than a path's
+    part may have."""
+    preset = tmp_path / "My own_drafter.toml"
+    preset.write_text('prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = {}\n')
+    name = plan(tmp_path, preset=str(preset)).identity.preset
+    assert name == f"{slug('My own_drafter')}.tiny"
+    assert slug(name) == name
+
+
+@pytest.mark.parametrize(
+    ("given", "tolerance"),
+    [
+        ({}, 0.05),
+        ({"against": "HEAD"}, 0.02),
+        ({"until": 0.05}, 0.02),
+        ({"until": 0.03}, 0.012),
+        ({"until": 0.2}, 0.05),
+        ({"until": 0.05, "tolerance": 0.04}, 0.04),
+    ],
+)
+def test_the_tolerance_lets_a_run_see_what_until_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], tolerance: float
+) -> None:
+    """Guards against `--until 5%` that measures until its time is spent, since its tolerance hides 5 %."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    commit(tmp_path)
+    assert plan(tmp_path, **given).tolerance == pytest.approx(tolerance)
+
+
+def test_presets_of_any_editor_are_read(tmp_path: Path) -> None:
+    """Guards against a preset that Windows editors save with a byte-order mark, and against another encoding without
+    the file's name."""
+    text = 'prompts = "prose:1"\r\nmax_new_tokens = 8\r\nrepeats = 1\r\n[arms]\r\nar = {}\r\n'
+    file = tmp_path / "own.toml"
+    file.write_bytes(text.encode("utf-8-sig"))
+    assert plan(tmp_path, preset=str(file)).preset.arms == {"ar": {}}
+    file.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"own\.toml is not whole: it is no text in UTF-8"):
+        plan(tmp_path, preset=str(file))
+
+
+def test_a_preset_is_made_tiny_whatever_it_holds() -> None:
+    """Guards against outputs of no token, and a traceback in place of the sentence on a cache's type."""
+    arms = {"ar": {}, "window": {"policy": "sink-window", "cache": "64"}, "other": {"cache": 64}}
+    tiny = Preset(arms, "prose:1", 500, 1, lengths=[20, 250]).tiny()
+    assert tiny.lengths == [1, 6]
+    assert [entry.get("cache") for entry in tiny.arms.values()] == [None, "64", 8]
+
+
+def test_arms_of_the_other_commit_are_found_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a removed arm that is not missed, because the preset's path is absolute or pytest runs below."""
+    file = tmp_path / "own.toml"
+    both = 'prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = {}\nlookup = { drafter = "lookup" }\n'
+    file.write_text(both)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    commit(tmp_path)
+    file.write_text(both.replace('lookup = { drafter = "lookup" }\n', ""))
+    monkeypatch.chdir(tmp_path / "below")
+    for preset in (str(file), "../own.toml"):
+        assert plan(tmp_path, preset=preset, against="HEAD").compared_arms == ["ar", "lookup"]
 
 
 def test_arms_of_heads_are_not_missing_where_there_is_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

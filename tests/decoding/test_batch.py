@@ -283,6 +283,22 @@ def test_the_memory_of_finished_prompts_is_given_back() -> None:
     )
     assert max(alive) <= 4
 
+    # The last prompt to join ends first, and its slots must not wait for the others.
+    alive.clear()
+    prompts = texts([14, 11, 9])
+    last = generate(small(), prompts[2], max_new_tokens=3).tokens
+    others = [generate(small(), text, max_new_tokens=20).tokens for text in prompts[:2]]
+    stop = next(token for token in last if not any(token in other for other in others))
+    generate_batch(
+        target,
+        prompts,
+        batch_size=3,
+        max_new_tokens=20,
+        stop_token_ids=(stop,),
+        on_step=lambda place, tokens: alive.append(Counted.count),
+    )
+    assert alive[-1] == 2
+
 
 def test_replayed_drafts_keep_their_pace_in_a_batch() -> None:
     """Guards against errors with rows of uneven pace: one row accepts everything, one nothing, and caches are evicted

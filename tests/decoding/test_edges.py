@@ -192,8 +192,7 @@ def test_a_drafter_that_ignores_its_limit_is_cut(length: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 5, 13, 14, 15])
 def test_a_long_prompt_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Guards against a piece of a prompt lost or read twice at a seam, in the target and in the draft."""
-    for module in ("decoding.generate", "decoding.sequence", "models.lm"):
-        monkeypatch.setattr(f"specdecode.{module}.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("specdecode.models.forwards.PREFILL_CHUNK", chunk)
     for drafter in (NoDraft(), *model_drafters(part(lm("llama"), 0, 1, 3)).values()):
         result = decode(drafter, max_new_tokens=SHORT)
         assert result.tokens == known()[:SHORT]

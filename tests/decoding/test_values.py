@@ -4,7 +4,16 @@ from typing import Any
 import pytest
 import torch
 
-from specdecode import LM, ModelDrafter, generate, generate_batch
+from specdecode import (
+    LM,
+    HeadDrafter,
+    ModelDrafter,
+    SpecDecoder,
+    UniversalDrafter,
+    generate,
+    generate_batch,
+    measure_costs,
+)
 from specdecode.controllers.base import FixedK
 from specdecode.decoding.request import stops_of
 from specdecode.decoding.values import prompt_ids
@@ -31,6 +40,7 @@ def test_stop_tokens_come_in_any_form(given: Any) -> None:
     """Guards against a tensor of stop tokens that never stops, as tensors are equal to none but themselves."""
     assert stops_of(lm("llama"), given, ()).find([1], [3, 7]) == 1
     assert stops_of(lm("llama"), None, ()).find([1], [3, 7]) is None
+    assert stops_of(lm("llama"), given, None).find([1], [3, 7]) == 1
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -42,11 +52,25 @@ def test_stop_tokens_come_in_any_form(given: Any) -> None:
         (lambda target: generate(target.model, [1]), "an LM: give specdecode.LM(model, tokenizer)"),
         (lambda target: generate_batch(target.model, [[1]]), "the target is a LlamaForCausalLM"),
         (lambda target: ModelDrafter(target.model), "the draft is a LlamaForCausalLM"),
-        (lambda target: generate_batch(target, [[1]], drafter=NoDraft()), "drafter must make one for each prompt"),
+        (lambda target: generate_batch(target, [[1]], drafter=NoDraft()), "makes one for each prompt, such as"),
+        (lambda target: generate_batch(target, [[1]], controller=FixedK(3)), "such as `lambda: FixedK(5)`"),
+        (lambda target: generate_batch(target, [[1]], drafter=target), "such as `lambda: ModelDrafter(draft)`"),
         (
-            lambda target: generate_batch(target, [[1]], controller=FixedK(3)),
-            "give `lambda: FixedK(...)`, not a FixedK",
+            lambda target: generate_batch(target, [[1]], policy=None),
+            "policy is of type NoneType: give one",
         ),
+        (lambda target: generate(target, [1], drafter=target), "give one, such as ModelDrafter(draft)"),
+        (lambda target: generate(target, [1], drafter=NoDraft), "give one, such as ModelDrafter(draft)"),
+        (lambda target: generate(target, [1], drafter=lambda: NoDraft()), "give one, such as ModelDrafter(draft)"),
+        (lambda target: generate(target, [1], controller=5), "controller is of type int: give one, such as FixedK(5)"),
+        (lambda target: generate(target, [1], policy=256), "policy is of type int: give one, such as SinkWindow"),
+        (lambda target: generate(target, [1], sampling=0.7), "sampling is of type float: give one, such as Sampling("),
+        (lambda target: generate(target, [1], stop=[2]), "stop has 2: give strings, and tokens as stop_token_ids"),
+        (lambda target: SpecDecoder(target.model), "the target is a LlamaForCausalLM"),
+        (lambda target: UniversalDrafter(target.model, target), "the target is a LlamaForCausalLM"),
+        (lambda target: measure_costs("gpt2", NoDraft()), "the target is a str"),
+        (lambda target: measure_costs(target, target), "give one, such as ModelDrafter(draft)"),
+        (lambda target: HeadDrafter("smollm2-135m"), "the head is a str: give load_head(name, target)"),
         (lambda target: generate(target, [1], max_new_tokens=2.5), "max_new_tokens is 2.5: it must be a whole number"),
     ],
 )

@@ -257,6 +257,25 @@ def test_a_replay_finds_its_text_again() -> None:
     assert replay.lost == 2
 
 
+@pytest.mark.parametrize("shape", [Chain(), StaticTree((2, 1, 1)), BestFirstTree(nodes=6, threshold=0.0)])
+def test_accepted_replayed_tokens_are_not_read_again(shape: TreeShape) -> None:
+    """Guards against a draft that costs too much at a set acceptance, since it reads its accepted tokens twice."""
+    known = generate(target(), TEXT, max_new_tokens=20).tokens
+    replay = ReplayDrafter(ModelDrafter(part(target(), 0), shape), TEXT + known, acceptance=1.0)
+    length = len(TEXT) + 2
+    for _ in range(4):
+        tree = replay.propose(context([*TEXT, *known][:length]), Limit(3))
+        length += tree.depth + 1
+        # The last level is never read, and neither is the target's own token.
+        assert len(replay.inner._synchronise([*TEXT, *known][:length])) <= 2
+        length -= 1
+
+
+def test_a_best_first_tree_of_no_nodes_is_empty() -> None:
+    """Guards against a controller that asks for no nodes, and gets an index error."""
+    assert len(ModelDrafter(target(), BestFirstTree()).propose(context(TEXT), Limit(3, nodes=0))) == 0
+
+
 def test_a_replay_s_choice_depends_on_the_position_alone() -> None:
     """Guards against runs of different shapes that are not comparable because their luck differs."""
     known = list(range(VOCABULARY)) * 6

@@ -141,7 +141,7 @@ def test_damaged_heads_are_one_sentence(damage: Any, sentence: str, tmp_path: Pa
     damage(tmp_path)
     with pytest.raises(ModelFileError, match=sentence):
         load_medusa(str(tmp_path), lm("llama"))
-    with pytest.raises(ModelFileError, match="no head comes with the package for 'nowhere'"):
+    with pytest.raises(ModelFileError, match="there is no draft head 'nowhere': name a folder with Medusa heads"):
         load_medusa("nowhere", lm("llama"))
 
 

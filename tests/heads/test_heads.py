@@ -51,7 +51,6 @@ from specdecode.bench.runs.records import Header, Identity, RunFile
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng
-from specdecode.decoding import generate as decoding
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads import loading
@@ -59,6 +58,7 @@ from specdecode.heads.bound import BoundHead, output_rows, untrained
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import describe, make_eagle3, read_eagle3
 from specdecode.heads.loading import shipped_head
+from specdecode.models import forwards
 from specdecode.models.embedded import EMBEDDED
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.recording import recorded_hidden_states
@@ -119,7 +119,7 @@ def test_recorded_hidden_states_are_those_of_a_forward(
     """Guards against a head that drafts badly because its hidden states are of rejected nodes, of padding, of another
     layer, of the forward before, or lost between the chunks of a prompt. No output token would show it.
     """
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(forwards, "PREFILL_CHUNK", 5)
     target = LM(lm(name).model, backend=BACKENDS[backend])
     text = [*prompt(), *greedy(name, LENGTH)]
     truth = hidden_states(target, text, LAYERS)
@@ -529,7 +529,7 @@ def test_a_damaged_file_is_reported_in_a_sentence(tmp_path: Path) -> None:
             load_head(str(file), lm("llama"))
     with pytest.raises(ModelFileError, match=r"cannot read the draft head .*nowhere"):
         load_head(str(tmp_path / "nowhere.safetensors"), lm("llama"))
-    with pytest.raises(ModelFileError, match="no head comes with the package for 'llama': name the folder"):
+    with pytest.raises(ModelFileError, match="there is no draft head 'llama': name the folder"):
         load_head("llama", lm("llama"))
 
 

@@ -23,6 +23,7 @@ from specdecode import (
     Sampling,
     StaticTree,
     generate,
+    generate_batch,
 )
 from specdecode.controllers.base import Controller, Limit
 from specdecode.core.errors import UnsupportedModelError
@@ -417,6 +418,10 @@ def test_a_cache_that_leaves_no_room_for_drafts_is_reported(policy: SinkWindow) 
     assert len(generate(lm("llama"), prompt(), policy=policy, max_new_tokens=20).tokens) == 20
     with pytest.raises(ValueError, match="evicts after each token, and a step ends there, so nothing can be drafted"):
         generate(lm("llama"), prompt(), drafter=PromptLookup(), policy=policy)
+    (plain,) = generate_batch(lm("llama"), [prompt()], drafter=lambda: NoDraft(), policy=policy, max_new_tokens=20)
+    assert len(plain.tokens) == 20
+    with pytest.raises(ValueError, match="nothing can be drafted"):
+        generate_batch(lm("llama"), [prompt()], drafter=PromptLookup, policy=policy)
 
 
 def test_heavy_hitters_keep_half_of_what_stays() -> None:

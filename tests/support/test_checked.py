@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from specdecode.bench.report.recommend import recommend
 from specdecode.bench.runs import file as run_file
 from specdecode.evals import results_file
 from specdecode.evals.margins import check_margins, read_margins
-from specdecode.support.checked import count, flag, mapping, number, parse_json
+from specdecode.support.checked import count, flag, mapping, number, parse_json, read_text
 from tests.helpers.damage import GONE, NO_SHRINKING, Damage, damaged, edited, taken
 from tests.helpers.fuzzing import fuzzed
 from tests.helpers.root import ROOT
@@ -191,6 +192,13 @@ def test_damaged_margins_are_refused_or_taken(path: Path, file: Damage) -> None:
     margins = taken(lambda: read_margins(path), f"{path} ")
     if margins is not None:
         check_margins(results_file.read(DATA / "quality-run.json"), margins)
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """Guards against a file that is called damaged, because its second reading finds nothing."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a pipe or a device: name a file"):
+        read_text(tmp_path / "pipe")
 
 
 def test_values_are_taken_or_named() -> None:

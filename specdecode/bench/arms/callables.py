@@ -30,6 +30,10 @@ LIMIT_S = 600.0
 """Default for the most seconds that one output of an arm from code or of a server may take."""
 
 
+NO_MEMORY = "the GPU's memory is too small for it"
+"""Why an arm fails that needs more memory than there is."""
+
+
 class ArmError(SpecDecodeError):
     """An arm from code or of a server failed to decode: it raised, took too long, or gave an invalid output."""
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from specdecode.bench.gate.series import backend
 from specdecode.bench.runs.file import KEY, read, run_json
 from specdecode.bench.runs.names import ANY_HARDWARE, MARGINS
 from specdecode.bench.runs.records import Identity, RunFile
@@ -45,11 +46,14 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
     """
     if not reason.strip():
         raise ValueError("the reason is empty: say why later runs should perform like this run")
-    runs = [read(path) for path in paths]
+    runs = [one for path in paths for run in [read(path)] for one in (run, *run.together)]
     for run in runs:
         _check(run)
         if _subject(run) != _subject(runs[0]):
-            raise ValueError(f"{run.path} cannot be blessed with {paths[0]}: models, prompts and lengths must be equal")
+            raise ValueError(
+                f"{run.path} cannot be blessed with {paths[0]}: models, weights, backends, prompts, lengths and what"
+                " takes turns must be equal"
+            )
     run = replace(runs[0], together=runs[1:])
     identity = run.header.identity
     content = read_json(paths[0])
@@ -75,14 +79,19 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
 
 
 def _subject(run: RunFile) -> tuple[object, ...]:
-    """Return the properties that runs must share to be blessed together."""
+    """Return the properties that runs must share to be blessed together: without them, times are not comparable."""
     header = run.header
-    return header.identity.file, header.outputs, header.max_new_tokens, header.baseline, run.arms.keys()
+    same = (header.identity.file, header.outputs, header.max_new_tokens, header.baseline, run.arms.keys())
+    return (*same, backend(run), header.turns, header.versions.get("weights"))
 
 
 def _check(run: RunFile) -> None:
     """Raise ValueError if a run cannot be a baseline."""
     path, content = run.path, read_json(run.path)
+    if run.header.turns == "versions":
+        raise ValueError(
+            f"{path} was measured beside another commit, which is another measurement: measure without --against"
+        )
     if run.header.left and run.header.budget_spent:
         raise ValueError(
             f"{path} lacks prompts, because its time was over: it is no baseline; give more --budget-minutes"

@@ -41,8 +41,8 @@ def history(file: Path, newest: int | None = None) -> History:
     folder = file.parent
     try:
         log = git("log", *asked, *count, "--", file.name, root=folder) if folder.is_dir() else ""
-    except ValueError:  # no repository, or no git
-        log = ""
+    except ValueError as error:  # no repository, no git, or a folder of another user
+        return History([], f"No history of {file}: {error}.")
     if not log:
         return History([], f"No history: git knows no earlier {file}.")
     revisions = [record.strip().split("\n\n") for record in log.split("\0")[1:]]

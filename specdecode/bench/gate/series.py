@@ -75,7 +75,7 @@ def _conditions(arm: str, run: RunFile) -> tuple[object, ...]:
     over, header = yardstick(arm, run), run.header
     prompts = frozenset(run.log_speedups(arm, over))
     hardware, weights = header.identity.hardware, header.versions.get("weights")
-    return over, prompts, hardware, weights, backend(run), "turns" in header.versions, header.max_new_tokens
+    return over, prompts, hardware, weights, backend(run), header.turns, header.max_new_tokens
 
 
 def past_noise(arm: str, runs: Sequence[RunFile]) -> float:

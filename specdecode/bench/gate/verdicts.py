@@ -49,6 +49,14 @@ FAILING = {
 """The verdicts that fail a run, by the gate's setting."""
 
 
+_TURNS = {
+    "": "whole runs",
+    "steps": "runs in turns with the reference arm (--until)",
+    "versions": "runs beside another commit (--against)",
+}
+"""What took turns in a run, by `Header.turns`, in words."""
+
+
 def tolerance_of(tolerance: float | None, default: float) -> float:
     """Return the given tolerance, or the default if it is None.
 
@@ -98,7 +106,6 @@ def judge_by_baseline(
     new: RunFile,
     old: RunFile,
     tolerance: float = TOLERANCE,
-    arms: Collection[str] | None = None,
     tolerances: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Judgement]:
     """Judge a run by a baseline on disk. An arm's tolerance covers its noise between the baseline's versions in git.
@@ -106,36 +113,35 @@ def judge_by_baseline(
     Args:
         new: the run.
         old: the baseline, read from its file.
-        tolerance, arms, tolerances: see `judge`.
+        tolerance, tolerances: see `judge`.
     """
     versions = history(old.path, newest=MOST_EARLIER_VERSIONS + 1).until(old)
     noise = {arm: past_noise(arm, versions) for arm in old.arms if arm in new.arms}
-    return judge(new, old, tolerance, arms, tolerances=tolerances, noise=noise)
+    return judge(new, old, tolerance, tolerances=tolerances, noise=noise)
 
 
 def judge(
     new: RunFile,
     old: RunFile,
     tolerance: float = TOLERANCE,
-    arms: Collection[str] | None = None,
     side_by_side: Callable[[str], Estimate] | None = None,
     tolerances: Mapping[str, float] = MappingProxyType({}),
     noise: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Judgement]:
-    """Compare a run with its baseline, arm by arm: times if the hardware is equal, and counters in any case.
+    """Compare a run with its baseline, arm by arm: times if the hardware is equal, and counters in any case. Leave out
+    arms that the run's session did not select.
 
     Args:
         new: the run.
         old: the baseline, or another version's run.
         tolerance: share by which a time may be worse.
-        arms: judge only these arms, for a run that measured a selection; all if None.
         side_by_side: returns an arm's new speed over its old speed, with the interval, if both were measured together.
         tolerances: tolerances by arm, where they differ from `tolerance`.
         noise: noise of an arm's time, as a share. The tolerance is at least this.
     """
     judgements: list[Judgement] = []
     for arm in [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]:
-        if arms is not None and arm not in arms:
+        if arm not in new.arms and arm in new.header.unselected:
             continue
         given, own_noise = tolerances.get(arm, tolerance), noise.get(arm, 0.0)
         allowed = Tolerance(max(given, own_noise), from_history=own_noise > given)
@@ -194,6 +200,9 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
         verdict, reason = Verdict.NO_BASELINE, f"the compared run did not decode it: {old.arms[arm].failure}"
     elif wrong := new.arms[arm].bugs:
         verdict, reason = Verdict.REGRESSED, f"{wrong} wrong output(s): its times and counters are void"
+    elif wrong := old.arms[arm].bugs:
+        verdict = Verdict.NO_BASELINE
+        reason = f"the compared run has {wrong} wrong output(s) of it: its times and counters are void"
     elif ours != theirs:
         verdict = Verdict.INCONCLUSIVE
         reason = f"the target's weights are from {ours} and the baseline's from {theirs}"
@@ -250,11 +259,9 @@ def _other_backend(new: RunFile, old: RunFile) -> str | None:
 
 
 def _other_turns(new: RunFile, old: RunFile) -> str | None:
-    """Return a clause on what took turns with the reference arm, if it differs."""
-    ours, theirs = ("steps" if "turns" in run.header.versions else "whole runs" for run in (new, old))
-    if ours == theirs:
-        return None
-    return f"in the baseline {theirs} took turns with the reference arm and in this run {ours} (with --until, steps do)"
+    """Return a clause on what took turns in each run, if it differs."""
+    ours, theirs = (_TURNS[run.header.turns] for run in (new, old))
+    return None if ours == theirs else f"the baseline has {theirs} and this run {ours}"
 
 
 def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) -> Blame | None:
@@ -325,8 +332,7 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
         if old.outputs_of(arm).get(prompt) == output and prompt in after.rows and prompt in before.rows
     ]
     if not same:
-        reason = "run and baseline share no output: measure the same prompts and length"
-        return Judgement(arm, "counters", Verdict.INCONCLUSIVE, reason)
+        return Judgement(arm, "counters", Verdict.INCONCLUSIVE, _why_no_output_is_shared(arm, new, old))
     counters = before.counters(same)
     if _other_backend(new, old):
         # With static shapes, attention reads a few more slots than are filled.
@@ -346,6 +352,15 @@ def _judge_counters(arm: str, new: RunFile, old: RunFile) -> Judgement:
     return counters_judgement(
         arm, moved, f"{len(shared)} counters within {COUNTER_TOLERANCE:.0%}, on {len(same)} prompt(s)"
     )
+
+
+def _why_no_output_is_shared(arm: str, new: RunFile, old: RunFile) -> str:
+    if new.header.max_new_tokens != old.header.max_new_tokens:
+        return "run and baseline share no output: measure the same length"
+    if not new.outputs_of(arm).keys() & old.outputs_of(arm).keys():
+        return "run and baseline share no output: measure the same prompts"
+    reference = new.arms[arm].baseline or new.header.baseline
+    return f"{reference} writes other tokens than in the baseline, or no prompt has a right output in both runs"
 
 
 def counters_judgement(arm: str, moved: Mapping[str, float], unmoved: str) -> Judgement:

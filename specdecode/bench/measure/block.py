@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar, get_args
 
+import torch
+
 from specdecode.bench.arms.arm import Arm
-from specdecode.bench.arms.callables import ArmError
+from specdecode.bench.arms.callables import NO_MEMORY, ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import Check, check
 from specdecode.bench.measure.output_stats import own_losses, with_output_stats
@@ -130,13 +132,17 @@ def closing(arms: Sequence[Arm], failures: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def noted(arm: Arm, failures: dict[str, str] | None) -> Iterator[None]:
-    """Record the failure of an arm from code, so that the other arms go on. Raise it if `failures` is None."""
+    """Record the failure of an arm from code, or for which there is too little memory, so that the other arms go on.
+
+    Raise it if `failures` is None.
+    """
     try:
         yield
-    except ArmError as error:
+    except (ArmError, torch.OutOfMemoryError) as error:
+        failed = error if isinstance(error, ArmError) else ArmError(f"arm {arm.name!r}: {NO_MEMORY}")
         if failures is None:
-            raise
-        failures[arm.name] = str(error)
+            raise failed from None
+        failures[arm.name] = str(failed)
 
 
 def measure_block(
@@ -199,7 +205,8 @@ def measure_block(
         for tokens in {tuple(runs.first[name].tokens) for name in checks}
     }
     first = {name: with_output_stats(runs.first[name], losses[tuple(runs.first[name].tokens)]) for name in checks}
-    return Block(prompt, repeat, first, runs.last, checks, runs.beats[0] if turns else _middle(runs.beats))
+    last = {name: run for name, run in runs.last.items() if name in checks}
+    return Block(prompt, repeat, first, last, checks, runs.beats[0] if turns else _middle(runs.beats))
 
 
 class _Runs:
@@ -255,7 +262,9 @@ class _Runs:
                 if is_baseline:
                     self.beats.append(turn.run)
                     # What takes turns with the reference arm is the reference arm once more.
-                    self.last[arm.name] = replace(turn.run, total_s=turn.plain_s, beside_s=None, tries=1)
+                    self.last[arm.name] = replace(
+                        turn.run, total_s=turn.plain_s, beside_s=None, tries=1, disturbed=False
+                    )
                 return
             run = into[arm.name] = steady_run(self._steady, lambda: timed(arm, self._text, self._length, expected))
             if is_baseline:
@@ -279,7 +288,7 @@ class _Runs:
             own = named(self._arms, arm.baseline or self._baseline)
             if arm.name == self._baseline:
                 later = self.beats[1:]
-            with noted(arm, self._failures):
+            with noted(arm, None if arm.name == self._baseline else self._failures):
                 checks[arm.name] = _worse(
                     check(arm, self._text, self._expected(arm), first.tokens, own),
                     *(check(arm, self._text, first.tokens, run.tokens, arm) for run in later),

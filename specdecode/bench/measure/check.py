@@ -60,8 +60,10 @@ def classify(
     if parted is None:
         return "bug"  # one output is a prefix of the other: wrong length
     *text, root = [*prompt, *expected[:parted]]
+    room = target.context_length if policy.interval else target.context_length - len(text)
 
     def logits(rows: int) -> torch.Tensor:
+        rows = min(rows, room)
         slots = target.new_slots(len(text) + rows)
         start = max(len(prompt) - rows, 0)
         pieces = [text[:start], *(text[place : place + rows] for place in range(start, len(text), rows))]

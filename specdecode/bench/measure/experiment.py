@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from specdecode.bench.arms.arm import Arm
@@ -153,6 +154,7 @@ def experiment(
     repeats: int = 1,
     progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
     finished: Sequence[Block] = (),
+    failures: Mapping[str, str] = MappingProxyType({}),
     keep: Callable[[Results], None] = lambda results: None,
     baseline: str = BASELINE,
     until: Until[Results] | None = None,
@@ -169,6 +171,7 @@ def experiment(
         repeats: least number of blocks for each prompt.
         progress: called with the number of finished runs, the number of all runs, and a text on the current run.
         finished: finished blocks of an interrupted run; they are not measured again.
+        failures: error messages of arms that failed in it; they are not run again.
         keep: called after each new block with the results so far; their last block is the new one.
         baseline: the reference arm of arms that name no other.
         until: chooses the arms of further repeats, and when to stop; None for no further repeats.
@@ -179,7 +182,7 @@ def experiment(
         ArmError: the reference arm is an arm from code, and does not decode.
     """
     known = {(block.prompt, block.repeat): block for block in finished}
-    results = Results(list(arms), [], {}, {}, baseline)
+    results = Results(list(arms), [], {}, dict(failures), baseline)
     drift = Drift()
     # Beside the arms' runs, there is one for the expected outputs: before the counters runs, and in each block.
     done, total, still_open = 0, 1 + len(arms) + len(_early_servers(arms)), ""
@@ -191,8 +194,8 @@ def experiment(
 
     warm = next(iter(prompts))
     with closing(arms, results.failures):
-        total += repeats * len(prompts) * _runs_of_block(arms, baseline, in_turns)
-        total -= sum(1 + len(block.runs) + len(block.last) for block in finished)
+        per_block = _runs_of_block(arms, baseline, in_turns)
+        total += per_block * (repeats * len(prompts) - sum(block.repeat < repeats for block in finished))
         target = named(arms, baseline).target
         ranks = Ranks() if target is None else target.ranks
         _warm_up(results, ranks, warm, prompts[warm], min(max_new_tokens, COUNTERS_RUN_TOKENS), tell)
@@ -205,7 +208,7 @@ def experiment(
             if block is None:
                 working = _working(results, chosen)
                 if repeat >= repeats:
-                    still_open = f"; still open: {', '.join(chosen)}"
+                    still_open = f"; still open: {', '.join(arm for arm in everything if arm in chosen)}"
                     total += _runs_of_block(working, baseline, in_turns)
                 rules |= {"baseline": baseline, "parts": drift.parts}
                 block = measure_block(working, prompt, prompts[prompt], max_new_tokens, repeat, **rules)
@@ -237,6 +240,8 @@ def _warm_up(
         return None if arm.name == baseline else results.failures
 
     for arm in _early_servers(results.arms):
+        if arm.name in results.failures:
+            continue
         tell(f"{arm.name}, its server starts")
         with noted(arm, failures(arm)):
             assert arm.server is not None

@@ -118,9 +118,14 @@ class Journal:
         """
         return self.read(_block)
 
-    def add_block(self, block: Block) -> None:
-        """Write a block of an experiment."""
-        self.add(_entry(block))
+    def failures(self) -> dict[str, str]:
+        """Return the error messages of arms that had failed when the last piece was written, by arm."""
+        last = self.pieces[-1:]
+        return {arm: text(failed, arm) for piece in last for failed in [piece.get("failures", {})] for arm in failed}
+
+    def add_block(self, block: Block, failures: Mapping[str, str]) -> None:
+        """Write a block of an experiment, and the error messages of all arms that have failed so far."""
+        self.add(_entry(block) | ({"failures": dict(failures)} if failures else {}))
 
     def finish(self) -> None:
         """Delete the journal and release its lock, after the run is stored elsewhere."""

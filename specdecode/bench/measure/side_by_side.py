@@ -255,9 +255,8 @@ def measure_side_by_side(
             progress(done, total, f"{arm} on {prompt}, {names}{still_open}")
             done += len(workers)
             block.run(workers, arm, interleaver)
-        measured.blocks.append(
-            {arm: block.quartet(prompt, arm, new_first) for arm in order if arm not in measured.failed}
-        )
+        quartets = {arm: block.quartet(prompt, arm, new_first) for arm in order}
+        measured.blocks.append({arm: quartet for arm, quartet in quartets.items() if quartet is not None})
     progress(total, total, "done")
     return measured if until is None else replace(measured, budget_spent=until.budget_spent)
 
@@ -380,11 +379,15 @@ class _BlockRuns:
         if arm == self._measured.baselines[arm]:
             self._expected.setdefault((worker.name, arm), run.tokens)
 
-    def quartet(self, prompt: str, arm: str, new_first: bool) -> Quartet:
-        """Return both versions' runs of an arm, with their checks."""
-        pairs = self._pairs.get(arm)
-        new, old = self._side(self._both.new, arm), self._side(self._both.old, arm)
-        return Quartet(prompt, new, old, new_first, None if pairs is None else (pairs[0], pairs[1]))
+    def quartet(self, prompt: str, arm: str, new_first: bool) -> Quartet | None:
+        """Return both versions' runs of an arm, with their checks; None if the arm has failed, or fails in a check."""
+        if arm in self._measured.failed:
+            return None
+        with suppress(ArmError), self._noted(self._both.new, arm):
+            pairs = self._pairs.get(arm)
+            new, old = self._side(self._both.new, arm), self._side(self._both.old, arm)
+            return Quartet(prompt, new, old, new_first, None if pairs is None else (pairs[0], pairs[1]))
+        return None
 
     def _side(self, worker: WorkerProcess, arm: str) -> VersionRuns:
         first, second = self._runs[worker.name, arm]

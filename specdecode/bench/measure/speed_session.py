@@ -102,11 +102,12 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         versions["processes"] = ranks.count
     same = _what_must_be_the_same(plan, prompts, stop_token_ids, arms) | {"arms": entries, "versions": versions}
     journal = Journal(plan.journal, same, plan.resume)
-    finished = ranks.agreed(journal.blocks())
+    finished, failures = ranks.agreed((journal.blocks(), journal.failures()))
     before = conditions(plan.setup.device)
     roofline = 0.0 if models.target is None else roofline_throughput(models.target, typical_length(prompts))
 
     blocks = len(prompts) * plan.preset.repeats
+    unselected = [arm for arm in plan.preset.arms if arm not in entries]
 
     def run_of(results: Results, budget_spent: bool = False) -> RunFile:
         header = run_header(
@@ -118,11 +119,11 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             before=before,
             budget_spent=budget_spent,
         )
-        header = replace(header, left=max(0, blocks - len(results.blocks)))
-        return RunFile(Path(), header, results.records())
+        left = max(0, blocks - len(results.blocks))
+        return RunFile(Path(), replace(header, left=left, unselected=unselected), results.records())
 
     def keep(results: Results) -> None:
-        journal.add_block(results.blocks[-1])
+        journal.add_block(results.blocks[-1], results.failures)
         if file is not None:
             write_whole(file, json.dumps({KEY: run_json(run_of(results))}) + "\n")
 
@@ -146,6 +147,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             plan.preset.repeats,
             progress=show,
             finished=finished,
+            failures=failures,
             keep=keep,
             baseline=plan.preset.baseline,
             until=until,
@@ -238,12 +240,8 @@ def _stop_token_ids(plan: Plan, target: LM | None) -> Sequence[int]:
 
 
 def _judge(plan: Plan, run: RunFile) -> list[Judgement]:
-    """Judge a run by the baseline. Leave out arms that were not selected, but not arms that the preset lacks now."""
-    if plan.baseline is None:
-        return []
-    retired = {arm for arm in plan.baseline.arms if arm not in plan.preset.arms}
-    arms = retired | run.arms.keys()
-    return judge_by_baseline(run, plan.baseline, plan.tolerance, arms, plan.tolerances)
+    """Judge a run by the baseline, if there is one."""
+    return [] if plan.baseline is None else judge_by_baseline(run, plan.baseline, plan.tolerance, plan.tolerances)
 
 
 def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: str | None) -> JudgedRun:
@@ -276,6 +274,8 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 before=before,
                 budget_spent=measured.budget_spent,
             )
+            blocks = len(prompts) * plan.preset.repeats
+            header = replace(header, left=max(0, blocks - len(measured.blocks)))
             return (
                 _one_version(measured, "new", both.new, header, arms),
                 _one_version(measured, "old", both.old, header, arms),
@@ -335,7 +335,9 @@ def _one_version(
 ) -> RunFile:
     """Return the run of one version, with its outputs and versions in the header."""
     records = {arm: measured.record(version, worker.name, arm, worker.about["about"][arm]) for arm in arms}
-    header = replace(header, outputs=measured.outputs(version), versions=worker.about["versions"])
+    header = replace(
+        header, outputs=measured.outputs(version), versions=worker.about["versions"] | {"turns": "versions"}
+    )
     return RunFile(Path(), header, records)
 
 

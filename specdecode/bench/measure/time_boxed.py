@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.callables import NO_MEMORY
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.arms.models import Models, load_models
 from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
@@ -104,9 +105,9 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
                     )
                     drift.add(*blocks[-1].drift(BASELINE))
                     run = write()
-                    remaining_arms = [
-                        arm for arm in remaining_arms if arm.name == BASELINE or not is_hopeless(run, arm.name)
-                    ]
+                    hopeful = [arm for arm in remaining_arms if not is_hopeless(run, arm.name)]
+                    needed = {BASELINE, *(arm.baseline for arm in hopeful)}
+                    remaining_arms = [arm for arm in remaining_arms if arm in hopeful or arm.name in needed]
                     last_block_s = time.monotonic() - begun
             except KeyboardInterrupt:
                 if not blocks:
@@ -141,7 +142,7 @@ def _usable_arms(
             if name == BASELINE:
                 raise
             short = isinstance(error, torch.OutOfMemoryError)
-            left_out[name] = "the GPU's memory is too small for it" if short else str(error)
+            left_out[name] = NO_MEMORY if short else str(error)
         else:
             arms.append(arm)
     return arms, counters_runs, left_out

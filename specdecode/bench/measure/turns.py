@@ -65,7 +65,6 @@ class Turns:
     def __init__(self, reference: Arm, steady: Steady) -> None:
         assert reference.target is not None
         self._target = _twin(reference.target)
-        self._stop_token_ids = reference.stop_token_ids
         self._slices = SteadySlices(steady)
         self._steps: dict[str, int] = {}  # steps of a slice, by arm
 
@@ -80,7 +79,7 @@ class Turns:
 
     @with_stack_room
     def _once(self, arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Turn:
-        plain = _Plain(self._target, prompt, length, self._stop_token_ids)
+        plain = _Plain(self._target, prompt, length)
         plain_s: list[float] = []
         taken: list[float] = []
         share = self._slices.steady.begin_watch()
@@ -107,11 +106,14 @@ class Turns:
 
 
 class _Plain:
-    """Plain decoding of one prompt that goes on when it is asked to."""
+    """Plain decoding of one prompt that goes on when it is asked to.
 
-    def __init__(self, target: LM, prompt: Sequence[int], length: int, stop_token_ids: Sequence[int]) -> None:
+    No token stops it: it writes as many as the arm beside it, whose output may end later than plain decoding's.
+    """
+
+    def __init__(self, target: LM, prompt: Sequence[int], length: int) -> None:
         self._device = target.device
-        self._steps = plain_steps(target, prompt, max_new_tokens=length, stop_token_ids=stop_token_ids)
+        self._steps = plain_steps(target, prompt, max_new_tokens=length)
         self._tokens = 0
 
     @torch.inference_mode()

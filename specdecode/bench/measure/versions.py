@@ -194,9 +194,27 @@ def versions(root: Path, new: str | None, old: str, arguments: Mapping[str, Any]
         folders = [root if ref is None else stack.enter_context(worktree(root, ref)) for ref in (new, old)]
         workers = []
         for ref, folder in zip((new, old), folders, strict=True):
-            workers.append(WorkerProcess(ref or WORKING_TREE, folder, arguments))
+            workers.append(WorkerProcess(ref or WORKING_TREE, folder, _found_from(folder, arguments)))
             stack.callback(workers[-1].close)
         yield Versions(*workers)
+
+
+def _found_from(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a worker's arguments with paths of models and heads that it finds from its folder.
+
+    A path that the version itself has stays as it is, so each version loads its own. Others are relative to the current
+    folder.
+    """
+
+    def found(name: str) -> str:
+        here = Path(name).expanduser()
+        return str(here.resolve()) if name and here.exists() and not (folder / here).exists() else name
+
+    entries = {
+        arm: entry | ({"head": found(entry["head"])} if isinstance(entry.get("head"), str) else {})
+        for arm, entry in arguments["arms"].items()
+    }
+    return {**arguments, "arms": entries, **{model: found(arguments[model]) for model in ("target", "draft")}}
 
 
 def dependencies(root: Path, ref: str) -> list[str]:

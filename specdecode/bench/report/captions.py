@@ -201,10 +201,11 @@ def notes(run: RunFile) -> list[str]:
     plainly = ", autoregressive decoding by this package" if baseline == BASELINE else ""
     if {"server", "call"} & options.keys():
         plainly = ", which a server decodes" if "server" in options else ", which code outside of this package decodes"
+    floors = f"two runs of {baseline}", f"two versions with the same {baseline}"
     sentences = [
         f"Reference arm: {baseline}{plainly}. {_intervals(run)}",
-        f"A/A floor: two runs of {baseline} differ by up to {math.expm1(run.header.floor):.1%} on average."
-        f"{_disturbances(run)}",
+        f"A/A floor: {floors[run.header.turns == 'versions']} differ by up to {math.expm1(run.header.floor):.1%} on"
+        f" average.{_disturbances(run)}",
     ]
     if run.header.roofline:
         sentences.append(f"The roofline is {run.header.roofline:.0f} tokens/s.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
@@ -67,12 +67,22 @@ SIGNS = {
 
 
 def section(
-    run: RunFile, title: str, judged_by: str, judgements: Sequence[Judgement], past: History | None = None
+    run: RunFile,
+    title: str,
+    judged_by: str,
+    judgements: Sequence[Judgement],
+    past: History | None = None,
+    gate: str = "on",
 ) -> list[Element]:
-    """Return the section of one run. The arguments are those of `report.markdown`."""
+    """Return the section of one run.
+
+    Args:
+        run, title, judged_by, judgements, past: as for `report.markdown`.
+        gate: setting of the gate, a key of `FAILING`: it decides which verdicts fail.
+    """
     looks = styles(run)
     return [
-        *_heading(run, title, judgements),
+        *_heading(run, title, judgements, FAILING[gate]),
         *_verdicts(judged_by, judgements),
         *_speeds(run, looks),
         *_by_concurrency(run, looks),
@@ -86,10 +96,10 @@ def section(
     ]
 
 
-def _heading(run: RunFile, title: str, judgements: Sequence[Judgement]) -> list[Element]:
+def _heading(run: RunFile, title: str, judgements: Sequence[Judgement], failing: Collection[Verdict]) -> list[Element]:
     """Return the title of the run, and tiles with its key results."""
     lead = [title.removeprefix(f"{models(run)}, "), *filter(None, [run.date, run.commit and f"commit {run.commit}"])]
-    tiles = [_gate_tile(judgements), _outputs_tile(run)]
+    tiles = [_gate_tile(judgements, failing), _outputs_tile(run)]
     speedups = lossless_speedups(run)
     if best := fastest(speedups):
         tiles.append(
@@ -130,12 +140,12 @@ def fastest(speedups: Mapping[str, Estimate]) -> str | None:
     return max(faster, key=lambda arm: speedups[arm].value, default=None)
 
 
-def _gate_tile(judgements: Sequence[Judgement]) -> Element:
-    failing = sum(judgement.verdict in FAILING["on"] for judgement in judgements)
+def _gate_tile(judgements: Sequence[Judgement], failing: Collection[Verdict]) -> Element:
+    failed = sum(judgement.verdict in failing for judgement in judgements)
     if not judgements:
         return tile("Verdicts", "warn", "Not judged", "there is no baseline to judge by")
-    if failing:
-        return tile("Verdicts", "bad", f"✗ {failing} of {len(judgements)} fail", "see below")
+    if failed:
+        return tile("Verdicts", "bad", f"✗ {failed} of {len(judgements)} fail", "see below")
     return tile("Verdicts", "good", "✓ None fails", f"of {len(judgements)}")
 
 

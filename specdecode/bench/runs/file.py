@@ -33,6 +33,7 @@ from specdecode.support.checked import (
     parse_json,
     read_text,
     text,
+    texts,
 )
 from specdecode.support.files import slug, write_whole
 
@@ -152,6 +153,7 @@ def _header(head: dict[str, Any]) -> Header:
         until=number(head, "until", 0.0, 1.0) if "until" in head else None,
         budget_spent=flag(head, "budget_spent", default=False),
         left=count(head, "left") if "left" in head else 0,
+        unselected=texts(head.get("unselected", []), "unselected"),
     )
 
 

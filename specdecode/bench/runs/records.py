@@ -83,6 +83,7 @@ class Header:
             with a clear verdict were not measured again. None if the number of repeats was fixed.
         budget_spent: whether the time budget ended the repeats, before all verdicts were clear.
         left: number of blocks left to measure when the file was written, for a stopped run or a spent budget.
+        unselected: arms of the preset that the session did not select.
     """
 
     identity: Identity
@@ -96,12 +97,20 @@ class Header:
     until: float | None = None
     budget_spent: bool = False
     left: int = 0
+    unselected: list[str] = field(default_factory=list)
 
     @property
     def processes(self) -> int:
         """Return the number of processes that share the target's weights."""
         count = self.versions.get("processes")
         return count if isinstance(count, int) else 1
+
+    @property
+    def turns(self) -> str:
+        """Return what took turns with the reference arm: "steps", or "" for whole runs. "versions" if each run was
+        measured beside another commit."""
+        found = str(self.versions.get("turns", ""))
+        return found if found in ("steps", "versions") else ""
 
     @property
     def on_gpu(self) -> bool:

@@ -226,5 +226,5 @@ def test_a_file_without_a_past_is_shown(
     Path("run.json").write_text(json.dumps(run_content(SPEEDUPS)))
     assert exit_code(monkeypatch, "history", "run.json") == 0
     said = capsys.readouterr().out
-    assert "No history: git knows no earlier run.json" in said
+    assert "No history of run.json: fatal: your current branch" in said
     assert "Too few versions like the newest to find a change (6 at least): ar (1), linear (1), lookup (1)." in said

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.journal import Journal, code
@@ -46,6 +47,7 @@ class Interrupted:
     def __init__(self, at: int | None = None) -> None:
         self.calls = 0
         self.at = at
+        self.shown: list[tuple[int, int]] = []
 
     def _run(self, text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
         self.calls += 1
@@ -54,16 +56,21 @@ class Interrupted:
         counts, histograms = Counts(steps=length, target_forwards=length), Histograms(accepted=[length])
         return Run([5] * length, 1.0 + 0.01 * self.calls, 0.1, counts, Seconds(draft=0.5), histograms)
 
+    def _other(self, text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        return self._run(text, length, expected)
+
     def experiment(self, path: Path, resume: bool = False) -> Results:
-        arms = [Arm(name, self._run, lm("llama")) for name in ("ar", "other")]
+        arms = [Arm("ar", self._run, lm("llama")), Arm("other", self._other, lm("llama"))]
         journal = Journal(path, WHAT, resume)
         return experiment(
             arms,
             PROMPTS,
             20,
             repeats=2,
+            progress=lambda done, total, doing: self.shown.append((done, total)),
             finished=journal.blocks(),
-            keep=lambda results: journal.add_block(results.blocks[-1]),
+            failures=journal.failures(),
+            keep=lambda results: journal.add_block(results.blocks[-1], results.failures),
         )
 
 
@@ -84,12 +91,32 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, at: int, cut: i
     assert [(block.prompt, block.repeat) for block in results.blocks] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     # One first run and two counters runs, then a warm-up and three runs for each missing block.
     assert resumed.calls == 3 + 4 * (4 - done)
+    assert resumed.shown == [(n, resumed.calls) for n in range(resumed.calls + 1)]
     kept = [json.loads(line) for line in before.splitlines()[1 : 1 + done]]
     assert [block.runs["other"].total_s for block in results.blocks[:done]] == [
         entry["runs"]["other"]["total_s"] for entry in kept
     ]
     assert Journal(path, WHAT, resume=True).blocks() == results.blocks
     assert {file.name for file in tmp_path.iterdir()} == {path.name, f".{path.name}.lock"}
+
+
+def test_an_arm_that_failed_before_an_interruption_stays_failed(tmp_path: Path) -> None:
+    """Guards against a verdict that passes after --resume, on the prompts that came after a failure."""
+    path = tmp_path / "run.jsonl"
+
+    class Failing(Interrupted):
+        def _other(self, text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+            run = super()._other(text, length, expected)
+            if self.at is not None and self.calls > 3:  # not in the counters run
+                raise ArmError("it raised")
+            return run
+
+    with pytest.raises(KeyboardInterrupt):
+        Failing(at=9).experiment(path)
+    assert path.read_text().count("\n") == 2
+    results = Failing().experiment(path, resume=True)
+    assert results.failures == {"other": "it raised"}
+    assert [sorted(block.runs) for block in results.blocks] == [["ar"]] * 4
 
 
 @fuzzed(20, phases=NO_SHRINKING)

@@ -16,12 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdecode.bench.arms.callables import ArmError
+from specdecode.bench.arms.callables import NO_MEMORY, ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.interleaved import RunPair, SlicedRun
 from specdecode.bench.measure.side_by_side import Quartet, SideBySide, VersionRuns, measure_side_by_side
 from specdecode.bench.measure.until import Until
-from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, dependencies
+from specdecode.bench.measure.versions import PROTOCOL, Versions, WorkerProcess, _found_from, dependencies
 from specdecode.bench.runs.counts import Counts
 from specdecode.bench.runs.looks import tail_of_look
 from specdecode.bench.runs.measures import CountersRun
@@ -330,10 +330,28 @@ def test_a_worker_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError
 
+    lines.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("specdecode.bench.worker.timed", full)
+        serve((json.dumps(request) for request in ({**load, "arms": {"ar": {}}}, {**run_, "arm": "ar"})), lines.append)
+    assert json.loads(lines[1]) == {"error": NO_MEMORY, "of_arm": True}
     monkeypatch.setattr("specdecode.bench.arms.models.load", full)
     lines.clear()
     serve([json.dumps({**load, "arms": {"ar": {}}})], lines.append)
     assert json.loads(lines[0])["memory"] is True
+
+
+def test_a_version_finds_models_and_heads_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against `--against` that cannot load a folder which git does not know, and against one head for both
+    versions where each has its own."""
+    version, here = tmp_path / "version", tmp_path / "here"
+    for folder in (version / "heads" / "tracked", here / "heads" / "tracked", here / "llama"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    arms = {"ar": {}, "own": {"head": "heads/tracked"}, "hub": {"head": "org/name"}, "llama": {"head": "./llama"}}
+    found = _found_from(version, {"target": "llama", "draft": "", "dtype": None, "arms": arms})
+    assert found["arms"] == arms | {"llama": {"head": str(here / "llama")}}
+    assert (found["target"], found["draft"]) == (str(here / "llama"), "")
 
 
 @pytest.mark.parametrize(

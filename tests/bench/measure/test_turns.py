@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,17 @@ def test_plain_decoding_has_the_arms_number_of_tokens_after_each_turn(
     assert turn.run.total_s == pytest.approx(5.0)
     assert turn.plain_s == pytest.approx(11 * 0.5)
     assert math.log(turn.run.beside_s / turn.run.s_per_token) == pytest.approx(math.log(5.5 / 5.0))
+
+
+def test_plain_decoding_goes_on_where_it_would_stop(target: LM, clock: FakeClock) -> None:
+    """Guards against a speedup of a third for an arm of equal speed whose output ends later than plain decoding's."""
+    stop = generate(target, prompt(), max_new_tokens=3).tokens[-1]
+    stopping = replace(arm("ar", target), stop_token_ids=(stop,))
+    turns = Turns(stopping, undisturbed())
+    longer = coded(target, [1] * 9, lambda step: 1.0, clock)
+    with plain_costs(clock, turns, 1.0):
+        turn = turns.measure(longer, prompt(), 9, ())
+    assert turn.run.beside_s / turn.run.s_per_token == pytest.approx(1.0)
 
 
 def test_a_machine_that_gets_slower_slows_both(target: LM, clock: FakeClock) -> None:

@@ -42,6 +42,14 @@ def texts(run: RunFile) -> dict[str, str]:
     }
 
 
+def test_brackets_in_a_reason_are_text() -> None:
+    """Guards against a blessing whose reason ends every later session with a traceback, or loses a word."""
+    judged = JudgedRun("title [/INST]", ["[b]here"], scored_run(SPEEDUPS), {}, {}, "by [ci] a runner [/INST]", [])
+    shown = speed_text(judged, False, "utf-8")
+    for written in ("title [/INST]", "[b]here", "by [ci] a runner [/INST]"):
+        assert written in shown
+
+
 def test_a_table_explains_the_columns_that_it_has() -> None:
     """Guards against an explanation of a column that is missing or empty, and a column without its explanation."""
     columns = [Column("a", about="one"), Column("b", about="two"), Column("c"), Column("d", about="four")]

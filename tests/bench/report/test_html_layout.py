@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from specdecode.bench.gate.history import History
+from specdecode.bench.gate.verdicts import Judgement, Verdict
 from specdecode.bench.quality.quality_page import section as quality_section
 from specdecode.bench.report.elements import document
 from specdecode.bench.report.html import section
@@ -33,6 +34,13 @@ def page(name: str) -> str:
         return start_page([(row, "a.html")] * 3)
     run = scored_run(SPEEDUPS | {"a-very-long-name-" * 6: 1.1, "linear-cost-aware": 1.9})
     return document("t", section(run, "t with d", "by", [], History([], "none")))
+
+
+@pytest.mark.parametrize(("gate", "said"), [("on", "None fails"), ("strict", "1 of 1 fail")])
+def test_the_page_fails_what_the_gate_fails(gate: str, said: str) -> None:
+    """Guards against a page that is green where `gate = "strict"` fails the run."""
+    unclear = [Judgement("lookup", "time", Verdict.INCONCLUSIVE, "too wide")]
+    assert said in document("t", section(scored_run(SPEEDUPS), "t", "by", unclear, gate=gate))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
