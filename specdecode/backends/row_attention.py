@@ -26,6 +26,7 @@ from specdecode.backends.grouped_attention import (
     attends_to_text,
     switch_attention,
 )
+from specdecode.backends.row_activations import separate_activations
 
 BY_ROWS = "sdpa_by_rows"
 """The name under which transformers knows `attend_by_rows` as an attention function."""
@@ -76,8 +77,10 @@ def rows_of_text(rows: int) -> int:
 
 
 def by_rows(model: PreTrainedModel) -> None:
-    """Switch a model that uses PyTorch's attention to `attend_by_rows`."""
+    """Let no row of a model's forward change another: switch PyTorch's attention to `attend_by_rows`, and separate the
+    activations."""
     switch_attention(model, BY_ROWS, attend_by_rows)
+    separate_activations(model)
 
 
 def attend_by_rows(

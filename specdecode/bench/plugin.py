@@ -46,8 +46,7 @@ _ENTRY_POINT = "specdecode"
 _SUITES = {"benchmark": _suite_folder("perf"), "quality": _suite_folder("quality")}
 """Folders of the suites, by the option that runs each."""
 
-_PAGE = "GITHUB_STEP_SUMMARY"
-"""Environment variable: the file for the summary of a job on GitHub."""
+_PAGE = "GITHUB_STEP_SUMMARY"  # variable: the file for the summary of a job on GitHub
 
 _SETUP: pytest.StashKey[Setup] = pytest.StashKey()
 _PLAN: pytest.StashKey[Plan] = pytest.StashKey()
@@ -207,9 +206,8 @@ def _write_run(config: pytest.Config, file: _Unfinished) -> None:
 
 def _how_to_go_on(config: pytest.Config) -> str:
     """Return what the same command does after an interruption."""
-    if value_of(config, "against"):
-        return "the same command measures both versions anew"
-    return "the same command with --resume keeps what was measured"
+    anew = value_of(config, "against")
+    return f"the same command {'measures both versions anew' if anew else 'with --resume keeps what was measured'}"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

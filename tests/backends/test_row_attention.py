@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from specdecode import (
     LM,
@@ -22,6 +23,7 @@ from specdecode import (
     generate_batch,
 )
 from specdecode.backends import check
+from specdecode.backends.row_activations import RowActivation
 from specdecode.backends.row_attention import BY_ROWS
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.check import check as check_output
@@ -82,6 +84,35 @@ def off(model: LM, tree: DraftTree) -> list[int]:
     logits = model.forward_tree(slots, text[10:], tree)
     alone = one_by_one(model, text, tree)
     return [node for node, expected in enumerate(alone) if not torch.equal(logits[node], expected)]
+
+
+@pytest.mark.parametrize("width", [8192, 4104])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_activations_are_the_same_beside_other_rows_with_any_number_of_threads(width: int, activation: str) -> None:
+    """Guards against rows that depend on where PyTorch splits an activation among its threads."""
+    plain = ACT2FN[activation]
+    separate = RowActivation(plain)
+    before = torch.get_num_threads()
+    differ = 0
+    try:
+        torch.set_num_threads(3)
+        for rows in (*range(2, 18), 65):
+            states = torch.randn(1, rows, width, generator=torch.Generator().manual_seed(rows))
+            alone = torch.cat([separate(states[:, row : row + 1].clone()) for row in range(rows)], 1)
+            assert torch.equal(separate(states), alone)
+            differ += not torch.equal(plain(states), alone)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(separate(states), plain(states))
+    assert differ or activation == "gelu", "or PyTorch no longer needs this"
+
+
+def test_models_whose_rows_are_separate_have_such_activations() -> None:
+    """Guards against a backend "exact", or quantised weights, that are exact with two threads only."""
+    for kind in EXACT:
+        kinds = {type(module) for module in target("llama", kind).model.modules()}
+        assert RowActivation in kinds
+    assert RowActivation not in {type(module) for module in build(ARCHITECTURES["llama"]).modules()}
 
 
 @settings(max_examples=40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def test_a_preset_of_lengths_and_caches_is_resumed(tmp_path: Path, monkeypatch: 
     asked = plan("sweep", tmp_path)
 
     class Interrupting(Journal):
-        def add_block(self, block: Block) -> None:
-            super().add_block(block)
+        def add_block(self, block: Block, failures: Mapping[str, str]) -> None:
+            super().add_block(block, failures)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as planted:

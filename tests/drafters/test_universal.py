@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -316,6 +318,19 @@ def test_a_draft_reads_a_text_once() -> None:
     assert rows[0] == len(BEGINNING + target.tokenizer.decode(result.tokens[:1]))
     # The target's longest token has this many characters.
     assert max(rows[1:]) <= 8
+
+
+def test_a_drafter_that_goes_takes_its_cache_along() -> None:
+    """Guards against the draft's keys of one prompt after another that wait for a collection of garbage."""
+    drafter = UniversalDrafter(knows("byte-pairs", TEXT), knows("characters", TEXT))
+    drafter.propose(context(knows("byte-pairs", TEXT).encode(BEGINNING)), Limit(3))
+    slots = weakref.ref(drafter._drafter._slots)
+    gc.disable()
+    try:
+        del drafter
+        assert slots() is None
+    finally:
+        gc.enable()
 
 
 # Special tokens.

@@ -220,6 +220,21 @@ def test_a_written_head_comes_back(variant: Variant, tmp_path: Path) -> None:
     load_head(str(tmp_path), target)
 
 
+def test_tokens_beyond_its_own_embeddings_are_not_drafted_after() -> None:
+    """Guards against an index error, or an assertion on a GPU that ends the process, after a token that was added to
+    the target's vocabulary."""
+    target = lm("llama")
+    shape = replace(head_shape(target, (0, 1, 2)), own_embeddings=True, own_output=True)
+    shape.decoder.vocab_size = 50
+    head = BoundHead(Eagle3Head(shape, torch.arange(50)), target)
+    assert head.vocab_size == 50
+    text = [*prompt(), 60]
+    drafter = HeadDrafter(head)
+    result = generate(target, text, drafter=drafter, max_new_tokens=12)
+    assert result.tokens == generate(target, text, max_new_tokens=12).tokens
+    assert drafter.forwards == 0
+
+
 def test_original_files_are_read(tmp_path: Path) -> None:
     """Guards against original heads by the paper's authors that are refused, or wired differently."""
     target, source, original = lm("llama"), write_head(lm("llama"), tmp_path), tmp_path / "original"
@@ -299,6 +314,11 @@ def with_decoder(folder: Path, **changes: Any) -> None:
         (lambda f: (f / "model.safetensors").unlink(), ModelFileError, "holds no weights"),
         (lambda f: (f / "config.json").write_text("{"), ModelFileError, "cannot read the draft head"),
         (lambda f: (f / "config.json").write_text("{}"), ModelFileError, "holds no EAGLE-3 head"),
+        (
+            lambda f: (without(f, "d2t"), (f / "config.json").write_text('{"speculators_model_type": "eagle3"}')),
+            ModelFileError,
+            r"does not fit its config\.json: 'transformer_layer_config'",
+        ),
         (lambda f: (f / "config.json").unlink(), ModelFileError, r"holds no config\.json"),
         (lambda f: damaged(f, speculators_model_type="dflash"), ModelFileError, "a draft of the type 'dflash'"),
         (lambda f: with_decoder(f, model_type="mistral"), UnsupportedModelError, "decoder layers of mistral"),

@@ -342,6 +342,16 @@ def test_only_committed_tokens_count_as_attention() -> None:
     torch.testing.assert_close(total, torch.full_like(total, 2.0 * seen[0].shape[2]), rtol=1e-5, atol=0)
 
 
+def test_attention_is_recorded_in_short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against gigabytes of attention weights after a long prompt: those of all layers are held at once."""
+    monkeypatch.setattr("specdecode.models.forwards._RECORDED_CHUNK", 4)
+    heavy, window = (
+        generate(lm("llama"), prompt(14), policy=policy, max_new_tokens=2)
+        for policy in (HeavyHitter(64), SinkWindow(64))
+    )
+    assert (heavy.prefill_forwards, window.prefill_forwards) == (3, 0)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     """Guards against a model that decodes more slowly, or differently, after a policy has used it."""
     target = lm("llama")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from specdecode.bench.gate.series import backend
+from specdecode.bench.gate.series import backend, turns
 from specdecode.bench.runs.file import KEY, read, run_json
 from specdecode.bench.runs.names import ANY_HARDWARE, MARGINS
 from specdecode.bench.runs.records import Identity, RunFile
@@ -82,13 +82,13 @@ def _subject(run: RunFile) -> tuple[object, ...]:
     """Return the properties that runs must share to be blessed together: without them, times are not comparable."""
     header = run.header
     same = (header.identity.file, header.outputs, header.max_new_tokens, header.baseline, run.arms.keys())
-    return (*same, backend(run), header.turns, header.versions.get("weights"))
+    return (*same, backend(run), turns(run), header.versions.get("weights"))
 
 
 def _check(run: RunFile) -> None:
     """Raise ValueError if a run cannot be a baseline."""
     path, content = run.path, read_json(run.path)
-    if run.header.turns == "versions":
+    if turns(run) == "versions":
         raise ValueError(
             f"{path} was measured beside another commit, which is another measurement: measure without --against"
         )

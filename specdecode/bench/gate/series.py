@@ -48,6 +48,13 @@ def backend(run: RunFile) -> str:
     return str(run.header.versions.get("backend", "eager"))
 
 
+def turns(run: RunFile) -> str:
+    """Return what took turns in a run: "steps" of an arm and its reference arm, "versions" of the code, or "" if whole
+    runs were compared."""
+    found = str(run.header.versions.get("turns", ""))
+    return found if found in ("steps", "versions") else ""
+
+
 def series(arm: str, runs: Sequence[RunFile]) -> Series:
     """Collect an arm's speedups over its yardstick.
 
@@ -75,7 +82,7 @@ def _conditions(arm: str, run: RunFile) -> tuple[object, ...]:
     over, header = yardstick(arm, run), run.header
     prompts = frozenset(run.log_speedups(arm, over))
     hardware, weights = header.identity.hardware, header.versions.get("weights")
-    return over, prompts, hardware, weights, backend(run), header.turns, header.max_new_tokens
+    return over, prompts, hardware, weights, backend(run), turns(run), header.max_new_tokens
 
 
 def past_noise(arm: str, runs: Sequence[RunFile]) -> float:

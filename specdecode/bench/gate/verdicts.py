@@ -14,7 +14,7 @@ from typing import Literal
 from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.gate.blame import Blame, blame
 from specdecode.bench.gate.history import history
-from specdecode.bench.gate.series import MOST_EARLIER_VERSIONS, backend, past_noise, yardstick
+from specdecode.bench.gate.series import MOST_EARLIER_VERSIONS, backend, past_noise, turns, yardstick
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.measures import SIGNS
 from specdecode.bench.runs.names import ANY_HARDWARE, PEER_BASELINE
@@ -54,7 +54,7 @@ _TURNS = {
     "steps": "runs in turns with the reference arm (--until)",
     "versions": "runs beside another commit (--against)",
 }
-"""What took turns in a run, by `Header.turns`, in words."""
+"""What took turns in a run, in words."""
 
 
 def tolerance_of(tolerance: float | None, default: float) -> float:
@@ -260,7 +260,7 @@ def _other_backend(new: RunFile, old: RunFile) -> str | None:
 
 def _other_turns(new: RunFile, old: RunFile) -> str | None:
     """Return a clause on what took turns in each run, if it differs."""
-    ours, theirs = (_TURNS[run.header.turns] for run in (new, old))
+    ours, theirs = (_TURNS[turns(run)] for run in (new, old))
     return None if ours == theirs else f"the baseline has {theirs} and this run {ours}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from specdecode.bench.plan import Plan
 from specdecode.bench.runs.records import Header
@@ -24,6 +24,8 @@ def run_header(
     versions: Mapping[str, str | int],
     before: dict[str, str],
     budget_spent: bool = False,
+    left: int = 0,
+    unselected: Sequence[str] = (),
 ) -> Header:
     """Return the header of a run that has just ended. Read the conditions after the run.
 
@@ -35,6 +37,8 @@ def run_header(
         versions: see `run_versions`.
         before: the conditions before the run.
         budget_spent: whether the time budget ended the repeats.
+        left: number of blocks that were not measured.
+        unselected: arms of the preset that were not selected.
     """
     return Header(
         identity=plan.identity,
@@ -47,4 +51,6 @@ def run_header(
         baseline=plan.preset.baseline,
         until=plan.until,
         budget_spent=budget_spent,
+        left=left,
+        unselected=list(unselected),
     )

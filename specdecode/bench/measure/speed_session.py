@@ -97,9 +97,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     arms = [models.arm(arm, entry, plan.preset.lengths, stop_token_ids) for arm, entry in entries.items()]
     whole = _reason_for_whole_runs(plan, arms, ranks)
     in_turns = plan.until is not None and whole is None
-    versions = run_versions(plan.identity.target, models.backend_name) | ({"turns": "steps"} if in_turns else {})
-    if ranks.count > 1:
-        versions["processes"] = ranks.count
+    versions = run_versions(plan.identity.target, models.backend_name) | _how(in_turns, ranks)
     same = _what_must_be_the_same(plan, prompts, stop_token_ids, arms) | {"arms": entries, "versions": versions}
     journal = Journal(plan.journal, same, plan.resume)
     finished, failures = ranks.agreed((journal.blocks(), journal.failures()))
@@ -107,7 +105,6 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     roofline = 0.0 if models.target is None else roofline_throughput(models.target, typical_length(prompts))
 
     blocks = len(prompts) * plan.preset.repeats
-    unselected = [arm for arm in plan.preset.arms if arm not in entries]
 
     def run_of(results: Results, budget_spent: bool = False) -> RunFile:
         header = run_header(
@@ -118,9 +115,10 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             versions=versions | _server_versions(arms),
             before=before,
             budget_spent=budget_spent,
+            left=max(0, blocks - len(results.blocks)),
+            unselected=[arm for arm in plan.preset.arms if arm not in entries],
         )
-        left = max(0, blocks - len(results.blocks))
-        return RunFile(Path(), replace(header, left=left, unselected=unselected), results.records())
+        return RunFile(Path(), header, results.records())
 
     def keep(results: Results) -> None:
         journal.add_block(results.blocks[-1], results.failures)
@@ -178,6 +176,12 @@ def _reason_for_whole_runs(plan: Plan, arms: Sequence[Arm], ranks: Ranks) -> str
     if plan.preset.lengths:
         return "the preset has several lengths"
     return reason_against(arms, plan.preset.baseline)
+
+
+def _how(in_turns: bool, ranks: Ranks) -> dict[str, str | int]:
+    """Return the entries of a header's versions on how runs are made."""
+    turns: dict[str, str | int] = {"turns": "steps"} if in_turns else {}
+    return turns | ({"processes": ranks.count} if ranks.count > 1 else {})
 
 
 def _what_must_be_the_same(
@@ -273,9 +277,8 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 versions=about["versions"],
                 before=before,
                 budget_spent=measured.budget_spent,
+                left=max(0, len(prompts) * plan.preset.repeats - len(measured.blocks)),
             )
-            blocks = len(prompts) * plan.preset.repeats
-            header = replace(header, left=max(0, blocks - len(measured.blocks)))
             return (
                 _one_version(measured, "new", both.new, header, arms),
                 _one_version(measured, "old", both.old, header, arms),

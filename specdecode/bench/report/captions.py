@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from specdecode.bench.arms.keys import loss_settings
+from specdecode.bench.gate.series import turns
 from specdecode.bench.gate.verdicts import Judgement, Verdict
 from specdecode.bench.presets import built_in
 from specdecode.bench.report.grid import Column
@@ -204,7 +205,7 @@ def notes(run: RunFile) -> list[str]:
     floors = f"two runs of {baseline}", f"two versions with the same {baseline}"
     sentences = [
         f"Reference arm: {baseline}{plainly}. {_intervals(run)}",
-        f"A/A floor: {floors[run.header.turns == 'versions']} differ by up to {math.expm1(run.header.floor):.1%} on"
+        f"A/A floor: {floors[turns(run) == 'versions']} differ by up to {math.expm1(run.header.floor):.1%} on"
         f" average.{_disturbances(run)}",
     ]
     if run.header.roofline:

@@ -106,13 +106,6 @@ class Header:
         return count if isinstance(count, int) else 1
 
     @property
-    def turns(self) -> str:
-        """Return what took turns with the reference arm: "steps", or "" for whole runs. "versions" if each run was
-        measured beside another commit."""
-        found = str(self.versions.get("turns", ""))
-        return found if found in ("steps", "versions") else ""
-
-    @property
     def on_gpu(self) -> bool:
         """Return whether the models ran on a GPU."""
         return self.identity.hardware == shared_by(self.processes, slug(str(self.versions.get("gpu", ""))))

@@ -197,6 +197,10 @@ def test_an_output_of_another_length_is_wrong() -> None:
     tokens = generate(lm("llama"), prompt(), max_new_tokens=8).tokens
     assert classify(lm("llama"), prompt(), tokens, tokens) == "equal"
     assert classify(lm("llama"), prompt(), tokens, tokens[:-1]) == "bug"
+    # A model that has no positions beyond its context.
+    full = prompt(lm("gpt-2").context_length - 2)
+    first, second = generate(lm("gpt-2"), full, max_new_tokens=2).tokens
+    assert classify(lm("gpt-2"), full, [first, second], [first, second + 1]) == "bug"
 
 
 def test_a_choice_within_the_rounding_is_a_tie_and_no_more() -> None:

@@ -115,7 +115,7 @@ def test_lengths_survive_the_file_and_the_journal(tmp_path: Path) -> None:
     file = tmp_path / "blocks.jsonl"
     journal = Journal(file, {"what": 1}, resume=False)
     for block in results().blocks:
-        journal.add_block(block)
+        journal.add_block(block, {})
     assert Journal(file, {"what": 1}, resume=True).blocks() == results().blocks
 
     run = kept(results())

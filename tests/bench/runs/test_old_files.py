@@ -97,7 +97,7 @@ def test_a_journal_of_before_is_gone_on_with(tmp_path: Path) -> None:
     assert block.runs["ar"].histograms.depth == kept["runs"]["ar"]["histograms"]["depth"]
     assert block.runs["hf-generate"].counts.target_forwards is None
     assert [cut.counts.steps for cut in block.runs["hf-generate"].cuts] == [4]
-    journal.add_block(block)
+    journal.add_block(block, {})
     assert [json.loads(line) for line in file.read_text().splitlines()[1:]] == [kept, kept]
 
 
