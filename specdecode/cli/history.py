@@ -18,6 +18,10 @@ def history(
         Path | None, typer.Argument(help="file of a baseline  [default: all in the folder of the baselines]")
     ] = None,
     arm: Annotated[str | None, typer.Option("--arm", "-k", help="show this arm alone  [default: all]")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="COMMIT", help="exit with 1 only for slowdowns after this commit  [default: all]"),
+    ] = None,
 ) -> None:
     """Show the speedups of all versions of a baseline in git, and find where an arm became slower or faster: at one
     commit, or in steps too small for the gate. Exit code 0: no arm became slower; 1: an arm did; 2: a file cannot be
@@ -25,7 +29,11 @@ def history(
     from specdecode.bench.gate.baselines import all_of
     from specdecode.bench.gate.project import read_project
     from specdecode.bench.runs.file import read
+    from specdecode.support.git import commit_id, git
 
+    newer = None
+    if since is not None:
+        newer = git("rev-list", f"{commit_id(since)}..HEAD")
     files = [baseline] if baseline is not None else all_of(read_project(Path()).baselines)
     faults, slower = Faults(), False
     newest: list[RunFile] = []
@@ -34,13 +42,19 @@ def history(
             newest.append(read(file))
     for run in [run for run in newest if arm is None or arm in run.arms] or newest:
         with faults.noted():
-            slower |= _show(run, arm)
+            slower |= _show(run, arm, newer)
     if faults.sentences or slower:
         raise typer.Exit(2 if faults.sentences else 1)
 
 
-def _show(newest: RunFile, arm: str | None) -> bool:
-    """Show the past of one baseline, and return whether an arm became slower in it."""
+def _show(newest: RunFile, arm: str | None, newer: str | None) -> bool:
+    """Show the past of one baseline, and return whether an arm became slower in it.
+
+    Args:
+        newest: the baseline.
+        arm: the only arm to show; None for all.
+        newer: ids of the commits whose slowdowns count, one a line; None for all.
+    """
     from specdecode.bench.gate import history
     from specdecode.bench.gate.changes import MOST_VERSIONS, courses
     from specdecode.bench.report.grid import rich_table
@@ -54,4 +68,10 @@ def _show(newest: RunFile, arm: str | None) -> bool:
     if (changed := changes(runs, by_arm)).rows:
         say_tables(rich_table(changed))
     say("\n".join(remarks(by_arm)))
-    return any(change.slower for course in by_arm.values() for change in course.changes)
+    slower = [
+        runs[course.series.versions[change.end]].commit
+        for course in by_arm.values()
+        for change in course.changes
+        if change.slower
+    ]
+    return any(newer is None or (commit and f"\n{commit}" in f"\n{newer}") for commit in slower)

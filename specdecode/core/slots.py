@@ -65,6 +65,8 @@ class Slots:
             tokens, if it is counted (see `attend`); else empty.
         weights: [layers, heads, n, length] the attention weights of the last forward's n tokens, if they are recorded.
         outputs: [n, hidden] the hidden states of the last forward by layer, if they are recorded.
+        attended: number of slots that the target's last forward attended to: those that were filled, or a few more over
+            static shapes and beside a longer sequence of a batch.
         evicted: number of committed tokens that are no longer in the slots.
     """
 
@@ -75,6 +77,7 @@ class Slots:
         self.attention: Float[Tensor, "layers heads capacity"] = torch.zeros(0, 0, 0, device=device)
         self.weights: Float[Tensor, "layers heads n length"] | None = None
         self.outputs: dict[int, Float[Tensor, "n hidden"]] = {}
+        self.attended = 0
         self.evicted = 0
         self._written = 0
 

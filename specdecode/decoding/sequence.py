@@ -134,7 +134,7 @@ class SequenceState:
         """
         request, slots, stem = self._request, self.slots, len(self.pending)
         peak_bytes = slots.bytes_held
-        attended_bytes = peak_bytes // slots.length * request.target.span(slots)
+        attended_bytes = peak_bytes // slots.length * slots.attended
         if forced is None:
             decisions = most_probable(logits) if request.sampling.greedy else request.sampling.probs(logits)
         else:

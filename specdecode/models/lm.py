@@ -143,10 +143,6 @@ class LM:
         """Return empty slots for a sequence, with room for `capacity` tokens at first."""
         return Slots(capacity, self.device) if self.static is None else self.static.new_slots(capacity, self.device)
 
-    def span(self, slots: Slots) -> int:
-        """Return the number of slots that a forward attends to: the filled slots, or a few more over static shapes."""
-        return slots.length if self.static is None else self.static.span(slots)
-
     @functools.cached_property
     def rerotation(self) -> KeyRerotation:
         """The object that evicts slots of this model, and re-rotates the keys that stay.
@@ -193,6 +189,7 @@ class LM:
         if static is not None and not self._records_attention and static.takes(slots, count):
             logits, *hidden_states = static.run(slots, tokens, positions, visible)
             slots.outputs = dict(zip(layers, hidden_states, strict=True))
+            slots.attended = static.span(slots)
             return logits[len(logits) - rows :]
         return self._forward(slots, [slots], [ForwardInput(tokens, positions, visible, rows)])[0]
 
@@ -204,6 +201,8 @@ class LM:
         model = self.model if recorder is None else recorder.model
         options = {"logits_to_keep": max(1, *(read.rows for read in inputs))} if self._keeps_logits else {}
         options |= {"output_attentions": self._records_attention}
+        for slots in sequences:
+            slots.attended = cache.length
         with separate_rows([len(read.tokens) for read in inputs], [read.rows for read in inputs]):
             output = run(model, self._mask_form, cache, sequences, inputs, **options)
         if self._records_attention:

@@ -698,11 +698,18 @@ def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
         slot = result.cache_bytes // (len(prompt()) + LENGTH - 1)
         read[backend] = result.attended_bytes // slot
         if backend == "rounded":
-            # The first forward over new slots does not use static shapes.
+            # The first forward of a text does not use static shapes.
             assert {32, 48} <= set(spans[1:]) <= {16, 32, 48, 64}
         else:
             assert sum(spans) == read[backend]
+        assert result.steps[0].attended_bytes == result.steps[0].peak_cache_bytes
     assert read["direct"] == read["eager"] < read["rounded"] < 1.6 * read["eager"]
+    # In a batch all rows attend to the slots of the longest, and over no static shapes.
+    long, short = prompt(20), prompt(5)
+    for target in (lm("llama"), over_static_shapes("llama", "rounded")):
+        results = generate_batch(target, [long, short], max_new_tokens=3)
+        assert [step.attended_bytes for step in results[1].steps] == [step.attended_bytes for step in results[0].steps]
+        assert all(step.attended_bytes == step.peak_cache_bytes for step in results[0].steps)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-window", "gpt-neox"])

@@ -90,6 +90,9 @@ def test_eight_slowdowns_that_each_pass_are_found_together(
     said = capsys.readouterr().out
     assert "linear" not in said
     assert f"{commits[3]} " in said
+    ends = [exit_code(monkeypatch, "history", "--since", commit) for commit in (commits[12], commits[13], "nothing")]
+    assert ends == [1, 0, 2]
+    assert "nothing: no such commit" in capsys.readouterr().err
 
 
 def test_a_step_is_named_by_its_commit_and_a_gain_is_no_failure(
