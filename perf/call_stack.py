@@ -24,7 +24,7 @@ DEPTHS = range(140)
 
 
 def below(depth: int, call: Callable[[], Any]) -> Any:
-    """Call a function below so many frames."""
+    """Call a function below `depth` further frames."""
     return call() if depth == 0 else below(depth - 1, call)
 
 

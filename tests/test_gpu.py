@@ -70,15 +70,15 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
         "subprocess.Popen(['sleep', '100'], pass_fds=[held.fileno()]); time.sleep(100)"
     )
 
+    crash = "print('[gw0] [ 1%] FAILED tests/test_a.py::test_b'); exit('!!! Exit: no such thing !!!')"
+
     def planted(device: str, tiny: bool, runs: Path, asked: list[str]) -> list[SuiteStep]:
         def measured(name: str) -> SuiteStep:
             return SuiteStep(name, ["-c", copied(runs / f"{name}.json")], 2.0)
 
         return [
             measured("before"),
-            SuiteStep(
-                "crash", ["-c", "print('FAILED tests/test_a.py::test_b'); exit('!!! Exit: no such thing !!!')"], 1.0
-            ),
+            SuiteStep("crash", ["-c", crash], 1.0),
             SuiteStep("hang", ["-c", hang], 1.0),
             SuiteStep("elsewhere", ["-c", "exit(1)"], 1.0, skip="this machine has no such thing"),
             measured("after"),
@@ -86,13 +86,14 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
 
     monkeypatch.setattr(gpu, "steps", planted)
     monkeypatch.setattr(gpu, "_GRACE_S", 1.0)
+    monkeypatch.setattr(gpu, "_PAGES_S", 1.0)
     arguments = ["--device", "cpu", "--output", str(tmp_path / "out")]
     assert gpu.main([*arguments, "--budget-minutes", "0.2"]) == 1
     told = json.loads((tmp_path / "out" / "gpu.json").read_text())
     outcomes = {step["step"]: step for step in told["steps"]}
     assert [outcome["outcome"] for outcome in outcomes.values()] == ["passed", "failed", "failed", "skipped", "passed"]
     assert outcomes["crash"]["reason"] == "exit code 1; Exit: no such thing"
-    assert outcomes["crash"]["failures"] == ["FAILED tests/test_a.py::test_b"]
+    assert outcomes["crash"]["failures"] == ["[gw0] [ 1%] FAILED tests/test_a.py::test_b"]
     assert outcomes["hang"]["reason"].startswith("stopped after")
     assert outcomes["elsewhere"]["reason"] == "this machine has no such thing"
     assert list(told["runs"].values()) == [json.loads(BLESSED.read_text())]
@@ -149,7 +150,7 @@ def test_what_cannot_be_begun_is_told_in_one_sentence(
             gpu.main(arguments)
         assert exit_.value.code == 2
         assert reason in capsys.readouterr().err
-    for content, reason in ((None, "cannot be read"), ("{", "is not whole"), ("{}", "runs is None")):
+    for content, reason in ((None, "cannot be read"), ("{", "cannot be read"), ("{}", "runs is None")):
         file = tmp_path / "gpu.json"
         if content is not None:
             file.write_text(content)
@@ -171,6 +172,6 @@ def test_a_machine_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monkey
         "quick": "smollm2-135m is not fetched yet: specdecode fetch",
     }
     assert "--prompts=prose:6" in steps["quick"].arguments
-    assert "--backend=graph" in steps["gpu"].arguments
+    assert "--backend=auto" in steps["gpu"].arguments
     assert "-n" not in steps["tests"].arguments
     assert {step.skip for step in gpu.steps("cpu", True, tmp_path, ["gpu-compile"])} == {""}

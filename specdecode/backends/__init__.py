@@ -96,7 +96,7 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         return Backend()
     if kind == "exact":
         by_rows(model)
-        # The layouts were tried with the shapes of single layers.
+        # Not merged: exactness was tried with the shapes of single layers only.
         note = _packed(model, _layout(model, packed.exact(model), agreed), merge=False)
         return Backend("exact", note, exact=True)
     reason = packed.unsupported_reason(model)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+MOST_CAPTURING_RUNS = 3
+"""The most runs for one measurement if they capture something. Drafts that follow the clock may need new shapes each
+time."""
 
 
 @functools.cache
@@ -54,7 +60,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # The outer context restores the current stream: a capture that fails leaves its own one current (torch 2.11).
         capture = torch.cuda.graph(graph, pool=self._pool, stream=side_stream)
-        with torch.cuda.stream(torch.cuda.current_stream()), capture:
+        with torch.cuda.stream(torch.cuda.current_stream()), _no_collection(), capture:
             result = action()
         torch.cuda.synchronize()
         CudaGraphs.count += 1
@@ -66,6 +72,18 @@ class CudaGraphs:
             return result
 
         return replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within this context no garbage is collected: other graphs in it would be destroyed, which a capture forbids."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def clock() -> float:

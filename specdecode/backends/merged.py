@@ -32,7 +32,7 @@ class _Outputs:
 class MergedPart(nn.Module):
     """One of several linear layers with the same inputs. The first part computes the outputs of all.
 
-    A part that is called with other inputs than the first part computes its own output.
+    A part that is called with other inputs than the first part computes the whole product for these.
 
     Attributes:
         product: the layer that computes the outputs of all parts, one behind the other.

@@ -214,7 +214,7 @@ def _fastest(
         total_s[PLAIN] /= _LEAST_SPEEDUP
     best = min(candidates, key=lambda layout: total_s[layout])
     for layer in (layer for layers in tried.values() for layer in layers):
-        # Plain weights are no copies. They tell a draft of the same weights that nothing needs to be tried.
+        # Keep the result if plain weights are best, as they are no copies: then a draft of them is not tried again.
         _packed[layer.weight] = [held for held in _packed[layer.weight] if held.layout == best == PLAIN]
     return best
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 SERIAL = 16384
-"""The most elements that PyTorch leaves to one thread: the kernel of GELU splits more, others from twice as many on
-(`GELU_MIN_ELEMENTS_FOR_MULTI_THREADING` and `at::internal::GRAIN_SIZE`)."""
+"""The most elements that every kernel of PyTorch computes in one thread. The kernel of GELU splits any larger number,
+others split from twice as many on (`GELU_MIN_ELEMENTS_FOR_MULTI_THREADING` and `at::internal::GRAIN_SIZE`)."""
 
 _VECTOR = 32
 """The elements that a kernel computes at once, on any processor; a rest of fewer is computed by another function."""
@@ -43,7 +43,7 @@ class RowActivation(nn.Module):
 
 
 def separate_activations(model: nn.Module) -> None:
-    """Replace the activations of a model by such ones."""
+    """Wrap each activation of a model in a `RowActivation`."""
     for parent in list(model.modules()):
         if isinstance(parent, RowActivation):
             continue

@@ -114,7 +114,7 @@ def attend_by_rows(
         if first < text <= attends_to_text(query, key):
             output[one, :text] = attend_to_text(module, query, key, value, text, **others)
         elif first < text:
-            # What comes behind the text must not be there: a kernel's rounding depends on the length, too.
+            # Cut off the slots behind the text: a kernel's rounding depends on the number of keys, too.
             last = slots[text - 1]
             length = int(last.stop) if isinstance(last, slice) else int(last[-1]) + 1  # type: ignore[index]
             mask = attention_mask[one, :, first:text, :length]

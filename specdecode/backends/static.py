@@ -132,8 +132,11 @@ class StaticRunner:
         self._capture = capture
         self._idle: list[Storage] = []
         self._made = 0
+        # Keys and values of no slots, by layer: the shapes, types and devices of the first storage that was written.
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._graphs: weakref.WeakKeyDictionary[Storage, dict[_GraphKey, _CachedGraph]] = weakref.WeakKeyDictionary()
 
+    @torch.inference_mode()
     def new_slots(self, capacity: int, device: torch.device) -> Slots:
         """Return slots of at least this capacity, in an idle storage if there is one, so that its graphs are reused."""
         # The largest idle storage has the most captured shapes: its size does not change the span of a forward.
@@ -141,6 +144,10 @@ class StaticRunner:
         if storage is None or len(storage.positions) < capacity:
             storage = Storage.empty(_span(max(capacity, _LEAST_SLOTS) + WIDTHS[-1]), device)
             storage.number = self._made = self._made + 1
+            # With tensors the first forward of a text is static, as in a used storage: so it rounds the same in both.
+            for layer, (keys, values) in self._layers.items():
+                storage.keys[layer] = _with_slots(keys, len(storage.positions))
+                storage.values[layer] = _with_slots(values, len(storage.positions))
         else:
             self._idle.remove(storage)
             storage.clear()
@@ -161,8 +168,15 @@ class StaticRunner:
     def takes(self, slots: Slots, rows: int) -> bool:
         """Return whether the forward of the last `rows` slots, which are already taken, can be static."""
         start = slots.length - rows
-        # The first forward of a text never is: whether its storage was used before must not change how it rounds.
-        return 0 < start <= slots.capacity - self._width(rows) and rows <= WIDTHS[-1] and bool(slots.storage.keys)
+        return rows <= WIDTHS[-1] and self._has_tensors(slots) and start + self._width(rows) <= slots.capacity
+
+    def _has_tensors(self, slots: Slots) -> bool:
+        """Return whether the slots have tensors for keys and values. Remember those of the first that have."""
+        storage = slots.storage
+        if storage.keys and not self._layers:
+            for layer, keys in storage.keys.items():
+                self._layers[layer] = _with_slots(keys, 0), _with_slots(storage.values[layer], 0)
+        return bool(storage.keys)
 
     def run(
         self,
@@ -232,7 +246,7 @@ class StaticRunner:
             rows: rows of the first forward, which are not in the slots yet.
             count: number of forwards after it, each over the token that the forward before chose.
         """
-        if self._capture is None or rows > WIDTHS[-1] or not slots.storage.keys:
+        if self._capture is None or rows > WIDTHS[-1] or not self._has_tensors(slots):
             return False
         return slots.length + max(self._width(rows), rows + count) <= slots.capacity
 
@@ -392,6 +406,11 @@ def _inputs_in(
 def _on_device(inputs: StaticInputs, device: torch.device) -> StaticInputs:
     tensors = [moved(tensor, device) for field in fields(inputs) if (tensor := getattr(inputs, field.name)) is not None]
     return StaticInputs(*tensors)
+
+
+def _with_slots(tensor: Float[Tensor, "1 heads _ dim"], capacity: int) -> Float[Tensor, "1 heads capacity dim"]:
+    """Return zeros like a layer's keys or values, for another number of slots."""
+    return tensor.new_zeros(1, tensor.shape[1], capacity, tensor.shape[3])
 
 
 def _span(length: int) -> int:

@@ -20,7 +20,7 @@ from specdecode.bench.runs.file import read
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, shared_by
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.heads.loading import shipped_head
-from specdecode.models.devices import choose_device
+from specdecode.models.devices import choose_device, leave_out_cudnn
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
 from specdecode.models.loading import TINY, choose_dtype, load
@@ -58,6 +58,7 @@ class Setup:
 
     def load_target(self) -> LM:
         """Load the target on the backend "eager"."""
+        leave_out_cudnn(self.device)
         how: dict[str, Any] = {"device": self.device, "dtype": self.identity.dtype, "backend": "eager"}
         return load(self.identity.target, **how, tp=self.tp)
 
@@ -198,7 +199,8 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
 
 
 def _tolerance(options: Options) -> float:
-    """Return the share by which a time may be worse. A run only sees slowdowns above it, so `--until` needs less."""
+    """Return the share by which a time may be worse. A verdict detects only larger slowdowns than this tolerance, so
+    `--until` sets a smaller default."""
     default = TOLERANCE if options.against is None else AGAINST_TOLERANCE
     if options.until is None:
         return tolerance_of(options.tolerance, default)
@@ -250,13 +252,13 @@ def _has_head(entry: Mapping[str, Any], target: str) -> bool:
 
 def _check_against(options: Options) -> None:
     for option, value, why in (
-        ("--baseline", options.baseline, "it measures both versions anew"),
-        ("--resume", options.resume, "it measures both versions anew"),
-        ("--eos", options.eos, "it compares outputs of one length"),
-        ("--tp", options.tp, "it measures each version in one process"),
+        ("--baseline", options.baseline, "measures both versions anew"),
+        ("--resume", options.resume, "measures both versions anew"),
+        ("--eos", options.eos, "compares outputs of one length"),
+        ("--tp", options.tp, "measures each version in one process"),
     ):
         if value:
-            raise ValueError(f"{option} does not go with --against: {why}")
+            raise ValueError(f"{option} does not go with --against, which {why}: leave one of them out")
     try:
         commit_id(str(options.against), options.root)
     except ValueError as error:

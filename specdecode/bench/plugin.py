@@ -124,7 +124,7 @@ def _check_pytest_benchmark(config: pytest.Config) -> None:
     """Raise ValueError if pytest-benchmark is switched off, or its options disable tests that the gate needs."""
     if not config.pluginmanager.hasplugin("benchmark"):
         raise ValueError(
-            "--benchmark needs pytest-benchmark, which is switched off or not installed: leave out -p no:benchmark"
+            "--benchmark needs pytest-benchmark: leave out -p no:benchmark, or pip install 'specdecode[benchmark]'"
         )
     for option, effect in (
         ("benchmark_disable", "would measure and keep nothing"),

@@ -19,7 +19,7 @@ from specdecode.support.messages import note
 
 
 class _Commands(TyperGroup):
-    """The commands, which say that they were interrupted. Typer would end them without a word, or with "Aborted!"."""
+    """A group of commands that reports an interruption. Typer would end without a message, or with "Aborted!"."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -38,15 +38,18 @@ def bisect(
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(help="blocks for each prompt, and up to four times as many  [default: as the preset says]"),
+        typer.Option(
+            help="repeats of each prompt; up to four times as many for an inconclusive commit  [default: as the preset"
+            " says]"
+        ),
     ] = None,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="rehearse in seconds, with the smallest models and texts")
     ] = False,
 ) -> None:
     """Find the first commit after a good one that makes an arm slow, up to a bad one. Each candidate is measured side
-    by side with the good commit; of a merged branch, only the merge is a candidate. Exit code 0: one commit is named;
-    1: BAD is not slow, or the runs do not decide; 2: an input is wrong."""
+    by side with the good commit. A merged branch counts as one commit, its merge. Exit code 0: one commit is named; 1:
+    BAD is not slow, or the runs do not decide; 2: an input is wrong."""
     from specdecode.bench.measure.bisect import Bisection, commits_between, conclusion, measured_commits
     from specdecode.bench.measure.versions import dependencies
     from specdecode.bench.report.grid import rich_table

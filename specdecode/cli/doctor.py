@@ -35,15 +35,15 @@ def doctor(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="print instead the speed of this model's forwards on each backend, as a share of the roofline",
+            help="instead, print the speed of this model's forwards on each backend, as a share of the roofline",
         ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="print instead the acceptance of this EAGLE-3 head, a folder or hub id: as its config wires it, and"
-            " with each likely mistake corrected. Exit code 1: another wiring accepts more",
+            help="instead, print the acceptance of this EAGLE-3 head, a folder or hub id: as its config wires it, and"
+            " with each likely mistake corrected. Exit code 1: another wiring has a higher acceptance",
         ),
     ] = None,
     target: Annotated[
@@ -60,19 +60,23 @@ def doctor(
         str | None,
         typer.Option(help="type of the model: float32, float16, bfloat16  [default: float32 on a CPU, else float16]"),
     ] = None,
+    backends: Annotated[
+        str | None, typer.Option(help="backends and weights of the roofline: eager,graph,int8  [default: all]")
+    ] = None,
 ) -> None:
     """Print versions, devices, copy bandwidth, and the features that are usable here."""
     if roofline is not None and head is not None:
         raise ValueError("--roofline and --head exclude each other: give one of them")
     of_head = {"--target": target, "--prompts": prompts, "--max-new-tokens": max_new_tokens}
     _check_use(of_head, "--head", head)
+    _check_use({"--backends": backends}, "--roofline", roofline)
     _check_use({"--device": device, "--dtype": dtype}, "--roofline or --head", roofline or head)
     if head is not None:
         from specdecode.cli.doctor_head import examine_head
 
         examine_head(head, target, prompts, max_new_tokens, device, dtype)
     elif roofline is not None:
-        _measure_roofline(roofline, device, dtype)
+        _measure_roofline(roofline, device, dtype, backends)
     else:
         _check_up()
 
@@ -112,13 +116,15 @@ def _check_up() -> None:
     say_tables(table, highlight=False)
 
 
-def _measure_roofline(name: str, device: str | None, dtype: str | None) -> None:
+def _measure_roofline(name: str, device: str | None, dtype: str | None, backends: str | None) -> None:
     from specdecode import load
-    from specdecode.bench.measure.roofline import WIDER, measure_roofline
+    from specdecode.bench.measure.roofline import ROOFLINE_KINDS, WIDER, measure_roofline
+    from specdecode.models.devices import leave_out_cudnn
 
     model = load(name, device=device, dtype=dtype, backend="eager")
+    leave_out_cudnn(model.device)
     with progress("rounds") as tell:
-        roofline = measure_roofline(model, tell)
+        roofline = measure_roofline(model, tell, backends.split(",") if backends else ROOFLINE_KINDS)
     table = _versions()
     kind = str(model.dtype).removeprefix("torch.")
     table.add_row("model", f"{model.name} in {kind}" + (", synthetic" if model.synthetic else ""))

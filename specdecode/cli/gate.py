@@ -63,6 +63,6 @@ def bless(
     baselines = baselines or read_project(Path()).baselines
     file = make_baseline(run, baselines, whole_text(reason, "the reason"), counters=counters)
     if counters:
-        say(f"blessed as {file}: by it, counters are judged on any hardware, and no times")
+        say(f"blessed as {file}: it judges counters on any hardware, and no times")
     else:
-        say(f"blessed as {file}: by it, a later run can detect slowdowns from {ever_sees(read(file)):.1%} on, at best")
+        say(f"blessed as {file}: with it, a later run detects slowdowns of {ever_sees(read(file)):.1%} or more at best")

@@ -254,7 +254,7 @@ def _load(
 
     model = load(target, quantize=spec.quantize, device_map=device_map, **how)
     if model.tokenizer is None:
-        raise ValueError(f"{target} has no tokenizer: text cannot be read or written with it")
+        raise ValueError(f"{target} has no tokenizer, so it cannot continue text: choose a model with a tokenizer")
     draft = None
     if spec.draft is not None:
         draft = load(spec.draft, target=model, same_vocabulary=False, **how)

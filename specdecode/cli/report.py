@@ -52,8 +52,8 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="file to write  [default: standard output; for HTML RUN.html beside the first run, or index.html in"
-            " the first folder; of baselines in results/]"
+            help="file to write  [default: standard output; for HTML, RUN.html beside the first run, or index.html in"
+            " the first folder; pages of baselines go to results/]"
         ),
     ] = None,
     figures: Annotated[
@@ -67,8 +67,8 @@ def report(
     """Report the results of runs, from the files alone: verdicts, speeds, acceptance and history, or costs in quality.
     With --figures, figures are drawn, and a report is written only if --out names its file.
 
-    Of a folder, all run files in it are reported. As HTML they get a start page with one row for each run, newest
-    first. The page of each run is written beside its file.
+    If a folder is named, all run files in it are reported. With --format html, a start page has one row for each run,
+    newest first, and the page of each run is written beside its file.
 
     A file that is no run, or that cannot be judged, is named, and the others are reported. Exit code 0: all were
     reported; 2: some were not."""
@@ -150,7 +150,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _page_of(run: Path) -> Path:
-    """Return the path of a run's page: beside the run, but of a baseline in results/, as baselines are committed."""
+    """Return the path of a run's page: beside the run; for a baseline, in results/, as baselines are committed."""
     from specdecode.bench.gate.project import read_project
 
     page, baselines = run.with_suffix(".html"), read_project(Path()).baselines.resolve()

@@ -30,7 +30,7 @@ def train_head(
     ] = 1_000_000,
     length: Annotated[int, typer.Option(help="tokens of a text")] = 256,
     own: Annotated[float, typer.Option(help="share of the texts that the target continues itself")] = 0.5,
-    held_out: Annotated[int, typer.Option(help="number of first documents of each data set to leave out")] = 20,
+    held_out: Annotated[int, typer.Option(help="number of documents to leave out at the start of each data set")] = 20,
     layers: Annotated[
         str | None, typer.Option(help="target layers whose outputs are read: 2,15,29  [default: first, middle, last]")
     ] = None,
@@ -38,7 +38,8 @@ def train_head(
     shared_output: Annotated[
         bool,
         typer.Option(
-            "--shared-output", help="leave out the output embedding, the target's: smaller, for this package alone"
+            "--shared-output",
+            help="do not store the output embedding, which is the target's: then only this package can use the head",
         ),
     ] = False,
     epochs: Annotated[int, typer.Option(help="number of passes over all texts")] = 3,
@@ -57,7 +58,7 @@ def train_head(
         raise ValueError(f"out is {out}, which is a file: a head is a folder")
     numbers = layers.split(",") if layers else []
     if not all(number.strip().isdigit() for number in numbers):
-        raise ValueError(f"layers is {layers!r}: write numbers with commas, as 2,15,29")
+        raise ValueError(f"layers is {layers!r}: write numbers with commas, such as 2,15,29")
     from specdecode import load
     from specdecode.heads.eagle3_files import CONFIG, OWN, PAGE, WEIGHTS
     from specdecode.training.recipe import Recipe, work_folder

@@ -119,9 +119,9 @@ class CostAware:
 
     Then come plain steps and, at times, a probe: the cheapest draft that could pay. After n plain steps a probe costs
     c + r n: c is the loss of the last trial, r n the time in which the draft reads n tokens. A probe follows once
-    2^(f - 1) c + r n <= n / 100, where f is the number of lost trials in a row. So probes use at most 1 % of the time,
-    and half as much after each failure. A probe with an accepted proposal begins a new trial. There is no probe if even
-    a fully accepted draft could not pay.
+    2^(f - 1) c + r n <= n / 100. Here f is 1 after the first loss or after a trial without loss, and each further lost
+    trial or probe adds 1. So probes use at most 1 % of the time, and half as much after each failure. A probe with an
+    accepted proposal begins a new trial. There is no probe if even a fully accepted draft could not pay.
 
     A controller may serve one text after another, and keeps its estimates. In a batch each prompt has its own
     controller, which counts the whole time of shared forwards.

@@ -24,6 +24,7 @@ class Storage:
         moves: number of times that other tensors replaced these, for more slots or for a batch.
         reusable: whether another sequence may use the tensors: they are no rows of a batch's tensors.
         number: number of this storage among the storages of one runner.
+        unchecked: whether values may be infinite or NaN: nobody has seen finite logits.
     """
 
     positions: Int[Tensor, " capacity"]
@@ -32,6 +33,7 @@ class Storage:
     moves: int = 0
     reusable: bool = True
     number: int = 0
+    unchecked: bool = False
 
     @staticmethod
     @torch.inference_mode()
@@ -40,9 +42,11 @@ class Storage:
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Overwrite what another sequence left. Static forwards read slots beyond the text: a NaN would spread."""
-        for layer in (*self.keys.values(), *self.values.values()):
-            layer.zero_()
+        """Overwrite unchecked values of a text. Static forwards read slots beyond theirs: a NaN would spread."""
+        if self.unchecked:
+            for layer in (*self.keys.values(), *self.values.values()):
+                layer.zero_()
+        self.unchecked = False
 
 
 class Slots:

@@ -139,7 +139,9 @@ class SequenceState:
             decisions = most_probable(logits) if request.sampling.greedy else request.sampling.probs(logits)
         else:
             decisions = forced
-        acceptance = accept(tree, decisions, self._rng)
+        slots.storage.unchecked = True
+        acceptance = accept(tree, decisions, self._rng)  # raises if logits that decide are not finite
+        slots.storage.unchecked = forced is not None
         verified_at = clock()
 
         self._keep_accepted(acceptance.path, stem, len(tree))

@@ -56,7 +56,7 @@ def prompt_ids(value: Any) -> list[int]:
     if isinstance(value, str):
         raise ValueError(f"the prompt is the text {shape_or_text(value)}: give its token ids, target.encode(text)")
     if isinstance(value, Tensor) and value.dim() != 1:
-        raise ValueError(f"the prompt is {shape_or_text(value)}: give the token ids of one row, as input_ids[0]")
+        raise ValueError(f"the prompt is {shape_or_text(value)}: give the token ids of one row, such as input_ids[0]")
     return list(token_ids("the prompt", value))
 
 
@@ -86,7 +86,7 @@ _PARTS = {
 
 
 def check_parts(**parts: Any) -> None:
-    """Raise ValueError if a drafter, controller, policy or sampling is something else, by its name."""
+    """Raise ValueError if an argument is not the kind of part that its name says: drafter, controller and so on."""
     for name, value in parts.items():
         if not hasattr(value, _PARTS[name].attribute) or isinstance(value, type):
             raise ValueError(f"{name} is of type {type(value).__name__}: give one, such as {_PARTS[name].example}")

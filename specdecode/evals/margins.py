@@ -81,7 +81,7 @@ def check_margins(run: QualityRun, margins: Mapping[str, Mapping[str, float]]) -
 def _outcome(run: QualityRun, arm: str, measure: str, margin: float | None) -> tuple[Outcome | None, str]:
     """Return the outcome of one test, and its reason."""
     if arm not in run.judged_arms:
-        return None, "not read: this model or device does not allow its weights"
+        return None, "left out: this model or device does not support its quantised weights"
     cost, tasks = run.cost(arm, measure), run.header.tasks
     if cost is None and measure in TASKS and tasks is not None:
         return None, tasks.missing.get(measure, "no problem of it was asked")

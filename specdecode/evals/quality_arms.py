@@ -162,7 +162,7 @@ def read_arm(name: str, entry: Mapping[str, Any], k: int) -> ArmSpec:
         k: draft length if the entry has none.
 
     Raises:
-        ValueError: an impossible key or value, or a missing package.
+        ValueError: an impossible key or value.
     """
     options = {"k": k, **entry}
     options.pop("control", None)

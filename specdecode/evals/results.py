@@ -206,7 +206,7 @@ class QualityRun:
 
     @property
     def judged_arms(self) -> list[str]:
-        """The arms that read the documents. An arm is left out if a package was missing."""
+        """The arms that read the documents. An arm is left out if its weights could not be quantised there."""
         return [arm for arm in self.arms if all(arm in document.arms for document in self.documents)]
 
     def traces(self, arm: str) -> list[tuple[Document, Trace]]:

@@ -138,7 +138,7 @@ def document(entry: dict[str, Any]) -> Document:
     arms = {arm: _trace(mapping(trace, arm)) for arm, trace in mapping(entry["arms"], "arms").items()}
     for arm, trace in arms.items():
         if any(len(getattr(trace, column.name)) != len(reference) for column in fields(Trace)):
-            raise ValueError(f"{arm} did not judge the {len(reference)} tokens of {entry['id']}")
+            raise ValueError(f"{arm} does not have a value for each of the {len(reference)} tokens of {entry['id']}")
     return Document(text(entry, "id"), reference, arms)
 
 

@@ -96,7 +96,7 @@ def read_eagle3(folder: Path) -> Eagle3Files:
             config = _from_original(folder, config)
         if config["speculators_model_type"] != "eagle3":
             raise ModelFileError(
-                f"{folder} holds a draft of the type {config['speculators_model_type']!r}: EAGLE-3 heads can be read"
+                f"{folder} holds a draft of the type {config['speculators_model_type']!r}: name an EAGLE-3 head"
             )
         tensors = _read_tensors(folder)
         if original:
@@ -270,7 +270,7 @@ def decoder_config(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
     kind = given.pop("model_type", "llama")
     if kind not in _DECODERS:
         raise UnsupportedModelError(
-            f"the draft head {files.folder} has decoder layers of {kind}: those of {' and '.join(_DECODERS)} are read"
+            f"the draft head {files.folder} has decoder layers of {kind}: only {' and '.join(_DECODERS)} are supported"
         )
     decoder = _DECODERS[kind](**given)
     other = [part for part in (getattr(decoder, "layer_types", None) or []) if part != "full_attention"]
@@ -278,8 +278,8 @@ def decoder_config(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
     if other or partial or decoder.hidden_act != "silu":
         reason = other[0] if other else "partial rotary positions" if partial else decoder.hidden_act
         raise UnsupportedModelError(
-            f"the draft head {files.folder} has decoder layers with {reason}: full attention, whole rotary positions"
-            " and silu are read"
+            f"the draft head {files.folder} has decoder layers with {reason}: only full attention, whole rotary"
+            " positions and silu are supported"
         )
     return decoder
 

@@ -102,7 +102,7 @@ def _after_final_norm(wiring: Wiring) -> Wiring:
     return replace(
         wiring,
         name=f"{wiring.name}, after the final norm" if wiring.remedy else "last layer after the final norm",
-        remedy=f"{first}let the head read the target's last layer after its final norm, which no key of {CONFIG} says",
+        remedy=f"{first}let the head read the target's last layer after its final norm ({CONFIG} has no key for this)",
         final_norm=True,
     )
 

@@ -26,6 +26,16 @@ def choose_device(device: torch.device | str | int | None) -> torch.device:
     return chosen
 
 
+def leave_out_cudnn(device: torch.device) -> None:
+    """Let PyTorch's attention use no kernels of cuDNN in this process, if the device is a GPU.
+
+    On Hopper, PyTorch prefers them in 16 bit. cuDNN plans each new shape for up to a second, also in timed runs of arms
+    with many shapes, such as transformers' generate.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def input_device(
     device: torch.device | str | None, device_map: DeviceMap | None, name: str, tp: str | None, backend: str
 ) -> torch.device:

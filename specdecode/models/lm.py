@@ -435,7 +435,7 @@ class LM:
         """Return a copy of the modules to transform. Raise ValueError, with `what` in its message, unless the backend
         is "eager" and this process holds all weights."""
         if self.ranks.group is not None:
-            raise ValueError(f"{self.name} cannot be {what}: its weights are split among processes")
+            raise ValueError(f"{self.name} cannot be {what}: its weights are split among processes; load it without tp")
         if self.backend.name != "eager":
             raise ValueError(
                 f"{self.name} cannot be {what}: it runs on the backend {self.backend.name}, which lays out the weights"

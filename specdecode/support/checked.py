@@ -31,7 +31,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not whole: it is no text in UTF-8") from None
+        raise ValueError(f"{path} cannot be read: it is no text in UTF-8") from None
 
 
 def parse_json(text: str, path: Path) -> Any:
@@ -39,10 +39,10 @@ def parse_json(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not whole: it is no JSON, from line {error.lineno} on") from None
+        raise ValueError(f"{path} cannot be read: it is no JSON, from line {error.lineno} on") from None
     # The parser's stack is too small for objects nested thousands of levels deep, and numbers may be too long.
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not whole: it is no JSON of ours") from None
+        raise ValueError(f"{path} cannot be read: it is no JSON that this package writes") from None
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 def ask_for_large_pages() -> None:
     """Let PyTorch ask for large memory pages in this process and in those that it starts, unless the user decided.
 
-    Chance places pages of 4 KiB, so that one of two processes is faster for as long as it lives. Call this before the
-    first tensor exists: PyTorch reads the variable once.
+    The places of small pages (4 KiB) in memory differ by chance. So one of two processes with equal code may be faster
+    for its whole life. Call this before the first tensor exists: PyTorch reads the variable once.
     """
     os.environ.setdefault(LARGE_PAGES, "1")

@@ -46,7 +46,7 @@ def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
 def _log(unit: str) -> Callable[[int, int, str], None]:
     started = time.monotonic()
     written = 0.0
-    # Remaining time is estimated from the work since `begun`: units that a resumed session found finished took none.
+    # Estimate the remaining time from the work since `begun`: a resumed session skips finished units at once.
     last_total, begun, begun_at = 0, 0, started
 
     def tell(done: int, total: int, doing: str) -> None:

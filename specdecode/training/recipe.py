@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,6 +103,7 @@ def train_head(
         "weights": weights_of(name),
         "dtype": str(target.dtype).removeprefix("torch."),
         "layers": layers,
+        "digest": f"{_digest(target)} of the weights, {texts.digest} of the texts",
         "texts": texts.origins,
         **{key: value for key, value in asdict(recipe).items() if key in ("data", "length", "own", "held_out")},
         "seed": settings.seed,
@@ -170,6 +172,12 @@ def _commit() -> str:
         return "not known: not in a checkout"
 
 
+def _digest(target: LM) -> str:
+    """Return a digest of some of the target's weights: a folder may hold others than before."""
+    rows = target_fingerprint(target).rows
+    return hashlib.sha256(rows.float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
 def _line(epoch: Epoch, acceptance: dict[str, float]) -> str:
     """Return the measures of an epoch in one line."""
     losses = " ".join(f"{loss:.3f}" for loss in epoch.losses)
@@ -188,16 +196,16 @@ def _page(card: dict[str, Any], epochs: list[Epoch]) -> str:
         "",
         f"Reads the layers {', '.join(map(str, card['layers']))} of the target (weights: {card['weights']}) and"
         f" proposes {card['vocabulary']} tokens. Trained in {card['dtype']} on {card['tokens']} tokens in texts of"
-        f" {card['length']}: {', '.join(card['data'])} ({origins}), of the corpora {card['own']:.0%} written on by the"
-        f" target. The first {card['held_out']} documents of each were never trained on.",
+        f" {card['length']}: {', '.join(card['data'])} ({origins}). The target continued {card['own']:.0%} of the"
+        f" corpus texts itself. The first {card['held_out']} documents of each corpus are not in these texts.",
         "",
         f"    {card['command']}",
         "",
         f"Commit {card['commit']}; seed {card['seed']}; {settings['epochs']} epochs in batches of {settings['batch']}"
         f" texts, {settings['ahead']} tokens ahead, rate {settings['rate']}. {versions}.",
         "",
-        "After each epoch: for each token ahead the loss (nats) and the share of places with the target's own first"
-        " choice; and the tokens committed a step on held-out texts (greedy, chains of 4).",
+        "After each epoch, for each token ahead: the loss (nats), and the share of places where head and target have"
+        " the same most probable token. Then the tokens committed a step on held-out texts (greedy, chains of 4).",
         "",
         *(f"{number}. {_line(epoch, epoch.acceptance)}" for number, epoch in enumerate(epochs, start=1)),
     ]

@@ -81,13 +81,13 @@ def collect(
         stored, wanted = mapping(read_json(manifest), str(manifest)), json.loads(json.dumps(what))
         if changed := [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]:
             raise ValueError(
-                f"{folder} holds hidden states for another {', '.join(sorted(changed))}: name another folder, or remove"
-                " it"
+                f"{folder} holds hidden states of a training with other {', '.join(sorted(changed))}: name another"
+                " folder, or remove it"
             )
     write_whole(manifest, json.dumps(what, indent=1) + "\n")
     files = [folder / f"shard-{number:05}.safetensors" for number in range(shards)]
     for number, file in enumerate(files):
-        # Only whole shards count: the target writes more slowly than it reads, so parts would foretell a wrong time.
+        # Count whole shards only: the target writes more slowly than it reads, so parts would give a wrong time left.
         tell_doing = partial(tell, number * SHARD_TEXTS, shards * SHARD_TEXTS)
         tell_doing("hidden states of texts")
         if not file.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -57,6 +58,7 @@ class Texts:
 
     Attributes:
         origins: origin of each data set, by name.
+        digest: digest of all documents.
         held_out: the documents that are left out, by data set.
 
     Raises:
@@ -88,12 +90,14 @@ class Texts:
                 f" {around + _PROMPT_TOKENS} tokens"
             )
         self.origins: dict[str, str] = {}
+        contents = hashlib.sha256()
         self.held_out: dict[str, list[Sample]] = {}
         self._corpora: dict[str, list[list[int]]] = {}
         # Cumulative lengths of the documents of each corpus: passages are drawn in proportion to length.
         self._ends: dict[str, list[int]] = {}
         for part in sorted({*parts} - {CHAT, ASK}):
             in_order, self.origins[part] = documents(part)
+            contents.update(b"\0".join([part.encode(), *(document.text.encode() for document in in_order)]))
             self.held_out[part] = in_order[:held_out]
             encoded = (target.encode(document.text) for document in in_order[held_out:])
             self._corpora[part] = [tokens for tokens in encoded if len(tokens) >= length]
@@ -103,6 +107,7 @@ class Texts:
                     " smaller length, hold out fewer, or use another data set"
                 )
             self._ends[part] = list(accumulate(map(len, self._corpora[part])))
+        self.digest = contents.hexdigest()[:16]
 
     def draw(self, number: int, count: int, tell: Callable[[str], None] = lambda doing: None) -> list[list[int]]:
         """Return `count` texts. The texts of the next number follow these.

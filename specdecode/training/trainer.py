@@ -41,7 +41,7 @@ class TrainingSettings:
         seed: seed of the initial weights and of the order of texts.
 
     Raises:
-        ValueError: a number that is too small.
+        ValueError: a number that is too small or too large.
     """
 
     epochs: int = 3
@@ -54,6 +54,8 @@ class TrainingSettings:
         for name in ("epochs", "batch", "ahead"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: from 0 to {2**32 - 1}")
         if not self.rate > 0.0:
             raise ValueError(f"rate is {self.rate}: it must be above 0")
 
@@ -146,7 +148,8 @@ class Trainer:
 
     def _train_on(self, shard: Shard) -> Iterator[tuple[int, float]]:
         """Train on all texts of a shard once. Yield, after each step, its texts and the mean loss of the next token."""
-        mixer = torch.Generator().manual_seed(len(self.epochs) * len(self._shards) + self._shards_done)
+        number = len(self.epochs) * len(self._shards) + self._shards_done
+        mixer = torch.Generator().manual_seed(number + (self._settings.seed << 32))
         for texts in torch.randperm(len(shard.tokens), generator=mixer).split(self._settings.batch):
             batch = Shard(*(getattr(shard, column.name)[texts].to(self._target.device) for column in fields(Shard)))
             with self._precision():
@@ -191,7 +194,7 @@ class Trainer:
         if changed := [name for name in self._identity if state["what"][name] != self._identity[name]]:
             raise ValueError(
                 f"{self._checkpoint} is of a training with other {', '.join(changed)}: remove it to start anew, or"
-                " write another file"
+                " name another folder for the head"
             )
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self._shards_done, self._sums = state["done"], state["sums"].cpu()

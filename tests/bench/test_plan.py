@@ -142,7 +142,7 @@ def test_presets_of_any_editor_are_read(tmp_path: Path) -> None:
     file.write_bytes(text.encode("utf-8-sig"))
     assert plan(tmp_path, preset=str(file)).preset.arms == {"ar": {}}
     file.write_bytes(text.encode("utf-16"))
-    with pytest.raises(ValueError, match=r"own\.toml is not whole: it is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"own\.toml cannot be read: it is no text in UTF-8"):
         plan(tmp_path, preset=str(file))
 
 
@@ -198,7 +198,7 @@ def test_what_only_recommends_reads_no_baseline(tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     file.write_text("{")
     options = Options(root=tmp_path, device="cpu", tiny=True)
-    with pytest.raises(ValueError, match="is not whole"):
+    with pytest.raises(ValueError, match="cannot be read"):
         resolve(options)
     assert resolve(options, judged=False).baseline is None
 

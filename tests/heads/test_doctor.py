@@ -306,7 +306,7 @@ MUTATIONS: dict[str, tuple[str, Mutation, str, str]] = {
         "after the norm",
         lambda files: files,
         "last layer after the final norm",
-        "let the head read the target's last layer after its final norm, which no key of config.json says",
+        "let the head read the target's last layer after its final norm (config.json has no key for this)",
     ),
 }
 

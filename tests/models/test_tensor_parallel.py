@@ -152,8 +152,8 @@ def test_two_processes_decode_as_one(model: Path, tmp_path: Path) -> None:
     no_plan, quantised, other_backend = first["refused"]
     assert "cannot load" in no_plan
     assert "GPT2LMHeadModel" in no_plan
-    assert quantised.endswith("cannot be quantised: its weights are split among processes")
-    assert other_backend.endswith("cannot be given another backend: its weights are split among processes")
+    assert "cannot be quantised: its weights are split among processes" in quantised
+    assert "cannot be given another backend: its weights are split among processes" in other_backend
 
 
 def test_the_suite_measures_once_and_reports_once(tmp_path: Path) -> None:

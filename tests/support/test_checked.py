@@ -118,7 +118,7 @@ def test_a_file_that_is_no_run_is_named(path: Path, content: bytes, reason: str)
             1e15,
             "the mean of reference is .*, which is out of range: it is from .* to 700",
         ),
-        (("documents", 0, "arms", "full", "kl"), [], "full did not judge the 24 tokens"),
+        (("documents", 0, "arms", "full", "kl"), [], "full does not have a value for each of the 24 tokens"),
         (
             ("header", "tasks", "problems"),
             {"humaval": 2},
@@ -224,5 +224,5 @@ def test_values_are_taken_or_named() -> None:
 
 def test_nesting_without_end_is_no_json() -> None:
     """Guards against a stack overflow in the parser."""
-    with pytest.raises(ValueError, match=r"deep\.json is not whole"):
+    with pytest.raises(ValueError, match=r"deep\.json cannot be read"):
         parse_json("[" * 100_000, Path("deep.json"))

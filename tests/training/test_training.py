@@ -310,7 +310,7 @@ def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
     both = collect(target, texts, (1,), tmp_path, 2, {"layers": [1]})
     assert both[0].stat().st_mtime_ns == written
     assert read_shard(both[1]).tokens.tolist() != read_shard(both[0]).tokens.tolist()
-    with pytest.raises(ValueError, match="hidden states for another layers"):
+    with pytest.raises(ValueError, match="hidden states of a training with other layers"):
         collect(target, texts, (0,), tmp_path, 2, {"layers": [0]})
 
 

@@ -282,7 +282,7 @@ def _arm_errors(spec: ArmSpec) -> Iterator[None]:
     try:
         yield
     except _LimitReached as error:
-        raise ArmError(f"{spec.notation.arm}: it took longer than {error} s, its limit_s") from None
+        raise ArmError(f"{spec.notation.arm}: it took longer than {error} s, its limit_s: set a larger one") from None
     except _NoOutput as error:
         raise ArmError(f"{spec.notation.arm}: {error}") from error
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,12 @@ from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.servers.server import Servers
 from specdecode.core.errors import ModelFileError
 from specdecode.models.chat import Codec, TextEncoder
+from specdecode.models.devices import leave_out_cudnn
 from specdecode.models.lm import LM
 from specdecode.models.loading import load, load_encoder, source_of
+
+LOG_FOLDER = "SPECDECODE_SERVER_LOGS"
+"""Environment variable: the folder for the output of servers, for a worker whose working folder will be removed."""
 
 SERVER_LOGS = Path("results") / "servers"
 """The folder for the output of servers that the suite starts, below the working folder."""
@@ -97,10 +102,7 @@ def load_models(
             raise ValueError("--tp is for models that this package decodes, and all arms here are from code or servers")
         encoder = load_encoder(names.target)
         return Models(names, backend, None, None, encoder, _servers(names, encoder, entries))
-    if torch.device(names.device).type == "cuda":
-        # On Hopper, torch prefers cuDNN's attention in 16 bit. It plans each new shape for up to a second, also in
-        # timed runs of arms with many shapes, such as transformers' generate.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    leave_out_cudnn(torch.device(names.device))
     where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}
     target = load(names.target, **where, tp=tp)
     # Each arm checks for itself whether it can use the draft.
@@ -117,4 +119,4 @@ def _servers(names: ModelNames, encoder: LM | TextEncoder, entries: Collection[M
             " folder of the model that it serves, or an id that the hub has"
         )
     values = {key: name and source_of(name) for key, name in (("target", names.target), ("draft", names.draft))}
-    return Servers(values, Codec(encoder.tokenizer), SERVER_LOGS)
+    return Servers(values, Codec(encoder.tokenizer), Path(os.environ.get(LOG_FOLDER, SERVER_LOGS)))

@@ -40,7 +40,7 @@ def peer_run(
         draft_settings = {
             "num_assistant_tokens": spec.fixed_k().k,
             "num_assistant_tokens_schedule": "constant",
-            # By default it never stops drafting early.
+            # Without the key `confidence`, the draft never stops early.
             "assistant_confidence_threshold": spec.confidence or 0.0,
         }
     elif spec.peer == "prompt-lookup":

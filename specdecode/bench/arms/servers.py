@@ -41,7 +41,7 @@ class ServerArm:
 
     @property
     def alone(self) -> bool:
-        """Whether the server runs while no other server with this setting does."""
+        """Whether the server must not run at the same time as another server with this setting."""
         return self.server.spec.alone
 
     @property

@@ -39,10 +39,10 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
         The baseline's file.
 
     Raises:
-        ValueError: the reason is empty. Several runs are to give counters alone. A run cannot be a baseline: it was
-            stopped or out of time, names no commit, has uncommitted changes, a wrong output or an arm that did not
-            decode, or differs from the first run in models, prompts or lengths. Or the machines are so unsteady, or so
-            different, that later runs could not detect a slowdown of `MOST_UNSEEN`.
+        ValueError: the reason is empty. Several runs are given with `counters`. A run cannot be a baseline: it was
+            measured beside another commit, was stopped or out of time, names no commit, has uncommitted changes, a
+            wrong output or an arm that did not decode, or differs from the first run in what `_subject` returns. Or
+            the machines are so unsteady, or so different, that later runs could not detect a slowdown of `MOST_UNSEEN`.
     """
     if not reason.strip():
         raise ValueError("the reason is empty: say why later runs should perform like this run")
@@ -51,8 +51,8 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
         _check(run)
         if _subject(run) != _subject(runs[0]):
             raise ValueError(
-                f"{run.path} cannot be blessed with {paths[0]}: models, weights, backends, prompts, lengths and what"
-                " takes turns must be equal"
+                f"{run.path} cannot be blessed with {paths[0]}: hardware, models, data types, presets, arms, prompts,"
+                " lengths, outputs, weights, backends, reference arms and turns (--until) must be equal"
             )
     run = replace(runs[0], together=runs[1:])
     identity = run.header.identity
@@ -94,10 +94,10 @@ def _check(run: RunFile) -> None:
         )
     if run.header.left and run.header.budget_spent:
         raise ValueError(
-            f"{path} lacks prompts, because its time was over: it is no baseline; give more --budget-minutes"
+            f"{path} lacks prompts, because its time budget was spent: measure again with more --budget-minutes"
         )
     if run.header.left:
-        raise ValueError(f"{path} is a run that was stopped: it is no baseline; the same command with --resume ends it")
+        raise ValueError(f"{path} is a run that was stopped: complete it with the same command and --resume")
     commit = content.get("commit_info")
     if not isinstance(commit, dict) or "dirty" not in commit:
         raise ValueError(
@@ -107,9 +107,11 @@ def _check(run: RunFile) -> None:
     if commit["dirty"] is not False:
         raise ValueError(f"{path} was measured with changes that are not committed: commit them, and measure again")
     if wrong := [name for name, arm in run.arms.items() if arm.bugs]:
-        raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): it is no baseline")
+        raise ValueError(f"{path} has wrong outputs ({', '.join(wrong)}): correct these arms, and measure again")
     if failed := [name for name, arm in run.arms.items() if arm.failure]:
-        raise ValueError(f"{path} has arms that did not decode ({', '.join(failed)}): it is no baseline")
+        raise ValueError(
+            f"{path} has arms that did not decode ({', '.join(failed)}): correct or remove them, and measure again"
+        )
 
 
 def ever_sees(run: RunFile, tolerance: float = TOLERANCE) -> float:
@@ -144,8 +146,8 @@ def all_of(baselines: Path) -> list[Path]:
 
 
 def find(identity: Identity, baselines: Path) -> RunFile | None:
-    """Find the baseline of an identity: of the same hardware, or else of any or another, whose counters are valid here
-    too."""
+    """Find the baseline of an identity: one of the same hardware; else one of "any" hardware; else one of other
+    hardware. The counters of each are valid here."""
     name = identity.file.name
     same_hardware, any_hardware = baselines / identity.file, baselines / ANY_HARDWARE / name
     others = sorted(baselines.glob(f"*/{name}"))

@@ -28,7 +28,7 @@ class Blame:
     Attributes:
         shares: logarithm of the factor by which each cause changed the time per token. Their sum is the whole change.
             "acceptance length": steps per token. "drafting", "verifying", "overhead": seconds of a step; "time a step"
-            if its parts were not timed. "yardstick": the arm's baseline, if it is known to have changed.
+            if its parts were not timed. "reference arm": its own speed, if known to have changed.
     """
 
     shares: dict[str, float]
@@ -87,7 +87,7 @@ def blame(
         weight = _log_mean(after[part], before[part]) / whole
         shares["acceptance length"] += weight * fewer
         shares[part] = (after[part] - before[part]) / whole - weight * fewer
-    return Blame(shares | {"yardstick": yardstick} if yardstick else shares)
+    return Blame(shares | {"reference arm": yardstick} if yardstick else shares)
 
 
 def _times(record: ArmRecord, prompts: Collection[str], parts: Parts) -> bool:

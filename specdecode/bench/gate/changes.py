@@ -1,7 +1,8 @@
 """Lasting changes of speed over many versions: a step at one version, or a drift over several.
 
-A change is the strongest of many shapes. Its probability by chance comes from the strongest shapes of permuted series.
-This accounts for the number of shapes, and noise need not be normal (Westfall and Young 1993). Daly et al. 2020 search
+The search takes the strongest of many shapes. The probability of such a shape by chance is the share of permuted series
+whose strongest shape is as strong. This accounts for the number of shapes, and noise need not be normal (Westfall and
+Young 1993). Daly et al. 2020 search
 series of benchmarks in this way, "The Use of Change Point Detection to Identify Software Performance Regressions in a
 Continuous Integration System". The shapes are
 

@@ -36,7 +36,7 @@ class Series:
 def yardstick(arm: str, run: RunFile) -> str:
     """Return the arm that an arm's time is compared with in its own block.
 
-    That is the arm's baseline. For a baseline itself it is transformers, which this package's code cannot slow down.
+    That is its reference arm. For a reference arm itself it is transformers, which our code cannot slow down.
     """
     baseline = run.baseline_of(arm)
     return PEER_BASELINE if arm == baseline else baseline

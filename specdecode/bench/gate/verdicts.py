@@ -205,7 +205,10 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
         reason = f"the compared run has {wrong} wrong output(s) of it: its times and counters are void"
     elif ours != theirs:
         verdict = Verdict.INCONCLUSIVE
-        reason = f"the target's weights are from {ours} and the baseline's from {theirs}"
+        reason = (
+            f"the target's weights are from {ours} and the baseline's from {theirs}: measure the same weights, or bless"
+            " a run with these"
+        )
     else:
         return []
     return [Judgement(arm, "time", verdict, reason), Judgement(arm, "counters", verdict, reason)]

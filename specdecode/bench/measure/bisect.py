@@ -176,7 +176,7 @@ def _trial(commit: str, repeats: int, measure: Measure) -> Trial:
 
 def conclusion(bisection: Bisection, good: Commit, below: float) -> str:
     """Return a sentence on the first commit that is slower than `below` times the good one's speed."""
-    bad, slower = bisection.commits[-1], f"slower than {below:g} of {good.id}"
+    bad, slower = bisection.commits[-1], f"slower than {below:g} of the speed of {good.id}"
     first = bisection.trials.get(len(bisection.commits) - 1 if bisection.slow is None else bisection.slow)
     if first is None or first.judgement is None:
         return "Nothing is known yet."

@@ -43,8 +43,8 @@ class Block:
         runs: the run of each arm, by name; the first run of a reference arm.
         last: the last run of each reference arm, by name. In turns with plain decoding a reference arm runs once; this
             is then a copy of that run, with the seconds of plain decoding as its `total_s`.
-        middle: the run in the middle of those of the run's reference arm; None if it has only two runs. In turns, its
-            only run.
+        middle: the middle run of the reference arm of arms that name no other; None if it has only two runs. In turns,
+            its only run.
         checks: the check of each arm, by name: "equal" to its reference arm's output; "tie", if it first differs where
             the target's logits are equal within rounding; or "bug", if it is wrong, which voids its time.
     """
@@ -57,8 +57,8 @@ class Block:
     middle: Run | None = None
 
     def log_speedup(self, arm: str, baseline: str) -> float:
-        """Return the logarithm of an arm's speedup over the run's reference arm. Of a reference arm it is the mean of
-        two runs.
+        """Return the logarithm of an arm's speedup over `baseline`, the run's reference arm; 0 for that arm itself. For
+        another reference arm, return the mean of its two runs.
 
         The speedup is a ratio of times per token. For equal outputs this equals the ratio of total times.
         """
@@ -132,7 +132,7 @@ def closing(arms: Sequence[Arm], failures: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def noted(arm: Arm, failures: dict[str, str] | None) -> Iterator[None]:
-    """Record the failure of an arm from code, or for which there is too little memory, so that the other arms go on.
+    """Record the failure of an arm from code, or of an arm that needs too much memory, so that the other arms go on.
 
     Raise it if `failures` is None.
     """
@@ -261,7 +261,7 @@ class _Runs:
                 into[arm.name] = turn.run
                 if is_baseline:
                     self.beats.append(turn.run)
-                    # What takes turns with the reference arm is the reference arm once more.
+                    # Here plain decoding takes turns with itself, so its seconds are those of a second run of the arm.
                     self.last[arm.name] = replace(
                         turn.run, total_s=turn.plain_s, beside_s=None, tries=1, disturbed=False
                     )

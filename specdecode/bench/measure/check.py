@@ -25,8 +25,9 @@ def check(arm: Arm, prompt: Sequence[int], expected: Sequence[int], got: Sequenc
     both are "bug". On the backend "exact" there are no ties, unless the policy reads attention: then all rows attend
     together.
     """
-    if arm.server is not None and baseline.server is not None and arm.server.requests != baseline.server.requests:
-        # The servers decode different numbers of prompts at a time; the first output of each is the prompt's own.
+    requests, those = (1 if one.server is None else one.server.requests for one in (arm, baseline))
+    if requests != those:
+        # A server may decode several prompts in a run; the first output is the prompt's own.
         shared = min(len(expected), len(got))
         expected, got = expected[:shared], got[:shared]
     if arm.unchecked or list(expected) == list(got):

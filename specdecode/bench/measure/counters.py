@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
+from specdecode.backends.graph import MOST_CAPTURING_RUNS, CudaGraphs
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.runs.measures import CountersRun
 
@@ -39,6 +40,8 @@ _READS = frozenset(
 )
 # Part of PyTorch's warning about a synchronisation.
 _WAITS = "called a synchronizing CUDA operation"
+# Beginning of PyTorch's warning, once a process, that these warnings are not complete.
+_PROTOTYPE = "Synchronization debug mode is a prototype feature"
 
 
 @contextmanager
@@ -62,8 +65,9 @@ def host_reads(device: torch.device) -> Iterator[list[int]]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     counted.append(sum(_WAITS in str(warning.message) for warning in caught))
-    for other in (warning for warning in caught if _WAITS not in str(warning.message)):
-        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    for warning in caught:
+        if not any(known in str(warning.message) for known in (_WAITS, _PROTOTYPE)):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class _HostReads(TorchFunctionMode):
@@ -128,7 +132,9 @@ def _no_stderr() -> Iterator[None]:
 
 
 def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> CountersRun:
-    """Run the arm once, untimed, and return its counters. Those of peers, servers and arms from code are empty.
+    """Run the arm untimed, and return its counters. Those of peers, servers and arms from code are empty.
+
+    A run that captures something runs again: its memory would depend on the arms before it.
 
     Host synchronisations are counted by `host_reads`, but not for compiled code without a GPU. Forwards over static
     shapes are counted by `LM.forwards`.
@@ -146,12 +152,15 @@ def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequenc
 
     # A replayed forward calls no module, and a hook would cause a compiled forward to be compiled again.
     hook = target.model.register_forward_pre_hook(count) if target.static is None else None
-    forwards_before = target.forwards
     # A function mode would cause compiled code to be compiled again, and could not see the reads in it.
     uncounted = target.backend.name == "compile" and target.device.type != "cuda"
     try:
-        with peak_memory(target.device) as peak, nullcontext() if uncounted else host_reads(target.device) as reads:
-            run = arm.run(prompt, length, expected)
+        for _ in range(MOST_CAPTURING_RUNS):
+            captured, forwards, forwards_before = CudaGraphs.count, 0, target.forwards
+            with peak_memory(target.device) as peak, nullcontext() if uncounted else host_reads(target.device) as reads:
+                run = arm.run(prompt, length, expected)
+            if CudaGraphs.count == captured:
+                break
     finally:
         if hook is not None:
             hook.remove()

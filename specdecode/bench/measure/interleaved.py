@@ -53,9 +53,9 @@ class RunPair:
 
 @dataclass(slots=True)
 class SteadySlices:
-    """The rules for disturbed slices. They are left out; a run with mostly disturbed slices is measured again.
+    """The rules for disturbed slices: such slices are left out, and a run with mostly such slices is measured again.
 
-    The rules do not look at times, and a slice counts for both sides or for none. So they favour no side.
+    The rules do not look at times, and a slice counts for both sides or for none. So the rules favour no side.
 
     Attributes:
         steady: the rule for disturbed runs, and the watch over other work.
@@ -152,7 +152,7 @@ def summed(seconds: Sequence[float], places: Sequence[int]) -> float:
 
 
 def _finish(runs: Sequence[SlicedRun]) -> None:
-    """Run to the end what is still waiting for its turn: otherwise its process would wait for ever."""
+    """Finish the runs that still wait for their turn: otherwise their processes would wait for ever."""
     for run in runs:
         with suppress(ArmError):
             for _ in run:

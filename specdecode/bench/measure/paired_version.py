@@ -122,7 +122,7 @@ def answer(side: TimedFunction) -> None:
     try:
         sent = pickle.dumps(("value", (side.value, side.counters)))
     except Exception as error:
-        sent = pickle.dumps(("error", f"its value cannot be sent for the comparison ({error})"))
+        sent = pickle.dumps(("error", f"its value cannot be sent for the comparison ({error}): return plain values"))
     channel.send_bytes(sent)
     while True:
         try:

@@ -98,7 +98,7 @@ class SideBySide:
         counters_runs: results of the counters runs, by version's name and arm.
         failures: error messages of arms from code that failed, by version's name and arm. A failed arm is not run
             again.
-        baselines: the reference arm of each arm, in the same version. That of the run is its own.
+        baselines: the reference arm of each arm, in the same version. The run's reference arm is its own.
         looked: whether the verdicts were computed after each repeat, to decide on further repeats.
         budget_spent: whether the time budget ended the repeats, before all verdicts were clear.
     """
@@ -211,9 +211,8 @@ def measure_side_by_side(
 ) -> SideBySide:
     """Run every arm on every prompt in both versions, in turns.
 
-    A turn is a slice of a run, a few steps. If a version cannot pause, as before this was possible, a turn is a whole
-    run. If the versions do not fit into memory together, a block runs all its arms in one version before the other's
-    turn.
+    A turn is a slice of a run: a few steps. If a version is too old to pause within a run, a turn is a whole run. If
+    the versions do not fit into memory together, a block runs all its arms in one version, and then all in the other.
 
     Args:
         both: the versions.
@@ -392,19 +391,28 @@ class _BlockRuns:
     def _side(self, worker: WorkerProcess, arm: str) -> VersionRuns:
         first, second = self._runs[worker.name, arm]
         own = self._measured.baselines[arm]
-        return _checked(self._both, arm, own, self._prompt, self._expected[worker.name, arm], (first, second))
+        return _checked(self._both, worker, arm, own, self._prompt, self._expected[worker.name, arm], (first, second))
 
 
 def _checked(
-    both: Versions, arm: str, own: str, prompt: list[int], expected: list[int], runs: Sequence[Run]
+    both: Versions,
+    worker: WorkerProcess,
+    arm: str,
+    own: str,
+    prompt: list[int],
+    expected: list[int],
+    runs: Sequence[Run],
 ) -> VersionRuns:
     def check(got: list[int]) -> Check:
         if got == expected:
             return "equal"
-        both.use(both.new)
+        # A version's own servers wrote its outputs. All else is checked by the new version's code.
+        served = bool(worker.about["about"][arm].get("served"))
+        judge = worker if served else both.new
+        both.use(judge)
         # Workers of versions without servers do not have this argument.
-        of_servers = {"baseline": own} if both.new.about["about"][arm].get("served") else {}
-        result: Check = both.new.ask("check", arm=arm, prompt=prompt, expected=expected, got=got, **of_servers)
+        of_servers = {"baseline": own} if served else {}
+        result: Check = judge.ask("check", arm=arm, prompt=prompt, expected=expected, got=got, **of_servers)
         return result
 
     first, second = runs

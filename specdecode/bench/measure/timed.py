@@ -6,12 +6,9 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.graph import MOST_CAPTURING_RUNS, CudaGraphs
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
-
-# The most runs for one timing if they capture CUDA graphs. Drafts that follow the clock may need new shapes each time.
-_MOST_CAPTURING_RUNS = 3
 
 T = TypeVar("T")
 
@@ -31,7 +28,7 @@ def timed_by(once: Callable[[], T]) -> T:
     gc.freeze()
     gc.disable()
     try:
-        for _ in range(_MOST_CAPTURING_RUNS):
+        for _ in range(MOST_CAPTURING_RUNS):
             before = CudaGraphs.count
             result = once()
             if CudaGraphs.count == before:

@@ -106,7 +106,7 @@ class Turns:
 
 
 class _Plain:
-    """Plain decoding of one prompt that goes on when it is asked to.
+    """Plain decoding of one prompt, which continues on request.
 
     No token stops it: it writes as many as the arm beside it, whose output may end later than plain decoding's.
     """
@@ -118,7 +118,7 @@ class _Plain:
 
     @torch.inference_mode()
     def until(self, tokens: int) -> float:
-        """Decode until there are so many tokens, or the text ends. Return the seconds, without captures."""
+        """Decode up to `tokens` tokens, or to the end of the text. Return the seconds, without captures."""
         synchronise(self._device)
         started = clock()
         while self._tokens < tokens and (count := next(self._steps, None)) is not None:

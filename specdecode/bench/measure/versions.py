@@ -14,9 +14,11 @@ from typing import IO, Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 from specdecode.bench.arms.callables import ArmError
+from specdecode.bench.arms.models import LOG_FOLDER, SERVER_LOGS
 from specdecode.bench.arms.run import Run
 from specdecode.bench.runs.counts import from_dict
 from specdecode.bench.runs.measures import CountersRun
+from specdecode.support.files import slug
 from specdecode.support.git import git
 from specdecode.support.worktree import import_environment, worktree
 
@@ -38,21 +40,24 @@ class WorkerProcess:
         name: name of the version, for messages.
         folder: folder of the version's source.
         arguments: arguments of the worker's `load`.
+        logs: folder for the output of its servers.
 
     Raises:
         ValueError: the version cannot be measured; the message gives the reason.
     """
 
-    def __init__(self, name: str, folder: Path, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, folder: Path, arguments: Mapping[str, Any], logs: Path = SERVER_LOGS) -> None:
         if (folder / "specdecode").is_dir() and not (folder / _WORKER).exists():
-            raise ValueError(f"{name} cannot be measured side by side: it has no {_WORKER.as_posix()}")
+            raise ValueError(
+                f"{name} cannot be measured side by side: it has no {_WORKER.as_posix()}; compare with a later commit"
+            )
         self.name = name
         self._arguments = dict(arguments)
         self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "specdecode.bench.worker"],
             cwd=folder,
-            env=import_environment(folder),
+            env=import_environment(folder) | {LOG_FOLDER: str(logs.resolve())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
@@ -72,7 +77,10 @@ class WorkerProcess:
             return False
         self.about = self._value(answer, "load")
         if self.about["protocol"] != PROTOCOL:
-            raise ValueError(f"{self.name} cannot be measured side by side: its worker uses another protocol")
+            raise ValueError(
+                f"{self.name} cannot be measured side by side: its worker uses another protocol; compare with a commit"
+                " nearer to this version"
+            )
         return True
 
     def ask(self, do: str, **arguments: Any) -> Any:
@@ -82,7 +90,7 @@ class WorkerProcess:
             ArmError: an arm from code does not decode.
             ValueError: the worker reports an error, or has died; the message gives the reason.
         """
-        return self._value(self._answer(do, arguments), do)
+        return self._value(self._answer(do, arguments), _in_words(do, arguments))
 
     def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
         """Return one timed run of an arm."""
@@ -131,9 +139,9 @@ class WorkerProcess:
             code = self._process.wait()
             self._words.seek(0)
             words = self._words.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-            what = " ".join([do, str(arguments.get("arm", ""))]).strip()
             raise ValueError(
-                f"the worker of {self.name} died when asked to {what} (exit code {code}); its last output: {words[-1]}"
+                f"the worker of {self.name} died when asked to {_in_words(do, arguments)} (exit code {code}); its last"
+                f" output: {words[-1]}"
             ) from None
         return answer
 
@@ -143,6 +151,22 @@ class WorkerProcess:
         if "error" in answer:
             raise ValueError(f"{self.name} cannot {do}: {answer['error']}")
         return answer["value"]
+
+
+_IN_WORDS = {
+    "prompts": "read the prompts",
+    "roofline": "measure the roofline",
+    "expected": "write the expected output of",
+    "check": "check the output of",
+    "rehearse": "make the counters run of",
+    "run_in_slices": "run",
+    "next slice": "continue with the next slice",
+}
+
+
+def _in_words(do: str, arguments: Mapping[str, Any]) -> str:
+    """Return a request in words, for messages."""
+    return " ".join([_IN_WORDS.get(do, do), str(arguments.get("arm", ""))]).strip()
 
 
 class Versions:
@@ -176,7 +200,9 @@ class Versions:
         if self._loaded is not None:
             self._loaded.ask("unload")
         if not worker.load():
-            raise ValueError(f"{worker.name} cannot load its models: even alone they do not fit into memory")
+            raise ValueError(
+                f"{worker.name} cannot load its models: even alone they do not fit into memory; take smaller models"
+            )
         self._loaded = worker
 
 
@@ -194,7 +220,9 @@ def versions(root: Path, new: str | None, old: str, arguments: Mapping[str, Any]
         folders = [root if ref is None else stack.enter_context(worktree(root, ref)) for ref in (new, old)]
         workers = []
         for ref, folder in zip((new, old), folders, strict=True):
-            workers.append(WorkerProcess(ref or WORKING_TREE, folder, _found_from(folder, arguments)))
+            # The checkout of a commit is removed at the end, and the logs must stay.
+            logs = root / SERVER_LOGS / ("" if ref is None else slug(ref))
+            workers.append(WorkerProcess(ref or WORKING_TREE, folder, _found_from(folder, arguments), logs))
             stack.callback(workers[-1].close)
         yield Versions(*workers)
 

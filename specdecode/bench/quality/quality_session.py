@@ -175,7 +175,7 @@ def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
         except (UnsupportedModelError, ValueError) as error:
             if "quantize" not in entry:
                 raise
-            unread.append(f"{arm} is not read: {error}")
+            unread.append(f"{arm} is left out: {error}")
     if not paths:
         raise ValueError("; ".join(unread))
     for sentence in unread:

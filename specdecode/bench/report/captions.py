@@ -246,7 +246,7 @@ def _strongest_plain(run: RunFile) -> str:
     if fastest == strongest:
         return f"No other arm of this package is faster than {strongest}."
     ratio = run.speedup(fastest, over=strongest)
-    return f"The strongest plain decoding here is {strongest}; the fastest arm, {fastest}, is {ratio} of it."
+    return f"The strongest plain decoding here is {strongest}; the fastest arm, {fastest}, has {ratio} times its speed."
 
 
 def _intervals(run: RunFile) -> str:

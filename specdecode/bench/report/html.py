@@ -124,7 +124,7 @@ def _heading(run: RunFile, title: str, judgements: Sequence[Judgement], failing:
 def lossless_speedups(run: RunFile) -> dict[str, Estimate]:
     """Return the known speedups of the lossless arms with right outputs.
 
-    The baseline is left out, and so are arms that differ from theirs only in concurrency.
+    The run's reference arm is left out, and so are arms that differ from their reference arm only in concurrency.
     """
     speedups = {
         arm: run.speedup(arm)

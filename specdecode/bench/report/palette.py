@@ -45,7 +45,7 @@ _NAMES = {
 def method(run: RunFile, arm: str) -> str:
     """Return the drafting method of an arm: one of METHODS, several joined by a plus, or "ar".
 
-    A peer has the name of the like method here. The method of any other arm is the arm's own name. Arms of a server
+    A peer has the name of the same method here. The method of any other arm is the arm's own name. Arms of a server
     that differ only in concurrency share a name.
     """
     options = run.arms[arm].options

@@ -51,7 +51,7 @@ def _at(run: RunFile, number: int, arms: list[str]) -> list[Recommendation]:
 def _is_plain(run: RunFile, arm: str, arms: Sequence[str]) -> bool:
     """Return whether the arm decodes plainly: the run's reference arm at this concurrency, or another arm's.
 
-    Another arm's only counts if its own reference arm is not here, too.
+    The reference arm of another arm counts only if its own reference arm is not among `arms`.
     """
     is_baseline = any(run.baseline_of(other) == arm for other in arms) and run.baseline_of(arm) not in arms
     return is_baseline or base_name(run, arm) == base_name(run, run.header.baseline)

@@ -13,7 +13,7 @@ from specdecode.bench.runs.records import RunFile
 def server_entry(run: RunFile, arm: str) -> str:
     """Return the arm's entry as TOML, with its command or url. Strings of the file are quoted, as names or values.
 
-    The baseline is left out: it is another arm, which a preset may lack.
+    The key `baseline` is left out: it names another arm, which a preset may lack.
     """
     identity, options = run.header.identity, run.arms[arm].options
     lines = [f"[arms.{_key(arm)}]"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from specdecode.bench.runs.statistics import TAIL
 
-# The larger, the later the looks for which most of the tail is kept. With 4 the first dozen intervals are about equal.
+# A larger value keeps more of the tail for later looks. With 4 the first dozen intervals are about equally wide.
 _LATE = 4
 # Distance between the places of a computed distribution, and the farthest place, in standard deviations of a repeat.
 _STEP, _FARTHEST = 0.02, 6.0
@@ -21,11 +21,11 @@ _NORMAL = NormalDist()
 def tail_of_look(look: int, last: bool = False) -> float:
     """Return the tail of the interval at a look.
 
-    At each end, all looks together miss the true value with a probability of at most `TAIL`. Look k may add the share
-    4 / (k + 3)(k + 4) of it (a spending function: Lan and DeMets 1983). The last look may add all that is left.
+    At each end, all looks together miss the true value with a probability of at most `TAIL`. Look k may use the share
+    4 / ((k + 3)(k + 4)) of `TAIL` (a spending function: Lan and DeMets 1983). The last look may use all the rest.
 
-    A look sees the measurements of all looks before it, so it seldom misses where these did not. The probability that
-    it does is computed for sums of normal values (Armitage, McPherson and Rowe 1969).
+    A look includes the measurements of all earlier looks. So it seldom misses the true value if they did not. The
+    probability of such a miss is computed for sums of normal values (Armitage, McPherson and Rowe 1969).
 
     Args:
         look: number of the look, from 1. After look k there are k times as many measurements as after the first.
@@ -43,8 +43,8 @@ def tail_of_arm(own: int, of_all: Iterable[int], budget_spent: bool) -> float:
     Args:
         own: number of looks at the arm.
         of_all: numbers of looks at all arms, this one included.
-        budget_spent: whether the time budget ended the run. Then it ended those arms that had the most looks. The
-            verdicts on other arms ended theirs.
+        budget_spent: whether the time budget ended the run. If so, it ended the repeats of the arms with the most
+            looks. The repeats of the other arms had ended with a clear verdict.
     """
     return tail_of_look(own, last=budget_spent and own == max(of_all))
 

@@ -113,7 +113,7 @@ class Header:
     @property
     def warnings(self) -> list[str]:
         """Return the reasons to doubt the times, as sentences."""
-        end = "its time was over" if self.budget_spent else "the run was stopped"
+        end = "the time budget was spent" if self.budget_spent else "the run was stopped"
         sentences = [f"{end} when {self.left} block(s) were left"] if self.left else []
         for when, condition in self.conditions.items():
             throttled = condition.get("clocks_throttle_reasons.active", "")
@@ -383,7 +383,7 @@ class RunFile:
         and verifying per step (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward
         per token and one cost for every width). Both sides leave out the first step, in which the target reads the
         prompt.
-        A draft reads the prompt later, and that counts.
+        A draft reads the prompt in a later step, so the time for this is included.
         """
         over = self.baseline_of(arm)
         if arm == over or over not in self.arms:

@@ -13,9 +13,13 @@ import httpx2
 
 from specdecode.bench.servers.engines import Engine, Request, Response
 from specdecode.bench.servers.errors import ServerError
+from specdecode.core.errors import first_line
 
 _SHORT_S = 10.0
 """Most seconds that an answer about the server itself may take."""
+
+_IDLE_S = 2.0
+"""Seconds that an idle connection is kept. Engines close theirs after 5; a request on a closed one would fail."""
 
 
 class Client:
@@ -30,12 +34,23 @@ class Client:
     def __init__(self, base_url: str, key: str | None = None, *, proxies: bool = False) -> None:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._loop = asyncio.new_event_loop()
-        self._client = httpx2.AsyncClient(base_url=base_url, headers=headers, trust_env=proxies, timeout=None)
+        # No limit on connections: beyond 100 the library would let requests wait, and their times would count.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
+        self._client = httpx2.AsyncClient(
+            base_url=base_url, headers=headers, trust_env=proxies, timeout=None, limits=limits
+        )
 
     def close(self) -> None:
-        """Close all connections."""
-        self._loop.run_until_complete(self._client.aclose())
+        """Close all connections, also after an interrupted request."""
+        self._loop.run_until_complete(self._end())
         self._loop.close()
+
+    async def _end(self) -> None:
+        requests = asyncio.all_tasks() - {asyncio.current_task()}
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+        await self._client.aclose()
 
     def answers(self, path: str) -> bool:
         """Return whether a path answers with success."""
@@ -94,14 +109,14 @@ class Client:
             with _told_in_a_sentence(responses):
                 await asyncio.wait_for(asyncio.gather(*clients), limit_s)
         except asyncio.TimeoutError:
-            raise ServerError(f"its server takes longer than {limit_s:g} s, its limit_s") from None
+            raise ServerError(f"its server takes longer than {limit_s:g} s, its limit_s: set a larger one") from None
         finally:
             for one in clients:
                 one.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
         seconds = time.perf_counter() - started
         for request, response in zip(requests, responses, strict=True):
-            _check(request, response)
+            _check(engine, request, response)
         return responses, seconds
 
     async def _one(self, engine: Engine, request: Request, response: Response) -> None:
@@ -127,21 +142,26 @@ class Client:
 
 async def _read(events: httpx2.EventSource) -> AsyncIterator[dict[str, Any]]:
     async for event in events:
-        if event.data == "[DONE]":
-            continue  # not all servers send it, and the output itself says that it has ended
+        if not event.data or event.data == "[DONE]":
+            continue  # not all servers send the latter, and the output itself says that it has ended
         try:
             content = json.loads(event.data)
         except ValueError:
             content = None
         if not isinstance(content, dict):
             raise ServerError(f"its server streams an event that is no JSON object: {event.data[:80]!r}")
-        if "error" in content:
+        if content.get("error"):
             raise ServerError(f"its server reports an error in its stream{_reason(event.data)}")
         yield content
 
 
-def _check(request: Request, response: Response) -> None:
-    """Raise ServerError unless a response says that it has ended, and has the requested number of tokens."""
+def _check(engine: Engine, request: Request, response: Response) -> None:
+    """Raise ServerError unless a response says that it has ended, and has the requested number of tokens.
+
+    If the engine left out ids, remove the others: then those of the text are taken.
+    """
+    if engine.loses_ids and (response.count or 0) > len(response.tokens):
+        response.tokens = []
     asked, sent = request.max_new_tokens, len(response.tokens)
     if not response.finished:
         raise ServerError(f"its server's stream ends early, after {sent or sum(response.sizes)} of {asked} tokens")
@@ -149,7 +169,7 @@ def _check(request: Request, response: Response) -> None:
         raise ServerError(f"its server counts {response.count} tokens, and sends {sent}")
     if sent > asked or (response.count or 0) > asked:
         raise ServerError(f"its server sends {max(sent, response.count or 0)} tokens, and was asked for {asked}")
-    if not response.sizes:
+    if not (response.tokens or response.text or response.count):
         raise ServerError("its server sends an empty output")
     count = sent if response.tokens else response.count
     # Not every server can continue after a stop token.
@@ -164,7 +184,8 @@ def _told_in_a_sentence(responses: Sequence[Response] = ()) -> Iterator[None]:
         yield
     except httpx2.ConnectError as error:
         url = error.request.url
-        raise ServerError(f"nothing answers at {url.scheme}://{url.netloc.decode()}: does its server run?") from error
+        address = f"{url.scheme}://{url.netloc.decode()}"
+        raise ServerError(f"nothing answers at {address} ({first_line(error)}): does its server run?") from error
     except httpx2.HTTPError as error:
         known = f" after {sum(sum(response.sizes) for response in responses)} tokens" if responses else ""
         raise ServerError(f"its server breaks the connection{known} ({type(error).__name__})") from error

@@ -96,7 +96,8 @@ class Response:
 
     def add(self, piece: Piece, seconds: float) -> None:
         """Append a piece that came some seconds after the request."""
-        new = len(piece.tokens) if piece.tokens is not None else int(bool(piece.text))
+        # The end of an output without any text is an arrival, too: its only token is half a character, or ended it.
+        new = len(piece.tokens or ()) or int(bool(piece.text or (piece.finished and not self.sizes)))
         if new:
             self.sizes.append(new)
             self.times.append(seconds)
@@ -121,6 +122,7 @@ class Engine:
         version: path that answers with the engine's version, and the key of the version; None without such a path.
         metrics: names of the counters at "/metrics", by field of `metrics.Counted`; empty without counters.
         token_by_token: whether tokens are sent one by one, even if a step committed several.
+        loses_ids: whether no ids are sent for tokens that end within a character.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Engine:
     version: tuple[str, str] | None = None
     metrics: Mapping[str, str] = field(default_factory=dict, hash=False)
     token_by_token: bool = False
+    loses_ids: bool = False
 
 
 def _openai_body(request: Request) -> dict[str, Any]:
@@ -169,7 +172,7 @@ def _vllm_piece(event: Mapping[str, Any], before: int) -> Piece:
     logprobs = (choice.get("logprobs") or {}).get("top_logprobs") or []
     return replace(
         _openai_piece(event, before),
-        tokens=choice.get("token_ids") or (),
+        tokens=choice.get("token_ids"),
         speculation=_vllm_speculation((event.get("metrics") or {}).get("speculative_decoding")),
         logprobs=[{int(name.partition(":")[2]): value for name, value in one.items()} for one in logprobs],
     )
@@ -239,7 +242,7 @@ def _llama_piece(event: Mapping[str, Any], before: int) -> Piece:
     timings = event.get("timings") or {}
     probabilities = event.get("completion_probabilities") or []
     return Piece(
-        tokens=event.get("tokens") or (),
+        tokens=event.get("tokens"),
         text=event.get("content") or "",
         count=event.get("tokens_predicted") if event.get("stop") else None,
         cached=timings.get("cache_n"),
@@ -267,7 +270,15 @@ ENGINES = {
     for engine in (
         Engine("vllm", "/v1/completions", _vllm_body, _vllm_piece, ("/version", "version"), _VLLM_METRICS),
         Engine("sglang", "/generate", _sglang_body, _sglang_piece, ("/server_info", "version")),
-        Engine("llama.cpp", "/completion", _llama_body, _llama_piece, ("/props", "build_info"), token_by_token=True),
+        Engine(
+            "llama.cpp",
+            "/completion",
+            _llama_body,
+            _llama_piece,
+            ("/props", "build_info"),
+            token_by_token=True,
+            loses_ids=True,
+        ),
         Engine("openai", "/v1/completions", _openai_body, _openai_piece),
     )
 }

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 GRACE_S = 15.0
 """Seconds from SIGTERM to SIGKILL, in which a server can end by itself."""
@@ -27,6 +28,13 @@ def _end(server: subprocess.Popen[bytes], code: int | None) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def _tell(how: str) -> None:
+    """Write how the server ended to the parent, which may be dead."""
+    with suppress(OSError):
+        sys.stdout.write(how)
+        sys.stdout.flush()
+
+
 def main() -> None:
     """Run the server until it ends, or until the standard input is closed."""
     log, *command = sys.argv[1:]
@@ -36,7 +44,7 @@ def main() -> None:
         try:
             server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words)
         except OSError as error:
-            sys.stdout.write(f"cannot be started: {command[0]}: {error.strerror}")
+            _tell(f"cannot be started: {command[0]}: {error.strerror}")
             return
 
     def wait_for_the_end_of_input() -> None:
@@ -45,8 +53,7 @@ def main() -> None:
 
     threading.Thread(target=wait_for_the_end_of_input, daemon=True).start()
     code = server.wait()
-    sys.stdout.write(f"ended with exit code {code}")
-    sys.stdout.flush()
+    _tell(f"ended with exit code {code}")
     _end(server, code)  # ends the processes that the server left behind
 
 

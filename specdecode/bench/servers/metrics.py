@@ -47,8 +47,8 @@ class Counted:
         return Speculation(drafts=self.drafts, drafted=self.drafted, accepted=self.accepted, by_position=kept)
 
 
-def counted(text: str, names: Mapping[str, str]) -> Counted:
-    """Read counters.
+def counted(text: str, names: Mapping[str, str]) -> Counted | None:
+    """Read counters. Return None if the engine counts nothing, as vLLM with --disable-log-stats.
 
     Args:
         text: answer of "/metrics".
@@ -68,4 +68,4 @@ def counted(text: str, names: Mapping[str, str]) -> Counted:
             by_position[place] = by_position.get(place, 0.0) + sample.value
         elif key is not None:
             values[key] = values.get(key, 0.0) + sample.value
-    return Counted(**values, by_position=by_position)
+    return Counted(**values, by_position=by_position) if "generated" in values else None

@@ -41,6 +41,7 @@ class ServerProcess:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
+        self._how: str | None = None
         with writing(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(f"{shlex.join(command)}\n", encoding="utf-8")
@@ -59,9 +60,10 @@ class ServerProcess:
             self._keeper.wait(within_s)
         except subprocess.TimeoutExpired:
             return
-        assert self._keeper.stdout is not None
-        how = self._keeper.stdout.read().strip() or "was killed"
-        raise ServerError(f"its server {how}{self._last_words()}")
+        if self._how is None:  # the pipe can be read once
+            assert self._keeper.stdout is not None
+            self._how = self._keeper.stdout.read().strip() or "was killed"
+        raise ServerError(f"its server {self._how}{self._last_words()}")
 
     def wait(self, answers: Callable[[], bool], minutes: float) -> None:
         """Wait until the server answers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 from specdecode.bench.servers.engines import ENGINES, OWNERS, Request, Response, Speculation
 from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.spec import ServerSpec
+from specdecode.core.errors import first_line
 from specdecode.models.chat import Codec
 
 if TYPE_CHECKING:  # these need packages of the extra "servers"
@@ -95,6 +97,7 @@ class Server:
         self._model = spec.model or ""
         self._warm: set[tuple[int, ...]] = set()
         self._checked = False
+        self._context: int = sys.maxsize
 
     @property
     def is_open(self) -> bool:
@@ -119,7 +122,7 @@ class Server:
         if self.is_open:
             return
         try:
-            from specdecode.bench.servers.client import Client
+            import specdecode.bench.servers.client  # noqa: F401 - it needs a package
             from specdecode.bench.servers.process import ServerProcess, free_port, words_of
         except ImportError as error:
             raise ServerError(
@@ -130,8 +133,8 @@ class Server:
         if spec.command is not None:
             words = words_of(spec.command, {**self._values, "port": port})
             self._process = ServerProcess(words, spec.environment, self._log)
-        self._client = Client(spec.base_url(port), spec.key, proxies=not spec.loopback)
         try:
+            self._client = self._connected(port)
             if self._process is not None:
                 self._process.wait(lambda: self._connection.answers(spec.ready), spec.start_minutes)
             self._look()
@@ -139,14 +142,26 @@ class Server:
             self.close()
             raise
 
+    def _connected(self, port: int) -> Client:
+        from specdecode.bench.servers.client import Client
+
+        key = self.spec.key
+        try:
+            return Client(self.spec.base_url(port), key, proxies=not self.spec.loopback)
+        except (ImportError, ValueError, TypeError) as error:  # proxies that the environment names, or the key
+            raise ServerError(f"no connection to its server can be made: {first_line(error)}") from error
+
     def close(self) -> None:
         """Close all connections, and stop the server if it was started here."""
-        if self._client is not None:
-            self._client.close()
-        if self._process is not None:
-            self._process.stop()
+        client, process = self._client, self._process
         self._client = self._process = None
         self._warm.clear()
+        try:
+            if client is not None:
+                client.close()
+        finally:
+            if process is not None:
+                process.stop()
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, concurrency: int, limit_s: float) -> Load:
         """Decode prompts, `concurrency` at a time. Prompts of new lengths are first decoded briefly, as a warm-up.
@@ -205,6 +220,8 @@ class Server:
         self._model = spec.model or next(iter(models))
         if self._model not in models:
             raise ServerError(f"its server has no model {self._model}: it has {', '.join(models) or 'none'}")
+        context = models[self._model].get("max_model_len")  # of vLLM and SGLang
+        self._context = context if isinstance(context, int) else self._context
         owner = str(models[self._model].get("owned_by", ""))
         self._engine = ENGINES[spec.engine or OWNERS.get(owner, "openai")]
         self.about = " ".join(filter(None, [self._engine.name, self._version(), f"with {self._model}"]))
@@ -295,10 +312,11 @@ class Server:
         return since
 
     def _check_prefix_cache(self, prompt: Sequence[int], limit_s: float) -> None:
-        """Raise ServerError if the server does not process a repeated prompt again."""
+        """Raise ServerError if the server takes the KV of a repeated prompt from a cache."""
         if self.spec.prefix_cache:
             return
-        text = (list(prompt) * (1 + _PROBE_TOKENS // len(prompt)))[: max(len(prompt), _PROBE_TOKENS)]
+        least = min(_PROBE_TOKENS, self._context - 1)
+        text = (list(prompt) * (1 + least // len(prompt)))[: max(len(prompt), least)]
 
         def first_token(ids: Sequence[int]) -> tuple[float, float | None]:
             before = self._counted()

@@ -42,7 +42,7 @@ class ServerSpec:
         request: further keys of each request, such as {ignore_eos = true}. The engine "openai" gets only keys of the
             protocol by default, so it may stop early.
         prefix_cache: whether the server may cache earlier prompts.
-        alone: whether it runs only while no other such server does, for example if two do not fit into memory.
+        alone: whether no other server with `alone` may run at the same time, for example if memory holds only one.
         api_key: name of the environment variable with the server's key.
 
     Raises:
@@ -69,13 +69,15 @@ class ServerSpec:
             parts = urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
                 raise ValueError(f"server.url is {self.url!r}: write http://HOST:PORT/v1")
+            if parts.username is not None or parts.password is not None:
+                raise ValueError("server.url holds a password, which run files would keep: use server.api_key")
             for key in ("ready", "environment", "start_minutes", "alone"):
                 if getattr(self, key) != _DEFAULTS[key]:
                     raise ValueError(f"server.{key} is of no use with a url: the server runs already")
         else:
             _check_command(str(self.command))
         if not self.ready.startswith("/"):
-            raise ValueError(f"server.ready is {self.ready!r}: write a path, as /health")
+            raise ValueError(f"server.ready is {self.ready!r}: write a path, such as /health")
         if not self.start_minutes > 0:
             raise ValueError(f"server.start_minutes is {self.start_minutes}: it must be above 0")
         for key, known in (("engine", tuple(ENGINES)), ("prompt", _PROMPTS)):

@@ -103,12 +103,14 @@ def guard(folder: str, changes: int) -> Callable[[str, tuple[Any, ...]], None]:
     # Local names, which a program cannot replace as it could replace the builtins.
     exact, text = type, str
     working_folder, library = f"{folder}/", tuple(f"{entry}/" for entry in sys.path)
+    # Installed packages lie below the library, and are no part of it.
+    outside = frozenset(("..", "site-packages", "dist-packages"))
     left = [changes]
 
     def within(path: Any, *folders: str) -> bool:
         """Return whether a path lies in the folders, from its name alone. That is enough: the working folder has no
         links, and stays the working folder."""
-        if exact(path) is not text or ".." in path.split("/"):
+        if exact(path) is not text or not outside.isdisjoint(path.split("/")):
             return False
         return path.startswith(folders) or not path.startswith("/")
 

@@ -139,7 +139,7 @@ FAILING = {
     "too-few": (lambda prompt, count: [right(prompt, count)[:-1]], "it yielded {less} of {count} tokens"),
     "nothing": (lambda prompt, count: iter(()), "it yielded 0 of {count} tokens"),
     "raises": (broken, "it raised KeyError: 'no such kernel'"),
-    "hangs": (hang, "it took longer than 1 s, its limit_s"),
+    "hangs": (hang, "it took longer than 1 s, its limit_s: set a larger one"),
     "text": (lambda prompt, count: ["text"], "it yielded 'text': yield a list of token ids, or an ArmStep"),
     "floats": (lambda prompt, count: [[1.0]], "it yielded [1.0]: yield a list of token ids, or an ArmStep"),
     "late": (

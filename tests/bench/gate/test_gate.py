@@ -553,7 +553,7 @@ def test_runs_of_other_things_are_not_blessed_together(tmp_path: Path) -> None:
         ("bug", "wrong outputs"),
         ("stopped", "is a run that was stopped"),
         ("beside", "was measured beside another commit"),
-        ("spent", "lacks prompts, because its time was over: it is no baseline; give more --budget-minutes"),
+        ("spent", "lacks prompts, because its time budget was spent: measure again with more --budget-minutes"),
         ("failure", r"arms that did not decode \(linear\)"),
         ("noise", "no later run would detect a slowdown below 31.8% with this"),
     ],

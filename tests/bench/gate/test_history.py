@@ -218,7 +218,7 @@ def test_one_baseline_does_not_hide_another(
     Path("baselines", "first", "run.json").write_text("{")
     assert exit_code(monkeypatch, "history") == 2
     told = capsys.readouterr()
-    assert "is not whole" in told.err
+    assert "cannot be read" in told.err
     assert str(Path("baselines", "second", "run.json")) in told.out
 
 

@@ -128,7 +128,7 @@ def test_a_damaged_journal_is_refused_or_gone_on_with(tmp_path: Path, file: Dama
     path = tmp_path / "run.jsonl"
     path.write_bytes(b"%b\n%b\n" % (json.dumps(HEADER).encode(), file.content))
     lines = (f"line {number} of {path} is damaged" for number in range(2, 6))
-    blocks = taken(lambda: Journal(path, HEADER, resume=True).blocks(), f"{path} is not whole", *lines)
+    blocks = taken(lambda: Journal(path, HEADER, resume=True).blocks(), f"{path} cannot be read", *lines)
     if not blocks:
         return
     arms = [Arm(name, Interrupted()._run, lm("llama")) for name in blocks[0].runs]

@@ -35,7 +35,7 @@ def test_damaged_pieces_are_refused_or_read_back(tmp_path: Path, file: Damage) -
         lines = [file.content]
     path.write_bytes(b"".join(line + b"\n" for line in [b"{}", *lines]))
     lines = (f"line {number} of {path} is damaged" for number in range(2, 6))
-    taken(lambda: _read_back(path), f"{path} is not whole", f"{path} is damaged at", *lines)
+    taken(lambda: _read_back(path), f"{path} cannot be read", f"{path} is damaged at", *lines)
 
 
 def _read_back(path: Path) -> None:

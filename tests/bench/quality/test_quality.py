@@ -173,8 +173,8 @@ def test_a_run_travels_as_json(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     content["quality"]["documents"][0]["arms"]["full"]["kl"].pop()
     for text, reason in [
-        (json.dumps(content), "full did not judge the 4 tokens of prose/0"),
-        ("{", "is not whole"),
+        (json.dumps(content), "full does not have a value for each of the 4 tokens of prose/0"),
+        ("{", "cannot be read"),
         ("{}", "no run of `pytest --quality`"),
         ('{"quality": {"format": 0}}', "its format is 0"),
     ]:
@@ -455,8 +455,8 @@ def test_arms_without_their_package_are_not_judged(tmp_path: Path, monkeypatch: 
     found = quality.measure(plan(tmp_path), {"full", "int8-sink-window-16"})
     assert found.run.judged_arms == ["full"]
     reasons = [each.reason for each in found.checks if each.arm == "int8-sink-window-16"]
-    assert reasons == ["not read: this model or device does not allow its weights"] * 3
+    assert reasons == ["left out: this model or device does not support its quantised weights"] * 3
     assert {each.arm for each in found.run.answers} == {"reference", "full"}
-    with pytest.raises(ValueError, match=r"^int8-sink-window-16 is not read: "):
+    with pytest.raises(ValueError, match=r"^int8-sink-window-16 is left out: "):
         quality.measure(plan(tmp_path), {"int8-sink-window-16"})
     assert [row[0] for row in costs(found.run, found.checks).rows] == ["reference", "full"]

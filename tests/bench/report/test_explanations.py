@@ -133,9 +133,9 @@ def test_a_terminal_shows_every_figure_whole() -> None:
 @pytest.mark.parametrize(
     ("ar", "compiled", "lookup", "said"),
     [
-        (1.0, 1.3, 1.56, "The strongest plain decoding here is hf-compiled; the fastest arm, lookup, is 1.20 ["),
-        (1.0, 0.9, 1.5, "The strongest plain decoding here is ar; the fastest arm, lookup, is 1.50 ["),
-        (1.0, 1.3, 0.9, "The strongest plain decoding here is hf-compiled; the fastest arm, ar, is 0.77 ["),
+        (1.0, 1.3, 1.56, "The strongest plain decoding here is hf-compiled; the fastest arm, lookup, has 1.20 ["),
+        (1.0, 0.9, 1.5, "The strongest plain decoding here is ar; the fastest arm, lookup, has 1.50 ["),
+        (1.0, 1.3, 0.9, "The strongest plain decoding here is hf-compiled; the fastest arm, ar, has 0.77 ["),
         (1.0, 0.9, 0.8, "No other arm of this package is faster than ar."),
         (1.0, None, 1.5, None),
     ],

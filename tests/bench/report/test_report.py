@@ -286,7 +286,7 @@ def test_without_git_there_is_no_history(
     """Guards against a report that fails without a repository, or without git."""
     assert history(tmp_path / "nothing.json").runs == []
     monkeypatch.setattr(shutil, "which", lambda program: None)
-    assert "No history: git knows no earlier" in report("md", run_content(SPEEDUPS))
+    assert "git is not installed." in report("md", run_content(SPEEDUPS))
 
 
 def test_a_replay_that_lost_its_text_is_told(report: Any) -> None:

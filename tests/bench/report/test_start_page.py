@@ -103,7 +103,7 @@ def test_a_damaged_run_is_named_and_the_others_are_on_the_page(
     (folder / "version.json").write_text(json.dumps(other_format))
     assert exit_code(monkeypatch, "report", str(folder), "--format", "html") == 2
     cut, version = capsys.readouterr().err.splitlines()
-    assert "cut.json is not whole" in cut
+    assert "cut.json cannot be read" in cut
     assert "version.json cannot be judged: its format is 1" in version
     assert len(rows((folder / "index.html").read_text())) == 3
 

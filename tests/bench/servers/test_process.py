@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from specdecode.bench.servers import keeper as keeping
 from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.process import words_of
 from specdecode.bench.servers.server import Server, Servers
@@ -131,6 +133,32 @@ def test_no_process_of_a_server_outlives_the_suite(number: signal.Signals, tmp_p
     os.kill(suite.pid, number)
     assert gone(running)
     suite.wait()
+
+
+def test_what_ignores_the_first_signal_is_killed_though_nobody_listens(tmp_path: Path) -> None:
+    """Guards against an engine's workers that stay on the GPU after the suite was killed."""
+    command = ["sh", "-c", "(trap '' TERM; exec sleep 61) & exit 0"]
+    keeper = subprocess.Popen(
+        [sys.executable, "-I", keeping.__file__, str(tmp_path / "log"), *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert keeper.stdout is not None
+    keeper.stdout.close()
+    keeper.wait(20)
+    assert keeper.stdin is not None
+    keeper.stdin.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(keeper.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(keeper.pid, signal.SIGKILL)
+    pytest.fail("a process of the server is still there")
 
 
 def test_placeholders_are_filled_in_word_by_word() -> None:

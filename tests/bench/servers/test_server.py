@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from specdecode.bench.servers.client import Client, _check, _read
+from specdecode.bench.servers.engines import ENGINES, Request, Response
 from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.server import Server
 from specdecode.bench.servers.spec import ServerSpec
@@ -103,6 +108,62 @@ def test_a_closed_loop_keeps_so_many_requests_on_the_way(start: Start) -> None:
     assert together.total_s < two.total_s < alone.total_s
 
 
+def test_no_request_waits_for_another_s_connection() -> None:
+    """Guards against a concurrency of 160 of which 100 are sent, and times that include the wait."""
+    client = Client("http://127.0.0.1:9")
+    pool = client._client._transport._pool
+    assert pool._max_connections == pool._max_keepalive_connections == sys.maxsize
+    client.close()
+
+
+def test_ids_that_an_engine_leaves_out_are_those_of_the_text() -> None:
+    """Guards against llama.cpp that fails at each character of two tokens: it sends no ids for the first."""
+    events = [
+        {"content": "a", "tokens": [5]},
+        {"content": "é", "tokens": [], "stop": True, "stop_type": "limit", "tokens_predicted": 3},
+    ]
+    for name, left in (("llama.cpp", []), ("vllm", None)):
+        response = Response()
+        for event in events:
+            response.add(ENGINES["llama.cpp"].piece(event, len(response.tokens)), 0.1)
+        assert response.sizes == [1, 1]
+        if left is None:
+            with pytest.raises(ServerError, match="its server counts 3 tokens, and sends 1"):
+                _check(ENGINES[name], Request([1], 3, "m"), response)
+        else:
+            _check(ENGINES[name], Request([1], 3, "m"), response)
+            assert (response.tokens, response.text) == (left, "aé")
+
+
+def test_a_single_token_may_have_no_text() -> None:
+    """Guards against a probe of one token that fails, because the token ends the text or is half a character."""
+    response = Response()
+    event = {"choices": [{"text": "", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}}
+    response.add(ENGINES["openai"].piece(event, 0), 0.1)
+    _check(ENGINES["openai"], Request([1], 1, "m"), response)
+    assert (response.sizes, response.times) == ([1], [0.1])
+
+
+def test_events_without_data_are_no_fault() -> None:
+    """Guards against a proxy's `retry:` that fails an arm."""
+
+    async def events() -> AsyncIterator[Any]:
+        for data in ("", '{"error": null, "n": 1}', "[DONE]"):
+            yield SimpleNamespace(data=data)
+
+    async def read() -> list[Any]:
+        return [content async for content in _read(events())]  # type: ignore[arg-type]
+
+    assert asyncio.run(read()) == [{"error": None, "n": 1}]
+
+
+def test_a_proxy_that_cannot_be_used_fails_its_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a traceback, or an end of the session, because of a variable in the environment."""
+    monkeypatch.setenv("HTTP_PROXY", "foo://x")
+    server = Server(ServerSpec(url="http://10.0.0.7/v1"), {}, Codec(None), Path("none.log"))
+    assert failure(server).startswith("no connection to its server can be made: ")
+
+
 SAID = {
     "400": "its server answers with 400: the prompt is too long",
     "500": "its server answers with 500: EngineCore encountered an issue",
@@ -116,7 +177,7 @@ SAID = {
     "another user": "its server has generated 19 tokens meanwhile, and was asked for 12 here: somebody else uses it",
     "no stream": "its server does not stream its answer",
     "no json": "its server streams an event that is no JSON object: '{half'",
-    "hangs": "its server takes longer than 1 s, its limit_s",
+    "hangs": "its server takes longer than 1 s, its limit_s: set a larger one",
 }
 HERE = {"die", "never ready", "ends at once", "fails"}  # faults of the process: see test_process.py
 CACHES = {"caches", "caches in silence"}
@@ -160,7 +221,9 @@ def test_a_server_that_is_slow_at_first_is_warmed_up(start: Start) -> None:
 def test_a_server_that_is_not_there_is_told(start: Start) -> None:
     """Guards against a traceback of the client, and against a message without the address."""
     server = Server(ServerSpec(url="http://127.0.0.1:9/v1"), {}, Codec(None), Path("none.log"))
-    assert failure(server) == "nothing answers at http://127.0.0.1:9: does its server run?"
+    said = failure(server)
+    assert said.startswith("nothing answers at http://127.0.0.1:9 (")
+    assert said.endswith("): does its server run?")
 
 
 def test_a_version_that_is_not_told_is_left_out(start: Start) -> None:

@@ -42,6 +42,12 @@ def test_an_address_that_cannot_be_asked_is_told(url: str) -> None:
         ServerSpec(url=url)
 
 
+def test_a_password_in_an_address_is_refused() -> None:
+    """Guards against a password in run files, and in the code that `recommend` prints."""
+    with pytest.raises(ValueError, match=r"holds a password, which run files would keep: use server\.api_key"):
+        ServerSpec(url="http://user:secret@localhost/v1")
+
+
 def test_a_key_is_looked_for_when_the_arm_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Guards against a run file that can be read only where the server's API key is set, and a key that is stored in
     it.

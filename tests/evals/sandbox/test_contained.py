@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 from specdecode.evals.sandbox.contained import Limits, run
 
@@ -185,6 +186,13 @@ def test_there_is_no_network(connect: str) -> None:
         assert "is refused here" in wrong
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+@pytest.mark.parametrize("act", ["open(site + '/typer/__init__.py').read()", "sys.path.append(site); import typer"])
+def test_installed_packages_stay_outside(act: str) -> None:
+    """Guards against a program that imports a package, or reads what is installed: both lie below Python's library."""
+    site = str(Path(typer.__file__).parents[1])
+    assert "refused" in run(f"import os, sys\nsite = {site!r}\n{act}")
 
 
 def test_the_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
