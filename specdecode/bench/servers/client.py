@@ -33,12 +33,12 @@ class Client:
 
     def __init__(self, base_url: str, key: str | None = None, *, proxies: bool = False) -> None:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._loop = asyncio.new_event_loop()
         # No limit on connections: beyond 100 the library would let requests wait, and their times would count.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
         self._client = httpx2.AsyncClient(
             base_url=base_url, headers=headers, trust_env=proxies, timeout=None, limits=limits
         )
+        self._loop = asyncio.new_event_loop()  # after what may fail: a loop must be closed
 
     def close(self) -> None:
         """Close all connections, also after an interrupted request."""
