@@ -534,3 +534,16 @@ def test_hopeless_arms_are_measured_no_further(
         "hf-generate": 4,
     }
     assert f"{THROUGHPUT}: " in capfd.readouterr().out
+
+
+def test_what_others_are_compared_with_is_measured_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str]
+) -> None:
+    """Guards against a traceback, or a false reason, after a slow reference arm was dropped."""
+    own = Path("own.toml")
+    own.write_text(own.read_text() + 'both = { drafter = "lookup", k = 3, baseline = "lookup" }\n')
+    monkeypatch.setattr(time_boxed, "is_hopeless", lambda run, arm: arm in ("lookup", "ar-48"))
+    assert exit_code(monkeypatch, "recommend", *measuring, "--out", "r.json") == 0
+    rows = {name: len(record.rows) for name, record in read(Path("r.json")).arms.items()}
+    assert (rows["lookup"], rows["both"], rows["ar-48"]) == (4, 4, 1)
+    assert "did not decode" not in capfd.readouterr().out
