@@ -23,7 +23,7 @@ from specdecode.models.variants import decoder_layers
 from specdecode.training import recipe
 from specdecode.training.initial_head import frequent_tokens, initial_head
 from specdecode.training.loss import CrossEntropy, predict_ahead
-from specdecode.training.recipe import acceptance_lengths
+from specdecode.training.recipe import _digest, acceptance_lengths
 from specdecode.training.shards import Shard, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Draw, Texts
 from specdecode.training.trainer import Trainer, TrainingSettings
@@ -312,6 +312,22 @@ def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
     assert read_shard(both[1]).tokens.tolist() != read_shard(both[0]).tokens.tolist()
     with pytest.raises(ValueError, match="hidden states of a training with other layers"):
         collect(target, texts, (0,), tmp_path, 2, {"layers": [0]})
+
+
+def test_other_texts_and_weights_of_the_same_name_are_told_apart(books: Path) -> None:
+    """Guards against hidden states of texts, or of a model, that were replaced under the same name."""
+    file = books / "pg19_test.jsonl"
+    before = Texts(lm("llama"), ["pg-19"], LENGTH, held_out=1).digest
+    assert Texts(lm("llama"), ["pg-19"], LENGTH, held_out=1).digest == before
+    file.write_text(file.read_text().replace("eeee", "aaaa"))
+    assert Texts(lm("llama"), ["pg-19"], LENGTH, held_out=1).digest != before
+    assert _digest(lm("llama")) == _digest(lm("llama")) != _digest(lm("llama", 5))
+
+
+def test_a_seed_that_cannot_be_drawn_with_is_refused() -> None:
+    """Guards against a traceback after the model was loaded."""
+    with pytest.raises(ValueError, match="seed is 4294967296: from 0 to 4294967295"):
+        TrainingSettings(seed=2**32)
 
 
 def test_the_progress_tells_each_token_and_text(target: LM, tmp_path: Path) -> None:
