@@ -338,6 +338,11 @@ def test_a_file_without_prompts_is_told(
         (["doctor", "--roofline", "./nowhere"], "no such folder: ./nowhere"),
         (["doctor", "--roofline", "shape:nothing"], "no shape is named 'nothing'"),
         (["doctor", "--roofline", "{model}", "--device", "tpu9"], "device 'tpu9'"),
+        (
+            ["doctor", "--roofline", "{model}", "--backends", "eager,fast"],
+            "no backend is named 'fast': choose from eager",
+        ),
+        (["doctor", "--backends", "eager"], "--backends is of no use without --roofline"),
         (["doctor", "--roofline", "{model}", "--dtype", "int3"], "dtype 'int3'"),
         (["doctor", "--device", "cpu"], "--device is of no use without --roofline"),
         (["doctor", "--dtype", "float32"], "--dtype is of no use without --roofline"),

@@ -71,28 +71,23 @@ class Roofline:
         return self.backends[backend].throughput / self.throughput
 
 
-ROOFLINE_KINDS = (*(kind for kind in BACKENDS if kind != "auto"), *KINDS)
-"""The backends and the kinds of quantised weights that are timed."""
-
-
-def measure_roofline(
-    target: LM, tell: Callable[[int, int, str], None], kinds: Sequence[str] = ROOFLINE_KINDS
-) -> Roofline:
+def measure_roofline(target: LM, tell: Callable[[int, int, str], None], kinds: Sequence[str] | None = None) -> Roofline:
     """Time the target's forwards on all backends, and with quantised weights, in turn.
 
     Args:
         target: a model on the backend "eager".
         tell: called with the number of finished rounds, the number of all rounds, and a text on the current step.
-        kinds: the backends and the kinds of quantised weights.
+        kinds: the backends and the kinds of quantised weights to time; all if None.
 
     Raises:
         ValueError: there is no such kind.
     """
-    if unknown := [kind for kind in kinds if kind not in ROOFLINE_KINDS]:
-        raise ValueError(f"no backend is named {unknown[0]!r}: choose from {', '.join(ROOFLINE_KINDS)}")
+    known = [kind for kind in (*BACKENDS, *KINDS) if kind != "auto"]
+    if unknown := [kind for kind in kinds or () if kind not in known]:
+        raise ValueError(f"no backend is named {unknown[0]!r}: choose from {', '.join(known)}")
     variants: dict[str, LM] = {}
     missing: dict[str, str] = {}
-    for kind in kinds:
+    for kind in known if kinds is None else kinds:
         tell(0, _ROUNDS, f"preparing {kind}")
         try:
             # Quantised weights are multiplied on the backend that "auto" chooses for the other layers.

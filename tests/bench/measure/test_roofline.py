@@ -95,6 +95,14 @@ def test_quantised_weights_have_a_row(clock: FakeClock, monkeypatch: pytest.Monk
     assert "down_proj has 48 inputs, no multiple of 32" in found.missing["int4"]
 
 
+def test_only_the_asked_backends_are_timed(clock: FakeClock) -> None:
+    """Guards against minutes of compiling before the row that was asked for."""
+    target = on_the_cpu()
+    with charged(clock, {target.model: Cost(0.02, 0.0)}):
+        found = measure_roofline(target, silent, ["eager"])
+    assert (list(found.backends), found.missing) == (["eager"], {})
+
+
 def test_a_machine_that_gets_slower_does_so_for_all_backends(clock: FakeClock) -> None:
     """Guards against backends, or numbers of rows, measured one after the other: the last would look slow."""
     target = on_the_cpu()
