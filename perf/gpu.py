@@ -128,8 +128,8 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
     side_by_side = ["-n", "4"] if find_spec("xdist") and not tiny else []
     unchecked = "shapes are not checked, as beartype is not installed" if find_spec("beartype") is None else ""
     alone = f"{tests[0]} alone" if tiny else ""
-    # Compiling would take longer than all else: the steps of `gpu-compile` show what it gains.
-    roofline = ["doctor", "--backends", "eager,graph,int8"]
+    # Without `compile`, which would take longer than all else: the step gpu-compile shows what it gains.
+    roofline = ["-m", "specdecode", "doctor", "--roofline", shape, "--device", device, "--backends", "eager,graph,int8"]
     known = [
         SuiteStep("environment", ["-c", _ENVIRONMENT], 1.0),
         # Tests of compilers and of a CPU's layouts take long, and need no GPU.
@@ -139,7 +139,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
             2.2,
             note="; ".join(filter(None, [alone, unchecked])),
         ),
-        SuiteStep("roofline", ["-m", "specdecode", *roofline, "--roofline", shape, "--device", device], 0.8),
+        SuiteStep("roofline", roofline, 0.8),
         measurement("gpu", pair, 2.4),
         measurement("gpu-streaming", pair, 1.6),
         measurement("quick", embedded, 1.2, "" if tiny else _not_fetched()),

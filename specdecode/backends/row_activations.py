@@ -35,11 +35,11 @@ class RowActivation(nn.Module):
     def forward(self, states: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         width = states.shape[-1]
         rows = states.reshape(-1, width)
-        most = SERIAL // width if width % _VECTOR == 0 else 1
-        if len(rows) <= max(most, 1) or torch.compiler.is_compiling():
+        most = max(1, SERIAL // width) if width % _VECTOR == 0 else 1
+        if len(rows) <= most or torch.compiler.is_compiling():
             whole: Tensor = self.activation(states)
             return whole
-        return torch.cat([self.activation(piece) for piece in rows.split(max(most, 1))]).view(states.shape)
+        return torch.cat([self.activation(piece) for piece in rows.split(most)]).view(states.shape)
 
 
 def separate_activations(model: nn.Module) -> None:

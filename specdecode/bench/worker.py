@@ -157,9 +157,10 @@ def serve(requests: Iterable[str], answer: Callable[[str], None]) -> None:
         try:
             said = {"value": getattr(worker, do)(**request)}
         except torch.OutOfMemoryError:
+            said = {"error": NO_MEMORY, "of_arm": True}
             if do == "load":
                 worker.unload()
-            said = {"error": NO_MEMORY, "memory" if do == "load" else "of_arm": True}
+                said = {"error": NO_MEMORY, "memory": True}
         except ArmError as error:
             said = {"error": str(error), "of_arm": True}
         except (SpecDecodeError, ValueError) as error:

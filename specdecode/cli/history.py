@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +34,7 @@ def history(
 
     newer = None
     if since is not None:
-        newer = git("rev-list", f"{commit_id(since)}..HEAD")
+        newer = git("rev-list", f"{commit_id(since)}..HEAD").split()
     files = [baseline] if baseline is not None else all_of(read_project(Path()).baselines)
     faults, slower = Faults(), False
     newest: list[RunFile] = []
@@ -47,13 +48,13 @@ def history(
         raise typer.Exit(2 if faults.sentences else 1)
 
 
-def _show(newest: RunFile, arm: str | None, newer: str | None) -> bool:
+def _show(newest: RunFile, arm: str | None, newer: Sequence[str] | None) -> bool:
     """Show the past of one baseline, and return whether an arm became slower in it.
 
     Args:
         newest: the baseline.
         arm: the only arm to show; None for all.
-        newer: ids of the commits whose slowdowns count, one a line; None for all.
+        newer: ids of the commits whose slowdowns count; None for all.
     """
     from specdecode.bench.gate import history
     from specdecode.bench.gate.changes import MOST_VERSIONS, courses
@@ -68,10 +69,11 @@ def _show(newest: RunFile, arm: str | None, newer: str | None) -> bool:
     if (changed := changes(runs, by_arm)).rows:
         say_tables(rich_table(changed))
     say("\n".join(remarks(by_arm)))
-    slower = [
+    commits = [
         runs[course.series.versions[change.end]].commit
         for course in by_arm.values()
         for change in course.changes
         if change.slower
     ]
-    return any(newer is None or (commit and f"\n{commit}" in f"\n{newer}") for commit in slower)
+    # Run files shorten the ids of commits.
+    return any(newer is None or (commit and any(one.startswith(commit) for one in newer)) for commit in commits)

@@ -174,8 +174,7 @@ def _commit() -> str:
 
 def _digest(target: LM) -> str:
     """Return a digest of some of the target's weights: a folder may hold others than before."""
-    rows = target_fingerprint(target).rows
-    return hashlib.sha256(rows.float().cpu().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(target_fingerprint(target).rows.numpy().tobytes()).hexdigest()[:16]
 
 
 def _line(epoch: Epoch, acceptance: dict[str, float]) -> str:

@@ -120,8 +120,8 @@ class Journal:
 
     def failures(self) -> dict[str, str]:
         """Return the error messages of arms that had failed when the last piece was written, by arm."""
-        last = self.pieces[-1:]
-        return {arm: text(failed, arm) for piece in last for failed in [piece.get("failures", {})] for arm in failed}
+        failed = mapping(self.pieces[-1].get("failures", {}), "failures") if self.pieces else {}
+        return {arm: text(failed, arm) for arm in failed}
 
     def add_block(self, block: Block, failures: Mapping[str, str]) -> None:
         """Write a block of an experiment, and the error messages of all arms that have failed so far."""

@@ -380,9 +380,9 @@ class _BlockRuns:
 
     def quartet(self, prompt: str, arm: str, new_first: bool) -> Quartet | None:
         """Return both versions' runs of an arm, with their checks; None if the arm has failed, or fails in a check."""
-        if arm in self._measured.failed:
+        if self._measured.failed & {arm, self._measured.baselines[arm]}:
             return None
-        with suppress(ArmError), self._noted(self._both.new, arm):
+        with suppress(ArmError):  # it is noted
             pairs = self._pairs.get(arm)
             new, old = self._side(self._both.new, arm), self._side(self._both.old, arm)
             return Quartet(prompt, new, old, new_first, None if pairs is None else (pairs[0], pairs[1]))
@@ -390,30 +390,19 @@ class _BlockRuns:
 
     def _side(self, worker: WorkerProcess, arm: str) -> VersionRuns:
         first, second = self._runs[worker.name, arm]
-        own = self._measured.baselines[arm]
-        return _checked(self._both, worker, arm, own, self._prompt, self._expected[worker.name, arm], (first, second))
+        return VersionRuns((first, second), (self._check(worker, arm, first), self._check(worker, arm, second)))
 
-
-def _checked(
-    both: Versions,
-    worker: WorkerProcess,
-    arm: str,
-    own: str,
-    prompt: list[int],
-    expected: list[int],
-    runs: Sequence[Run],
-) -> VersionRuns:
-    def check(got: list[int]) -> Check:
-        if got == expected:
+    def _check(self, worker: WorkerProcess, arm: str, run: Run) -> Check:
+        expected = self._expected[worker.name, arm]
+        if run.tokens == expected:
             return "equal"
         # A version's own servers wrote its outputs. All else is checked by the new version's code.
         served = bool(worker.about["about"][arm].get("served"))
-        judge = worker if served else both.new
-        both.use(judge)
+        judge = worker if served else self._both.new
+        self._both.use(judge)
         # Workers of versions without servers do not have this argument.
-        of_servers = {"baseline": own} if served else {}
-        result: Check = judge.ask("check", arm=arm, prompt=prompt, expected=expected, got=got, **of_servers)
+        of_servers = {"baseline": self._measured.baselines[arm]} if served else {}
+        asked = {"arm": arm, "prompt": self._prompt, "expected": expected, "got": run.tokens}
+        with self._noted(judge, arm):
+            result: Check = judge.ask("check", **asked, **of_servers)
         return result
-
-    first, second = runs
-    return VersionRuns((first, second), (check(first.tokens), check(second.tokens)))

@@ -97,7 +97,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     arms = [models.arm(arm, entry, plan.preset.lengths, stop_token_ids) for arm, entry in entries.items()]
     whole = _reason_for_whole_runs(plan, arms, ranks)
     in_turns = plan.until is not None and whole is None
-    versions = run_versions(plan.identity.target, models.backend_name) | _how(in_turns, ranks)
+    versions = run_versions(plan.identity.target, models.backend_name) | _ways(in_turns, ranks)
     same = _what_must_be_the_same(plan, prompts, stop_token_ids, arms) | {"arms": entries, "versions": versions}
     journal = Journal(plan.journal, same, plan.resume)
     finished, failures = ranks.agreed((journal.blocks(), journal.failures()))
@@ -178,7 +178,7 @@ def _reason_for_whole_runs(plan: Plan, arms: Sequence[Arm], ranks: Ranks) -> str
     return reason_against(arms, plan.preset.baseline)
 
 
-def _how(in_turns: bool, ranks: Ranks) -> dict[str, str | int]:
+def _ways(in_turns: bool, ranks: Ranks) -> dict[str, str | int]:
     """Return the entries of a header's versions on how runs are made."""
     turns: dict[str, str | int] = {"turns": "steps"} if in_turns else {}
     return turns | ({"processes": ranks.count} if ranks.count > 1 else {})

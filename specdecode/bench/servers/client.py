@@ -29,15 +29,21 @@ class Client:
         base_url: address of the server, without path.
         key: API key of the server, if it needs one.
         proxies: whether to use the proxies that the environment names.
+
+    Raises:
+        ServerError: the key or a proxy cannot be used.
     """
 
     def __init__(self, base_url: str, key: str | None = None, *, proxies: bool = False) -> None:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         # No limit on connections: beyond 100 the library would let requests wait, and their times would count.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
-        self._client = httpx2.AsyncClient(
-            base_url=base_url, headers=headers, trust_env=proxies, timeout=None, limits=limits
-        )
+        try:
+            self._client = httpx2.AsyncClient(
+                base_url=base_url, headers=headers, trust_env=proxies, timeout=None, limits=limits
+            )
+        except (ImportError, ValueError, TypeError) as error:
+            raise ServerError(f"no connection to its server can be made: {first_line(error)}") from error
         self._loop = asyncio.new_event_loop()  # after what may fail: a loop must be closed
 
     def close(self) -> None:

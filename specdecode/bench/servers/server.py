@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 from specdecode.bench.servers.engines import ENGINES, OWNERS, Request, Response, Speculation
 from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.spec import ServerSpec
-from specdecode.core.errors import first_line
 from specdecode.models.chat import Codec
 
 if TYPE_CHECKING:  # these need packages of the extra "servers"
@@ -122,7 +121,7 @@ class Server:
         if self.is_open:
             return
         try:
-            import specdecode.bench.servers.client  # noqa: F401 - it needs a package
+            from specdecode.bench.servers.client import Client
             from specdecode.bench.servers.process import ServerProcess, free_port, words_of
         except ImportError as error:
             raise ServerError(
@@ -134,22 +133,13 @@ class Server:
             words = words_of(spec.command, {**self._values, "port": port})
             self._process = ServerProcess(words, spec.environment, self._log)
         try:
-            self._client = self._connected(port)
+            self._client = Client(spec.base_url(port), spec.key, proxies=not spec.loopback)
             if self._process is not None:
                 self._process.wait(lambda: self._connection.answers(spec.ready), spec.start_minutes)
             self._look()
         except BaseException:
             self.close()
             raise
-
-    def _connected(self, port: int) -> Client:
-        from specdecode.bench.servers.client import Client
-
-        key = self.spec.key
-        try:
-            return Client(self.spec.base_url(port), key, proxies=not self.spec.loopback)
-        except (ImportError, ValueError, TypeError) as error:  # proxies that the environment names, or the key
-            raise ServerError(f"no connection to its server can be made: {first_line(error)}") from error
 
     def close(self) -> None:
         """Close all connections, and stop the server if it was started here."""

@@ -243,6 +243,28 @@ def test_a_worker_is_asked_in_words_that_it_knows(served: dict[str, bool], said:
     assert new.asked == 2 * [{"arm": "x", "prompt": [1], "expected": [7, 7, 7], "got": [7, 7, 8], **said}]
 
 
+def test_a_version_s_servers_check_its_own_outputs() -> None:
+    """Guards against a tie that the other version's servers call wrong, and against a failure while an output is
+    checked that ends the session or is blamed on the wrong version.
+    """
+
+    class Failing(Undecided):
+        def ask(self, do: str, **arguments: Any) -> Any:
+            if do == "check":
+                raise ArmError("its server answers with 400")
+            return super().ask(do, **arguments)
+
+    machine = Machine(2)
+    new, old = (Undecided(machine, name, {"served": True}) for name in ("new", "old"))
+    measure_side_by_side(Versions(new, old), ["ar", "x"], {"p": [1]}, 3, repeats=1)
+    assert (len(new.asked), len(old.asked)) == (2, 2)
+    machine = Machine(2)
+    both = Versions(Undecided(machine, "new", {"served": True}), Failing(machine, "old", {"served": True}))
+    measured = measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 3, repeats=1)
+    assert measured.failures == {("old", "x"): "its server answers with 400"}
+    assert [set(block) for block in measured.blocks] == [{"ar"}, {"ar"}]
+
+
 def test_further_repeats_are_of_what_is_open_alone() -> None:
     """Guards against time spent on arms with a clear verdict, the baseline included, and against interim looks that do
     not widen the interval.
