@@ -87,7 +87,7 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
             return Backend("compile", static=lambda forward: StaticRunner(compiled(forward), CudaGraphs(device)))
         note = ""
         if packed.unsupported_reason(model) is None:
-            note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed), merge=True)}"
+            note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed))}"
         return Backend("compile", note, static=lambda forward: StaticRunner(compiled(forward)))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
@@ -96,8 +96,7 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         return Backend()
     if kind == "exact":
         by_rows(model)
-        # Not merged: exactness was tried with the shapes of single layers only.
-        note = _packed(model, _layout(model, packed.exact(model), agreed), merge=False)
+        note = _packed(model, _layout(model, packed.exact(model, same_inputs(model)), agreed))
         return Backend("exact", note, exact=True)
     reason = packed.unsupported_reason(model)
     layout = PLAIN
@@ -108,20 +107,14 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
     if reason is not None:
         return Backend(note="" if kind == "auto" else f"not packed: {reason}")
     group(model)
-    return Backend("packed", _packed(model, layout, merge=True))
+    return Backend("packed", _packed(model, layout))
 
 
 def _layout(model: PreTrainedModel, candidates: Sequence[Layout], agreed: Callable[[Any], Any]) -> Layout:
     return LAYOUTS[agreed(packed.fastest(model, candidates).name)]
 
 
-def _packed(model: PreTrainedModel, layout: Layout, *, merge: bool) -> str:
-    """Pack a model's linear layers, and return a note on it.
-
-    Args:
-        model: the model.
-        layout: the layout of the weights.
-        merge: whether to compute layers with the same inputs together.
-    """
-    layers, left = packed.pack(model, layout, same_inputs(model) if merge else {})
+def _packed(model: PreTrainedModel, layout: Layout) -> str:
+    """Pack a model's linear layers, those with the same inputs together, and return a note on it."""
+    layers, left = packed.pack(model, layout, same_inputs(model))
     return f"{layers} linear layers by {layout.name}" + (f", {left} other matrices as they are" if left else "")

@@ -35,12 +35,12 @@ class _LaidOut:
     """Weights that were laid out.
 
     Attributes:
-        layout: their layout.
+        pack: what laid them out.
         packed: the result.
         others: the weights that were laid out behind the first one.
     """
 
-    layout: Layout
+    pack: Callable[[Tensor], Tensor]
     packed: Tensor
     others: Sequence[weakref.ref[Tensor]]
 
@@ -106,10 +106,10 @@ def _laid_out(layers: Sequence[nn.Linear], layout: Layout) -> Tensor:
     others = [layer.weight for layer in layers[1:]]
     for laid_out in held:
         known = [weight() for weight in laid_out.others]
-        if laid_out.layout == layout and len(known) == len(others) and all(map(is_, known, others)):
+        if laid_out.pack is layout.pack and len(known) == len(others) and all(map(is_, known, others)):
             return laid_out.packed
     packed = layout.pack(joined_weight(layers))
-    held.append(_LaidOut(layout, packed, [weakref.ref(other) for other in others]))
+    held.append(_LaidOut(layout.pack, packed, [weakref.ref(other) for other in others]))
     return packed
 
 
@@ -127,10 +127,22 @@ def layouts(model: nn.Module) -> list[Layout]:
     return packed_layouts(_layers(model)[0].weight.dtype)
 
 
-def exact(model: nn.Module) -> list[Layout]:
-    """Return the layouts with which a row of the model's linear layers has the same result beside any other rows."""
-    by_shape = {layer.weight.shape: layer.weight.detach() for layer in _layers(model)}
-    return exact_layouts(list(by_shape.values())) if by_shape else [PLAIN]
+def exact(model: nn.Module, same_inputs: SameInputs) -> list[Layout]:
+    """Return the layouts with which a row of the model's linear layers has the same result beside any other rows.
+
+    Args:
+        model: the model.
+        same_inputs: the groups of layers to merge.
+    """
+    layers = _layers(model)
+    if not layers:
+        return [PLAIN]
+    merged = [[getattr(module, name) for name in names] for module, groups in same_inputs.items() for names in groups]
+    shapes = {
+        (sum(layer.out_features for layer in group), group[0].in_features)
+        for group in [*merged, *([layer] for layer in layers)]
+    }
+    return exact_layouts(shapes, layers[0].weight.dtype)
 
 
 def pack(model: nn.Module, layout: Layout, same_inputs: SameInputs = MappingProxyType({})) -> tuple[int, int]:
@@ -177,8 +189,8 @@ def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
     and chance would decide.
     """
     layers = _layers(model)
-    held = {laid_out.layout for layer in layers for laid_out in _packed.get(layer.weight, ())}
-    if known := [layout for layout in candidates if layout in held]:
+    held = {laid_out.pack for layer in layers for laid_out in _packed.get(layer.weight, ())}
+    if known := [layout for layout in candidates if layout.pack in held]:
         return known[0]
     bytes_of: dict[tuple[int, int], int] = {}
     tried: dict[tuple[int, int], list[nn.Linear]] = {}
@@ -215,7 +227,7 @@ def _fastest(
     best = min(candidates, key=lambda layout: total_s[layout])
     for layer in (layer for layers in tried.values() for layer in layers):
         # Keep the result if plain weights are best, as they are no copies: then a draft of them is not tried again.
-        _packed[layer.weight] = [held for held in _packed[layer.weight] if held.layout == best == PLAIN]
+        _packed[layer.weight] = [held for held in _packed[layer.weight] if held.pack is best.pack is PLAIN.pack]
     return best
 
 

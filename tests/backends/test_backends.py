@@ -49,6 +49,7 @@ from specdecode.backends.layouts import (
     ROW_BY_ROW,
     Layout,
     exact_layouts,
+    in_blocks,
     packed_layouts,
 )
 from specdecode.backends.packed import PackedLinear
@@ -122,11 +123,12 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool, dtype: torch.dtype) 
     torch.manual_seed(rows)
     own = packed_layouts(dtype)
     copies = [*own, *([ONEDNN_IN_FLOAT32] if dtype != torch.float32 else [])]
-    for layout in (*copies, PLAIN, ROW_BY_ROW):
+    blocks = [in_blocks(layout, 4) for layout in (*copies, PLAIN)]
+    for layout in (*copies, PLAIN, ROW_BY_ROW, *blocks):
         plain = nn.Linear(48, 80, bias).to(dtype)
         packed = PackedLinear([plain], layout)
         exact, own_bias = plain.weight.detach().double(), plain.bias.detach().double() if bias else None
-        if layout in copies:
+        if layout.pack is not PLAIN.pack and layout is not ROW_BY_ROW:
             plain.weight.data.zero_()
         for shape in ((rows, 48), (1, rows, 48), (3, rows, 48)):
             inputs = torch.randn(shape).to(dtype)
@@ -138,9 +140,28 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool, dtype: torch.dtype) 
 
 
 def sums_in_another_order(inputs: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
-    """Multiply so that the order of the sum depends on the number of rows, as matrix libraries do."""
-    first, rest = (inputs[:, None] * weight).tensor_split([1 + len(inputs) % 2], dim=-1)
-    return first.sum(-1) + rest.sum(-1)
+    """Multiply so that the order of the sum depends on the number of rows."""
+    first, rest = (inputs.float()[:, None] * weight.float()).tensor_split([1 + len(inputs)], dim=-1)
+    return (first.sum(-1) + rest.sum(-1)).to(inputs.dtype)
+
+
+def sums_the_last_rows_in_another_order(block: int) -> Layout:
+    """A layout that sums the rows behind the last full block in another order, as matrix libraries do. The products of
+    16-bit weights are rounded after the sum.
+    """
+
+    def multiply(inputs: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        terms = inputs.float()[:, None] * weight.float()
+        first, rest = terms.split(7, dim=-1), terms.split(5, dim=-1)
+        sums = (sum(part.sum(-1) for part in parts) for parts in (first, rest))
+        in_full, behind = (torch.as_tensor(total).to(inputs.dtype) for total in sums)
+        full = len(inputs) // block * block
+        return torch.cat([in_full[:full], behind[full:]])
+
+    return Layout(f"blocks of {block}", lambda weight: weight, multiply)
+
+
+SHAPES = [(80, 48), (90, 37)]
 
 
 def test_a_layout_is_exact_only_if_no_row_changes_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,17 +169,28 @@ def test_a_layout_is_exact_only_if_no_row_changes_another(monkeypatch: pytest.Mo
     weights that are laid out in float32 where they can be multiplied as they are.
     """
     varying = Layout("varying", lambda weight: weight, sums_in_another_order)
-    weights = [torch.randn(80, 48), torch.randn(90, 37)]
     monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [varying])
     monkeypatch.setattr(layouts, "PLAIN", varying)
-    assert exact_layouts(weights) == [ROW_BY_ROW]
-    assert exact_layouts([weight.double() for weight in weights]) == [ROW_BY_ROW]
+    assert exact_layouts(SHAPES, torch.float32) == [ROW_BY_ROW]
+    assert exact_layouts(SHAPES, torch.float64) == [ROW_BY_ROW]
     same = Layout("same", lambda weight: weight, ROW_BY_ROW.multiply)
     monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [varying, same])
-    assert exact_layouts(weights) == [same]
+    assert exact_layouts(SHAPES, torch.float32) == [same]
     monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [layouts.ONEDNN])
     monkeypatch.setattr(layouts, "ONEDNN", same)
-    assert exact_layouts([weight.bfloat16() for weight in weights]) == [same]
+    assert exact_layouts(SHAPES, torch.bfloat16) == [same]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layout_is_exact_in_full_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Guards against products row by row where full blocks are exact, against blocks that are larger than needed, and
+    against 16 bits that hide in which order a sum was made.
+    """
+    two, four = sums_the_last_rows_in_another_order(2), sums_the_last_rows_in_another_order(4)
+    monkeypatch.setattr(layouts, "packed_layouts", lambda dtype: [two, four])
+    monkeypatch.setattr(layouts, "PLAIN", sums_the_last_rows_in_another_order(32))
+    monkeypatch.setattr(layouts, "_onednn_types", list)
+    assert exact_layouts(SHAPES, dtype) == [in_blocks(two, 2), in_blocks(four, 4)]
 
 
 @pytest.mark.skipif(
@@ -297,8 +329,8 @@ def test_auto_packs_where_that_gains(
     chosen = str(prepare("auto", model))
     assert chosen == backend
     # The other layouts of the trial are let go.
-    held = [held.layout.name for held in packing._packed[layer.weight]]
-    assert held == ["PyTorch" if chosen == "eager" else chosen.split()[-1].rstrip(")")]
+    name = "PyTorch" if chosen == "eager" else chosen.split()[-1].rstrip(")")
+    assert [laid_out.pack for laid_out in packing._packed[layer.weight]] == [layouts.LAYOUTS[name].pack]
 
 
 def test_a_large_model_is_tried_once_on_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
