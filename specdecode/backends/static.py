@@ -161,6 +161,11 @@ class StaticRunner:
             idle = sorted([*self._idle, storage], key=lambda idle: (-len(idle.positions), idle.number))
             self._idle = idle[:_IDLE_STORAGES]
 
+    def forget_inputs(self, slots: Slots) -> None:
+        """Overwrite the inputs of the last forwards. Padding rows read them again, beside later inputs."""
+        for graph in self._graphs.get(slots.storage, {}).values():
+            graph.clear()
+
     def span(self, slots: Slots) -> int:
         """Return the number of these slots that a forward attends to."""
         return slots.length if self._capture is None else min(_span(slots.length), slots.capacity)
@@ -383,6 +388,12 @@ class _CachedGraph:
         write(self._tokens[:count], tokens)
         if self._states is not None and states is not None:
             write(self._states[:count], states)
+
+    def clear(self) -> None:
+        """Overwrite the inputs."""
+        self._tokens.zero_()
+        if self._states is not None:
+            self._states.zero_()
 
     def run(self) -> tuple[Tensor, ...]:
         """Return the outputs for the current contents of the buffers. They are valid until the next run."""

@@ -24,7 +24,7 @@ class Storage:
         moves: number of times that other tensors replaced these, for more slots or for a batch.
         reusable: whether another sequence may use the tensors: they are no rows of a batch's tensors.
         number: number of this storage among the storages of one runner.
-        unchecked: whether values may be infinite or NaN: nobody has seen finite logits.
+        unchecked: whether values of the last text may be infinite or NaN: nobody has seen that its logits are finite.
     """
 
     positions: Int[Tensor, " capacity"]
@@ -33,7 +33,7 @@ class Storage:
     moves: int = 0
     reusable: bool = True
     number: int = 0
-    unchecked: bool = False
+    unchecked: bool = True
 
     @staticmethod
     @torch.inference_mode()
@@ -42,11 +42,12 @@ class Storage:
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Overwrite unchecked values of a text. Static forwards read slots beyond theirs: a NaN would spread."""
+        """Make ready for another text: overwrite unchecked values. Static forwards read slots beyond theirs, where a
+        NaN would spread."""
         if self.unchecked:
             for layer in (*self.keys.values(), *self.values.values()):
                 layer.zero_()
-        self.unchecked = False
+        self.unchecked = True
 
 
 class Slots:
@@ -263,6 +264,12 @@ class Slots:
             if self.attention.numel():
                 self.attention[:, :, target] = self.attention[:, :, source]
         self.length = after + len(indices)
+
+    @torch.inference_mode()
+    def erase_dropped(self) -> None:
+        """Overwrite all slots that are not filled. Static forwards and batches read some of them."""
+        for tensor in (*self._keys.values(), *self._values.values()):
+            tensor[:, :, self.length :] = 0
 
 
 class SlotBatch:

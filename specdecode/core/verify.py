@@ -21,16 +21,12 @@ class Acceptance:
 
     Attributes:
         path: the accepted nodes, from a child of the root downwards. The root (node 0) is not listed.
-        next_token: the target's own token after the path: the bonus if the path ends at a leaf, else the correction.
-        tokens: the accepted tokens and, last, `next_token`.
+        tokens: the accepted tokens and, last, the target's own token after the path: the bonus if the path ends at a
+            leaf, else the correction.
     """
 
     path: list[int]
     tokens: list[int]
-
-    @property
-    def next_token(self) -> int:
-        return self.tokens[-1]
 
 
 def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nodes"], rng: Rng) -> Acceptance:

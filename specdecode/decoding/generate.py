@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -86,7 +86,7 @@ def generate(
         return sequence.result
 
 
-def plain_steps(target: LM, prompt: Sequence[int], *, max_new_tokens: int) -> Iterator[int]:
+def plain_steps(target: LM, prompt: Sequence[int], *, max_new_tokens: int) -> Generator[int, None, None]:
     """Continue a prompt by plain greedy decoding, as `generate` does. After each step yield the number of new tokens.
 
     Other runs may come between two steps if they record nothing on the target (`LM.recording_for`).
@@ -236,5 +236,5 @@ def _step(target: LM, batch: SlotBatch, sequences: Sequence[SequenceState]) -> N
     forward_started = clock()
     with target.recording_outputs(sorted({layer for sequence in sequences for layer in sequence.layers})):
         logits = target.forward_trees(batch, [sequence.pending for sequence in sequences], trees)
-    for sequence, tree, sequence_logits in zip(sequences, trees, logits, strict=True):
-        sequence.commit(tree, sequence_logits, forward_started)
+        for sequence, tree, sequence_logits in zip(sequences, trees, logits, strict=True):
+            sequence.commit(tree, sequence_logits, forward_started)

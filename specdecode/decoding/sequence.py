@@ -11,6 +11,7 @@ from torch import Tensor
 from specdecode.backends.graph import CudaGraphs, clock
 from specdecode.controllers.adaptive import AdaptiveK
 from specdecode.controllers.base import MAX_DRAFT_NODES, FixedK, Limit
+from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import Generation, Step
 from specdecode.core.sampling import most_probable
 from specdecode.core.transfer import moved, picked
@@ -122,6 +123,9 @@ class SequenceState:
     ) -> list[int]:
         """Commit the accepted tokens of the tree and the target's own token, and end the step.
 
+        If a proposal overflows in the target, its NaN may reach the rows beside it: attention gives it the weight zero,
+        and zero times NaN is NaN. Then the step is made again without proposals, as in plain decoding.
+
         Args:
             tree: the proposal.
             logits: the target's logits at the root and at each node of the tree.
@@ -140,7 +144,12 @@ class SequenceState:
         else:
             decisions = forced
         slots.storage.unchecked = True
-        acceptance = accept(tree, decisions, self._rng)  # raises if logits that decide are not finite
+        try:
+            acceptance = accept(tree, decisions, self._rng)
+        except SpecDecodeError:  # logits that decide are not finite
+            if not len(tree):
+                raise
+            return self.commit(DraftTree.empty(), self._without(tree), forward_started)
         slots.storage.unchecked = forced is not None
         verified_at = clock()
 
@@ -169,6 +178,16 @@ class SequenceState:
         )
         self._end_step(step, emitted, ended_at)
         return decided_at
+
+    def _without(self, tree: DraftTree) -> Float[Tensor, "1 V"]:
+        """Take back the last forward, of the pending tokens and a tree. Make it without the tree, and return the logits
+        of the root."""
+        target = self._request.target
+        self.slots.keep([], after=self.slots.length - len(self.pending) - len(tree))
+        self.slots.erase_dropped()
+        if target.static is not None:
+            target.static.forget_inputs(self.slots)
+        return target.forward_tree(self.slots, self.pending, DraftTree.empty())
 
     def _context(self) -> Context:
         """Return the drafter's input. In the first step it has no hidden states: the part of the prompt that was read

@@ -7,8 +7,8 @@ import gc
 import re
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,9 +57,10 @@ from specdecode.backends.row_attention import by_rows
 from specdecode.backends.static import Capture, StaticRunner
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.check import classify
-from specdecode.controllers.base import Controller
+from specdecode.controllers.base import Controller, Limit
 from specdecode.core.errors import SpecDecodeError, UnsupportedModelError
 from specdecode.decoding.teacher_forced import teacher_forced
+from specdecode.drafters.base import Context
 from specdecode.drafters.none import NoDraft
 from specdecode.models.variants import shared_copy
 from tests.helpers import models
@@ -582,6 +583,75 @@ def test_keys_of_a_text_that_overflowed_reach_no_other() -> None:
     gc.collect()
     expected = generate(lm("qwen3"), prompt(), max_new_tokens=LENGTH).tokens
     assert generate(target, prompt(), max_new_tokens=LENGTH).tokens == expected
+
+
+class OneToken:
+    """Proposes one token, again and again."""
+
+    layers = ()
+    forwards = 0
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        return DraftTree.chain(torch.full((limit.depth,), self.token))
+
+
+@contextmanager
+def overflowing(target: LM, layer: nn.Module, token: int) -> Iterator[None]:
+    """Within this context, a layer's output is NaN in the rows of one token."""
+    rows: list[torch.Tensor] = [torch.empty(0)]
+
+    def note(module: nn.Module, given: tuple[torch.Tensor]) -> None:
+        rows[0] = (given[0] == token)[..., None]
+
+    def spoil(module: nn.Module, given: object, states: torch.Tensor) -> torch.Tensor:
+        return states.masked_fill(rows[0], torch.nan)
+
+    hooks = [target.model.get_input_embeddings().register_forward_pre_hook(note), layer.register_forward_hook(spoil)]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=1, seed=1)], ids=["greedy", "sampled"])
+def test_a_proposal_that_overflows_changes_no_token(sampling: Sampling) -> None:
+    """Guards against NaN logits where plain decoding has none: a proposal that overflows reaches the rows beside it,
+    and rounded spans, padding and batches read it later.
+    """
+    options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": LENGTH}
+    for target in (over_static_shapes("qwen3", "rounded"), lm("qwen3")):
+        texts = [list(prompt(length)) for length in (9, 23)]
+        plain = [generate(target, text, **options).tokens for text in texts]
+        unused = next(
+            token for token in range(1, VOCABULARY) if token not in {*texts[0], *texts[1], *plain[0], *plain[1]}
+        )
+        for layer in (target.model.model.embed_tokens, target.model.model.layers[-1].mlp):
+            with overflowing(target, layer, unused):
+                alone = [generate(target, text, drafter=OneToken(unused), **options) for text in texts]
+                batch = generate_batch(target, texts, batch_size=2, drafter=partial(OneToken, unused), **options)
+            assert [result.tokens for result in (*alone, *batch)] == [*plain, *plain]
+
+
+def test_keys_of_a_draft_that_overflowed_reach_no_other_text() -> None:
+    """Guards against a draft that proposes nothing useful for the rest of a session, because it overflowed once."""
+    target, draft = lm("llama"), over_static_shapes("llama", "rounded")
+
+    def accepted() -> int:
+        drafter = ModelDrafter(draft)
+        result = generate(target, prompt(), drafter=drafter, max_new_tokens=12).accepted
+        del drafter
+        gc.collect()
+        return result
+
+    expected = accepted()
+    overflow = draft.model.get_input_embeddings().register_forward_hook(
+        lambda module, given, states: torch.full_like(states, torch.nan)
+    )
+    assert accepted() < expected
+    overflow.remove()
+    assert accepted() == expected
 
 
 def test_a_text_rounds_the_same_in_a_used_storage() -> None:

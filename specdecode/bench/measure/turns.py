@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,7 +80,11 @@ class Turns:
 
     @with_stack_room
     def _once(self, arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Turn:
-        plain = _Plain(self._target, prompt, length)
+        with closing(_Plain(self._target, prompt, length)) as plain:
+            return self._beside(plain, arm, prompt, length, expected)
+
+    def _beside(self, plain: _Plain, arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Turn:
+        """Run an arm in turns with plain decoding."""
         plain_s: list[float] = []
         taken: list[float] = []
         share = self._slices.steady.begin_watch()
@@ -115,6 +120,11 @@ class _Plain:
         self._device = target.device
         self._steps = plain_steps(target, prompt, max_new_tokens=length)
         self._tokens = 0
+
+    def close(self) -> None:
+        """Give back the slots, so that the next run finds the shapes that were captured for them. No garbage is
+        collected during runs."""
+        self._steps.close()
 
     @torch.inference_mode()
     def until(self, tokens: int) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +22,7 @@ from specdecode.bench.measure.experiment import experiment
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.measure.turns import Turns, reason_against
 from specdecode.bench.runs.counts import Counts
+from specdecode.core.slots import Slots
 from tests.helpers.fake_clock import Cost, FakeClock, charged
 from tests.helpers.models import lm, prompt
 
@@ -99,6 +103,32 @@ def test_plain_decoding_goes_on_where_it_would_stop(target: LM, clock: FakeClock
     with plain_costs(clock, turns, 1.0):
         turn = turns.measure(longer, prompt(), 9, ())
     assert turn.run.beside_s / turn.run.s_per_token == pytest.approx(1.0)
+
+
+def test_a_run_gives_its_slots_back(target: LM, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against CUDA graphs that each run captures anew, because the slots of the last are still in use."""
+    turns = Turns(arm("ar", target), undisturbed())
+    made: list[weakref.ref[Slots]] = []
+    new_slots = turns._target.new_slots
+    monkeypatch.setattr(turns._target, "new_slots", lambda capacity: noted(new_slots(capacity), made))
+    with plain_costs(clock, turns, 1.0), without_collections():
+        turns.measure(coded(target, [1] * 4, lambda step: 1.0, clock), prompt(), 4, ())
+        assert [slots() for slots in made] == [None]
+
+
+def noted(slots: Slots, made: list[weakref.ref[Slots]]) -> Slots:
+    made.append(weakref.ref(slots))
+    return slots
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Within this context, no garbage is collected."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def test_a_machine_that_gets_slower_slows_both(target: LM, clock: FakeClock) -> None:
