@@ -137,6 +137,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
             "tests",
             [*pytest, "-v", "-k", "not compiled and not pack", *side_by_side, *tests],
             2.2,
+            "" if find_spec("hypothesis") else "hypothesis is not installed",
             note="; ".join(filter(None, [alone, unchecked])),
         ),
         SuiteStep("roofline", roofline, 0.8),

@@ -169,6 +169,7 @@ def test_a_machine_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monkey
     steps = {step.name: step for step in gpu.steps("cuda", False, tmp_path)}
     skipped = {name: step.skip for name, step in steps.items() if step.skip}
     assert skipped == {
+        "tests": "hypothesis is not installed",
         "quick": "smollm2-135m is not fetched yet: specdecode fetch",
     }
     assert "--prompts=prose:6" in steps["quick"].arguments

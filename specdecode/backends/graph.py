@@ -49,7 +49,10 @@ class CudaGraphs:
             return self._captured(action)
 
     def _captured(self, action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-        started, before = time.perf_counter(), torch.cuda.memory_reserved()
+        started = time.perf_counter()
+        # A capture begins by freeing unused memory. It must not count as memory that the capture gives back.
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         # Libraries set up at their first call on a stream, which must not be captured. So these runs use its stream.
         side_stream = _side_stream(torch.cuda.current_device())
         side_stream.wait_stream(torch.cuda.current_stream())

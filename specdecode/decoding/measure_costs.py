@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specdecode.backends.device import synchronise
+from specdecode.backends.graph import clock
 from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
 from specdecode.controllers.cost_aware import Costs, DraftCost
 from specdecode.core.sampling import Sampling
@@ -281,10 +282,10 @@ def _medians(
     for done in range(1, repeats + 1):
         for key, action in actions.items():
             synchronise(target.device)
-            begun = time.perf_counter()
+            begun = clock()
             action()
             synchronise(target.device)
-            taken[key].append(time.perf_counter() - begun)
+            taken[key].append(clock() - begun)
         late = target.ranks.agreed(time.perf_counter() - started > limit)
         tell(done, done if late else repeats)
         if late:

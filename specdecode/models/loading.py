@@ -224,7 +224,7 @@ def _noted(name: str, source: str) -> AbstractContextManager[None]:
 
 
 def _pretrained(name: str, source: str, dtype: torch.dtype, count: int = 1) -> PreTrainedModel:
-    options = {"dtype": dtype, "output_loading_info": True, **arguments(count)}
+    options = {"dtype": dtype, "output_loading_info": True, **arguments(count, source)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
         model, report = loaded

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from specdecode.core.errors import UnsupportedModelError, first_line
 from specdecode.support.torchrun import local_rank, processes
@@ -22,7 +23,8 @@ def split_count(tp: str | None, name: str, quantize: str | None, backend: str) -
         backend: as for `load`.
 
     Raises:
-        ValueError: as `processes`, or an argument is not possible with split weights.
+        ValueError: as `processes`, an argument is not possible with split weights, or this process has no GPU of its
+            own.
     """
     count = processes(tp)
     if count == 1:
@@ -34,14 +36,43 @@ def split_count(tp: str | None, name: str, quantize: str | None, backend: str) -
     if backend not in ("auto", "eager"):
         raise ValueError(f"split weights run on the backend eager only, and {backend!r} is asked for: leave it out")
     if torch.cuda.is_available():
+        if local_rank() >= (gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"torchrun started process {local_rank() + 1} on a machine with {gpus} GPUs, and each process needs one"
+                f" of its own: give --nproc-per-node {gpus}"
+            )
         torch.cuda.set_device(local_rank())
     return count
 
 
-def arguments(count: int) -> dict[str, Any]:
+def arguments(count: int, source: str) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that split a model among `count` processes, by the plan of its
-    architecture."""
-    return {"distributed_config": _config(count)} if count > 1 else {}
+    architecture.
+
+    Args:
+        count: the number of processes.
+        source: folder or hub id of the model.
+
+    Raises:
+        ValueError: as `check_heads`.
+    """
+    if count == 1:
+        return {}
+    with suppress(OSError):  # from_pretrained says why there is no configuration
+        check_heads(AutoConfig.from_pretrained(source), count)
+    return {"distributed_config": _config(count)}
+
+
+def check_heads(config: PretrainedConfig, count: int) -> None:
+    """Raise ValueError if the processes cannot have equal numbers of attention heads."""
+    text = config.get_text_config(decoder=True)
+    queries = getattr(text, "num_attention_heads", count)
+    keys = getattr(text, "num_key_value_heads", None) or queries
+    if queries % count or keys % count:
+        raise ValueError(
+            f"{count} processes cannot share {queries} attention heads, and {keys} of keys, in equal parts: start as"
+            " many processes as divide both numbers"
+        )
 
 
 def split(model: PreTrainedModel, count: int) -> PreTrainedModel:
@@ -49,9 +80,11 @@ def split(model: PreTrainedModel, count: int) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: transformers has no plan for the architecture, or cannot apply it.
+        ValueError: as `check_heads`.
     """
     if count == 1:
         return model
+    check_heads(model.config, count)
     kind: Any = type(model)
     try:
         config, _, mesh = kind.prepare_distribute_model(_config(count))

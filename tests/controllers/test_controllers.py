@@ -33,8 +33,10 @@ from specdecode import (
     generate,
     measure_costs,
 )
+from specdecode.backends.graph import CudaGraphs
 from specdecode.controllers.base import Controller, Limit
 from specdecode.controllers.cost_aware import DraftCost
+from specdecode.decoding.measure_costs import _medians
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from tests.helpers.discovery import CONTROLLERS
@@ -528,6 +530,16 @@ def test_queued_work_is_waited_for_and_slow_work_measured_once(
     assert costs.draft[Limit(1)].seconds == pytest.approx(1.1, abs=0.11)
     # Once to warm up, and once measured.
     assert [rows.count(each) for each in costs.verify] == [2] * 7
+
+
+def test_captures_are_no_costs(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a draft that is thought to be slow, because a forward of a new shape was captured meanwhile."""
+
+    def capture() -> None:
+        clock.advance(0.01 + 5.0)
+        monkeypatch.setattr(CudaGraphs, "seconds", CudaGraphs.seconds + 5.0)
+
+    assert _medians(small(), {"capturing": capture}) == {"capturing": pytest.approx(0.01)}
 
 
 def test_first_times_and_busy_moments_are_no_costs(clock: FakeClock) -> None:

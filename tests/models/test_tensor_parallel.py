@@ -7,16 +7,19 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from specdecode import generate, load
 from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.presets import preset
 from specdecode.bench.report.captions import command
 from specdecode.bench.runs.file import read
+from specdecode.models.tensor_parallel import split_count
 from specdecode.policies import policy
 from tests.helpers.characters import save
 from tests.helpers.heads import write_head
@@ -196,6 +199,27 @@ def test_what_split_weights_do_not_permit(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load(**{"name": "./nowhere", **given})
+
+
+def test_a_number_of_processes_that_cannot_share_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against PyTorch's own errors: of views whose sizes do not fit, or of a GPU that is not there."""
+    cases = {
+        "3": (str(model), "4 attention heads, and 2 of keys"),
+        "2": ("shape:smollm2-135m", "9 attention heads, and 3"),
+    }
+    for count, (name, heads) in cases.items():
+        monkeypatch.setenv("WORLD_SIZE", count)
+        with pytest.raises(ValueError, match=f"{count} processes cannot share {heads}"):
+            load(name, dtype="float64", device="cpu", tp="auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for rank in ("1", "2"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with nullcontext() if rank == "1" else pytest.raises(ValueError, match="process 3 on a machine with 2 GPUs"):
+            assert split_count("auto", "shape:tiny", None, "auto") == 2
+    assert chosen == [1]
 
 
 def test_without_torchrun_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
