@@ -19,7 +19,7 @@ def gate(
     ] = False,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="share by which a time may be worse  [default: as pyproject.toml says, or 0.05]"),
+        typer.Option(help="share by which a time may be worse  [default: that of the new run's session]"),
     ] = None,
 ) -> None:
     """Judge a run by another run, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
@@ -29,8 +29,9 @@ def gate(
     from specdecode.bench.runs.file import read
 
     project = read_project(Path())
-    tolerance = tolerance_of(tolerance, project.tolerance)
-    judgements = judge_by_baseline(read(new), read(old), tolerance, tolerances=project.tolerances)
+    run = read(new)
+    tolerance = tolerance_of(tolerance, project.tolerance(run.header))
+    judgements = judge_by_baseline(run, read(old), tolerance, tolerances=project.tolerances)
     say_tables(verdict_table(judgements))
     failing = FAILING["strict" if strict else project.gate]
     failed = sum(judgement.verdict in failing for judgement in judgements)
@@ -60,9 +61,14 @@ def bless(
     from specdecode.bench.gate.project import read_project
     from specdecode.bench.runs.file import read
 
-    baselines = baselines or read_project(Path()).baselines
+    project = read_project(Path())
+    baselines = baselines or project.baselines
     file = make_baseline(run, baselines, whole_text(reason, "the reason"), counters=counters)
     if counters:
         say(f"blessed as {file}: it judges counters on any hardware, and no times")
     else:
-        say(f"blessed as {file}: with it, a later run detects slowdowns of {ever_sees(read(file)):.1%} or more at best")
+        blessed = read(file)
+        say(
+            f"blessed as {file}: with it, a later run of the same tolerance ({project.tolerance(blessed.header):.0%})"
+            f" detects slowdowns of {ever_sees(blessed):.1%} or more at best"
+        )

@@ -237,7 +237,8 @@ def _speed_report(path: Path, run: RunFile, baseline: Path | None, format: Forma
     project = read_project(Path())
     own_baseline = project.baselines / run.header.identity.file
     old = read(baseline) if baseline else find(run.header.identity, project.baselines)
-    judgements = judge_by_baseline(run, old, project.tolerance, tolerances=project.tolerances) if old else []
+    tolerance = project.tolerance(run.header)
+    judgements = judge_by_baseline(run, old, tolerance, tolerances=project.tolerances) if old else []
     about = (run, title(run), judged_by(run, old, own_baseline), judgements)
     if format is Format.comment:
         content: Any = comment(*about, project.gate, str(run.path))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from specdecode.bench.measure.header import run_header
 from specdecode.bench.options import Options
 from specdecode.bench.plan import Plan, resolve
 from specdecode.bench.plugin import _parameters
@@ -131,7 +132,10 @@ def test_the_tolerance_lets_a_run_see_what_until_names(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     commit(tmp_path)
-    assert plan(tmp_path, **given).tolerance == pytest.approx(tolerance)
+    of_session = plan(tmp_path, **given)
+    assert of_session.tolerance == pytest.approx(tolerance)
+    header = run_header(of_session, {}, 0.01, roofline=0.0, versions={}, before={})
+    assert header.tolerance == of_session.tolerance
 
 
 def test_presets_of_any_editor_are_read(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.gate.verdicts import FAILING, tolerance_of
+from specdecode.bench.runs.records import Header
 from specdecode.support.checked import mapping, number, read_text, text
 
 if sys.version_info >= (3, 11):
@@ -54,10 +55,10 @@ class Project:
     options: Mapping[str, Any] = field(default_factory=dict)
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def tolerance(self) -> float:
-        """The share by which the time of any other arm may be worse than the baseline's."""
-        return float(self.options.get("tolerance", TOLERANCE))
+    def tolerance(self, header: Header) -> float:
+        """Return the share by which the time of any other arm of a run may be worse: that of the run's session, if its
+        file has it."""
+        return float(self.options.get("tolerance", TOLERANCE)) if header.tolerance is None else header.tolerance
 
     @property
     def gate(self) -> str:

@@ -53,4 +53,5 @@ def run_header(
         budget_spent=budget_spent,
         left=left,
         unselected=list(unselected),
+        tolerance=plan.tolerance,
     )

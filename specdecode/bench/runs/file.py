@@ -154,6 +154,7 @@ def _header(head: dict[str, Any]) -> Header:
         budget_spent=flag(head, "budget_spent", default=False),
         left=count(head, "left") if "left" in head else 0,
         unselected=texts(head.get("unselected", []), "unselected"),
+        tolerance=number(head, "tolerance", 0.0, 1.0) if "tolerance" in head else None,
     )
 
 

@@ -84,6 +84,7 @@ class Header:
         budget_spent: whether the time budget ended the repeats, before all verdicts were clear.
         left: number of blocks left to measure when the file was written, for a stopped run or a spent budget.
         unselected: arms of the preset that the session did not select.
+        tolerance: the share by which a time could be worse in the session's verdicts; None in older files.
     """
 
     identity: Identity
@@ -98,6 +99,7 @@ class Header:
     budget_spent: bool = False
     left: int = 0
     unselected: list[str] = field(default_factory=list)
+    tolerance: float | None = None
 
     @property
     def processes(self) -> int:

@@ -13,7 +13,7 @@ _FORMS = {
     Identity: Form(patterns=dict.fromkeys(("hardware", "dtype", "preset"), SLUG)),
     Header: Form(
         required=("roofline", "versions", "conditions"),
-        bounds={"floor": (0, MOST_LOG), "max_new_tokens": (1, MOST), "until": (0, 1)},
+        bounds={"floor": (0, MOST_LOG), "max_new_tokens": (1, MOST), "until": (0, 1), "tolerance": (0, 1)},
     ),
     # Keys that were added later are optional, because older files lack them.
     ArmRecord: Form(

@@ -422,6 +422,33 @@ def test_the_command_line_judges_from_the_files_alone(
         assert "linear" in capsys.readouterr().out
 
 
+def test_files_are_judged_by_the_tolerance_of_their_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against `specdecode gate`, `report` and `bless` that judge by another tolerance than the session did."""
+    monkeypatch.chdir(tmp_path)
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    slower = content({"linear": 1.94})
+    old.write_text(json.dumps(content({"linear": 2.0})))
+    floors = {}
+    for tolerance, code in ((None, 0), (0.05, 0), (0.01, 1)):
+        if tolerance is not None:
+            slower["specdecode"]["tolerance"] = tolerance
+        new.write_text(json.dumps(slower))
+        assert exit_code(monkeypatch, "gate", new, old) == code
+        assert exit_code(monkeypatch, "gate", new, old, "--tolerance", "0.05") == 0
+        report = tmp_path / "report.md"
+        assert exit_code(monkeypatch, "report", new, "--baseline", old, "--out", report) == 0
+        assert ("REGRESSED" in report.read_text()) == bool(code)
+        floors[tolerance] = ever_sees(read(new))
+    assert floors[None] == floors[0.05] > floors[0.01]
+    capsys.readouterr()
+    assert exit_code(monkeypatch, "bless", new, "--reason", "a small tolerance") == 0
+    assert f"the same tolerance (1%) detects slowdowns of {floors[0.01]:.1%}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_a_repository_says_what_its_arms_may_lose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
