@@ -14,6 +14,7 @@ import torch
 
 from specdecode.support.files import slug
 
+_X86_NUMBERS = (("family", "cpu family"), ("model", "model"))
 _NVML_ERRORS = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError)
 
 
@@ -121,7 +122,9 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if model := values.get("model name"):
-        return model
+        # Rented machines hide the model behind a name like "AMD EPYC". Its family and number tell the models apart.
+        numbers = [f"{key} {values[name]}" for key, name in _X86_NUMBERS if name in values]
+        return " ".join([model, *numbers])
     # Linux knows ARM processors by numbers alone.
     numbers = [values[name] for name in ("CPU implementer", "CPU part") if name in values]
     return " ".join([platform.processor() or platform.machine(), *numbers])

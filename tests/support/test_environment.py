@@ -15,7 +15,6 @@ from specdecode.bench.measure.counters import host_reads, peak_memory
 from specdecode.bench.runs.records import Header, Identity
 from specdecode.support import environment as environment_module
 from specdecode.support.environment import conditions, cpu_name, environment, hardware
-from specdecode.support.files import slug
 from tests.helpers.models import ARCHITECTURES, build
 
 IDENTITY = Identity("gpu", "t", "d", "float16", "quick")
@@ -131,13 +130,14 @@ def test_the_machine_is_described() -> None:
     """Guards against a baseline with another name each time, and against asking for a GPU where there is none."""
     assert conditions(torch.device("cpu")).keys() == {"load average"}
     assert environment()["threads"] == torch.get_num_threads()
-    assert hardware(torch.device("cpu")) == slug(f"{cpu_name()} {torch.get_num_threads()} threads")
 
 
 @pytest.mark.parametrize(
     ("cpuinfo", "name"),
     [
         ("processor\t: 0\nmodel name\t: A Fine: CPU\n", "A Fine: CPU"),
+        ("cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n", "AMD EPYC family 25 model 1"),
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n", "AMD EPYC family 26 model 2"),
         ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "aarch64 0x41 0xd40"),
         ("", "aarch64"),
     ],
@@ -145,11 +145,19 @@ def test_the_machine_is_described() -> None:
 def test_processors_of_other_models_have_other_names(
     cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against times of two ARM processors that are compared, because Linux names neither."""
+    """Guards against times of two processors that are compared: Linux names no ARM processor, and rented machines hide
+    the model."""
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(environment_module, "Path", lambda path: tmp_path / "cpuinfo")
     monkeypatch.setattr(environment_module.platform, "processor", lambda: "aarch64")
     assert cpu_name() == name
+
+
+def test_hardware_is_the_processor_and_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against one baseline for two processors, or for two numbers of threads."""
+    monkeypatch.setattr(environment_module, "cpu_name", lambda: "AMD EPYC family 26 model 2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert hardware(torch.device("cpu")) == "amd-epyc-family-26-model-2-3-threads"
 
 
 def test_reads_of_tensors_are_counted() -> None:
