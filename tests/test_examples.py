@@ -108,7 +108,7 @@ def test_every_example_has_its_preset() -> None:
     """Guards against an example that the tests leave out."""
     names = {file.stem for file in EXAMPLES.glob("*.py")}
     assert names == {"own_drafter", "candidate_generator", "compiled_generate", "openvino_lookup"}
-    names |= {"vllm"}  # tested in tests/engines
+    names |= {"vllm", "openvino_beside"}  # tested in tests/engines; and the code of openvino_lookup again
     assert names == {file.stem for file in EXAMPLES.glob("*.toml")}
     text = (EXAMPLES / "README.md").read_text()
     assert all(f"{name}.toml" in text for name in names)
