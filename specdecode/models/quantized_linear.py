@@ -84,7 +84,8 @@ class Int4Linear(nn.Module):
 
     The weights from 32 inputs to one output share a grid. A weight is `least + n * step`: n is a whole number from 0 to
     15, `least` the least weight of the group, and `step` a fifteenth of its range. So a weight that lies on such a grid
-    keeps its value, as those of GGUF files of the type Q4_1 do. Any other weight moves by half a step at most.
+    keeps its value, as those of GGUF files of the type Q4_1 do, except that the grid itself is rounded to bfloat16. Any
+    other weight moves by half a step at most.
 
     PyTorch's kernel (`torch._weight_int4pack_mm_for_cpu`) multiplies with activations and grids in bfloat16: without
     AVX-512 it is many times slower in other types. float64 is multiplied in float32. A weight takes 4 bits, and a group

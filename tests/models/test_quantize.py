@@ -21,6 +21,7 @@ from specdecode import (
     generate,
     load,
 )
+from specdecode.backends.layouts import Layout, _is_exact
 from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.check import classify
 from specdecode.core.errors import UnsupportedModelError
@@ -161,6 +162,34 @@ def test_a_row_is_the_same_beside_any_others(kind: str, dtype: torch.dtype, rows
     first = data.draw(st.integers(0, rows - 1))
     last = data.draw(st.integers(first + 1, rows))
     assert torch.equal(layer(inputs[first:last]), together[first:last])
+
+
+def layout_of(kind: str) -> Layout:
+    """Weights of a kind, as a layout."""
+
+    def pack(weight: torch.Tensor) -> nn.Module:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False).to(weight.dtype)
+        linear.weight = nn.Parameter(weight)
+        layer = nn.Sequential(linear)
+        quantizer(kind)(layer)
+        return layer
+
+    return Layout(kind, pack, lambda inputs, layer, *_: layer(inputs))
+
+
+def scaled_together(inputs: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+    """Multiply 8-bit activations that have one scale for all rows, as dynamic quantisation often has."""
+    scale = inputs.abs().max() / 127
+    return (inputs / scale).round() @ weight.T * scale
+
+
+def test_the_order_of_a_sum_is_that_of_a_row_alone() -> None:
+    """Guards against kernels that sum by the number of rows, and shows why activations have no scale of all rows."""
+    shapes = [(576, 1536), (192, 576)]
+    assert not _is_exact(Layout("together", lambda weight: weight, scaled_together), shapes, torch.float32)
+    for kind in KINDS:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert _is_exact(layout_of(kind), shapes, dtype)
 
 
 @of_each_kind
