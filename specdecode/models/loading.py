@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def load(
     if name.startswith("shape:"):
         model = split(_random(name, chosen_dtype, torch.device("cpu") if device_map else chosen_device), count)
     else:
-        source = str(fetch()) if name == EMBEDDED else _existing(name)
+        source = source_of(name)
         with _noted(name, source):
             model = _pretrained(name, source, chosen_dtype, count)
             tokenizer = _tokenizer(source)
@@ -121,7 +122,7 @@ def load_encoder(name: str) -> TextEncoder:
         name: as for `load`.
 
     Raises:
-        ModelFileError: the tokenizer is damaged, or the embedded model cannot be fetched.
+        ModelFileError: there is no such folder, the tokenizer is damaged, or the embedded model cannot be fetched.
     """
     if name.startswith("shape:"):
         return TextEncoder(name, vocab_size=config_of(name.removeprefix("shape:")).get_text_config().vocab_size)
@@ -131,12 +132,18 @@ def load_encoder(name: str) -> TextEncoder:
 
 
 def source_of(name: str) -> str:
-    """Return the location of a model's files: a local folder, or an id on the hub.
+    """Return the location of a model's files: a local path that exists, or an id on the hub.
 
     Raises:
-        ModelFileError: the embedded model cannot be fetched.
+        ModelFileError: there is no such folder, or the embedded model cannot be fetched.
     """
-    return str(fetch()) if name == EMBEDDED else str(Path(name).expanduser())
+    if name == EMBEDDED:
+        return str(fetch())
+    # Not a `Path`, which would turn "./gpt2" into the hub's "gpt2".
+    source = os.path.expanduser(name)
+    if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not os.path.exists(source):
+        raise ModelFileError(f"no such folder: {name}")
+    return source
 
 
 def _layers(name: str, target: LM | None) -> LM:
@@ -206,16 +213,6 @@ def _make_decisive(model: PreTrainedModel) -> None:
         hidden = embedding.shape[1]
         # The successor's logit is then near `_LOGIT`, as the last norm gives the states unit variance.
         output.copy_(embedding.roll(hidden, 0) * (_LOGIT / (hidden * _EMBEDDING_SCALE)))
-
-
-def _existing(name: str) -> str:
-    """Return a local folder, or else the name as a hub id. A name that looks like a path must exist."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelFileError(f"no such folder: {name}")
-    return name
 
 
 def _noted(name: str, source: str) -> AbstractContextManager[None]:

@@ -197,6 +197,20 @@ def test_an_unknown_model_is_named(name: str, sentence: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_is_not_taken_for_a_model_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a server, or its prompts, of the hub's model that has the name of a misspelt folder."""
+    asked: list[str] = []
+    monkeypatch.setattr(loading, "_tokenizer", asked.append)
+    with pytest.raises(ModelFileError, match=r"no such folder: \./gpt2"):
+        loading.load_encoder("./gpt2")
+    assert not asked
+    monkeypatch.chdir(saved)
+    (saved / "draft.gguf").touch()
+    for name in ("./draft.gguf", str(saved), "gpt2", "openai-community/gpt2", "layers:0-1"):
+        assert loading.source_of(name) == name
+    assert loading.source_of("~") == str(Path.home())
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
