@@ -102,7 +102,7 @@ def make_arm(
         name: name of the arm.
         entry: keys of the arm, which are the attributes of `ArmSpec`. With `quantize` only the target's weights are
             quantised, not the draft's.
-        target: loaded with backend="eager", because peers use it unchanged. None if all arms of the run are from code.
+        target: loaded with backend="eager", because peers use it unchanged. None if all arms are from code or servers.
         draft: the draft model, loaded in the same way.
         backend: backend of this package's arms that name none.
         lengths: lengths at which a run is cut, to get the runs of shorter outputs.

@@ -60,7 +60,9 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
     models = load_models(plan.setup.names, plan.setup.backend, plan.preset.arms.values())
     target = models.target
     if target is None:
-        raise ValueError("all arms of the preset are from code: there is no method of this package to recommend")
+        raise ValueError(
+            "all arms of the preset are from code or servers: there is no method of this package to recommend"
+        )
     prompts, _ = token_prompts(plan.preset.prompts, target)
     order = _in_turn(list(prompts))
     before, roofline = conditions(target.device), roofline_throughput(target, typical_length(prompts))

@@ -536,6 +536,16 @@ def test_hopeless_arms_are_measured_no_further(
     assert f"{THROUGHPUT}: " in capfd.readouterr().out
 
 
+def test_servers_are_no_methods_to_recommend(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str]
+) -> None:
+    """Guards against a preset of servers that is refused as one of code."""
+    head = ARMS[: ARMS.index("[arms]")]
+    Path("own.toml").write_text(f'{head}[arms]\nar = {{ server = {{ url = "http://127.0.0.1:1/v1" }} }}\n')
+    assert exit_code(monkeypatch, "recommend", *measuring, "--out", "r.json") == 2
+    assert "all arms of the preset are from code or servers: there is no method" in capfd.readouterr().err
+
+
 def test_what_others_are_compared_with_is_measured_on(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str]
 ) -> None:
