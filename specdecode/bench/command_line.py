@@ -15,6 +15,7 @@ PREFIX = "specdecode-"
 """Prefix of each option's second name, which no other plugin uses."""
 
 _DEFAULTS = Options(root=Path())
+_SESSION_OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 
 
 def share(text: str) -> float:
@@ -143,15 +144,20 @@ def options_of(config: pytest.Config) -> Options:
     """Return the options: from the command line first, then from the repository's settings, then the defaults.
 
     Raises:
-        ValueError: a setting of the repository is wrong.
+        ValueError: an option or a setting of the repository is wrong.
     """
-    from specdecode.bench.gate.project import read_project  # imports numpy, which would slow down every pytest session
+    if _SESSION_OPTIONS not in config.stash:
+        # It imports numpy, which would slow down every pytest session.
+        from specdecode.bench.gate.project import read_project
 
-    root = root_of(config)
-    project = read_project(root)
-    values = {field.name: value_of(config, field.name) for field in fields(Options)}
-    from_command_line = {name: value for name, value in values.items() if value is not None}
-    return Options(**{"root": root, "tolerances": project.tolerances, **project.options, **from_command_line})
+        root = root_of(config)
+        project = read_project(root)
+        values = {field.name: value_of(config, field.name) for field in fields(Options)}
+        from_command_line = {name: value for name, value in values.items() if value is not None}
+        config.stash[_SESSION_OPTIONS] = Options(
+            **{"root": root, "tolerances": project.tolerances, **project.options, **from_command_line}
+        )
+    return config.stash[_SESSION_OPTIONS]
 
 
 def root_of(config: pytest.Config) -> Path:

@@ -16,6 +16,10 @@ class Options:
         root: folder of the repository; `results/` is in it.
         baselines: folder of the baselines; a relative path is relative to `root`.
         tolerances: tolerances of single arms, by name, in place of `tolerance`.
+        again: the most time for measuring disturbed runs again, as a share of the rest.
+
+    Raises:
+        ValueError: a count is below 1, or `again` is negative, infinite or not a number.
     """
 
     root: Path
@@ -42,24 +46,9 @@ class Options:
     budget_minutes: float | None = None
     again: float = 1.0
 
-
-def check_counts(options: Options) -> None:
-    """Check the numbers that must be at least 1.
-
-    Raises:
-        ValueError: one of them is smaller.
-    """
-    for name, value in (("repeats", options.repeats), ("max_new_tokens", options.max_new_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: give 1 or more")
-
-
-def again_of(options: Options) -> float:
-    """Return the most time for measuring disturbed runs again, as a share of the rest.
-
-    Raises:
-        ValueError: the value is negative, infinite or not a number.
-    """
-    if not 0.0 <= options.again < math.inf:
-        raise ValueError(f"again is {options.again}: it is a share of the time, 0 or more")
-    return options.again
+    def __post_init__(self) -> None:
+        for name, value in (("repeats", self.repeats), ("max_new_tokens", self.max_new_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: give 1 or more")
+        if not 0.0 <= self.again < math.inf:
+            raise ValueError(f"again is {self.again}: it is a share of the time, 0 or more")

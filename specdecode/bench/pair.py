@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from specdecode.bench.command_line import options_of
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, FAILING, Judgement, tolerance_of
 from specdecode.bench.measure.paired import LEAST_BLOCKS, SECONDS, Paired, TimedFunction, measure_paired, timer
 from specdecode.bench.measure.paired_version import CHANNEL, OtherVersion, OtherVersionError, answer
 from specdecode.bench.measure.replay import clock, replay
-from specdecode.bench.options import Options, again_of
+from specdecode.bench.options import Options
 from specdecode.bench.report.comment import cut_table
 from specdecode.bench.report.grid import rich_table
 from specdecode.bench.report.junit import record_properties, verdict_properties
@@ -48,11 +47,11 @@ class Pair:
 
     Args:
         request: request of the test.
-        timed: whether to time and judge the functions. Otherwise only their values are compared.
+        options: options of the session that times and judges the functions. With None only their values are compared.
     """
 
-    def __init__(self, request: pytest.FixtureRequest, timed: bool) -> None:
-        self._request, self._timed, self._called = request, timed, False
+    def __init__(self, request: pytest.FixtureRequest, options: Options | None) -> None:
+        self._request, self._options, self._called = request, options, False
 
     def __call__(
         self,
@@ -89,18 +88,18 @@ class Pair:
             return None
         # The least number of blocks, which an interval needs, may take longer than the given seconds.
         total_s = max(seconds, 4 * LEAST_BLOCKS * (time.perf_counter() - started))
-        options = options_of(self._request.config)
-        if self._timed and options.against is not None:
+        options = self._options
+        if options is not None and options.against is not None:
             with _told(), closing(self._other_version(options.root, options.against)) as other:
                 _check(ours, other.side, equal)
-                paired = self._measure(ours, other.side, seconds, total_s)
+                paired = self._measure(ours, other.side, seconds, total_s, options.again)
         elif old is not None:
             theirs = _called("the old function", old, counters)
             _check(ours, theirs, equal)
-            if not self._timed:
+            if options is None:
                 return None
-            paired = self._measure(ours, theirs, seconds, total_s)
-        elif self._timed:
+            paired = self._measure(ours, theirs, seconds, total_s, options.again)
+        elif options is not None:
             pytest.fail("paired has no old function: give it one, or run with --against REF", pytrace=False)
         else:
             return None
@@ -124,9 +123,8 @@ class Pair:
         in_one_process = ["-n0"] if config.pluginmanager.hasplugin("xdist") else []
         return OtherVersion(ref, config.stash[_OTHER], root, self._request.node.nodeid, in_one_process)
 
-    def _measure(self, new: TimedFunction, old: TimedFunction, seconds: float, total_s: float) -> Paired:
+    def _measure(self, new: TimedFunction, old: TimedFunction, seconds: float, total_s: float, again: float) -> Paired:
         """Time both functions, and show the progress of a long measurement."""
-        again = again_of(options_of(self._request.config))
         if total_s < _LONG_S:
             return measure_paired(self._name, new, old, seconds, again=again)
         with ExitStack() as stack:

@@ -14,7 +14,7 @@ from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.gate.baselines import TOLERANCE, find
 from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
-from specdecode.bench.options import Options, again_of, check_counts
+from specdecode.bench.options import Options
 from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, shared_by
@@ -134,9 +134,8 @@ def resolve_setup(options: Options) -> Setup:
     """Return the models and the device that the options name.
 
     Raises:
-        ValueError: the device, the type or the backend cannot be used, or an option's number is too small.
+        ValueError: the device, the type or the backend cannot be used.
     """
-    check_counts(options)
     count = split_count(options.tp, options.target, None, options.backend)
     device = choose_device(options.device)
     check_backend(options.backend, device)
@@ -194,7 +193,7 @@ def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True
         gate=options.gate,
         until=options.until,
         budget_minutes=_budget_minutes(options),
-        again=again_of(options),
+        again=options.again,
     )
 
 

@@ -95,6 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if rank() and value_of(config, "tp"):
         _write_no_files(config)
     with _one_sentence():
+        options_of(config)
         _check_processes(config)
         # Files are opened after the measurement. A file that cannot be written would then lose the run.
         if value_of(config, "benchmark"):
@@ -307,8 +308,7 @@ def speed_run(request: pytest.FixtureRequest) -> JudgedRun:
     from specdecode.bench.measure.speed_session import measure
 
     config, plan = request.config, _plan(request.config)
-    parameters = _parameters(request)
-    selected = {values["arm"] if "arm" in values else values["judged"][0] for values in parameters}
+    selected = {values["arm"] if "arm" in values else values["judged"][0] for values in _parameters(request)}
     file = config.getoption("benchmark_json", None)
     with _at_work(config):
         if plan.against is None and not plan.resume:
@@ -374,7 +374,7 @@ def paired(request: pytest.FixtureRequest) -> Pair:
     """Compare two functions: `paired(new=..., old=...)`, timed with `--benchmark`. See `bench.pair.Pair`."""
     from specdecode.bench.pair import Pair
 
-    return Pair(request, timed=bool(value_of(request.config, "benchmark")))
+    return Pair(request, options_of(request.config) if value_of(request.config, "benchmark") else None)
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,15 @@ def test_with_benchmark_they_are_timed_and_judged(elsewhere: Runs, tmp_path: Pat
     assert "| REGRESSED | test_slower | time |" in summary.read_text()
 
 
+def test_a_wrong_option_is_told_before_any_test(elsewhere: Runs) -> None:
+    """Guards against a traceback after a part of the tests was timed."""
+    done = elsewhere("--benchmark", *NO_TORCH, "--again=-1", "test_sorting.py")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "again is -1.0: it is a share of the time, 0 or more" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "failed" not in done.stdout
+
+
 def test_against_a_commit_the_same_test_runs_in_both(elsewhere: Runs, tmp_path: Path) -> None:
     """Guards against a commit that is compared with itself, and against processes and files that are left behind."""
     commit(tmp_path)

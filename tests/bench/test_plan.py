@@ -77,6 +77,7 @@ def plan(root: Path, **given: Any) -> Plan:
         ({"backend": "nothing"}, "no backend is named 'nothing'"),
         ({"backend": "graph"}, "need a GPU"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"again": float("inf")}, "again is inf: it is a share of the time, 0 or more"),
         ({"tolerance": 1.0}, "tolerance is 1.0"),
         ({"tolerance": 0.05, "until": 0.05}, "the tolerance of 5.0% allows it: give a larger --until"),
         ({"baseline": "nowhere.json"}, "nowhere.json cannot be read"),

@@ -142,10 +142,9 @@ _running: list[Session] = []
 
 def _command(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of pytest that all sessions need, and those that are given."""
-    command = ["-p", "no:cacheprovider", *arguments]
-    if "--benchmark" in arguments:  # other tests run at once, and repeats would double each session
-        command.append("--specdecode-again=0")
-    return command
+    # Other tests run at once, and repeats would double each session.
+    again = ["--specdecode-again=0"] if "--benchmark" in arguments else []
+    return ["-p", "no:cacheprovider", *again, *arguments]
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
