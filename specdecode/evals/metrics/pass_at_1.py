@@ -6,6 +6,7 @@ import datasets
 import evaluate
 
 from specdecode.evals.intervals import wilson
+from specdecode.evals.metrics._info import metric_info
 from specdecode.evals.tasks import TASKS
 
 
@@ -15,14 +16,7 @@ class PassAt1(evaluate.Metric):  # type: ignore[misc]
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=str(self.__doc__),
-            citation="",
-            inputs_description="",
-            features=datasets.Features(
-                {"predictions": text, "references": {name: text for name in TASKS["humaneval"].fields}}
-            ),
-        )
+        return metric_info(self, predictions=text, references=dict.fromkeys(TASKS["humaneval"].fields, text))
 
     def _compute(self, predictions: list[str], references: list[dict[str, str]]) -> dict[str, float]:
         mark = TASKS["humaneval"].mark

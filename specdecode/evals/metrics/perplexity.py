@@ -6,6 +6,7 @@ import datasets
 import evaluate
 import torch
 
+from specdecode.evals.metrics._info import metric_info
 from specdecode.evals.perplexity import perplexity
 
 
@@ -14,12 +15,7 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
     / tokens)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=str(self.__doc__),
-            citation="",
-            inputs_description="",
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
-        )
+        return metric_info(self, predictions=datasets.Sequence(datasets.Value("float64")))
 
     def _compute(self, predictions: list[list[float]]) -> dict[str, float]:
         losses = [-torch.tensor(document, dtype=torch.float64) for document in predictions]
