@@ -140,7 +140,7 @@ class Shuffled:
 
     def __init__(self, window: CachePolicy) -> None:
         self._window = window
-        self.interval, self.keeps, self.pinned = window.interval, window.keeps, 0
+        self.interval, self.keeps = window.interval, window.keeps
         self.reads_attention = False
 
     def keep(self, slots: Slots) -> Int[Tensor, " m"]:

@@ -24,7 +24,6 @@ class CachePolicy(Protocol):
     Attributes:
         interval: committed tokens between evictions; 0 means no eviction.
         keeps: most tokens that an eviction leaves.
-        pinned: number of these tokens that always stay, at the start of the text.
         reads_attention: whether the policy chooses by `Slots.attention`, which must then be counted.
     """
 
@@ -33,9 +32,6 @@ class CachePolicy(Protocol):
 
     @property
     def keeps(self) -> int: ...
-
-    @property
-    def pinned(self) -> int: ...
 
     @property
     def reads_attention(self) -> bool: ...

@@ -29,8 +29,6 @@ class HeavyHitter:
     def __init__(
         self, max_len: int, recent: int | None = None, trigger: float = 0.9, interval: int | None = None
     ) -> None:
-        self.max_len = max_len
-        self.pinned = 0
         self.recent = bounds(max_len, trigger, interval, 0)[0] // 2 if recent is None else recent
         self.keeps, self.interval = bounds(max_len, trigger, interval, self.recent, "recent")
         self.reads_attention = True

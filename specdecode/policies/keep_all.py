@@ -17,7 +17,6 @@ class KeepAll:
 
     interval: int = 0
     keeps: int = 0
-    pinned: int = 0
     reads_attention: bool = False
 
     def keep(self, slots: Slots) -> Int[Tensor, " m"]:

@@ -26,9 +26,7 @@ class KeyNorm:
     """
 
     def __init__(self, max_len: int, recent: int = 8, trigger: float = 0.9, interval: int | None = None) -> None:
-        self.max_len = max_len
         self.recent = recent
-        self.pinned = 0
         self.keeps, self.interval = bounds(max_len, trigger, interval, recent, "recent")
         self.reads_attention = False
 

@@ -25,9 +25,7 @@ class Random:
     """
 
     def __init__(self, max_len: int, trigger: float = 0.9, interval: int | None = None, seed: int = 0) -> None:
-        self.max_len = max_len
         self.seed = seed
-        self.pinned = 0
         self.keeps, self.interval = bounds(max_len, trigger, interval, 0)
         self.reads_attention = False
 

@@ -25,7 +25,6 @@ class SinkWindow:
     """
 
     def __init__(self, max_len: int, sinks: int = 4, trigger: float = 0.9, interval: int | None = None) -> None:
-        self.max_len = max_len
         self.pinned = sinks
         self.keeps, self.interval = bounds(max_len, trigger, interval, sinks)
         self.reads_attention = False

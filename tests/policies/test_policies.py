@@ -278,8 +278,8 @@ class Cached(RuleBasedStateMachine):
             if self.lm.evict(self.slots, self.policy):
                 assert self.read % self.policy.interval == 0
                 assert self.slots.length == self.policy.keeps
-                window = self.policy.keeps - self.policy.pinned
-                self.held = self.held[: self.policy.pinned] + self.held[-window:]
+                pinned = getattr(self.policy, "pinned", 0)
+                self.held = self.held[:pinned] + self.held[pinned - self.policy.keeps :]
                 assert not self.lm.evict(self.slots, self.policy)
 
     @invariant()

@@ -42,7 +42,7 @@ def test_what_is_not_said_has_the_default_of_the_part() -> None:
     assert ArmSpec.from_entry("tree", {**tree, "shape": "best-first"}).tree_shape() == BestFirstTree(32, 0.1)
     window = ArmSpec.from_entry("window", {"policy": "sink-window"}).cache_policy()
     assert isinstance(window, SinkWindow)
-    assert (window.max_len, window.pinned) == (256, 4)
+    assert (window.keeps + window.interval, window.pinned) == (256, 4)
 
 
 def test_what_is_said_reaches_its_part() -> None:
@@ -58,7 +58,7 @@ def test_what_is_said_reaches_its_part() -> None:
     assert spec.tree_shape() == StaticTree((3, 1), 9)
     policy = spec.cache_policy()
     assert isinstance(policy, KeyNorm)
-    assert (policy.max_len, policy.recent) == (40, 2)
+    assert (policy.keeps + policy.interval, policy.recent) == (40, 2)
     tree = ArmSpec.from_entry("it", {"drafter": "head", "shape": "best-first", "nodes": 9, "threshold": 0})
     assert tree.tree_shape() == BestFirstTree(9, 0.0)
 
