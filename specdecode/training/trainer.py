@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from specdecode.heads.bound import output_rows
 from specdecode.heads.eagle3 import Eagle3Head
@@ -110,7 +110,9 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             head.parameters(), settings.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
         )
-        self._schedule = LambdaLR(self._optimizer, lambda step: _rate_share(step / total))
+        self._schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            self._optimizer, round(_WARMUP_SHARE * total), total, min_lr_rate=_FINAL_RATE_SHARE
+        )
         self._shards_done = 0  # of the current epoch
         self._sums: Tensor = torch.zeros(3, settings.ahead, dtype=torch.float64)
         self._identity = {
@@ -201,11 +203,3 @@ class Trainer:
         self.head.load_state_dict(state["head"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-
-
-def _rate_share(progress: float) -> float:
-    """Return the learning rate as a share of its peak: it rises linearly and falls along half a cosine."""
-    if progress < _WARMUP_SHARE:
-        return progress / _WARMUP_SHARE
-    fallen = 0.5 - 0.5 * torch.cos(torch.tensor(torch.pi * (progress - _WARMUP_SHARE) / (1 - _WARMUP_SHARE))).item()
-    return 1 - (1 - _FINAL_RATE_SHARE) * fallen
