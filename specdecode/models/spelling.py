@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # Text before the token that is decoded: a tokenizer may drop the space at the start of a text.
 _CONTEXT = "abcdef"
 # Name of a byte's token in vocabularies that fall back to bytes.
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Byte of each character in the names of byte-level tokens, as in GPT-2.
+_NAMED_BYTES: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # The first bytes of half a surrogate pair, which is no character in UTF-8. Python's decoder still waits for a third
 # byte.
@@ -111,14 +114,3 @@ class Reader:
         if _HALF_PAIR.match(self.pending):
             text += self._decoder.decode(b"", final=True)
         return text
-
-
-def _named_bytes() -> dict[str, int]:
-    """Return the byte for each character in the names of byte-level tokens, as in GPT-2. A printable byte is named by
-    its own character, and the other bytes by the characters from 256 on."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_NAMED_BYTES = _named_bytes()
