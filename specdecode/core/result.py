@@ -185,11 +185,6 @@ class Generation:
         """New tokens per second of the whole call: n / total."""
         return _ratio(len(self.tokens), self.total_s)
 
-    @property
-    def decode_throughput(self) -> float:
-        """New tokens per second after the first: (n - 1) / (total - TTFT)."""
-        return _ratio(len(self.tokens) - 1, self.decode_s)
-
     def until(self, count: int) -> Generation:
         """Return the generation of the first `count` tokens, with the steps that committed them.
 

@@ -14,13 +14,8 @@ from specdecode.models.lm import LM
 class NoDraft:
     """A drafter that proposes the empty tree, which gives autoregressive decoding."""
 
-    @property
-    def forwards(self) -> int:
-        return 0
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return ()
+    forwards = 0
+    layers = ()
 
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         return DraftTree.empty()
