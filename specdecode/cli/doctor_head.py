@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from specdecode.cli.output import say, say_tables
+from specdecode.cli.output import plain_table, say, say_tables
 from specdecode.support.progress import progress
 
 if TYPE_CHECKING:
@@ -92,10 +92,8 @@ def write_texts(
 
 def _table(examination: Examination) -> Table:
     first, *_ = examination.measured
-    table = Table(box=None, pad_edge=False, header_style=None)
-    table.add_column("wiring")
-    for column in (*(f"token {position}" for position, _ in enumerate(first.by_position, 1)), "tokens a step", "gain"):
-        table.add_column(column, justify="right")
+    positions = (f"token {position}" for position, _ in enumerate(first.by_position, 1))
+    table = plain_table("wiring", *positions, "tokens a step", "gain")
     for measured in examination.measured:
         stated = measured is first
         table.add_row(

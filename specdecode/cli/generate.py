@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from specdecode.bench.arms.entry import ArmSpec
-from specdecode.cli.output import say_json
+from specdecode.cli.output import say, say_json
 from specdecode.cli.prompts import read_prompts, whole_text
-from specdecode.cli.text import TextStream
 from specdecode.support.messages import note, noted_if_slow
 from specdecode.support.progress import progress
 
@@ -311,11 +310,15 @@ def _write_text(decoder: _Decoder, tokens: list[int], rules: Mapping[str, Any]) 
     """Continue a text, write it step by step, and end with a line of measures."""
     from specdecode import generate as decode
 
-    model = decoder.model
-    stream = TextStream(model)
+    # Characters are written when their bytes are complete. Special tokens, such as the end of a turn, are left out.
+    reader = decoder.model.spelling.reader(special=False)
+
+    def write(new_tokens: list[int]) -> None:
+        say("".join(map(reader.read, new_tokens)), end="")
+
     parts: dict[str, Any] = {"drafter": decoder.make_drafter(), "controller": decoder.make_controller()}
-    result = decode(model, tokens, on_step=stream.add, **parts, **rules)
-    stream.end()
+    result = decode(decoder.model, tokens, on_step=write, **parts, **rules)
+    say("")
     _tell_measures(decoder, result)
 
 

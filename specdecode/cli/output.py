@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 from specdecode.support.messages import note
 
@@ -71,6 +72,15 @@ def say_tables(*tables: RenderableType, **how: Any) -> None:
     """Write tables and texts with rich's `Console.print`, and crop no line."""
     with _output():
         Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH).print(*tables, crop=False, **how)
+
+
+def plain_table(first: str, *others: str) -> Table:
+    """Return an empty table without lines, with a column of texts and further columns of figures."""
+    table = Table(box=None, pad_edge=False, header_style=None)
+    table.add_column(first)
+    for column in others:
+        table.add_column(column, justify="right")
+    return table
 
 
 class Faults:
