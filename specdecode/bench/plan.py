@@ -23,7 +23,7 @@ from specdecode.heads.loading import shipped_head
 from specdecode.models.devices import choose_device, leave_out_cudnn
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
-from specdecode.models.loading import TINY, choose_dtype, load
+from specdecode.models.loading import TINY, choose_dtype, dtype_name, load
 from specdecode.models.tensor_parallel import split_count
 from specdecode.support.environment import hardware
 from specdecode.support.files import slug
@@ -144,7 +144,7 @@ def resolve_setup(options: Options) -> Setup:
         hardware=shared_by(count, hardware(device)),
         target=target,
         draft=options.draft or _DRAFTS.get(target, ""),
-        dtype=str(choose_dtype(options.dtype, device)).removeprefix("torch."),
+        dtype=dtype_name(choose_dtype(options.dtype, device)),
         preset=".".join([slug(Path(options.preset).stem), *(flag for flag in FLAGS if getattr(options, flag))]),
     )
     return Setup(identity, device, options.backend, options.tp)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from specdecode.cli.output import say, say_tables
+from specdecode.cli.output import plain_table, say, say_tables
 from specdecode.support.progress import progress
 
 
@@ -120,21 +120,19 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None, backends
     from specdecode import load
     from specdecode.bench.measure.roofline import WIDER, measure_roofline
     from specdecode.models.devices import leave_out_cudnn
+    from specdecode.models.loading import dtype_name
 
     model = load(name, device=device, dtype=dtype, backend="eager")
     leave_out_cudnn(model.device)
     with progress("rounds") as tell:
         roofline = measure_roofline(model, tell, backends.split(",") if backends else None)
     table = _versions()
-    kind = str(model.dtype).removeprefix("torch.")
-    table.add_row("model", f"{model.name} in {kind}" + (", synthetic" if model.synthetic else ""))
+    table.add_row("model", f"{model.name} in {dtype_name(model.dtype)}" + (", synthetic" if model.synthetic else ""))
     table.add_row(f"copy on {model.device}", _told_bandwidth(roofline.bandwidth))
     table.add_row("read per token", f"{roofline.token_bytes / 1e6:.1f} MB of weights, keys and values")
     table.add_row("roofline", f"{roofline.throughput:.1f} tokens/s")
-    forwards = Table(box=None, pad_edge=False, header_style=None)
-    forwards.add_column("backend or weights")
-    for column in ("weights MB", "1 row ms", "tokens/s", "of roofline", *(f"{rows} rows" for rows in WIDER)):
-        forwards.add_column(column, justify="right")
+    measures = ("weights MB", "1 row ms", "tokens/s", "of roofline", *(f"{rows} rows" for rows in WIDER))
+    forwards = plain_table("backend or weights", *measures)
     for backend, forward in roofline.backends.items():
         multiples = (f"{forward.multiples[rows]:.2f}x" if rows in forward.multiples else "-" for rows in WIDER)
         forwards.add_row(
@@ -145,10 +143,7 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None, backends
             f"{roofline.share(backend):.0%}",
             *multiples,
         )
-    parts = Table(box=None, pad_edge=False, header_style=None)
-    parts.add_column("where a row's time goes, ms")
-    for column in ("forward", "linear layers", "other layers", "between them"):
-        parts.add_column(column, justify="right")
+    parts = plain_table("where a row's time goes, ms", "forward", "linear layers", "other layers", "between them")
     for backend, forward in roofline.backends.items():
         if (row := forward.row) is not None:
             parts.add_row(

@@ -268,6 +268,11 @@ def _holds(source: str, name: str) -> bool:
     return False
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type, such as "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """Return the given type, or the default type of the device for None. Raise ValueError for an unknown name."""
     if dtype is None:

@@ -18,7 +18,7 @@ from specdecode.bench.servers.server import Servers
 from specdecode.bench.servers.spec import ServerSpec
 from specdecode.decoding.generate import generate
 from specdecode.models.lm import LM
-from specdecode.models.loading import check_vocabulary
+from specdecode.models.loading import check_vocabulary, dtype_name
 from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 
@@ -203,5 +203,4 @@ def _arm_of_server(
 
 def _names_of(target: LM | None, draft: LM | None) -> ModelNames:
     assert target is not None
-    dtype = str(target.dtype).removeprefix("torch.")
-    return ModelNames(target.name, draft.name if draft else "", str(target.device), dtype)
+    return ModelNames(target.name, draft.name if draft else "", str(target.device), dtype_name(target.dtype))
