@@ -22,7 +22,7 @@ from specdecode.bench.gate.verdicts import (
 )
 from specdecode.bench.measure.steady import Steady
 from specdecode.bench.report.captions import duration
-from specdecode.bench.runs.statistics import Estimate, robust_floor, robust_ratio
+from specdecode.bench.runs.statistics import Estimate, contrast, robust_floor, robust_ratio
 from specdecode.support.call_stack import with_stack_room
 from specdecode.support.checked import LEAST_SECONDS
 
@@ -63,12 +63,8 @@ class PairedBlock:
 
     @property
     def noise(self) -> float:
-        """Return the noise of `log_ratio`: the contrast (-1, 3, -3, 1) of the four logarithms, over the root of 20.
-
-        The contrast compares each function only with itself, and varies as much as `log_ratio`.
-        """
-        outer, inner = (self.new, self.old) if self.new_first else (self.old, self.new)
-        return (math.log(outer[1] / outer[0]) - 3 * math.log(inner[1] / inner[0])) / math.sqrt(20)
+        """Return the noise of `log_ratio`, see `contrast`."""
+        return contrast(self.new, self.old, self.new_first)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from specdecode.bench.runs.looks import tail_of_arm
 from specdecode.bench.runs.measures import CountersRun
 from specdecode.bench.runs.names import BASELINE, digest
 from specdecode.bench.runs.records import ArmRecord
-from specdecode.bench.runs.statistics import TAIL, Estimate, noise_floor, typical_ratio
+from specdecode.bench.runs.statistics import TAIL, Estimate, contrast, noise_floor, typical_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +74,13 @@ class Quartet:
     def noise(self) -> float:
         """Return the noise of `log_ratio`, which gives the A/A floor of this comparison: it varies as much.
 
-        For pairs it is half of their difference. For whole runs it is the cubic contrast (-1, 3, -3, 1) of the four
-        runs, over the root of 20: it compares only runs of the same version with each other, and a linear drift does
-        not change it.
+        For pairs it is half of their difference, for whole runs their `contrast`.
         """
         if self.pairs is not None:
             first, second = self.pairs
             return (first.log_ratio - second.log_ratio) / 2
-        outer, inner = (self.new, self.old) if self.new_first else (self.old, self.new)
-        return (_log_change(outer.runs) - 3 * _log_change(inner.runs)) / math.sqrt(20)
-
-
-def _log_change(runs: tuple[Run, Run]) -> float:
-    return math.log(runs[1].total_s) - math.log(runs[0].total_s)
+        new, old = ([run.total_s for run in side.runs] for side in (self.new, self.old))
+        return contrast(new, old, self.new_first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +157,7 @@ class SideBySide:
             checks += side.checks
             if self.baseline not in block:
                 continue  # a further repeat, which compares only the versions
-            own, baseline = (getattr(block[name], version) for name in (self.baselines[arm], self.baseline))
+            own, baseline = (getattr(block[other], version) for other in (self.baselines[arm], self.baseline))
             # A time from a wrong output is void.
             right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
             if right:

@@ -26,7 +26,7 @@ from specdecode.bench.report.svg import (
     series,
     text,
 )
-from specdecode.bench.runs.statistics import Estimate, pareto_front
+from specdecode.bench.runs.statistics import Estimate, pareto_front, staircase
 from specdecode.evals.results import QualityRun
 
 # The plot of a card, in pixels: its size, and the place of its axes.
@@ -143,11 +143,8 @@ def cost_by_speed(points: Sequence[Point], labels: Mapping[str, str], looks: Map
     y = _around([end for point in points for end in _ends(point.cost)], _WIDE_HEIGHT - 44.0, 12.0)
     places = {point.arm: (x(point.speedup.value), y(point.cost.value)) for point in points}
     front = pareto_front({point.arm: (point.speedup.value, -point.cost.value) for point in points})
-    corners = [(x.start, places[front[0]][1])]
-    for arm in front:
-        corners += [(corners[-1][0], places[arm][1]), places[arm]]
     parts = axes(x, y, [(x(tick), f"{tick:g}") for tick in x.ticks], "speedup over ar")
-    parts.append(path([*corners, (corners[-1][0], y.end)], "front"))
+    parts.append(path(staircase([places[arm] for arm in front], x.start, y.end), "front"))
     for point in points:
         across, up = places[point.arm]
         bars = []

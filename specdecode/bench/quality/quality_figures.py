@@ -29,11 +29,12 @@ from specdecode.bench.report.drawing import (
     lighter,
     looks,
     save,
+    sides,
     text,
 )
 from specdecode.bench.report.figures import how_drawn, name_axes, panels_of
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Estimate, pareto_front
+from specdecode.bench.runs.statistics import pareto_front, staircase
 from specdecode.evals.results import QualityRun
 
 
@@ -144,19 +145,18 @@ def cost_against_speed(run: QualityRun, speed: RunFile) -> Figure | str:
     axes, styles, entries = drawn.subplots(), looks(speed), {}
     for point in points:
         look = styles[point.arm]
-        interval: dict[str, Any] = {"xerr": _sides(point.speedup), "yerr": _sides(point.cost)}
-        interval |= {"elinewidth": 0.7, "ecolor": lighter(look.colour, 0.4)}
+        interval: dict[str, Any] = {"elinewidth": 0.7, "ecolor": lighter(look.colour, 0.4)}
+        for bar, estimate in (("xerr", point.speedup), ("yerr", point.cost)):
+            interval[bar] = sides([estimate]) if estimate.bounded else None
         axes.errorbar(point.speedup.value, point.cost.value, label=point.arm, **interval, **look.marks)
         entries[how_drawn(speed, point.arm)] = look.marks
     axes.margins(x=0.1, y=0.12)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     places = {point.arm: (point.speedup.value, point.cost.value) for point in points}
     front = pareto_front({arm: (speedup, -cost) for arm, (speedup, cost) in places.items()})
-    corners = [(left, places[front[0]][1])]
-    for arm in front:
-        corners += [(corners[-1][0], places[arm][1]), places[arm]]
+    corners = staircase([places[arm] for arm in front], left, top)
     line: dict[str, Any] = {"color": "0.6", "linewidth": 0.8}
-    (around,) = axes.plot(*zip(*corners, (corners[-1][0], top), strict=True), zorder=1, **line)
+    (around,) = axes.plot(*zip(*corners, strict=True), zorder=1, **line)
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.set(xlabel="speedup over ar", ylabel="ΔNLL, nats a token: lower is better")
     legend(drawn, entries | {"Pareto front": line})
@@ -165,12 +165,6 @@ def cost_against_speed(run: QualityRun, speed: RunFile) -> Figure | str:
         # Names may lie on intervals, so they get a background.
         name.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85})
     return drawn
-
-
-def _sides(estimate: Estimate) -> list[list[float]] | None:
-    """Return the distances from the value to both ends of its interval; None for an unbounded interval."""
-    sides = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-    return sides if estimate.bounded else None
 
 
 _FIGURES: dict[str, Callable[[QualityRun], Figure | str]] = {

@@ -37,7 +37,7 @@ from specdecode.bench.report.palette import PLAIN, alike, method, settings, shar
 from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.measures import Counters, Measures
 from specdecode.bench.runs.records import RunFile
-from specdecode.bench.runs.statistics import Estimate, pareto_front
+from specdecode.bench.runs.statistics import Estimate, pareto_front, staircase
 from specdecode.support.files import write_whole
 
 # Keys of a preset's entry that set how the target is decoded. The other keys set how drafts are made.
@@ -264,10 +264,8 @@ def quality_against_speed(run: RunFile) -> Figure | str:
     axes.margins(x=0.1)
     axes.set_ylim(0, 112)
     left, right = axes.get_xlim()
-    corners = [(left, points[front[0]][1])]
-    for arm in front:
-        corners += [(corners[-1][0], points[arm][1]), points[arm]]
-    (around,) = axes.plot(*zip(*corners, (corners[-1][0], 0.0), strict=True), zorder=1, **line)
+    corners = staircase([points[arm] for arm in front], left, 0.0)
+    (around,) = axes.plot(*zip(*corners, strict=True), zorder=1, **line)
     axes.set_xlim(left, right)
     axes.set_xlabel(text(f"speedup over {run.compared_with}"))
     axes.set_ylabel("tokens before the output differs from ar's, %")

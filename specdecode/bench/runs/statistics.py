@@ -255,6 +255,20 @@ def detectable_slowdown(change: Estimate, tolerance: float) -> float:
     return -math.expm1(math.log1p(-tolerance) - detectable(logs))
 
 
+def contrast(new: Sequence[float], old: Sequence[float], new_first: bool) -> float:
+    """Return the noise of a logarithm of a ratio, from runs of two versions in the order A B B A.
+
+    It is the cubic contrast (-1, 3, -3, 1) of the four logarithms, over the root of 20. It compares only runs of the
+    same version with each other, and a linear drift does not change it. It varies as much as the logarithm of the ratio.
+
+    Args:
+        new, old: seconds of each version's first and second run.
+        new_first: whether the new version is A.
+    """
+    outer, inner = (new, old) if new_first else (old, new)
+    return (math.log(outer[1] / outer[0]) - 3 * math.log(inner[1] / inner[0])) / math.sqrt(20)
+
+
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Return the points that no other point dominates, in the order of their first coordinate.
 
@@ -269,6 +283,14 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
             best = points[name][1]
             front.append(name)
     return front[::-1]
+
+
+def staircase(front: Sequence[tuple[float, float]], start: float, end: float) -> list[tuple[float, float]]:
+    """Return the corners of the line through a Pareto front, from the first coordinate `start` to the second `end`."""
+    corners = [(start, front[0][1])]
+    for x, y in front:
+        corners += [(corners[-1][0], y), (x, y)]
+    return [*corners, (corners[-1][0], end)]
 
 
 def known(value: float) -> float | None:
