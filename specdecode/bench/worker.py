@@ -20,7 +20,7 @@ from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.callables import NO_MEMORY, ArmError, ModelNames, below
 from specdecode.bench.arms.models import Models, load_models
 from specdecode.bench.arms.slices import sliced
-from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
+from specdecode.bench.measure.bandwidth import roofline_of
 from specdecode.bench.measure.check import check
 from specdecode.bench.measure.counters import counters_run
 from specdecode.bench.measure.header import run_versions
@@ -30,7 +30,7 @@ from specdecode.bench.runs.counts import as_dict
 from specdecode.core.errors import SpecDecodeError
 from specdecode.evals.data import token_prompts
 from specdecode.models.devices import choose_device
-from specdecode.models.loading import choose_dtype
+from specdecode.models.loading import choose_dtype, dtype_name
 
 
 class Worker:
@@ -47,7 +47,7 @@ class Worker:
         self._pause = pause
         self._models: Models | None = None
         self._arms: dict[str, Arm] = {}
-        self._typical_length = 0
+        self._prompts: dict[str, list[int]] = {}
 
     def load(
         self,
@@ -60,7 +60,7 @@ class Worker:
     ) -> dict[str, Any]:
         """Load the models and build the arms. Return facts about this version, and the reasons for arms it refuses."""
         place = choose_device(device)
-        names = ModelNames(target, draft, str(place), str(choose_dtype(dtype, place)).removeprefix("torch."))
+        names = ModelNames(target, draft, str(place), dtype_name(choose_dtype(dtype, place)))
         self._models = models = load_models(names, backend, arms.values())
         refused = {}
         for name, options in arms.items():
@@ -103,14 +103,12 @@ class Worker:
 
     def prompts(self, spec: str) -> list[Any]:
         """Return token prompts by id, and their origins."""
-        prompts, origins = token_prompts(spec, self._loaded.encoder)
-        self._typical_length = typical_length(prompts)
-        return [prompts, origins]
+        self._prompts, origins = token_prompts(spec, self._loaded.encoder)
+        return [self._prompts, origins]
 
     def roofline(self) -> float:
         """Return the tokens per second that memory bandwidth allows, with a typical prompt in the cache."""
-        target = self._loaded.target
-        return 0.0 if target is None else roofline_throughput(target, self._typical_length)
+        return roofline_of(self._loaded.target, self._prompts)
 
     def rehearse(self, arm: str, prompt: list[int], length: int, expected: list[int]) -> dict[str, float]:
         return as_dict(counters_run(self._arms[arm], prompt, length, expected))

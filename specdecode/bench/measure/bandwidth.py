@@ -44,9 +44,9 @@ def roofline_throughput(target: LM, cached: int = 0) -> float:
     return copy_bandwidth(target.device) / token_bytes(target, cached)
 
 
-def typical_length(prompts: Mapping[str, Sequence[int]]) -> int:
-    """Return the mean number of tokens in the prompts."""
-    return round(fmean(map(len, prompts.values())))
+def roofline_of(target: LM | None, prompts: Mapping[str, Sequence[int]]) -> float:
+    """Return the roofline with a prompt of mean length in the cache, in tokens per second; 0 without a target."""
+    return 0.0 if target is None else roofline_throughput(target, round(fmean(map(len, prompts.values()))))
 
 
 def token_bytes(target: LM, cached: int = 0) -> int:

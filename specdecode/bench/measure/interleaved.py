@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from specdecode.bench.arms.callables import ArmError
@@ -51,24 +51,20 @@ class RunPair:
         return math.log(old / new)
 
 
-@dataclass(slots=True)
 class SteadySlices:
     """The rules for disturbed slices: such slices are left out, and a run with mostly such slices is measured again.
 
     The rules do not look at times, and a slice counts for both sides or for none. So the rules favour no side.
 
-    Attributes:
+    Args:
         steady: the rule for disturbed runs, and the watch over other work.
-        shares: share of the processors' time that other work used, for each slice of both sides so far.
     """
 
-    steady: Steady
-    shares: list[float] = field(default_factory=list)
-    _taken: float = 0.0
-    _runs: Steady = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._runs = replace(self.steady, watch=lambda: lambda: self._taken, shares=[])
+    def __init__(self, steady: Steady) -> None:
+        self.steady = steady
+        self._shares: list[float] = []  # of the processors' time that other work used, in each slice so far
+        self._taken = 0.0
+        self._runs = replace(steady, watch=lambda: lambda: self._taken, shares=[])
 
     def measure(self, once: Callable[[], T]) -> Steadied[T]:
         """Return the least disturbed of several runs in slices. Each must call `compared` or `compare_all`."""
@@ -76,8 +72,8 @@ class SteadySlices:
 
     def compared(self, taken: Sequence[float]) -> list[int]:
         """Return the numbers of the slices that are compared, given the share of other work during each."""
-        self.shares += taken
-        most = usual(self.shares) + MARGIN
+        self._shares += taken
+        most = usual(self._shares) + MARGIN
         kept = [place for place, share in enumerate(taken) if share <= most]
         self._taken = 0.0
         if 2 * len(kept) < len(taken):
@@ -86,23 +82,19 @@ class SteadySlices:
 
     def compare_all(self, taken: Sequence[float]) -> None:
         """Note the shares of a run whose slices cannot be compared one by one."""
-        self.shares += taken
+        self._shares += taken
         self._taken = statistics.fmean(taken)
 
 
-@dataclass(slots=True)
 class Interleaver:
     """A measurer of pairs.
 
-    Attributes:
+    Args:
         steady: the rule for disturbed runs, and the watch over other work.
     """
 
-    steady: Steady
-    _slices: SteadySlices = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._slices = SteadySlices(self.steady)
+    def __init__(self, steady: Steady) -> None:
+        self._slices = SteadySlices(steady)
 
     def measure(self, start: Callable[[], tuple[SlicedRun, SlicedRun]], new_first: bool) -> RunPair:
         """Return the least disturbed try of a pair.
@@ -124,7 +116,7 @@ class Interleaver:
         results: dict[SlicedRun, tuple[Run, list[float]]] = {}
         order, taken = [new, old] if new_first else [old, new], []
         while len(results) < len(order):
-            share = self.steady.begin_watch()
+            share = self._slices.steady.begin_watch()
             for run in order:
                 if run not in results:
                     try:

@@ -15,7 +15,7 @@ from specdecode.bench.arms.models import load_models
 from specdecode.bench.gate.baselines import ever_sees
 from specdecode.bench.gate.series import yardstick
 from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_baseline, judges_times, open_arms
-from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
+from specdecode.bench.measure.bandwidth import roofline_of
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.header import run_header, run_versions
 from specdecode.bench.measure.journal import Journal, code
@@ -102,7 +102,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     journal = Journal(plan.journal, same, plan.resume)
     finished, failures = ranks.agreed((journal.blocks(), journal.failures()))
     before = conditions(plan.setup.device)
-    roofline = 0.0 if models.target is None else roofline_throughput(models.target, typical_length(prompts))
+    roofline = roofline_of(models.target, prompts)
 
     blocks = len(prompts) * plan.preset.repeats
 

@@ -13,7 +13,7 @@ from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.callables import NO_MEMORY
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.arms.models import Models, load_models
-from specdecode.bench.measure.bandwidth import roofline_throughput, typical_length
+from specdecode.bench.measure.bandwidth import roofline_of
 from specdecode.bench.measure.block import Block, closing, measure_block
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.drift import Drift
@@ -65,7 +65,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
         )
     prompts, _ = token_prompts(plan.preset.prompts, target)
     order = _in_turn(list(prompts))
-    before, roofline = conditions(target.device), roofline_throughput(target, typical_length(prompts))
+    before, roofline = conditions(target.device), roofline_of(target, prompts)
     versions = run_versions(plan.identity.target, models.backend_name)
     blocks: list[Block] = []
     failures: dict[str, str] = {}

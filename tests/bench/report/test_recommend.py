@@ -450,7 +450,7 @@ def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None, 
         return {prompt: tokens[:60] for prompt, tokens in prompts.items()}, origins
 
     monkeypatch.setattr(time_boxed, "token_prompts", shortened)
-    monkeypatch.setattr(time_boxed, "roofline_throughput", lambda *given: 1.0)
+    monkeypatch.setattr(time_boxed, "roofline_of", lambda *given: 1.0)
     Path("own.toml").write_text(ARMS)
     return ["--target", model, "--device", "cpu", "--dtype", "float64", "--preset", "own.toml"]
 
