@@ -243,12 +243,10 @@ def side_by_side(trace: Trace, seed: int, others: int, blocks: int, slower: floa
     return logs, noise_floor(noise)
 
 
-def mean_of_all(logs: Sequence[float], floor: float) -> Estimate:
-    """Estimate a change by the mean and its bootstrap, to compare with `typical_ratio`."""
-    return mean_ratio([[log] for log in logs], floor)
-
-
-STATISTICS: dict[str, Callable[[Sequence[float], float], Estimate]] = {"typical": typical_ratio, "mean": mean_of_all}
+STATISTICS: dict[str, Callable[[Sequence[float], float], Estimate]] = {
+    "typical": typical_ratio,
+    "mean": lambda logs, floor: mean_ratio([[log] for log in logs], floor),
+}
 
 
 def verdict(change: Estimate, tolerance: float) -> Verdict:

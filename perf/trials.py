@@ -6,7 +6,6 @@ Each trial is a session of `pytest --benchmark` in a temporary repository, with 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from specdecode.bench.gate.baselines import bless, ever_sees
 from specdecode.bench.runs.file import read
 from specdecode.cli.output import say
 from specdecode.support.git import git
+from specdecode.support.worktree import import_environment
 
 ENGINE = """
 import time
@@ -65,12 +65,11 @@ def session(folder: Path, slower: float, *arguments: str) -> tuple[str, str, flo
     """Run one session. Return the verdict on the arm's time, the reason for it, and the session's minutes."""
     (folder / "engine.py").write_text(ENGINE.format(slower=slower))
     command = [sys.executable, "-m", "pytest", "-q", "--benchmark", "--preset=own.toml", "-k", "mine"]
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     started = time.monotonic()
     done = subprocess.run(
         [*command, "--junitxml=junit.xml", "-o", "junit_family=xunit1", "--benchmark-json=run.json", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=import_environment(folder),
         capture_output=True,
         text=True,
         check=False,
