@@ -9,7 +9,7 @@ from specdecode.bench.quality import quality_tables
 from specdecode.bench.quality.quality_session import JudgedQualityRun
 from specdecode.bench.report.comment import comment
 from specdecode.bench.report.grid import rich_table
-from specdecode.bench.report.tables import load_table, speed_table, verdict_table
+from specdecode.bench.report.tables import load_table, speed_table, verdicts
 from specdecode.bench.report.terminal import rendered
 from specdecode.support.files import write_whole
 
@@ -25,7 +25,7 @@ def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
         console.print(f"Prompts from {'; '.join(judged.origins)}.", highlight=False, markup=False)
         console.print(judged.judged_by, highlight=False, soft_wrap=True, markup=False)
         if judged.judgements:
-            console.print(verdict_table(judged.judgements))
+            console.print(rich_table(verdicts(judged.judgements)))
 
     return rendered(show, colours, encoding)
 

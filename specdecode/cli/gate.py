@@ -25,14 +25,15 @@ def gate(
     """Judge a run by another run, from the files alone. Exit code 0: passed; 1: failed; 2: a file cannot be judged."""
     from specdecode.bench.gate.project import read_project
     from specdecode.bench.gate.verdicts import FAILING, judge_by_baseline, tolerance_of
-    from specdecode.bench.report.tables import verdict_table
+    from specdecode.bench.report.grid import rich_table
+    from specdecode.bench.report.tables import verdicts
     from specdecode.bench.runs.file import read
 
     project = read_project(Path())
     run = read(new)
     tolerance = tolerance_of(tolerance, project.tolerance(run.header))
     judgements = judge_by_baseline(run, read(old), tolerance, tolerances=project.tolerances)
-    say_tables(verdict_table(judgements))
+    say_tables(rich_table(verdicts(judgements)))
     failing = FAILING["strict" if strict else project.gate]
     failed = sum(judgement.verdict in failing for judgement in judgements)
     say(f"{failed} of {len(judgements)} verdicts fail" if failed else f"{len(judgements)} verdicts, none fails")

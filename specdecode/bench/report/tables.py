@@ -188,8 +188,3 @@ def _with_caption(grid: Grid, sentences: Sequence[str]) -> Table:
     table = rich_table(grid)
     table.caption, table.caption_justify = Text("\n".join([grid.explanations, *sentences])), "left"
     return table
-
-
-def verdict_table(judgements: Sequence[Judgement]) -> Table:
-    """Return the table of verdicts for a terminal."""
-    return rich_table(verdicts(judgements))
