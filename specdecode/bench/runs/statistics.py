@@ -259,7 +259,7 @@ def contrast(new: Sequence[float], old: Sequence[float], new_first: bool) -> flo
     """Return the noise of a logarithm of a ratio, from runs of two versions in the order A B B A.
 
     It is the cubic contrast (-1, 3, -3, 1) of the four logarithms, over the root of 20. It compares only runs of the
-    same version with each other, and a linear drift does not change it. It varies as much as the logarithm of the ratio.
+    same version with each other, and a linear drift does not change it. It varies as much as the logarithm does.
 
     Args:
         new, old: seconds of each version's first and second run.
