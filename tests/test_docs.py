@@ -23,7 +23,7 @@ import specdecode
 from specdecode import LM, FixedK, KeepAll, cli, generate
 from specdecode.bench.arms.keys import PRESET_KEYS
 from specdecode.bench.presets import Preset
-from specdecode.evals.quality_arms import QualityPreset
+from specdecode.evals.quality_presets import QualityPreset
 from tests.helpers.characters import save
 from tests.helpers.discovery import POLICIES
 from tests.helpers.idioms import found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -11,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.runs.names import BASELINE
-from specdecode.support.checked import read_text
+from specdecode.support.checked import parse_toml, read_text
 from specdecode.support.git import git
 from specdecode.support.kinds import STRING, TABLE, WHOLE, WHOLES, check_table
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _FOLDER = Path(str(files("specdecode.bench") / "presets"))
 _TINY_OUTPUT_TOKENS, _TINY_PROMPT_TOKENS = 12, 40
@@ -126,11 +120,8 @@ def parse(text: str, name: str) -> Preset:
     Raises:
         ValueError: the text is not a preset; the message gives the reason.
     """
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"preset {name!r} cannot be read: {error}") from None
     where = f"preset {name!r}"
+    content = parse_toml(text, where)
     check_table(where, content, _KINDS, required=("arms", "prompts", "max_new_tokens", "repeats"))
     check_table(f"{where}, arms", content["arms"], dict.fromkeys(content["arms"], TABLE))
     read = Preset(**content)

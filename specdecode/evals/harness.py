@@ -27,7 +27,7 @@ from specdecode.bench.arms.keys import MODEL_KEYS
 from specdecode.bench.arms.parts import controller_maker, drafter_maker
 from specdecode.core.sampling import Sampling
 from specdecode.decoding.generate import generate
-from specdecode.evals.quality_arms import decode_path
+from specdecode.evals.quality_presets import decode_path
 from specdecode.heads.loading import shipped_head
 from specdecode.models.devices import choose_device
 from specdecode.models.embedded import EMBEDDED

@@ -6,9 +6,17 @@ Every function raises ValueError with the name of the value, the value, and its 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from specdecode.support.files import is_device
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 MOST = 1e15
 """Bound of counts, bytes and seconds. Sums and ratios of numbers within this bound stay finite."""
@@ -25,7 +33,7 @@ _SHOWN_CHARACTERS = 60
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8, with or without a byte-order mark. It is read more than once, so no pipe will do."""
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if is_device(path):
             raise ValueError(f"{path} is a pipe or a device: name a file")
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -43,6 +51,14 @@ def parse_json(text: str, path: Path) -> Any:
     # The parser's stack is too small for objects nested thousands of levels deep, and numbers may be too long.
     except (ValueError, RecursionError):
         raise ValueError(f"{path} cannot be read: it is no JSON that this package writes") from None
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """Parse a text in TOML; the message says what it is by its name."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:

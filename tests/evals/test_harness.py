@@ -36,7 +36,7 @@ from specdecode.controllers.base import FixedK
 from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.evals.harness import SpecDecodeLM
 from specdecode.evals.perplexity import negative_log_likelihoods
-from specdecode.evals.quality_arms import make_decode_path
+from specdecode.evals.quality_presets import make_decode_path
 from specdecode.policies import policy as named_policy
 from tests.helpers import models
 from tests.helpers.characters import save

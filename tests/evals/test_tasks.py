@@ -18,7 +18,7 @@ from specdecode import LM, generate
 from specdecode.evals.answers import answer, problems
 from specdecode.evals.data import NotAtHandError
 from specdecode.evals.metrics import metric
-from specdecode.evals.quality_arms import make_decode_path
+from specdecode.evals.quality_presets import make_decode_path
 from specdecode.evals.tasks import TASKS, completion, last_number, wrong_number
 from tests.helpers.learnt import learnt
 from tests.helpers.models import lm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,12 +11,7 @@ from typing import Any
 from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.gate.verdicts import FAILING, tolerance_of
 from specdecode.bench.runs.records import Header
-from specdecode.support.checked import mapping, number, read_text, text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from specdecode.support.checked import mapping, number, parse_toml, read_text, text
 
 _TABLE = "tool.specdecode"
 
@@ -80,10 +74,7 @@ def read_project(root: Path) -> Project:
     file = root / "pyproject.toml"
     if not file.is_file():
         return Project()
-    try:
-        table = tomllib.loads(read_text(file)).get("tool", {}).get("specdecode", {})
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+    table = parse_toml(read_text(file), str(file)).get("tool", {}).get("specdecode", {})
     try:
         return _project(mapping(table, _TABLE))
     except ValueError as error:

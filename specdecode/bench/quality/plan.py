@@ -10,7 +10,7 @@ from specdecode.bench.options import Options
 from specdecode.bench.plan import Setup, resolve_setup
 from specdecode.bench.runs.names import margins_file
 from specdecode.evals.margins import read_margins
-from specdecode.evals.quality_arms import QualityPreset, quality_preset
+from specdecode.evals.quality_presets import QualityPreset, quality_preset
 from specdecode.support.files import slug
 
 

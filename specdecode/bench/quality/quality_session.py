@@ -18,7 +18,7 @@ from specdecode.evals.data import NotAtHandError, documents, token_prompts
 from specdecode.evals.margins import MarginCheck, check_margins
 from specdecode.evals.needle import bury, look_for
 from specdecode.evals.perplexity import DecodePath, TokenScores, compare
-from specdecode.evals.quality_arms import QualityPreset, make_decode_path, read_arm
+from specdecode.evals.quality_presets import QualityPreset, make_decode_path, read_arm
 from specdecode.evals.results import (
     REFERENCE,
     Answer,

@@ -22,7 +22,7 @@ from specdecode.bench.quality.quality_tables import costs, markdown, notes, retr
 from specdecode.evals.margins import MarginCheck, Outcome, check_margins, read_margins
 from specdecode.evals.needle import Retrieval
 from specdecode.evals.perplexity import negative_log_likelihoods
-from specdecode.evals.quality_arms import Shuffled, make_decode_path, quality_preset
+from specdecode.evals.quality_presets import make_decode_path, quality_preset
 from specdecode.evals.results import (
     Answer,
     Document,
@@ -32,6 +32,7 @@ from specdecode.evals.results import (
     Trace,
 )
 from specdecode.evals.results_file import read, write
+from specdecode.evals.shuffled import Shuffled
 from specdecode.evals.tasks import TASKS
 from tests.helpers.models import build, lm, quantisable
 from tests.helpers.quality_runs import HEADER

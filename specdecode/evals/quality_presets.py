@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
 from specdecode.bench.arms.entry import ArmSpec
-from specdecode.core.slots import Slots
 from specdecode.evals.perplexity import DecodePath
+from specdecode.evals.shuffled import Shuffled
 from specdecode.models.lm import LM
-from specdecode.policies.base import CachePolicy
-from specdecode.support.checked import read_text
+from specdecode.support.checked import parse_toml, read_text
 from specdecode.support.kinds import COUNTS, NAMES, NUMBERS, STRING, TABLE, WHOLE, WHOLES, check_table
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _KINDS = {
     "texts": STRING,
@@ -107,11 +96,8 @@ def quality_preset(name: str) -> QualityPreset:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
         raise ValueError(f"no preset of the quality suite is named {name!r}: choose from {known}, or name a .toml file")
-    try:
-        content = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"preset {name!r} cannot be read: {error}") from None
     where = f"preset {name!r}"
+    content = parse_toml(read_text(path), where)
     check_table(where, content, _KINDS, required=("texts", "k", "arms"))
     check_table(f"{where}, arms", content["arms"], dict.fromkeys(content["arms"], TABLE))
     needle, tasks = content.pop("needle", None), content.pop("tasks", None)
@@ -129,24 +115,6 @@ def quality_preset(name: str) -> QualityPreset:
     if unknown := sorted(named - preset.arms.keys()):
         raise ValueError(f"preset {name!r} has no arm {unknown[0]!r}, which it refers to")
     return preset
-
-
-class Shuffled:
-    """A policy that puts the slots of a window in random order: a negative control for models with rotary positions.
-
-    Args:
-        window: policy that chooses the slots that stay.
-    """
-
-    def __init__(self, window: CachePolicy) -> None:
-        self._window = window
-        self.interval, self.keeps = window.interval, window.keeps
-        self.reads_attention = False
-
-    def keep(self, slots: Slots) -> Int[Tensor, " m"]:
-        kept = self._window.keep(slots)
-        generator = torch.Generator().manual_seed(slots.committed)
-        return kept[torch.randperm(len(kept), generator=generator).to(kept.device)]
 
 
 def read_arm(name: str, entry: Mapping[str, Any], k: int) -> ArmSpec:
