@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdecode.bench.runs.counts import Counts, Histograms, Latencies, Seconds, as_dict, from_dict, latencies_in
+from specdecode.bench.runs.counts import (
+    Counts,
+    Histograms,
+    Latencies,
+    Seconds,
+    as_dict,
+    from_dict,
+    histograms_in,
+    latencies_in,
+)
 from specdecode.core.result import Generation
 from specdecode.support.checked import LEAST_SECONDS, count, counts, flag, items, mapping, number
 
@@ -81,14 +90,13 @@ class Run:
         tokens = counts(entry["tokens"], "tokens")
         if not tokens:
             raise ValueError("tokens is [], and a run has at least one")
-        histograms = mapping(entry["histograms"], "histograms")
         return cls(
             tokens=tokens,
             total_s=number(entry, "total_s", LEAST_SECONDS),
             ttft_s=number(entry, "ttft_s", 0.0),
             counts=from_dict(Counts, _positive(entry, "counts")),
             seconds=from_dict(Seconds, _positive(entry, "seconds")),
-            histograms=from_dict(Histograms, {name: counts(value, name) for name, value in histograms.items()}),
+            histograms=histograms_in(entry),
             latencies=latencies_in(entry),
             cuts=[cls.from_json(mapping(cut, "a cut")) for cut in items(entry["cuts"], "cuts")],
             tries=count(entry, "tries", least=1) if "tries" in entry else 1,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from specdecode.support.checked import LEAST_SECONDS, mapping, numbers
+from specdecode.support.checked import LEAST_SECONDS, counts, mapping, numbers
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -152,6 +152,16 @@ def latencies_in(entry: Mapping[str, Any]) -> Latencies:
     return from_dict(Latencies, {name: numbers(value, name, 0.0) for name, value in values.items()})
 
 
+def histograms_in(entry: Mapping[str, Any]) -> Histograms:
+    """Return an entry's histograms.
+
+    Raises:
+        KeyError, ValueError: they are missing, or a value is invalid.
+    """
+    values = mapping(entry["histograms"], "histograms")
+    return from_dict(Histograms, {name: counts(value, name) for name, value in values.items()})
+
+
 def total(kind: type[Values], parts: Iterable[Values]) -> Values:
     """Sum counts or seconds, field by field, from 0. A field is None in the sum if it is None in any part."""
     parts = list(parts)
@@ -168,9 +178,9 @@ def total_histograms(parts: Iterable[Histograms]) -> Histograms:
     )
 
 
-def lacks_our_counts(counts: Iterable[RowCounts]) -> bool:
+def lacks_our_counts(rows: Iterable[RowCounts]) -> bool:
     """Return whether the counts are a peer's. Older versions do not store the kind of an arm."""
-    return any(one.target_forwards is None for one in counts)
+    return any(row.target_forwards is None for row in rows)
 
 
 def as_dict(values: DataclassInstance) -> dict[str, Any]:

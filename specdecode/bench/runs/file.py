@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from specdecode.bench.runs.counts import (
-    Histograms,
     RowCounts,
     RowSeconds,
     as_dict,
     from_dict,
+    histograms_in,
     lacks_our_counts,
     latencies_in,
 )
@@ -25,7 +25,6 @@ from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunF
 from specdecode.support.checked import (
     MOST_NATS,
     count,
-    counts,
     flag,
     items,
     mapping,
@@ -170,7 +169,7 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
         lossy=flag(entry, "lossy"),
         # Older files lack the flag, and still older files lack the options.
         peer=flag(entry, "peer", default="peer" in options or lacks_our_counts(row.counts for row in rows.values())),
-        counters_run=_counters_run(mapping(entry["rehearsal"], "rehearsal")),
+        counters_run=from_dict(CountersRun, _sums(entry, "rehearsal", CountersRun)),
         # Older files lack these keys.
         timed=flag(entry, "timed", default=False),
         options=options,
@@ -192,11 +191,6 @@ def _length(key: str) -> int:
     return int(key)
 
 
-def _counters_run(values: dict[str, Any]) -> CountersRun:
-    counted = [field.name for field in fields(CountersRun) if field.name in values]
-    return CountersRun(**{name: number(values, name, 0.0) for name in counted})
-
-
 def _rows(rows: Any, header: Header) -> dict[str, Row]:
     by_prompt = mapping(rows, "rows")
     if unknown := by_prompt.keys() - header.outputs.keys():
@@ -205,7 +199,6 @@ def _rows(rows: Any, header: Header) -> dict[str, Row]:
 
 
 def _row(row: dict[str, Any]) -> Row:
-    histograms = mapping(row["histograms"], "histograms")
     sums = _sums(row, "counts", RowCounts)
     if "nll" in sums:
         number(sums, "nll", 0.0, MOST_NATS * sums["tokens"])
@@ -213,18 +206,15 @@ def _row(row: dict[str, Any]) -> Row:
         log_speedup=number(row, "log_speedup", -MOST_LOG, MOST_LOG),
         counts=from_dict(RowCounts, sums),
         seconds=from_dict(RowSeconds, _sums(row, "seconds", RowSeconds)),
-        histograms=from_dict(
-            Histograms,
-            {name: counts(entries, name) for name, entries in histograms.items()},
-        ),
+        histograms=histograms_in(row),
         latencies=latencies_in(row),
         logs=[number({"logs": log}, "logs", -MOST_LOG, MOST_LOG) for log in items(row.get("logs", []), "logs")],
     )
 
 
-def _sums(row: dict[str, Any], key: str, kind: type[RowCounts | RowSeconds]) -> dict[str, float]:
+def _sums(entry: dict[str, Any], key: str, kind: type[RowCounts | RowSeconds | CountersRun]) -> dict[str, float]:
     """Return sums of counts or of seconds, each at least its field's bound. Names of other versions are left out."""
-    values = mapping(row[key], key)
+    values = mapping(entry[key], key)
     return {
         field.name: number(values, field.name, field.metadata.get("least", 0.0))
         for field in fields(kind)
