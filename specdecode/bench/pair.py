@@ -25,7 +25,7 @@ from specdecode.bench.report.comment import cut_table
 from specdecode.bench.report.grid import rich_table
 from specdecode.bench.report.junit import record_properties, verdict_properties
 from specdecode.bench.report.tables import verdicts
-from specdecode.bench.report.terminal import rendered
+from specdecode.bench.report.terminal import console_text
 from specdecode.support.checked import shown
 from specdecode.support.progress import progress
 from specdecode.support.worktree import worktree
@@ -227,7 +227,7 @@ def pairs_text(judgements: Sequence[Judgement], colours: bool, encoding: str) ->
         console.print(rich_table(verdicts(judgements, "test")))
         console.print("Times are medians of a call, and intervals are 95 %.", highlight=False)
 
-    return rendered(show, colours, encoding)
+    return console_text(show, colours, encoding)
 
 
 def pairs_comment(judgements: Sequence[Judgement]) -> str:

@@ -10,7 +10,7 @@ from specdecode.bench.quality.quality_session import JudgedQualityRun
 from specdecode.bench.report.comment import comment
 from specdecode.bench.report.grid import rich_table
 from specdecode.bench.report.tables import load_table, speed_table, verdicts
-from specdecode.bench.report.terminal import rendered
+from specdecode.bench.report.terminal import console_text
 from specdecode.support.files import write_whole
 
 
@@ -27,7 +27,7 @@ def speed_text(judged: JudgedRun, colours: bool, encoding: str) -> str:
         if judged.judgements:
             console.print(rich_table(verdicts(judged.judgements)))
 
-    return rendered(show, colours, encoding)
+    return console_text(show, colours, encoding)
 
 
 def speed_comment(judged: JudgedRun, gate: str, file: str) -> str:
@@ -58,7 +58,7 @@ def quality_text(judged: JudgedQualityRun, colours: bool, encoding: str) -> str:
         for note in [*quality_tables.notes(run), where]:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
 
-    return rendered(show, colours, encoding)
+    return console_text(show, colours, encoding)
 
 
 def quality_comment(judged: JudgedQualityRun) -> str:

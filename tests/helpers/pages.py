@@ -32,4 +32,7 @@ class Page(HTMLParser):
         return "".join(self.texts)
 
 
+MOST_LINES = 60
+"""Most lines of a comment, whatever the number of arms."""
+
 HOSTILE = ["<script>alert(1)</script>", "a|b`c`*d*[e](f)\\|", "50%_x&#y{}$\\~^", "[0]\nnew line", '"><img onerror=x>']

@@ -29,16 +29,16 @@ COUNTER_TOLERANCE = 0.02
 
 
 class Verdict(str, enum.Enum):
-    """The gate's verdict on one arm."""
+    """The gate's verdict on one arm, in the order of tables."""
 
-    PASS = "PASS"
     REGRESSED = "REGRESSED"
-    IMPROVED = "IMPROVED"
+    MISSING = "MISSING"
     INCONCLUSIVE = "INCONCLUSIVE"
     NO_BASELINE = "NO_BASELINE"
     WRONG_HARDWARE = "WRONG_HARDWARE"
     NOT_JUDGED = "NOT_JUDGED"
-    MISSING = "MISSING"
+    IMPROVED = "IMPROVED"
+    PASS = "PASS"
 
 
 FAILING = {

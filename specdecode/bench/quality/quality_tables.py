@@ -162,10 +162,11 @@ def comment(run: QualityRun, checks: Sequence[MarginCheck], file: str = "") -> s
     """
     wrong, judged = [check for check in checks if check.unexpected], [check for check in checks if check.outcome]
     counts = Counter(outcome(check) for check in checks)
-    told = f"{len(wrong)} of {len(judged)} outcomes are not as expected" if wrong else "No outcome is unexpected"
-    told = told if judged else "Nothing was judged"
+    headline = "No outcome is unexpected" if judged else "Nothing was judged"
+    if wrong:
+        headline = f"{len(wrong)} of {len(judged)} outcomes are not as expected"
     parts = [f"## {as_markdown(title(run))}"]
-    parts.append(f"**{told}**: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
+    parts.append(f"**{headline}**: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
     if wrong:
         parts.append(cut_table(margins(wrong), "outcomes"))
     parts.append(cut_table(costs(run, checks), "arms"))

@@ -279,9 +279,7 @@ def duration(seconds: float) -> str:
 
 def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
     """Sort verdicts by their importance to a reader: the failing ones first."""
-    order = [Verdict.REGRESSED, Verdict.MISSING, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.WRONG_HARDWARE]
-    order += [Verdict.NOT_JUDGED, Verdict.IMPROVED, Verdict.PASS]
-    return sorted(judgements, key=lambda judged: order.index(judged.verdict))
+    return sorted(judgements, key=lambda judged: [*Verdict].index(judged.verdict))
 
 
 def label(run: RunFile, arm: str) -> str:

@@ -12,9 +12,6 @@ from specdecode.bench.report.load import losses
 from specdecode.bench.report.markdown import as_markdown, markdown_table
 from specdecode.bench.runs.records import RunFile
 
-MOST_LINES = 60
-"""Most lines of a comment, whatever the number of arms."""
-
 _MOST_ROWS = 18
 _MOST_NAMES = 5
 _MOST_CHARACTERS = 600  # of a cell: GitHub refuses comments of 65 536 characters

@@ -316,7 +316,7 @@ def label_points(axes: Axes, points: dict[str, tuple[float, float]], around: Lin
 _BESIDE = [(2, 4), (5, 0), (0, 4), (-5, 0), (0, -4), (-2, 4), (2, -4), (-2, -4)]
 
 
-def rendered(drawn: Figure, form: str, title: str) -> bytes:
+def figure_bytes(drawn: Figure, form: str, title: str) -> bytes:
     """Return the bytes of a figure's file. They depend on the run alone, and hold no date.
 
     Args:
@@ -345,5 +345,5 @@ def save(figures: Mapping[str, Figure | str], folder: Path, title: str) -> dict[
     for name, drawn in figures.items():
         if isinstance(drawn, Figure):
             for form in ("pdf", "png"):
-                write_whole(folder / f"{name}.{form}", rendered(drawn, form, title))
+                write_whole(folder / f"{name}.{form}", figure_bytes(drawn, form, title))
     return {name: drawn if isinstance(drawn, str) else "" for name, drawn in figures.items()}

@@ -9,7 +9,7 @@ from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import cells, columns, command, label, notes, one_line, title
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.load import by_concurrency, losses
-from specdecode.bench.report.tables import acceptance, by_model, by_part, limits, memory, speeds, surroundings, verdicts
+from specdecode.bench.report.tables import details, speeds, surroundings, verdicts
 from specdecode.bench.runs.records import RunFile
 
 
@@ -28,16 +28,7 @@ def latex(
     parts.append(latex_table(measured, " ".join([f"Speed: {title}.", *judged, measured.explanations, *notes(run)])))
     if (loads := by_concurrency(run)).rows:
         parts.append(latex_table(loads, " ".join([f"By concurrency: {title}. {loads.explanations}", *losses(run)])))
-    captions = {
-        "By task and length of the output": by_part(run),
-        "Share of proposals accepted, by position in the draft": acceptance(run),
-        f"Speedup over {run.compared_with}, by model and measured": by_model(run),
-        "What limits the speedup": limits(run),
-        "Memory": memory(run),
-    }
-    parts += [
-        latex_table(grid, f"{name}: {title}. {grid.explanations}") for name, grid in captions.items() if grid.rows
-    ]
+    parts += [latex_table(grid, f"{heading}: {title}. {grid.explanations}") for heading, grid in details(run).items()]
     parts += map(
         latex_table, surroundings(run), (f"Measured with: {command(run)}", "Conditions before and after the run.")
     )

@@ -9,17 +9,7 @@ from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import command, notes, one_line
 from specdecode.bench.report.grid import Grid
 from specdecode.bench.report.load import by_concurrency, losses
-from specdecode.bench.report.tables import (
-    acceptance,
-    by_model,
-    by_part,
-    limits,
-    memory,
-    past_speedups,
-    speeds,
-    surroundings,
-    verdicts,
-)
+from specdecode.bench.report.tables import details, past_speedups, speeds, surroundings, verdicts
 from specdecode.bench.runs.records import RunFile
 
 
@@ -40,16 +30,8 @@ def markdown(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judg
     if (loads := by_concurrency(run)).rows:
         parts += ["### By concurrency", *_explained_table(loads)]
         parts += ["\n".join(f"- {as_markdown(sentence)}" for sentence in losses(run))]
-    if (split := by_part(run)).rows:
-        parts += ["### By task and length", *_explained_table(split)]
-    if (accepted := acceptance(run)).rows:
-        parts += ["### Acceptance", *_explained_table(accepted)]
-    if (limited := limits(run)).rows:
-        parts += ["### What limits the speedup", *_explained_table(limited)]
-    if (predicted := by_model(run)).rows:
-        parts += ["### By the model", *_explained_table(predicted)]
-    if (memories := memory(run)).rows:
-        parts += ["### Memory", *_explained_table(memories)]
+    for heading, grid in details(run).items():
+        parts += [f"### {heading}", *_explained_table(grid)]
     parts += ["### History", as_markdown(past.summary)]
     if past.runs:
         parts.append(markdown_table(past_speedups(run, past)))

@@ -18,17 +18,13 @@ def server_entry(run: RunFile, arm: str) -> str:
     identity, options = run.header.identity, run.arms[arm].options
     lines = [f"[arms.{_key(arm)}]"]
     lines += [
-        f"{_key(key)} = {_value(value)}" for key, value in options.items() if _is_told(value) and key != "baseline"
+        f"{_key(key)} = {_value(value)}" for key, value in options.items() if value is not None and key != "baseline"
     ]
     command = options["server"].get("command") if isinstance(options["server"], Mapping) else None
     for name, model in (("target", identity.target), ("draft", identity.draft)):
         if f"{{{name}}}" in str(command):
             lines.append(f"# {{{name}}} stands for {_value(model)}")
     return "\n".join(lines) + "\n"
-
-
-def _is_told(value: Any) -> bool:
-    return value is not None
 
 
 def _key(name: str) -> str:
@@ -38,10 +34,10 @@ def _key(name: str) -> str:
 def _value(value: Any) -> str:
     """Return a JSON value in TOML, which has no null."""
     if isinstance(value, Mapping):
-        pairs = (f"{_key(key)} = {_value(inner)}" for key, inner in value.items() if _is_told(inner))
+        pairs = (f"{_key(key)} = {_value(inner)}" for key, inner in value.items() if inner is not None)
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_value(inner) for inner in value if _is_told(inner))}]"
+        return f"[{', '.join(_value(inner) for inner in value if inner is not None)}]"
     if isinstance(value, str):
         # TOML has the escapes of JSON, and needs one more, for the character DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -140,6 +140,18 @@ def memory(run: RunFile) -> Grid:
     return Grid([Column("arm", figures=False), *columns(run, measured)], rows)
 
 
+def details(run: RunFile) -> dict[str, Grid]:
+    """Return the tables of a run beside its speeds that have rows, by their headings."""
+    grids = {
+        "By task and length": by_part(run),
+        "Acceptance": acceptance(run),
+        "What limits the speedup": limits(run),
+        "By the model": by_model(run),
+        "Memory": memory(run),
+    }
+    return {heading: grid for heading, grid in grids.items() if grid.rows}
+
+
 def past_speedups(run: RunFile, past: History) -> Grid:
     """Build one row for each former baseline, and a last one for this run: the speedup of every arm."""
     heads = [Column(name, figures=False) for name in ("date", "commit", "reason")]

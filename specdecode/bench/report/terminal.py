@@ -18,7 +18,7 @@ class _Uncropped(Console):
         super().print(*objects, crop=False, **how)
 
 
-def rendered(show: Callable[[Console], None], colours: bool, encoding: str) -> str:
+def console_text(show: Callable[[Console], None], colours: bool, encoding: str) -> str:
     """Return the shown text. Characters that the encoding lacks become "?"; table frames get simpler ones."""
     content = io.BytesIO()
     with io.TextIOWrapper(content, encoding, errors="replace", newline="\n") as text:

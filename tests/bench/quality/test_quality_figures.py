@@ -19,7 +19,7 @@ from specdecode.bench.quality.quality_figures import draw
 from specdecode.bench.quality.quality_tables import margins, markdown, title
 from specdecode.bench.quality.tradeoff import NO_COST, about_speed, against_speed, tradeoff
 from specdecode.bench.report.captions import plain
-from specdecode.bench.report.drawing import cache_looks, looks, rendered
+from specdecode.bench.report.drawing import cache_looks, figure_bytes, looks
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
 from specdecode.evals.margins import check_margins
 from specdecode.evals.results_file import write
@@ -257,7 +257,7 @@ def test_hostile_names_are_text_and_the_same_run_gives_the_same_bytes() -> None:
     for name in ("ppl-by-cache", "divergence", "needles"):
         figures = [each for each in (one[name], two[name]) if isinstance(each, Figure)]
         assert len(figures) == 2
-        files = [rendered(figure, "pdf", HOSTILE[0]) for figure in figures]
+        files = [figure_bytes(figure, "pdf", HOSTILE[0]) for figure in figures]
         assert files[0] == files[1]
         assert not any(text.get_parse_math() for text in texts(figures[0]))
 

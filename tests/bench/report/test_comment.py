@@ -11,11 +11,12 @@ import pytest
 
 from specdecode.bench.gate.verdicts import FAILING, judge
 from specdecode.bench.quality import quality_tables
-from specdecode.bench.report.comment import MOST_LINES, comment
+from specdecode.bench.report.comment import comment
 from specdecode.bench.runs.file import parse
 from specdecode.bench.runs.records import RunFile
 from specdecode.evals.margins import MarginCheck, Outcome
 from tests.helpers.command_line import exit_code
+from tests.helpers.pages import MOST_LINES
 from tests.helpers.quality_runs import whole_quality_run
 from tests.helpers.run_contents import SPEEDUPS, run_content
 

@@ -12,18 +12,18 @@ import pytest
 from specdecode.bench.gate.history import History
 from specdecode.bench.measure.speed_session import JudgedRun
 from specdecode.bench.report.captions import CELLS, COLUMNS, notes
-from specdecode.bench.report.comment import MOST_LINES, comment
+from specdecode.bench.report.comment import comment
 from specdecode.bench.report.elements import document
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.report.tables import acceptance, by_model, by_part, limits, memory, speeds
-from specdecode.bench.report.terminal import rendered
+from specdecode.bench.report.terminal import console_text
 from specdecode.bench.runs.file import parse
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.summary import speed_text
-from tests.helpers.pages import Page
+from tests.helpers.pages import MOST_LINES, Page
 from tests.helpers.run_contents import SPEEDUPS, run_content, scored_run
 from tests.helpers.speed_runs import ARMS, speed_arm, speed_run, sweep, whole_sweep
 
@@ -123,7 +123,7 @@ def test_a_terminal_shows_every_figure_whole() -> None:
     figures = [f"{place}{place}.{place} ± 1.0" for place in range(30)]
     columns = [Column(f"measured {place}", breaks=place % 2 == 0) for place in range(30)]
     grid = Grid([*columns, Column("why", figures=False, breaks=True)], [[*figures, "word " * 60]])
-    text = rendered(lambda console: console.print(rich_table(grid)), False, "utf-8")
+    text = console_text(lambda console: console.print(rich_table(grid)), False, "utf-8")
     assert "…" not in text
     assert all(figure in text for figure in figures[1::2])
     assert set(text.split()) >= {figure.split()[0] for figure in figures[::2]}

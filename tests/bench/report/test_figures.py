@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from specdecode.bench.report.drawing import looks, rendered
+from specdecode.bench.report.drawing import figure_bytes, looks
 from specdecode.bench.report.figures import draw
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex_table_1
@@ -382,7 +382,7 @@ def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
         if name in ("methods", "by-task", "acceptance-by-position", "quality-against-speed"):
             assert {"$\\frac{1}{0}$", "a_b^{c}\\d$", "two lines", "中文", "x" * 35 + "…"} <= seen, name
         if name in ("methods", "by-task"):
-            assert rendered(figure, "pdf", "".join(HOSTILE)).startswith(b"%PDF")
+            assert figure_bytes(figure, "pdf", "".join(HOSTILE)).startswith(b"%PDF")
 
 
 def test_the_same_run_gives_the_same_bytes() -> None:
@@ -390,7 +390,9 @@ def test_the_same_run_gives_the_same_bytes() -> None:
     few = {arm: ARMS[arm] for arm in ("ar", "linear-k4", "streaming-k4-64", "hf-generate")}
     one, two = draw(sweep(few)), draw(sweep(few))
     for name, form in (("quality-against-speed", "pdf"), ("methods", "pdf"), ("methods", "png")):
-        files_ = [rendered(figure, form, "title") for figure in (one[name], two[name]) if isinstance(figure, Figure)]
+        files_ = [
+            figure_bytes(figure, form, "title") for figure in (one[name], two[name]) if isinstance(figure, Figure)
+        ]
         assert files_[0] == files_[1]
         assert b"Date" not in files_[0]
 

@@ -17,7 +17,7 @@ from specdecode.bench.gate.verdicts import judge
 from specdecode.bench.measure.speed_session import JudgedRun
 from specdecode.bench.report.advice import rich_advice
 from specdecode.bench.report.captions import notes
-from specdecode.bench.report.comment import MOST_LINES, comment
+from specdecode.bench.report.comment import comment
 from specdecode.bench.report.contest import Recommendation
 from specdecode.bench.report.drawing import in_print
 from specdecode.bench.report.elements import document
@@ -30,11 +30,11 @@ from specdecode.bench.report.palette import places
 from specdecode.bench.report.recommend import is_hopeless, recommend
 from specdecode.bench.report.server_entry import server_entry
 from specdecode.bench.report.tables import limits, speeds
-from specdecode.bench.report.terminal import rendered
+from specdecode.bench.report.terminal import console_text
 from specdecode.bench.runs.counts import Latencies
 from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.bench.summary import speed_text
-from tests.helpers.pages import HOSTILE, Page
+from tests.helpers.pages import HOSTILE, MOST_LINES, Page
 from tests.helpers.print_figures import series, unreadable
 from tests.helpers.speed_runs import MODEL, SPEEDUPS, read_back, speed_arm, speed_run, sweep
 
@@ -391,7 +391,7 @@ def test_the_entry_of_a_server_can_be_put_into_a_preset() -> None:
     assert '# {target} stands for "t"\n# {draft} stands for "d"' in code
     assert tomllib.loads(code) == {"arms": {"eagle-c4": {"server": EAGLE, "concurrency": 4}}}
     assert ArmSpec.from_entry("eagle-c4", tomllib.loads(code)["arms"]["eagle-c4"]).concurrency == 4
-    text = rendered(lambda console: console.print(rich_advice(run, recommend(run))), False, "utf-8")
+    text = console_text(lambda console: console.print(rich_advice(run, recommend(run))), False, "utf-8")
     assert code in text
     assert "over ar-c4" in text
 
