@@ -189,8 +189,8 @@ def rows(name: str) -> tuple[list[dict[str, Any]], str]:
         raise NotAtHandError(f"{put} connect to the network for {origin} ({type(error).__name__})") from error
 
 
-def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], str]:
-    """Return prompts of a data set in a seeded order, and their origin.
+def samples(name: str, count: int | None) -> tuple[list[Sample], str]:
+    """Return prompts of a data set in a fixed random order, and their origin.
 
     The tasks of a set with categories (spec-bench, mt-bench) take turns; "spec-bench/qa" selects one of them, in the
     same order. The prompt of a conversation is its first turn. The prompt of a corpus (prose, code, wikitext-2, pg-19)
@@ -199,19 +199,18 @@ def samples(name: str, count: int | None, seed: int = 0) -> tuple[list[Sample], 
     Args:
         name: one of NAMES, or NAME/CATEGORY.
         count: number of prompts, the first in that order; None for all.
-        seed: seed of the order.
 
     Raises:
         ValueError: an unknown name or category, a set that is not available, a row without a text, or a count above the
             number of prompts.
     """
-    texts, origin = _in_order(name, seed)
+    texts, origin = _in_order(name)
     length = _PROMPT_CHARACTERS if _set(name.partition("/")[0]).documents else None
     return [Sample(sample.id, sample.text[:length]) for sample in _first(texts, count, name)], origin
 
 
-def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[Sample], str]:
-    """Return whole documents of a corpus in a seeded order, and their origin.
+def documents(name: str, count: int | None = None) -> tuple[list[Sample], str]:
+    """Return whole documents of a corpus in a fixed random order, and their origin.
 
     Documents are the articles of wikitext-2, the books of pg-19, the topics of prose and the modules of code, if they
     have at least 800 characters. The prompt with the same id is the document's beginning.
@@ -219,7 +218,6 @@ def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[
     Args:
         name: name of the corpus.
         count: number of documents, the first in that order; None for all.
-        seed: seed of the order.
 
     Raises:
         ValueError: the set has no documents; or as `samples`.
@@ -227,7 +225,7 @@ def documents(name: str, count: int | None = None, seed: int = 0) -> tuple[list[
     if _set(name).documents is None:
         corpora = [corpus for corpus, source in _SETS.items() if source.documents is not None]
         raise ValueError(f"{name} has no documents: choose from {', '.join(corpora)}")
-    texts, origin = _in_order(name, seed)
+    texts, origin = _in_order(name)
     return _first(texts, count, name), origin
 
 
@@ -314,8 +312,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return read
 
 
-def _in_order(name: str, seed: int) -> tuple[list[Sample], str]:
-    """Return all whole texts of a set or of a category in their seeded order, and their origin.
+def _in_order(name: str) -> tuple[list[Sample], str]:
+    """Return all whole texts of a set or of a category in their fixed random order, and their origin.
 
     Within a task, the order does not depend on the other tasks, nor on the number of texts that are taken.
     """
@@ -335,7 +333,7 @@ def _in_order(name: str, seed: int) -> tuple[list[Sample], str]:
         categories = ", ".join(task.removeprefix(f"{whole}/") for task in tasks)
         raise ValueError(f"{whole} has no category {category!r}: choose from {categories}")
     chosen = [tasks[name]] if slash else tasks.values()
-    shuffled = [random.Random(seed).sample(task, len(task)) for task in chosen]
+    shuffled = [random.Random(0).sample(task, len(task)) for task in chosen]
     return [sample for turn in zip_longest(*shuffled) for sample in turn if sample is not None], origin
 
 
@@ -369,7 +367,7 @@ def _filled(text: object, column: str, place: str) -> str:
 
 def _cut(name: str, tokens: int, count: int | None, encoder: LM | TextEncoder) -> tuple[dict[str, list[int]], str]:
     """Return, by id, the first tokens of the texts that have at least this number of tokens."""
-    texts, origin = _in_order(name, 0)
+    texts, origin = _in_order(name)
     beginnings = ((sample, encoder.encode(sample.text[: _CHARACTERS_PER_TOKEN * tokens])[:tokens]) for sample in texts)
     enough = islice((pair for pair in beginnings if len(pair[1]) == tokens), count)
     chosen = _first(list(enough), count, name, f" of at least {tokens} tokens")

@@ -52,22 +52,21 @@ class Retrieval:
     exact: bool
 
 
-def bury(lm: LM, texts: Sequence[str], length: int, depth: float, seed: int = 0) -> Needle:
+def bury(lm: LM, texts: Sequence[str], length: int, depth: float) -> Needle:
     """Put a needle between the sentences of texts.
 
     Args:
         lm: model whose tokens are counted.
-        texts: source of the sentences, which are taken in order; the seed chooses the first.
+        texts: source of the sentences, which are taken in order, from a random one on.
         length: tokens of prompt and answer together.
         depth: share of the sentences before the needle, from 0 to 1.
-        seed: seed of the number and of the first sentence.
 
     Raises:
         ValueError: a depth outside [0, 1], a length too small for the needle, or a length that the texts do not fill.
     """
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth is {depth}: a share of the text is from 0 to 1")
-    rng = random.Random(f"{seed} {length} {depth}")
+    rng = random.Random(f"0 {length} {depth}")
     number = str(rng.randrange(10_000, 100_000))
     needle = _NEEDLE.format(number)
     sentences = [

@@ -256,14 +256,6 @@ def test_a_task_by_itself_repeats_what_was_measured_of_it(count: int, folder: Pa
     assert alone != sorted(alone, key=lambda of: int(of.rpartition("/")[2]))
 
 
-def test_seeds_order_otherwise(folder: Path) -> None:
-    """Guards against a seed that is not used."""
-    write(folder, "gsm8k")
-    orders = {tuple(sample.id for sample in samples("gsm8k", None, seed)[0]) for seed in range(4)}
-    assert len(orders) == 4
-    assert len({tuple(sorted(order)) for order in orders}) == 1
-
-
 @pytest.mark.parametrize(
     ("name", "count", "reason"),
     [

@@ -31,12 +31,12 @@ def test_a_needle_lies_where_it_is_said_to_lie(depth: float) -> None:
     assert 400 - 40 < len(needle.prompt) + len(needle.answer) <= 400
 
 
-def test_needles_differ_by_seed_and_cell_and_nothing_else() -> None:
+def test_needles_differ_by_cell_and_nothing_else() -> None:
     """Guards against one number for all needles, which a model could guess everywhere, and against runs that do not
     repeat.
     """
     target = lm("llama")
-    cells = [(300, 0.0, 0), (300, 0.5, 0), (200, 0.0, 0), (300, 0.0, 1)]
+    cells = [(300, 0.0), (300, 0.5), (200, 0.0)]
     needles = [bury(target, HAY, *cell) for cell in cells]
     assert len({tuple(needle.answer) for needle in needles}) == len(cells)
     assert [bury(target, HAY, *cell) for cell in cells] == needles
