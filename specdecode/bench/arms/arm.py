@@ -187,17 +187,18 @@ def _arm_of_server(
         _ = table.key
     except ValueError as error:
         raise spec.notation.error(error) from None
-    server = ServerArm(spec, servers.server(spec.name, table), lengths)
+    server = servers.server(spec.name, table)
+    served = ServerArm(spec, server, lengths)
     return Arm(
         name=spec.name,
-        run=server.run,
+        run=served.run,
         target=target,
         baseline=spec.baseline,
         options=dict(entry),
         foreign=True,
         unchecked=spec.lossy,
         close=server.close,
-        server=server,
+        server=served,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,26 +39,6 @@ class ServerArm:
     server: Server
     lengths: Sequence[int] = ()
 
-    @property
-    def alone(self) -> bool:
-        """Whether the server must not run at the same time as another server with this setting."""
-        return self.server.spec.alone
-
-    @property
-    def takes_text(self) -> bool:
-        """Whether prompts go to the server as text."""
-        return self.server.spec.prompt == "text"
-
-    @property
-    def about(self) -> str:
-        """The engine, its version and the model; "" before the server has been reached."""
-        return self.server.about
-
-    @property
-    def pids(self) -> Collection[int]:
-        """The ids of the server's processes on this machine that this process has not started."""
-        return self.server.pids
-
     def open(self) -> None:
         """Start the server, or connect to it.
 
@@ -67,10 +47,6 @@ class ServerArm:
         """
         with self._errors():
             self.server.open()
-
-    def close(self) -> None:
-        """Stop the server, or disconnect from it."""
-        self.server.close()
 
     @property
     def requests(self) -> int:

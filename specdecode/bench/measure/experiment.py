@@ -227,7 +227,7 @@ def _runs_of_block(arms: Sequence[Arm], baseline: str, in_turns: bool) -> int:
 
 def _early_servers(arms: Sequence[Arm]) -> list[Arm]:
     """Return the arms with a server that starts before all runs. A server that runs alone starts when needed."""
-    return [arm for arm in arms if arm.server is not None and not arm.server.alone]
+    return [arm for arm in arms if arm.server is not None and not arm.server.server.spec.alone]
 
 
 def _warm_up(
@@ -259,7 +259,7 @@ def _warm_up(
 
 def _workers(arms: Sequence[Arm]) -> set[int]:
     """Return the ids of the servers' processes."""
-    return {pid for arm in arms if arm.server is not None for pid in arm.server.pids}
+    return {pid for arm in arms if arm.server is not None for pid in arm.server.server.pids}
 
 
 def _working(results: Results, chosen: Collection[str]) -> list[Arm]:

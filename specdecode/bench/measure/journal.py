@@ -180,7 +180,7 @@ def _block(entry: dict[str, Any]) -> Block:
     return block
 
 
-def code() -> str:
+def source_digest() -> str:
     """Return a digest of the package's source, so that blocks of different code are not put together."""
     sources = sorted(Path(__file__).parents[2].rglob("*.py"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16]

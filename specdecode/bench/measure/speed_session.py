@@ -18,7 +18,7 @@ from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_b
 from specdecode.bench.measure.bandwidth import roofline_of
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.header import run_header, run_versions
-from specdecode.bench.measure.journal import Journal, code
+from specdecode.bench.measure.journal import Journal, source_digest
 from specdecode.bench.measure.side_by_side import SideBySide, measure_side_by_side
 from specdecode.bench.measure.turns import reason_against
 from specdecode.bench.measure.until import Until
@@ -194,7 +194,7 @@ def _what_must_be_the_same(
         "max_new_tokens": plan.preset.max_new_tokens,
         "lengths": plan.preset.lengths,
         "stop_token_ids": stop_token_ids,
-        "code": code(),
+        "code": source_digest(),
         "code of arms": {arm.name: arm.code for arm in arms if arm.foreign},
     }
 
@@ -222,15 +222,15 @@ def _server_versions(arms: Sequence[Arm]) -> dict[str, str | int]:
     versions: dict[str, str | int] = {}
     seen: list[object] = []
     for arm in arms:
-        if arm.server is not None and arm.server.server not in seen:
-            seen.append(arm.server.server)
-            versions[f"server of {arm.name}"] = arm.server.about
+        if arm.server is not None and (server := arm.server.server) not in seen:
+            seen.append(server)
+            versions[f"server of {arm.name}"] = server.about
     return versions
 
 
 def _texts_sent(arms: Sequence[Arm]) -> list[str]:
     """Return a note on servers that get prompts as text, as their token ids may differ from ours; [] if none do."""
-    names = [arm.name for arm in arms if arm.server is not None and arm.server.takes_text]
+    names = [arm.name for arm in arms if arm.server is not None and arm.server.server.spec.prompt == "text"]
     return [f"as text to {', '.join(names)}, whose servers tokenise it"] if names else []
 
 

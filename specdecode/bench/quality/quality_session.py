@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from specdecode.bench.measure.journal import Journal, code
+from specdecode.bench.measure.journal import Journal, source_digest
 from specdecode.bench.quality.plan import QualityPlan
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.evals.answers import Problem, answer, problems
@@ -137,7 +137,7 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
         "arms": work.arms,
         "tokens": work.texts,
         "asked": [asdict(problem) for problem in work.problems],
-        "code": code(),
+        "code": source_digest(),
     }
     journal = Journal(plan.journal, session_values, plan.resume)
     pieces = Pieces(journal)

@@ -338,16 +338,10 @@ def _sum_of(reports: Sequence[Speculation | None]) -> Speculation | None:
     if not known or len(known) < len(reports):
         return None
 
-    def total(name: str) -> float | None:
-        values = [getattr(one, name) for one in known]
-        return None if None in values else sum(values)
-
-    return Speculation(
-        drafts=total("drafts"),
-        drafted=total("drafted"),
-        accepted=total("accepted"),
-        by_position=[sum(column) for column in zip_longest(*(one.by_position for one in known), fillvalue=0.0)],
-    )
+    by_position = [sum(column) for column in zip_longest(*(one.by_position for one in known), fillvalue=0.0)]
+    columns = {name: [getattr(one, name) for one in known] for name in ("drafts", "drafted", "accepted")}
+    sums = {name: None if None in column else sum(column) for name, column in columns.items()}
+    return Speculation(**sums, by_position=by_position)
 
 
 class Servers:

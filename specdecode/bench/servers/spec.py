@@ -15,7 +15,7 @@ from specdecode.bench.servers.engines import ENGINES
 from specdecode.support.checked import shown
 from specdecode.support.kinds import FLAG, NUMBER, STRING, STRINGS, TABLE, is_of
 
-PLACEHOLDERS = ("target", "draft", "port")
+_PLACEHOLDERS = ("target", "draft", "port")
 """The names that a command may have in braces."""
 
 # Braces around other text may belong to an option, which is often JSON.
@@ -151,7 +151,7 @@ def _check_command(command: str) -> None:
     named = set(_PLACEHOLDER.findall(command))
     if "port" not in named:
         raise ValueError("server.command names no {port}: give the server its port as {port}")
-    if unknown := sorted(named - set(PLACEHOLDERS)):
+    if unknown := sorted(named - set(_PLACEHOLDERS)):
         raise ValueError(
             f"server.command names {{{unknown[0]}}}: only {{target}}, {{draft}} and {{port}} are filled in"
         )

@@ -17,7 +17,7 @@ from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.experiment import Results, experiment
-from specdecode.bench.measure.journal import Journal, code
+from specdecode.bench.measure.journal import Journal, source_digest
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds
 from specdecode.bench.runs.measures import CountersRun
 from tests.helpers.damage import NO_SHRINKING, Damage, damaged, taken
@@ -167,9 +167,9 @@ def test_the_code_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     package.mkdir(parents=True)
     (package / "journal.py").write_text("a = 1")
     monkeypatch.setattr("specdecode.bench.measure.journal.__file__", str(package / "journal.py"))
-    before = code()
+    before = source_digest()
     (package / "journal.py").write_text("a = 2")
-    assert code() != before
+    assert source_digest() != before
 
 
 _HOLDER = """
