@@ -2,9 +2,8 @@
 
 The search takes the strongest of many shapes. The probability of such a shape by chance is the share of permuted series
 whose strongest shape is as strong. This accounts for the number of shapes, and noise need not be normal (Westfall and
-Young 1993). Daly et al. 2020 search
-series of benchmarks in this way, "The Use of Change Point Detection to Identify Software Performance Regressions in a
-Continuous Integration System". The shapes are
+Young 1993). Daly et al. 2020 search series of benchmarks in this way, "The Use of Change Point Detection to Identify
+Software Performance Regressions in a Continuous Integration System". The shapes are
 
 - ramps from one level to another, including steps: eight versions that lose 1 % each are one ramp, as in tests of
   several contrasts for trends (Bretz and Hothorn 2002);
