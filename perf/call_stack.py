@@ -68,7 +68,7 @@ def main() -> None:
     )
     for (name, depth), times in taken.items():
         a_token = below(depth, partial(page_faults, calls[name])) / TOKENS
-        ratios = [own / usual for own, usual in zip(times, taken["with room", 0], strict=True)]
+        ratios = [seconds_with / usual for seconds_with, usual in zip(times, taken["with room", 0], strict=True)]
         say(f"| {name} | {depth} | {a_token:.0f} | {statistics.median(ratios):.2f} |")
 
 

@@ -16,10 +16,10 @@ NOISE = 0.01
 _ARMS = 12  # arms of a baseline; they share the level of significance
 
 
-def losses(count: int, steps: int, each: float) -> np.ndarray:
-    """Return a series of `count` log speeds that loses the share `each` at each of `steps` versions in its middle."""
+def losses(count: int, steps: int, loss: float) -> np.ndarray:
+    """Return a series of `count` log speeds that loses the share `loss` at each of `steps` versions in its middle."""
     place = np.arange(count) - (count - steps) // 2 + 1
-    return math.log1p(-each) * np.clip(place, 0, steps)
+    return math.log1p(-loss) * np.clip(place, 0, steps)
 
 
 def main() -> None:
@@ -39,13 +39,13 @@ def main() -> None:
             shares.append(sum(bool(find_changes(NOISE * series)) for series in noise) / number)
         say(f"| {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
     say("\n| a slowdown in one of twelve arms | 16 versions | 24 versions |\n|---|--:|--:|")
-    for steps, each in ((1, 0.01), (1, 0.02), (1, 0.03), (1, 0.04), (8, 0.005), (8, 0.01)):
+    for steps, loss in ((1, 0.01), (1, 0.02), (1, 0.03), (1, 0.04), (8, 0.005), (8, 0.01)):
         shares = []
         for count in (16, 24):
-            series = (losses(count, steps, each) + NOISE * chance.normal(size=count) for _ in range(number))
-            found = (find_changes(logs, LEVEL / _ARMS) for logs in series)
-            shares.append(sum(any(change.slower for change in changes) for changes in found) / number)
-        say(f"| {steps} of {each:.1%} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+            series = (losses(count, steps, loss) + NOISE * chance.normal(size=count) for _ in range(number))
+            changes_of_arms = (find_changes(logs, LEVEL / _ARMS) for logs in series)
+            shares.append(sum(any(change.slower for change in changes) for changes in changes_of_arms) / number)
+        say(f"| {steps} of {loss:.1%} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
 
 
 if __name__ == "__main__":

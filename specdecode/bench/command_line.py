@@ -166,8 +166,8 @@ def root_of(config: pytest.Config) -> Path:
     Otherwise return the current folder. Pytest would infer its rootdir from the paths on the command line, including a
     model's folder in "--target FOLDER".
     """
-    told = config.inipath is not None or config.getoption("rootdir", None) is not None
-    return config.rootpath if told else config.invocation_params.dir
+    is_configured = config.inipath is not None or config.getoption("rootdir", None) is not None
+    return config.rootpath if is_configured else config.invocation_params.dir
 
 
 def _dest(name: str) -> str:

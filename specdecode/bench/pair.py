@@ -90,7 +90,7 @@ class Pair:
         total_s = max(seconds, 4 * LEAST_BLOCKS * (time.perf_counter() - started))
         options = self._options
         if options is not None and options.against is not None:
-            with _told(), closing(self._other_version(options.root, options.against)) as other:
+            with _in_a_sentence(), closing(self._other_version(options.root, options.against)) as other:
                 _check(ours, other.side, equal)
                 paired = self._measure(ours, other.side, seconds, total_s, options.again)
         elif old is not None:
@@ -186,7 +186,7 @@ def _check(new: TimedFunction, old: TimedFunction, equal: Callable[[Any, Any], A
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _in_a_sentence() -> Iterator[None]:
     """Fail the test with one sentence if the other commit cannot run it."""
     reason = ""
     try:

@@ -81,10 +81,10 @@ def doctor(
         _check_up()
 
 
-def _check_use(options: Mapping[str, object], needed: str, given: str | None) -> None:
+def _check_use(options: Mapping[str, object], needed: str, needed_value: str | None) -> None:
     """Raise ValueError if options are given without the option that they need."""
     for option, value in options.items():
-        if value is not None and given is None:
+        if value is not None and needed_value is None:
             raise ValueError(f"{option} is of no use without {needed}: leave it out")
 
 

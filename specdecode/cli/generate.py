@@ -140,8 +140,8 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}: it must be at least 1")
     if temperature == 0:
-        for option, given in (("--top-k", top_k != 0), ("--top-p", top_p != 1), ("--seed", seed is not None)):
-            if given:
+        for option, is_set in (("--top-k", top_k != 0), ("--top-p", top_p != 1), ("--seed", seed is not None)):
+            if is_set:
                 raise ValueError(f"{option} is of no use at temperature 0, which is greedy: give --temperature, too")
     stops = [whole_text(string, "a stop string") for string in stop or ()]
     options = {

@@ -154,11 +154,11 @@ def load_medusa(name: str, target: LM) -> MedusaHeads:
             part = "outputs" if int(key[2]) == blocks else "blocks"
             tensors[f"{part}.{key[1]}." + (f"{key[2]}." if part == "blocks" else "") + key[3]] = value
     wanted = {name: tuple(x.shape) for name, x in heads.state_dict().items()}
-    given = {name: tuple(x.shape) for name, x in tensors.items()}
-    if wanted != given:
-        other = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))[0]
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if wanted != shapes:
+        other = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))[0]
         raise ModelFileError(
-            f"the Medusa heads {folder} do not fit {target.name}: {other} is {given.get(other)}, not"
+            f"the Medusa heads {folder} do not fit {target.name}: {other} is {shapes.get(other)}, not"
             f" {wanted.get(other)}"
         )
     heads.load_state_dict(tensors)

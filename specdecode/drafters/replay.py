@@ -90,8 +90,8 @@ class ReplayDrafter:
         if self.text[due - len(tail) : due] == tail:
             return due
         places = range(len(tail), len(self.text) + 1)
-        found = [place for place in places if self.text[place - len(tail) : place] == tail]
-        return min(found, key=lambda place: abs(place - due), default=None)
+        matches = [place for place in places if self.text[place - len(tail) : place] == tail]
+        return min(matches, key=lambda place: abs(place - due), default=None)
 
     def _hits(self, place: int) -> bool:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + place)

@@ -76,8 +76,8 @@ def _taken_s(others: Collection[int]) -> float | None:
         for other in map(psutil.Process, others):
             if other not in processes:  # most are children of this process, and to list children takes milliseconds
                 processes.update(_family(other))
-        own = [process.cpu_times() for process in processes]
-        return float(busy - sum(sum(times[:_WITH_CHILDREN]) for times in own) + _throttled_s())
+        processes_s = sum(sum(process.cpu_times()[:_WITH_CHILDREN]) for process in processes)
+        return float(busy - processes_s + _throttled_s())
     return None
 
 

@@ -113,11 +113,11 @@ def find_changes(logs: Sequence[float], level: float = LEVEL) -> list[Change]:
         level: the probability of finding a change in a series without one: `LEVEL` divided by the number of series.
     """
     values = np.asarray(logs, dtype=float)
-    found = sorted(_search(values, 0, level))
-    sizes = _sizes(values, [(start, end) for start, end, _ in found])
+    places = sorted(_search(values, 0, level))
+    sizes = _sizes(values, [(start, end) for start, end, _ in places])
     return [
         Change(start, end, ratio, p)
-        for (start, end, p), ratio in zip(found, sizes, strict=True)
+        for (start, end, p), ratio in zip(places, sizes, strict=True)
         if abs(math.log(ratio.value)) >= _SMALLEST_LOG_CHANGE
     ]
 

@@ -52,8 +52,8 @@ def history(file: Path, newest: int | None = None) -> History:
             runs.append(parse(git("show", f"{revision}:{path}", root=folder), Path(f"{revision}:{path}")))
         except ValueError:
             continue
-    of = "the newest " if len(revisions) == newest else ""
-    summary = f"From git, {len(runs)} of {of}{len(revisions)} revisions of {file}."
+    which = "the newest " if len(revisions) == newest else ""
+    summary = f"From git, {len(runs)} of {which}{len(revisions)} revisions of {file}."
     if left_out := len(revisions) - len(runs):
         summary += f" Left out: {left_out} of another format, or damaged."
     return History(runs, summary)

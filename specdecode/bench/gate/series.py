@@ -51,8 +51,8 @@ def backend(run: RunFile) -> str:
 def turns(run: RunFile) -> str:
     """Return what took turns in a run: "steps" of an arm and its reference arm, "versions" of the code, or "" if whole
     runs were compared."""
-    found = str(run.header.versions.get("turns", ""))
-    return found if found in ("steps", "versions") else ""
+    kind = str(run.header.versions.get("turns", ""))
+    return kind if kind in ("steps", "versions") else ""
 
 
 def series(arm: str, runs: Sequence[RunFile]) -> Series:

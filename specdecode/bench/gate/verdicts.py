@@ -143,8 +143,8 @@ def judge(
     for arm in [*new.arms, *(arm for arm in old.arms if arm not in new.arms)]:
         if arm not in new.arms and arm in new.header.unselected:
             continue
-        given, own_noise = tolerances.get(arm, tolerance), noise.get(arm, 0.0)
-        allowed = Tolerance(max(given, own_noise), from_history=own_noise > given)
+        share, own_noise = tolerances.get(arm, tolerance), noise.get(arm, 0.0)
+        allowed = Tolerance(max(share, own_noise), from_history=own_noise > share)
         if incomparable := _incomparable(arm, new, old):
             judgements += incomparable
             continue

@@ -285,12 +285,12 @@ class _Runs:
             if arm.name not in self.first:
                 continue
             first, later = self.first[arm.name], [self.last[arm.name]] if arm.name in self.last else []
-            own = named(self._arms, arm.baseline or self._baseline)
+            baseline = named(self._arms, arm.baseline or self._baseline)
             if arm.name == self._baseline:
                 later = self.beats[1:]
             with noted(arm, None if arm.name == self._baseline else self._failures):
                 checks[arm.name] = _worse(
-                    check(arm, self._text, self._expected(arm), first.tokens, own),
+                    check(arm, self._text, self._expected(arm), first.tokens, baseline),
                     *(check(arm, self._text, first.tokens, run.tokens, arm) for run in later),
                 )
         return checks
@@ -299,12 +299,12 @@ class _Runs:
         """Return the tokens that the arm must write; none for the run's reference arm before its first run."""
         if arm.lossy:
             return self._references[arm.name]
-        own = arm.baseline or self._baseline
+        baseline = arm.baseline or self._baseline
         if arm.name == self._baseline:
-            return self.first[own].tokens if own in self.first else ()
-        if own not in self.first:
-            raise ArmError(f"arm {arm.name!r}: its reference arm {own} did not decode")
-        return self.first[own].tokens
+            return self.first[baseline].tokens if baseline in self.first else ()
+        if baseline not in self.first:
+            raise ArmError(f"arm {arm.name!r}: its reference arm {baseline} did not decode")
+        return self.first[baseline].tokens
 
 
 def parted(arms: Sequence[T], parts: int) -> list[Sequence[T]]:

@@ -87,14 +87,14 @@ class Results:
 
     def _rows(self, arm: Arm, blocks: Sequence[Block]) -> dict[str, Row]:
         """Return an arm's rows by prompt. Speedups are over the run's reference arm, even if the arm names another."""
-        own = arm.baseline or self.baseline
+        baseline = arm.baseline or self.baseline
         repeats: dict[str, list[tuple[float, Run, Run]]] = {}
         last_s: dict[str, float] = {}
         for block in blocks:
             # A time from a wrong output is void.
-            if {arm.name, own, self.baseline} <= block.runs.keys() and block.checks[arm.name] != "bug":
+            if {arm.name, baseline, self.baseline} <= block.runs.keys() and block.checks[arm.name] != "bug":
                 log_speedup = block.log_speedup(arm.name, self.baseline)
-                repeats.setdefault(block.prompt, []).append((log_speedup, block.runs[arm.name], block.runs[own]))
+                repeats.setdefault(block.prompt, []).append((log_speedup, block.runs[arm.name], block.runs[baseline]))
                 if arm.name in block.last:
                     last_s[block.prompt] = last_s.get(block.prompt, 0.0) + block.last[arm.name].total_s
         rows = {}

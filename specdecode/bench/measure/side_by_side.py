@@ -107,7 +107,7 @@ class SideBySide:
     @property
     def baseline(self) -> str:
         """The name of the run's reference arm."""
-        return next(arm for arm, own in self.baselines.items() if arm == own)
+        return next(arm for arm, baseline in self.baselines.items() if arm == baseline)
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -120,7 +120,7 @@ class SideBySide:
         """The arms that failed in one of the versions."""
         return {arm for _, arm in self.failures}
 
-    def of(self, arm: str) -> list[Quartet]:
+    def quartets(self, arm: str) -> list[Quartet]:
         """Return the quartets of an arm."""
         return [block[arm] for block in self.blocks if arm in block]
 
@@ -128,15 +128,15 @@ class SideBySide:
         """Return an arm's new speed over its old speed, with an interval."""
         of_all = map(self._looks, self.baselines)
         tail = tail_of_arm(self._looks(arm), of_all, self.budget_spent) if self.looked else TAIL
-        return typical_ratio([quartet.log_ratio for quartet in self.of(arm)], self.floor(arm), tail)
+        return typical_ratio([quartet.log_ratio for quartet in self.quartets(arm)], self.floor(arm), tail)
 
     def _looks(self, arm: str) -> int:
         """Return the number of looks at an arm's verdict, one after each repeat."""
-        return max(Counter(quartet.prompt for quartet in self.of(arm)).values(), default=1)
+        return max(Counter(quartet.prompt for quartet in self.quartets(arm)).values(), default=1)
 
     def floor(self, arm: str | None = None) -> float:
         """Return the A/A floor of an arm's change, in logarithms; the reference arm's floor if `arm` is None."""
-        return noise_floor([quartet.noise for quartet in self.of(arm or self.baseline)])
+        return noise_floor([quartet.noise for quartet in self.quartets(arm or self.baseline)])
 
     def record(self, version: Literal["new", "old"], name: str, arm: str, about: Mapping[str, Any]) -> ArmRecord:
         """Return one version's results of an arm, in the form of a run file.
@@ -157,17 +157,17 @@ class SideBySide:
             checks += side.checks
             if self.baseline not in block:
                 continue  # a further repeat, which compares only the versions
-            own, baseline = (getattr(block[other], version) for other in (self.baselines[arm], self.baseline))
+            reference, baseline = (getattr(block[other], version) for other in (self.baselines[arm], self.baseline))
             # A time from a wrong output is void.
             right = [run for run, check in zip(side.runs, side.checks, strict=True) if check != "bug"]
             if right:
                 logs.setdefault(block[arm].prompt, []).append(baseline.log_s - side.log_s)
-                entries.setdefault(block[arm].prompt, []).extend((run, own.runs[0]) for run in right)
+                entries.setdefault(block[arm].prompt, []).extend((run, reference.runs[0]) for run in right)
         rows = {}
         for prompt, of_prompt in entries.items():
             runs, others = zip(*of_prompt, strict=True)
             rows[prompt] = row_of(logs[prompt], runs, others)
-        timed = [run for quartet in self.of(arm) for run in getattr(quartet, version).runs]
+        timed = [run for quartet in self.quartets(arm) for run in getattr(quartet, version).runs]
         return ArmRecord(
             rows=rows,
             bugs=checks.count("bug"),
@@ -188,7 +188,7 @@ class SideBySide:
 
     def outputs(self, version: Literal["new", "old"], arm: str | None = None) -> dict[str, str]:
         """Return digests of an arm's outputs in a version, by prompt; the reference arm's outputs if `arm` is None."""
-        quartets = self.of(arm or self.baseline)
+        quartets = self.quartets(arm or self.baseline)
         return {quartet.prompt: digest(getattr(quartet, version).runs[0].tokens) for quartet in quartets}
 
 
@@ -306,9 +306,9 @@ class _BlockRuns:
 
     def run(self, workers: Sequence[WorkerProcess], arm: str, interleaver: Interleaver | None) -> None:
         """Run an arm in a version or, with an interleaver, in both by turns, unless it has failed in one of them."""
-        own = self._measured.baselines[arm]
-        for version in [version for version, failed in self._measured.failures if failed == own != arm]:
-            self._measured.failures[version, arm] = f"arm {arm!r}: its reference arm {own} did not decode"
+        baseline = self._measured.baselines[arm]
+        for version in [version for version, failed in self._measured.failures if failed == baseline != arm]:
+            self._measured.failures[version, arm] = f"arm {arm!r}: its reference arm {baseline} did not decode"
         with suppress(ArmError):  # it is noted
             for worker in workers:
                 if arm in self._measured.failed:
@@ -349,9 +349,9 @@ class _BlockRuns:
 
     def _prepare(self, worker: WorkerProcess, arm: str) -> None:
         """Do what precedes the first timed run of an arm in a version: the counters run, and the prompt's shapes."""
-        measured, own, key = self._measured, self._measured.baselines[arm], (worker.name, arm)
-        if arm != own and key not in self._expected:
-            written = self._expected[worker.name, own]
+        measured, baseline, key = self._measured, self._measured.baselines[arm], (worker.name, arm)
+        if arm != baseline and key not in self._expected:
+            written = self._expected[worker.name, baseline]
             self._expected[key] = worker.ask("expected", arm=arm, prompt=self._prompt, tokens=written)
         _, _, _, correct = self._wanted(worker, arm)
         if key not in measured.counters_runs:

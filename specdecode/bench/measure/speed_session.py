@@ -306,8 +306,12 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
         title=_title(plan, about["pair"], about["device"], about["backend"], prompts),
         origins=origins,
         run=new,
-        durations={arm: [run.total_s for quartet in measured.of(arm) for run in quartet.new.runs] for arm in arms},
-        wrong={arm: [quartet.prompt for quartet in measured.of(arm) if "bug" in quartet.new.checks] for arm in arms},
+        durations={
+            arm: [run.total_s for quartet in measured.quartets(arm) for run in quartet.new.runs] for arm in arms
+        },
+        wrong={
+            arm: [quartet.prompt for quartet in measured.quartets(arm) if "bug" in quartet.new.checks] for arm in arms
+        },
         judged_by=_judged_by_commit(plan, ref, both, outside, measured),
         judgements=_judge_against(plan, ref, new, old, unsupported, measured.change),
         outside=outside,

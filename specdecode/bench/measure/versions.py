@@ -234,15 +234,15 @@ def _found_from(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     folder.
     """
 
-    def found(name: str) -> str:
+    def resolved(name: str) -> str:
         here = Path(name).expanduser()
         return str(here.resolve()) if name and here.exists() and not (folder / here).exists() else name
 
     entries = {
-        arm: entry | ({"head": found(entry["head"])} if isinstance(entry.get("head"), str) else {})
+        arm: entry | ({"head": resolved(entry["head"])} if isinstance(entry.get("head"), str) else {})
         for arm, entry in arguments["arms"].items()
     }
-    return {**arguments, "arms": entries, **{model: found(arguments[model]) for model in ("target", "draft")}}
+    return {**arguments, "arms": entries, **{model: resolved(arguments[model]) for model in ("target", "draft")}}
 
 
 def dependencies(root: Path, ref: str) -> list[str]:

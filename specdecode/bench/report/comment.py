@@ -53,7 +53,7 @@ def _verdicts(judgements: Sequence[Judgement]) -> Grid:
     for judged in judgements:
         rows.setdefault((judged.verdict.value, judged.arm, judged.reason), []).append(judged.gate)
     columns = [*(Column(name, figures=False) for name in ("verdict", "arm", "of")), Column("why", False, True)]
-    return Grid(columns, [[verdict, arm, ", ".join(of), why] for (verdict, arm, why), of in rows.items()])
+    return Grid(columns, [[verdict, arm, ", ".join(gates), why] for (verdict, arm, why), gates in rows.items()])
 
 
 def cut_table(grid: Grid, what: str) -> str:

@@ -31,12 +31,14 @@ def gains(run: RunFile) -> dict[str, dict[int, Estimate]]:
 
     A speedup is nan without a correct output, or without such a reference arm.
     """
-    found = {}
+    by_family = {}
     for name, arms in families(run).items():
         compared = {number: arm for number, arm in arms.items() if _is_compared(run, arm)}
         if compared:
-            found[name] = {number: run.speedup(arm) if number in compared else UNKNOWN for number, arm in arms.items()}
-    return found
+            by_family[name] = {
+                number: run.speedup(arm) if number in compared else UNKNOWN for number, arm in arms.items()
+            }
+    return by_family
 
 
 def _is_compared(run: RunFile, arm: str) -> bool:

@@ -21,7 +21,7 @@ def for_servers(run: RunFile, arms: Sequence[str]) -> list[Recommendation]:
     by_number: dict[int, list[str]] = {}
     for arm in arms:
         by_number.setdefault(concurrency(run, arm), []).append(arm)
-    return [each for number, together in sorted(by_number.items()) for each in _at(run, number, together)]
+    return [advice for number, together in sorted(by_number.items()) for advice in _at(run, number, together)]
 
 
 def _at(run: RunFile, number: int, arms: list[str]) -> list[Recommendation]:
@@ -32,20 +32,22 @@ def _at(run: RunFile, number: int, arms: list[str]) -> list[Recommendation]:
     if plains:
         contest = Contest(run, arms, plain=contest.best(plains))
     aim = f"highest throughput of servers, {number} prompt{'s' if number > 1 else ''} at a time"
-    found = []
-    faster = [arm for arm in lossless if arm not in plains and all(contest.over(arm, of).low > 1.0 for of in plains)]
+    recommendations = []
+    faster = [
+        arm for arm in lossless if arm not in plains and all(contest.over(arm, other).low > 1.0 for other in plains)
+    ]
     if chosen := faster or plains:
         arm = contest.best(chosen)
-        found.append(contest.recommendation(aim, arm, _reason(arm, arms, plains), lossless))
+        recommendations.append(contest.recommendation(aim, arm, _reason(arm, arms, plains), lossless))
     lossy = [arm for arm in arms if arm not in lossless]
-    than = [each.arm for each in found if each.arm is not None]
-    if faster := [arm for arm in lossy if all(contest.over(arm, of).low > 1.0 for of in (*than, *plains))]:
+    than = [advice.arm for advice in recommendations if advice.arm is not None]
+    if faster := [arm for arm in lossy if all(contest.over(arm, other).low > 1.0 for other in (*than, *plains))]:
         reason = (
             f"{f'Faster than {than[0]} beyond the noise' if than else 'The fastest'}, but may write a different text."
         )
         aim = f"{aim}, if loss is acceptable"
-        found.append(contest.recommendation(aim, contest.best(faster), reason + _SERVED, [*than, *lossy]))
-    return found
+        recommendations.append(contest.recommendation(aim, contest.best(faster), reason + _SERVED, [*than, *lossy]))
+    return recommendations
 
 
 def _is_plain(run: RunFile, arm: str, arms: Sequence[str]) -> bool:

@@ -37,16 +37,16 @@ def tail_of_look(look: int, last: bool = False) -> float:
     return last_one if last else one_of_many
 
 
-def tail_of_arm(own: int, of_all: Iterable[int], budget_spent: bool) -> float:
+def tail_of_arm(looks: int, of_all: Iterable[int], budget_spent: bool) -> float:
     """Return the tail of the interval of an arm that is no longer repeated.
 
     Args:
-        own: number of looks at the arm.
+        looks: number of looks at the arm.
         of_all: numbers of looks at all arms, this one included.
         budget_spent: whether the time budget ended the run. If so, it ended the repeats of the arms with the most
             looks. The repeats of the other arms had ended with a clear verdict.
     """
-    return tail_of_look(own, last=budget_spent and own == max(of_all))
+    return tail_of_look(looks, last=budget_spent and looks == max(of_all))
 
 
 def _all_tails() -> Iterator[tuple[float, float]]:

@@ -47,7 +47,7 @@ class Estimate:
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"
-        value, low, high = (figure(each, spec) for each in (self.value, self.low, self.high))
+        value, low, high = (figure(number, spec) for number in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 
@@ -154,10 +154,10 @@ def noise_floor(logs: Sequence[float]) -> float:
     """
     if not _signed_ranks_outside(len(logs), TAIL):
         return max((abs(log) for log in logs), default=0.0)
-    found = typical_ratio(logs)
-    if not found.bounded:
+    ratio = typical_ratio(logs)
+    if not ratio.bounded:
         return max(abs(log) for log in logs)
-    return max(abs(math.log(found.value)), math.log(found.high / found.low) / 2)
+    return max(abs(math.log(ratio.value)), math.log(ratio.high / ratio.low) / 2)
 
 
 def robust_floor(logs: Sequence[float]) -> float:

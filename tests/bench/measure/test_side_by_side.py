@@ -275,10 +275,10 @@ def test_further_repeats_are_of_what_is_open_alone() -> None:
     measured = measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 5, repeats=1, until=until)
     assert [set(block) for block in measured.blocks] == [{"ar", "x"}, {"ar", "x"}, {"x"}, {"x"}]
     assert [arm for _, arm, _ in machine.log].count("x") == 16
-    assert len(measured.of("x")) == 4
+    assert len(measured.quartets("x")) == 4
     about = {"synthetic": False, "against": None, "lossy": False}
     assert {row.counts.runs for row in measured.record("new", "new", "x", about).rows.values()} == {2}
-    logs = [quartet.log_ratio for quartet in measured.of("x")]
+    logs = [quartet.log_ratio for quartet in measured.quartets("x")]
     assert measured.change("x") == typical_ratio(logs, measured.floor("x"), tail_of_look(2))
 
 
@@ -295,9 +295,9 @@ def test_a_spent_budget_narrows_what_was_measured_to_the_end() -> None:
 
     until = Until(1.5, look, clock=lambda: looks[0], started=0.0)
     measured = measure_side_by_side(both, ["ar", "x"], {"p": [1], "q": [2]}, 5, repeats=1, until=until)
-    assert len(measured.of("x")) == 4
+    assert len(measured.quartets("x")) == 4
     for arm, tail in (("x", tail_of_look(2, last=True)), ("ar", tail_of_look(1))):
-        logs = [quartet.log_ratio for quartet in measured.of(arm)]
+        logs = [quartet.log_ratio for quartet in measured.quartets(arm)]
         assert measured.change(arm) == typical_ratio(logs, measured.floor(arm), tail)
 
 
