@@ -23,10 +23,6 @@ from specdecode.policies.base import CachePolicy
 from specdecode.policies.keep_all import KeepAll
 
 
-def _nothing() -> None:
-    """Do nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Arm:
     """One way to decode.
@@ -68,7 +64,7 @@ class Arm:
     foreign: bool = False
     unchecked: bool = False
     code: str = ""
-    close: Callable[[], None] = _nothing
+    close: Callable[[], None] = lambda: None
     server: ServerArm | None = None
 
     @property

@@ -369,14 +369,9 @@ class Servers:
         if key not in self._servers:
 
             def make_room() -> None:
-                if spec.alone:
-                    self.close(lambda other: other.spec.alone)
+                for other in self._servers.values():
+                    if spec.alone and other.spec.alone:
+                        other.close()
 
             self._servers[key] = Server(spec, self._values, self._codec, self._logs / f"{arm}.log", make_room)
         return self._servers[key]
-
-    def close(self, which: Callable[[Server], bool] = lambda server: True) -> None:
-        """Close the servers, or some of them."""
-        for server in self._servers.values():
-            if which(server):
-                server.close()

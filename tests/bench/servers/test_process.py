@@ -31,7 +31,8 @@ def servers(tmp_path: Path) -> Iterator[Servers]:
     """Return the servers of a session."""
     servers = Servers({"target": "a folder", "draft": ""}, Codec(None), tmp_path)
     yield servers
-    servers.close()
+    for server in servers._servers.values():
+        server.close()
 
 
 def fakes(parent: int | None = None) -> list[psutil.Process]:
