@@ -94,7 +94,7 @@ def by_model(run: RunFile) -> Grid:
         Column("study's", about="the study's approximation, (1 + K alpha) / (1 + K T_draft / T_target)"),
         Column("exact", about="the expectation of a chain (Leviathan et al. 2023), with the measured depths and costs"),
         Column("from steps", about="from the measured tokens and times of the steps, without overhead"),
-        Column("measured", about="the speedup, overhead included"),
+        Column("measured", about=f"the speedup over {run.compared_with}, overhead included"),
     ]
     rows = []
     for row in chain.from_iterable(modelled(run).values()):
