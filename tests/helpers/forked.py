@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -63,7 +64,8 @@ class ForkedModule:
             os.kill(self.pid, signal.SIGKILL)
 
     def communicate(self) -> None:
-        self.stdin.close()
+        with suppress(BrokenPipeError):  # as in `subprocess`, if the process died before it read all
+            self.stdin.close()
         self.stdout.close()
         self.wait()
 
