@@ -15,7 +15,7 @@ from specdecode.bench.quality.quality_charts import (
 from specdecode.bench.quality.quality_tables import costs, margins, notes, retrieval, scores, title
 from specdecode.bench.quality.tradeoff import about_speed, against_speed, tradeoff
 from specdecode.bench.report.captions import label
-from specdecode.bench.report.elements import Element, element, grid_table, scrolling, tile, wide_table
+from specdecode.bench.report.elements import Element, element, explanations, grid_table, scrolling, tile, wide_table
 from specdecode.bench.report.speed_charts import styles
 from specdecode.bench.report.start_page import NOT_JUDGED, Chip, Entry
 from specdecode.bench.report.svg import card, legend
@@ -89,16 +89,18 @@ def _margins(checks: Sequence[MarginCheck]) -> list[Element]:
     """List the unexpected outcomes. All others are folded away."""
     parts = [element("h2", "Margins")]
     if wrong := [check for check in checks if check.unexpected]:
-        parts.append(scrolling(grid_table(margins(wrong)), "Unexpected verdicts"))
+        parts += [scrolling(grid_table(margins(wrong)), "Unexpected verdicts"), explanations(margins(wrong))]
     if rest := [check for check in checks if not check.unexpected]:
         summary = element("summary", f"{len(rest)} {'others' if wrong else 'verdicts'}")
-        parts.append(element("details", summary, scrolling(grid_table(margins(rest)), "Verdicts")))
+        table = scrolling(grid_table(margins(rest)), "Verdicts")
+        parts.append(element("details", summary, table, explanations(margins(rest))))
     return parts
 
 
 def _costs(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
     """Return the costs of each arm: as a table, by the size of its cache, and along the documents."""
-    parts = [element("h2", "Costs"), wide_table(costs(run, checks))]
+    grid = costs(run, checks)
+    parts = [element("h2", "Costs"), wide_table(grid), explanations(grid)]
     charts = {"Perplexity by cache size": perplexity_by_cache(run)}
     charts |= {curve.title: curve_chart(run, curve) for curve in CURVES}
     cards = [card([heading], chart) for heading, chart in charts.items() if chart is not None]
@@ -117,13 +119,14 @@ def _needles(run: QualityRun) -> list[Element]:
     """Return the found needles, by length and depth."""
     if not run.needles:
         return []
-    arms = dict.fromkeys(trial.arm for trial in run.needles)
+    arms, grid = dict.fromkeys(trial.arm for trial in run.needles), retrieval(run)
     explanation = (
         "A stronger colour means more probable tokens of the answer. The text in a tile counts the found needles."
     )
     return [
         element("h2", "Needles"),
-        scrolling(grid_table(retrieval(run)), "Found needles"),
+        scrolling(grid_table(grid), "Found needles"),
+        explanations(grid),
         element("p", explanation, class_="soft"),
         element("div", *(card([arm], needle_tiles(run, arm)) for arm in arms), class_="cards"),
     ]
@@ -133,15 +136,18 @@ def _tasks(run: QualityRun, checks: Sequence[MarginCheck]) -> list[Element]:
     """Return the numbers of solved problems."""
     if not run.answers:
         return []
-    return [element("h2", "Tasks"), wide_table(scores(run, checks))]
+    grid = scores(run, checks)
+    return [element("h2", "Tasks"), wide_table(grid), explanations(grid)]
 
 
 def _against_speed(run: QualityRun, speed: RunFile) -> list[Element]:
     """Return the costs and the speedups of the arms of a run of speeds."""
+    grid = against_speed(run, speed)
     parts = [
         element("h2", "Quality against speed"),
         _notes(about_speed(run, speed)),
-        scrolling(grid_table(against_speed(run, speed)), "Quality against speed"),
+        scrolling(grid_table(grid), "Quality against speed"),
+        explanations(grid),
     ]
     if points := tradeoff(run, speed).drawable:
         labels = {point.arm: label(speed, point.arm) for point in points}

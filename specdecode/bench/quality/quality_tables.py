@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from specdecode.bench.quality.tradeoff import about_speed, against_speed
+from specdecode.bench.quality.tradeoff import COST_COLUMNS, about_speed, against_speed
 from specdecode.bench.report.comment import cut_table, whole_report
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.latex import PACKAGES, latex_table
-from specdecode.bench.report.markdown import as_markdown, markdown_table
+from specdecode.bench.report.markdown import as_markdown, explained_table
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.runs.statistics import detectable, figure
 from specdecode.evals.intervals import mcnemar, wilson
@@ -25,8 +25,16 @@ def title(run: QualityRun) -> str:
 
 def costs(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
     """Build one row for each arm: perplexity, costs with 95 % intervals, and outcomes; the reference first."""
-    measured = ["PPL", "tokens", *MEASURES.values(), "KL p99", "KL max", "top-1"]
-    columns = [Column("arm", False), *map(Column, measured), Column("verdict", False, breaks=True)]
+    measured = [
+        COST_COLUMNS["ppl"],
+        Column("tokens", about="number that all but PPL are over: with a cache policy, those after the first eviction"),
+        *(COST_COLUMNS[measure] for measure in MEASURES),
+        Column("KL p99", about="its 99th percentile over tokens"),
+        Column("KL max", about="its maximum"),
+        Column("top-1", about="share of tokens at which arm and reference choose the same"),
+    ]
+    about = "whether a cost is within its margin"
+    columns = [Column("arm", False), *measured, Column("verdict", False, breaks=True, about=about)]
     rows = [["reference", f"{run.perplexity():.3f}", *[""] * len(measured)]]
     for arm in run.judged_arms:
         estimates = [run.cost(arm, measure) for measure in MEASURES]
@@ -49,7 +57,9 @@ def costs(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
 def retrieval(run: QualityRun) -> Grid:
     """Build one row for each arm and length: found needles and the answer's log-probability at each depth."""
     depths = sorted({trial.depth for trial in run.needles})
-    columns = [Column("needle found by", False), Column("tokens"), *(Column(f"depth {depth:g}") for depth in depths)]
+    about = "found if greedy decoding writes the number; in brackets the mean log-probability of the answer, in nats"
+    columns = [Column("needle found by", False, about=about), Column("tokens", about="length of the text")]
+    columns += [Column(f"depth {depth:g}") for depth in depths]
     rows = []
     for arm in dict.fromkeys(trial.arm for trial in run.needles):
         cells = run.needle_cells(arm)
@@ -67,8 +77,18 @@ def scores(run: QualityRun, checks: Sequence[MarginCheck]) -> Grid:
 
     Shares and losses have 95 % intervals. Flips are problems that only the reference or only the arm solves.
     """
-    heads = ("solved", "share", "lost", "won", "McNemar p", "loss", "detectable")
-    columns = [Column("task", False), Column("arm", False), *map(Column, heads), Column("verdict", False)]
+    columns = [
+        Column("task", False),
+        Column("arm", False),
+        Column("solved"),
+        Column("share", about="of solved problems, with a 95 % interval"),
+        Column("lost", about="problems that only the reference solves"),
+        Column("won", about="problems that only the arm solves"),
+        Column("McNemar p", about="probability that chance alone loses and wins so unequally"),
+        Column("loss", about="drop in the share of solved problems, with a 95 % interval"),
+        Column("detectable", about="the smallest loss that so many problems can tell from 0"),
+        Column("verdict", False, about="whether the loss is within its margin"),
+    ]
     rows = []
     for task, arm in dict.fromkeys((answer.task, answer.arm) for answer in run.answers):
         if (score := run.score(arm, task)) is None:
@@ -93,20 +113,14 @@ def notes(run: QualityRun) -> list[str]:
         f"{header.target} in {header.dtype}, backend {header.backend}, on {'; '.join(header.origins)}:"
         f" {len(run.documents)} documents ({header.texts}), each read {read}{stride}, starting with an empty cache,"
         f" teacher-forced in steps of {header.k + 1} tokens through the decode path.",
-        "The reference is the full cache with unquantised weights. ΔNLL and KL(reference || arm) are in nats a token,"
-        " with 95 % intervals over documents. For a cache policy, ΔNLL, KL, KL p99, KL max and top-1 agreement are"
-        " over the tokens after the first eviction; the column tokens has their number.",
+        "The reference is the full cache with unquantised weights.",
     ]
-    if run.needles:
-        sentences.append("A needle is found if greedy decoding writes the number; its log-probability is in brackets.")
     if header.tasks is not None:
         sentences += [f"{JUDGED[task]} was not asked: {reason}." for task, reason in header.tasks.missing.items()]
         if run.answers:
             sentences.append(
                 f"Problems ({'; '.join(header.tasks.origins)}) are answered greedily, in {header.tasks.max_new_tokens}"
                 " tokens at most. GSM8K is judged by the last number, HumanEval by a function that passes its tests."
-                " Lost: problems that only the reference solves. Won: problems that only the arm solves. Loss: drop in"
-                " the share of solved problems. Detectable: the smallest loss that so many problems can tell from 0."
             )
     if header.synthetic:
         sentences.append("The weights are random: this is only a trial, and says nothing about quality.")
@@ -115,7 +129,12 @@ def notes(run: QualityRun) -> list[str]:
 
 def margins(checks: Sequence[MarginCheck]) -> Grid:
     """Build one row for each arm and measure: the outcome and its reason."""
-    columns = [*(Column(name, False) for name in ("arm", "of", "verdict")), Column("why", False, breaks=True)]
+    columns = [
+        Column("arm", False),
+        Column("of", False),
+        Column("verdict", False, about="PASS if the whole interval is within the margin, FAIL if none of it is"),
+        Column("why", False, True, "the cost, its margin, and the smallest cost that the run would detect"),
+    ]
     return Grid(columns, [[check.arm, JUDGED[check.measure], outcome(check), check.reason] for check in checks])
 
 
@@ -139,17 +158,17 @@ def markdown(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | No
         parts.append(
             "\n".join(f"- **{as_markdown(check.arm)}** is {outcome(check)}: {check.reason}" for check in wrong)
         )
-    parts.append(markdown_table(costs(run, checks)))
+    parts += explained_table(costs(run, checks))
     if run.needles:
-        parts.append(markdown_table(retrieval(run)))
+        parts += explained_table(retrieval(run))
     if run.answers:
-        parts.append(markdown_table(scores(run, checks)))
+        parts += explained_table(scores(run, checks))
     parts.append("\n".join(f"- {as_markdown(note)}" for note in notes(run)))
     if speed is not None:
-        parts += ["### Quality against speed", markdown_table(against_speed(run, speed))]
+        parts += ["### Quality against speed", *explained_table(against_speed(run, speed))]
         parts.append("\n".join(f"- {as_markdown(note)}" for note in about_speed(run, speed)))
-    parts += ["### Margins", markdown_table(margins(checks))]
-    return "\n\n".join(parts) + "\n"
+    parts += ["### Margins", *explained_table(margins(checks))]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def comment(run: QualityRun, checks: Sequence[MarginCheck], file: str = "") -> str:
@@ -177,15 +196,16 @@ def comment(run: QualityRun, checks: Sequence[MarginCheck], file: str = "") -> s
 
 def latex(run: QualityRun, checks: Sequence[MarginCheck], speed: RunFile | None = None) -> str:
     """Return the tables for a paper, to be included with \\input. The arguments are those of `markdown`."""
-    parts = [PACKAGES, latex_table(costs(run, checks), " ".join([f"{title(run)}.", *notes(run)]))]
+    tables = [(costs(run, checks), [f"{title(run)}.", *notes(run)])]
     if run.needles:
-        parts.append(latex_table(retrieval(run), f"Found needles: {title(run)}."))
+        tables.append((retrieval(run), [f"Found needles: {title(run)}."]))
     if run.answers:
-        parts.append(latex_table(scores(run, checks), f"Tasks: {title(run)}."))
+        tables.append((scores(run, checks), [f"Tasks: {title(run)}."]))
     if speed is not None:
-        parts.append(latex_table(against_speed(run, speed), " ".join(about_speed(run, speed))))
-    parts.append(latex_table(margins(checks), f"Margins: {title(run)}."))
-    return "\n\n".join(parts) + "\n"
+        tables.append((against_speed(run, speed), about_speed(run, speed)))
+    tables.append((margins(checks), [f"Margins: {title(run)}."]))
+    captioned = (latex_table(grid, " ".join([*caption, grid.explanations])) for grid, caption in tables)
+    return "\n\n".join([PACKAGES, *captioned]) + "\n"
 
 
 def _known(value: float, spec: str) -> str:

@@ -105,10 +105,20 @@ def _decoding(entry: Mapping[str, Any]) -> str:
 _WHOLE = _decoding({})
 
 
+COST_COLUMNS = {
+    "ppl": Column("PPL", about="perplexity, over all tokens"),
+    "nll": Column("ΔNLL", about="nats a token by which the text is less probable, with a 95 % interval over documents"),
+    "kl": Column("KL", about="KL(reference || arm) in nats a token, with a 95 % interval over documents"),
+}
+"""The columns of perplexity and of MEASURES."""
+
+
 def against_speed(run: QualityRun, speed: RunFile) -> Grid:
     """Build one row for each arm in both runs: its speedup and its costs."""
-    heads = [Column("arm", False), Column("judged as", False), Column("speedup over ar")]
-    columns = [*heads, *map(Column, (*MEASURES.values(), "PPL"))]
+    about = "the arm of the quality suite with the same cache and weights"
+    heads = [Column("arm", False), Column("judged as", False, about=about)]
+    heads.append(Column("speedup over ar", about="with its 95 % interval"))
+    columns = [*heads, *(COST_COLUMNS[measure] for measure in (*MEASURES, "ppl"))]
     rows = []
     for point in tradeoff(run, speed).points:
         divergence = NO_COST if point.judged is None else run.cost(point.judged, "kl")
@@ -123,7 +133,7 @@ def about_speed(run: QualityRun, speed: RunFile) -> list[str]:
     compared = tradeoff(run, speed)
     sentences = [
         f"Speeds: {title(speed)}. The cost of an arm is the cost of its cache and its weights; drafts do not change it."
-        " A lossless arm costs nothing. Both intervals are 95 %."
+        " A lossless arm costs nothing."
     ]
     if compared.unjudged:
         sentences.append(f"Measured, but not judged: {', '.join(compared.unjudged)}.")

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from specdecode.bench.report.captions import cells, label, outputs, title
+from specdecode.bench.report.captions import COLUMNS, cells, columns, label, output_column, outputs, title
 from specdecode.bench.report.contest import Recommendation
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.recommend import Advice
@@ -44,16 +44,13 @@ def rich_advice(run: RunFile, advice: Advice) -> RenderableType:
 
 def _table(run: RunFile, advice: Advice) -> Grid:
     """Build one row for each aim: the arm, its speed over `ar` and transformers, and its measures."""
-    measured = {
-        "throughput": Column("tokens/s"),
-        "mean_acceptance_length": Column("τ"),
-        "acceptance_rate": Column("accepted"),
-        "peak_cache_bytes": Column("KV MB"),
-    }
-    over = {BASELINE: "over ar", PEER_BASELINE: f"over {PEER_BASELINE}"}
+    measured = ["throughput", "mean_acceptance_length", "acceptance_rate", "peak_cache_bytes"]
+    compared = "speed over plain decoding, and its interval"
+    over = {BASELINE: Column("over ar", about=compared), PEER_BASELINE: COLUMNS["over_hf"]}
     if PEER_BASELINE not in run.arms:
         del over[PEER_BASELINE]
-    heads = [Column("aim", False, True), Column("use", False), *map(Column, over.values()), *measured.values()]
+    arms = [recommendation.arm for recommendation in advice.recommendations if recommendation.arm is not None]
+    heads = [Column("aim", False, True), Column("use", False), *over.values(), *columns(run, measured)]
     rows = []
     for recommendation in advice.recommendations:
         aim, arm = _aim(recommendation), recommendation.arm
@@ -61,8 +58,8 @@ def _table(run: RunFile, advice: Advice) -> Grid:
             rows.append([aim, "-", *[""] * (len(heads) - 1)])
             continue
         ratios = [_over(recommendation, recommendation.plain if other == BASELINE else other) for other in over]
-        rows.append([aim, label(run, arm), *ratios, *cells(run, arm, list(measured)), outputs(run, arm)])
-    return Grid([*heads, Column("output", False)], rows)
+        rows.append([aim, label(run, arm), *ratios, *cells(run, arm, measured), outputs(run, arm)])
+    return Grid([*heads, output_column(run, arms)], rows)
 
 
 def _over(recommendation: Recommendation, other: str) -> str:

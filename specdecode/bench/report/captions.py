@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from specdecode.bench.arms.keys import loss_settings
@@ -277,6 +277,22 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.4g} ns"
 
 
+def verdict_columns(what: str = "arm") -> list[Column]:
+    """Return the columns of a table of verdicts. `what` heads the column of names."""
+    why = "new over old with its interval, the tolerance, and what the run would detect; for counters, old -> new"
+    return [
+        # It names no verdict: who searches a log for one that fails would find it in every run.
+        Column("verdict", False, about="the setting of the gate says which ones fail"),
+        Column(what, False),
+        Column("of", False, about="a time, or counters, which do not depend on the clock"),
+        Column("why", False, True, why),
+    ]
+
+
+BLESSED = "why the run was blessed"
+"""The explanation of the column of a baseline's reason."""
+
+
 def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
     """Sort verdicts by their importance to a reader: the failing ones first."""
     return sorted(judgements, key=lambda judged: [*Verdict].index(judged.verdict))
@@ -312,9 +328,9 @@ _OUTPUTS = {
 }
 
 
-def output_column(run: RunFile) -> Column:
-    """Return the column of `outputs`. Its explanation has the words that occur in its cells."""
-    words = {word for arm in run.arms for word in outputs(run, arm).split()}
+def output_column(run: RunFile, arms: Iterable[str]) -> Column:
+    """Return the column of `outputs` of some arms. Its explanation has the words that occur in its cells."""
+    words = {word for arm in arms for word in outputs(run, arm).split()}
     meanings = ", ".join(f"{word} ({meaning})" for word, meaning in _OUTPUTS.items() if word in words)
     return Column("output", figures=False, about=meanings)
 

@@ -6,13 +6,23 @@ from collections import Counter
 from collections.abc import Sequence
 
 from specdecode.bench.gate.verdicts import FAILING, Judgement, Verdict
-from specdecode.bench.report.captions import cells, failing_first, label, notes, one_line, outputs
+from specdecode.bench.report.captions import (
+    cells,
+    columns,
+    failing_first,
+    label,
+    notes,
+    one_line,
+    output_column,
+    outputs,
+    verdict_columns,
+)
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.load import losses
 from specdecode.bench.report.markdown import as_markdown, markdown_table
 from specdecode.bench.runs.records import RunFile
 
-_MOST_ROWS = 18
+_MOST_ROWS = 17
 _MOST_NAMES = 5
 _MOST_CHARACTERS = 600  # of a cell: GitHub refuses comments of 65 536 characters
 
@@ -52,19 +62,21 @@ def _verdicts(judgements: Sequence[Judgement]) -> Grid:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for judged in judgements:
         rows.setdefault((judged.verdict.value, judged.arm, judged.reason), []).append(judged.gate)
-    columns = [*(Column(name, figures=False) for name in ("verdict", "arm", "of")), Column("why", False, True)]
-    return Grid(columns, [[verdict, arm, ", ".join(gates), why] for (verdict, arm, why), gates in rows.items()])
+    return Grid(verdict_columns(), [[verdict, arm, ", ".join(gates), why] for (verdict, arm, why), gates in rows.items()])
 
 
 def cut_table(grid: Grid, what: str) -> str:
-    """Return a table in Markdown with only its first rows and short cells, and the number of omitted rows (`what`)."""
+    """Return a table in Markdown with only its first rows and short cells, the number of omitted rows (`what`), and the
+    explanations of its columns."""
     rows = [
         [cell if len(cell) <= _MOST_CHARACTERS else f"{cell[:_MOST_CHARACTERS]}..." for cell in map(one_line, row)]
         for row in grid.rows[:_MOST_ROWS]
     ]
-    text = markdown_table(Grid(grid.columns, rows))
+    shown = Grid(grid.columns, rows)
     more = len(grid.rows) - len(rows)
-    return f"{text}\n\nand {more} more {what}." if more else text
+    omitted = f"and {more} more {what}." if more else ""
+    below = "\n".join(filter(None, [omitted, as_markdown(shown.explanations)]))
+    return "\n\n".join(filter(None, [markdown_table(shown), below]))
 
 
 def whole_report(file: str) -> str:
@@ -120,12 +132,12 @@ def _speeds(run: RunFile, judgements: Sequence[Judgement]) -> Grid:
         order = [arm for arm in dict.fromkeys([run.header.baseline, *faulty, *ranked, *run.arms]) if arm in run.arms]
     else:
         order = list(run.arms)
-    columns = [Column("arm", figures=False), Column("tokens/s"), Column(f"speedup over {run.header.baseline}")]
-    columns += [Column("new/old speed")] if changes else []
-    columns += [Column("τ"), Column("output", figures=False)]
+    measured = ["throughput", "speedup", "mean_acceptance_length"]
+    *heads, length = columns(run, measured)
+    heads += [Column("new/old speed", about="the change of speed that is judged, and its interval")] if changes else []
     rows = []
     for arm in order:
-        throughput, speedup, tau = cells(run, arm, ["throughput", "speedup", "mean_acceptance_length"])
+        throughput, speedup, tau = cells(run, arm, measured)
         change = [f"{changes[arm]}" if arm in changes else ""] if changes else []
         rows.append([label(run, arm), throughput, speedup, *change, tau, outputs(run, arm)])
-    return Grid(columns, rows)
+    return Grid([Column("arm", figures=False), *heads, length, output_column(run, order)], rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,9 +52,12 @@ class Grid:
         return " ".join(f"{column.name}: {column.about}." for column in self.explained)
 
 
-def rich_table(grid: Grid) -> Table:
-    """Return a table for a terminal. Print it with `crop=False`: it may be wider than the terminal (see `_Uncut`)."""
-    table = _Uncut()
+def rich_table(grid: Grid, sentences: Sequence[str] = ()) -> Table:
+    """Return a table for a terminal, with the explanations of its columns and further sentences below it.
+
+    Print it with `crop=False`: it may be wider than the terminal (see `_Uncut`).
+    """
+    table = _Uncut(caption=Text("\n".join(filter(None, [grid.explanations, *sentences]))), caption_justify="left")
     for column, *cells in zip(grid.columns, *grid.rows, strict=True):
         split = str.split if column.breaks else str.splitlines
         longest = max((cell_len(part) for text in (column.name, *cells) for part in split(text)), default=0)

@@ -298,7 +298,8 @@ def _history(run: RunFile, past: History, looks: Mapping[str, Style]) -> list[El
         )
         cards = element("div", *_courses(run, runs, looks), class_="cards")
         parts += [element("p", legend, class_="soft"), cards]
-    return [*parts, scrolling(grid_table(past_speedups(run, past)), "Speedups of earlier runs")]
+    grid = past_speedups(run, past)
+    return [*parts, scrolling(grid_table(grid), "Speedups of earlier runs"), explanations(grid)]
 
 
 def _courses(run: RunFile, runs: Sequence[RunFile], looks: Mapping[str, Style]) -> list[Element]:

@@ -22,10 +22,11 @@ def latex(
     """
     parts = [PACKAGES]
     if judgements:
-        parts.append(latex_table(verdicts(judgements), f"Verdicts: {title}. {judged_by}"))
+        judged = verdicts(judgements)
+        parts.append(latex_table(judged, f"Verdicts: {title}. {judged_by} {judged.explanations}"))
     measured = speeds(run)
-    judged = [] if judgements else [judged_by]
-    parts.append(latex_table(measured, " ".join([f"Speed: {title}.", *judged, measured.explanations, *notes(run)])))
+    about = [] if judgements else [judged_by]
+    parts.append(latex_table(measured, " ".join([f"Speed: {title}.", *about, measured.explanations, *notes(run)])))
     if (loads := by_concurrency(run)).rows:
         parts.append(latex_table(loads, " ".join([f"By concurrency: {title}. {loads.explanations}", *losses(run)])))
     parts += [latex_table(grid, f"{heading}: {title}. {grid.explanations}") for heading, grid in details(run).items()]

@@ -25,21 +25,21 @@ def markdown(run: RunFile, title: str, judged_by: str, judgements: Sequence[Judg
     """
     parts = [f"## {as_markdown(title)}", as_markdown(judged_by)]
     if judgements:
-        parts.append(markdown_table(verdicts(judgements)))
-    parts += [*_explained_table(speeds(run)), "\n".join(f"- {as_markdown(note)}" for note in notes(run))]
+        parts += explained_table(verdicts(judgements))
+    parts += [*explained_table(speeds(run)), "\n".join(f"- {as_markdown(note)}" for note in notes(run))]
     if (loads := by_concurrency(run)).rows:
-        parts += ["### By concurrency", *_explained_table(loads)]
+        parts += ["### By concurrency", *explained_table(loads)]
         parts += ["\n".join(f"- {as_markdown(sentence)}" for sentence in losses(run))]
     for heading, grid in details(run).items():
-        parts += [f"### {heading}", *_explained_table(grid)]
+        parts += [f"### {heading}", *explained_table(grid)]
     parts += ["### History", as_markdown(past.summary)]
     if past.runs:
-        parts.append(markdown_table(past_speedups(run, past)))
+        parts += explained_table(past_speedups(run, past))
     parts += ["### Measured with", *map(markdown_table, surroundings(run)), f"    {one_line(command(run))}"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _explained_table(grid: Grid) -> list[str]:
+def explained_table(grid: Grid) -> list[str]:
     """Return a table, and the explanations of its columns."""
     return [markdown_table(grid), as_markdown(grid.explanations)]
 

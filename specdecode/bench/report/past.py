@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from specdecode.bench.gate.changes import LEAST_VERSIONS, Change, Course
 from specdecode.bench.gate.series import yardstick
+from specdecode.bench.report.captions import BLESSED
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.runs.records import RunFile
 
@@ -21,7 +22,8 @@ def speeds_by_version(runs: Sequence[RunFile], courses: Mapping[str, Course]) ->
         courses: speedups and changes of each arm, by name.
     """
     arms = [arm for arm, course in courses.items() if course.series.logs]
-    about = [Column("date", False), Column("commit", False), Column("reason", False, True)]
+    about = "of a baseline; its row has the speedups in that run"
+    heads = [Column("date", False, about=about), Column("commit", False), Column("reason", False, True, BLESSED)]
     grids = []
     for first in range(0, len(arms), _ARMS_ABREAST):
         abreast = arms[first : first + _ARMS_ABREAST]
@@ -31,14 +33,20 @@ def speeds_by_version(runs: Sequence[RunFile], courses: Mapping[str, Course]) ->
             + [f"{math.exp(logs[version]):.3f}" if version in logs else "" for logs in speeds]
             for version, run in enumerate(runs)
         ]
-        heads = [Column(f"{arm} over {yardstick(arm, runs[-1])}", True, True) for arm in abreast]
-        grids.append(Grid([*about, *heads], rows))
+        speedups = [Column(f"{arm} over {yardstick(arm, runs[-1])}", True, True) for arm in abreast]
+        grids.append(Grid([*heads, *speedups], rows))
     return grids
 
 
 def changes(runs: Sequence[RunFile], courses: Mapping[str, Course]) -> Grid:
     """Return a table with one row for each change: its arm, size and commit, and its probability by chance."""
-    columns = [Column("arm", False), Column("is", False), Column("by"), Column("since", False, True), Column("p")]
+    columns = [
+        Column("arm", False),
+        Column("is", False),
+        Column("by", about="change of the speedup, and its 95 % interval"),
+        Column("since", False, True, "commit of the change, or the first and the last one of a drift"),
+        Column("p", about="probability that chance alone makes such a change in any of the arms"),
+    ]
     rows = [
         [arm, "slower" if change.slower else "faster", _size(change), _place(runs, course, change), f"{change.p:.2g}"]
         for arm, course in courses.items()
@@ -52,8 +60,6 @@ def remarks(courses: Mapping[str, Course]) -> list[str]:
     sentences = [
         f"{arm}: {course.total - 1:+.1%} in total." for arm, course in courses.items() if len(course.changes) > 1
     ]
-    if any(course.changes for course in courses.values()):
-        sentences.append("p: probability that chance alone makes such a change in any of the arms. Intervals are 95 %.")
     unchanged = [arm for arm, course in courses.items() if course.long_enough and not course.changes]
     if unchanged:
         sentences.append(f"No change found: {', '.join(unchanged)}.")

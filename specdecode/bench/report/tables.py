@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from itertools import chain, product
 
 from rich.table import Table
-from rich.text import Text
 
 from specdecode.bench.gate.blame import PARTS, blame
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
 from specdecode.bench.report.captions import (
+    BLESSED,
     cells,
     columns,
     drafts,
@@ -24,6 +24,7 @@ from specdecode.bench.report.captions import (
     outputs,
     percent,
     proposes,
+    verdict_columns,
 )
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.load import by_concurrency, losses
@@ -34,8 +35,8 @@ from specdecode.bench.runs.records import ArmRecord, RunFile
 
 def verdicts(judgements: Sequence[Judgement], what: str = "arm") -> Grid:
     """Return a table with one row for each verdict, failing ones first. `what` heads the column of names."""
-    heads = [*(Column(name, figures=False) for name in ("verdict", what, "of")), Column("why", False, True)]
-    return Grid(heads, [[j.verdict.value, j.arm, j.gate, j.reason] for j in failing_first(judgements)])
+    rows = [[judged.verdict.value, judged.arm, judged.gate, judged.reason] for judged in failing_first(judgements)]
+    return Grid(verdict_columns(what), rows)
 
 
 def speeds(run: RunFile) -> Grid:
@@ -43,7 +44,7 @@ def speeds(run: RunFile) -> Grid:
     measured = ["throughput", "speedup", "over_hf", "predicted_speedup", "ttft_s", "tpot_s", "mean_acceptance_length"]
     measured += ["acceptance_rate", "roofline_share", "self_ppl", "repetition"]
     known = _known(run, measured)
-    heads = [Column("arm", figures=False), *columns(run, known), output_column(run)]
+    heads = [Column("arm", figures=False), *columns(run, known), output_column(run, run.arms)]
     return Grid(heads, [[label(run, arm), *cells(run, arm, known), outputs(run, arm)] for arm in run.arms])
 
 
@@ -154,7 +155,8 @@ def details(run: RunFile) -> dict[str, Grid]:
 
 def past_speedups(run: RunFile, past: History) -> Grid:
     """Build one row for each former baseline, and a last one for this run: the speedup of every arm."""
-    heads = [Column(name, figures=False) for name in ("date", "commit", "reason")]
+    about = f"of a baseline; its row has the speedups over {run.compared_with} in that run, with their intervals"
+    heads = [Column("date", False, about=about), Column("commit", False), Column("reason", False, about=BLESSED)]
     rows = [
         [then.date, then.commit, then.reason if then is not run else "this run"]
         + [f"{then.speedup(arm)}" if arm in then.arms and then.arms[arm].rows else "" for arm in run.arms]
@@ -184,19 +186,10 @@ def surroundings(run: RunFile) -> list[Grid]:
 
 def speed_table(run: RunFile) -> Table:
     """Return the table of speeds for a terminal."""
-    return _with_caption(speeds(run), notes(run))
+    return rich_table(speeds(run), notes(run))
 
 
 def load_table(run: RunFile) -> Table | None:
     """Return the table by concurrency for a terminal; None if no arms differ only in concurrency."""
     grid = by_concurrency(run)
-    if not grid.rows:
-        return None
-    return _with_caption(grid, losses(run))
-
-
-def _with_caption(grid: Grid, sentences: Sequence[str]) -> Table:
-    """Return a table for a terminal, with the explanations of its columns and further sentences below it."""
-    table = rich_table(grid)
-    table.caption, table.caption_justify = Text("\n".join([grid.explanations, *sentences])), "left"
-    return table
+    return rich_table(grid, losses(run)) if grid.rows else None

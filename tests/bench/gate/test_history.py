@@ -86,6 +86,9 @@ def test_eight_slowdowns_that_each_pass_are_found_together(
     assert value - 1 < least < value < most < value + 1
     assert f"{commits[6]} of 2026-01-02 (version 6), in 8 versions until {commits[13]}" in said
     assert "No change found: ar, lookup." in said
+    assert "p: probability that chance alone makes such a change" in said
+    assert "by: change of the speedup, and its 95 % interval" in said
+    assert "reason: why the run was blessed" in said
     assert exit_code(monkeypatch, "history", FILE, "--arm", "lookup") == 0
     said = capsys.readouterr().out
     assert "linear" not in said

@@ -4,42 +4,70 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from specdecode.bench.gate.history import History
+from specdecode.bench.gate.verdicts import Judgement, Verdict, judge
 from specdecode.bench.measure.speed_session import JudgedRun
+from specdecode.bench.quality import quality_tables
+from specdecode.bench.quality.quality_page import section as quality_section
+from specdecode.bench.quality.tradeoff import against_speed
 from specdecode.bench.report.captions import CELLS, COLUMNS, notes
 from specdecode.bench.report.comment import comment
-from specdecode.bench.report.elements import document
+from specdecode.bench.report.elements import Element, document
 from specdecode.bench.report.grid import Column, Grid, rich_table
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
-from specdecode.bench.report.tables import acceptance, by_model, by_part, limits, memory, speeds
+from specdecode.bench.report.tables import (
+    acceptance,
+    by_model,
+    by_part,
+    limits,
+    memory,
+    past_speedups,
+    speeds,
+    verdicts,
+)
 from specdecode.bench.report.terminal import console_text
 from specdecode.bench.runs.file import parse
 from specdecode.bench.runs.records import RunFile
 from specdecode.bench.summary import speed_text
+from specdecode.evals.margins import check_margins
 from tests.helpers.pages import MOST_LINES, Page
+from tests.helpers.quality_runs import whole_quality_run, whole_speeds
 from tests.helpers.run_contents import SPEEDUPS, run_content, scored_run
 from tests.helpers.speed_runs import ARMS, speed_arm, speed_run, sweep, whole_sweep
 
 PAST = History([], "none")
 
 
-def texts(run: RunFile) -> dict[str, str]:
+def texts(run: RunFile, judgements: Sequence[Judgement] = (), past: History = PAST) -> dict[str, str]:
     """Return a run in every format that explains columns, as plain text."""
-    judged = JudgedRun("title", ["here"], run, {}, {}, "by", [])
-    latex_text, page = latex(run, "title", "by", []), document("title", section(run, "title", "by", [], PAST))
+    judged = JudgedRun("title", ["here"], run, {}, {}, "by", list(judgements))
     return {
-        "markdown": re.sub(r"\\([|*`])", r"\1", markdown(run, "title", "by", [], PAST)),
-        "html": Page(page.replace("</dt><dd>", ": ")).text,
-        "latex": latex_text.replace("$\\tau$", "τ").replace("\\%", "%").replace("\\_", "_"),
+        "markdown": from_markdown(markdown(run, "title", "by", judgements, past)),
+        "html": from_html(section(run, "title", "by", judgements, past)),
+        "latex": from_latex(latex(run, "title", "by", judgements)),
         "terminal": " ".join(speed_text(judged, False, "utf-8").split()),
     }
+
+
+def from_markdown(text: str) -> str:
+    return re.sub(r"\\([|*`])", r"\1", text).replace("&lt;", "<")
+
+
+def from_html(elements: list[Element]) -> str:
+    return Page(document("title", elements).replace("</dt><dd>", ": ")).text
+
+
+def from_latex(text: str) -> str:
+    text = text.replace("$\\tau$", "τ").replace("$\\Delta$", "Δ").replace("\\%", "%").replace("\\_", "_")
+    return text.replace("\\textbar{}", "|").replace("\\textgreater{}", ">")
 
 
 def test_brackets_in_a_reason_are_text() -> None:
@@ -89,6 +117,44 @@ def test_each_table_explains_each_column_once(format_: str) -> None:
     assert {"KV MB", "evictions"} <= {column.name for column in by_part(run).explained}
 
 
+def test_verdicts_and_the_history_are_explained() -> None:
+    """Guards against verdicts, and past speedups, with headings that a reader has to guess."""
+    run = scored_run(SPEEDUPS)
+    judgements = judge(run, run)
+    judged = texts(run, judgements, History([run], "one version"))
+    written = from_markdown(comment(run, "title", "by", judgements, "strict"))
+    assert {"verdict", "of", "why"} == {column.name for column in verdicts(judgements).explained}
+    for column in verdicts(judgements).explained:
+        told = [format_ for format_, text in judged.items() if f"{column.name}: {column.about}" in text]
+        assert told == ["markdown", "latex", "terminal"]  # the HTML page lists verdicts
+    for column in past_speedups(run, History([run], "one version")).explained:
+        told = [format_ for format_, text in judged.items() if f"{column.name}: {column.about}" in text]
+        assert told == ["markdown", "html"]
+    assert "tokens/s: " in written
+    assert "why: " not in written  # no verdict fails: there is no such table
+    failing = comment(run, "title", "by", [replace(judgements[0], verdict=Verdict.REGRESSED)])
+    assert "why: " in failing
+
+
+def test_each_table_of_quality_explains_each_column_once() -> None:
+    """Guards against an abbreviation that only the notes of one format explain."""
+    run, speed = whole_quality_run(), whole_speeds()
+    checks = check_margins(run, {"sink-window-8": {"nll": 0.01}, "int8": {"nll": 0.5}})
+    written = {
+        "markdown": from_markdown(quality_tables.markdown(run, checks, speed)),
+        "html": from_html(quality_section(run, checks, speed)),
+        "latex": from_latex(quality_tables.latex(run, checks, speed)),
+    }
+    grids = [quality_tables.costs(run, checks), quality_tables.scores(run, checks), quality_tables.retrieval(run)]
+    grids += [against_speed(run, speed), quality_tables.margins(checks)]
+    assert [len(grid.explained) for grid in grids] == [8, 6, 2, 5, 2]
+    for column in {column for grid in grids for column in grid.explained}:
+        for format_, text in written.items():
+            tables = sum(column in grid.explained for grid in grids)
+            tables += format_ == "html" and column in grids[-1].explained  # unexpected verdicts stand apart
+            assert text.count(f"{column.name}: {column.about}") == tables, (format_, column.name)
+
+
 def test_what_a_run_lacks_is_not_explained() -> None:
     """Guards against a paragraph about columns that no table has."""
     run = sweep({"ar": {}, "ar-64": ARMS["ar-64"]})
@@ -107,7 +173,7 @@ def test_the_output_is_explained_in_the_words_of_its_cells() -> None:
     assert "WRONG (" in speeds(wrong).columns[-1].about
 
 
-def test_a_terminal_has_one_paragraph_and_a_comment_none() -> None:
+def test_a_terminal_has_one_paragraph_and_a_comment_explains_its_few_columns() -> None:
     """Guards against a table lost in text, and a comment with no room left for verdicts."""
     run = scored_run(SPEEDUPS)
     assert len(notes(run)) < 6

@@ -394,6 +394,7 @@ def test_the_entry_of_a_server_can_be_put_into_a_preset() -> None:
     text = console_text(lambda console: console.print(rich_advice(run, recommend(run))), False, "utf-8")
     assert code in text
     assert "over ar-c4" in text
+    assert "τ: tokens of output per step, the mean. " in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "\x7f\x00'\u2028", "."])
