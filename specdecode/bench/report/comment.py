@@ -62,7 +62,9 @@ def _verdicts(judgements: Sequence[Judgement]) -> Grid:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for judged in judgements:
         rows.setdefault((judged.verdict.value, judged.arm, judged.reason), []).append(judged.gate)
-    return Grid(verdict_columns(), [[verdict, arm, ", ".join(gates), why] for (verdict, arm, why), gates in rows.items()])
+    return Grid(
+        verdict_columns(), [[verdict, arm, ", ".join(gates), why] for (verdict, arm, why), gates in rows.items()]
+    )
 
 
 def cut_table(grid: Grid, what: str) -> str:
