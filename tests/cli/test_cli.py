@@ -149,13 +149,23 @@ def test_an_int8_target_writes_its_own_text(
 def test_layers_are_spread_over_devices(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
-    """Guards against a draft whose layers are spread too. Without a GPU, all layers of the target are on the CPU."""
+    """Guards against an option that does not reach the target, and a draft whose layers are spread too. Without a GPU,
+    all layers of the target are on the CPU.
+    """
     arguments = ("generate", "a cat", "--target", model, "--draft", "layers:0-2", "--max-new-tokens", "20")
+    spread: list[tuple[str, str | None]] = []
+
+    def noted(name: str, **options: Any) -> specdecode.LM:
+        spread.append((name, options.get("device_map")))
+        return load(name, **options)
+
+    monkeypatch.setattr(specdecode, "load", noted)
     written = []
-    for spread in ((), ("--device-map", "auto")):
-        assert exit_code(monkeypatch, *arguments, *spread) == 0
+    for option in ((), ("--device-map", "auto")):
+        assert exit_code(monkeypatch, *arguments, *option) == 0
         written.append(capfd.readouterr().out)
     assert written[0] == written[1]
+    assert spread == [(model, None), ("layers:0-2", None), (model, "auto"), ("layers:0-2", None)]
 
 
 def test_a_seed_makes_sampling_repeatable(

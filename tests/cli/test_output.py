@@ -139,7 +139,7 @@ def test_a_reader_may_go_away(call: Call, capfd: pytest.CaptureFixture[str], nam
 
 
 @pytest.mark.parametrize("name", ["generate", "prompts", "report", "recommend", "gate"])
-def test_a_closed_output_is_as_good_as_none(call: Call, capfd: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_closed_output_is_as_good_as_none(call: Call, name: str) -> None:
     """Guards against an AttributeError: Python has no stream where the shell closed it with `>&-`."""
     assert call(name, stdout=None) == 0
     assert call(name, stdout=None, stderr=None) == 0

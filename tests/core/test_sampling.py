@@ -35,7 +35,9 @@ def test_a_value_outside_its_range_is_named(values: dict, sentence: str) -> None
     top_k=st.integers(0, 13),
     top_p=st.floats(0.01, 1.0),
 )
-def test_the_law_is_that_of_transformers(rows: list[list[int]], temperature: float, top_k: int, top_p: float) -> None:
+def test_the_distribution_is_that_of_transformers(
+    rows: list[list[int]], temperature: float, top_k: int, top_p: float
+) -> None:
     """Guards against the filters in another order, a nucleus that stops one token early, and rows that are mixed up."""
     logits = torch.tensor(rows, dtype=torch.float64) * 0.7
     scores = TemperatureLogitsWarper(temperature)(None, logits)
@@ -59,7 +61,7 @@ def test_the_kth_token_s_equals_stay() -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 3, 0.9)])
-def test_laws_are_at_least_single_precision(sampling: Sampling) -> None:
+def test_distributions_are_at_least_single_precision(sampling: Sampling) -> None:
     """Guards against distributions in half precision, whose ratios are off by a percent."""
     logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
     for given_type, expected in [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -249,8 +248,8 @@ def test_log_probabilities_are_those_of_a_forward_over_the_text(temperature: flo
             stop_token_ids=[whole[17]],
             logprobs=True,
         )
-        laws = logits(target.model, [*prompt(), *result.tokens])[len(prompt()) - 1 : -1].log_softmax(-1)
-        expected = laws[range(len(result.tokens)), result.tokens].cpu()
+        logprobs = logits(target.model, [*prompt(), *result.tokens])[len(prompt()) - 1 : -1].log_softmax(-1)
+        expected = logprobs[range(len(result.tokens)), result.tokens].cpu()
         torch.testing.assert_close(torch.tensor(result.logprobs, dtype=torch.float64), expected, rtol=0, atol=1e-9)
     assert generate(target, prompt(), max_new_tokens=2).logprobs is None
 
@@ -263,7 +262,7 @@ def test_log_probabilities_of_half_precision_are_whole() -> None:
     assert any(torch.tensor(value).bfloat16().item() != value for value in result.logprobs)
 
 
-def test_a_stop_string_given_alone_is_one_string(target: LM, tmp_path: Path) -> None:
+def test_a_stop_string_given_alone_is_one_string(target: LM) -> None:
     """Guards against a string that is read as a list of its characters."""
     start = target.encode("once")
     text = target.decode(generate(target, start, max_new_tokens=LENGTH).tokens)

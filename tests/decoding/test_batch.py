@@ -183,30 +183,31 @@ def test_the_distribution_of_a_batch_is_the_product_of_its_rows(
     every random decision of both rows.
     """
     sampling, draft = Sampling(0.8, top_k=2), enumerated_model(1)
-    prompts = [PROMPT, PROMPT[:-1]]
+    prompts, length = [PROMPT, PROMPT[:-1]], 3  # the first step drafts nothing
 
     def run(rng: BranchRng) -> tuple[tuple[int, ...], ...]:
         monkeypatch.setattr(Sampling, "rng", lambda self, *ranks: rng)
         results = generate_batch(
             enumerated_model(0, layers=2),
             prompts,
-            drafter=lambda: ModelDrafter(draft, StaticTree((2,))),
-            controller=lambda: FixedK(2),
+            drafter=lambda: ModelDrafter(draft),
+            controller=lambda: FixedK(1),
             sampling=sampling,
-            max_new_tokens=2,
+            max_new_tokens=length,
         )
+        assert all(result.drafted for result in results)
         return tuple(tuple(result.tokens) for result in results)
 
     distribution = distribution_of(run)
     assert sum(distribution.values()) == pytest.approx(1.0, abs=1e-9)
-    first = target_distribution(sampling, 2)
+    first = target_distribution(sampling, length)
     second: dict[tuple[int, ...], float] = {}
     for (_, tokens), weight in distribution.items():
         second[tokens] = second.get(tokens, 0.0) + weight
     alone = distribution_of(
         lambda rng: (
             monkeypatch.setattr(Sampling, "rng", lambda self, *ranks: rng),
-            tuple(generate(enumerated_model(0, layers=2), prompts[1], sampling=sampling, max_new_tokens=2).tokens),
+            tuple(generate(enumerated_model(0, layers=2), prompts[1], sampling=sampling, max_new_tokens=length).tokens),
         )[1]
     )
     assert distance(second, alone) < 1e-9

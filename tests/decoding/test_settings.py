@@ -150,7 +150,7 @@ def test_prompts_come_by_either_name(unchecked: None) -> None:
 # None.
 
 
-def test_none_in_a_call_unsets_what_the_checkpoint_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_in_a_call_unsets_what_the_checkpoint_sets() -> None:
     """Guards against a None without effect: a text would still end at the checkpoint's stop token."""
     call = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": LENGTH}
     with configured(pad_token_id=0, eos_token_id=STOP, repetition_penalty=1.3) as decoder:
@@ -236,8 +236,10 @@ def test_several_sequences_and_stop_strings_need_a_stop_token() -> None:
 def test_stop_strings_are_read_with_the_tokenizer_of_the_target() -> None:
     """Guards against a tokenizer that is passed and not used."""
     with configured(pad_token_id=0) as decoder:
-        call = {"max_new_tokens": 3, "stop_strings": "e"}
-        assert decoder.generate(IDS, tokenizer=characters(), **call).shape[1] <= 17
+        call = {"max_new_tokens": 3, "stop_strings": TARGET.decode(WHOLE[1:2])}
+        stopped = decoder.generate(IDS, tokenizer=characters(), **call)
+        assert torch.equal(stopped, theirs(IDS, **call))
+        assert stopped[0, 14:].tolist() == WHOLE[:2]
         with pytest.raises(ValueError, match="tokenizer is not that of llama, which is used for stop_strings here"):
             decoder.generate(IDS, tokenizer=characters(["\0", "e"]), **call)
 

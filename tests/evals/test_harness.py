@@ -78,9 +78,9 @@ def asked(kind: str, *arguments: Any) -> Instance:
 
 def likelihood(tokens: list[int], count: int) -> float:
     """Return the log-probability of the last tokens by one forward of transformers, without a cache."""
-    laws = models.logits(target().model, tokens[:-1]).double().log_softmax(-1)
-    own = torch.tensor(tokens[-count:], device=laws.device)
-    return laws[-count:].gather(1, own[:, None]).sum().item()
+    logprobs = models.logits(target().model, tokens[:-1]).double().log_softmax(-1)
+    own = torch.tensor(tokens[-count:], device=logprobs.device)
+    return logprobs[-count:].gather(1, own[:, None]).sum().item()
 
 
 # Likelihoods.

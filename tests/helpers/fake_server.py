@@ -43,7 +43,6 @@ FAULTS = (
     "no json",
     "caches",
     "caches in silence",  # is faster on a known prompt, and reports no cached tokens
-    "slow at first",
     "hangs",
 )
 
@@ -67,7 +66,7 @@ class Engine:
         self.requests = self.drafts = self.drafted = self.accepted = self.generated = self.cached = 0
         self.by_position = [0] * options.k
         self.read: set[tuple[int, ...]] = set()
-        self.active = 0
+        self.active = self.most_active = 0
 
     def steps(self, prompt: Sequence[int], length: int) -> Iterator[list[int]]:
         """Yield the tokens of each step: one without a draft, else K + 1 and 1 alternately."""
@@ -135,6 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         with engine.lock:
             engine.requests += 1
             engine.active += 1
+            engine.most_active = max(engine.most_active, engine.active)
         try:
             late = engine.requests > engine.options.after
             self._answer(body, fault if late else "")
@@ -175,8 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         engine, key = self.engine, tuple(prompt)
         known = key in engine.read and engine.options.fault.startswith("caches")
         engine.read.add(key)
-        slow = 0.3 if engine.options.fault == "slow at first" and engine.requests <= 2 else 0.0
-        time.sleep(slow + (0.0 if known else engine.options.read_s * len(prompt)))
+        time.sleep(0.0 if known else engine.options.read_s * len(prompt))
         if known and engine.options.fault == "caches":
             engine.cached += len(prompt) // 16 * 16
             return len(prompt) // 16 * 16

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from specdecode import generate, load
+from specdecode import FixedK, ModelDrafter, StaticTree, generate, load
 from specdecode.bench.arms.snippet import code_snippet
-from specdecode.bench.presets import preset
 from specdecode.bench.report.captions import command
 from specdecode.bench.runs.file import read
 from specdecode.models.tensor_parallel import split_count
@@ -51,7 +50,9 @@ told = {"backend": str(target.with_backend("auto").backend)}
 
 def decoded(drafter=None, controller=FixedK(4), **others):
     chosen = {} if drafter is None else {"drafter": drafter, "controller": controller}
-    return generate(target, tokens, max_new_tokens=length, **chosen, **others).tokens
+    result = generate(target, tokens, max_new_tokens=length, **chosen, **others)
+    counts.append((result.accepted, result.drafted))
+    return result.tokens
 
 
 class ByTheClock:
@@ -64,6 +65,7 @@ class ByTheClock:
         self.k = 1 + int(1e9 * step.total_s) % 5
 
 
+counts = []
 trained = load_head(head, target)
 told["exact"] = {
     "ar": decoded(),
@@ -77,6 +79,7 @@ told["exact"] = {
     "by the clock": decoded(ModelDrafter(layers), ByTheClock()),
     "cost-aware": decoded(ModelDrafter(layers), CostAware(measure_costs(target, ModelDrafter(layers)))),
 }
+told["counts"] = dict(zip(told["exact"], counts))
 told["batch"] = [
     result.tokens
     for result in generate_batch(
@@ -144,6 +147,13 @@ def test_two_processes_decode_as_one(model: Path, tmp_path: Path) -> None:
     expected: dict[str, Any] = {"max_new_tokens": LENGTH}
     greedy = generate(alone, prompt(), **expected).tokens
     assert first["exact"] == dict.fromkeys(first["exact"], greedy)
+    for name in ("adaptive", "universal"):  # their draft is the target
+        accepted, drafted = first["counts"][name]
+        assert accepted == drafted > 0
+    layers = ModelDrafter(alone.subset([0, 1]), StaticTree((2, 2)))
+    tree = generate(alone, prompt(), drafter=layers, controller=FixedK(4), **expected)
+    assert first["counts"]["tree"] == [tree.accepted, tree.drafted]
+    assert 0 < tree.accepted < tree.drafted
     assert first["batch"] == [
         generate(alone, text, **expected).tokens for text in (prompt(), prompt()[3:], prompt()[:5])
     ]
@@ -164,7 +174,8 @@ def test_the_suite_measures_once_and_reports_once(tmp_path: Path) -> None:
     each of them.
     """
     file = tmp_path / "run.json"
-    measure = ["--benchmark", "--tp", "auto", "--preset", "multi-gpu", "--tiny", "--until=50%", "--budget-minutes=0.03"]
+    measure = ["--benchmark", "--tp", "auto", "--preset", "multi-gpu", "-k", "linear-k3 or sink-window", "--tiny"]
+    measure += ["--until=50%", "--budget-minutes=0.03"]
     files = [f"--benchmark-json={file}", "--junitxml=run.xml"]
     done = run_twice("-m", "pytest", "-p", "no:cacheprovider", *measure, *files, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -173,7 +184,7 @@ def test_the_suite_measures_once_and_reports_once(tmp_path: Path) -> None:
     run = read(file)
     assert run.header.identity.hardware.endswith("-x2")
     assert (run.header.processes, run.header.on_gpu) == (2, False)
-    arms = preset("multi-gpu").arms
+    arms = ("ar", "linear-k3", "sink-window")
     assert {name: (record.bugs, record.ties) for name, record in run.arms.items()} == dict.fromkeys(arms, (0, 0))
     assert "tp='auto'" in code_snippet(run, "linear-k3")
     assert "torchrun --nproc-per-node=2 -m pytest --benchmark" in command(run)

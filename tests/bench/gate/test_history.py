@@ -106,7 +106,9 @@ def test_a_step_is_named_by_its_commit_and_a_gain_is_no_failure(
     commits = bless_all([speed * np.exp(chance.normal(0, 0.003)) for speed in [2.0] * 7 + [2.2] * 7])
     assert exit_code(monkeypatch, "history") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "linear faster +9" in said or "linear faster +10" in said
+    gain = re.search(r"linear faster \+(.*?)% \[", said)
+    assert gain, said
+    assert float(gain[1]) == pytest.approx(10, abs=0.5)
     assert f"{commits[7]} of 2026-01-02 (version 7)" in said
     assert "versions until" not in said
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from specdecode import FixedK, Generation, PromptLookup, SinkWindow, generate
-from specdecode.bench.arms.arm import make_arm
+from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.run import Run
-from specdecode.bench.measure.block import Block
+from specdecode.bench.measure.block import Block, measure_block
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.journal import Journal
 from specdecode.bench.measure.output_stats import own_losses, repeated, with_output_stats
@@ -278,14 +278,17 @@ def test_stop_tokens_end_every_arm_where_they_end_the_baseline() -> None:
     assert [len(cut.tokens) for cut in block.runs["ar"].cuts] == [length for length in SHORTER if length < ends["ar"]]
 
 
-def test_arms_that_must_write_the_same_share_one_reference() -> None:
+def test_arms_that_must_write_the_same_share_one_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a reference decoded for each of a sweep's arms, which takes longer than the sweep."""
-    first, second, other = (
-        make_arm(name, {"policy": "sink-window", "cache": cache_}, lm("llama"), None, "eager")
-        for name, cache_ in (("a", 16), ("b", 16), ("c", 32))
-    )
-    assert (first.target, first.policy) == (second.target, second.policy)
-    assert other.policy != first.policy
+    caches = {"a": 16, "b": 16, "c": 32}
+    entries = {"ar": {}} | {name: {"policy": "sink-window", "cache": cache_} for name, cache_ in caches.items()}
+    arms = [make_arm(name, entry, lm("llama"), None, "eager") for name, entry in entries.items()]
+    decoded: list[str] = []
+    expected = Arm.expected
+    monkeypatch.setattr(Arm, "expected", lambda arm, *of: decoded.append(arm.name) or expected(arm, *of))
+    block = measure_block(arms, "p", prompt(), LENGTH)
+    assert set(block.checks.values()) == {"equal"}
+    assert decoded == ["a", "c"]
 
 
 # Rehearsals.

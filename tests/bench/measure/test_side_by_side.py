@@ -126,7 +126,7 @@ def test_versions_take_turns(room: int) -> None:
         orders = [name for name, of, _ in machine.log if of == arm]
         blocks = [tuple(orders[i : i + 4]) for i in range(0, len(orders), 4)]
         abba, baab = ("new", "old", "old", "new"), ("old", "new", "new", "old")
-        assert blocks == [abba, baab, abba, baab] if room == 2 else [abba] * 4
+        assert blocks == ([abba, baab, abba, baab] if room == 2 else [abba] * 4)
         assert measured.change(arm).value == pytest.approx(2.0)
     record = measured.record("old", "old", "x", {"synthetic": False, "against": None, "lossy": False})
     assert {prompt: row.counts.runs for prompt, row in record.rows.items()} == {"p": 4, "q": 4}

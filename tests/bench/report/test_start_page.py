@@ -198,9 +198,7 @@ def test_an_entry_counts_only_what_is_lossless_and_right() -> None:
     assert entry(whole, kept, "2026-01-01").verdicts == [Chip("good", "✓ 1 margins kept")]
 
 
-def test_a_start_page_takes_hostile_names_for_text(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_start_page_takes_hostile_names_for_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a run or a file name that injects its own elements into the page."""
     content = run_content(SPEEDUPS)
     content["specdecode"]["identity"]["target"] = HOSTILE[0]
