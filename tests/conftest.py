@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -52,7 +53,21 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-_LONG = ("test_pretended.py", "test_gpu.py", "test_bisect.py", "test_installed.py", "test_suites.py", "test_servers.py")
+_LONG = (
+    "test_pretended.py",
+    "test_gpu.py",
+    "test_bisect.py",
+    "test_installed.py",
+    "test_suites.py",
+    "test_servers.py",
+    "test_tensor_parallel.py",
+    "test_examples.py",
+    "test_training.py",
+    "test_side_by_side.py",
+    "test_embedded.py",
+    "test_wrapped.py",
+    "test_backends.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -110,11 +125,13 @@ def _no_worker_to_its_children() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_beside() -> Iterator[None]:
     """Ignore other work on the machine: parallel tests would trigger repeats of measurements, at random. Keep the
-    copies small that measure its bandwidth: no test depends on that figure.
+    copies small that measure its bandwidth: no test depends on that figure. Let experiments leave hidden from the
+    garbage collector what `_freeze` hides.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specdecode.bench.measure.bandwidth._COPY_BYTES", 2**20)
         patch.setattr("specdecode.bench.measure.steady.watch", lambda *pids, device=None: lambda: 0.0)
+        patch.setattr("specdecode.bench.measure.block.gc", SimpleNamespace(unfreeze=lambda: None))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,9 +31,14 @@ MAY_IMPORT_TRANSFORMERS = (
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
 
+@functools.cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imports(file: str) -> Iterator[tuple[str, ...]]:
     """Yield every module that a file imports, anywhere in it, as a path of names. Imported names count as modules."""
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+    for node in ast.walk(tree(ROOT / file)):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -92,9 +98,8 @@ def test_judging_needs_neither_torch_nor_scipy() -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_a_module_is_read_in_one_sitting(file: str) -> None:
     """Guards against modules and functions that grow by a few lines each time."""
-    text = (ROOT / file).read_text()
-    assert text.count("\n") <= 450
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert (ROOT / file).read_text().count("\n") <= 450
+    functions = [node for node in ast.walk(tree(ROOT / file)) if isinstance(node, ast.FunctionDef)]
     assert not [node.name for node in functions if node.end_lineno and node.end_lineno - node.lineno >= 80]
 
 

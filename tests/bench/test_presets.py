@@ -24,7 +24,7 @@ from specdecode.bench.report.latex import latex
 from specdecode.bench.report.markdown import markdown
 from specdecode.bench.runs.file import parse, run_json
 
-PRESETS = ("quick", "full", "comprehensive", "long-sequence", "sweep", "int8", "streaming")
+PRESETS = ("full", "comprehensive", "long-sequence", "sweep", "int8", "streaming")
 
 
 def plan(name: str, root: Path, **given: Any) -> Plan:

@@ -186,8 +186,7 @@ def process(arguments: tuple[str | bytes, ...], stdout: Any, **environment: str)
     )
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("name", ["report", "gate"])
+@pytest.mark.parametrize(("name", "unbuffered"), [("report", ""), ("gate", "1")])
 def test_a_process_ends_as_it_says(commands: dict[str, tuple[str, ...]], name: str, unbuffered: str) -> None:
     """Guards against exit code 120 and Python's own message about a stream that it cannot flush."""
     with open("/dev/full", "wb") as full:

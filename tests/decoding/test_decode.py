@@ -79,15 +79,26 @@ def test_the_models_say_something(name: str) -> None:
     assert "window" not in name or len(prompt()) > WINDOW
 
 
-@pytest.mark.parametrize("file", DRAFTERS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_drafter_s_tokens_are_those_of_transformers(name: str, file: str) -> None:
+# These drafters read no layer of the target: to them an architecture is only its tokens.
+BY_TOKENS = ("cascade", "lookup", "none", "replay", "universal")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "turn"),
+    [
+        (name, file, row // len(BY_TOKENS) if file in BY_TOKENS else row)
+        for row, name in enumerate(ARCHITECTURES)
+        for file in DRAFTERS
+        if file not in BY_TOKENS or file == BY_TOKENS[row % len(BY_TOKENS)]
+    ],
+)
+def test_every_drafter_s_tokens_are_those_of_transformers(name: str, file: str, turn: int) -> None:
     """Guards against wrong tokens from a wrong mask, position, slot or window, in any architecture with any drafter.
 
     The examples of a drafter differ mostly in the shape of their trees. Each architecture meets one example of each
-    drafter here, and every shape in the tests of `SHAPES`.
+    drafter that reads its layers, one of another drafter, and every shape in the tests of `SHAPES`.
     """
-    drafter = example_in_turn(file, lm(name), list(ARCHITECTURES).index(name))
+    drafter = example_in_turn(file, lm(name), turn)
     assert decode(name, drafter, k=3).tokens == greedy(name, LENGTH)
 
 

@@ -27,14 +27,14 @@ from tests.helpers.models import ARCHITECTURES, VOCABULARY, build, greedy, promp
 LENGTH = 16
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def target() -> LM:
     model = build(ARCHITECTURES["llama"])
     model.generation_config = GenerationConfig(pad_token_id=0)
     return LM(model, name="llama")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def decoder(target: LM) -> SpecDecoder:
     draft = target.subset([0, 1, 3])
     return SpecDecoder(target, lambda: ModelDrafter(draft, StaticTree((2, 1))))
@@ -71,9 +71,10 @@ def test_the_same_call_gives_the_same_tensor(
     assert any(result.accepted for result in decoder.results)
 
 
-def test_the_model_s_own_settings_come_last(target: LM, decoder: SpecDecoder) -> None:
+def test_the_model_s_own_settings_come_last(target: LM, decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against defaults that override the settings of a checkpoint or of the caller."""
-    target.model.generation_config = GenerationConfig(max_new_tokens=5, pad_token_id=0)
+    own = GenerationConfig(max_new_tokens=5, pad_token_id=0)
+    monkeypatch.setattr(target.model, "generation_config", own)
     inputs = padded(8)
     assert decoder.generate(**inputs).shape == (1, 13)
     assert decoder.generate(**inputs, generation_config=GenerationConfig(max_new_tokens=3)).shape == (1, 11)

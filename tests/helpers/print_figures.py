@@ -9,6 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from specdecode.bench.report.drawing import in_print
+from specdecode.bench.report.figures import FIGURES
+from specdecode.bench.runs.records import RunFile
+
+
+def figure_of(run: RunFile, name: str) -> Figure:
+    """Draw one figure of a run, as `figures.draw` draws all."""
+    with in_print():
+        drawn = FIGURES[name](run)
+    assert isinstance(drawn, Figure), drawn
+    return drawn
 
 
 def series(axes: Axes) -> dict[str, list[tuple[float, float]]]:

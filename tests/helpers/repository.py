@@ -31,7 +31,7 @@ def package_repository(folder: Path) -> str:
     Its workers take the processor's time for the time: what else the machine does changes no verdict on them.
     """
     for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
-        if not name.startswith(("baselines/", "docs/")) and (ROOT / name).exists():
+        if not name.startswith(("baselines/", "docs/", "specdecode/assets/")) and (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     edit(folder / "specdecode" / "bench" / "worker.py", "import gc\n", f"import gc\n{_PROCESSOR_TIME}")

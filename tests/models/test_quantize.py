@@ -28,7 +28,8 @@ from specdecode.core.errors import UnsupportedModelError
 from specdecode.models.architectures import SHAPES
 from specdecode.models.quantize import COARSE, KINDS, quantizer
 from specdecode.models.quantized_linear import Int4Linear, Int8Linear
-from tests.helpers.discovery import DRAFTERS, POLICIES, examples
+from tests.helpers.discovery import DRAFTERS, POLICIES
+from tests.helpers.drafts import new_examples, part
 from tests.helpers.models import ARCHITECTURES, build, continuation, logits, prompt, quantisable, small
 from tests.helpers.suites import start_python
 
@@ -220,7 +221,7 @@ def test_the_tokens_are_those_of_the_quantised_model_alone(
 ) -> None:
     """Guards against a product that depends on its number of rows, and a draft that changes the tokens."""
     target = quantised(name, kind)
-    drafters = examples(file, target) | {"unquantised": ModelDrafter(plain(name).subset([0, 1, 3]))}
+    drafters = new_examples(file, target) | {"unquantised": ModelDrafter(part(plain(name), 0, 1, 3))}
     drafter = drafters[data.draw(st.sampled_from(sorted(drafters)))]
     kept = POLICIES[policy]
     result = generate(target, prompt(), drafter=drafter, controller=FixedK(k), policy=kept, max_new_tokens=LENGTH)

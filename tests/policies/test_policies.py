@@ -36,6 +36,7 @@ from specdecode.policies.random import Random
 from specdecode.policies.sink_window import SinkWindow
 from tests.helpers.discovery import CONTROLLERS, DRAFTERS, POLICIES
 from tests.helpers.drafts import example_in_turn
+from tests.helpers.lean import lean
 from tests.helpers.models import ARCHITECTURES, SERVED, build, greedy, lm, logits, prompt, small
 from tests.helpers.strategies import Moody
 
@@ -372,7 +373,7 @@ def resident() -> int:
 
 def test_five_thousand_tokens_through_a_context_of_64(unchecked: None) -> None:
     """Guards against positions beyond the context, and against memory that grows with the text."""
-    target = small(num_hidden_layers=1, max_position_embeddings=64, initializer_range=0.6)
+    target = lean(small(num_hidden_layers=1, max_position_embeddings=64, initializer_range=0.6))
     sizes: list[int] = []
     told = itertools.count()
 

@@ -120,25 +120,32 @@ def test_a_wrong_output_is_skipped_at_once() -> None:
     assert bisection.suspects == [commits(4)[3]]
 
 
-@pytest.fixture
-def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Create a repository with five commits, and a merged branch of two commits after the second.
-
-    Return the ids without the branch's.
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Create a repository with five commits, and a merged branch of two commits after the second. Return it with the
+    ids without the branch's.
     """
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("merged")
     settings = 'target = "shape:tiny"\ntolerance = 0.2\ntolerances = { lookup = 0.3 }'
-    (tmp_path / "pyproject.toml").write_text(f"[tool.specdecode]\n{settings}\n")
-    git(tmp_path, "init", "--quiet", "--initial-branch=trunk")
-    ids = [commit(tmp_path, f"trunk {place}") for place in range(2)]
-    git(tmp_path, "switch", "--quiet", "--create", "branch")
+    (folder / "pyproject.toml").write_text(f"[tool.specdecode]\n{settings}\n")
+    git(folder, "init", "--quiet", "--initial-branch=trunk")
+    ids = [commit(folder, f"trunk {place}") for place in range(2)]
+    git(folder, "switch", "--quiet", "--create", "branch")
     for place in range(2):
-        commit(tmp_path, f"branch {place}")
-    git(tmp_path, "switch", "--quiet", "trunk")
-    ids.append(commit(tmp_path, "trunk 2"))
-    git(tmp_path, "merge", "--quiet", "--no-edit", "branch")
-    ids.append(git(tmp_path, "rev-parse", "--short", "HEAD").strip())
-    return [*ids, commit(tmp_path, "trunk 4")]
+        commit(folder, f"branch {place}")
+    git(folder, "switch", "--quiet", "trunk")
+    ids.append(commit(folder, "trunk 2"))
+    git(folder, "merge", "--quiet", "--no-edit", "branch")
+    ids.append(git(folder, "rev-parse", "--short", "HEAD").strip())
+    return folder, [*ids, commit(folder, "trunk 4")]
+
+
+@pytest.fixture
+def history(merged: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Enter the repository of `merged`, and return its ids."""
+    folder, ids = merged
+    monkeypatch.chdir(folder)
+    return ids
 
 
 def test_only_first_parents_are_suspects(history: list[str]) -> None:
@@ -286,7 +293,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
     ids.append(commit(folder, "broken"))
     package.write_text(whole)
     ids.append(commit(folder, "whole"))
-    slow_down_verification(folder, seconds=0.06)
+    slow_down_verification(folder, seconds=0.02)
     return folder, [*ids, commit(folder, "slow")]
 
 

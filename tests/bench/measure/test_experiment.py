@@ -47,6 +47,7 @@ class Calls:
         self.order: list[tuple[str, int, int]] = []
         self.collecting: list[bool] = []
         self.searched: list[int] = []
+        self.everything = 0
 
     def arm(self, name: str, seconds: float, wrong: bool = False) -> Arm:
         def run(text: Sequence[int], length: int, expected: Sequence[int]) -> Run:
@@ -79,8 +80,12 @@ def kept(results: Results) -> RunFile:
 @pytest.fixture(scope="module")
 def results(calls: Calls) -> Results:
     arms = [calls.arm("ar", 1.0), calls.arm("twice", 0.5), calls.arm("half", 2.0), calls.arm("liar", 0.1, wrong=True)]
-    gc.unfreeze()  # as in a user's session
-    return experiment(arms, PROMPTS, max_new_tokens=LENGTH, repeats=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specdecode.bench.measure.block.gc", gc)
+        gc.unfreeze()  # as in a user's session
+        done = experiment(arms, PROMPTS, max_new_tokens=LENGTH, repeats=3)
+    calls.everything = len(gc.get_objects())
+    return done
 
 
 def test_every_block_begins_and_ends_with_the_baseline(results: Results, calls: Calls) -> None:
@@ -127,13 +132,13 @@ def test_the_progress_names_what_runs() -> None:
     assert during_of["other"] == [counters.format("other"), "other on a"]
 
 
-def test_only_the_first_collection_searches_all_objects(results: Results, calls: Calls) -> None:
+@pytest.mark.usefixtures("results")
+def test_only_the_first_collection_searches_all_objects(calls: Calls) -> None:
     """Guards against a collection before each run that takes longer than the run: PyTorch has very many objects. After
     the experiment everything is searched again.
     """
-    everything = len(gc.get_objects())
-    assert everything > 100_000
-    assert max(calls.searched) < everything / 10
+    assert calls.everything > 100_000
+    assert max(calls.searched) < calls.everything / 10
 
 
 def test_speedups_are_paired_within_blocks(results: Results) -> None:

@@ -26,7 +26,7 @@ from specdecode.bench.report.palette import COLOURS, METHODS, PLAIN
 from specdecode.bench.report.speedup_model import modelled
 from specdecode.bench.runs.counts import as_dict
 from tests.helpers.command_line import exit_code
-from tests.helpers.print_figures import series, texts, unreadable
+from tests.helpers.print_figures import figure_of, series, texts, unreadable
 from tests.helpers.speed_runs import (
     ARMS,
     LENGTHS,
@@ -129,9 +129,7 @@ def test_every_method_has_its_bar_with_interval_and_floor() -> None:
 def test_a_wrong_output_has_no_bar() -> None:
     """Guards against a wrong output that is drawn as a fast one, or that is left out silently."""
     arms = whole_sweep().arms | {"tree": dataclasses.replace(whole_sweep().arms["tree"], rows={}, shorter={}, bugs=3)}
-    figure = draw(dataclasses.replace(whole_sweep(), arms=arms))["methods"]
-    assert isinstance(figure, Figure)
-    (axes,) = figure.axes
+    (axes,) = figure_of(dataclasses.replace(whole_sweep(), arms=arms), "methods").axes
     assert "tree" not in {bar.get_label() for bar in axes.containers}
     assert "tree" in {label.get_text() for label in axes.get_yticklabels()}
     assert "output WRONG" in {text.get_text() for text in axes.texts}
@@ -199,8 +197,7 @@ def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
     assert "hollow: text loops" in legend("quality-against-speed")
     assert axes.get_ylabel() == "tokens before the output differs from ar's, %"
     arms = {arm: of for arm, of in ARMS.items() if arm not in ("replayed", "ar-64")}
-    figure = draw(sweep(arms))["quality-against-speed"]
-    assert isinstance(figure, Figure)
+    figure = figure_of(sweep(arms), "quality-against-speed")
     fastest = [sweep(arms).speedup(arm).value for arm in ("linear-k4", "streaming-k4-128", "streaming-k4-64")]
     corners = [
         (fastest[0], 100),
@@ -221,8 +218,7 @@ def test_long_names_of_tasks_stay_above_their_own_panel() -> None:
     tasks = ("math_reasoning", "qa", "summarization", "translation", "extraction", "math_reasoning-2")
     prompts = tuple(f"spec-bench/{task}/1" for task in tasks)
     arms = {"ar": {}, "an-arm-with-a-long-name": {"drafter": "lookup"}}
-    figure = draw(sweep(arms, prompts))["by-task"]
-    assert isinstance(figure, Figure)
+    figure = figure_of(sweep(arms, prompts), "by-task")
     figure.draw_without_rendering()
     page = figure.bbox
     spans = [axes.title.get_window_extent() for axes in figure.axes]
@@ -388,11 +384,8 @@ def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_run_gives_the_same_bytes() -> None:
     """Guards against figures that differ in every commit through dates or the order of a set."""
     few = {arm: ARMS[arm] for arm in ("ar", "linear-k4", "streaming-k4-64", "hf-generate")}
-    one, two = draw(sweep(few)), draw(sweep(few))
     for name, form in (("quality-against-speed", "pdf"), ("methods", "pdf"), ("methods", "png")):
-        files_ = [
-            figure_bytes(figure, form, "title") for figure in (one[name], two[name]) if isinstance(figure, Figure)
-        ]
+        files_ = [figure_bytes(figure_of(sweep(few), name), form, "title") for _ in range(2)]
         assert files_[0] == files_[1]
         assert b"Date" not in files_[0]
 

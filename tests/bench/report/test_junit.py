@@ -57,7 +57,7 @@ def properties(element: ET.Element) -> Properties:
     return dict(found)
 
 
-@pytest.mark.parametrize("family", ["xunit1", "xunit2", "legacy"])
+@pytest.mark.parametrize("family", ["xunit1", "xunit2"])
 def test_junit_has_the_measures_and_the_verdicts(family: str, model: str, baseline: Path, tmp_path: Path) -> None:
     """Guards against results that a CI system shows only as passed or failed, and against XML that it refuses."""
     file, kept = tmp_path / "junit.xml", tmp_path / "run.json"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.gate.history import History
@@ -21,7 +20,6 @@ from specdecode.bench.report.comment import comment
 from specdecode.bench.report.contest import Recommendation
 from specdecode.bench.report.drawing import in_print
 from specdecode.bench.report.elements import document
-from specdecode.bench.report.figures import draw
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex
 from specdecode.bench.report.load import by_concurrency, gains, losses
@@ -35,7 +33,7 @@ from specdecode.bench.runs.counts import Latencies
 from specdecode.bench.runs.records import ArmRecord, RunFile
 from specdecode.bench.summary import speed_text
 from tests.helpers.pages import HOSTILE, MOST_LINES, Page
-from tests.helpers.print_figures import series, unreadable
+from tests.helpers.print_figures import figure_of, series, unreadable
 from tests.helpers.speed_runs import MODEL, SPEEDUPS, read_back, speed_arm, speed_run, sweep
 
 if sys.version_info >= (3, 11):
@@ -223,12 +221,6 @@ def charts(run: RunFile) -> list[Any]:
         for chart in part.iter("svg")
         if chart.findtext("title") == "Speedup by concurrency"
     ]
-
-
-def figure_of(run: RunFile, name: str) -> Figure:
-    figure = draw(run)[name]
-    assert isinstance(figure, Figure), figure
-    return figure
 
 
 def test_the_figure_has_a_line_for_each_arm() -> None:
