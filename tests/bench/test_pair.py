@@ -101,9 +101,11 @@ def test_a_wrong_option_is_told_before_any_test(elsewhere: Runs) -> None:
 
 def test_against_a_commit_the_same_test_runs_in_both(elsewhere: Runs, tmp_path: Path) -> None:
     """Guards against a commit that is compared with itself, and against processes and files that are left behind."""
+    old = "\nclass Total(int):\n    pass\n\n\ndef boxed():\n    return Total(3)\n"
+    (tmp_path / "src" / "sorting.py").write_text(SORTING + old)
     commit(tmp_path)
     (tmp_path / "src" / "sorting.py").write_text(
-        SORTING.replace("number for", "number + len('two' * 10**4) // 10**4 for") + "\nnewer = total\n"
+        SORTING.replace("number for", "number + len('two' * 10**4) // 10**4 for") + "\nnewer = total\nboxed = int\n"
     )
     (tmp_path / "test_sorting.py").write_text(
         "import sorting\n\n"
@@ -112,10 +114,13 @@ def test_against_a_commit_the_same_test_runs_in_both(elsewhere: Runs, tmp_path: 
         "def test_function(paired):\n"
         "    paired(new=lambda: lambda: 3, equal=lambda new, old: True)\n\n"
         "def test_newer(paired):\n"
-        "    paired(new=lambda: sorting.newer(300))\n"
+        "    paired(new=lambda: sorting.newer(300))\n\n"
+        "def test_boxed(paired):\n"
+        "    paired(new=lambda: sorting.boxed())\n"
     )
     done = elsewhere("--benchmark", *NO_TORCH, "--against=HEAD", "test_sorting.py")
-    assert "3 failed" in done.stdout, done.stdout + done.stderr
+    assert "4 failed" in done.stdout, done.stdout + done.stderr
+    assert "the value of HEAD cannot be read here: Can't get attribute 'Total'" in done.stdout
     assert "REGRESSED: test_total time" in done.stdout
     assert "HEAD cannot run this test: its value cannot be sent for the comparison" in done.stdout
     assert "HEAD cannot run this test: AttributeError: module 'sorting' has no attribute 'newer'" in done.stdout
@@ -130,6 +135,8 @@ def test_the_page_about_it_is_true(tmp_path: Path, tmp_path_factory: pytest.Temp
     page = (ROOT / "docs" / "paired.md").read_text()
     run = runs_in(tmp_path, tmp_path_factory.mktemp("packages"))
     for number, example in enumerate(re.findall(r"```python\n(.*?)```", page, re.DOTALL)):
+        example = example.replace("by_loop(numbers))", "by_loop(numbers), seconds=0.3)")  # in place of five seconds
+        assert "seconds=" in example
         (tmp_path / f"test_example_{number}.py").write_text(example)
     done = run(*NO_TORCH, "--benchmark", "--gate=off", ".")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from specdecode.bench.command_line import share
 from specdecode.bench.measure.header import run_header
 from specdecode.bench.options import Options
 from specdecode.bench.plan import Plan, resolve
@@ -76,10 +77,13 @@ def plan(root: Path, **given: Any) -> Plan:
         ({"dtype": "nothing"}, "dtype 'nothing' is not one of"),
         ({"backend": "nothing"}, "no backend is named 'nothing'"),
         ({"backend": "graph"}, "need a GPU"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: give 1 or more"),
         ({"repeats": 0}, "repeats is 0"),
         ({"again": float("inf")}, "again is inf: it is a share of the time, 0 or more"),
         ({"tolerance": 1.0}, "tolerance is 1.0"),
         ({"tolerance": 0.05, "until": 0.05}, "the tolerance of 5.0% allows it: give a larger --until"),
+        ({"budget_minutes": 5.0}, "--budget-minutes limits the time of --until: give --until, too"),
+        ({"until": 0.05, "budget_minutes": 0.0}, r"the budget is 0\.0 minutes: give more than 0"),
         ({"baseline": "nowhere.json"}, "nowhere.json cannot be read"),
         ({"against": "HEAD", "baseline": "some.json"}, "--baseline does not go with --against"),
         ({"against": "HEAD", "resume": True}, "--resume does not go with --against"),
@@ -90,6 +94,14 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(tmp_path: Path, given: d
     """Guards against a minute of loading before a misspelt option is reported."""
     with pytest.raises(ValueError, match=reason):
         plan(tmp_path, **given)
+
+
+@pytest.mark.parametrize("text", ["5", "0", "100%", "-5%", "nan"])
+def test_what_is_no_share_is_told(text: str) -> None:
+    """Guards against `--until 5` that is met at once, by a user who means five percent."""
+    assert share("5%") == share("0.05") == 0.05
+    with pytest.raises(ValueError, match=f"^{text} is not a share above 0 and below 1$"):
+        share(text)
 
 
 def test_arms_that_only_the_baseline_has_are_judged(tmp_path: Path) -> None:

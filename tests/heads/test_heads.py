@@ -728,6 +728,14 @@ def test_a_target_of_random_weights_drafts_with_a_head_of_such(file: str, monkey
         assert run.counts.drafted > 0
 
 
+def test_a_target_without_output_embedding_has_none_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an AttributeError for a head that shares the target's output embedding."""
+    target = LM(build(ARCHITECTURES["llama"]), name="bare")
+    monkeypatch.setattr(target.model, "get_output_embeddings", lambda: None)
+    with pytest.raises(UnsupportedModelError, match="bare has no output embedding that a head could share"):
+        output_rows(target, torch.tensor([3]))
+
+
 def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a preset that fails for targets without a trained head, and against an arm that is lost where the
     target has one.

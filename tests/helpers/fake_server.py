@@ -41,6 +41,10 @@ FAULTS = (
     "tie",  # where the output diverges, the second token is as likely as the first
     "no stream",
     "no json",
+    "another format",
+    "empty",  # says that an output without tokens has its length
+    "breaks",  # closes the connection without an answer
+    "no counters",  # sends counters that cannot be read
     "caches",
     "caches in silence",  # is faster on a known prompt, and reports no cached tokens
     "hangs",
@@ -123,6 +127,8 @@ class Handler(BaseHTTPRequestHandler):
                 f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{at}"}} {count}.0'
                 for at, count in enumerate(engine.by_position)
             ]
+            if options.fault == "no counters" and engine.requests > options.after:
+                lines.append('vllm:half{engine="0')
             types = sorted({line.partition("{")[0] for line in lines})
             self._send(200, "\n".join([*(f"# TYPE {name} counter" for name in types), *lines]) + "\n")
         else:
@@ -149,6 +155,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault == "500":
             self._send(500, {"error": {"message": "EngineCore encountered an issue"}})
+            return
+        if fault == "breaks":
+            self.close_connection = True
             return
         if fault == "no stream":
             self._send(200, {"choices": [{"text": "all at once"}]})
@@ -188,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
         before = (engine.drafts, engine.accepted, engine.drafted)
         if fault == "another user":
             engine.generated += 7
-        for new in engine.steps(prompt, length + (fault == "too many")):
+        for new in engine.steps(prompt, 0 if fault == "empty" else length + (fault == "too many")):
             time.sleep(options.step_s * (1 + options.crowd * (engine.active - 1)))
             if fault == "hangs" and sent:
                 time.sleep(60)
@@ -203,6 +212,9 @@ class Handler(BaseHTTPRequestHandler):
                 return
             if fault == "no json" and sent:
                 self.wfile.write(b"data: {half\n\n")
+                return
+            if fault == "another format" and sent:
+                self._event({"choices": {"text": "a"}})
                 return
             if fault in ("wrong tokens", "tie") and sent > 2:
                 new = [(token + 1) % VOCABULARY for token in new]

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from specdecode import FixedK, ModelDrafter, StaticTree, generate, load
+from specdecode import FixedK, ModelDrafter, StaticTree, UnsupportedModelError, generate, load
 from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.report.captions import command
 from specdecode.bench.runs.file import read
+from specdecode.models import tensor_parallel
 from specdecode.models.tensor_parallel import split_count
 from specdecode.policies import policy
 from tests.helpers.characters import save
 from tests.helpers.heads import write_head
-from tests.helpers.models import prompt
+from tests.helpers.models import lm, prompt
 from tests.helpers.root import ROOT
 
 LENGTH = 24
@@ -231,6 +232,23 @@ def test_a_number_of_processes_that_cannot_share_is_refused(model: Path, monkeyp
         with nullcontext() if rank == "1" else pytest.raises(ValueError, match="process 3 on a machine with 2 GPUs"):
             assert split_count("auto", "shape:tiny", None, "auto") == 2
     assert chosen == [1]
+
+
+def test_what_transformers_cannot_split_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a traceback from inside transformers, and against the name of no model or version."""
+    model = lm("llama").model
+
+    def refuse(*of: object) -> None:
+        raise NotImplementedError("no plan\nfor this")
+
+    monkeypatch.setattr(tensor_parallel, "_config", lambda count: None)
+    monkeypatch.setattr(type(model), "prepare_distribute_model", refuse, raising=False)
+    with pytest.raises(UnsupportedModelError, match=r"^LlamaForCausalLM cannot be split among 2 processes: no plan$"):
+        tensor_parallel.split(model, 2)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "transformers.distributed.configuration_utils", None)
+    with pytest.raises(ValueError, match=r"this version of transformers cannot split weights: install 5\.18 or later"):
+        tensor_parallel.split(model, 2)
 
 
 def test_without_torchrun_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:

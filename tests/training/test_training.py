@@ -200,8 +200,12 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with(target: LM, shards
     trained(target, shards, tmp_path / "c.pt", TrainingSettings(epochs=1, batch=64, ahead=1)).run(
         lambda *_: None, lambda _: {}
     )
+    settings = TrainingSettings(epochs=2, batch=64, ahead=1)
     with pytest.raises(ValueError, match="training with other settings: remove it"):
-        trained(target, shards, tmp_path / "c.pt", TrainingSettings(epochs=2, batch=64, ahead=1))
+        trained(target, shards, tmp_path / "c.pt", settings)
+    (tmp_path / "c.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"c\.pt is damaged: remove it to start the training anew"):
+        trained(target, shards, tmp_path / "c.pt", settings)
 
 
 def test_the_first_documents_are_held_out(books: Path) -> None:

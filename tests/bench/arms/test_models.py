@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,17 @@ import torch
 from specdecode.bench.arms import models
 from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.arms.models import load_models
+from specdecode.core.errors import ModelFileError
 from specdecode.models.chat import TextEncoder
 from specdecode.support.environment import environment
+
+
+def test_a_server_needs_the_tokenizer_of_its_model(tmp_path: Path) -> None:
+    """Guards against bytes sent to a server in place of its token ids."""
+    names, server = ModelNames(str(tmp_path), "", "cpu", "float32"), {"server": {"url": "http://127.0.0.1:9/v1"}}
+    with pytest.raises(ModelFileError, match="has no tokenizer here, and a server would get bytes"):
+        load_models(names, "eager", [server])
+    assert load_models(dataclasses.replace(names, target="shape:tiny"), "eager", [server]).servers is not None
 
 
 @pytest.fixture

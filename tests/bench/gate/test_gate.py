@@ -474,6 +474,10 @@ def test_a_repository_says_what_its_arms_may_lose(
     assert exit_code(monkeypatch, "bless", new, "--reason", "a test") == 0
     assert list((tmp_path / "blessed").rglob("*.json"))
     capsys.readouterr()
+    assert exit_code(monkeypatch, "bless", new, "--reason", "a test", "--counters") == 0
+    (counted,) = (tmp_path / "blessed" / "any").iterdir()
+    said = capsys.readouterr().out.replace("\n", "")
+    assert said == f"blessed as {counted.relative_to(tmp_path)}: it judges counters on any hardware, and no times"
     for wrong, reason in {
         "[tool.specdecode]\ntolerance = 1.5\n": "tolerance is 1.5, which is out of range: it is from 0 to 1",
         "[tool.specdecode]\ntarget = 3\n": "target is 3, which is no text",
