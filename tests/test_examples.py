@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from specdecode.bench.arms.callables import ModelNames
@@ -58,8 +60,20 @@ def measured(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> Results
 def test_an_example_decodes_as_its_baseline(
     name: str, drafting: str | None, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against examples that no longer run with the installed packages, or that draft nothing."""
+    """Guards against examples that no longer run with the installed packages, that draft nothing, or that compile
+    nothing: the example's own model, and the peer's.
+    """
+    compiled: list[object] = []
+    compile_ = torch.compile
+
+    def traced(function: Any, **options: Any) -> Any:
+        """Trace a function, but make no code of it, which takes long."""
+        compiled.append(function.__self__)
+        return compile_(function, **options | {"backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", traced)
     results = measured(name, model, monkeypatch)
+    assert len(set(map(id, compiled))) == (2 if name == "compiled_generate" else 0)
     assert results.failures == {}
     assert {check for block in results.blocks for check in block.checks.values()} == {"equal"}
     if drafting is not None:

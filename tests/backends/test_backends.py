@@ -65,7 +65,8 @@ from specdecode.drafters.none import NoDraft
 from specdecode.models.variants import shared_copy
 from tests.helpers import models
 from tests.helpers.characters import save
-from tests.helpers.discovery import DRAFTERS, POLICIES, examples
+from tests.helpers.discovery import DRAFTERS, POLICIES
+from tests.helpers.drafts import example_in_turn, new_examples
 from tests.helpers.models import ARCHITECTURES, SERVED, UNCAPTURED, VOCABULARY, build, greedy, lm, moved, prompt
 from tests.helpers.replayed import replayed
 from tests.helpers.strategies import controllers
@@ -213,7 +214,7 @@ def test_packed_decoding_is_its_own_plain_decoding(name: str) -> None:
     alone = generate(target, prompt(), drafter=NoDraft(), max_new_tokens=LENGTH).tokens
     unpacked = generate(eager(name), prompt(), max_new_tokens=LENGTH).tokens
     assert classify(eager(name), prompt(), unpacked, alone) != "bug"
-    for drafter in (drafter for file in DRAFTERS for drafter in examples(file, target).values()):
+    for drafter in (drafter for file in DRAFTERS for drafter in new_examples(file, target).values()):
         tokens = generate(target, prompt(), drafter=drafter, controller=FixedK(4), max_new_tokens=LENGTH).tokens
         assert classify(target, prompt(), alone, tokens) != "bug", drafter
     # The classification itself can fail.
@@ -469,9 +470,8 @@ def test_static_shapes_change_no_token(
     assume(policy == "keep-all" or name in SERVED)
     assume(backend != "graph" or name not in UNCAPTURED)  # test_cuda.py tests this case
     target = over_static_shapes(name, backend)
-    drafters = list(examples(file, target).values())
     # When sampling, a draft may change which text is drawn, though not the distribution.
-    drafter = drafters[which % len(drafters)] if temperature == 0.0 else NoDraft()
+    drafter = example_in_turn(file, target, which) if temperature == 0.0 else NoDraft()
     result = generate(
         target,
         prompt(),

@@ -376,6 +376,7 @@ def test_programs_get_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
         (["--target", "shape:tiny", "--budget-minutes", "0"], "the budget is 0.0 minutes"),
         (["--target", "shape:tiny", "--preset", "nothing"], "no preset is named 'nothing'"),
         (["--target", "shape:tiny", "--device", "cpu", "--backend", "packd"], "no backend is named 'packd'"),
+        (["--target", "shape:tiny", "--device", "cpu", "--preset", "CODE"], "all arms of the preset are from code"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_sentence(
@@ -391,7 +392,10 @@ def test_what_is_wrong_is_told_in_one_sentence(
     for record in content["specdecode"]["arms"].values():
         del record["options"]
     old.write_text(json.dumps(content))
-    files = {"OLD": str(old), "RUN": written(tmp_path, speed_run())}
+    code = tmp_path / "code.toml"
+    code.write_text('prompts = "prose:1"\nmax_new_tokens = 4\nrepeats = 1\n[arms]\nar = { call = "own:make" }\n')
+    files = {"OLD": str(old), "RUN": written(tmp_path, speed_run()), "CODE": str(code)}
+    monkeypatch.chdir(tmp_path)
     assert exit_code(monkeypatch, "recommend", *(files.get(argument, argument) for argument in arguments)) == 2
     said = capfd.readouterr()
     assert said.out == ""
