@@ -110,8 +110,16 @@ def _linear_layers(model: nn.Module, group: int) -> set[nn.Linear]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's stored weights, packed layouts included."""
-    packed = {id(module.packed): module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear)}
-    return sum(map(stored_bytes, model.parameters())) + sum(packed.values())
+    modules = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    packed = {_address(module.packed): module.packed_bytes for module in modules}
+    return sum((packed | {_address(weight): stored_bytes(weight) for weight in model.parameters()}).values())
+
+
+def _address(weight: Tensor) -> int:
+    """Return the address of a weight, as layouts may leave a head in the embedding that it is tied to. A tensor in a
+    library's layout, or of a subclass, has none: it gets the address of the object."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
+    return weight.data_ptr() if plain else id(weight)
 
 
 def stored_bytes(tensor: Tensor) -> int:

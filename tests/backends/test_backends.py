@@ -257,6 +257,11 @@ def test_weights_are_packed_once_and_the_plain_ones_let_go(monkeypatch: pytest.M
     assert [weight() is None for weight in weights] == [True] * (len(weights) - 1) + [False]
     embedding = model.get_input_embeddings().weight
     assert LM(model, backend=backend).weight_bytes == before + embedding.nbytes
+    # These layouts leave it as it is: it still lies in the embedding.
+    for layout in (PLAIN, ROW_BY_ROW, in_blocks(PLAIN, 4)):
+        model = on_the_cpu("llama", tie_word_embeddings=True)
+        packing.pack(model, layout)
+        assert LM(model).weight_bytes == before
 
 
 def test_what_cannot_be_packed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
