@@ -30,7 +30,7 @@ from specdecode.training.trainer import Trainer, TrainingSettings
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
 from tests.helpers.learnt import learnt
-from tests.helpers.models import lm
+from tests.helpers.models import ARCHITECTURES, build, lm
 from tests.helpers.spelling import characters
 
 LENGTH = 40
@@ -325,7 +325,15 @@ def test_other_texts_and_weights_of_the_same_name_are_told_apart(books: Path) ->
     assert Texts(lm("llama"), ["pg-19"], LENGTH, held_out=1).digest == before
     file.write_text(file.read_text().replace("eeee", "aaaa"))
     assert Texts(lm("llama"), ["pg-19"], LENGTH, held_out=1).digest != before
-    assert _digest(lm("llama")) == _digest(lm("llama")) != _digest(lm("llama", 5))
+    before = _digest(lm("llama"))
+    assert _digest(lm("llama")) == before != _digest(lm("llama", 5))
+    for name in ("model.layers.1.self_attn.q_proj.weight", "lm_head.weight"):
+        tuned = LM(build(ARCHITECTURES["llama"]))
+        assert _digest(tuned) == before
+        with torch.no_grad():
+            weight = tuned.model.get_parameter(name)
+            weight += 1e-3 * torch.outer(torch.rand(weight.shape[0]), torch.rand(weight.shape[1])).to(weight)
+        assert _digest(tuned) != before
 
 
 def test_a_seed_that_cannot_be_drawn_with_is_refused() -> None:
