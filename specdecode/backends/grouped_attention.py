@@ -125,7 +125,7 @@ def attend_in_groups(
     query: Float[Tensor, "batch heads n dim"],
     key: Float[Tensor, "batch shared length dim"],
     value: Float[Tensor, "batch shared length width"],
-    attention_mask: Shaped[Tensor, "batch 1 n length"] | None,
+    attention_mask: Shaped[Tensor, "#batch 1 n length"] | None,
     **others: Any,
 ) -> Float[Tensor, "batch n heads width"]:
     """Return the attended values. The query heads of a group are further rows of their shared key head."""

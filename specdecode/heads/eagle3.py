@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from specdecode.heads.module import Store, normed
+from specdecode.backends.grouped_attention import attend_in_groups
+from specdecode.heads.module import Store, normed, rotated
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +169,9 @@ class _Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = normed(self.q_norm, queries), normed(self.k_norm, keys)
-        queries, keys = (_rotated(x.transpose(1, 2), *tables) for x in (queries, keys))
+        queries, keys = (rotated(x.transpose(1, 2), *tables) for x in (queries, keys))
         keys, values = store(keys, values.transpose(1, 2), self._number)
-        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=visible, enable_gqa=True)
-        output: Tensor = self.o_proj(attended.transpose(1, 2).flatten(-2))
+        output: Tensor = self.o_proj(attend_in_groups(queries, keys, values, visible[None, None]).flatten(-2))
         return output
 
 
@@ -201,10 +201,3 @@ class _Rotary(LlamaRotaryEmbedding):
         for name, frequencies in before.items():
             setattr(self, name, frequencies.to(getattr(self, name).device))
         return self
-
-
-def _rotated(x: Float[Tensor, "b heads n dim"], cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each component of an attention head's first half with its partner in the second half (Su et al. 2021)."""
-    cos, sin = (table[:, None].to(x.dtype) for table in (cos, sin))
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin

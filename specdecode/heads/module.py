@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, silu
+
+from specdecode.backends.grouped_attention import attend_in_groups
 
 Store = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """A function that stores the keys and values, each [b, heads, n, dim], of the tokens that are read. Its arguments are
@@ -132,11 +134,10 @@ class Head(nn.Module):
             project(inputs).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        keys, values = store(self._rotated(keys, positions), values, 0)
-        attended = scaled_dot_product_attention(
-            self._rotated(queries, positions), keys, values, attn_mask=visible, enable_gqa=True
-        )
-        x = x + self.o_proj(attended.transpose(1, 2).flatten(-2))
+        tables = self._rotary_tables(positions.to(x.device))
+        keys, values = store(rotated(keys, *tables), values, 0)
+        attended = attend_in_groups(rotated(queries, *tables), keys, values, visible[None, None])
+        x = x + self.o_proj(attended.flatten(-2))
         inputs = normed(self.post_attention_layernorm, x)
         states: Tensor = x + self.down_proj(silu(self.gate_proj(inputs)) * self.up_proj(inputs))
         return states
@@ -145,13 +146,19 @@ class Head(nn.Module):
         """Return the normalised states, which are the input of an output embedding."""
         return normed(self.norm, state)
 
-    def _rotated(self, x: Float[Tensor, "b heads n dim"], positions: Int[Tensor, " n"]) -> Tensor:
+    def _rotary_tables(self, positions: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]:
         half = self.shape.head_dim // 2
-        frequencies = self.shape.theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-        angles = positions[:, None].to(x.device, torch.float32) * frequencies
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        first, second = x[..., :half], x[..., half:]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        frequencies = self.shape.theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+        angles = (positions[:, None].float() * frequencies).repeat(1, 2)
+        return angles.cos(), angles.sin()
+
+
+def rotated(
+    x: Float[Tensor, "b heads n dim"], cos: Float[Tensor, "*_ n dim"], sin: Float[Tensor, "*_ n dim"]
+) -> Float[Tensor, "b heads n dim"]:
+    """Rotate each component of an attention head's first half with its partner in the second half (Su et al. 2021)."""
+    first, second = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdecode import (
     LM,
@@ -37,6 +37,8 @@ from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads.bound import BoundHead, head_shape, output_rows, target_fingerprint
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import describe, make_eagle3, read_eagle3, write_eagle3
+from specdecode.heads.module import Head, HeadShape
+from specdecode.models.forwards import ForwardInput
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, moved, prompt
@@ -218,6 +220,23 @@ def test_a_written_head_comes_back(variant: Variant, tmp_path: Path) -> None:
     assert all(torch.equal(stored[name], value.half().float()) for name, value in head.state_dict().items())
     assert files.card == {"seed": 3}
     load_head(str(tmp_path), target)
+
+
+def test_keys_that_heads_share_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the slow attention of a GPU, which repeats shared keys if there is a mask."""
+    attention, calls = nn.functional.scaled_dot_product_attention, []
+
+    def noted(query: Tensor, key: Tensor, *others: Any, **rest: Any) -> Tensor:
+        calls.append((query.shape[1], key.shape[1]))
+        return attention(query, key, *others, **rest)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
+    shape = HeadShape(32, (0, 2), heads=4, kv_heads=2, head_dim=8, intermediate=48)
+    for head, width in ((Variant().head(), 96), (Head(shape, torch.arange(60)).double(), 64)):
+        bound = BoundHead(head, lm("llama"))
+        read = ForwardInput(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.ones(2, 2).bool().tril(), rows=2)
+        bound.read(bound.new_slots(2), read, torch.ones(2, width).double(), fuse=True)
+    assert calls == [(2, 2)] * 2
 
 
 def test_tokens_beyond_its_own_embeddings_are_not_drafted_after() -> None:
