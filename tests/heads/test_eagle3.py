@@ -38,6 +38,7 @@ from specdecode.heads.bound import BoundHead, head_shape, output_rows, target_fi
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import describe, make_eagle3, read_eagle3, write_eagle3
 from specdecode.heads.module import Head, HeadShape
+from specdecode.models.embedded import EMBEDDED
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.heads import write_head
@@ -220,6 +221,17 @@ def test_a_written_head_comes_back(variant: Variant, tmp_path: Path) -> None:
     assert all(torch.equal(stored[name], value.half().float()) for name, value in head.state_dict().items())
     assert files.card == {"seed": 3}
     load_head(str(tmp_path), target)
+
+
+def test_the_embedded_target_is_named_by_its_id_on_the_hub(tmp_path: Path) -> None:
+    """Guards against a head that other engines cannot load, as they do not know this package's name of its target."""
+    fingerprint = target_fingerprint(lm("llama"))
+    for name, written in ((EMBEDDED, "HuggingFaceTB/SmolLM2-135M-Instruct"), ("a/model", "a/model")):
+        write_eagle3(tmp_path, Variant().head(), None, replace(fingerprint, target=name), ["Model"], {}, "# A head\n")
+        files = read_eagle3(tmp_path)
+        assert files.config["speculators_config"]["verifier"]["name_or_path"] == written
+        assert files.fingerprint is not None
+        assert files.fingerprint.target == name
 
 
 def test_keys_that_heads_share_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
