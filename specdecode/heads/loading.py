@@ -27,6 +27,8 @@ _NAME_IT = f"name the folder or the file of a head, or {ADVICE}"
 
 def shipped_head(name: str) -> Path | None:
     """Return the file of the head that this package contains for a model of this name; None if there is none."""
+    if Path(name).name != name:  # a path
+        return None
     file = Path(__file__).parents[1] / "assets" / f"{name}-head.safetensors"
     return file if file.exists() else None
 
@@ -36,8 +38,8 @@ def load_head(name: str, target: LM) -> BoundHead:
 
     Args:
         name: a folder with an EAGLE-3 head, in the format of `speculators` or as the original files, or the id of such
-            a folder on the hub. Or the name of a model with a head in this package, such as "smollm2-135m". Or a head
-            file in this package's own format (.safetensors).
+            a folder on the hub. Or the name of a model with a head in this package, such as "smollm2-135m";
+            "./smollm2-135m" is a folder. Or a head file in this package's own format (.safetensors).
         target: the model that the head was trained for, in any type.
 
     Returns:

@@ -520,6 +520,16 @@ def test_a_head_that_cannot_be_bound_is_refused() -> None:
         BoundHead(untrained(narrow), narrow)
 
 
+def test_a_path_names_no_head_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a folder that is ignored since it has the name of a model, and against files beside a model."""
+    monkeypatch.chdir(tmp_path)
+    write_head(lm("llama"), tmp_path).rename(tmp_path / EMBEDDED)
+    assert load_head(f"./{EMBEDDED}", lm("llama")).vocab_size == lm("llama").vocab_size
+    (tmp_path / "model-head.safetensors").touch()
+    assert shipped_head(str(tmp_path / "model")) is None
+    assert shipped_head(EMBEDDED) is not None
+
+
 def test_a_damaged_file_is_reported_in_a_sentence(tmp_path: Path) -> None:
     """Guards against a traceback, and a head that drafts with half of its weights."""
     file, shipped = tmp_path / "head.safetensors", shipped_head(EMBEDDED)
