@@ -149,8 +149,7 @@ class ModelDrafter:
 
 
 def examples(target: LM) -> dict[str, ModelDrafter]:
-    layers = target.model.config.get_text_config(decoder=True).num_hidden_layers
-    draft = target.subset(range(max(layers // 2, 1)))
+    draft = target.subset(range(max(target.config.num_hidden_layers // 2, 1)))
     return {
         "model-chain": ModelDrafter(draft),
         "model-static-tree": ModelDrafter(draft, StaticTree((3, 2, 1))),

@@ -164,7 +164,7 @@ def _other_positions(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
     """Yield wirings with other rotary positions: the target's, and unscaled ones with the base of the target, of the
     config, or of configs by default."""
     stated = dict(decoder_config(files).rope_parameters or {})
-    of_target = dict(getattr(_config(target), "rope_parameters", None) or {})
+    of_target = dict(getattr(target.config, "rope_parameters", None) or {})
     if "rope_type" not in of_target:
         of_target = dict(of_target.get("full_attention") or {})
     # Heads rotate all components of a key, even if the target rotates only some.
@@ -180,7 +180,7 @@ def _other_positions(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
 
 def _other_heads(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
     """Yield a wiring with attention heads of the target's width, if the projections can be divided into such heads."""
-    config = _config(target)
+    config = target.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rows = [len(files.tensors.get(f"layers.0.self_attn.{name}_proj.weight", ())) for name in "qk"]
     if width % 2 or not all(rows) or any(count % width for count in rows):
@@ -215,7 +215,3 @@ def _decoder_changed(files: Eagle3Files, name: str, changes: Mapping[str, Any]) 
     wiring = _changed(files, name, changes)
     remedy = f"{wiring.remedy}, in place of {' and '.join(older)}" if older else wiring.remedy
     return replace(wiring, remedy=remedy, files=files.rewired(**{_DECODER: decoder}))
-
-
-def _config(target: LM) -> Any:
-    return target.model.config.get_text_config(decoder=True)

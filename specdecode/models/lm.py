@@ -42,6 +42,7 @@ class LM:
     Attributes:
         model: the wrapped model, without the wrapper of `torch.compile`. It is switched to evaluation mode, and not
             changed otherwise.
+        config: configuration of the model's text decoder.
         tokenizer: the model's tokenizer, for texts and stop strings; None if it was not given.
         name: name for tables and messages; by default from the model's configuration.
         synthetic: whether the weights are random, so that only costs can be measured.
@@ -71,7 +72,7 @@ class LM:
         self.name = name or model.config.name_or_path or type(model).__name__
         self.synthetic = synthetic
         self.backend = backend
-        config = model.config.get_text_config(decoder=True)
+        self.config = config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
         self.context_length = context_length(config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -346,7 +347,7 @@ class LM:
         if form.window is not None:
             # Code that was compiled or captured with the narrow window would be wrong for the real window.
             self.static = None if static is None else StaticRunner(self._static_forward)
-            form = exact_mask_form(form, self.model.config.get_text_config(decoder=True), self._check)
+            form = exact_mask_form(form, self.config, self._check)
             self._mask_form, self.static = form, static
         if form.window is None or static is not None:
             check_tree_decoding(self)
@@ -370,9 +371,8 @@ class LM:
             ValueError: `layers` is empty, out of range or out of order, or the layers are not in one list.
             UnsupportedModelError: the smaller model cannot be decoded exactly.
         """
-        total = self.model.config.get_text_config(decoder=True).num_hidden_layers
         model = layer_subset(self.model, layers, self.name)
-        name = f"{self.name}[{len(layers)} of {total} layers]"
+        name = f"{self.name}[{len(layers)} of {self.config.num_hidden_layers} layers]"
         return LM(model, self.tokenizer, name=name, synthetic=self.synthetic, backend=self.backend)
 
     def quantized(self, kind: str) -> LM:
