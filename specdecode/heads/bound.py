@@ -63,6 +63,7 @@ class BoundHead:
         table: Any = self._embedding.weight
         self._vocab_size = len(table)
         self._head: DraftHead = bound
+        self._window = bound.window if isinstance(bound, MtpHead) else None
         rows: nn.Module | None = bound.lm_head
         shared = _whole_output(target, self.tokens) if rows is None else None
         modules = nn.ModuleList([bound, *([] if shared is not None else [rows or _output(target, head.tokens)])])
@@ -113,6 +114,7 @@ class BoundHead:
             return state[-inputs.rows :], logits[-inputs.rows :]
         before = torch.ones(len(tokens), slots.length - visible.shape[1], dtype=torch.bool)
         where, mask = moved(positions, slots.device), moved(torch.cat([before, visible], 1), slots.device)
+        mask = self._near(mask, where, slots.positions[: slots.length])
         state = self._states(moved(tokens, slots.device), states, where, slots.update, mask, fuse)[-inputs.rows :]
         return state, self._logits(state)
 
@@ -160,6 +162,12 @@ class BoundHead:
         read: Tensor = self._head(self._embedding(tokens)[None], own[None], positions, store, visible)
         return read[0]
 
+    def _near(
+        self, visible: Bool[Tensor, "n s"], positions: Int[Tensor, " n"], slot_positions: Int[Tensor, " s"]
+    ) -> Bool[Tensor, "n s"]:
+        """Return a mask of the visible slots within the window of the head's attention, if it has one."""
+        return visible if self._window is None else visible & (positions[:, None] - slot_positions < self._window)
+
     def _logits(self, state: Float[Tensor, "n H"]) -> Float[Tensor, "n D"]:
         logits: Tensor = self._rows(self._head.normed(state))
         return moved(logits, state.device)  # the target's output layer may lie elsewhere
@@ -177,7 +185,7 @@ class BoundHead:
         span = len(positions)
         places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
         view = StaticCacheView(keys, values, places, span)
-        mask = visible_slots(inputs, span)
+        mask = self._near(visible_slots(inputs, span), inputs.positions, positions)
         return self._states(inputs.tokens, inputs.states, inputs.positions, view.update, mask, fuse)
 
     def _static_read(

@@ -43,6 +43,9 @@ class MtpHead(nn.Module):
     Args:
         target: the target's model. The weights of its MTP layers must be in its folder or on the hub.
 
+    Attributes:
+        window: width of the layer's sliding-window attention, in positions; None if it attends to all tokens.
+
     Raises:
         UnsupportedModelError: the target has no MTP layers, or this version of transformers cannot load them.
         ModelFileError: the weights of the MTP layers are missing or damaged.
@@ -62,7 +65,11 @@ class MtpHead(nn.Module):
         layers = _load(target)
         self.shape = MtpShape(config.hidden_size, (config.num_hidden_layers - 1,))
         self.register_buffer("tokens", torch.arange(config.vocab_size), persistent=False)
-        self._rotary, self._layer = layers.rotary_emb, layers.layers[0]
+        # `LM` may wrap a model that was converted after it was loaded.
+        self._rotary, self._layer = layers.rotary_emb, layers.layers[0].to(target.dtype)
+        kind = (getattr(layers.config, "layer_types", None) or ["full_attention"])[0]
+        self.window: int | None = layers.config.sliding_window if kind == "sliding_attention" else None
+        self._rotary_options = {"layer_type": kind} if layers.has_per_layer_rope else {}
         # In a tuple, so that PyTorch does not register the target's norm as a part of this head.
         self._norm = (norm,)
         # The head shares both with its target.
@@ -88,7 +95,7 @@ class MtpHead(nn.Module):
         states: Tensor = self._layer(
             embedded,
             state,
-            position_embeddings=self._rotary(embedded, position_ids=places),
+            position_embeddings=self._rotary(embedded, position_ids=places, **self._rotary_options),
             position_ids=places,
             attention_mask=mask[None, None],
             past_key_values=_Cache(store),

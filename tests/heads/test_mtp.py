@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from specdecode import (
     generate_batch,
     load_mtp,
 )
+from specdecode.backends import Backend
+from specdecode.backends.static import StaticRunner
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import ModelFileError
 from specdecode.core.sampling import Rng
@@ -32,7 +35,7 @@ from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads.bound import BoundHead
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.heads import MTP_FAMILIES, write_mtp
-from tests.helpers.models import continuation, lm, prompt
+from tests.helpers.models import WINDOW, continuation, lm, prompt
 
 LENGTH = 24
 SHAPES: tuple[TreeShape, ...] = (Chain(), StaticTree((3, 2, 1)), BestFirstTree(nodes=10, threshold=0.001))
@@ -57,19 +60,21 @@ def states_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     return output.hidden_states[-1]
 
 
-def reference(model: PreTrainedModel, text: Sequence[int], length: int) -> tuple[list[int], list[Tensor]]:
+def reference(
+    model: PreTrainedModel, text: Sequence[int], length: int, read: Sequence[int] = ()
+) -> tuple[list[int], list[Tensor]]:
     """Return the chain that transformers' own module drafts behind a text, and its logits. It reuses one layer for all
-    tokens.
+    tokens. If tokens to read are given, it reads them in place of its own.
     """
     own, cache = MtpModel.from_pretrained(model), MtpCache(config=model.config.get_mtp_config())
     tokens, states = torch.tensor([text[1:]]), states_of(model, text)[:, :-1]
     positions, chosen, logits = torch.arange(1, len(text))[None], [], []
     with torch.inference_mode():
-        for _ in range(length):
+        for step in range(length):
             out = own.forward_layer(0, states, positions, cache, input_ids=tokens)
             logits.append(own._project_to_logits(out[:, -1]))
-            tokens = logits[-1].argmax(-1)[None]
-            chosen.append(int(tokens))
+            chosen.append(int(logits[-1].argmax(-1)))
+            tokens = torch.tensor([[read[step] if read else chosen[-1]]])
             states, positions = out[:, -1:], positions[:, -1:] + 1
     return chosen, logits
 
@@ -81,22 +86,26 @@ def context(target: LM, text: Sequence[int], sampling: Sampling = Sampling()) ->
     return Context(list(text), target.vocab_size, sampling, Rng(0), recorded[0][0, :-1])
 
 
-def test_it_drafts_what_transformers_does(target: LM, head: BoundHead) -> None:
-    """Guards against a state before the final norm, a position that is one off, and a state that is read back in
-    another form than the layer's output.
+@pytest.mark.parametrize("static", [None, partial(StaticRunner, capture=None)], ids=["eager", "static"])
+def test_it_drafts_what_transformers_does(target: LM, static: Callable[..., StaticRunner] | None) -> None:
+    """Guards against a state before the final norm, a position that is one off, a state that is read back in another
+    form than the layer's output, and a layer with a window that attends to all tokens.
     """
+    head = load_mtp(LM(target.model, backend=Backend("of a test", static=static)))
     text = prompt(11)
+    assert len(text) > WINDOW + 2
     chosen, logits = reference(target.model, text, 4)
     drafter = HeadDrafter(head)
     for length in (5, 11):
         tree = drafter.propose(context(target, text[:length]), Limit(4))
     assert tree.tokens.tolist() == chosen
     sampling = Sampling(1.0)
-    tree = drafter.propose(context(target, text, sampling), Limit(1))
+    tree = drafter.propose(context(target, text, sampling), Limit(4))
     assert tree.probs is not None
+    _, sampled = reference(target.model, text, 4, tree.tokens.tolist())
     # The router of experts computes in float32.
-    torch.testing.assert_close(tree.probs[0], sampling.probs(logits[0])[0], rtol=0, atol=1e-6)
-    assert logits[0].std() > 0.5
+    torch.testing.assert_close(tree.probs, sampling.probs(torch.cat(sampled)), rtol=0, atol=1e-6)
+    assert min(step.std() for step in sampled) > 0.5
     tree = HeadDrafter(head, StaticTree((2, 1))).propose(context(target, text), Limit(2))
     assert tree.tokens[:2].tolist() == logits[0][0].topk(2).indices.tolist()
     assert int(tree.tokens[2]) == chosen[1]
@@ -125,6 +134,16 @@ def test_it_shares_the_target_s_weights(target: LM, head: BoundHead) -> None:
     """Guards against a second copy of embeddings as wide as the vocabulary."""
     assert head._rows is target.model.get_output_embeddings()
     assert head._embedding is target.model.get_input_embeddings()
+
+
+def test_it_has_the_type_that_its_target_was_converted_to(target: LM) -> None:
+    """Guards against a layer in the type of the checkpoint, which cannot attend beside a mask of the target's."""
+    model = AutoModelForCausalLM.from_pretrained(
+        target.model.config.name_or_path, dtype=torch.float32, experts_implementation="eager"
+    )
+    converted = LM(model.bfloat16())
+    result = generate(converted, prompt(), drafter=HeadDrafter(load_mtp(converted)), max_new_tokens=LENGTH)
+    assert result.drafted > 0
 
 
 def test_a_target_without_mtp_layers_is_refused(target: LM) -> None:

@@ -16,7 +16,7 @@ from specdecode import LM
 from specdecode.heads.bound import output_rows, target_fingerprint, untrained
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import write_eagle3
-from tests.helpers.models import VOCABULARY, config
+from tests.helpers.models import VOCABULARY, WINDOW, config
 from tests.helpers.spelling import characters
 
 MEDUSA_HEADS, MEDUSA_BLOCKS, WIDTH = 3, 2, 32
@@ -52,6 +52,19 @@ MTP_FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 8,
     },
     "glm4_moe": {"head_dim": 8},
+    "mellum": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+# Names of the MTP layer's own tensors in DeepSeek's checkpoints, and the names in Mellum's.
+_MTP_TENSORS = {
+    "enorm": "pre_fc_norm_embedding",
+    "hnorm": "pre_fc_norm_hidden",
+    "shared_head.norm": "norm",
+    "eh_proj": "fc",
 }
 
 
@@ -102,13 +115,17 @@ def write_mtp(family: str, folder: Path) -> Path:
         model.save_pretrained(folder)
         tensors = load_file(folder / "model.safetensors")
         layer = f"model.layers.{MTP_LAYERS - 1}."
-        tensors |= {f"{layer}{norm}.weight": torch.rand(32).double() + 0.5 for norm in ("enorm", "hnorm")}
-        tensors[f"{layer}shared_head.norm.weight"] = torch.rand(32).double() + 0.5
-        tensors[f"{layer}eh_proj.weight"] = 0.3 * torch.randn(32, 64).double()
+        joining = {name: torch.rand(32).double() + 0.5 for name in list(_MTP_TENSORS)[:-1]}
+        joining["eh_proj"] = 0.3 * torch.randn(32, 64).double()
+    if family == "mellum":
+        tensors = {name.replace(layer, "mtp.layers.0."): x for name, x in tensors.items()}
+        tensors |= {f"mtp.{_MTP_TENSORS[name]}.weight": x for name, x in joining.items()}
+    else:
+        tensors |= {f"{layer}{name}.weight": x for name, x in joining.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(
-        text.replace(f'"num_hidden_layers": {MTP_LAYERS}', f'"num_hidden_layers": {MTP_LAYERS - 1}')
-    )
+    stored = json.loads((folder / "config.json").read_text())
+    by_layer = {key: stored[key][:-1] for key in ("layer_types", "mlp_layer_types") if stored.get(key)}
+    stored |= by_layer | {"num_hidden_layers": MTP_LAYERS - 1}
+    (folder / "config.json").write_text(json.dumps(stored))
     characters().save_pretrained(folder)
     return folder
