@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -234,16 +235,21 @@ def _accepted_lengths(
     The target has written the texts. So it accepts the proposals that agree with the text, up to the first wrong one.
     """
     embedding = head.embed_tokens if head.embed_tokens is not None else target.model.get_input_embeddings()
+    table: Any = embedding.weight
     rows = head.lm_head.weight if head.lm_head is not None else output_rows(target, head.tokens)
     tokens = pad_sequence([text.tokens for text in texts], batch_first=True).to(target.device)
+    # A head with fewer embeddings than the target drafts nothing after a token that it lacks.
+    drafts = (tokens[:, 1:-1] < len(table)).cumprod(1).bool()
+    embedded = embedding(tokens[:, 1:-1].clamp_max(len(table) - 1))
     agrees = []
-    for ahead, states in enumerate(unrolled(head, embedding(tokens[:, 1:-1]), hidden_states[:, :-2], AHEAD)):
+    for ahead, states in enumerate(unrolled(head, embedded, hidden_states[:, :-2], AHEAD)):
         # Pair i belongs to token i + 1, and predicts token i + 2. The first pair that counts is that of the prompt's
         # last token.
         counted = [(max(text.given - 2, 0) + ahead, len(text.tokens) - 2) for text in texts]
         read = torch.cat([states[text, first:end] for text, (first, end) in enumerate(counted)])
         wanted = torch.cat([tokens[text, first + 2 : end + 2] for text, (first, end) in enumerate(counted)])
         agreed = head.tokens[head.logits(read, rows).argmax(-1)] == wanted
+        agreed &= torch.cat([drafts[text, first:end] for text, (first, end) in enumerate(counted)])
         agrees.append(agreed.cpu().split([end - first for first, end in counted]))
     # Chains from the last places of a text would pass its end, so these places are left out.
     by_text = zip(*agrees, strict=True)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from specdecode import LM, FixedK, HeadDrafter, generate, load_head
+from specdecode import LM, FixedK, HeadDrafter, generate
 from specdecode.cli.doctor_head import write_texts
 from specdecode.core.errors import ModelFileError
 from specdecode.evals.data import token_prompts
-from specdecode.heads.bound import head_shape, untrained
+from specdecode.heads.bound import BoundHead, head_shape, untrained
 from specdecode.heads.doctor import (
     GreedyText,
     Measured,
@@ -30,7 +30,7 @@ from specdecode.heads.doctor import (
     examine,
 )
 from specdecode.heads.eagle3 import Eagle3Head
-from specdecode.heads.eagle3_files import CONFIG, IDS, WEIGHTS, Eagle3Files, read_eagle3
+from specdecode.heads.eagle3_files import CONFIG, IDS, WEIGHTS, Eagle3Files, make_eagle3, read_eagle3
 from specdecode.heads.unrolled import unrolled
 from specdecode.heads.wirings import Wiring
 from tests.helpers.command_line import exit_code
@@ -294,7 +294,7 @@ MUTATIONS: dict[str, tuple[str, Mutation, str, str]] = {
         "by layer",
         lambda files: with_decoder(files, model_type="qwen3", **NARROW),
         "4 heads of width 8, as the target's",
-        "",
+        "set head_dim to 8 and num_attention_heads to 4 and num_key_value_heads to 2 in config.json",
     ),
     "embeddings of its own": (
         "by layer",
@@ -344,16 +344,26 @@ def test_a_head_that_is_wired_as_trained_gives_no_alarm(head: str, folder: Calla
     assert told[-1][0] < told[-1][1]
 
 
-def test_what_is_measured_is_what_drafting_accepts(folder: Callable[[str], Path]) -> None:
+def shortened(files: Eagle3Files, rows: int) -> Eagle3Files:
+    """Return a head of the first tokens alone."""
+    tensors = {f"{name}__weight": files.tensors[f"{name}.weight"][:rows] for name in ("embed_tokens", "lm_head")}
+    return with_tensors(with_decoder(files, vocab_size=rows).rewired(draft_vocab_size=rows), **tensors)
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("normed", False), ("bare", True)])
+def test_what_is_measured_is_what_drafting_accepts(name: str, lacks: bool, folder: Callable[[str], Path]) -> None:
     """Guards against a doctor that judges other states, positions or masks than drafting uses, or places that are off
-    by one.
+    by one, and against an error at a token that the head's own embeddings lack.
     """
-    lm, depths = target("llama"), set()
-    bound = load_head(str(folder("normed")), lm)
-    head = bound._head
-    assert isinstance(head, Eagle3Head)
-    by_text = _accepted_lengths(head, lm, texts("llama"), hidden_states("llama", head.shape.layers))
-    for text, accepted in zip(texts("llama"), map(torch.Tensor.tolist, by_text), strict=True):
+    source = HEADS[name].target
+    lm, depths, files = target(source), set(), read_eagle3(folder(name))
+    if lacks:
+        files = shortened(files, int(sorted(text.tokens[1:-1].max() for text in texts(source))[4]))
+    head = make_eagle3(files, 4, 32)
+    bound = BoundHead(head, lm)
+    assert lacks == any(int(text.tokens.max()) >= bound.vocab_size for text in texts(source))
+    by_text = _accepted_lengths(head.double(), lm, texts(source), hidden_states(source, head.shape.layers))
+    for text, accepted in zip(texts(source), map(torch.Tensor.tolist, by_text), strict=True):
         assert len(accepted) == len(text.tokens) - text.given - 3
         prompt = text.tokens[: text.given].tolist()
         result = generate(lm, prompt, drafter=HeadDrafter(bound), controller=FixedK(4), max_new_tokens=LENGTH)
