@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
@@ -48,6 +50,7 @@ class BoundHead:
     Attributes:
         layers: the target's layers whose hidden states the head reads.
         tokens: the D token ids of the target's vocabulary that the head can propose.
+        vocab_size: number of tokens that the head can read: its own embeddings may have fewer rows than the target's.
 
     Raises:
         UnsupportedModelError: the head does not fit the target's layers, embeddings or vocabulary.
@@ -61,7 +64,7 @@ class BoundHead:
         embedding: nn.Module | None = bound.embed_tokens
         self._embedding: nn.Module = target.model.get_input_embeddings() if embedding is None else embedding
         table: Any = self._embedding.weight
-        self._vocab_size = len(table)
+        self.vocab_size = len(table)
         self._head: DraftHead = bound
         self._window = bound.window if isinstance(bound, MtpHead) else None
         rows: nn.Module | None = bound.lm_head
@@ -79,11 +82,6 @@ class BoundHead:
         self._first, self._next = (
             None if static is None else static(partial(self._static_read, fuse)) for fuse in (True, False)
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens that the head can read: its own embeddings may have fewer rows than the target's."""
-        return self._vocab_size
 
     def new_slots(self, capacity: int) -> Slots:
         """Return empty slots for a sequence, with room for `capacity` tokens at first."""
@@ -235,6 +233,8 @@ def check_fit(head: DraftHead, target: LM) -> None:
         difference = f"it embeds tokens in width {target_is.rows.shape[1]}"
     elif not 0 <= head.tokens.min() <= head.tokens.max() < target_is.vocab_size:
         difference = f"it knows tokens 0 to {target_is.vocab_size - 1}"
+    elif head.embed_tokens is not None and head.tokens.max() >= head.embed_tokens.num_embeddings:
+        difference = f"the head itself embeds tokens 0 to {head.embed_tokens.num_embeddings - 1}"
     if difference:
         raise UnsupportedModelError(
             f"a head over layers {', '.join(map(str, shape.layers))} of width {shape.target_hidden} that proposes"
@@ -274,7 +274,7 @@ def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
     if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
         weight = layer.weight.detach()
         return moved(weight[moved(tokens, weight.device)], target.device)
-    width = target.model.config.get_text_config(decoder=True).hidden_size
+    _, width = target_sizes(target)
     options: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
 
     def outputs(inputs: Tensor) -> Tensor:
@@ -288,16 +288,14 @@ def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
 @torch.no_grad()
 def target_fingerprint(target: LM) -> TargetFingerprint:
     """Return the fingerprint of a target."""
-    config = target.model.config.get_text_config(decoder=True)
     tokens = torch.linspace(0, target.vocab_size - 1, _FINGERPRINT_TOKENS).long()
     rows = target.model.get_input_embeddings()(tokens.to(target.device)).float().cpu()
-    return TargetFingerprint(target.name, target.vocab_size, config.num_hidden_layers, tokens, rows)
+    return TargetFingerprint(target.name, target.vocab_size, target.config.num_hidden_layers, tokens, rows)
 
 
 def target_sizes(target: LM) -> tuple[int, int]:
     """Return the number of a target's layers, and the width of its hidden states."""
-    config = target.model.config.get_text_config(decoder=True)
-    return config.num_hidden_layers, config.hidden_size
+    return target.config.num_hidden_layers, target.config.hidden_size
 
 
 def head_shape(target: LM, layers: Sequence[int]) -> Eagle3Shape:
@@ -309,26 +307,35 @@ def head_shape(target: LM, layers: Sequence[int]) -> Eagle3Shape:
     Args:
         target: the target.
         layers: the target's layers whose hidden states the head reads.
+
+    Raises:
+        UnsupportedModelError: the target has a size that a layer of a Llama cannot have, such as one for each layer.
     """
-    config = target.model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
+    config = target.config
+    # A Llama's heads must divide its width. Those of some targets do not.
+    heads = next(count for count in range(config.num_attention_heads, 0, -1) if config.hidden_size % count == 0)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary = getattr(config, "rope_parameters", None) or {}
     whole = rotary.get("partial_rotary_factor", 1.0) == 1.0 and "rope_type" in rotary
     kind = Qwen3Config if config.model_type == "qwen3" else LlamaConfig
-    decoder = kind(
-        vocab_size=target.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        # The width must be even, since rotary positions rotate pairs.
-        head_dim=max((getattr(config, "head_dim", None) or config.hidden_size // heads) // 2, 1) * 2,
-        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-5),
-        max_position_embeddings=target.context_length,
-        rope_parameters=dict(rotary) if whole else {"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=False,
-    )
+    try:
+        decoder = kind(
+            vocab_size=target.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+            num_key_value_heads=math.gcd(heads, getattr(config, "num_key_value_heads", None) or heads),
+            # The width must be even, since rotary positions rotate pairs.
+            head_dim=max(width // 2, 1) * 2,
+            rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
+            max_position_embeddings=target.context_length,
+            rope_parameters=dict(rotary) if whole else {"rope_type": "default", "rope_theta": 10_000.0},
+            tie_word_embeddings=False,
+        )
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(f"a head cannot have the sizes of {target.name}: {reason}") from error
     return Eagle3Shape(decoder, tuple(layers), config.hidden_size, fc_norm=True, own_output=False)
 
 

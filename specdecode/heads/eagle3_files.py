@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -267,6 +268,7 @@ def decoder_config(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
 
     Raises:
         UnsupportedModelError: the decoder layers are of a kind that cannot be read.
+        ValueError: a size has the wrong type, or the sizes do not fit together.
     """
     given = dict(files.config["transformer_layer_config"])
     kind = given.pop("model_type", "llama")
@@ -274,7 +276,10 @@ def decoder_config(files: Eagle3Files) -> LlamaConfig | Qwen3Config:
         raise UnsupportedModelError(
             f"the draft head {files.folder} has decoder layers of {kind}: only {' and '.join(_DECODERS)} are supported"
         )
-    decoder = _DECODERS[kind](**given)
+    try:
+        decoder = _DECODERS[kind](**given)
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
     other = [part for part in (getattr(decoder, "layer_types", None) or []) if part != "full_attention"]
     partial = (decoder.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0
     if other or partial or decoder.hidden_act != "silu":

@@ -445,6 +445,8 @@ def test_weights_that_fit_no_wiring_are_reported(folder: Callable[[str], Path]) 
     files = read_eagle3(folder("by layer"))
     with pytest.raises(ModelFileError, match=r"does not fit its config.json: it lacks fc.weight"):
         examine(with_tensors(files, fc__weight=None), target("qwen3"), texts("qwen3"))
+    with pytest.raises(ModelFileError, match=r"does not fit its config.json: .*num_attention_heads"):
+        examine(with_decoder(files, num_attention_heads="4"), target("qwen3"), texts("qwen3"))
     with pytest.raises(ModelFileError, match=r"does not fit its config.json: 'transformer_layer_config'"):
         examine(replace(files, config={"draft_vocab_size": 97}), target("qwen3"), texts("qwen3"))
 

@@ -335,6 +335,16 @@ def with_decoder(folder: Path, **changes: Any) -> None:
             ModelFileError,
             r"has input_norm\.weight besides",
         ),
+        (
+            lambda f: with_decoder(f, num_attention_heads=5),
+            ModelFileError,
+            r"does not fit its config\.json: .*hidden size \(32\) is not a multiple of",
+        ),
+        (
+            lambda f: with_decoder(f, num_attention_heads="4"),
+            ModelFileError,
+            r"does not fit its config\.json: .*num_attention_heads",
+        ),
         (lambda f: with_decoder(f, intermediate_size=40), ModelFileError, r"does not fit its config\.json: .*mlp"),
         (lambda f: damaged(f, eagle_aux_hidden_state_layer_ids=[1, 2]), ModelFileError, "does not fit"),
         (lambda f: damaged(f, eagle_aux_hidden_state_layer_ids=[1, 2, 5]), UnsupportedModelError, "as it has 4 layers"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from specdecode import (
     LM,
@@ -64,6 +65,7 @@ from specdecode.models import forwards
 from specdecode.models.embedded import EMBEDDED
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.recording import recorded_hidden_states
+from tests.helpers import families
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
 from tests.helpers.heads import write_head
@@ -515,9 +517,46 @@ def test_a_head_that_cannot_be_bound_is_refused() -> None:
     head.tokens = torch.tensor([2, VOCABULARY])
     with pytest.raises(UnsupportedModelError, match="up to 11 cannot draft for small, as it knows tokens 0 to 10"):
         BoundHead(head, target())
+    head.tokens = torch.tensor([2, 9])
+    head.embed_tokens = torch.nn.Embedding(9, head.shape.hidden)
+    with pytest.raises(
+        UnsupportedModelError, match="up to 9 cannot draft for small, as the head itself embeds tokens 0 t"
+    ):
+        BoundHead(head, target())
     narrow = LM(build(ARCHITECTURES["opt"] | {"word_embed_proj_dim": 16}), name="narrow")
     with pytest.raises(UnsupportedModelError, match="narrow, as it embeds tokens in width 16"):
         BoundHead(untrained(narrow), narrow)
+
+
+SIX_HEADS = ARCHITECTURES["mistral-window"] | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        (lambda: build(ARCHITECTURES["llama"]), (4, 2, 8, 48)),
+        (lambda: build(SIX_HEADS), (4, 1, 8, 48)),
+        (lambda: families.build("cohere2_moe"), (4, 2, 8, 48)),
+    ],
+    ids=["llama", "six heads", "no eps"],
+)
+def test_a_head_has_sizes_of_its_target_that_a_llama_can_have(
+    model: Callable[[], PreTrainedModel], sizes: tuple[int, ...]
+) -> None:
+    """Guards against a traceback for a target such as GLM-4.5-Air, whose 96 heads do not divide its width of 4096."""
+    target = LM(model())
+    decoder = untrained(target).shape.decoder
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    assert tuple(getattr(decoder, name) for name in names) == sizes
+    drafter = HeadDrafter(BoundHead(untrained(target), target))
+    assert generate(target, prompt(), drafter=drafter, max_new_tokens=8).drafted > 0
+
+
+def test_a_target_whose_layers_differ_in_size_is_refused() -> None:
+    """Guards against a traceback where a head is trained for it."""
+    with pytest.raises(UnsupportedModelError, match=r"have the sizes of Gemma3n.*'intermediate_size'") as raised:
+        untrained(LM(families.build("gemma3n_text")))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_path_names_no_head_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
