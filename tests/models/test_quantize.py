@@ -22,9 +22,11 @@ from specdecode import (
     load,
 )
 from specdecode.backends.layouts import Layout, _is_exact
+from specdecode.backends.row_attention import separate_rows
 from specdecode.bench.measure.bandwidth import roofline_throughput
 from specdecode.bench.measure.check import classify
 from specdecode.core.errors import UnsupportedModelError
+from specdecode.models import quantized_linear
 from specdecode.models.architectures import SHAPES
 from specdecode.models.quantize import COARSE, KINDS, quantizer
 from specdecode.models.quantized_linear import Int4Linear, Int8Linear
@@ -202,6 +204,23 @@ def test_a_long_prompt_is_read_alike(kind: str, dtype: torch.dtype) -> None:
     inputs = torch.randn(200, 96, dtype=dtype)
     few = torch.cat([layer(part) for part in inputs.split(20)])
     assert torch.allclose(layer(inputs), few, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_the_text_of_a_prompt_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
+    """Guards against a slow kernel for the rows of a prompt, with or without oneDNN, and against a draft behind them
+    that is multiplied otherwise than alone.
+    """
+    if not library:
+        monkeypatch.setattr(quantized_linear, "packed_layouts", lambda dtype: [])
+    layer = Int8Linear(nn.Linear(96, 40))
+    rows = torch.randn(1, 100, 96)
+    with separate_rows([100], [4]):
+        together = layer(rows)
+    expected = rows.double() @ (layer.integers.double() * layer.scales.double()[:, None]).T + layer.bias.double()
+    errors = (together - expected).abs().amax(-1)[0]
+    assert errors[:96].max() < 1e-5 < errors[96:].min()
+    assert torch.equal(together[:, 96:], layer(rows[:, 96:]))
 
 
 # Speculation.
