@@ -110,7 +110,8 @@ def main() -> None:
             git("-c", "user.name=trials", "-c", "user.email=trials@example.org", *command, root=folder)
         if not side_by_side:
             session(folder, 0.0, f"--until={options.slowdown / 2}", *limits[1:])
-            say(f"the baseline sees slowdowns from {ever_sees(read(folder / 'run.json')):.1%}")
+            run = read(folder / "run.json")
+            say(f"the baseline sees slowdowns from {ever_sees(run, run.header.tolerance or 0.0):.1%}")
             try:
                 bless([folder / "run.json"], folder / "baselines", "equal")
             except ValueError as error:

@@ -69,7 +69,8 @@ def bless(
         say(f"blessed as {file}: it judges counters on any hardware, and no times")
     else:
         blessed = read(file)
+        tolerance = project.tolerance(blessed.header)
         say(
-            f"blessed as {file}: with it, a later run of the same tolerance ({project.tolerance(blessed.header):.0%})"
-            f" detects slowdowns of {ever_sees(blessed):.1%} or more at best"
+            f"blessed as {file}: with it, a later run of the same tolerance ({tolerance:.0%}) detects slowdowns of"
+            f" {ever_sees(blessed, tolerance):.1%} or more at best"
         )

@@ -35,7 +35,7 @@ def test_the_changes_found_by_chance_are_counted(
 ) -> None:
     """Guards against a program that no longer fits the search that it examines."""
     lines = printed(changes.main, "--series 1", monkeypatch, capsys)
-    shares = re.findall(r" (\d+)(?:\.0)?%(?= \|)", "\n".join(lines))
+    shares = re.findall(r"\| (\d+)(?:\.0)?%(?= \|)", "\n".join(lines))
     assert len(shares) == 2 * 3 + 6 * 2
     assert set(shares) <= {"0", "100"}
     assert lines[-1].startswith("| 8 of 1.0% | ")

@@ -114,16 +114,15 @@ def _check(run: RunFile) -> None:
         )
 
 
-def ever_sees(run: RunFile) -> float:
-    """Return the smallest slowdown, as a share, that a later run without noise would detect with this baseline, by the
-    tolerance of the baseline's session.
+def ever_sees(run: RunFile, tolerance: float = TOLERANCE) -> float:
+    """Return the smallest slowdown, as a share, that a later run without noise would detect with this baseline.
 
     Args:
         run: the baseline, with the runs that were blessed together with it. Their differences hide slowdowns too.
+        tolerance: share by which a time may be worse.
     """
     runs = [run, *run.together]
     floor = max(one.header.floor for one in runs) + max(map(partial(_spread, runs), run.arms), default=0.0)
-    tolerance = TOLERANCE if run.header.tolerance is None else run.header.tolerance
     return detectable_slowdown(Estimate(1.0, math.exp(-floor), math.exp(floor)), tolerance)
 
 

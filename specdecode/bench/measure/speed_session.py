@@ -130,7 +130,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         judgements = _judge(plan, run)
         # A run whose times nothing judges may become a baseline: repeat all arms until its noise hides no slowdown.
         if not judges_times(judgements):
-            return set(run.arms) if ever_sees(run) > aim else set()
+            return set(run.arms) if ever_sees(run, plan.tolerance) > aim else set()
         arms = open_arms(judgements, aim) & set(selected)
         return arms | {yardstick(arm, run) for arm in arms}
 
