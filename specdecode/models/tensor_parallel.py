@@ -54,7 +54,7 @@ def arguments(count: int, source: str) -> dict[str, Any]:
         source: folder or hub id of the model.
 
     Raises:
-        ValueError: as `check_heads`.
+        ValueError: as `check_heads`; or this version of transformers cannot split weights.
     """
     if count == 1:
         return {}
@@ -80,14 +80,15 @@ def split(model: PreTrainedModel, count: int) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: transformers has no plan for the architecture, or cannot apply it.
-        ValueError: as `check_heads`.
+        ValueError: as `check_heads`; or this version of transformers cannot split weights.
     """
     if count == 1:
         return model
     check_heads(model.config, count)
     kind: Any = type(model)
+    distributed = _config(count)
     try:
-        config, _, mesh = kind.prepare_distribute_model(_config(count))
+        config, _, mesh = kind.prepare_distribute_model(distributed)
         parts: PreTrainedModel = kind.maybe_distribute_model(model, config, mesh)
     except (ValueError, AttributeError, NotImplementedError) as error:
         raise UnsupportedModelError(
