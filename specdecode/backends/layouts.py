@@ -169,9 +169,10 @@ def _rows_are_apart(layout: Layout, outputs: int, inputs: int, dtype: torch.dtyp
     half, order = inputs // 2, torch.randperm(inputs // 2, generator=generator)
     few = torch.zeros(_DIFFERENT_ROWS, inputs, dtype=dtype)
     weight = torch.zeros(outputs, inputs, dtype=dtype)
-    for terms, sign in ((few, -1), (weight, 1)):
+    for terms in (few, weight):
         terms[:, :half].normal_(generator=generator)
-        terms[:, half : 2 * half] = sign * terms[:, :half][:, order]
+        terms[:, half : 2 * half] = terms[:, :half][:, order]
+    few[:, half:].neg_()
     packed, shape = layout.pack(weight), weight.new_empty(()).expand(weight.shape)
     alone = torch.cat([layout.multiply(row[None], packed, shape, None) for row in few])
     return all(

@@ -35,12 +35,12 @@ class _LaidOut:
     """Weights that were laid out.
 
     Attributes:
-        pack: what laid them out.
+        layout: their layout, or one with the same way to lay them out.
         packed: the result.
         others: the weights that were laid out behind the first one.
     """
 
-    pack: Callable[[Tensor], Tensor]
+    layout: Layout
     packed: Tensor
     others: Sequence[weakref.ref[Tensor]]
 
@@ -106,10 +106,12 @@ def _laid_out(layers: Sequence[nn.Linear], layout: Layout) -> Tensor:
     others = [layer.weight for layer in layers[1:]]
     for laid_out in held:
         known = [weight() for weight in laid_out.others]
-        if laid_out.pack is layout.pack and len(known) == len(others) and all(map(is_, known, others)):
+        # A note that plain weights are fastest is none on them in blocks.
+        alike = laid_out.layout == layout or laid_out.layout.pack is layout.pack is not PLAIN.pack
+        if alike and len(known) == len(others) and all(map(is_, known, others)):
             return laid_out.packed
     packed = layout.pack(joined_weight(layers))
-    held.append(_LaidOut(layout.pack, packed, [weakref.ref(other) for other in others]))
+    held.append(_LaidOut(layout, packed, [weakref.ref(other) for other in others]))
     return packed
 
 
@@ -189,8 +191,10 @@ def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
     and chance would decide.
     """
     layers = _layers(model)
-    held = {laid_out.pack for layer in layers for laid_out in _packed.get(layer.weight, ())}
-    if known := [layout for layout in candidates if layout.pack in held]:
+    laid_out = [one.layout for layer in layers for one in _packed.get(layer.weight, ())]
+    # Weights as they are show nothing of what is fastest, unless a trial kept them.
+    packs = {layout.pack for layout in laid_out} - {PLAIN.pack}
+    if known := [layout for layout in candidates if layout in laid_out or layout.pack in packs]:
         return known[0]
     bytes_of: dict[tuple[int, int], int] = {}
     tried: dict[tuple[int, int], list[nn.Linear]] = {}
@@ -227,7 +231,7 @@ def _fastest(
     best = min(candidates, key=lambda layout: total_s[layout])
     for layer in (layer for layers in tried.values() for layer in layers):
         # Keep the result if plain weights are best, as they are no copies: then a draft of them is not tried again.
-        _packed[layer.weight] = [held for held in _packed[layer.weight] if held.pack is best.pack is PLAIN.pack]
+        _packed[layer.weight] = [one for one in _packed[layer.weight] if one.layout == best == PLAIN]
     return best
 
 

@@ -64,7 +64,8 @@ class Generation:
         capture_s: seconds of capturing CUDA graphs, which no other time includes.
         logprobs: natural logarithm of each new token's probability under the target's own distribution, before
             temperature, top-k and top-p; None unless requested.
-        target_forwards: number of forwards of the target: those before the first step, and one for each step.
+        retries: number of steps that were made again without proposals, because one overflowed in the target.
+        target_forwards: number of forwards of the target: those before the first step, one for each step, and retries.
         draft_forwards: number of forwards of the draft model.
         drafted: number of proposed tokens.
         accepted: number of proposed tokens that were committed.
@@ -82,10 +83,11 @@ class Generation:
     decode_s: float = 0.0
     capture_s: float = 0.0
     logprobs: list[float] | None = None
+    retries: int = 0
 
     @property
     def target_forwards(self) -> int:
-        return self.prefill_forwards + len(self.steps)
+        return self.prefill_forwards + len(self.steps) + self.retries
 
     @property
     def draft_forwards(self) -> int:

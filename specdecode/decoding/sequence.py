@@ -147,7 +147,9 @@ class SequenceState:
         try:
             acceptance = accept(tree, decisions, self._rng)
         except SpecDecodeError:  # logits that decide are not finite
-            if not len(tree):
+            root = decisions[0]
+            # At an accepted proposal plain decoding fails, too. A retry would draw again what the coins have decided.
+            if not len(tree) or (root.isfinite().all() if root.ndim else root >= 0):
                 raise
             return self.commit(DraftTree.empty(), self._without(tree), forward_started)
         slots.storage.unchecked = forced is not None
@@ -183,10 +185,11 @@ class SequenceState:
         """Take back the last forward, of the pending tokens and a tree. Make it without the tree, and return the logits
         of the root."""
         target = self._request.target
+        self.result.retries += 1
         self.slots.keep([], after=self.slots.length - len(self.pending) - len(tree))
         self.slots.erase_dropped()
-        if target.static is not None:
-            target.static.forget_inputs(self.slots)
+        if target.runner is not None:
+            target.runner.forget_inputs(self.slots)
         return target.forward_tree(self.slots, self.pending, DraftTree.empty())
 
     def _context(self) -> Context:

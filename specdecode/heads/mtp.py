@@ -65,8 +65,10 @@ class MtpHead(nn.Module):
         layers = _load(target)
         self.shape = MtpShape(config.hidden_size, (config.num_hidden_layers - 1,))
         self.register_buffer("tokens", torch.arange(config.vocab_size), persistent=False)
-        # `LM` may wrap a model that was converted after it was loaded.
-        self._rotary, self._layer = layers.rotary_emb, layers.layers[0].to(target.dtype)
+        self._rotary, self._layer = layers.rotary_emb, layers.layers[0]
+        # `LM` may wrap a model that was converted after it was loaded. Buffers keep their type, as the target's do.
+        for weight in self._layer.parameters():
+            weight.data = weight.data.to(target.dtype)
         kind = (getattr(layers.config, "layer_types", None) or ["full_attention"])[0]
         self.window: int | None = layers.config.sliding_window if kind == "sliding_attention" else None
         self._rotary_options = {"layer_type": kind} if layers.has_per_layer_rope else {}

@@ -98,9 +98,14 @@ class LM:
         return dtype
 
     @property
+    def runner(self) -> StaticRunner | None:
+        """The runner of static forwards: while hidden states are recorded, the one that returns them; or none."""
+        recorder = self._hidden_states.recorder
+        return self.static if recorder is None else recorder.static
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of the stored weights: tied weights count once, quantised weights with their scales, and packed weights
-        too. A packed copy of a tied head counts in addition to its embedding."""
+        """Bytes of the stored weights, with scales and packed copies. Tied weights count once; their copy, too."""
         return weight_bytes(self.model)
 
     @property
@@ -185,8 +190,8 @@ class LM:
             visible = torch.ones(count, count, dtype=torch.bool).tril()
         slots.append(positions)
         self.forwards += 1
-        recorder = self._hidden_states.recorder
-        static, layers = (self.static, ()) if recorder is None else (recorder.static, recorder.layers)
+        static, recorder = self.runner, self._hidden_states.recorder
+        layers = () if recorder is None else recorder.layers
         if static is not None and not self._records_attention and static.takes(slots, count):
             logits, *hidden_states = static.run(slots, tokens, positions, visible)
             slots.outputs = dict(zip(layers, hidden_states, strict=True))

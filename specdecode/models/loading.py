@@ -92,6 +92,8 @@ def load(
         model = split(_random(name, chosen_dtype, torch.device("cpu") if device_map else chosen_device), count)
     else:
         source = source_of(name)
+        if os.path.isfile(source):
+            raise ModelFileError(f"{name} is a file: give the folder of a model")
         with _noted(name, source):
             model = _pretrained(name, source, chosen_dtype, count)
             tokenizer = _tokenizer(source)
@@ -139,11 +141,16 @@ def source_of(name: str) -> str:
     """
     if name == EMBEDDED:
         return str(fetch())
-    # Not a `Path`, which would turn "./gpt2" into the hub's "gpt2".
-    source = os.path.expanduser(name)
-    if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not os.path.exists(source):
+    if is_missing(name):
         raise ModelFileError(f"no such folder: {name}")
-    return source
+    # Not a `Path`, which would turn "./gpt2" into the hub's "gpt2".
+    return os.path.expanduser(name)
+
+
+def is_missing(name: str) -> bool:
+    """Return whether a name is a local path, no id of the hub, and nothing is there."""
+    local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return local and not os.path.exists(os.path.expanduser(name))
 
 
 def _layers(name: str, target: LM | None) -> LM:

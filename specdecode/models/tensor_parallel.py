@@ -58,8 +58,11 @@ def arguments(count: int, source: str) -> dict[str, Any]:
     """
     if count == 1:
         return {}
-    with suppress(OSError):  # from_pretrained says why there is no configuration
-        check_heads(AutoConfig.from_pretrained(source), count)
+    config = None
+    with suppress(Exception):  # from_pretrained says why there is no configuration
+        config = AutoConfig.from_pretrained(source)
+    if config is not None:
+        check_heads(config, count)
     return {"distributed_config": _config(count)}
 
 

@@ -142,8 +142,13 @@ def test_it_has_the_type_that_its_target_was_converted_to(target: LM) -> None:
         target.model.config.name_or_path, dtype=torch.float32, experts_implementation="eager"
     )
     converted = LM(model.bfloat16())
-    result = generate(converted, prompt(), drafter=HeadDrafter(load_mtp(converted)), max_new_tokens=LENGTH)
+    head = load_mtp(converted)
+    result = generate(converted, prompt(), drafter=HeadDrafter(head), max_new_tokens=LENGTH)
     assert result.drafted > 0
+    layer = head._head._layer
+    assert {weight.dtype for weight in layer.parameters()} == {torch.bfloat16}
+    # The weights by which experts are chosen are no parameters, and stay in float32.
+    assert {buffer.dtype for buffer in layer.buffers()} <= {torch.float32}
 
 
 def test_a_target_without_mtp_layers_is_refused(target: LM) -> None:

@@ -209,6 +209,8 @@ def test_a_folder_is_not_taken_for_a_model_of_the_hub(saved: Path, monkeypatch: 
     for name in ("./draft.gguf", str(saved), "gpt2", "openai-community/gpt2", "layers:0-1"):
         assert loading.source_of(name) == name
     assert loading.source_of("~") == str(Path.home())
+    with pytest.raises(ModelFileError, match=r"\./draft\.gguf is a file: give the folder of a model"):
+        load("./draft.gguf")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from specdecode import FixedK, ModelDrafter, StaticTree, UnsupportedModelError, 
 from specdecode.bench.arms.snippet import code_snippet
 from specdecode.bench.report.captions import command
 from specdecode.bench.runs.file import read
+from specdecode.core.errors import ModelFileError
 from specdecode.models import tensor_parallel
 from specdecode.models.tensor_parallel import split_count
 from specdecode.policies import policy
@@ -213,7 +214,9 @@ def test_what_split_weights_do_not_permit(
         load(**{"name": "./nowhere", **given})
 
 
-def test_a_number_of_processes_that_cannot_share_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_processes_that_cannot_share_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against PyTorch's own errors: of views whose sizes do not fit, or of a GPU that is not there."""
     cases = {
         "3": (str(model), "4 attention heads, and 2 of keys"),
@@ -223,6 +226,9 @@ def test_a_number_of_processes_that_cannot_share_is_refused(model: Path, monkeyp
         monkeypatch.setenv("WORLD_SIZE", count)
         with pytest.raises(ValueError, match=f"{count} processes cannot share {heads}"):
             load(name, dtype="float64", device="cpu", tp="auto")
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(ModelFileError, match="cannot load"):
+        load(str(tmp_path), dtype="float64", device="cpu", tp="auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen: list[int] = []

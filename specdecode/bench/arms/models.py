@@ -17,7 +17,7 @@ from specdecode.core.errors import ModelFileError
 from specdecode.models.chat import Codec, TextEncoder
 from specdecode.models.devices import leave_out_cudnn
 from specdecode.models.lm import LM
-from specdecode.models.loading import load, load_encoder, source_of
+from specdecode.models.loading import is_missing, load, load_encoder, source_of
 
 LOG_FOLDER = "SPECDECODE_SERVER_LOGS"
 """Environment variable: the folder for the output of servers, for a worker whose working folder will be removed."""
@@ -100,7 +100,10 @@ def load_models(
     if all("call" in entry or "server" in entry for entry in entries):
         if tp is not None:
             raise ValueError("--tp is for models that this package decodes, and all arms here are from code or servers")
-        encoder = load_encoder(names.target)
+        served = any("server" in entry for entry in entries)
+        # Code may know the target by a name that is no folder here.
+        own_name = not served and is_missing(names.target)
+        encoder = TextEncoder(names.target) if own_name else load_encoder(names.target)
         return Models(names, backend, None, None, encoder, _servers(names, encoder, entries))
     leave_out_cudnn(torch.device(names.device))
     where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}

@@ -27,6 +27,17 @@ def test_a_server_needs_the_tokenizer_of_its_model(tmp_path: Path) -> None:
     assert load_models(dataclasses.replace(names, target="shape:tiny"), "eager", [server]).servers is not None
 
 
+def test_code_may_know_its_target_by_a_name_of_its_own() -> None:
+    """Guards against arms from code that are refused, as their target is no folder on this machine."""
+    for target in ("s3://bucket/model", "/nowhere/engine"):
+        loaded = load_models(ModelNames(target, "", "cpu", "float32"), "eager", [{"call": "engine:make"}])
+        assert loaded.encoder.encode("é") == [195, 169]
+        with pytest.raises(ModelFileError, match=f"no such folder: {target}"):
+            load_models(
+                ModelNames(target, "", "cpu", "float32"), "eager", [{"server": {"url": "http://127.0.0.1:9/v1"}}]
+            )
+
+
 @pytest.fixture
 def cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stand in for a GPU, and restore the attention switch afterwards."""
