@@ -92,8 +92,6 @@ def load(
         model = split(_random(name, chosen_dtype, torch.device("cpu") if device_map else chosen_device), count)
     else:
         source = source_of(name)
-        if os.path.isfile(source):
-            raise ModelFileError(f"{name} is a file: give the folder of a model")
         with _noted(name, source):
             model = _pretrained(name, source, chosen_dtype, count)
             tokenizer = _tokenizer(source)
@@ -228,6 +226,8 @@ def _noted(name: str, source: str) -> AbstractContextManager[None]:
 
 
 def _pretrained(name: str, source: str, dtype: torch.dtype, count: int = 1) -> PreTrainedModel:
+    if os.path.isfile(source):
+        raise ModelFileError(f"{name} is a file: give the folder of a model")
     options = {"dtype": dtype, "output_loading_info": True, **arguments(count, source)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
