@@ -17,6 +17,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
+from specdecode import generate, load
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.servers import ServerArm
 from specdecode.bench.gate.verdicts import Judgement, Verdict, judge
@@ -29,6 +30,7 @@ from specdecode.drafters.base import common_prefix
 from specdecode.evals.data import token_prompts
 from specdecode.models.chat import Codec, TextEncoder
 from specdecode.models.embedded import fetch
+from tests.helpers.heads import write_head
 from tests.helpers.suites import ELSEWHERE, run_pytest_in_turn
 
 PYTHON = os.environ.get("SPECDECODE_VLLM_PYTHON")
@@ -238,6 +240,24 @@ def test_the_engines_counters_are_those_of_a_replay(
             print(f"{name}: replayed {told}; engine {run.counts.steps:g} steps")  # noqa: T201
     assert sum(told.accepted for _, told, _ in rows) > 10
     assert sum(told.drafted for _, told, _ in rows) > sum(told.accepted for _, told, _ in rows)
+
+
+def test_a_head_that_is_written_here_is_served(tmp_path: Path) -> None:
+    """Guards against a folder that the engine cannot read, and against a draft that changes its tokens. The head is not
+    trained, so the engine accepts little or nothing of it."""
+    target = load("smollm2-135m", device="cpu")
+    head = write_head(target, tmp_path)
+    command = speculating(method="eagle3", model=str(head), num_speculative_tokens=3)
+    drafting = server(command, tmp_path / "head.log")
+    try:
+        arm = ServerArm(ArmSpec.from_entry("head", {"server": {"command": command}}), drafting)
+        prompts, _ = token_prompts("prose@24:2,humaneval:1", target)
+        for prompt in prompts.values():
+            run = arm.run(prompt, TOKENS, ())
+            assert run.tokens == generate(target, prompt, max_new_tokens=TOKENS).tokens
+            assert run.counts.drafted > TOKENS
+    finally:
+        drafting.close()
 
 
 def test_no_worker_outlives_a_server_that_is_killed(logged: tuple[Server, Path]) -> None:
