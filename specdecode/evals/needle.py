@@ -57,7 +57,7 @@ def bury(lm: LM, texts: Sequence[str], length: int, depth: float) -> Needle:
 
     Args:
         lm: model whose tokens are counted.
-        texts: source of the sentences, which are taken in order, from a random one on.
+        texts: source of the sentences, which are taken in order, from a random one on, or the next that fits.
         length: tokens of prompt and answer together.
         depth: share of the sentences before the needle, from 0 to 1.
 
@@ -78,12 +78,15 @@ def bury(lm: LM, texts: Sequence[str], length: int, depth: float) -> Needle:
     first = rng.randrange(len(sentences)) if sentences else 0
     room = length - len(lm.encode(f"{needle} {_QUESTION} {number}"))
     hay: list[str] = []
+    full = False
     for sentence in [*sentences[first:], *sentences[:first]]:
-        room -= len(lm.encode(f" {sentence}"))
-        if room < 0:
+        size = len(lm.encode(f" {sentence}"))
+        if size <= room:
+            room -= size
+            hay.append(sentence)
+        elif full := bool(hay):
             break
-        hay.append(sentence)
-    if room >= 0 or not hay:
+    if not full:
         raise ValueError(f"no needle can be put into {length} tokens of these texts: choose another length")
     place = round(depth * len(hay))
     question = " ".join([*hay[:place], needle, *hay[place:], _QUESTION])

@@ -42,6 +42,16 @@ def test_needles_differ_by_cell_and_nothing_else() -> None:
     assert [bury(target, HAY, *cell) for cell in cells] == needles
 
 
+def test_a_text_that_begins_with_a_long_sentence_has_room_too() -> None:
+    """Guards against a length that is refused, because the sentence at a random place is too long for it."""
+    target, long = lm("llama"), "This sentence goes on and on" + ", and on" * 30 + "."
+    texts = [" ".join([long, "This one is short."] * 20)]
+    for depth in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        text = target.decode(bury(target, texts, 200, depth).prompt)
+        assert "This one is short." in text
+        assert long not in text
+
+
 @pytest.mark.parametrize("policy", [KeepAll(), SinkWindow(64)], ids=["full", "sink-window"])
 def test_what_is_found_is_what_decoding_writes(policy: CachePolicy) -> None:
     """Guards against an answer that is scored one place off, or with a cache that holds more than in decoding."""
