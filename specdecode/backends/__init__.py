@@ -14,7 +14,7 @@ from specdecode.backends.compiled import compiled
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import group
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout
-from specdecode.backends.merged import same_inputs
+from specdecode.backends.merged import SameInputs, same_inputs
 from specdecode.backends.row_attention import by_rows
 from specdecode.backends.static import StaticForward, StaticRunner
 
@@ -87,7 +87,7 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
             return Backend("compile", static=lambda forward: StaticRunner(compiled(forward), CudaGraphs(device)))
         note = ""
         if packed.unsupported_reason(model) is None:
-            note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed))}"
+            note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed), same_inputs(model))}"
         return Backend("compile", note, static=lambda forward: StaticRunner(compiled(forward)))
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
@@ -96,7 +96,8 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         return Backend()
     if kind == "exact":
         by_rows(model)
-        note = _packed(model, _layout(model, packed.exact(model, same_inputs(model)), agreed))
+        groups = same_inputs(model)
+        note = _packed(model, _layout(model, packed.exact(model, groups), agreed), groups)
         return Backend("exact", note, exact=True)
     reason = packed.unsupported_reason(model)
     layout = PLAIN
@@ -107,14 +108,14 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
     if reason is not None:
         return Backend(note="" if kind == "auto" else f"not packed: {reason}")
     group(model)
-    return Backend("packed", _packed(model, layout))
+    return Backend("packed", _packed(model, layout, same_inputs(model)))
 
 
 def _layout(model: PreTrainedModel, candidates: Sequence[Layout], agreed: Callable[[Any], Any]) -> Layout:
     return LAYOUTS[agreed(packed.fastest(model, candidates).name)]
 
 
-def _packed(model: PreTrainedModel, layout: Layout) -> str:
-    """Pack a model's linear layers, those with the same inputs together, and return a note on it."""
-    layers, left = packed.pack(model, layout, same_inputs(model))
+def _packed(model: PreTrainedModel, layout: Layout, groups: SameInputs) -> str:
+    """Pack a model's linear layers, those of a group together, and return a note on it."""
+    layers, left = packed.pack(model, layout, groups)
     return f"{layers} linear layers by {layout.name}" + (f", {left} other matrices as they are" if left else "")

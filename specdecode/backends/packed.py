@@ -106,7 +106,7 @@ def _laid_out(layers: Sequence[nn.Linear], layout: Layout) -> Tensor:
     others = [layer.weight for layer in layers[1:]]
     for laid_out in held:
         known = [weight() for weight in laid_out.others]
-        # A note that plain weights are fastest is none on them in blocks.
+        # An entry for plain weights records that they are fastest. It says nothing of plain weights in blocks.
         alike = laid_out.layout == layout or laid_out.layout.pack is layout.pack is not PLAIN.pack
         if alike and len(known) == len(others) and all(map(is_, known, others)):
             return laid_out.packed
@@ -192,7 +192,7 @@ def fastest(model: nn.Module, candidates: Sequence[Layout]) -> Layout:
     """
     layers = _layers(model)
     laid_out = [one.layout for layer in layers for one in _packed.get(layer.weight, ())]
-    # Weights as they are show nothing of what is fastest, unless a trial kept them.
+    # Plain weights cost no packing, so only an entry of the same layout shows that a trial chose them.
     packs = {layout.pack for layout in laid_out} - {PLAIN.pack}
     if known := [layout for layout in candidates if layout in laid_out or layout.pack in packs]:
         return known[0]
