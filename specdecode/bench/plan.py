@@ -26,7 +26,7 @@ from specdecode.models.lm import LM
 from specdecode.models.loading import TINY, choose_dtype, dtype_name, load
 from specdecode.models.tensor_parallel import split_count
 from specdecode.support.environment import hardware
-from specdecode.support.files import slug
+from specdecode.support.files import fitting, slug
 from specdecode.support.git import commit_id
 from specdecode.support.torchrun import rank
 
@@ -121,7 +121,8 @@ class Plan:
         """The path of the journal of finished blocks, until the run is complete."""
         # Each of several processes that decode together has its own journal. A run resumes from the first one's.
         process = f".{rank()}" if self.setup.tp and rank() else ""
-        return self.root / "results" / f"{self.identity.hardware}-{self.identity.file.stem}{process}.blocks.jsonl"
+        name = f"{self.identity.hardware}-{self.identity.file.stem}{process}.blocks.jsonl"
+        return self.root / "results" / fitting(name)
 
     def entries(self, selected: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return the preset's entries of the selected arms and of their reference arms."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import tempfile
@@ -13,6 +14,9 @@ from uuid import uuid4
 
 _PROBE_BYTES = 4096
 """Bytes that a check writes: even a full disk accepts empty files."""
+
+_MOST_CHARACTERS = 200
+"""Characters of a file's name that every file system accepts (255), less what `whole` and a lock add to it."""
 
 
 @contextmanager
@@ -111,6 +115,17 @@ SLUG = r"^(?!.*--)([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"
 def slug(text: str) -> str:
     """Return the text as a file name: lower-case letters, digits, dots and dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def fitting(name: str) -> str:
+    """Return a file's name. If file systems could refuse it as too long, a digest of the name replaces its middle.
+
+    Names have the user's paths of models in them, which may be long. The end, such as a type and a suffix, stays.
+    """
+    if len(name) <= _MOST_CHARACTERS:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{name[:100]}-{digest}-{name[-60:]}"
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ from specdecode.bench.plan import Plan, resolve
 from specdecode.bench.plugin import _parameters
 from specdecode.bench.presets import Preset
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
-from specdecode.support.files import slug
+from specdecode.support.files import slug, write_whole
 from tests.helpers.elsewhere import commit
 from tests.helpers.root import ROOT
 from tests.helpers.suites import run_pytest
@@ -125,6 +125,23 @@ def test_a_run_of_any_presets_name_can_be_read(tmp_path: Path) -> None:
     name = plan(tmp_path, preset=str(preset)).identity.preset
     assert name == f"{slug('My own_drafter')}.tiny"
     assert slug(name) == name
+
+
+@pytest.mark.parametrize("models", [{}, {"target": "/models/" + "target/" * 40, "draft": "/models/" + "draft/" * 40}])
+def test_every_file_of_a_session_can_be_written(tmp_path: Path, models: dict[str, str]) -> None:
+    """Guards against a session that cannot write its files, or writes over another's, because the paths of its models
+    are long: they are in the files' names."""
+    other = {**models, "target": models.get("target", "") + "other"}
+    named = []
+    for own in (models, other):
+        judged = plan(tmp_path, **own)
+        quality = resolve_quality(Options(root=tmp_path, device="cpu", tiny=True, **own))
+        files = [tmp_path / judged.identity.file, judged.journal, quality.file, quality.journal]
+        for file in (*files, quality.margins_path):
+            write_whole(file, "")
+        named.append(files)
+    assert not set(named[0]) & set(named[1])
+    assert named[0][0].name.endswith(f"-{judged.identity.dtype}-{judged.identity.preset}.json")
 
 
 @pytest.mark.parametrize(

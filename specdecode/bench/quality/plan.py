@@ -11,7 +11,7 @@ from specdecode.bench.plan import Setup, resolve_setup
 from specdecode.bench.runs.names import margins_file
 from specdecode.evals.margins import read_margins
 from specdecode.evals.quality_presets import QualityPreset, quality_preset
-from specdecode.support.files import slug
+from specdecode.support.files import fitting, slug
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ class QualityPlan:
     def file(self) -> Path:
         """The path of the run's file."""
         identity = self.setup.identity
-        return self.root / "results" / f"quality-{slug(identity.target)}-{identity.dtype}-{identity.preset}.json"
+        name = f"quality-{slug(identity.target)}-{identity.dtype}-{identity.preset}.json"
+        return self.root / "results" / fitting(name)
 
     @property
     def journal(self) -> Path:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from specdecode.support.files import slug
+from specdecode.support.files import fitting, slug
 
 BASELINE = "ar"
 """The arm of autoregressive decoding by this package: the reference arm, unless a preset names another."""
@@ -30,7 +30,7 @@ ANY_HARDWARE = "any"
 def margins_file(target: str, texts: str) -> Path:
     """Return the file of a target's quality margins on the corpora of some texts, below the folder of baselines."""
     corpora = sorted({sample.partition("@")[0].partition(":")[0] for sample in texts.split(",")})
-    return Path(MARGINS) / f"{slug(target)}-{slug('-'.join(corpora))}.json"
+    return Path(MARGINS) / fitting(f"{slug(target)}-{slug('-'.join(corpora))}.json")
 
 
 def shared_by(processes: int, hardware: str) -> str:

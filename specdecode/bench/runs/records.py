@@ -37,7 +37,7 @@ from specdecode.bench.runs.statistics import (
     noise_floor,
     percentile_95,
 )
-from specdecode.support.files import slug
+from specdecode.support.files import fitting, slug
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Identity:
     def file(self) -> Path:
         """Return the path of the baseline for this identity, below the folder of baselines."""
         pair = f"{slug(self.target)}+{slug(self.draft)}" if self.draft else slug(self.target)
-        return Path(self.hardware) / f"{pair}-{self.dtype}-{self.preset}.json"
+        return Path(self.hardware) / fitting(f"{pair}-{self.dtype}-{self.preset}.json")
 
 
 @dataclass(frozen=True, slots=True)
