@@ -148,6 +148,8 @@ class StaticRunner:
             for layer, (keys, values) in self._layers.items():
                 storage.keys[layer] = _with_slots(keys, len(storage.positions))
                 storage.values[layer] = _with_slots(values, len(storage.positions))
+            if storage.keys:
+                storage.stack()
         else:
             self._idle.remove(storage)
             storage.clear()
@@ -178,6 +180,8 @@ class StaticRunner:
     def _has_tensors(self, slots: Slots) -> bool:
         """Return whether the slots have tensors for keys and values. Remember those of the first that have."""
         storage = slots.storage
+        if storage.keys and not storage.stacks and storage.reusable:
+            storage.stack()
         if storage.keys and not self._layers:
             for layer, keys in storage.keys.items():
                 self._layers[layer] = _with_slots(keys, 0), _with_slots(storage.values[layer], 0)

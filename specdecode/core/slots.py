@@ -21,6 +21,7 @@ class Storage:
         positions: [capacity] position of each slot's token; see `Slots`.
         keys: keys of each layer that was written.
         values: values of each layer that was written.
+        stacks: tensors of which all keys and values are views, if they were stacked; else empty.
         moves: number of times that other tensors replaced these, for more slots or for a batch.
         reusable: whether another sequence may use the tensors: they are no rows of a batch's tensors.
         number: number of this storage among the storages of one runner.
@@ -30,6 +31,7 @@ class Storage:
     positions: Int[Tensor, " capacity"]
     keys: dict[int, Float[Tensor, "1 heads capacity dim"]] = field(default_factory=dict)
     values: dict[int, Float[Tensor, "1 heads capacity width"]] = field(default_factory=dict)
+    stacks: list[Float[Tensor, "n heads capacity _"]] = field(default_factory=list)
     moves: int = 0
     reusable: bool = True
     number: int = 0
@@ -40,13 +42,32 @@ class Storage:
     def empty(capacity: int, device: torch.device) -> Storage:
         return Storage(torch.zeros(max(capacity, 1), dtype=torch.long, device=device))
 
+    @property
+    def tensors(self) -> list[Float[Tensor, "n heads capacity _"]]:
+        """The tensors that hold all keys and values: as few as there are."""
+        return self.stacks or [*self.keys.values(), *self.values.values()]
+
+    @torch.inference_mode()
+    def stack(self) -> None:
+        """Move keys and values of equal shape, type and device into one tensor. Moving slots, as a tree does, then
+        launches the same few kernels on a GPU for any number of layers."""
+        alike: dict[Any, list[tuple[dict[int, Tensor], int]]] = {}
+        for layers in (self.keys, self.values):
+            for layer, tensor in layers.items():
+                alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append((layers, layer))
+        self.stacks = [torch.cat([layers[layer] for layers, layer in group]) for group in alike.values()]
+        for stack, group in zip(self.stacks, alike.values(), strict=True):
+            for row, (layers, layer) in enumerate(group):
+                layers[layer] = stack[row : row + 1]
+        self.moves += 1
+
     @torch.inference_mode()
     def clear(self) -> None:
         """Make ready for another text: overwrite unchecked values. Static forwards read slots beyond theirs, where a
         NaN would spread."""
         if self.unchecked:
-            for layer in (*self.keys.values(), *self.values.values()):
-                layer.zero_()
+            for tensor in self.tensors:
+                tensor.zero_()
         self.unchecked = True
 
 
@@ -107,8 +128,8 @@ class Slots:
     @property
     def bytes_held(self) -> int:
         """Bytes of the keys and values in the filled slots, over all layers."""
-        tensors = (*self._keys.values(), *self._values.values())
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors) * self.length
+        tensors = self.storage.tensors
+        return sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in tensors) * self.length
 
     @torch.inference_mode()
     def append(self, positions: Int[Tensor, " n"]) -> None:
@@ -136,6 +157,8 @@ class Slots:
             for layer, tensor in layers.items():
                 layers[layer] = tensor.new_zeros(1, tensor.shape[1], capacity, tensor.shape[3])
                 layers[layer][:, :, : self.length] = tensor[:, :, : self.length]
+        if self.storage.stacks:
+            self.storage.stack()
         if self.attention.numel():
             received = self.attention.new_zeros(*self.attention.shape[:2], capacity)
             received[:, :, : self.length] = self.attention[:, :, : self.length]
@@ -158,6 +181,7 @@ class Slots:
             # Zeros, since static forwards also read slots that were never written, with an attention weight of zero.
             self._keys[layer] = keys.new_zeros(1, keys.shape[1], self.capacity, keys.shape[3])
             self._values[layer] = values.new_zeros(1, values.shape[1], self.capacity, values.shape[3])
+            self.storage.stacks = []
         self.write(keys, values, layer)
         return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
 
@@ -178,6 +202,7 @@ class Slots:
             keys[:, :, : self._written] = self._keys[layer][:, :, : self._written]
             values[:, :, : self._written] = self._values[layer][:, :, : self._written]
         self._keys[layer], self._values[layer] = keys, values
+        self.storage.stacks = []
         self.storage.moves += 1
         self.storage.reusable = False
 
@@ -198,18 +223,27 @@ class Slots:
                 [layers, heads, m]. With a selection for each head, one slot may hold different tokens in different
                 heads.
         """
-        count, copies = kept.shape[-1], Copies(kept)
-        for tensors in (self._keys, self._values):
-            for place, layer in enumerate(sorted(tensors)):
-                tensor = tensors[layer][0]
-                there = copies[tensor.device]
-                chosen = there.expand(len(tensor), count) if kept.dim() == 1 else there[place]
-                tensor[:, :count] = tensor.gather(1, chosen[..., None].expand(-1, -1, tensor.shape[2]))
+        count = kept.shape[-1]
+        if kept.dim() == 1:
+            self._copy(kept, slice(count))
+        else:
+            copies = Copies(kept)
+            for tensors in (self._keys, self._values):
+                for place, layer in enumerate(sorted(tensors)):
+                    tensor = tensors[layer][0]
+                    chosen = copies[tensor.device][place]
+                    tensor[:, :count] = tensor.gather(1, chosen[..., None].expand(-1, -1, tensor.shape[2]))
         if self.attention.numel():
             chosen = kept.expand(*self.attention.shape[:2], count)
             self.attention[:, :, :count] = self.attention.gather(2, chosen)
         self.evicted += self.length - count
         self.length = count
+
+    def _copy(self, source: Int[Tensor, " m"], target: slice) -> None:
+        """Copy the keys and values of m slots of all layers to a range of slots."""
+        sources = Copies(source)
+        for tensor in self.storage.tensors:
+            tensor[:, :, target] = tensor[:, :, sources[tensor.device]]
 
     @torch.inference_mode()
     def attend(self, rows: Sequence[int]) -> None:
@@ -257,10 +291,9 @@ class Slots:
         moving = list(indices[in_place:])
         if moving:
             source = moved(torch.tensor(moving), self.device)
-            target, sources = slice(after + in_place, after + len(indices)), Copies(source)
+            target = slice(after + in_place, after + len(indices))
             self.positions[target] = self.positions[source]
-            for tensor in (*self._keys.values(), *self._values.values()):
-                tensor[:, :, target] = tensor[:, :, sources[tensor.device]]
+            self._copy(source, target)
             if self.attention.numel():
                 self.attention[:, :, target] = self.attention[:, :, source]
         self.length = after + len(indices)
@@ -268,7 +301,7 @@ class Slots:
     @torch.inference_mode()
     def erase_dropped(self) -> None:
         """Overwrite all slots that are not filled. Static forwards and batches read some of them."""
-        for tensor in (*self._keys.values(), *self._values.values()):
+        for tensor in self.storage.tensors:
             tensor[:, :, self.length :] = 0
 
 

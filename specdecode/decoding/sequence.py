@@ -138,7 +138,8 @@ class SequenceState:
         """
         request, slots, stem = self._request, self.slots, len(self.pending)
         peak_bytes = slots.bytes_held
-        attended_bytes = peak_bytes // slots.length * slots.attended
+        slot_bytes = peak_bytes // slots.length
+        attended_bytes = slot_bytes * slots.attended
         if forced is None:
             decisions = most_probable(logits) if request.sampling.greedy else request.sampling.probs(logits)
         else:
@@ -173,7 +174,7 @@ class SequenceState:
             verify_s=verified_at - forward_started,
             total_s=ended_at - self._step_started,
             allowed=self._allowed,
-            cache_bytes=slots.bytes_held,
+            cache_bytes=slot_bytes * slots.length,
             peak_cache_bytes=peak_bytes,
             attended_bytes=attended_bytes,
             compressions=int(evicts),

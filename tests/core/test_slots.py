@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdecode import LM, DraftTree
 from specdecode.core.slots import Slots
@@ -94,6 +97,13 @@ class SlotsAndList(RuleBasedStateMachine):
         self.slots.keep([], after=length)
         del self.held[length:]
 
+    @precondition(lambda self: self.held)
+    @rule()
+    def stack(self) -> None:
+        """Move the keys and values of all layers into one tensor, as static forwards do."""
+        self.slots.storage.stack()
+        assert len(self.slots.storage.tensors) == 1
+
     @invariant()
     def the_next_logits_are_those_of_a_fresh_forward(self) -> None:
         probe = (7, self.next_position)
@@ -143,6 +153,18 @@ def filled(length: int, capacity: int) -> Slots:
     return slots
 
 
+class Counted(TorchDispatchMode):
+    """Count operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def contents(slots: Slots) -> tuple[list[float], list[float], list[int]]:
     """Return keys, values and positions through the public interface: an update of no tokens returns a layer's
     content.
@@ -161,6 +183,17 @@ def test_a_gather_moves_keys_values_and_positions_alike() -> None:
     slots.keep([3, 5, 6], after=2)
     expected = [0.0, 1.0, 3.0, 5.0, 6.0]
     assert contents(slots) == (expected, [-x for x in expected], [0, 10, 30, 50, 60])
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_stacked_layers_move_together(layers: int) -> None:
+    """Guards against a GPU that idles while the host launches the same copies for each layer."""
+    slots = model(layers).new_slots(8)
+    model(layers).forward(slots, torch.tensor([1, 2, 3, 4]))
+    slots.storage.stack()
+    with Counted() as copied:
+        slots.keep([0, 2, 3])
+    assert copied.operations["index_put_"] + copied.operations["copy_"] == 2  # keys and values; positions
 
 
 def test_keeping_a_prefix_moves_nothing() -> None:
