@@ -33,6 +33,8 @@ class Run:
         cuts: the run as it was at each of the requested shorter lengths.
         tries: number of measurements, repeated because other work disturbed them. This is the least disturbed one.
         disturbed: whether other work disturbed this measurement too.
+        slices: number of slices of a run that took turns; 0 for one that is compared as a whole.
+        left_out: number of slices that are not compared, because other work disturbed them.
         beside_s: seconds per token of the reference arm right before and after this run, their geometric mean; None if
             unknown.
     """
@@ -47,6 +49,8 @@ class Run:
     cuts: list[Run] = field(default_factory=list)
     tries: int = 1
     disturbed: bool = False
+    slices: int = 0
+    left_out: int = 0
     beside_s: float | None = None
 
     @property
@@ -77,6 +81,7 @@ class Run:
             **({"latencies": as_dict(self.latencies)} if self.latencies.ttft else {}),
             **({"tries": self.tries} if self.tries > 1 else {}),
             **({"disturbed": True} if self.disturbed else {}),
+            **({"slices": self.slices, "left_out": self.left_out} if self.slices else {}),
             **({"beside_s": self.beside_s} if self.beside_s is not None else {}),
         }
 
@@ -101,8 +106,20 @@ class Run:
             cuts=[cls.from_json(mapping(cut, "a cut")) for cut in items(entry["cuts"], "cuts")],
             tries=count(entry, "tries", least=1) if "tries" in entry else 1,
             disturbed=flag(entry, "disturbed", default=False),
+            slices=count(entry, "slices") if "slices" in entry else 0,
+            left_out=count(entry, "left_out") if "left_out" in entry else 0,
             beside_s=number(entry, "beside_s", LEAST_SECONDS) if "beside_s" in entry else None,
         )
+
+
+def disturbances(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the numbers of an arm's runs and slices that other work disturbed, by the names of `ArmRecord`."""
+    return {
+        "repeated": sum(run.tries > 1 for run in runs),
+        "disturbed": sum(run.disturbed for run in runs),
+        "slices": sum(run.slices for run in runs),
+        "left_out": sum(run.left_out for run in runs),
+    }
 
 
 def _positive(entry: Mapping[str, Any], kind: str) -> dict[str, float]:

@@ -263,7 +263,7 @@ class _Runs:
                     self.beats.append(turn.run)
                     # Here plain decoding takes turns with itself, so its seconds are those of a second run of the arm.
                     self.last[arm.name] = replace(
-                        turn.run, total_s=turn.plain_s, beside_s=None, tries=1, disturbed=False
+                        turn.run, total_s=turn.plain_s, beside_s=None, tries=1, disturbed=False, slices=0, left_out=0
                     )
                 return
             run = into[arm.name] = steady_run(self._steady, lambda: timed(arm, self._text, self._length, expected))

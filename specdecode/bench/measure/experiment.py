@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from specdecode.bench.arms.arm import Arm
-from specdecode.bench.arms.run import Run
+from specdecode.bench.arms.run import Run, disturbances
 from specdecode.bench.measure.block import Block, baselines_of, closing, measure_block, named, noted
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.drift import Drift
@@ -81,8 +81,7 @@ class Results:
             failure=self.failures.get(arm.name, ""),
             shorter={length: self._rows(arm, [block.at(length) for block in blocks]) for length in sorted(lengths)},
             outputs=self.outputs(arm.name) if arm.name in named and arm.name not in self.failures else {},
-            repeated=sum(run.tries > 1 for run in timed),
-            disturbed=sum(run.disturbed for run in timed),
+            **disturbances(timed),
         )
 
     def _rows(self, arm: Arm, blocks: Sequence[Block]) -> dict[str, Row]:

@@ -34,15 +34,11 @@ class RunPair:
     Attributes:
         new, old: the runs.
         compared_s: seconds of the new and of the old version in the slices that are compared.
-        slices: number of slices of each version; 1 if the versions took different numbers of steps.
-        left_out: number of slices that are not compared, because other work disturbed them.
     """
 
     new: Run
     old: Run
     compared_s: tuple[float, float]
-    slices: int = 1
-    left_out: int = 0
 
     @property
     def log_ratio(self) -> float:
@@ -135,7 +131,8 @@ class Interleaver:
             self._slices.compare_all(taken)
             return RunPair(new, old, (new.total_s, old.total_s))
         kept = self._slices.compared(taken)
-        return RunPair(new, old, (summed(new_s, kept), summed(old_s, kept)), len(taken), len(taken) - len(kept))
+        new, old = (replace(run, slices=len(taken), left_out=len(taken) - len(kept)) for run in (new, old))
+        return RunPair(new, old, (summed(new_s, kept), summed(old_s, kept)))
 
 
 def summed(seconds: Sequence[float], places: Sequence[int]) -> float:

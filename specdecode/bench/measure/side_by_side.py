@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from specdecode.bench.arms.callables import ArmError
-from specdecode.bench.arms.run import Run
+from specdecode.bench.arms.run import Run, disturbances
 from specdecode.bench.measure.block import steady_run
 from specdecode.bench.measure.check import Check
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS
@@ -110,12 +110,6 @@ class SideBySide:
         return next(arm for arm, baseline in self.baselines.items() if arm == baseline)
 
     @property
-    def slices(self) -> tuple[int, int]:
-        """The number of slices of interleaved runs, and the number of those that are not compared."""
-        pairs = [pair for block in self.blocks for quartet in block.values() for pair in quartet.pairs or ()]
-        return sum(pair.slices for pair in pairs), sum(pair.left_out for pair in pairs)
-
-    @property
     def failed(self) -> set[str]:
         """The arms that failed in one of the versions."""
         return {arm for _, arm in self.failures}
@@ -181,8 +175,7 @@ class SideBySide:
             counters_run=self.counters_runs.get((name, arm), CountersRun()),
             timed=about.get("timed", False),
             failure=self.failures.get((name, arm), ""),
-            repeated=sum(run.tries > 1 for run in timed),
-            disturbed=sum(run.disturbed for run in timed),
+            **disturbances(timed),
             outputs=self.outputs(version, arm) if arm in set(self.baselines.values()) - {self.baseline} else {},
         )
 

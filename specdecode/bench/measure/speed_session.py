@@ -365,11 +365,6 @@ def _judge_against(
 def _judged_by_commit(plan: Plan, ref: str, both: Versions, outside: Sequence[str], measured: SideBySide) -> str:
     """Return the conditions of the comparison, in sentences."""
     sentences = [f"Judged by {ref}, measured side by side with {both.new.name}."]
-    slices, left_out = measured.slices
-    if left_out:
-        sentences.append(
-            f"{left_out} of {slices} slices of a few steps are not compared, because other work disturbed them."
-        )
     if outside:
         sentences.append(f"The code of {', '.join(outside)} is not in this repository: both sides ran the same.")
     if not both.together:

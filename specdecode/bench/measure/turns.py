@@ -106,6 +106,7 @@ class Turns:
             kept = list(range(len(own_s)))
         else:
             kept = self._slices.compared(taken)
+            run = replace(run, slices=len(own_s), left_out=len(own_s) - len(kept))
         beside_s = run.s_per_token * summed(plain_s, kept) / summed(own_s, kept)
         return Turn(replace(run, beside_s=beside_s), sum(plain_s))
 

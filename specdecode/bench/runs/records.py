@@ -174,6 +174,8 @@ class ArmRecord:
         outputs: digest of its output for each prompt, if other arms name it as their reference arm.
         repeated: number of runs that were measured again, because other work disturbed them.
         disturbed: number of runs that other work disturbed in every try. They stay in the rows.
+        slices: number of slices of a few steps in runs that took turns.
+        left_out: number of slices that are not compared, because other work disturbed them.
     """
 
     rows: dict[str, Row]
@@ -192,6 +194,8 @@ class ArmRecord:
     outputs: dict[str, str] = field(default_factory=dict)
     repeated: int = 0
     disturbed: int = 0
+    slices: int = 0
+    left_out: int = 0
 
     @property
     def most_repeats(self) -> int:
@@ -271,10 +275,7 @@ class RunFile:
         return self._part(replace(self.header, max_new_tokens=length), arms)
 
     def with_prompts(self, prompts: Collection[str]) -> RunFile:
-        """Return the part of the run with some of its prompts.
-
-        Wrong outputs, ties and the counters run stay those of the whole run.
-        """
+        """Return the part of the run with some prompts. Wrong outputs, ties and the counters run stay as they are."""
 
         def chosen(rows: dict[str, Row]) -> dict[str, Row]:
             return {prompt: row for prompt, row in rows.items() if prompt in prompts}
@@ -370,8 +371,7 @@ class RunFile:
         }
 
     def speedup(self, arm: str, over: str | None = None) -> Estimate:
-        """Return the mean speedup of an arm over another, with its interval; nan if no block has both. The other arm is
-        the arm's reference arm if None."""
+        """Return the mean speedup of an arm over another, by default its reference arm; nan if no block has both."""
         over = over or self.baseline_of(arm)
         logs = self.log_speedups(arm, over)
         if not logs:
@@ -384,8 +384,7 @@ class RunFile:
         tau * t / (d + v): tokens per step, times the reference arm's seconds per token, over the seconds of drafting
         and verifying per step (Leviathan et al. 2023, section 3.3, with measured costs in place of one draft forward
         per token and one cost for every width). Both sides leave out the first step, in which the target reads the
-        prompt.
-        A draft reads the prompt in a later step, so the time for this is included.
+        prompt. A draft reads the prompt in a later step, so the time for this is included.
         """
         over = self.baseline_of(arm)
         if arm == over or over not in self.arms:
@@ -412,8 +411,7 @@ class RunFile:
         record = self.arms[arm]
         rows, counts, seconds = list(record.rows.values()), record.counts(), record.seconds()
         speeds = [row.counts.tokens / row.seconds.total for row in rows]
-        speedup = self.speedup(arm)
-        over_peer = self.speedup(arm, over=record.against) if record.against else UNKNOWN
+        speedup, over_peer = self.speedup(arm), self.speedup(arm, record.against) if record.against else UNKNOWN
         throughput, loss = ratio(counts.tokens, seconds.total), ratio(counts.nll, counts.tokens)
         latencies = all_latencies(row.latencies for row in rows)
         return Measures(

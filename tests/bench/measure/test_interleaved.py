@@ -51,7 +51,7 @@ def test_versions_take_turns_step_by_step() -> None:
     pair = machine.interleaver.measure(lambda: (machine.run("new", 2, 1, 1), machine.run("old", 2, 2, 2)), True)
     assert machine.log == ["new", "old", "old", "new", "new", "old"]
     assert pair.log_ratio == pytest.approx(math.log(6 / 4))
-    assert (pair.slices, pair.left_out) == (3, 0)
+    assert (pair.new.slices, pair.old.left_out) == (3, 0)
     machine.interleaver.measure(lambda: (machine.run("new", 1), machine.run("old", 1)), False)
     assert machine.log[6:] == ["old", "new"]
 
@@ -61,7 +61,7 @@ def test_a_disturbed_slice_counts_for_neither_version() -> None:
     machine = Machine(0.0, 0.3, 0.0)
     pair = machine.interleaver.measure(lambda: (machine.run("new", 1, 5, 1), machine.run("old", 1, 2, 1)), True)
     assert pair.log_ratio == 0.0
-    assert (pair.slices, pair.left_out) == (3, 1)
+    assert (pair.new.slices, pair.old.left_out) == (3, 1)
     assert pair.new.total_s == 7.0  # the table's times are those of the whole run
     assert (pair.new.tries, pair.new.disturbed) == (1, False)
 
@@ -71,7 +71,7 @@ def test_what_others_always_take_disturbs_no_slice() -> None:
     machine = Machine(*[0.5] * 60)
     for _ in range(20):
         pair = machine.interleaver.measure(lambda: (machine.run("new", 1, 1, 1), machine.run("old", 1, 1, 1)), True)
-    assert (pair.left_out, pair.new.tries) == (0, 1)
+    assert (pair.new.left_out, pair.new.tries) == (0, 1)
 
 
 def test_a_pair_whose_slices_are_mostly_disturbed_is_measured_again() -> None:
@@ -98,7 +98,7 @@ def test_other_steps_are_compared_as_whole_runs() -> None:
     machine = Machine(0.0, 0.3, 0.0)
     pair = machine.interleaver.measure(lambda: (machine.run("new", 1, 1), machine.run("old", 1, 1, 2)), True)
     assert pair.log_ratio == pytest.approx(math.log(4 / 2))
-    assert (pair.slices, pair.left_out) == (1, 0)
+    assert (pair.new.slices, pair.old.slices) == (0, 0)
 
 
 def test_a_failure_leaves_no_version_waiting() -> None:

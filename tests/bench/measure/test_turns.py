@@ -151,6 +151,7 @@ def test_a_disturbed_slice_counts_for_neither_side(target: LM, clock: FakeClock)
         turn = turns.measure(slow, prompt(), 8, ())
     assert turn.run.beside_s / turn.run.s_per_token == pytest.approx(1.0)
     assert (turn.run.tries, turn.run.disturbed) == (1, False)
+    assert (turn.run.slices, turn.run.left_out) == (9, 1)  # the last one is what follows the last step
 
 
 def test_code_that_yields_everything_at_the_end_is_compared_as_a_whole(target: LM, clock: FakeClock) -> None:

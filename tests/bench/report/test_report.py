@@ -16,12 +16,14 @@ import pytest
 import yaml
 
 from specdecode.bench.gate.history import history
+from specdecode.bench.report.captions import notes
 from specdecode.bench.runs.file import read
 from tests.helpers.browser import CHROMIUM, look_at
 from tests.helpers.command_line import exit_code
 from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.root import ROOT
 from tests.helpers.run_contents import IDENTITY, SPEEDUPS, run_content
+from tests.helpers.speed_runs import speed_arm, speed_run
 
 FORMATS = ("md", "html", "latex")
 
@@ -63,6 +65,27 @@ def test_every_arm_is_there_with_its_interval(report: Any, format_: str) -> None
         assert f"{run.speedup(arm)}" in text
         assert f"{run.speedup(arm, over='hf-generate')}" in text
     assert "A/A floor: two runs of ar differ by up to 1.0" in text
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "told"),
+    [
+        ({}, ""),
+        ({"slices": 40}, ""),
+        (
+            {"slices": 40, "left_out": 3},
+            " 3 of 50 slices of a few steps are not compared, because other work disturbed them.",
+        ),
+        ({"repeated": 2}, " 2 timed run(s) were measured again, because other work disturbed them."),
+        ({"disturbed": 1, "slices": 10, "left_out": 3}, " 1 stayed disturbed. 3 of 20 slices of a few steps"),
+    ],
+)
+def test_what_other_work_disturbed_is_told(disturbed: dict[str, int], told: str) -> None:
+    """Guards against runs and slices that do not count, and nobody knows."""
+    run = speed_run(lookup=speed_arm(1.2, {"drafter": "lookup"}, **disturbed), linear=speed_arm(1.2, {}, slices=10))
+    (floor,) = [note for note in notes(run) if note.startswith("A/A floor")]
+    assert floor.partition(" average.")[2].startswith(told)
+    assert told or floor.endswith(" average.")
 
 
 @pytest.mark.parametrize("format_", FORMATS)
