@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from specdecode.backends import packed
 from specdecode.backends.compiled import compiled
 from specdecode.backends.graph import CudaGraphs
-from specdecode.backends.grouped_attention import group
+from specdecode.backends.grouped_attention import group, switch_attention
+from specdecode.backends.kernels import BY_KERNEL, interpreted, unavailable_reason
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout
 from specdecode.backends.merged import SameInputs, same_inputs
 from specdecode.backends.row_attention import by_rows
 from specdecode.backends.static import StaticForward, StaticRunner
 
-BACKENDS = ("auto", "eager", "packed", "exact", "compile", "graph")
+BACKENDS = ("auto", "eager", "packed", "exact", "compile", "graph", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ def check(kind: str, device: torch.device) -> None:
         raise ValueError("the backend graph captures CUDA graphs, which need a GPU: use compile, packed or eager")
     if kind == "exact" and device.type != "cpu":
         raise ValueError(f"the backend exact is for a CPU: use graph, compile or eager on {device.type}")
+    if kind == "triton" and (reason := unavailable_reason(device)):
+        raise ValueError(reason)
 
 
 def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = lambda value: value) -> Backend:
@@ -63,9 +66,9 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "exact", linear
             layers and attention in which no row changes the result of another on a CPU (see `backends.layouts` and
             `backends.row_attention`); "graph", forwards captured as CUDA graphs (`backends.graph`); "compile", forwards
-            compiled by `torch.compile`, with packed layers on a CPU and captured on a GPU (`backends.compiled`); or
-            "auto", the fastest for this model and device that needs no long preparation: packed on a CPU that gains
-            from it, graph on a GPU, else eager.
+            compiled by `torch.compile`, with packed layers on a CPU and captured on a GPU (`backends.compiled`);
+            "triton", as "graph", with kernels for few rows (`backends.kernels`); or "auto", the fastest for this model
+            and device that needs no long preparation: packed on a CPU that gains from it, graph on a GPU, else eager.
         model: the model, on its device and in its type.
         agreed: returns the first process's value among processes that decode together, so that all take one layout.
 
@@ -92,6 +95,8 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
         return Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs(device)), chosen=kind == "auto")
+    if kind == "triton":
+        return _triton(model, device)
     if kind == "eager":
         return Backend()
     if kind == "exact":
@@ -109,6 +114,26 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         return Backend(note="" if kind == "auto" else f"not packed: {reason}")
     group(model)
     return Backend("packed", _packed(model, layout, same_inputs(model)))
+
+
+def _triton(model: PreTrainedModel, device: torch.device) -> Backend:
+    # Only here, as Triton may not be installed.
+    from specdecode.backends.kernels.attention import attend_over_slots, over_slots
+    from specdecode.backends.kernels.replace import replace_layers
+
+    switch_attention(model, BY_KERNEL, attend_over_slots)
+    config = model.config.get_text_config(decoder=True)
+    note = replace_layers(model)
+    if config._attn_implementation != BY_KERNEL:
+        note += f", attention as it is ({config._attn_implementation})"
+    windowed = getattr(config, "sliding_window", None) is not None
+
+    def runner(forward: StaticForward) -> StaticRunner:
+        # The interpreter reads tensors on the host, which no graph captures. Shapes are rounded all the same.
+        capture = (lambda action: action) if interpreted() else CudaGraphs(device)
+        return StaticRunner(over_slots(forward, whole_mask=windowed), capture)
+
+    return Backend("triton", note, static=runner)
 
 
 def _layout(model: PreTrainedModel, candidates: Sequence[Layout], agreed: Callable[[Any], Any]) -> Layout:

@@ -62,7 +62,7 @@ _OPTIONS = (
     _Option("dtype", "float32, float16, bfloat16 [float32 on a CPU, float16 on a GPU]"),
     _Option(
         "backend",
-        f"backend of our arms: eager, packed, exact, compile, graph or auto, the fastest [{_DEFAULTS.backend}]",
+        f"backend of our arms: eager, packed, exact, compile, graph, triton or auto, the fastest [{_DEFAULTS.backend}]",
     ),
     _Option(
         "tp",

@@ -92,7 +92,7 @@ _Dtype: TypeAlias = Annotated[
 _Backend: TypeAlias = Annotated[
     str,
     typer.Option(
-        help="how forwards run: eager, packed, exact, compile, graph, or auto, the fastest that starts quickly"
+        help="how forwards run: eager, packed, exact, compile, graph, triton, or auto, the fastest that starts quickly"
     ),
 ]
 _Quantize: TypeAlias = Annotated[

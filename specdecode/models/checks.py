@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from specdecode.backends.grouped_attention import GROUPED
+from specdecode.backends.kernels import BY_KERNEL
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.row_attention import BY_ROWS
 from specdecode.models.quantized_linear import Int4Linear, Int8Linear
@@ -52,7 +53,7 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     if getattr(config, "keep_window_size", None):
         return "in a long text it attends only to the strongest tokens, and its choice of equal ones depends on slots"
     implementation = config._attn_implementation
-    if implementation not in ("eager", "sdpa", GROUPED, BY_ROWS):
+    if implementation not in ("eager", "sdpa", GROUPED, BY_ROWS, BY_KERNEL):
         return f"attention {implementation!r} takes no 4-D mask; load it with attn_implementation='sdpa'"
     return None
 

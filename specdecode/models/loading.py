@@ -57,8 +57,8 @@ def load(
         same_vocabulary: False skips the comparison, for a draft with another vocabulary (`UniversalDrafter`).
         quantize: "int8" or "int4" stores the weights of linear layers in 8 or 4 bits (see `models.quantize`). 4 bits
             are for a CPU.
-        backend: the way in which forwards run: "eager", "packed", "exact", "graph", "compile", or "auto" for the
-            fastest backend that needs no long preparation (see `specdecode.backends`). `LM.backend` names it. A
+        backend: the way in which forwards run: "eager", "packed", "exact", "graph", "compile", "triton", or "auto" for
+            the fastest backend that needs no long preparation (see `specdecode.backends`). `LM.backend` names it. A
             "layers:" draft has the type, the device and the backend of its target.
         tp: "auto" splits each weight among the processes of `torchrun` (tensor parallelism). Then every process must
             make the same calls. Each process holds a whole draft.

@@ -36,7 +36,7 @@ from specdecode import (
     generate_batch,
     load,
 )
-from specdecode.backends import Backend, layouts, prepare
+from specdecode.backends import Backend, kernels, layouts, prepare
 from specdecode.backends import packed as packing
 from specdecode.backends import static as shapes
 from specdecode.backends.graph import CudaGraphs
@@ -410,7 +410,7 @@ def test_weights_that_are_packed_are_not_tried_again(monkeypatch: pytest.MonkeyP
     assert not trials
 
 
-def test_backends_that_cannot_be(tmp_path: Path) -> None:
+def test_backends_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a misspelt backend that is accepted as another one, and against quantising weights that packing
     has removed.
     """
@@ -420,6 +420,11 @@ def test_backends_that_cannot_be(tmp_path: Path) -> None:
     for backend, reason in (("packd", "no backend is named"), ("graph", "need a GPU")):
         with pytest.raises(ValueError, match=reason):
             load("./nowhere", device="cpu", backend=backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for spec, reason in ((None, "triton, which is not installed: pip install triton"), ("", "for a GPU: use compile")):
+        monkeypatch.setattr(kernels, "find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(ValueError, match=reason):
+            load("./nowhere", device="cpu", backend="triton")
     target = load(folder, device="cpu", backend="packed")
     assert target.backend.name == "packed"
     with pytest.raises(ValueError, match="cannot be quantised: it runs on the backend packed"):

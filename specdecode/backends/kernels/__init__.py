@@ -1,0 +1,35 @@
+"""Kernels in Triton for forwards of few rows, each beside a reference in PyTorch.
+
+Triton is imported by the modules of this package, and not by the package itself. They are imported only where the
+backend "triton" is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+BY_KERNEL = "triton_over_slots"
+"""The name under which transformers knows `attention.attend_over_slots` as an attention function."""
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""The types that the kernels take. All of them sum in float32."""
+
+
+def interpreted() -> bool:
+    """Return whether Triton's interpreter runs the kernels, on any device: for tests, and many times slower."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on a device, and what to do; None if they can."""
+    if find_spec("triton") is None:
+        return "the backend triton needs the package triton, which is not installed: pip install triton"
+    if device.type != "cuda" and not interpreted():
+        return (
+            f"the backend triton is for a GPU: use compile, packed or eager on {device.type}, or set TRITON_INTERPRET=1"
+            " to test it there"
+        )
+    return None

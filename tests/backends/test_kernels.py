@@ -1,0 +1,295 @@
+"""The Triton kernels against their references, and the backend that runs them: `tox -e triton`, or on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from specdecode import LM, FixedK, ModelDrafter, NoDraft, StaticTree, generate
+from specdecode.backends import prepare
+from specdecode.backends.kernels import BY_KERNEL, TYPES, interpreted
+from specdecode.models.quantize import quantizer, weight_bytes
+from specdecode.models.quantized_linear import Int8Linear
+from tests.helpers import models
+from tests.helpers.models import ARCHITECTURES, build, prompt
+from tests.helpers.root import ROOT
+
+ON_GPU = torch.device(models.DEVICE).type == "cuda" and "tests.helpers.pretended" not in sys.modules
+RUNS = interpreted() or (ON_GPU and find_spec("triton") is not None)
+if RUNS:
+    from specdecode.backends.kernels import attention, linear, norms
+
+pytestmark = pytest.mark.skipif(
+    not RUNS, reason="needs the package triton, and a GPU or its interpreter: tox -e triton"
+)
+
+LENGTH = 10
+DIMS = (16, 64, 80, 96, 128)
+DTYPES = st.sampled_from(TYPES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_and_interpreted() -> Iterator[None]:
+    """Let products of few outputs take the blocks of many. And let Triton's interpreter multiply bfloat16: it takes the
+    16 bits for an integer (3.7.1).
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if RUNS:
+            patch.setattr(linear, "_MANY", 64)
+        if RUNS and interpreted():
+            from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+            def widened(handle: Any) -> Any:
+                if handle.dtype.scalar != tl.bfloat16:
+                    return handle
+                return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+            dot = InterpreterBuilder.create_dot
+            patch.setattr(
+                InterpreterBuilder,
+                "create_dot",
+                lambda self, left, right, *others: dot(self, widened(left), widened(right), *others),
+            )
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """The inputs of an attention.
+
+    Attributes:
+        tensors: query, key, value, mask, start and first.
+        visible: [W, span] the slots that each row attends to.
+    """
+
+    tensors: tuple[Any, ...]
+    visible: Tensor
+
+
+@st.composite
+def attended(draw: st.DrawFn, widths: st.SearchStrategy[int]) -> Attended:
+    """Draw any mask behind slots that all rows share. Slots that no row attends to hold NaN, and so do those behind the
+    span.
+    """
+    dtype, dim, width = draw(DTYPES), draw(st.sampled_from(DIMS)), draw(widths)
+    shared, groups, span = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 400))
+    start = draw(st.integers(0, span))
+    first = draw(st.none() | st.integers(0, start))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    visible = torch.rand(width, span, generator=random) < draw(st.sampled_from([0.02, 0.5, 1.0]))
+    mask = torch.zeros(width, span).masked_fill(~visible, torch.finfo(dtype).min)
+    visible[:, : first or 0] = True
+    visible[:, start + width :] = False
+    query, key, value = (
+        torch.randn(1, heads, size, dim, generator=random).to(dtype)
+        for heads, size in ((shared * groups, width), (shared, span + 3), (shared, span + 3))
+    )
+    unseen = (~nn.functional.pad(visible, (0, 3)).any(0)).nonzero()[:, 0]
+    for tensor in (key, value):
+        tensor[:, :, unseen] = torch.nan
+    places = (torch.tensor(start), None if first is None else torch.tensor(first))
+    tensors = (query, key[:, :, :span], value[:, :, :span], mask.to(dtype)[None, None], *places)
+    return Attended(tuple(one if one is None else one.to(models.DEVICE) for one in tensors), visible)
+
+
+@settings(max_examples=60)
+@given(inputs=st.one_of(attended(st.integers(1, 16)), attended(st.sampled_from([17, 32, 48, 72]))))
+def test_attention_is_its_reference(inputs: Attended) -> None:
+    """Guards against a length that is no multiple of a block, rows that read another head's keys or another row's mask,
+    parts of a context that count wrongly, and slots that nothing attends to but whose NaN arrive all the same.
+    """
+    query, _, value = inputs.tensors[:3]
+    scale = query.shape[3] ** -0.5
+    output = attention.attend_to_slots(*inputs.tensors, scale)
+    expected = attention.attend_to_slots_reference(*inputs.tensors, scale)
+    assert (output.shape, output.dtype) == (expected.shape, query.dtype)
+    assert expected.isfinite().all()
+    assert not expected[0, ~inputs.visible.any(1).to(expected.device)].any()
+    # Weights and outputs are rounded: each by half a unit of the greatest value at most, the outputs of both.
+    rounding = 1e-5 if query.dtype == torch.float32 else 1.5 * torch.finfo(query.dtype).eps
+    assert (output - expected).abs().max() <= rounding * value.nan_to_num().abs().max().clamp_min(1)
+
+
+@settings(max_examples=60)
+@given(
+    dtype=DTYPES,
+    rows=st.integers(1, 16),
+    inputs=st.sampled_from([16, 40, 256, 300, 513]),
+    outputs=st.sampled_from([1, 16, 33, 80]),
+    bias=st.booleans(),
+    int8=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_product_is_its_reference(
+    dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool, int8: bool, seed: int
+) -> None:
+    """Guards against rows and features behind the last full block, and scales of another output."""
+    torch.manual_seed(seed)
+    plain = nn.Linear(inputs, outputs, bias).to(models.DEVICE, dtype).requires_grad_(False)
+    layer = Int8Linear(plain) if int8 else plain
+    assert linear.takes(layer)
+    replaced = linear.FewRowsLinear(layer)
+    assert (replaced.bias is None) == (not bias)
+    states = torch.randn(1, rows, inputs, device=models.DEVICE).to(dtype)
+    weight, scales = (layer.integers, layer.scales) if int8 else (layer.weight, None)
+    expected = linear.multiply_reference(states[0], weight, scales, layer.bias)
+    output = replaced(states)
+    assert (output.shape, output.dtype) == ((1, rows, outputs), dtype)
+    # Both sum in float32. So sums near the middle of two numbers may be rounded to either.
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(output[0], expected, rtol=rounding, atol=1e-5)
+
+
+def test_wider_inputs_and_other_types_run_the_layer_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a prompt that is multiplied in blocks of 16 rows, or not at all."""
+    monkeypatch.setattr(linear, "multiply", lambda *_: pytest.fail("the kernel ran"))
+    for dtype, rows in ((torch.float32, 17), (torch.float64, 4)):
+        plain = nn.Linear(48, 40).to(models.DEVICE, dtype)
+        for layer in (plain, Int8Linear(plain)):
+            states = torch.randn(1, rows, 48, device=models.DEVICE).to(dtype)
+            assert torch.equal(linear.FewRowsLinear(layer)(states), layer(states))
+    assert not linear.takes(nn.Linear(48, 40).double())
+    assert not linear.takes(nn.Embedding(48, 40))
+
+
+@settings(max_examples=30)
+@given(
+    dtype=DTYPES, rows=st.integers(1, 17), width=st.sampled_from([1, 32, 80, 300]), epsilon=st.sampled_from([0, 0.5])
+)
+def test_a_norm_is_its_reference(dtype: torch.dtype, rows: int, width: int, epsilon: float) -> None:
+    """Guards against widths that are no power of two, and against a row that is normalised with the next."""
+    torch.manual_seed(rows)
+    weight = torch.randn(width, device=models.DEVICE).to(dtype)
+    states = torch.randn(2, rows, 2 * width, device=models.DEVICE).to(dtype)[..., ::2] + 1
+    output, expected = (norm(states, weight, epsilon) for norm in (norms.rms_norm, norms.rms_norm_reference))
+    assert output.dtype == dtype
+    # Two roundings, and a sum in another order.
+    torch.testing.assert_close(output, expected, rtol=max(2 * torch.finfo(dtype).eps, 1e-5), atol=1e-5)
+
+
+@functools.cache
+def plain(name: str) -> LM:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if name == "gemma3-window" else {}
+    return LM(build(ARCHITECTURES[name] | {"num_hidden_layers": 2} | kinds).float(), name=name)
+
+
+NOTES = {
+    "llama": "15 linear layers and 5 norms by kernels",
+    "gpt-neox": "9 linear layers and 0 norms by kernels",
+    "gemma3-window": "15 linear layers and 0 norms by kernels",
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_the_tokens_are_those_of_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a captured length that is right for one step only, against a window that the kernel does not see,
+    and against a model that still runs on PyTorch's operations.
+    """
+    calls = []
+    monkeypatch.setattr(
+        attention, "attend_to_slots", lambda *given, run=attention.attend_to_slots: calls.append(given) or run(*given)
+    )
+    expected = generate(plain(name), prompt(), max_new_tokens=LENGTH)
+    assert len({*expected.tokens}) > LENGTH // 2
+    target = plain(name).with_backend("triton")
+    assert (target.backend.name, target.backend.note) == ("triton", NOTES[name])
+    assert type(plain(name).model.get_output_embeddings()) is nn.Linear
+    draft = target.subset([1])
+    for drafter in (NoDraft(), ModelDrafter(draft), ModelDrafter(draft, StaticTree((3, 2)))):
+        calls.clear()
+        result = generate(target, prompt(), drafter=drafter, controller=FixedK(3), max_new_tokens=LENGTH)
+        assert result.tokens == expected.tokens
+        # The forward of a prompt's first tokens is no static one.
+        assert ON_GPU or len(calls) >= 2 * (result.target_forwards - 1) > 0
+
+
+def test_other_layers_stay_as_they_are() -> None:
+    """Guards against quantised layers that are converted in each step, products that are no longer shared, and weights
+    of another type in a kernel.
+    """
+    quantised = build(ARCHITECTURES["llama"] | {"num_hidden_layers": 2}).float()
+    quantizer("int8")(quantised)
+    stored = weight_bytes(quantised)
+    assert prepare("triton", quantised).note.startswith("9 linear layers and 5 norms by kernels")
+    products = [module for module in quantised.modules() if isinstance(module, linear.FewRowsLinear)]
+    assert {type(product.layer) for product in products} == {Int8Linear}
+    assert len(products) == 9
+    assert weight_bytes(quantised) == stored
+    double = LM(build(ARCHITECTURES["llama"])).with_backend("triton")
+    assert double.backend.note.startswith("0 linear layers and 0 norms by kernels")
+    own = build(ARCHITECTURES["llama"] | {"num_hidden_layers": 2}).float()
+    own.set_attn_implementation("eager")
+    assert LM(own).with_backend("triton").backend.note.endswith("by kernels, attention as it is (eager)")
+    assert plain("llama").with_backend("triton").model.config._attn_implementation == BY_KERNEL
+
+
+def test_only_norms_of_the_usual_kind_are_replaced() -> None:
+    """Guards against a norm that is built like the others, but computes something else."""
+
+    class Shifted(LlamaRMSNorm):
+        def forward(self, states: Tensor) -> Tensor:
+            return super().forward(states) + states * 0.01
+
+    assert norms.takes(LlamaRMSNorm(32).to(models.DEVICE))
+    for other in (
+        Shifted(32),
+        LlamaRMSNorm(32).double(),
+        nn.LayerNorm(32),
+        nn.RMSNorm(32),
+        nn.Linear(32, 1, bias=False),
+    ):
+        assert not norms.takes(other.to(models.DEVICE))
+
+
+_COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specdecode.backends.kernels import attention, linear, norms
+
+COUNTED = {"start": "*i64", "first": "*i64", "scale": "fp32", "epsilon": "fp32"}
+SUMS = dict.fromkeys(("sums", "totals", "greatest", "scales"), "*fp32")
+TENSORS = ("query", "key", "value", "mask", "inputs", "weight", "bias", "output")
+
+for kind, size in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
+    types = COUNTED | SUMS | dict.fromkeys(TENSORS, "*" + kind)
+    for kernel, others, constants in (
+        (attention._attend_to_part, {}, {"ROWS": 32, "SLOTS": 128 // size, "DIM": 128}),
+        (attention._attend_to_part, {}, {"ROWS": 16, "SLOTS": 128 // size, "DIM": 64, "first": None}),
+        (attention._combine_parts, {}, {"SPLITS": 32, "DIM": 128}),
+        (linear._multiply, {}, {"OUT": 16, "IN": 512 // size, "scales": None}),
+        (linear._multiply, {"weight": "*i8"}, {"OUT": 32, "IN": 512 // size, "bias": None}),
+        (norms._normalise, {}, {"WIDTH": 4096}),
+    ):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else (types | others).get(name, "i32") for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+        print(len(compiled.asm["cubin"]) > 0, compiled.metadata.shared < 99 * 2**10)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Any) -> None:
+    """Guards against Python that the interpreter takes but the compiler does not. It needs no GPU."""
+    others = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", _COMPILED],
+        env=others | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.split() == ["True"] * 36, run.stderr
