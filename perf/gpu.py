@@ -45,8 +45,10 @@ TESTS = (
     "decoding/test_batch",
     "decoding/test_decode",
     "policies/test_policies",
+    "backends/test_kernels",
 )
-"""The files in tests/ that decode: first the file that needs a GPU, then the others, the shortest first."""
+"""The files in tests/ that decode: first the file that needs a GPU, then the others, the shortest first; and last the
+kernels, which are compiled there."""
 
 _ENVIRONMENT = "import json; from specdecode.support import environment as of; print(json.dumps(of.environment()))"
 # Seconds from the signal that interrupts a step, which then writes its results so far, to the signal that kills it.
@@ -124,6 +126,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
         return SuiteStep(preset, [*arguments, file], minutes, skip, "" if on_gpu else "eager in place of CUDA graphs")
 
     too_slow = "compiling takes minutes on a CPU: ask for it with --steps" if tiny and not asked else ""
+    no_triton = "" if on_gpu and find_spec("triton") else "needs a GPU and the package triton"
     tests = [f"tests/{name}.py" for name in ([_SHORTEST] if tiny else TESTS)]
     side_by_side = ["-n", "4"] if find_spec("xdist") and not tiny else []
     unchecked = "shapes are not checked, as beartype is not installed" if find_spec("beartype") is None else ""
@@ -145,6 +148,7 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
         measurement("gpu-streaming", pair, 1.6),
         measurement("quick", embedded, 1.2, "" if tiny else _not_fetched()),
         measurement("gpu-int8", pair, 0.6),
+        measurement("gpu-triton", pair, 0.6, no_triton),
         measurement("gpu-compile", pair, 1.0, too_slow),
         measurement("gpu-int8-compile", pair, 0.7, too_slow),
     ]

@@ -173,6 +173,7 @@ def test_a_machine_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert skipped == {
         "tests": "hypothesis is not installed",
         "quick": "smollm2-135m is not fetched yet: specdecode fetch",
+        "gpu-triton": "needs a GPU and the package triton",
     }
     assert "--prompts=prose:6" in steps["quick"].arguments
     assert "--backend=auto" in steps["gpu"].arguments
