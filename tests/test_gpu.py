@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ import torch
 
 from perf import gpu
 from perf.gpu import SuiteStep
+from specdecode.bench.presets import preset
 from specdecode.bench.runs.file import read
 from tests.helpers.root import ROOT
+from tests.helpers.suites import run_pytest
 
 BLESSED = next((ROOT / "baselines").glob("*threads/*-quick.json"))
 
@@ -57,6 +61,29 @@ def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:
     files = sorted((tmp_path / "baselines").glob("*/*.json"))
     assert [read(file).header.identity.preset for file in files] == ["gpu-streaming.tiny"]
     assert all(str(file).endswith(str(read(file).header.identity.file)) for file in files)
+    (content,) = (json.loads(file.read_text()) for file in files)
+    arms = preset("gpu-streaming").arms.keys()
+    assert content["specdecode"]["arms"].keys() == {test["param"] for test in content["benchmarks"]} == arms
+
+
+@pytest.mark.skipif(
+    not os.environ.get("SPECDECODE_BARE"), reason="needs an environment with few packages; tox -e bare makes one"
+)
+def test_a_session_needs_few_packages(tmp_path: Path) -> None:
+    """Guards against a run that is lost because an image for GPUs lacks a package, and against a file that
+    pytest-benchmark 5.2, which opens it before the session, leaves empty.
+    """
+    assert [name for name in gpu.OPTIONAL if find_spec(name)] == ["hypothesis"]
+    with pytest.raises(PackageNotFoundError):
+        version("specdecode")
+    assert version("pytest-benchmark").startswith("5.2.")
+    file = tmp_path / "run.json"
+    arm = ("--benchmark", "--tiny", "--device=cpu", "-k", "lookup and not hf and not aware")
+    done = run_pytest(*arm, "--prompts=prose@40:3", "--max-new-tokens=4", f"--benchmark-json={file}", alone=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == [file]
+    assert [test["param"] for test in json.loads(file.read_text())["benchmarks"]] == ["lookup"]
+    assert [len(arm.rows) for arm in read(file).arms.values()] == [3, 3]
 
 
 def test_a_step_that_fails_loses_nothing_of_the_others(

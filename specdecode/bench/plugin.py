@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -122,11 +123,13 @@ def _check_processes(config: pytest.Config) -> None:
 
 
 def _check_pytest_benchmark(config: pytest.Config) -> None:
-    """Raise ValueError if pytest-benchmark is switched off, or its options disable tests that the gate needs."""
+    """Raise ValueError if pytest-benchmark is switched off or fails here, or its options disable tests of the gate."""
     if not config.pluginmanager.hasplugin("benchmark"):
         raise ValueError(
             "--benchmark needs pytest-benchmark: leave out -p no:benchmark, or pip install 'specdecode[benchmark]'"
         )
+    if (plugin := version("pytest-benchmark")).startswith("5.2.") and pytest.version_tuple >= (9, 2):
+        raise ValueError(f"pytest-benchmark {plugin} fails with pytest 9.2: pip install 'pytest-benchmark>=5.3'")
     for option, effect in (
         ("benchmark_disable", "would measure and keep nothing"),
         ("benchmark_skip", "would skip all that is measured"),
@@ -213,10 +216,7 @@ def _how_to_go_on(config: pytest.Config) -> str:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out a suite without its option, because it takes minutes."""
-    for option, suite in _SUITES.items():
-        if collection_path == suite and not value_of(config, option):
-            return True
-    return None
+    return any(collection_path == suite and not value_of(config, option) for option, suite in _SUITES.items()) or None
 
 
 @pytest.hookimpl(tryfirst=True)

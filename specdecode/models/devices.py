@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_balanced_memory
 from transformers import PreTrainedModel
 
 DeviceMap = str | Mapping[str, int | str | torch.device]
@@ -82,6 +80,10 @@ def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | 
     if device_map is None:
         model.to(device)  # type: ignore[arg-type]
         return
+    # Only here: a machine without it can still measure models on one device.
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
     if isinstance(device_map, str):
         undivided = list(model._no_split_modules or ())
         memory = get_balanced_memory(model, no_split_module_classes=undivided)

@@ -9,13 +9,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pynvml
 import torch
 
 from specdecode.support.files import slug
 
+try:
+    import pynvml
+except ImportError:  # GPU images may lack it; the driver is then not asked
+    pynvml = None
+
 _X86_NUMBERS = (("family", "cpu family"), ("model", "model"))
-_NVML_ERRORS = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError)
+_NVML_ERRORS = () if pynvml is None else (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError)
 
 
 def environment() -> dict[str, str | int]:
@@ -65,7 +69,9 @@ def throttled_s(device: torch.device) -> float | None:
 
 
 def _ask_driver(question: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Return the answer of the NVIDIA driver; an empty dict where there is no driver, or it fails."""
+    """Return the answer of the NVIDIA driver; an empty dict where it or pynvml is missing, or it fails."""
+    if pynvml is None:
+        return {}
     try:
         pynvml.nvmlInit()
         try:

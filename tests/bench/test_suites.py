@@ -16,7 +16,7 @@ import pytest
 
 from specdecode.bench.options import Options
 from specdecode.bench.plan import resolve
-from specdecode.bench.plugin import _note_interrupted
+from specdecode.bench.plugin import _check_pytest_benchmark, _note_interrupted
 from specdecode.bench.quality.plan import resolve_quality
 from specdecode.bench.runs.file import read as read_run
 from specdecode.evals.results_file import read
@@ -303,6 +303,21 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, tmp_path: 
         assert "runs" not in said, arguments  # no progress
     left = [file.name for file in (ROOT / "results").glob(f"*{slug(model)}*") if not file.name.startswith(".")]
     assert not left, "nothing was measured, and nothing is to be resumed"
+
+
+def test_a_pytest_too_new_for_pytest_benchmark_is_told(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against minutes of measuring whose benchmarks all fail at the end."""
+    # Where tests run side by side, pytest-benchmark is disabled.
+    monkeypatch.setattr(pytestconfig.option, "benchmark_disable", False)
+    for plugin, runner in (("5.3.1", (9, 2, 0)), ("5.2.3", (9, 1, 1))):
+        monkeypatch.setattr("specdecode.bench.plugin.version", lambda package, installed=plugin: installed)
+        monkeypatch.setattr(pytest, "version_tuple", runner)
+        _check_pytest_benchmark(pytestconfig)
+    monkeypatch.setattr(pytest, "version_tuple", (9, 2, 0))
+    with pytest.raises(ValueError, match=r"pytest-benchmark 5\.2\.3 fails with pytest 9\.2"):
+        _check_pytest_benchmark(pytestconfig)
 
 
 def test_a_summary_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:

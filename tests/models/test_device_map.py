@@ -235,7 +235,7 @@ def test_a_map_of_one_device_changes_nothing(
     device_map: DeviceMap, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against hooks, or another backend, where all layers are on one device."""
-    monkeypatch.setattr("specdecode.models.devices.get_balanced_memory", lambda *given, **others: {"cpu": 2**30})
+    monkeypatch.setattr("accelerate.utils.get_balanced_memory", lambda *given, **others: {"cpu": 2**30})
     mapped = load("shape:tiny", dtype="float32", device_map=device_map, **how)
     plain = load("shape:tiny", dtype="float32", device="cpu", **how)
     assert mapped.device == torch.device("cpu")
@@ -252,10 +252,8 @@ def test_auto_fills_one_device_after_the_other(tmp_path: Path, monkeypatch: pyte
     # On the first device accelerate keeps room for another layer.
     memory = {0: int(0.9 * size), 1: size}
     placed: dict[str, Any] = {}
-    monkeypatch.setattr("specdecode.models.devices.get_balanced_memory", lambda *given, **others: memory)
-    monkeypatch.setattr(
-        "specdecode.models.devices.dispatch_model", lambda model, places, **how: placed.update(places, **how)
-    )
+    monkeypatch.setattr("accelerate.utils.get_balanced_memory", lambda *given, **others: memory)
+    monkeypatch.setattr("accelerate.dispatch_model", lambda model, places, **how: placed.update(places, **how))
     load(str(tmp_path), dtype="float64", device_map="auto", backend="eager")
     weights = HALVES.keys() - {"model.rotary_emb"}
     assert {name: f"cuda:{placed[name]}" for name in weights} == {name: HALVES[name] for name in weights}

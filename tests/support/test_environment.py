@@ -117,12 +117,16 @@ def test_a_driver_that_does_not_answer_ends_no_run(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against versions without the driver's, and a run that fails where the driver does not report it."""
+    """Guards against versions without the driver's, and a run that fails where the driver does not report it, or where
+    NVIDIA's package for that is missing.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr("specdecode.support.environment.pynvml", Driver())
     assert environment()["driver"] == "570.1"
     monkeypatch.setattr("specdecode.support.environment.pynvml", Driver("nvmlSystemGetDriverVersion"))
+    assert "driver" not in environment()
+    monkeypatch.setattr("specdecode.support.environment.pynvml", None)
     assert "driver" not in environment()
 
 
