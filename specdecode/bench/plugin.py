@@ -172,12 +172,12 @@ class _Unfinished(type(Path())):  # type: ignore[misc]
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Rename pytest-benchmark's complete file to its own name, and delete the journal of finished blocks.
-
-    If a file cannot be written, as on a full disk, keep the journal.
-    """
+    """Rename pytest-benchmark's complete file to its own name, and delete the journal if all files are written."""
     config = session.config
     file = config.getoption("benchmark_json", None)
+    if isinstance(file, _Unfinished) and _SPEED_RUN in config.stash:
+        saver = config._benchmarksession  # type: ignore[attr-defined]
+        saver.json = saver.json if saver.benchmarks else None  # or it warns that it saves nothing: `_write_run` does
     try:
         yield
     except OSError as error:

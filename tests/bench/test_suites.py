@@ -101,7 +101,7 @@ def test_the_json_is_pytest_benchmarks_own(measured: tuple[subprocess.CompletedP
 
 def test_only_what_is_selected_is_measured(model: str, tmp_path: Path) -> None:
     """Guards against `-k` that hides rows but still measures all arms, and against a run without a file:
-    pytest-benchmark writes none if no test has a time.
+    pytest-benchmark writes none if no test has a time, and warns.
     """
     file = tmp_path / "run.json"
     done = run_pytest(
@@ -113,6 +113,7 @@ def test_only_what_is_selected_is_measured(model: str, tmp_path: Path) -> None:
     assert "1 passed" in done.stdout
     assert "11/11 runs" in done.stderr  # two counters runs, two blocks of three, and thrice the expected outputs
     assert "No baseline for this hardware" in done.stdout
+    assert "Not saving anything" not in done.stdout + done.stderr
     assert read_run(file).arms.keys() == {"ar", "lookup"}
     assert list(tmp_path.iterdir()) == [file]
 
