@@ -194,9 +194,11 @@ class Contest:
             )
         z = statistics.NormalDist().inv_cdf(1 - 0.025 / self.comparisons)
         needed = max(len(logs) + 1, math.ceil((z * statistics.stdev(logs) / apart) ** 2 + z**2 / 2))
+        both = self.run.arms[other].rows.keys() & self.run.arms[arm].rows.keys()
+        without_loops = f" whose texts do not loop, of {len(both)}" if len(both) > len(logs) else ""
         return (
             f"About {needed} prompts like these would show whether {other} is faster than {arm}; this run has"
-            f" {len(logs)}."
+            f" {len(logs)}{without_loops}."
         )
 
 

@@ -242,6 +242,9 @@ def test_a_speedup_from_loops_does_not_count() -> None:
     found = of(advice)
     assert found.arm == "linear"
     assert "3 of its 8 texts loop, and are not counted" in found.reason
+    unsettled = [1.6, 1.6, 1.6, 0.8, 1.6, 0.8, 1.6, 1.6]
+    undecided = of(recommend(speed_run(lookup=speed_arm(unsettled, LOOKUP, loops=loops))))
+    assert undecided.settle.endswith("this run has 5 whose texts do not loop, of 8.")
     assert found.beats["lookup"].value == pytest.approx(1.4 / 1.1, rel=0.02)
     assert found.over["hf"].value == pytest.approx(1.4 / 1.1, rel=0.02)
     assert "window" not in advice.left_out
