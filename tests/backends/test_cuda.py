@@ -54,11 +54,11 @@ LAYERS = 3
 TREE = StaticTree((3, 2, 1))
 
 
-def model_of(name: str) -> PreTrainedModel:
+def model_of(name: str, layers: int = LAYERS) -> PreTrainedModel:
     """Build an architecture of few layers: each operation on the pretended device takes as long as one on a GPU."""
     values = ARCHITECTURES[name]
-    kinds = {"layer_types": values["layer_types"][:LAYERS]} if "layer_types" in values else {}
-    return build(values | {"num_hidden_layers": LAYERS} | kinds)
+    kinds = {"layer_types": values["layer_types"][:layers]} if "layer_types" in values else {}
+    return build(values | {"num_hidden_layers": layers} | kinds)
 
 
 @functools.cache
@@ -100,12 +100,44 @@ LAUNCHES = {
 }
 """The most kernels that a step launches outside its graphs. The number is the same for any number of layers."""
 
+_MASK = {
+    "arange": 2,
+    "bitwise_and": 2,
+    "bitwise_not": 1,
+    "bitwise_or": 1,
+    "clamp": 1,
+    "ge": 1,
+    "index": 1,
+    "lt": 2,
+    "masked_fill_": 1,
+    "sub": 1,
+    "zeros": 1,
+}
+_ROTATION = {"cat": 1, "cos": 1, "sin": 1}
+_ATTENTION = {"index_copy_": 2, "neg": 2, "scaled_dot_product_attention": 1}
+KERNELS = {
+    "llama": (
+        _ATTENTION | {"_to_copy": 4, "add": 6, "cat": 3, "mean": 2, "mm": 7, "mul": 9, "pow": 2, "rsqrt": 2, "silu": 1},
+        _MASK
+        | _ROTATION
+        | {"_to_copy": 5, "add": 2, "embedding": 1, "mean": 1, "mm": 1, "mul": 5, "pow": 1, "rsqrt": 1},
+    ),
+    "gpt-neox": (
+        _ATTENTION | {"add": 4, "addmm": 4, "cat": 4, "gelu": 1, "mul": 4, "native_layer_norm": 2},
+        _MASK | _ROTATION | {"_to_copy": 3, "add": 1, "embedding": 1, "mm": 1, "mul": 3, "native_layer_norm": 1},
+    ),
+}
+"""The kernels of a captured forward of one row, by operation: those of a layer, and those beside the layers."""
+
+CLONES = {"llama": 2, "gpt-neox": 1}
+"""The copies that a layer makes of several rows, beside those kernels."""
+
 PRETENDED = "tests.helpers.pretended" in sys.modules
 
 
 @functools.cache
-def on_graphs(name: str = "llama") -> LM:
-    model = model_of(name)
+def on_graphs(name: str = "llama", layers: int = LAYERS) -> LM:
+    model = model_of(name, layers)
     return LM(model, name=name, backend=prepare("graph", model))
 
 
@@ -189,6 +221,49 @@ def test_a_step_launches_few_kernels_beside_its_graphs(name: str, most: float) -
     run = replays(name)[-1]
     launches = run.launches.total() / len(run.result.steps)
     assert 0.9 * most <= launches <= most, run.launches.most_common(20)
+
+
+def kernels(target: LM, rows: int, chain: int = 0) -> Counter[str]:
+    """Count the kernels of a captured forward, by operation.
+
+    Args:
+        target: a model on CUDA graphs.
+        rows: number of tokens that the forward reads.
+        chain: number of forwards of a greedy chain that is captured instead; 0 for none.
+    """
+    slots = target.new_slots(len(prompt()) + 16)
+    target.forward(slots, torch.tensor(prompt()))
+    tokens = torch.arange(rows)
+    if chain:
+        target.continue_greedily(slots, tokens, chain, target.vocab_size)
+    else:
+        target.forward(slots, tokens, rows=rows)
+    return Counter(operation.func.__name__.split(".")[0] for operation in DEVICE.replayed)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("forward", ["one row", "eight rows", "chain"])
+@pytest.mark.skipif(not PRETENDED, reason="a GPU does not say what a graph holds: tox -e pretend")
+def test_a_graph_holds_few_kernels(name: str, forward: str) -> None:
+    """Guards against operations added to each layer, or to each forward: on one token, a GPU starts a kernel for longer
+    than it computes.
+    """
+
+    def count(layers: int) -> Counter[str]:
+        target = on_graphs(name, layers)
+        if forward == "chain":
+            return kernels(target, 1, chain=4) - kernels(target, 1, chain=3)
+        return kernels(target, 8 if forward == "eight rows" else 1)
+
+    two, three = count(2), count(3)
+    layer = three - two
+    most_of_a_layer, most_beside = map(Counter, KERNELS[name])
+    if forward == "eight rows":
+        most_of_a_layer += Counter(clone=CLONES[name])
+    if forward == "chain":
+        most_beside += Counter(argmax=1, add=1)  # the choice of a token, and the place of the next
+    for found, most in ((layer, most_of_a_layer), (two - layer - layer, most_beside)):
+        assert found == most, f"over the budget: {dict(found - most)}; below it: {dict(most - found)}"
 
 
 @pytest.mark.parametrize("name", ["gpt-neox", "gemma3-window"])

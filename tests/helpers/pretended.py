@@ -56,6 +56,7 @@ class CUDAGraph:
 
     def replay(self) -> None:
         DEVICE.replays += 1
+        DEVICE.replayed = self.operations
         with _disable_current_modes(), torch.no_grad():
             if self._pool.last not in (None, self):
                 self._pool.last.spoil()

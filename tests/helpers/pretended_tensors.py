@@ -71,6 +71,7 @@ class Device:
         launches: kernels that the host launched, by line of the package; without those of a replayed graph.
         host_reads: waits of the host, by reason and line.
         captures, replays: counts of graphs.
+        replayed: the operations of the graph that ran last.
         current: number of the current device, on which "cuda" is and graphs are captured.
         recording: the operations of the graph that is being captured; None if none is.
         late: copies to the host that have not arrived: the destination and the value.
@@ -81,6 +82,7 @@ class Device:
     host_reads: Counter[tuple[str, str]] = field(default_factory=Counter)
     captures: int = 0
     replays: int = 0
+    replayed: list[Operation] = field(default_factory=list)
     current: int = 0
     recording: list[Operation] | None = None
     late: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -332,11 +334,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("device") is not None and created_on is None:
         return result
     known = {id(tensor.content): tensor for tensor in ours}  # an operation in place returns one of these
-
-    def wrapped(content: torch.Tensor) -> torch.Tensor:
-        return known[id(content)] if id(content) in known else CudaTensor(content, device)
-
-    return _mapped(wrapped, result)
+    return _mapped(lambda made: known[id(made)] if id(made) in known else CudaTensor(made, device), result)
 
 
 def _copied(source: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
