@@ -245,7 +245,9 @@ def one_more_host_read(plot: Plot) -> None:
 
 def cache_copied(plot: Plot) -> None:
     def renew(slots: Slots, *_: Any, **__: Any) -> None:
-        slots._keys, slots._values = copy.deepcopy((slots._keys, slots._values))
+        keys, values = copy.deepcopy((slots._keys, slots._values))
+        slots._keys.update(keys)
+        slots._values.update(values)
 
     plot.before(Slots, "keep", renew)
 
