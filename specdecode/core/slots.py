@@ -182,17 +182,9 @@ class Slots:
             self._keys[layer] = keys.new_zeros(1, keys.shape[1], self.capacity, keys.shape[3])
             self._values[layer] = values.new_zeros(1, values.shape[1], self.capacity, values.shape[3])
             self.storage.stacks = []
-        self.write(keys, values, layer)
+        self._keys[layer][:, :, self._written : self.length] = keys
+        self._values[layer][:, :, self._written : self.length] = values
         return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
-
-    def write(self, keys: Float[Tensor, "1 heads n dim"], values: Float[Tensor, "1 heads n width"], layer: int) -> None:
-        """Write one layer's keys and values into the slots that were reserved last.
-
-        If there are more tokens than slots, only the last ones are written: the first are padding.
-        """
-        count = self.length - self._written
-        self._keys[layer][:, :, self._written : self.length] = keys[:, :, keys.shape[2] - count :]
-        self._values[layer][:, :, self._written : self.length] = values[:, :, values.shape[2] - count :]
 
     def move(
         self, layer: int, keys: Float[Tensor, "1 heads capacity dim"], values: Float[Tensor, "1 heads capacity width"]
@@ -334,8 +326,12 @@ class SlotBatch:
             positions: positions of the new tokens of each sequence.
         """
         self._make_room(max(slots.length + len(new) for slots, new in zip(self.rows, positions, strict=True)))
-        for slots, new in zip(self.rows, positions, strict=True):
+        # The row of each new token, its slot, and its place from the end: padding comes first.
+        places: list[tuple[int, int, int]] = []
+        for row, (slots, new) in enumerate(zip(self.rows, positions, strict=True)):
+            places += [(row, slots.length + i, i - len(new)) for i in range(len(new))]
             slots.append(new)
+        self._places = Copies(torch.tensor(places).T)
 
     def _make_room(self, needed: int) -> None:
         """Give all sequences the same capacity of at least `needed` slots, so that none outgrows the shared tensors."""
@@ -367,9 +363,10 @@ class SlotBatch:
             self._shared[layer] = (keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3]))
             for row, slots in enumerate(self.rows):
                 slots.move(layer, *(tensor[row : row + 1] for tensor in self._shared[layer]))
-        for row, slots in enumerate(self.rows):
-            slots.write(keys[row : row + 1], values[row : row + 1], layer)
         shared_keys, shared_values = self._shared[layer]
+        row, slot, place = self._places[keys.device]
+        shared_keys[row, :, slot] = keys[row, :, place]
+        shared_values[row, :, slot] = values[row, :, place]
         return shared_keys[:, :, : self.length], shared_values[:, :, : self.length]
 
     def get_seq_length(self, layer: int = 0) -> int:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdecode import LM, DraftTree
-from specdecode.core.slots import Slots
+from specdecode.core.slots import SlotBatch, Slots
 from tests.helpers.models import logits, small
 from tests.helpers.strategies import trees
 
@@ -194,6 +194,20 @@ def test_stacked_layers_move_together(layers: int) -> None:
     with Counted() as copied:
         slots.keep([0, 2, 3])
     assert copied.operations["index_put_"] + copied.operations["copy_"] == 2  # keys and values; positions
+
+
+def test_a_layer_writes_the_rows_of_a_batch_together() -> None:
+    """Guards against a GPU that idles while the host launches copies for each sequence of a batch, in each layer."""
+
+    def operations(layers: int, size: int) -> int:
+        lm = model(layers)
+        batch = SlotBatch([lm.new_slots(8) for _ in range(size)])
+        for _ in range(2):  # the first forward makes the shared tensors
+            with Counted() as counted:
+                lm.forward_trees(batch, [[1]] * size, [DraftTree.empty()] * size)
+        return counted.operations.total()
+
+    assert operations(4, 2) - operations(1, 2) == operations(4, 6) - operations(1, 6)
 
 
 def test_keeping_a_prefix_moves_nothing() -> None:
