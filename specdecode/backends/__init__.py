@@ -44,10 +44,15 @@ class Backend:
         return f"{self.name} ({self.note})" if self.note else self.name
 
 
-def check(kind: str, device: torch.device) -> None:
-    """Raise ValueError for an unknown backend, or one that needs another device. Call it before loading a model."""
+def check_name(kind: str) -> None:
+    """Raise ValueError for an unknown backend."""
     if kind not in BACKENDS:
         raise ValueError(f"no backend is named {kind!r}: choose from {', '.join(BACKENDS)}")
+
+
+def check(kind: str, device: torch.device) -> None:
+    """Raise ValueError for an unknown backend, or one that needs another device. Call it before loading a model."""
+    check_name(kind)
     if kind == "graph" and device.type != "cuda":
         raise ValueError("the backend graph captures CUDA graphs, which need a GPU: use compile, packed or eager")
     if kind == "exact" and device.type != "cpu":

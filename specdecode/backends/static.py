@@ -146,10 +146,10 @@ class StaticRunner:
             storage.number = self._made = self._made + 1
             # With tensors the first forward of a text is static, as in a used storage: so it rounds the same in both.
             for layer, (keys, values) in self._layers.items():
-                storage.keys[layer] = _with_slots(keys, len(storage.positions))
-                storage.values[layer] = _with_slots(values, len(storage.positions))
-            if storage.keys:
-                storage.stack()
+                storage.keys[layer] = _with_slots(keys, 0 if self._capture else len(storage.positions))
+                storage.values[layer] = _with_slots(values, 0 if self._capture else len(storage.positions))
+            if self._capture:
+                storage.stack(0)
         else:
             self._idle.remove(storage)
             storage.clear()
@@ -180,8 +180,8 @@ class StaticRunner:
     def _has_tensors(self, slots: Slots) -> bool:
         """Return whether the slots have tensors for keys and values. Remember those of the first that have."""
         storage = slots.storage
-        if storage.keys and not storage.stacks and storage.reusable:
-            storage.stack()
+        if self._capture and storage.keys and not storage.stacks and storage.reusable:
+            storage.stack(slots.length)
         if storage.keys and not self._layers:
             for layer, keys in storage.keys.items():
                 self._layers[layer] = _with_slots(keys, 0), _with_slots(storage.values[layer], 0)

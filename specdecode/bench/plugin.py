@@ -129,7 +129,7 @@ def _check_pytest_benchmark(config: pytest.Config) -> None:
             "--benchmark needs pytest-benchmark: leave out -p no:benchmark, or pip install 'specdecode[benchmark]'"
         )
     if (plugin := version("pytest-benchmark")).startswith("5.2.") and pytest.version_tuple >= (9, 2):
-        raise ValueError(f"pytest-benchmark {plugin} fails with pytest 9.2: pip install 'pytest-benchmark>=5.3'")
+        raise ValueError(f"pytest-benchmark {plugin} fails with pytest >= 9.2: pip install 'pytest-benchmark>=5.3'")
     for option, effect in (
         ("benchmark_disable", "would measure and keep nothing"),
         ("benchmark_skip", "would skip all that is measured"),

@@ -48,17 +48,25 @@ class Storage:
         return self.stacks or [*self.keys.values(), *self.values.values()]
 
     @torch.inference_mode()
-    def stack(self) -> None:
-        """Move keys and values of equal shape, type and device into one tensor. Moving slots, as a tree does, then
-        launches the same few kernels on a GPU for any number of layers."""
+    def stack(self, filled: int) -> None:
+        """Move keys and values of equal shape, type and device into one tensor with a slot for each position. Moving
+        slots, as a tree does, then launches the same few kernels on a GPU for any number of layers.
+
+        Args:
+            filled: number of slots whose content stays, from the first on.
+        """
         alike: dict[Any, list[tuple[dict[int, Tensor], int]]] = {}
         for layers in (self.keys, self.values):
             for layer, tensor in layers.items():
                 alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append((layers, layer))
-        self.stacks = [torch.cat([layers[layer] for layers, layer in group]) for group in alike.values()]
-        for stack, group in zip(self.stacks, alike.values(), strict=True):
+        self.stacks = []  # so that each old tensor is freed once its layers have moved
+        for group in alike.values():
+            tensor = group[0][0][group[0][1]]
+            stack = tensor.new_zeros(len(group), tensor.shape[1], len(self.positions), tensor.shape[3])
             for row, (layers, layer) in enumerate(group):
+                stack[row, :, :filled] = layers[layer][0, :, :filled]
                 layers[layer] = stack[row : row + 1]
+            self.stacks.append(stack)
         self.moves += 1
 
     @torch.inference_mode()
@@ -153,12 +161,13 @@ class Slots:
         wider[: self.capacity] = self.positions
         self.storage.positions = wider
         self.storage.moves += 1
-        for layers in (self._keys, self._values):
-            for layer, tensor in layers.items():
-                layers[layer] = tensor.new_zeros(1, tensor.shape[1], capacity, tensor.shape[3])
-                layers[layer][:, :, : self.length] = tensor[:, :, : self.length]
         if self.storage.stacks:
-            self.storage.stack()
+            self.storage.stack(self.length)
+        else:
+            for layers in (self._keys, self._values):
+                for layer, tensor in layers.items():
+                    layers[layer] = tensor.new_zeros(1, tensor.shape[1], capacity, tensor.shape[3])
+                    layers[layer][:, :, : self.length] = tensor[:, :, : self.length]
         if self.attention.numel():
             received = self.attention.new_zeros(*self.attention.shape[:2], capacity)
             received[:, :, : self.length] = self.attention[:, :, : self.length]
@@ -215,27 +224,18 @@ class Slots:
                 [layers, heads, m]. With a selection for each head, one slot may hold different tokens in different
                 heads.
         """
-        count = kept.shape[-1]
-        if kept.dim() == 1:
-            self._copy(kept, slice(count))
-        else:
-            copies = Copies(kept)
-            for tensors in (self._keys, self._values):
-                for place, layer in enumerate(sorted(tensors)):
-                    tensor = tensors[layer][0]
-                    chosen = copies[tensor.device][place]
-                    tensor[:, :count] = tensor.gather(1, chosen[..., None].expand(-1, -1, tensor.shape[2]))
+        count, copies = kept.shape[-1], Copies(kept)
+        for tensors in (self._keys, self._values):
+            for place, layer in enumerate(sorted(tensors)):
+                tensor = tensors[layer][0]
+                there = copies[tensor.device]
+                chosen = there.expand(len(tensor), count) if kept.dim() == 1 else there[place]
+                tensor[:, :count] = tensor.gather(1, chosen[..., None].expand(-1, -1, tensor.shape[2]))
         if self.attention.numel():
             chosen = kept.expand(*self.attention.shape[:2], count)
             self.attention[:, :, :count] = self.attention.gather(2, chosen)
         self.evicted += self.length - count
         self.length = count
-
-    def _copy(self, source: Int[Tensor, " m"], target: slice) -> None:
-        """Copy the keys and values of m slots of all layers to a range of slots."""
-        sources = Copies(source)
-        for tensor in self.storage.tensors:
-            tensor[:, :, target] = tensor[:, :, sources[tensor.device]]
 
     @torch.inference_mode()
     def attend(self, rows: Sequence[int]) -> None:
@@ -283,9 +283,10 @@ class Slots:
         moving = list(indices[in_place:])
         if moving:
             source = moved(torch.tensor(moving), self.device)
-            target = slice(after + in_place, after + len(indices))
+            target, sources = slice(after + in_place, after + len(indices)), Copies(source)
             self.positions[target] = self.positions[source]
-            self._copy(source, target)
+            for tensor in self.storage.tensors:
+                tensor[:, :, target] = tensor[:, :, sources[tensor.device]]
             if self.attention.numel():
                 self.attention[:, :, target] = self.attention[:, :, source]
         self.length = after + len(indices)

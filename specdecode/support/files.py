@@ -15,8 +15,8 @@ from uuid import uuid4
 _PROBE_BYTES = 4096
 """Bytes that a check writes: even a full disk accepts empty files."""
 
-_MOST_CHARACTERS = 200
-"""Characters of a file's name that every file system accepts (255), less what `whole` and a lock add to it."""
+_MOST_CHARACTERS = 255 - len(".tmp") - len(f".{uuid4().hex}")
+"""Characters of a file's name that file systems accept, less those that `whole` adds to it."""
 
 
 @contextmanager

@@ -228,6 +228,12 @@ def test_other_layers_stay_as_they_are() -> None:
     assert {type(product.layer) for product in products} == {Int8Linear}
     assert len(products) == 9
     assert weight_bytes(quantised) == stored
+    watched = build(ARCHITECTURES["llama"] | {"num_hidden_layers": 2}).float()
+    watched.model.layers[0].mlp.up_proj.register_forward_hook(lambda *given: None)
+    watched.model.layers[1].input_layernorm.register_forward_pre_hook(lambda *given: None)
+    assert prepare("triton", watched).note.startswith("14 linear layers and 4 norms by kernels, 1 other")
+    (down,) = [module for name, module in watched.named_modules() if name == "model.layers.0.mlp.down_proj"]
+    assert down.weight.shape == (down.out_features, down.in_features)
     double = LM(build(ARCHITECTURES["llama"])).with_backend("triton")
     assert double.backend.note.startswith("0 linear layers and 0 norms by kernels")
     own = build(ARCHITECTURES["llama"] | {"num_hidden_layers": 2}).float()
@@ -243,9 +249,14 @@ def test_only_norms_of_the_usual_kind_are_replaced() -> None:
         def forward(self, states: Tensor) -> Tensor:
             return super().forward(states) + states * 0.01
 
+    class Gated(LlamaRMSNorm):
+        def forward(self, states: Tensor, gate: Tensor) -> Tensor:
+            return super().forward(states * gate)
+
     assert norms.takes(LlamaRMSNorm(32).to(models.DEVICE))
     for other in (
         Shifted(32),
+        Gated(32),
         LlamaRMSNorm(32).double(),
         nn.LayerNorm(32),
         nn.RMSNorm(32),

@@ -101,7 +101,7 @@ class SlotsAndList(RuleBasedStateMachine):
     @rule()
     def stack(self) -> None:
         """Move the keys and values of all layers into one tensor, as static forwards do."""
-        self.slots.storage.stack()
+        self.slots.storage.stack(self.slots.length)
         assert len(self.slots.storage.tensors) == 1
 
     @invariant()
@@ -190,7 +190,7 @@ def test_stacked_layers_move_together(layers: int) -> None:
     """Guards against a GPU that idles while the host launches the same copies for each layer."""
     slots = model(layers).new_slots(8)
     model(layers).forward(slots, torch.tensor([1, 2, 3, 4]))
-    slots.storage.stack()
+    slots.storage.stack(slots.length)
     with Counted() as copied:
         slots.keep([0, 2, 3])
     assert copied.operations["index_put_"] + copied.operations["copy_"] == 2  # keys and values; positions

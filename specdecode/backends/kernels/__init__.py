@@ -25,11 +25,11 @@ def interpreted() -> bool:
 
 def unavailable_reason(device: torch.device) -> str | None:
     """Return why the kernels cannot run on a device, and what to do; None if they can."""
-    if find_spec("triton") is None:
-        return "the backend triton needs the package triton, which is not installed: pip install triton"
     if device.type != "cuda" and not interpreted():
         return (
             f"the backend triton is for a GPU: use compile, packed or eager on {device.type}, or set TRITON_INTERPRET=1"
             " to test it there"
         )
+    if find_spec("triton") is None:
+        return "the backend triton needs the package triton, which is not installed: pip install triton"
     return None

@@ -3,7 +3,7 @@ output (W8A16)."""
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -106,11 +106,8 @@ def multiply_reference(
 
 
 class FewRowsLinear(nn.Module):
-    """A linear layer that multiplies few rows by the kernel. More rows, and other types, run the layer itself.
-
-    Attributes:
-        layer: the layer.
-        bias: its bias; None if it has none.
+    """A linear layer that multiplies few rows by the kernel. More rows, and other types, run the layer itself. It has
+    the attributes of that layer, which some models read.
 
     Args:
         layer: a layer that `takes` accepts.
@@ -120,9 +117,11 @@ class FewRowsLinear(nn.Module):
         super().__init__()
         self.layer = layer
 
-    @property
-    def bias(self) -> Tensor | None:
-        return _parameters(self.layer).get("bias")
+    def __getattr__(self, name: str) -> Any:
+        layer = self.__dict__.get("_modules", {}).get("layer")
+        if layer is None:  # it is being built or copied
+            raise AttributeError(name)
+        return layer if name == "layer" else getattr(layer, name)
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
         rows = inputs.reshape(-1, inputs.shape[-1])

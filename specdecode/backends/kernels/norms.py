@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import no_type_check
 
 import torch
@@ -67,12 +68,12 @@ class KernelRMSNorm(nn.Module):
         weight = _weight(norm)
         assert weight is not None
         self.weight = weight
-        self.epsilon = float(vars(norm)["variance_epsilon"])
+        self.variance_epsilon = float(vars(norm)["variance_epsilon"])
 
     def forward(self, states: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
         if states.dtype != self.weight.dtype:
-            return rms_norm_reference(states, self.weight, self.epsilon)
-        return rms_norm(states, self.weight, self.epsilon)
+            return rms_norm_reference(states, self.weight, self.variance_epsilon)
+        return rms_norm(states, self.weight, self.variance_epsilon)
 
 
 @torch.no_grad()
@@ -81,6 +82,8 @@ def takes(norm: nn.Module) -> bool:
     weight = _weight(norm)
     epsilon = vars(norm).get("variance_epsilon")
     if weight is None or weight.dtype not in TYPES or not isinstance(epsilon, float):
+        return False
+    if len(signature(norm.forward).parameters) > 1:  # a gate, too
         return False
     rows = torch.linspace(-1, 2, 2 * len(weight), device=weight.device).to(weight.dtype).view(1, 2, -1)
     expected = rms_norm_reference(rows, weight, epsilon)

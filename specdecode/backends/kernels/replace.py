@@ -16,9 +16,10 @@ def replace_layers(model: nn.Module) -> str:
     left = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if child not in made and linear.takes(child):
+            hooked = child._forward_hooks or child._forward_pre_hooks  # the kernels would pass them over
+            if child not in made and not hooked and linear.takes(child):
                 made[child] = linear.FewRowsLinear(child)
-            if child not in made and norms.takes(child):
+            if child not in made and not hooked and norms.takes(child):
                 made[child] = norms.KernelRMSNorm(child)
             if child in made:  # two modules may share it
                 setattr(parent, name, made[child])

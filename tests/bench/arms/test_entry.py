@@ -137,6 +137,12 @@ def test_a_record_is_read_without_torch() -> None:
 URL = {"url": "http://127.0.0.1:8000/v1"}
 
 
+@pytest.mark.parametrize("backend", ["exact", "graph", "triton"])
+def test_a_backend_is_not_refused_for_a_device_that_is_unknown(backend: str) -> None:
+    """Guards against an arm that no machine can measure, or only one with the backend's package."""
+    assert ArmSpec.from_entry("it", {"backend": backend}).backend == backend
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
