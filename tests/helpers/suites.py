@@ -76,7 +76,7 @@ def _server() -> subprocess.Popen[str]:
     """Start a process that has imported PyTorch and forks each session: the import takes longer than most sessions."""
     process = subprocess.Popen(
         [sys.executable, "-c", _SERVER],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        env=_variables({"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -148,8 +148,9 @@ def _command(arguments: Sequence[str]) -> list[str]:
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    # The model is so small that a second thread only costs time.
-    return {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    # The model is so small that a second thread only costs time. And Python takes compiled code for that of a file which
+    # a test has changed within a second, to the same size.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
 
 
 def start_pytest(*arguments: str, cwd: Path = ROOT, **environment: str) -> Session:
