@@ -148,8 +148,8 @@ def _command(arguments: Sequence[str]) -> list[str]:
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    # The model is so small that a second thread only costs time. And Python takes compiled code for that of a file which
-    # a test has changed within a second, to the same size.
+    # The model is so small that a second thread only costs time. And Python would take compiled code for that of a file
+    # which a test has changed within a second, to the same size.
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
 
 

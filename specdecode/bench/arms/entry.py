@@ -66,8 +66,9 @@ class ArmSpec:
         backend: name of the backend that runs forwards.
         replay: acceptance rate of replayed drafts, which is set and not measured.
         batch: number of prompts that are decoded together: the block's prompt and shorter beginnings of it.
-        peer: "generate", "generate-compiled", "assisted" or "prompt-lookup": transformers' own decoding.
+        peer: one of `PEERS`: transformers' own decoding.
         confidence: probability below which an assisted peer stops drafting.
+        early_exit: number of the target's layers that draft, for the peer "early-exit".
         against: name of the peer's arm with the same method and settings.
         baseline: name of the arm that this one is compared with; the preset's reference arm if None.
         call: "package.module:make", the maker of an arm from code (`bench.arms.callables`).
@@ -107,6 +108,7 @@ class ArmSpec:
     batch: int = 1
     peer: str | None = None
     confidence: float | None = None
+    early_exit: int | None = None
     against: str | None = None
     baseline: str | None = None
     call: str | None = None
@@ -187,6 +189,8 @@ class ArmSpec:
                 raise self.notation.error(f"{key} is for arms from code or of servers: leave it out")
         if self.peer is not None:
             self._check_kind("peer", self.peer, PEERS)
+            if self.peer == "early-exit" and self.early_exit is None:
+                raise self.notation.error("the peer early-exit needs early_exit: the number of layers that draft")
             return
         for kind in self.drafters:
             self._check_kind("drafter", kind, DRAFTERS, ", or several with a plus between them")
@@ -305,7 +309,7 @@ class ArmSpec:
 
     @property
     def needs_draft(self) -> bool:
-        return self.shares_vocabulary or "universal" in self.drafters
+        return self.shares_vocabulary or "universal" in (*self.drafters, self.peer)
 
     @property
     def needs_shipped_head(self) -> bool:

@@ -29,6 +29,7 @@ TYPES = {
     "batch": WHOLE,
     "peer": STRING,
     "confidence": NUMBER,
+    "early_exit": WHOLE,
     "against": STRING,
     "baseline": STRING,
     "call": STRING,
@@ -51,7 +52,7 @@ CALL_KEYS = ("call", "options", "limit_s", "lossy", "baseline")
 SERVER_KEYS = ("server", "concurrency", "requests", "limit_s", "lossy", "baseline")
 """The keys of an arm that a server decodes."""
 
-_MEASURED_KEYS = ("backend", "replay", "batch", "peer", "confidence", "against", *CALL_KEYS, *SERVER_KEYS)
+_MEASURED_KEYS = ("backend", "replay", "batch", "peer", "confidence", "early_exit", "against", *CALL_KEYS, *SERVER_KEYS)
 MODEL_KEYS = tuple(key for key in TYPES if key not in _MEASURED_KEYS)
 """The keys of a way to decode outside of measurements."""
 
@@ -76,6 +77,8 @@ PEERS: dict[str, tuple[str, ...]] = {
     "generate": (),
     "generate-compiled": (),
     "assisted": ("k", "confidence"),
+    "universal": ("k", "confidence"),
+    "early-exit": ("k", "confidence", "early_exit"),
     "prompt-lookup": ("k", "ngram"),
 }
 

@@ -34,9 +34,16 @@ def peer_run(
     settings: dict[str, Any] = {}
     draft_settings: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
-    if spec.peer == "assisted":
-        assert draft is not None
-        arguments["assistant_model"] = draft.model
+    drafting = target if spec.peer == "early-exit" else draft
+    if spec.peer in ("assisted", "universal", "early-exit"):
+        assert drafting is not None
+        if spec.peer == "early-exit":
+            _check_early_exit(spec, target)
+            settings = {"assistant_early_exit": spec.early_exit}
+        else:
+            arguments["assistant_model"] = drafting.model
+        if spec.peer == "universal":
+            arguments |= _tokenizers(spec, target, drafting)
         draft_settings = {
             "num_assistant_tokens": spec.fixed_k().k,
             "num_assistant_tokens_schedule": "constant",
@@ -54,8 +61,8 @@ def peer_run(
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
         # transformers takes missing settings from the model's configuration. A new one has no stop tokens.
         target.model.generation_config = GenerationConfig(pad_token_id=0)
-        if draft is not None and draft_settings:
-            draft.model.generation_config = GenerationConfig(pad_token_id=0, **draft_settings)
+        if drafting is not None and draft_settings:
+            drafting.model.generation_config = GenerationConfig(pad_token_id=0, **draft_settings)
         configuration = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -90,6 +97,22 @@ def peer_run(
         return Run(tokens, total, ttft_s, Counts(steps=len(clock.times) - 1), cuts=cuts)
 
     return run
+
+
+def _check_early_exit(spec: ArmSpec, target: LM) -> None:
+    layers = target.config.num_hidden_layers
+    if spec.early_exit is None or not 0 < spec.early_exit < layers:
+        raise spec.notation.error(f"early_exit is {spec.early_exit}: the target has {layers} layers, and fewer draft")
+
+
+def _tokenizers(spec: ArmSpec, target: LM, draft: LM) -> dict[str, Any]:
+    """Return the arguments with which transformers spells a draft's tokens in the target's (universal assisted
+    generation)."""
+    if target.tokenizer is None or draft.tokenizer is None:
+        raise spec.notation.error("the peer universal needs the tokenizers of target and draft")
+    if target.vocab_size == draft.vocab_size:
+        raise spec.notation.error("the peer universal needs a draft of another vocabulary size: take the peer assisted")
+    return {"tokenizer": target.tokenizer, "assistant_tokenizer": draft.tokenizer}
 
 
 class _Compiled:

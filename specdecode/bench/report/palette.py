@@ -33,7 +33,11 @@ POLICIES = {"sink-window": 0, "key-norm": 2, "heavy-hitter": 1, "random": 4, "sh
 """The cache policies, with the index of their colour in COLOURS, in charts that compare policies."""
 
 _SHAPES = {"chain": "linear", "static": "tree-static", "best-first": "tree-best-first"}
-_PEERS = {"generate": BASELINE, "generate-compiled": BASELINE, "assisted": "linear", "prompt-lookup": "lookup"}
+_PEERS = {
+    **dict.fromkeys(("generate", "generate-compiled"), BASELINE),
+    **dict.fromkeys(("assisted", "universal", "early-exit"), "linear"),
+    "prompt-lookup": "lookup",
+}
 # Older files do not record how an arm decodes: its method is inferred from the names that all presets use.
 _NAMES = {
     **{name: name for name in (BASELINE, *METHODS)},

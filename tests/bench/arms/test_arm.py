@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,11 +90,36 @@ def test_peers_draft_as_long_as_they_are_told(entry: dict[str, int], steps: int)
     assert own_run.counts.steps == steps + 1
 
 
+def test_peers_draft_by_another_vocabulary_and_by_few_layers() -> None:
+    """Guards against a peer that decodes without its draft, and one that leaves its settings behind in the target."""
+    target, draft = lm("llama"), small(vocab_size=VOCABULARY - 8)
+    target.tokenizer, draft.tokenizer = characters(CHARACTERS), characters(CHARACTERS[::-1][8:])
+    read: list[int] = []
+    draft.model.register_forward_pre_hook(lambda *given: read.append(1))
+
+    def steps(entry: dict[str, Any]) -> float:
+        run = make_arm("drafting", entry, target, draft).run(prompt(), LENGTH, ())
+        assert run.tokens == greedy("llama", LENGTH)
+        return run.counts.steps
+
+    assert steps({"peer": "universal", "k": 3}) <= LENGTH < len(read)
+    assert steps({"peer": "early-exit", "early_exit": 3, "k": 3}) < LENGTH
+    assert steps({"peer": "generate"}) == LENGTH
+    for entry, reason in (
+        ({"peer": "universal"}, "needs a draft of another vocabulary size"),
+        ({"peer": "early-exit", "early_exit": 4}, "the target has 4 layers, and fewer draft"),
+    ):
+        with pytest.raises(ValueError, match=f"arm 'it': .*{reason}"):
+            make_arm("it", entry, target, target)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"drafter": "oracle"}, "no drafter is named 'oracle'"),
         ({"peer": "magic"}, "no peer is named 'magic'"),
+        ({"peer": "early-exit"}, "needs early_exit: the number of layers that draft"),
+        ({"peer": "assisted", "early_exit": 2}, "unknown options: early_exit"),
         ({"drafter": "lookup", "speed": 9}, "unknown options: speed"),
         ({"drafter": "model", "shape": "ring"}, "no tree shape is named 'ring'"),
         ({"drafter": "model", "k": 0}, "K is 0"),
@@ -135,6 +161,7 @@ def test_a_wrong_entry_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
 
 def test_an_arm_that_drafts_needs_a_draft_model() -> None:
     """Guards against an arm without its draft model that fails in the middle of the experiment."""
-    for options in ({"drafter": "model"}, {"drafter": "lookup+model"}, {"drafter": "universal"}, {"peer": "assisted"}):
+    drafting = [{"drafter": drafter} for drafter in ("model", "lookup+model", "universal")]
+    for options in (*drafting, {"peer": "assisted"}, {"peer": "universal"}):
         with pytest.raises(ValueError, match="--draft"):
             make_arm("arm", options, lm("llama"), None)

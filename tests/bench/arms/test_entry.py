@@ -266,6 +266,7 @@ def test_lm_eval_takes_no_key_of_measuring() -> None:
         "batch",
         "peer",
         "confidence",
+        "early_exit",
         "against",
         "baseline",
         "call",
