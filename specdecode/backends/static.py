@@ -145,9 +145,12 @@ class StaticRunner:
             storage = Storage.empty(_span(max(capacity, _LEAST_SLOTS) + WIDTHS[-1]), device)
             storage.number = self._made = self._made + 1
             # With tensors the first forward of a text is static, as in a used storage: so it rounds the same in both.
+            own_slots = 0 if self._capture else len(storage.positions)
             for layer, (keys, values) in self._layers.items():
-                storage.keys[layer] = _with_slots(keys, 0 if self._capture else len(storage.positions))
-                storage.values[layer] = _with_slots(values, 0 if self._capture else len(storage.positions))
+                storage.keys[layer], storage.values[layer] = (
+                    _with_slots(keys, own_slots),
+                    _with_slots(values, own_slots),
+                )
             if self._capture:
                 storage.stack(0)
         else:

@@ -270,7 +270,8 @@ def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
     layer = target.model.get_output_embeddings()
     if layer is None:
         raise UnsupportedModelError(f"{target.name} has no output embedding that a head could share")
-    chosen, layer = tokens.to(target.device), getattr(layer, "layer", layer)  # a kernel may be around the layer
+    layer = getattr(layer, "layer", layer)  # a kernel may be around the layer
+    chosen = tokens.to(target.device)
     if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
         weight = layer.weight.detach()
         return moved(weight[moved(tokens, weight.device)], target.device)

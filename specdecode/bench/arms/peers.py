@@ -35,15 +35,15 @@ def peer_run(
     draft_settings: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     drafting = target if spec.peer == "early-exit" else draft
-    if spec.peer in ("assisted", "universal", "early-exit"):
-        assert drafting is not None
-        if spec.peer == "early-exit":
-            _check_early_exit(spec, target)
-            settings = {"assistant_early_exit": spec.early_exit}
-        else:
-            arguments["assistant_model"] = drafting.model
+    if spec.peer == "early-exit":
+        _check_early_exit(spec, target)
+        settings = {"assistant_early_exit": spec.early_exit}
+    elif spec.peer in ("assisted", "universal"):
+        assert draft is not None
+        arguments["assistant_model"] = draft.model
         if spec.peer == "universal":
-            arguments |= _tokenizers(spec, target, drafting)
+            arguments |= _tokenizers(spec, target, draft)
+    if spec.peer in ("assisted", "universal", "early-exit"):
         draft_settings = {
             "num_assistant_tokens": spec.fixed_k().k,
             "num_assistant_tokens_schedule": "constant",
@@ -100,8 +100,9 @@ def peer_run(
 
 
 def _check_early_exit(spec: ArmSpec, target: LM) -> None:
+    assert spec.early_exit is not None
     layers = target.config.num_hidden_layers
-    if spec.early_exit is None or not 0 < spec.early_exit < layers:
+    if not 0 < spec.early_exit < layers:
         raise spec.notation.error(f"early_exit is {spec.early_exit}: the target has {layers} layers, and fewer draft")
 
 

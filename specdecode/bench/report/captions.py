@@ -256,15 +256,13 @@ def _intervals(run: RunFile) -> str:
 
 
 def _disturbances(run: RunFile) -> str:
-    repeated = sum(record.repeated for record in run.arms.values())
-    disturbed = sum(record.disturbed for record in run.arms.values())
-    slices = sum(record.slices for record in run.arms.values())
-    left_out = sum(record.left_out for record in run.arms.values())
-    again = f"{repeated} timed run(s) were measured again, because other work disturbed them" if repeated else ""
+    names = ("repeated", "disturbed", "slices", "left_out")
+    repeated, disturbed, slices, left_out = (sum(getattr(arm, name) for arm in run.arms.values()) for name in names)
+    why = "because other work disturbed them"
+    again = f"{repeated} timed run(s) were measured again, {why}" if repeated else ""
     left = f"{disturbed} stayed disturbed" if disturbed else ""
-    parts = f"{left_out} of {slices} slices of a few steps are not compared, because other work disturbed them"
-    sentences = "; ".join(filter(None, (again, left))), parts if left_out else ""
-    return "".join(f" {sentence}." for sentence in sentences if sentence)
+    parts = f"{left_out} of {slices} slices of a few steps are not compared, {why}" if left_out else ""
+    return "".join(f" {text}." for text in ("; ".join(filter(None, (again, left))), parts) if text)
 
 
 def one_line(text: str) -> str:
