@@ -13,11 +13,13 @@ from specdecode.backends import packed
 from specdecode.backends.compiled import compiled
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import group, switch_attention
-from specdecode.backends.kernels import BY_KERNEL, interpreted, unavailable_reason
+from specdecode.backends.kernels import BY_KERNEL, BY_KERNEL_ROWS, interpreted, unavailable_reason
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout
 from specdecode.backends.merged import SameInputs, same_inputs
+from specdecode.backends.row_activations import separate_activations
 from specdecode.backends.row_attention import by_rows
 from specdecode.backends.static import StaticForward, StaticRunner
+from specdecode.core.errors import UnsupportedModelError
 
 BACKENDS = ("auto", "eager", "packed", "exact", "compile", "graph", "triton")
 
@@ -55,10 +57,13 @@ def check(kind: str, device: torch.device) -> None:
     check_name(kind)
     if kind == "graph" and device.type != "cuda":
         raise ValueError("the backend graph captures CUDA graphs, which need a GPU: use compile, packed or eager")
-    if kind == "exact" and device.type != "cpu":
-        raise ValueError(f"the backend exact is for a CPU: use graph, compile or eager on {device.type}")
-    if kind == "triton" and (reason := unavailable_reason(device)):
+    if kind in _by_kernels(device) and (reason := unavailable_reason(kind, device)):
         raise ValueError(reason)
+
+
+def _by_kernels(device: torch.device) -> tuple[str, ...]:
+    """Return the backends that run Triton kernels on a device."""
+    return ("triton",) if device.type == "cpu" and not interpreted() else ("triton", "exact")
 
 
 def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = lambda value: value) -> Backend:
@@ -69,16 +74,18 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "exact", linear
-            layers and attention in which no row changes the result of another on a CPU (see `backends.layouts` and
-            `backends.row_attention`); "graph", forwards captured as CUDA graphs (`backends.graph`); "compile", forwards
-            compiled by `torch.compile`, with packed layers on a CPU and captured on a GPU (`backends.compiled`);
-            "triton", as "graph", with kernels for few rows (`backends.kernels`); or "auto", the fastest for this model
-            and device that needs no long preparation: packed on a CPU that gains from it, graph on a GPU, else eager.
+            layers and attention in which no row changes the result of another (on a CPU see `backends.layouts` and
+            `backends.row_attention`, on a GPU `backends.kernels.rows`); "graph", forwards captured as CUDA graphs
+            (`backends.graph`); "compile", forwards compiled by `torch.compile`, with packed layers on a CPU and
+            captured on a GPU (`backends.compiled`); "triton", as "graph", with kernels for few rows
+            (`backends.kernels`); or "auto", the fastest for this model and device that needs no long preparation:
+            packed on a CPU that gains from it, graph on a GPU, else eager.
         model: the model, on its device and in its type.
         agreed: returns the first process's value among processes that decode together, so that all take one layout.
 
     Raises:
         ValueError: as `check`, or there are layers on several devices.
+        UnsupportedModelError: no kernel computes a module, and the backend is "exact" on a GPU.
     """
     device = next(model.parameters()).device
     check(kind, device)
@@ -100,8 +107,8 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
     if kind == "graph" or (kind == "auto" and on_gpu):
         group(model)
         return Backend("graph", static=lambda forward: StaticRunner(forward, CudaGraphs(device)), chosen=kind == "auto")
-    if kind == "triton":
-        return _triton(model, device)
+    if kind in _by_kernels(device):
+        return _exact_by_kernels(model, device) if kind == "exact" else _triton(model, device)
     if kind == "eager":
         return Backend()
     if kind == "exact":
@@ -132,13 +139,27 @@ def _triton(model: PreTrainedModel, device: torch.device) -> Backend:
     if config._attn_implementation != BY_KERNEL:
         note += f", attention as it is ({config._attn_implementation})"
     windowed = getattr(config, "sliding_window", None) is not None
+    return Backend("triton", note, static=lambda forward: _capturing(over_slots(forward, whole_mask=windowed), device))
 
-    def runner(forward: StaticForward) -> StaticRunner:
-        # The interpreter reads tensors on the host, which no graph captures. Shapes are rounded all the same.
-        capture = (lambda action: action) if interpreted() else CudaGraphs(device)
-        return StaticRunner(over_slots(forward, whole_mask=windowed), capture)
 
-    return Backend("triton", note, static=runner)
+def _exact_by_kernels(model: PreTrainedModel, device: torch.device) -> Backend:
+    from specdecode.backends.kernels.replace import inexact_module, replace_layers
+    from specdecode.backends.kernels.rows import attend_each_row
+
+    switch_attention(model, BY_KERNEL_ROWS, attend_each_row)
+    note = replace_layers(model, most_rows=None)
+    if device.type == "cpu":  # under the interpreter, PyTorch runs the activations there
+        separate_activations(model)
+    if module := inexact_module(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot run on the backend exact on a GPU: {module}, which no kernel computes"
+        )
+    return Backend("exact", note, static=lambda forward: _capturing(forward, device), exact=True)
+
+
+def _capturing(forward: StaticForward, device: torch.device) -> StaticRunner:
+    # The interpreter reads tensors on the host, which no graph captures. Shapes are rounded all the same.
+    return StaticRunner(forward, (lambda action: action) if interpreted() else CudaGraphs(device))
 
 
 def _layout(model: PreTrainedModel, candidates: Sequence[Layout], agreed: Callable[[Any], Any]) -> Layout:

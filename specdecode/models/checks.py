@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from specdecode.backends.grouped_attention import GROUPED
-from specdecode.backends.kernels import BY_KERNEL
+from specdecode.backends.kernels import BY_KERNEL, BY_KERNEL_ROWS
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.row_attention import BY_ROWS
 from specdecode.models.quantized_linear import Int4Linear, Int8Linear
@@ -53,7 +53,7 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     if getattr(config, "keep_window_size", None):
         return "in a long text it attends only to the strongest tokens, and its choice of equal ones depends on slots"
     implementation = config._attn_implementation
-    if implementation not in ("eager", "sdpa", GROUPED, BY_ROWS, BY_KERNEL):
+    if implementation not in ("eager", "sdpa", GROUPED, BY_ROWS, BY_KERNEL, BY_KERNEL_ROWS):
         return f"attention {implementation!r} takes no 4-D mask; load it with attn_implementation='sdpa'"
     return None
 
@@ -61,8 +61,11 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
 def inexact_reason(model: PreTrainedModel) -> str | None:
     """Return why the result of a row may depend on the other rows of a forward, by a model's modules; None if nothing
     shows it."""
-    if model.config.get_text_config(decoder=True)._attn_implementation != BY_ROWS:
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    if attention not in (BY_ROWS, BY_KERNEL_ROWS):
         return "its attention reads all rows together; load it with attn_implementation='sdpa'"
+    if attention == BY_KERNEL_ROWS:  # the backend has looked at the modules
+        return None
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | PackedLinear | Int8Linear | Int4Linear):
             continue

@@ -70,9 +70,11 @@ def check_tree_decoding(decoder: SlotDecoder) -> None:
     """
     try:
         reason = _difference(decoder)
-        cause = None
+        cause: Exception | None = None
     except torch.OutOfMemoryError:
         raise
+    except UnsupportedModelError as error:
+        reason, cause = str(error), error
     except Exception as error:
         reason = (
             "its forward does not take a 4-D mask, positions and a cache of keys and values"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,19 +19,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from specdecode import LM, FixedK, ModelDrafter, NoDraft, StaticTree, generate
+from specdecode import LM, DraftTree, FixedK, ModelDrafter, NoDraft, StaticTree, generate, generate_batch
 from specdecode.backends import prepare
 from specdecode.backends.kernels import BY_KERNEL, TYPES, interpreted
+from specdecode.core.errors import UnsupportedModelError
 from specdecode.models.quantize import quantizer, weight_bytes
 from specdecode.models.quantized_linear import Int8Linear
 from tests.helpers import models
+from tests.helpers.last_bits import off
 from tests.helpers.models import ARCHITECTURES, build, prompt
 from tests.helpers.root import ROOT
+from tests.helpers.strategies import trees
 
 ON_GPU = torch.device(models.DEVICE).type == "cuda" and "tests.helpers.pretended" not in sys.modules
 RUNS = interpreted() or (ON_GPU and find_spec("triton") is not None)
 if RUNS:
-    from specdecode.backends.kernels import attention, linear, norms
+    from specdecode.backends.kernels import attention, linear, norms, rows
 
 pytestmark = pytest.mark.skipif(
     not RUNS, reason="needs the package triton, and a GPU or its interpreter: tox -e triton"
@@ -43,8 +47,9 @@ DTYPES = st.sampled_from(TYPES)
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_and_interpreted() -> Iterator[None]:
-    """Let products of few outputs take the blocks of many. And let Triton's interpreter multiply bfloat16: it takes the
-    16 bits for an integer (3.7.1).
+    """Let products of few outputs take the blocks of many. And let Triton's interpreter multiply bfloat16, whose 16
+    bits it takes for an integer (3.7.1), and sum all rows of a product in the same order. A GPU's instruction does so,
+    and NumPy's library does not.
     """
     with pytest.MonkeyPatch.context() as patch:
         if RUNS:
@@ -52,17 +57,16 @@ def _small_and_interpreted() -> Iterator[None]:
         if RUNS and interpreted():
             from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
-            def widened(handle: Any) -> Any:
+            def in_float32(handle: Any) -> np.ndarray[Any, Any]:
                 if handle.dtype.scalar != tl.bfloat16:
-                    return handle
-                return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+                    return np.asarray(handle.data, dtype="float32")
+                return np.asarray((handle.data.astype("uint32") << 16).view("float32"))
 
-            dot = InterpreterBuilder.create_dot
-            patch.setattr(
-                InterpreterBuilder,
-                "create_dot",
-                lambda self, left, right, *others: dot(self, widened(left), widened(right), *others),
-            )
+            def dot(self: Any, left: Any, right: Any, added: Any, *_: Any) -> Any:
+                product = np.einsum("ik,kj->ij", in_float32(left), in_float32(right), optimize=False)
+                return TensorHandle(product + added.data, added.dtype.scalar)
+
+            patch.setattr(InterpreterBuilder, "create_dot", dot)
         yield
 
 
@@ -126,7 +130,62 @@ def test_attention_is_its_reference(inputs: Attended) -> None:
 @settings(max_examples=60)
 @given(
     dtype=DTYPES,
-    rows=st.integers(1, 16),
+    dim=st.sampled_from(DIMS),
+    sizes=st.tuples(st.integers(1, 2), st.sampled_from([1, 2, 4, 20]), st.integers(1, 2), st.integers(1, 20)),
+    length=st.integers(1, 600),
+    share=st.sampled_from([0.02, 0.5, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_a_row_attends_as_if_it_were_alone(
+    dtype: torch.dtype, dim: int, sizes: tuple[int, int, int, int], length: int, share: float, seed: int
+) -> None:
+    """Guards against sums whose order depends on the other rows, or on the slots between those that a row sees; and
+    against NaN in slots that it does not see.
+    """
+    random = torch.Generator().manual_seed(seed)
+    shared, groups, batch, width = sizes
+    visible = torch.rand(batch, 1, width, length, generator=random) < share
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(dtype).min)
+    query, key, value = (
+        torch.randn(batch, heads, size, dim, generator=random).to(models.DEVICE, dtype)
+        for heads, size in ((shared * groups, width), (shared, length + 3), (shared, length + 3))
+    )
+    key, value = (tensor[:, :, :length] for tensor in (key, value))
+    for unseen, *tensors in zip(~visible.any(2)[:, 0], key, value, strict=True):
+        for tensor in tensors:
+            tensor[:, unseen.nonzero()[:, 0]] = torch.nan
+    mask = mask.to(models.DEVICE, dtype)
+    output = rows.attend_row_by_row(query, key, value, mask, dim**-0.5)
+    for i in range(batch):
+        places = (torch.tensor(length, device=models.DEVICE), None, dim**-0.5)
+        tensors = [tensor[i : i + 1] for tensor in (query, key, value, mask)]
+        expected = attention.attend_to_slots_reference(*tensors, *places)
+        rounding = 1e-5 if dtype == torch.float32 else 1.5 * torch.finfo(dtype).eps
+        assert (output[i] - expected[0]).abs().max() <= rounding * value.nan_to_num().abs().max().clamp_min(1)
+        for row in range(0, width, 7):
+            seen = visible[i, 0, row].nonzero()[:, 0].to(models.DEVICE)
+            if not len(seen):
+                assert not output[i, row].any()
+                continue
+            parts = (query[i : i + 1, :, row : row + 1], key[i : i + 1, :, seen], value[i : i + 1, :, seen])
+            alone = rows.attend_row_by_row(*parts, mask.new_zeros(1, 1, 1, len(seen)), dim**-0.5)
+            assert torch.equal(output[i, row], alone[0, 0])
+
+
+def test_many_rows_attend_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against rows of a prompt that read or write those of another launch."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 11, 16, device=models.DEVICE) for heads in (4, 2, 2))
+    mask = torch.zeros(2, 1, 11, 11, device=models.DEVICE).masked_fill(torch.rand(2, 1, 11, 11) < 0.5, -1.0)
+    at_once = rows.attend_row_by_row(query, key, value, mask, 0.25)
+    monkeypatch.setattr(rows, "_MOST_BYTES", 3 * 4 * 4 * 16)
+    assert torch.equal(rows.attend_row_by_row(query, key, value, mask, 0.25), at_once)
+
+
+@settings(max_examples=60)
+@given(
+    dtype=DTYPES,
+    rows=st.integers(1, 40),
     inputs=st.sampled_from([16, 40, 256, 300, 513]),
     outputs=st.sampled_from([1, 16, 33, 80]),
     bias=st.booleans(),
@@ -136,12 +195,14 @@ def test_attention_is_its_reference(inputs: Attended) -> None:
 def test_a_product_is_its_reference(
     dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool, int8: bool, seed: int
 ) -> None:
-    """Guards against rows and features behind the last full block, and scales of another output."""
+    """Guards against rows and features behind the last full block, scales of another output, and a row whose last bits
+    depend on the rows beside it.
+    """
     torch.manual_seed(seed)
     plain = nn.Linear(inputs, outputs, bias).to(models.DEVICE, dtype).requires_grad_(False)
     layer = Int8Linear(plain) if int8 else plain
     assert linear.takes(layer)
-    replaced = linear.FewRowsLinear(layer)
+    replaced = linear.KernelLinear(layer, most_rows=None)
     assert (replaced.bias is None) == (not bias)
     states = torch.randn(1, rows, inputs, device=models.DEVICE).to(dtype)
     weight, scales = (layer.integers, layer.scales) if int8 else (layer.weight, None)
@@ -151,6 +212,7 @@ def test_a_product_is_its_reference(
     # Both sum in float32. So sums near the middle of two numbers may be rounded to either.
     rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(output[0], expected, rtol=rounding, atol=1e-5)
+    assert all(torch.equal(replaced(states[:, row : row + 1])[0, 0], output[0, row]) for row in range(0, rows, 5))
 
 
 def test_wider_inputs_and_other_types_run_the_layer_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +222,7 @@ def test_wider_inputs_and_other_types_run_the_layer_itself(monkeypatch: pytest.M
         plain = nn.Linear(48, 40).to(models.DEVICE, dtype)
         for layer in (plain, Int8Linear(plain)):
             states = torch.randn(1, rows, 48, device=models.DEVICE).to(dtype)
-            assert torch.equal(linear.FewRowsLinear(layer)(states), layer(states))
+            assert torch.equal(linear.KernelLinear(layer)(states), layer(states))
     assert not linear.takes(nn.Linear(48, 40).double())
     assert not linear.takes(nn.Embedding(48, 40))
 
@@ -216,6 +278,65 @@ def test_the_tokens_are_those_of_eager(name: str, monkeypatch: pytest.MonkeyPatc
         assert ON_GPU or len(calls) >= 2 * (result.target_forwards - 1) > 0
 
 
+EXACT = {"llama": torch.bfloat16, "qwen3": torch.float32, "gpt-neox": torch.float16}
+
+
+@functools.cache
+def exact(name: str) -> LM:
+    model = build(ARCHITECTURES[name] | {"num_hidden_layers": 2, "tie_word_embeddings": name == "llama"})
+    return LM(model.to(EXACT[name]), name=name).with_backend("exact")
+
+
+@settings(max_examples=3)
+@given(tree=trees(max_nodes=20, tokens=90))
+@pytest.mark.parametrize("name", EXACT)
+def test_a_tree_gives_the_logits_of_plain_decoding_to_the_last_bit(name: str, tree: DraftTree) -> None:
+    """Guards against a draft that changes the rounding on the backend "exact", and with it the tokens at near-ties."""
+    assert off(exact(name), tree) == []
+
+
+def test_a_drafted_text_is_that_of_plain_decoding_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against accepted keys in another order than plain decoding's, and against sequences that change each
+    other; and against a backend "exact" that runs PyTorch's attention.
+    """
+    target = exact("llama")
+    draft = target.subset([1])
+    calls = []
+    monkeypatch.setattr(
+        rows, "attend_row_by_row", lambda *given, run=rows.attend_row_by_row: calls.append(given) or run(*given)
+    )
+    options = {"max_new_tokens": 6, "logprobs": True}
+    prompts = [prompt(), prompt()[:3]]
+    plain = [generate(target, text, **options) for text in prompts]
+    assert len({*plain[0].tokens}) > 3
+    calls.clear()
+    tree = generate(target, prompts[0], drafter=ModelDrafter(draft, StaticTree((3, 2))), **options)
+    assert len(calls) >= 2 * tree.target_forwards
+    batch = generate_batch(target, prompts, drafter=lambda: ModelDrafter(draft), **options)
+    for result, expected in zip([tree, *batch], [plain[0], *plain], strict=True):
+        assert (result.tokens, result.logprobs) == (expected.tokens, expected.logprobs)
+
+
+def test_a_model_whose_rows_may_change_each_other_is_refused() -> None:
+    """Guards against the name "exact" on a model with modules or an attention that no kernel computes."""
+    small = {"num_hidden_layers": 2}
+    for name, said in (
+        ("gpt-2", r"transformer\.h\.0\.attn\.c_attn is a Conv1D, which no kernel computes"),
+        ("gemma3-window", r"model\.layers\.0\.self_attn\.q_norm is a Gemma3RMSNorm, which no kernel computes"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=said):
+            LM(build(ARCHITECTURES[name]).float()).with_backend("exact")
+    with pytest.raises(UnsupportedModelError, match="Linear, which no kernel computes"):
+        LM(build(ARCHITECTURES["llama"] | small).double()).with_backend("exact")
+    own = build(ARCHITECTURES["llama"] | small).float()
+    own.set_attn_implementation("eager")
+    with pytest.raises(UnsupportedModelError, match="its attention reads all rows together"):
+        LM(own).with_backend("exact")
+    wide = build(ARCHITECTURES["llama"] | small | {"head_dim": 136}).float()
+    with pytest.raises(UnsupportedModelError, match="no kernel attends like its LlamaAttention: the keys are wider"):
+        LM(wide).with_backend("exact")
+
+
 def test_other_layers_stay_as_they_are() -> None:
     """Guards against quantised layers that are converted in each step, products that are no longer shared, and weights
     of another type in a kernel.
@@ -224,7 +345,7 @@ def test_other_layers_stay_as_they_are() -> None:
     quantizer("int8")(quantised)
     stored = weight_bytes(quantised)
     assert prepare("triton", quantised).note.startswith("9 linear layers and 5 norms by kernels")
-    products = [module for module in quantised.modules() if isinstance(module, linear.FewRowsLinear)]
+    products = [module for module in quantised.modules() if isinstance(module, linear.KernelLinear)]
     assert {type(product.layer) for product in products} == {Int8Linear}
     assert len(products) == 9
     assert weight_bytes(quantised) == stored
@@ -269,18 +390,21 @@ _COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specdecode.backends.kernels import attention, linear, norms
+from specdecode.backends.kernels import attention, linear, norms, rows
 
 COUNTED = {"start": "*i64", "first": "*i64", "scale": "fp32", "epsilon": "fp32"}
 SUMS = dict.fromkeys(("sums", "totals", "greatest", "scales"), "*fp32")
+SEEN = dict.fromkeys(("order", "counts"), "*i32")
 TENSORS = ("query", "key", "value", "mask", "inputs", "weight", "bias", "output")
 
 for kind, size in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
-    types = COUNTED | SUMS | dict.fromkeys(TENSORS, "*" + kind)
+    types = COUNTED | SUMS | SEEN | dict.fromkeys(TENSORS, "*" + kind)
     for kernel, others, constants in (
         (attention._attend_to_part, {}, {"ROWS": 32, "SLOTS": 128 // size, "DIM": 128}),
         (attention._attend_to_part, {}, {"ROWS": 16, "SLOTS": 128 // size, "DIM": 64, "first": None}),
         (attention._combine_parts, {}, {"SPLITS": 32, "DIM": 128}),
+        (rows._attend_to_part, {}, {"HEADS": 16, "PART": 256, "BLOCK": 32, "DIM": 128}),
+        (rows._combine_in_order, {}, {"PART": 256, "DIM": 128}),
         (linear._multiply, {}, {"OUT": 16, "IN": 512 // size, "scales": None}),
         (linear._multiply, {"weight": "*i8"}, {"OUT": 32, "IN": 512 // size, "bias": None}),
         (norms._normalise, {}, {"WIDTH": 4096}),
@@ -303,4 +427,4 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Any) -> None:
         text=True,
         check=False,
     )
-    assert run.stdout.split() == ["True"] * 36, run.stderr
+    assert run.stdout.split() == ["True"] * 48, run.stderr

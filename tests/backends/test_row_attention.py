@@ -22,7 +22,7 @@ from specdecode import (
     generate,
     generate_batch,
 )
-from specdecode.backends import check
+from specdecode.backends import check, kernels
 from specdecode.backends.row_activations import RowActivation
 from specdecode.backends.row_attention import BY_ROWS
 from specdecode.bench.arms.arm import make_arm
@@ -31,6 +31,7 @@ from specdecode.core.errors import UnsupportedModelError
 from specdecode.models import lm as lm_module
 from specdecode.models.quantize import KINDS
 from tests.helpers.drafts import part
+from tests.helpers.last_bits import off
 from tests.helpers.models import ARCHITECTURES, build, moved, prompt, quantisable
 from tests.helpers.strategies import trees
 from tests.helpers.suites import start_python
@@ -53,38 +54,6 @@ def target(name: str, kind: str) -> LM:
         return LM(build(quantisable(name) | {"tie_word_embeddings": False}).float()).quantized(kind)
     model = build(quantisable(name) | {"tie_word_embeddings": name == "llama"})
     return LM(moved(model, "cpu").to(DTYPES[kind])).with_backend("exact")
-
-
-def one_by_one(model: LM, text: list[int], tree: DraftTree) -> list[torch.Tensor]:
-    """Logits after a text and after each node of a tree behind it, where each token is read alone behind a beginning
-    that is read at once. The nodes of a path are read once: the slots then go back to the parent for the next branch.
-    """
-    slots = model.new_slots(4)
-    model.forward(slots, torch.tensor(text[:10]))
-    logits = [torch.empty(0)] * (len(tree.tokens) + 1)
-    parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
-
-    def read(node: int, given: list[int]) -> None:
-        for token in given:
-            logits[node] = model.forward(slots, torch.tensor([token]))[-1]
-        length = slots.length
-        for child, (parent, token) in enumerate(zip(parents, tokens, strict=True), start=1):
-            if parent == node:
-                slots.keep([], after=length)
-                read(child, [token])
-
-    read(0, text[10:])
-    return logits
-
-
-def off(model: LM, tree: DraftTree) -> list[int]:
-    """The nodes of a tree whose logits are not, to the last bit, those of plain decoding."""
-    text = list(prompt(11))
-    slots = model.new_slots(4)
-    model.forward(slots, torch.tensor(text[:10]))
-    logits = model.forward_tree(slots, text[10:], tree)
-    alone = one_by_one(model, text, tree)
-    return [node for node, expected in enumerate(alone) if not torch.equal(logits[node], expected)]
 
 
 @pytest.mark.parametrize("width", [8192, 4104])
@@ -148,7 +117,8 @@ def test_a_model_whose_rows_change_each_other_is_refused(monkeypatch: pytest.Mon
     own.set_attn_implementation("eager")
     with pytest.raises(UnsupportedModelError, match="its attention reads all rows together"):
         LM(own).with_backend("exact")
-    with pytest.raises(ValueError, match="the backend exact is for a CPU: use graph, compile or eager on cuda"):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the backend exact needs the package triton, which is not installed"):
         check("exact", torch.device("cuda"))
 
 

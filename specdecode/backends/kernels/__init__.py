@@ -14,6 +14,9 @@ import torch
 BY_KERNEL = "triton_over_slots"
 """The name under which transformers knows `attention.attend_over_slots` as an attention function."""
 
+BY_KERNEL_ROWS = "triton_by_rows"
+"""The name under which transformers knows `rows.attend_each_row` as an attention function."""
+
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The types that the kernels take. All of them sum in float32."""
 
@@ -23,13 +26,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unavailable_reason(device: torch.device) -> str | None:
-    """Return why the kernels cannot run on a device, and what to do; None if they can."""
+def unavailable_reason(backend: str, device: torch.device) -> str | None:
+    """Return why a backend cannot run the kernels on a device, and what to do; None if it can."""
     if device.type != "cuda" and not interpreted():
         return (
-            f"the backend triton is for a GPU: use compile, packed or eager on {device.type}, or set TRITON_INTERPRET=1"
-            " to test it there"
+            f"the backend {backend} is for a GPU: use compile, packed or eager on {device.type}, or set"
+            " TRITON_INTERPRET=1 to test it there"
         )
     if find_spec("triton") is None:
-        return "the backend triton needs the package triton, which is not installed: pip install triton"
+        return f"the backend {backend} needs the package triton, which is not installed: pip install triton"
     return None

@@ -20,8 +20,9 @@ from specdecode.backends.grouped_attention import attend
 from specdecode.backends.kernels import TYPES
 from specdecode.backends.static import StaticForward, StaticInputs
 
-# Bytes of a key of a head: blocks of wider ones exceed the shared memory of smaller GPUs.
-_WIDEST_KEY = 512
+WIDEST_KEY = 512
+"""Most bytes of a key of a head: blocks of wider ones exceed the shared memory of smaller GPUs."""
+
 # Most rows of a program: more of them exceed its registers.
 _MOST_ROWS = 32
 # Programs that keep a large GPU busy: about two for each of its processors.
@@ -189,7 +190,7 @@ def attend_to_slots(
             key.stride(1),
             key.stride(2),
             ROWS=rows,
-            SLOTS=32 if padded * query.itemsize > _WIDEST_KEY // 2 else 64,
+            SLOTS=32 if padded * query.itemsize > WIDEST_KEY // 2 else 64,
             DIM=padded,
             num_stages=2,
         )
@@ -264,25 +265,25 @@ def attend_over_slots(
         The attended values, and None in place of attention weights.
     """
     places = _places.get()
-    if places is None or attention_mask is None or not _takes(query, key, value, attention_mask, others):
+    several = len(query) > 1 or value.stride() != key.stride()
+    if places is None or attention_mask is None or several or not takes(query, key, value, attention_mask, others):
         return attend(module, query, key, value, attention_mask, **others)
     scale = others.get("scaling") or query.shape[3] ** -0.5
     return attend_to_slots(query, key, value, attention_mask, *places, scale), None
 
 
-def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, others: Mapping[str, Any]) -> bool:
-    """Return whether the kernel computes this attention."""
+def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, others: Mapping[str, Any]) -> bool:
+    """Return whether the kernels compute this attention of one or several sequences."""
     extras = ("position_bias", "softcap", "s_aux")  # other scores than products
     return (
         query.dtype in TYPES
         and query.dtype == key.dtype == value.dtype
-        and query.shape[3] * query.itemsize <= _WIDEST_KEY
+        and query.shape[3] * query.itemsize <= WIDEST_KEY
         and value.shape == key.shape
         and mask.is_floating_point()
-        and mask.shape == (1, 1, query.shape[2], key.shape[2])
+        and mask.shape == (len(query), 1, query.shape[2], key.shape[2])
         and query.shape[1] % key.shape[1] == 0
-        and value.stride() == key.stride()
-        and key.stride(3) == 1
+        and key.stride(3) == value.stride(3) == 1
         and not others.get("dropout")
         and all(others.get(name) is None for name in extras)
     )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from specdecode.backends.kernels import TYPES
 
 MOST_ROWS = 16
-"""The most rows of the kernel: those that one matrix instruction of a GPU takes at least."""
+"""Rows of a program: those that one matrix instruction of a GPU takes at least. Over more rows each program reads the
+weights again, so PyTorch's own product is faster."""
 
 # Bytes of a row of inputs that a program reads at a time, and its outputs: more if there are many outputs, whose
 # programs keep a GPU busy all the same.
@@ -26,8 +27,8 @@ _BYTES, _OUTPUTS, _LARGER_OUTPUTS, _MANY = 512, 16, 32, 8192
 def _multiply(
     inputs, weight, scales, bias, output, rows, in_features, out_features, OUT: tl.constexpr, IN: tl.constexpr
 ):
-    """Multiply up to 16 rows with a part of the outputs' weights."""
-    row = tl.arange(0, 16)
+    """Multiply 16 rows with a part of the outputs' weights."""
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
     out = tl.program_id(0) * OUT + tl.arange(0, OUT)
     in_row = row < rows
     in_out = out < out_features
@@ -36,7 +37,9 @@ def _multiply(
         at = begin + tl.arange(0, IN)
         inside = at < in_features
         left = tl.load(
-            inputs + row[:, None] * in_features + at[None, :], mask=in_row[:, None] & inside[None, :], other=0.0
+            inputs + row.to(tl.int64)[:, None] * in_features + at[None, :],
+            mask=in_row[:, None] & inside[None, :],
+            other=0.0,
         )
         # An output head may have more weights than 32 bits can count.
         right = tl.load(
@@ -52,7 +55,7 @@ def _multiply(
     if bias is not None:
         product += tl.load(bias + out, mask=in_out, other=0.0).to(tl.float32)[None, :]
     tl.store(
-        output + row[:, None] * out_features + out[None, :],
+        output + row.to(tl.int64)[:, None] * out_features + out[None, :],
         product.to(output.dtype.element_ty),
         mask=in_row[:, None] & in_out[None, :],
     )
@@ -64,10 +67,11 @@ def multiply(
     scales: Float[Tensor, " m"] | None,
     bias: Float[Tensor, " m"] | None,
 ) -> Float[Tensor, "rows m"]:
-    """Multiply rows with a weight, scale each output, and add the bias. The sums and the scaling are in float32.
+    """Multiply rows with a weight, scale each output, and add the bias. The sums and the scaling are in float32. The
+    result of a row does not depend on the other rows, to the last bit.
 
     Args:
-        inputs: at most `MOST_ROWS` rows, in one of `kernels.TYPES`. All tensors are on one device.
+        inputs: rows in one of `kernels.TYPES`. All tensors are on one device.
         weight: in the type of the inputs, or 8-bit integers. Its rows are contiguous.
         scales: a factor for each output, in float32; None for 1.
         bias: the bias; None for 0.
@@ -77,7 +81,7 @@ def multiply(
     output = inputs.new_empty(rows, out_features)
     outputs = _LARGER_OUTPUTS if out_features >= _MANY else _OUTPUTS
     with torch.cuda.device_of(inputs):
-        _multiply[(triton.cdiv(out_features, outputs),)](
+        _multiply[(triton.cdiv(out_features, outputs), triton.cdiv(rows, MOST_ROWS))](
             inputs.contiguous(),
             weight,
             scales,
@@ -105,17 +109,19 @@ def multiply_reference(
     return (product if bias is None else product + bias.float()).to(inputs.dtype)
 
 
-class FewRowsLinear(nn.Module):
-    """A linear layer that multiplies few rows by the kernel. More rows, and other types, run the layer itself. It has
-    the attributes of that layer, which some models read.
+class KernelLinear(nn.Module):
+    """A linear layer that multiplies by the kernel. More rows, and other types, run the layer itself. It has the
+    attributes of that layer, which some models read.
 
     Args:
         layer: a layer that `takes` accepts.
+        most_rows: the most rows that the kernel multiplies; any number if None.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, most_rows: int | None = MOST_ROWS) -> None:
         super().__init__()
         self.layer = layer
+        self._most_rows = most_rows
 
     def __getattr__(self, name: str) -> Any:
         layer = self.__dict__.get("_modules", {}).get("layer")
@@ -130,7 +136,7 @@ class FewRowsLinear(nn.Module):
         weight, scales = weights
         output: Tensor
         fits = rows.dtype in TYPES and (scales is not None or rows.dtype == weight.dtype)
-        if fits and 0 < len(rows) <= MOST_ROWS:
+        if fits and 0 < len(rows) <= (self._most_rows or len(rows)):
             output = multiply(rows, weight, scales, self.bias).view(*inputs.shape[:-1], -1)
         else:
             output = self.layer(inputs)

@@ -7,10 +7,14 @@ from torch import nn
 from specdecode.backends.kernels import linear, norms
 
 
-def replace_layers(model: nn.Module) -> str:
+def replace_layers(model: nn.Module, most_rows: int | None = linear.MOST_ROWS) -> str:
     """Replace the linear layers and the norms of a model that the kernels compute. Return a note on it.
 
     All other modules stay as they are. The new modules share the parameters of the old.
+
+    Args:
+        model: the model.
+        most_rows: the most rows that the kernel multiplies with a linear layer; any number if None.
     """
     made: dict[nn.Module, nn.Module] = {}
     left = 0
@@ -18,13 +22,26 @@ def replace_layers(model: nn.Module) -> str:
         for name, child in list(parent.named_children()):
             hooked = child._forward_hooks or child._forward_pre_hooks  # the kernels would pass them over
             if child not in made and not hooked and linear.takes(child):
-                made[child] = linear.FewRowsLinear(child)
+                made[child] = linear.KernelLinear(child, most_rows)
             if child not in made and not hooked and norms.takes(child):
                 made[child] = norms.KernelRMSNorm(child)
             if child in made:  # two modules may share it
                 setattr(parent, name, made[child])
             elif not isinstance(child, nn.Embedding):
                 left += any(weight.dim() > 1 for weight in child.parameters(recurse=False))
-    products = sum(isinstance(module, linear.FewRowsLinear) for module in made.values())
+    products = sum(isinstance(module, linear.KernelLinear) for module in made.values())
     note = f"{products} linear layers and {len(made) - products} norms by kernels"
     return note + (f", {left} other matrices as they are" if left else "")
+
+
+def inexact_module(model: nn.Module) -> str | None:
+    """Return a module whose result for a row may depend on the other rows, in words; None if there is none.
+
+    Embeddings and PyTorch's LayerNorm, a kernel of one row, are exact. So are replaced modules.
+    """
+    replaced = {module.layer for module in model.modules() if isinstance(module, linear.KernelLinear)}
+    for name, module in model.named_modules():
+        exact = module in replaced or isinstance(module, nn.Embedding | nn.LayerNorm | norms.KernelRMSNorm)
+        if not exact and next(module.parameters(recurse=False), None) is not None:
+            return f"{name} is a {type(module).__name__}"
+    return None
