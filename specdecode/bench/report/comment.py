@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
@@ -83,7 +85,10 @@ def cut_table(grid: Grid, what: str) -> str:
 
 def whole_report(file: str) -> str:
     """Return a sentence with the command that makes all tables of a run."""
-    return f"All tables: `specdecode report {one_line(file).replace('`', '')} --format html`"
+    command = f"specdecode report {shlex.quote(' '.join(file.splitlines()))} --format html"
+    # A fence of backticks must be longer than those in the path.
+    fence = "`" * (1 + max(map(len, re.findall("`+", file)), default=0))
+    return f"All tables: {fence}{command}{fence}"
 
 
 def _headline(run: RunFile, judgements: Sequence[Judgement], failing: int, gate: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,16 @@ def test_failing_verdicts_come_first_and_in_full() -> None:
         "| arm",
     ]
     assert text[-1] == "All tables: `specdecode report new.json --format html`"
+
+
+@pytest.mark.parametrize("file", ["my  run.json", "a`b``c.json", "$(x) 'y'.json"])
+def test_the_command_for_all_tables_reads_any_file(file: str) -> None:
+    """Guards against a command that a shell, or Markdown, takes for another one."""
+    new, _ = runs(SPEEDUPS)
+    (quoted,) = re.findall("All tables: (.*)", comment(new, "title", "by", [], file=file))
+    (code,) = re.findall(r"^(?P<fence>`+)(?!`)(.*)(?<!`)(?P=fence)$", quoted)
+    assert code[0] not in re.findall("`+", code[1])
+    assert shlex.split(code[1]) == ["specdecode", "report", file, "--format", "html"]
 
 
 def test_a_run_that_passes_says_so_in_a_sentence() -> None:
