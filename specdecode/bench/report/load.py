@@ -74,7 +74,7 @@ def _verdict(speedups: dict[int, Estimate]) -> str:
     if len(gained) == len(speedups):
         return "gains at every concurrency that was measured"
     parts = []
-    if lost and not any(number > lost[0] for number in gained):
+    if lost and not any(number > lost[0] for number in (*gained, *unclear, *unknown)):
         parts.append(f"loses from {lost[0]} prompt{'s' if lost[0] > 1 else ''} at a time on")
     elif lost:
         parts.append(f"loses at {_listed(lost)}")

@@ -123,6 +123,8 @@ def test_percentiles_are_in_that_table_alone() -> None:
         ((1.0, 1.0, 1.0), "the runs can't tell at 1, 4 and 16"),
         ((0.9, 0.8, 0.7), "loses from 1 prompt at a time on"),
         ((1.5, 0.8, 1.3), "loses at 4; gains at 1 and 16"),
+        ((0.8, 1.0, 1.0), "loses at 1; the runs can't tell at 4 and 16"),
+        ((0.8, 1.0, 0.7), "loses at 1 and 16; the runs can't tell at 4"),
     ],
 )
 def test_a_sentence_says_from_where_on_an_arm_loses(speedups: tuple[float, ...], said: str) -> None:
