@@ -69,9 +69,10 @@ def say_json(value: Any) -> None:
 
 
 def say_tables(*tables: RenderableType, **how: Any) -> None:
-    """Write tables and texts with rich's `Console.print`, and crop no line."""
+    """Write tables and texts with rich's `Console.print`, and crop no line. Brackets in them are text, not mark-up."""
     with _output():
-        Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH).print(*tables, crop=False, **how)
+        width = None if sys.stdout.isatty() else _TABLE_WIDTH
+        Console(width=width, markup=False, emoji=False).print(*tables, crop=False, **how)
 
 
 def plain_table(first: str, *others: str) -> Table:

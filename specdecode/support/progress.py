@@ -28,7 +28,7 @@ def progress(unit: str = "runs") -> Iterator[Callable[[int, int, str], None]]:
         yield _log(unit)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -18,6 +18,7 @@ import pytest
 import specdecode
 from specdecode.bench.runs.file import run_json
 from specdecode.cli import generate
+from specdecode.cli.output import plain_table, say_tables
 from specdecode.cli.prompts import whole_text
 from tests.helpers.command_line import exit_code
 from tests.helpers.models import ARCHITECTURES, build
@@ -221,6 +222,17 @@ def test_what_a_library_has_not_yet_written_is_not_lost_in_silence(unbuffered: s
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_names_in_tables_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a path of a model that `specdecode doctor` shows without its brackets, or that ends it."""
+    table = plain_table("model[a]")
+    table.add_row("/models/b[bold] :smile: [/x]")
+    say_tables(table)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        "model[a]",
+        "/models/b[bold] :smile: [/x]",
+    ]
 
 
 def test_texts_of_the_command_line_are_in_utf_8() -> None:

@@ -34,3 +34,12 @@ def test_what_is_left_is_told_by_the_work_at_hand(
         ("1/64", "1200", "starting:"),
         ("2/64", "1240", "2480"),
     ]
+
+
+def test_names_on_a_bar_are_text(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Guards against an arm whose name ends the session, or loses its brackets."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress.progress("[/texts]") as tell:
+        tell(1, 2, "lookup[fast] [/x]")
+    assert "lookup[fast] [/x]" in capfd.readouterr().err

@@ -62,7 +62,7 @@ def rich_table(grid: Grid, sentences: Sequence[str] = ()) -> Table:
         split = str.split if column.breaks else str.splitlines
         longest = max((cell_len(part) for text in (column.name, *cells) for part in split(text)), default=0)
         table.add_column(
-            column.name,
+            Text(column.name),
             justify="right" if column.figures else "left",
             no_wrap=not column.breaks,
             min_width=longest if column.figures or not column.breaks else min(longest, _LEAST_TEXT),

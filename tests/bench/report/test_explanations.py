@@ -173,6 +173,14 @@ def test_the_output_is_explained_in_the_words_of_its_cells() -> None:
     assert "WRONG (" in speeds(wrong).columns[-1].about
 
 
+def test_names_in_headings_are_text() -> None:
+    """Guards against an arm whose name ends `specdecode history`, or loses its brackets."""
+    grid = Grid([Column("lookup[fast] over ar"), Column("[/x] over ar", breaks=True)], [["1.00", "2.00"]])
+    text = console_text(lambda console: console.print(rich_table(grid)), False, "utf-8")
+    assert "lookup[fast] over ar" in text
+    assert "[/x] over ar" in text
+
+
 def test_a_terminal_has_one_paragraph_and_a_comment_explains_its_few_columns() -> None:
     """Guards against a table lost in text, and a comment with no room left for verdicts."""
     run = scored_run(SPEEDUPS)
