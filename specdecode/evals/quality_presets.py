@@ -104,12 +104,16 @@ def quality_preset(name: str) -> QualityPreset:
     for key, grid, kinds in (("needle", needle, _NEEDLE_KINDS), ("tasks", tasks, _TASK_KINDS)):
         if grid is not None:
             check_table(f"{where}, {key}", grid, kinds, required=kinds)
+    if tasks is not None and tasks["max_new_tokens"] < 1:
+        raise ValueError(f"{where}, tasks: max_new_tokens is {tasks['max_new_tokens']}: give 1 or more")
     preset = QualityPreset(
         **content,
         needle=None if needle is None else NeedleGrid(**needle),
         tasks=None if tasks is None else TaskGrid(**tasks),
     )
-    named = {entry["control"] for entry in preset.arms.values() if "control" in entry}
+    controls = {arm: entry["control"] for arm, entry in preset.arms.items() if "control" in entry}
+    check_table(f"{where}, control", controls, dict.fromkeys(controls, STRING))
+    named = set(controls.values())
     for grid in (preset.needle, preset.tasks):
         named |= set(grid.arms if grid else ())
     if unknown := sorted(named - preset.arms.keys()):

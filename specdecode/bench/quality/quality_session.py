@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 from specdecode.bench.measure.journal import Journal, source_digest
 from specdecode.bench.quality.plan import QualityPlan
 from specdecode.core.errors import UnsupportedModelError
+from specdecode.decoding.request import Request
 from specdecode.evals.answers import Problem, answer, problems
 from specdecode.evals.data import NotAtHandError, documents, token_prompts
 from specdecode.evals.margins import MarginCheck, check_margins
-from specdecode.evals.needle import bury, look_for
+from specdecode.evals.needle import Needle, bury, look_for
 from specdecode.evals.perplexity import DecodePath, TokenScores, compare
-from specdecode.evals.quality_presets import QualityPreset, make_decode_path, read_arm
+from specdecode.evals.quality_presets import NeedleGrid, QualityPreset, make_decode_path, read_arm
 from specdecode.evals.results import (
     REFERENCE,
     Answer,
@@ -71,7 +72,7 @@ class _Work:
         paths: the decode path of each arm, except INT8 arms that cannot be built here.
         texts: tokens of each document, by its id.
         origins: origins of the documents.
-        needles: for each needle, its arm, the length of its text, and its depth.
+        needles: pairs of an arm and a needle that it looks for.
         problems: problems of all tasks.
         questions: pairs of a problem and the arm that answers it, which may be the reference.
         tasks: entry of the run's header about tasks; None without tasks.
@@ -83,7 +84,7 @@ class _Work:
     paths: dict[str, DecodePath]
     texts: dict[str, list[int]]
     origins: list[str]
-    needles: list[tuple[str, int, float]]
+    needles: list[tuple[str, Needle]]
     problems: list[Problem]
     questions: list[tuple[Problem, str]]
     tasks: TasksHeader | None
@@ -142,15 +143,13 @@ def measure(plan: QualityPlan, selected: Collection[str]) -> JudgedQualityRun:
     journal = Journal(plan.journal, session_values, plan.resume)
     pieces = Pieces(journal)
     document_tokens = sum(len(work.paths) * (len(tokens) - 1) for tokens in work.texts.values())
-    all_tokens = document_tokens + sum(length for _, length, _ in work.needles)
+    all_tokens = document_tokens + sum(needle.length for _, needle in work.needles)
     with progress("tokens") as show:
         if plan.resume:
             count = len(work.texts) + len(work.needles) + len(work.questions)
             show(0, 1, f"resuming: {len(pieces)} of {count} pieces are there")
         read = _read_documents(plan, work, pieces, lambda done, doing: show(done, all_tokens, doing))
-        needles = _look_for_needles(
-            plan, work, pieces, lambda done, doing: show(document_tokens + done, all_tokens, doing)
-        )
+        needles = _look_for_needles(work, pieces, lambda done, doing: show(document_tokens + done, all_tokens, doing))
     answers = _answers(plan, work, pieces)
     run = QualityRun(header, work.arms, read, needles, answers, datetime.now(timezone.utc).isoformat())
     write_whole(plan.file, write(run))
@@ -180,12 +179,24 @@ def _load(plan: QualityPlan, selected: Collection[str]) -> _Work:
         raise ValueError("; ".join(unread))
     for sentence in unread:
         note(f"specdecode: {sentence}")
-    grid = preset.needle
-    needles = list(product([arm for arm in grid.arms if arm in paths], grid.lengths, grid.depths)) if grid else []
+    needles = _bury_needles(preset.needle, paths, target) if preset.needle else []
     all_problems, tasks = _problems(preset, arms, target)
     asked = [arm for arm in paths if preset.tasks and arm in preset.tasks.arms]
     questions = list(product(all_problems, [REFERENCE, *asked])) if asked else []
     return _Work(arms, target, reference, paths, texts, origins, needles, all_problems, questions, tasks)
+
+
+def _bury_needles(grid: NeedleGrid, paths: Mapping[str, DecodePath], target: LM) -> list[tuple[str, Needle]]:
+    """Return the pairs of an arm and a needle that it looks for."""
+    seekers = [arm for arm in grid.arms if arm in paths]
+    if not seekers:
+        return []
+    haystack = [sample.text for sample in documents(grid.corpus)[0]]
+    needles = [bury(target, haystack, length, depth) for length, depth in product(grid.lengths, grid.depths)]
+    for arm, needle in product(seekers, needles):
+        # Raises if the context cannot hold the needle.
+        Request(target, needle.prompt, policy=paths[arm].policy, max_new_tokens=len(needle.answer))
+    return list(product(seekers, needles))
 
 
 def _problems(preset: QualityPreset, arms: Collection[str], target: LM) -> tuple[list[Problem], TasksHeader | None]:
@@ -245,24 +256,19 @@ def _read_document(
     return {"reference": _rounded(losses.tolist()), "arms": {arm: _plain(of_arm) for arm, of_arm in scores.items()}}
 
 
-def _look_for_needles(
-    plan: QualityPlan, work: _Work, pieces: Pieces, tell: Callable[[int, str], None]
-) -> list[NeedleTrial]:
+def _look_for_needles(work: _Work, pieces: Pieces, tell: Callable[[int, str], None]) -> list[NeedleTrial]:
     """Look for each needle. `tell` gets the number of tokens read and the needle's id."""
-    if plan.preset.needle is None or not work.needles:
-        return []
-    haystack = [sample.text for sample in documents(plan.preset.needle.corpus)[0]]
     trials, done = [], 0
-    for arm, length, depth in work.needles:
-        name = f"needle {arm} {length} {depth}"
+    for arm, needle in work.needles:
+        name = f"needle {arm} {needle.length} {needle.depth}"
 
-        def look(arm: str = arm, length: int = length, depth: float = depth) -> dict[str, Any]:
-            outcome = look_for(work.paths[arm], bury(work.target, haystack, length, depth))
-            return asdict(NeedleTrial(arm, length, depth, **asdict(outcome)))
+        def look(arm: str = arm, needle: Needle = needle) -> dict[str, Any]:
+            outcome = look_for(work.paths[arm], needle)
+            return asdict(NeedleTrial(arm, needle.length, needle.depth, **asdict(outcome)))
 
         tell(done, name)
         trials.append(pieces.get(name, NeedleTrial, look))
-        done += length
+        done += needle.length
         tell(done, name)
     return trials
 

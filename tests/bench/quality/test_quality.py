@@ -315,6 +315,11 @@ def test_an_arm_that_cannot_be_is_told(entry: dict[str, Any], reason: str) -> No
         ('texts = "prose"\nk = 3\n[arms]\nfull = 31', "arms: full is 31: it must be a table"),
         ('texts = "prose"\nk = 3\nwindow = "512"\n[arms]', "window is '512': it must be a whole number"),
         ('texts = "prose"\nk = 3\n[arms]\na = { control = "b" }', "has no arm 'b'"),
+        ('texts = "prose"\nk = 3\n[arms]\na = { control = ["b"] }', r"control: a is \['b'\]: it must be a string"),
+        (
+            'texts = "prose"\nk = 3\n[arms]\n[tasks]\narms = []\nmax_new_tokens = 0\nproblems = { gsm8k = 1 }',
+            "tasks: max_new_tokens is 0: give 1 or more",
+        ),
         ('texts = "prose"\nk = 3\n[arms]\na = {}\n[tasks]\narms = ["a"]', "tasks lacks problems, max_new_tokens"),
         (
             'texts = "prose"\nk = 3\n[arms]\n[tasks]\narms = ["b"]\nmax_new_tokens = 1\nproblems = { gsm8k = 1 }',
@@ -404,6 +409,29 @@ def test_a_session_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
     assert again.run == whole.run
     assert len(calls) == 3 + 6
     assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    ("needle", "reason"),
+    [
+        ({"corpus": "pros"}, "no data set is named 'pros'"),
+        ({"corpus": "pg-19"}, "pg-19 is not available"),
+        ({"depths": [0.5, 2]}, "depth is 2"),
+        ({"lengths": [300, 5]}, "no needle can be put into 5 tokens"),
+        ({"lengths": [4000]}, "but the context of shape:tiny holds"),
+    ],
+)
+@pytest.mark.usefixtures("_no_hub")
+def test_a_wrong_needle_is_told_before_the_documents_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needle: dict[str, Any], reason: str
+) -> None:
+    """Guards against minutes of reading that end at a name that is misspelt."""
+    monkeypatch.setattr(quality, "compare", None)
+    right = plan(tmp_path)
+    assert right.preset.needle is not None
+    wrong = replace(right, preset=replace(right.preset, needle=replace(right.preset.needle, **needle)))
+    with pytest.raises(ValueError, match=reason):
+        quality.measure(wrong, {"full"})
 
 
 @pytest.mark.usefixtures("_no_hub")
