@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from specdecode.bench.arms.keys import loss_settings
@@ -211,8 +211,7 @@ def notes(run: RunFile) -> list[str]:
     if run.header.roofline:
         sentences.append(f"The roofline is {run.header.roofline:.0f} tokens/s.")
     peers = {arm: record.against for arm, record in run.arms.items() if record.against}
-    if compared := {arm: peer for arm, peer in peers.items() if run.log_speedups(arm, over=peer)}:
-        ratios = "; ".join(f"{arm} over {peer} {run.speedup(arm, over=peer)}" for arm, peer in compared.items())
+    if ratios := _ratios(run, peers):
         sentences.append(f"Against transformers, same draft and settings: {ratios}.")
     if stronger := _strongest_plain(run):
         sentences.append(stronger)
@@ -224,10 +223,19 @@ def notes(run: RunFile) -> list[str]:
             " the replay sets."
         )
     bases = {arm: base for arm in run.arms if (base := plain(run, arm)) is not None}
-    if bases := {arm: base for arm, base in bases.items() if run.log_speedups(arm, over=base)}:
-        ratios = "; ".join(f"{arm} over {base} {run.speedup(arm, over=base)}" for arm, base in bases.items())
+    if ratios := _ratios(run, bases):
         sentences.append(f"Against plain decoding with the same loss: {ratios}.")
     return sentences + [f"Beware: {warning}." for warning in run.header.warnings]
+
+
+def _ratios(run: RunFile, others: Mapping[str, str]) -> str:
+    """Return the speed of each arm over another one's, by the arm's name; without arms whose times are void."""
+    known = {arm: other for arm, other in others.items() if run.log_speedups(arm, over=other)}
+    return "; ".join(
+        f"{arm} over {other} {run.speedup(arm, over=other)}"
+        for arm, other in known.items()
+        if not (run.arms[arm].faulty or run.arms[other].faulty)
+    )
 
 
 def _strongest_plain(run: RunFile) -> str:
@@ -235,7 +243,8 @@ def _strongest_plain(run: RunFile) -> str:
 
     A speedup over the weaker one alone would say too much.
     """
-    speeds = {arm: run.speedup(arm, over=run.header.baseline).value for arm in run.arms}
+    right = [arm for arm, record in run.arms.items() if not record.faulty]
+    speeds = {arm: run.speedup(arm, over=run.header.baseline).value for arm in right}
     speeds = {arm: speed for arm, speed in speeds.items() if math.isfinite(speed)}
     peers = [arm for arm in speeds if run.arms[arm].options.get("peer") in _PLAIN_PEERS]
     ours = [arm for arm in speeds if not (run.arms[arm].peer or run.arms[arm].lossy)]
@@ -301,6 +310,11 @@ def failing_first(judgements: Sequence[Judgement]) -> list[Judgement]:
 def label(run: RunFile, arm: str) -> str:
     """Return the arm's name, with a mark if its results are synthetic."""
     return f"{arm} (synthetic)" if run.arms[arm].synthetic else arm
+
+
+def marked(run: RunFile, arm: str) -> str:
+    """Return the label, with WRONG or FAILED if its times are void: for tables without a column of `outputs`."""
+    return f"{label(run, arm)}, {outputs(run, arm)}" if run.arms[arm].faulty else label(run, arm)
 
 
 def outputs(run: RunFile, arm: str) -> str:

@@ -93,7 +93,7 @@ def whole_report(file: str) -> str:
 
 def _headline(run: RunFile, judgements: Sequence[Judgement], failing: int, gate: str) -> str:
     """Return a line that says whether the run passes and counts its verdicts."""
-    wrong = [arm for arm, record in run.arms.items() if record.bugs or record.failure]
+    wrong = [arm for arm, record in run.arms.items() if record.faulty]
     faults = f" **Wrong outputs, or none:** {as_markdown(named(wrong))}." if wrong else ""
     if not judgements:
         return f"**Nothing was judged.**{faults}"
@@ -134,7 +134,7 @@ def _speeds(run: RunFile, judgements: Sequence[Judgement]) -> Grid:
     """Build one row for each arm. If the table must be cut, arms with important verdicts come first."""
     changes = {judged.arm: judged.change for judged in judgements if judged.change is not None}
     ranked = dict.fromkeys(judged.arm for judged in failing_first(judgements) if judged.verdict is not Verdict.PASS)
-    faulty = [arm for arm, record in run.arms.items() if record.bugs or record.failure]
+    faulty = [arm for arm, record in run.arms.items() if record.faulty]
     if len(run.arms) > _MOST_ROWS:
         order = [arm for arm in dict.fromkeys([run.header.baseline, *faulty, *ranked, *run.arms]) if arm in run.arms]
     else:

@@ -94,9 +94,9 @@ class Contest:
 
     @property
     def peers(self) -> list[str]:
-        """Return the arms of transformers; none if servers are compared."""
+        """Return the arms of transformers with right outputs; none if servers are compared."""
         served = any("server" in self.run.arms[arm].options for arm in self.arms)
-        return [] if served else [arm for arm, record in self.run.arms.items() if record.peer]
+        return [] if served else [arm for arm, record in self.run.arms.items() if record.peer and not record.faulty]
 
     @property
     def floor(self) -> float:

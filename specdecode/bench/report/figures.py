@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from specdecode.bench.report.captions import drafts, label, loops, title
+from specdecode.bench.report.captions import drafts, label, loops, outputs, title
 from specdecode.bench.report.drawing import (
     BAND,
     COLUMN,
@@ -133,13 +133,13 @@ def comprehensive(run: RunFile) -> Figure | str:
 
 
 def methods(run: RunFile) -> Figure | str:
-    """Draw a bar for each arm: its speedup with the interval; and the A/A floor."""
+    """Draw a bar for each arm: its speedup with the interval; and the A/A floor. Void times have no bar."""
     speedups = _speedups(run)
     if not speedups:
-        return f"no arm except {run.header.baseline} has a time"
-    wrong = [arm for arm, record in run.arms.items() if record.bugs and arm not in speedups]
+        return _no_speedups(run)
     order = sorted(speedups, key=lambda arm: speedups[arm].value)
-    drawn = figure(COLUMN, 4.0 * len(order + wrong) + 16)
+    listed = [*order, *_void(run)]
+    drawn = figure(COLUMN, 4.0 * len(listed) + 16)
     axes, styles = drawn.subplots(), looks(run)
     beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
     beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
@@ -149,10 +149,8 @@ def methods(run: RunFile) -> Figure | str:
         axes.barh(place, speedup.value, 0.68, label=arm, linewidth=0.8, **styles[arm].bars)
         axes.errorbar(speedup.value, place, xerr=sides([speedup]), color="black", elinewidth=0.8, capsize=1.5)
         axes.annotate(f"{speedup.value:.2f}", (speedup.high, place), **beside)
-    for place, _ in enumerate(wrong, len(order)):
-        axes.annotate("output WRONG", (0, place), **beside)
-    axes.set_yticks(range(len(order + wrong)), [_marked(run, arm) for arm in order + wrong])
-    axes.set(xlim=(0, 1.22 * max(speedup.high for speedup in speedups.values())), ylim=(-0.7, len(order + wrong) - 0.3))
+    axes.set_yticks(range(len(listed)), [_marked(run, arm) for arm in listed])
+    axes.set(xlim=(0, 1.22 * max(speedup.high for speedup in speedups.values())), ylim=(-0.7, len(listed) - 0.3))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(text(f"speedup over {run.compared_with}"))
     return drawn
@@ -246,14 +244,14 @@ def acceptance_by_position(run: RunFile) -> Figure | str:
 
 
 def quality_against_speed(run: RunFile) -> Figure | str:
-    """Draw the share of tokens before an output first differs from ar's, against speed. Later tokens do not count."""
+    """Draw the share of tokens before an output first differs from the reference arm's, against speed."""
     points = {}
     for arm in _right(run):
         measures = run.measures(arm)
         if measures.agreement is not None and measures.speedup is not None:
             points[arm] = measures.speedup, 100 * measures.agreement
     if not any(run.arms[arm].lossy for arm in points):
-        return "no lossy arm was compared with ar's output"
+        return f"no lossy arm was compared with {run.compared_with}'s output"
     drawn = figure(PAGE, 85)
     axes, styles, entries = drawn.subplots(), looks(run), {}
     looping = {arm for arm in points if loops(run, arm)}
@@ -268,9 +266,10 @@ def quality_against_speed(run: RunFile) -> Figure | str:
     (around,) = axes.plot(*zip(*corners, strict=True), zorder=1, **line)
     axes.set_xlim(left, right)
     axes.set_xlabel(text(f"speedup over {run.compared_with}"))
-    axes.set_ylabel("tokens before the output differs from ar's, %")
+    axes.set_ylabel(f"tokens before the output differs from {text(run.compared_with)}'s, %")
     hollow = {"hollow: text loops": {"color": "0.35", "marker": "o", "fillstyle": "none", "linestyle": "none"}}
-    legend(drawn, entries | {"Pareto front": line} | (hollow if looping else {}))
+    void = {f"{outputs(run, arm)}: {label(run, arm)}": {"linestyle": "none"} for arm in _void(run)}
+    legend(drawn, entries | {"Pareto front": line} | (hollow if looping else {}) | void)
     label_points(axes, {text(label(run, arm)): points[arm] for arm in [*front[::-1], *points]}, around)
     return drawn
 
@@ -280,7 +279,10 @@ def by_task(run: RunFile) -> Figure | str:
     if len(run.tasks) < 2:
         return "the run has only one task"
     arms = list(_speedups(run))[::-1]
-    drawn, panels = panels_of(len(run.tasks), 3.6 * len(arms) + 10)
+    if not arms:
+        return _no_speedups(run)
+    listed = [*arms, *_void(run)]
+    drawn, panels = panels_of(len(run.tasks), 3.6 * len(listed) + 10)
     styles = looks(run)
     for axes, (task, prompts) in zip(panels, run.tasks.items(), strict=True):
         part = run.with_prompts(prompts)
@@ -293,7 +295,8 @@ def by_task(run: RunFile) -> Figure | str:
         words = [*filter(None, [text(task)]), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"]
         # Titles stand side by side, so a long one would overlap the next.
         axes.set_title((", " if len(", ".join(words)) <= _TITLE_LETTERS else ",\n").join(words))
-        axes.set_yticks(range(len(arms)), [_marked(run, arm) for arm in arms])
+        axes.set_yticks(range(len(listed)), [_marked(run, arm) for arm in listed])
+        axes.set_ylim(-0.7, len(listed) - 0.3)
     name_axes(panels, text(f"speedup over {run.compared_with}"), "")
     return drawn
 
@@ -313,15 +316,24 @@ FIGURES: dict[str, Callable[[RunFile], Figure | str]] = {
 
 
 def _right(run: RunFile) -> list[str]:
-    """Return the arms with results."""
-    return [arm for arm, record in run.arms.items() if record.rows]
+    """Return the arms with results, all of whose outputs were right."""
+    return [arm for arm, record in run.arms.items() if record.rows and not record.faulty]
+
+
+def _void(run: RunFile) -> list[str]:
+    """Return the arms whose times are void, which are named and not drawn."""
+    return [arm for arm, record in run.arms.items() if record.faulty]
 
 
 def _speedups(run: RunFile) -> dict[str, Estimate]:
-    """Return the speedups of all arms that have one, except the run's reference arm at any concurrency."""
-    arms = [arm for arm in run.arms if arm != run.header.baseline and not scales(run, arm)]
+    """Return the known speedups of arms with right outputs, except the run's reference arm at any concurrency."""
+    arms = [arm for arm in _right(run) if arm != run.header.baseline and not scales(run, arm)]
     speedups = {arm: run.speedup(arm) for arm in arms}
     return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
+
+
+def _no_speedups(run: RunFile) -> str:
+    return f"no arm except {run.header.baseline} has a time"
 
 
 def _floor(run: RunFile, span: Callable[..., object], line: Callable[..., object]) -> None:
@@ -411,9 +423,10 @@ def _ways(run: RunFile, arms: Iterable[str], keys: Sequence[str], none: str) -> 
 
 
 def _marked(run: RunFile, arm: str) -> str:
-    """Return the name of an arm, with marks if it is synthetic, lossy or looping."""
+    """Return the name of an arm, with marks if it is synthetic, lossy or looping, or if its times are void."""
     record = run.arms[arm]
-    return ", ".join([text(label(run, arm)), *["lossy"] * record.lossy, *["loops"] * loops(run, arm)])
+    void = [outputs(run, arm)] * record.faulty
+    return ", ".join([text(label(run, arm)), *["lossy"] * record.lossy, *["loops"] * loops(run, arm), *void])
 
 
 def how_drawn(run: RunFile, arm: str) -> str:

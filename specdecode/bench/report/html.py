@@ -129,7 +129,7 @@ def lossless_speedups(run: RunFile) -> dict[str, Estimate]:
     speedups = {
         arm: run.speedup(arm)
         for arm, record in run.arms.items()
-        if arm != run.header.baseline and not record.bugs and not record.lossy and not scales(run, arm)
+        if arm != run.header.baseline and not record.faulty and not record.lossy and not scales(run, arm)
     }
     return {arm: speedup for arm, speedup in speedups.items() if math.isfinite(speedup.value)}
 
@@ -213,7 +213,7 @@ def _speeds(run: RunFile, looks: Mapping[str, Style]) -> list[Element]:
         chart = interval(f"{arm} over {run.baseline_of(arm)}", speedups[arm], predicted[arm], floor, scale, looks[arm])
         row = [element("th", swatch(looks[arm]), name, scope="row", title=name), element("td", chart, class_="plot")]
         row += [pair(column.name, value) for column, value in zip(grid.columns[1:-1], values, strict=True)]
-        kind, sign = ("bad", "✗") if run.arms[arm].bugs or run.arms[arm].failure else ("good", "✓")
+        kind, sign = ("bad", "✗") if run.arms[arm].faulty else ("good", "✓")
         rows.append(
             element(
                 "tr", *row, element("td", element("span", f"{sign}\N{NO-BREAK SPACE}{output}", class_=f"chip {kind}"))
@@ -303,12 +303,15 @@ def _history(run: RunFile, past: History, looks: Mapping[str, Style]) -> list[El
 
 
 def _courses(run: RunFile, runs: Sequence[RunFile], looks: Mapping[str, Style]) -> list[Element]:
-    """Return a card for each arm: its speedup in each run."""
-    speedups = {arm: [then.speedup(arm) if arm in then.arms else UNKNOWN for then in runs] for arm in run.arms}
+    """Return a card for each arm: its speedup in each run with right outputs."""
+    speedups = {
+        arm: [then.speedup(arm) if arm in then.arms and not then.arms[arm].faulty else UNKNOWN for then in runs]
+        for arm in run.arms
+    }
     known = {arm: [s for s in of_arm if math.isfinite(s.value)] for arm, of_arm in speedups.items()}
     # All plots span the same ratio, each around its own middle, so equal changes are equally tall.
     spans = (max(s.high for s in of_arm) / min(s.low for s in of_arm) for of_arm in known.values() if of_arm)
-    least = math.log(max(spans))
+    least = math.log(max(spans, default=1.0))
     return [
         card(
             [swatch(looks[arm]), label(run, arm)],

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from specdecode.bench.gate.history import History
 from specdecode.bench.gate.verdicts import Judgement
-from specdecode.bench.report.captions import cells, columns, command, label, notes, one_line, title
+from specdecode.bench.report.captions import (
+    cells,
+    columns,
+    command,
+    label,
+    notes,
+    one_line,
+    output_column,
+    outputs,
+    title,
+)
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.load import by_concurrency, losses
 from specdecode.bench.report.tables import details, speeds, surroundings, verdicts
@@ -37,11 +47,12 @@ def latex(
 
 
 def latex_table_1(run: RunFile) -> str:
-    """Return the study's first table: the speed and the KV size of every method."""
+    """Return the study's first table: the speed, the KV size and the check of the outputs of every method."""
     measured = ["throughput", "speedup", "mean_acceptance_length", "acceptance_rate", "ttft_s", "tpot_s"]
     measured.append("peak_cache_bytes")
-    rows = [[label(run, arm), *cells(run, arm, measured)] for arm in run.arms]
-    grid = Grid([Column("method", figures=False), *columns(run, measured)], rows)
+    rows = [[label(run, arm), *cells(run, arm, measured), outputs(run, arm)] for arm in run.arms]
+    heads = [Column("method", figures=False), *columns(run, measured), output_column(run, run.arms)]
+    grid = Grid(heads, rows)
     return f"{PACKAGES}\n\n{latex_table(grid, f'{title(run)}. {grid.explanations}')}\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from specdecode.bench.report.captions import cells, columns
+from specdecode.bench.report.captions import cells, columns, output_column, outputs
 from specdecode.bench.report.grid import Column, Grid
 from specdecode.bench.report.palette import base_name, concurrency, settings
 from specdecode.bench.runs.records import RunFile
@@ -29,14 +29,15 @@ def scales(run: RunFile, arm: str) -> bool:
 def gains(run: RunFile) -> dict[str, dict[int, Estimate]]:
     """Return the speedups of each drafting arm by concurrency, over its reference arm at the same concurrency.
 
-    A speedup is nan without a correct output, or without such a reference arm.
+    A speedup is nan if an output was wrong, if the arm failed, or without such a reference arm.
     """
     by_family = {}
     for name, arms in families(run).items():
         compared = {number: arm for number, arm in arms.items() if _is_compared(run, arm)}
         if compared:
             by_family[name] = {
-                number: run.speedup(arm) if number in compared else UNKNOWN for number, arm in arms.items()
+                number: run.speedup(arm) if number in compared and not run.arms[arm].faulty else UNKNOWN
+                for number, arm in arms.items()
             }
     return by_family
 
@@ -50,14 +51,15 @@ def _is_compared(run: RunFile, arm: str) -> bool:
 def by_concurrency(run: RunFile) -> Grid:
     """Build one row for each arm and concurrency; none if no arms differ only in concurrency."""
     measured = ["throughput", "speedup", "mean_acceptance_length", "ttft_s", "ttft_p95_s", "tpot_s", "tpot_p95_s"]
-    rows = [
-        [f"{name} (synthetic)" if run.arms[arm].synthetic else name, str(number), *cells(run, arm, measured)]
-        for name, arms in families(run).items()
-        for number, arm in arms.items()
-    ]
+    rows, listed = [], []
+    for name, arms in families(run).items():
+        for number, arm in arms.items():
+            named = f"{name} (synthetic)" if run.arms[arm].synthetic else name
+            rows.append([named, str(number), *cells(run, arm, measured), outputs(run, arm)])
+            listed.append(arm)
     about = "prompts at a time; a drafting arm is compared with its reference arm at the same concurrency"
     heads = [Column("arm", figures=False), Column("concurrency", about=about)]
-    return Grid([*heads, *columns(run, measured)], rows)
+    return Grid([*heads, *columns(run, measured), output_column(run, listed)], rows)
 
 
 def losses(run: RunFile) -> list[str]:

@@ -92,8 +92,8 @@ def is_hopeless(run: RunFile, arm: str) -> bool:
     """
     arms, _ = _contestants(run)
     record = run.arms[arm]
-    if record.failure or record.bugs or arm not in arms or {"policy", "server"} & record.options.keys():
-        return bool(record.failure or record.bugs)
+    if record.faulty or arm not in arms or {"policy", "server"} & record.options.keys():
+        return record.faulty
     ours = [other for other in arms if "server" not in run.arms[other].options]
     return len(record.rows) >= _LEAST_TO_DROP and Contest(run, ours).over(arm, BASELINE).high < 1.0
 

@@ -100,9 +100,9 @@ class Modelled:
 def modelled(run: RunFile) -> dict[str, list[Modelled]]:
     """Return the chain arms of a run that differ only in K, by the name that they share, sorted by K.
 
-    Arms without a correct output are left out. Files without settings or rejections have no such arms.
+    Arms without right outputs are left out. Files without settings or rejections have no such arms.
     """
-    arms = [arm for arm, record in run.arms.items() if _is_chain(run, arm) and record.rows and not record.bugs]
+    arms = [arm for arm, record in run.arms.items() if _is_chain(run, arm) and record.rows and not record.faulty]
     families = {}
     for family in alike(run, arms, "k"):
         family = sorted(family, key=lambda arm: run.arms[arm].options["k"])

@@ -59,7 +59,7 @@ def speed_entry(run: RunFile, judgements: Sequence[Judgement]) -> Entry:
     identity = run.header.identity
     counts = Counter(judged.verdict for judged in failing_first(judgements))
     chips = [Chip(SIGNS[verdict][0], f"{SIGNS[verdict][1]} {n} {verdict.value}") for verdict, n in counts.items()]
-    if wrong := sum(bool(record.bugs or record.failure) for record in run.arms.values()):
+    if wrong := sum(record.faulty for record in run.arms.values()):
         chips.insert(0, Chip("bad", f"✗ {wrong} arm{'s' if wrong > 1 else ''} without a right output"))
     lossless = lossless_speedups(run)
     best = fastest(lossless)

@@ -18,6 +18,7 @@ from specdecode.bench.report.captions import (
     drafts,
     failing_first,
     label,
+    marked,
     notes,
     one_line,
     output_column,
@@ -70,7 +71,7 @@ def by_part(run: RunFile) -> Grid:
         part = run.with_prompts(prompts).at(length)
         for arm in part.arms:
             if part.arms[arm].rows:
-                about = [task, str(len(prompts)), str(length), label(part, arm)]
+                about = [task, str(len(prompts)), str(length), marked(part, arm)]
                 rows.append([*about, *cells(part, arm, known)])
     return Grid(heads, rows)
 
@@ -120,7 +121,7 @@ def limits(run: RunFile) -> Grid:
     rows = []
     for arm, shares in splits.items():
         factors = [f"{math.exp(-shares[cause]):.2f}" if cause in shares else "" for cause in causes]
-        rows.append([label(run, arm), *factors, f"{math.exp(-sum(shares.values())):.2f}"])
+        rows.append([marked(run, arm), *factors, f"{math.exp(-sum(shares.values())):.2f}"])
     about = "factors of the speedup over the reference arm, of all tokens together; 0.80 costs a fifth of the speed"
     heads = [Column("what limits it", figures=False, about=about)]
     heads += [Column(cause, about=_CAUSES.get(cause, "")) for cause in causes]
@@ -159,10 +160,17 @@ def past_speedups(run: RunFile, past: History) -> Grid:
     heads = [Column("date", False, about=about), Column("commit", False), Column("reason", False, about=BLESSED)]
     rows = [
         [then.date, then.commit, then.reason if then is not run else "this run"]
-        + [f"{then.speedup(arm)}" if arm in then.arms and then.arms[arm].rows else "" for arm in run.arms]
+        + [_past_speedup(then, arm) if arm in then.arms else "" for arm in run.arms]
         for then in past.until(run)
     ]
     return Grid([*heads, *(Column(label(run, arm)) for arm in run.arms)], rows)
+
+
+def _past_speedup(run: RunFile, arm: str) -> str:
+    """Return the speedup, WRONG or FAILED if the arm's times are void, or "" if it has none."""
+    if run.arms[arm].faulty:
+        return outputs(run, arm)
+    return f"{run.speedup(arm)}" if run.arms[arm].rows else ""
 
 
 def surroundings(run: RunFile) -> list[Grid]:

@@ -198,6 +198,11 @@ class ArmRecord:
     left_out: int = 0
 
     @property
+    def faulty(self) -> bool:
+        """Return whether it failed to decode, or an output was wrong: then its times are void."""
+        return bool(self.bugs or self.failure)
+
+    @property
     def most_repeats(self) -> int:
         """Return the number of repeats, on the prompt with the most."""
         return max((len(row.repeats) for row in self.rows.values()), default=1)
@@ -256,8 +261,7 @@ class RunFile:
     @property
     def lengths(self) -> list[int]:
         """Return the output lengths for `at`, the full length last."""
-        shorter = {length for record in self.arms.values() for length in record.shorter}
-        return [*sorted(shorter), self.header.max_new_tokens]
+        return [*sorted({at for record in self.arms.values() for at in record.shorter}), self.header.max_new_tokens]
 
     @property
     def tasks(self) -> dict[str, list[str]]:
@@ -283,9 +287,7 @@ class RunFile:
         outputs = {prompt: output for prompt, output in self.header.outputs.items() if prompt in prompts}
         arms = {
             arm: replace(
-                record,
-                rows=chosen(record.rows),
-                shorter={length: chosen(rows) for length, rows in record.shorter.items()},
+                record, rows=chosen(record.rows), shorter={at: chosen(rows) for at, rows in record.shorter.items()}
             )
             for arm, record in self.arms.items()
         }

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -173,6 +174,24 @@ def test_the_output_is_explained_in_the_words_of_its_cells() -> None:
     assert "WRONG (" in speeds(wrong).columns[-1].about
 
 
+@pytest.mark.parametrize(("fault", "word"), [({"bugs": 1}, "WRONG"), ({"failure": "it died"}, "FAILED")])
+def test_void_times_are_marked_in_every_table_and_in_no_note(fault: dict[str, Any], word: str) -> None:
+    """Guards against a fast time of a wrong output in a table that does not say so."""
+    old = whole_sweep()
+    run = replace(old, arms=old.arms | {arm: replace(old.arms[arm], **fault) for arm in ("linear-k4", "hf-assisted")})
+    assert {row[3] for row in by_part(run).rows if row[3].startswith("linear-k4")} == {f"linear-k4, {word}"}
+    assert f"linear-k4, {word}" in {row[0] for row in limits(run).rows}
+    assert by_model(run).rows == []
+    past = History([old], "one version")
+    place = list(run.arms).index("linear-k4") - len(run.arms)
+    assert [row[place] for row in past_speedups(run, past).rows] == [f"{old.speedup('linear-k4')}", word]
+    page = document("title", section(run, "title", "by", [], past))
+    (course,) = re.findall("Speedup of linear-k4 over ar, run by run</title><desc>(.*?)</desc>", page)
+    assert course.count("[") == 1
+    assert "linear-k2 over hf-assisted" in " ".join(notes(old))
+    assert "over hf-assisted" not in " ".join(notes(run))
+
+
 def test_names_in_headings_are_text() -> None:
     """Guards against an arm whose name ends `specdecode history`, or loses its brackets."""
     grid = Grid([Column("lookup[fast] over ar"), Column("[/x] over ar", breaks=True)], [["1.00", "2.00"]])
@@ -223,6 +242,7 @@ def test_the_strongest_plain_decoding_is_named(
         arms["hf-compiled"] = speed_arm(compiled, {"peer": "generate-compiled"}, scatter=0.0)
     arms["lookup"] = speed_arm(lookup, {"drafter": "lookup"}, scatter=0.0)
     arms["lossy"] = speed_arm(9.0, {"drafter": "lookup", "policy": "sink-window", "cache": 8})
+    arms["wrong"] = speed_arm(9.0, {"drafter": "lookup", "k": 9}, bugs=1)
     for arm in ("hf-generate", "hf-compiled"):
         if arm in arms:
             arms[arm] = replace(arms[arm], peer=True)

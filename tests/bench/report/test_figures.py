@@ -19,7 +19,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from specdecode.bench.report.drawing import figure_bytes, looks
-from specdecode.bench.report.figures import draw
+from specdecode.bench.report.figures import FIGURES, draw
 from specdecode.bench.report.html import section
 from specdecode.bench.report.latex import latex_table_1
 from specdecode.bench.report.palette import COLOURS, METHODS, PLAIN
@@ -126,13 +126,24 @@ def test_every_method_has_its_bar_with_interval_and_floor() -> None:
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((math.exp(-0.03), math.exp(0.03)))
 
 
-def test_a_wrong_output_has_no_bar() -> None:
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [({"rows": {}, "shorter": {}, "bugs": 3}, "WRONG"), ({"bugs": 1}, "WRONG"), ({"failure": "it died"}, "FAILED")],
+    ids=str,
+)
+def test_void_times_are_named_and_not_drawn(fault: dict[str, Any], word: str) -> None:
     """Guards against a wrong output that is drawn as a fast one, or that is left out silently."""
-    arms = whole_sweep().arms | {"tree": dataclasses.replace(whole_sweep().arms["tree"], rows={}, shorter={}, bugs=3)}
-    (axes,) = figure_of(dataclasses.replace(whole_sweep(), arms=arms), "methods").axes
-    assert "tree" not in {bar.get_label() for bar in axes.containers}
-    assert "tree" in {label.get_text() for label in axes.get_yticklabels()}
-    assert "output WRONG" in {text.get_text() for text in axes.texts}
+    arms = whole_sweep().arms | {"linear-k4": dataclasses.replace(whole_sweep().arms["linear-k4"], **fault)}
+    run = dataclasses.replace(whole_sweep(), arms=arms)
+    figures = {name: figure_of(run, name) for name in ("methods", "by-task", "quality-against-speed", "comprehensive")}
+    for name, figure in figures.items():
+        artists = [artist for axes in figure.axes for artist in (*axes.lines, *axes.containers)]
+        assert "linear-k4" not in {artist.get_label() for artist in artists}, name
+    for name in ("methods", "by-task"):
+        assert f"linear-k4, {word}" in {label.get_text() for label in figures[name].axes[0].get_yticklabels()}
+    assert f"{word}: linear-k4" in {text.get_text() for text in texts(figures["quality-against-speed"])}
+    assert "no chain arms differ only in K" in str(FIGURES["speedup-by-k"](run))
+    assert not unreadable(figures["by-task"])
 
 
 def test_speedup_by_k_has_the_measurement_and_both_models() -> None:
@@ -211,6 +222,20 @@ def test_what_loops_is_hollow_and_the_front_is_what_nothing_beats() -> None:
     path = [tuple(map(float, point)) for point in front.get_xydata()]
     assert path[-len(corners) :] == [pytest.approx(corner) for corner in corners]
     assert path[0][1] == 100
+
+
+def test_the_reference_arm_is_named_as_it_is() -> None:
+    """Guards against shares of tokens that are read as those before an output differs from another arm's."""
+    renamed = sweep(ARMS, baseline="hf-generate")
+    other = whole_sweep().arms | {"lookup-int8": dataclasses.replace(whole_sweep().arms["lookup-int8"], baseline="ar")}
+    mixed = dataclasses.replace(renamed, arms=other)
+    for run, name in ((renamed, "hf-generate"), (mixed, "its reference arm")):
+        (axes,) = figure_of(run, "quality-against-speed").axes
+        assert axes.get_ylabel() == f"tokens before the output differs from {name}'s, %"
+        assert axes.get_xlabel() == f"speedup over {name}"
+    plain = sweep({arm: ARMS[arm] for arm in ("ar", "hf-generate")}, baseline="hf-generate")
+    assert FIGURES["quality-against-speed"](plain) == "no lossy arm was compared with hf-generate's output"
+    assert FIGURES["by-task"](sweep({"ar": ARMS["ar"]})) == "no arm except ar has a time"
 
 
 def test_long_names_of_tasks_stay_above_their_own_panel() -> None:
@@ -452,4 +477,8 @@ def test_table_1_has_every_method() -> None:
     measures, speedup = whole_sweep().measures("linear-k4"), whole_sweep().speedup("linear-k4")
     throughput = f"{measures.throughput:.1f} ± {measures.throughput_std:.1f}"
     assert rows["linear-k4"].startswith(f"linear-k4 & {throughput} & {speedup} & ")
-    assert rows["method"].count("&") == rows["linear-k4"].count("&") == 7
+    assert rows["method"].count("&") == rows["linear-k4"].count("&") == 8
+    for arm, output in (("linear-k4", "equal"), ("ar-128", "lossy 50\\%"), ("ar-64", "lossy 25\\% loops")):
+        assert rows[arm].endswith(f" & {output} \\\\")
+    wrong = {"linear-k4": dataclasses.replace(whole_sweep().arms["linear-k4"], bugs=1)}
+    assert " & WRONG \\\\" in latex_table_1(dataclasses.replace(whole_sweep(), arms=whole_sweep().arms | wrong))

@@ -84,7 +84,7 @@ def test_each_arm_has_a_row_for_each_concurrency() -> None:
     grid = by_concurrency(run)
     assert [column.name for column in grid.columns] == [
         *("arm", "concurrency", "tokens/s", "speedup over ar", "τ"),
-        *("TTFT ms", "TTFT p95 ms", "TPOT ms", "TPOT p95 ms"),
+        *("TTFT ms", "TTFT p95 ms", "TPOT ms", "TPOT p95 ms", "output"),
     ]
     rows = {(arm, number): values for arm, number, *values in grid.rows}
     assert list(rows) == [(arm, number) for arm in ("ar", "eagle") for number in ("1", "4", "16")]
@@ -93,7 +93,7 @@ def test_each_arm_has_a_row_for_each_concurrency() -> None:
     assert speedup == f"{run.speedup('eagle-c16', over='ar-c16')} over ar-c16"
     assert speedup.startswith("0.75 [")
     assert rows["eagle", "1"][1] == f"{run.speedup('eagle')}"
-    assert (tau, latencies) == ("2.00", ["160", "500", "32.0", "70.0"])
+    assert (tau, latencies) == ("2.00", ["160", "500", "32.0", "70.0", "equal"])
 
 
 def test_families_are_of_one_name_and_one_server() -> None:
@@ -132,14 +132,18 @@ def test_a_sentence_says_from_where_on_an_arm_loses(speedups: tuple[float, ...],
     assert curve(*speedups) == [f"x: {said}."]
 
 
-def test_what_has_nothing_to_compare_with_is_not_told_to_gain() -> None:
+@pytest.mark.parametrize("fault", [{"rows": {}, "bugs": 3}, {"bugs": 1}, {"failure": "its server died"}], ids=str)
+def test_what_has_nothing_to_compare_with_is_not_told_to_gain(fault: dict[str, Any]) -> None:
     """Guards against a gain of batching that is credited to drafts, and against the use of void times."""
     run = loaded(x=served(2.0, NGRAM), x_c32=served(9.0, NGRAM, 32))
     assert losses(run)[1:] == ["x: gains at 1; nothing is known at 32."]
-    arms = run.arms | {"eagle-c4": replace(run.arms["eagle-c4"], rows={}, bugs=3)}
-    wrong = losses(replace(run, arms=arms))[0]
-    assert wrong == "eagle: loses from 16 prompts at a time on; gains at 1; nothing is known at 4."
+    slow = loaded(x=served(0.5, NGRAM), x_c32=served(9.0, NGRAM, 32))
+    assert losses(slow)[1:] == ["x: loses at 1; nothing is known at 32."]
+    wrong = replace(run, arms=run.arms | {"eagle-c4": replace(run.arms["eagle-c4"], **fault)})
+    assert losses(wrong)[0] == "eagle: loses from 16 prompts at a time on; gains at 1; nothing is known at 4."
     assert "ar" not in gains(run)
+    outputs = {row[-1] for row in by_concurrency(wrong).rows if row[:2] == ["eagle", "4"]}
+    assert outputs == {"FAILED" if "failure" in fault else "WRONG"}
 
 
 def test_every_report_has_the_table_and_the_sentence() -> None:

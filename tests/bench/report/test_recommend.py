@@ -41,12 +41,13 @@ def of(advice: Advice, aim: str = THROUGHPUT) -> Recommendation:
 
 
 def test_the_fastest_is_recommended_with_what_it_beats() -> None:
-    """Guards against recommending a slower arm or a peer's arm, and against another arm's numbers."""
+    """Guards against recommending a slower arm or a peer's arm, and against another arm's numbers, or void ones."""
     run = speed_run(
         lookup=speed_arm(1.5, LOOKUP),
         linear=speed_arm(2.0, LINEAR),
         hf_generate=speed_arm(0.9, PLAIN),
         hf=speed_arm(2.5, ASSISTED),
+        hf_wrong=speed_arm(3.0, ASSISTED, bugs=1),
     )
     found = of(recommend(run))
     assert found.arm == "linear"
@@ -57,6 +58,7 @@ def test_the_fastest_is_recommended_with_what_it_beats() -> None:
     assert found.beats["lookup"].low < 4 / 3 < found.beats["lookup"].high
     assert (found.tied, found.settle) == ({}, "")
     assert "Transformers is faster: hf, 1.25 [" in found.reason
+    assert "hf-wrong" not in found.reason
 
 
 def test_what_is_not_told_apart_is_named_and_the_simplest_of_it_recommended() -> None:

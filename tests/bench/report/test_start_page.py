@@ -8,12 +8,15 @@ import re
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
 from specdecode.bench.gate.verdicts import judge
 from specdecode.bench.quality.quality_page import entry
+from specdecode.bench.report.elements import document
+from specdecode.bench.report.html import section
 from specdecode.bench.report.start_page import Chip, speed_entry
 from specdecode.bench.runs.file import parse
 from specdecode.bench.runs.names import margins_file
@@ -178,16 +181,18 @@ def test_a_run_of_quality_has_the_day_of_its_measurement(folder: Path, monkeypat
     assert dates == ["2026-03-01", "2026-01-01", "2025-12-24"]
 
 
-def test_an_entry_counts_only_what_is_lossless_and_right() -> None:
-    """Guards against a lossy or a wrong arm that is praised as the fastest."""
+@pytest.mark.parametrize("fault", [{"rows": {}, "bugs": 3}, {"bugs": 1}, {"failure": "its server died"}], ids=str)
+def test_an_entry_counts_only_what_is_lossless_and_right(fault: dict[str, Any]) -> None:
+    """Guards against a lossy, a wrong or a failed arm that is praised as the fastest."""
     content = run_content(SPEEDUPS)
     arms = content["specdecode"]["arms"]
     arms["linear"]["lossy"] = True
-    arms["hf-assisted"] |= {"rows": {}, "bugs": 3}
+    arms["hf-assisted"] |= fault
     run = parse(json.dumps(content), Path("run.json"))
     row = speed_entry(run, [])
     assert row.fastest.startswith("lookup 1.33 [")
     assert row.verdicts == [Chip("bad", "✗ 1 arm without a right output")]
+    assert Page(document("title", section(run, "title", "", []))).text.count("1.33 times ar") == 1
     assert speed_entry(parse(json.dumps(run_content({"ar": 1.0, "x": 0.5})), Path("x")), []).fastest == (
         "none beyond the noise"
     )
