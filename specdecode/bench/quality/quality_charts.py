@@ -132,18 +132,21 @@ def needle_tiles(run: QualityRun, arm: str) -> Element:
     return drawing(_WIDTH, bottom + 32, f"Needles that {arm} found", said, *parts, colour="c0")
 
 
-def cost_by_speed(points: Sequence[Point], labels: Mapping[str, str], looks: Mapping[str, Style]) -> Element:
-    """Draw ΔNLL against the speedup over `ar`, each with its interval, and the Pareto front.
+def cost_by_speed(
+    points: Sequence[Point], baseline: str, labels: Mapping[str, str], looks: Mapping[str, Style]
+) -> Element:
+    """Draw ΔNLL against the speedup, each with its interval, and the Pareto front.
 
     Args:
         points: at least one.
+        baseline: name of the arm that the speedups are over.
         labels, looks: name and style of each point's arm.
     """
     x = _around([end for point in points for end in _ends(point.speedup)], 52.0, _WIDE_WIDTH - 16.0)
     y = _around([end for point in points for end in _ends(point.cost)], _WIDE_HEIGHT - 44.0, 12.0)
     places = {point.arm: (x(point.speedup.value), y(point.cost.value)) for point in points}
     front = pareto_front({point.arm: (point.speedup.value, -point.cost.value) for point in points})
-    parts = axes(x, y, [(x(tick), f"{tick:g}") for tick in x.ticks], "speedup over ar")
+    parts = axes(x, y, [(x(tick), f"{tick:g}") for tick in x.ticks], f"speedup over {baseline}")
     parts.append(path(staircase([places[arm] for arm in front], x.start, y.end), "front"))
     for point in points:
         across, up = places[point.arm]
@@ -156,7 +159,7 @@ def cost_by_speed(points: Sequence[Point], labels: Mapping[str, str], looks: Map
     named = {labels[arm]: places[arm] for arm in [*front[::-1], *places]}
     parts += names(named, x.start, x.end)
     said = "; ".join(f"{point.arm}: speedup {point.speedup:.2f}, ΔNLL {point.cost:.4f}" for point in points)
-    chart = drawing(_WIDE_WIDTH, _WIDE_HEIGHT, "ΔNLL by speedup over ar", said, *parts)
+    chart = drawing(_WIDE_WIDTH, _WIDE_HEIGHT, f"ΔNLL by speedup over {baseline}", said, *parts)
     chart.set("style", f"width: {_WIDE_WIDTH / 16:g}rem")
     return chart
 

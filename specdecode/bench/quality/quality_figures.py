@@ -137,7 +137,7 @@ def needles(run: QualityRun) -> Figure | str:
 
 
 def cost_against_speed(run: QualityRun, speed: RunFile) -> Figure | str:
-    """Draw ΔNLL against the speedup over `ar`, each with its interval, and the Pareto front."""
+    """Draw ΔNLL against the speedup over the run's reference arm, each with its interval, and the Pareto front."""
     points = tradeoff(run, speed).drawable
     if not points:
         return "no lossy arm is in both runs"
@@ -158,7 +158,7 @@ def cost_against_speed(run: QualityRun, speed: RunFile) -> Figure | str:
     line: dict[str, Any] = {"color": "0.6", "linewidth": 0.8}
     (around,) = axes.plot(*zip(*corners, strict=True), zorder=1, **line)
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set(xlabel="speedup over ar", ylabel="ΔNLL, nats a token: lower is better")
+    axes.set(xlabel=text(f"speedup over {speed.header.baseline}"), ylabel="ΔNLL, nats a token: lower is better")
     legend(drawn, entries | {"Pareto front": line})
     label_points(axes, {text(label(speed, arm)): places[arm] for arm in [*front[::-1], *places]}, around)
     for name in axes.texts:

@@ -151,7 +151,7 @@ def _against_speed(run: QualityRun, speed: RunFile) -> list[Element]:
     ]
     if points := tradeoff(run, speed).drawable:
         labels = {point.arm: label(speed, point.arm) for point in points}
-        chart = scrolling(cost_by_speed(points, labels, styles(speed)), "Quality against speed")
+        chart = scrolling(cost_by_speed(points, speed.header.baseline, labels, styles(speed)), "Quality against speed")
         explanation = (
             "With 95 % intervals. The line is the Pareto front: no arm is both faster and better than an arm on it."
         )

@@ -26,7 +26,7 @@ class Point:
     Attributes:
         arm: name of the arm in the run of speeds.
         judged: the quality run's arm with the same target settings; None for a lossless arm.
-        speedup: speedup over `ar`.
+        speedup: speedup over the reference arm of the run of speeds.
         cost: ΔNLL, in nats a token.
     """
 
@@ -43,12 +43,14 @@ class Tradeoff:
     Attributes:
         points: points of the arms in both runs, in the order of the run of speeds.
         unjudged: arms of the run of speeds without a cost in the quality run.
+        faulty: arms of the run of speeds that failed or wrote a wrong output, so that their times are void.
         unmeasured: arms of the quality run, except controls, without an arm of the same target settings in the run of
             speeds.
     """
 
     points: list[Point]
     unjudged: list[str]
+    faulty: list[str]
     unmeasured: list[str]
 
     @property
@@ -75,21 +77,26 @@ def tradeoff(run: QualityRun, speed: RunFile) -> Tradeoff:
     judged: dict[str, str] = {}
     for arm in run.judged_arms:
         judged.setdefault(_decoding(run.arms[arm]), arm)
-    points, unjudged, measured = [], [], set()
+    points, unjudged, faulty, measured = [], [], [], set()
     for arm, record in speed.arms.items():
+        if record.faulty:
+            faulty.append(arm)
+            continue
         if not record.rows:
             continue
+        # One reference arm for all, whatever arm each is compared with elsewhere.
+        speedup = speed.speedup(arm, speed.header.baseline)
         decoding = _decoding(loss_settings(record.options))
         measured.add(decoding)
         if not record.lossy:
-            points.append(Point(arm, None, speed.speedup(arm), NO_COST))
+            points.append(Point(arm, None, speedup, NO_COST))
         # Older files do not record the settings that make an arm lossy.
         elif decoding != _WHOLE and decoding in judged and (cost := run.cost(judged[decoding], "nll")):
-            points.append(Point(arm, judged[decoding], speed.speedup(arm), cost))
+            points.append(Point(arm, judged[decoding], speedup, cost))
         else:
             unjudged.append(arm)
     alone = [arm for arm, entry in run.arms.items() if "control" not in entry and _decoding(entry) not in measured]
-    return Tradeoff(points, unjudged, [arm for arm in alone if _decoding(run.arms[arm]) != _WHOLE])
+    return Tradeoff(points, unjudged, faulty, [arm for arm in alone if _decoding(run.arms[arm]) != _WHOLE])
 
 
 def _decoding(entry: Mapping[str, Any]) -> str:
@@ -117,7 +124,7 @@ def against_speed(run: QualityRun, speed: RunFile) -> Grid:
     """Build one row for each arm in both runs: its speedup and its costs."""
     about = "the arm of the quality suite with the same cache and weights"
     heads = [Column("arm", False), Column("judged as", False, about=about)]
-    heads.append(Column("speedup over ar", about="with its 95 % interval"))
+    heads.append(Column(f"speedup over {speed.header.baseline}", about="with its 95 % interval"))
     columns = [*heads, *(COST_COLUMNS[measure] for measure in (*MEASURES, "ppl"))]
     rows = []
     for point in tradeoff(run, speed).points:
@@ -137,6 +144,8 @@ def about_speed(run: QualityRun, speed: RunFile) -> list[str]:
     ]
     if compared.unjudged:
         sentences.append(f"Measured, but not judged: {', '.join(compared.unjudged)}.")
+    if compared.faulty:
+        sentences.append(f"Left out, as they failed or wrote a wrong output: {', '.join(compared.faulty)}.")
     if compared.unmeasured:
         sentences.append(f"Judged, but not measured: {', '.join(compared.unmeasured)}.")
     return sentences

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from specdecode.bench.quality.quality_figures import draw
+from specdecode.bench.quality.quality_page import section
 from specdecode.bench.quality.quality_tables import margins, markdown, title
 from specdecode.bench.quality.tradeoff import NO_COST, about_speed, against_speed, tradeoff
 from specdecode.bench.report.captions import plain
 from specdecode.bench.report.drawing import cache_looks, figure_bytes, looks
+from specdecode.bench.report.elements import document
 from specdecode.bench.report.palette import COLOURS, PLAIN, POLICIES
 from specdecode.evals.margins import check_margins
 from specdecode.evals.results_file import write
@@ -76,6 +79,31 @@ def test_arms_are_joined_by_how_they_decode_their_target() -> None:
     told = " ".join(about_speed(whole_quality_run(), whole_speeds()))
     assert "not judged: lookup-32." in told
     assert "not measured: key-norm-8, heavy-hitter-8, int8-sink-window-8." in told
+
+
+def test_all_speedups_are_over_one_arm_which_is_named() -> None:
+    """Guards against a Pareto front of ratios to different arms, and a reference arm under another's name."""
+    own = dataclasses.replace(whole_speeds().arms["lookup-int8"], baseline="ar-8")
+    header = dataclasses.replace(whole_speeds().header, baseline="hf-generate")
+    speeds = dataclasses.replace(whole_speeds(), header=header, arms=whole_speeds().arms | {"lookup-int8": own})
+    for point in tradeoff(whole_quality_run(), speeds).points:
+        assert point.speedup == speeds.speedup(point.arm, "hf-generate")
+    assert "speedup over hf-generate" in {column.name for column in against_speed(whole_quality_run(), speeds).columns}
+    figure = draw(whole_quality_run(), speeds)["cost-against-speed"]
+    assert isinstance(figure, Figure)
+    assert figure.axes[0].get_xlabel() == "speedup over hf-generate"
+    page = Page(document("title", section(whole_quality_run(), [], speeds)))
+    assert "ΔNLL by speedup over hf-generate" in page.drawings
+    assert "over ar" not in page.text
+
+
+@pytest.mark.parametrize("fault", [{"bugs": 1}, {"failure": "it died"}, {"bugs": 3, "rows": {}}], ids=str)
+def test_void_times_are_named_and_not_compared(fault: dict[str, Any]) -> None:
+    """Guards against a wrong output that is on the Pareto front, or that is left out silently."""
+    arms = whole_speeds().arms | {"streaming-16": dataclasses.replace(whole_speeds().arms["streaming-16"], **fault)}
+    speeds = dataclasses.replace(whole_speeds(), arms=arms)
+    assert "streaming-16" not in {point.arm for point in tradeoff(whole_quality_run(), speeds).points}
+    assert "Left out, as they failed or wrote a wrong output: streaming-16." in about_speed(whole_quality_run(), speeds)
 
 
 def test_a_policy_with_other_settings_is_another_policy() -> None:

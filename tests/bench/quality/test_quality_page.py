@@ -60,7 +60,7 @@ def places(line: Element) -> list[tuple[float, float]]:
 def test_marks_and_intervals_stand_at_their_values() -> None:
     """Guards against axes that are swapped or upside down, and an interval of the other measure."""
     points = tradeoff(whole_quality_run(), whole_speeds()).drawable
-    chart = cost_by_speed(points, {point.arm: point.arm for point in points}, styles(whole_speeds()))
+    chart = cost_by_speed(points, "ar", {point.arm: point.arm for point in points}, styles(whole_speeds()))
     across, up = ticks(chart, "x"), ticks(chart, "y")
     assert len(groups(chart)) == len(points) > 5
     for point, group in zip(points, groups(chart), strict=True):
@@ -85,7 +85,7 @@ def test_marks_and_intervals_stand_at_their_values() -> None:
 def test_intervals_without_end_are_not_drawn() -> None:
     """Guards against a chart of few documents that fails, or whose axis is infinite."""
     points = tradeoff(quality_run(ARMS, documents=2), whole_speeds()).drawable
-    chart = cost_by_speed(points, {point.arm: point.arm for point in points}, styles(whole_speeds()))
+    chart = cost_by_speed(points, "ar", {point.arm: point.arm for point in points}, styles(whole_speeds()))
     assert {len(list(group.iter("line"))) for group in groups(chart)} == {1, 2}
     assert "nan" not in str([element.attrib for element in chart.iter() if element is not chart])
     assert not tradeoff(quality_run({"full": {}}), quality_speeds({"ar": (1.0, {})})).drawable
