@@ -42,8 +42,8 @@ class VersionRuns:
 
     @property
     def log_s(self) -> float:
-        """Return the mean logarithm of the two runs' seconds."""
-        return (math.log(self.runs[0].total_s) + math.log(self.runs[1].total_s)) / 2
+        """Return the mean logarithm of the two runs' seconds per token. Arms may write outputs of different length."""
+        return statistics.fmean(math.log(run.s_per_token) for run in self.runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Quartet:
         if self.pairs is not None:
             first, second = self.pairs
             return (first.log_ratio - second.log_ratio) / 2
-        new, old = ([run.total_s for run in side.runs] for side in (self.new, self.old))
+        new, old = ([run.s_per_token for run in side.runs] for side in (self.new, self.old))
         return contrast(new, old, self.new_first)
 
 
@@ -344,7 +344,7 @@ class _BlockRuns:
         """Do what precedes the first timed run of an arm in a version: the counters run, and the prompt's shapes."""
         measured, baseline, key = self._measured, self._measured.baselines[arm], (worker.name, arm)
         if arm != baseline and key not in self._expected:
-            written = self._expected[worker.name, baseline]
+            written = self._runs[worker.name, baseline][0].tokens  # reference arms run first
             self._expected[key] = worker.ask("expected", arm=arm, prompt=self._prompt, tokens=written)
         _, _, _, correct = self._wanted(worker, arm)
         if key not in measured.counters_runs:

@@ -215,6 +215,39 @@ def test_the_floor_of_pairs_varies_as_much_as_what_it_is_the_floor_of(new_first:
     assert (found(0.3, 0.3).log_ratio, found(0.3, 0.3).noise) == (pytest.approx(0.3), 0.0)
 
 
+class Several(Loaded):
+    """A worker whose arms other than `ar` write two outputs in a run, in twice the time. It records what they must
+    write.
+    """
+
+    def __init__(self, machine: Machine, name: str) -> None:
+        super().__init__(machine, name)
+        self.about = {"about": {"ar": {}, "many": {}, "drafting": {"baseline": "many"}}}
+        self.expected: dict[str, list[int]] = {}
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        if do == "expected":
+            self.expected[arguments["arm"]] = arguments["tokens"]
+        return super().ask(do, **arguments)
+
+    def run(self, arm: str, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
+        if arm == "ar":
+            return Run([7] * length, 1.0, 0.1, Counts(steps=length))
+        return Run([8] * 2 * length, 2.0, 0.1, Counts(steps=length))
+
+
+def test_an_arm_is_checked_against_what_its_own_reference_arm_wrote() -> None:
+    """Guards against right outputs called wrong, because their reference arm writes several prompts at a time or is
+    lossy, and against a speedup off by the number of prompts.
+    """
+    machine = Machine(2)
+    both = Versions(Several(machine, "new"), Several(machine, "old"))
+    measured = measure_side_by_side(both, ["ar", "many", "drafting"], {"p": [1]}, 5, repeats=2)
+    assert both.new.expected == {"many": [7] * 5, "drafting": [8] * 10}  # type: ignore[attr-defined]
+    about = {"synthetic": False, "against": None, "lossy": False}
+    assert measured.record("new", "new", "many", about).rows["p"].log_speedup == pytest.approx(0.0)
+
+
 class Undecided(Loaded):
     """A worker with another token in the last place of an arm, which records how it is asked to check that."""
 
