@@ -60,6 +60,8 @@ def classify(
     parted = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
     if parted is None:
         return "bug"  # one output is a prefix of the other: wrong length
+    if not all(0 <= token < target.vocab_size for token in (*expected[: parted + 1], got[parted])):
+        return "bug"  # code or a server may write an id that is no token of the target
     *text, root = [*prompt, *expected[:parted]]
     room = target.context_length if policy.interval else target.context_length - len(text)
 

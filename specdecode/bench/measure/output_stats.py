@@ -27,10 +27,10 @@ def own_losses(target: LM, prompt: Sequence[int], tokens: Sequence[int]) -> Floa
     """Return -log p of each new token under the target with its full cache, in nats.
 
     This is no measure of quality: it is small for any greedy output, and smaller if the output loops. Return None if
-    the target's context is too short.
+    the target's context is too short, or an id of the output is no token of the target.
     """
     text = [*prompt, *tokens]
-    if len(text) > target.context_length:
+    if len(text) > target.context_length or not all(0 <= token < target.vocab_size for token in tokens):
         return None
     slots, losses = target.new_slots(len(text)), []
     for start in range(0, len(text) - 1, _CHUNK):

@@ -19,6 +19,7 @@ from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.experiment import Results, experiment
+from specdecode.bench.measure.output_stats import own_losses
 from specdecode.bench.measure.speed_session import measure
 from specdecode.bench.options import Options
 from specdecode.bench.plan import resolve
@@ -206,6 +207,18 @@ def test_an_output_of_another_length_is_wrong() -> None:
     full = prompt(lm("gpt-2").context_length - 2)
     first, second = generate(lm("gpt-2"), full, max_new_tokens=2).tokens
     assert classify(lm("gpt-2"), full, [first, second], [first, second + 1]) == "bug"
+
+
+@pytest.mark.parametrize("beyond", [-1, 10_000])
+def test_an_id_that_is_no_token_is_wrong(beyond: int) -> None:
+    """Guards against an id from code or a server, such as one for padding, that ends the session with an IndexError."""
+    target = lm("llama")
+    tokens = generate(target, prompt(), max_new_tokens=4).tokens
+    padded = [*tokens[:3], beyond]
+    assert classify(target, prompt(), tokens, padded) == "bug"
+    assert classify(target, prompt(), [beyond, 1], [beyond, 2]) == "bug"
+    assert own_losses(target, prompt(), tokens) is not None
+    assert own_losses(target, prompt(), padded) is None
 
 
 def test_a_choice_within_the_rounding_is_a_tie_and_no_more() -> None:
