@@ -126,7 +126,7 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
     arms = content["specdecode"]["arms"]
     for row in arms["linear-k5"]["rows"].values():
         row["counts"]["target_forwards"] /= 2
-    arms["retired"] = dict(arms["linear-k3"])
+    arms["retired"] = arms["unselected"] = dict(arms["linear-k3"])
     arms["linear-k3"]["timed"] = True
     baseline, summary = tmp_path / "baseline.json", tmp_path / "summary.md"
     baseline.write_text(json.dumps(content))
@@ -144,6 +144,7 @@ def test_the_gate_closes_on_worse_counters_and_on_missing_arms(
     assert re.search(r"(^|\. )NOT_JUDGED: .*linear-k3 \(counters\)\.", summary.read_text(), re.MULTILINE)
     assert "| REGRESSED | linear-k5 | counters |" in summary.read_text()
     assert "| MISSING | retired | time, counters |" in summary.read_text()
+    assert "unselected" not in summary.read_text() + done.stdout
     assert run_pytest(*arguments, "--gate=off").returncode == 0
 
 

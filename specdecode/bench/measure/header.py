@@ -38,7 +38,7 @@ def run_header(
         before: the conditions before the run.
         budget_spent: whether the time budget ended the repeats.
         left: number of blocks that were not measured.
-        unselected: arms of the preset that were not selected.
+        unselected: arms of the preset, or of the compared run or commit, that were not selected.
     """
     return Header(
         identity=plan.identity,

@@ -116,7 +116,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
             before=before,
             budget_spent=budget_spent,
             left=max(0, blocks - len(results.blocks)),
-            unselected=[arm for arm in plan.preset.arms if arm not in entries],
+            unselected=_unselected(plan, entries, selected),
         )
         return RunFile(Path(), header, results.records())
 
@@ -167,6 +167,11 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         judgements=_judge(plan, run),
         journal=journal,
     )
+
+
+def _unselected(plan: Plan, entries: Collection[str], selected: Collection[str]) -> list[str]:
+    """Return the judged arms that were not selected, and not measured for those that are compared with them."""
+    return [arm for arm in plan.judged_arms if arm not in entries and arm not in selected]
 
 
 def _reason_for_whole_runs(plan: Plan, arms: Sequence[Arm], ranks: Ranks) -> str | None:
@@ -278,6 +283,7 @@ def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: s
                 before=before,
                 budget_spent=measured.budget_spent,
                 left=max(0, len(prompts) * plan.preset.repeats - len(measured.blocks)),
+                unselected=_unselected(plan, entries, selected),
             )
             return (
                 _one_version(measured, "new", both.new, header, arms),

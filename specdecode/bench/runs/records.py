@@ -83,7 +83,7 @@ class Header:
             with a clear verdict were not measured again. None if the number of repeats was fixed.
         budget_spent: whether the time budget ended the repeats, before all verdicts were clear.
         left: number of blocks left to measure when the file was written, for a stopped run or a spent budget.
-        unselected: arms of the preset that the session did not select.
+        unselected: arms of the preset, or of the run or commit it is judged by, that the session did not select.
         tolerance: the share by which a time could be worse in the session's verdicts; None in older files.
     """
 

@@ -466,6 +466,8 @@ def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: 
     edit(package / "bench" / "arms" / "keys.py", '    "none": (),\n', '    "none": (),\n    "novel": (),\n')
     edit(package / "bench" / "arms" / "parts.py", 'if kind == "lookup":', 'if kind in ("lookup", "novel"):')
     quick = package / "bench" / "presets" / "quick.toml"
+    # Neither the tree nor any test of it is selected.
+    edit(quick, "tree-static = { drafter", "# { drafter")
     edit(quick, "linear-k8 = { drafter", 'novel = { drafter = "novel" }\n#')
     lines = (repository / "constraints.txt").read_text().splitlines()
     pin = next(line for line in lines if line.startswith("torch=="))
@@ -481,6 +483,7 @@ def test_a_slower_working_tree_is_caught_and_blamed(repository: Path, tmp_path: 
     assert failed == {"ar-time]", "lookup-time]", "linear-k8-time]", "linear-k8-counters]"}, done.stdout
     assert "mostly verifying" in said
     assert "MISSING: linear-k8" in said
+    assert "tree-static" not in said
     assert "no drafter is named 'novel'" in said
     assert f"torch {pin.split('==')[1]} -> 1.0" in said
     assert subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True).stdout.count(b"\n") == 1
