@@ -129,7 +129,7 @@ class Worker:
         return {"run": run.as_json(), "slices": slices.seconds}
 
     def check(self, arm: str, prompt: list[int], expected: list[int], got: list[int], baseline: str = "") -> str:
-        """Return the check of an output. The reference arm's name is given only for arms of servers, which need it."""
+        """Return the check of an output. Older versions do not send the name of the reference arm."""
         return check(self._arms[arm], prompt, expected, got, self._arms[baseline or arm])
 
     @property

@@ -384,12 +384,12 @@ class _BlockRuns:
         if run.tokens == expected:
             return "equal"
         # A version's own servers wrote its outputs. All else is checked by the new version's code.
-        served = bool(worker.about["about"][arm].get("served"))
-        judge = worker if served else self._both.new
+        judge = worker if worker.about["about"][arm].get("served") else self._both.new
         self._both.use(judge)
-        # Workers of versions without servers do not have this argument.
-        of_servers = {"baseline": self._measured.baselines[arm]} if served else {}
+        # Versions that do not report "served" do not have this argument.
+        knows_baseline = "served" in judge.about["about"][arm]
+        optional = {"baseline": self._measured.baselines[arm]} if knows_baseline else {}
         asked = {"arm": arm, "prompt": self._prompt, "expected": expected, "got": run.tokens}
         with self._noted(judge, arm):
-            result: Check = judge.ask("check", **asked, **of_servers)
+            result: Check = judge.ask("check", **asked, **optional)
         return result

@@ -266,9 +266,13 @@ class Undecided(Loaded):
         return run if arm == "ar" else replace(run, tokens=[*run.tokens[:-1], 8])
 
 
-@pytest.mark.parametrize(("served", "said"), [({}, {}), ({"served": True}, {"baseline": "ar"})])
+@pytest.mark.parametrize(
+    ("served", "said"), [({}, {}), *[({"served": served}, {"baseline": "ar"}) for served in (False, True)]]
+)
 def test_a_worker_is_asked_in_words_that_it_knows(served: dict[str, bool], said: dict[str, str]) -> None:
-    """Guards against a commit from before server arms that fails on an unknown argument when it checks an output."""
+    """Guards against a commit from before server arms that fails on an unknown argument when it checks an output, and
+    against a tie with an arm of another backend that is called wrong, because only the reference arm's name shows it.
+    """
     machine = Machine(2)
     new = Undecided(machine, "new", served)
     measure_side_by_side(Versions(new, Loaded(machine, "old")), ["ar", "x"], {"p": [1]}, 3, repeats=1)
