@@ -1,9 +1,13 @@
-"""The suites' options of pytest, read from the command line and from `[tool.specdecode]`."""
+"""The suites' options of pytest, read from the command line and from `[tool.specdecode]`.
+
+Options of other plugins that the suites cannot serve are refused here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +162,33 @@ def options_of(config: pytest.Config) -> Options:
             **{"root": root, "tolerances": project.tolerances, **project.options, **from_command_line}
         )
     return config.stash[_SESSION_OPTIONS]
+
+
+def check_processes(config: pytest.Config) -> None:
+    """Raise ValueError if pytest-xdist distributes the tests over processes."""
+    if config.getoption("numprocesses", None) or config.getoption("tx", None) or hasattr(config, "workerinput"):
+        raise ValueError(
+            "the suites measure in one process, and pytest-xdist would start several: leave out -n and --tx"
+        )
+
+
+def check_pytest_benchmark(config: pytest.Config) -> None:
+    """Raise ValueError if pytest-benchmark is switched off or fails here, or its options disable tests of the gate."""
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise ValueError(
+            "--benchmark needs pytest-benchmark: leave out -p no:benchmark, or pip install 'specdecode[benchmark]'"
+        )
+    if (plugin := version("pytest-benchmark")).startswith("5.2.") and pytest.version_tuple >= (9, 2):
+        raise ValueError(f"pytest-benchmark {plugin} fails with pytest >= 9.2: pip install 'pytest-benchmark>=5.3'")
+    for option, effect in (
+        ("benchmark_disable", "would measure and keep nothing"),
+        ("benchmark_skip", "would skip all that is measured"),
+        ("benchmark_only", "would skip the verdicts, which are no benchmarks"),
+    ):
+        if config.getoption(option, False):
+            raise ValueError(
+                f"--{option.replace('_', '-')} does not go with --benchmark: it {effect}; leave one of them out"
+            )
 
 
 def root_of(config: pytest.Config) -> Path:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -20,7 +19,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
 
-from specdecode.bench.command_line import PREFIX, add_options, options_of, value_of
+from specdecode.bench.command_line import (
+    PREFIX,
+    add_options,
+    check_processes,
+    check_pytest_benchmark,
+    options_of,
+    value_of,
+)
 from specdecode.support.files import check_writable, is_device, writing
 from specdecode.support.memory_pages import ask_for_large_pages
 from specdecode.support.torchrun import rank
@@ -97,10 +103,10 @@ def pytest_configure(config: pytest.Config) -> None:
         _write_no_files(config)
     with _one_sentence():
         options_of(config)
-        _check_processes(config)
+        check_processes(config)
         # Files are opened after the measurement. A file that cannot be written would then lose the run.
         if value_of(config, "benchmark"):
-            _check_pytest_benchmark(config)
+            check_pytest_benchmark(config)
             _check_json(config)
         if page := os.environ.get(_PAGE):
             check_writable(Path(page))
@@ -112,33 +118,6 @@ def _write_no_files(config: pytest.Config) -> None:
     for option in ("benchmark_json", "benchmark_save", "benchmark_autosave", "xmlpath"):
         if hasattr(config.option, option):
             setattr(config.option, option, None)
-
-
-def _check_processes(config: pytest.Config) -> None:
-    """Raise ValueError if pytest-xdist distributes the tests over processes."""
-    if config.getoption("numprocesses", None) or config.getoption("tx", None) or hasattr(config, "workerinput"):
-        raise ValueError(
-            "the suites measure in one process, and pytest-xdist would start several: leave out -n and --tx"
-        )
-
-
-def _check_pytest_benchmark(config: pytest.Config) -> None:
-    """Raise ValueError if pytest-benchmark is switched off or fails here, or its options disable tests of the gate."""
-    if not config.pluginmanager.hasplugin("benchmark"):
-        raise ValueError(
-            "--benchmark needs pytest-benchmark: leave out -p no:benchmark, or pip install 'specdecode[benchmark]'"
-        )
-    if (plugin := version("pytest-benchmark")).startswith("5.2.") and pytest.version_tuple >= (9, 2):
-        raise ValueError(f"pytest-benchmark {plugin} fails with pytest >= 9.2: pip install 'pytest-benchmark>=5.3'")
-    for option, effect in (
-        ("benchmark_disable", "would measure and keep nothing"),
-        ("benchmark_skip", "would skip all that is measured"),
-        ("benchmark_only", "would skip the verdicts, which are no benchmarks"),
-    ):
-        if config.getoption(option, False):
-            raise ValueError(
-                f"--{option.replace('_', '-')} does not go with --benchmark: it {effect}; leave one of them out"
-            )
 
 
 def _check_json(config: pytest.Config) -> None:
@@ -385,13 +364,17 @@ def quality_rows(request: pytest.FixtureRequest) -> list[str]:
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """End the session with one sentence and exit code 2 if an input is wrong."""
-    from specdecode.core.errors import SpecDecodeError
+    """End the session with one sentence and exit code 2 if an input is wrong, or the GPU is too small."""
+    from specdecode.core.errors import NO_GPU_MEMORY, SpecDecodeError, is_out_of_memory
 
     try:
         yield
     except (SpecDecodeError, ValueError) as error:
         pytest.exit(str(error), returncode=2)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        pytest.exit(NO_GPU_MEMORY, returncode=2)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

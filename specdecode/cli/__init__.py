@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from specdecode.cli import bisect, doctor, gate, generate, harness, history, recommend, report, schema, train
 from specdecode.cli.output import standard_streams
-from specdecode.core.errors import SpecDecodeError
+from specdecode.core.errors import NO_GPU_MEMORY, SpecDecodeError, is_out_of_memory
 from specdecode.support.memory_pages import ask_for_large_pages
 from specdecode.support.messages import note
 
@@ -67,7 +67,7 @@ def main() -> None:
         note(f"specdecode: {error}")
         sys.exit(2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's: it is not imported here, which takes seconds
+        if not is_out_of_memory(error):
             raise
-        note("specdecode: the GPU's memory is too small: take a smaller model, or --device cpu")
+        note(f"specdecode: {NO_GPU_MEMORY}")
         sys.exit(2)

@@ -24,3 +24,12 @@ class ModelFileError(SpecDecodeError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, to quote it in another message; its class name if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+NO_GPU_MEMORY = "the GPU's memory is too small: take a smaller model, or --device cpu"
+"""What a command says if the models do not fit."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error is PyTorch's for a full GPU. PyTorch is not imported here, as that takes seconds."""
+    return type(error).__name__ == "OutOfMemoryError"

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from specdecode.bench.command_line import check_pytest_benchmark
 from specdecode.bench.options import Options
 from specdecode.bench.plan import resolve
-from specdecode.bench.plugin import _check_pytest_benchmark, _note_interrupted
+from specdecode.bench.plugin import _note_interrupted, _one_sentence
 from specdecode.bench.quality.plan import resolve_quality
 from specdecode.bench.runs.file import read as read_run
 from specdecode.evals.results_file import read
@@ -314,12 +316,21 @@ def test_a_pytest_too_new_for_pytest_benchmark_is_told(
     # Where tests run side by side, pytest-benchmark is disabled.
     monkeypatch.setattr(pytestconfig.option, "benchmark_disable", False)
     for plugin, runner in (("5.3.1", (9, 2, 0)), ("5.2.3", (9, 1, 1))):
-        monkeypatch.setattr("specdecode.bench.plugin.version", lambda package, installed=plugin: installed)
+        monkeypatch.setattr("specdecode.bench.command_line.version", lambda package, installed=plugin: installed)
         monkeypatch.setattr(pytest, "version_tuple", runner)
-        _check_pytest_benchmark(pytestconfig)
+        check_pytest_benchmark(pytestconfig)
     monkeypatch.setattr(pytest, "version_tuple", (9, 2, 0))
     with pytest.raises(ValueError, match=r"pytest-benchmark 5\.2\.3 fails with pytest >= 9\.2"):
-        _check_pytest_benchmark(pytestconfig)
+        check_pytest_benchmark(pytestconfig)
+
+
+def test_a_full_gpu_ends_a_session_in_one_sentence() -> None:
+    """Guards against a traceback for each test, and against other faults that are taken for a lack of memory."""
+    with pytest.raises(pytest.exit.Exception, match=r"^the GPU's memory is too small: ") as ended, _one_sentence():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert ended.value.returncode == 2
+    with pytest.raises(RuntimeError, match="another fault"), _one_sentence():
+        raise RuntimeError("another fault")
 
 
 def test_a_summary_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar, get_args
@@ -246,15 +246,38 @@ class _Runs:
         # Untimed runs, so that no timed run is the first with the prompt's shapes. Lossy arms need the whole output.
         lossy = any(arm.lossy for arm in arms)
         written = baselines[0].run(text, length if lossy else 1, ()).tokens
-        self._references = _references(arms, text, written, length)
+        self._references = self._references_of_lossy_arms(written)
         for arm in baselines[1:]:
             with noted(arm, failures):
                 arm.run(text, 1, ())
 
+    def _references_of_lossy_arms(self, written: Sequence[int]) -> dict[str, Sequence[int]]:
+        """Return the tokens that each lossy arm must write. Arms with the same weights and policy share them.
+
+        Args:
+            written: tokens of the run's reference arm.
+        """
+        by_loss: dict[tuple[LM | None, CachePolicy], Sequence[int]] = {}
+        references = {}
+        for arm in self._arms:
+            if arm.lossy:
+                with self._noted(arm):
+                    loss = arm.target, arm.policy
+                    if loss not in by_loss:
+                        by_loss[loss] = arm.expected(self._text, written, self._length)
+                    references[arm.name] = by_loss[loss]
+        return references
+
+    def _noted(self, arm: Arm) -> AbstractContextManager[None]:
+        """Record the failure of an arm. Raise that of the run's reference arm."""
+        return noted(arm, None if arm.name == self._baseline else self._failures)
+
     def run(self, arm: Arm, into: dict[str, Run]) -> None:
-        """Measure a run of an arm, and store it by the arm's name. Store nothing if an arm from code fails."""
+        """Measure a run of an arm, and store it by the arm's name. Store nothing if it fails, or has failed."""
         is_baseline = arm.name == self._baseline
-        with noted(arm, None if is_baseline else self._failures):
+        if arm.name in (self._failures or ()):
+            return
+        with self._noted(arm):
             expected = self._expected(arm)
             if self._turns is not None:
                 turn = self._turns.measure(arm, self._text, self._length, expected)
@@ -288,7 +311,7 @@ class _Runs:
             baseline = named(self._arms, arm.baseline or self._baseline)
             if arm.name == self._baseline:
                 later = self.beats[1:]
-            with noted(arm, None if arm.name == self._baseline else self._failures):
+            with self._noted(arm):
                 checks[arm.name] = _worse(
                     check(arm, self._text, self._expected(arm), first.tokens, baseline),
                     *(check(arm, self._text, first.tokens, run.tokens, arm) for run in later),
@@ -324,17 +347,6 @@ def _middle(beats: Sequence[Run]) -> Run | None:
 def _mean_s(runs: Sequence[Run]) -> float:
     """Return the geometric mean of the runs' seconds per token."""
     return statistics.geometric_mean(run.s_per_token for run in runs)
-
-
-def _references(
-    arms: Sequence[Arm], text: Sequence[int], written: Sequence[int], length: int
-) -> dict[str, Sequence[int]]:
-    """Return the tokens that each lossy arm must write. Arms with the same weights and policy share them."""
-    by_loss: dict[tuple[LM | None, CachePolicy], Sequence[int]] = {}
-    for arm in arms:
-        if arm.lossy and (arm.target, arm.policy) not in by_loss:
-            by_loss[arm.target, arm.policy] = arm.expected(text, written, length)
-    return {arm.name: by_loss[arm.target, arm.policy] for arm in arms if arm.lossy}
 
 
 def _worse(*checks: Check) -> Check:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from specdecode import LM, Costs, generate
 from specdecode.bench import presets
 from specdecode.bench.arms.arm import Arm, make_arm
+from specdecode.bench.arms.callables import NO_MEMORY
 from specdecode.bench.arms.run import Run
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.experiment import Results, experiment
@@ -298,6 +300,28 @@ def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked:
     full = make_arm("liar", {}, target, None)
     liar = dataclasses.replace(full, policy=arms[1].policy)
     assert experiment([arms[0], liar], PROMPTS, max_new_tokens=40).wrong("liar") == ["a", "b"]
+
+
+def test_a_lossy_arm_without_memory_for_its_own_reference_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    """Guards against a session that ends because a lossy arm needs more memory than there is, at the full length."""
+
+    def full(target: LM, text: Sequence[int], *, max_new_tokens: int, **rules: Any) -> Any:
+        if max_new_tokens == 24:
+            raise torch.OutOfMemoryError
+        return generate(target, text, max_new_tokens=max_new_tokens, **rules)
+
+    monkeypatch.setattr("specdecode.bench.arms.arm.generate", full)
+    cache = {"policy": "sink-window", "cache": 16}
+    entries = {"ar": {}, "windowed": cache, "other": {"baseline": "windowed"}, "lookup": {"drafter": "lookup"}}
+    arms = [make_arm(name, options, lm("llama"), None) for name, options in entries.items()]
+    results = experiment(arms, PROMPTS, max_new_tokens=24)
+    assert results.failures == {
+        "windowed": f"arm 'windowed': {NO_MEMORY}",
+        "other": "arm 'other': its reference arm windowed did not decode",
+    }
+    assert [set(block.runs) for block in results.blocks] == [{"ar", "lookup"}] * 2
 
 
 def test_an_int8_arm_is_checked_against_plain_decoding_of_the_int8_target(unchecked: None) -> None:
