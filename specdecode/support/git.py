@@ -6,6 +6,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+_SETTINGS = (
+    "core.quotePath=false",  # no quotes around file names with special characters
+    "diff.relative=false",  # paths from the top of the repository, also in a folder of it
+    "log.showSignature=false",  # no lines of GnuPG among those of the log
+)
+"""Settings of git that parsed output depends on, in place of the user's."""
+
 
 def git(*arguments: str, root: Path = Path()) -> str:
     """Return the standard output of a git command.
@@ -16,8 +23,8 @@ def git(*arguments: str, root: Path = Path()) -> str:
     program = shutil.which("git")
     if program is None:
         raise ValueError("git is not installed")
-    # Without this setting, git quotes file names with special characters.
-    command = [program, "-c", "core.quotePath=false", *arguments]
+    settings = (part for setting in _SETTINGS for part in ("-c", setting))
+    command = [program, *settings, *arguments]
     done = subprocess.run(
         command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
     )
