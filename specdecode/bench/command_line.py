@@ -184,6 +184,7 @@ def check_pytest_benchmark(config: pytest.Config) -> None:
         ("benchmark_disable", "would measure and keep nothing"),
         ("benchmark_skip", "would skip all that is measured"),
         ("benchmark_only", "would skip the verdicts, which are no benchmarks"),
+        ("benchmark_cprofile", "would profile a replay of the times, which cannot run again"),
     ):
         if config.getoption(option, False):
             raise ValueError(

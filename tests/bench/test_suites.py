@@ -293,6 +293,7 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, tmp_path: 
         (["--benchmark", "--benchmark-disable"], "--benchmark-disable does not go with --benchmark"),
         (["--benchmark", "--benchmark-skip"], "--benchmark-skip does not go with --benchmark"),
         (["--benchmark", "--benchmark-only"], "--benchmark-only does not go with --benchmark"),
+        ([*arm, target, "--benchmark-cprofile=tottime"], "--benchmark-cprofile does not go with --benchmark"),
         (["--benchmark", "-p", "no:benchmark"], "--benchmark needs pytest-benchmark"),
         (
             ["--benchmark", f"--benchmark-json={file}/run.json"],
