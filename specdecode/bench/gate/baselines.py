@@ -41,8 +41,9 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
     Raises:
         ValueError: the reason is empty. Several runs are given with `counters`. A run cannot be a baseline: it was
             measured beside another commit, was stopped or out of time, names no commit, has uncommitted changes, a
-            wrong output or an arm that did not decode, or differs from the first run in what `_subject` returns. Or
-            the machines are so unsteady, or so different, that later runs could not detect a slowdown of `MOST_UNSEEN`.
+            wrong output or an arm that did not decode, lacks arms of the replaced baseline that its session did not
+            select, or differs from the first run in what `_subject` returns. Or the machines are so unsteady, or so
+            different, that later runs could not detect a slowdown of `MOST_UNSEEN`.
     """
     if not reason.strip():
         raise ValueError("the reason is empty: say why later runs should perform like this run")
@@ -74,6 +75,7 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
     for private in ("node", "release"):  # a machine's name says nothing about its speed
         content.get("machine_info", {}).pop(private, None)
     file = baselines / identity.file
+    _check_replaced(file, run)
     write_whole(file, json.dumps(content, indent=1) + "\n")
     return file
 
@@ -111,6 +113,19 @@ def _check(run: RunFile) -> None:
     if failed := [name for name, arm in run.arms.items() if arm.failure]:
         raise ValueError(
             f"{path} has arms that did not decode ({', '.join(failed)}): correct or remove them, and measure again"
+        )
+
+
+def _check_replaced(file: Path, run: RunFile) -> None:
+    """Raise ValueError if the run's session did not select arms of the baseline that it would replace."""
+    try:
+        replaced = read(file)
+    except ValueError:
+        return  # there is none, or no run can be judged by it
+    if lost := [arm for arm in replaced.arms if arm in run.header.unselected]:
+        raise ValueError(
+            f"{run.path} lacks arms that its session did not select, and {file} has them ({', '.join(lost)}): measure"
+            f" without -k, or delete {file} first to judge them no more"
         )
 
 

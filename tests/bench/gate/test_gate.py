@@ -504,6 +504,25 @@ def test_blessing_writes_the_baseline_and_its_reason(tmp_path: Path) -> None:
     assert [f.name for f in file.parent.iterdir()] == [file.name]
 
 
+def test_a_part_of_the_arms_does_not_replace_all(tmp_path: Path) -> None:
+    """Guards against arms that are no longer judged, because a run of `-k linear` became the baseline."""
+    run, part = tmp_path / "run.json", content({"linear": 2.0})
+    run.write_text(json.dumps(content({"linear": 2.0, "tree": 2.0, "retired": 2.0})))
+    file = bless([run], tmp_path / "baselines", "the first")
+    part["specdecode"]["unselected"] = ["tree", "novel"]
+    run.write_text(json.dumps(part))
+    with pytest.raises(
+        ValueError, match=r"did not select, and .*quick\.json has them \(tree\): measure without -k, or"
+    ):
+        bless([run], tmp_path / "baselines", "a part")
+    assert "tree" in read(file).arms
+    file.unlink()
+    assert bless([run], tmp_path / "baselines", "a part") == file
+    part["specdecode"]["unselected"] = []
+    run.write_text(json.dumps(part))
+    assert bless([run], tmp_path / "baselines", "a part") == file
+
+
 def test_counters_are_blessed_alone_from_a_noisy_run(tmp_path: Path) -> None:
     """Guards against a gate of counters that waits for a quiet machine, and against times that it judges."""
     run, other, worse = (tmp_path / name for name in ("run.json", "other.json", "worse.json"))
