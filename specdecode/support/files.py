@@ -113,8 +113,9 @@ SLUG = r"^(?!.*--)([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"
 
 
 def slug(text: str) -> str:
-    """Return the text as a file name: lower-case letters, digits, dots and dashes."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    """Return the text as a file name: lower-case letters, digits, dots and dashes; a digest if it has none of them."""
+    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    return name or (_digest(text) if text else "")
 
 
 def fitting(name: str) -> str:
@@ -124,8 +125,11 @@ def fitting(name: str) -> str:
     """
     if len(name) <= _MOST_CHARACTERS:
         return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-    return f"{name[:100]}-{digest}-{name[-60:]}"
+    return f"{name[:100]}-{_digest(name)}-{name[-60:]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def cache_folder() -> Path:

@@ -117,13 +117,14 @@ def test_arms_that_only_the_baseline_has_are_judged(tmp_path: Path) -> None:
     assert judged.entries({"lookup"}).keys() == {"ar"}
 
 
-def test_a_run_of_any_presets_name_can_be_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stem", ["My own_drafter", "测试"])
+def test_a_run_of_any_presets_name_can_be_read(tmp_path: Path, stem: str) -> None:
     """Guards against a run file that every command refuses, because the preset's file has another name than a path's
     part may have."""
-    preset = tmp_path / "My own_drafter.toml"
+    preset = tmp_path / f"{stem}.toml"
     preset.write_text('prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\nar = {}\n')
     name = plan(tmp_path, preset=str(preset)).identity.preset
-    assert name == f"{slug('My own_drafter')}.tiny"
+    assert name == f"{slug(stem)}.tiny" != ".tiny"
     assert slug(name) == name
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from specdecode.support.files import check_writable, whole, write_whole
+from specdecode.support.files import check_writable, slug, whole, write_whole
 
 _WRITES = 300
 
@@ -128,3 +128,11 @@ def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
             pytest.fail("a file took its place")
         assert content.result() == "through the pipe"
     assert [found.name for found in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_names_in_any_script_give_file_names() -> None:
+    """Guards against files of two models under one name, because no letter of either is left."""
+    names = [slug(name) for name in ("草稿甲", "草稿乙", "../")]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+    assert (slug(""), slug("Org/Model_1.5")) == ("", "org-model-1.5")

@@ -83,7 +83,14 @@ def bless(paths: Sequence[Path], baselines: Path, reason: str, *, counters: bool
 def _subject(run: RunFile) -> tuple[object, ...]:
     """Return the properties that runs must share to be blessed together: without them, times are not comparable."""
     header = run.header
-    same = (header.identity.file, header.outputs, header.max_new_tokens, header.baseline, run.arms.keys())
+    same = (
+        header.identity.file,
+        header.identity.models,
+        header.outputs,
+        header.max_new_tokens,
+        header.baseline,
+        run.arms.keys(),
+    )
     return (*same, backend(run), turns(run), header.versions.get("weights"))
 
 

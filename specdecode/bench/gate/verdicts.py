@@ -18,7 +18,7 @@ from specdecode.bench.gate.series import MOST_EARLIER_VERSIONS, backend, past_no
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.measures import SIGNS
 from specdecode.bench.runs.names import ANY_HARDWARE, PEER_BASELINE
-from specdecode.bench.runs.records import RunFile
+from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.bench.runs.statistics import Estimate, detectable_slowdown, typical_ratio
 
 AGAINST_TOLERANCE = 0.02
@@ -189,6 +189,7 @@ def open_arms(judgements: Collection[Judgement], until: float) -> set[str]:
 def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     """Return the judgements of an arm whose time and counters cannot be compared; none if they can."""
     ours, theirs = new.header.versions.get("weights"), old.header.versions.get("weights")
+    identity, other = new.header.identity, old.header.identity
     if arm not in new.arms:
         verdict = Verdict.MISSING
         reason = "the run lacks this arm, and the compared run has it: measure it, or bless a run without it"
@@ -203,6 +204,12 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     elif wrong := old.arms[arm].bugs:
         verdict = Verdict.NO_BASELINE
         reason = f"the compared run has {wrong} wrong output(s) of it: its times and counters are void"
+    elif identity.file.name == other.file.name and identity.models != other.models:
+        verdict = Verdict.INCONCLUSIVE
+        reason = (
+            f"the models are {_named(identity)} and the baseline's {_named(other)}, whose file has the same name:"
+            " bless a run with these, or rename a folder"
+        )
     elif ours != theirs:
         verdict = Verdict.INCONCLUSIVE
         reason = (
@@ -212,6 +219,11 @@ def _incomparable(arm: str, new: RunFile, old: RunFile) -> list[Judgement]:
     else:
         return []
     return [Judgement(arm, "time", verdict, reason), Judgement(arm, "counters", verdict, reason)]
+
+
+def _named(identity: Identity) -> str:
+    """Return the names of the models in words."""
+    return " with ".join(filter(None, identity.models))
 
 
 def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> Judgement:

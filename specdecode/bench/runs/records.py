@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import statistics
 from collections.abc import Collection, Iterable
@@ -58,6 +59,12 @@ class Identity:
     draft: str
     dtype: str
     preset: str
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """Return the names of target and draft. Different names may share a file, whose name has fewer characters."""
+        target, draft = (os.path.normpath(name) if name else "" for name in (self.target, self.draft))
+        return target, draft
 
     @property
     def file(self) -> Path:

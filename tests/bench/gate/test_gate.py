@@ -240,6 +240,20 @@ def test_other_weights_of_the_same_name_are_not_compared(judged: Any) -> None:
     assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
 
 
+@pytest.mark.parametrize("model", ["target", "draft"])
+def test_models_whose_files_share_a_name_are_not_compared(judged: Any, model: str) -> None:
+    """Guards against one draft judged by another's run, because file names have fewer characters than paths."""
+    new, old = content({"linear": 1.0}), content({"linear": 2.0})
+    for name, other, verdict in (
+        ("./m", "../m", Verdict.INCONCLUSIVE),
+        ("./m", "m/", Verdict.REGRESSED),
+        ("m", "another", Verdict.REGRESSED),  # files that the user compares
+    ):
+        for run, path in ((new, name), (old, other)):
+            run["specdecode"]["identity"][model] = path
+        assert judged(new, old)["linear", "time"].verdict is verdict, (name, other)
+
+
 def test_another_backend_is_compared_by_what_does_not_depend_on_it(judged: Any) -> None:
     """Guards against a false regression on a machine where another backend is the fastest, and against counters that
     are not judged there.
@@ -586,6 +600,11 @@ def test_runs_of_other_things_are_not_blessed_together(tmp_path: Path) -> None:
         (tmp_path / "b.json").write_text(json.dumps(second))
         with pytest.raises(ValueError, match="cannot be blessed with"):
             bless([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "baselines", "because")
+    second = content({"linear": 2.0})
+    second["specdecode"]["identity"]["draft"] = "../d"
+    (tmp_path / "b.json").write_text(json.dumps(second))
+    with pytest.raises(ValueError, match="cannot be blessed with"):
+        bless([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "baselines", "because")
     (tmp_path / "b.json").write_text(json.dumps(content({"linear": 1.7})))
     with pytest.raises(ValueError, match="no later run would detect"):
         bless([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "baselines", "because")
