@@ -11,6 +11,7 @@ import pytest
 
 from specdecode.bench.command_line import share
 from specdecode.bench.measure.header import run_header
+from specdecode.bench.measure.speed_session import _what_must_be_the_same
 from specdecode.bench.options import Options
 from specdecode.bench.plan import Plan, resolve
 from specdecode.bench.plugin import _parameters
@@ -126,6 +127,27 @@ def test_a_run_of_any_presets_name_can_be_read(tmp_path: Path, stem: str) -> Non
     name = plan(tmp_path, preset=str(preset)).identity.preset
     assert name == f"{slug(stem)}.tiny" != ".tiny"
     assert slug(name) == name
+
+
+def test_what_a_resumed_run_must_share_has_the_models_and_the_reference_arm(tmp_path: Path) -> None:
+    """Guards against blocks of two drafts in one run, because file names have fewer characters than paths, and against
+    a KeyError after another arm became the reference arm."""
+
+    def values(baseline: str = "ar", **models: str) -> dict[str, Any]:
+        preset = tmp_path / "own.toml"
+        arms = "[arms]\nar = {}\nother = {}\n"
+        preset.write_text(f'prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\nbaseline = "{baseline}"\n{arms}')
+        of_session = plan(tmp_path, preset=str(preset), **models)
+        return {"file": of_session.journal} | _what_must_be_the_same(of_session, {}, (), ())
+
+    models = {"target": "./target", "draft": "./draft"}
+    before = values(**models)
+    for name, other in {
+        "target": values(**models | {"target": "../target"}),
+        "draft": values(**models | {"draft": "../draft"}),
+        "baseline": values("other", **models),
+    }.items():
+        assert [key for key in before if before[key] != other[key]] == [name]
 
 
 @pytest.mark.parametrize("models", [{}, {"target": "/models/" + "target/" * 40, "draft": "/models/" + "draft/" * 40}])

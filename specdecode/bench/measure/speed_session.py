@@ -195,6 +195,10 @@ def _what_must_be_the_same(
     """Return the values that must be equal for blocks of an interrupted run to be used."""
     return {
         "identity": plan.identity.file.as_posix(),
+        # Different names may give the same name of a file.
+        "target": plan.identity.target,
+        "draft": plan.identity.draft,
+        "baseline": plan.preset.baseline,
         "prompts": prompts,
         "max_new_tokens": plan.preset.max_new_tokens,
         "lengths": plan.preset.lengths,
