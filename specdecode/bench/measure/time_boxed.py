@@ -147,6 +147,10 @@ def _usable_arms(
             left_out[name] = NO_MEMORY if short else str(error)
         else:
             arms.append(arm)
+    for arm in [arm for arm in arms if arm.baseline in left_out]:
+        arms.remove(arm)
+        arm.close()
+        left_out[arm.name] = f"its reference arm {arm.baseline} is left out"
     return arms, counters_runs, left_out
 
 

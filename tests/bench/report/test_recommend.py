@@ -499,10 +499,15 @@ def test_a_time_boxed_run_measures_whole_prompts_of_all_sets(
 def test_without_a_draft_the_rest_is_measured(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], measuring: list[str]
 ) -> None:
-    """Guards against refusing a run because one arm lacks its draft model, and a file whose path is not printed."""
+    """Guards against refusing a run because one arm lacks its draft model, a file whose path is not printed, and one
+    that cannot be read, because an arm is in it whose reference arm is not.
+    """
+    own = Path("own.toml")
+    own.write_text(own.read_text() + 'both = { drafter = "lookup", k = 3, baseline = "linear" }\n')
     assert exit_code(monkeypatch, "recommend", *measuring, "--budget-minutes", "0.0001") == 0
     told = capfd.readouterr()
     assert "needs a draft model" in told.out
+    assert "Left out: both: its reference arm linear is left out" in told.out
     (file,) = Path("results").glob("*/*-float64-own.json")
     assert str(file) in told.err
     assert read(file).arms.keys() == {"ar", "lookup", "ar-48", "hf-generate"}
