@@ -168,7 +168,7 @@ def check_processes(config: pytest.Config) -> None:
     """Raise ValueError if pytest-xdist distributes the tests over processes."""
     if config.getoption("numprocesses", None) or config.getoption("tx", None) or hasattr(config, "workerinput"):
         raise ValueError(
-            "the suites measure in one process, and pytest-xdist would start several: leave out -n and --tx"
+            "the suites measure in one process, and pytest-xdist would start several: give -n0, and leave out --tx"
         )
 
 

@@ -288,7 +288,7 @@ def test_what_is_wrong_with_a_run_is_told_in_one_sentence(model: str, tmp_path: 
         ([*arm, target, "--preset", "nothing"], "no preset is named 'nothing'"),
         ([*arm, target, "--prompts", "nothing:2"], "no data set is named 'nothing'"),
         (["--quality", target, "--max-new-tokens", "-1"], "max_new_tokens is -1: give 1 or more"),
-        (["--benchmark", "-n", "2"], "the suites measure in one process"),
+        (["--benchmark", "-n", "2"], "pytest-xdist would start several: give -n0, and leave out --tx"),
         (["--quality", "-n", "2"], "the suites measure in one process"),
         (["--benchmark", "--benchmark-disable"], "--benchmark-disable does not go with --benchmark"),
         (["--benchmark", "--benchmark-skip"], "--benchmark-skip does not go with --benchmark"),

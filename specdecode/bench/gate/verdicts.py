@@ -115,9 +115,13 @@ def judge_by_baseline(
         old: the baseline, read from its file.
         tolerance, tolerances: see `judge`.
     """
-    versions = history(old.path, newest=MOST_EARLIER_VERSIONS + 1).until(old)
-    noise = {arm: past_noise(arm, versions) for arm in old.arms if arm in new.arms}
-    return judge(new, old, tolerance, tolerances=tolerances, noise=noise)
+    return judge(new, old, tolerance, tolerances=tolerances, noise=noise_in_history(old))
+
+
+def noise_in_history(baseline: RunFile) -> dict[str, float]:
+    """Return the noise of each arm between the versions of a baseline on disk that git knows, as shares."""
+    versions = history(baseline.path, newest=MOST_EARLIER_VERSIONS + 1).until(baseline)
+    return {arm: past_noise(arm, versions) for arm in baseline.arms}
 
 
 def judge(

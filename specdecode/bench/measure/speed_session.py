@@ -14,7 +14,7 @@ from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.models import load_models
 from specdecode.bench.gate.baselines import ever_sees
 from specdecode.bench.gate.series import yardstick
-from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judge_by_baseline, judges_times, open_arms
+from specdecode.bench.gate.verdicts import Judgement, Verdict, judge, judges_times, noise_in_history, open_arms
 from specdecode.bench.measure.bandwidth import roofline_of
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.header import run_header, run_versions
@@ -101,9 +101,8 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
     same = _what_must_be_the_same(plan, prompts, stop_token_ids, arms) | {"arms": entries, "versions": versions}
     journal = Journal(plan.journal, same, plan.resume)
     finished, failures = ranks.agreed((journal.blocks(), journal.failures()))
-    before = conditions(plan.setup.device)
-    roofline = roofline_of(models.target, prompts)
-
+    before, roofline = conditions(plan.setup.device), roofline_of(models.target, prompts)
+    noise = {} if plan.baseline is None else noise_in_history(plan.baseline)
     blocks = len(prompts) * plan.preset.repeats
 
     def run_of(results: Results, budget_spent: bool = False) -> RunFile:
@@ -127,7 +126,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
 
     def still_open(results: Results, aim: float) -> set[str]:
         run = run_of(results)
-        judgements = _judge(plan, run)
+        judgements = _judge(plan, run, noise)
         # A run whose times nothing judges may become a baseline: repeat all arms until its noise hides no slowdown.
         if not judges_times(judgements):
             return set(run.arms) if ever_sees(run, plan.tolerance) > aim else set()
@@ -164,7 +163,7 @@ def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> Judged
         durations={arm: results.durations(arm) for arm in run.arms},
         wrong={arm: results.wrong(arm) for arm in run.arms},
         judged_by=judged,
-        judgements=_judge(plan, run),
+        judgements=_judge(plan, run, noise),
         journal=journal,
     )
 
@@ -252,9 +251,11 @@ def _stop_token_ids(plan: Plan, target: LM | None) -> Sequence[int]:
     return target.stop_token_ids
 
 
-def _judge(plan: Plan, run: RunFile) -> list[Judgement]:
-    """Judge a run by the baseline, if there is one."""
-    return [] if plan.baseline is None else judge_by_baseline(run, plan.baseline, plan.tolerance, plan.tolerances)
+def _judge(plan: Plan, run: RunFile, noise: Mapping[str, float]) -> list[Judgement]:
+    """Judge a run by the baseline, if there is one. `noise` is that of the baseline's history."""
+    if plan.baseline is None:
+        return []
+    return judge(run, plan.baseline, plan.tolerance, tolerances=plan.tolerances, noise=noise)
 
 
 def _measure_against(plan: Plan, ref: str, selected: Collection[str], new_ref: str | None) -> JudgedRun:

@@ -16,7 +16,7 @@ import pytest
 from specdecode.bench.gate.baselines import bless
 from specdecode.bench.gate.history import history
 from specdecode.bench.gate.series import LEAST_EARLIER_VERSIONS, past_noise, series
-from specdecode.bench.gate.verdicts import Judgement, Verdict, judge_by_baseline
+from specdecode.bench.gate.verdicts import Judgement, Verdict, judge_by_baseline, noise_in_history
 from specdecode.bench.measure import speed_session
 from specdecode.bench.runs.file import read
 from tests.helpers.command_line import exit_code
@@ -124,7 +124,7 @@ def judged_everywhere(new: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     report = capsys.readouterr().out
     preset = SimpleNamespace(arms=SPEEDUPS)
     plan = SimpleNamespace(baseline=read(FILE), preset=preset, tolerance=0.05, tolerances={})
-    judgements = speed_session._judge(plan, read(new))  # type: ignore[arg-type]
+    judgements = speed_session._judge(plan, read(new), noise_in_history(read(FILE)))  # type: ignore[arg-type]
     session = " ".join(f"{judged.verdict.value} {judged.arm}: {judged.reason}" for judged in judgements)
     return [" ".join(text.replace("│", " ").split()) for text in (gate, report, session)]
 

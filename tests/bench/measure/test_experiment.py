@@ -19,6 +19,7 @@ from specdecode.bench import presets
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.callables import NO_MEMORY
 from specdecode.bench.arms.run import Run
+from specdecode.bench.gate.history import History
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.experiment import Results, experiment
 from specdecode.bench.measure.output_stats import own_losses
@@ -36,6 +37,7 @@ from specdecode.heads import loading
 from tests.helpers.characters import save
 from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, lm, prompt, quantisable, small
+from tests.helpers.root import ROOT
 from tests.helpers.speed_runs import run_of_results
 from tests.helpers.spelling import CHARACTERS, characters
 
@@ -279,6 +281,24 @@ def test_a_session_measures_a_draft_of_another_vocabulary(tmp_path: Path) -> Non
     judged = measure(resolve(options), {"by-text"})
     assert judged.wrong["by-text"] == []
     assert judged.run.measures("by-text").counters.acceptance_rate >= 0.0
+
+
+def test_a_session_reads_the_history_of_its_baseline_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against dozens of calls of git at each look of `--until`."""
+    asked: list[Path] = []
+
+    def counted(file: Path, **named: int) -> History:
+        asked.append(file)
+        return History([], "none")
+
+    monkeypatch.setattr("specdecode.bench.gate.verdicts.history", counted)
+    preset_ = tmp_path / "own.toml"
+    preset_.write_text('prompts = "prose:1"\nmax_new_tokens = 4\nrepeats = 1\n[arms]\nar = {}\n')
+    baseline = next((ROOT / "baselines" / "any").glob("*.json"))
+    models = {"target": str(save(tmp_path / "target")), "device": "cpu"}
+    limits = {"until": 0.9, "budget_minutes": 0.05}
+    measure(resolve(Options(root=tmp_path, preset=str(preset_), baseline=str(baseline), **models, **limits)), {"ar"})
+    assert asked == [baseline]
 
 
 def test_a_lossy_arm_is_checked_against_plain_decoding_with_its_cache(unchecked: None) -> None:
