@@ -187,7 +187,7 @@ def test_the_tolerance_lets_a_run_see_what_until_names(
     commit(tmp_path)
     of_session = plan(tmp_path, **given)
     assert of_session.tolerance == pytest.approx(tolerance)
-    header = run_header(of_session, {}, 0.01, roofline=0.0, versions={}, before={})
+    header = run_header(of_session, {}, 0.01, prompts={}, roofline=0.0, versions={}, before={})
     assert header.tolerance == of_session.tolerance
 
 

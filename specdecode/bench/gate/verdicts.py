@@ -14,6 +14,7 @@ from typing import Literal
 from specdecode.bench.gate.baselines import TOLERANCE
 from specdecode.bench.gate.blame import Blame, blame
 from specdecode.bench.gate.history import history
+from specdecode.bench.gate.pairs import changes, same_text, shared_prompts
 from specdecode.bench.gate.series import MOST_EARLIER_VERSIONS, backend, past_noise, turns, yardstick
 from specdecode.bench.runs.counts import as_dict
 from specdecode.bench.runs.measures import SIGNS
@@ -246,21 +247,24 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
     if yardstick(arm, old) != over:
         reason = f"it is compared with {over}, in the baseline with {yardstick(arm, old)}: bless a run like this one"
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
-    after, before = new.log_speedups(arm, over), old.log_speedups(arm, over)
-    shared = [prompt for prompt in after if prompt in before]
+    shared = shared_prompts(arm, new, old, over)
     if not shared or new.header.max_new_tokens != old.header.max_new_tokens:
-        reason = f"run and baseline share no times over {over}: measure the same prompts and length"
+        reason = (
+            f"run and baseline share no times over {over}: measure the same prompts and length{_other_texts(new, old)}"
+        )
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
-    machines = [old, *(other for other in old.together if new.changes(arm, other, over))]
+    machines = [old, *(other for other in old.together if changes(arm, new, other, over))]
     here, there = new.floor_over(over), max(one.floor_over(over) for one in machines)
     # Both runs have noise of their own. Differences between machines may not come from the code, so a regression must
     # show against each machine.
-    changes = [
-        typical_ratio(new.changes(arm, one, over), math.hypot(here, one.floor_over(over)), new.tail(arm))
+    estimates = [
+        typical_ratio(changes(arm, new, one, over), math.hypot(here, one.floor_over(over)), new.tail(arm))
         for one in machines
     ]
     change = Estimate(
-        geometric_mean(one.value for one in changes), min(one.low for one in changes), max(one.high for one in changes)
+        geometric_mean(one.value for one in estimates),
+        min(one.low for one in estimates),
+        max(one.high for one in estimates),
     )
     cause = _blame(arm, over, new, old, shared)
     whose = "the baseline's" if len(machines) == 1 else f"those on the baseline's {len(machines)} machines"
@@ -379,7 +383,14 @@ def _why_no_output_is_shared(arm: str, new: RunFile, old: RunFile) -> str:
     if not new.outputs_of(arm).keys() & old.outputs_of(arm).keys():
         return "run and baseline share no output: measure the same prompts"
     reference = new.arms[arm].baseline or new.header.baseline
-    return f"{reference} writes other tokens than in the baseline, or no prompt has a right output in both runs"
+    reason = f"{reference} writes other tokens than in the baseline, or no prompt has a right output in both runs"
+    return f"{reason}{_other_texts(new, old)}"
+
+
+def _other_texts(new: RunFile, old: RunFile) -> str:
+    """Return a clause on prompts with another text in each run, for reasons; "" if there are none."""
+    count = sum(not same_text(prompt, new, old) for prompt in new.header.prompts)
+    return f"; {count} prompt(s) of the same name have another text there, as from another Python" if count else ""
 
 
 def counters_judgement(arm: str, moved: Mapping[str, float], unmoved: str) -> Judgement:

@@ -87,19 +87,20 @@ class Results:
     def _rows(self, arm: Arm, blocks: Sequence[Block]) -> dict[str, Row]:
         """Return an arm's rows by prompt. Speedups are over the run's reference arm, even if the arm names another."""
         baseline = arm.baseline or self.baseline
-        repeats: dict[str, list[tuple[float, Run, Run]]] = {}
+        repeats: dict[str, list[tuple[int, float, Run, Run]]] = {}
         last_s: dict[str, float] = {}
         for block in blocks:
             # A time from a wrong output is void.
             if {arm.name, baseline, self.baseline} <= block.runs.keys() and block.checks[arm.name] != "bug":
                 log_speedup = block.log_speedup(arm.name, self.baseline)
-                repeats.setdefault(block.prompt, []).append((log_speedup, block.runs[arm.name], block.runs[baseline]))
+                repeat = (block.repeat, log_speedup, block.runs[arm.name], block.runs[baseline])
+                repeats.setdefault(block.prompt, []).append(repeat)
                 if arm.name in block.last:
                     last_s[block.prompt] = last_s.get(block.prompt, 0.0) + block.last[arm.name].total_s
         rows = {}
         for prompt, of_prompt in repeats.items():
-            logs, runs, others = zip(*of_prompt, strict=True)
-            rows[prompt] = row_of(logs, runs, others, last_s=last_s.get(prompt))
+            numbers, logs, runs, others = zip(*of_prompt, strict=True)
+            rows[prompt] = row_of(logs, runs, others, numbers=numbers, last_s=last_s.get(prompt))
         return rows
 
     def outputs(self, baseline: str | None = None) -> dict[str, str]:
@@ -111,13 +112,21 @@ class Results:
         return {block.prompt: digest(block.runs[arm].tokens) for block in self.blocks if arm in block.runs}
 
 
-def row_of(logs: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run], *, last_s: float | None = None) -> Row:
+def row_of(
+    logs: Sequence[float],
+    runs: Sequence[Run],
+    baseline: Sequence[Run],
+    *,
+    numbers: Sequence[int] = (),
+    last_s: float | None = None,
+) -> Row:
     """Return the sums over the runs of one arm on one prompt.
 
     Args:
         logs: logarithms of its speedups over the run's reference arm, one for each repeat.
         runs: runs of the arm.
         baseline: run of its own reference arm for each of them, to count the tokens that agree.
+        numbers: number of each repeat, from 0; none if no repeat was skipped.
         last_s: seconds of the last runs, if it is a reference arm.
     """
     counts = [
@@ -132,6 +141,7 @@ def row_of(logs: Sequence[float], runs: Sequence[Run], baseline: Sequence[Run], 
         histograms=total_histograms(run.histograms for run in runs),
         latencies=all_latencies(run.latencies for run in runs),
         logs=list(logs) if len(logs) > 1 else [],
+        repeat_numbers=[] if list(numbers) == list(range(len(numbers))) else list(numbers),
     )
 
 

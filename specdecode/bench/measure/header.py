@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from specdecode.bench.plan import Plan
+from specdecode.bench.runs.names import digest
 from specdecode.bench.runs.records import Header
 from specdecode.models.embedded import weights_of
 from specdecode.support.environment import conditions, environment
@@ -20,6 +21,7 @@ def run_header(
     outputs: dict[str, str],
     floor: float,
     *,
+    prompts: Mapping[str, Sequence[int]],
     roofline: float,
     versions: Mapping[str, str | int],
     before: dict[str, str],
@@ -33,6 +35,7 @@ def run_header(
         plan: plan of the session.
         outputs: digests of the reference arm's outputs, by prompt.
         floor: the A/A floor, in logarithms.
+        prompts: tokens of the prompts, by id.
         roofline: tokens per second that the memory bandwidth allows.
         versions: see `run_versions`.
         before: the conditions before the run.
@@ -54,4 +57,5 @@ def run_header(
         left=left,
         unselected=list(unselected),
         tolerance=plan.tolerance,
+        prompts={prompt: digest(prompts[prompt]) for prompt in outputs},
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
         )
     prompts, _ = token_prompts(plan.preset.prompts, target)
     order = _in_turn(list(prompts))
-    before, roofline = conditions(target.device), roofline_of(target, prompts)
+    about: dict[str, Any] = {"before": conditions(target.device), "roofline": roofline_of(target, prompts)}
     versions = run_versions(plan.identity.target, models.backend_name)
     blocks: list[Block] = []
     failures: dict[str, str] = {}
@@ -73,7 +74,7 @@ def measure_within(plan: Plan, minutes: float, file: Path) -> tuple[RunFile, dic
 
     def write() -> RunFile:
         results = Results(arms, blocks, counters_runs, failures)
-        header = run_header(plan, results.outputs(), results.floor, roofline=roofline, versions=versions, before=before)
+        header = run_header(plan, results.outputs(), results.floor, prompts=prompts, versions=versions, **about)
         run = RunFile(file, header, results.records())
         write_run(run)
         return run

@@ -25,6 +25,7 @@ from specdecode.bench.runs.records import ArmRecord, Header, Identity, Row, RunF
 from specdecode.support.checked import (
     MOST_NATS,
     count,
+    counts,
     flag,
     items,
     mapping,
@@ -89,6 +90,7 @@ def _rows_json(rows: Mapping[str, Row]) -> dict[str, Any]:
         prompt: {
             "log_speedup": row.log_speedup,
             **({"logs": row.logs} if row.logs else {}),
+            **({"repeat_numbers": row.repeat_numbers} if row.repeat_numbers else {}),
             "counts": as_dict(row.counts),
             "seconds": as_dict(row.seconds),
             "histograms": as_dict(row.histograms),
@@ -155,6 +157,7 @@ def _header(head: dict[str, Any]) -> Header:
         left=count(head, "left") if "left" in head else 0,
         unselected=texts(head.get("unselected", []), "unselected"),
         tolerance=number(head, "tolerance", 0.0, 1.0) if "tolerance" in head else None,
+        prompts={prompt: str(digest) for prompt, digest in mapping(head.get("prompts", {}), "prompts").items()},
     )
 
 
@@ -205,13 +208,19 @@ def _row(row: dict[str, Any]) -> Row:
     sums = _sums(row, "counts", RowCounts)
     if "nll" in sums:
         number(sums, "nll", 0.0, MOST_NATS * sums["tokens"])
+    logs = [number({"logs": log}, "logs", -MOST_LOG, MOST_LOG) for log in items(row.get("logs", []), "logs")]
+    repeat_numbers = counts(row.get("repeat_numbers", []), "repeat_numbers")
+    repeats = max(1, len(logs))
+    if repeat_numbers and not len(repeat_numbers) == len(set(repeat_numbers)) == repeats:
+        raise ValueError(f"repeat_numbers is {repeat_numbers}, which does not number {repeats} repeat(s)")
     return Row(
         log_speedup=number(row, "log_speedup", -MOST_LOG, MOST_LOG),
         counts=from_dict(RowCounts, sums),
         seconds=from_dict(RowSeconds, _sums(row, "seconds", RowSeconds)),
         histograms=histograms_in(row),
         latencies=latencies_in(row),
-        logs=[number({"logs": log}, "logs", -MOST_LOG, MOST_LOG) for log in items(row.get("logs", []), "logs")],
+        logs=logs,
+        repeat_numbers=repeat_numbers,
     )
 
 

@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from specdecode.bench.runs.counts import (
     Histograms,
     Latencies,
@@ -92,6 +90,7 @@ class Header:
         left: number of blocks left to measure when the file was written, for a stopped run or a spent budget.
         unselected: arms of the preset, or of the run or commit it is judged by, that the session did not select.
         tolerance: the share by which a time could be worse in the session's verdicts; None in older files.
+        prompts: digest of the tokens of each prompt; empty in older files.
     """
 
     identity: Identity
@@ -103,6 +102,7 @@ class Header:
     conditions: dict[str, dict[str, str]] = field(default_factory=dict)
     baseline: str = BASELINE
     until: float | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
     budget_spent: bool = False
     left: int = 0
     unselected: list[str] = field(default_factory=list)
@@ -145,6 +145,8 @@ class Row:
         histograms: sums of histograms over the repeats.
         latencies: latencies of a server's requests, in all repeats.
         logs: the log speedup of each repeat; `log_speedup` is their mean. Empty for one repeat, and in older files.
+        repeat_numbers: number of each repeat, from 0: with `--until` an arm skips repeats while its verdict is clear,
+            and a wrong output is void. Empty for 0, 1, ..., and in older files.
     """
 
     log_speedup: float
@@ -153,11 +155,17 @@ class Row:
     histograms: Histograms = field(default_factory=Histograms)
     latencies: Latencies = field(default_factory=Latencies)
     logs: list[float] = field(default_factory=list)
+    repeat_numbers: list[int] = field(default_factory=list)
 
     @property
     def repeats(self) -> list[float]:
         """Return the log speedup of each repeat, or only their mean if the repeats are unknown."""
         return self.logs or [self.log_speedup]
+
+    @property
+    def by_repeat(self) -> dict[int, float]:
+        """Return `repeats` by their numbers."""
+        return dict(zip(self.repeat_numbers or range(len(self.repeats)), self.repeats, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,35 +357,6 @@ class RunFile:
             return TAIL
         of_all = [record.most_repeats for record in self.arms.values()]
         return tail_of_arm(self.arms[arm].most_repeats, of_all, self.header.budget_spent)
-
-    def changes(self, arm: str, old: RunFile, over: str) -> list[float]:
-        """Return logarithms of an arm's speedup divided by its speedup in an older run.
-
-        There is one for each repeat of each prompt in both runs. If one run has more, some of its repeats are averaged.
-
-        Args:
-            arm: name of the arm, which both runs have.
-            old: the older run.
-            over: the arm that both speedups are over.
-        """
-        after, before = self._repeated_logs(arm, over), old._repeated_logs(arm, over)
-        changes: list[float] = []
-        for prompt in [prompt for prompt in after if prompt in before]:
-            count = min(len(after[prompt]), len(before[prompt]))
-            now, was = (
-                [statistics.fmean(part) for part in np.array_split(logs[prompt], count)] for logs in (after, before)
-            )
-            changes += [new - old for new, old in zip(now, was, strict=True)]
-        return changes
-
-    def _repeated_logs(self, arm: str, over: str) -> dict[str, list[float]]:
-        """Return log speedups of an arm over another by prompt, one for each repeat with correct outputs of both."""
-        rows, others = self.arms[arm].rows, self.arms[over].rows if over in self.arms else {}
-        return {
-            prompt: [log - other for log, other in zip(rows[prompt].repeats, others[prompt].repeats, strict=False)]
-            for prompt in rows
-            if prompt in others
-        }
 
     def speedup(self, arm: str, over: str | None = None) -> Estimate:
         """Return the mean speedup of an arm over another, by default its reference arm; nan if no block has both."""

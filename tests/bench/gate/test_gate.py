@@ -230,6 +230,17 @@ def test_other_prompts_are_not_compared(judged: Any) -> None:
     new["specdecode"]["outputs"] = dict.fromkeys(PROMPTS, "longer")
     verdicts = judged(new, content({"linear": 2.0}))
     assert {judgement.verdict for judgement in verdicts.values()} == {Verdict.INCONCLUSIVE}
+    new, old = content({"linear": 2.0}), content({"linear": 2.0})
+    new["specdecode"]["prompts"] = dict.fromkeys(PROMPTS, "text")
+    assert judged(new, old)["linear", "time"].verdict is Verdict.PASS  # an older file
+    old["specdecode"]["prompts"] = dict.fromkeys(PROMPTS[:6], "text") | dict.fromkeys(PROMPTS[6:], "another")
+    for prompt in PROMPTS[6:]:
+        new["specdecode"]["arms"]["linear"]["rows"][prompt]["log_speedup"] = 5.0
+    assert judged(new, old)["linear", "time"].verdict is Verdict.PASS
+    old["specdecode"]["prompts"] = dict.fromkeys(PROMPTS, "another")
+    judgement = judged(new, old)["linear", "time"]
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert "8 prompt(s) of the same name have another text" in judgement.reason
 
 
 def test_other_weights_of_the_same_name_are_not_compared(judged: Any) -> None:
