@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import operator
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ from specdecode.bench.arms.slices import Slices, end_step, timed_call
 from specdecode.bench.runs.counts import Counts, Histograms, Seconds
 from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import histogram
-from specdecode.support.checked import shown
+from specdecode.support.checked import number, shown
 
 LIMIT_S = 600.0
 """Default for the most seconds that one output of an arm from code or of a server may take."""
@@ -42,12 +43,13 @@ class ArmError(SpecDecodeError):
 class ArmStep:
     """One step of an arm from code, with the counts that it knows. A field is None if unknown.
 
-    If all fields of all steps are known, acceptance, blame and counters work as for this package's own arms.
+    If all fields of all steps are known, acceptance, blame and counters work as for this package's own arms. Numbers
+    may also be scalars of NumPy, or tensors of one element.
 
     Attributes:
         tokens: the new tokens.
         drafted: proposed tokens.
-        accepted: proposals among the new tokens.
+        accepted: proposals among the new tokens, without the target's own token.
         draft_forwards: forwards of a draft model.
         draft_s: seconds of drafting.
         verify_s: seconds of the target's forward.
@@ -90,7 +92,7 @@ def make_decode(spec: ArmSpec, names: ModelNames) -> Decode:
     """Call the maker that an arm names: `make(target, draft, device, dtype, **options)`.
 
     Raises:
-        ValueError: the maker does not exist, raises, or returns an object that cannot be called.
+        ValueError: the maker cannot be imported, raises, or returns an object that cannot be called.
     """
     assert spec.call is not None
     module, _, name = spec.call.partition(":")
@@ -98,8 +100,8 @@ def make_decode(spec: ArmSpec, names: ModelNames) -> Decode:
         sys.path.insert(0, os.getcwd())  # `python -m pytest` adds it, and `pytest` does not
     try:
         make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise spec.notation.error(f"{spec.call} cannot be imported: {error}") from error
+    except Exception as error:
+        raise spec.notation.error(f"{spec.call} cannot be imported: {_named(error)}") from error
     try:
         decode = make(*astuple(names), **dict(spec.options))
     except Exception as error:
@@ -163,7 +165,7 @@ def callable_run(
         with _arm_errors(spec):
             with _limit(spec.limit_s or LIMIT_S):
                 _, total_s = timed_call(device, decode_all)
-            return _run(steps, times, total_s, max_new_tokens, lengths, stop_token_ids)
+            return _run([_checked(step) for step in steps], times, total_s, max_new_tokens, lengths, stop_token_ids)
 
     return run
 
@@ -183,9 +185,34 @@ def _came_at(step: ArmStep, before: float, now: float) -> float:
     """Return the seconds until a step's tokens came. They must lie between the step before and now."""
     if step.at_s is None:
         return now
-    if not before <= step.at_s <= now:
-        raise _NoOutput(f"at_s is {step.at_s:g}: it must lie between the step before and the yield of this step")
-    return step.at_s
+    at_s = _plain("at_s", step.at_s)
+    if not before <= at_s <= now:
+        raise _NoOutput(f"at_s is {at_s:g}: it must lie between the step before and the yield of this step")
+    return at_s
+
+
+def _checked(step: ArmStep) -> ArmStep:
+    """Return a step with plain numbers, after checking them."""
+    names = [entry.name for entry in fields(step) if entry.name != "tokens"]
+    values = {name: getattr(step, name) for name in names}
+    reported: dict[str, Any] = {name: _plain(name, value) for name, value in values.items() if value is not None}
+    accepted, new = reported.get("accepted", 0), len(step.tokens)
+    if accepted > min(new, reported.get("drafted", new)):
+        raise _NoOutput(
+            f"accepted is {accepted}: it is at most drafted, and at most the number of new tokens; the target's own"
+            " token does not count"
+        )
+    return replace(step, **reported)
+
+
+def _plain(name: str, value: Any) -> float:
+    """Return a reported number as one that JSON can hold, after checking it."""
+    is_seconds = name.endswith("_s")
+    try:
+        return number({name: float(value) if is_seconds else operator.index(value)}, name, 0.0)
+    except Exception:  # the value may be of any class
+        kind = "a number of seconds" if is_seconds else "a whole number"
+        raise _NoOutput(f"{name} is {shown(value)}: it must be {kind}, 0 or more") from None
 
 
 def _run(

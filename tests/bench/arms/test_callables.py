@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -10,11 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from specdecode import generate
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.callables import ArmError, ArmStep
+from specdecode.bench.arms.run import Run
 from specdecode.bench.gate.history import History
 from specdecode.bench.measure.experiment import experiment
 from specdecode.bench.report.captions import outputs
@@ -82,9 +86,13 @@ def test_what_its_steps_know_is_counted(module: ModuleType) -> None:
         tokens = right(prompt, count)
         for place, start in enumerate(range(0, count, 3)):
             some = tokens[start : start + 3]
-            yield ArmStep(some, 4, len(some) - 1, draft_forwards=4, draft_s=0.25, verify_s=0.5, cache_bytes=100 + place)
+            # Of the types that engines count in.
+            seconds, size = torch.tensor(0.25), np.int64(100 + place)
+            accepted = torch.tensor(len(some) - 1)
+            yield ArmStep(some, np.int32(4), accepted, 4, draft_s=seconds, verify_s=np.float32(0.5), cache_bytes=size)  # type: ignore[arg-type]
 
     run = arm(decode, module).run(prompt(), LENGTH, ())
+    assert Run.from_json(json.loads(json.dumps(run.as_json()))) == run
     assert (run.counts.steps, run.counts.drafted, run.counts.accepted, run.counts.draft_forwards) == (4, 16, 8, 16)
     assert (run.counts.rejections, run.counts.later_tokens) == (4, 9)
     assert (run.counts.cache_bytes, run.counts.peak_cache_bytes, run.counts.grown_bytes) == (103, 103, 3)
@@ -114,11 +122,11 @@ def test_an_engine_that_calls_back_tells_when_tokens_came(module: ModuleType) ->
     def decode(prompt: list[int], count: int) -> Iterator[ArmStep]:
         tokens = right(prompt, count)
         time.sleep(0.05)
-        yield ArmStep(tokens[:4], at_s=0.01)
+        yield ArmStep(tokens[:4], at_s=torch.tensor(0.01, dtype=torch.float64))  # type: ignore[arg-type]
         yield ArmStep(tokens[4:], at_s=0.03)
 
     run = arm(decode, module, lengths=(4,)).run(prompt(), LENGTH, ())
-    assert run.ttft_s == 0.01
+    assert (run.ttft_s, type(run.ttft_s)) == (0.01, float)
     assert run.cuts[0].total_s == 0.01
     assert run.total_s > 0.05
 
@@ -145,6 +153,24 @@ FAILING = {
     "late": (
         lambda prompt, count: [ArmStep(right(prompt, count), at_s=99.0)],
         "at_s is 99: it must lie between the step before and the yield of this step",
+    ),
+    "counts-its-bonus": (
+        lambda prompt, count: [ArmStep(right(prompt, count), drafted=count - 1, accepted=count)],
+        "accepted is {count}: it is at most drafted, and at most the number of new tokens; the target's own token does"
+        " not count",
+    ),
+    "accepts-more-than-it-yields": (
+        lambda prompt, count: [ArmStep([], drafted=4, accepted=1), right(prompt, count)],
+        "accepted is 1: it is at most drafted, and at most the number of new tokens; the target's own token does not"
+        " count",
+    ),
+    "half": (
+        lambda prompt, count: [ArmStep(right(prompt, count), drafted=0.5)],
+        "drafted is 0.5: it must be a whole number, 0 or more",
+    ),
+    "no-time": (
+        lambda prompt, count: [ArmStep(right(prompt, count), draft_s=float("nan"))],
+        "draft_s is nan: it must be a number of seconds, 0 or more",
     ),
     "no-steps": (lambda prompt, count: 3, "it raised TypeError: 'int' object is not iterable"),
 }
@@ -255,14 +281,22 @@ def test_a_limit_of_time_leaves_others_alone(module: ModuleType) -> None:
         ({"drafter": "lookup", "lossy": True}, "lossy is for arms from code or of servers: leave it out"),
         ({"call": "reader:make", "lossy": 1}, "lossy is 1: it must be true or false"),
         ({"drafter": "lookup", "limit_s": 3}, "limit_s is for arms from code or of servers: leave it out"),
-        ({"call": "no.such:make"}, "no.such:make cannot be imported: No module named 'no'"),
-        ({"call": "reader:missing"}, "reader:missing cannot be imported: module 'reader' has no attribute 'missing'"),
+        ({"call": "no.such:make"}, "no.such:make cannot be imported: ModuleNotFoundError: No module named 'no'"),
+        (
+            {"call": "reader:missing"},
+            "reader:missing cannot be imported: AttributeError: module 'reader' has no attribute 'missing'",
+        ),
+        ({"call": "broken_reader:make"}, "broken_reader:make cannot be imported: SyntaxError: '(' was never closed"),
         ({"call": "reader:raises"}, "reader:raises raised RuntimeError: no licence"),
         ({"call": "reader:nothing"}, "reader:nothing returned a NoneType: return a function that decodes"),
     ],
 )
-def test_a_wrong_entry_is_told_in_one_sentence(module: ModuleType, entry: dict[str, Any], reason: str) -> None:
+def test_a_wrong_entry_is_told_in_one_sentence(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any], reason: str
+) -> None:
     """Guards against a traceback, from the user's module or from this package, instead of one sentence."""
+    (tmp_path / "broken_reader.py").write_text("make = (\n")
+    monkeypatch.syspath_prepend(tmp_path)
 
     def raises(*names: str) -> None:
         raise RuntimeError("no licence")
