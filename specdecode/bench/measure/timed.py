@@ -8,14 +8,22 @@ from typing import TypeVar
 
 from specdecode.backends.graph import MOST_CAPTURING_RUNS, CudaGraphs
 from specdecode.bench.arms.arm import Arm
+from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
 
 T = TypeVar("T")
 
 
 def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Run:
-    """Return one timed run of an arm; see `timed_by`."""
-    return timed_by(lambda: arm.run(prompt, length, expected))
+    """Return one timed run of an arm; see `timed_by`.
+
+    Raises:
+        ArmError: an arm from code or of a server does not decode, or its output is empty.
+    """
+    run = timed_by(lambda: arm.run(prompt, length, expected))
+    if not run.tokens:  # a server that does not go on after a stop token may write nothing before it
+        raise ArmError(f"arm {arm.name!r}: its output is empty")
+    return run
 
 
 def timed_by(once: Callable[[], T]) -> T:

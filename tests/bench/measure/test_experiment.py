@@ -17,7 +17,7 @@ from torch import nn
 from specdecode import LM, Costs, generate
 from specdecode.bench import presets
 from specdecode.bench.arms.arm import Arm, make_arm
-from specdecode.bench.arms.callables import NO_MEMORY
+from specdecode.bench.arms.callables import NO_MEMORY, ArmError
 from specdecode.bench.arms.run import Run
 from specdecode.bench.gate.history import History
 from specdecode.bench.measure.check import classify
@@ -200,6 +200,16 @@ def test_repeats_are_summed_and_measures_are_plain_numbers(results: Results) -> 
     assert measures["mean_acceptance_length"] == 1.0
     assert {(row.counts.runs, row.counts.tokens) for row in run.arms["twice"].rows.values()} == {(3, 3 * LENGTH)}
     assert measures["throughput"] == pytest.approx(6 * LENGTH / sum(results.durations("twice")))
+
+
+def test_an_empty_output_fails_its_arm_alone() -> None:
+    """Guards against a session that ends in a traceback, because the first token of a server's output ended it."""
+    ended = Run([], 1.0, 0.1, Counts(steps=1))
+    arms = [Calls().arm("ar", 1.0), Arm("silent", lambda *_: ended, target=lm("llama"), foreign=True)]
+    run = run_of_results(experiment(arms, PROMPTS, LENGTH), LENGTH)
+    assert (run.arms["silent"].failure, run.arms["ar"].failure) == ("arm 'silent': its output is empty", "")
+    with pytest.raises(ArmError, match="arm 'silent': its output is empty"):
+        experiment(arms, PROMPTS, LENGTH, baseline="silent")
 
 
 def test_an_output_of_another_length_is_wrong() -> None:
