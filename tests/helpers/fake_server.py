@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         options, engine = self.engine.options, self.engine
-        if self.path == "/health":
+        if self.path == "/health" and not options.unhealthy:
             self._send(503 if options.fault == "never ready" else 200, {})
         elif self.path == "/v1/models":
             owner = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}.get(options.engine, "me")
@@ -320,6 +320,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--read-s", type=float, default=0.0, help="seconds a token of the prompt")
     parser.add_argument("--crowd", type=float, default=0.0, help="share by which each other request slows a step")
     parser.add_argument("--secretive", action="store_true", help="tells no version")
+    parser.add_argument("--unhealthy", action="store_true", help="has no path /health")
     parser.add_argument("--near", action="store_true", help="second tokens are nearly as likely")
     return parser.parse_args(arguments)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from specdecode.bench.servers.engines import Engine, Request, Response
+from specdecode.bench.servers.engines import MODELS_PATH, Engine, Request, Response
 from specdecode.bench.servers.errors import ServerError
 from specdecode.core.errors import first_line
 
@@ -59,11 +59,21 @@ class Client:
         await self._client.aclose()
 
     def answers(self, path: str) -> bool:
-        """Return whether a path answers with success."""
+        """Return whether a path answers with success.
+
+        Raises:
+            ServerError: the server answers with 404, though it lists its models: it has no such path.
+        """
         try:
-            return self._get(path).is_success
+            answer = self._get(path)
+            missing = answer.status_code == 404 and self._get(MODELS_PATH).is_success
         except httpx2.HTTPError:
             return False
+        if missing:
+            raise ServerError(
+                f"its server answers {path} with 404, though it lists its models: set server.ready to a path it has"
+            )
+        return answer.is_success
 
     def get(self, path: str) -> str:
         """Return the answer of a path.

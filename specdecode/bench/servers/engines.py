@@ -284,5 +284,8 @@ ENGINES = {
 }
 """The engines by name. "openai" is any server that has only the OpenAI protocol."""
 
+MODELS_PATH = "/v1/models"
+"""The path at which every engine lists its models."""
+
 OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}
-"""The engine's name by the owner of its models at /v1/models."""
+"""The engine's name by the owner of its models at `MODELS_PATH`."""

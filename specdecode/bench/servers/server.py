@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from specdecode.bench.servers.engines import ENGINES, OWNERS, Request, Response, Speculation
+from specdecode.bench.servers.engines import ENGINES, MODELS_PATH, OWNERS, Request, Response, Speculation
 from specdecode.bench.servers.errors import ServerError
 from specdecode.bench.servers.spec import ServerSpec
 from specdecode.models.chat import Codec
@@ -110,7 +110,8 @@ class Server:
             return ()
         from specdecode.bench.servers.process import listeners
 
-        return listeners(urlsplit(self.spec.base_url(0)).port or 80)
+        address = urlsplit(self.spec.url)
+        return listeners(address.port or (443 if address.scheme == "https" else 80))
 
     def open(self) -> None:
         """Start the server, or connect to it, and find out its engine and model.
@@ -202,9 +203,9 @@ class Server:
         """Find out the model, the engine and its version."""
         spec = self.spec
         try:
-            models = {str(one["id"]): one for one in json.loads(self._connection.get("/v1/models"))["data"]}
+            models = {str(one["id"]): one for one in json.loads(self._connection.get(MODELS_PATH))["data"]}
         except (KeyError, TypeError, ValueError):
-            raise ServerError("its server does not list its models at /v1/models in OpenAI's format") from None
+            raise ServerError(f"its server does not list its models at {MODELS_PATH} in OpenAI's format") from None
         if spec.model is None and len(models) != 1:
             raise ServerError(f"its server has {len(models)} models: name one with server.model")
         self._model = spec.model or next(iter(models))

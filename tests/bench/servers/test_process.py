@@ -78,18 +78,30 @@ def test_servers_that_run_alone_make_room(servers: Servers) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("options", "said"),
     [
-        ("fails", "its server ended with exit code 1; it said: ValueError: memory is too small (full log: "),
-        ("ends at once", "its server ended with exit code 1; it said: loading / CUDA out of memory (full log: "),
-        ("never ready", "its server is not ready after 0.02 minutes, its start_minutes; it said: loading (full log: "),
-        ("die", "its server ended with exit code -9; it said: loading (full log: "),
+        ("--fault fails", "its server ended with exit code 1; it said: ValueError: memory is too small (full log: "),
+        (
+            "--fault 'ends at once'",
+            "its server ended with exit code 1; it said: loading / CUDA out of memory (full log: ",
+        ),
+        (
+            "--fault 'never ready'",
+            "its server is not ready after 0.02 minutes, its start_minutes; it said: loading (full log: ",
+        ),
+        ("--fault die", "its server ended with exit code -9; it said: loading (full log: "),
+        (
+            "--unhealthy",
+            "its server answers /health with 404, though it lists its models: set server.ready to a path it has",
+        ),
     ],
 )
-def test_what_ends_a_server_is_told(servers: Servers, fault: str, said: str) -> None:
-    """Guards against the message "connection refused" instead of the reason why the server ended."""
-    minutes = 0.02 if fault == "never ready" else 1.0
-    spec = ServerSpec(command=f"{COMMAND} --after 3 --fault '{fault}'", start_minutes=minutes)
+def test_what_ends_a_server_is_told(servers: Servers, options: str, said: str) -> None:
+    """Guards against the message "connection refused" instead of the reason why the server ended, and against minutes
+    until a path is reported that the server does not have.
+    """
+    minutes = 0.02 if "never ready" in options else 1.0
+    spec = ServerSpec(command=f"{COMMAND} --after 3 {options}", start_minutes=minutes)
     with pytest.raises(ServerError) as raised:
         servers.server("spec", spec).generate([[1, 2, 3]], 8, 1, 30)
     assert str(raised.value).startswith(said)
@@ -178,3 +190,12 @@ def test_nobody_else_is_asked_for_the_pids(servers: Servers) -> None:
     found = Server(ServerSpec(url=f"http://127.0.0.1:{port}/v1"), {}, Codec(None), Path("none.log"))
     assert list(found.pids) == [running.pid]
     assert not server.pids, "it is this process's own child"
+
+
+@pytest.mark.parametrize(
+    ("url", "port"), [("https://localhost/v1", 443), ("http://localhost", 80), ("https://localhost:8443", 8443)]
+)
+def test_the_port_of_an_address_is_its_scheme_s(url: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against another server's processes taken for those of a server behind TLS."""
+    monkeypatch.setattr("specdecode.bench.servers.process.listeners", lambda asked: [asked])
+    assert Server(ServerSpec(url=url), {}, Codec(None), Path("none.log")).pids == [port]
