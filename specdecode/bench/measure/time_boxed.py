@@ -15,7 +15,7 @@ from specdecode.bench.arms.callables import NO_MEMORY
 from specdecode.bench.arms.entry import drafter_kinds
 from specdecode.bench.arms.models import Models, load_models
 from specdecode.bench.measure.bandwidth import roofline_of
-from specdecode.bench.measure.block import Block, closing, measure_block
+from specdecode.bench.measure.block import Block, closing, measure_block, noted
 from specdecode.bench.measure.counters import COUNTERS_RUN_TOKENS, counters_run
 from specdecode.bench.measure.drift import Drift
 from specdecode.bench.measure.experiment import Results
@@ -130,11 +130,13 @@ def _usable_arms(
     plan: Plan, models: Models, prompt: Sequence[int], tell: Callable[[str], None]
 ) -> tuple[list[Arm], dict[str, CountersRun], dict[str, str]]:
     """Return the arms that run here, their counters runs, and the reasons for arms that are left out."""
-    arms, counters_runs, left_out = [], {}, {}
+    arms, counters_runs = [], {}
+    left_out: dict[str, str] = {}
     length = min(plan.preset.max_new_tokens, COUNTERS_RUN_TOKENS)
     baseline_tokens: Sequence[int] = ()
     for name, entry in plan.preset.arms.items():
         tell(f"{name}, the counters run")
+        arm = None
         try:
             if "universal" in drafter_kinds(entry) and _same_vocabulary(models):
                 raise ValueError("target and draft share a vocabulary, so drafting through text is not needed")
@@ -144,6 +146,9 @@ def _usable_arms(
         except (SpecDecodeError, ValueError, torch.OutOfMemoryError) as error:
             if name == BASELINE:
                 raise
+            if arm is not None:
+                with noted(arm, left_out):  # another arm of the same server starts it again
+                    arm.close()
             short = isinstance(error, torch.OutOfMemoryError)
             left_out[name] = NO_MEMORY if short else str(error)
         else:

@@ -439,6 +439,20 @@ ar-4 = { policy = "sink-window", cache = 4 }
 hf-generate = { peer = "generate" }
 """
 
+LEFT_OUT = """
+from pathlib import Path
+
+class Engine:
+    def __init__(self, *names):
+        pass
+
+    def __call__(self, prompt, count):
+        raise RuntimeError("no licence")
+
+    def close(self):
+        Path("closed").touch()
+"""
+
 
 @pytest.fixture
 def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None, model: str) -> list[str]:
@@ -501,13 +515,23 @@ def test_without_a_draft_the_rest_is_measured(
 ) -> None:
     """Guards against refusing a run because one arm lacks its draft model, a file whose path is not printed, and one
     that cannot be read, because an arm is in it whose reference arm is not.
+
+    Also against code that keeps its memory after it was left out.
     """
+    Path("left_out.py").write_text(LEFT_OUT)
+    monkeypatch.syspath_prepend(Path.cwd())
     own = Path("own.toml")
-    own.write_text(own.read_text() + 'both = { drafter = "lookup", k = 3, baseline = "linear" }\n')
+    own.write_text(
+        own.read_text()
+        + 'both = { drafter = "lookup", k = 3, baseline = "linear" }\n'
+        + 'left-out = { call = "left_out:Engine" }\n'
+    )
     assert exit_code(monkeypatch, "recommend", *measuring, "--budget-minutes", "0.0001") == 0
     told = capfd.readouterr()
     assert "needs a draft model" in told.out
     assert "Left out: both: its reference arm linear is left out" in told.out
+    assert "Left out: left-out: arm 'left-out': it raised RuntimeError: no licence" in told.out
+    assert Path("closed").exists()
     (file,) = Path("results").glob("*/*-float64-own.json")
     assert str(file) in told.err
     assert read(file).arms.keys() == {"ar", "lookup", "ar-48", "hf-generate"}
