@@ -22,7 +22,7 @@ from specdecode.bench.measure import versions
 
 def use_forks() -> None:
     """Fork the workers of this process from it."""
-    replaced: Any = SimpleNamespace(Popen=ForkedModule, PIPE=subprocess.PIPE)
+    replaced: Any = SimpleNamespace(Popen=ForkedModule, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
     versions.subprocess = replaced
 
 
@@ -63,10 +63,14 @@ class ForkedModule:
         if self._code is None:
             os.kill(self.pid, signal.SIGKILL)
 
-    def communicate(self) -> None:
+    def communicate(self, input: str = "", timeout: float | None = None) -> None:
         with suppress(BrokenPipeError):  # as in `subprocess`, if the process died before it read all
+            if input:
+                self.stdin.write(input)
             self.stdin.close()
-        self.stdout.close()
+        if not self.stdout.closed:
+            self.stdout.read()
+            self.stdout.close()
         self.wait()
 
 

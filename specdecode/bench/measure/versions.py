@@ -18,6 +18,7 @@ from specdecode.bench.arms.models import LOG_FOLDER, SERVER_LOGS
 from specdecode.bench.arms.run import Run
 from specdecode.bench.runs.counts import from_dict
 from specdecode.bench.runs.measures import CountersRun
+from specdecode.bench.servers.keeper import GRACE_S
 from specdecode.support.files import slug
 from specdecode.support.git import git
 from specdecode.support.worktree import import_environment, worktree
@@ -29,6 +30,9 @@ WORKING_TREE = "the working tree"
 """Name of the version that is not a commit."""
 
 _WORKER = Path("specdecode") / "bench" / "worker.py"
+
+_UNLOAD_S = 2 * GRACE_S
+"""Most seconds that a worker may take to end its servers."""
 
 
 class WorkerProcess:
@@ -68,7 +72,10 @@ class WorkerProcess:
     @property
     def takes_turns(self) -> bool:
         """Whether an arm has a server that must run alone."""
-        return any(entry.get("server", {}).get("alone") for entry in self._arguments.get("arms", {}).values())
+        return self._any_server_has("alone")
+
+    def _any_server_has(self, key: str) -> bool:
+        return any(entry.get("server", {}).get(key) for entry in self._arguments.get("arms", {}).values())
 
     def load(self) -> bool:
         """Load the models. Return False if they do not fit into memory."""
@@ -123,10 +130,15 @@ class WorkerProcess:
         return from_dict(CountersRun, counted)
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._words.close()
+        """End the process. Wait until the servers that it started have ended, since they occupy memory."""
+        try:
+            if self._any_server_has("command"):
+                with suppress(OSError, subprocess.TimeoutExpired):
+                    self._process.communicate(json.dumps({"do": "unload"}) + "\n", timeout=_UNLOAD_S)
+        finally:
+            self._process.kill()
+            self._process.communicate()
+            self._words.close()
 
     def _answer(self, do: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -412,6 +412,15 @@ def test_a_version_finds_models_and_heads_from_its_folder(tmp_path: Path, monkey
     assert (found["target"], found["draft"]) == (str(here / "llama"), "")
 
 
+def write_worker(folder: Path, source: str | None) -> None:
+    """Write a version of the package that has only a worker, or not even that."""
+    (folder / "specdecode" / "bench").mkdir(parents=True)
+    if source is not None:
+        for package in ("specdecode", "specdecode/bench"):
+            (folder / package / "__init__.py").touch()
+        (folder / "specdecode" / "bench" / "worker.py").write_text(source)
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -432,11 +441,7 @@ def test_a_version_finds_models_and_heads_from_its_folder(tmp_path: Path, monkey
 )
 def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str | None, reason: str) -> None:
     """Guards against a run that hangs on a dead worker, or ends in a traceback."""
-    (tmp_path / "specdecode" / "bench").mkdir(parents=True)
-    if source is not None:
-        for package in ("specdecode", "specdecode/bench"):
-            (tmp_path / package / "__init__.py").touch()
-        (tmp_path / "specdecode" / "bench" / "worker.py").write_text(source)
+    write_worker(tmp_path, source)
 
     def use() -> None:
         worker = WorkerProcess("v1", tmp_path, {"target": "t"})
@@ -447,6 +452,31 @@ def test_a_worker_that_fails_is_told_in_one_sentence(tmp_path: Path, source: str
     with pytest.raises(ValueError, match=reason) as error:
         use()
     assert "\n" not in str(error.value)
+
+
+READS_ALL = "import sys; open('asked', 'w').write(sys.stdin.read())"
+
+
+@pytest.mark.parametrize(
+    ("key", "source", "limit_s", "code"),
+    [
+        ("command", READS_ALL, 60.0, 0),
+        ("command", "import time; time.sleep(60)", 0.1, -9),
+        ("url", READS_ALL, 60.0, -9),
+    ],
+    ids=["ends its servers", "hangs", "has started none"],
+)
+def test_a_worker_ends_its_servers_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, source: str, limit_s: float, code: int
+) -> None:
+    """Guards against engines that occupy the GPU after a session, and a session that waits for a worker that hangs."""
+    write_worker(tmp_path, source)
+    monkeypatch.setattr("specdecode.bench.measure.versions._UNLOAD_S", limit_s)
+    worker = WorkerProcess("v1", tmp_path, {"arms": {"ar": {"server": {key: "x"}}}})
+    worker.close()
+    assert worker._process.returncode == code
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("" if code else '{"do": "unload"}\n')
 
 
 @pytest.fixture(scope="module")
