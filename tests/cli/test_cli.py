@@ -342,7 +342,7 @@ def test_a_file_without_prompts_is_told(
         (["generate", "x" * 2048, "--target", "{model}"], "holds 2048"),
         (["generate", "x" * 2000, "--target", "{model}", "--max-new-tokens", "100"], "ask for at most 48"),
         (["generate", "x", "--policy", "amnesia"], "no cache policy is named 'amnesia'"),
-        (["generate", "x", "--policy", "sink-window", "--max-cache", "4"], "max_len is 4"),
+        (["generate", "x", "--policy", "sink-window", "--max-cache", "4"], "--max-cache is 4"),
         (["generate", "x", "--max-cache", "64"], "--max-cache is of no use without --policy"),
         (["generate", "x", "--quantize", "int3"], "quantize is 'int3'"),
         (["doctor", "--roofline", "./nowhere"], "no such folder: ./nowhere"),

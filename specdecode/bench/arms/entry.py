@@ -265,14 +265,16 @@ class ArmSpec:
             if "lookup" in self.drafters:
                 self.prompt_lookup()
             self.tree_shape()
-            self.cache_policy()
             self._check_other_values()
-
-    def _check_other_values(self) -> None:
+        with self._named_errors(max_len="cache"):
+            self.cache_policy()
         if self.draft_cache is not None:
             from specdecode.policies.sink_window import SinkWindow
 
-            SinkWindow(self.draft_cache)
+            with self._named_errors(max_len="draft_cache"):
+                SinkWindow(self.draft_cache)
+
+    def _check_other_values(self) -> None:
         if self.replay is not None:
             from specdecode.drafters.none import NoDraft
             from specdecode.drafters.replay import ReplayDrafter
@@ -288,12 +290,20 @@ class ArmSpec:
             check_name(self.backend)  # the device is unknown here
 
     @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Add the arm's name to errors of its parts."""
+    def _named_errors(self, **keys: str) -> Iterator[None]:
+        """Add the arm's name to errors of its parts. An error begins with the name of the wrong argument.
+
+        Args:
+            keys: the entry's keys by the arguments that they set, where the names differ.
+        """
         try:
             yield
         except ValueError as error:
-            raise self.notation.error(error) from None
+            text = str(error)
+            argument = text.partition(" ")[0]
+            if argument in keys:
+                text = text.replace(argument, self.notation.word(keys[argument]))
+            raise self.notation.error(text) from None
 
     # Requirements of the arm.
 

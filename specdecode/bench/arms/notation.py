@@ -28,6 +28,10 @@ class Notation:
         """Return a key in this notation, with its value if the notation shows values."""
         return self.option.format(key=self.renamed.get(key, key), value=value)
 
+    def word(self, key: str) -> str:
+        """Return a key in this notation, without a value."""
+        return self.key(key).removesuffix("=")
+
     def kind(self, part: str, kind: str) -> str:
         """Return the choice of a part's kind in this notation."""
         return self.choice.format(key=self.renamed.get(part, part), value=kind)

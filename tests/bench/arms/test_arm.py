@@ -127,7 +127,7 @@ def test_peers_draft_by_another_vocabulary_and_by_few_layers() -> None:
         ({"drafter": "lookup+model", "min_ngram": 4}, "min_ngram is 4"),
         ({"drafter": "lookup+oracle"}, "no drafter is named 'oracle'"),
         ({"policy": "amnesia"}, "no cache policy is named 'amnesia': choose from heavy-hitter, key-norm, random"),
-        ({"policy": "sink-window", "cache": 3}, "max_len is 3"),
+        ({"policy": "sink-window", "cache": 3}, "cache is 3: .*; choose a larger cache$"),
         ({"peer": "generate", "policy": "random"}, "accepts no policy"),
         ({"batch": 0}, "batch is 0"),
         ({"batch": 2, "drafter": "model", "replay": 0.5}, "batch is 2: it is 1 or more, and 1 for replayed drafts"),
@@ -155,7 +155,7 @@ def test_a_wrong_entry_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
         speed_session.measure(resolve(Options(root=tmp_path, preset=str(speed), target=folder)), {"it"})
     quality = tmp_path / "quality.toml"
     quality.write_text('texts = "prose@48:3"\nk = 3\n[arms]\nit = { policy = "sink-window", cache = 3 }\n')
-    with pytest.raises(ValueError, match=r"^arm 'it': max_len is 3"):
+    with pytest.raises(ValueError, match=r"^arm 'it': cache is 3"):
         quality_session.measure(resolve_quality(Options(root=tmp_path, preset=str(quality), target=folder)), {"it"})
 
 

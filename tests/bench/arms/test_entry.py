@@ -172,7 +172,10 @@ def test_a_backend_is_not_refused_for_a_device_that_is_unknown(backend: str) -> 
         ),
         ({"policy": "sink-window", "max_len": 9}, "arm 'it': the cache policy sink-window has no setting 'max_len'"),
         ({"policy": "sink-window", "speed": 9}, "arm 'it': the cache policy sink-window has no setting 'speed'"),
-        ({"drafter": "self-streaming", "draft_cache": 3}, "arm 'it': max_len is 3"),
+        (
+            {"drafter": "self-streaming", "draft_cache": 3},
+            "arm 'it': draft_cache is 3: .*; choose a larger draft_cache$",
+        ),
         ({"backend": "fast"}, "arm 'it': no backend is named 'fast'"),
         (3, "arm 'it': its entry is 3: it must be a table of options"),
         ({"server": {}}, "arm 'it': server needs a url or a command, and not both"),
@@ -231,6 +234,11 @@ def test_an_entry_that_cannot_be_is_told_with_its_arm(entry: Any, said: str) -> 
             {"drafter": "lookup", "shape": "static"},
             "--tree is of no use with --drafter lookup: leave one of them out",
             "shape=static is of no use with drafter=lookup: leave one of them out",
+        ),
+        (
+            {"policy": "sink-window", "cache": 4},
+            "--max-cache is 4: .*; choose a larger --max-cache$",
+            "cache is 4: .*; choose a larger cache$",
         ),
         ({"k": 0}, "K is 0: a draft needs at least 1 token", "K is 0: a draft needs at least 1 token"),
     ],
