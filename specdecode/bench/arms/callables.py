@@ -174,7 +174,8 @@ def _step(item: object, left: int) -> ArmStep:
     """Return a yielded item as a step, after checking it."""
     step = item if isinstance(item, ArmStep) else ArmStep(item)  # type: ignore[arg-type]
     tokens = step.tokens
-    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not all(type(token) is int for token in tokens):
+    listed = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+    if not listed or not all(type(token) is int and token >= 0 for token in tokens):
         raise _NoOutput(f"it yielded {shown(item)}: yield a list of token ids, or an ArmStep")
     if len(tokens) > left:
         raise _NoOutput(f"it yielded {len(tokens) - left} token(s) more than it was asked for")

@@ -149,6 +149,7 @@ FAILING = {
     "raises": (broken, "it raised KeyError: 'no such kernel'"),
     "hangs": (hang, "it took longer than 0.2 s, its limit_s: set a larger one"),
     "text": (lambda prompt, count: ["text"], "it yielded 'text': yield a list of token ids, or an ArmStep"),
+    "padding": (lambda prompt, count: [[-1]], "it yielded [-1]: yield a list of token ids, or an ArmStep"),
     "floats": (lambda prompt, count: [[1.0]], "it yielded [1.0]: yield a list of token ids, or an ArmStep"),
     "late": (
         lambda prompt, count: [ArmStep(right(prompt, count), at_s=99.0)],
