@@ -75,15 +75,11 @@ def generate(
     """
     check_lm("target", target)
     check_parts(drafter=drafter, controller=controller, policy=policy, sampling=sampling)
-    check_room(policy, drafts=not isinstance(drafter, NoDraft))
     stops = stops_of(target, stop_token_ids, stop)
-    with target.recording_for(policy, drafter.layers):
-        sequence = SequenceState(
+    with target.recording_for(policy):
+        return _decode_alone(
             Request(target, prompt, drafter, controller, policy, sampling, max_new_tokens, stops, logprobs, on_step)
         )
-        for _ in _steps(target, sequence):
-            pass
-        return sequence.result
 
 
 def plain_steps(target: LM, prompt: Sequence[int], *, max_new_tokens: int) -> Generator[int, None, None]:
@@ -94,6 +90,16 @@ def plain_steps(target: LM, prompt: Sequence[int], *, max_new_tokens: int) -> Ge
     sequence = SequenceState(Request(target, prompt, max_new_tokens=max_new_tokens))
     for _ in _steps(target, sequence):
         yield len(sequence.result.tokens)
+
+
+def _decode_alone(request: Request) -> Generation:
+    """Decode a request by forwards of its own."""
+    check_room(request.policy, drafts=not isinstance(request.drafter, NoDraft))
+    sequence = SequenceState(request)
+    with request.target.recording_outputs(sequence.layers):
+        for _ in _steps(request.target, sequence):
+            pass
+    return sequence.result
 
 
 def _steps(target: LM, sequence: SequenceState) -> Iterator[None]:
@@ -134,7 +140,8 @@ def generate_batch(
     Args:
         target: the model that decides.
         prompts: token ids of each prompt.
-        batch_size: largest number of prompts that are decoded at once, at least 1.
+        batch_size: largest number of prompts that are decoded at once, at least 1. With 1, each is decoded as by
+            `generate`.
         drafter: returns a new drafter for one prompt, since drafters have state.
         controller: returns a new controller for one prompt.
         policy: chooses the tokens that stay in the target's cache, for each prompt.
@@ -193,6 +200,8 @@ def _decode_batches(
     on_finish: Callable[[int, Generation], None] | None,
 ) -> list[Generation]:
     """Decode checked requests that share one policy, at most `batch_size` at once; see `generate_batch`."""
+    if min(batch_size, len(requests)) == 1:
+        return _decode_in_turn(target, requests, drafter, on_finish)
     results: list[Generation] = []
     live: dict[int, SequenceState] = {}
     batch: SlotBatch | None = None
@@ -211,6 +220,23 @@ def _decode_batches(
                 del live[place]
                 if on_finish is not None:
                     on_finish(place, results[place])
+    return results
+
+
+def _decode_in_turn(
+    target: LM,
+    requests: Sequence[Request],
+    drafter: Callable[[], Drafter],
+    on_finish: Callable[[int, Generation], None] | None,
+) -> list[Generation]:
+    """Decode requests one after the other as `generate` does, so that the target's backend runs their forwards."""
+    results: list[Generation] = []
+    with target.recording_for(requests[0].policy):
+        for place, request in enumerate(requests):
+            # A drafter may have a cache, so it is created only now, after that of the last request is gone.
+            results.append(_decode_alone(replace(request, drafter=drafter())))
+            if on_finish is not None:
+                on_finish(place, results[place])
     return results
 
 

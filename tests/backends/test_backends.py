@@ -837,12 +837,19 @@ def test_a_step_attends_to_what_is_held(short_spans: None) -> None:
         else:
             assert sum(spans) == read[backend]
     assert read["direct"] == read["eager"] < read["rounded"] < 1.6 * read["eager"]
-    # In a batch all rows attend to the slots of the longest, and over no static shapes.
-    long, short = prompt(20), prompt(5)
+
+    # In a batch all rows attend to the slots of the longest, and over no static shapes. One prompt is no batch.
+    def attended(results: list[Generation]) -> list[list[int]]:
+        return [[step.attended_bytes for step in result.steps] for result in results]
+
+    texts = [prompt(20), prompt(5)]
     for target in (lm("llama"), over_static_shapes("llama", "rounded")):
-        results = generate_batch(target, [long, short], max_new_tokens=3)
-        assert [step.attended_bytes for step in results[1].steps] == [step.attended_bytes for step in results[0].steps]
+        results = generate_batch(target, texts, max_new_tokens=3)
+        assert attended(results[1:]) == attended(results[:1])
         assert all(step.attended_bytes == step.peak_cache_bytes for step in results[0].steps)
+        alone = [generate(target, text, max_new_tokens=3) for text in texts]
+        assert attended(generate_batch(target, texts, batch_size=1, max_new_tokens=3)) == attended(alone)
+        assert attended(generate_batch(target, texts[:1], max_new_tokens=3)) == attended(alone[:1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-window", "gpt-neox"])
