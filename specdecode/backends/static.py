@@ -181,9 +181,12 @@ class StaticRunner:
         return rows <= WIDTHS[-1] and self._has_tensors(slots) and start + self._width(rows) <= slots.capacity
 
     def _has_tensors(self, slots: Slots) -> bool:
-        """Return whether the slots have tensors for keys and values. Remember those of the first that have."""
+        """Return whether the slots have tensors for keys and values, which they keep. Remember those of the first that
+        have."""
         storage = slots.storage
-        if self._capture and storage.keys and not storage.stacks and storage.reusable:
+        if not storage.reusable:
+            return False
+        if self._capture and storage.keys and not storage.stacks:
             storage.stack(slots.length)
         if storage.keys and not self._layers:
             for layer, keys in storage.keys.items():

@@ -23,7 +23,8 @@ class Storage:
         values: values of each layer that was written.
         stacks: tensors of which all keys and values are views, if they were stacked; else empty.
         moves: number of times that other tensors replaced these, for more slots or for a batch.
-        reusable: whether another sequence may use the tensors: they are no rows of a batch's tensors.
+        reusable: whether another sequence may use the tensors, and graphs may be captured for them: they are not, and
+            will not become, rows of a batch's tensors.
         number: number of this storage among the storages of one runner.
         unchecked: whether values of the last text may be infinite or NaN: nobody has seen that its logits are finite.
     """
@@ -314,6 +315,14 @@ class SlotBatch:
             int, tuple[Float[Tensor, "rows heads capacity dim"], Float[Tensor, "rows heads capacity width"]]
         ] = {}
         self._make_room(0)
+
+    @staticmethod
+    def new_row(capacity: int, device: torch.device) -> Slots:
+        """Return empty slots of a sequence that will join a batch. No graph is captured for their own tensors, which
+        the batch replaces."""
+        slots = Slots(capacity, device)
+        slots.storage.reusable = False
+        return slots
 
     @property
     def length(self) -> int:

@@ -243,7 +243,7 @@ def _decode_in_turn(
 def _joined(target: LM, request: Request) -> SequenceState:
     """Return a request's sequence, ready to join a batch."""
     check_room(request.policy, drafts=not isinstance(request.drafter, NoDraft))
-    sequence = SequenceState(request)
+    sequence = SequenceState(request, in_batch=True)
     with target.recording_outputs(sequence.layers):
         # Read all tokens but one: a longer remainder would be padding in the rows of the other prompts.
         sequence.prefill(leave=1)

@@ -14,6 +14,7 @@ from specdecode.controllers.base import MAX_DRAFT_NODES, FixedK, Limit
 from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import Generation, Step
 from specdecode.core.sampling import most_probable
+from specdecode.core.slots import SlotBatch
 from specdecode.core.transfer import moved, picked
 from specdecode.core.tree import DraftTree
 from specdecode.core.verify import accept
@@ -37,6 +38,7 @@ class SequenceState:
 
     Args:
         request: the request to decode.
+        in_batch: whether the sequence will join a `SlotBatch`.
 
     Attributes:
         slots: slots of the target. They hold all committed tokens except the pending and the evicted tokens.
@@ -45,7 +47,7 @@ class SequenceState:
         result: the generation so far.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, *, in_batch: bool = False) -> None:
         self._request = request
         self._tokens = list(request.tokens)
         self._rng = request.sampling.rng(request.target.ranks)
@@ -53,7 +55,9 @@ class SequenceState:
         capacity = min(request.length_limit, length + _NEW_TOKEN_SLOTS)
         if policy.interval:
             capacity = policy.keeps + policy.interval
-        self.slots = request.target.new_slots(capacity + MAX_DRAFT_NODES)
+        capacity += MAX_DRAFT_NODES
+        target = request.target
+        self.slots = SlotBatch.new_row(capacity, target.device) if in_batch else target.new_slots(capacity)
         self._read = 0  # number of tokens that the target has read; at least the root is still pending
         self._hidden_states: Tensor | None = None  # [capacity, F] states at the tokens read so far, for the drafter
         self.evicted_at: int | None = None

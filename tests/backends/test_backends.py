@@ -542,6 +542,9 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     slots.grow(slots.capacity + 300)
     assert torch.equal(target.forward(slots, tokens, rows=5), before)
     assert len(captured) == settled + 1
+    # The tensors of a batch replace those that its prompts were read into.
+    generate_batch(target, [prompt(9), prompt(14)], max_new_tokens=4)
+    assert len(captured) == settled + 1
 
     monkeypatch.setattr(shapes, "_GRAPHS_PER_STORAGE", 2)
     for count in (1, 2, 3, 5, 9, 17):

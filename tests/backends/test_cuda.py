@@ -290,6 +290,10 @@ def test_policies_batches_and_samples_are_those_of_the_cpu() -> None:
     with host_alone():
         alone = [generate(host, text, max_new_tokens=LENGTH).tokens for text in texts]
     assert [result.tokens for result in batch] == alone
+    captures = CudaGraphs.count
+    batch = generate_batch(target, texts, max_new_tokens=LENGTH)
+    assert [result.tokens for result in batch] == alone
+    assert CudaGraphs.count == captures, "the tensors of a batch replace those that its prompts were read into"
     rules = {"sampling": Sampling(0.9, top_k=20, seed=5), "max_new_tokens": LENGTH}
     for name in ("chain", "static-tree", "head-tree"):
         with host_alone():

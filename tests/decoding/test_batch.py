@@ -256,11 +256,10 @@ def test_a_wrong_prompt_is_reported_before_anything_is_decoded() -> None:
         generate_batch(lm("llama"), [[1]], batch_size=0)
 
 
-def test_the_memory_of_finished_prompts_is_given_back() -> None:
+def test_the_memory_of_finished_prompts_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a queue of prompts whose caches all stay in memory to the end."""
     alive: list[int] = []
     target = small()
-    made = target.new_slots
 
     class Counted(Slots):
         count = 0
@@ -272,8 +271,7 @@ def test_the_memory_of_finished_prompts_is_given_back() -> None:
         def __del__(self) -> None:
             Counted.count -= 1
 
-    assert made(1).capacity == 1
-    target.new_slots = lambda capacity: Counted(capacity, target.device)  # type: ignore[method-assign]
+    monkeypatch.setattr(SlotBatch, "new_row", Counted)
     generate_batch(
         target,
         [prompt()] * 12,
