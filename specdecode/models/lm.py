@@ -131,8 +131,7 @@ class LM:
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer: its tokens have no text")
         text: Any = self.tokenizer.decode(list(tokens))
-        assert isinstance(text, str)
-        return text
+        return str(text)
 
     @functools.cached_property
     def spelling(self) -> Spelling:
@@ -205,8 +204,9 @@ class LM:
         """Run the inputs of sequences whose slots are already reserved. Return the last `rows` logits of each input."""
         recorder = self._hidden_states.recorder
         model = self.model if recorder is None else recorder.model
-        options = {"logits_to_keep": max(1, *(read.rows for read in inputs))} if self._keeps_logits else {}
-        options |= {"output_attentions": self._records_attention}
+        options: dict[str, Any] = {"output_attentions": self._records_attention}
+        if self._keeps_logits and not self._hidden_states.needs_all_rows:
+            options |= {"logits_to_keep": max(1, *(read.rows for read in inputs))}
         for slots in sequences:
             slots.attended = cache.length
         with separate_rows([len(read.tokens) for read in inputs], [read.rows for read in inputs]):

@@ -140,6 +140,19 @@ def test_recorded_hidden_states_are_those_of_a_forward(
             torch.testing.assert_close(states, truth[: len(tokens) - 1], rtol=0, atol=1e-9)
 
 
+def test_hidden_states_are_those_of_all_tokens_where_layers_share_keys() -> None:
+    """Guards against a head that cannot draft for Gemma 4: of tokens without logits, transformers leaves out the layers
+    that read other layers' keys.
+    """
+    target, drafter = LM(families.build("gemma4_text")), Watching(PromptLookup())
+    result = generate(target, prompt(), drafter=drafter, max_new_tokens=LENGTH)
+    truth = hidden_states(target, [*prompt(), *result.tokens], LAYERS)
+    for tokens, states in drafter.seen[1:]:
+        assert states is not None
+        torch.testing.assert_close(states, truth[: len(tokens) - 1], rtol=0, atol=1e-9)
+    assert len(drafter.seen) > 8
+
+
 def test_each_prompt_of_a_batch_has_its_own_hidden_states() -> None:
     """Guards against rows of a batch that are mixed up or begin with padding, and against the layers of another
     prompt's drafter.
