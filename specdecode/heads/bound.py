@@ -24,6 +24,7 @@ from specdecode.heads.module import Head, Store, TargetFingerprint
 from specdecode.heads.mtp import MtpHead
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.lm import LM
+from specdecode.models.variants import layer_configs
 
 # Number of tokens whose embeddings a fingerprint holds.
 _FINGERPRINT_TOKENS = 16
@@ -300,7 +301,7 @@ def target_sizes(target: LM) -> tuple[int, int]:
 
 
 def head_shape(target: LM, layers: Sequence[int]) -> Eagle3Shape:
-    """Return the shape of a head over some layers of a target, with the sizes of the target's own layers.
+    """Return the shape of a head over some layers of a target, with the sizes of the target's last layer.
 
     The head normalises each layer's hidden states, since they grow from layer to layer. It shares the target's
     embeddings.
@@ -310,9 +311,9 @@ def head_shape(target: LM, layers: Sequence[int]) -> Eagle3Shape:
         layers: the target's layers whose hidden states the head reads.
 
     Raises:
-        UnsupportedModelError: the target has a size that a layer of a Llama cannot have, such as one for each layer.
+        UnsupportedModelError: the target has a size that a layer of a Llama cannot have.
     """
-    config = target.config
+    config = layer_configs(target.config)[-1]
     # A Llama's heads must divide its width. Those of some targets do not.
     heads = next(count for count in range(config.num_attention_heads, 0, -1) if config.hidden_size % count == 0)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -22,6 +22,7 @@ from specdecode.heads.eagle3_files import (
     default_ids,
 )
 from specdecode.models.lm import LM
+from specdecode.models.variants import layer_configs
 
 _DECODER = "transformer_layer_config"
 # The rotary base of a config that gives none.
@@ -180,7 +181,7 @@ def _other_positions(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
 
 def _other_heads(files: Eagle3Files, target: LM) -> Iterator[Wiring]:
     """Yield a wiring with attention heads of the target's width, if the projections can be divided into such heads."""
-    config = target.config
+    config = layer_configs(target.config)[-1]
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rows = [len(files.tensors.get(f"layers.0.self_attn.{name}_proj.weight", ())) for name in "qk"]
     if width % 2 or not all(rows) or any(count % width for count in rows):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from specdecode.core.errors import UnsupportedModelError, first_line
+from specdecode.models.variants import layer_configs
 from specdecode.support.torchrun import local_rank, processes
 
 
@@ -68,14 +69,14 @@ def arguments(count: int, source: str) -> dict[str, Any]:
 
 def check_heads(config: PretrainedConfig, count: int) -> None:
     """Raise ValueError if the processes cannot have equal numbers of attention heads."""
-    text = config.get_text_config(decoder=True)
-    queries = getattr(text, "num_attention_heads", count)
-    keys = getattr(text, "num_key_value_heads", None) or queries
-    if queries % count or keys % count:
-        raise ValueError(
-            f"{count} processes cannot share {queries} attention heads, and {keys} of keys, in equal parts: start as"
-            " many processes as divide both numbers"
-        )
+    for layer in layer_configs(config.get_text_config(decoder=True)):
+        queries = getattr(layer, "num_attention_heads", count)
+        keys = getattr(layer, "num_key_value_heads", None) or queries
+        if queries % count or keys % count:
+            raise ValueError(
+                f"{count} processes cannot share {queries} attention heads, and {keys} of keys, in equal parts: start"
+                " as many processes as divide both numbers"
+            )
 
 
 def split(model: PreTrainedModel, count: int) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from specdecode.backends.grouped_attention import own_config
 from specdecode.models.wrapped import rebind
@@ -24,6 +24,14 @@ def shared_copy(module: Any) -> Any:
         setattr(copied, name, vars(copied)[name].copy())
     copied._modules = {name: None if child is None else shared_copy(child) for name, child in module._modules.items()}
     return copied
+
+
+def layer_configs(config: PretrainedConfig) -> Sequence[PretrainedConfig]:
+    """Return the configuration of each decoder layer, or only the given one if it holds for all.
+
+    Of layers that differ in size, as those of Gemma 4 do, transformers gives no size that they would have in common.
+    """
+    return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:

@@ -11,7 +11,7 @@ from typing import Any
 from specdecode.controllers.base import FixedK
 from specdecode.decoding.generate import generate
 from specdecode.drafters.head import HeadDrafter
-from specdecode.heads.bound import BoundHead, output_rows, target_fingerprint, target_sizes
+from specdecode.heads.bound import BoundHead, head_shape, output_rows, target_fingerprint, target_sizes
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import write_eagle3
 from specdecode.models.embedded import weights_of
@@ -95,7 +95,8 @@ def train_head(
     if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
         raise ValueError(f"layers is {list(layers)}: they are ascending, from 0 to {total - 1}")
     settings, work = recipe.settings, work_folder(out)
-    # Faults of the data sets raise here, before long work.
+    # Faults of the target and of the data sets raise here, before long work.
+    head_shape(target, layers)
     texts = Texts(target, recipe.data, recipe.length, own=recipe.own, held_out=recipe.held_out, seed=settings.seed)
     held_out = [document for documents in texts.held_out.values() for document in documents[:_PROMPTS_PER_SET]]
     prompts = {document.id: target.encode(document.text)[:_PROMPT_TOKENS] for document in held_out}

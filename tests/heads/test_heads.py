@@ -61,6 +61,7 @@ from specdecode.heads.bound import BoundHead, output_rows, untrained
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import describe, make_eagle3, read_eagle3
 from specdecode.heads.loading import shipped_head
+from specdecode.heads.wirings import likely_wirings
 from specdecode.models import forwards
 from specdecode.models.embedded import EMBEDDED
 from specdecode.models.forwards import ForwardInput
@@ -550,19 +551,24 @@ SIX_HEADS = ARCHITECTURES["mistral-window"] | {"num_attention_heads": 6, "num_ke
         (lambda: build(ARCHITECTURES["llama"]), (4, 2, 8, 48)),
         (lambda: build(SIX_HEADS), (4, 1, 8, 48)),
         (lambda: families.build("cohere2_moe"), (4, 2, 8, 48)),
+        (lambda: families.build("gemma4_unified_text"), (4, 1, 16, 48)),
     ],
-    ids=["llama", "six heads", "no eps"],
+    ids=["llama", "six heads", "no eps", "by layer"],
 )
 def test_a_head_has_sizes_of_its_target_that_a_llama_can_have(
-    model: Callable[[], PreTrainedModel], sizes: tuple[int, ...]
+    model: Callable[[], PreTrainedModel], sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """Guards against a traceback for a target such as GLM-4.5-Air, whose 96 heads do not divide its width of 4096."""
+    """Guards against a traceback for a target such as GLM-4.5-Air, whose 96 heads do not divide its width of 4096, or
+    Gemma 4, whose layers have heads of two widths.
+    """
     target = LM(model())
     decoder = untrained(target).shape.decoder
     names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
     assert tuple(getattr(decoder, name) for name in names) == sizes
     drafter = HeadDrafter(BoundHead(untrained(target), target))
     assert generate(target, prompt(), drafter=drafter, max_new_tokens=8).drafted > 0
+    wirings = likely_wirings(read_eagle3(write_head(target, tmp_path)), target)
+    assert any(f"of width {sizes[2]}, as the target's" in wiring.name for wiring in wirings)
 
 
 def test_a_target_whose_layers_differ_in_size_is_refused() -> None:

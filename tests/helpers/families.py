@@ -146,7 +146,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"vocab_size_per_layer_input": models.VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
     "gemma4_text": _SHARING
     | {"vocab_size_per_layer_input": models.VOCABULARY, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
-    "gemma4_unified_text": _WINDOW | {"global_head_dim": 8},
+    "gemma4_unified_text": _WINDOW | {"global_head_dim": 16, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "glm": {},
     "glm4": {},
     "glm4_moe": {},

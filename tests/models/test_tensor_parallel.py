@@ -20,8 +20,9 @@ from specdecode.bench.report.captions import command
 from specdecode.bench.runs.file import read
 from specdecode.core.errors import ModelFileError
 from specdecode.models import tensor_parallel
-from specdecode.models.tensor_parallel import split_count
+from specdecode.models.tensor_parallel import check_heads, split_count
 from specdecode.policies import policy
+from tests.helpers import families
 from tests.helpers.characters import save
 from tests.helpers.heads import write_head
 from tests.helpers.models import lm, prompt
@@ -226,6 +227,8 @@ def test_a_number_of_processes_that_cannot_share_is_refused(
         monkeypatch.setenv("WORLD_SIZE", count)
         with pytest.raises(ValueError, match=f"{count} processes cannot share {heads}"):
             load(name, dtype="float64", device="cpu", tp="auto")
+    with pytest.raises(ValueError, match="2 processes cannot share 4 attention heads, and 1 of keys"):
+        check_heads(families.build("gemma4_unified_text").config, 2)
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.raises(ModelFileError, match="cannot load"):
         load(str(tmp_path), dtype="float64", device="cpu", tp="auto")

@@ -11,7 +11,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from specdecode import LM
-from specdecode.core.errors import ModelFileError
+from specdecode.core.errors import ModelFileError, UnsupportedModelError
 from specdecode.core.sampling import Sampling
 from specdecode.core.slots import Slots
 from specdecode.evals.data import documents
@@ -23,10 +23,11 @@ from specdecode.models.variants import decoder_layers
 from specdecode.training import recipe
 from specdecode.training.initial_head import frequent_tokens, initial_head
 from specdecode.training.loss import CrossEntropy, predict_ahead
-from specdecode.training.recipe import _digest, acceptance_lengths
+from specdecode.training.recipe import Recipe, _digest, acceptance_lengths, train_head, work_folder
 from specdecode.training.shards import Shard, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Draw, Texts
 from specdecode.training.trainer import Trainer, TrainingSettings
+from tests.helpers import families
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
 from tests.helpers.learnt import learnt
@@ -304,6 +305,14 @@ def test_what_cannot_be_trained_on_is_one_sentence(
     """Guards against an hour of work before a wrong word is reported."""
     with pytest.raises(ValueError, match=message):
         Texts(lm("llama"), parts, **{"length": LENGTH, **settings})
+
+
+def test_a_target_that_can_have_no_head_is_told_first(tmp_path: Path) -> None:
+    """Guards against hours of collecting hidden states for a head that is then refused."""
+    target, out = LM(families.build("gemma3n_text")), tmp_path / "head"
+    with pytest.raises(UnsupportedModelError, match="cannot have the sizes of Gemma3n"):
+        train_head(target, "gemma", Recipe(("prose",), tokens=1, length=LENGTH), out, "", lambda *progress: None)
+    assert not work_folder(out).exists()
 
 
 def test_shards_that_are_there_stay(target: LM, tmp_path: Path) -> None:
