@@ -4,6 +4,7 @@ import functools
 import itertools
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from specdecode.policies.heavy_hitter import HeavyHitter
 from specdecode.policies.key_norm import KeyNorm
 from specdecode.policies.random import Random
 from specdecode.policies.sink_window import SinkWindow
+from tests.helpers import families
 from tests.helpers.discovery import CONTROLLERS, DRAFTERS, POLICIES
 from tests.helpers.drafts import example_in_turn
 from tests.helpers.lean import lean
@@ -455,6 +457,24 @@ def test_keys_that_cannot_be_re_rotated_are_reported(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("specdecode.models.rotary._candidates", lambda model: iter(()))
     with pytest.raises(UnsupportedModelError, match="cannot serve this llama model: the keys of its layer 0"):
         generate(target, prompt(), policy=SinkWindow(16))
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "reason"),
+    [
+        ("gemma3n_text", HeavyHitter(16), "HeavyHitter cannot choose .* as its layers read each other's keys: use"),
+        ("gemma4_unified_text", HeavyHitter(16), r"different numbers of heads with keys \(1, 2\)"),
+        ("gemma4_unified_text", KeyNorm(16), r"different numbers of heads with keys \(1, 2\)"),
+        ("gemma3n_text", KeyNorm(16), None),
+    ],
+)
+def test_layers_whose_heads_cannot_choose_keys_are_reported(
+    family: str, policy: CachePolicy, reason: str | None
+) -> None:
+    """Guards against a traceback at the first eviction, after minutes of decoding."""
+    target = LM(families.build(family))
+    with nullcontext() if reason is None else pytest.raises(UnsupportedModelError, match=reason):
+        assert generate(target, prompt(), policy=policy, max_new_tokens=20).compressions
 
 
 def test_a_draft_cannot_be_kept_by_attention() -> None:
