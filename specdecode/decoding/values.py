@@ -40,24 +40,28 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     try:
         return (operator.index(value),)
     except TypeError:
-        pass
+        return _several(name, value, "a token id, or several")
+
+
+def _several(name: str, value: Any, expected: str) -> tuple[int, ...]:
+    """Return several token ids. Raise ValueError, with a text of what is expected, for another value."""
     try:
         return tuple(map(operator.index, value.flatten().tolist() if isinstance(value, Tensor) else value))
     except TypeError:
-        raise ValueError(f"{name} is {shape_or_text(value)}: it must be a token id, or several") from None
+        raise ValueError(f"{name} is {shape_or_text(value)}: it must be {expected}") from None
 
 
 def prompt_ids(value: Any) -> list[int]:
     """Return the token ids of a prompt.
 
     Raises:
-        ValueError: it is a text, or has several rows.
+        ValueError: it is a text, a single number or something else, or has several rows.
     """
     if isinstance(value, str):
         raise ValueError(f"the prompt is the text {shape_or_text(value)}: give its token ids, target.encode(text)")
     if isinstance(value, Tensor) and value.dim() != 1:
         raise ValueError(f"the prompt is {shape_or_text(value)}: give the token ids of one row, such as input_ids[0]")
-    return list(token_ids("the prompt", value))
+    return list(_several("the prompt", value, "a list of token ids"))
 
 
 def check_makers(drafter: Any, controller: Any) -> None:

@@ -26,7 +26,8 @@ from tests.helpers.models import lm
     [
         ("2024", "the prompt is the text '2024': give its token ids, target.encode(text)"),
         (torch.ones(1, 3, dtype=torch.long), "the prompt is a tensor of shape (1, 3): give the token ids of one row"),
-        ([1.5], "the prompt is [1.5]: it must be a token id, or several"),
+        ([1.5], "the prompt is [1.5]: it must be a list of token ids"),
+        (7, "the prompt is 7: it must be a list of token ids"),
     ],
 )
 def test_a_prompt_that_is_no_row_of_token_ids_is_told(given: Any, sentence: str) -> None:
@@ -51,6 +52,10 @@ def test_stop_tokens_come_in_any_form(given: Any) -> None:
         (lambda target: generate("gpt2", [1]), "the target is a str, and must be an LM: give specdecode.load('gpt2')"),
         (lambda target: generate(target.model, [1]), "an LM: give specdecode.LM(model, tokenizer)"),
         (lambda target: generate_batch(target.model, [[1]]), "the target is a LlamaForCausalLM"),
+        (
+            lambda target: generate_batch(target, [7, 9]),
+            "prompt 0 of 2: the prompt is 7: it must be a list of token ids",
+        ),
         (lambda target: ModelDrafter(target.model), "the draft is a LlamaForCausalLM"),
         (lambda target: generate_batch(target, [[1]], drafter=NoDraft()), "makes one for each prompt, such as"),
         (lambda target: generate_batch(target, [[1]], controller=FixedK(3)), "such as `lambda: FixedK(5)`"),
