@@ -21,6 +21,7 @@ from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
 from specdecode.core.transfer import Copies, moved
 from specdecode.models.forwards import SlotDecoder
+from specdecode.models.variants import text_decoder
 
 # Two positions of one token, whose keys show the rotation of a layer. They are far enough apart for every frequency to
 # have an effect.
@@ -166,7 +167,7 @@ def _kv_at(
 def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
     """Yield all rotations that are possible with the model's rotary modules."""
     types = sorted(set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()))
-    for module in model.modules():
+    for module in text_decoder(model).modules():
         buffers = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
         if not buffers:
             continue
@@ -198,7 +199,8 @@ def _explains(rotation: Rotation | None, old: Tensor, new: Tensor) -> bool:
 def _embeds_positions(model: PreTrainedModel) -> bool:
     """Return whether a model has an embedding with one row for each position. Up to 8 further rows are allowed."""
     words = model.get_input_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    modules = text_decoder(model).modules()
+    tables = [module for module in modules if isinstance(module, nn.Embedding) and module is not words]
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit is not None and any(0 <= table.num_embeddings - limit <= 8 for table in tables)
 

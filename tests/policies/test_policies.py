@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from specdecode import (
     LM,
@@ -475,6 +477,29 @@ def test_layers_whose_heads_cannot_choose_keys_are_reported(
     target = LM(families.build(family))
     with nullcontext() if reason is None else pytest.raises(UnsupportedModelError, match=reason):
         assert generate(target, prompt(), policy=policy, max_new_tokens=20).compressions
+
+
+def test_a_model_that_also_reads_pictures_evicts_as_its_text_decoder() -> None:
+    """Guards against the rotation and the layers of the part that reads pictures, which comes first in such a model."""
+    plain = lm("llama").model
+    vision: dict[str, Any] = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    config = Mistral3Config(text_config=ARCHITECTURES["llama"], vision_config=vision, tie_word_embeddings=False)
+    model = Mistral3ForConditionalGeneration(config).to(plain.device, plain.dtype)
+    model.model.language_model.load_state_dict(plain.model.state_dict())
+    model.lm_head.load_state_dict(plain.lm_head.state_dict())
+    target = LM(model)
+    result = generate(target, prompt(), policy=POLICIES["sink-window"], max_new_tokens=LENGTH)
+    assert result.tokens == alone("llama", "sink-window").tokens
+    draft, expected = (
+        generate(whole.subset([0, 2]), prompt(), max_new_tokens=LENGTH).tokens for whole in (target, lm("llama"))
+    )
+    assert draft == expected
 
 
 def test_a_draft_cannot_be_kept_by_attention() -> None:
