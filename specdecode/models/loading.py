@@ -259,7 +259,15 @@ def _tokenizer(source: str) -> Any:
         ModelFileError: there is a tokenizer, but it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if type(tokenizer).__name__ != "MistralCommonBackend":
+            return tokenizer
+        # That one has no names of tokens, and shows no chat template. With this option transformers reads
+        # tokenizer.json, and mends a fault that some of these files have.
+        tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=True)
+        if not _holds(source, "tokenizer.json"):
+            raise ValueError("mistral-common reads its tekken.json, but names no tokens: add its tokenizer.json")
+        return tokenizer
     except Exception as error:  # a damaged file, or a package that is not installed: each is another error
         if not any(_holds(source, name) for name in _TOKENIZER_FILES):
             return None

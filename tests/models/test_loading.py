@@ -22,6 +22,8 @@ from specdecode import LM, TokenizerMismatchError, generate, load
 from specdecode.core.errors import ModelFileError
 from specdecode.models import embedded, loading
 from specdecode.models.architectures import SHAPES
+from specdecode.models.loading import load_encoder
+from specdecode.models.spelling import Spelling
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, prompt
 
 WORDS = ["the", "a", "cat", "sat", "mat", "on"]
@@ -159,6 +161,29 @@ def test_a_tokenizer_that_cannot_be_loaded_is_not_taken_for_none(folder: Path, m
     for file in folder.glob("*token*"):
         file.unlink()
     assert load(str(folder), device="cpu").tokenizer is None
+
+
+class MistralCommonBackend:
+    """Stands in for transformers' tokenizer of mistral-common, which is not installed here."""
+
+
+def test_tokens_have_names_where_mistral_common_is_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against transformers' tokenizer of that package: it has no names of tokens, and shows no chat template."""
+    read = loading.AutoTokenizer.from_pretrained
+
+    def from_pretrained(source: str, **options: bool) -> object:
+        return read(source, **options) if "fix_mistral_regex" in options else MistralCommonBackend()
+
+    monkeypatch.setattr("specdecode.models.loading.AutoTokenizer.from_pretrained", from_pretrained)
+    encoder = load_encoder(str(folder))
+    assert isinstance(encoder.tokenizer, PreTrainedTokenizerFast)
+    assert Spelling(encoder.tokenizer).text(encoder.encode("cat sat")).split() == ["cat", "sat"]
+    monkeypatch.setattr(
+        "specdecode.models.loading.AutoTokenizer.from_pretrained", lambda *_, **__: MistralCommonBackend()
+    )
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
+    with pytest.raises(ModelFileError, match=r"names no tokens: add its tokenizer\.json"):
+        load_encoder(str(folder))
 
 
 def test_some_layers_of_the_target_are_a_draft() -> None:
