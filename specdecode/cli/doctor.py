@@ -123,11 +123,9 @@ def _check_up() -> None:
 def _measure_roofline(name: str, device: str | None, dtype: str | None, backends: str | None) -> None:
     from specdecode import load
     from specdecode.bench.measure.roofline import WIDER, measure_roofline
-    from specdecode.models.devices import leave_out_cudnn
     from specdecode.models.loading import dtype_name
 
     model = load(name, device=device, dtype=dtype, backend="eager")
-    leave_out_cudnn(model.device)
     with progress("rounds") as tell:
         roofline = measure_roofline(model, tell, backends.split(",") if backends else None)
     table = _versions()

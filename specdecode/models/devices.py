@@ -72,11 +72,12 @@ def _main(places: Mapping[str, Any]) -> Any:
 
 
 def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | None) -> None:
-    """Move a model to a device or, with a device map, its layers from the CPU to their devices.
+    """Move a model to a device or, with a device map, its layers from the CPU to their devices. See `leave_out_cudnn`.
 
     Raises:
         ValueError: the map leaves out a weight, or the devices cannot hold the model.
     """
+    leave_out_cudnn(device)
     if device_map is None:
         model.to(device)  # type: ignore[arg-type]
         return

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from specdecode.core.errors import UnsupportedModelError, first_line
+from specdecode.models.devices import leave_out_cudnn
 from specdecode.models.variants import layer_configs
 from specdecode.support.torchrun import local_rank, processes
 
@@ -43,6 +44,7 @@ def split_count(tp: str | None, name: str, quantize: str | None, backend: str) -
                 f" of its own: give --nproc-per-node {gpus}"
             )
         torch.cuda.set_device(local_rank())
+        leave_out_cudnn(torch.device("cuda"))
     return count
 
 

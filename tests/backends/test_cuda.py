@@ -28,6 +28,7 @@ from specdecode import (
     StaticTree,
     generate,
     generate_batch,
+    load,
 )
 from specdecode.backends import prepare
 from specdecode.backends.graph import CudaGraphs
@@ -210,6 +211,17 @@ def test_replayed_graphs_write_what_the_cpu_does_and_wait_once_a_step(name: str)
     assert new == 0
     for run in runs[2:]:
         assert run.reads <= READS.get(name, 1) * len(run.result.steps)
+
+
+def test_a_loaded_model_attends_without_cudnn() -> None:
+    """Guards against a text that waits up to a second at each new length, where it is measured and told otherwise."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        load("shape:tiny", device=models.DEVICE, backend="eager")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.parametrize(("name", "most"), LAUNCHES.items())

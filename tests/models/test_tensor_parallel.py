@@ -235,12 +235,15 @@ def test_a_number_of_processes_that_cannot_share_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen: list[int] = []
+    cudnn: list[bool] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
     for rank in ("1", "2"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with nullcontext() if rank == "1" else pytest.raises(ValueError, match="process 3 on a machine with 2 GPUs"):
             assert split_count("auto", "shape:tiny", None, "auto") == 2
     assert chosen == [1]
+    assert cudnn == [False]
 
 
 def test_what_transformers_cannot_split_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
