@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,10 +52,42 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
         return _walk_greedily(tree.host_tokens, tree.children(), on_host[: len(target)])
     # A draft may be on another device than its target.
     probs = None if tree.probs is None else moved(tree.probs, target.device)
-    return walk(tree.host_tokens, tree.children(), probs, target, rng)
+    children = tree.children()
+    chances = _chances_of_first(tree, children, probs, target)
+    return walk(tree.host_tokens, children, probs, target, rng, chances)
 
 
-def walk(tokens: Sequence[int], children: Sequence[Sequence[int]], probs: Any, target: Any, rng: Any) -> Acceptance:
+def _chances_of_first(
+    tree: DraftTree,
+    children: Sequence[Sequence[int]],
+    probs: Float[Tensor, "N V"] | None,
+    target: Float[Tensor, "nodes V"],
+) -> dict[int, float]:
+    """Return p[x] / q[x] of each node's first child, by the child's number. One transfer brings them and all tokens to
+    the host, so that `walk` waits for the device only at a rejection."""
+    if not len(tree):
+        return {}
+    nodes = [node for node, below in enumerate(children) if below]
+    first = [children[node][0] for node in nodes]
+    tokens = moved(tree.tokens, target.device)
+    places = moved(torch.tensor([nodes, first]), target.device)
+    drawn = tokens[places[1] - 1]
+    chances = target[places[0], drawn]
+    if probs is not None:
+        chances = chances / probs[places[1] - 1, drawn]
+    on_host = torch.cat([tokens.double(), chances.double()]).tolist()
+    tree.set_host_tokens([int(token) for token in on_host[: len(tree)]])
+    return dict(zip(first, on_host[len(tree) :], strict=True))
+
+
+def walk(
+    tokens: Sequence[int],
+    children: Sequence[Sequence[int]],
+    probs: Any,
+    target: Any,
+    rng: Any,
+    chances: Mapping[int, float] = MappingProxyType({}),
+) -> Acceptance:
     """Apply the acceptance rule from the root downwards.
 
     Let p be the target's distribution at a node. Each child, a token x that was drawn from q, is tried in order: it is
@@ -73,6 +106,7 @@ def walk(tokens: Sequence[int], children: Sequence[Sequence[int]], probs: Any, t
         probs: [N, V] q of each proposal; None if all proposals are deterministic.
         target: [N + 1, V] p at each node.
         rng: gives the coins and the draws, as `Rng` does.
+        chances: p[x] / q[x] of some nodes' first children, if they were computed before.
 
     Returns:
         The accepted path and its tokens.
@@ -91,7 +125,7 @@ def walk(tokens: Sequence[int], children: Sequence[Sequence[int]], probs: Any, t
                 q[token] = 1
             else:
                 q = probs[child - 1]
-            if rng.coin(p[token] / q[token]):
+            if rng.coin(chances[child] if child in chances else p[token] / q[token]):
                 path.append(child)
                 node = child
                 break

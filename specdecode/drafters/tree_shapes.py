@@ -243,8 +243,11 @@ def _continue(distributions: Float[Tensor, "rows V"], branches: int, room: int, 
     rows = [row for row in range(len(distributions)) for _ in range(branches)][: max(room, 0)]
     if rng is None:
         return Level(distributions.topk(branches, dim=1).indices.flatten()[: len(rows)], rows)
-    drawn, drawn_from = [], []
     left = distributions[: -(-len(rows) // branches)]
+    if branches == 1:
+        # A row without mass is that of a draft that overflowed: its draw is rejected, and changes no distribution.
+        return Level(rng.draw(left).clamp(min=0), rows, left)
+    drawn, drawn_from = [], []
     for _ in range(branches):
         tokens = rng.draw(left).clamp(min=0)
         drawn.append(tokens)

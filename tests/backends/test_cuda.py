@@ -213,6 +213,18 @@ def test_replayed_graphs_write_what_the_cpu_does_and_wait_once_a_step(name: str)
         assert run.reads <= READS.get(name, 1) * len(run.result.steps)
 
 
+def test_a_sampled_chain_waits_for_few_copies() -> None:
+    """Guards against a host that waits for each coin, or for each token that is drafted: it may wait for all tokens and
+    chances together, for a rejection, and for the last token.
+    """
+    target = on_graphs()
+    rules = {"sampling": Sampling(0.9, top_k=20, seed=5), "controller": FixedK(4), "max_new_tokens": LENGTH}
+    with host_reads(target.device) as reads:
+        result = generate(target, prompt(), drafter=ModelDrafter(draft_of(target)), **rules)
+    assert 0 < result.accepted < result.drafted
+    assert reads[0] <= 3 * len(result.steps)
+
+
 def test_a_loaded_model_attends_without_cudnn() -> None:
     """Guards against a text that waits up to a second at each new length, where it is measured and told otherwise."""
     before = torch.backends.cuda.cudnn_sdp_enabled()

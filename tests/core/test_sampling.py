@@ -116,7 +116,7 @@ def test_the_most_probable_of_no_number_is_none() -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1)], ids=["greedy", "sampled"])
-def test_a_model_without_finite_logits_is_told_and_a_draft_without_them_costs_nothing(sampling: Sampling) -> None:
+def test_a_model_without_finite_logits_is_told_and_a_draft_without_them_changes_nothing(sampling: Sampling) -> None:
     """Guards against one token repeated for ever where float16 overflows, and against a draft's NaN in the target's
     distribution.
     """
@@ -133,7 +133,8 @@ def test_a_model_without_finite_logits_is_told_and_a_draft_without_them_costs_no
         if sampling.greedy:
             assert drafted.tokens == plain.tokens
         else:
-            assert drafted.drafted == 0
+            assert drafted.accepted == 0
+            assert drafted.drafted == 0 or shape.branching == (1, 1), "only a single draw is not looked at first"
             assert len(drafted.tokens) == 12
 
 

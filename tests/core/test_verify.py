@@ -21,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdecode import DraftTree
+from specdecode.controllers.base import Limit
 from specdecode.core.sampling import Rng
 from specdecode.core.verify import accept, walk
+from specdecode.drafters.tree_shapes import Chain, StaticTree
 from tests.helpers.enumeration import BranchRng, distribution_of
 from tests.helpers.strategies import trees
 
@@ -263,6 +265,13 @@ def test_following_the_argmax_is_the_rule_for_certain_targets(tree: DraftTree, c
     assert fast == accept(DraftTree(tree.tokens, tree.parents, drawn), distributions, Rng(0))
     assert fast.tokens[-1] == argmax[fast.path[-1] if fast.path else 0]
 
+    # On tensors, what is computed before the walk must be what the walk itself computes.
+    uncertain = torch.rand(size, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
+    uncertain /= uncertain.sum(-1, keepdim=True)
+    for probs in (drawn, None):
+        walked = walk(tree.host_tokens, tree.children(), probs, uncertain, Rng(2))
+        assert accept(DraftTree(tree.tokens, tree.parents, probs), uncertain, Rng(2)) == walked
+
 
 def test_the_path_leads_from_the_root_to_the_last_accepted_node() -> None:
     """Guards against a path listed by token or by depth instead of by node: wrong slots would be kept."""
@@ -270,6 +279,18 @@ def test_the_path_leads_from_the_root_to_the_last_accepted_node() -> None:
     acceptance = accept(tree, torch.tensor([7, 0, 7, 0, 2, 9]), Rng(0))
     assert acceptance.path == [2, 4, 5]
     assert acceptance.tokens == [7, 7, 2, 9]
+
+
+def test_a_draft_that_overflowed_changes_no_distribution() -> None:
+    """Guards against a proposal without distribution that is accepted: it may be any token."""
+    nowhere = torch.full((1, 4), torch.nan, dtype=torch.float64)
+    for shape in (Chain(), StaticTree((1,))):
+        level = shape.grow(nowhere, [], Limit(1, 1), Rng(0))
+        tree = DraftTree(level.tokens, torch.zeros(len(level), dtype=torch.long), level.probs)
+        p = torch.tensor([[0.5, 0.0, 0.0, 0.5]] * 2, dtype=torch.float64)
+        accepted = [accept(tree, p, Rng(seed)) for seed in range(20)]
+        assert not any(acceptance.path for acceptance in accepted)
+        assert {acceptance.tokens[0] for acceptance in accepted} == {0, 3}
 
 
 def test_equal_distributions_up_to_rounding_still_give_a_token() -> None:
