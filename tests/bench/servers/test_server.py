@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -221,6 +222,22 @@ def test_a_server_that_keeps_prompts_is_found_out(start: Start) -> None:
         allowed = start("--fault", fault, "--read-s", reading, "--engine", engine, prefix_cache=True)
         assert allowed.generate([PROMPT], 4, 1, 30).outputs
     assert start("--read-s", "0.001", "--engine", "openai").generate([PROMPT], 4, 1, 30).outputs
+
+
+def test_times_that_scatter_are_no_cache(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a fast server that is refused by chance, since other work disturbed some of its requests."""
+    random = Random(0)
+    server = start("--engine", "openai")
+    asked = []
+
+    def complete(self: Server, prompts: Any, *_: Any) -> Any:
+        asked.append(prompts)
+        return [SimpleNamespace(times=[0.001 * random.lognormvariate(0, 0.35)], cached=None)], None
+
+    monkeypatch.setattr(Server, "_complete", complete)
+    for _ in range(200):
+        server._check_prefix_cache(PROMPT, 30)
+    assert len(asked) == 200 * 12
 
 
 def test_a_server_that_is_slow_at_first_is_warmed_up(start: Start, engines: list[Engine]) -> None:
