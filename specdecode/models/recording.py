@@ -121,13 +121,14 @@ class HiddenStateRecording:
         self._model = model
         self._static_runner = static_runner
         self._static_recorders: dict[tuple[int, ...], Recorder] = {}
+        config = model.config.get_text_config(decoder=True)
+        self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
 
     @property
     def needs_all_rows(self) -> bool:
         """Whether a forward must not be told which logits are wanted. Where layers share keys, transformers leaves all
         other rows out from the first of these layers on, so their hidden states would be missing."""
-        shared = getattr(self._model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
-        return self.recorder is not None and bool(shared)
+        return self._shares_keys and self.recorder is not None
 
     @contextmanager
     def record(self, layers: Sequence[int]) -> Iterator[None]:
