@@ -54,7 +54,7 @@ def blame(
     new: ArmRecord,
     old: ArmRecord,
     prompts: Collection[str],
-    units: tuple[float, float] = (1.0, 1.0),
+    change: float | None = None,
     yardstick: float = 0.0,
 ) -> Blame | None:
     """Split the change of an arm's time per token into its causes; None for a peer, and for older files.
@@ -66,19 +66,22 @@ def blame(
     Args:
         new, old: the arm's records in the new and in the old run.
         prompts: prompts to sum over; both records have them.
-        units: seconds that count as one, in the new and in the old run. They are the yardstick's time per token if the
-            two runs were not measured side by side.
-        yardstick: logarithm of the factor by which the arm's yardstick became faster, in these units.
+        change: new speed over old, by a statistic that pairs runs and withstands disturbed ones. The causes then add
+            up to this change: the records' own seconds only say how a step is divided. None: the change of the records'
+            own seconds.
+        yardstick: logarithm of the factor by which the arm's yardstick became faster, a part of the change.
     """
     if not prompts or new.peer or old.peer:
         return None
-    records = list(zip((new, old), units, strict=True))
     parts = next(
-        (parts for parts in (PARTS, _WHOLE) if all(_times(record, prompts, parts) for record, _ in records)), None
+        (parts for parts in (PARTS, _WHOLE) if all(_times(record, prompts, parts) for record in (new, old))), None
     )
     if parts is None:
         return None
-    after, before = (_s_per_token(record, prompts, parts, unit) for record, unit in records)
+    after, before = (_s_per_token(record, prompts, parts) for record in (new, old))
+    if change is not None:
+        scale = math.exp(-yardstick) / change * sum(before.values()) / sum(after.values())
+        after = {part: scale * seconds for part, seconds in after.items()}
     steps = [record.counts(prompts).steps / record.counts(prompts).tokens for record in (new, old)]
     whole = _log_mean(sum(after.values()), sum(before.values()))
     fewer = math.log(steps[0] / steps[1])
@@ -96,10 +99,10 @@ def _times(record: ArmRecord, prompts: Collection[str], parts: Parts) -> bool:
     return all(part(seconds) is not None for part in parts.values())
 
 
-def _s_per_token(record: ArmRecord, prompts: Collection[str], parts: Parts, unit: float) -> dict[str, float]:
-    """Return the seconds per token of each part, in units."""
+def _s_per_token(record: ArmRecord, prompts: Collection[str], parts: Parts) -> dict[str, float]:
+    """Return the seconds per token of each part."""
     seconds, tokens = record.seconds(prompts), record.counts(prompts).tokens
-    return {name: (part(seconds) or 0.0) / tokens / unit for name, part in parts.items()}
+    return {name: (part(seconds) or 0.0) / tokens for name, part in parts.items()}
 
 
 def _log_mean(a: float, b: float) -> float:

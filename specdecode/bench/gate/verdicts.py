@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from types import MappingProxyType
 from typing import Literal
 
@@ -160,8 +160,9 @@ def judge(
             time = _judge_time(arm, new, old, allowed)
         else:
             prompts = [prompt for prompt in new.arms[arm].rows if prompt in old.arms[arm].rows]
-            cause = blame(new.arms[arm], old.arms[arm], prompts)
-            time = time_judgement(arm, "speed over the other version's", side_by_side(arm), allowed, cause)
+            change = side_by_side(arm)
+            cause = blame(new.arms[arm], old.arms[arm], prompts, change.value)
+            time = time_judgement(arm, "speed over the other version's", change, allowed, cause)
         judgements += [time, _judge_counters(arm, new, old)]
     return judgements
 
@@ -266,7 +267,9 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
         min(one.low for one in estimates),
         max(one.high for one in estimates),
     )
-    cause = _blame(arm, over, new, old, shared)
+    # Transformers' times in the same blocks tell whether the yardstick itself changed.
+    faster = median(changes(over, new, old, PEER_BASELINE) or [0.0])
+    cause = blame(new.arms[arm], old.arms[arm], shared, change.value, faster)
     whose = "the baseline's" if len(machines) == 1 else f"those on the baseline's {len(machines)} machines"
     judged = time_judgement(arm, f"speedup over {over} against {whose}", change, tolerance, cause)
     if judged.verdict is not Verdict.INCONCLUSIVE:
@@ -285,25 +288,6 @@ def _other_turns(new: RunFile, old: RunFile) -> str | None:
     """Return a clause on what took turns in each run, if it differs."""
     ours, theirs = (_TURNS[turns(run)] for run in (new, old))
     return None if ours == theirs else f"the baseline has {theirs} and this run {ours}"
-
-
-def _blame(arm: str, over: str, new: RunFile, old: RunFile, prompts: list[str]) -> Blame | None:
-    """Return the causes of an arm's change: parts of its steps, or its yardstick.
-
-    Transformers' time in the same blocks separates the two.
-    """
-    both = (new, old)
-
-    def per_token(name: str) -> tuple[float, float]:
-        records = [run.arms[name] for run in both]
-        now, was = (record.seconds(prompts).total / record.counts(prompts).tokens for record in records)
-        return now, was
-
-    if any(PEER_BASELINE not in run.arms or set(prompts) - run.arms[PEER_BASELINE].rows.keys() for run in both):
-        return blame(new.arms[arm], old.arms[arm], prompts, per_token(over))
-    units, yardstick = per_token(PEER_BASELINE), per_token(over)
-    faster = math.log(yardstick[1] / units[1]) - math.log(yardstick[0] / units[0])
-    return blame(new.arms[arm], old.arms[arm], prompts, units, faster)
 
 
 def time_judgement(

@@ -527,8 +527,8 @@ def record(parts: tuple[float, ...], steps: int = 10, tokens: int = 20) -> ArmRe
     return ArmRecord({"text": Row(0.0, RowCounts(runs=1, tokens=tokens, steps=steps), seconds)})
 
 
-def blamed(new: ArmRecord, old: ArmRecord, units: tuple[float, float] = (1.0, 1.0)) -> Blame:
-    found = blame(new, old, ["text"], units)
+def blamed(new: ArmRecord, old: ArmRecord, change: float | None = None, yardstick: float = 0.0) -> Blame:
+    found = blame(new, old, ["text"], change, yardstick)
     assert found is not None
     return found
 
@@ -539,12 +539,26 @@ measured_arms = st.tuples(parts, st.integers(1, 64), st.integers(64, 256))
 factors = st.floats(1e-3, 1e3)
 
 
-@given(new=measured_arms, old=measured_arms, units=st.tuples(factors, factors))
-def test_shares_of_the_blame_make_up_the_whole_change(new: Any, old: Any, units: tuple[float, float]) -> None:
+@given(new=measured_arms, old=measured_arms, change=factors, yardstick=st.floats(-1, 1))
+def test_shares_of_the_blame_make_up_the_whole_change(new: Any, old: Any, change: float, yardstick: float) -> None:
     """Guards against a part of the change that nothing is blamed for, also where a part is zero before or after."""
-    per_token = [sum(parts) / tokens / unit for (parts, _, tokens), unit in zip((new, old), units, strict=True)]
-    shares = blamed(record(*new), record(*old), units).shares
-    assert sum(shares.values()) == pytest.approx(math.log(per_token[0] / per_token[1]), abs=1e-8)
+    per_token = [sum(parts) / tokens for parts, _, tokens in (new, old)]
+    own = blamed(record(*new), record(*old)).shares
+    assert sum(own.values()) == pytest.approx(math.log(per_token[0] / per_token[1]), abs=1e-8)
+    paired = blamed(record(*new), record(*old), change, yardstick).shares
+    assert sum(paired.values()) == pytest.approx(-math.log(change), abs=1e-8)
+
+
+def test_the_blame_is_for_the_change_that_was_judged(sound: Results, slow: Results) -> None:
+    """Guards against a verdict of 0.95 with "time per token +0.9 %": disturbed runs decide sums, not the verdict."""
+    for seed in range(5):
+        judgements = judged(jittered(slow, 2 * seed + 1, 0.3), jittered(sound, 2 * seed, 0.3))
+        found = {arm: judgement for (arm, _), judgement in judgements.items() if judgement.blame}
+        assert found.keys() == set(OURS)
+        for judgement in found.values():
+            assert judgement.change is not None
+            assert judgement.blame is not None
+            assert sum(judgement.blame.shares.values()) == pytest.approx(-math.log(judgement.change.value), abs=1e-8)
 
 
 @given(new=measured_arms, old=measured_arms, factor=factors)
@@ -554,8 +568,8 @@ def test_the_blame_is_the_same_in_any_unit(new: Any, old: Any, factor: float) ->
     slower, slower_before = (record(tuple(factor * of for of in parts), *counts) for parts, *counts in (new, old))
     shares = pytest.approx(blamed(after, before).shares, abs=1e-8)
     assert blamed(slower, slower_before).shares == shares
-    assert blamed(after, before, (factor, factor)).shares == shares
-    assert blamed(slower, before, (factor, 1.0)).shares == shares
+    paired = pytest.approx(blamed(after, before, change=0.9).shares, abs=1e-8)
+    assert blamed(slower, before, change=0.9).shares == paired
 
 
 @given(new=measured_arms, old=measured_arms)
