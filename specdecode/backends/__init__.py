@@ -19,6 +19,7 @@ from specdecode.backends.merged import SameInputs, same_inputs
 from specdecode.backends.row_activations import separate_activations
 from specdecode.backends.row_attention import by_rows
 from specdecode.backends.static import StaticForward, StaticRunner
+from specdecode.backends.static_view import SlotWrite, write_to_slots
 from specdecode.core.errors import UnsupportedModelError
 
 BACKENDS = ("auto", "eager", "packed", "exact", "compile", "graph", "triton")
@@ -32,6 +33,7 @@ class Backend:
         name: one of `BACKENDS`; "eager" is transformers' own code, unchanged.
         note: a sentence on the changes to the model, or the reason why there are none.
         static: builds the runner of a forward over static shapes; None for a backend without static shapes.
+        write: writes keys and values in a forward over static shapes.
         chosen: whether "auto" chose this backend, so that "eager" may replace it.
         exact: whether the logits of a token are the same to the last bit, whatever tokens are read beside it.
     """
@@ -39,6 +41,7 @@ class Backend:
     name: str = "eager"
     note: str = ""
     static: Callable[[StaticForward], StaticRunner] | None = None
+    write: SlotWrite = write_to_slots
     chosen: bool = False
     exact: bool = False
 
@@ -130,6 +133,7 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
 
 def _triton(model: PreTrainedModel, device: torch.device) -> Backend:
     # Only here, as Triton may not be installed.
+    from specdecode.backends.kernels import cache
     from specdecode.backends.kernels.attention import attend_over_slots, over_slots
     from specdecode.backends.kernels.replace import replace_layers
 
@@ -139,10 +143,16 @@ def _triton(model: PreTrainedModel, device: torch.device) -> Backend:
     if config._attn_implementation != BY_KERNEL:
         note += f", attention as it is ({config._attn_implementation})"
     windowed = getattr(config, "sliding_window", None) is not None
-    return Backend("triton", note, static=lambda forward: _capturing(over_slots(forward, whole_mask=windowed), device))
+    return Backend(
+        "triton",
+        note,
+        static=lambda forward: _capturing(over_slots(forward, whole_mask=windowed), device),
+        write=cache.write_to_slots,
+    )
 
 
 def _exact_by_kernels(model: PreTrainedModel, device: torch.device) -> Backend:
+    from specdecode.backends.kernels import cache
     from specdecode.backends.kernels.replace import inexact_module, replace_layers
     from specdecode.backends.kernels.rows import attend_each_row
 
@@ -154,7 +164,13 @@ def _exact_by_kernels(model: PreTrainedModel, device: torch.device) -> Backend:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot run on the backend exact on a GPU: {module}, which no kernel computes"
         )
-    return Backend("exact", note, static=lambda forward: _capturing(forward, device), exact=True)
+    return Backend(
+        "exact",
+        note,
+        static=lambda forward: _capturing(forward, device),
+        write=cache.write_to_slots,
+        exact=True,
+    )
 
 
 def _capturing(forward: StaticForward, device: torch.device) -> StaticRunner:

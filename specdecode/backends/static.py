@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
@@ -32,40 +32,6 @@ _LEAST_SLOTS = 1024
 _IDLE_STORAGES = 4
 # Most cached graphs of one storage: each occupies memory.
 _GRAPHS_PER_STORAGE = 64
-
-
-class StaticCacheView:
-    """A static forward's view of the slots, with the methods that a transformers model calls on its cache.
-
-    Args:
-        keys: the keys of all slots, by layer.
-        values: the values of all slots, by layer.
-        places: the slots to write.
-        span: number of slots to attend to, from the first on.
-    """
-
-    is_initialized = True
-
-    def __init__(
-        self,
-        keys: Mapping[int, Float[Tensor, "1 heads capacity dim"]],
-        values: Mapping[int, Float[Tensor, "1 heads capacity width"]],
-        places: Int[Tensor, " n"],
-        span: int,
-    ) -> None:
-        self._keys, self._values = keys, values
-        self._places, self._span = places, span
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values of one layer, and return its keys and values of all slots to attend to."""
-        layer_keys, layer_values = self._keys[layer], self._values[layer]
-        layer_keys.index_copy_(2, self._places, keys)
-        layer_values.index_copy_(2, self._places, values)
-        return layer_keys[:, :, : self._span], layer_values[:, :, : self._span]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Return 0: a captured length would be right in one step only. Models that need the length fail the probe."""
-        return 0
 
 
 @dataclass(frozen=True, slots=True)

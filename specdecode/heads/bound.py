@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 
 from specdecode.backends.packed import PackedLinear, pack
-from specdecode.backends.static import StaticCacheView, StaticInputs, visible_slots
+from specdecode.backends.static import StaticInputs, visible_slots
+from specdecode.backends.static_view import StaticCacheView
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
 from specdecode.core.transfer import moved
@@ -79,6 +80,7 @@ class BoundHead:
         self._rows = modules[1] if shared is None else shared
         # Two runners over static shapes: the first forward of a proposal reads the target's hidden states, and the next
         # forwards read the head's own states.
+        self._write = target.backend.write
         static = target.backend.static
         self._first, self._next = (
             None if static is None else static(partial(self._static_read, fuse)) for fuse in (True, False)
@@ -183,7 +185,7 @@ class BoundHead:
         assert inputs.states is not None
         span = len(positions)
         places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
-        view = StaticCacheView(keys, values, places, span)
+        view = StaticCacheView(keys, values, places, span, self._write)
         mask = self._near(visible_slots(inputs, span), inputs.positions, positions)
         return self._states(inputs.tokens, inputs.states, inputs.positions, view.update, mask, fuse)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdecode.backends.grouped_attention import text_rows
-from specdecode.backends.static import StaticCacheView, StaticInputs
+from specdecode.backends.static import StaticInputs
+from specdecode.backends.static_view import SlotWrite, StaticCacheView
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
@@ -132,14 +133,22 @@ def static_logits(
     positions: Int[Tensor, " span"],
     keys: Mapping[int, Tensor],
     values: Mapping[int, Tensor],
+    write: SlotWrite,
 ) -> Float[Tensor, "W V"]:
-    """Run a forward over static shapes, completely on the device; see `backends.static.StaticForward`."""
+    """Run a forward over static shapes, completely on the device; see `backends.static.StaticForward`.
+
+    Args:
+        model: the model that runs the forward.
+        form: form of the model's masks.
+        inputs, positions, keys, values: see `StaticForward`.
+        write: writes the keys and values of a layer.
+    """
     places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
     logits: Tensor = model(
         input_ids=inputs.tokens[None],
         attention_mask=form.static_masks(inputs, positions),
         position_ids=inputs.positions[None],
-        past_key_values=StaticCacheView(keys, values, places, len(positions)),
+        past_key_values=StaticCacheView(keys, values, places, len(positions), write),
         use_cache=True,
     ).logits[0]
     return logits

@@ -224,7 +224,7 @@ class LM:
         keys: Mapping[int, Tensor],
         values: Mapping[int, Tensor],
     ) -> tuple[Float[Tensor, "W V"]]:
-        return (static_logits(self.model, self._mask_form, inputs, positions, keys, values),)
+        return (static_logits(self.model, self._mask_form, inputs, positions, keys, values, self.backend.write),)
 
     def _recording_runner(self, model: PreTrainedModel, hidden_states: list[Tensor]) -> StaticRunner:
         """Return a runner for a copy of the model whose hooks fill the list. It returns logits and hidden states."""
@@ -232,7 +232,7 @@ class LM:
         def forward(
             inputs: StaticInputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
         ) -> tuple[Tensor, ...]:
-            logits = static_logits(model, self._mask_form, inputs, positions, keys, values)
+            logits = static_logits(model, self._mask_form, inputs, positions, keys, values, self.backend.write)
             return logits, *(states[0] for states in hidden_states)
 
         assert self.backend.static is not None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from specdecode import LM, DraftTree, FixedK, ModelDrafter, NoDraft, StaticTree, generate, generate_batch
-from specdecode.backends import prepare
+from specdecode.backends import prepare, static_view
 from specdecode.backends.kernels import BY_KERNEL, TYPES, interpreted
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.models.quantize import quantizer, weight_bytes
@@ -34,7 +34,7 @@ from tests.helpers.strategies import trees
 ON_GPU = torch.device(models.DEVICE).type == "cuda" and "tests.helpers.pretended" not in sys.modules
 RUNS = interpreted() or (ON_GPU and find_spec("triton") is not None)
 if RUNS:
-    from specdecode.backends.kernels import attention, linear, norms, rows
+    from specdecode.backends.kernels import attention, cache, linear, norms, rows
 
 pytestmark = pytest.mark.skipif(
     not RUNS, reason="needs the package triton, and a GPU or its interpreter: tox -e triton"
@@ -242,6 +242,42 @@ def test_a_norm_is_its_reference(dtype: torch.dtype, rows: int, width: int, epsi
     torch.testing.assert_close(output, expected, rtol=max(2 * torch.finfo(dtype).eps, 1e-5), atol=1e-5)
 
 
+@settings(max_examples=40)
+@given(
+    dtype=st.sampled_from([*TYPES, torch.float64]),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    widths=st.tuples(st.sampled_from([8, 80, 192]), st.sampled_from([1, 8, 128])),
+    rows=st.integers(1, 20),
+    start=st.integers(0, 12),
+    spread=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
+def test_keys_and_values_are_written_as_by_the_reference(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    rows: int,
+    start: int,
+    spread: tuple[bool, bool],
+    seed: int,
+) -> None:
+    """Guards against tokens in the slots of others or of another layer, and against values that are written with the
+    strides or the width of the keys.
+    """
+    torch.manual_seed(seed)
+    new, stacks = [], []
+    for count, width, apart in zip(heads, widths, spread, strict=True):
+        # A layer computes them as a part of something wider, a token at a time.
+        wider = torch.randn(1, rows, count, 2 * width, device=models.DEVICE).to(dtype)
+        new.append((wider[..., ::2] if apart else wider[..., width:]).transpose(1, 2))
+        stacks.append(torch.randn(2, count, 40, width, device=models.DEVICE).to(dtype))
+    places = torch.tensor(start, device=models.DEVICE) + torch.arange(rows, device=models.DEVICE)
+    expected = [stack.clone() for stack in stacks]
+    static_view.write_to_slots(*new, *(stack[1:2] for stack in expected), places)
+    cache.write_to_slots(*new, *(stack[1:2] for stack in stacks), places)
+    assert all(torch.equal(stack, other) for stack, other in zip(stacks, expected, strict=True))
+
+
 @functools.cache
 def plain(name: str) -> LM:
     kinds = {"layer_types": ["sliding_attention", "full_attention"]} if name == "gemma3-window" else {}
@@ -258,7 +294,7 @@ NOTES = {
 @pytest.mark.parametrize("name", NOTES)
 def test_the_tokens_are_those_of_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a captured length that is right for one step only, against a window that the kernel does not see,
-    and against a model that still runs on PyTorch's operations.
+    and against a model that still runs or writes by PyTorch's operations.
     """
     calls = []
     monkeypatch.setattr(
@@ -270,6 +306,7 @@ def test_the_tokens_are_those_of_eager(name: str, monkeypatch: pytest.MonkeyPatc
     assert (target.backend.name, target.backend.note) == ("triton", NOTES[name])
     assert type(plain(name).model.get_output_embeddings()) is nn.Linear
     draft = target.subset([1])
+    monkeypatch.setattr(Tensor, "index_copy_", lambda *given: pytest.fail("the write is two operations"))
     for drafter in (NoDraft(), ModelDrafter(draft), ModelDrafter(draft, StaticTree((3, 2)))):
         calls.clear()
         result = generate(target, prompt(), drafter=drafter, controller=FixedK(3), max_new_tokens=LENGTH)
@@ -305,6 +342,7 @@ def test_a_drafted_text_is_that_of_plain_decoding_to_the_last_bit(monkeypatch: p
     monkeypatch.setattr(
         rows, "attend_row_by_row", lambda *given, run=rows.attend_row_by_row: calls.append(given) or run(*given)
     )
+    monkeypatch.setattr(Tensor, "index_copy_", lambda *given: pytest.fail("the write is two operations"))
     options = {"max_new_tokens": 6, "logprobs": True}
     prompts = [prompt(), prompt()[:3]]
     plain = [generate(target, text, **options) for text in prompts]
@@ -390,12 +428,13 @@ _COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specdecode.backends.kernels import attention, linear, norms, rows
+from specdecode.backends.kernels import attention, cache, linear, norms, rows
 
-COUNTED = {"start": "*i64", "first": "*i64", "scale": "fp32", "epsilon": "fp32"}
+COUNTED = {"start": "*i64", "first": "*i64", "places": "*i64", "scale": "fp32", "epsilon": "fp32"}
 SUMS = dict.fromkeys(("sums", "totals", "greatest", "scales"), "*fp32")
 SEEN = dict.fromkeys(("order", "counts"), "*i32")
-TENSORS = ("query", "key", "value", "mask", "inputs", "weight", "bias", "output")
+CACHE = ("keys", "values", "layer_keys", "layer_values")
+TENSORS = ("query", "key", "value", "mask", "inputs", "weight", "bias", "output", *CACHE)
 
 for kind, size in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
     types = COUNTED | SUMS | SEEN | dict.fromkeys(TENSORS, "*" + kind)
@@ -408,6 +447,7 @@ for kind, size in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
         (linear._multiply, {}, {"OUT": 16, "IN": 512 // size, "scales": None}),
         (linear._multiply, {"weight": "*i8"}, {"OUT": 32, "IN": 512 // size, "bias": None}),
         (norms._normalise, {}, {"WIDTH": 4096}),
+        (cache._write, {}, {"KEY": 256, "VALUE": 128}),
     ):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else (types | others).get(name, "i32") for name in names}
@@ -427,4 +467,4 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Any) -> None:
         text=True,
         check=False,
     )
-    assert run.stdout.split() == ["True"] * 48, run.stderr
+    assert run.stdout.split() == ["True"] * 54, run.stderr
