@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from specdecode.backends import packed
@@ -34,6 +35,7 @@ class Backend:
         note: a sentence on the changes to the model, or the reason why there are none.
         static: builds the runner of a forward over static shapes; None for a backend without static shapes.
         write: writes keys and values in a forward over static shapes.
+        replace_layers: replaces the layers that kernels compute in a draft head, in place; None without kernels.
         chosen: whether "auto" chose this backend, so that "eager" may replace it.
         exact: whether the logits of a token are the same to the last bit, whatever tokens are read beside it.
     """
@@ -42,6 +44,7 @@ class Backend:
     note: str = ""
     static: Callable[[StaticForward], StaticRunner] | None = None
     write: SlotWrite = write_to_slots
+    replace_layers: Callable[[nn.Module], object] | None = None
     chosen: bool = False
     exact: bool = False
 
@@ -148,6 +151,7 @@ def _triton(model: PreTrainedModel, device: torch.device) -> Backend:
         note,
         static=lambda forward: _capturing(over_slots(forward, whole_mask=windowed), device),
         write=cache.write_to_slots,
+        replace_layers=replace_layers,
     )
 
 
@@ -169,6 +173,7 @@ def _exact_by_kernels(model: PreTrainedModel, device: torch.device) -> Backend:
         note,
         static=lambda forward: _capturing(forward, device),
         write=cache.write_to_slots,
+        replace_layers=replace_layers,
         exact=True,
     )
 

@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -142,3 +142,17 @@ def attend_in_groups(
         scale=others.get("scaling"),
     )
     return output.reshape(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous()
+
+
+class GroupedAttention(nn.Module):
+    """The attention of a draft head: `attend_in_groups`, as a module that a backend can replace."""
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch heads n dim"],
+        key: Float[Tensor, "batch shared length dim"],
+        value: Float[Tensor, "batch shared length dim"],
+        visible: Bool[Tensor, "n length"],
+    ) -> Float[Tensor, "batch n heads dim"]:
+        """Return the attended values. Row i of `visible` marks the slots that row i of each query attends to."""
+        return attend_in_groups(query, key, value, visible[None, None])

@@ -91,10 +91,13 @@ class StaticRunner:
         forward: the forward over static shapes.
         capture: captures each shape once, with its own input buffers. None runs every forward directly, without
             rounding its shape.
+
+    Attributes:
+        forward: the forward, for another that is captured as one graph with it.
     """
 
     def __init__(self, forward: StaticForward, capture: Capture | None = None) -> None:
-        self._forward = forward
+        self.forward = forward
         self._capture = capture
         self._idle: list[Storage] = []
         self._made = 0
@@ -182,7 +185,7 @@ class StaticRunner:
         if self._capture is None:
             start, first = (torch.tensor(slots.length - size) for size in visible.shape)
             inputs, storage = StaticInputs(tokens, positions, start, first, visible, states), slots.storage
-            return self._forward(
+            return self.forward(
                 _on_device(inputs, slots.device), slots.positions[: slots.length], storage.keys, storage.values
             )
         outputs = self.replay(slots, tokens, positions, visible, states)
@@ -215,7 +218,7 @@ class StaticRunner:
         count, recent = visible.shape
         end = slots.length - ahead
         width, across = self._width(count), self._width(recent)
-        graph = self._graph(slots, width, across, forward or self._forward, self._capture, states, *kind)
+        graph = self._graph(slots, width, across, forward or self.forward, self._capture, states, *kind)
         graph.fill(tokens, positions, end - count, end - recent, visible, states)
         return graph.run()
 
@@ -245,7 +248,7 @@ class StaticRunner:
             for ahead in range(count):
                 place = inputs.start + ahead
                 now = StaticInputs(token, place[None], place, place, inputs.visible)
-                token = self._forward(now, positions, keys, values)[0][:, :vocab_size].argmax(-1)
+                token = self.forward(now, positions, keys, values)[0][:, :vocab_size].argmax(-1)
                 chosen.append(token)
             return (torch.cat(chosen),)
 

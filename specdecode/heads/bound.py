@@ -42,7 +42,7 @@ ADVICE = "train one for it with `specdecode train-head`"
 class BoundHead:
     """A copy of a head that is bound to its target. It shares the target's embeddings if it has none of its own.
 
-    The copy has the target's type and device. Its linear layers are packed if the target's are.
+    The copy has the target's type and device. Its layers are packed, or run by kernels, if the target's are.
 
     Args:
         head: the head, which is not changed and may be trained further.
@@ -76,7 +76,9 @@ class BoundHead:
         packed = next((module for module in target.model.modules() if isinstance(module, PackedLinear)), None)
         if packed is not None:
             pack(modules, packed.layout)
-        # Packing replaces the module, so it is read from the list.
+        if target.backend.replace_layers is not None:
+            target.backend.replace_layers(modules)
+        # Both replace the module, so it is read from the list.
         self._rows = modules[1] if shared is None else shared
         # Two runners over static shapes: the first forward of a proposal reads the target's hidden states, and the next
         # forwards read the head's own states.
@@ -173,22 +175,6 @@ class BoundHead:
         logits: Tensor = self._rows(self._head.normed(state))
         return moved(logits, state.device)  # the target's output layer may lie elsewhere
 
-    def _static_states(
-        self,
-        fuse: bool,
-        inputs: StaticInputs,
-        positions: Tensor,
-        keys: Mapping[int, Tensor],
-        values: Mapping[int, Tensor],
-    ) -> Float[Tensor, "W H"]:
-        """Return the states of a forward over static shapes, computed completely on the device."""
-        assert inputs.states is not None
-        span = len(positions)
-        places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
-        view = StaticCacheView(keys, values, places, span, self._write)
-        mask = self._near(visible_slots(inputs, span), inputs.positions, positions)
-        return self._states(inputs.tokens, inputs.states, inputs.positions, view.update, mask, fuse)
-
     def _static_read(
         self,
         fuse: bool,
@@ -196,8 +182,14 @@ class BoundHead:
         positions: Tensor,
         keys: Mapping[int, Tensor],
         values: Mapping[int, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        state = self._static_states(fuse, inputs, positions, keys, values)
+    ) -> tuple[Float[Tensor, "W H"], Float[Tensor, "W D"]]:
+        """Return the states and the logits of a forward over static shapes, computed completely on the device."""
+        assert inputs.states is not None
+        span = len(positions)
+        places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
+        view = StaticCacheView(keys, values, places, span, self._write)
+        mask = self._near(visible_slots(inputs, span), inputs.positions, positions)
+        state = self._states(inputs.tokens, inputs.states, inputs.positions, view.update, mask, fuse)
         return state, self._logits(state)
 
     def _chain(
@@ -209,18 +201,19 @@ class BoundHead:
         values: Mapping[int, Tensor],
     ) -> tuple[Tensor]:
         """Return the tokens of `continue_greedily`, computed over static shapes."""
-        states = self._static_states(True, inputs, positions, keys, values)
+        assert self._first is not None
+        assert self._next is not None
         # The last token has the largest position: the padding behind it has position 0.
         position, row = inputs.positions.max(0, keepdim=True)
-        state = states.index_select(0, row)
-        chosen: list[Tensor] = []
-        for ahead in range(count):
-            if ahead:
-                place = inputs.start + row[0] + ahead
-                itself = torch.ones(1, 1, dtype=torch.bool, device=place.device)
-                now = StaticInputs(chosen[-1], position + ahead, place, place, itself, state)
-                state = self._static_states(False, now, positions, keys, values)
-            chosen.append(self.tokens[self._logits(state).argmax(-1)])
+        read = self._first.forward(inputs, positions, keys, values)
+        state, logits = (output.index_select(0, row) for output in read)
+        chosen = [self.tokens[logits.argmax(-1)]]
+        for ahead in range(1, count):
+            place = inputs.start + row[0] + ahead
+            itself = torch.ones(1, 1, dtype=torch.bool, device=place.device)
+            now = StaticInputs(chosen[-1], position + ahead, place, place, itself, state)
+            state, logits = self._next.forward(now, positions, keys, values)
+            chosen.append(self.tokens[logits.argmax(-1)])
         return (torch.cat(chosen),)
 
 

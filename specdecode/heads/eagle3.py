@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from specdecode.backends.grouped_attention import attend_in_groups
+from specdecode.backends.grouped_attention import GroupedAttention
 from specdecode.heads.module import Store, normed, rotated
 
 
@@ -158,6 +158,7 @@ class _Attention(nn.Module):
         self.q_proj = nn.Linear(inputs, queries, bias=bias)
         self.k_proj = nn.Linear(inputs, keys, bias=bias)
         self.v_proj = nn.Linear(inputs, keys, bias=bias)
+        self.attend = GroupedAttention()
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
         by_head = isinstance(config, Qwen3Config)
         self.q_norm = nn.RMSNorm(self._head_dim, config.rms_norm_eps) if by_head else None
@@ -171,7 +172,7 @@ class _Attention(nn.Module):
             queries, keys = normed(self.q_norm, queries), normed(self.k_norm, keys)
         queries, keys = (rotated(x.transpose(1, 2), *tables) for x in (queries, keys))
         keys, values = store(keys, values.transpose(1, 2), self._number)
-        output: Tensor = self.o_proj(attend_in_groups(queries, keys, values, visible[None, None]).flatten(-2))
+        output: Tensor = self.o_proj(self.attend(queries, keys, values, visible).flatten(-2))
         return output
 
 

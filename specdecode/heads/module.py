@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from specdecode.backends.grouped_attention import attend_in_groups
+from specdecode.backends.grouped_attention import GroupedAttention
 
 Store = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """A function that stores the keys and values, each [b, heads, n, dim], of the tokens that are read. Its arguments are
@@ -94,6 +94,7 @@ class Head(nn.Module):
         self.q_proj = nn.Linear(width, inner, bias=False)
         self.k_proj = nn.Linear(width, shape.kv_heads * shape.head_dim, bias=False)
         self.v_proj = nn.Linear(width, shape.kv_heads * shape.head_dim, bias=False)
+        self.attend = GroupedAttention()
         self.o_proj = nn.Linear(inner, width, bias=False)
         self.post_attention_layernorm = nn.RMSNorm(width, eps=1e-5)
         self.gate_proj = nn.Linear(width, shape.intermediate, bias=False)
@@ -136,7 +137,7 @@ class Head(nn.Module):
         )
         tables = self._rotary_tables(positions.to(x.device))
         keys, values = store(rotated(keys, *tables), values, 0)
-        attended = attend_in_groups(rotated(queries, *tables), keys, values, visible[None, None])
+        attended = self.attend(rotated(queries, *tables), keys, values, visible)
         x = x + self.o_proj(attended.flatten(-2))
         inputs = normed(self.post_attention_layernorm, x)
         states: Tensor = x + self.down_proj(silu(self.gate_proj(inputs)) * self.up_proj(inputs))

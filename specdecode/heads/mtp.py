@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from specdecode.backends.kernels import restore_layers
 from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
 from specdecode.core.transfer import moved
 from specdecode.heads.module import Store
-from specdecode.models.variants import final_norm
+from specdecode.models.variants import final_norm, shared_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,16 @@ def _load(target: Any) -> Any:
         patterns = [*patterns, *(rf"\.layers\.{number}\." for number in numbers)]
         target._keys_to_ignore_on_load_unexpected = patterns
     try:
-        return MtpModel.from_pretrained(target, device_map={"": target.device})
+        return MtpModel.from_pretrained(_with_its_own_layers(target), device_map={"": target.device})
     except Exception as error:  # no file on the hub, a missing tensor, or a family without such layers
         raise ModelFileError(
             f"cannot load the MTP layers of {target.config.name_or_path}: {first_line(error)}"
         ) from error
+
+
+def _with_its_own_layers(target: Any) -> Any:
+    """Return a copy of a target without kernels. transformers makes norms of the class that it finds there, and loads
+    weights by their names."""
+    copied = shared_copy(target)
+    restore_layers(copied)
+    return copied

@@ -6,9 +6,10 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,37 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from specdecode import LM, DraftTree, FixedK, ModelDrafter, NoDraft, StaticTree, generate, generate_batch
+from specdecode import (
+    LM,
+    Chain,
+    DraftTree,
+    FixedK,
+    HeadDrafter,
+    ModelDrafter,
+    NoDraft,
+    StaticTree,
+    generate,
+    generate_batch,
+    load_mtp,
+)
 from specdecode.backends import prepare, static_view
-from specdecode.backends.kernels import BY_KERNEL, TYPES, interpreted
+from specdecode.backends.kernels import BY_KERNEL, TYPES, KernelModule, interpreted
+from specdecode.controllers.base import Limit
 from specdecode.core.errors import UnsupportedModelError
+from specdecode.drafters.base import Context
+from specdecode.drafters.tree_shapes import TreeShape
+from specdecode.heads.bound import BoundHead, untrained
+from specdecode.heads.eagle3 import Eagle3Head
+from specdecode.heads.module import Head, HeadShape
 from specdecode.models.quantize import quantizer, weight_bytes
 from specdecode.models.quantized_linear import Int8Linear
 from tests.helpers import models
+from tests.helpers.heads import write_mtp
 from tests.helpers.last_bits import off
-from tests.helpers.models import ARCHITECTURES, build, prompt
+from tests.helpers.models import ARCHITECTURES, build, moved, prompt
 from tests.helpers.root import ROOT
 from tests.helpers.strategies import trees
 
@@ -313,6 +334,81 @@ def test_the_tokens_are_those_of_eager(name: str, monkeypatch: pytest.MonkeyPatc
         assert result.tokens == expected.tokens
         # The forward of a prompt's first tokens is no static one.
         assert ON_GPU or len(calls) >= 2 * (result.target_forwards - 1) > 0
+
+
+class Recorded(HeadDrafter):
+    """A drafter with a head that keeps its trees."""
+
+    def __init__(self, head: BoundHead, shape: TreeShape) -> None:
+        super().__init__(head, shape)
+        self.trees: list[tuple[list[int], list[int]]] = []
+
+    def propose(self, context: Context, limit: Limit) -> DraftTree:
+        tree = super().propose(context, limit)
+        self.trees.append((tree.tokens.tolist(), tree.parents.tolist()))
+        return tree
+
+
+def own(target: LM) -> Head:
+    """Return a head in this package's own format, with random weights."""
+    shape = HeadShape(hidden=32, layers=(0, 1), heads=4, kv_heads=2, head_dim=8, intermediate=48)
+    torch.manual_seed(1)
+    return Head(shape, torch.arange(1, target.vocab_size, 2))
+
+
+@pytest.mark.parametrize("make", [untrained, own])
+def test_a_head_drafts_as_on_eager(make: Callable[[LM], Head | Eagle3Head], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the head that others hold, or its file, with the kernels in it."""
+    head = make(plain("llama"))
+    parts = [*head.state_dict()]
+    drafts_by_kernels(lambda target: BoundHead(head, target), plain("llama"), 1, monkeypatch)
+    assert [*head.state_dict()] == parts
+    assert not any(isinstance(module, KernelModule) for module in head.modules())
+
+
+@pytest.mark.parametrize(("family", "attentions"), [("mellum", 1), ("deepseek_v3", 0)])
+def test_an_mtp_layer_drafts_as_on_eager(
+    family: str, attentions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against norms by a kernel that transformers builds again, from sizes; against a window that the layer's
+    kernel does not see; and against values that are narrower than the keys.
+    """
+    folder = write_mtp(family, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    drafts_by_kernels(load_mtp, LM(moved(model, models.DEVICE), name=family), attentions, monkeypatch)
+
+
+def drafts_by_kernels(
+    bind: Callable[[LM], BoundHead], target: LM, attentions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that a head drafts the same with and without kernels, and that they run.
+
+    Args:
+        bind: binds the head to a target.
+        target: the target, on the backend "eager".
+        attentions: number of attentions by a kernel in a forward of the head; the target's layers have as many.
+    """
+    expected = generate(target, prompt(), max_new_tokens=LENGTH).tokens
+    calls = []
+    monkeypatch.setattr(
+        attention, "attend_to_slots", lambda *given, run=attention.attend_to_slots: calls.append(given) or run(*given)
+    )
+    monkeypatch.setattr(Tensor, "index_copy_", lambda *given: pytest.fail("the write is two operations"))
+    for shape in (Chain(), StaticTree((3, 2))):
+        trees = {}
+        for backend in ("eager", "triton"):
+            decoding = target.with_backend(backend)
+            drafter = Recorded(bind(decoding), shape)
+            calls.clear()
+            result = generate(decoding, prompt(), drafter=drafter, controller=FixedK(3), max_new_tokens=LENGTH)
+            assert result.tokens == expected
+            trees[backend] = drafter.trees
+        # The first forward of a prompt is no static one.
+        forwards = target.config.num_hidden_layers * (result.target_forwards - 1) + drafter.forwards - 1
+        assert len(calls) >= attentions * forwards
+        assert any(isinstance(module, linear.KernelLinear) for module in drafter.head._head.modules())
+        assert trees["triton"] == trees["eager"]
+        assert len({token for tokens, _ in trees["eager"] for token in tokens}) > 3
 
 
 EXACT = {"llama": torch.bfloat16, "qwen3": torch.float32, "gpt-neox": torch.float16}

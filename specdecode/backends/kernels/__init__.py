@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import nn
 
 BY_KERNEL = "triton_over_slots"
 """The name under which transformers knows `attention.attend_over_slots` as an attention function."""
@@ -36,3 +38,30 @@ def unavailable_reason(backend: str, device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return f"the backend {backend} needs the package triton, which is not installed: pip install triton"
     return None
+
+
+class KernelModule(nn.Module):
+    """A module that computes by a kernel what another module computes. It has the attributes of that module, which some
+    models read.
+
+    Args:
+        layer: the other module.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        layer = self.__dict__.get("_modules", {}).get("layer")
+        if layer is None:  # it is being built or copied
+            raise AttributeError(name)
+        return layer if name == "layer" else getattr(layer, name)
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Put the modules back, in place, that modules with kernels have replaced."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, KernelModule):
+                setattr(parent, name, child.layer)

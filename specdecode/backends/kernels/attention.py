@@ -13,11 +13,11 @@ from typing import Any, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from specdecode.backends.grouped_attention import attend
-from specdecode.backends.kernels import TYPES
+from specdecode.backends.kernels import TYPES, KernelModule
 from specdecode.backends.static import StaticForward, StaticInputs
 
 WIDEST_KEY = 512
@@ -265,8 +265,7 @@ def attend_over_slots(
         The attended values, and None in place of attention weights.
     """
     places = _places.get()
-    several = len(query) > 1 or value.stride() != key.stride()
-    if places is None or attention_mask is None or several or not takes(query, key, value, attention_mask, others):
+    if places is None or attention_mask is None or not _takes_one(query, key, value, attention_mask, others):
         return attend(module, query, key, value, attention_mask, **others)
     scale = others.get("scaling") or query.shape[3] ** -0.5
     return attend_to_slots(query, key, value, attention_mask, *places, scale), None
@@ -287,3 +286,28 @@ def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, others: Mappi
         and not others.get("dropout")
         and all(others.get(name) is None for name in extras)
     )
+
+
+def _takes_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, others: Mapping[str, Any]) -> bool:
+    """Return whether `attend_to_slots` computes this attention: that of one sequence."""
+    return len(query) == 1 and value.stride() == key.stride() and takes(query, key, value, mask, others)
+
+
+class KernelAttention(KernelModule):
+    """The attention of a draft head by the kernel, in forwards over static shapes. Elsewhere the module itself runs."""
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch heads n dim"],
+        key: Float[Tensor, "batch shared length dim"],
+        value: Float[Tensor, "batch shared length dim"],
+        visible: Bool[Tensor, "n length"],
+    ) -> Float[Tensor, "batch n heads dim"]:
+        """Return the attended values; see `GroupedAttention`."""
+        places = _places.get()
+        if places is not None:
+            mask = (~visible).to(query.dtype)[None, None]
+            if _takes_one(query, key, value, mask, {}):
+                return attend_to_slots(query, key, value, mask, *places, query.shape[3] ** -0.5)
+        attended: Tensor = self.layer(query, key, value, visible)
+        return attended

@@ -3,7 +3,7 @@ output (W8A16)."""
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from specdecode.backends.kernels import TYPES
+from specdecode.backends.kernels import TYPES, KernelModule
 
 MOST_ROWS = 16
 """Rows of a program: those that one matrix instruction of a GPU takes at least. Over more rows each program reads the
@@ -109,9 +109,8 @@ def multiply_reference(
     return (product if bias is None else product + bias.float()).to(inputs.dtype)
 
 
-class KernelLinear(nn.Module):
-    """A linear layer that multiplies by the kernel. More rows, and other types, run the layer itself. It has the
-    attributes of that layer, which some models read.
+class KernelLinear(KernelModule):
+    """A linear layer that multiplies by the kernel. More rows, and other types, run the layer itself.
 
     Args:
         layer: a layer that `takes` accepts.
@@ -119,15 +118,8 @@ class KernelLinear(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, most_rows: int | None = MOST_ROWS) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer)
         self._most_rows = most_rows
-
-    def __getattr__(self, name: str) -> Any:
-        layer = self.__dict__.get("_modules", {}).get("layer")
-        if layer is None:  # it is being built or copied
-            raise AttributeError(name)
-        return layer if name == "layer" else getattr(layer, name)
 
     def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
         rows = inputs.reshape(-1, inputs.shape[-1])

@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from specdecode.backends.kernels import TYPES
+from specdecode.backends.kernels import TYPES, KernelModule
 
 
 @triton.jit
@@ -56,23 +56,13 @@ def rms_norm_reference(
     return weight * state.to(inputs.dtype)
 
 
-class KernelRMSNorm(nn.Module):
-    """An RMSNorm by the kernel.
-
-    Args:
-        norm: a norm that `takes` accepts. They share the weight.
-    """
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        weight = _weight(norm)
-        assert weight is not None
-        self.weight = weight
-        self.variance_epsilon = float(vars(norm)["variance_epsilon"])
+class KernelRMSNorm(KernelModule):
+    """An RMSNorm by the kernel. Other types run the norm itself."""
 
     def forward(self, states: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
         if states.dtype != self.weight.dtype:
-            return rms_norm_reference(states, self.weight, self.variance_epsilon)
+            normalised: Tensor = self.layer(states)
+            return normalised
         return rms_norm(states, self.weight, self.variance_epsilon)
 
 

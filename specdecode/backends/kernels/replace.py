@@ -4,34 +4,44 @@ from __future__ import annotations
 
 from torch import nn
 
-from specdecode.backends.kernels import linear, norms
+from specdecode.backends.grouped_attention import GroupedAttention
+from specdecode.backends.kernels import KernelModule, attention, linear, norms
 
 
 def replace_layers(model: nn.Module, most_rows: int | None = linear.MOST_ROWS) -> str:
-    """Replace the linear layers and the norms of a model that the kernels compute. Return a note on it.
+    """Replace the modules of a model or a draft head that the kernels compute. Return a note on its layers.
 
     All other modules stay as they are. The new modules share the parameters of the old.
 
     Args:
-        model: the model.
+        model: the model or the head.
         most_rows: the most rows that the kernel multiplies with a linear layer; any number if None.
     """
-    made: dict[nn.Module, nn.Module] = {}
+    made: dict[nn.Module, KernelModule] = {}
     left = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             hooked = child._forward_hooks or child._forward_pre_hooks  # the kernels would pass them over
-            if child not in made and not hooked and linear.takes(child):
-                made[child] = linear.KernelLinear(child, most_rows)
-            if child not in made and not hooked and norms.takes(child):
-                made[child] = norms.KernelRMSNorm(child)
+            if child not in made and not hooked and (replacement := _by_kernel(child, most_rows)) is not None:
+                made[child] = replacement
             if child in made:  # two modules may share it
                 setattr(parent, name, made[child])
             elif not isinstance(child, nn.Embedding):
                 left += any(weight.dim() > 1 for weight in child.parameters(recurse=False))
-    products = sum(isinstance(module, linear.KernelLinear) for module in made.values())
-    note = f"{products} linear layers and {len(made) - products} norms by kernels"
+    products, scalings = (
+        sum(isinstance(module, kind) for module in made.values()) for kind in (linear.KernelLinear, norms.KernelRMSNorm)
+    )
+    note = f"{products} linear layers and {scalings} norms by kernels"
     return note + (f", {left} other matrices as they are" if left else "")
+
+
+def _by_kernel(module: nn.Module, most_rows: int | None) -> KernelModule | None:
+    """Return the module by a kernel; None if no kernel computes it."""
+    if linear.takes(module):
+        return linear.KernelLinear(module, most_rows)
+    if norms.takes(module):
+        return norms.KernelRMSNorm(module)
+    return attention.KernelAttention(module) if isinstance(module, GroupedAttention) else None
 
 
 def inexact_module(model: nn.Module) -> str | None:
@@ -39,9 +49,9 @@ def inexact_module(model: nn.Module) -> str | None:
 
     Embeddings and PyTorch's LayerNorm, a kernel of one row, are exact. So are replaced modules.
     """
-    replaced = {module.layer for module in model.modules() if isinstance(module, linear.KernelLinear)}
+    replaced = {module.layer for module in model.modules() if isinstance(module, KernelModule)}
     for name, module in model.named_modules():
-        exact = module in replaced or isinstance(module, nn.Embedding | nn.LayerNorm | norms.KernelRMSNorm)
+        exact = module in replaced or isinstance(module, nn.Embedding | nn.LayerNorm)
         if not exact and next(module.parameters(recurse=False), None) is not None:
             return f"{name} is a {type(module).__name__}"
     return None
