@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
+from specdecode.core.sampling import most_probable
 from specdecode.core.slots import Slots, Storage
 from specdecode.core.transfer import moved, write
 
@@ -81,7 +82,7 @@ class _GraphKey(NamedTuple):
     across: int
     span: int
     moves: int
-    kind: tuple[int, ...]
+    kind: tuple[int | str, ...]
 
 
 class StaticRunner:
@@ -135,11 +136,6 @@ class StaticRunner:
             idle = sorted([*self._idle, storage], key=lambda idle: (-len(idle.positions), idle.number))
             self._idle = idle[:_IDLE_STORAGES]
 
-    def forget_inputs(self, slots: Slots) -> None:
-        """Overwrite the inputs of the last forwards. Padding rows read them again, beside later inputs."""
-        for graph in self._graphs.get(slots.storage, {}).values():
-            graph.clear()
-
     def span(self, slots: Slots) -> int:
         """Return the number of these slots that a forward attends to."""
         return slots.length if self._capture is None else min(_span(slots.length), slots.capacity)
@@ -169,7 +165,9 @@ class StaticRunner:
         positions: Int[Tensor, " n"],
         visible: Bool[Tensor, "n s"],
         states: Float[Tensor, "n F"] | None = None,
-    ) -> tuple[Shaped[Tensor, "n _"], ...]:
+        *,
+        choose: bool = False,
+    ) -> tuple[Shaped[Tensor, "n ..."], ...]:
         """Run the forward of the tokens that take the last n slots.
 
         Args:
@@ -178,18 +176,29 @@ class StaticRunner:
             positions: positions of the tokens.
             visible: row i marks the slots among the last s that token i attends to; it attends to all slots before.
             states: hidden states that a draft head reads beside the tokens.
+            choose: return a language model's most probable tokens in place of its logits. Then all outputs are valid
+                until the next replay.
 
         Returns:
             The forward's outputs for the n tokens.
         """
+        forward = self._choices if choose else self.forward
         if self._capture is None:
             start, first = (torch.tensor(slots.length - size) for size in visible.shape)
             inputs, storage = StaticInputs(tokens, positions, start, first, visible, states), slots.storage
-            return self.forward(
+            return forward(
                 _on_device(inputs, slots.device), slots.positions[: slots.length], storage.keys, storage.values
             )
-        outputs = self.replay(slots, tokens, positions, visible, states)
-        return tuple(output[: len(tokens)].clone() for output in outputs)
+        kind = ("choices",) if choose else ()
+        padded = self.replay(slots, tokens, positions, visible, states, forward=forward, kind=kind)
+        outputs = tuple(output[: len(tokens)] for output in padded)
+        return outputs if choose else tuple(output.clone() for output in outputs)
+
+    def _choices(
+        self, inputs: StaticInputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
+    ) -> tuple[Tensor, ...]:
+        logits, *others = self.forward(inputs, positions, keys, values)
+        return most_probable(logits), *others
 
     def replay(
         self,
@@ -199,15 +208,15 @@ class StaticRunner:
         visible: Bool[Tensor, "n s"],
         states: Float[Tensor, "n F"] | None = None,
         *,
-        forward: StaticForward | None = None,
+        forward: StaticForward,
         ahead: int = 0,
-        kind: tuple[int, ...] = (),
+        kind: tuple[int | str, ...] = (),
     ) -> tuple[Tensor, ...]:
         """Replay the captured graph of a forward; capture it first if there is none for this shape and storage.
 
         Args:
             slots, tokens, positions, visible, states: see `run`.
-            forward: the forward to capture; by default the runner's.
+            forward: the forward to capture.
             ahead: number of slots already taken behind those of the tokens. The forward writes them itself.
             kind: distinguishes forwards of the same shape.
 
@@ -218,7 +227,7 @@ class StaticRunner:
         count, recent = visible.shape
         end = slots.length - ahead
         width, across = self._width(count), self._width(recent)
-        graph = self._graph(slots, width, across, forward or self.forward, self._capture, states, *kind)
+        graph = self._graph(slots, width, across, forward, self._capture, states, *kind)
         graph.fill(tokens, positions, end - count, end - recent, visible, states)
         return graph.run()
 
@@ -272,7 +281,7 @@ class StaticRunner:
         forward: StaticForward,
         capture: Capture,
         states: Tensor | None,
-        *kind: int,
+        *kind: int | str,
     ) -> _CachedGraph:
         """Return the cached graph of a forward for a shape and a storage. A new graph is captured at its first run.
 
@@ -332,13 +341,10 @@ class _CachedGraph:
         forward: Callable[[StaticInputs], tuple[Tensor, ...]],
         capture: Capture,
     ) -> None:
-        self._on_host = torch.zeros(8 * (width + 2) + width * across, dtype=torch.uint8)
+        self._on_host = torch.zeros(8 * (2 * width + 2) + width * across, dtype=torch.uint8)
         self._on_device = moved(self._on_host, device).clone()
-        self._tokens = torch.zeros(width, dtype=torch.long, device=device)
-        self._states = states
-        self._host_inputs, inputs = (
-            _inputs_in(buffer, self._tokens, across, states) for buffer in (self._on_host, self._on_device)
-        )
+        self._host_inputs = _inputs_in(self._on_host, width, across, states)
+        self._inputs = inputs = _inputs_in(self._on_device, width, across, states)
         self._forward = lambda: forward(inputs)
         self._capture = capture
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
@@ -353,26 +359,24 @@ class _CachedGraph:
         states: Float[Tensor, "n F"] | None = None,
     ) -> None:
         """Set the inputs; see `StaticInputs`. Rows beyond n, and slots beyond s, are padding."""
-        (count, recent), host = visible.shape, self._host_inputs
-        host.positions.zero_()
+        (count, recent), host, inputs = visible.shape, self._host_inputs, self._inputs
+        on_host = tokens.device.type == "cpu"
+        # Padding rows read token 0: a token of an earlier forward may overflow, and its NaN would spread.
+        self._on_host.zero_()
+        if on_host:
+            host.tokens[:count] = tokens
         host.positions[:count] = positions
         host.start.fill_(start)
         host.first.fill_(first)
-        host.visible.zero_()
         host.visible[:count, :recent] = visible
         # Padding rows must attend to a slot within every window: without one, their attention and their keys are NaN.
         host.visible[count:, 0] = True
         # The host memory is not pinned, so the copy has read all of it on return. Later inputs may overwrite it.
         write(self._on_device, self._on_host)
-        write(self._tokens[:count], tokens)
-        if self._states is not None and states is not None:
-            write(self._states[:count], states)
-
-    def clear(self) -> None:
-        """Overwrite the inputs."""
-        self._tokens.zero_()
-        if self._states is not None:
-            self._states.zero_()
+        if not on_host:
+            write(inputs.tokens[:count], tokens)
+        if inputs.states is not None and states is not None:
+            write(inputs.states[:count], states)
 
     def run(self) -> tuple[Tensor, ...]:
         """Return the outputs for the current contents of the buffers. They are valid until the next run."""
@@ -383,14 +387,12 @@ class _CachedGraph:
 
 
 def _inputs_in(
-    buffer: UInt8[Tensor, " bytes"], tokens: Int[Tensor, " W"], across: int, states: Float[Tensor, "W F"] | None
+    buffer: UInt8[Tensor, " bytes"], width: int, across: int, states: Float[Tensor, "W F"] | None
 ) -> StaticInputs:
-    """Return the inputs that lie in a buffer, with the tokens, which may come from a draft on the device."""
-    width = len(tokens)
-    numbers, visible = buffer[: 8 * (width + 2)].view(torch.long), buffer[8 * (width + 2) :].view(torch.bool)
-    return StaticInputs(
-        tokens, numbers[:width], numbers[width], numbers[width + 1], visible.view(width, across), states
-    )
+    """Return the inputs that lie in a buffer, beside the states, which are always on the device."""
+    numbers, visible = buffer.split((8 * (2 * width + 2), width * across))
+    tokens, positions, (start, first) = numbers.view(torch.long).split((width, width, 2))
+    return StaticInputs(tokens, positions, start, first, visible.view(torch.bool).view(width, across), states)
 
 
 def _on_device(inputs: StaticInputs, device: torch.device) -> StaticInputs:

@@ -46,10 +46,14 @@ def accept(tree: DraftTree, target: Float[Tensor, "nodes V"] | Int[Tensor, " nod
         SpecDecodeError: the target's logits are not finite where it must choose a token.
     """
     if target.ndim == 1:
-        # One transfer brings all values of a greedy step to the host.
-        on_host = torch.cat([target, moved(tree.tokens, target.device)]).tolist()
-        tree.set_host_tokens(on_host[len(target) :])
-        return _walk_greedily(tree.host_tokens, tree.children(), on_host[: len(target)])
+        if tree.tokens.device.type == "cpu":
+            choices = target.tolist()
+        else:
+            # One transfer brings all values of a greedy step to the host.
+            on_host = torch.cat([target, moved(tree.tokens, target.device)]).tolist()
+            choices = on_host[: len(target)]
+            tree.set_host_tokens(on_host[len(target) :])
+        return _walk_greedily(tree.host_tokens, tree.children(), choices)
     # A draft may be on another device than its target.
     probs = None if tree.probs is None else moved(tree.probs, target.device)
     children = tree.children()

@@ -109,8 +109,8 @@ def _steps(target: LM, sequence: SequenceState) -> Iterator[None]:
     while not sequence.finished:
         tree = sequence.propose()
         forward_started = clock()
-        logits = target.forward_tree(sequence.slots, sequence.pending, tree)
-        sequence.commit(tree, logits, forward_started)
+        output = target.forward_tree(sequence.slots, sequence.pending, tree, choose=sequence.chooses)
+        sequence.commit(tree, output, forward_started)
         yield
 
 

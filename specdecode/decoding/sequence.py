@@ -79,6 +79,11 @@ class SequenceState:
         """Committed tokens that the target has not read yet. The last is the root."""
         return self._tokens[self._read :]
 
+    @property
+    def chooses(self) -> bool:
+        """Whether `commit` needs only the most probable tokens of the target's forward, not its logits."""
+        return self._request.sampling.greedy and self.result.logprobs is None
+
     def prefill(self, leave: int) -> None:
         """Read the prompt except its last tokens, in chunks. If the policy evicts within those, read up to there too.
 
@@ -121,7 +126,7 @@ class SequenceState:
     def commit(
         self,
         tree: DraftTree,
-        logits: Float[Tensor, "nodes V"],
+        output: Float[Tensor, "nodes V"] | Int[Tensor, " nodes"],
         forward_started: float,
         forced: Int[Tensor, " nodes"] | None = None,
     ) -> list[int]:
@@ -132,7 +137,8 @@ class SequenceState:
 
         Args:
             tree: the proposal.
-            logits: the target's logits at the root and at each node of the tree.
+            output: the target's logits at the root and at each node of the tree; its most probable tokens there suffice
+                if the sequence `chooses`.
             forward_started: start of the target's forward, by `clock`.
             forced: under teacher forcing, the token of the known text after the root and after each node. It replaces
                 the target's choice.
@@ -144,10 +150,7 @@ class SequenceState:
         peak_bytes = slots.bytes_held
         slot_bytes = peak_bytes // slots.length
         attended_bytes = slot_bytes * slots.attended
-        if forced is None:
-            decisions = most_probable(logits) if request.sampling.greedy else request.sampling.probs(logits)
-        else:
-            decisions = forced
+        decisions = self._decisions(output) if forced is None else forced
         slots.storage.unchecked = True
         try:
             acceptance = accept(tree, decisions, self._rng)
@@ -163,7 +166,8 @@ class SequenceState:
         self._keep_accepted(acceptance.path, stem, len(tree))
         emitted = self._append(acceptance.tokens)
         decided_at = [0, *acceptance.path[: len(emitted) - 1]]
-        self._append_logprobs(logits, decided_at, emitted)
+        if self.result.logprobs is not None:
+            self.result.logprobs += _logprobs(output, decided_at, emitted)
         evicts = not self.finished and self._evict()
 
         ended_at = clock()
@@ -186,16 +190,23 @@ class SequenceState:
         self._end_step(step, emitted, ended_at)
         return decided_at
 
-    def _without(self, tree: DraftTree) -> Float[Tensor, "1 V"]:
-        """Take back the last forward, of the pending tokens and a tree. Make it without the tree, and return the logits
-        of the root."""
+    def _decisions(
+        self, output: Float[Tensor, "nodes V"] | Int[Tensor, " nodes"]
+    ) -> Float[Tensor, "nodes V"] | Int[Tensor, " nodes"]:
+        """Return what `accept` compares the tree with: the most probable tokens, or when sampling the distributions."""
+        if output.ndim == 1:
+            return output
+        sampling = self._request.sampling
+        return most_probable(output) if sampling.greedy else sampling.probs(output)
+
+    def _without(self, tree: DraftTree) -> Float[Tensor, "1 V"] | Int[Tensor, " 1"]:
+        """Take back the last forward, of the pending tokens and a tree. Make it without the tree, and return its output
+        at the root."""
         target = self._request.target
         self.result.retries += 1
         self.slots.keep([], after=self.slots.length - len(self.pending) - len(tree))
         self.slots.erase_dropped()
-        if target.runner is not None:
-            target.runner.forget_inputs(self.slots)
-        return target.forward_tree(self.slots, self.pending, DraftTree.empty())
+        return target.forward_tree(self.slots, self.pending, DraftTree.empty(), choose=self.chooses)
 
     def _context(self) -> Context:
         """Return the drafter's input. In the first step it has no hidden states: the part of the prompt that was read
@@ -235,13 +246,6 @@ class SequenceState:
         self._read = len(self._tokens) - 1
         self.finished = stop is not None or len(self._tokens) == self._request.length_limit
         return emitted
-
-    def _append_logprobs(self, logits: Float[Tensor, "nodes V"], nodes: Sequence[int], emitted: Sequence[int]) -> None:
-        if self.result.logprobs is None:
-            return
-        logprobs = picked(logits, nodes).double().log_softmax(-1)
-        chosen = moved(torch.tensor(emitted), logprobs.device)[:, None]
-        self.result.logprobs += logprobs.gather(1, chosen)[:, 0].tolist()
 
     def _end_step(self, step: Step, emitted: list[int], ended_at: float) -> None:
         """Store the step, update the times of the result, and call the controller and `on_step`."""
@@ -284,3 +288,10 @@ class SequenceState:
     def _boundary(self) -> int:
         """Return the next committed length at which the policy evicts, beyond the present length."""
         return boundary(self._request.policy, self.slots.committed + 1, self.slots.length + 1)
+
+
+def _logprobs(logits: Float[Tensor, "nodes V"], nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    """Return the log-probabilities of tokens, each at its node."""
+    logprobs = picked(logits, nodes).double().log_softmax(-1)
+    chosen: list[float] = logprobs.gather(1, moved(torch.tensor(tokens), logprobs.device)[:, None])[:, 0].tolist()
+    return chosen

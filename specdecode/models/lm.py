@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdecode.backends import Backend, prepare
 from specdecode.backends.row_attention import separate_rows
-from specdecode.backends.static import StaticInputs, StaticRunner
+from specdecode.backends.static import StaticForward, StaticInputs, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.ranks import Ranks, ranks_of
+from specdecode.core.sampling import most_probable
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
@@ -82,8 +83,11 @@ class LM:
         self.ranks = ranks_of(model)
         self._variants: dict[str, LM] = {}
         self._records_attention = False
-        self._hidden_states = HiddenStateRecording(model, backend.static and self._recording_runner)
-        self.static = backend.static(self._static_forward) if backend.static is not None else None
+        static = backend.static
+        self._hidden_states = HiddenStateRecording(
+            model, static and (lambda copied, states: static(self._static_forward(copied, states)))
+        )
+        self.static = static and static(self._static_forward(model))
         window = sliding_window(config)
         self._mask_form = MaskForm(window, by_layer_type=window is not None, dtype=model.dtype)
         self._probe()
@@ -96,12 +100,6 @@ class LM:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
-
-    @property
-    def runner(self) -> StaticRunner | None:
-        """The runner of static forwards: while hidden states are recorded, the one that returns them; or none."""
-        recorder = self._hidden_states.recorder
-        return self.static if recorder is None else recorder.static
 
     @property
     def weight_bytes(self) -> int:
@@ -166,7 +164,8 @@ class LM:
         positions: Int[Tensor, " n"] | None = None,
         visible: Bool[Tensor, "n s"] | None = None,
         rows: int = 1,
-    ) -> Float[Tensor, "rows V"]:
+        choose: bool = False,
+    ) -> Float[Tensor, "rows V"] | Int[Tensor, " rows"]:
         """Run tokens through the model, and append their keys and values to the slots.
 
         Args:
@@ -177,9 +176,12 @@ class LM:
                 also attends to all slots before these. By default the tokens are a chain.
             rows: number of tokens at the end whose logits are returned. For a target, the tokens before these are text
                 that every decoding reads in one forward.
+            choose: return the most probable tokens in place of the logits. Then they and the recorded hidden states are
+                valid until the next forward.
 
         Returns:
-            Logits at the last `rows` tokens, in the model's type.
+            Logits at the last `rows` tokens, in the model's type. With `choose` the token of the largest logit in each
+                row; see `most_probable`.
         """
         count, start = len(tokens), slots.length
         # Built on the host, since a static forward copies both to the device at once.
@@ -189,14 +191,15 @@ class LM:
             visible = torch.ones(count, count, dtype=torch.bool).tril()
         slots.append(positions)
         self.forwards += 1
-        static, recorder = self.runner, self._hidden_states.recorder
-        layers = () if recorder is None else recorder.layers
+        recorder = self._hidden_states.recorder
+        static, layers = (self.static, ()) if recorder is None else (recorder.static, recorder.layers)
         if static is not None and not self._records_attention and static.takes(slots, count):
-            logits, *hidden_states = static.run(slots, tokens, positions, visible)
+            output, *hidden_states = static.run(slots, tokens, positions, visible, choose=choose)
             slots.outputs = dict(zip(layers, hidden_states, strict=True))
             slots.attended = static.span(slots)
-            return logits[len(logits) - rows :]
-        return self._forward(slots, [slots], [ForwardInput(tokens, positions, visible, rows)])[0]
+            return output[len(output) - rows :]
+        logits = self._forward(slots, [slots], [ForwardInput(tokens, positions, visible, rows)])[0]
+        return most_probable(logits) if choose else logits
 
     def _forward(
         self, cache: Slots | SlotBatch, sequences: Sequence[Slots], inputs: Sequence[ForwardInput]
@@ -217,17 +220,9 @@ class LM:
             recorder.store(sequences, inputs)
         return [logits[len(logits) - read.rows :] for logits, read in zip(output.logits, inputs, strict=True)]
 
-    def _static_forward(
-        self,
-        inputs: StaticInputs,
-        positions: Int[Tensor, " span"],
-        keys: Mapping[int, Tensor],
-        values: Mapping[int, Tensor],
-    ) -> tuple[Float[Tensor, "W V"]]:
-        return (static_logits(self.model, self._mask_form, inputs, positions, keys, values, self.backend.write),)
-
-    def _recording_runner(self, model: PreTrainedModel, hidden_states: list[Tensor]) -> StaticRunner:
-        """Return a runner for a copy of the model whose hooks fill the list. It returns logits and hidden states."""
+    def _static_forward(self, model: PreTrainedModel, hidden_states: Sequence[Tensor] = ()) -> StaticForward:
+        """Return the forward over static shapes of this model or of a copy, whose hooks fill a list of hidden states.
+        It returns the logits and these hidden states."""
 
         def forward(
             inputs: StaticInputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
@@ -235,8 +230,7 @@ class LM:
             logits = static_logits(model, self._mask_form, inputs, positions, keys, values, self.backend.write)
             return logits, *(states[0] for states in hidden_states)
 
-        assert self.backend.static is not None
-        return self.backend.static(forward)
+        return forward
 
     @torch.inference_mode()
     def continue_greedily(
@@ -321,16 +315,21 @@ class LM:
         self.rerotation.evict(slots, policy.keep(slots))
         return True
 
-    def forward_tree(self, slots: Slots, pending: Sequence[int], tree: DraftTree) -> Float[Tensor, "nodes V"]:
+    def forward_tree(
+        self, slots: Slots, pending: Sequence[int], tree: DraftTree, *, choose: bool = False
+    ) -> Float[Tensor, "nodes V"] | Int[Tensor, " nodes"]:
         """Run the committed tokens that are not in the slots yet, the root last, and a tree of N proposals below it.
 
         Returns:
-            Logits at the root and at each node. The slots grow by ``len(pending) + N``.
+            Logits, or with `choose` the most probable tokens, at the root and at each node; see `forward`. The slots
+                grow by ``len(pending) + N``.
         """
         if not len(tree):
-            return self.forward(slots, torch.tensor(pending))
+            return self.forward(slots, torch.tensor(pending), choose=choose)
         read = tree_input(slots, pending, tree)
-        return self.forward(slots, read.tokens, positions=read.positions, visible=read.visible, rows=read.rows)
+        return self.forward(
+            slots, read.tokens, positions=read.positions, visible=read.visible, rows=read.rows, choose=choose
+        )
 
     @torch.inference_mode()
     def forward_trees(
@@ -351,7 +350,7 @@ class LM:
         form, static = self._mask_form, self.static
         if form.window is not None:
             # Code that was compiled or captured with the narrow window would be wrong for the real window.
-            self.static = None if static is None else StaticRunner(self._static_forward)
+            self.static = None if static is None else StaticRunner(self._static_forward(self.model))
             form = exact_mask_form(form, self.config, self._check)
             self._mask_form, self.static = form, static
         if form.window is None or static is not None:

@@ -59,6 +59,7 @@ from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.check import classify
 from specdecode.controllers.base import Controller, Limit
 from specdecode.core.errors import SpecDecodeError, UnsupportedModelError
+from specdecode.core.sampling import most_probable
 from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.drafters.base import Context
 from specdecode.drafters.none import NoDraft
@@ -574,6 +575,21 @@ def test_a_captured_chain_is_the_chain(name: str, short_spans: None) -> None:
     assert chains[:3] == chains[3:6] == chains[6:9] == chains[9:]
     assert chains[2][:4] == chains[1]
     assert len(set(chains[2])) > 3
+
+
+def test_chosen_tokens_are_the_most_probable() -> None:
+    """Guards against a choice of another row or of padding, and against a choice where there is none."""
+    text = list(prompt(20))
+    for target in (lm("qwen3"), over_static_shapes("qwen3", "direct"), over_static_shapes("qwen3", "rounded")):
+        slots, outputs = target.new_slots(64), []
+        target.read(slots, text)
+        with overflowing(target, target.model.model.layers[-1].mlp, 9):
+            for choose in (False, True):
+                outputs.append(target.forward(slots, torch.tensor([5, 7, 9, 11, 13]), rows=4, choose=choose))
+                slots.keep([], after=len(text))
+        logits, choices = outputs
+        assert choices.tolist() == most_probable(logits).tolist()
+        assert [choice < 0 for choice in choices.tolist()] == [False, True, False, False]
 
 
 def test_a_storage_in_a_batch_is_not_used_again() -> None:

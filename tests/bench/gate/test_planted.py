@@ -180,7 +180,7 @@ slow_draft = slowed("linear", ModelDrafter, "propose")
 def slow_trees(plot: Plot) -> None:
     """Slow only the target's forwards over proposals."""
 
-    def wait(lm: LM, slots: Slots, pending: list[int], tree: DraftTree) -> None:
+    def wait(lm: LM, slots: Slots, pending: list[int], tree: DraftTree, **_: Any) -> None:
         plot.clock.advance(0.15 * plot.step["tree"] * bool(len(tree)))
 
     plot.before(LM, "forward_tree", wait)
@@ -245,7 +245,8 @@ def one_more_host_read(plot: Plot) -> None:
 
 def cache_copied(plot: Plot) -> None:
     def renew(slots: Slots, *_: Any, **__: Any) -> None:
-        keys, values = copy.deepcopy((slots._keys, slots._values))
+        # Two copies: one is smaller than the logits of a lookup, which are freed by now, and would not raise the peak.
+        _, (keys, values) = [copy.deepcopy((slots._keys, slots._values)) for _ in range(2)]
         slots._keys.update(keys)
         slots._values.update(values)
 
@@ -272,7 +273,7 @@ def first_proposal_believed(plot: Plot) -> None:
 
 def target_wrong_everywhere(plot: Plot) -> None:
     """Take the least likely token for the most likely, with and without proposals, in target and draft."""
-    plot.after(LM, "forward", lambda _, logits: -logits)
+    plot.after(LM, "_forward", lambda _, logits: [-rows for rows in logits])
 
 
 def faster_transformers(plot: Plot) -> None:
@@ -491,7 +492,7 @@ def test_judging_changes_nothing(old: RunFile, slow: Results) -> None:
 def faster_ar(plot: Plot) -> None:
     """Make decoding without proposals faster, and nothing else."""
 
-    def gain(lm: LM, slots: Slots, pending: list[int], tree: DraftTree) -> None:
+    def gain(lm: LM, slots: Slots, pending: list[int], tree: DraftTree, **_: Any) -> None:
         plot.clock.advance(-0.2 * plot.step["ar"] * (not len(tree)))
 
     plot.before(LM, "forward_tree", gain)
