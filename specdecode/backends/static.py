@@ -94,7 +94,7 @@ class StaticRunner:
             rounding its shape.
 
     Attributes:
-        forward: the forward, for another that is captured as one graph with it.
+        forward: the forward itself. A longer forward may call it, and is then captured as one graph.
     """
 
     def __init__(self, forward: StaticForward, capture: Capture | None = None) -> None:
@@ -345,6 +345,7 @@ class _CachedGraph:
         self._on_device = moved(self._on_host, device).clone()
         self._host_inputs = _inputs_in(self._on_host, width, across, states)
         self._inputs = inputs = _inputs_in(self._on_device, width, across, states)
+        self._state_rows = 0  # the rows of the last forward, if it read states
         self._forward = lambda: forward(inputs)
         self._capture = capture
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
@@ -361,9 +362,10 @@ class _CachedGraph:
         """Set the inputs; see `StaticInputs`. Rows beyond n, and slots beyond s, are padding."""
         (count, recent), host, inputs = visible.shape, self._host_inputs, self._inputs
         on_host = tokens.device.type == "cpu"
-        # Padding rows read token 0: a token of an earlier forward may overflow, and its NaN would spread.
         self._on_host.zero_()
         if on_host:
+            # Padding rows read a token of this forward: any other may overflow, and its NaN would spread.
+            host.tokens.fill_(tokens[0])
             host.tokens[:count] = tokens
         host.positions[:count] = positions
         host.start.fill_(start)
@@ -376,6 +378,10 @@ class _CachedGraph:
         if not on_host:
             write(inputs.tokens[:count], tokens)
         if inputs.states is not None and states is not None:
+            # For the same reason padding rows read no states of an earlier forward.
+            if count < self._state_rows:
+                inputs.states[count:].zero_()
+            self._state_rows = count
             write(inputs.states[:count], states)
 
     def run(self) -> tuple[Tensor, ...]:

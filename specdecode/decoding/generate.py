@@ -109,7 +109,7 @@ def _steps(target: LM, sequence: SequenceState) -> Iterator[None]:
     while not sequence.finished:
         tree = sequence.propose()
         forward_started = clock()
-        output = target.forward_tree(sequence.slots, sequence.pending, tree, choose=sequence.chooses)
+        output = target.forward_tree(sequence.slots, sequence.pending, tree, choose=sequence.needs_only_choices)
         sequence.commit(tree, output, forward_started)
         yield
 

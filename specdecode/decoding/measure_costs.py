@@ -207,6 +207,7 @@ class _Verifier:
     def verify(self, rows: int) -> None:
         root, *drafted = self._tokens[self._cached : self._cached + rows]
         tree = DraftTree.chain(torch.tensor(drafted, dtype=torch.long))
+        # As in greedy decoding. With sampling the logits are copied, too.
         self._target.forward_tree(self._slots, [root], tree, choose=True).tolist()
         self._slots.keep([], after=self._cached)
 

@@ -80,7 +80,7 @@ class SequenceState:
         return self._tokens[self._read :]
 
     @property
-    def chooses(self) -> bool:
+    def needs_only_choices(self) -> bool:
         """Whether `commit` needs only the most probable tokens of the target's forward, not its logits."""
         return self._request.sampling.greedy and self.result.logprobs is None
 
@@ -137,8 +137,8 @@ class SequenceState:
 
         Args:
             tree: the proposal.
-            output: the target's logits at the root and at each node of the tree; its most probable tokens there suffice
-                if the sequence `chooses`.
+            output: the target's logits at the root and at each node of the tree. If `needs_only_choices`, it may be
+                the most probable tokens there.
             forward_started: start of the target's forward, by `clock`.
             forced: under teacher forcing, the token of the known text after the root and after each node. It replaces
                 the target's choice.
@@ -194,9 +194,10 @@ class SequenceState:
         self, output: Float[Tensor, "nodes V"] | Int[Tensor, " nodes"]
     ) -> Float[Tensor, "nodes V"] | Int[Tensor, " nodes"]:
         """Return what `accept` compares the tree with: the most probable tokens, or when sampling the distributions."""
-        if output.ndim == 1:
-            return output
         sampling = self._request.sampling
+        if output.ndim == 1:
+            assert sampling.greedy
+            return output
         return most_probable(output) if sampling.greedy else sampling.probs(output)
 
     def _without(self, tree: DraftTree) -> Float[Tensor, "1 V"] | Int[Tensor, " 1"]:
@@ -206,7 +207,7 @@ class SequenceState:
         self.result.retries += 1
         self.slots.keep([], after=self.slots.length - len(self.pending) - len(tree))
         self.slots.erase_dropped()
-        return target.forward_tree(self.slots, self.pending, DraftTree.empty(), choose=self.chooses)
+        return target.forward_tree(self.slots, self.pending, DraftTree.empty(), choose=self.needs_only_choices)
 
     def _context(self) -> Context:
         """Return the drafter's input. In the first step it has no hidden states: the part of the prompt that was read

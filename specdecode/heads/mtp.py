@@ -149,8 +149,8 @@ def _load(target: Any) -> Any:
 
 
 def _with_its_own_layers(target: Any) -> Any:
-    """Return a copy of a target without kernels. transformers makes norms of the class that it finds there, and loads
-    weights by their names."""
+    """Return a copy of a target without kernels. transformers builds MTP layers of the classes of the target's modules,
+    from sizes, and loads their weights by name. A module with a kernel has other arguments and other names."""
     copied = shared_copy(target)
     restore_layers(copied)
     return copied

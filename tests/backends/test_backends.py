@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import re
 import time
 import weakref
@@ -54,7 +55,7 @@ from specdecode.backends.layouts import (
 )
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.row_attention import by_rows
-from specdecode.backends.static import Capture, StaticRunner
+from specdecode.backends.static import Capture, StaticInputs, StaticRunner
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.check import classify
 from specdecode.controllers.base import Controller, Limit
@@ -707,6 +708,27 @@ def test_keys_of_a_draft_that_overflowed_reach_no_other_text() -> None:
     assert accepted() < expected
     overflow.remove()
     assert accepted() == expected
+
+
+def test_padding_rows_read_nothing_of_an_earlier_forward() -> None:
+    """Guards against a token or a state that overflowed in an earlier text, and spoils every later one as padding."""
+    seen: list[StaticInputs] = []
+
+    def forward(inputs: StaticInputs, *slots: object) -> tuple[torch.Tensor]:
+        assert inputs.states is not None
+        seen[:] = [inputs]
+        return (inputs.states,)
+
+    runner = StaticRunner(forward, capture=replayed)
+    slots = runner.new_slots(64, torch.device("cpu"))
+    for rows, state in ((8, math.nan), (5, 1.0), (6, 2.0)):
+        slots.append(torch.arange(rows))
+        causal = torch.ones(rows, rows, dtype=torch.bool).tril()
+        runner.run(slots, torch.full((rows,), rows), torch.arange(rows), causal, torch.full((rows, 3), state))
+        slots.keep([], after=0)
+        (inputs,) = seen
+        assert inputs.tokens.tolist() == [rows] * 8
+        assert inputs.states[rows:].tolist() == [[0.0] * 3] * (8 - rows)
 
 
 def test_a_text_rounds_the_same_in_a_used_storage() -> None:

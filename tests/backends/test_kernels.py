@@ -483,6 +483,8 @@ def test_other_layers_stay_as_they_are() -> None:
     assert {type(product.layer) for product in products} == {Int8Linear}
     assert len(products) == 9
     assert weight_bytes(quantised) == stored
+    again = prepare("triton", quantised).note
+    assert again.startswith("0 linear layers and 0 norms by kernels, attention"), "they are there already"
     watched = build(ARCHITECTURES["llama"] | {"num_hidden_layers": 2}).float()
     watched.model.layers[0].mlp.up_proj.register_forward_hook(lambda *given: None)
     watched.model.layers[1].input_layernorm.register_forward_pre_hook(lambda *given: None)

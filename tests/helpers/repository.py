@@ -51,7 +51,7 @@ def slow_down_verification(folder: Path, seconds: float) -> None:
 
     It waits busily: the workers count the processor's time, and a sleep takes none.
     """
-    verify = "        output = target.forward_tree(sequence.slots, sequence.pending, tree, choose=sequence.chooses)\n"
+    commit = "        sequence.commit(tree, output, forward_started)\n"
     wait = f"        while clock() - done_at < {seconds}:\n            pass\n"
     generate = folder / "specdecode" / "decoding" / "generate.py"
-    edit(generate, verify, f"{verify}        done_at = clock()\n{wait}")
+    edit(generate, commit, f"        done_at = clock()\n{wait}{commit}")

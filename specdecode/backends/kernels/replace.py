@@ -19,7 +19,8 @@ def replace_layers(model: nn.Module, most_rows: int | None = linear.MOST_ROWS) -
     """
     made: dict[nn.Module, KernelModule] = {}
     left = 0
-    for parent in list(model.modules()):
+    parents = [module for module in model.modules() if not isinstance(module, KernelModule)]
+    for parent in parents:
         for name, child in list(parent.named_children()):
             hooked = child._forward_hooks or child._forward_pre_hooks  # the kernels would pass them over
             if child not in made and not hooked and (replacement := _by_kernel(child, most_rows)) is not None:
@@ -28,10 +29,10 @@ def replace_layers(model: nn.Module, most_rows: int | None = linear.MOST_ROWS) -
                 setattr(parent, name, made[child])
             elif not isinstance(child, nn.Embedding):
                 left += any(weight.dim() > 1 for weight in child.parameters(recurse=False))
-    products, scalings = (
+    products, normed = (
         sum(isinstance(module, kind) for module in made.values()) for kind in (linear.KernelLinear, norms.KernelRMSNorm)
     )
-    note = f"{products} linear layers and {scalings} norms by kernels"
+    note = f"{products} linear layers and {normed} norms by kernels"
     return note + (f", {left} other matrices as they are" if left else "")
 
 

@@ -55,7 +55,7 @@ def blame(
     old: ArmRecord,
     prompts: Collection[str],
     change: float | None = None,
-    yardstick: float = 0.0,
+    reference: float = 0.0,
 ) -> Blame | None:
     """Split the change of an arm's time per token into its causes; None for a peer, and for older files.
 
@@ -69,7 +69,7 @@ def blame(
         change: new speed over old, by a statistic that pairs runs and withstands disturbed ones. The causes then add
             up to this change: the records' own seconds only say how a step is divided. None: the change of the records'
             own seconds.
-        yardstick: logarithm of the factor by which the arm's yardstick became faster, a part of the change.
+        reference: logarithm of the factor by which the arm's reference arm became faster, a part of `change`.
     """
     if not prompts or new.peer or old.peer:
         return None
@@ -80,7 +80,7 @@ def blame(
         return None
     after, before = (_s_per_token(record, prompts, parts) for record in (new, old))
     if change is not None:
-        scale = math.exp(-yardstick) / change * sum(before.values()) / sum(after.values())
+        scale = math.exp(-reference) / change * sum(before.values()) / sum(after.values())
         after = {part: scale * seconds for part, seconds in after.items()}
     steps = [record.counts(prompts).steps / record.counts(prompts).tokens for record in (new, old)]
     whole = _log_mean(sum(after.values()), sum(before.values()))
@@ -90,7 +90,7 @@ def blame(
         weight = _log_mean(after[part], before[part]) / whole
         shares["acceptance length"] += weight * fewer
         shares[part] = (after[part] - before[part]) / whole - weight * fewer
-    return Blame(shares | {"reference arm": yardstick} if yardstick else shares)
+    return Blame(shares | {"reference arm": reference} if reference else shares)
 
 
 def _times(record: ArmRecord, prompts: Collection[str], parts: Parts) -> bool:

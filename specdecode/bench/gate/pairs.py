@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def shared_prompts(arm: str, new: RunFile, old: RunFile, over: str) -> list[str]
     return [prompt for prompt in after if prompt in before and same_text(prompt, new, old)]
 
 
-def changes(arm: str, new: RunFile, old: RunFile, over: str) -> list[float]:
+def changes(arm: str, new: RunFile, old: RunFile, over: str, prompts: Collection[str] | None = None) -> list[float]:
     """Return logarithms of an arm's speedup divided by its speedup in an older run.
 
     There is one for each repeat of each shared prompt. If one run has more, some of its repeats are averaged.
@@ -33,9 +34,12 @@ def changes(arm: str, new: RunFile, old: RunFile, over: str) -> list[float]:
         arm: name of the arm, which both runs have.
         new, old: the runs.
         over: the arm that both speedups are over.
+        prompts: other prompts are left out; None for all.
     """
     changed: list[float] = []
     for prompt in shared_prompts(arm, new, old, over):
+        if prompts is not None and prompt not in prompts:
+            continue
         logs = [_repeated_logs(arm, prompt, run, over) for run in (new, old)]
         if count := min(map(len, logs)):
             after, before = ([statistics.fmean(part) for part in np.array_split(some, count)] for some in logs)

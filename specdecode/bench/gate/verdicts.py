@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from statistics import geometric_mean, median
+from statistics import fmean, geometric_mean, median
 from types import MappingProxyType
 from typing import Literal
 
@@ -249,7 +249,7 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
         reason = f"it is compared with {over}, in the baseline with {yardstick(arm, old)}: bless a run like this one"
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
     shared = shared_prompts(arm, new, old, over)
-    if not shared or new.header.max_new_tokens != old.header.max_new_tokens:
+    if not changes(arm, new, old, over) or new.header.max_new_tokens != old.header.max_new_tokens:
         reason = (
             f"run and baseline share no times over {over}: measure the same prompts and length{_other_texts(new, old)}"
         )
@@ -267,8 +267,8 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
         min(one.low for one in estimates),
         max(one.high for one in estimates),
     )
-    # Transformers' times in the same blocks tell whether the yardstick itself changed.
-    faster = median(changes(over, new, old, PEER_BASELINE) or [0.0])
+    # Transformers' times in the same blocks tell whether the arm that it is compared with changed itself.
+    faster = fmean(median(changes(over, new, one, PEER_BASELINE, shared) or [0.0]) for one in machines)
     cause = blame(new.arms[arm], old.arms[arm], shared, change.value, faster)
     whose = "the baseline's" if len(machines) == 1 else f"those on the baseline's {len(machines)} machines"
     judged = time_judgement(arm, f"speedup over {over} against {whose}", change, tolerance, cause)

@@ -583,6 +583,9 @@ def test_machines_are_blessed_together(tmp_path: Path, speedup: float, other: fl
     (judged,) = (one for one in judge(new, read(file)) if (one.arm, one.gate) == ("linear", "time"))
     assert judged.verdict.value == verdict
     assert "those on the baseline's 2 machines" in judged.reason
+    assert judged.blame is not None
+    assert judged.change is not None
+    assert sum(judged.blame.shares.values()) == pytest.approx(-math.log(judged.change.value))
     assert ever_sees(read(file)) > ever_sees(read(tmp_path / "a.json")) - 1e-12
 
 

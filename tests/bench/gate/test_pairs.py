@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.run import Run
 from specdecode.bench.gate.pairs import changes
+from specdecode.bench.gate.verdicts import Verdict, judge
 from specdecode.bench.measure.block import Block
 from specdecode.bench.measure.experiment import Results
 from specdecode.bench.runs.counts import Counts
@@ -44,3 +46,14 @@ def test_repeats_are_paired_by_their_number() -> None:
     assert changes("drafting", new, old, "engine") == pytest.approx([0.0, 0.0], abs=1e-9)
     assert new.arms["drafting"].rows["p"].repeat_numbers == [0, 2]
     assert old.arms["drafting"].rows["p"].repeat_numbers == []
+
+
+def test_an_arm_without_a_repeat_of_its_reference_arm_has_no_times() -> None:
+    """Guards against a verdict, with its blame, on a change that is not a number."""
+    new, old = measured([0, 1, 2]), measured([0, 1, 2])
+    row = new.arms["drafting"].rows["p"]
+    new.arms["drafting"].rows["p"] = replace(row, repeat_numbers=[3, 4, 5])
+    (judged,) = (one for one in judge(new, old) if (one.arm, one.gate) == ("drafting", "time"))
+    assert judged.verdict is Verdict.INCONCLUSIVE
+    assert judged.reason.startswith("run and baseline share no times over engine")
+    assert judged.blame is None

@@ -528,8 +528,8 @@ def record(parts: tuple[float, ...], steps: int = 10, tokens: int = 20) -> ArmRe
     return ArmRecord({"text": Row(0.0, RowCounts(runs=1, tokens=tokens, steps=steps), seconds)})
 
 
-def blamed(new: ArmRecord, old: ArmRecord, change: float | None = None, yardstick: float = 0.0) -> Blame:
-    found = blame(new, old, ["text"], change, yardstick)
+def blamed(new: ArmRecord, old: ArmRecord, change: float | None = None, reference: float = 0.0) -> Blame:
+    found = blame(new, old, ["text"], change, reference)
     assert found is not None
     return found
 
@@ -540,13 +540,13 @@ measured_arms = st.tuples(parts, st.integers(1, 64), st.integers(64, 256))
 factors = st.floats(1e-3, 1e3)
 
 
-@given(new=measured_arms, old=measured_arms, change=factors, yardstick=st.floats(-1, 1))
-def test_shares_of_the_blame_make_up_the_whole_change(new: Any, old: Any, change: float, yardstick: float) -> None:
+@given(new=measured_arms, old=measured_arms, change=factors, reference=st.floats(-1, 1))
+def test_shares_of_the_blame_make_up_the_whole_change(new: Any, old: Any, change: float, reference: float) -> None:
     """Guards against a part of the change that nothing is blamed for, also where a part is zero before or after."""
     per_token = [sum(parts) / tokens for parts, _, tokens in (new, old)]
     own = blamed(record(*new), record(*old)).shares
     assert sum(own.values()) == pytest.approx(math.log(per_token[0] / per_token[1]), abs=1e-8)
-    paired = blamed(record(*new), record(*old), change, yardstick).shares
+    paired = blamed(record(*new), record(*old), change, reference).shares
     assert sum(paired.values()) == pytest.approx(-math.log(change), abs=1e-8)
 
 
