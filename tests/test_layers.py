@@ -20,6 +20,7 @@ ROOT = Path(specdecode.__file__).parent
 WITHOUT_TORCH = ("bench/runs", "bench/gate")
 MAY_IMPORT_TRANSFORMERS = (
     "backends/grouped_attention.py",
+    "backends/layers.py",
     "backends/row_attention.py",
     "backends/__init__.py",
     "bench/arms/",

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from specdecode.backends.layers import decoder_layers
 from specdecode.backends.static import StaticRunner
 from specdecode.core.slots import Slots
 from specdecode.core.transfer import moved
 from specdecode.models.forwards import ForwardInput
-from specdecode.models.variants import decoder_layers, shared_copy
+from specdecode.models.variants import shared_copy
 from specdecode.models.wrapped import execution_device
 
 

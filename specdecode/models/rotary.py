@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdecode.backends.layers import text_decoder
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
 from specdecode.core.transfer import Copies, moved
 from specdecode.models.forwards import SlotDecoder
-from specdecode.models.variants import text_decoder
 
 # Two positions of one token, whose keys show the rotation of a layer. They are far enough apart for every frequency to
 # have an effect.

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from specdecode.backends.grouped_attention import own_config
+from specdecode.backends.layers import decoder_layers
 from specdecode.models.wrapped import rebind
 
 
@@ -32,20 +33,6 @@ def layer_configs(config: PretrainedConfig) -> Sequence[PretrainedConfig]:
     Of layers that differ in size, as those of Gemma 4 do, transformers gives no size that they would have in common.
     """
     return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-
-
-def text_decoder(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that decodes text, without those that read pictures or sound."""
-    decoder: nn.Module = model.get_decoder()
-    words = model.get_input_embeddings()
-    # Some models call another module their decoder, such as the layer of their logits.
-    return decoder if any(module is words for module in decoder.modules()) else model
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """Return a model's list of decoder layers; None if the model does not hold them in one list."""
-    total = model.config.get_text_config(decoder=True).num_hidden_layers
-    return next((m for m in text_decoder(model).modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:

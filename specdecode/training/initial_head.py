@@ -10,11 +10,12 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdecode.backends.layers import decoder_layers
 from specdecode.heads.bound import head_shape, target_sizes
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
-from specdecode.models.variants import decoder_layers, final_norm
+from specdecode.models.variants import final_norm
 from specdecode.training.shards import read_distributions
 
 # Standard deviation of initial weights that the target does not provide.

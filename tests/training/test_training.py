@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from specdecode import LM
+from specdecode.backends.layers import decoder_layers
 from specdecode.core.errors import ModelFileError, UnsupportedModelError
 from specdecode.core.sampling import Sampling
 from specdecode.core.slots import Slots
@@ -19,7 +20,6 @@ from specdecode.heads.bound import output_rows
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import read_eagle3
 from specdecode.models.recording import recorded_hidden_states
-from specdecode.models.variants import decoder_layers
 from specdecode.training import recipe
 from specdecode.training.initial_head import frequent_tokens, initial_head
 from specdecode.training.loss import CrossEntropy, predict_ahead
