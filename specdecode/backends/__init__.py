@@ -11,16 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from specdecode.backends import packed
-from specdecode.backends.compiled import compiled
+from specdecode.backends.cache_views import SlotWrite, write_to_slots
+from specdecode.backends.compiled import compile_layers, compiled
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import group, switch_attention
 from specdecode.backends.kernels import BY_KERNEL, BY_KERNEL_ROWS, interpreted, unavailable_reason
+from specdecode.backends.layers import decoder_layers
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout
 from specdecode.backends.merged import SameInputs, same_inputs
 from specdecode.backends.row_activations import separate_activations
 from specdecode.backends.row_attention import by_rows
-from specdecode.backends.static import StaticForward, StaticRunner
-from specdecode.backends.static_view import SlotWrite, write_to_slots
+from specdecode.backends.static import Capture, StaticForward, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
 
 BACKENDS = ("auto", "eager", "packed", "exact", "compile", "graph", "triton")
@@ -36,6 +37,7 @@ class Backend:
         static: builds the runner of a forward over static shapes; None for a backend without static shapes.
         write: writes keys and values in a forward over static shapes.
         replace_layers: replaces the layers that kernels compute in a draft head, in place; None without kernels.
+        static_head: builds the runner of a draft head's forward; None if `static` does.
         chosen: whether "auto" chose this backend, so that "eager" may replace it.
         exact: whether the logits of a token are the same to the last bit, whatever tokens are read beside it.
     """
@@ -45,6 +47,7 @@ class Backend:
     static: Callable[[StaticForward], StaticRunner] | None = None
     write: SlotWrite = write_to_slots
     replace_layers: Callable[[nn.Module], object] | None = None
+    static_head: Callable[[StaticForward], StaticRunner] | None = None
     chosen: bool = False
     exact: bool = False
 
@@ -82,8 +85,8 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "exact", linear
             layers and attention in which no row changes the result of another (on a CPU see `backends.layouts` and
             `backends.row_attention`, on a GPU `backends.kernels.rows`); "graph", forwards captured as CUDA graphs
-            (`backends.graph`); "compile", forwards compiled by `torch.compile`, with packed layers on a CPU and
-            captured on a GPU (`backends.compiled`); "triton", as "graph", with kernels for few rows
+            (`backends.graph`); "compile", forwards compiled by `torch.compile`, with packed layers on a CPU, and layer
+            by layer and captured on a GPU (`backends.compiled`); "triton", as "graph", with kernels for few rows
             (`backends.kernels`); or "auto", the fastest for this model and device that needs no long preparation:
             packed on a CPU that gains from it, graph on a GPU, else eager.
         model: the model, on its device and in its type.
@@ -105,7 +108,7 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
     if kind == "compile":
         group(model)
         if on_gpu:
-            return Backend("compile", static=lambda forward: StaticRunner(compiled(forward), CudaGraphs(device)))
+            return _compiled_by_layer(model, lambda: CudaGraphs(device))
         note = ""
         if packed.unsupported_reason(model) is None:
             note = f"packed: {_packed(model, _layout(model, packed.layouts(model), agreed), same_inputs(model))}"
@@ -132,6 +135,20 @@ def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = la
         return Backend(note="" if kind == "auto" else f"not packed: {reason}")
     group(model)
     return Backend("packed", _packed(model, layout, same_inputs(model)))
+
+
+def _compiled_by_layer(model: PreTrainedModel, capture: Callable[[], Capture]) -> Backend:
+    """Compile a model's decoder layers, and capture its forwards. Draft heads, and a model without a list of layers,
+    are compiled as a whole."""
+    layers = decoder_layers(model)
+
+    def whole(forward: StaticForward) -> StaticRunner:
+        return StaticRunner(compiled(forward), capture())
+
+    if layers is None:
+        return Backend("compile", static=whole)
+    compile_layers(layers)
+    return Backend("compile", static=lambda forward: StaticRunner(forward, capture()), static_head=whole)
 
 
 def _triton(model: PreTrainedModel, device: torch.device) -> Backend:

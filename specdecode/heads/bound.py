@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 
+from specdecode.backends.cache_views import StaticCacheView
 from specdecode.backends.packed import PackedLinear, pack
 from specdecode.backends.static import StaticInputs, visible_slots
-from specdecode.backends.static_view import StaticCacheView
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
 from specdecode.core.transfer import moved
@@ -83,7 +83,7 @@ class BoundHead:
         # Two runners over static shapes: the first forward of a proposal reads the target's hidden states, and the next
         # forwards read the head's own states.
         self._write = target.backend.write
-        static = target.backend.static
+        static = target.backend.static_head or target.backend.static
         self._first, self._next = (
             None if static is None else static(partial(self._static_read, fuse)) for fuse in (True, False)
         )
@@ -185,10 +185,9 @@ class BoundHead:
     ) -> tuple[Float[Tensor, "W H"], Float[Tensor, "W D"]]:
         """Return the states and the logits of a forward over static shapes, computed completely on the device."""
         assert inputs.states is not None
-        span = len(positions)
         places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
-        view = StaticCacheView(keys, values, places, span, self._write)
-        mask = self._near(visible_slots(inputs, span), inputs.positions, positions)
+        view = StaticCacheView(keys, values, places, positions, self._write)
+        mask = self._near(visible_slots(inputs, len(positions)), inputs.positions, positions)
         state = self._states(inputs.tokens, inputs.states, inputs.positions, view.update, mask, fuse)
         return state, self._logits(state)
 

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdecode.backends.cache_views import SlotWrite, StaticCacheView
 from specdecode.backends.grouped_attention import text_rows
 from specdecode.backends.static import StaticInputs
-from specdecode.backends.static_view import SlotWrite, StaticCacheView
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
@@ -148,7 +148,7 @@ def static_logits(
         input_ids=inputs.tokens[None],
         attention_mask=form.static_masks(inputs, positions),
         position_ids=inputs.positions[None],
-        past_key_values=StaticCacheView(keys, values, places, len(positions), write),
+        past_key_values=StaticCacheView(keys, values, places, positions, write),
         use_cache=True,
     ).logits[0]
     return logits

@@ -349,10 +349,10 @@ class LM:
         """
         form, static = self._mask_form, self.static
         if form.window is not None:
-            # Code that was compiled or captured with the narrow window would be wrong for the real window.
+            # Code that was compiled or captured with the narrow window would be useless, or wrong for the real window.
             self.static = None if static is None else StaticRunner(self._static_forward(self.model))
-            form = exact_mask_form(form, self.config, self._check)
-            self._mask_form, self.static = form, static
+            with torch.compiler.set_stance("force_eager") if self.backend.name == "compile" else nullcontext():
+                self._mask_form, self.static = exact_mask_form(form, self.config, self._check), static
         if form.window is None or static is not None:
             check_tree_decoding(self)
         if self.backend.exact:

@@ -803,6 +803,86 @@ def test_a_compiled_model_is_compiled_twice_and_no_more() -> None:
     assert printed.splitlines() == [f"{each} {[True] * 5}" for each in told], done.stderr
 
 
+_COMPILED_BY_LAYER = """
+import functools
+import warnings
+import torch
+from torch._dynamo.utils import counters
+from specdecode import LM, FixedK, HeadDrafter, ModelDrafter, PromptLookup, generate
+from specdecode.backends import _compiled_by_layer, static
+from specdecode.heads.bound import BoundHead, untrained
+from specdecode.models.variants import shared_copy
+from tests.helpers import families
+from tests.helpers.models import ARCHITECTURES, build, prompt
+
+warnings.simplefilter("error")  # as in the suites
+# So that texts grow beyond several spans, and need storages of several sizes.
+static._SPAN_MULTIPLE, static._LEAST_SLOTS = 32, 32
+# What is traced, and when again, does not depend on what is made of it.
+torch.compile = functools.partial(torch.compile, backend="eager")
+
+
+def pair(model):
+    # As on a GPU, except that nothing is captured.
+    plain, copied = LM(model), shared_copy(model)
+    return plain, LM(copied, backend=_compiled_by_layer(copied, lambda: lambda action: action))
+
+
+def same(plain, target, drafter, k=3, length=30):
+    rules = {"controller": FixedK(k), "max_new_tokens": length}
+    return generate(target, prompt(), drafter=drafter, **rules).tokens == generate(plain, prompt(), **rules).tokens
+
+
+def compilations():
+    return counters["stats"]["unique_graphs"]
+
+
+llamas = {count: build(ARCHITECTURES["llama"] | {"num_hidden_layers": count}) for count in (2, 4)}
+models = {f"llama of {count}": model for count, model in llamas.items()}
+models["gpt-neox"] = build(ARCHITECTURES["gpt-neox"])
+models["gemma4"] = families.build("gemma4_text")
+models["mixtral"] = families.build("mixtral").float()
+models["mixtral"].set_experts_implementation("grouped_mm")
+pairs = {}
+for name, model in models.items():
+    before = compilations()
+    pairs[name] = plain, target = pair(model)
+    probed = compilations() - before
+    equal = [same(plain, target, PromptLookup(), k) for k in (1, 3)]
+    print(name, probed, compilations() - before, all(equal))
+before, (plain, target) = compilations(), pairs["llama of 4"]
+outputs = []
+for lm in (plain, target):
+    with lm.recording_outputs((0, 2)):
+        slots = lm.new_slots(8)
+        lm.forward(slots, torch.tensor([3, 1, 4]))
+        lm.forward(slots, torch.tensor([1]))
+        outputs.append(torch.stack(list(slots.outputs.values())))
+print("recorded", compilations() - before, torch.allclose(*outputs, rtol=0, atol=1e-9))
+print("subset", same(plain, target, ModelDrafter(target.subset((0, 3)))), compilations() - before)
+print("head", same(plain, target, HeadDrafter(BoundHead(untrained(target), target))), compilations() - before)
+"""
+
+
+def test_one_layer_is_compiled_for_all() -> None:
+    """Guards against a compilation for each layer, for each subset of the layers, or for the layers whose hidden states
+    a head reads; and against layers that are unlike, but run the same code.
+
+    It runs in a process without shape checks.
+    """
+    done = start_python(_COMPILED_BY_LAYER).wait()
+    assert done.stdout.splitlines() == [
+        "llama of 2 2 2 True",
+        "llama of 4 0 0 True",
+        "gpt-neox 2 2 True",
+        "gemma4 8 8 True",
+        "mixtral 2 2 True",
+        "recorded 0 True",
+        "subset True 0",
+        "head True 2",
+    ], done.stderr
+
+
 def test_capturing_is_timed_apart_from_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against seconds of capturing counted as time to the first token, and against captures that no record
     shows.

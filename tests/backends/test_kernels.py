@@ -34,7 +34,7 @@ from specdecode import (
     generate_batch,
     load_mtp,
 )
-from specdecode.backends import prepare, static_view
+from specdecode.backends import cache_views, prepare
 from specdecode.backends.kernels import BY_KERNEL, TYPES, KernelModule, interpreted
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import UnsupportedModelError
@@ -294,7 +294,7 @@ def test_keys_and_values_are_written_as_by_the_reference(
         stacks.append(torch.randn(2, count, 40, width, device=models.DEVICE).to(dtype))
     places = torch.tensor(start, device=models.DEVICE) + torch.arange(rows, device=models.DEVICE)
     expected = [stack.clone() for stack in stacks]
-    static_view.write_to_slots(*new, *(stack[1:2] for stack in expected), places)
+    cache_views.write_to_slots(*new, *(stack[1:2] for stack in expected), places)
     cache.write_to_slots(*new, *(stack[1:2] for stack in stacks), places)
     assert all(torch.equal(stack, other) for stack, other in zip(stacks, expected, strict=True))
 

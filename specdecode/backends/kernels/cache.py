@@ -1,4 +1,4 @@
-"""Keys and values of a layer written by one kernel. Its reference, `static_view.write_to_slots`, launches two."""
+"""Keys and values of a layer written by one kernel. Its reference, `cache_views.write_to_slots`, launches two."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_to_slots(
     layer_values: Shaped[Tensor, "1 shared capacity width"],
     places: Int[Tensor, " n"],
 ) -> None:
-    """Write keys and values of n tokens into slots of a layer, as `static_view.write_to_slots` does.
+    """Write keys and values of n tokens into slots of a layer, as `cache_views.write_to_slots` does.
 
     Args:
         keys: the keys of the tokens, in any type and with any strides.
