@@ -147,8 +147,9 @@ def _compiled_by_layer(model: PreTrainedModel, capture: Callable[[], Capture]) -
 
     if layers is None:
         return Backend("compile", static=whole)
-    compile_layers(layers)
-    return Backend("compile", static=lambda forward: StaticRunner(forward, capture()), static_head=whole)
+    left = compile_layers(layers)
+    note = f"{left} of {len(layers)} layers as they are" if left else ""
+    return Backend("compile", note, static=lambda forward: StaticRunner(forward, capture()), static_head=whole)
 
 
 def _triton(model: PreTrainedModel, device: torch.device) -> Backend:

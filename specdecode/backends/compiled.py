@@ -9,9 +9,11 @@ captured forward has no Python in it.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,11 +21,19 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from specdecode.backends.cache_views import LayerCacheView, StaticCacheView
+from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.static import StaticForward, StaticInputs
 
 # Target, draft and subsets of layers share the code of a forward, and all layers that of a layer. Each is compiled for
 # one row and for several.
 _RECOMPILE_LIMIT = 256
+
+
+def preparations() -> int:
+    """Return the number of forwards that were captured or compiled in this process so far. They take long, once."""
+    # PyTorch imports its compiler at the first compilation, or earlier.
+    compiler = sys.modules.get("torch._dynamo.utils")
+    return CudaGraphs.count + (0 if compiler is None else compiler.counters["stats"]["unique_graphs"])
 
 
 def compiled(forward: StaticForward) -> StaticForward:
@@ -38,31 +48,54 @@ def compiled(forward: StaticForward) -> StaticForward:
         torch._dynamo.mark_dynamic(positions, 0)
         for tensor in (*keys.values(), *values.values()):
             torch._dynamo.mark_dynamic(tensor, 2)
+        if inputs.visible.shape[1] > 1:
+            torch._dynamo.mark_dynamic(inputs.visible, 1)
         if len(inputs.tokens) > 1:
             torch._dynamo.mark_dynamic(inputs.tokens, 0)
             torch._dynamo.mark_dynamic(inputs.positions, 0)
             torch._dynamo.mark_dynamic(inputs.visible, 0)
-            torch._dynamo.mark_dynamic(inputs.visible, 1)
             if inputs.states is not None:
                 torch._dynamo.mark_dynamic(inputs.states, 0)
-        with _without_warnings():
-            outputs: tuple[Tensor, ...] = fast(inputs, positions, keys, values)
+        outputs: tuple[Tensor, ...] = fast(inputs, positions, keys, values)
         return outputs
 
     return run
 
 
-def compile_layers(layers: nn.ModuleList) -> None:
+def compile_layers(layers: nn.ModuleList) -> int:
     """Let decoder layers run compiled code in forwards over static shapes, and their own code in all other forwards.
 
-    The weights and the slots of a layer are inputs of the code. So layers that are alike share it, those of subsets of
-    the layers and of other models too. A layer that another library has wrapped stays as it is.
+    The weights and the slots of a layer are inputs of the code. So layers of one class with weights of equal shapes and
+    types share it, those of subsets of the layers and of other models too.
+
+    Returns:
+        The number of layers that stay as they are: another library has wrapped them, or they have no index.
     """
     fast = _compiler(_forward)
-    for layer in layers:
-        if "forward" not in vars(layer):
-            # In this form `models.wrapped.rebind` binds it to a copy of the layer.
-            layer.forward = functools.partial(_run, layer, fast)
+    fitting = [layer for layer in layers if "forward" not in vars(layer) and _index(layer) is not None]
+    for layer in fitting:
+        # In this form `models.wrapped.rebind` binds it to a copy of the layer.
+        layer.forward = functools.partial(_run, layer, fast)
+    return len(layers) - len(fitting)
+
+
+_uncompiled: ContextVar[bool] = ContextVar("_uncompiled", default=False)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within this context, layers run their own code."""
+    token = _uncompiled.set(True)
+    try:
+        yield
+    finally:
+        _uncompiled.reset(token)
+
+
+def _index(layer: nn.Module) -> int | None:
+    """Return the index of a decoder layer, which its attention has; None if there is none, or several."""
+    indices: set[Any] = {vars(module).get("layer_idx") for module in layer.modules()} - {None}
+    return indices.pop() if len(indices) == 1 else None
 
 
 def _forward(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
@@ -78,34 +111,27 @@ def _run(layer: nn.Module, fast: Callable[..., Any], *arguments: Any, **named: A
         arguments, named: the arguments of the layer.
     """
     cache = next((value for value in (*arguments, *named.values()) if isinstance(value, StaticCacheView)), None)
-    if cache is None:
-        return _forward(layer, *arguments, **named)
-    indices: set[Any] = {vars(module).get("layer_idx") for module in layer.modules()} - {None}
-    if len(indices) != 1:
+    index = _index(layer)
+    if cache is None or index is None or _uncompiled.get():
         return _forward(layer, *arguments, **named)
     # The compiler never sees the index: it would make code for each.
-    (index,) = indices
     view = cache.layer(index) if index in cache.layers else cache
     arguments = tuple(view if value is cache else value for value in arguments)
     named = {name: view if value is cache else value for name, value in named.items()}
     _mark_sizes((arguments, named), len(cache.places), len(cache.positions))
-    with _without_warnings():
-        return fast(layer, *arguments, **named)
+    return fast(layer, *arguments, **named)
 
 
 def _mark_sizes(value: Any, rows: int, span: int) -> None:
     """Mark the sizes of a layer's arguments that grow, as `compiled` does: the rows, and the slots to attend to.
 
-    Unlike there, it is no error if a layer turns out to need one size: the last dimension may be as large by chance.
+    Unlike there, it is no error if a layer turns out to need one size.
     """
     if isinstance(value, Tensor):
-        # [..., rows, width], [..., slots, width], [..., rows, slots], or [..., rows] of one or two dimensions
-        last = value.dim() - 1
-        dims = [last - 1] if last > 1 else [last]
-        if tuple(value.shape[-2:]) == (rows, span):
-            dims = [last - 1, last]
-        for dim in dims:
-            if value.dim() and value.shape[dim] in (rows, span) and value.shape[dim] > 1:
+        # [rows], [1, rows], [1, rows, width], and masks [1, heads, rows, slots]. A width may equal the slots by chance:
+        # with a mark on it, it would need code of its own.
+        for dim in {1: [0], 2: [1], 3: [1], 4: [2, 3]}.get(value.dim(), []):
+            if value.shape[dim] in (rows, span) and value.shape[dim] > 1:
                 torch._dynamo.maybe_mark_dynamic(value, dim)
     elif isinstance(value, LayerCacheView):
         for slots in (value.keys, value.values):
@@ -119,14 +145,15 @@ def _mark_sizes(value: Any, rows: int, span: int) -> None:
 
 
 def _compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    """Return a function that is compiled at its first call."""
     fast: Callable[..., Any] = torch.compile(function, fullgraph=True)
-    return fast
 
+    def run(*arguments: Any, **named: Any) -> Any:
+        if torch._dynamo.config.recompile_limit < _RECOMPILE_LIMIT:  # each thread has its own
+            torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
+        # The compiler warns about its own code, which would raise where warnings are errors.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fast(*arguments, **named)
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Hide the warnings of the compiler about its own code, which would raise where warnings are errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return run

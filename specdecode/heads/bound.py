@@ -210,7 +210,8 @@ class BoundHead:
         for ahead in range(1, count):
             place = inputs.start + row[0] + ahead
             itself = torch.ones(1, 1, dtype=torch.bool, device=place.device)
-            now = StaticInputs(chosen[-1], position + ahead, place, place, itself, state)
+            # Not one tensor twice: code that was compiled for that fits no other inputs.
+            now = StaticInputs(chosen[-1], position + ahead, place, place.clone(), itself, state)
             state, logits = self._next.forward(now, positions, keys, values)
             chosen.append(self.tokens[logits.argmax(-1)])
         return (torch.cat(chosen),)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdecode.backends import Backend, prepare
+from specdecode.backends.compiled import uncompiled
 from specdecode.backends.row_attention import separate_rows
 from specdecode.backends.static import StaticForward, StaticInputs, StaticRunner
 from specdecode.core.errors import UnsupportedModelError
@@ -349,9 +350,9 @@ class LM:
         """
         form, static = self._mask_form, self.static
         if form.window is not None:
-            # Code that was compiled or captured with the narrow window would be useless, or wrong for the real window.
+            # What is compiled or captured with the narrow window serves no other.
             self.static = None if static is None else StaticRunner(self._static_forward(self.model))
-            with torch.compiler.set_stance("force_eager") if self.backend.name == "compile" else nullcontext():
+            with uncompiled():
                 self._mask_form, self.static = exact_mask_form(form, self.config, self._check), static
         if form.window is None or static is not None:
             check_tree_decoding(self)

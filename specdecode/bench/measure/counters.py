@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from specdecode.backends.graph import MOST_CAPTURING_RUNS, CudaGraphs
+from specdecode.backends.compiled import preparations
+from specdecode.backends.graph import MOST_CAPTURING_RUNS
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.runs.measures import CountersRun
 
@@ -156,10 +157,10 @@ def counters_run(arm: Arm, prompt: Sequence[int], length: int, expected: Sequenc
     uncounted = target.backend.name == "compile" and target.device.type != "cuda"
     try:
         for _ in range(MOST_CAPTURING_RUNS):
-            captured, forwards, forwards_before = CudaGraphs.count, 0, target.forwards
+            prepared, forwards, forwards_before = preparations(), 0, target.forwards
             with peak_memory(target.device) as peak, nullcontext() if uncounted else host_reads(target.device) as reads:
                 run = arm.run(prompt, length, expected)
-            if CudaGraphs.count == captured:
+            if preparations() == prepared:
                 break
     finally:
         if hook is not None:

@@ -6,7 +6,8 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from specdecode.backends.graph import MOST_CAPTURING_RUNS, CudaGraphs
+from specdecode.backends.compiled import preparations
+from specdecode.backends.graph import MOST_CAPTURING_RUNS
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.run import Run
@@ -29,7 +30,7 @@ def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int])
 def timed_by(once: Callable[[], T]) -> T:
     """Return the result of a timed run, with garbage collected before it and not during it.
 
-    A run that captures CUDA graphs is repeated, because the next run replays them. The next collection skips all
+    A run that captures CUDA graphs or compiles is repeated, as the next run need not. The next collection skips all
     objects that are in use now, until `gc.unfreeze`: it takes a tenth of a second or more for those of PyTorch alone.
     """
     gc.collect()
@@ -37,9 +38,9 @@ def timed_by(once: Callable[[], T]) -> T:
     gc.disable()
     try:
         for _ in range(MOST_CAPTURING_RUNS):
-            before = CudaGraphs.count
+            before = preparations()
             result = once()
-            if CudaGraphs.count == before:
+            if preparations() == before:
                 break
         return result
     finally:
