@@ -46,7 +46,8 @@ class Blame:
 
     def __str__(self) -> str:
         total = math.expm1(sum(self.shares.values()))
-        parts = ", ".join(f"{cause} {change:+.1%}" for cause, change in self.changes.items())
+        # Not "-0.0%", which rounding makes of nothing.
+        parts = ", ".join(f"{cause} {round(change, 3) + 0.0:+.1%}" for cause, change in self.changes.items())
         return f"time per token {total:+.1%}: {parts}; mostly {self.main}"
 
 
