@@ -248,29 +248,28 @@ def _judge_time(arm: str, new: RunFile, old: RunFile, tolerance: Tolerance) -> J
     if yardstick(arm, old) != over:
         reason = f"it is compared with {over}, in the baseline with {yardstick(arm, old)}: bless a run like this one"
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
-    shared = shared_prompts(arm, new, old, over)
-    if not changes(arm, new, old, over) or new.header.max_new_tokens != old.header.max_new_tokens:
+    machines = (old, *old.together)
+    changed = [changes(arm, new, one, over) for one in machines]
+    if not changed[0] or new.header.max_new_tokens != old.header.max_new_tokens:
         reason = (
             f"run and baseline share no times over {over}: measure the same prompts and length{_other_texts(new, old)}"
         )
         return Judgement(arm, "time", Verdict.INCONCLUSIVE, reason)
-    machines = [old, *(other for other in old.together if changes(arm, new, other, over))]
-    here, there = new.floor_over(over), max(one.floor_over(over) for one in machines)
+    compared = [(one, logs) for one, logs in zip(machines, changed, strict=True) if logs]
+    here, there = new.floor_over(over), max(one.floor_over(over) for one, _ in compared)
     # Both runs have noise of their own. Differences between machines may not come from the code, so a regression must
     # show against each machine.
-    estimates = [
-        typical_ratio(changes(arm, new, one, over), math.hypot(here, one.floor_over(over)), new.tail(arm))
-        for one in machines
-    ]
+    estimates = [typical_ratio(logs, math.hypot(here, one.floor_over(over)), new.tail(arm)) for one, logs in compared]
     change = Estimate(
         geometric_mean(one.value for one in estimates),
         min(one.low for one in estimates),
         max(one.high for one in estimates),
     )
     # Transformers' times in the same blocks tell whether the arm that it is compared with changed itself.
-    faster = fmean(median(changes(over, new, one, PEER_BASELINE, shared) or [0.0]) for one in machines)
+    shared = shared_prompts(arm, new, old, over)
+    faster = fmean(median(changes(over, new, one, PEER_BASELINE, shared) or [0.0]) for one, _ in compared)
     cause = blame(new.arms[arm], old.arms[arm], shared, change.value, faster)
-    whose = "the baseline's" if len(machines) == 1 else f"those on the baseline's {len(machines)} machines"
+    whose = "the baseline's" if len(compared) == 1 else f"those on the baseline's {len(compared)} machines"
     judged = time_judgement(arm, f"speedup over {over} against {whose}", change, tolerance, cause)
     if judged.verdict is not Verdict.INCONCLUSIVE:
         return judged
