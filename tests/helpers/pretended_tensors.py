@@ -163,6 +163,9 @@ class CudaTensor(torch.Tensor):
     def item(self) -> Any:
         return aten._local_scalar_dense.default(self)
 
+    def nonzero(self) -> torch.Tensor:
+        return aten.nonzero.default(self)
+
     def __bool__(self) -> bool:
         return bool(self.item())
 
