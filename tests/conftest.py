@@ -125,11 +125,11 @@ def _no_worker_to_its_children() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_beside() -> Iterator[None]:
     """Ignore other work on the machine: parallel tests would trigger repeats of measurements, at random. Keep the
-    copies small that measure its bandwidth: no test depends on that figure. Let experiments leave hidden from the
+    reads small that measure its bandwidth: no test depends on that figure. Let experiments leave hidden from the
     garbage collector what `_freeze` hides.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specdecode.bench.measure.bandwidth._COPY_BYTES", 2**20)
+        patch.setattr("specdecode.bench.measure.bandwidth._READ_BYTES", 2**20)
         patch.setattr("specdecode.bench.measure.steady.watch", lambda *pids, device=None: lambda: 0.0)
         patch.setattr("specdecode.bench.measure.block.gc", SimpleNamespace(unfreeze=lambda: None))
         yield

@@ -64,7 +64,7 @@ def doctor(
         str | None, typer.Option(help="backends and weights of the roofline: eager,graph,int8  [default: all]")
     ] = None,
 ) -> None:
-    """Print versions, devices, copy bandwidth, and the features that are usable here."""
+    """Print versions, devices, memory bandwidth, and the features that are usable here."""
     if roofline is not None and head is not None:
         raise ValueError("--roofline and --head exclude each other: give one of them")
     of_head = {"--target": target, "--prompts": prompts, "--max-new-tokens": max_new_tokens}
@@ -94,14 +94,14 @@ def _check_up() -> None:
     import torch
     from huggingface_hub import constants
 
-    from specdecode.bench.measure.bandwidth import copy_bandwidth
+    from specdecode.bench.measure.bandwidth import read_bandwidth
     from specdecode.models.embedded import EMBEDDED
     from specdecode.support.files import cache_folder
 
     table = _versions()
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for device in devices:
-        table.add_row(f"copy on {device}", _told_bandwidth(copy_bandwidth(torch.device(device))))
+        table.add_row(f"memory of {device}", _told_bandwidth(read_bandwidth(torch.device(device))))
     there = (cache_folder() / EMBEDDED).exists()
     table.add_row(EMBEDDED, f"in {cache_folder() / EMBEDDED}" if there else "not fetched yet: specdecode fetch")
     extras = {
@@ -130,7 +130,7 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None, backends
         roofline = measure_roofline(model, tell, backends.split(",") if backends else None)
     table = _versions()
     table.add_row("model", f"{model.name} in {dtype_name(model.dtype)}" + (", synthetic" if model.synthetic else ""))
-    table.add_row(f"copy on {model.device}", _told_bandwidth(roofline.bandwidth))
+    table.add_row(f"memory of {model.device}", _told_bandwidth(roofline.bandwidth))
     table.add_row("read per token", f"{roofline.token_bytes / 1e6:.1f} MB of weights, keys and values")
     table.add_row("roofline", f"{roofline.throughput:.1f} tokens/s")
     measures = ("weights MB", "1 row ms", "tokens/s", "of roofline", *(f"{rows} rows" for rows in WIDER))
@@ -168,4 +168,4 @@ def _versions() -> Table:
 
 
 def _told_bandwidth(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.1f} GB/s (read and written)"
+    return f"{bytes_per_second / 1e9:.1f} GB/s read"

@@ -404,7 +404,7 @@ def test_doctor_tells_versions_device_and_bandwidth(
     out = capfd.readouterr().out
     for part in ("torch", "transformers", "threads", "GB/s", "pytest --benchmark", "not asked: HF_HUB_OFFLINE is set"):
         assert part in out
-    assert float(re.search(r"copy on cpu\s+([\d.]+) GB/s", out).group(1)) > 0.1  # type: ignore[union-attr]
+    assert float(re.search(r"memory of cpu\s+([\d.]+) GB/s read", out).group(1)) > 0.1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("context", "widest"), [(2048, ["4.10x", "1.31x"]), (20, ["-", "-"])])
@@ -423,7 +423,7 @@ def test_doctor_tells_what_backends_make_of_the_memory(
     monkeypatch.setattr(time, "perf_counter", clock)
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "eager", "packed"))
     monkeypatch.setattr(measured_roofline, "KINDS", ())
-    monkeypatch.setattr(measured_roofline, "copy_bandwidth", lambda device: 1.3e8)
+    monkeypatch.setattr(measured_roofline, "read_bandwidth", lambda device: 1.3e8)
     with ExitStack() as stack:
 
         def charging(name: str, **asked: Any) -> specdecode.LM:
@@ -443,7 +443,7 @@ def test_doctor_tells_what_backends_make_of_the_memory(
     size = loaded[0].weight_bytes
     assert told["torch"] == torch.__version__
     assert told["model"] == f"{tmp_path} in float32"
-    assert told["copy on cpu"] == "0.1 GB/s (read and written)"
+    assert told["memory of cpu"] == "0.1 GB/s read"
     config = loaded[0].model.config
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     read = size + token * min(256, max(loaded[0].context_length - 32, 1))

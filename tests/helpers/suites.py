@@ -35,7 +35,7 @@ from specdecode.bench.measure import bandwidth
 for package in ("beartype", "evaluate", "hypothesis", "matplotlib.figure", "scipy.stats"):
     with suppress(ImportError):  # an image for GPUs may lack it
         import_module(package)
-bandwidth._COPY_BYTES = 2**20  # no test depends on the bandwidth
+bandwidth._READ_BYTES = 2**20  # no test depends on the bandwidth
 for plugin in entry_points(group="pytest11"):
     if plugin.name != "specdecode":
         plugin.load()

@@ -381,7 +381,7 @@ def test_weights_are_counted_as_they_are_stored(
     rough = target.quantized(kind)
     stored = weights + 4 * channels if kind == "int8" else weights // 2 + 4 * weights // 32
     assert rough.weight_bytes == stored + rest
-    monkeypatch.setattr("specdecode.bench.measure.bandwidth.copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("specdecode.bench.measure.bandwidth.read_bandwidth", lambda device: 1e9)
     unread = 0 if ties else 112 * 32 * dtype.itemsize
     assert roofline_throughput(rough) == pytest.approx(1e9 / (rough.weight_bytes - unread))
 

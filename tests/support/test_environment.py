@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import accumulate, chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from specdecode import LM
-from specdecode.bench.measure.bandwidth import roofline_throughput
+from specdecode.bench.measure import bandwidth
+from specdecode.bench.measure.bandwidth import read_bandwidth, roofline_throughput
 from specdecode.bench.measure.counters import host_reads, peak_memory
 from specdecode.bench.runs.records import Header, Identity
 from specdecode.support import environment as environment_module
@@ -216,9 +218,17 @@ def test_peak_memory_is_the_most_that_was_held_at_once(capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == ""
 
 
+def test_the_bandwidth_is_of_the_fastest_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a mean, which other work on the machine lowers, and against bytes that are written."""
+    read_s = iter([0.5, 0.25, 1.0, 0.125, *[2.0] * 100])
+    times = accumulate(chain.from_iterable((0.0, next(read_s)) for _ in range(100)))
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    assert read_bandwidth(torch.device("cpu")) == bandwidth._READ_BYTES / 0.125
+
+
 def test_the_roofline_counts_what_a_forward_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against counting all rows of an embedding, or leaving out a tied one."""
-    monkeypatch.setattr("specdecode.bench.measure.bandwidth.copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("specdecode.bench.measure.bandwidth.read_bandwidth", lambda device: 1e9)
     for ties in (True, False):
         target = LM(build(ARCHITECTURES["llama"] | {"tie_word_embeddings": ties}))
         embedding = target.model.get_input_embeddings().weight

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from specdecode.backends import BACKENDS
-from specdecode.bench.measure.bandwidth import copy_bandwidth, token_bytes
+from specdecode.bench.measure.bandwidth import read_bandwidth, token_bytes
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.decoding.measure_costs import LayerSeconds, cached_tokens, forward_seconds, layer_seconds
 from specdecode.models.lm import LM
@@ -50,7 +50,7 @@ class Roofline:
     """The roofline of an unquantised model on a device, and the forwards of the backends.
 
     Attributes:
-        bandwidth: bytes per second that a large copy reads and writes on the device.
+        bandwidth: bytes per second that the device reads from its memory.
         token_bytes: bytes that a forward reads: weights, and cached keys and values.
         backends: forwards of the backends and the kinds of quantised weights that work here, by name.
         missing: reasons why the others do not work here, by name.
@@ -99,7 +99,7 @@ def measure_roofline(target: LM, tell: Callable[[int, int, str], None], kinds: S
             variants[kind] = variant
         else:
             missing[kind] = re.sub(r"^not \w+: ", "", variant.backend.note)
-    bandwidth = copy_bandwidth(target.device)
+    bandwidth = read_bandwidth(target.device)
     seconds = forward_seconds(list(variants.values()), (1, *WIDER), repeats=_ROUNDS, seconds=_LIMIT_S, tell=tell)
     backends = {}
     for (kind, variant), by_rows in zip(variants.items(), seconds, strict=True):

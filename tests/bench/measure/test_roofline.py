@@ -24,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     monkeypatch.setattr(time, "perf_counter", made)
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "eager", "packed"))
     monkeypatch.setattr(measured_roofline, "KINDS", ())
-    monkeypatch.setattr(measured_roofline, "copy_bandwidth", lambda device: 1e6 * (device == torch.device("cpu")))
+    monkeypatch.setattr(measured_roofline, "read_bandwidth", lambda device: 1e6 * (device == torch.device("cpu")))
     return made
 
 
