@@ -21,14 +21,21 @@ from specdecode.core.slots import Slots, Storage
 from specdecode.core.transfer import moved, write
 
 # Rows of a forward: one token, drafts of usual lengths, and the largest tree with its root and the tokens of an
-# accepted chain that are still to be read. Wider forwards read prompts, and are not static.
+# accepted chain that are still to be read. Wider forwards read prompts.
 WIDTHS = (1, 2, 4, 8, 16, 32, 48, 72)
+# Rows of a forward over a prompt. A GPU runs its kernels faster than the host launches them one by one; a longer prompt
+# keeps it busy.
+PROMPT_WIDTHS = (128, 192, 256, 384, 512)
+# Least rows of the first forward of a chain. Mostly it reads one token or two: so one graph serves both.
+_CHAIN_ROWS = 2
 # Recent slots beyond the widest forward are rounded up to a multiple of this, so that few shapes are captured.
 _ROUNDED_ROWS = 32
 # The number of slots that a forward attends to is rounded up to a multiple of this, and by a quarter at most.
 _SPAN_MULTIPLE = 256
 # Least slots of a storage: a growing storage needs new captures.
 _LEAST_SLOTS = 1024
+# Slots of a storage behind its text, for the padding of a forward.
+_PADDING = 128
 # Number of unused storages that are kept for new slots.
 _IDLE_STORAGES = 4
 # Most cached graphs of one storage: each occupies memory.
@@ -112,7 +119,7 @@ class StaticRunner:
         # The largest idle storage has the most captured shapes: its size does not change the span of a forward.
         storage = self._idle[0] if self._idle else None
         if storage is None or len(storage.positions) < capacity:
-            storage = Storage.empty(_span(max(capacity, _LEAST_SLOTS) + WIDTHS[-1]), device)
+            storage = Storage.empty(_span(max(capacity, _LEAST_SLOTS) + _PADDING), device)
             storage.number = self._made = self._made + 1
             # With tensors the first forward of a text is static, as in a used storage: so it rounds the same in both.
             own_slots = 0 if self._capture else len(storage.positions)
@@ -143,7 +150,9 @@ class StaticRunner:
     def takes(self, slots: Slots, rows: int) -> bool:
         """Return whether the forward of the last `rows` slots, which are already taken, can be static."""
         start = slots.length - rows
-        return rows <= WIDTHS[-1] and self._has_tensors(slots) and start + self._width(rows) <= slots.capacity
+        # Without graphs a prompt is read faster by a forward that is not static, without a mask.
+        most = WIDTHS[-1] if self._capture is None else PROMPT_WIDTHS[-1]
+        return rows <= most and self._has_tensors(slots) and start + self._width(rows) <= slots.capacity
 
     def _has_tensors(self, slots: Slots) -> bool:
         """Return whether the slots have tensors for keys and values, which they keep. Remember those of the first that
@@ -210,6 +219,7 @@ class StaticRunner:
         *,
         forward: StaticForward,
         ahead: int = 0,
+        least: int = 1,
         kind: tuple[int | str, ...] = (),
     ) -> tuple[Tensor, ...]:
         """Replay the captured graph of a forward; capture it first if there is none for this shape and storage.
@@ -218,6 +228,7 @@ class StaticRunner:
             slots, tokens, positions, visible, states: see `run`.
             forward: the forward to capture.
             ahead: number of slots already taken behind those of the tokens. The forward writes them itself.
+            least: least number of rows.
             kind: distinguishes forwards of the same shape.
 
         Returns:
@@ -226,7 +237,7 @@ class StaticRunner:
         assert self._capture is not None
         count, recent = visible.shape
         end = slots.length - ahead
-        width, across = self._width(count), self._width(recent)
+        width, across = self._width(max(count, least)), self._width(max(recent, least))
         graph = self._graph(slots, width, across, forward, self._capture, states, *kind)
         graph.fill(tokens, positions, end - count, end - recent, visible, states)
         return graph.run()
@@ -241,34 +252,38 @@ class StaticRunner:
         """
         if self._capture is None or rows > WIDTHS[-1] or not self._has_tensors(slots):
             return False
-        return slots.length + max(self._width(rows), rows + count) <= slots.capacity
+        return slots.length + max(self._width(max(rows, _CHAIN_ROWS)), rows + count) <= slots.capacity
 
-    def chain(self, slots: Slots, token: Int[Tensor, " 1"], count: int, vocab_size: int) -> Int[Tensor, " count"]:
-        """Read a token, then the model's own greedy choices below `vocab_size`. Return the choices; the last of them
+    def chain(self, slots: Slots, tokens: Int[Tensor, " n"], count: int, vocab_size: int) -> Int[Tensor, " count"]:
+        """Read tokens, then the model's own greedy choices below `vocab_size`. Return the choices; the last of them
         is not read."""
         assert self._capture is not None
-        start = slots.length
-        slots.append(torch.arange(start, start + count))
+        start, end = slots.length, slots.length + len(tokens)
+        slots.append(torch.arange(start, end + count - 1))
 
         def forwards(
             inputs: StaticInputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
         ) -> tuple[Tensor]:
-            token, chosen = inputs.tokens, []
-            for ahead in range(count):
-                place = inputs.start + ahead
-                now = StaticInputs(token, place[None], place, place, inputs.visible)
-                token = self.forward(now, positions, keys, values)[0][:, :vocab_size].argmax(-1)
-                chosen.append(token)
+            # The last token has the largest position: the padding behind it has position 0.
+            last, row = inputs.positions.max(0, keepdim=True)
+            logits = self.forward(inputs, positions, keys, values)[0].index_select(0, row)
+            chosen = [logits[:, :vocab_size].argmax(-1)]
+            itself = torch.ones(1, 1, dtype=torch.bool, device=last.device)
+            for ahead in range(1, count):
+                place = last[0] + ahead
+                now = StaticInputs(chosen[-1], place[None], place, place, itself)
+                chosen.append(self.forward(now, positions, keys, values)[0][:, :vocab_size].argmax(-1))
             return (torch.cat(chosen),)
 
-        itself = torch.ones(1, 1, dtype=torch.bool)
         outputs = self.replay(
             slots,
-            token,
-            torch.tensor([start]),
-            itself,
+            tokens,
+            torch.arange(start, end),
+            torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril(),
             forward=forwards,
             ahead=count - 1,
+            # Tokens on the device do not fill the padding; see `_CachedGraph.fill`.
+            least=_CHAIN_ROWS if tokens.device.type == "cpu" else 1,
             kind=(count, vocab_size),
         )
         return outputs[0].clone()
@@ -315,7 +330,8 @@ class StaticRunner:
         """Return the rows rounded up to a captured shape; beyond the widths of forwards, to one of a few."""
         if self._capture is None:
             return rows
-        return next((width for width in WIDTHS if width >= rows), -(-rows // _ROUNDED_ROWS) * _ROUNDED_ROWS)
+        widths = (*WIDTHS, *PROMPT_WIDTHS)
+        return next((width for width in widths if width >= rows), -(-rows // _ROUNDED_ROWS) * _ROUNDED_ROWS)
 
 
 class _CachedGraph:

@@ -18,6 +18,10 @@ from specdecode.policies.base import CachePolicy, boundary
 from specdecode.policies.keep_all import KeepAll
 from specdecode.policies.sink_window import SinkWindow
 
+# Tokens that a step commits behind the slots of an earlier chain: the target's own token, and before it the chain's
+# last one, which the draft has not read. They are read in one graph with the next chain.
+_STEP_TOKENS = 2
+
 
 class ModelDrafter:
     """A drafter with a draft model, which has its own KV slots.
@@ -68,14 +72,20 @@ class ModelDrafter:
         full = not self.policy.interval and len(tokens) >= self.draft.context_length
         if full or max(pending) >= self.draft.vocab_size:
             return DraftTree.empty()
+        greedy_chain = context.sampling.greedy and isinstance(self.shape, Chain)
+        if greedy_chain and len(pending) <= _STEP_TOKENS and not self.policy.interval:
+            length = min(limit.depth, limit.nodes, self.draft.context_length - len(tokens))
+            drafted = self._continued(torch.tensor(pending), context, length)
+            self._read = tokens
+            return self._as_chain(drafted)
         logits, forwards = self.draft.read(self._slots, pending, self.policy)
         self.forwards += forwards
         self._read = tokens
         limit = Limit(min(limit.depth, self.draft.context_length - self._slots.length), limit.nodes)
-        if context.sampling.greedy and isinstance(self.shape, Chain):
-            self._grown = self._proposed = DraftTree.chain(self._chain(logits, context, min(limit.depth, limit.nodes)))
-            self._places = list(range(len(self._grown)))
-            return self._grown
+        if greedy_chain:
+            first = logits[:, : context.vocab_size].argmax(-1)
+            others = min(limit.depth, limit.nodes) - 1
+            return self._as_chain(torch.cat([first, self._continued(first, context, others)]) if others else first)
         rng = None if context.sampling.greedy else context.rng
 
         def read(level: Level, visible: Tensor, depth: int) -> Tensor:
@@ -85,13 +95,15 @@ class ModelDrafter:
         self._proposed = self._grown.subset(self._places)
         return self._proposed
 
-    def _chain(self, logits: Float[Tensor, "1 V"], context: Context, length: int) -> Int[Tensor, " length"]:
-        """Return the draft's greedy continuation of `length` tokens, computed on the device without distributions."""
-        first = logits[:, : context.vocab_size].argmax(-1)
-        if length <= 1:
-            return first[:length]
-        self.forwards += length - 1
-        return torch.cat([first, self.draft.continue_greedily(self._slots, first, length - 1, context.vocab_size)])
+    def _continued(self, tokens: Int[Tensor, " n"], context: Context, length: int) -> Int[Tensor, " length"]:
+        """Read tokens. Return the draft's greedy continuation, computed on the device without distributions."""
+        self.forwards += length
+        return self.draft.continue_greedily(self._slots, tokens, length, context.vocab_size)
+
+    def _as_chain(self, drafted: Int[Tensor, " length"]) -> DraftTree:
+        self._grown = self._proposed = DraftTree.chain(drafted)
+        self._places = list(range(len(drafted)))
+        return self._grown
 
     def _forward(self, tokens: Tensor, visible: Tensor, depth: int) -> Float[Tensor, "rows V"]:
         self.forwards += 1

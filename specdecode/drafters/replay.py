@@ -57,6 +57,7 @@ class ReplayDrafter:
     def layers(self) -> tuple[int, ...]:
         return self.inner.layers
 
+    @torch.inference_mode()
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         tree = self.inner.propose(context, limit)
         start = self._place(context.tokens)

@@ -235,26 +235,26 @@ class LM:
 
     @torch.inference_mode()
     def continue_greedily(
-        self, slots: Slots, token: Int[Tensor, " 1"], count: int, vocab_size: int
+        self, slots: Slots, tokens: Int[Tensor, " n"], count: int, vocab_size: int
     ) -> Int[Tensor, " count"]:
         """Continue a sequence with the model's most probable tokens. No forward waits for the host.
 
         Args:
-            slots: slots of the sequence. They grow by `count`.
-            token: the token to read first.
-            count: number of forwards and of new tokens. The last new token is not read.
+            slots: slots of the sequence. They grow by n + count - 1.
+            tokens: the tokens to read first.
+            count: number of forwards and of new tokens, at least 1. The last new token is not read.
             vocab_size: upper limit of the new token ids.
 
         Returns:
             The new tokens, on the device.
         """
-        if self.static is not None and self.static.takes_chain(slots, 1, count - 1):
+        if self.static is not None and self.static.takes_chain(slots, len(tokens), count - 1):
             self.forwards += count
-            return self.static.chain(slots, token, count, vocab_size)
+            return self.static.chain(slots, tokens, count, vocab_size)
         chosen = []
         for _ in range(count):
-            token = self.forward(slots, token)[:, :vocab_size].argmax(-1)
-            chosen.append(token)
+            tokens = self.forward(slots, tokens)[:, :vocab_size].argmax(-1)
+            chosen.append(tokens)
         return torch.cat(chosen)
 
     @contextmanager

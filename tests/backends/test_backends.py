@@ -62,6 +62,7 @@ from specdecode.bench.measure.timed import timed_by
 from specdecode.controllers.base import Controller, Limit
 from specdecode.core.errors import SpecDecodeError, UnsupportedModelError
 from specdecode.core.sampling import most_probable
+from specdecode.core.slots import Slots
 from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.drafters.base import Context
 from specdecode.drafters.none import NoDraft
@@ -561,22 +562,47 @@ def test_a_captured_chain_is_the_chain(name: str, short_spans: None) -> None:
     """Guards against a captured draft that proposes worse tokens: the output would stay right, and only the speed would
     fall.
     """
-    text = list(prompt(20))
+    text, limit = list(prompt(20)), VOCABULARY - 1
     chains = []
     for target in (lm(name), over_static_shapes(name, "rounded")):
         for _ in range(2):  # the second pass reuses the storage of the first
             slots = target.new_slots(64)
             target.read(slots, text)
-            for count in (1, 4, 9):
-                chosen = target.continue_greedily(slots, torch.tensor([7], device=slots.device), count, VOCABULARY - 1)
-                assert slots.length == len(text) + count
-                assert max(chosen.tolist()) < VOCABULARY - 1
-                chains.append(chosen.tolist())
+            longest: list[int] = []
+            for read, count in ((0, 9), (0, 4), (1, 4), (2, 4), (3, 4), (0, 1)):
+                tokens = torch.tensor([7, *longest[:read]])
+                chosen = target.continue_greedily(slots, tokens, count, limit).tolist()
+                assert slots.length == len(text) + len(tokens) + count - 1
                 slots.keep([], after=len(text))
+                longest = longest or chosen
+                assert chosen == longest[read : read + count]
+            chains.append(longest)
+            assert max(longest) < limit
+            assert len(set(longest)) > 3
             del slots
-    assert chains[:3] == chains[3:6] == chains[6:9] == chains[9:]
-    assert chains[2][:4] == chains[1]
-    assert len(set(chains[2])) > 3
+    assert chains == chains[:1] * 4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+def test_a_prompt_is_captured_and_not_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a prompt that waits for the launches of its kernels, against padding that changes its logits, and
+    against one that is compiled, where a forward without a mask is faster.
+    """
+    text, run, static = torch.tensor(prompt(558)), StaticRunner.run, []
+
+    def noted(runner: StaticRunner, slots: Slots, tokens: torch.Tensor, *others: Any, **named: Any) -> Any:
+        static.append(len(tokens))
+        return run(runner, slots, tokens, *others, **named)
+
+    monkeypatch.setattr(StaticRunner, "run", noted)
+    outputs = []
+    for target in (lm(name), over_static_shapes(name, "direct"), over_static_shapes(name, "rounded")):
+        static.clear()
+        slots = target.new_slots(64)
+        outputs.append(torch.cat([target.forward(slots, piece) for piece in text.split((100, 73, 385))]))
+        assert static == ([100, 73, 385] if target.backend is STATIC["rounded"] else [])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(outputs[2], outputs[0])
 
 
 def test_chosen_tokens_are_the_most_probable() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdecode.backends.grouped_attention import attend
 from specdecode.backends.kernels import TYPES, KernelModule
-from specdecode.backends.static import StaticForward, StaticInputs
+from specdecode.backends.static import WIDTHS, StaticForward, StaticInputs
 
 WIDEST_KEY = 512
 """Most bytes of a key of a head: blocks of wider ones exceed the shared memory of smaller GPUs."""
@@ -289,8 +289,9 @@ def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, others: Mappi
 
 
 def _takes_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, others: Mapping[str, Any]) -> bool:
-    """Return whether `attend_to_slots` computes this attention: that of one sequence."""
-    return len(query) == 1 and value.stride() == key.stride() and takes(query, key, value, mask, others)
+    """Return whether `attend_to_slots` computes this attention: that of one sequence, for few rows."""
+    one = len(query) == 1 and query.shape[2] <= WIDTHS[-1] and value.stride() == key.stride()
+    return one and takes(query, key, value, mask, others)
 
 
 class KernelAttention(KernelModule):
