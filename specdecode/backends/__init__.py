@@ -15,7 +15,13 @@ from specdecode.backends.cache_views import SlotWrite, write_to_slots
 from specdecode.backends.compiled import compile_layers, compiled
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.grouped_attention import group, switch_attention
-from specdecode.backends.kernels import BY_KERNEL, BY_KERNEL_ROWS, interpreted, unavailable_reason
+from specdecode.backends.kernels import (
+    BY_KERNEL,
+    BY_KERNEL_ROWS,
+    integer_weights,
+    interpreted,
+    unavailable_reason,
+)
 from specdecode.backends.layers import decoder_layers
 from specdecode.backends.layouts import LAYOUTS, PLAIN, Layout
 from specdecode.backends.merged import SameInputs, same_inputs
@@ -147,6 +153,11 @@ def _compiled_by_layer(model: PreTrainedModel, capture: Callable[[], Capture]) -
 
     if layers is None:
         return Backend("compile", static=whole)
+    if any(integer_weights(module) is not None for module in model.modules()):
+        # Only here, as Triton may not be installed.
+        from specdecode.backends.kernels.replace import replace_integer_layers
+
+        replace_integer_layers(model)
     left = compile_layers(layers)
     note = f"{left} of {len(layers)} layers as they are" if left else ""
     return Backend("compile", note, static=lambda forward: StaticRunner(forward, capture()), static_head=whole)

@@ -17,11 +17,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specdecode.backends.cache_views import LayerCacheView, StaticCacheView
 from specdecode.backends.graph import CudaGraphs
+from specdecode.backends.kernels import KernelModule
 from specdecode.backends.static import StaticForward, StaticInputs
 
 # Target, draft and subsets of layers share the code of a forward, and all layers that of a layer. Each is compiled for
@@ -66,7 +67,7 @@ def compile_layers(layers: nn.ModuleList) -> int:
     """Let decoder layers run compiled code in forwards over static shapes, and their own code in all other forwards.
 
     The weights and the slots of a layer are inputs of the code. So layers of one class with weights of equal shapes and
-    types share it, those of subsets of the layers and of other models too.
+    types share it, those of subsets of the layers and of other models too. The biases of linear layers are added apart.
 
     Returns:
         The number of layers that stay as they are: another library has wrapped them, or they have no index.
@@ -74,9 +75,38 @@ def compile_layers(layers: nn.ModuleList) -> int:
     fast = _compiler(_forward)
     fitting = [layer for layer in layers if "forward" not in vars(layer) and _index(layer) is not None]
     for layer in fitting:
+        add_biases_apart(layer)
         # In this form `models.wrapped.rebind` binds it to a copy of the layer.
         layer.forward = functools.partial(_run, layer, fast)
     return len(layers) - len(fitting)
+
+
+class BiasApart(KernelModule):
+    """A linear layer that, in compiled code, adds its bias to the product by an operation of its own.
+
+    On a GPU the compiler makes the product of one row itself, and fuses it with what follows. It does not so with one
+    to which a library adds the bias.
+
+    Args:
+        layer: a linear layer with a bias.
+    """
+
+    def forward(self, inputs: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
+        output: Tensor
+        if torch.compiler.is_compiling():
+            output = nn.functional.linear(inputs, self.weight) + self.bias
+        else:
+            output = self.layer(inputs)
+        return output
+
+
+def add_biases_apart(module: nn.Module) -> None:
+    """Replace the linear layers in a module that have a bias, in place."""
+    for parent in [each for each in module.modules() if not isinstance(each, KernelModule)]:
+        for name, child in list(parent.named_children()):
+            hooked = child._forward_hooks or child._forward_pre_hooks
+            if type(child) is nn.Linear and child.bias is not None and not hooked:
+                setattr(parent, name, BiasApart(child))
 
 
 _uncompiled: ContextVar[bool] = ContextVar("_uncompiled", default=False)
@@ -146,7 +176,8 @@ def _mark_sizes(value: Any, rows: int, span: int) -> None:
 
 def _compiler(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that is compiled at its first call."""
-    fast: Callable[..., Any] = torch.compile(function, fullgraph=True)
+    # With this option a GPU reads the weights of one row's product at nearly its full bandwidth. A CPU ignores it.
+    fast: Callable[..., Any] = torch.compile(function, fullgraph=True, options={"coordinate_descent_tuning": True})
 
     def run(*arguments: Any, **named: Any) -> Any:
         if torch._dynamo.config.recompile_limit < _RECOMPILE_LIMIT:  # each thread has its own

@@ -41,7 +41,7 @@ class Int8Linear(nn.Module):
     with activations in bfloat16: without AVX-512 it is many times slower in other types. It is made for few rows. The
     rows of a long text are multiplied in float32, apart from those that follow them, so that drafts change no result.
     On other devices, and in float64, the integers are first converted to the type of the activations. Then only memory
-    is saved, unless a compiler fuses the conversion into the product, or the backend "triton" multiplies few rows.
+    is saved. The backends "triton" and "compile" multiply few rows by a kernel, which reads the integers as they are.
 
     Args:
         layers: the layer, with a weight [out, in] in floating point; or several with the same inputs, as one layer.

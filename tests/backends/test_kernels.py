@@ -566,3 +566,69 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Any) -> None:
         check=False,
     )
     assert run.stdout.split() == ["True"] * 54, run.stderr
+
+
+_COMPILED_OVER_INTEGERS = """
+import functools
+import torch
+from torch import nn
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from specdecode import LM, FixedK, PromptLookup, generate
+from specdecode.backends import _compiled_by_layer, prepare
+from specdecode.backends.kernels.replace import replace_integer_layers
+from specdecode.models.quantize import quantizer
+from specdecode.models.quantized_linear import Int8Linear
+from specdecode.models.variants import shared_copy
+from tests.helpers.models import ARCHITECTURES, build, prompt
+
+
+def sizes(graph, inputs):
+    traced = make_fx(graph, decomposition_table=select_decomp_table())(*inputs)
+    made = [node for node in traced.graph.nodes if node.op == "call_function"]
+    largest = max(node.meta["val"].numel() for node in made if "permute" not in str(node.target))
+    print(largest < 64 * 96, sum("specdecode.multiply" in str(node.target) for node in made))
+    return graph
+
+
+compile_ = torch.compile
+torch.compile = functools.partial(compile_, backend=sizes)
+layers = nn.Sequential(Int8Linear(nn.Linear(64, 96)), nn.GELU(), Int8Linear(nn.Linear(96, 64, bias=False)))
+replace_integer_layers(layers)
+with FakeTensorMode():
+    on_gpu = functools.partial(torch.empty, device="cuda")
+    for module in layers.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(on_gpu(weight.shape, dtype=weight.dtype), requires_grad=False))
+    fast = torch.compile(layers, fullgraph=True)
+    for rows in (1, 2, 16):
+        fast(on_gpu(1, rows, 64, dtype=torch.float16))
+
+torch.compile = functools.partial(compile_, backend="eager")
+model = build(ARCHITECTURES["llama"] | {"num_hidden_layers": 2}).float()
+quantizer("int8")(model)
+texts = []
+for backend in ("triton", "compile"):
+    copied = shared_copy(model)
+    by_layer = backend == "compile"
+    prepared = _compiled_by_layer(copied, lambda: lambda run: run) if by_layer else prepare(backend, copied)
+    target = LM(copied, backend=prepared)
+    rules = {"controller": FixedK(3), "max_new_tokens": 12}
+    texts.append(generate(target, prompt(), drafter=PromptLookup(), **rules).tokens)
+print(target.backend, texts[0] == texts[1])
+"""
+
+
+def test_compiled_code_leaves_integers_as_they_are() -> None:
+    """Guards against compiled code that writes 8-bit weights out in 16 bits, four times the bytes that it has to read.
+    No GPU is needed to see what the compiler is given.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", _COMPILED_OVER_INTEGERS],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.splitlines() == ["True 2"] * 3 + ["compile True"], run.stderr

@@ -1,7 +1,7 @@
 """Kernels in Triton for forwards of few rows, each beside a reference in PyTorch.
 
-Triton is imported by the modules of this package, and not by the package itself. They are imported only where the
-backend "triton" is asked for.
+Triton is imported by the modules of this package, and not by the package itself. They are imported only where a backend
+needs them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BY_KERNEL = "triton_over_slots"
 """The name under which transformers knows `attention.attend_over_slots` as an attention function."""
@@ -57,6 +57,15 @@ class KernelModule(nn.Module):
         if layer is None:  # it is being built or copied
             raise AttributeError(name)
         return layer if name == "layer" else getattr(layer, name)
+
+
+def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return the 8-bit integers and the scales of a layer that has them, as `models.quantized_linear.Int8Linear`.
+
+    (Its class belongs to a room that imports from this one.)
+    """
+    parameters = dict(layer.named_parameters(recurse=False))
+    return (parameters["integers"], parameters["scales"]) if {"integers", "scales"} <= parameters.keys() else None
 
 
 def restore_layers(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from specdecode.backends.kernels import TYPES, KernelModule
+from specdecode.backends.kernels import TYPES, KernelModule, integer_weights
 
 MOST_ROWS = 16
 """Rows of a program: those that one matrix instruction of a GPU takes at least. Over more rows each program reads the
@@ -96,6 +96,23 @@ def multiply(
     return output
 
 
+@torch.library.custom_op(
+    "specdecode::multiply",
+    mutates_args=(),
+    schema="(Tensor inputs, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor",
+)
+def _multiply_in_compiled_code(
+    inputs: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Float[Tensor, "rows m"]:
+    """Multiply as `multiply` does. The compiler calls this operation as it is."""
+    return multiply(inputs, weight, scales, bias)
+
+
+@_multiply_in_compiled_code.register_fake
+def _product_like(inputs: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+    return inputs.new_empty(len(inputs), len(weight))
+
+
 def multiply_reference(
     inputs: Float[Tensor, "rows n"],
     weight: Shaped[Tensor, "m n"],
@@ -129,7 +146,8 @@ class KernelLinear(KernelModule):
         output: Tensor
         fits = rows.dtype in TYPES and (scales is not None or rows.dtype == weight.dtype)
         if fits and 0 < len(rows) <= (self._most_rows or len(rows)):
-            output = multiply(rows, weight, scales, self.bias).view(*inputs.shape[:-1], -1)
+            product = _multiply_in_compiled_code if torch.compiler.is_compiling() else multiply
+            output = product(rows, weight, scales, self.bias).view(*inputs.shape[:-1], -1)
         else:
             output = self.layer(inputs)
         return output
@@ -148,12 +166,4 @@ def takes(layer: nn.Module) -> bool:
 
 def _weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Return a layer's weight, and its scales if it has integers; None for another layer."""
-    if type(layer) is nn.Linear:
-        return layer.weight, None
-    parameters = _parameters(layer)
-    # Its class belongs to a room that imports from this one.
-    return (parameters["integers"], parameters["scales"]) if {"integers", "scales"} <= parameters.keys() else None
-
-
-def _parameters(layer: nn.Module) -> dict[str, Tensor]:
-    return dict(layer.named_parameters(recurse=False))
+    return (layer.weight, None) if type(layer) is nn.Linear else integer_weights(layer)
