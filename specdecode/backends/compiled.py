@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from specdecode.backends.cache_views import LayerCacheView, StaticCacheView
 from specdecode.backends.graph import CudaGraphs
 from specdecode.backends.kernels import KernelModule
-from specdecode.backends.static import StaticForward, StaticInputs
+from specdecode.backends.static import StaticForward
+from specdecode.backends.static_inputs import StaticInputs
 
 # Target, draft and subsets of layers share the code of a forward, and all layers that of a layer. Each is compiled for
 # one row and for several.

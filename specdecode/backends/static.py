@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from specdecode.backends.static_inputs import StaticInputs, inputs_in
 from specdecode.core.sampling import most_probable
 from specdecode.core.slots import Slots, Storage
 from specdecode.core.transfer import moved, write
@@ -40,27 +41,6 @@ _PADDING = 128
 _IDLE_STORAGES = 4
 # Most cached graphs of one storage: each occupies memory.
 _GRAPHS_PER_STORAGE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class StaticInputs:
-    """The inputs that change from one static forward to the next, padded at the end to W rows and S slots.
-
-    Attributes:
-        tokens: [W] token ids.
-        positions: [W] positions of the tokens.
-        start: slot of the first token; the other tokens take the slots after it.
-        first: first slot that some row does not attend to; all rows attend to all slots before it.
-        visible: [W, S] whether row i attends to slot `first` + j.
-        states: [W, F] hidden states that a draft head reads beside the tokens; None for a language model.
-    """
-
-    tokens: Int[Tensor, " W"]
-    positions: Int[Tensor, " W"]
-    start: Int[Tensor, ""]
-    first: Int[Tensor, ""]
-    visible: Bool[Tensor, "W S"]
-    states: Float[Tensor, "W F"] | None = None
 
 
 StaticForward = Callable[
@@ -175,8 +155,9 @@ class StaticRunner:
         visible: Bool[Tensor, "n s"],
         states: Float[Tensor, "n F"] | None = None,
         *,
+        rows: int | None = None,
         choose: bool = False,
-    ) -> tuple[Shaped[Tensor, "n ..."], ...]:
+    ) -> tuple[Shaped[Tensor, "_ ..."], ...]:
         """Run the forward of the tokens that take the last n slots.
 
         Args:
@@ -185,20 +166,21 @@ class StaticRunner:
             positions: positions of the tokens.
             visible: row i marks the slots among the last s that token i attends to; it attends to all slots before.
             states: hidden states that a draft head reads beside the tokens.
+            rows: number of tokens at the end whose logits of a language model are needed; None for all.
             choose: return a language model's most probable tokens in place of its logits. Then all outputs are valid
                 until the next replay.
 
         Returns:
-            The forward's outputs for the n tokens.
+            The forward's outputs for the n tokens. There may be logits for the last one alone, if one row is needed.
         """
         forward = self._choices if choose else self.forward
         if self._capture is None:
             start, first = (torch.tensor(slots.length - size) for size in visible.shape)
             inputs, storage = StaticInputs(tokens, positions, start, first, visible, states), slots.storage
-            return forward(
-                _on_device(inputs, slots.device), slots.positions[: slots.length], storage.keys, storage.values
-            )
+            return forward(inputs.to(slots.device), slots.positions[: slots.length], storage.keys, storage.values)
         kind = ("choices",) if choose else ()
+        if rows == 1 and len(tokens) > WIDTHS[-1]:  # the logits of a whole prompt would take long, and much memory
+            forward, kind = _of_the_last_row(forward), (*kind, "last")
         padded = self.replay(slots, tokens, positions, visible, states, forward=forward, kind=kind)
         outputs = tuple(output[: len(tokens)] for output in padded)
         return outputs if choose else tuple(output.clone() for output in outputs)
@@ -264,13 +246,12 @@ class StaticRunner:
         def forwards(
             inputs: StaticInputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
         ) -> tuple[Tensor]:
-            # The last token has the largest position: the padding behind it has position 0.
-            last, row = inputs.positions.max(0, keepdim=True)
-            logits = self.forward(inputs, positions, keys, values)[0].index_select(0, row)
+            assert inputs.last is not None
+            logits = self.forward(inputs, positions, keys, values)[0].index_select(0, inputs.last[None])
             chosen = [logits[:, :vocab_size].argmax(-1)]
-            itself = torch.ones(1, 1, dtype=torch.bool, device=last.device)
+            itself, last = torch.ones(1, 1, dtype=torch.bool, device=positions.device), inputs.start + inputs.last
             for ahead in range(1, count):
-                place = last[0] + ahead
+                place = last + ahead
                 now = StaticInputs(chosen[-1], place[None], place, place, itself)
                 chosen.append(self.forward(now, positions, keys, values)[0][:, :vocab_size].argmax(-1))
             return (torch.cat(chosen),)
@@ -357,10 +338,10 @@ class _CachedGraph:
         forward: Callable[[StaticInputs], tuple[Tensor, ...]],
         capture: Capture,
     ) -> None:
-        self._on_host = torch.zeros(8 * (2 * width + 2) + width * across, dtype=torch.uint8)
+        self._on_host = torch.zeros(8 * (2 * width + 3) + width * across, dtype=torch.uint8)
         self._on_device = moved(self._on_host, device).clone()
-        self._host_inputs = _inputs_in(self._on_host, width, across, states)
-        self._inputs = inputs = _inputs_in(self._on_device, width, across, states)
+        self._host_inputs = inputs_in(self._on_host, width, across, states)
+        self._inputs = inputs = inputs_in(self._on_device, width, across, states)
         self._state_rows = 0  # the rows of the last forward, if it read states
         self._forward = lambda: forward(inputs)
         self._capture = capture
@@ -377,6 +358,7 @@ class _CachedGraph:
     ) -> None:
         """Set the inputs; see `StaticInputs`. Rows beyond n, and slots beyond s, are padding."""
         (count, recent), host, inputs = visible.shape, self._host_inputs, self._inputs
+        assert host.last is not None
         on_host = tokens.device.type == "cpu"
         self._on_host.zero_()
         if on_host:
@@ -386,6 +368,7 @@ class _CachedGraph:
         host.positions[:count] = positions
         host.start.fill_(start)
         host.first.fill_(first)
+        host.last.fill_(count - 1)
         host.visible[:count, :recent] = visible
         # Padding rows must attend to a slot within every window: without one, their attention and their keys are NaN.
         host.visible[count:, 0] = True
@@ -408,18 +391,16 @@ class _CachedGraph:
         return self._replay()
 
 
-def _inputs_in(
-    buffer: UInt8[Tensor, " bytes"], width: int, across: int, states: Float[Tensor, "W F"] | None
-) -> StaticInputs:
-    """Return the inputs that lie in a buffer, beside the states, which are always on the device."""
-    numbers, visible = buffer.split((8 * (2 * width + 2), width * across))
-    tokens, positions, (start, first) = numbers.view(torch.long).split((width, width, 2))
-    return StaticInputs(tokens, positions, start, first, visible.view(torch.bool).view(width, across), states)
+def _of_the_last_row(forward: StaticForward) -> StaticForward:
+    """Return a forward with the logits of the last row that is not padding alone."""
 
+    def run(
+        inputs: StaticInputs, positions: Tensor, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]
+    ) -> tuple[Tensor, ...]:
+        assert inputs.last is not None
+        return forward(replace(inputs, wanted=inputs.last[None]), positions, keys, values)
 
-def _on_device(inputs: StaticInputs, device: torch.device) -> StaticInputs:
-    tensors = [moved(tensor, device) for field in fields(inputs) if (tensor := getattr(inputs, field.name)) is not None]
-    return StaticInputs(*tensors)
+    return run
 
 
 def _with_slots(tensor: Float[Tensor, "1 heads _ dim"], capacity: int) -> Float[Tensor, "1 heads capacity dim"]:
@@ -431,11 +412,3 @@ def _span(length: int) -> int:
     """Return a number of slots rounded up to a multiple of `_SPAN_MULTIPLE`, or of a larger power of two."""
     unit = max(_SPAN_MULTIPLE, 1 << max(length.bit_length() - 3, 0))
     return -(-length // unit) * unit
-
-
-def visible_slots(inputs: StaticInputs, span: int) -> Bool[Tensor, "W span"]:
-    """Return, for each row, a mask of the first `span` slots that it attends to."""
-    recent = torch.arange(span, device=inputs.first.device) - inputs.first
-    across = inputs.visible.shape[1]
-    within = (recent >= 0) & (recent < across)
-    return (recent < 0) | (inputs.visible[:, recent.clamp(0, across - 1)] & within)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from specdecode.backends.cache_views import StaticCacheView
 from specdecode.backends.packed import PackedLinear, pack
-from specdecode.backends.static import StaticInputs, visible_slots
+from specdecode.backends.static_inputs import StaticInputs, visible_slots
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
 from specdecode.core.transfer import moved
@@ -202,8 +202,9 @@ class BoundHead:
         """Return the tokens of `continue_greedily`, computed over static shapes."""
         assert self._first is not None
         assert self._next is not None
-        # The last token has the largest position: the padding behind it has position 0.
-        position, row = inputs.positions.max(0, keepdim=True)
+        assert inputs.last is not None
+        row = inputs.last[None]
+        position = inputs.positions.index_select(0, row)
         read = self._first.forward(inputs, positions, keys, values)
         state, logits = (output.index_select(0, row) for output in read)
         chosen = [self.tokens[logits.argmax(-1)]]

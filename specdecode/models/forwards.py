@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from specdecode.backends.cache_views import SlotWrite, StaticCacheView
 from specdecode.backends.grouped_attention import text_rows
-from specdecode.backends.static import StaticInputs
+from specdecode.backends.static_inputs import StaticInputs
 from specdecode.core.slots import SlotBatch, Slots
 from specdecode.core.transfer import moved
 from specdecode.core.tree import DraftTree
@@ -134,7 +135,7 @@ def static_logits(
     keys: Mapping[int, Tensor],
     values: Mapping[int, Tensor],
     write: SlotWrite,
-) -> Float[Tensor, "W V"]:
+) -> Float[Tensor, "_ V"]:
     """Run a forward over static shapes, completely on the device; see `backends.static.StaticForward`.
 
     Args:
@@ -144,11 +145,20 @@ def static_logits(
         write: writes the keys and values of a layer.
     """
     places = inputs.start + torch.arange(len(inputs.tokens), device=positions.device)
+    keeps = inputs.wanted is not None and _takes_rows(model)
     logits: Tensor = model(
         input_ids=inputs.tokens[None],
         attention_mask=form.static_masks(inputs, positions),
         position_ids=inputs.positions[None],
         past_key_values=StaticCacheView(keys, values, places, positions, write),
         use_cache=True,
+        **({"logits_to_keep": inputs.wanted} if keeps else {}),
     ).logits[0]
-    return logits
+    return logits if keeps or inputs.wanted is None else logits.index_select(0, inputs.wanted)
+
+
+def _takes_rows(model: PreTrainedModel) -> bool:
+    """Return whether a model's forward takes the rows of the logits to compute, as those of transformers do. Another
+    may take their number alone."""
+    keep = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    return keep is not None and "Tensor" in str(keep.annotation)

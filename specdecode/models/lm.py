@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdecode.backends import Backend, prepare
 from specdecode.backends.compiled import uncompiled
 from specdecode.backends.row_attention import separate_rows
-from specdecode.backends.static import StaticForward, StaticInputs, StaticRunner
+from specdecode.backends.static import StaticForward, StaticRunner
+from specdecode.backends.static_inputs import StaticInputs
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.ranks import Ranks, ranks_of
 from specdecode.core.sampling import most_probable
@@ -195,7 +196,7 @@ class LM:
         recorder = self._hidden_states.recorder
         static, layers = (self.static, ()) if recorder is None else (recorder.static, recorder.layers)
         if static is not None and not self._records_attention and static.takes(slots, count):
-            output, *hidden_states = static.run(slots, tokens, positions, visible, choose=choose)
+            output, *hidden_states = static.run(slots, tokens, positions, visible, rows=rows, choose=choose)
             slots.outputs = dict(zip(layers, hidden_states, strict=True))
             slots.attended = static.span(slots)
             return output[len(output) - rows :]
@@ -251,10 +252,9 @@ class LM:
         if self.static is not None and self.static.takes_chain(slots, len(tokens), count - 1):
             self.forwards += count
             return self.static.chain(slots, tokens, count, vocab_size)
-        chosen = []
+        chosen: list[Tensor] = []
         for _ in range(count):
-            tokens = self.forward(slots, tokens)[:, :vocab_size].argmax(-1)
-            chosen.append(tokens)
+            chosen.append(tokens := self.forward(slots, tokens)[:, :vocab_size].argmax(-1))
         return torch.cat(chosen)
 
     @contextmanager

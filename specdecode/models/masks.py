@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdecode.backends.static import StaticInputs, visible_slots
+from specdecode.backends.static_inputs import StaticInputs, visible_slots
 from specdecode.core.slots import Slots
 from specdecode.core.transfer import moved
 

@@ -55,7 +55,8 @@ from specdecode.backends.layouts import (
 )
 from specdecode.backends.packed import PackedLinear
 from specdecode.backends.row_attention import by_rows
-from specdecode.backends.static import Capture, StaticInputs, StaticRunner
+from specdecode.backends.static import Capture, StaticRunner
+from specdecode.backends.static_inputs import StaticInputs
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.check import classify
 from specdecode.bench.measure.timed import timed_by
@@ -594,15 +595,25 @@ def test_a_prompt_is_captured_and_not_compiled(name: str, monkeypatch: pytest.Mo
         static.append(len(tokens))
         return run(runner, slots, tokens, *others, **named)
 
-    monkeypatch.setattr(StaticRunner, "run", noted)
-    outputs = []
-    for target in (lm(name), over_static_shapes(name, "direct"), over_static_shapes(name, "rounded")):
+    def decoded(target: LM) -> torch.Tensor:
         static.clear()
         slots = target.new_slots(64)
-        outputs.append(torch.cat([target.forward(slots, piece) for piece in text.split((100, 73, 385))]))
-        assert static == ([100, 73, 385] if target.backend is STATIC["rounded"] else [])
-    torch.testing.assert_close(outputs[1], outputs[0])
-    torch.testing.assert_close(outputs[2], outputs[0])
+        return torch.cat([target.forward(slots, piece) for piece in text.split((100, 73, 385))])
+
+    monkeypatch.setattr(StaticRunner, "run", noted)
+    expected = decoded(lm(name))
+    torch.testing.assert_close(decoded(over_static_shapes(name, "direct")), expected)
+    assert static == []
+    target = over_static_shapes(name, "rounded")
+    rows: list[int] = []
+    target.model.get_output_embeddings().register_forward_hook(lambda layer, given, out: rows.append(out.shape[1]))
+    torch.testing.assert_close(decoded(target), expected)
+    assert static == [100, 73, 385]
+    assert set(rows) == {1}
+    # A model of somebody else may compute the logits of all rows.
+    monkeypatch.setattr("specdecode.models.forwards._takes_rows", lambda model: False)
+    torch.testing.assert_close(decoded(target), expected)
+    assert set(rows) == {1, 128, 512}
 
 
 def test_chosen_tokens_are_the_most_probable() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from specdecode.backends.grouped_attention import attend
 from specdecode.backends.kernels import TYPES, KernelModule
-from specdecode.backends.static import WIDTHS, StaticForward, StaticInputs
+from specdecode.backends.static import WIDTHS, StaticForward
+from specdecode.backends.static_inputs import StaticInputs
 
 WIDEST_KEY = 512
 """Most bytes of a key of a head: blocks of wider ones exceed the shared memory of smaller GPUs."""
