@@ -84,8 +84,8 @@ def _by_kernels(device: torch.device) -> tuple[str, ...]:
 def prepare(kind: str, model: PreTrainedModel, agreed: Callable[[Any], Any] = lambda value: value) -> Backend:
     """Transform a model in place for a backend.
 
-    With every backend but "eager", heads that share keys attend without copying them, and a prompt attends without a
-    mask (see `backends.grouped_attention`). A model with layers on several devices stays as it is.
+    With every backend but "eager", heads that share keys attend without copying them, and a prompt that is not captured
+    attends without a mask (see `backends.grouped_attention`). A model with layers on several devices stays as it is.
 
     Args:
         kind: "eager"; "packed", linear layers laid out for few rows on a CPU (see `backends.packed`); "exact", linear

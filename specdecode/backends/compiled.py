@@ -105,8 +105,8 @@ def add_biases_apart(module: nn.Module) -> None:
     """Replace the linear layers in a module that have a bias, in place."""
     for parent in [each for each in module.modules() if not isinstance(each, KernelModule)]:
         for name, child in list(parent.named_children()):
-            hooked = child._forward_hooks or child._forward_pre_hooks
-            if type(child) is nn.Linear and child.bias is not None and not hooked:
+            changed = child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child)
+            if type(child) is nn.Linear and child.bias is not None and not changed:
                 setattr(parent, name, BiasApart(child))
 
 

@@ -102,7 +102,7 @@ def attend(
 
 def attends_to_text(query: Float[Tensor, "batch heads n dim"], key: Float[Tensor, "batch shared length dim"]) -> int:
     """Return the number of the first rows that are the beginning of a text; 0 if there are keys of earlier forwards."""
-    if torch.compiler.is_compiling() or query.shape[2] < key.shape[2]:  # only drafts are read by compiled code
+    if torch.compiler.is_compiling() or query.shape[2] < key.shape[2]:  # compiled code reads with masks
         return 0
     return _text_rows.get()
 

@@ -70,7 +70,7 @@ def separate_rows(counts: Sequence[int], separate: Sequence[int]) -> Iterator[No
 def rows_of_text(rows: int) -> int:
     """Return how many of the first rows of a forward are text that plain decoding reads in one forward, too; 0 if the
     forward has several sequences, or another number of rows."""
-    if torch.compiler.is_compiling():  # only drafts are read by compiled code
+    if torch.compiler.is_compiling():  # compiled code reads with masks
         return 0
     forward = _rows.get()
     return rows - forward.separate[0] if forward is not None and list(forward.counts) == [rows] else 0

@@ -171,7 +171,7 @@ class StaticRunner:
                 until the next replay.
 
         Returns:
-            The forward's outputs for the n tokens. There may be logits for the last one alone, if one row is needed.
+            The forward's outputs for the n tokens. There may be logits for the last one alone, if no others are needed.
         """
         forward = self._choices if choose else self.forward
         if self._capture is None:
@@ -179,7 +179,8 @@ class StaticRunner:
             inputs, storage = StaticInputs(tokens, positions, start, first, visible, states), slots.storage
             return forward(inputs.to(slots.device), slots.positions[: slots.length], storage.keys, storage.values)
         kind = ("choices",) if choose else ()
-        if rows == 1 and len(tokens) > WIDTHS[-1]:  # the logits of a whole prompt would take long, and much memory
+        # The logits of a whole prompt would take long, and much memory.
+        if rows is not None and rows <= 1 and len(tokens) > WIDTHS[-1]:
             forward, kind = _of_the_last_row(forward), (*kind, "last")
         padded = self.replay(slots, tokens, positions, visible, states, forward=forward, kind=kind)
         outputs = tuple(output[: len(tokens)] for output in padded)

@@ -75,6 +75,8 @@ class ModelDrafter:
         greedy_chain = context.sampling.greedy and isinstance(self.shape, Chain)
         if greedy_chain and len(pending) <= _STEP_TOKENS and not self.policy.interval:
             length = min(limit.depth, limit.nodes, self.draft.context_length - len(tokens))
+            if length < 1:
+                return DraftTree.empty()
             drafted = self._continued(torch.tensor(pending), context, length)
             self._read = tokens
             return self._as_chain(drafted)
@@ -83,9 +85,9 @@ class ModelDrafter:
         self._read = tokens
         limit = Limit(min(limit.depth, self.draft.context_length - self._slots.length), limit.nodes)
         if greedy_chain:
-            first = logits[:, : context.vocab_size].argmax(-1)
-            others = min(limit.depth, limit.nodes) - 1
-            return self._as_chain(torch.cat([first, self._continued(first, context, others)]) if others else first)
+            first, length = logits[:, : context.vocab_size].argmax(-1), min(limit.depth, limit.nodes)
+            others = [self._continued(first, context, length - 1)] if length > 1 else []
+            return self._as_chain(torch.cat([first[:length], *others]))
         rng = None if context.sampling.greedy else context.rng
 
         def read(level: Level, visible: Tensor, depth: int) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from specdecode.backends.cache_views import StaticCacheView
 from specdecode.backends.packed import PackedLinear, pack
+from specdecode.backends.static import WIDTHS
 from specdecode.backends.static_inputs import StaticInputs, visible_slots
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
@@ -112,7 +113,8 @@ class BoundHead:
         tokens, positions, visible = inputs.tokens, inputs.positions, inputs.visible
         slots.append(positions)
         static = self._first if fuse else self._next
-        if static is not None and static.takes(slots, len(tokens)):
+        # A head launches few kernels for a prompt, and captured it would compute the logits of all rows.
+        if static is not None and len(tokens) <= WIDTHS[-1] and static.takes(slots, len(tokens)):
             state, logits = static.run(slots, tokens, positions, visible, states)
             return state[-inputs.rows :], logits[-inputs.rows :]
         before = torch.ones(len(tokens), slots.length - visible.shape[1], dtype=torch.bool)

@@ -30,6 +30,7 @@ from specdecode import (
     DraftTree,
     FixedK,
     Generation,
+    HeadDrafter,
     ModelDrafter,
     PromptLookup,
     Sampling,
@@ -67,6 +68,7 @@ from specdecode.core.slots import Slots
 from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.drafters.base import Context
 from specdecode.drafters.none import NoDraft
+from specdecode.heads.bound import BoundHead, untrained
 from specdecode.models.variants import shared_copy
 from tests.helpers import models
 from tests.helpers.characters import save
@@ -609,11 +611,24 @@ def test_a_prompt_is_captured_and_not_compiled(name: str, monkeypatch: pytest.Mo
     target.model.get_output_embeddings().register_forward_hook(lambda layer, given, out: rows.append(out.shape[1]))
     torch.testing.assert_close(decoded(target), expected)
     assert static == [100, 73, 385]
+    assert len(target.forward(target.new_slots(64), text[:100], rows=0)) == 0
     assert set(rows) == {1}
     # A model of somebody else may compute the logits of all rows.
     monkeypatch.setattr("specdecode.models.forwards._takes_rows", lambda model: False)
     torch.testing.assert_close(decoded(target), expected)
     assert set(rows) == {1, 128, 512}
+
+
+def test_a_head_reads_a_prompt_without_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a captured prompt of a head, with logits of all its rows."""
+    target, rows = over_static_shapes("llama", "rounded"), []
+    head = BoundHead(untrained(target), target)
+    logits = head._logits
+    monkeypatch.setattr(head, "_logits", lambda state: rows.append(len(state)) or logits(state))
+    for _ in range(2):  # the second text finds tensors
+        generate(target, prompt(100), drafter=HeadDrafter(head), controller=FixedK(3), max_new_tokens=8)
+        gc.collect()
+    assert max(rows) <= 8
 
 
 def test_chosen_tokens_are_the_most_probable() -> None:

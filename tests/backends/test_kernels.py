@@ -572,6 +572,7 @@ _COMPILED_OVER_INTEGERS = """
 import functools
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -608,20 +609,23 @@ with FakeTensorMode():
 torch.compile = functools.partial(compile_, backend="eager")
 model = build(ARCHITECTURES["llama"] | {"num_hidden_layers": 2}).float()
 quantizer("int8")(model)
-texts = []
+texts, before = [], counters["stats"]["unique_graphs"]
 for backend in ("triton", "compile"):
     copied = shared_copy(model)
     by_layer = backend == "compile"
     prepared = _compiled_by_layer(copied, lambda: lambda run: run) if by_layer else prepare(backend, copied)
     target = LM(copied, backend=prepared)
-    rules = {"controller": FixedK(3), "max_new_tokens": 12}
-    texts.append(generate(target, prompt(), drafter=PromptLookup(), **rules).tokens)
-print(target.backend, texts[0] == texts[1])
+    for k in (1, 2):
+        rules = {"controller": FixedK(k), "max_new_tokens": 12}
+        texts.append(generate(target, prompt(), drafter=PromptLookup(), **rules).tokens)
+print(target.backend, counters["stats"]["unique_graphs"] - before, texts[:2] == texts[2:])
 """
 
 
 def test_compiled_code_leaves_integers_as_they_are() -> None:
-    """Guards against compiled code that writes 8-bit weights out in 16 bits, four times the bytes that it has to read.
+    """Guards against compiled code that writes 8-bit weights out in 16 bits, four times the bytes that it has to read;
+    and against code for each number of rows.
+
     No GPU is needed to see what the compiler is given.
     """
     run = subprocess.run(
@@ -631,4 +635,4 @@ def test_compiled_code_leaves_integers_as_they_are() -> None:
         text=True,
         check=False,
     )
-    assert run.stdout.splitlines() == ["True 2"] * 3 + ["compile True"], run.stderr
+    assert run.stdout.splitlines() == ["True 2"] * 3 + ["compile 2 True"], run.stderr

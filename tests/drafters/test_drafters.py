@@ -26,6 +26,7 @@ from specdecode import (
     PromptLookup,
     ReplayDrafter,
     Sampling,
+    SinkWindow,
     StaticTree,
     generate,
 )
@@ -37,7 +38,7 @@ from specdecode.heads.bound import BoundHead, untrained
 from specdecode.models.recording import recorded_hidden_states
 from tests.helpers.discovery import DRAFTERS, examples
 from tests.helpers.drafts import part
-from tests.helpers.models import logits, small
+from tests.helpers.models import ARCHITECTURES, build, logits, small
 from tests.helpers.trees import paths
 
 VOCABULARY = 11
@@ -271,9 +272,26 @@ def test_accepted_replayed_tokens_are_not_read_again(shape: TreeShape) -> None:
         length -= 1
 
 
-def test_a_best_first_tree_of_no_nodes_is_empty() -> None:
-    """Guards against a controller that asks for no nodes, and gets an index error."""
-    assert len(ModelDrafter(target(), BestFirstTree()).propose(context(TEXT), Limit(3, nodes=0))) == 0
+@pytest.mark.parametrize("shape", [BestFirstTree(), Chain()])
+def test_a_draft_of_no_nodes_is_empty(shape: TreeShape) -> None:
+    """Guards against a controller that asks for no nodes, and gets an index error; and against a text that the drafter
+    takes for read.
+    """
+    drafter = ModelDrafter(target(), shape)
+    for length in (5, 6):
+        assert len(drafter.propose(context(TEXT[:length]), Limit(3, nodes=0))) == 0
+    found, expected = (one.propose(context(TEXT), Limit(3)) for one in (drafter, ModelDrafter(target(), shape)))
+    assert found.host_tokens == expected.host_tokens
+
+
+@pytest.mark.parametrize("shape", [BestFirstTree(), Chain()])
+def test_a_draft_whose_cache_is_full_proposes_nothing(shape: TreeShape) -> None:
+    """Guards against an error at the length at which a policy evicts, if the cache is then as long as the context."""
+    draft = LM(build(ARCHITECTURES["llama"] | {"max_position_embeddings": 16}))
+    drafter = ModelDrafter(draft, shape, policy=SinkWindow(16, sinks=2, interval=4))
+    text = [*TEXT, *TEXT]
+    depths = [drafter.propose(context(text[:length]), Limit(3)).depth for length in range(13, 20)]
+    assert depths == [3, 2, 1, 0, 3, 2, 1]
 
 
 def test_a_replay_s_choice_depends_on_the_position_alone() -> None:

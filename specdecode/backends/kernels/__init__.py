@@ -65,7 +65,9 @@ def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     (Its class belongs to a room that imports from this one.)
     """
     parameters = dict(layer.named_parameters(recurse=False))
-    return (parameters["integers"], parameters["scales"]) if {"integers", "scales"} <= parameters.keys() else None
+    # Not by a comparison of sets, which the compiler of PyTorch 2.11 does not know.
+    there = "integers" in parameters and "scales" in parameters
+    return (parameters["integers"], parameters["scales"]) if there else None
 
 
 def restore_layers(model: nn.Module) -> None:

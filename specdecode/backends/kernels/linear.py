@@ -110,7 +110,7 @@ def _multiply_in_compiled_code(
 
 @_multiply_in_compiled_code.register_fake
 def _product_like(inputs: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
-    return inputs.new_empty(len(inputs), len(weight))
+    return inputs.new_empty(inputs.shape[0], weight.shape[0])  # `len` would fix the number of rows
 
 
 def multiply_reference(

@@ -12,8 +12,8 @@ from specdecode.backends.device import synchronise
 from specdecode.models.lm import LM
 from specdecode.models.quantize import stored_bytes
 
-# Large enough that the processor's caches and the start of a kernel do not matter.
-_READ_BYTES, _READ_BYTES_ON_GPU = 2**28, 2**31
+# Large enough that the caches of most processors and the start of a kernel do not matter.
+_READ_BYTES, _READ_BYTES_ON_GPU = 2**30, 2**33
 
 
 def read_bandwidth(device: torch.device) -> float:
