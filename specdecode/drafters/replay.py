@@ -34,7 +34,7 @@ class ReplayDrafter:
         seed: seed of the choice of right positions.
 
     Attributes:
-        lost: number of proposals that were made at an unknown place in the text.
+        lost: number of proposals, without empty ones, that were made at an unknown place in the text.
 
     Raises:
         ValueError: the acceptance is outside [0, 1].
@@ -61,7 +61,7 @@ class ReplayDrafter:
     def propose(self, context: Context, limit: Limit) -> DraftTree:
         tree = self.inner.propose(context, limit)
         start = self._place(context.tokens)
-        self.lost += start is None
+        self.lost += start is None and len(tree) > 0
         known = [] if start is None else self.text[start : start + tree.depth]
         children, tokens = tree.children(), [0] * len(tree)
         level = [0]

@@ -256,6 +256,9 @@ def test_a_replay_finds_its_text_again() -> None:
     assert proposed([*known[:3], 9, 4, 7]) == [2, 6, 8]
     assert proposed([*known[:9], 4, 8, 1, 3])[:2] == [0, 10]
     assert replay.lost == 2
+    empty = ReplayDrafter(NoDraft(), known, acceptance=1.0)
+    empty.propose(context(wrong), Limit(3))
+    assert empty.lost == 0
 
 
 @pytest.mark.parametrize("shape", [Chain(), StaticTree((2, 1, 1)), BestFirstTree(nodes=6, threshold=0.0)])

@@ -24,7 +24,10 @@ def our_run(
     make_controller = controller_maker(spec, target, make_drafter)
 
     def run(prompt: Sequence[int], max_new_tokens: int, expected: Sequence[int]) -> Run:
+        lost: int | None = None
+
         def decode() -> list[Generation]:
+            nonlocal lost
             rules: dict[str, Any] = {
                 "policy": policy,
                 "max_new_tokens": max_new_tokens,
@@ -37,9 +40,13 @@ def our_run(
             drafter = make_drafter()
             if spec.replay is not None:
                 drafter = ReplayDrafter(drafter, [*prompt, *expected], spec.replay)
-            return [generate(target, prompt, drafter=drafter, controller=make_controller(), on_step=end_step, **rules)]
+            result = generate(target, prompt, drafter=drafter, controller=make_controller(), on_step=end_step, **rules)
+            if isinstance(drafter, ReplayDrafter):
+                lost = drafter.lost
+            return [result]
 
-        return run_of(*timed_call(target.device, decode), lengths)
+        results, total_s = timed_call(target.device, decode)
+        return run_of(results, total_s, lengths, lost)
 
     return run
 

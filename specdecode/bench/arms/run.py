@@ -33,6 +33,7 @@ class Run:
         cuts: the run as it was at each of the requested shorter lengths.
         tries: number of measurements, repeated because other work disturbed them. This is the least disturbed one.
         disturbed: whether other work disturbed this measurement too.
+        captured: whether it captured CUDA graphs or compiled, like the tries before it.
         slices: number of slices of a run that took turns; 0 for one that is compared as a whole.
         left_out: number of slices that are not compared, because other work disturbed them.
         beside_s: seconds per token of the reference arm right before and after this run, their geometric mean; None if
@@ -49,6 +50,7 @@ class Run:
     cuts: list[Run] = field(default_factory=list)
     tries: int = 1
     disturbed: bool = False
+    captured: bool = False
     slices: int = 0
     left_out: int = 0
     beside_s: float | None = None
@@ -81,6 +83,7 @@ class Run:
             **({"latencies": as_dict(self.latencies)} if self.latencies.ttft else {}),
             **({"tries": self.tries} if self.tries > 1 else {}),
             **({"disturbed": True} if self.disturbed else {}),
+            **({"captured": True} if self.captured else {}),
             **({"slices": self.slices, "left_out": self.left_out} if self.slices else {}),
             **({"beside_s": self.beside_s} if self.beside_s is not None else {}),
         }
@@ -106,6 +109,7 @@ class Run:
             cuts=[cls.from_json(mapping(cut, "a cut")) for cut in items(entry["cuts"], "cuts")],
             tries=count(entry, "tries", least=1) if "tries" in entry else 1,
             disturbed=flag(entry, "disturbed", default=False),
+            captured=flag(entry, "captured", default=False),
             slices=count(entry, "slices") if "slices" in entry else 0,
             left_out=count(entry, "left_out") if "left_out" in entry else 0,
             beside_s=number(entry, "beside_s", LEAST_SECONDS) if "beside_s" in entry else None,
@@ -113,10 +117,12 @@ class Run:
 
 
 def disturbances(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the numbers of an arm's runs and slices that other work disturbed, by the names of `ArmRecord`."""
+    """Return the numbers of an arm's runs and slices that other work or captures disturbed, by the names of
+    `ArmRecord`."""
     return {
         "repeated": sum(run.tries > 1 for run in runs),
         "disturbed": sum(run.disturbed for run in runs),
+        "captured": sum(run.captured for run in runs),
         "slices": sum(run.slices for run in runs),
         "left_out": sum(run.left_out for run in runs),
     }
@@ -128,10 +134,16 @@ def _positive(entry: Mapping[str, Any], kind: str) -> dict[str, float]:
     return {name: number(values, name, 0.0) for name in values}
 
 
-def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int] = ()) -> Run:
+def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int] = (), lost: int | None = None) -> Run:
     """Return the run of a batch's first prompt: its counts, and its share of the time, which is equal for each prompt.
 
     A batch is not cut, because its prompts end at different times.
+
+    Args:
+        results: the results of the batch.
+        total_s: seconds of the whole call.
+        lengths: lengths at which to cut the run.
+        lost: see `Counts`. It is unknown for a cut.
     """
     result, share = results[0], 1 / len(results)
 
@@ -152,6 +164,7 @@ def run_of(results: Sequence[Generation], total_s: float, lengths: Sequence[int]
             drafted=result.drafted,
             accepted=result.accepted,
             rejections=result.rejections,
+            lost=lost,
             cache_bytes=result.cache_bytes,
             peak_cache_bytes=result.peak_cache_bytes,
             grown_bytes=max(0, result.peak_cache_bytes - result.steps[0].cache_bytes),

@@ -286,7 +286,14 @@ class _Runs:
                     self.beats.append(turn.run)
                     # Here plain decoding takes turns with itself, so its seconds are those of a second run of the arm.
                     self.last[arm.name] = replace(
-                        turn.run, total_s=turn.plain_s, beside_s=None, tries=1, disturbed=False, slices=0, left_out=0
+                        turn.run,
+                        total_s=turn.plain_s,
+                        beside_s=None,
+                        tries=1,
+                        disturbed=False,
+                        captured=False,
+                        slices=0,
+                        left_out=0,
                     )
                 return
             run = into[arm.name] = steady_run(self._steady, lambda: timed(arm, self._text, self._length, expected))

@@ -19,6 +19,8 @@ from specdecode.backends.graph import MOST_CAPTURING_RUNS
 from specdecode.bench.arms.arm import Arm
 from specdecode.bench.runs.measures import CountersRun
 
+# Only the shapes of a short text are captured. A longer text would not spare the repeats of `timed_by`, since a longer
+# prompt needs shapes and slots of its own.
 COUNTERS_RUN_TOKENS = 16
 """Length of the counters run of each arm."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from specdecode.backends.compiled import preparations
@@ -21,17 +22,19 @@ def timed(arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int])
     Raises:
         ArmError: an arm from code or of a server does not decode, or its output is empty.
     """
-    run = timed_by(lambda: arm.run(prompt, length, expected))
+    run, captured = timed_by(lambda: arm.run(prompt, length, expected))
     if not run.tokens:  # a server that does not go on after a stop token may write nothing before it
         raise ArmError(f"arm {arm.name!r}: its output is empty")
-    return run
+    return replace(run, captured=captured)
 
 
-def timed_by(once: Callable[[], T]) -> T:
-    """Return the result of a timed run, with garbage collected before it and not during it.
+def timed_by(once: Callable[[], T]) -> tuple[T, bool]:
+    """Return the result of a timed run, with garbage collected before it and not during it. Also return whether it
+    captured CUDA graphs or compiled.
 
-    A run that captures CUDA graphs or compiles is repeated, as the next run need not. The next collection skips all
-    objects that are in use now, until `gc.unfreeze`: it takes a tenth of a second or more for those of PyTorch alone.
+    Such a run is repeated, as the next run need not; the last of `MOST_CAPTURING_RUNS` is returned all the same. The
+    next collection skips all objects that are in use now, until `gc.unfreeze`: it takes a tenth of a second or more for
+    those of PyTorch alone.
     """
     gc.collect()
     gc.freeze()
@@ -40,8 +43,9 @@ def timed_by(once: Callable[[], T]) -> T:
         for _ in range(MOST_CAPTURING_RUNS):
             before = preparations()
             result = once()
-            if preparations() == before:
+            captured = preparations() > before
+            if not captured:
                 break
-        return result
+        return result, captured
     finally:
         gc.enable()

@@ -76,7 +76,9 @@ class Turns:
             ArmError: an arm from code does not decode.
         """
         kept = self._slices.measure(lambda: timed_by(lambda: self._once(arm, prompt, length, expected)))
-        return replace(kept.value, run=replace(kept.value.run, tries=kept.tries, disturbed=kept.disturbed))
+        turn, captured = kept.value
+        run = replace(turn.run, tries=kept.tries, disturbed=kept.disturbed, captured=captured)
+        return replace(turn, run=run)
 
     @with_stack_room
     def _once(self, arm: Arm, prompt: Sequence[int], length: int, expected: Sequence[int]) -> Turn:

@@ -222,10 +222,28 @@ def notes(run: RunFile) -> list[str]:
             f"Outputs that left the replayed text at a tie: {left}. After a tie, fewer proposals may be accepted than"
             " the replay sets."
         )
+    if lost := _lost_drafts(run):
+        sentences.append(
+            f"Drafts that found no place in the replayed text: {lost}. Fewer proposals were accepted there than the"
+            " replay sets."
+        )
+    if captured := ", ".join(f"{arm} ({record.captured})" for arm, record in run.arms.items() if record.captured):
+        sentences.append(
+            f"Timed runs that captured CUDA graphs or compiled, even when repeated: {captured}. Their times may be too"
+            " long."
+        )
     bases = {arm: base for arm in run.arms if (base := plain(run, arm)) is not None}
     if ratios := _ratios(run, bases):
         sentences.append(f"Against plain decoding with the same loss: {ratios}.")
     return sentences + [f"Beware: {warning}." for warning in run.header.warnings]
+
+
+def _lost_drafts(run: RunFile) -> str:
+    """Return how many drafts of each replayed arm found no place in the replayed text; "" if all did."""
+    lost = {arm: record.counts().lost for arm, record in run.arms.items()}
+    return ", ".join(
+        f"{arm} ({count:.0f} of {sum(run.arms[arm].histograms().depth[1:])})" for arm, count in lost.items() if count
+    )
 
 
 def _ratios(run: RunFile, others: Mapping[str, str]) -> str:

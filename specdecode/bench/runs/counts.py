@@ -31,6 +31,8 @@ class Counts:
         drafted: number of proposed tokens.
         accepted: number of proposals kept.
         rejections: number of steps that rejected a proposal.
+        lost: number of proposals that found no place in the replayed text, so that they were right by chance only; None
+            for an arm without `replay`.
         cache_bytes: bytes of KV at the end.
         peak_cache_bytes: peak bytes of KV.
         grown_bytes: peak bytes of KV minus the bytes after the first step.
@@ -48,6 +50,7 @@ class Counts:
     drafted: float | None = None
     accepted: float | None = None
     rejections: float | None = None
+    lost: float | None = None
     cache_bytes: float | None = None
     peak_cache_bytes: float | None = None
     grown_bytes: float | None = None

@@ -81,6 +81,7 @@ def _arm_json(record: ArmRecord) -> dict[str, Any]:
         **({"outputs": record.outputs} if record.outputs else {}),
         "repeated": record.repeated,
         "disturbed": record.disturbed,
+        **({"captured": record.captured} if record.captured else {}),
         **({"slices": record.slices, "left_out": record.left_out} if record.slices else {}),
     }
 
@@ -185,6 +186,7 @@ def _arm(entry: dict[str, Any], header: Header) -> ArmRecord:
         outputs={prompt: str(output) for prompt, output in mapping(entry.get("outputs", {}), "outputs").items()},
         repeated=count(entry, "repeated") if "repeated" in entry else 0,
         disturbed=count(entry, "disturbed") if "disturbed" in entry else 0,
+        captured=count(entry, "captured") if "captured" in entry else 0,
         slices=count(entry, "slices") if "slices" in entry else 0,
         left_out=count(entry, "left_out") if "left_out" in entry else 0,
     )

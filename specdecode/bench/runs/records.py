@@ -189,6 +189,7 @@ class ArmRecord:
         outputs: digest of its output for each prompt, if other arms name it as their reference arm.
         repeated: number of runs that were measured again, because other work disturbed them.
         disturbed: number of runs that other work disturbed in every try. They stay in the rows.
+        captured: number of timed runs that captured CUDA graphs or compiled in every try. They stay in the rows.
         slices: number of slices of a few steps in runs that took turns.
         left_out: number of slices that are not compared, because other work disturbed them.
     """
@@ -209,6 +210,7 @@ class ArmRecord:
     outputs: dict[str, str] = field(default_factory=dict)
     repeated: int = 0
     disturbed: int = 0
+    captured: int = 0
     slices: int = 0
     left_out: int = 0
 

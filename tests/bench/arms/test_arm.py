@@ -11,6 +11,7 @@ import torch
 
 from specdecode import TokenizerMismatchError, generate
 from specdecode.bench.arms.arm import make_arm
+from specdecode.bench.arms.run import Run
 from specdecode.bench.measure import speed_session
 from specdecode.bench.measure.experiment import row_of
 from specdecode.bench.options import Options
@@ -74,6 +75,12 @@ def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
     assert run.counts.draft_forwards == sum(depth * steps for depth, steps in enumerate(run.histograms.depth))
     record = ArmRecord({"p": row_of([0.0], [run], [run])})
     assert 0.6 < record.acceptance_by_position()[0] < 0.95
+    assert run.counts.lost == 0
+    # The target leaves this text at the tenth token. Tokens that occur nowhere else follow.
+    wrong = [*expected[:10], *range(VOCABULARY)]
+    lost = arm.run(prompt(), 200, wrong).counts
+    assert 0.5 * lost.steps < lost.lost < lost.steps
+    assert Run.from_json(run.as_json()).counts == run.counts
 
 
 @pytest.mark.parametrize(("entry", "steps"), [({"k": 4}, 8), ({}, 7)], ids=str)

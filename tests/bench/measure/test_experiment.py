@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from specdecode import LM, Costs, generate
+from specdecode.backends.graph import MOST_CAPTURING_RUNS, CudaGraphs
 from specdecode.bench import presets
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.callables import NO_MEMORY, ArmError
@@ -166,6 +167,27 @@ def test_an_arm_is_compared_with_the_baseline_beside_it(results: Results) -> Non
             means = [math.sqrt(first * second) for first, second in pairwise(times)]
             assert any(block.runs[arm].beside_s == pytest.approx(mean, rel=1e-12) for mean in means)
         assert block.noise("ar") == pytest.approx(math.log(times[0] * times[2] / times[1] ** 2) / 2)
+
+
+@pytest.mark.parametrize(("in_turns", "timed"), [(False, 2), (True, 1)])
+def test_an_arm_that_captures_in_each_run_is_counted(
+    in_turns: bool, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against times with captures or compilations in them that nobody knows of."""
+    plain = make_arm("ar", {}, lm("llama"), None, "eager")
+
+    def run(*given: Any) -> Run:
+        CudaGraphs.count += 1
+        return plain.run(*given)
+
+    monkeypatch.setattr(CudaGraphs, "count", 0)
+    capturing = dataclasses.replace(plain, run=run, foreign=True)
+    results = experiment([capturing], {"a": list(prompt())}, 2, in_turns=in_turns)
+    assert results.records()["ar"].captured == timed
+    # Beside the timed runs: before all blocks, the counters run, and for the expected output.
+    assert CudaGraphs.count == 3 + timed * MOST_CAPTURING_RUNS
+    first = results.blocks[0].runs["ar"]
+    assert Run.from_json(first.as_json()) == first
 
 
 def test_a_baseline_that_is_wrong_in_between_is_wrong() -> None:

@@ -319,6 +319,19 @@ def test_a_replay_that_lost_its_text_is_told(report: Any) -> None:
     arm = next(arm for arm in SPEEDUPS if arm != "ar")
     run["specdecode"]["arms"][arm]["ties"] = 2
     assert f"Outputs that left the replayed text at a tie: {arm} (2)." in report("md", run)
+    assert "found no place" not in report("md", run)
+    for row in run["specdecode"]["arms"][arm]["rows"].values():
+        row["counts"]["lost"] = 4
+    text = report("md", run)
+    assert f"Drafts that found no place in the replayed text: {arm} (12 of 60). Fewer proposals were accepted" in text
+
+
+def test_an_arm_that_captures_in_each_run_is_told(report: Any) -> None:
+    """Guards against times with captures or compilations in them that nobody knows of."""
+    run = run_content(SPEEDUPS)
+    assert "captured CUDA graphs" not in report("md", run)
+    run["specdecode"]["arms"]["lookup"]["captured"] = 2
+    assert "captured CUDA graphs or compiled, even when repeated: lookup (2)." in report("md", run)
 
 
 def test_the_command_measures_the_same_again(report: Any) -> None:
