@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdecode.backends.graph import CudaGraphs, clock
 from specdecode.controllers.adaptive import AdaptiveK
-from specdecode.controllers.base import MAX_DRAFT_NODES, FixedK, Limit
+from specdecode.controllers.base import FixedK, Limit
 from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import Generation, Step
 from specdecode.core.sampling import most_probable
@@ -19,12 +19,9 @@ from specdecode.core.transfer import moved, picked
 from specdecode.core.tree import DraftTree
 from specdecode.core.verify import accept
 from specdecode.decoding.request import Request
-from specdecode.drafters.base import Context
+from specdecode.drafters.base import Context, slots_for
 from specdecode.models.forwards import prefill_chunk
 from specdecode.policies.base import boundary
-
-# Largest number of slots that are allocated at the start for new tokens. Later growth doubles the slots.
-_NEW_TOKEN_SLOTS = 2048
 
 # Controllers that ignore the times of a step. With them, processes that decode together need not agree on the times.
 _WITHOUT_CLOCK = (FixedK, AdaptiveK)
@@ -51,12 +48,8 @@ class SequenceState:
         self._request = request
         self._tokens = list(request.tokens)
         self._rng = request.sampling.rng(request.target.ranks)
-        policy, length = request.policy, len(self._tokens)
-        capacity = min(request.length_limit, length + _NEW_TOKEN_SLOTS)
-        if policy.interval:
-            capacity = policy.keeps + policy.interval
-        capacity += MAX_DRAFT_NODES
-        target = request.target
+        target, length = request.target, len(self._tokens)
+        capacity = slots_for(length, request.length_limit, request.policy)
         self.slots = SlotBatch.new_row(capacity, target.device) if in_batch else target.new_slots(capacity)
         self._read = 0  # number of tokens that the target has read; at least the root is still pending
         self._hidden_states: Tensor | None = None  # [capacity, F] states at the tokens read so far, for the drafter
@@ -221,6 +214,7 @@ class SequenceState:
             self._rng,
             None if states is None else states[: self._read],
             first,
+            self._request.length_limit,
         )
 
     def _keep_accepted(self, path: Sequence[int], stem: int, nodes: int) -> None:

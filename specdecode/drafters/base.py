@@ -9,9 +9,14 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from specdecode.controllers.base import Limit
+from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
 from specdecode.core.sampling import Rng, Sampling
 from specdecode.core.tree import DraftTree
+from specdecode.policies.base import CachePolicy
+from specdecode.policies.keep_all import KeepAll
+
+# Largest number of slots that are allocated at the start for new tokens. Later growth doubles the slots.
+_NEW_TOKEN_SLOTS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class Context:
             even if a policy evicts from the target's cache: 7 kB per token for three layers of SmolLM2-135M in float32.
         first: whether no token has been committed yet. A drafter that would have to read the prompt in forwards of its
             own then proposes nothing, so that the first token comes as early as in plain decoding.
+        length_limit: most tokens that the text may have in the end, to choose the size of a cache; None if unknown.
     """
 
     tokens: Sequence[int]
@@ -37,6 +43,7 @@ class Context:
     rng: Rng
     hidden_states: Float[Tensor, "read F"] | None = None
     first: bool = False
+    length_limit: int | None = None
 
 
 class Drafter(Protocol):
@@ -65,6 +72,21 @@ class Drafter(Protocol):
             limit: largest depth and number of nodes of the tree.
         """
         ...
+
+
+def slots_for(length: int, length_limit: int | None, policy: CachePolicy = KeepAll()) -> int:
+    """Return the number of slots to begin with for a text and the proposals after it.
+
+    A cache that grows moves its tensors, so that all CUDA graphs for them are captured anew.
+
+    Args:
+        length: number of tokens of the text so far.
+        length_limit: most tokens that the text may have in the end; None if unknown.
+        policy: the policy of the cache.
+    """
+    if policy.interval:
+        return policy.keeps + policy.interval + MAX_DRAFT_NODES
+    return min(length_limit or length, length + _NEW_TOKEN_SLOTS) + MAX_DRAFT_NODES
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -7,9 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from specdecode.controllers.base import Limit
+from specdecode.core.slots import Slots
 from specdecode.core.transfer import picked
 from specdecode.core.tree import DraftTree
-from specdecode.drafters.base import Context, common_prefix
+from specdecode.drafters.base import Context, common_prefix, slots_for
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
 from specdecode.heads.bound import BoundHead, untrained
 from specdecode.models.forwards import PREFILL_CHUNK, ForwardInput
@@ -44,7 +45,7 @@ class HeadDrafter:
         self.head = head
         self.shape = shape
         self.forwards = 0
-        self._slots = head.new_slots(256)
+        self._slots = Slots(0, head.tokens.device)
         # The tokens read so far. Slot i holds the pair of token i + 1.
         self._read: list[int] = []
 
@@ -62,6 +63,9 @@ class HeadDrafter:
             return DraftTree.empty()
         self._slots.keep([], after=max(shared - 1, 0))
         self._read = tokens[:shared]
+        capacity = slots_for(len(tokens), context.length_limit)
+        if not self._slots.length and self._slots.capacity < capacity:
+            self._slots = self.head.new_slots(capacity)
         chain = min(limit.depth, limit.nodes) if context.sampling.greedy and isinstance(self.shape, Chain) else 0
         for start in range(max(shared, 1), len(tokens), PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, len(tokens))

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdecode.controllers.base import Limit
+from specdecode.core.slots import Slots
 from specdecode.core.tree import DraftTree
-from specdecode.drafters.base import Context, common_prefix
+from specdecode.drafters.base import Context, common_prefix, slots_for
 from specdecode.drafters.tree_shapes import BestFirstTree, Chain, Level, StaticTree, TreeShape, grow_tree
 from specdecode.models.arguments import check_cache_fits, check_lm
 from specdecode.models.lm import LM
@@ -59,7 +60,7 @@ class ModelDrafter:
         self._forget()
 
     def _forget(self) -> None:
-        self._slots = self.draft.new_slots(256)
+        self._slots = Slots(0, self.draft.device)
         self._read: list[int] = []
         self._grown = self._proposed = DraftTree.empty()
         self._places: list[int] = []
@@ -72,6 +73,9 @@ class ModelDrafter:
         full = not self.policy.interval and len(tokens) >= self.draft.context_length
         if full or max(pending) >= self.draft.vocab_size:
             return DraftTree.empty()
+        capacity = slots_for(len(tokens), context.length_limit, self.policy)
+        if not self._slots.length and self._slots.capacity < capacity:
+            self._slots = self.draft.new_slots(capacity)
         greedy_chain = context.sampling.greedy and isinstance(self.shape, Chain)
         if greedy_chain and len(pending) <= _STEP_TOKENS and not self.policy.interval:
             length = min(limit.depth, limit.nodes, self.draft.context_length - len(tokens))

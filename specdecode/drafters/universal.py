@@ -89,9 +89,10 @@ class UniversalDrafter:
         draft_tokens = [*self._draft.opening, *translation]
         if not draft_tokens:
             return DraftTree.empty()
-        depth = min(limit.depth, limit.nodes)
-        length = math.ceil((depth + len(incomplete)) * len(draft_tokens) / len(context.tokens)) + 1
-        draft_context = Context(draft_tokens, self._draft.size, Sampling(), context.rng)
+        depth, ratio = min(limit.depth, limit.nodes), len(draft_tokens) / len(context.tokens)
+        length = math.ceil((depth + len(incomplete)) * ratio) + 1
+        length_limit = None if context.length_limit is None else math.ceil(context.length_limit * ratio)
+        draft_context = Context(draft_tokens, self._draft.size, Sampling(), context.rng, length_limit=length_limit)
         drafted = self._drafter.propose(draft_context, Limit(length, length)).tokens.tolist()
         drafted = drafted[: self._draft.complete(drafted)]
         text = _with_end_of(self._target, self._draft, self._draft.decode(drafted, first=not translation))

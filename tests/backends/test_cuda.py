@@ -30,11 +30,11 @@ from specdecode import (
     generate_batch,
     load,
 )
-from specdecode.backends import prepare
+from specdecode.backends import prepare, static
 from specdecode.backends.graph import CudaGraphs
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.measure.counters import host_reads
-from specdecode.bench.measure.timed import timed
+from specdecode.bench.measure.timed import timed, timed_by
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.drafters.base import Drafter
@@ -95,7 +95,7 @@ LAUNCHES = {
     "lookup": 2.1,
     "chain": 8.8,
     "static-tree": 26.3,
-    "best-first-tree": 53,
+    "best-first-tree": 53.1,
     "head-chain": 13.7,
     "head-tree": 38,
 }
@@ -422,3 +422,31 @@ def test_a_model_that_cannot_be_captured_runs_all_the_same() -> None:
     assert "not graph" in target.backend.note
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert decode(target, PromptLookup()).tokens == on_the_host()[len(prompt()) :]
+
+
+def test_a_text_that_outgrows_the_least_slots_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a draft whose slots grow during a text, or that takes those of the target: then the graphs of the
+    text are captured once more, in runs that are timed.
+    """
+    monkeypatch.setattr(static, "_LEAST_SLOTS", 16)
+    monkeypatch.setattr(static, "_SPAN_MULTIPLE", 32)
+    model, text = model_of("llama"), prompt(300)
+    target, host = LM(model, backend=prepare("graph", model)), plain()
+    with host_alone():
+        known = generate(host, text, max_new_tokens=150).tokens
+    captures = []
+
+    def decoded(name: str, text: tuple[int, ...], length: int) -> list[int]:
+        drafter = ReplayDrafter(MAKERS[name](target, draft_of(target)), [*text, *known], 1.0)
+        before = CudaGraphs.count
+        tokens = generate(target, text, drafter=drafter, controller=FixedK(12), max_new_tokens=length).tokens
+        captures.append(CudaGraphs.count - before)
+        return tokens
+
+    for name in ("chain", "static-tree", "self-streaming", "head-chain", "head-tree"):
+        for _ in range(2):  # as before all timed runs
+            decoded(name, text[:40], 8)
+        captures.clear()
+        tokens, captured = timed_by(functools.partial(decoded, name, text, len(known)))
+        assert (tokens, captured) == (known, False)
+        assert len(captures) == 2, (name, captures)

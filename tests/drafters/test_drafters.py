@@ -30,8 +30,9 @@ from specdecode import (
     StaticTree,
     generate,
 )
-from specdecode.controllers.base import Limit
+from specdecode.controllers.base import MAX_DRAFT_NODES, Limit
 from specdecode.core.sampling import Rng
+from specdecode.core.slots import Slots
 from specdecode.drafters.base import Context, Drafter
 from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads.bound import BoundHead, untrained
@@ -273,6 +274,26 @@ def test_accepted_replayed_tokens_are_not_read_again(shape: TreeShape) -> None:
         # The last level is never read, and neither is the target's own token.
         assert len(replay.inner._synchronise([*TEXT, *known][:length])) <= 2
         length -= 1
+
+
+@pytest.mark.parametrize("name", ["chain", "streaming", "head"])
+def test_the_slots_of_a_draft_have_room_for_the_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against slots that grow during a text, since their CUDA graphs are captured anew, and against slots for a
+    whole text where only some of it stays.
+    """
+    drafter = {
+        "chain": lambda: ModelDrafter(part(target(), 0)),
+        "streaming": lambda: ModelDrafter(target(), policy=SinkWindow(32, sinks=2)),
+        "head": lambda: HeadDrafter(BoundHead(untrained(target()), target())),
+    }[name]()
+    grown, grow = [], Slots.grow
+    monkeypatch.setattr(Slots, "grow", lambda self, capacity: grown.append(capacity) or grow(self, capacity))
+    # A longer text that begins otherwise gets slots of its own size.
+    for text, length in ((TEXT, 280), (TEXT[::-1], 400)):
+        generate(target(), text, drafter=drafter, controller=FixedK(4), max_new_tokens=length)
+        assert drafter._slots.length > 0
+        assert drafter._slots.capacity <= (32 if name == "streaming" else len(text) + length) + MAX_DRAFT_NODES
+    assert grown == []
 
 
 @pytest.mark.parametrize("shape", [BestFirstTree(), Chain()])

@@ -320,6 +320,15 @@ def test_a_draft_reads_a_text_once() -> None:
     assert max(rows[1:]) <= 8
 
 
+def test_the_draft_has_room_for_the_whole_text() -> None:
+    """Guards against a draft whose slots grow during a text, because its own tokens are more than the target's."""
+    target = knows("byte-pairs", TEXT)
+    drafter, tokens = UniversalDrafter(target, knows("characters", TEXT)), target.encode(BEGINNING)
+    limited = Context(tokens, ROWS, Sampling(), Rng(0), length_limit=100 * len(tokens))
+    drafter.propose(limited, Limit(3))
+    assert drafter._drafter._slots.capacity >= 100 * len(BEGINNING) > 100 * len(tokens)
+
+
 def test_a_drafter_that_goes_takes_its_cache_along() -> None:
     """Guards against the draft's keys of one prompt after another that wait for a collection of garbage."""
     drafter = UniversalDrafter(knows("byte-pairs", TEXT), knows("characters", TEXT))
