@@ -20,7 +20,7 @@ from specdecode.bench.runs.file import read
 from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, shared_by
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.heads.loading import shipped_head
-from specdecode.models.devices import choose_device, leave_out_cudnn
+from specdecode.models.devices import choose_device
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
 from specdecode.models.loading import TINY, choose_dtype, dtype_name, load
@@ -58,7 +58,6 @@ class Setup:
 
     def load_target(self) -> LM:
         """Load the target on the backend "eager"."""
-        leave_out_cudnn(self.device)
         how: dict[str, Any] = {"device": self.device, "dtype": self.identity.dtype, "backend": "eager"}
         return load(self.identity.target, **how, tp=self.tp)
 

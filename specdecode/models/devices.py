@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from transformers import PreTrainedModel
 
 DeviceMap = str | Mapping[str, int | str | torch.device]
 """The devices of a model's layers: "auto" for all GPUs, or the device of each module by its name."""
+
+CUDNN_ATTENTION = "SPECDECODE_CUDNN_ATTENTION"
+"""Environment variable: "1" leaves the attention of cuDNN on."""
 
 
 def choose_device(device: torch.device | str | int | None) -> torch.device:
@@ -28,9 +32,10 @@ def leave_out_cudnn(device: torch.device) -> None:
     """Let PyTorch's attention use no kernels of cuDNN in this process, if the device is a GPU.
 
     On Hopper, PyTorch prefers them in 16 bit. cuDNN plans each new shape for up to a second, also in timed runs of arms
-    with many shapes, such as transformers' generate.
+    with many shapes, such as transformers' generate. With `SPECDECODE_CUDNN_ATTENTION=1` it stays as it is, to measure
+    what it would gain in captured forwards, which are planned once.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and os.environ.get(CUDNN_ATTENTION) != "1":
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 

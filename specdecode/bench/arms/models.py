@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.servers.server import Servers
 from specdecode.core.errors import ModelFileError
 from specdecode.models.chat import Codec, TextEncoder
-from specdecode.models.devices import leave_out_cudnn
 from specdecode.models.lm import LM
 from specdecode.models.loading import is_missing, load, load_encoder, source_of
 
@@ -105,7 +102,6 @@ def load_models(
         own_name = not served and is_missing(names.target)
         encoder = TextEncoder(names.target) if own_name else load_encoder(names.target)
         return Models(names, backend, None, None, encoder, _servers(names, encoder, entries))
-    leave_out_cudnn(torch.device(names.device))
     where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}
     target = load(names.target, **where, tp=tp)
     # Each arm checks for itself whether it can use the draft.

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.arms.models import load_models
 from specdecode.core.errors import ModelFileError
 from specdecode.models.chat import TextEncoder
+from specdecode.models.devices import CUDNN_ATTENTION, place
 from specdecode.support.environment import environment
 
 
@@ -53,21 +53,19 @@ def cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("device", "arms", "attention"),
-    [
-        ("cuda:0", [{}], "off"),
-        ("cpu", [{}], "on"),
-        ("cuda:0", [{"call": "own:make"}], "on"),
-    ],
+    ("device", "variable", "attention"), [("cuda:0", "", "off"), ("cpu", "", "on"), ("cuda:0", "1", "on")]
 )
 def test_no_attention_is_planned_anew_in_timed_runs(
-    device: str, arms: list[dict[str, Any]], attention: str, cudnn_attention: None, monkeypatch: pytest.MonkeyPatch
+    device: str, variable: str, attention: str, cudnn_attention: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against peers slowed by cuDNN planning attention for each length, which makes our speedup look better than
-    it is. The settings of a user's own engine stay.
+    it is, and against a run with cuDNN's attention that measures another one. The settings of a user's own engine stay.
     """
-    stand_in = SimpleNamespace(tokenizer=None)
-    monkeypatch.setattr(models, "load", lambda *arguments, **others: stand_in)
+    monkeypatch.setenv(CUDNN_ATTENTION, variable)
     monkeypatch.setattr(models, "load_encoder", lambda name: TextEncoder(name))
-    load_models(ModelNames("target", "", device, "float16"), "auto", arms)
+    load_models(ModelNames("target", "", device, "float16"), "auto", [{"call": "own:make"}])
+    assert environment()["cudnn attention"] == "on"
+    placed: list[torch.device] = []
+    place(SimpleNamespace(to=placed.append), torch.device(device), None)  # type: ignore[arg-type]
+    assert placed == [torch.device(device)]
     assert environment()["cudnn attention"] == attention
