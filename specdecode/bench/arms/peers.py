@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.run import Run
 from specdecode.bench.arms.slices import end_step, own_s, timed_call
@@ -73,7 +74,13 @@ def peer_run(
         ids = torch.tensor([list(prompt)], device=target.device)
         if compiled is not None:
             configuration.compile_config = compiled.config
-            arguments["past_key_values"] = compiled.cache(ids, max_new_tokens)
+            try:
+                arguments["past_key_values"] = compiled.cache(ids, max_new_tokens)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # as without a compiler: the other arms go on
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise ArmError(f"arm {spec.name!r}: transformers cannot compile its forward here: {reason}") from error
         clock = _Clock()
         started = own_s()
         output, total = timed_call(
