@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from specdecode.cli.output import plain_table, say, say_tables
 from specdecode.support.progress import progress
+
+if TYPE_CHECKING:
+    from specdecode.models.lm import LM
+
+# Rows of a table of operations, and characters of a kernel's name in it, which may have hundreds.
+_OPERATIONS, _NAME_WIDTH = 10, 90
 
 
 def fetch(
@@ -63,20 +69,26 @@ def doctor(
     backends: Annotated[
         str | None, typer.Option(help="backends and weights of the roofline: eager,graph,int8  [default: all]")
     ] = None,
+    profile: Annotated[
+        bool | None,
+        typer.Option(
+            "--profile", help="with --roofline, also print the operations that take the most time in forwards"
+        ),
+    ] = None,
 ) -> None:
     """Print versions, devices, memory bandwidth, and the features that are usable here."""
     if roofline is not None and head is not None:
         raise ValueError("--roofline and --head exclude each other: give one of them")
     of_head = {"--target": target, "--prompts": prompts, "--max-new-tokens": max_new_tokens}
     _check_use(of_head, "--head", head)
-    _check_use({"--backends": backends}, "--roofline", roofline)
+    _check_use({"--backends": backends, "--profile": profile}, "--roofline", roofline)
     _check_use({"--device": device, "--dtype": dtype}, "--roofline or --head", roofline or head)
     if head is not None:
         from specdecode.cli.doctor_head import examine_head
 
         examine_head(head, target, prompts, max_new_tokens, device, dtype)
     elif roofline is not None:
-        _measure_roofline(roofline, device, dtype, backends)
+        _measure_roofline(roofline, device, dtype, backends, profiled=bool(profile))
     else:
         _check_up()
 
@@ -120,7 +132,9 @@ def _check_up() -> None:
     say_tables(table, highlight=False)
 
 
-def _measure_roofline(name: str, device: str | None, dtype: str | None, backends: str | None) -> None:
+def _measure_roofline(
+    name: str, device: str | None, dtype: str | None, backends: str | None, *, profiled: bool
+) -> None:
     from specdecode import load
     from specdecode.bench.measure.roofline import WIDER, measure_roofline
     from specdecode.models.loading import dtype_name
@@ -154,6 +168,31 @@ def _measure_roofline(name: str, device: str | None, dtype: str | None, backends
     say_tables(table, "", forwards, "", parts, highlight=False)
     for backend, reason in roofline.missing.items():
         say(f"{backend} is not available: {reason}")
+    if profiled:
+        _profile(model, list(roofline.backends))
+
+
+def _profile(model: LM, backends: Sequence[str]) -> None:
+    """Print where the time of narrow forwards goes, backend by backend, each as soon as it is known."""
+    from specdecode.bench.measure.operations import forward_operations
+    from specdecode.bench.measure.roofline import prepare_variants
+
+    for backend, variant in prepare_variants(model, backends)[0].items():
+        for rows, operations in forward_operations(variant).items():
+            if not operations:
+                say(f"{backend}, rows {rows}: PyTorch's profiler sees nothing of {model.device} here")
+                continue
+            seconds = sum(operation.seconds for operation in operations)
+            table = plain_table(f"{backend}, rows {rows}: operation", "calls", "ms", "share")
+            for operation in operations[:_OPERATIONS]:
+                _add_operation(table, operation.name, operation.calls, operation.seconds, seconds)
+            _add_operation(table, "all", sum(operation.calls for operation in operations), seconds, seconds)
+            say_tables("", table, highlight=False)
+
+
+def _add_operation(table: Table, name: str, calls: float, seconds: float, total: float) -> None:
+    short = name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 1]}…"
+    table.add_row(short, f"{calls:.1f}", f"{1e3 * seconds:.3f}", f"{seconds / total:.1%}")
 
 
 def _versions() -> Table:

@@ -125,7 +125,7 @@ def forward_seconds(
     Returns:
         For each target, the median seconds of a forward by its number of rows.
     """
-    verifiers = [_Verifier(target, rows[-1]) for target in targets]
+    verifiers = [Verifier(target, rows[-1]) for target in targets]
     actions: dict[tuple[int, int], Callable[[], object]] = {}
     for count in rows:
         for place, (target, verifier) in enumerate(zip(targets, verifiers, strict=True)):
@@ -152,7 +152,7 @@ def layer_seconds(target: LM, *, repeats: int = _ROUNDS, seconds: float = _SECON
     Returns:
         Median seconds. They are measured apart from those of `forward_seconds`.
     """
-    verifier = _Verifier(target, 1)
+    verifier = Verifier(target, 1)
     linear: list[Callable[[], object]] = []
     others: list[Callable[[], object]] = []
 
@@ -186,7 +186,7 @@ def cached_tokens(target: LM, most_rows: int) -> int:
     return max(min(_CACHED_TOKENS, target.context_length - most_rows), 1)
 
 
-class _Verifier:
+class Verifier:
     """A target that verifies chains of different lengths after the same cached tokens.
 
     Args:

@@ -353,6 +353,7 @@ def test_a_file_without_prompts_is_told(
             "no backend is named 'fast'",
         ),
         (["doctor", "--backends", "eager"], "--backends is of no use without --roofline"),
+        (["doctor", "--profile"], "--profile is of no use without --roofline"),
         (["doctor", "--roofline", "{model}", "--dtype", "int3"], "dtype 'int3'"),
         (["doctor", "--device", "cpu"], "--device is of no use without --roofline"),
         (["doctor", "--dtype", "float32"], "--dtype is of no use without --roofline"),
@@ -472,12 +473,21 @@ def test_doctor_tells_which_backends_cannot_be_had(
     """Guards against a fallback shown under the name of the missing backend, and an option that is ignored."""
     monkeypatch.setattr(measured_roofline, "BACKENDS", ("auto", "packed", "eager"))
     monkeypatch.setattr(measured_roofline, "KINDS", ())
-    assert exit_code(monkeypatch, "doctor", "--roofline", model, "--dtype", "float64") == 0
+    assert exit_code(monkeypatch, "doctor", "--roofline", model, "--dtype", "float64", "--profile") == 0
     out = capfd.readouterr().out
     assert f"{model} in float64" in out
-    _, below, parts = out.split("\n\n")
+    _, below, parts, *profiles = out.split("\n\n")
     assert [line.split()[0] for line in below.splitlines()] == ["backend", "eager"]
-    assert parts.endswith("packed is not available: no library has a layout for float64 on this processor\n")
+    assert parts.endswith("packed is not available: no library has a layout for float64 on this processor")
+    for rows, profile in zip((1, 8), profiles, strict=True):
+        head, *operations, total = (re.split(r" {2,}", line.strip()) for line in profile.splitlines())
+        assert head == [f"eager, rows {rows}: operation", "calls", "ms", "share"]
+        assert len(operations) == 10
+        shares = [float(share.rstrip("%")) for _, _, _, share in operations]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) < 100.5
+        assert (total[0], total[3]) == ("all", "100.0%")
+        assert float(total[1]) > sum(float(calls) for _, calls, _, _ in operations)
     # Real times cannot be checked further. The share is of the roofline, and a busy machine may round it to zero.
     [roofline] = [float(line.split()[1]) for line in out.splitlines() if line.startswith("roofline")]
     _, weights, milliseconds, throughput, share, *multiples = below.splitlines()[1].split()

@@ -71,6 +71,41 @@ class Roofline:
         return self.backends[backend].throughput / self.throughput
 
 
+def prepare_variants(
+    target: LM, kinds: Sequence[str] | None = None, tell: Callable[[str], None] = lambda kind: None
+) -> tuple[dict[str, LM], dict[str, str]]:
+    """Return the target on each backend and with each kind of quantised weights, and why some do not work here.
+
+    A variant that works is built once.
+
+    Args:
+        target: a model on the backend "eager".
+        kinds: the backends and the kinds of quantised weights; all if None.
+        tell: called with the kind that is prepared next.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    known = [kind for kind in (*BACKENDS, *KINDS) if kind != "auto"]
+    if unknown := [kind for kind in kinds or () if kind not in known]:
+        raise ValueError(f"no backend is named {unknown[0]!r}: choose from {', '.join(known)}")
+    variants: dict[str, LM] = {}
+    missing: dict[str, str] = {}
+    for kind in known if kinds is None else kinds:
+        tell(kind)
+        try:
+            # Quantised weights are multiplied on the backend that "auto" chooses for the other layers.
+            variant = target.quantized(kind).with_backend("auto") if kind in KINDS else target.with_backend(kind)
+        except (UnsupportedModelError, ValueError) as error:
+            missing[kind] = str(error)
+            continue
+        if kind in (variant.backend.name, *KINDS):
+            variants[kind] = variant
+        else:
+            missing[kind] = re.sub(r"^not \w+: ", "", variant.backend.note)
+    return variants, missing
+
+
 def measure_roofline(target: LM, tell: Callable[[int, int, str], None], kinds: Sequence[str] | None = None) -> Roofline:
     """Time the target's forwards on all backends, and with quantised weights, in turn.
 
@@ -82,23 +117,7 @@ def measure_roofline(target: LM, tell: Callable[[int, int, str], None], kinds: S
     Raises:
         ValueError: there is no such kind.
     """
-    known = [kind for kind in (*BACKENDS, *KINDS) if kind != "auto"]
-    if unknown := [kind for kind in kinds or () if kind not in known]:
-        raise ValueError(f"no backend is named {unknown[0]!r}: choose from {', '.join(known)}")
-    variants: dict[str, LM] = {}
-    missing: dict[str, str] = {}
-    for kind in known if kinds is None else kinds:
-        tell(0, _ROUNDS, f"preparing {kind}")
-        try:
-            # Quantised weights are multiplied on the backend that "auto" chooses for the other layers.
-            variant = target.quantized(kind).with_backend("auto") if kind in KINDS else target.with_backend(kind)
-        except (UnsupportedModelError, ValueError) as error:
-            missing[kind] = str(error)
-            continue
-        if kind in (variant.backend.name, *KINDS):
-            variants[kind] = variant
-        else:
-            missing[kind] = re.sub(r"^not \w+: ", "", variant.backend.note)
+    variants, missing = prepare_variants(target, kinds, lambda kind: tell(0, _ROUNDS, f"preparing {kind}"))
     bandwidth = read_bandwidth(target.device)
     seconds = forward_seconds(list(variants.values()), (1, *WIDER), repeats=_ROUNDS, seconds=_LIMIT_S, tell=tell)
     backends = {}

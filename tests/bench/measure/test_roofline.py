@@ -11,6 +11,7 @@ from torch import nn
 from specdecode import LM, UnsupportedModelError
 from specdecode.backends.packed import PackedLinear
 from specdecode.bench.measure import roofline as measured_roofline
+from specdecode.bench.measure.operations import forward_operations
 from specdecode.bench.measure.roofline import measure_roofline
 from tests.helpers.fake_clock import Cost, FakeClock, charged
 from tests.helpers.models import ARCHITECTURES, build
@@ -155,3 +156,28 @@ def test_what_is_not_there_is_not_measured(clock: FakeClock, monkeypatch: pytest
         "broken": "no compiler: install one",
         "packed": "no library has a layout for float64 on this processor",
     }
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_operations_are_those_of_one_forward(capfd: pytest.CaptureFixture[str]) -> None:
+    """Guards against calls of all profiled forwards shown as those of one, a profile of the wrong number of rows, and
+    the profiler's own lines between the tables.
+    """
+    target = on_the_cpu()
+    shapes: set[int] = set()
+    target.model.register_forward_pre_hook(
+        lambda model, inputs, named: shapes.add(named["input_ids"].shape[-1]), with_kwargs=True
+    )
+    for rows, operations in forward_operations(target).items():
+        assert rows in shapes
+        calls = {operation.name: operation.calls for operation in operations}
+        layers = target.config.num_hidden_layers
+        assert calls["aten::linear"] == 7 * layers + 1
+        assert calls["aten::silu"] == layers
+        seconds = [operation.seconds for operation in operations]
+        assert seconds == sorted(seconds, reverse=True)
+        assert 0 < sum(seconds) < 1
+    assert capfd.readouterr().err == ""
+    short = on_the_cpu(max_position_embeddings=4)
+    assert list(forward_operations(target)) == [1, 8]
+    assert list(forward_operations(short)) == [1]
