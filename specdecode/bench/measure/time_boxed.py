@@ -138,7 +138,7 @@ def _usable_arms(
         tell(f"{name}, the counters run")
         arm = None
         try:
-            if "universal" in drafter_kinds(entry) and _same_vocabulary(models):
+            if "universal" in (*drafter_kinds(entry), entry.get("peer")) and _same_vocabulary(models):
                 raise ValueError("target and draft share a vocabulary, so drafting through text is not needed")
             arm = models.arm(name, entry, plan.preset.lengths)
             baseline_tokens = baseline_tokens or arm.run(prompt, length, ()).tokens

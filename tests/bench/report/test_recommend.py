@@ -437,6 +437,7 @@ universal = { drafter = "universal", k = 3 }
 ar-48 = { policy = "sink-window", cache = 48 }
 ar-4 = { policy = "sink-window", cache = 4 }
 hf-generate = { peer = "generate" }
+hf-universal = { peer = "universal", k = 3 }
 """
 
 LEFT_OUT = """
@@ -499,7 +500,7 @@ def test_a_time_boxed_run_measures_whole_prompts_of_all_sets(
     )
     told = capfd.readouterr()
     assert f"{prompts} prompts were measured; the run is in r.json" in told.err
-    assert "Left out: universal: target and draft share a vocabulary" in told.out
+    assert "Left out: universal, hf-universal: target and draft share a vocabulary" in told.out
     assert "Left out: ar-4: " in told.out
     run = read(Path("r.json"))
     assert [prompt.partition("/")[0] for prompt in run.header.outputs] == ["prose", "humaneval"] * (prompts // 2)
