@@ -1,8 +1,9 @@
 """GPU measurements within ten minutes: `tox -e gpu`, or `python -m perf.gpu` from a checkout.
 
-The steps are the tests that run models, the presets `gpu*` on a large pair of random weights, and `quick` on the
-embedded model. Each step is a process with a share of the time, so a failed or slow step does not affect the others.
-The results are files in one folder: gpu.json, which includes every run file, report.md, report.html and log.txt.
+The steps are a first look at the machine (`perf.smoke`), the tests that run models, rooflines, the presets `gpu*` on a
+large pair of random weights, and `quick` on the embedded model. Each step is a process with a share of the time, so a
+failed or slow step does not affect the others. The results are files in one folder: gpu.json, which includes every run
+file, report.md, report.html and log.txt.
 
 PyTorch, transformers, typer, jaxtyping, pytest and pytest-benchmark are enough, as `tox -e bare` tests. Judging by a
 baseline needs scipy, too, and pytest 9.2 needs pytest-benchmark 5.3.
@@ -20,9 +21,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,7 @@ from specdecode.bench.report.markdown import markdown_table
 from specdecode.bench.runs.file import read
 from specdecode.cli.output import standard_streams
 from specdecode.cli.report import Format, report
+from specdecode.models.devices import CUDNN_ATTENTION
 from specdecode.support.checked import mapping, read_json
 from specdecode.support.files import check_writable, write_whole
 
@@ -91,6 +93,7 @@ class SuiteStep:
         minutes: share of a budget of ten minutes; later steps also get the time that earlier steps leave.
         skip: the reason for skipping the step; "" to run it.
         note: the difference from a run on a GPU; "" if there is none.
+        variables: environment variables of the process.
     """
 
     name: str
@@ -98,6 +101,7 @@ class SuiteStep:
     minutes: float
     skip: str = ""
     note: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,37 +145,51 @@ def steps(device: str, tiny: bool, runs: Path, asked: Collection[str] = ()) -> l
         # A text that just outgrows the largest cache: a cache reads it token by token.
         pair = embedded = ["--tiny", "--prompts=prose@136", "--max-new-tokens=4"]
 
-    def measurement(preset: str, models: list[str], minutes: float, skip: str = "") -> SuiteStep:
+    rehearsed = tiny and not asked
+    eagerly = "" if on_gpu else "eager in place of CUDA graphs"
+    uncompiled = "without hf-generate-compiled" if rehearsed else ""
+
+    def measurement(preset: str, models: list[str], minutes: float, skip: str = "", **others: Any) -> SuiteStep:
         arguments = [*pytest, "--benchmark", f"--preset={preset}", *kind, *models]
         file = f"--benchmark-json={runs / preset}.json"
-        return SuiteStep(preset, [*arguments, file], minutes, skip, "" if on_gpu else "eager in place of CUDA graphs")
+        return SuiteStep(preset, [*arguments, file], minutes, skip, **({"note": eagerly} | others))
 
-    too_slow = "compiling takes minutes on a CPU: ask for it with --steps" if tiny and not asked else ""
+    def roofline(name: str, backends: str, minutes: float, skip: str = "") -> SuiteStep:
+        command = ["-m", "specdecode", "doctor", "--roofline", shape, "--device", device]
+        return SuiteStep(name, [*command, "--backends", backends, "--profile"], minutes, skip)
+
+    too_slow = "compiling takes minutes on a CPU: ask for it with --steps" if rehearsed else ""
     no_triton = "" if on_gpu and find_spec("triton") else "needs a GPU and the package triton"
     tests = [f"tests/{name}.py" for name in ([_SHORTEST] if tiny else TESTS)]
     side_by_side = ["-n", "4"] if find_spec("xdist") and not tiny else []
     unchecked = "shapes are not checked, as beartype is not installed" if find_spec("beartype") is None else ""
     alone = f"{tests[0]} alone" if tiny else ""
-    # Without `compile`, which would take longer than all else: the step gpu-compile shows what it gains.
-    roofline = ["-m", "specdecode", "doctor", "--roofline", shape, "--device", device, "--backends", "eager,graph,int8"]
+    no_graphs = "" if on_gpu else "needs a GPU"
+    compared = ["-k", "not compiled"] if uncompiled else []
     known = [
         SuiteStep("environment", ["-c", _ENVIRONMENT], 1.0),
+        SuiteStep("smoke", ["-m", "perf.smoke", "--device", device], 0.7),
         # Tests of compilers and of a CPU's layouts take long, and need no GPU.
         SuiteStep(
             "tests",
             [*pytest, "-v", "-k", "not compiled and not pack", *side_by_side, *tests],
-            2.2,
+            2.0,
             "" if find_spec("hypothesis") else "hypothesis is not installed",
             note="; ".join(filter(None, [alone, unchecked])),
         ),
-        SuiteStep("roofline", roofline, 0.8),
-        measurement("gpu", pair, 2.4),
+        roofline("roofline", "eager,graph,int8", 1.2),
+        measurement("gpu", [*pair, *compared], 3.2, note="; ".join(filter(None, [eagerly, uncompiled]))),
         measurement("gpu-streaming", pair, 1.6),
-        measurement("quick", embedded, 1.2, "" if tiny else _not_fetched()),
+        measurement("quick", embedded, 1.0, "" if tiny else _not_fetched()),
         measurement("gpu-int8", pair, 0.6),
         measurement("gpu-triton", pair, 0.6, no_triton),
+        # Apart from the other backends: they were never measured, and a table of several comes at its end.
+        roofline("roofline-triton", "graph,triton,exact", 0.4, no_triton),
         measurement("gpu-compile", pair, 1.0, too_slow),
-        measurement("gpu-int8-compile", pair, 0.7, too_slow),
+        roofline("roofline-compile", "graph,compile", 0.5, too_slow),
+        measurement("gpu-int8-compile", pair, 0.6, too_slow),
+        measurement("gpu-cudnn", pair, 0.3, no_graphs, variables={CUDNN_ATTENTION: "1"}),
+        measurement("gpu-acceptance", pair, 0.3),
     ]
     names = [step.name for step in known]
     if unknown := set(asked) - set(names):
@@ -197,14 +215,15 @@ def _begin_step() -> None:
 
 def run(step: SuiteStep, limit_s: float, log: BinaryIO) -> tuple[StepOutcome, list[str]]:
     """Run a step. Return its outcome, and its lines in the log."""
-    command = shlex.join(["python", *step.arguments])
+    set_first = [f"{name}={value}" for name, value in step.variables.items()]
+    command = shlex.join([*set_first, "python", *step.arguments])
     log.write(f"\n===== {step.name}, {limit_s:.0f} s at most: {command}\n".encode())
     log.flush()
     begin, started = log.tell(), time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *step.arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **step.variables},
         stdout=log,
         stderr=subprocess.STDOUT,
         preexec_fn=_begin_step,

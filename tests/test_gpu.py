@@ -35,7 +35,7 @@ def test_the_rehearsal_tells_all_in_few_files(tmp_path: Path) -> None:
     another machine.
     """
     command = [sys.executable, "-m", "perf.gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
-    names = ["environment", "tests", "gpu-streaming"]
+    names = ["environment", "smoke", "tests", "gpu-streaming"]
     # Other tests run at once, and repeats would double the session. They check the shapes of the same code, too, and
     # run these state machines.
     without = [f"--deselect=tests/core/test_slots.py::{name}" for name in ("TestSlots", "TestSlotsWithEviction")]
@@ -103,7 +103,8 @@ def test_a_step_that_fails_loses_nothing_of_the_others(
 
     def planted(device: str, tiny: bool, runs: Path, asked: list[str]) -> list[SuiteStep]:
         def measured(name: str) -> SuiteStep:
-            return SuiteStep(name, ["-c", copied(runs / f"{name}.json")], 2.0)
+            code = f"import os; assert os.environ['STEP'] == {name!r}; {copied(runs / f'{name}.json')}"
+            return SuiteStep(name, ["-c", code], 2.0, variables={"STEP": name})
 
         return [
             measured("before"),
@@ -201,8 +202,14 @@ def test_a_machine_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monkey
         "tests": "hypothesis is not installed",
         "quick": "smollm2-135m is not fetched yet: specdecode fetch",
         "gpu-triton": "needs a GPU and the package triton",
+        "roofline-triton": "needs a GPU and the package triton",
     }
     assert "--prompts=prose:6" in steps["quick"].arguments
     assert "--backend=auto" in steps["gpu"].arguments
     assert "-n" not in steps["tests"].arguments
+    assert steps["gpu-cudnn"].variables == {"SPECDECODE_CUDNN_ATTENTION": "1"}
     assert {step.skip for step in gpu.steps("cpu", True, tmp_path, ["gpu-compile"])} == {""}
+    # Compiling would take most of the two minutes of a rehearsal.
+    for asked, selection in (([], ["-k", "not compiled"]), (["gpu"], [])):
+        [step] = [step for step in gpu.steps("cpu", True, tmp_path, asked) if step.name == "gpu"]
+        assert [argument for argument in step.arguments if argument in ("-k", "not compiled")] == selection
