@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from specdecode.backends.layers import decoder_layers
 from specdecode.bench.arms.callables import ArmError
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.arms.run import Run
@@ -111,6 +112,30 @@ def _check_early_exit(spec: ArmSpec, target: LM) -> None:
     layers = target.config.num_hidden_layers
     if not 0 < spec.early_exit < layers:
         raise spec.notation.error(f"early_exit is {spec.early_exit}: the target has {layers} layers, and fewer draft")
+    if not _exits_early(target, spec.early_exit):
+        raise spec.notation.error(
+            f"transformers cannot draft with the first layers of a {type(target.model).__name__}, which always runs all"
+        )
+
+
+@torch.inference_mode()
+def _exits_early(target: LM, count: int) -> bool:
+    """Return whether a forward runs only `count` layers if its configuration names so many. Transformers relies on it,
+    and after an error it would leave the target with that configuration."""
+    layers = decoder_layers(target.model)
+    base = getattr(target.model, target.model.base_model_prefix)
+    if layers is None:
+        return False
+    reached: list[bool] = []
+    hook = layers[-1].register_forward_pre_hook(lambda *_: reached.append(True))
+    before = base.config.num_hidden_layers
+    base.config.num_hidden_layers = count
+    try:
+        base(torch.tensor([[0]], device=target.device), use_cache=False)
+    finally:
+        base.config.num_hidden_layers = before
+        hook.remove()
+    return not reached
 
 
 def _tokenizers(spec: ArmSpec, target: LM, draft: LM) -> dict[str, Any]:

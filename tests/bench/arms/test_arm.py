@@ -118,6 +118,12 @@ def test_peers_draft_by_another_vocabulary_and_by_few_layers() -> None:
     ):
         with pytest.raises(ValueError, match=f"arm 'it': .*{reason}"):
             make_arm("it", entry, target, target)
+    # Its forward ends in an error if its configuration names fewer layers, which would then stay there.
+    other = lm("gpt-neox")
+    layers = other.config.num_hidden_layers
+    with pytest.raises(ValueError, match="first layers of a GPTNeoXForCausalLM, which always runs all"):
+        make_arm("it", {"peer": "early-exit", "early_exit": 2}, other, None)
+    assert other.config.num_hidden_layers == layers
 
 
 @pytest.mark.parametrize(
