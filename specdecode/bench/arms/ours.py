@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,9 @@ def our_run(
             # All parts are new in each run: a used drafter would still hold the prompt, and a controller would know it.
             drafter = make_drafter()
             if spec.replay is not None:
-                drafter = ReplayDrafter(drafter, [*prompt, *expected], spec.replay)
+                # Each text has luck of its own, and the arms share it.
+                seed = zlib.crc32(repr(list(prompt)).encode())
+                drafter = ReplayDrafter(drafter, [*prompt, *expected], spec.replay, seed)
             result = generate(target, prompt, drafter=drafter, controller=make_controller(), on_step=end_step, **rules)
             if isinstance(drafter, ReplayDrafter):
                 lost = drafter.lost

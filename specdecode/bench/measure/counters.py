@@ -108,7 +108,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         yield peak
         peak.append(torch.cuda.max_memory_allocated(device) - before)
         return
-    with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         yield peak
     now = most = 0
     assert recorded.profiler is not None
@@ -121,7 +121,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _no_stderr() -> Iterator[None]:
+def no_stderr() -> Iterator[None]:
     """Silence the profiler: it writes to the file descriptor of standard error in every run."""
     sys.stderr.flush()
     stderr_copy = os.dup(2)

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from specdecode.backends.device import synchronise
-from specdecode.bench.measure.counters import _no_stderr
+from specdecode.bench.measure.counters import no_stderr
 from specdecode.decoding.measure_costs import Verifier
 from specdecode.models.lm import LM
 
@@ -59,7 +59,7 @@ def forward_operations(target: LM) -> dict[int, list[Operation]]:
         if activity not in supported_activities():
             operations[rows] = []
             continue
-        with _no_stderr(), profile(activities=[activity]) as recorded:
+        with no_stderr(), profile(activities=[activity]) as recorded:
             for _ in range(_FORWARDS):
                 verifier.verify(rows)
             synchronise(target.device)

@@ -76,6 +76,10 @@ def test_a_replayed_draft_costs_what_a_real_one_does() -> None:
     record = ArmRecord({"p": row_of([0.0], [run], [run])})
     assert 0.6 < record.acceptance_by_position()[0] < 0.95
     assert run.counts.lost == 0
+    # Texts of equal length are not right at the same places.
+    texts = [tuple((token + shift) % VOCABULARY for token in prompt()) for shift in range(4)]
+    outputs = [generate(target, text, max_new_tokens=200).tokens for text in texts]
+    assert len({arm.run(*given).counts.steps for given in zip(texts, [200] * 4, outputs, strict=True)}) > 1
     # The target leaves this text at the tenth token. Tokens that occur nowhere else follow.
     wrong = [*expected[:10], *range(VOCABULARY)]
     lost = arm.run(prompt(), 200, wrong).counts
