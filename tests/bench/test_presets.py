@@ -16,7 +16,7 @@ from specdecode.bench.measure.journal import Journal
 from specdecode.bench.measure.speed_session import measure
 from specdecode.bench.options import Options
 from specdecode.bench.plan import Plan, resolve
-from specdecode.bench.presets import preset
+from specdecode.bench.presets import built_in, preset
 from specdecode.bench.report.captions import title
 from specdecode.bench.report.elements import document
 from specdecode.bench.report.html import section
@@ -51,6 +51,15 @@ def test_a_preset_runs_to_its_end_and_is_told(name: str, tmp_path: Path) -> None
         page = write(run, title(run), "not judged", [], past)
         assert all(arm in page.replace("\\_", "_") for arm in arms)
     assert "<details>" in document("runs", section(run, title(run), "not judged", [], past))
+
+
+@pytest.mark.parametrize("name", [name for name in built_in() if "gpu" in name or name == "synthetic"])
+def test_random_weights_draft_at_a_set_acceptance(name: str) -> None:
+    """Guards against drafts of random weights, of which the target accepts none or all: their times say nothing."""
+    drafters = {"model", "head"}
+    drafting = [entry for entry in preset(name).arms.values() if entry.get("drafter") in drafters]
+    assert drafting
+    assert all(0 < entry.get("replay", 0) < 1 for entry in drafting)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -177,7 +177,7 @@ def test_the_suite_measures_once_and_reports_once(tmp_path: Path) -> None:
     each of them.
     """
     file = tmp_path / "run.json"
-    measure = ["--benchmark", "--tp", "auto", "--preset", "multi-gpu", "-k", "linear-k3 or sink-window", "--tiny"]
+    measure = ["--benchmark", "--tp", "auto", "--preset", "multi-gpu", "-k", "linear-k3 or streaming", "--tiny"]
     measure += ["--until=50%", "--budget-minutes=0.03"]
     files = [f"--benchmark-json={file}", "--junitxml=run.xml"]
     done = run_twice("-m", "pytest", "-p", "no:cacheprovider", *measure, *files, cwd=tmp_path)
@@ -187,9 +187,9 @@ def test_the_suite_measures_once_and_reports_once(tmp_path: Path) -> None:
     run = read(file)
     assert run.header.identity.hardware.endswith("-x2")
     assert (run.header.processes, run.header.on_gpu) == (2, False)
-    arms = ("ar", "linear-k3", "sink-window")
+    arms = ("ar", "linear-k3-a80", "streaming-k5-a80-256")
     assert {name: (record.bugs, record.ties) for name, record in run.arms.items()} == dict.fromkeys(arms, (0, 0))
-    assert "tp='auto'" in code_snippet(run, "linear-k3")
+    assert "tp='auto'" in code_snippet(run, "linear-k3-a80")
     assert "torchrun --nproc-per-node=2 -m pytest --benchmark" in command(run)
     assert not list((tmp_path / "results").glob("*.jsonl"))
 
