@@ -73,6 +73,10 @@ _OPTIONS = (
         "auto: the processes of torchrun share the target's weights, decode together and report once [one process]",
         choices=("auto",),
     ),
+    _Option(
+        "device_map", "auto: spread the target's layers over all GPUs, if one is too small [one GPU]", choices=("auto",)
+    ),
+    _Option("draft_device", "device of the draft model, such as cuda:1 or cpu [the target's]"),
     _Option("max_new_tokens", "length of every output [as the preset says]", int),
     _Option(
         "prompts",

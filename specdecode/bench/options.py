@@ -30,6 +30,8 @@ class Options:
     dtype: str | None = None
     backend: str = "auto"
     tp: str | None = None
+    device_map: str | None = None
+    draft_device: str | None = None
     max_new_tokens: int | None = None
     prompts: str | None = None
     eos: bool = False

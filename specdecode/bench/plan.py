@@ -17,10 +17,10 @@ from specdecode.bench.gate.verdicts import AGAINST_TOLERANCE, tolerance_of
 from specdecode.bench.options import Options
 from specdecode.bench.presets import Preset, arms_at, preset
 from specdecode.bench.runs.file import read
-from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, shared_by
+from specdecode.bench.runs.names import BASELINE, FLAGS, OWN_TYPE, hardware_name
 from specdecode.bench.runs.records import Identity, RunFile
 from specdecode.heads.loading import shipped_head
-from specdecode.models.devices import choose_device
+from specdecode.models.devices import choose_device, input_device
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from specdecode.models.lm import LM
 from specdecode.models.loading import TINY, choose_dtype, dtype_name, load
@@ -46,20 +46,35 @@ class Setup:
 
     Attributes:
         identity: names of the hardware, the models, the type of their weights and the preset.
-        device: device of all models.
+        device: device of all models; that of the inputs, if the target's layers are on several.
         backend: backend of our arms, by its name on the command line.
         tp: "auto" if the processes of torchrun share the target's weights.
+        devices: number of GPUs over which the target's layers are spread; 1 if they are on one device.
+        draft_device: device of the draft; None for the target's.
     """
 
     identity: Identity
     device: torch.device
     backend: str
     tp: str | None = None
+    devices: int = 1
+    draft_device: torch.device | None = None
+
+    @property
+    def device_map(self) -> str | None:
+        """The argument of `load` for the target."""
+        return "auto" if self.devices > 1 else None
+
+    @property
+    def sharing(self) -> dict[str, Any]:
+        """How several devices share the models, as arguments of `load_models`."""
+        return {"tp": self.tp, "device_map": self.device_map, "draft_device": self.draft_device}
 
     def load_target(self) -> LM:
         """Load the target on the backend "eager"."""
-        how: dict[str, Any] = {"device": self.device, "dtype": self.identity.dtype, "backend": "eager"}
-        return load(self.identity.target, **how, tp=self.tp)
+        how: dict[str, Any] = {"dtype": self.identity.dtype, "backend": "eager"}
+        device = None if self.device_map else self.device
+        return load(self.identity.target, **how, device=device, tp=self.tp, device_map=self.device_map)
 
     @property
     def names(self) -> ModelNames:
@@ -134,20 +149,49 @@ def resolve_setup(options: Options) -> Setup:
     """Return the models and the device that the options name.
 
     Raises:
-        ValueError: the device, the type or the backend cannot be used.
+        ValueError: a device, the type or the backend cannot be used, or options exclude each other.
     """
     count = split_count(options.tp, options.target, None, options.backend)
-    device = choose_device(options.device)
-    check_backend(options.backend, device)
     target = TINY if options.tiny and options.target == EMBEDDED else options.target
+    draft = options.draft or _DRAFTS.get(target, "")
+    device = input_device(options.device, options.device_map, target, options.tp, options.backend)
+    check_backend(options.backend, device)
+    devices, draft_device = _devices(options.device_map), _draft_device(options, draft, device)
     identity = Identity(
-        hardware=shared_by(count, hardware(device)),
+        hardware=hardware_name(hardware(device), count, devices, str(draft_device or "")),
         target=target,
-        draft=options.draft or _DRAFTS.get(target, ""),
+        draft=draft,
         dtype=dtype_name(choose_dtype(options.dtype, device)),
         preset=".".join([slug(Path(options.preset).stem), *(flag for flag in FLAGS if getattr(options, flag))]),
     )
-    return Setup(identity, device, options.backend, options.tp)
+    return Setup(identity, device, options.backend, options.tp, devices, draft_device)
+
+
+def _devices(device_map: str | None) -> int:
+    """Return the number of devices over which the target's layers are spread."""
+    if device_map is None:
+        return 1
+    if (gpus := torch.cuda.device_count()) < 2:
+        raise ValueError(
+            f"--device-map {device_map} spreads layers over several GPUs, and there are {gpus}: leave it out"
+        )
+    return gpus
+
+
+def _draft_device(options: Options, draft: str, device: torch.device) -> torch.device | None:
+    """Return the device of the draft, or None if it is the target's."""
+    if options.draft_device is None:
+        return None
+    if not draft:
+        raise ValueError("--draft-device is for a draft model: name it with --draft")
+    if draft.startswith("layers:"):
+        raise ValueError(f"{draft!r} shares the weights of its target, wherever they are: leave out --draft-device")
+    if options.tp is not None:
+        raise ValueError("--draft-device does not go with --tp, where each process has its own draft beside its target")
+    chosen = choose_device(options.draft_device)
+    check_backend(options.backend, chosen)
+    same = (chosen.type, chosen.index or 0) == (device.type, device.index or 0)
+    return None if same else chosen
 
 
 def resolve(options: Options, setup: Setup | None = None, *, judged: bool = True) -> Plan:
@@ -255,6 +299,8 @@ def _check_against(options: Options) -> None:
         ("--resume", options.resume, "measures both versions anew"),
         ("--eos", options.eos, "compares outputs of one length"),
         ("--tp", options.tp, "measures each version in one process"),
+        ("--device-map", options.device_map, "measures each version on one device"),
+        ("--draft-device", options.draft_device, "measures each version on one device"),
     ):
         if value:
             raise ValueError(f"{option} does not go with --against, which {why}: leave one of them out")

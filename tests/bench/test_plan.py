@@ -8,15 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from specdecode.bench.command_line import share
 from specdecode.bench.measure.header import run_header
-from specdecode.bench.measure.speed_session import _what_must_be_the_same
+from specdecode.bench.measure.speed_session import _ways, _what_must_be_the_same
 from specdecode.bench.options import Options
-from specdecode.bench.plan import Plan, resolve
+from specdecode.bench.plan import Plan, Setup, resolve
 from specdecode.bench.plugin import _parameters
 from specdecode.bench.presets import Preset
 from specdecode.bench.quality.plan import QualityPlan, resolve_quality
+from specdecode.bench.runs.records import Header
+from specdecode.core.ranks import Ranks
 from specdecode.support.files import slug, write_whole
 from tests.helpers.elsewhere import commit
 from tests.helpers.root import ROOT
@@ -89,12 +92,59 @@ def plan(root: Path, **given: Any) -> Plan:
         ({"against": "HEAD", "baseline": "some.json"}, "--baseline does not go with --against"),
         ({"against": "HEAD", "resume": True}, "--resume does not go with --against"),
         ({"against": "HEAD", "eos": True}, "--eos does not go with --against"),
+        ({"against": "HEAD", "draft": "d", "draft_device": "meta"}, "--draft-device does not go with --against"),
+        (
+            {"draft_device": "meta"},
+            "'layers:0-1' shares the weights of its target, wherever they are: leave out --draft",
+        ),
+        ({"draft_device": "meta", "target": "t"}, "--draft-device is for a draft model: name it with --draft"),
+        ({"draft_device": "nothing", "draft": "d"}, "device 'nothing' cannot be used here"),
+        ({"draft_device": "cpu", "draft": "d", "tp": "auto"}, "--draft-device does not go with --tp"),
+        ({"device_map": "auto"}, "device='cpu' is for a model on one device: leave out device, or device_map"),
+        ({"device_map": "auto", "device": None, "tp": "auto"}, "tp='auto' splits each weight, and device_map spreads"),
+        (
+            {"device_map": "auto", "device": None, "backend": "compile"},
+            "layers over several devices run on the backend",
+        ),
+        (
+            {"device_map": "auto", "device": None},
+            "--device-map auto spreads layers over several GPUs, and there are 1:",
+        ),
     ],
 )
-def test_what_is_wrong_is_told_before_a_model_is_loaded(tmp_path: Path, given: dict[str, Any], reason: str) -> None:
+def test_what_is_wrong_is_told_before_a_model_is_loaded(
+    tmp_path: Path, given: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against a minute of loading before a misspelt option is reported."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=reason):
         plan(tmp_path, **given)
+
+
+def test_several_devices_are_hardware_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against times on several devices that are judged by those of one, and models that are loaded elsewhere
+    than the hardware's name says."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    alone = plan(tmp_path, draft="d").identity.hardware
+
+    def named(setup: Setup) -> str:
+        versions: Any = _ways(False, Ranks(), setup) | {"gpu": alone}
+        header = Header(setup.identity, 1, {}, 0.0, versions=versions)
+        assert (header.devices, header.draft_device) == (setup.devices, str(setup.draft_device or ""))
+        assert header.on_gpu  # by the name alone
+        return setup.identity.hardware
+
+    spread: dict[str, Any] = {"device": None, "device_map": "auto"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert named(plan(tmp_path, draft="d", draft_device="cpu").setup) == alone
+    assert named(plan(tmp_path, draft="d", draft_device="meta").setup) == f"{alone}-draft-on-meta"
+    both = plan(tmp_path, draft="d", draft_device="meta", **spread).setup
+    assert named(both) == f"{alone}-layers-x2-draft-on-meta"
+    loaded: dict[str, Any] = {}
+    monkeypatch.setattr("specdecode.bench.plan.load", lambda name, **how: loaded.update(how))
+    both.load_target()
+    assert (loaded["device"], loaded["device_map"]) == (None, "auto")
 
 
 @pytest.mark.parametrize("text", ["5", "0", "100%", "-5%", "nan"])
@@ -274,6 +324,10 @@ def test_a_quality_session_is_planned_before_a_model_is_loaded(tmp_path: Path) -
     planned.margins_path.parent.mkdir(parents=True)
     planned.margins_path.write_text('{"margins": {"full": {"nll": 0.5}}}')
     assert quality(prompts="prose@30:2").margins == {"full": {"nll": 0.5}}
-    for given, reason in (({"backend": "nothing"}, "no backend"), ({"preset": "nothing", "tiny": False}, "no preset")):
+    for given, reason in (
+        ({"backend": "nothing"}, "no backend"),
+        ({"preset": "nothing", "tiny": False}, "no preset"),
+        ({"draft": "d", "draft_device": "cpu"}, "--draft-device does not go with --quality"),
+    ):
         with pytest.raises(ValueError, match=reason):
             quality(**given)

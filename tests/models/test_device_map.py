@@ -29,7 +29,10 @@ from specdecode import (
     generate_batch,
     load,
 )
-from specdecode.backends import prepare
+from specdecode.backends import Backend, prepare
+from specdecode.bench.measure.speed_session import measure
+from specdecode.bench.options import Options
+from specdecode.bench.plan import resolve
 from specdecode.drafters import medusa
 from specdecode.drafters.base import Drafter
 from specdecode.drafters.replay import ReplayDrafter
@@ -38,6 +41,8 @@ from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.models.devices import DeviceMap
 from specdecode.models.recording import recorded_hidden_states
 from specdecode.policies import policy
+from specdecode.support.environment import hardware
+from tests.helpers.characters import save
 from tests.helpers.models import ARCHITECTURES, build, moved, prompt
 from tests.helpers.pretended_tensors import host_alone
 
@@ -221,6 +226,33 @@ def test_load_spreads_a_model(tmp_path: Path, quantize: str | None) -> None:
         plain = load(str(tmp_path), **how, device="cpu", backend="eager")
         written = decoded(plain)
     assert decoded(target, ModelDrafter(load("layers:1", target=target))) == written
+
+
+@several
+def test_the_suite_measures_on_two_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against models that are loaded to one device under the name of two, and against turns of two arms that
+    lose the devices of their layers.
+    """
+    monkeypatch.setattr("accelerate.utils.get_balanced_memory", lambda *given, **others: {})
+    monkeypatch.setattr("accelerate.infer_auto_device_map", lambda *given, **others: HALVES)
+    file, model = tmp_path / "own.toml", str(save(tmp_path / "model", layers=2))
+    drafted = 'linear = { drafter = "model", k = 2 }\nhf = { peer = "assisted", k = 2 }\n'
+    file.write_text(f'prompts = "prose@9:1"\nmax_new_tokens = 9\nrepeats = 1\n[arms]\nar = {{}}\n{drafted}')
+    models: dict[str, Any] = {"target": model, "draft": model, "dtype": "float64"}
+    devices = {"device_map": "auto", "draft_device": SECOND}
+    plan = resolve(Options(root=tmp_path, preset=str(file), until=0.5, budget_minutes=0.01, **models, **devices))
+    judged = measure(plan, {"linear", "hf"})
+    header = judged.run.header
+    assert header.identity.hardware == f"{hardware(torch.device(FIRST))}-layers-x2-draft-on-cuda-1"
+    assert (header.devices, header.draft_device, header.on_gpu) == (2, SECOND, True)
+    assert header.versions["turns"] == "steps"
+    assert f"{model} with {model} on {SECOND}" in judged.title
+    assert "backend eager (layers over 2 devices)" in judged.title
+    assert {name: (arm.bugs, arm.ties) for name, arm in judged.run.arms.items()} == dict.fromkeys(
+        plan.preset.arms, (0, 0)
+    )
+    assert judged.run.measures("linear").counters.acceptance_rate == 1
+    assert plan.setup.load_target().backend == Backend(note="layers over 2 devices")
 
 
 @several

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from specdecode.bench.arms.arm import Arm, make_arm
 from specdecode.bench.arms.callables import ModelNames
 from specdecode.bench.servers.server import Servers
@@ -76,11 +78,19 @@ class Models:
     def __str__(self) -> str:
         if self.target is None:
             return f"{self.names.target}{f' with {self.names.draft}' if self.names.draft else ''}, which arms load"
-        return f"{self.target.name}{f' with {self.draft.name}' if self.draft else ''}"
+        if self.draft is None:
+            return self.target.name
+        apart = f" on {self.draft.device}" if self.draft.device != self.target.device else ""
+        return f"{self.target.name} with {self.draft.name}{apart}"
 
 
 def load_models(
-    names: ModelNames, backend: str, entries: Collection[Mapping[str, Any]], tp: str | None = None
+    names: ModelNames,
+    backend: str,
+    entries: Collection[Mapping[str, Any]],
+    tp: str | None = None,
+    device_map: str | None = None,
+    draft_device: torch.device | None = None,
 ) -> Models:
     """Load the models that the arms of these entries need. Arms from code and servers need only the tokenizer.
 
@@ -89,23 +99,30 @@ def load_models(
         backend: backend of this package's arms that name none.
         entries: entries of the arms.
         tp: "auto" if the processes of torchrun share the target's weights.
+        device_map: "auto" if the target's layers are spread over all GPUs.
+        draft_device: device of the draft; None for the target's.
 
     Raises:
         ModelFileError, UnsupportedModelError: a model cannot be loaded.
-        ValueError: `tp` is given, but this package decodes none of the arms.
+        ValueError: one of the last three is given, but this package decodes none of the arms.
     """
     if all("call" in entry or "server" in entry for entry in entries):
-        if tp is not None:
-            raise ValueError("--tp is for models that this package decodes, and all arms here are from code or servers")
+        for option, value in (("--tp", tp), ("--device-map", device_map), ("--draft-device", draft_device)):
+            if value is not None:
+                raise ValueError(
+                    f"{option} is for models that this package decodes, and all arms here are from code or servers"
+                )
         served = any("server" in entry for entry in entries)
         # Code may know the target by a name that is no folder here.
         own_name = not served and is_missing(names.target)
         encoder = TextEncoder(names.target) if own_name else load_encoder(names.target)
         return Models(names, backend, None, None, encoder, _servers(names, encoder, entries))
-    where: dict[str, Any] = {"device": names.device, "dtype": names.dtype, "backend": "eager"}
-    target = load(names.target, **where, tp=tp)
-    # Each arm checks for itself whether it can use the draft.
-    draft = load(names.draft, target=target, same_vocabulary=False, **where) if names.draft else None
+    how: dict[str, Any] = {"dtype": names.dtype, "backend": "eager"}
+    target = load(names.target, **how, device=None if device_map else names.device, tp=tp, device_map=device_map)
+    draft = None
+    if names.draft:
+        # Each arm checks for itself whether it can use the draft.
+        draft = load(names.draft, target=target, same_vocabulary=False, **how, device=draft_device or names.device)
     return Models(names, backend, target, draft, target, _servers(names, target, entries))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from specdecode.bench.arms.entry import ArmSpec
 from specdecode.bench.runs.records import RunFile
 
@@ -17,13 +19,20 @@ def code_snippet(run: RunFile, arm: str) -> str:
     except ValueError as error:
         raise ValueError(f"{run.path} has an arm that this version cannot decode: {error}") from None
     identity = run.header.identity
-    loading = {
-        "device": "cuda" if run.header.on_gpu else "cpu",
+    header = run.header
+    several = max(header.processes, header.devices) > 1
+    # The backend of a target on several devices is not its draft's.
+    backend = spec.backend or ("auto" if several else header.versions.get("backend", "auto"))
+    loading: dict[str, Any] = {
+        "device": "cuda" if header.on_gpu else "cpu",
         "dtype": identity.dtype,
-        "backend": spec.backend or run.header.versions.get("backend", "auto"),
+        "backend": backend,
     }
+    draft_loading = loading | ({"device": header.draft_device} if header.draft_device else {})
+    if header.devices > 1:
+        loading = {"device_map": "auto"} | {key: value for key, value in loading.items() if key != "device"}
     quantize = {} if spec.quantize is None else {"quantize": spec.quantize}
-    split = {"tp": "auto"} if run.header.processes > 1 else {}
+    split = {"tp": "auto"} if header.processes > 1 else {}
     lines = ["import specdecode", ""]
     if spec.policy is not None:
         lines.insert(1, "from specdecode.policies import policy")
@@ -35,7 +44,7 @@ def code_snippet(run: RunFile, arm: str) -> str:
             draft_target = "plain"
             lines.append(f"plain = {_call('specdecode.load', repr(identity.target), **loading)}")
         by_text = {"same_vocabulary": False} if "universal" in spec.drafters else {}
-        draft = _call("specdecode.load", repr(identity.draft), f"target={draft_target}", **loading, **by_text)
+        draft = _call("specdecode.load", repr(identity.draft), f"target={draft_target}", **draft_loading, **by_text)
         lines.append(f"draft = {draft}")
     if "head" in spec.drafters:
         lines.append(f"head = {_call('specdecode.load_head', repr(spec.head or identity.target), 'target')}")

@@ -23,7 +23,7 @@ from specdecode.bench.measure.side_by_side import SideBySide, measure_side_by_si
 from specdecode.bench.measure.turns import reason_against
 from specdecode.bench.measure.until import Until
 from specdecode.bench.measure.versions import Versions, WorkerProcess, dependencies, versions
-from specdecode.bench.plan import Plan
+from specdecode.bench.plan import Plan, Setup
 from specdecode.bench.presets import Preset
 from specdecode.bench.report.captions import judged_by, type_of
 from specdecode.bench.runs.file import KEY, run_json
@@ -90,14 +90,14 @@ def measure(plan: Plan, selected: Collection[str], new: str | None = None, file:
 def _measure(plan: Plan, selected: Collection[str], file: Path | None) -> JudgedRun:
     """Measure the working tree alone."""
     entries = plan.entries(selected)
-    models = load_models(plan.setup.names, plan.setup.backend, entries.values(), plan.setup.tp)
+    models = load_models(plan.setup.names, plan.setup.backend, entries.values(), **plan.setup.sharing)
     ranks = Ranks() if models.target is None else models.target.ranks
     prompts, origins = token_prompts(plan.preset.prompts, models.encoder)
     stop_token_ids = _stop_token_ids(plan, models.target)
     arms = [models.arm(arm, entry, plan.preset.lengths, stop_token_ids) for arm, entry in entries.items()]
     whole = _reason_for_whole_runs(plan, arms, ranks)
     in_turns = plan.until is not None and whole is None
-    versions = run_versions(plan.identity.target, models.backend_name) | _ways(in_turns, ranks)
+    versions = run_versions(plan.identity.target, models.backend_name) | _ways(in_turns, ranks, plan.setup)
     same = _what_must_be_the_same(plan, prompts, stop_token_ids, arms) | {"arms": entries, "versions": versions}
     journal = Journal(plan.journal, same, plan.resume)
     finished, failures = ranks.agreed((journal.blocks(), journal.failures()))
@@ -183,10 +183,11 @@ def _reason_for_whole_runs(plan: Plan, arms: Sequence[Arm], ranks: Ranks) -> str
     return reason_against(arms, plan.preset.baseline)
 
 
-def _ways(in_turns: bool, ranks: Ranks) -> dict[str, str | int]:
+def _ways(in_turns: bool, ranks: Ranks, setup: Setup) -> dict[str, str | int]:
     """Return the entries of a header's versions on how runs are made."""
-    turns: dict[str, str | int] = {"turns": "steps"} if in_turns else {}
-    return turns | ({"processes": ranks.count} if ranks.count > 1 else {})
+    ways: dict[str, str | int] = {"turns": "steps"} if in_turns else {}
+    ways |= {name: count for name, count in (("processes", ranks.count), ("devices", setup.devices)) if count > 1}
+    return ways | ({} if setup.draft_device is None else {"draft device": str(setup.draft_device)})
 
 
 def _what_must_be_the_same(

@@ -59,6 +59,8 @@ def resolve_quality(options: Options, setup: Setup | None = None) -> QualityPlan
     """
     if options.tp is not None:
         raise ValueError("--tp does not go with --quality: quality is measured in one process")
+    if options.draft_device is not None:
+        raise ValueError("--draft-device does not go with --quality: quality is measured without a draft")
     preset = quality_preset("tiny" if options.tiny else options.preset)
     tasks = preset.tasks
     if tasks is not None and options.max_new_tokens is not None:

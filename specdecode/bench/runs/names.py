@@ -33,9 +33,19 @@ def margins_file(target: str, texts: str) -> Path:
     return Path(MARGINS) / fitting(f"{slug(target)}-{slug('-'.join(corpora))}.json")
 
 
-def shared_by(processes: int, hardware: str) -> str:
-    """Return the name of hardware whose processes, one on each device, share a model."""
-    return hardware if processes == 1 else f"{hardware}-x{processes}"
+def hardware_name(device: str, processes: int = 1, devices: int = 1, draft_device: str = "") -> str:
+    """Return the name of the hardware of a run.
+
+    Args:
+        device: the name of one device.
+        processes: number of processes, one on each device, that share the target's weights.
+        devices: number of devices over which the target's layers are spread.
+        draft_device: the device of the draft, if it is not the target's.
+    """
+    shared = f"-x{processes}" if processes > 1 else ""
+    spread = f"-layers-x{devices}" if devices > 1 else ""
+    apart = f"-draft-on-{slug(draft_device)}" if draft_device else ""
+    return f"{device}{shared}{spread}{apart}"
 
 
 def digest(tokens: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from specdecode.bench.runs.counts import (
 )
 from specdecode.bench.runs.looks import tail_of_arm
 from specdecode.bench.runs.measures import Counters, CountersRun, Measures, counters_of
-from specdecode.bench.runs.names import BASELINE, shared_by
+from specdecode.bench.runs.names import BASELINE, hardware_name
 from specdecode.bench.runs.statistics import (
     NOISE_OF_TWO,
     TAIL,
@@ -44,8 +44,8 @@ class Identity:
     """The properties that runs must share to be compared.
 
     Attributes:
-        hardware: name of the GPU, or the processor's model and threads; and the number of processes that share the
-            weights, if there are several. Times are comparable only on equal hardware. "any" in a baseline of counters.
+        hardware: name of the GPU, or the processor's model and threads; and how several devices share the models. Times
+            are comparable only on equal hardware. "any" in a baseline of counters.
         target: the model that decides, as the user named it.
         draft: the model that proposes, as the user named it; empty without a draft.
         dtype: data type of the weights.
@@ -111,13 +111,26 @@ class Header:
     @property
     def processes(self) -> int:
         """Return the number of processes that share the target's weights."""
-        count = self.versions.get("processes")
-        return count if isinstance(count, int) else 1
+        return self._count("processes")
+
+    @property
+    def devices(self) -> int:
+        """Return the number of devices over which the target's layers are spread."""
+        return self._count("devices")
+
+    @property
+    def draft_device(self) -> str:
+        """Return the device of the draft, if it is not the target's; else ""."""
+        return str(self.versions.get("draft device", ""))
+
+    def _count(self, name: str) -> int:
+        return count if isinstance(count := self.versions.get(name), int) else 1
 
     @property
     def on_gpu(self) -> bool:
-        """Return whether the models ran on a GPU."""
-        return self.identity.hardware == shared_by(self.processes, slug(str(self.versions.get("gpu", ""))))
+        """Return whether the target ran on a GPU."""
+        several = self.processes, self.devices, self.draft_device
+        return self.identity.hardware == hardware_name(slug(str(self.versions.get("gpu", ""))), *several)
 
     @property
     def warnings(self) -> list[str]:
@@ -145,8 +158,7 @@ class Row:
         histograms: sums of histograms over the repeats.
         latencies: latencies of a server's requests, in all repeats.
         logs: the log speedup of each repeat; `log_speedup` is their mean. Empty for one repeat, and in older files.
-        repeat_numbers: number of each repeat, from 0: with `--until` an arm skips repeats while its verdict is clear,
-            and a wrong output is void. Empty for 0, 1, ..., and in older files.
+        repeat_numbers: number of each repeat, from 0: some are left out. Empty for 0, 1, ..., and in older files.
     """
 
     log_speedup: float

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,29 @@ def test_code_may_know_its_target_by_a_name_of_its_own() -> None:
             load_models(
                 ModelNames(target, "", "cpu", "float32"), "eager", [{"server": {"url": "http://127.0.0.1:9/v1"}}]
             )
+
+
+def test_models_are_loaded_to_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a target on one device, and a draft beside it, where options name several."""
+    devices: dict[str, Any] = {}
+    model = SimpleNamespace(tokenizer=None)
+
+    def load(name: str, **how: Any) -> Any:
+        devices[name] = (how["device"], how.get("device_map"))
+        return model
+
+    monkeypatch.setattr(models, "load", load)
+    names = ModelNames("target", "draft", "cpu", "float32")
+    for options, target, draft in (
+        ({}, ("cpu", None), "cpu"),
+        ({"device_map": "auto"}, (None, "auto"), "cpu"),
+        ({"draft_device": "meta"}, ("cpu", None), "meta"),
+    ):
+        load_models(names, "auto", [{}], **options)
+        assert devices == {"target": target, "draft": (draft, None)}
+    for option in ("tp", "device_map", "draft_device"):
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} is for models that this package decodes"):
+            load_models(names, "auto", [{"call": "own:make"}], **{option: "auto"})
 
 
 @pytest.fixture

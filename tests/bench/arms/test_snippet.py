@@ -10,6 +10,7 @@ import pytest
 from specdecode import load
 from specdecode.bench.arms.arm import make_arm
 from specdecode.bench.arms.snippet import code_snippet
+from specdecode.bench.report.captions import command
 from tests.helpers.characters import save
 from tests.helpers.speed_runs import OUTPUT_TOKENS, speed_arm, speed_run
 
@@ -71,6 +72,18 @@ def test_the_snippet_of_a_cost_aware_arm_runs(model: str) -> None:
     pasted: dict[str, Any] = {}
     exec(code_snippet(run, "arm"), pasted)
     assert len(pasted["result"].tokens) == OUTPUT_TOKENS
+
+
+def test_the_snippet_and_the_command_name_several_devices() -> None:
+    """Guards against code that decodes on one device, or is refused, where several were measured."""
+    arm = speed_arm(1.0, {"drafter": "model", "k": 2})
+    run = speed_run(identity=("gpu-layers-x2-draft-on-cuda-1", "t", "d", "float16"), arm=arm)
+    run.header.versions.update({"gpu": "GPU", "devices": 2, "draft device": "cuda:1"})
+    snippet = code_snippet(run, "arm")
+    assert "specdecode.load('t', device_map='auto', dtype='float16', backend='auto')" in snippet
+    assert "specdecode.load('d', target=target, device='cuda:1', dtype='float16', backend='auto')" in snippet
+    assert " --dtype=float16 --device-map=auto --draft-device=cuda:1 --prompts" in command(run)
+    assert not {"--device=", "--backend="} & {option.partition("=")[0] + "=" for option in command(run).split()}
 
 
 HOSTILE = "x') or exit(3) #"
