@@ -8,10 +8,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdecode import (
     LM,
@@ -19,6 +20,8 @@ from specdecode import (
     FixedK,
     Generation,
     HeadDrafter,
+    KeepAll,
+    MedusaDrafter,
     ModelDrafter,
     NoDraft,
     PromptLookup,
@@ -29,6 +32,7 @@ from specdecode import (
     generate,
     generate_batch,
     load,
+    load_mtp,
 )
 from specdecode.backends import prepare, static
 from specdecode.backends.graph import CudaGraphs
@@ -38,11 +42,14 @@ from specdecode.bench.measure.timed import timed, timed_by
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.decoding.teacher_forced import teacher_forced
 from specdecode.drafters.base import Drafter
+from specdecode.drafters.medusa import MedusaHeads
 from specdecode.drafters.replay import ReplayDrafter
 from specdecode.heads.bound import BoundHead, untrained
+from specdecode.policies.base import CachePolicy
 from specdecode.policies.heavy_hitter import HeavyHitter
 from tests.helpers import models
-from tests.helpers.models import ARCHITECTURES, UNCAPTURED, build, prompt
+from tests.helpers.heads import write_mtp
+from tests.helpers.models import ARCHITECTURES, UNCAPTURED, build, moved, prompt
 from tests.helpers.pretended_tensors import DEVICE, host_alone
 
 pytestmark = pytest.mark.skipif(
@@ -73,6 +80,14 @@ def head_of(target: LM) -> BoundHead:
     return BoundHead(untrained(target), target)
 
 
+@functools.cache
+def medusa_of(target: LM) -> MedusaHeads:
+    """Return heads of random weights, the same for each target."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MedusaHeads(target, 3, 1)
+
+
 MAKERS: dict[str, Callable[[LM, LM], Drafter]] = {
     "none": lambda target, draft: NoDraft(),
     "lookup": lambda target, draft: PromptLookup(),
@@ -83,8 +98,14 @@ MAKERS: dict[str, Callable[[LM, LM], Drafter]] = {
     "self-streaming": lambda target, draft: SelfStreamingDrafter(target, 16),
     "head-chain": lambda target, draft: HeadDrafter(head_of(target)),
     "head-tree": lambda target, draft: HeadDrafter(head_of(target), TREE),
+    "medusa": lambda target, draft: MedusaDrafter(medusa_of(target)),
     "replay": lambda target, draft: ReplayDrafter(ModelDrafter(draft), on_the_host(), 0.8),
 }
+
+
+def made(name: str, target: LM) -> Drafter:
+    return MAKERS[name](target, draft_of(target))
+
 
 READS = {"best-first-tree": 5}
 """The waits of the host in a step, for drafters that read each drafted level. All others wait once."""
@@ -93,13 +114,24 @@ READS = {"best-first-tree": 5}
 LAUNCHES = {
     "none": 2.1,
     "lookup": 2.1,
+    "lookup-tree": 2.3,
     "chain": 8.8,
     "static-tree": 26.3,
     "best-first-tree": 53.1,
+    "self-streaming": 73,
     "head-chain": 13.7,
     "head-tree": 38,
+    "medusa": 49,
+    "replay": 10,
 }
-"""The most kernels that a step launches outside its graphs. The number is the same for any number of layers."""
+"""The most kernels that a step launches outside its graphs. The number is the same for any number of layers, but for
+"self-streaming", which evicts."""
+
+EVICTION = (29, 12)
+"""The kernels that an eviction launches: for each layer, and beside the layers."""
+
+BATCH = {"llama": (43, 52), "gpt-neox": (26, 45)}
+"""The kernels that a step of a batch launches, without graphs: for each layer, and beside the layers."""
 
 _MASK = {
     "arange": 2,
@@ -163,8 +195,8 @@ def on_the_host(name: str = "llama") -> list[int]:
         return [*prompt(), *generate(model, prompt(), max_new_tokens=LENGTH).tokens]
 
 
-def decode(target: LM, drafter: Drafter) -> Generation:
-    return generate(target, prompt(), drafter=drafter, controller=FixedK(4), max_new_tokens=LENGTH)
+def decode(target: LM, drafter: Drafter, policy: CachePolicy = KeepAll()) -> Generation:
+    return generate(target, prompt(), drafter=drafter, controller=FixedK(4), policy=policy, max_new_tokens=LENGTH)
 
 
 @dataclass(frozen=True)
@@ -183,21 +215,27 @@ class Counted:
     launches: Counter[str]
 
 
-def counted(target: LM, name: str) -> Counted:
+def counted(target: LM, make: Callable[[], Drafter], policy: CachePolicy = KeepAll()) -> Counted:
     gc.collect()  # frees the storages of the previous run for reuse
-    drafter = MAKERS[name](target, draft_of(target))
+    drafter = make()
     captures = CudaGraphs.count
     DEVICE.launches.clear()
     with host_reads(target.device) as reads:
-        result = decode(target, drafter)
+        result = decode(target, drafter, policy)
     return Counted(result, (CudaGraphs.count, CudaGraphs.count - captures), reads[0], DEVICE.launches.copy())
+
+
+def check_launches(run: Counted, most: float) -> None:
+    """Check that a step launched at most this many kernels, and not far fewer, outside its graphs."""
+    launches = run.launches.total() / len(run.result.steps)
+    assert 0.9 * most <= launches <= most, run.launches.most_common(20)
 
 
 @functools.cache
 def replays(name: str) -> list[Counted]:
     """Decode a text three times. A prompt is read by a graph only if its storage has seen one before: so the first two
     runs capture."""
-    return [counted(on_graphs(), name) for _ in range(3)]
+    return [counted(on_graphs(), lambda: made(name, on_graphs())) for _ in range(3)]
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -205,7 +243,7 @@ def test_replayed_graphs_write_what_the_cpu_does_and_wait_once_a_step(name: str)
     """Guards against wrong tokens: from results that another graph has overwritten, from copies that have not arrived,
     or from tensors of two devices. Also against a host that waits or captures more than necessary.
     """
-    runs = [*replays(name), counted(eager(), name)]
+    runs = [*replays(name), counted(eager(), lambda: made(name, eager()))]
     for run in runs:
         assert run.result.tokens == on_the_host()[len(prompt()) :]
     captured, new = runs[2].captures
@@ -244,9 +282,60 @@ def test_a_step_launches_few_kernels_beside_its_graphs(name: str, most: float) -
     """Guards against a GPU that idles because the host launches many kernels: a launch takes as long as a small
     kernel.
     """
-    run = replays(name)[-1]
-    launches = run.launches.total() / len(run.result.steps)
-    assert 0.9 * most <= launches <= most, run.launches.most_common(20)
+    check_launches(replays(name)[-1], most)
+
+
+@pytest.mark.skipif(not PRETENDED, reason="a GPU does not say what was launched on it: tox -e pretend")
+def test_an_mtp_layer_launches_as_few_kernels_as_a_head(tmp_path: Path) -> None:
+    """Guards against a layer of a checkpoint that is run without graphs, or by more launches than other heads."""
+    folder = write_mtp("mellum", tmp_path)
+    # Grouped products of experts do not support float64.
+    options = {"dtype": torch.float64, "experts_implementation": "batched_mm"}
+    with host_alone():
+        host = LM(AutoModelForCausalLM.from_pretrained(folder, **options))
+        expected = generate(host, prompt(), max_new_tokens=LENGTH).tokens
+    model = moved(AutoModelForCausalLM.from_pretrained(folder, **options), models.DEVICE)
+    target = LM(model, backend=prepare("graph", model))
+    head = load_mtp(target)
+    run = [counted(target, lambda: HeadDrafter(head)) for _ in range(3)][-1]
+    assert run.result.tokens == expected
+    assert run.captures[1] == 0
+    check_launches(run, LAUNCHES["head-chain"])
+
+
+@pytest.mark.skipif(not PRETENDED, reason="a GPU does not say what was launched on it: tox -e pretend")
+def test_an_eviction_launches_few_kernels() -> None:
+    """Guards against a policy whose evictions take longer than the forwards between them."""
+
+    def count(layers: int) -> float:
+        target, policy = on_graphs(layers=layers), SinkWindow(24, sinks=2)
+        evicting = [counted(target, NoDraft, policy) for _ in range(3)][-1]
+        keeping = counted(target, NoDraft)
+        assert evicting.captures[1] == keeping.captures[1] == 0
+        assert evicting.result.compressions > 5
+        return (evicting.launches.total() - keeping.launches.total()) / evicting.result.compressions
+
+    two, three = count(2), count(3)
+    assert (three - two, 3 * two - 2 * three) == EVICTION
+
+
+@pytest.mark.parametrize("name", BATCH)
+@pytest.mark.skipif(not PRETENDED, reason="a GPU does not say what was launched on it: tox -e pretend")
+def test_a_step_of_a_batch_launches_few_kernels_a_layer(name: str) -> None:
+    """Guards against operations added to each sequence of a batch, which runs without graphs."""
+
+    def count(layers: int) -> float:
+        """Return a quarter of the launches of four further steps. The first runs capture what reads the prompts."""
+        totals = []
+        for length in (6, 6, 6, 10):
+            gc.collect()
+            DEVICE.launches.clear()
+            generate_batch(on_graphs(name, layers), [prompt(9), prompt(14)], batch_size=2, max_new_tokens=length)
+            totals.append(DEVICE.launches.total())
+        return (totals[3] - totals[2]) / 4
+
+    two, three = count(2), count(3)
+    assert (three - two, 3 * two - 2 * three) == BATCH[name]
 
 
 @pytest.mark.skipif(not PRETENDED, reason="a GPU does not say what was launched on it: tox -e pretend")

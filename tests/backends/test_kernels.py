@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -30,12 +32,14 @@ from specdecode import (
     ModelDrafter,
     NoDraft,
     StaticTree,
+    backends,
     generate,
     generate_batch,
     load_mtp,
 )
 from specdecode.backends import cache_views, prepare
 from specdecode.backends.kernels import BY_KERNEL, TYPES, KernelModule, interpreted
+from specdecode.backends.static import StaticRunner
 from specdecode.controllers.base import Limit
 from specdecode.core.errors import UnsupportedModelError
 from specdecode.drafters.base import Context
@@ -49,6 +53,7 @@ from tests.helpers import models
 from tests.helpers.heads import write_mtp
 from tests.helpers.last_bits import off
 from tests.helpers.models import ARCHITECTURES, build, moved, prompt
+from tests.helpers.pretended_tensors import launches
 from tests.helpers.root import ROOT
 from tests.helpers.strategies import trees
 
@@ -449,6 +454,117 @@ def test_a_drafted_text_is_that_of_plain_decoding_to_the_last_bit(monkeypatch: p
     batch = generate_batch(target, prompts, drafter=lambda: ModelDrafter(draft), **options)
     for result, expected in zip([tree, *batch], [plain[0], *plain], strict=True):
         assert (result.tokens, result.logprobs) == (expected.tokens, expected.logprobs)
+
+
+_LAYER = {"_attend_to_part": 1, "_write": 1, "add": 4, "neg": 2}
+_LLAMA = _LAYER | {"_multiply": 7, "_normalise": 2, "cat": 2, "mul": 5, "silu": 1}
+_NEOX = _LAYER | {"_multiply": 4, "cat": 4, "gelu": 1, "mul": 4, "native_layer_norm": 2}
+_BESIDE = {
+    "_multiply": 1,
+    "_to_copy": 4,
+    "add": 1,
+    "arange": 2,
+    "bitwise_and": 2,
+    "bitwise_not": 1,
+    "bitwise_or": 1,
+    "cat": 1,
+    "clamp": 1,
+    "cos": 1,
+    "embedding": 1,
+    "ge": 1,
+    "gt": 1,
+    "index": 1,
+    "lt": 2,
+    "masked_fill_": 1,
+    "max": 1,
+    "mul": 3,
+    "scalar_tensor": 1,
+    "sin": 1,
+    "sub": 1,
+    "where": 1,
+    "zeros": 1,
+}
+_ORDER = {
+    "arange": 3,
+    "cumsum": 1,
+    "eq": 1,
+    "scalar_tensor": 2,
+    "scatter_": 1,
+    "sub": 2,
+    "sum": 1,
+    "where": 2,
+    "zeros": 2,
+}
+KERNELS = {
+    ("triton", "llama"): (_LLAMA | {"_combine_parts": 1}, _BESIDE | {"_normalise": 1}),
+    ("triton", "gpt-neox"): (_NEOX | {"_combine_parts": 1}, _BESIDE | {"native_layer_norm": 1}),
+    ("exact", "llama"): (_LLAMA | {"_combine_in_order": 1}, _BESIDE | _ORDER | {"_normalise": 1}),
+    ("exact", "gpt-neox"): (_NEOX | {"_combine_in_order": 1}, _BESIDE | _ORDER | {"native_layer_norm": 1}),
+}
+"""The kernels of a captured forward of one row in float16, by name: those of a layer, and those beside the layers. The
+names of this package's begin with an underscore, and so does PyTorch's `_to_copy`."""
+
+CLONES = {("triton", "llama"): (1, 0), ("exact", "llama"): (0, 1), ("exact", "gpt-neox"): (1, 1)}
+"""The copies that are made of several rows, beside those kernels: in a layer, and beside the layers."""
+
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that PyTorch launches, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
+            with self:  # in inference mode, operations that are made of others arrive undivided
+                return func._op_dk(COMPOSITE, *args, **kwargs or {})
+        if launches(func):
+            self.counts[func.__name__.split(".")[0]] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(("backend", "name"), KERNELS)
+def test_a_forward_launches_few_kernels(backend: str, name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against operations added to each layer, or to each forward, and against layers that no kernel computes."""
+    mode = Launches()
+
+    def launch(kernel: Any, grid: Any) -> Callable[..., None]:
+        # Without a result: the interpreter takes long.
+        return lambda *given, **constants: mode.counts.update([kernel.fn.__name__])
+
+    monkeypatch.setattr(type(linear._multiply), "__getitem__", launch)
+    monkeypatch.setattr(LM, "_probe", lambda self: None)
+    # On a CPU it serves the interpreter alone.
+    monkeypatch.setattr(backends, "separate_activations", lambda model: None)
+
+    def capture(action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            mode.counts.clear()
+            with mode:
+                return action()
+
+        return run
+
+    monkeypatch.setattr(backends, "_capturing", lambda forward, device: StaticRunner(forward, capture))
+
+    def count(layers: int) -> Counter[str]:
+        model = build(ARCHITECTURES[name] | {"num_hidden_layers": layers}).half()
+        target = LM(model, name=name).with_backend(backend)
+        slots = target.new_slots(len(prompt()) + 16)
+        target.forward(slots, torch.tensor(prompt()))
+        target.forward(slots, torch.arange(rows), rows=rows, choose=True)
+        return mode.counts.copy()
+
+    two, three = count(2), count(3)
+    layer = three - two
+    copies = CLONES.get((backend, name), (0, 0)) if rows > 1 else (0, 0)
+    for found, kernels, clones in zip((layer, two - layer - layer), KERNELS[backend, name], copies, strict=True):
+        most = Counter(kernels) + Counter(clone=clones)
+        assert found == most, f"over the budget: {dict(found - most)}; below it: {dict(most - found)}"
 
 
 def test_a_model_whose_rows_may_change_each_other_is_refused() -> None:

@@ -17,6 +17,7 @@ real GPU shows their rounding and their times. Nothing is compiled on it, and no
 from __future__ import annotations
 
 import contextlib
+import os
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -193,6 +194,8 @@ def install() -> None:
     }.items():
         setattr(torch.cuda, name, value)
     torch.nn.functional.scaled_dot_product_attention = _scaled_dot_product_attention
+    # A dispatch mode sees one thread alone, and transformers would load weights in others.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     # torch.tensor(..., device="cuda") creates its content in host memory first. This makes the copy visible.
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)

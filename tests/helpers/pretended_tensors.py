@@ -441,9 +441,14 @@ class Operation:
                 result.copy_(new)
 
 
+def launches(func: Any) -> bool:
+    """Return whether an operation launches a kernel: it is no view, and fills the memory that it allocates."""
+    return not (func.is_view or func.__name__.startswith(("detach", "_unsafe_view", "alias", "empty", "new_empty")))
+
+
 def _launched(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-    """Count an operation, or record it for the graph that is being captured. Views are ignored."""
-    if func.is_view or func.__name__.startswith(("detach", "_unsafe_view", "alias", "empty", "new_empty")):
+    """Count an operation, or record it for the graph that is being captured."""
+    if not launches(func):
         return
     if DEVICE.recording is None:
         DEVICE.launches[_line()] += 1
