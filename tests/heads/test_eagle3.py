@@ -41,6 +41,7 @@ from specdecode.heads.module import Head, HeadShape
 from specdecode.models.embedded import EMBEDDED
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.recording import recorded_hidden_states
+from tests.helpers import models
 from tests.helpers.heads import write_head
 from tests.helpers.models import ARCHITECTURES, build, greedy, lm, moved, prompt
 from tests.helpers.trees import paths
@@ -247,7 +248,7 @@ def test_keys_that_heads_share_are_not_copied(monkeypatch: pytest.MonkeyPatch) -
     for head, width in ((Variant().head(), 96), (Head(shape, torch.arange(60)).double(), 64)):
         bound = BoundHead(head, lm("llama"))
         read = ForwardInput(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.ones(2, 2).bool().tril(), rows=2)
-        bound.read(bound.new_slots(2), read, torch.ones(2, width).double(), fuse=True)
+        bound.read(bound.new_slots(2), read, torch.ones(2, width, device=models.DEVICE).double(), fuse=True)
     assert calls == [(2, 2)] * 2
 
 
