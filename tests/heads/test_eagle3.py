@@ -238,6 +238,7 @@ def test_the_embedded_target_is_named_by_its_id_on_the_hub(tmp_path: Path) -> No
 def test_keys_that_heads_share_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against the slow attention of a GPU, which repeats shared keys if there is a mask."""
     attention, calls = nn.functional.scaled_dot_product_attention, []
+    target = lm("llama")  # which attends when it is built
 
     def noted(query: Tensor, key: Tensor, *others: Any, **rest: Any) -> Tensor:
         calls.append((query.shape[1], key.shape[1]))
@@ -246,7 +247,7 @@ def test_keys_that_heads_share_are_not_copied(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
     shape = HeadShape(32, (0, 2), heads=4, kv_heads=2, head_dim=8, intermediate=48)
     for head, width in ((Variant().head(), 96), (Head(shape, torch.arange(60)).double(), 64)):
-        bound = BoundHead(head, lm("llama"))
+        bound = BoundHead(head, target)
         read = ForwardInput(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.ones(2, 2).bool().tril(), rows=2)
         bound.read(bound.new_slots(2), read, torch.ones(2, width, device=models.DEVICE).double(), fuse=True)
     assert calls == [(2, 2)] * 2
