@@ -93,17 +93,19 @@ class Rotation:
         Returns:
             The keys at the new positions, in the type of `keys`.
         """
-        width = 2 * before[0].shape[-1]
+        return self.rotate(keys, _between(before, after))
+
+    def rotate(self, keys: Float[Tensor, "heads n dim"], angles: tuple[Tensor, Tensor]) -> Float[Tensor, "heads n dim"]:
+        """Rotate keys by angles, given as cosines and sines, each [n, pairs] or, by head, [heads, n, pairs]."""
+        cos, sin = angles
+        width = 2 * cos.shape[-1]
         start = keys.shape[-1] - width if self.last else 0
-        rotated = keys[..., start : start + width].to(before[0].dtype)
-        (cos, sin), (new_cos, new_sin) = before, after
+        rotated = keys[..., start : start + width].to(cos.dtype)
         first, second = self._pairs(rotated)
-        norm = cos**2 + sin**2
-        plain_first, plain_second = (first * cos + second * sin) / norm, (second * cos - first * sin) / norm
         rerotated = torch.empty_like(rotated)
         new_first, new_second = self._pairs(rerotated)
-        new_first.copy_(plain_first * new_cos - plain_second * new_sin)
-        new_second.copy_(plain_second * new_cos + plain_first * new_sin)
+        new_first.copy_(first * cos - second * sin)
+        new_second.copy_(second * cos + first * sin)
         return torch.cat([keys[..., :start], rerotated.to(keys.dtype), keys[..., start + width :]], dim=-1)
 
     def _pairs(self, components: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +114,16 @@ class Rotation:
             return components[..., ::2], components[..., 1::2]
         half = components.shape[-1] // 2
         return components[..., :half], components[..., half:]
+
+
+def _between(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the angles from those of `before` to those of `after`; see `Rotation.rerotate`.
+
+    The model's scaling of cosines and sines is divided out.
+    """
+    (cos, sin), (new_cos, new_sin) = before, after
+    norm = cos**2 + sin**2
+    return (cos * new_cos + sin * new_sin) / norm, (cos * new_sin - sin * new_cos) / norm
 
 
 @torch.inference_mode()
@@ -232,15 +244,17 @@ class KeyRerotation:
         length = slots.length
         slots.gather(kept)
         positions, selections = Copies(torch.arange(length, device=kept.device)), Copies(kept)
+        count = kept.shape[-1]
         tables: dict[tuple[Rotation, torch.device], tuple[Tensor, Tensor]] = {}
+        angles: dict[tuple[Rotation, torch.device], tuple[Tensor, Tensor]] = {}
         for layer, (keys, rotation) in enumerate(zip(slots.filled_keys(), self._rotations, strict=True)):
             if rotation is None:
                 continue
-            device = keys.device
-            everywhere, selection = positions[device], selections[device]
-            if (rotation, device) not in tables:
-                tables[rotation, device] = rotation.table(keys, everywhere)
-            cos, sin = tables[rotation, device]
-            old = selection if kept.dim() == 1 else selection[layer]
-            new = everywhere[: kept.shape[-1]]
-            keys.copy_(rotation.rerotate(keys, (cos[old], sin[old]), (cos[new], sin[new])))
+            key = rotation, (device := keys.device)
+            if key not in tables:
+                tables[key] = rotation.table(keys, positions[device])
+            if key not in angles or kept.dim() > 1:  # all layers share a selection, or each head has its own
+                cos, sin = tables[key]
+                old = selections[device] if kept.dim() == 1 else selections[device][layer]
+                angles[key] = _between((cos[old], sin[old]), (cos[:count], sin[:count]))
+            keys.copy_(rotation.rotate(keys, angles[key]))
