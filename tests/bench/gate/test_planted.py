@@ -36,6 +36,7 @@ from specdecode.controllers.base import FixedK, Limit
 from specdecode.core.slots import Slots
 from specdecode.core.verify import Acceptance
 from specdecode.decoding import sequence
+from specdecode.drafters import base as drafters
 from specdecode.drafters import model as model_drafter
 from tests.helpers.fake_clock import Cost, FakeClock, RealClock, charged
 from tests.helpers.lean import lean
@@ -259,7 +260,7 @@ def cache_copied_slowly(plot: Plot) -> None:
 
 
 def slots_never_used(plot: Plot) -> None:
-    plot.patch.setattr(sequence, "MAX_DRAFT_NODES", 512)
+    plot.patch.setattr(drafters, "MAX_DRAFT_NODES", 512)
 
 
 def first_proposal_believed(plot: Plot) -> None:
