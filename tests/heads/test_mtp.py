@@ -8,9 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import MtpCache
-from transformers.modeling_layers import MtpModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, cache_utils, modeling_layers
 
 from specdecode import (
     LM,
@@ -66,7 +64,8 @@ def reference(
     """Return the chain that transformers' own module drafts behind a text, and its logits. It reuses one layer for all
     tokens. If tokens to read are given, it reads them in place of its own.
     """
-    own, cache = MtpModel.from_pretrained(model), MtpCache(config=model.config.get_mtp_config())
+    own = modeling_layers.MtpModel.from_pretrained(model)
+    cache = cache_utils.MtpCache(config=model.config.get_mtp_config())
     tokens, states = torch.tensor([text[1:]]), states_of(model, text)[:, :-1]
     positions, chosen, logits = torch.arange(1, len(text))[None], [], []
     with torch.inference_mode():
