@@ -249,10 +249,23 @@ def test_a_head_that_is_trained_here_is_served(tmp_path: Path) -> None:
     for the first word of many.
     """
     target, folder = load("smollm2-135m", device="cpu"), tmp_path / "head"
-    sizes = ("--tokens", "16384", "--vocabulary", "2048", "--epochs", "2", "--rate", "0.002", "--held-out", "4")
+    sizes = (
+        "--tokens",
+        "8192",
+        "--own",
+        "0",
+        "--vocabulary",
+        "2048",
+        "--epochs",
+        "2",
+        "--rate",
+        "0.002",
+        "--held-out",
+        "4",
+    )
     training = [sys.executable, "-m", "specdecode", "train-head", "--target", "smollm2-135m", "--data", "prose", *sizes]
     subprocess.run([*training, "--out", str(folder)], check=True)
-    drafter = HeadDrafter(load_head(folder, target))
+    drafter = HeadDrafter(load_head(str(folder), target))
     command = speculating(method="eagle3", model=str(folder), num_speculative_tokens=3)
     drafting = server(command, tmp_path / "head.log")
     steps = []
