@@ -245,7 +245,7 @@ def test_the_engines_counters_are_those_of_a_replay(
 
 def test_a_head_that_is_trained_here_is_served(tmp_path: Path) -> None:
     """Guards against a folder that the engine cannot read, against a draft that changes its tokens, and against an
-    engine that accepts less of the head than this package: it is wired otherwise then. A minute of training is enough
+    engine that accepts less of the head than this package: it is wired otherwise then. Minutes of training are enough
     for the first word of many.
     """
     target, folder = load("smollm2-135m", device="cpu"), tmp_path / "head"
