@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from specdecode.backends.cache_views import LayerCacheView, StaticCacheView
 from specdecode.backends.graph import CudaGraphs
-from specdecode.backends.kernels import KernelModule
+from specdecode.backends.kernels import KernelModule, replace_modules
 from specdecode.backends.static import StaticForward
 from specdecode.backends.static_inputs import StaticInputs
 
@@ -103,11 +103,12 @@ class BiasApart(KernelModule):
 
 def add_biases_apart(module: nn.Module) -> None:
     """Replace the linear layers in a module that have a bias, in place."""
-    for parent in [each for each in module.modules() if not isinstance(each, KernelModule)]:
-        for name, child in list(parent.named_children()):
-            changed = child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child)
-            if type(child) is nn.Linear and child.bias is not None and not changed:
-                setattr(parent, name, BiasApart(child))
+
+    def apart(child: nn.Module) -> BiasApart | None:
+        fits = type(child) is nn.Linear and child.bias is not None and "forward" not in vars(child)
+        return BiasApart(child) if fits else None
+
+    replace_modules(module, apart)
 
 
 _uncompiled: ContextVar[bool] = ContextVar("_uncompiled", default=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,9 @@ _ROUNDED_ROWS = 32
 _SPAN_MULTIPLE = 256
 # Least slots of a storage: a growing storage needs new captures.
 _LEAST_SLOTS = 1024
+_ALL_WIDTHS = (*WIDTHS, *PROMPT_WIDTHS)
 # Slots of a storage behind its text, for the padding of a forward.
-_PADDING = 128
+_PADDING = max(wider - width for width, wider in pairwise(_ALL_WIDTHS))
 # Number of unused storages that are kept for new slots.
 _IDLE_STORAGES = 4
 # Most cached graphs of one storage: each occupies memory.
@@ -312,8 +314,7 @@ class StaticRunner:
         """Return the rows rounded up to a captured shape; beyond the widths of forwards, to one of a few."""
         if self._capture is None:
             return rows
-        widths = (*WIDTHS, *PROMPT_WIDTHS)
-        return next((width for width in widths if width >= rows), -(-rows // _ROUNDED_ROWS) * _ROUNDED_ROWS)
+        return next((width for width in _ALL_WIDTHS if width >= rows), -(-rows // _ROUNDED_ROWS) * _ROUNDED_ROWS)
 
 
 class _CachedGraph:

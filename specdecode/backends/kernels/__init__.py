@@ -7,6 +7,7 @@ needs them.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,8 +42,8 @@ def unavailable_reason(backend: str, device: torch.device) -> str | None:
 
 
 class KernelModule(nn.Module):
-    """A module that computes by a kernel what another module computes. It has the attributes of that module, which some
-    models read.
+    """A module that computes in another way, mostly by a kernel, what another module computes. It has the attributes of
+    that module, which some models read.
 
     Args:
         layer: the other module.
@@ -68,6 +69,32 @@ def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     # Not by a comparison of sets, which the compiler of PyTorch 2.11 does not know.
     there = "integers" in parameters and "scales" in parameters
     return (parameters["integers"], parameters["scales"]) if there else None
+
+
+def replace_modules(
+    model: nn.Module, replacement: Callable[[nn.Module], KernelModule | None]
+) -> tuple[dict[nn.Module, KernelModule], int]:
+    """Replace modules in place.
+
+    Args:
+        model: the model or the head.
+        replacement: returns the module to take in place of one; None to leave it.
+
+    Returns:
+        The new modules by the old, and the number of other modules with a matrix that is no embedding.
+    """
+    made: dict[nn.Module, KernelModule] = {}
+    left = 0
+    for parent in [module for module in model.modules() if not isinstance(module, KernelModule)]:
+        for name, child in list(parent.named_children()):
+            hooked = child._forward_hooks or child._forward_pre_hooks  # a replacement would pass them over
+            if child not in made and not hooked and (replaced := replacement(child)) is not None:
+                made[child] = replaced
+            if child in made:  # two modules may share it
+                setattr(parent, name, made[child])
+            elif not isinstance(child, nn.Embedding):
+                left += any(weight.dim() > 1 for weight in child.parameters(recurse=False))
+    return made, left
 
 
 def restore_layers(model: nn.Module) -> None:

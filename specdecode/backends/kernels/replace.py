@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import nn
 
 from specdecode.backends.grouped_attention import GroupedAttention
-from specdecode.backends.kernels import KernelModule, attention, integer_weights, linear, norms
+from specdecode.backends.kernels import KernelModule, attention, integer_weights, linear, norms, replace_modules
 
 
 def replace_layers(model: nn.Module, most_rows: int | None = linear.MOST_ROWS) -> str:
@@ -19,7 +17,7 @@ def replace_layers(model: nn.Module, most_rows: int | None = linear.MOST_ROWS) -
         model: the model or the head.
         most_rows: the most rows that the kernel multiplies with a linear layer; any number if None.
     """
-    made, left = _replace(model, lambda child: _by_kernel(child, most_rows))
+    made, left = replace_modules(model, lambda child: _by_kernel(child, most_rows))
     products, normed = (
         sum(isinstance(module, kind) for module in made.values()) for kind in (linear.KernelLinear, norms.KernelRMSNorm)
     )
@@ -30,33 +28,9 @@ def replace_layers(model: nn.Module, most_rows: int | None = linear.MOST_ROWS) -
 def replace_integer_layers(model: nn.Module) -> None:
     """Replace the linear layers of a model that have 8-bit weights, in place: any other product of few rows writes
     their weights out in 16 bits."""
-    _replace(model, lambda child: None if integer_weights(child) is None else _by_kernel(child, linear.MOST_ROWS))
-
-
-def _replace(
-    model: nn.Module, by_kernel: Callable[[nn.Module], KernelModule | None]
-) -> tuple[dict[nn.Module, KernelModule], int]:
-    """Replace modules in place.
-
-    Args:
-        model: the model or the head.
-        by_kernel: returns the module by a kernel; None if no kernel computes it.
-
-    Returns:
-        The new modules by the old, and the number of other modules with a matrix that is no embedding.
-    """
-    made: dict[nn.Module, KernelModule] = {}
-    left = 0
-    for parent in [module for module in model.modules() if not isinstance(module, KernelModule)]:
-        for name, child in list(parent.named_children()):
-            hooked = child._forward_hooks or child._forward_pre_hooks  # the kernels would pass them over
-            if child not in made and not hooked and (replacement := by_kernel(child)) is not None:
-                made[child] = replacement
-            if child in made:  # two modules may share it
-                setattr(parent, name, made[child])
-            elif not isinstance(child, nn.Embedding):
-                left += any(weight.dim() > 1 for weight in child.parameters(recurse=False))
-    return made, left
+    replace_modules(
+        model, lambda child: None if integer_weights(child) is None else _by_kernel(child, linear.MOST_ROWS)
+    )
 
 
 def _by_kernel(module: nn.Module, most_rows: int | None) -> KernelModule | None:
