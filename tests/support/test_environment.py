@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specdecode import LM
+from specdecode.backends.device import synchronise
 from specdecode.bench.measure import bandwidth
 from specdecode.bench.measure.bandwidth import read_bandwidth, roofline_throughput
 from specdecode.bench.measure.counters import host_reads, peak_memory
@@ -216,6 +217,16 @@ def test_peak_memory_is_the_most_that_was_held_at_once(capfd: pytest.CaptureFixt
     assert 1_000_000 <= peak[0] < 1_600_000
     assert len(kept) == 500_000
     assert capfd.readouterr().err == ""
+
+
+def test_a_device_s_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against times that end when the work is launched, and not when it is done."""
+    waited: list[object] = []
+    monkeypatch.setattr("torch.cuda.synchronize", waited.append)
+    monkeypatch.setattr("torch.mps.synchronize", lambda: waited.append("mps"))
+    for device in ("cpu", "cuda:1", "mps"):
+        synchronise(torch.device(device))
+    assert waited == [torch.device("cuda:1"), "mps"]
 
 
 def test_the_bandwidth_is_of_the_fastest_read(monkeypatch: pytest.MonkeyPatch) -> None:
