@@ -287,7 +287,7 @@ def _with_options(chosen: Preset, options: Options, target: str) -> Preset:
 def _has_head(entry: Mapping[str, Any], target: str) -> bool:
     """Return whether there is a head for the arm, if it needs one.
 
-    A shipped head is trained for one target. Other targets lack such an arm, unless the preset names a head's file.
+    A shipped head is trained for one target. Other targets lack such an arm, unless the preset names a head.
     """
     needs_shipped = "head" in drafter_kinds(entry) and "head" not in entry
     return not needs_shipped or shipped_head(target) is not None or target.startswith("shape:")

@@ -1,4 +1,4 @@
-"""A draft head that is bound to its target, and the fingerprint of a target."""
+"""A draft head that is bound to its target, and the sizes of one that would fit it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,18 @@ from specdecode.core.errors import UnsupportedModelError
 from specdecode.core.slots import Slots
 from specdecode.core.transfer import moved
 from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
-from specdecode.heads.module import Head, Store, TargetFingerprint
+from specdecode.heads.fingerprint import ADVICE, target_fingerprint
 from specdecode.heads.mtp import MtpHead
+from specdecode.heads.parts import Store
 from specdecode.models.forwards import ForwardInput
 from specdecode.models.lm import LM
 from specdecode.models.variants import layer_configs
 
-# Number of tokens whose embeddings a fingerprint holds.
-_FINGERPRINT_TOKENS = 16
 # Number of columns of an output embedding that are computed at once.
 _COLUMNS = 64
 
-DraftHead: TypeAlias = Head | Eagle3Head | MtpHead
+DraftHead: TypeAlias = Eagle3Head | MtpHead
 """A module that drafts from a target's hidden states and, behind them, from its own states."""
-
-ADVICE = "train one for it with `specdecode train-head`"
-"""Advice of messages where no head fits a target."""
 
 
 class BoundHead:
@@ -283,14 +279,6 @@ def output_rows(target: LM, tokens: Int[Tensor, " D"]) -> Float[Tensor, "D H"]:
     bias = outputs(torch.zeros(1, width, **options))
     columns = [outputs(units) - bias for units in torch.eye(width, **options).split(_COLUMNS)]
     return torch.cat(columns).T.contiguous()
-
-
-@torch.no_grad()
-def target_fingerprint(target: LM) -> TargetFingerprint:
-    """Return the fingerprint of a target."""
-    tokens = torch.linspace(0, target.vocab_size - 1, _FINGERPRINT_TOKENS).long()
-    rows = target.model.get_input_embeddings()(tokens.to(target.device)).float().cpu()
-    return TargetFingerprint(target.name, target.vocab_size, target.config.num_hidden_layers, tokens, rows)
 
 
 def target_sizes(target: LM) -> tuple[int, int]:

@@ -23,7 +23,8 @@ from specdecode.core.transfer import moved
 from specdecode.heads.bound import check_fit, output_rows, target_sizes
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import Eagle3Files, check_tokens, describe, make_eagle3, read_eagle3
-from specdecode.heads.loading import check_fingerprint, find_folder, shipped_head
+from specdecode.heads.fingerprint import check_fingerprint
+from specdecode.heads.loading import find_folder, shipped_head
 from specdecode.heads.unrolled import unrolled
 from specdecode.heads.wirings import Wiring, likely_wirings
 from specdecode.models.lm import LM
@@ -117,14 +118,9 @@ def read_examined(name: str) -> Eagle3Files:
         name: as for `load_head`.
 
     Raises:
-        ModelFileError: there is no such head, or its format has no config with a wiring.
+        ModelFileError: there is no such head, or its files are damaged.
     """
-    source = str(shipped_head(name) or name)
-    if source.endswith(".safetensors"):
-        raise ModelFileError(
-            f"{source} is a head in this package's own format, which has one wiring: name the folder of an EAGLE-3 head"
-        )
-    return read_eagle3(find_folder(source))
+    return read_eagle3(find_folder(str(shipped_head(name) or name)))
 
 
 def examine(

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdecode.backends.grouped_attention import GroupedAttention
-from specdecode.heads.module import Store, normed, rotated
+from specdecode.heads.parts import Store, normed, rotated
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,16 @@ class Eagle3Head(nn.Module):
         store: Store,
         visible: Bool[Tensor, "n s"],
     ) -> Float[Tensor, "b n H"]:
-        """Return the states at some tokens, which the next draft step reads; see `Head.forward`."""
+        """Return the head's states at some tokens, which the next draft step reads.
+
+        Args:
+            embedded: embeddings of the tokens.
+            state: for each token, the state at the token before it: the `fused` hidden states, or this function's
+                result there.
+            positions: positions of the tokens.
+            store: stores the keys and values.
+            visible: row i marks the keys that token i attends to, among the s keys in the store.
+        """
         tables = self._rotary(embedded, positions[None])
         x = state
         for layer in self.layers:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
 from specdecode.heads.eagle3 import Eagle3Head, Eagle3Shape
-from specdecode.heads.module import TargetFingerprint
+from specdecode.heads.fingerprint import TargetFingerprint
 from specdecode.models.embedded import EMBEDDED, HUB_ID
 from specdecode.support.files import write_whole
 

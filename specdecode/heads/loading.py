@@ -1,4 +1,4 @@
-"""Loading of a draft head by name: a file or folder, a hub id, or a model with a head in this package."""
+"""Loading of a draft head by name: a folder, a hub id, or a model with a head in this package."""
 
 from __future__ import annotations
 
@@ -6,31 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from torch.nn.functional import cosine_similarity
 
-from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
-from specdecode.heads.bound import ADVICE, BoundHead, target_fingerprint, target_sizes
-from specdecode.heads.eagle3 import Eagle3Head
+from specdecode.core.errors import ModelFileError, first_line
+from specdecode.heads.bound import BoundHead, target_sizes
 from specdecode.heads.eagle3_files import CONFIG, check_tokens, make_eagle3, read_eagle3
-from specdecode.heads.formats import read_head
-from specdecode.heads.module import Head, TargetFingerprint
+from specdecode.heads.fingerprint import ADVICE, check_fingerprint
 from specdecode.heads.mtp import MtpHead
 from specdecode.models.lm import LM
+from specdecode.models.loading import is_missing
 from specdecode.support.messages import hub_noted
 
-# Least cosine similarity of the embeddings of one target in two types. The similarity of 4-bit weights to their
-# originals is 0.99, and the similarity of different models is near 0.
-_LEAST_SIMILARITY = 0.95
 _FILES = ["*.json", "*.safetensors", "pytorch_model.bin"]
-_NAME_IT = f"name the folder or the file of a head, or {ADVICE}"
+_NAME_IT = f"name the folder of a head, or {ADVICE}"
 
 
 def shipped_head(name: str) -> Path | None:
-    """Return the file of the head that this package contains for a model of this name; None if there is none."""
+    """Return the folder of the head that this package contains for a model of this name; None if there is none."""
     if Path(name).name != name:  # a path
         return None
-    file = Path(__file__).parents[1] / "assets" / f"{name}-head.safetensors"
-    return file if file.exists() else None
+    folder = Path(__file__).parents[1] / "assets" / f"{name}-head"
+    return folder if folder.exists() else None
 
 
 def load_head(name: str, target: LM) -> BoundHead:
@@ -39,7 +34,7 @@ def load_head(name: str, target: LM) -> BoundHead:
     Args:
         name: a folder with an EAGLE-3 head, in the format of `speculators` or as the original files, or the id of such
             a folder on the hub. Or the name of a model with a head in this package, such as "smollm2-135m";
-            "./smollm2-135m" is a folder. Or a head file in this package's own format (.safetensors).
+            "./smollm2-135m" is a folder.
         target: the model that the head was trained for, in any type.
 
     Returns:
@@ -49,18 +44,11 @@ def load_head(name: str, target: LM) -> BoundHead:
         ModelFileError: there is no head of that name, or its files are damaged.
         UnsupportedModelError: the head was trained for another target, or its architecture cannot be read.
     """
-    source = str(shipped_head(name) or name)
-    head: Head | Eagle3Head
-    if source.endswith(".safetensors"):
-        file = Path(source).expanduser()
-        head, fingerprint, _ = read_head(file)
-        check_fingerprint(file, fingerprint, target)
-    else:
-        files = read_eagle3(find_folder(source))
-        if files.fingerprint is not None:
-            check_fingerprint(files.folder, files.fingerprint, target)
-        head = make_eagle3(files, *target_sizes(target))
-        check_tokens(files)
+    files = read_eagle3(find_folder(str(shipped_head(name) or name)))
+    if files.fingerprint is not None:
+        check_fingerprint(files.folder, files.fingerprint, target)
+    head = make_eagle3(files, *target_sizes(target))
+    check_tokens(files)
     return BoundHead(head.to(target.device, target.dtype), target, copied=False)
 
 
@@ -95,8 +83,8 @@ def find_folder(name: str, files: Sequence[str] = _FILES, advice: str = _NAME_IT
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
         return folder
-    if folder.exists() or name.count("/") != 1:
-        lacks = f"{folder} holds no {CONFIG}" if folder.is_dir() else f"there is no draft head {name!r}"
+    if folder.exists() or is_missing(name) or "/" not in name:
+        lacks = f"{folder} holds no {CONFIG}" if folder.exists() else f"there is no draft head {name!r}"
         raise ModelFileError(f"{lacks}: {advice}")
     try:
         with hub_noted(name):
@@ -105,27 +93,3 @@ def find_folder(name: str, files: Sequence[str] = _FILES, advice: str = _NAME_IT
         raise ModelFileError(
             f"no draft head {name!r}: no folder of that name, and the hub said: {first_line(error)}"
         ) from error
-
-
-def check_fingerprint(source: Path, trained_for: TargetFingerprint, target: LM) -> None:
-    """Raise UnsupportedModelError if a head was trained for another target.
-
-    Args:
-        source: file or folder of the head, for the message.
-        trained_for: the fingerprint of the target that the head was trained for.
-        target: the target that the head is to draft for.
-    """
-    target_is = target_fingerprint(target)
-    difference = ""
-    if _sizes(trained_for) != _sizes(target_is) or trained_for.rows.shape != target_is.rows.shape:
-        difference = f"it has {_sizes(target_is)}, not {_sizes(trained_for)}"
-    elif cosine_similarity(trained_for.rows.flatten(), target_is.rows.flatten(), 0) < _LEAST_SIMILARITY:
-        difference = "its embeddings differ"
-    if difference:
-        raise UnsupportedModelError(
-            f"{source} is a head for {trained_for.target} and cannot draft for {target.name}, as {difference}: {ADVICE}"
-        )
-
-
-def _sizes(target: TargetFingerprint) -> str:
-    return f"{target.layers} layers, {target.vocab_size} tokens and embeddings of width {target.rows.shape[1]}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specdecode.backends.kernels import restore_layers
 from specdecode.core.errors import ModelFileError, UnsupportedModelError, first_line
 from specdecode.core.transfer import moved
-from specdecode.heads.module import Store
+from specdecode.heads.parts import Store
 from specdecode.models.variants import final_norm, shared_copy
 
 
@@ -91,7 +91,7 @@ class MtpHead(nn.Module):
         store: Store,
         visible: Bool[Tensor, "n s"],
     ) -> Float[Tensor, "b n H"]:
-        """Return the states at some tokens, which the next draft step reads; see `Head.forward`."""
+        """Return the states at some tokens, which the next draft step reads; see `Eagle3Head.forward`."""
         mask = torch.zeros(visible.shape, dtype=embedded.dtype, device=visible.device)
         mask.masked_fill_(~visible, torch.finfo(embedded.dtype).min)
         places = positions[None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from specdecode.core.errors import SpecDecodeError
-from specdecode.heads.bound import target_fingerprint, target_sizes
+from specdecode.heads.bound import target_sizes
 from specdecode.heads.eagle3_files import (
     CONFIG,
     FLAGS,
@@ -21,6 +21,7 @@ from specdecode.heads.eagle3_files import (
     decoder_config,
     default_ids,
 )
+from specdecode.heads.fingerprint import target_fingerprint
 from specdecode.models.lm import LM
 from specdecode.models.variants import layer_configs
 

@@ -11,9 +11,10 @@ from typing import Any
 from specdecode.controllers.base import FixedK
 from specdecode.decoding.generate import generate
 from specdecode.drafters.head import HeadDrafter
-from specdecode.heads.bound import BoundHead, head_shape, output_rows, target_fingerprint, target_sizes
+from specdecode.heads.bound import BoundHead, head_shape, output_rows, target_sizes
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import write_eagle3
+from specdecode.heads.fingerprint import target_fingerprint
 from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
 from specdecode.support.environment import environment

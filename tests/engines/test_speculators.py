@@ -23,9 +23,9 @@ from transformers import LlamaConfig, Qwen3Config
 from specdecode import LM, DraftTree, FixedK, HeadDrafter, StaticTree, generate, load_head
 from specdecode.controllers.base import Limit
 from specdecode.drafters.base import Context
-from specdecode.heads.bound import target_fingerprint
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import WEIGHTS, make_eagle3, read_eagle3, write_eagle3
+from specdecode.heads.fingerprint import target_fingerprint
 from tests.helpers.models import ARCHITECTURES, VOCABULARY, build, continuation, prompt
 
 pytestmark = [

@@ -523,8 +523,7 @@ def test_the_doctor_s_command(
         (("--roofline", "x", "--max-new-tokens", "5"), "--max-new-tokens is of no use without --head: leave it out"),
         (("--head", "x", "--roofline", "x"), "--roofline and --head exclude each other: give one of them"),
         (("--head", "x", "--max-new-tokens", "0"), "--max-new-tokens is 0: it is a number from 1"),
-        (("--head", "x"), "there is no draft head 'x': name the folder or the file of a head"),
-        (("--head", "x.safetensors"), "x.safetensors is a head in this package's own format, which has one wiring"),
+        (("--head", "x"), "there is no draft head 'x': name the folder of a head"),
         (
             ("--head", "{head}", "--target", "{model}", "--prompts", "prose@6:3", "--max-new-tokens", "16"),
             "continues 3 of 3 prompts by 16 tokens or more: a judgement needs 4 such texts",

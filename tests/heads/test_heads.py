@@ -59,7 +59,7 @@ from specdecode.drafters.tree_shapes import TreeShape
 from specdecode.heads import loading
 from specdecode.heads.bound import BoundHead, output_rows, untrained
 from specdecode.heads.eagle3 import Eagle3Head
-from specdecode.heads.eagle3_files import describe, make_eagle3, read_eagle3
+from specdecode.heads.eagle3_files import WEIGHTS, describe, make_eagle3, read_eagle3
 from specdecode.heads.loading import shipped_head
 from specdecode.heads.wirings import likely_wirings
 from specdecode.models import forwards
@@ -583,22 +583,25 @@ def test_a_path_names_no_head_of_this_package(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     write_head(lm("llama"), tmp_path).rename(tmp_path / EMBEDDED)
     assert load_head(f"./{EMBEDDED}", lm("llama")).vocab_size == lm("llama").vocab_size
-    (tmp_path / "model-head.safetensors").touch()
+    (tmp_path / "model-head").mkdir()
     assert shipped_head(str(tmp_path / "model")) is None
     assert shipped_head(EMBEDDED) is not None
 
 
 def test_a_damaged_file_is_reported_in_a_sentence(tmp_path: Path) -> None:
     """Guards against a traceback, and a head that drafts with half of its weights."""
-    file, shipped = tmp_path / "head.safetensors", shipped_head(EMBEDDED)
-    assert shipped is not None
-    whole = shipped.read_bytes()
-    for damaged in (whole[:-100], whole[:50], b"", whole.replace(b"q_proj", b"q_prof"), whole.replace(b"76", b"7x")):
+    folder = write_head(lm("llama"), tmp_path)
+    file = folder / WEIGHTS
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", whole.replace(b"shape", b"shepe")):
         file.write_bytes(damaged)
-        with pytest.raises(ModelFileError, match=r"cannot read the draft head .*head\.safetensors: "):
-            load_head(str(file), lm("llama"))
-    with pytest.raises(ModelFileError, match=r"cannot read the draft head .*nowhere"):
-        load_head(str(tmp_path / "nowhere.safetensors"), lm("llama"))
+        with pytest.raises(ModelFileError, match=r"cannot read the draft head .*head: "):
+            load_head(str(folder), lm("llama"))
+    file.write_bytes(whole.replace(b"q_proj", b"q_prof"))
+    with pytest.raises(ModelFileError, match=r"does not fit its config\.json: it lacks .*q_proj.* and has .*q_prof"):
+        load_head(str(folder), lm("llama"))
+    with pytest.raises(ModelFileError, match=r"model\.safetensors holds no config\.json: name the folder of a head"):
+        load_head(str(file), lm("llama"))
     with pytest.raises(ModelFileError, match="there is no draft head 'llama': name the folder"):
         load_head("llama", lm("llama"))
 
@@ -727,7 +730,7 @@ def test_heads_from_the_command_line(
         (("--drafter", "head"), f"no head comes with {model}: name the folder of one with --head"),
         (("--drafter", "lookup", "--head", file), "--head is of no use with --drafter lookup"),
         (("--draft", "layers:0", "--head", file), "--draft is of no use with --drafter lookup+head"),
-        (("--head", "./nowhere.safetensors"), "cannot read the draft head nowhere.safetensors"),
+        (("--head", "./nowhere"), "there is no draft head './nowhere': name the folder of a head"),
     ):
         assert exit_code(monkeypatch, *arguments, *given) == 2
         assert reason in " ".join(capfd.readouterr().err.split())
@@ -808,10 +811,10 @@ def test_a_target_without_a_head_is_measured_without_its_arms(tmp_path: Path, mo
     """Guards against a preset that fails for targets without a trained head, and against an arm that is lost where the
     target has one.
     """
-    entries = 'ar = {}\nours = { drafter = "lookup+head" }\nown = { drafter = "head", head = "own.safetensors" }'
+    entries = 'ar = {}\nours = { drafter = "lookup+head" }\nown = { drafter = "head", head = "own" }'
     preset = tmp_path / "heads.toml"
     preset.write_text(f'prompts = "prose:1"\nmax_new_tokens = 8\nrepeats = 1\n[arms]\n{entries}\n')
-    monkeypatch.setattr(plan, "shipped_head", {"with": Path("with-head.safetensors")}.get)
+    monkeypatch.setattr(plan, "shipped_head", {"with": Path("with-head")}.get)
 
     def arms(target: str) -> list[str]:
         options = Options(root=tmp_path, preset=str(preset), target=target, device="cpu")

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, modeling_layers
 
 from specdecode import LM
-from specdecode.heads.bound import output_rows, target_fingerprint, untrained
+from specdecode.heads.bound import output_rows, untrained
 from specdecode.heads.eagle3 import Eagle3Head
 from specdecode.heads.eagle3_files import write_eagle3
+from specdecode.heads.fingerprint import target_fingerprint
 from tests.helpers.models import VOCABULARY, WINDOW, config
 from tests.helpers.spelling import characters
 

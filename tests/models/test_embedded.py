@@ -19,7 +19,7 @@ from specdecode import (
 from specdecode.bench.measure.check import classify
 from specdecode.drafters.base import Drafter
 from specdecode.heads.bound import BoundHead, untrained
-from specdecode.heads.formats import read_head
+from specdecode.heads.eagle3_files import PAGE, WEIGHTS, read_eagle3
 from specdecode.heads.loading import shipped_head
 from specdecode.models.embedded import EMBEDDED, EMBEDDED_DRAFT
 from tests.helpers.learnt import learnt
@@ -97,11 +97,12 @@ def test_a_trained_head_comes_with_the_embedded_model(target: LM, head: BoundHea
     """Guards against a package without its head, with a head of another training than its card's, or with an untrained
     one.
     """
-    file = shipped_head(EMBEDDED)
-    assert file is not None
-    assert file.stat().st_size < 16e6
-    _, _, card = read_head(file)
-    page = file.with_suffix(".md").read_text(encoding="utf-8")
+    folder = shipped_head(EMBEDDED)
+    assert folder is not None
+    assert (folder / WEIGHTS).stat().st_size < 16e6
+    card = read_eagle3(folder).card
+    assert card is not None
+    page = (folder / PAGE).read_text(encoding="utf-8")
     assert card["target"] == EMBEDDED
     assert all(str(card[name]) in page for name in ("command", "commit", "seed"))
     assert all(f"{tau:.2f}" in page for tau in card["epochs"][-1]["acceptance"].values())

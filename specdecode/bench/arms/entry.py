@@ -48,7 +48,7 @@ class ArmSpec:
         draft: name of the draft model, if the arm has its own.
         drafter: "none", "lookup", "head", "mtp", "medusa", "model", "universal" or "self-streaming". Several with a
             plus between them, as in "lookup+head", are a cascade.
-        head: folder, file or hub id of a draft head, or the name of a target that comes with one.
+        head: folder or hub id of a draft head, or the name of a target that comes with one.
         ngram: tokens of the longest suffix that is looked up.
         min_ngram: tokens of the shortest suffix that is looked up.
         branches: number of continuations that are looked up.

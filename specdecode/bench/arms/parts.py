@@ -53,8 +53,8 @@ def _maker(kind: str, spec: ArmSpec, target: LM, draft: LM | None) -> Callable[[
     if kind == "lookup":
         return spec.prompt_lookup
     if kind == "head":
-        file = spec.head or target.name
-        head = BoundHead(untrained(target), target) if target.synthetic else load_head(file, target)
+        name = spec.head or target.name
+        head = BoundHead(untrained(target), target) if target.synthetic else load_head(name, target)
         return partial(HeadDrafter, head, spec.tree_shape())
     if kind == "mtp":
         return partial(HeadDrafter, load_mtp(target), spec.tree_shape())
