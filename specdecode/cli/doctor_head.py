@@ -31,13 +31,14 @@ def examine_head(
     config is not the best."""
     from specdecode import load
     from specdecode.evals.data import token_prompts
-    from specdecode.heads.doctor import examine, read_examined
+    from specdecode.heads.doctor import examine
+    from specdecode.heads.loading import head_files
     from specdecode.models.embedded import EMBEDDED
 
     length = _MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
     if length < 1:
         raise ValueError(f"--max-new-tokens is {length}: it is a number from 1")
-    files = read_examined(name)
+    files = head_files(name)
     model = load(target or EMBEDDED, device=device, dtype=dtype, backend="eager")
     chosen, origins = token_prompts(prompts or _PROMPTS, model)
     with progress("texts") as tell:

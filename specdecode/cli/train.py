@@ -34,7 +34,17 @@ def train_head(
     layers: Annotated[
         str | None, typer.Option(help="target layers whose outputs are read: 2,15,29  [default: first, middle, last]")
     ] = None,
-    vocabulary: Annotated[int, typer.Option(help="number of most frequent tokens that the head can propose")] = 8192,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="number of most frequent tokens that the head can propose  [default: 8192]")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="a head that was trained before, to train further. It keeps its layers and its vocabulary"
+            "  [default: a copy of the target's last layer]",
+        ),
+    ] = None,
     shared_output: Annotated[
         bool,
         typer.Option(
@@ -73,11 +83,14 @@ def train_head(
         held_out=held_out,
         layers=tuple(map(int, numbers)),
         vocabulary=vocabulary,
+        start=start or "",
         shared_output=shared_output,
         settings=TrainingSettings(epochs, batch, ahead, rate, seed),
     )
     if work_folder(out).exists():
         check_writable(work_folder(out) / "shards.json")
+    if start is not None and Path(start).expanduser().resolve() == out.resolve():
+        raise ValueError(f"start and out are both {out}: name another folder for the new head")
     for name in (CONFIG, WEIGHTS, PAGE, OWN):
         check_writable(out / name)
     model = load(target, device=device, dtype=dtype, backend="eager")

@@ -22,9 +22,8 @@ from specdecode.core.errors import ModelFileError, SpecDecodeError, UnsupportedM
 from specdecode.core.transfer import moved
 from specdecode.heads.bound import check_fit, output_rows, target_sizes
 from specdecode.heads.eagle3 import Eagle3Head
-from specdecode.heads.eagle3_files import Eagle3Files, check_tokens, describe, make_eagle3, read_eagle3
+from specdecode.heads.eagle3_files import Eagle3Files, check_tokens, describe, make_eagle3
 from specdecode.heads.fingerprint import check_fingerprint
-from specdecode.heads.loading import find_folder, shipped_head
 from specdecode.heads.unrolled import unrolled
 from specdecode.heads.wirings import Wiring, likely_wirings
 from specdecode.models.lm import LM
@@ -109,18 +108,6 @@ class Examination:
     def drafts(self) -> bool:
         """Whether the acceptance with any wiring is as high as for a trained head."""
         return max(each.mean_acceptance_length for each in self.measured) >= _LEAST_ACCEPTED
-
-
-def read_examined(name: str) -> Eagle3Files:
-    """Read the folder of a head, even if its config does not fit its weights.
-
-    Args:
-        name: as for `load_head`.
-
-    Raises:
-        ModelFileError: there is no such head, or its files are damaged.
-    """
-    return read_eagle3(find_folder(str(shipped_head(name) or name)))
 
 
 def examine(

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 
 from specdecode.core.errors import ModelFileError, first_line
 from specdecode.heads.bound import BoundHead, target_sizes
-from specdecode.heads.eagle3_files import CONFIG, check_tokens, make_eagle3, read_eagle3
+from specdecode.heads.eagle3_files import CONFIG, Eagle3Files, check_tokens, make_eagle3, read_eagle3
 from specdecode.heads.fingerprint import ADVICE, check_fingerprint
 from specdecode.heads.mtp import MtpHead
 from specdecode.models.lm import LM
@@ -44,12 +44,24 @@ def load_head(name: str, target: LM) -> BoundHead:
         ModelFileError: there is no head of that name, or its files are damaged.
         UnsupportedModelError: the head was trained for another target, or its architecture cannot be read.
     """
-    files = read_eagle3(find_folder(str(shipped_head(name) or name)))
+    files = head_files(name)
     if files.fingerprint is not None:
         check_fingerprint(files.folder, files.fingerprint, target)
     head = make_eagle3(files, *target_sizes(target))
     check_tokens(files)
     return BoundHead(head.to(target.device, target.dtype), target, copied=False)
+
+
+def head_files(name: str) -> Eagle3Files:
+    """Read the folder of a head, even if its config does not fit its weights.
+
+    Args:
+        name: as for `load_head`.
+
+    Raises:
+        ModelFileError: there is no head of that name, or its files are damaged.
+    """
+    return read_eagle3(find_folder(str(shipped_head(name) or name)))
 
 
 def load_mtp(target: LM) -> BoundHead:

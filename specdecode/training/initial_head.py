@@ -1,9 +1,12 @@
-"""An untrained head that starts as a copy of the target's last layer, and the tokens that it can propose."""
+"""The head that a training starts with: a copy of the target's last layer, or a head of an earlier training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -13,6 +16,9 @@ from torch.nn.functional import pad
 from specdecode.backends.layers import decoder_layers
 from specdecode.heads.bound import head_shape, target_sizes
 from specdecode.heads.eagle3 import Eagle3Head
+from specdecode.heads.eagle3_files import WEIGHTS, make_eagle3
+from specdecode.heads.fingerprint import check_fingerprint
+from specdecode.heads.loading import head_files
 from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
 from specdecode.models.variants import final_norm
@@ -67,6 +73,45 @@ def initial_head(
             weights[name][:, width:] = value.float().cpu()
     head.load_state_dict(weights)
     return head
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A head of an earlier training, to be trained further.
+
+    Attributes:
+        name: name of the head, as for `load_head`.
+        head: the head, in float32. It has the target's output embedding.
+        digest: digest of the file of its weights.
+        card: the record of the earlier training.
+    """
+
+    name: str
+    head: Eagle3Head
+    digest: str
+    card: Mapping[str, Any]
+
+
+def earlier_head(name: str, target: LM) -> Start:
+    """Load a head that `train_head` wrote, to train it further.
+
+    Args:
+        name: as for `load_head`.
+        target: the target of the head.
+
+    Raises:
+        ModelFileError: there is no head of that name, or its files are damaged.
+        UnsupportedModelError: the head was trained for another target.
+        ValueError: the head was written by something else, and may have embeddings of its own.
+    """
+    files = head_files(name)
+    if files.fingerprint is None or files.card is None:
+        raise ValueError(f"start is {name}, which `train-head` did not write: it trains only its own heads further")
+    check_fingerprint(files.folder, files.fingerprint, target)
+    # The output embedding in the folder is the target's, for other engines.
+    own = {key: tensor for key, tensor in files.tensors.items() if key != "lm_head.weight"}
+    digest = hashlib.sha256((files.folder / WEIGHTS).read_bytes()).hexdigest()[:16]
+    return Start(name, make_eagle3(replace(files, tensors=own), *target_sizes(target)), digest, files.card)
 
 
 @torch.inference_mode()

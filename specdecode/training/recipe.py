@@ -19,7 +19,7 @@ from specdecode.models.embedded import weights_of
 from specdecode.models.lm import LM
 from specdecode.support.environment import environment
 from specdecode.support.git import git
-from specdecode.training.initial_head import frequent_tokens, initial_head
+from specdecode.training.initial_head import earlier_head, frequent_tokens, initial_head
 from specdecode.training.shards import SHARD_TEXTS, collect, read_shard
 from specdecode.training.texts import ASK, CHAT, Texts
 from specdecode.training.trainer import Epoch, Trainer, TrainingSettings
@@ -28,6 +28,8 @@ from specdecode.training.trainer import Epoch, Trainer, TrainingSettings
 _PROMPTS_PER_SET = 4
 # Tokens of their prompts, new tokens, and length of the draft chains.
 _PROMPT_TOKENS, _NEW_TOKENS, _DRAFT_LENGTH = 64, 64, 4
+# Tokens that a head can propose, by default.
+_VOCABULARY = 8192
 # Elements of each weight in the digest of the weights, at least; all if there are fewer.
 _DIGEST_ELEMENTS = 256
 
@@ -42,15 +44,17 @@ class Recipe:
         length: tokens of a text.
         own: share of the corpus texts that the target continues itself.
         held_out: number of documents of each data set that are left out, the first in their order.
+        start: a head of an earlier training of this package, to train further; as for `load_head`. By default the head
+            begins as the target's last layer.
         layers: layers of the target whose hidden states the head reads; by default one near the beginning, the middle
-            one and the last.
-        vocabulary: most tokens that the head can propose.
+            one and the last. A head of an earlier training keeps its own.
+        vocabulary: most tokens that the head can propose, by default 8192. A head of an earlier training keeps its own.
         shared_output: whether the folder leaves out the output embedding, which is the target's. The folder is then
             smaller, and only this package can read it.
         settings: settings of the training.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or layers or a vocabulary besides a head of an earlier training.
     """
 
     data: tuple[str, ...] = ("code", "prose", CHAT, ASK)
@@ -58,15 +62,20 @@ class Recipe:
     length: int = 256
     own: float = 0.5
     held_out: int = 20
+    start: str = ""
     layers: tuple[int, ...] = ()
-    vocabulary: int = 8192
+    vocabulary: int | None = None
     shared_output: bool = False
     settings: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
         for name in ("tokens", "length", "held_out", "vocabulary"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1")
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}: at least 1")
+        for name in ("layers", "vocabulary"):
+            if self.start and getattr(self, name):
+                raise ValueError(f"{name} is of no use with start: the head {self.start} keeps its own")
 
 
 def train_head(
@@ -92,7 +101,8 @@ def train_head(
             work of another training.
     """
     total, _ = target_sizes(target)
-    layers = recipe.layers or tuple(sorted({min(2, total - 1), total // 2, total - 1}))
+    start = earlier_head(recipe.start, target) if recipe.start else None
+    layers = recipe.layers or (start.head.shape.layers if start else _default_layers(total))
     if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
         raise ValueError(f"layers is {list(layers)}: they are ascending, from 0 to {total - 1}")
     settings, work = recipe.settings, work_folder(out)
@@ -113,9 +123,12 @@ def train_head(
         "seed": settings.seed,
     }
     files = collect(target, texts, layers, work, shards, what, tell)
-    vocabulary = frequent_tokens(files, recipe.vocabulary)
-    head = initial_head(target, layers, vocabulary, read_shard(files[0]).tokens[0], settings.seed)
-    trainer = Trainer(target, head, files, settings, work / "checkpoint.pt")
+    if start:
+        trainer = Trainer(target, start.head, files, settings, work / "checkpoint.pt", start.digest)
+    else:
+        vocabulary = frequent_tokens(files, recipe.vocabulary or _VOCABULARY)
+        head = initial_head(target, layers, vocabulary, read_shard(files[0]).tokens[0], settings.seed)
+        trainer = Trainer(target, head, files, settings, work / "checkpoint.pt")
 
     def on_epoch(trainer: Trainer) -> dict[str, float]:
         epochs = len(trainer.epochs)
@@ -130,18 +143,22 @@ def train_head(
     card = {
         **what,
         "tokens": shards * SHARD_TEXTS * recipe.length,
-        "vocabulary": len(head.tokens),
+        "vocabulary": len(trainer.head.tokens),
         "settings": asdict(settings),
         "epochs": [asdict(epoch) for epoch in trainer.epochs],
         "command": command,
         "commit": _commit(),
         "environment": environment(),
+        **({"start": {"head": start.name, "digest": start.digest, "card": start.card}} if start else {}),
     }
     rows = None if recipe.shared_output else output_rows(target, trainer.head.tokens)
     architectures = target.model.config.architectures or [type(target.model).__name__]
-    page = _page(card, trainer.epochs)
-    write_eagle3(out, trainer.head, rows, target_fingerprint(target), architectures, card, page)
+    write_eagle3(out, trainer.head, rows, target_fingerprint(target), architectures, card, _page(card))
     return card
+
+
+def _default_layers(total: int) -> tuple[int, ...]:
+    return tuple(sorted({min(2, total - 1), total // 2, total - 1}))
 
 
 def work_folder(out: Path) -> Path:
@@ -193,11 +210,9 @@ def _line(epoch: Epoch, acceptance: dict[str, float]) -> str:
     return f"loss {losses}; same token {agreed}; tokens a step {tau}"
 
 
-def _page(card: dict[str, Any], epochs: list[Epoch]) -> str:
-    """Return the card as a Markdown page."""
-    settings = card["settings"]
+def _page(card: Mapping[str, Any]) -> str:
+    """Return the card as a Markdown page, with the cards of earlier trainings."""
     origins = "; ".join(f"{name}: {origin}" for name, origin in card["texts"].items())
-    versions = ", ".join(f"{name} {value}" for name, value in card["environment"].items())
     lines = [
         f"# A draft head for {card['target']}",
         "",
@@ -206,14 +221,27 @@ def _page(card: dict[str, Any], epochs: list[Epoch]) -> str:
         f" {card['length']}: {', '.join(card['data'])} ({origins}). The target continued {card['own']:.0%} of the"
         f" corpus texts itself. The first {card['held_out']} documents of each corpus are not in these texts.",
         "",
+        "For each epoch it lists, for each token ahead: the loss (nats), and the share of places where head and target"
+        " have the same most probable token. Then the tokens committed a step on held-out texts (greedy, chains of 4).",
+        "",
+        *_training(card),
+    ]
+    while start := card.get("start"):
+        card = start["card"]
+        lines += ["", f"It began as the head {start['head']}, which was trained before:", "", *_training(card)]
+    return "\n".join(lines) + "\n"
+
+
+def _training(card: Mapping[str, Any]) -> list[str]:
+    """Return the command, the settings and the epochs of a training as lines of Markdown."""
+    settings = card["settings"]
+    versions = ", ".join(f"{name} {value}" for name, value in card["environment"].items())
+    epochs = [Epoch(**epoch) for epoch in card["epochs"]]
+    return [
         f"    {card['command']}",
         "",
         f"Commit {card['commit']}; seed {card['seed']}; {settings['epochs']} epochs in batches of {settings['batch']}"
         f" texts, {settings['ahead']} tokens ahead, rate {settings['rate']}. {versions}.",
         "",
-        "After each epoch, for each token ahead: the loss (nats), and the share of places where head and target have"
-        " the same most probable token. Then the tokens committed a step on held-out texts (greedy, chains of 4).",
-        "",
         *(f"{number}. {_line(epoch, epoch.acceptance)}" for number, epoch in enumerate(epochs, start=1)),
     ]
-    return "\n".join(lines) + "\n"

@@ -85,6 +85,7 @@ class Trainer:
         shards: files of the shards, from `collect`.
         settings: settings of the training.
         checkpoint: file of the state, written after each shard. If it exists, the training continues from it.
+        start: digest of the weights that the head has at first, if they are of an earlier training.
 
     Attributes:
         head: the head in its current state, on the target's device.
@@ -95,7 +96,13 @@ class Trainer:
     """
 
     def __init__(
-        self, target: LM, head: Eagle3Head, shards: Sequence[Path], settings: TrainingSettings, checkpoint: Path
+        self,
+        target: LM,
+        head: Eagle3Head,
+        shards: Sequence[Path],
+        settings: TrainingSettings,
+        checkpoint: Path,
+        start: str = "",
     ) -> None:
         self.epochs: list[Epoch] = []
         self._target, self._settings, self._shards = target, settings, list(shards)
@@ -120,6 +127,7 @@ class Trainer:
             "shards": [file.name for file in shards],
             "shape": describe(head.shape),
             "tokens": head.tokens.tolist(),
+            **({"start": start} if start else {}),
         }
         if checkpoint.exists():
             self._resume()
@@ -193,7 +201,8 @@ class Trainer:
             state = torch.load(self._checkpoint, map_location=self._target.device, weights_only=True)
         except Exception as error:
             raise ValueError(f"{self._checkpoint} is damaged: remove it to start the training anew") from error
-        if changed := [name for name in self._identity if state["what"][name] != self._identity[name]]:
+        stored, own = state["what"], self._identity
+        if changed := [name for name in {**stored, **own} if stored.get(name) != own.get(name)]:
             raise ValueError(
                 f"{self._checkpoint} is of a training with other {', '.join(changed)}: remove it to start anew, or"
                 " name another folder for the head"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from specdecode import LM
+from specdecode import LM, load
 from specdecode.backends.layers import decoder_layers
 from specdecode.core.errors import ModelFileError, UnsupportedModelError
 from specdecode.core.sampling import Sampling
@@ -18,7 +18,7 @@ from specdecode.core.slots import Slots
 from specdecode.evals.data import documents
 from specdecode.heads.bound import output_rows
 from specdecode.heads.eagle3 import Eagle3Head
-from specdecode.heads.eagle3_files import read_eagle3
+from specdecode.heads.eagle3_files import OWN, read_eagle3
 from specdecode.models.recording import recorded_hidden_states
 from specdecode.training import recipe
 from specdecode.training.initial_head import frequent_tokens, initial_head
@@ -30,6 +30,7 @@ from specdecode.training.trainer import Trainer, TrainingSettings
 from tests.helpers import families
 from tests.helpers.characters import save
 from tests.helpers.command_line import exit_code
+from tests.helpers.heads import write_head
 from tests.helpers.learnt import learnt
 from tests.helpers.models import ARCHITECTURES, build, lm
 from tests.helpers.spelling import characters
@@ -440,6 +441,77 @@ def test_the_command_writes_a_head_and_its_card(
     # Weights shared with the target need not be stored.
     assert exit_code(monkeypatch, "train-head", *recipe, "--shared-output") == 0
     assert "lm_head.weight" not in read_eagle3(out).tensors
+
+
+@pytest.fixture(scope="module")
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of a short training, without its head's folder."""
+    model = save(tmp_path_factory.mktemp("model"))
+    options = ["--target", str(model), "--data", "prose", "--tokens", "5000", "--length", str(LENGTH), "--own", "0"]
+    return ["train-head", *options, "--epochs", "1", "--batch", "32", "--ahead", "2"]
+
+
+def test_a_head_is_trained_further(
+    command_line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    """Guards against a training that starts anew in silence, and against a card that hides the earlier training."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--vocabulary", "50", "--layers", "1,3"]
+    assert exit_code(monkeypatch, *command_line, "--out", str(first), *options) == 0
+    assert exit_code(monkeypatch, *command_line, "--out", str(second), "--start", str(first)) == 0
+    before, after = read_eagle3(first), read_eagle3(second)
+    assert before.card is not None
+    assert after.card is not None
+    assert after.card["start"]["card"] == before.card
+    assert after.card["vocabulary"] == 50
+    assert after.card["layers"] == [1, 3]
+    assert torch.equal(after.tokens, before.tokens)
+    assert after.card["epochs"][0]["losses"][0] < before.card["epochs"][0]["losses"][0]
+    page = (second / "README.md").read_text()
+    assert f"It began as the head {first}, which was trained before:" in page
+    assert page.count("    specdecode train-head --target") == 2
+
+
+def test_a_checkpoint_of_another_start_is_not_gone_on_with(
+    command_line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a head that is said to begin as another one, and does not."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for out in (first, second):
+        assert exit_code(monkeypatch, *command_line, "--out", str(out), "--vocabulary", "50") == 0
+    assert exit_code(monkeypatch, *command_line, "--out", str(second), "--start", str(first)) == 2
+    assert "checkpoint.pt is of a training with other start" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--vocabulary", "50"), "vocabulary is of no use with start: the head {head} keeps its own"),
+        (("--layers", "1,3"), "layers is of no use with start: the head {head} keeps its own"),
+        (("--out", "{head}"), "start and out are both {head}: name another folder for the new head"),
+        (("--start", "{foreign}"), "start is {foreign}, which `train-head` did not write"),
+        (("--start", "nowhere"), "there is no draft head 'nowhere': name the folder of a head"),
+        (("--start", "smollm2-135m"), "is a head for smollm2-135m and cannot draft for"),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
+)
+def test_a_start_that_cannot_be_is_one_sentence(
+    options: tuple[str, ...],
+    reason: str,
+    command_line: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Guards against a head that loses its own embeddings, or is overwritten, and options that are passed over."""
+    target = load(command_line[2], device="cpu")
+    folders = {"head": write_head(target, tmp_path / "own"), "foreign": write_head(target, tmp_path / "foreign")}
+    (folders["foreign"] / OWN).unlink()
+    given = [option.format(**folders) for option in options]
+    out = ("--out", str(tmp_path / "new"), "--start", str(folders["head"]))
+    assert exit_code(monkeypatch, *command_line, *out, *given) == 2
+    assert reason.format(**folders) in " ".join(capfd.readouterr().err.split())
+    assert not [*tmp_path.glob("new*/*")]  # no hidden states, and no head
 
 
 @pytest.mark.parametrize(
