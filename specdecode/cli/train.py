@@ -64,13 +64,7 @@ def train_head(
     ] = None,
 ) -> None:
     """Train a draft head for a target. Repeat the command to continue an interrupted training."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out is {out}, which is a file: a head is a folder")
-    numbers = layers.split(",") if layers else []
-    if not all(number.strip().isdigit() for number in numbers):
-        raise ValueError(f"layers is {layers!r}: write numbers with commas, such as 2,15,29")
     from specdecode import load
-    from specdecode.heads.eagle3_files import CONFIG, OWN, PAGE, WEIGHTS
     from specdecode.training.recipe import Recipe, work_folder
     from specdecode.training.recipe import train_head as train
     from specdecode.training.trainer import TrainingSettings
@@ -81,18 +75,13 @@ def train_head(
         length=length,
         own=own,
         held_out=held_out,
-        layers=tuple(map(int, numbers)),
+        layers=_layer_numbers(layers),
         vocabulary=vocabulary,
         start=start or "",
         shared_output=shared_output,
         settings=TrainingSettings(epochs, batch, ahead, rate, seed),
     )
-    if work_folder(out).exists():
-        check_writable(work_folder(out) / "shards.json")
-    if start is not None and Path(start).expanduser().resolve() == out.resolve():
-        raise ValueError(f"start and out are both {out}: name another folder for the new head")
-    for name in (CONFIG, WEIGHTS, PAGE, OWN):
-        check_writable(out / name)
+    _check_folders(out, work_folder(out), start)
     model = load(target, device=device, dtype=dtype, backend="eager")
     try:
         with progress("texts") as tell:
@@ -104,3 +93,24 @@ def train_head(
         taus = ", ".join(f"{task} {tau:.2f}" for task, tau in epoch["acceptance"].items())
         say(f"epoch {number}: loss {epoch['losses'][0]:.3f}, tokens a step {taus}")
     say(f"the head and its card are in {out}; the folder {work_folder(out)} can be removed")
+
+
+def _layer_numbers(layers: str | None) -> tuple[int, ...]:
+    numbers = layers.split(",") if layers else []
+    if not all(number.strip().isdigit() for number in numbers):
+        raise ValueError(f"layers is {layers!r}: write numbers with commas, such as 2,15,29")
+    return tuple(map(int, numbers))
+
+
+def _check_folders(out: Path, work: Path, start: str | None) -> None:
+    """Raise an error if the head could not be written, or would replace the head that it starts with."""
+    from specdecode.heads.eagle3_files import CONFIG, OWN, PAGE, WEIGHTS
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {out}, which is a file: a head is a folder")
+    if start is not None and Path(start).expanduser().resolve() == out.resolve():
+        raise ValueError(f"start and out are both {out}: name another folder for the new head")
+    if work.exists():
+        check_writable(work / "shards.json")
+    for name in (CONFIG, WEIGHTS, PAGE, OWN):
+        check_writable(out / name)
