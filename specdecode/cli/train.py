@@ -77,7 +77,7 @@ def train_head(
         held_out=held_out,
         layers=_layer_numbers(layers),
         vocabulary=vocabulary,
-        start=start or "",
+        start=start,
         shared_output=shared_output,
         settings=TrainingSettings(epochs, batch, ahead, rate, seed),
     )

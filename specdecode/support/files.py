@@ -128,6 +128,15 @@ def fitting(name: str) -> str:
     return f"{name[:100]}-{_digest(name)}-{name[-60:]}"
 
 
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's contents, in 64 hexadecimal digits. Large files are not held in memory."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from specdecode.heads.loading import head_files
 from specdecode.models.lm import LM
 from specdecode.models.recording import recorded_hidden_states
 from specdecode.models.variants import final_norm
+from specdecode.support.files import sha256
 from specdecode.training.shards import read_distributions
 
 # Standard deviation of initial weights that the target does not provide.
@@ -110,8 +110,8 @@ def earlier_head(name: str, target: LM) -> Start:
     check_fingerprint(files.folder, files.fingerprint, target)
     # The output embedding in the folder is the target's, for other engines.
     own = {key: tensor for key, tensor in files.tensors.items() if key != "lm_head.weight"}
-    digest = hashlib.sha256((files.folder / WEIGHTS).read_bytes()).hexdigest()[:16]
-    return Start(name, make_eagle3(replace(files, tensors=own), *target_sizes(target)), digest, files.card)
+    head = make_eagle3(replace(files, tensors=own), *target_sizes(target))
+    return Start(name, head, sha256(files.folder / WEIGHTS)[:16], files.card)
 
 
 @torch.inference_mode()

@@ -62,7 +62,7 @@ class Recipe:
     length: int = 256
     own: float = 0.5
     held_out: int = 20
-    start: str = ""
+    start: str | None = None
     layers: tuple[int, ...] = ()
     vocabulary: int | None = None
     shared_output: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def collect(
     manifest = folder / "shards.json"
     if manifest.exists():
         stored, wanted = mapping(read_json(manifest), str(manifest)), json.loads(json.dumps(what))
-        if changed := [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]:
+        if changed := changed_keys(stored, wanted):
             raise ValueError(
                 f"{folder} holds hidden states of a training with other {', '.join(sorted(changed))}: name another"
                 " folder, or remove it"
@@ -94,6 +94,11 @@ def collect(
             drawn = texts.draw(number, SHARD_TEXTS, tell_doing)
             write_whole(file, save(_tensors(_shard(target, drawn, layers, tell_doing))))
     return files
+
+
+def changed_keys(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ in the records of two trainings. A missing key counts as None."""
+    return [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
 
 
 def read_shard(file: Path) -> Shard:

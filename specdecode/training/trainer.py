@@ -19,7 +19,7 @@ from specdecode.heads.eagle3_files import describe
 from specdecode.models.lm import LM
 from specdecode.support.files import whole
 from specdecode.training.loss import predict_ahead
-from specdecode.training.shards import SHARD_TEXTS, Shard, read_shard
+from specdecode.training.shards import SHARD_TEXTS, Shard, changed_keys, read_shard
 
 # Share of all steps in which the learning rate rises, and final learning rate as a share of its peak.
 _WARMUP_SHARE, _FINAL_RATE_SHARE = 0.03, 0.05
@@ -102,7 +102,7 @@ class Trainer:
         shards: Sequence[Path],
         settings: TrainingSettings,
         checkpoint: Path,
-        start: str = "",
+        start: str | None = None,
     ) -> None:
         self.epochs: list[Epoch] = []
         self._target, self._settings, self._shards = target, settings, list(shards)
@@ -127,7 +127,7 @@ class Trainer:
             "shards": [file.name for file in shards],
             "shape": describe(head.shape),
             "tokens": head.tokens.tolist(),
-            **({"start": start} if start else {}),
+            "start": start,
         }
         if checkpoint.exists():
             self._resume()
@@ -201,8 +201,7 @@ class Trainer:
             state = torch.load(self._checkpoint, map_location=self._target.device, weights_only=True)
         except Exception as error:
             raise ValueError(f"{self._checkpoint} is damaged: remove it to start the training anew") from error
-        stored, own = state["what"], self._identity
-        if changed := [name for name in {**stored, **own} if stored.get(name) != own.get(name)]:
+        if changed := changed_keys(state["what"], self._identity):
             raise ValueError(
                 f"{self._checkpoint} is of a training with other {', '.join(changed)}: remove it to start anew, or"
                 " name another folder for the head"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import operator
 import os
@@ -26,6 +25,7 @@ from specdecode.bench.runs.counts import Counts, Histograms, Seconds
 from specdecode.core.errors import SpecDecodeError
 from specdecode.core.result import histogram
 from specdecode.support.checked import number, shown
+from specdecode.support.files import sha256
 
 LIMIT_S = 600.0
 """Default for the most seconds that one output of an arm from code or of a server may take."""
@@ -114,7 +114,7 @@ def make_decode(spec: ArmSpec, names: ModelNames) -> Decode:
 def code_of(call: str) -> str:
     """Return a digest of the maker's module; "" if the module has no file."""
     file = _module_file(call)
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else ""
+    return sha256(file)[:16] if file else ""
 
 
 def below(call: str, folder: Path) -> bool:
